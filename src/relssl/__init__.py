@@ -1,0 +1,41 @@
+"""relssl: pretrain image backbones on unlabelled images with ReSSL.
+
+    import relssl
+    run = relssl.pretrain("photos/", backbone="resnet50", epochs=100)
+    backbone = relssl.load_backbone(run.folder)
+
+Everything is imported on first use, so that `import relssl` itself needs no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from relssl.evaluate.protocol import embed, evaluate
+    from relssl.train.pretrain import pretrain, resume
+    from relssl.weights.export import export
+    from relssl.weights.runs import load_backbone, load_run
+
+__version__ = "0.1.0"
+__all__ = ["embed", "evaluate", "export", "load_backbone", "load_run", "pretrain", "resume"]
+
+_HOMES = {
+    "embed": "relssl.evaluate.protocol",
+    "evaluate": "relssl.evaluate.protocol",
+    "export": "relssl.weights.export",
+    "load_backbone": "relssl.weights.runs",
+    "load_run": "relssl.weights.runs",
+    "pretrain": "relssl.train.pretrain",
+    "resume": "relssl.train.pretrain",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'relssl' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    if name != "evaluate":  # the package relssl.evaluate shares that name
+        globals()[name] = value
+    return value

@@ -1,0 +1,227 @@
+"""The command line. torch is imported only once a command is known to be worth it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from relssl import __version__
+from relssl.config import VIEWS, Config, resolve, to_yaml
+from relssl.errors import ConfigError, RelsslError
+from relssl.schema import leaves, nearest_word
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit code."""
+    parser, verbs = build_parser()
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and not argv[0].startswith("-") and argv[0] not in verbs:
+        print(f"relssl: unknown command {argv[0]!r}; the nearest is {nearest_word(argv[0], verbs)}", file=sys.stderr)
+        return 2
+    args, unknown = parser.parse_known_args(argv)
+    try:
+        overrides = _overrides(args, unknown)
+        if overrides and args.verb not in ("pretrain", "validate"):
+            raise ConfigError(*(f"--{name}: unknown option of relssl {args.verb}" for name in overrides))
+        answer = args.run(args, overrides)
+    except RelsslError as error:
+        if args.debug:
+            traceback.print_exc()
+        for line in str(error).splitlines():
+            print(f"relssl: {line}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("relssl: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output has left; there is nobody to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        if args.debug:
+            raise
+        print(f"relssl: a bug: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}; --debug shows where", file=sys.stderr)
+        return 1
+    if args.json and answer is not None:
+        print(json.dumps(answer))
+    return 0
+
+
+def build_parser() -> tuple[argparse.ArgumentParser, list[str]]:
+    """The parser and the names of its commands."""
+    parser = argparse.ArgumentParser(prog="relssl", description="Pretrain image backbones on unlabelled images with ReSSL.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"relssl {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="COMMAND")
+
+    def verb(name: str, run: Any, help: str) -> argparse.ArgumentParser:
+        made = verbs.add_parser(name, help=help, description=help, allow_abbrev=False)
+        made.set_defaults(run=run)
+        made.add_argument("--json", action="store_true", help="end standard output with one JSON object of the results")
+        made.add_argument("--debug", action="store_true", help="show a traceback with an error")
+        return made
+
+    made = verb("pretrain", _pretrain, "pretrain a backbone on images")
+    _add_settings(made)
+    made = verb("resume", _resume, "go on with a run exactly where it was saved")
+    made.add_argument("run_folder", metavar="RUN")
+    made.add_argument("--checkpoint", help="name of an older checkpoint to go on from")
+    made = verb("evaluate", _evaluate, "measure what a backbone learned")
+    made.add_argument("source", metavar="RUN|WEIGHTS", help="run folder or exported .safetensors")
+    made.add_argument("data", metavar="DATA", nargs="?", help="labelled data; default: the run's own")
+    made.add_argument("--protocol", default="knn", help="knn: weighted, k=200 T=0.1 and k=20 T=0.07")
+    made.add_argument("--images", type=int, help="at most this many images on each side")
+    made = verb("embed", _embed, "write the features of images to a file")
+    made.add_argument("source", metavar="RUN|WEIGHTS", help="run folder or exported .safetensors")
+    made.add_argument("data", metavar="DATA")
+    made.add_argument("--out", required=True, help="target .npz or .csv")
+    made.add_argument("--network", default="student", choices=("student", "teacher"))
+    made.add_argument("--split", default="train", choices=("train", "bank", "test"))
+    for made in (verbs.choices["evaluate"], verbs.choices["embed"]):
+        made.add_argument("--data_root", help="where named data sets lie")
+        made.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
+    made = verb("export", _export, "write a run's backbone for other programs")
+    made.add_argument("run_folder", metavar="RUN")
+    made.add_argument("--format", default="safetensors", help="safetensors, with timm's names")
+    made.add_argument("--network", default="student", choices=("student", "teacher"))
+    made.add_argument("--out", help="target file; default: in RUN/export")
+    verb("recipes", _recipes, "list the recipes and where their settings come from")
+    made = verb("validate", _validate, "check settings without running anything")
+    made.add_argument("--show", action="store_true", help="print all settings as YAML")
+    _add_settings(made)
+    return parser, list(verbs.choices)
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    """Every setting as an option; values are read and checked later, together, so that all faults are told at once."""
+    parser.add_argument("data", metavar="DATA", nargs="?", help="name of a data set, folder of images or list file (default: digits)")
+    parser.add_argument("--config", metavar="FILE", help="YAML file of settings")
+    groups: dict[str, Any] = {}
+    shorthand = {"views.weak": None, "views.strong": None}
+    for name, (_, field) in leaves(Config).items():
+        section = name.rpartition(".")[0]
+        group = groups.setdefault(section, parser.add_argument_group(section or "run"))
+        if section in shorthand and shorthand.pop(section, "") is None:
+            group.add_argument(f"--{section}", metavar="NAME", help=f"view recipe: {', '.join(VIEWS)}")
+        if name != "data":
+            default = f"(default: {field.default})" if not callable(field.default_factory) else ""
+            text = f"{field.metadata['help']} {default}".replace("%", "%%")
+            group.add_argument(f"--{name}", metavar="VALUE", help=text)
+
+
+def _overrides(args: argparse.Namespace, unknown: list[str]) -> dict[str, Any]:
+    """The settings given on the command line as {dotted name: text}, unknown ones among them."""
+    known = set(leaves(Config)) | {"views.weak", "views.strong"}
+    given = {}
+    if args.verb in ("pretrain", "validate"):
+        given = {name: value for name, value in vars(args).items() if name in known and value is not None}
+    words = iter(unknown)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not word.startswith("--"):
+            raise ConfigError(f"{word!r}: not expected here; settings are given as --name value")
+        given[name[2:]] = value if equals else next(words, "")
+    # `--views.strong NAME` beside `--views.strong.blur 0`: both speak of one section.
+    for section in ("views.weak", "views.strong"):
+        if section in given:
+            given[f"{section}.name"] = given.pop(section)
+    return given
+
+
+def _launched(overrides: dict[str, Any]) -> dict[str, Any]:
+    """Under torchrun the launcher has already decided how many processes there are."""
+    local, world = os.environ.get("LOCAL_WORLD_SIZE"), os.environ.get("WORLD_SIZE")
+    if local and world:
+        overrides.setdefault("engine.devices", local)
+        overrides.setdefault("engine.nodes", str(int(world) // int(local)))
+    return overrides
+
+
+def _pretrain(args: argparse.Namespace, overrides: dict[str, Any]) -> Any:
+    from relssl.data.files import exists
+    from relssl.train.folder import default_folder, refuse_used
+
+    settings = resolve(_launched(overrides), args.config)
+    exists(settings.data, settings.data_root)
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        refuse_used(Path(settings.out or default_folder(settings)))
+    from relssl.train.pretrain import pretrain
+
+    return _tell(pretrain(settings=settings), args.json)
+
+
+def _resume(args: argparse.Namespace, _: dict[str, Any]) -> Any:
+    from relssl.train.pretrain import resume
+
+    return _tell(resume(args.run_folder, checkpoint=args.checkpoint), args.json)
+
+
+def _tell(result: Any, as_json: bool) -> Any:
+    from relssl.report.summary import facts, show
+    from relssl.weights.runs import load_run
+
+    if result is None:
+        return None
+    if not as_json:
+        config = load_run(result.folder).config
+        show(result, config.method.memory_size, config.encoder.dim)
+    return facts(result)
+
+
+def _evaluate(args: argparse.Namespace, _: dict[str, Any]) -> Any:
+    from relssl.evaluate.protocol import evaluate
+
+    found = evaluate(
+        args.source, args.data, protocol=args.protocol, data_root=args.data_root, images=args.images, device=args.device
+    )
+    for network, scores in found["results"].items():
+        for setting, figures in scores.items():
+            if setting != "card" and not args.json:
+                print(f"{network:8} {setting:12} " + "  ".join(f"{name} {value:.2f}" for name, value in figures.items()))
+    return found
+
+
+def _embed(args: argparse.Namespace, _: dict[str, Any]) -> Any:
+    from relssl.evaluate.protocol import embed
+
+    found = embed(
+        args.source, args.data, args.out, network=args.network, split=args.split, data_root=args.data_root, device=args.device
+    )
+    if not args.json:
+        print(f"{found['images']} features of dimension {found['dim']} in {found['out']}; {len(found['bad'])} images could not be read")
+    return found
+
+
+def _export(args: argparse.Namespace, _: dict[str, Any]) -> Any:
+    from relssl.weights.export import export, timm_lines
+    from relssl.weights.runs import load_run
+
+    target = export(args.run_folder, format=args.format, network=args.network, out=args.out)
+    if not args.json:
+        print(f"{target}\n\nLoad it with timm:\n")
+        print("\n".join("    " + line for line in timm_lines(load_run(args.run_folder).config, str(target))))
+    return {"out": str(target), "format": args.format, "network": args.network}
+
+
+def _recipes(args: argparse.Namespace, _: dict[str, Any]) -> Any:
+    from relssl.recipes import listing
+
+    found = listing()
+    if not args.json:
+        for recipe in found:
+            print(f"{recipe.name:14} {recipe.about}\n{'':14} source: {recipe.source}")
+    return [vars(recipe) for recipe in found]
+
+
+def _validate(args: argparse.Namespace, overrides: dict[str, Any]) -> Any:
+    settings = resolve(overrides, args.config)
+    if args.show and not args.json:
+        print(to_yaml(settings), end="")
+    elif not args.json:
+        print(f"valid: recipe {settings.recipe}, {settings.backbone} on {settings.data}, {settings.epochs} epochs of batch {settings.batch_size}")
+    return {"valid": True, "recipe": settings.recipe}

@@ -1,0 +1,326 @@
+"""Every setting of a run, with its help, range and default; read by all modules, imports no torch.
+
+`resolve()` puts a run's settings together: defaults, then the recipe, then a config file, then what the caller overrides.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from relssl import recipes
+from relssl.errors import ConfigError
+from relssl.schema import build, merge, nest, read_yaml, setting
+
+# The view recipes by name. `weak`, `contrastive` and `strong` are the official code's target, MoCo v2 and strong
+# augmentations (NIPS paper, section 4; the RandAugment pool is FixMatch's). The digit views move the digit instead of the
+# colours, which handwriting has none of.
+VIEWS: dict[str, dict[str, Any]] = {
+    "weak": {"scale": (0.2, 1.0), "flip": 0.5},
+    "contrastive": {
+        "scale": (0.2, 1.0),
+        "flip": 0.5,
+        "jitter": 0.8,
+        "brightness": 0.4,
+        "contrast": 0.4,
+        "saturation": 0.4,
+        "hue": 0.1,
+        "grey": 0.2,
+        "blur": 0.5,
+    },
+    "strong": {
+        "scale": (0.08, 1.0),
+        "flip": 0.5,
+        "jitter": 0.8,
+        "brightness": 0.8,
+        "contrast": 0.8,
+        "saturation": 0.8,
+        "hue": 0.2,
+        "grey": 0.2,
+        "blur": 0.5,
+        "randaugment": 5,
+    },
+    "digit-weak": {"affine": 1.0, "degrees": 5.0, "translate": 0.05, "zoom": (0.9, 1.1)},
+    "digit-strong": {
+        "affine": 1.0,
+        "degrees": 20.0,
+        "translate": 0.15,
+        "zoom": (0.7, 1.3),
+        "jitter": 0.8,
+        "brightness": 0.4,
+        "contrast": 0.4,
+        "blur": 0.3,
+        "blur_sigma": (0.1, 1.0),
+    },
+}
+
+
+@dataclass(frozen=True)
+class ViewConfig:
+    """How one random view of an image is drawn; operations apply in the order of these fields."""
+
+    name: str = setting("weak", "named view recipe the other keys start from", choices=tuple(VIEWS))
+    size: int = setting(32, "side of the view in pixels", ge=4, le=2048)
+    scale: tuple[float, float] | None = setting(None, "share of the image's area that the random crop keeps", gt=0, le=1)
+    ratio: tuple[float, float] = setting((0.75, 4 / 3), "aspect ratio of the random crop, width by height", gt=0)
+    affine: float = setting(0.0, "probability of a random rotation, shift and zoom", ge=0, le=1)
+    degrees: float = setting(0.0, "largest rotation either way, in degrees", ge=0, le=180)
+    translate: float = setting(0.0, "largest shift either way, as a share of the side", ge=0, le=1)
+    zoom: tuple[float, float] = setting((1.0, 1.0), "range of the zoom factor", gt=0, le=10)
+    flip: float = setting(0.0, "probability of a horizontal flip", ge=0, le=1)
+    jitter: float = setting(0.0, "probability of colour jitter", ge=0, le=1)
+    brightness: float = setting(0.0, "colour jitter: brightness factor within 1 +- this", ge=0, le=1)
+    contrast: float = setting(0.0, "colour jitter: contrast factor within 1 +- this", ge=0, le=1)
+    saturation: float = setting(0.0, "colour jitter: saturation factor within 1 +- this", ge=0, le=1)
+    hue: float = setting(0.0, "colour jitter: hue shift within +- this share of the circle", ge=0, le=0.5)
+    grey: float = setting(0.0, "probability of turning grey", ge=0, le=1)
+    blur: float = setting(0.0, "probability of Gaussian blur", ge=0, le=1)
+    blur_sigma: tuple[float, float] = setting((0.1, 2.0), "range of the blur's standard deviation, in pixels", gt=0, le=16)
+    randaugment: int = setting(0, "RandAugment operations drawn (FixMatch pool), each applied with probability 0.5", ge=0, le=14)
+
+
+@dataclass(frozen=True)
+class ViewsConfig:
+    """What the teacher and the student see."""
+
+    weak: ViewConfig = setting(ViewConfig(), "the teacher's view")
+    strong: ViewConfig = setting(ViewConfig(), "the student's views")
+    crops: tuple[tuple[int, float, float], ...] = setting(
+        (), "student crops as [size, min scale, max scale], one view each; empty: one view as `strong` says", gt=0, le=2048
+    )
+    mean: tuple[float, float, float] | None = setting(None, "channel means in 0..1; null: those of the data set", ge=0, le=1)
+    margin: float | None = setting(
+        None, "plain view: shorter side before the centre crop, in sizes; null: 1 for sets in memory, 256/224 for files", ge=1, le=4
+    )
+    std: tuple[float, float, float] | None = setting(None, "channel deviations in 0..1; null: those of the data set", gt=0, le=1)
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """The network around the backbone."""
+
+    stem: str = setting(
+        "standard",
+        "first layers: the backbone's own, or a 3x3 convolution of stride 1 without or with the max-pool",
+        choices=("standard", "small", "small-pool"),
+    )
+    projector_hidden: int = setting(2048, "hidden width of the projector", ge=1, le=65536)
+    dim: int = setting(128, "dimension D of the embeddings", ge=2, le=65536)
+    projector_norm: str = setting("none", "normalisation of the projector's hidden layer", choices=("none", "batch"))
+    predictor: str = setting(
+        "none",
+        "the student's asymmetric head (TPAMI): none (NIPS), mlp, or residual, which starts as the identity",
+        choices=("none", "mlp", "residual"),
+    )
+    predictor_hidden: int = setting(512, "hidden width of the predictor", ge=1, le=65536)
+    predictor_norm: str = setting("batch", "normalisation of the predictor's hidden layer", choices=("none", "batch"))
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """ReSSL itself."""
+
+    memory_size: int = setting(4096, "past teacher embeddings K that relations are taken to", ge=2, le=1 << 24)
+    student_temperature: float = setting(0.1, "softmax temperature of the student's relation", gt=0, le=10)
+    teacher_temperature: float = setting(0.04, "softmax temperature of the teacher's relation; lower is sharper", gt=0, le=10)
+    teacher_temperature_start: float | None = setting(None, "teacher temperature at step 0, null: constant", gt=0, le=10)
+    teacher_temperature_epochs: float = setting(0.0, "epochs from the start temperature to the final one, linearly", ge=0)
+    teacher_momentum: float = setting(0.99, "momentum m of the teacher's moving average", ge=0, le=1)
+    teacher_momentum_end: float | None = setting(None, "momentum at the last step, reached on a cosine; null: constant", ge=0, le=1)
+    warmup: str = setting(
+        "none", "how the InfoNCE share of the loss falls from 1 to 0", choices=("none", "hard", "linear", "cosine")
+    )
+    warmup_epochs: float = setting(0.0, "epochs over which the InfoNCE share falls", ge=0)
+    info_nce_temperature: float = setting(0.1, "temperature of the InfoNCE loss", gt=0, le=10)
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Stochastic gradient descent with a linear warm-up and a cosine to zero, per step."""
+
+    lr: float = setting(0.06, "learning rate at its peak, for the whole batch as it is", gt=0, le=1000)
+    momentum: float = setting(0.9, "momentum of SGD", ge=0, lt=1)
+    weight_decay: float = setting(5e-4, "weight decay", ge=0, le=1)
+    decay: str = setting(
+        "all",
+        "what decays: all parameters (the papers' small sets), weights (all but norms and biases, by module type), "
+        "or official (the ImageNet code's rule by name, which lets downsampling norms decay)",
+        choices=("all", "weights", "official"),
+    )
+    warmup_epochs: float = setting(5.0, "epochs over which the learning rate rises from 0", ge=0)
+    clip: float | None = setting(None, "largest gradient norm; null: no clipping", gt=0)
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Devices and precision."""
+
+    device: str = setting("auto", "where to run", choices=("auto", "cpu", "cuda", "mps"))
+    devices: int = setting(1, "processes on this machine, one a device; the batch is shared out among them", ge=1, le=1024)
+    nodes: int = setting(1, "machines", ge=1, le=4096)
+    precision: str = setting("auto", "auto: bf16 where the hardware is fast at it, else fp32", choices=("auto", "fp32", "bf16"))
+    threads: int | None = setting(None, "CPU threads a process; null: all cores shared out", ge=1, le=1024)
+    deterministic: bool = setting(False, "refuse GPU kernels whose result varies from run to run")
+    timeout: float = setting(600.0, "seconds a rank waits for the others", gt=0)
+
+
+@dataclass(frozen=True)
+class LoaderConfig:
+    """How images reach the networks."""
+
+    path: str = setting(
+        "auto",
+        "resident: uint8 images on the device, views made in batches; files: decoded and viewed in workers",
+        choices=("auto", "resident", "files"),
+    )
+    workers: int | None = setting(None, "loader processes of the files path; null: the cores beyond the first", ge=0, le=1024)
+    prefetch: int = setting(2, "batches each worker prepares ahead", ge=1, le=64)
+    max_bad_fraction: float = setting(0.1, "stop when more than this share of the images cannot be read", ge=0, le=1)
+    max_pixels: int = setting(89_000_000, "images with more pixels than this are skipped", ge=1)
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What is measured while training."""
+
+    every: int = setting(10, "steps between rows of metrics.jsonl", ge=1)
+    knn_every: int = setting(10, "epochs between online kNN evaluations, when labels exist; 0: never", ge=0)
+    knn_images: int | None = setting(None, "at most this many images on each side of the online kNN; null: all", ge=1)
+    tensorboard: bool = setting(True, "write TensorBoard event files")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When the state is saved."""
+
+    every: int = setting(1, "epochs between checkpoints", ge=1)
+    every_steps: int | None = setting(None, "steps between further checkpoints; null: none", ge=1)
+    keep: int = setting(2, "newest checkpoints that are kept", ge=2, le=1000)
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run."""
+
+    data: str = setting("digits", "name of a data set, folder of images, or list file")
+    recipe: str | None = setting(None, "named recipe or recipe file; null: the one named after the data, else `folder`")
+    data_root: str | None = setting(None, "where named data sets lie; null: $RELSSL_DATA, else ~/.cache/relssl")
+    out: str | None = setting(None, "run folder; null: runs/RECIPE-SEED")
+    backbone: str = setting("resnet18", "timm name of the network")
+    backbone_args: dict[str, Any] = setting({}, "arguments for timm.create_model, as {name: value}")
+    epochs: int = setting(200, "passes over the images", ge=1)
+    batch_size: int = setting(256, "images an optimizer step, over all devices and accumulated parts", ge=2)
+    accumulate: int = setting(1, "equal parts a batch is computed in, one after another", ge=1)
+    seed: int = setting(0, "seed of the weights, the memory, the order and the views", ge=0)
+    max_images: int | None = setting(None, "train on this many images, chosen by the seed; null: all", ge=1)
+    time_limit: float | None = setting(None, "minutes after which the run saves and stops with exit code 75", gt=0)
+    views: ViewsConfig = setting(ViewsConfig(), "views")
+    encoder: EncoderConfig = setting(EncoderConfig(), "encoder")
+    method: MethodConfig = setting(MethodConfig(), "method")
+    optimizer: OptimizerConfig = setting(OptimizerConfig(), "optimizer")
+    engine: EngineConfig = setting(EngineConfig(), "engine")
+    loader: LoaderConfig = setting(LoaderConfig(), "loader")
+    log: LogConfig = setting(LogConfig(), "log")
+    checkpoint: CheckpointConfig = setting(CheckpointConfig(), "checkpoint")
+
+    @property
+    def strong_views(self) -> tuple[ViewConfig, ...]:
+        """The student's views, one each; a single crop is a list of one."""
+        if not self.views.crops:
+            return (self.views.strong,)
+        return tuple(dataclasses.replace(self.views.strong, size=s, scale=(lo, hi)) for s, lo, hi in self.views.crops)
+
+
+def resolve(overrides: Mapping[str, Any], config_file: str | Path | None = None) -> Config:
+    """The settings of a run from dotted or nested `overrides` and an optional YAML file.
+
+    Raises:
+        ConfigError: with one line for every fault found.
+    """
+    over = _spell_views(nest(overrides))
+    if config_file is not None:
+        over = merge(_spell_views(read_yaml(Path(config_file))), over)
+    name = str(over.get("recipe") or recipes.for_data(str(over.get("data", "digits"))))
+    return from_mapping(merge(merge(_spell_views(recipes.read(name)), over), {"recipe": name}))
+
+
+def from_mapping(raw: Mapping[str, Any]) -> Config:
+    """A checked Config of a nested mapping, such as a run's config.yaml."""
+    config: Config = build(Config, _expand_views(merge(_VIEWS_DEFAULT, _spell_views(raw))))
+    faults = check(config)
+    if faults:
+        raise ConfigError(*faults)
+    return config
+
+
+_VIEWS_DEFAULT = {"views": {"weak": {"name": "weak"}, "strong": {"name": "contrastive"}}}
+
+
+def _spell_views(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """`strong: contrastive` is short for `strong: {name: contrastive}`; spelled out, later layers can merge into it."""
+    views = raw.get("views")
+    if not isinstance(views, Mapping):
+        return dict(raw)
+    spelled = {side: {"name": view} if isinstance(view, str) and side in ("weak", "strong") else view for side, view in views.items()}
+    return {**raw, "views": spelled}
+
+
+def _expand_views(raw: dict[str, Any]) -> dict[str, Any]:
+    """Put the named view recipes under the keys that were given."""
+    views = raw["views"]
+    if not isinstance(views, Mapping):
+        return raw
+    expanded = {
+        side: merge(VIEWS.get(str(view.get("name")), {}), view) if side in ("weak", "strong") and isinstance(view, Mapping) else view
+        for side, view in views.items()
+    }
+    return {**raw, "views": expanded}
+
+
+def check(config: Config) -> list[str]:
+    """The faults that lie between settings, one line each."""
+    method, faults = config.method, []
+    if method.teacher_temperature >= method.student_temperature:
+        faults.append(
+            f"method.teacher_temperature: {method.teacher_temperature:g} must be below method.student_temperature "
+            f"({method.student_temperature:g}), or the teacher's relation is not sharper and training collapses"
+        )
+    if config.batch_size % (config.accumulate * config.engine.devices * config.engine.nodes):
+        faults.append(
+            f"batch_size: {config.batch_size} must divide into accumulate x devices x nodes = "
+            f"{config.accumulate} x {config.engine.devices} x {config.engine.nodes} equal parts"
+        )
+    elif config.batch_size // (config.accumulate * config.engine.devices * config.engine.nodes) < 2:
+        faults.append(f"batch_size: {config.batch_size} leaves one image a part, too few for batch normalisation; raise it")
+    if method.memory_size < config.batch_size:
+        faults.append(f"method.memory_size: {method.memory_size} must be at least batch_size ({config.batch_size})")
+    if method.warmup != "none" and method.warmup_epochs == 0:
+        faults.append(f"method.warmup_epochs: must be above 0 with method.warmup {method.warmup}")
+    for name, value in (("optimizer", config.optimizer.warmup_epochs), ("method", method.warmup_epochs)):
+        if value > config.epochs:
+            faults.append(f"{name}.warmup_epochs: {value:g} must not exceed epochs ({config.epochs})")
+    for side in ("weak", "strong"):
+        view: ViewConfig = getattr(config.views, side)
+        for key in ("scale", "ratio", "zoom", "blur_sigma"):
+            bounds = getattr(view, key)
+            if bounds is not None and bounds[0] > bounds[1]:
+                faults.append(f"views.{side}.{key}: the first bound must not exceed the second, got {list(bounds)}")
+    for size, low, high in config.views.crops:
+        if low > high or high > 1:
+            faults.append(f"views.crops: scales must rise and end at 1 at most, got [{size}, {low:g}, {high:g}]")
+    return faults
+
+
+def to_yaml(config: Config) -> str:
+    """The whole configuration as YAML that `from_mapping(read_yaml(...))` reads back to an equal Config."""
+    plain = dataclasses.asdict(config, dict_factory=lambda items: {k: _plain(v) for k, v in items})
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=120, default_flow_style=None)
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,191 @@
+"""Views of a whole uint8 batch at once, on its device, each sample with its own parameters; the fast path for images in memory.
+
+Every operation equals torchvision's functional one on float tensors with the same parameters (the blur equals the paper's
+Gaussian), so a batched view differs from `single`'s view of the same sample by what 8 bits round off. Parameters live on the
+host: which samples an operation touches is decided there, and nothing waits for the device. All in fp32, also under autocast;
+only TF32, where the caller has switched it on, reaches the matrix products of crop and blur (a quarter of an 8-bit level).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from relssl.config import ViewConfig
+from relssl.data import randaugment
+from relssl.data.draws import CONTRAST, HUE, SATURATION, Bools, Draws, Floats, Ints
+
+
+@torch.no_grad()
+def apply(images: Tensor, view: ViewConfig, draws: Draws) -> Tensor:
+    """Apply `draws`, drawn for `view` and these images' size, in the order of ViewConfig's fields.
+
+    Args:
+        images: [B,3,H,W] uint8, or float in 0..1.
+        view: the view's settings; S is its size.
+        draws: the parameters, one row an image.
+
+    Returns:
+        fp32 [B,3,S,S] in 0..1 on the images' device, in memory of its own.
+    """
+    if len(images) != len(draws):
+        raise ValueError(f"images and draws must have one row a sample, got {len(images)} and {len(draws)}")
+    with torch.autocast(images.device.type, enabled=False):
+        # The flip costs nothing inside the crop's or the affine's own resampling.
+        moves = view.affine > 0
+        x = _crop(images, view, draws, None if moves else draws.flip)
+        if moves:
+            x = _affine(x, draws)
+        if view.jitter:
+            x = _on(x, draws.jitter, lambda part, rows: _jitter(part, view, draws.take(rows)))
+        if view.grey:
+            x = _on(x, draws.grey, lambda part, rows: _luma(part).expand_as(part))
+        if view.blur:
+            radius = math.ceil(4 * view.blur_sigma[1])
+            x = _on(x, draws.sigma > 0, lambda part, rows: _blur(part, draws.sigma[rows], radius))
+        if view.randaugment:
+            x = randaugment.apply(x, draws)
+    return x
+
+
+def normalise(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """(x - mean) / std per channel.
+
+    Args:
+        x: [B,3,S,S], float in 0..1 or uint8 as `single.apply` makes it.
+        mean, std: of the three channels, in 0..1.
+
+    Returns:
+        fp32 [B,3,S,S].
+    """
+    scale = 255.0 if x.dtype == torch.uint8 else 1.0
+    weight = _column(1.0 / (scale * np.asarray(std)), x).view(3, 1, 1)
+    return torch.addcmul(_column(-np.asarray(mean) / np.asarray(std), x).view(3, 1, 1), x.float(), weight)
+
+
+def _column(values: npt.ArrayLike, like: Tensor) -> Tensor:
+    """Host numbers as a fp32 tensor on `like`'s device."""
+    return torch.as_tensor(np.asarray(values, dtype=np.float32)).to(like.device, non_blocking=True)
+
+
+def _on(x: Tensor, where: Bools, operation: Callable[[Tensor, Ints], Tensor]) -> Tensor:
+    """x with the rows marked on the host replaced, in place, by operation(those rows, their indices)."""
+    rows = np.flatnonzero(where)
+    if len(rows) == 0:
+        return x
+    index = torch.as_tensor(rows).to(x.device, non_blocking=True)
+    return x.index_copy_(0, index, operation(x.index_select(0, index), rows))
+
+
+def _crop(images: Tensor, view: ViewConfig, draws: Draws, flip: Bools | None) -> Tensor:
+    """Crop, resize and flip [B,3,H,W] -> [B,3,S,S]: torchvision's resized_crop (bilinear, antialiased) as two matrices."""
+    height, width = images.shape[-2:]
+    white = 255.0 if images.dtype == torch.uint8 else 1.0
+    unchanged = view.scale is None and (height, width) == (view.size, view.size)
+    if unchanged and (flip is None or not flip.any()):
+        return images.float() / white  # always a copy: what follows works in place
+    x = images.float()
+    top, left, rows, columns = draws.crop.T
+    down = _resize_weights(_column(top, x), _column(rows, x), None, height, view.size)
+    across = _resize_weights(_column(left, x), _column(columns, x), flip, width, view.size).div_(white)
+    wide = torch.bmm(x.reshape(len(x), 3 * height, width), across.transpose(1, 2))
+    return torch.matmul(down[:, None], wide.view(len(x), 3, height, view.size))
+
+
+def _resize_weights(start: Tensor, length: Tensor, flip: Bools | None, source: int, size: int) -> Tensor:
+    """[B,size,source] weights of an antialiased bilinear resize of source[start : start + length] to `size`.
+
+    Pillow's and ATen's definition: a triangle as wide as a target pixel (at least a source pixel), cut at the crop's edges and
+    normalised again.
+    """
+    scale = (length / size)[:, None, None]
+    target = torch.arange(size, device=start.device, dtype=torch.float32).expand(len(start), size)
+    if flip is not None:
+        target = torch.where(torch.as_tensor(flip).to(start.device)[:, None], size - 1 - target, target)
+    offset = torch.arange(source, device=start.device, dtype=torch.float32) - start[:, None]
+    centre = (target[:, :, None] + 0.5) * scale
+    weights = (1 - (offset[:, None] + 0.5 - centre).abs_().div_(scale.clamp(min=1.0))).clamp_(min=0)
+    weights *= ((offset >= 0) & (offset < length[:, None]))[:, None]
+    return weights.div_(weights.sum(-1, keepdim=True))
+
+
+def _affine(x: Tensor, draws: Draws) -> Tensor:
+    """Rotate, zoom and shift about the centre, black outside, then flip; [B,C,S,S]. As torchvision.transforms.functional.affine.
+
+    The matrix maps a target pixel to its source: the flip first undone, then the shift, then rotation and zoom.
+    """
+    angle = np.deg2rad(draws.angle)
+    cos, sin = np.cos(angle) / draws.zoom, np.sin(angle) / draws.zoom
+    shift_x, shift_y = draws.shift.T * 2.0 / x.shape[-1]  # affine_grid's unit is half a side
+    mirror = np.where(draws.flip, -1.0, 1.0)
+    theta = np.stack(
+        [cos * mirror, sin, -cos * shift_x - sin * shift_y, -sin * mirror, cos, sin * shift_x - cos * shift_y], axis=1
+    )
+    grid = F.affine_grid(_column(theta, x).view(-1, 2, 3), list(x.shape), align_corners=False)
+    return F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
+def _luma(x: Tensor) -> Tensor:
+    """ITU-R 601 luma [B,1,S,S] with torchvision's rounded weights."""
+    return (0.2989 * x[:, :1]).add_(x[:, 1:2], alpha=0.587).add_(x[:, 2:], alpha=0.114)
+
+
+def _jitter(x: Tensor, view: ViewConfig, draws: Draws) -> Tensor:
+    """Colour jitter, each sample in its own order: four rounds, in each of which every sample has its own operation."""
+    strengths = np.array([view.brightness, view.contrast, view.saturation, view.hue])
+    for turn in draws.order.T:
+        turn = np.where(strengths[turn] > 0, turn, -1)
+        if (blended := (turn >= 0) & (turn != HUE)).any():
+            x = _blend(x, turn, np.where(blended, draws.factors[np.arange(len(turn)), np.clip(turn, 0, 2)], 1.0))
+        x = _on(x, turn == HUE, lambda part, rows: _shift_hue(part, _column(draws.hue[rows], part)))
+    return x
+
+
+def _blend(x: Tensor, turn: Ints, factor: Floats) -> Tensor:
+    """factor * x + (1 - factor) * base, clamped, in place; base: brightness 0, contrast the mean luma, saturation the luma."""
+    grey = _luma(x)
+    mean = grey.mean(dim=(2, 3), keepdim=True)
+    rest = 1.0 - factor
+    towards_grey = _column(np.where(turn == SATURATION, rest, 0.0), x).view(-1, 1, 1, 1)
+    towards_mean = _column(np.where(turn == CONTRAST, rest, 0.0), x).view(-1, 1, 1, 1)
+    base = grey.mul_(towards_grey).add_(mean.mul_(towards_mean))
+    return x.mul_(_column(factor, x).view(-1, 1, 1, 1)).add_(base).clamp_(0.0, 1.0)
+
+
+def _shift_hue(x: Tensor, shift: Tensor) -> Tensor:
+    """Turn the hue by `shift` [B] of the circle, in HSV as torchvision's adjust_hue; x [B,3,S,S] in 0..1.
+
+    Back from hue in sixths h, value v and chroma c: channel = v - c * clamp(min(k, 4 - k), 0, 1), k = (n + h) mod 6, n = 5, 3, 1.
+    """
+    red, green, blue = x[:, :1], x[:, 1:2], x[:, 2:]
+    value = x.amax(dim=1, keepdim=True)
+    chroma = value - x.amin(dim=1, keepdim=True)
+    divisor = torch.where(chroma == 0, 1.0, chroma)
+    sixths = torch.where(
+        value == red,
+        (green - blue) / divisor,
+        torch.where(value == green, 2.0 + (blue - red) / divisor, 4.0 + (red - green) / divisor),
+    )
+    sixths += 6.0 * shift.view(-1, 1, 1, 1)
+    k = (sixths + _column([5.0, 3.0, 1.0], x).view(3, 1, 1)).remainder_(6.0)
+    return value - chroma * torch.minimum(k, 4.0 - k).clamp_(0.0, 1.0)
+
+
+def _blur(x: Tensor, sigma: Floats, radius: int) -> Tensor:
+    """Gaussian blur of each sample's own `sigma` [B], cut at `radius`, edges repeated as Pillow does; [B,C,S,S]."""
+    size = x.shape[-1]
+    offsets = torch.arange(-radius, radius + 1, device=x.device)
+    kernel = torch.exp(-0.5 * (offsets / _column(sigma, x)[:, None]) ** 2)
+    kernel /= kernel.sum(dim=1, keepdim=True)
+    # reach[d, o, j] = 1 where offset d from pixel o lands on pixel j once it is held inside the image.
+    landed = (torch.arange(size, device=x.device) + offsets[:, None]).clamp_(0, size - 1)
+    reach = (landed[:, :, None] == torch.arange(size, device=x.device)).float()
+    weights = (kernel @ reach.view(len(offsets), -1)).view(-1, size, size)
+    wide = torch.bmm(x.reshape(len(x), -1, size), weights.transpose(1, 2))
+    return torch.matmul(weights[:, None], wide.view(x.shape))

@@ -1,0 +1,196 @@
+"""The random parameters of views: a pure function of (seed, epoch, sample id, view slot); who computes a view never changes it.
+
+Both paths read the same `Draws`: `batched` applies them to tensors on the device, `single` to one PIL image. The random numbers
+come from a counter, not from a generator with a state: number `column` of a sample is hash(seed, epoch, slot, id, column). Each
+parameter owns its column, so switching one operation off leaves the draws of all others as they were. No torch here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from relssl.config import ViewConfig
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
+
+# FixMatch's RandAugment pool (Sohn et al. 2020, table 12), in the order of its usual PyTorch code; Draws.ops indexes it.
+POOL = (
+    *("autocontrast", "brightness", "color", "contrast", "equalize", "identity", "posterize"),
+    *("rotate", "sharpness", "shear_x", "shear_y", "solarize", "translate_x", "translate_y"),
+)
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+
+_ATTEMPTS = 10  # of a crop that fits, as torchvision's RandomResizedCrop
+_ORDERS = np.array(list(itertools.permutations(range(4))), dtype=np.int64)
+
+# Columns of the uniform numbers. To add a parameter, append a column before _RANDAUGMENT's or after the last: never move one.
+_CROP = 0  # area and ratio of each attempt, then top and left
+_AFFINE = _CROP + 2 * _ATTEMPTS + 2  # applied, angle, shift x, shift y, zoom
+_FLIP = _AFFINE + 5
+_JITTER = _FLIP + 1  # applied, order, brightness, contrast, saturation, hue
+_GREY = _JITTER + 6
+_BLUR = _GREY + 1  # applied, sigma
+_RANDAUGMENT = _BLUR + 2  # operation, applied, level, sign of each of n; last, because n varies
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The drawn parameters of B views of one ViewConfig, one row a sample. What is not applied holds its neutral value."""
+
+    crop: Ints  # [B,4] top, left, height, width, in pixels of the source image
+    affine: Bools  # [B]
+    angle: Floats  # [B] degrees clockwise, as torchvision.transforms.functional.affine counts them
+    shift: Ints  # [B,2] x, y in whole pixels of the view
+    zoom: Floats  # [B]
+    flip: Bools  # [B]
+    ops: Ints  # [B,n] RandAugment: index into POOL
+    ops_applied: Bools  # [B,n]
+    levels: Ints  # [B,n] RandAugment: magnitude 1..9 of 10, negative where the operation runs the other way
+    jitter: Bools  # [B]
+    order: Ints  # [B,4] permutation of BRIGHTNESS, CONTRAST, SATURATION, HUE
+    factors: Floats  # [B,3] of brightness, contrast, saturation; 1 = unchanged
+    hue: Floats  # [B] share of the circle; 0 = unchanged
+    grey: Bools  # [B]
+    sigma: Floats  # [B] of the blur, in pixels; 0 = not blurred
+
+    def __len__(self) -> int:
+        return len(self.flip)
+
+    def take(self, rows: Any) -> Draws:
+        """The draws of `rows`: an index array, a boolean mask or a slice."""
+        return Draws(*(getattr(self, field.name)[rows] for field in dataclasses.fields(self)))
+
+
+def uniforms(seed: int, epoch: int, ids: Ints, slot: int, count: int) -> Floats:
+    """Random numbers that row i gets from nothing but (seed, epoch, slot, ids[i]).
+
+    The words are absorbed one after another through splitmix64's finaliser (Steele, Lea and Flood 2014; constants: Stafford's
+    variant 13); the key so made starts a splitmix64 sequence of which column c is element c. For given other words the key is
+    a bijection of the id, so two samples never share one.
+
+    Args:
+        seed: seed of the run.
+        epoch: epoch.
+        ids: [B] int64 sample ids.
+        slot: index of the view: 0 the weak one, 1.. the strong ones.
+        count: numbers per sample; a smaller count is a prefix of a larger one.
+
+    Returns:
+        [B, count] float64 in [0, 1), with 53 random bits.
+    """
+    key = np.zeros(1, dtype=np.uint64)
+    for word in (seed, epoch, slot):
+        key = _mix(key + np.array([word & 0xFFFFFFFFFFFFFFFF], dtype=np.uint64) + _GOLDEN)
+    key = _mix(key + np.asarray(ids, dtype=np.int64).view(np.uint64) + _GOLDEN)
+    steps = np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN
+    bits = _mix(key[:, None] + steps)
+    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _mix(z: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """splitmix64's finaliser: a bijection of 64 bits whose every output bit depends on every input bit. Arrays wrap silently."""
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def draw(view: ViewConfig, seed: int, epoch: int, ids: Ints, slot: int, sizes: Ints | tuple[int, int]) -> Draws:
+    """Draw the parameters of one view of each sample.
+
+    Args:
+        view: what may be drawn.
+        seed, epoch, ids, slot: what the draws depend on, see `uniforms`.
+        sizes: height and width of the source images, (H, W) for all or [B,2].
+
+    Returns:
+        B rows of parameters.
+    """
+    ids = np.asarray(ids, dtype=np.int64)
+    u = uniforms(seed, epoch, ids, slot, _RANDAUGMENT + 4 * view.randaugment)
+    height, width = np.broadcast_to(np.asarray(sizes, dtype=np.int64), (len(ids), 2)).T
+    sigma = _between(u[:, _BLUR + 1], *view.blur_sigma)
+    return Draws(
+        crop=_crop(view, u[:, _CROP:_AFFINE], height, width),
+        **_affine(view, u[:, _AFFINE:_FLIP]),
+        flip=u[:, _FLIP] < view.flip,
+        **_randaugment(u[:, _RANDAUGMENT:].reshape(len(ids), view.randaugment, 4)),
+        **_jitter(view, u[:, _JITTER:_GREY]),
+        grey=u[:, _GREY] < view.grey,
+        sigma=np.where(u[:, _BLUR] < view.blur, sigma, 0.0),
+    )
+
+
+def _between(u: Floats, low: float | Floats, high: float | Floats) -> Floats:
+    return low + (high - low) * u
+
+
+def _crop(view: ViewConfig, u: Floats, height: Ints, width: Ints) -> Ints:
+    """[B,4] boxes with the distribution of torchvision's RandomResizedCrop.get_params; the whole image without a scale."""
+    if view.scale is None:
+        return np.stack([np.zeros_like(height), np.zeros_like(width), height, width], axis=1)
+    area = (height * width)[:, None] * _between(u[:, : 2 * _ATTEMPTS : 2], *view.scale)
+    ratio = np.exp(_between(u[:, 1 : 2 * _ATTEMPTS : 2], *np.log(view.ratio)))
+    widths, heights = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
+    fits = (widths > 0) & (widths <= width[:, None]) & (heights > 0) & (heights <= height[:, None])
+    rows, first, found = np.arange(len(u)), fits.argmax(axis=1), fits.any(axis=1)
+    central_h, central_w = _central(view, height, width)
+    h = np.where(found, heights[rows, first], central_h).astype(np.int64)
+    w = np.where(found, widths[rows, first], central_w).astype(np.int64)
+    top = np.where(found, u[:, -2] * (height - h + 1), (height - h) // 2).astype(np.int64)
+    left = np.where(found, u[:, -1] * (width - w + 1), (width - w) // 2).astype(np.int64)
+    return np.stack([top, left, h, w], axis=1)
+
+
+def _central(view: ViewConfig, height: Ints, width: Ints) -> tuple[Floats, Floats]:
+    """Height and width of torchvision's fallback when no attempt fits: the largest central crop of an allowed ratio."""
+    narrow, wide = width / height < view.ratio[0], width / height > view.ratio[1]
+    return (
+        np.where(narrow, np.rint(width / view.ratio[0]), height),
+        np.where(wide, np.rint(height * view.ratio[1]), width),
+    )
+
+
+def _affine(view: ViewConfig, u: Floats) -> dict[str, Any]:
+    """As torchvision's RandomAffine: angle and zoom uniform, shift uniform and then rounded to whole pixels."""
+    applied = u[:, 0] < view.affine
+    reach = view.translate * view.size
+    return {
+        "affine": applied,
+        "angle": np.where(applied, _between(u[:, 1], -view.degrees, view.degrees), 0.0),
+        "shift": np.where(applied[:, None], np.rint(_between(u[:, 2:4], -reach, reach)), 0).astype(np.int64),
+        "zoom": np.where(applied, _between(u[:, 4], *view.zoom), 1.0),
+    }
+
+
+def _jitter(view: ViewConfig, u: Floats) -> dict[str, Any]:
+    """As torchvision's ColorJitter: factors uniform in [max(0, 1 - b), 1 + b], hue in [-h, h], applied in a random order."""
+    applied = u[:, 0] < view.jitter
+    widths = np.array([view.brightness, view.contrast, view.saturation])
+    factors = _between(u[:, 2:5], np.maximum(0.0, 1.0 - widths), 1.0 + widths)
+    return {
+        "jitter": applied,
+        "order": _ORDERS[(u[:, 1] * len(_ORDERS)).astype(np.int64)],
+        "factors": np.where(applied[:, None], factors, 1.0),
+        "hue": np.where(applied, _between(u[:, 5], -view.hue, view.hue), 0.0),
+    }
+
+
+def _randaugment(u: Floats) -> dict[str, Any]:
+    """FixMatch's RandAugment with m = 10, u [B,n,4]: operations drawn with replacement, each applied with probability 0.5 at a
+    level 1..9 (np.random.randint(1, 10)) and, where it has a direction, either way alike."""
+    level = 1 + (9 * u[..., 2]).astype(np.int64)
+    return {
+        "ops": (len(POOL) * u[..., 0]).astype(np.int64),
+        "ops_applied": u[..., 1] < 0.5,
+        "levels": np.where(u[..., 3] < 0.5, -level, level),
+    }

@@ -1,0 +1,263 @@
+"""From images to the batches of views that a step needs, in an order that depends on the seed and the step alone."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from relssl.config import Config
+from relssl.data import batched, single
+from relssl.data.decode import BadImage, decode
+from relssl.data.draws import draw, uniforms
+from relssl.data.sources import Images
+from relssl.errors import ConfigError, DataError
+
+# Draws of the order use a slot of their own, far from those of views.
+_ORDER_SLOT = 1 << 20
+_TRIES = 100
+
+
+@dataclass
+class Batch:
+    """One part of a step on this rank.
+
+    Attributes:
+        ids: [B] int64, the samples' positions in the data set.
+        weak: [B, 3, H, W] the teacher's view, normalised, on the device.
+        strong: the student's views, each [B, 3, h, w].
+        bad: (file, reason) of images that could not be read and were replaced.
+    """
+
+    ids: Tensor
+    weak: Tensor
+    strong: list[Tensor]
+    bad: list[tuple[str, str]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which samples each step, part and rank sees.
+
+    A step's batch is cut into parts, each part into the ranks' shares, so that parts and ranks joined in order give back
+    the batch: one process, many and accumulation fill the memory alike. Images beyond the last full batch sit out an
+    epoch.
+    """
+
+    count: int
+    batch_size: int
+    parts: int = 1
+    rank: int = 0
+    world: int = 1
+    seed: int = 0
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Full batches in the data."""
+        return self.count // self.batch_size
+
+    @property
+    def share(self) -> int:
+        """Images of one part on one rank."""
+        return self.batch_size // (self.parts * self.world)
+
+    def order(self, epoch: int) -> np.ndarray:
+        """The epoch's permutation of the samples, [count] int64."""
+        keys = uniforms(self.seed, epoch, np.arange(self.count), _ORDER_SLOT, 1)[:, 0]
+        return np.argsort(keys, kind="stable")
+
+    def steps(self, start: int, stop: int) -> Iterator[tuple[int, list[np.ndarray]]]:
+        """(epoch, this rank's sample positions for each part) of the steps from `start` to `stop`."""
+        order, current = np.empty(0, np.int64), -1
+        for step in range(start, stop):
+            epoch, within = divmod(step, self.steps_per_epoch)
+            if epoch != current:
+                order, current = self.order(epoch), epoch
+            batch = order[within * self.batch_size : (within + 1) * self.batch_size]
+            yield epoch, list(batch.reshape(self.parts, self.world, self.share)[:, self.rank])
+
+
+class Resident:
+    """Images held as uint8 on the device, views made there in batches, without workers."""
+
+    def __init__(self, images: Images, config: Config, plan: Plan, device: torch.device) -> None:
+        assert images.pixels is not None
+        self.plan, self.config, self.device = plan, config, device
+        self.pixels = images.pixels.to(device)
+        self.views = [config.views.weak, *config.strong_views]
+
+    def stream(self, start: int, stop: int) -> Iterator[list[Batch]]:
+        """The parts of each step."""
+        for epoch, parts in self.plan.steps(start, stop):
+            yield [self._batch(epoch, rows) for rows in parts]
+
+    def _batch(self, epoch: int, rows: np.ndarray) -> Batch:
+        ids = torch.from_numpy(rows).to(self.device)
+        images = self.pixels[ids]
+        size, made = images.shape[-2:], []
+        for slot, view in enumerate(self.views):
+            draws = draw(view, self.plan.seed, epoch, rows, slot, (int(size[0]), int(size[1])))
+            made.append(standardise(batched.apply(images, view, draws), self.config))
+        return Batch(ids, made[0], made[1:])
+
+
+class FromFiles:
+    """Images decoded once each and viewed in loader workers; uint8 travels to the device and is normalised there."""
+
+    def __init__(self, images: Images, config: Config, plan: Plan, device: torch.device) -> None:
+        self.images, self.config, self.plan, self.device = images, config, plan, device
+
+    def stream(self, start: int, stop: int) -> Iterator[list[Batch]]:
+        """The parts of each step; one set of workers serves the whole run."""
+        workers = loader_workers(self.config)
+        loader = DataLoader(
+            _Views(self.images, self.config),
+            batch_sampler=_Requests(self.plan, start, stop),
+            num_workers=workers,
+            collate_fn=_collate,
+            worker_init_fn=reset_signals,
+            prefetch_factor=self.config.loader.prefetch if workers else None,
+            pin_memory=self.device.type == "cuda",
+        )
+        parts: list[Batch] = []
+        for ids, views, bad in _watch(loader):
+            moved = [standardise(view.to(self.device, non_blocking=True), self.config) for view in views]
+            parts.append(Batch(ids.to(self.device), moved[0], moved[1:], bad))
+            if len(parts) == self.plan.parts:
+                yield parts
+                parts = []
+
+
+def loader_workers(config: Config) -> int:
+    """Loader processes of the files path."""
+    return max(1, torch.get_num_threads() - 1) if config.loader.workers is None else config.loader.workers
+
+
+def reset_signals(worker: int) -> None:
+    """Workers end when their loader says so: Ctrl-C is for the main process, which finishes its step and saves."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _watch(loader: DataLoader[Any]) -> Iterator[Any]:
+    """Batches of the loader; a worker that died becomes one line."""
+    try:
+        yield from loader
+    except (RuntimeError, ConnectionError) as error:
+        if "DataLoader worker" not in str(error) and not isinstance(error, ConnectionError):
+            raise
+        raise DataError(f"a loader process died ({str(error).splitlines()[0]}); try loader.workers 0 or more shared memory") from error
+
+
+class _Requests(Sampler[list[tuple[int, int]]]):
+    def __init__(self, plan: Plan, start: int, stop: int) -> None:
+        self.plan, self.start, self.stop = plan, start, stop
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for epoch, parts in self.plan.steps(self.start, self.stop):
+            for rows in parts:
+                yield [(epoch, int(row)) for row in rows]
+
+    def __len__(self) -> int:
+        return (self.stop - self.start) * self.plan.parts
+
+
+class _Views(Dataset[Any]):
+    """One sample's views as uint8; stateless, so any worker gives the same for (epoch, row)."""
+
+    def __init__(self, images: Images, config: Config) -> None:
+        self.images, self.config = images, config
+        self.views = [config.views.weak, *config.strong_views]
+
+    def __getitem__(self, request: tuple[int, int]) -> tuple[int, list[Tensor], list[tuple[str, str]]]:
+        epoch, row = request
+        image, row, bad = self._read(row)
+        made = []
+        for slot, view in enumerate(self.views):
+            draws = draw(view, self.config.seed, epoch, np.array([row]), slot, (image.height, image.width))
+            made.append(single.apply(image, view, draws, 0))
+        return row, made, bad
+
+    def _read(self, row: int) -> tuple[Image.Image, int, list[tuple[str, str]]]:
+        """The image at `row`, or the next one that can be read: a rule that no worker or rank count changes."""
+        bad: list[tuple[str, str]] = []
+        for offset in range(min(_TRIES, len(self.images))):
+            position = (row + offset) % len(self.images)
+            try:
+                return read_image(self.images, position, self.config.loader.max_pixels), position, bad
+            except BadImage as fault:
+                bad.append((str(self.images.files and self.images.files[position]), str(fault)))
+        raise DataError(f"{len(bad)} images in a row cannot be read, the last is {bad[-1][0]!r} ({bad[-1][1]}); see bad_samples.jsonl")
+
+
+def read_image(images: Images, position: int, max_pixels: int) -> Image.Image:
+    """The RGB image at a position; BadImage if its file cannot be read."""
+    if images.files is not None:
+        return decode(images.files[position], max_pixels)
+    assert images.pixels is not None
+    return Image.fromarray(images.pixels[position].permute(1, 2, 0).cpu().numpy())
+
+
+def _collate(samples: Sequence[tuple[int, list[Tensor], list[tuple[str, str]]]]) -> tuple[Tensor, list[Tensor], list[tuple[str, str]]]:
+    ids = torch.tensor([row for row, _, _ in samples])
+    views = [torch.stack(view) for view in zip(*(made for _, made, _ in samples), strict=True)]
+    return ids, views, [fault for _, _, bad in samples for fault in bad]
+
+
+def standardise(images: Tensor, config: Config) -> Tensor:
+    """uint8 or 0..1 floats [B, 3, H, W] to zero mean and unit deviation by the run's channel statistics."""
+    assert config.views.mean is not None and config.views.std is not None
+    scaled = images.float() / 255 if images.dtype == torch.uint8 else images
+    return batched.normalise(scaled, config.views.mean, config.views.std)
+
+
+def create_loader(images: Images, config: Config, plan: Plan, device: torch.device) -> Resident | FromFiles:
+    """The loader that `loader.path` asks for.
+
+    Raises:
+        DataError: if there are fewer images than one batch.
+        ConfigError: if files are asked to be resident.
+    """
+    if plan.steps_per_epoch == 0:
+        raise DataError(
+            f"{images.name}: {plan.count} usable images, batch is {plan.batch_size}; "
+            f"lower batch_size to {max(2, plan.count)} or less, or add images"
+        )
+    path = config.loader.path
+    if path == "resident" and images.pixels is None:
+        raise ConfigError("loader.path: resident is for data sets held in memory; use files for folders and lists")
+    if path == "resident" or (path == "auto" and images.pixels is not None):
+        return Resident(images, config, plan, device)
+    return FromFiles(images, config, plan, device)
+
+
+class Stopwatch:
+    """Seconds spent waiting for data, out of all."""
+
+    def __init__(self) -> None:
+        self.begun, self.waited = time.perf_counter(), 0.0
+
+    def timed(self, batches: Iterator[list[Batch]]) -> Iterator[list[Batch]]:
+        """The same batches, with the time to get each one counted."""
+        while True:
+            begun = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - begun
+            if batch is None:
+                return
+            yield batch
+
+    def split(self) -> tuple[float, float]:
+        """(seconds, share of them spent waiting) since the last split."""
+        now = time.perf_counter()
+        seconds, waited = now - self.begun, self.waited
+        self.begun, self.waited = now, 0.0
+        return seconds, waited / max(seconds, 1e-9)

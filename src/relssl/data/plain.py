@@ -1,0 +1,82 @@
+"""The plain view: what a network sees of an image when it is evaluated rather than trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
+
+from relssl.config import Config, ViewsConfig
+from relssl.data.decode import BadImage
+from relssl.data.loaders import loader_workers, read_image, reset_signals, standardise
+from relssl.data.sources import Images
+
+
+def describe(views: ViewsConfig) -> str:
+    """The plain view in words, for protocol cards."""
+    return f"resize shorter side to {enlarged(views)}, centre crop {views.weak.size}, bilinear with antialias"
+
+
+def enlarged(views: ViewsConfig) -> int:
+    """The shorter side, in pixels, before the centre crop."""
+    assert views.margin is not None
+    return round(views.weak.size * views.margin)
+
+
+def plain_view(image: Image.Image, views: ViewsConfig) -> Tensor:
+    """The plain view of an RGB image as uint8 [3, S, S]."""
+    return pil_to_tensor(center_crop(resize(image, enlarged(views)), [views.weak.size] * 2))
+
+
+def plain_batch(pixels: Tensor, views: ViewsConfig) -> Tensor:
+    """The plain views of uint8 images [B, 3, H, W] as floats 0..1 [B, 3, S, S]."""
+    images = pixels.float() / 255
+    height, width = images.shape[-2:]
+    scale = enlarged(views) / min(height, width)
+    target = (round(height * scale), round(width * scale))
+    if target != (height, width):
+        images = F.interpolate(images, target, mode="bilinear", antialias=True).clamp(0, 1)
+    return center_crop(images, [views.weak.size] * 2)
+
+
+def batches(images: Images, config: Config, batch_size: int = 256) -> Iterator[tuple[np.ndarray, Tensor, list[tuple[str, str]]]]:
+    """(rows, normalised images [B, 3, S, S] on the CPU, unreadable files) over a data set, in its order."""
+    if images.pixels is not None:
+        for start in range(0, len(images), batch_size):
+            pixels = images.pixels[start : start + batch_size]
+            yield np.arange(start, start + len(pixels)), standardise(plain_batch(pixels, config.views), config), []
+        return
+    loader = DataLoader(
+        _Plain(images, config),
+        batch_size=batch_size,
+        num_workers=loader_workers(config),
+        collate_fn=list,
+        worker_init_fn=reset_signals,
+    )
+    for samples in loader:
+        good = [(row, view) for row, view, _ in samples if view is not None]
+        bad = [fault for _, _, fault in samples if fault is not None]
+        views = torch.stack([view for _, view in good]) if good else torch.empty(0, 3, 1, 1)
+        yield np.array([row for row, _ in good], np.int64), standardise(views, config), bad
+
+
+class _Plain(Dataset[tuple[int, Tensor | None, tuple[str, str] | None]]):
+    def __init__(self, images: Images, config: Config) -> None:
+        self.images, self.config = images, config
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, row: int) -> tuple[int, Tensor | None, tuple[str, str] | None]:
+        assert self.images.files is not None
+        try:
+            image = read_image(self.images, row, self.config.loader.max_pixels)
+        except BadImage as fault:
+            return row, None, (self.images.files[row], str(fault))
+        return row, plain_view(image, self.config.views), None

@@ -1,0 +1,74 @@
+"""A view of one PIL image, for images decoded from files in workers: torchvision's and Pillow's own operations on 8-bit pixels.
+
+The same `Draws` through `batched.apply` give the same view up to 8-bit rounding, Pillow's coarser hue (256 steps) and its
+Gaussian blur, which is three box blurs.
+"""
+
+from __future__ import annotations
+
+import torch
+import torchvision.transforms.functional as F
+from PIL import Image, ImageFilter
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+
+from relssl.config import ViewConfig
+from relssl.data import randaugment
+from relssl.data.draws import BRIGHTNESS, CONTRAST, HUE, SATURATION, Draws
+
+
+def apply(image: Image.Image, view: ViewConfig, draws: Draws, row: int) -> Tensor:
+    """Apply row `row` of `draws`, drawn for `view` and this image's size.
+
+    Args:
+        image: RGB, any size.
+        view: the view's settings; S is its size.
+        draws: its parameters.
+        row: which of them.
+
+    Returns:
+        uint8 [3,S,S], so that it travels small and is normalised in batches on the device.
+    """
+    top, left, height, width = draws.crop[row].tolist()
+    if (left, top, width, height) != (0, 0, view.size, view.size) or image.size != (view.size, view.size):
+        image = F.resized_crop(image, top, left, height, width, [view.size, view.size], InterpolationMode.BILINEAR)
+    if draws.affine[row]:
+        image = _affine(image, draws, row)
+    if draws.flip[row]:
+        image = F.hflip(image)
+    if draws.jitter[row]:
+        image = _jitter(image, view, draws, row)
+    if draws.grey[row]:
+        image = F.rgb_to_grayscale(image, num_output_channels=3)
+    if draws.sigma[row] > 0:
+        image = image.filter(ImageFilter.GaussianBlur(radius=float(draws.sigma[row])))
+    for op, applied, level in zip(draws.ops[row], draws.ops_applied[row], draws.levels[row], strict=True):
+        if applied:
+            image = randaugment.apply_pil(image, int(op), int(level))
+    pixels: Tensor = F.pil_to_tensor(image)
+    assert pixels.dtype == torch.uint8
+    return pixels
+
+
+def _affine(image: Image.Image, draws: Draws, row: int) -> Image.Image:
+    """Rotate, shift and zoom about the centre over black. The ring of black makes Pillow blend the image's edge into black, as
+    tensors do; without it Pillow repeats the edge for half a pixel and then stops."""
+    ringed = F.pad(image, [1])
+    shift = draws.shift[row].tolist()
+    zoom, angle = float(draws.zoom[row]), float(draws.angle[row])
+    moved: Image.Image = F.affine(ringed, angle, shift, zoom, [0.0, 0.0], InterpolationMode.BILINEAR)
+    return moved.crop((1, 1, 1 + image.width, 1 + image.height))
+
+
+def _jitter(image: Image.Image, view: ViewConfig, draws: Draws, row: int) -> Image.Image:
+    brightness, contrast, saturation = draws.factors[row].tolist()
+    for op in draws.order[row]:
+        if op == BRIGHTNESS and view.brightness:
+            image = F.adjust_brightness(image, brightness)
+        elif op == CONTRAST and view.contrast:
+            image = F.adjust_contrast(image, contrast)
+        elif op == SATURATION and view.saturation:
+            image = F.adjust_saturation(image, saturation)
+        elif op == HUE and view.hue:
+            image = F.adjust_hue(image, float(draws.hue[row]))
+    return image

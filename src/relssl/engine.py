@@ -1,0 +1,185 @@
+"""Devices, precision and ranks: the only file that knows them. A thin layer over Lightning Fabric."""
+
+from __future__ import annotations
+
+import os
+import random
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from lightning.fabric import Fabric
+from lightning.fabric.strategies import DDPStrategy
+from torch import Tensor, nn
+
+from relssl.config import EngineConfig
+from relssl.errors import ConfigError, DistributedError
+
+
+class Engine:
+    """A world of one or many processes that behaves as one.
+
+    Attributes:
+        device: where this process computes.
+        rank, world: this process's number and how many there are.
+        precision: "fp32" or "bf16", after `auto` has been decided.
+        threads: CPU threads of this process; results are bitwise repeatable for a fixed number only.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        kind = _pick_device(config.device)
+        self.precision = config.precision
+        if config.precision == "auto":
+            self.precision = "bf16" if fast_bf16(kind) else "fp32"
+        self.threads = config.threads or max(1, len(os.sched_getaffinity(0)) // config.devices if hasattr(os, "sched_getaffinity") else 1)
+        torch.set_num_threads(self.threads)
+        if config.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+        many = config.devices * config.nodes > 1
+        self.fabric = Fabric(
+            accelerator=kind,
+            devices=config.devices,
+            num_nodes=config.nodes,
+            precision="bf16-mixed" if self.precision == "bf16" else "32-true",
+            strategy=_ddp(kind, config.timeout) if many else "auto",
+        )
+        self.fabric.launch()
+        self.device, self.rank, self.world = self.fabric.device, self.fabric.global_rank, self.fabric.world_size
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes the run folder."""
+        return self.rank == 0
+
+    def setup(self, student: nn.Module) -> nn.Module:
+        """The student on its device, wrapped for precision and, with several ranks, gradient averaging."""
+        return self.fabric.setup(self.place(student))
+
+    def place(self, module: Any) -> Any:
+        """A module or a batch of images [B, C, H, W] on the device, channels last, which convolutions are fastest in."""
+        if isinstance(module, nn.Module):
+            return module.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return module.to(self.device, non_blocking=True).contiguous(memory_format=torch.channels_last)
+
+    def autocast(self) -> Any:
+        """The precision of the networks, for the bare teacher."""
+        return self.fabric.autocast()
+
+    def backward(self, loss: Tensor, student: nn.Module, last_part: bool) -> None:
+        """Add the loss's gradients; ranks average theirs with the last part of an accumulated step."""
+        with self.fabric.no_backward_sync(student, enabled=not last_part and self.world > 1):  # type: ignore[arg-type]
+            self.fabric.backward(loss)
+
+    def gather(self, rows: Tensor, share: int) -> Tensor:
+        """The rows [share, ...] of every rank, in rank order: [world * share, ...].
+
+        Raises:
+            DistributedError: if this rank does not hold `share` rows; unequal shares would be exchanged as garbage.
+        """
+        if len(rows) != share:
+            raise DistributedError(f"rank {self.rank} holds {len(rows)} rows of a step, needs {share}")
+        if self.world == 1:
+            return rows
+        parts = [torch.empty_like(rows) for _ in range(self.world)]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    def all_of(self, items: list[Any]) -> list[Any]:
+        """The items of every rank, in rank order."""
+        if self.world == 1:
+            return items
+        lists: list[Any] = [None] * self.world
+        dist.all_gather_object(lists, items)
+        return [item for held in lists for item in held]
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean of a tensor over the ranks."""
+        if self.world > 1:
+            value = value.clone()
+            dist.all_reduce(value)
+            value /= self.world
+        return value
+
+    def first_says(self, value: Any) -> Any:
+        """The first rank's value, on every rank."""
+        return self.fabric.broadcast(value, src=0) if self.world > 1 else value
+
+    def largest(self, number: int) -> int:
+        """The largest of the ranks' numbers, on every rank: how they agree on a signal that reached only one."""
+        if self.world == 1:
+            return number
+        held = torch.tensor(number, device=self.device)
+        dist.all_reduce(held, op=dist.ReduceOp.MAX)
+        return int(held)
+
+    def wait(self) -> None:
+        """Until all ranks are here."""
+        if self.world > 1:
+            self.fabric.barrier()
+
+    def random_state(self) -> dict[str, Any]:
+        """Every random generator of every rank, as a tree of tensors and numbers."""
+        mine: dict[str, Any] = {"torch": torch.get_rng_state(), "python": _nested_list(random.getstate())}
+        name, keys, position, has_gauss, gauss = np.random.get_state()
+        mine["numpy"] = [name, torch.from_numpy(np.array(keys).astype(np.int64)), int(position), int(has_gauss), float(gauss)]
+        if self.device.type == "cuda":
+            mine["cuda"] = torch.cuda.get_rng_state(self.device)
+        return {str(rank): state for rank, state in enumerate(self.all_of([mine]))}
+
+    def restore_random_state(self, states: dict[str, Any]) -> bool:
+        """Take back this rank's generators; False if the state was saved by another world or device."""
+        mine = states.get(str(self.rank))
+        if mine is None or len(states) != self.world or ("cuda" in mine) != (self.device.type == "cuda"):
+            return False
+        torch.set_rng_state(mine["torch"])
+        version, inner, gauss = mine["python"]
+        random.setstate((version, tuple(inner), gauss))
+        name, keys, position, has_gauss, gauss = mine["numpy"]
+        np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
+        if "cuda" in mine:
+            torch.cuda.set_rng_state(mine["cuda"], self.device)
+        return True
+
+    def describe(self) -> str:
+        """One line for the console."""
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type.upper()
+        ranks = f", {self.world} ranks" if self.world > 1 else ""
+        threads = f", {self.threads} threads" if self.device.type == "cpu" else ""
+        return f"{name}{ranks}{threads}, {self.precision}"
+
+
+def fast_bf16(kind: str) -> bool:
+    """Whether bf16 has hardware of its own here: CUDA from compute capability 8, CPUs with AVX-512 BF16 or AMX."""
+    if kind == "cuda":
+        return torch.cuda.get_device_capability()[0] >= 8
+    if kind == "cpu":
+        tests = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+        return any(test() for test in tests if test is not None)
+    return False
+
+
+def _pick_device(wanted: str) -> str:
+    usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if wanted == "auto":
+        return next(kind for kind, there in usable.items() if there)
+    if not usable[wanted]:
+        raise ConfigError(f"engine.device: there is no {wanted} device here; usable: {', '.join(k for k, v in usable.items() if v)}")
+    return wanted
+
+
+def _ddp(kind: str, timeout: float) -> DDPStrategy:
+    # Memory and teacher lie outside DDP, and so does the student's batch norm: each rank keeps its own statistics of its
+    # share, as the papers' runs do, and rank 0's are saved.
+    return DDPStrategy(
+        process_group_backend="nccl" if kind == "cuda" else "gloo",
+        timeout=timedelta(seconds=timeout),
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+    )
+
+
+def _nested_list(state: Any) -> Any:
+    return [_nested_list(item) for item in state] if isinstance(state, tuple) else state

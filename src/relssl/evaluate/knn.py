@@ -1,0 +1,243 @@
+"""The weighted k-nearest-neighbour classifier: what frozen features know, without a single trained weight.
+
+After InstDisc (Wu et al. 2018, "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", section 3.4): the k
+nearest bank features by cosine similarity vote for their class with weight exp(similarity / temperature).
+
+Legend: N bank features, M queries, D dimensions, C classes, k neighbours.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# InstDisc and the papers' small sets use (200, 0.1), DINO and solo-learn (20, 0.07).
+SETTINGS = ((200, 0.1), (20, 0.07))
+
+_LOW = 0xFFFFFFFF
+
+
+def knn_classify(
+    bank: Tensor,
+    bank_labels: Tensor,
+    queries: Tensor,
+    *,
+    k: int,
+    temperature: float,
+    classes: int,
+    chunk: int = 1024,
+    bank_chunk: int = 16384,
+) -> Tensor:
+    """The share of the vote that each class gets: exact search, bounded memory.
+
+    Args:
+        bank: [N,D] of any real dtype, on any device; normalised here, in fp32.
+        bank_labels: [N] in 0..C-1, or -1 for features that take no part.
+        queries: [M,D]; the work is done on their device.
+        k: neighbours, at most the labelled bank features.
+        temperature: above 0.
+        classes: C, at least 2.
+        chunk: queries at a time; chunk x bank_chunk similarities are held at once.
+        bank_chunk: bank features at a time. Other chunks change a similarity by its last bit at most.
+
+    Returns:
+        [M,C] fp32 scores that sum to 1 in a row; argmax is the prediction.
+
+    Ties go to the lower index, among neighbours as among classes. That holds for similarities that are equal in fp32; those of
+    identical features can differ in the last bit, as a matrix product may sum in another order at another place.
+
+    Raises:
+        ValueError: for shapes, labels, k, temperature or classes out of range, a bank of a single class, or NaN or Inf features.
+    """
+    rows, labels = _labelled("bank", bank, bank_labels, classes)
+    _check(rows, labels, queries, [k], [temperature])
+    similarity, index = _neighbours(rows, _Rows("query", queries), k, chunk, bank_chunk)
+    scores = torch.empty(len(queries), classes)
+    for part, place in zip(
+        _votes(similarity, labels[index], temperature, classes, chunk), torch.split(scores, chunk), strict=True
+    ):
+        place.copy_(part)
+    return scores.to(queries.device)
+
+
+def knn_accuracy(
+    bank: Tensor,
+    bank_labels: Tensor,
+    queries: Tensor,
+    query_labels: Tensor,
+    *,
+    classes: int,
+    settings: Sequence[tuple[int, float]] = SETTINGS,
+    cap: bool = False,
+    chunk: int = 1024,
+    bank_chunk: int = 16384,
+) -> dict[str, Any]:
+    """How often the neighbours are right, for several (k, temperature) from one pass over the bank.
+
+    Args:
+        bank, bank_labels, queries, classes, chunk, bank_chunk: as in `knn_classify`.
+        query_labels: [M] in 0..C-1, or -1 for queries that are left out.
+        settings: pairs (k, temperature).
+        cap: lower a k beyond the bank to the bank's size instead of refusing it.
+
+    Returns:
+        `bank` and `queries`, how many took part, and `results`, one dict for each setting, in order: `k` (the one used),
+        `k_asked`, `temperature`, and as shares in 0..1 `top1`, `top5` (right among the best min(5, C); where C > 5, a class
+        without a vote is not among them) and `mean_per_class` (the mean of the top-1 shares of the queries' classes).
+
+    Raises:
+        ValueError: as `knn_classify`, or without a setting or a labelled query.
+    """
+    rows, labels = _labelled("bank", bank, bank_labels, classes)
+    asked, truth = _labelled("query", queries, query_labels, classes)
+    if not settings or not len(truth):
+        raise ValueError("kNN needs at least one (k, temperature) and one labelled query")
+    used = [min(k, len(labels)) if cap else k for k, _ in settings]
+    _check(rows, labels, queries, used, [temperature for _, temperature in settings])
+    similarity, index = _neighbours(rows, asked, max(used), chunk, bank_chunk)
+    near = labels[index]
+    results = []
+    for k, (k_asked, temperature) in zip(used, settings, strict=True):
+        votes = _votes(similarity[:, :k], near[:, :k], temperature, classes, chunk)
+        rank = torch.cat([_rank(part, own) for part, own in zip(votes, torch.split(truth, chunk), strict=True)])
+        results.append({"k": k, "k_asked": k_asked, "temperature": temperature, **_shares(rank, truth, classes)})
+    return {"bank": len(labels), "queries": len(truth), "results": results}
+
+
+class _Rows:
+    """The rows of a feature matrix, or those at `kept`, without a copy of the whole."""
+
+    def __init__(self, name: str, features: Tensor, kept: Tensor | None = None) -> None:
+        if features.dim() != 2 or not features.shape[1] or features.is_complex():
+            raise ValueError(f"{name} features must be real and [rows, dimensions], got {features.dtype} {list(features.shape)}")
+        self.name, self.features, self.kept = name, features, kept
+        self.count = len(features) if kept is None else len(kept)
+
+    def chunks(self, size: int, device: torch.device) -> Iterator[tuple[int, Tensor]]:
+        """The place of the first row and up to `size` rows of unit norm, fp32, on `device`."""
+        for start in range(0, self.count, size):
+            which = slice(start, start + size) if self.kept is None else self.kept[start : start + size]
+            rows = self.features[which].to(device)
+            finite = rows.isfinite().all(dim=1).cpu()
+            if not bool(finite.all()):
+                row = start + int((~finite).nonzero()[0])
+                raise ValueError(
+                    f"{self.name} features hold NaN or Inf, first in row {row if self.kept is None else self.kept[row]}"
+                )
+            yield start, _unit(rows)
+
+
+def _unit(rows: Tensor) -> Tensor:
+    """[n,D] -> fp32 of unit norm. Each row's largest entry is brought to 1 first, so that no square overflows or vanishes."""
+    rows = rows if rows.dtype == torch.float64 else rows.float()
+    largest = rows.abs().amax(dim=1, keepdim=True)
+    rows = (rows / torch.where(largest > 0, largest, 1)).float()
+    norm: Tensor = rows.norm(dim=1, keepdim=True)
+    return rows / norm.clamp_min(1.0)  # a row of zeros stays zero, and similar to nothing
+
+
+def _labelled(name: str, features: Tensor, labels: Tensor, classes: int) -> tuple[_Rows, Tensor]:
+    """The rows that have a label, and their labels on the CPU."""
+    if classes < 2:
+        raise ValueError(f"kNN needs at least 2 classes, got {classes}")
+    labels = labels.cpu()
+    if labels.is_floating_point() or labels.shape != features.shape[:1]:
+        raise ValueError(f"{name} labels must be integers [{len(features)}], got {labels.dtype} {list(labels.shape)}")
+    labels = labels.long()
+    if len(labels) and not -1 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise ValueError(f"{name} labels must lie in -1..{classes - 1}, got {int(labels.min())}..{int(labels.max())}")
+    kept = (labels >= 0).nonzero().flatten()
+    return _Rows(name, features, kept if len(kept) < len(labels) else None), labels[kept]
+
+
+def _check(rows: _Rows, labels: Tensor, queries: Tensor, ks: list[int], temperatures: list[float]) -> None:
+    if queries.shape[1:] != rows.features.shape[1:]:
+        raise ValueError(f"queries {list(queries.shape)} do not fit a bank of {list(rows.features.shape)}")
+    if not len(labels):
+        raise ValueError("the bank has no labelled features")
+    if min(ks) < 1 or max(ks) > rows.count:
+        raise ValueError(
+            f"k must lie in 1..{rows.count}, the labelled features of the bank, got {max(ks) if min(ks) > 0 else min(ks)}"
+        )
+    if not all(t > 0 and math.isfinite(t) for t in temperatures):
+        raise ValueError(f"the temperature must be above 0, got {min(temperatures)}")
+    if int(labels.min()) == int(labels.max()):
+        raise ValueError(f"all features of the bank are of the single class {int(labels[0])}, so kNN can only answer that")
+
+
+@contextmanager
+def _full_precision(device: torch.device) -> Iterator[None]:
+    """Matrix products in true fp32: TF32 or bf16 would reorder near neighbours."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _neighbours(bank: _Rows, queries: _Rows, k: int, chunk: int, bank_chunk: int) -> tuple[Tensor, Tensor]:
+    """Similarities [M,k], falling, and places in the bank [M,k] of the nearest, on the CPU."""
+    device = queries.features.device
+    best = torch.full((queries.count, k), torch.iinfo(torch.int64).min, device=device)
+    with _full_precision(device):
+        for first, rows in bank.chunks(bank_chunk, device):
+            for start, part in queries.chunks(chunk, device):
+                place = best[start : start + len(part)]
+                place.copy_(torch.cat([place, _nearest(part @ rows.T, first, k)], dim=1).topk(k, dim=1).values)
+    return _similarity(best).cpu(), (_LOW - (best & _LOW)).cpu()
+
+
+def _nearest(similarity: Tensor, first: int, k: int) -> Tensor:
+    """Keys of the k largest (or all) in each row of [m,n], whose columns are the bank's from `first` on."""
+    k = min(k, similarity.shape[1])
+    values, columns = similarity.topk(k, dim=1)
+    keys = _keys(values, first + columns)
+    # topk picks any of the equal values at its end; only in rows where there are more than fit do all keys have to be compared.
+    tied = ((similarity >= values[:, -1:]).sum(dim=1) > k).nonzero().flatten()
+    if len(tied):
+        columns = torch.arange(first, first + similarity.shape[1], device=similarity.device)
+        keys[tied] = _keys(similarity[tied], columns).topk(k, dim=1).values
+    return keys
+
+
+def _keys(similarity: Tensor, index: Tensor) -> Tensor:
+    """int64 keys that order by similarity, then by lower index (below 2^32): no two are equal, so their top k is unique."""
+    bits = (similarity + 0.0).view(torch.int32).long()  # -0.0 becomes 0.0
+    return (torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits) << 32) | (_LOW - index)
+
+
+def _similarity(keys: Tensor) -> Tensor:
+    bits = keys >> 32
+    return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).int().view(torch.float32)
+
+
+def _votes(similarity: Tensor, labels: Tensor, temperature: float, classes: int, chunk: int) -> Iterator[Tensor]:
+    """[M,k] -> fp64 shares of the vote [m,C], a chunk at a time. On the CPU, where the sum has one order."""
+    for near, own in zip(torch.split(similarity, chunk), torch.split(labels, chunk), strict=True):
+        near = near.double()
+        weights = ((near - near[:, :1]) / temperature).exp()  # the first is the largest: no overflow, and no sum of zero
+        scores = torch.zeros(len(near), classes, dtype=torch.float64).scatter_add_(1, own, weights)
+        yield scores / scores.sum(dim=1, keepdim=True)
+
+
+def _rank(scores: Tensor, truth: Tensor) -> Tensor:
+    """[m,C], [m] -> how many classes come before the true one."""
+    own = scores.gather(1, truth[:, None])
+    lower = torch.arange(scores.shape[1]) < truth[:, None]
+    rank = ((scores > own) | ((scores == own) & lower)).sum(dim=1)
+    return rank if scores.shape[1] <= 5 else rank.masked_fill(own[:, 0] == 0, scores.shape[1])
+
+
+def _shares(rank: Tensor, truth: Tensor, classes: int) -> dict[str, float]:
+    right = (rank == 0).double()
+    count = torch.bincount(truth, minlength=classes)
+    per_class = torch.bincount(truth, weights=right, minlength=classes)[count > 0] / count[count > 0]
+    top5 = (rank < min(5, classes)).double().mean()
+    return {"top1": float(right.mean()), "top5": float(top5), "mean_per_class": float(per_class.mean())}

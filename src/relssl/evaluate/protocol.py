@@ -1,0 +1,200 @@
+"""Evaluations, each number with the card that says how it was made."""
+
+from __future__ import annotations
+
+import time
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from relssl.config import Config, EngineConfig
+from relssl.data.plain import describe
+from relssl.data.sources import Images, load
+from relssl.engine import Engine
+from relssl.errors import ConfigError, DataError
+from relssl.evaluate.features import extract, stream
+from relssl.evaluate.knn import knn_accuracy
+from relssl.evaluate.vectors import write_vectors
+from relssl.schema import nearest_word
+from relssl.weights.atomic import write_json
+from relssl.weights.runs import NETWORKS, from_checkpoint, load_backbone, load_run
+
+PROTOCOLS = ("knn",)
+# (k, temperature): InstDisc's and the official monitors', then DINO's and solo-learn's.
+KNN_SETTINGS = ((200, 0.1), (20, 0.07))
+
+
+@dataclass(frozen=True)
+class LabelledPair:
+    """The two sides of an evaluation: images whose labels are known, and images to be labelled."""
+
+    bank: Images
+    test: Images
+
+    @staticmethod
+    def load(data: str, root: str | None, at_most: int | None = None, seed: int = 0) -> LabelledPair:
+        """Both sides of a data set, each cut to `at_most` images chosen by the seed.
+
+        Raises:
+            DataError: if the data set has no labels or no test part.
+        """
+        sides = [load(data, root, split) for split in ("bank", "test")]
+        for side in sides:
+            if side.labels is None or (side.labels >= 0).sum() == 0:
+                raise DataError(f"{data}: has no labels to evaluate with; lay folders out as train/CLASS/ and val/CLASS/")
+        if at_most is not None:
+            sides = [choose(side, at_most, seed) for side in sides]
+        return LabelledPair(*sides)
+
+
+def choose(images: Images, at_most: int, seed: int) -> Images:
+    """At most that many images, drawn without replacement by the seed and kept in their order."""
+    if len(images) <= at_most:
+        return images
+    rows = np.sort(np.random.Generator(np.random.PCG64(seed)).permutation(len(images))[:at_most])
+    return images.subset(rows)
+
+
+def knn(
+    backbone: nn.Module,
+    pair: LabelledPair,
+    config: Config,
+    device: torch.device,
+    autocast: AbstractContextManager[object] | None = None,
+) -> dict[str, Any]:
+    """Weighted kNN of the test images among the bank, on backbone features in eval mode.
+
+    Returns:
+        {"k200-t0.1": {"top1": percent, ...}, "k20-t0.07": ...}; a k beyond the bank is cut to it and named so.
+    """
+    sides = []
+    for images in (pair.bank, pair.test):
+        found = extract(backbone, images, config, device, autocast)
+        assert images.labels is not None
+        sides.append((found.vectors, torch.from_numpy(images.labels[found.rows])))
+    return _score(sides)
+
+
+def raw_pixel_knn(pair: LabelledPair) -> dict[str, Any] | None:
+    """The same on the pixels themselves, for sets in memory: what no network at all would reach."""
+    sides = []
+    for images in (pair.bank, pair.test):
+        if images.pixels is None or images.labels is None:
+            return None
+        sides.append((images.pixels.flatten(1).float(), torch.from_numpy(images.labels)))
+    return _score(sides)
+
+
+def _score(sides: list[tuple[Tensor, Tensor]]) -> dict[str, Any]:
+    (bank, bank_labels), (test, test_labels) = sides
+    return knn_accuracy(bank, bank_labels, test, test_labels, settings=KNN_SETTINGS, cap=True)
+
+
+def card(pair: LabelledPair, config: Config, network: str, precision: str) -> dict[str, Any]:
+    """How a number was made: two numbers compare only if their cards match."""
+    return {
+        "protocol": "knn",
+        "network": network,
+        "layer": "backbone",
+        "batch_norm": "eval, the network's own running statistics",
+        "distance": "cosine, votes weighted by exp(similarity / T)",
+        "view": describe(config.views),
+        "precision": precision,
+        "bank": {"images": len(pair.bank), "fingerprint": pair.bank.fingerprint()},
+        "test": {"images": len(pair.test), "fingerprint": pair.test.fingerprint()},
+    }
+
+
+def evaluate(
+    source: str | Path,
+    data: str | None = None,
+    *,
+    protocol: str = "knn",
+    data_root: str | None = None,
+    images: int | None = None,
+    device: str = "auto",
+    precision: str = "auto",
+) -> dict[str, Any]:
+    """What a run's student and teacher learned.
+
+    Args:
+        source: a run folder, or an exported backbone.
+        data: data set with labels, default the run's own.
+        protocol: `knn`.
+        images: at most this many images on each side, chosen by seed 0; the card says how many.
+
+    Returns:
+        {"results": {network: {"card": ..., setting: figures}}}; of a run also written to RUN/evaluations/.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: for an unknown protocol, data without labels, damaged weights.
+    """
+    if protocol not in PROTOCOLS:
+        raise ConfigError(f"protocol: {protocol!r} is unknown; the nearest is {nearest_word(protocol, PROTOCOLS)}")
+    networks, config, folder = _networks(source)
+    engine = Engine(EngineConfig(device=device, precision=precision))
+    data = data or config.data
+    pair = LabelledPair.load(data, data_root or config.data_root, images)
+    results: dict[str, Any] = {"source": str(source), "data": data, "results": {}}
+    for name, backbone in networks.items():
+        scores = knn(engine.place(backbone), pair, config, engine.device, engine.autocast())
+        results["results"][name] = {"card": card(pair, config, name, engine.precision), **scores}
+    if folder is not None:
+        write_json(folder / "evaluations" / f"{protocol}-{Path(data).name}.json", results | {"time": time.time()})
+    return results
+
+
+def _networks(source: str | Path) -> tuple[dict[str, nn.Module], Config, Path | None]:
+    """The backbones behind a run or an exported file, with the settings of their views."""
+    path = Path(source)
+    if path.suffix == ".safetensors":
+        backbone = load_backbone(path)
+        return {"backbone": backbone}, backbone.config, None  # type: ignore[return-value]
+    run = load_run(path)
+    checkpoint = run.checkpoint()
+    return {name: from_checkpoint(run.config, checkpoint, name) for name in NETWORKS}, run.config, run.folder
+
+
+def embed(
+    source: str | Path,
+    data: str,
+    out: str | Path,
+    *,
+    network: str = "student",
+    split: str = "train",
+    data_root: str | None = None,
+    device: str = "auto",
+) -> dict[str, Any]:
+    """Write the backbone's feature of every image, with its name and label, to a .npz or .csv file.
+
+    Args:
+        source: a run folder, or an exported backbone.
+        data: any data set, folder or list.
+        split: train, bank or test, for sets that have them.
+
+    Returns:
+        {"out", "images", "dim", "bad": [(file, reason)]}.
+    """
+    networks, config, _ = _networks(source)
+    backbone = networks.get("backbone") or networks.get(network)
+    if backbone is None:
+        raise ConfigError(f"network: must be one of {', '.join(networks)}, got {network!r}")
+    engine = Engine(EngineConfig(device=device))
+    images = load(data, data_root or config.data_root, split)
+    bad, count, dim = list(images.bad), 0, 0
+
+    def rows() -> Any:
+        nonlocal count, dim
+        for ids, vectors, faults in stream(engine.place(backbone), images, config, engine.device, engine.autocast()):
+            bad.extend(faults)
+            if len(ids):
+                count, dim = count + len(ids), vectors.shape[1]
+                yield ids, vectors.numpy()
+
+    write_vectors(Path(out), rows(), images.files, images.labels)
+    return {"out": str(out), "images": count, "dim": dim, "bad": bad}

@@ -1,0 +1,59 @@
+"""The memory: a ring buffer of past teacher embeddings and of the samples they came from."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Memory(nn.Module):
+    """The K newest keys, each beside the id of its sample.
+
+    It starts as random directions (as in the official code), marked by the id -1, and is overwritten from position 0
+    onwards, wrapping around at the end for any batch size.
+
+    Args:
+        size: K, number of keys held.
+        dim: D, dimension of a key.
+        generator: source of the random directions; None draws from torch's global state.
+
+    Attributes:
+        keys: [K, D] fp32, unit norm.
+        ids: [K] int64, -1 where no sample has been written yet.
+        pointer: scalar int64, the position the next key goes to.
+    """
+
+    keys: Tensor
+    ids: Tensor
+    pointer: Tensor
+
+    def __init__(self, size: int, dim: int, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        if size < 1 or dim < 1:
+            raise ValueError(f"a memory needs a size and a dimension of at least 1, got {size} and {dim}")
+        self.register_buffer("keys", F.normalize(torch.randn(size, dim, generator=generator), dim=1))
+        self.register_buffer("ids", torch.full((size,), -1, dtype=torch.int64))
+        self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))
+
+    @torch.no_grad()
+    def push(self, keys: Tensor, ids: Tensor) -> None:
+        """Write N keys over the oldest ones; of more than K, the newest K stay.
+
+        Args:
+            keys: [N, D], unit norm.
+            ids: [N] int64, the keys' samples.
+
+        Raises:
+            ValueError: if the shapes do not fit.
+        """
+        size, dim = self.keys.shape
+        if keys.ndim != 2 or keys.shape[1] != dim or ids.shape != keys.shape[:1]:
+            raise ValueError(f"needs keys [N, {dim}] and ids [N], got {list(keys.shape)} and {list(ids.shape)}")
+        # Positions are computed on the device, so that no step waits for the host to read the pointer.
+        total = len(keys)
+        keep = min(total, size)
+        slots = (self.pointer + torch.arange(total - keep, total, device=self.keys.device)) % size
+        self.keys[slots] = keys[total - keep :].to(self.keys.dtype)
+        self.ids[slots] = ids[total - keep :].to(self.ids)
+        self.pointer.add_(total).remainder_(size)

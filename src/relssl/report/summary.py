@@ -1,0 +1,55 @@
+"""The small table a run ends with."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from relssl.train.pretrain import Result
+
+
+def facts(result: Result) -> dict[str, Any]:
+    """What a run came to, as one JSON object."""
+    first, last = result.rows[0], result.rows[-1]
+    trained = [row for row in result.rows if "loss" in row]
+    return {
+        "folder": str(result.folder),
+        "backbone": str(result.backbone),
+        "step": last["step"],
+        "knn_raw_pixels": result.raw_pixels,
+        "knn_untrained": first.get("knn_top1") if first["step"] == 0 else None,
+        "knn_student": last.get("knn_top1"),
+        "knn_teacher": last.get("knn_teacher_top1"),
+        "loss_start": trained[0]["loss"],
+        "loss_end": last["loss"],
+        "health": {name: last[name] for name in HEALTH},
+    }
+
+
+HEALTH = ("teacher_entropy", "teacher_neighbours", "kl", "agreement", "embedding_std", "effective_rank")
+
+
+def show(result: Result, memory_size: int, dim: int) -> None:
+    """Print the table: kNN where there are labels, the relations' health, where the weights lie, how to load them."""
+    known = facts(result)
+    console = Console(highlight=False)
+    table = Table(title="What the backbone learned", title_justify="left", show_header=False, min_width=60)
+    rows = (("raw pixels", "raw_pixels"), ("untrained backbone", "untrained"), ("student", "student"), ("teacher", "teacher"))
+    for label, name in rows:
+        if known[f"knn_{name}"] is not None:
+            table.add_row(f"kNN top-1, {label}", f"{known[f'knn_{name}']:.1f} %")
+    health = known["health"]
+    table.add_section()
+    table.add_row("loss, first and last row", f"{known['loss_start']:.3f} -> {known['loss_end']:.3f}")
+    table.add_row("teacher's effective neighbours", f"{health['teacher_neighbours']:.1f} of {memory_size}")
+    table.add_row("student's divergence from it", f"{health['kl']:.3f} nats")
+    table.add_row("same nearest neighbour", f"{health['agreement']:.0%}")
+    table.add_row("spread of the embeddings", f"{health['embedding_std']:.2f} (1 is all round)")
+    table.add_row("effective rank", f"{health['effective_rank']:.0f} of {dim}")
+    console.print(table)
+    console.print(f"run folder  {known['folder']}\nweights     {known['backbone']}\n\nLoad them:\n", markup=False, soft_wrap=True)
+    lines = ("import relssl", f'backbone = relssl.load_backbone("{known["folder"]}")', "features = backbone(images)  # [N, 3, S, S] -> [N, F]")
+    console.print("\n".join("    " + line for line in lines), markup=False, soft_wrap=True)

@@ -1,0 +1,71 @@
+"""The whole state of a run, to a folder and back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from relssl.engine import Engine
+from relssl.errors import CheckpointError
+from relssl.method.ressl import ReSSL, unwrapped
+from relssl.weights import store
+
+
+def save(folder: Path, step: int, model: ReSSL, optimizer: Optimizer, engine: Engine, facts: dict[str, Any]) -> Path | None:
+    """Save the state after `step` steps; every rank calls it, the first writes. Returns the checkpoint there."""
+    random_state = engine.random_state()
+    if not engine.is_first:
+        return None
+    tree = {
+        "student": unwrapped(model.student).state_dict(),
+        "teacher": model.teacher.state_dict(),
+        "memory": model.memory.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "random": random_state,
+    }
+    tensors, rest = store.flatten(tree)
+    target = folder / f"step-{step:08d}"
+    meta = {"step": step, "threads": engine.threads, "world": engine.world, "precision": engine.precision, "tree": rest}
+    store.save(target, tensors, meta | facts)
+    return target
+
+
+def restore(path: Path, model: ReSSL, optimizer: Optimizer, engine: Engine) -> tuple[dict[str, Any], list[str]]:
+    """Load a checkpoint into a run just built.
+
+    Returns:
+        (its facts, reasons why the run will not repeat bit for bit; none when it will).
+
+    Raises:
+        CheckpointError: if it is damaged, or its tensors do not match this configuration's.
+    """
+    tensors, meta = store.load(path)
+    tree = store.unflatten(tensors, meta["tree"])
+    try:
+        unwrapped(model.student).load_state_dict(tree["student"])
+        model.teacher.load_state_dict(tree["teacher"])
+        model.memory.load_state_dict(tree["memory"])
+        optimizer.load_state_dict(tree["optimizer"])
+        _lay_out(optimizer)
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{path}: does not fit this configuration: {' '.join(str(error).split())[:300]}") from error
+    inexact = [
+        f"{name} {meta[name]} -> {now}"
+        for name, now in (("threads", engine.threads), ("world", engine.world), ("precision", engine.precision))
+        if meta[name] != now
+    ]
+    if not engine.restore_random_state(tree["random"]):
+        inexact.append("random generators of another world or device")
+    return meta, inexact
+
+
+def _lay_out(optimizer: Optimizer) -> None:
+    # Saved tensors come back row by row; the fused optimizer walks parameter and momentum side by side in memory, so a
+    # momentum has to lie as its parameter does (channels last).
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                state[name] = torch.empty_like(parameter).copy_(value)

@@ -1,0 +1,34 @@
+"""kNN while training, for sets with labels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from relssl.config import Config
+from relssl.engine import Engine
+from relssl.evaluate.protocol import LabelledPair, knn, raw_pixel_knn
+from relssl.method.ressl import ReSSL, unwrapped
+
+
+class OnlineKnn:
+    """Student and teacher on a labelled pair; labels reach nothing but this report."""
+
+    def __init__(self, pair: LabelledPair, config: Config) -> None:
+        self.pair, self.config = pair, config
+
+    def measure(self, model: ReSSL, engine: Engine) -> dict[str, float]:
+        """Top-1 in percent at k=200, T=0.1: {"knn_top1": student, "knn_teacher_top1": teacher}."""
+        figures = {}
+        for name, encoder in (("knn_top1", unwrapped(model.student)), ("knn_teacher_top1", model.teacher)):
+            figures[name] = _main(knn(encoder.backbone, self.pair, self.config, engine.device, engine.autocast()))
+        return figures
+
+    def raw_pixels(self) -> float | None:
+        """The same of the pixels themselves, for sets in memory."""
+        scores = raw_pixel_knn(self.pair)
+        return None if scores is None else _main(scores)
+
+
+def _main(scores: dict[str, Any]) -> float:
+    """The first setting's top-1: k=200, or as many as the bank holds."""
+    return float(next(iter(scores.values()))["top1"])

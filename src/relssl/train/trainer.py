@@ -1,0 +1,242 @@
+"""One run: everything it is made of, and the loop."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from relssl.config import Config
+from relssl.data.loaders import Batch, Plan, Stopwatch, create_loader
+from relssl.data.sources import Images
+from relssl.engine import Engine
+from relssl.errors import CheckpointError, DataError, Interrupted, NumericError
+from relssl.method import ReSSL, create_encoder, health, schedules
+from relssl.method.health import verdict
+from relssl.train import checkpoint
+from relssl.train.folder import RunFolder
+from relssl.train.journal import Display, Journal
+from relssl.train.online import OnlineKnn
+from relssl.train.optim import create_optimizer
+from relssl.train.signals import REASONS, StopRequest
+from relssl.weights import store
+
+# Non-finite steps in a row after which a run cannot be expected to recover.
+_PATIENCE = 10
+
+
+class Trainer:
+    """Pretrains one student.
+
+    Args:
+        config: the resolved settings, with the data's means and deviations filled in.
+        folder: where the run is written; None on ranks that do not write.
+        engine: devices and ranks.
+        images: what to train on.
+        online: the kNN evaluation while training; None when the data has no labels.
+    """
+
+    def __init__(self, config: Config, folder: RunFolder | None, engine: Engine, images: Images, online: OnlineKnn | None) -> None:
+        self.config, self.folder, self.engine, self.online = config, folder, engine, online
+        self.plan = Plan(len(images), config.batch_size, config.accumulate, engine.rank, engine.world, config.seed)
+        self.loader = create_loader(images, config, self.plan, engine.device)
+        self.steps_per_epoch = self.plan.steps_per_epoch
+        self.total_steps = config.epochs * self.steps_per_epoch
+        # Every rank builds the same networks and memory from the same seed; they stay equal by moving alike.
+        torch.manual_seed(config.seed)
+        encoder = create_encoder(config)
+        memory_source = torch.Generator().manual_seed(config.seed)
+        self.model = ReSSL(encoder, config.method.memory_size, config.encoder.dim, memory_source)
+        self.model.student = engine.setup(encoder)
+        engine.place(self.model.teacher)
+        self.model.memory.to(engine.device)
+        self.model.train()
+        self.parameters = list(encoder.parameters())
+        self.optimizer = create_optimizer(encoder, config.optimizer)
+        # From here on randomness inside the networks (dropout, stochastic depth) differs between ranks.
+        torch.manual_seed(config.seed + 1 + engine.rank)
+        self.step, self.non_finite, self.warned = 0, 0, False
+        self.best: dict[str, Any] | None = None
+        self.images, self.unreadable = images, set[str]()
+        self._norms = [b for net in (encoder, self.model.teacher) for b in net.buffers()]
+
+    def restore(self, path: Path) -> list[str]:
+        """Go on from a checkpoint; returns why the run will not repeat bit for bit, if so."""
+        facts, inexact = checkpoint.restore(path, self.model, self.optimizer, self.engine)
+        if facts["steps_per_epoch"] != self.steps_per_epoch:
+            raise CheckpointError(f"{path}: was saved at {facts['steps_per_epoch']} steps an epoch, the data now gives {self.steps_per_epoch}")
+        self.step, self.best, self.non_finite = facts["step"], facts["best"], facts["non_finite"]
+        return inexact
+
+    def fit(self, display: Display) -> None:
+        """Train to the end, or until asked to stop.
+
+        Raises:
+            Interrupted: after saving, on a signal or at the time limit.
+            NumericError: after too many non-finite steps in a row.
+            DataError: when too many images cannot be read.
+        """
+        journal = Journal(self.folder.path, self.step, self.config.log.tensorboard) if self.folder else None
+        watch, samples = Stopwatch(), self.step
+        try:
+            with StopRequest(self.config.time_limit) as stop:
+                if self.step == 0 and journal is not None and self.online is not None:
+                    journal.write({"step": 0, "epoch": 0, "samples": 0} | self.online.measure(self.model, self.engine))
+                self.engine.wait()
+                for parts in watch.timed(self.loader.stream(self.step, self.total_steps)):
+                    row = self._train_step(parts)
+                    self._note_bad(parts)
+                    epoch, within = divmod(self.step, self.steps_per_epoch)
+                    if row is not None:
+                        seconds, wait = watch.split()
+                        speed = (self.step - samples) * self.config.batch_size / max(seconds, 1e-9)
+                        samples = self.step
+                        row = {"step": self.step, "epoch": epoch, "samples": self.step * self.config.batch_size} | row
+                        row |= {"images_per_second": round(speed, 1), "data_wait": round(wait, 4)}
+                        self._report(row, journal, display, epoch_ended=within == 0)
+                    # After the row, so that rows up to a checkpoint are on disk before it is.
+                    asked = self.engine.largest(stop.asked())
+                    if asked or self._due(epoch, within):
+                        self.save()
+                    if asked and self.step < self.total_steps:
+                        where = f" as {self.folder.path}" if self.folder else ""
+                        raise Interrupted(f"stopped {REASONS[asked]} after step {self.step} of {self.total_steps}, saved{where}", asked)
+        finally:
+            if journal is not None:
+                journal.close()
+
+    def _report(self, row: dict[str, Any], journal: Journal | None, display: Display, epoch_ended: bool) -> None:
+        """Add what is measured now and then to a row, and tell it."""
+        every = self.config.log.knn_every
+        due = every and epoch_ended and (row["epoch"] % every == 0 or self.step == self.total_steps)
+        if due and self.online is not None and journal is not None:
+            row |= self.online.measure(self.model, self.engine)
+            if self.best is None or row["knn_top1"] > self.best["knn_top1"]:
+                self.best = {"knn_top1": row["knn_top1"], "checkpoint": f"step-{self.step:08d}"}
+        self.engine.wait()
+        self.best = self.engine.first_says(self.best)
+        if journal is not None:
+            journal.write(row)
+            display.row(row, epoch_ended)
+            fault = verdict(row, self.config.method.memory_size, self.config.encoder.dim)
+            if fault and not self.warned and row["epoch"] >= 1:
+                self.warned = True
+                display.say(f"warning: step {self.step}: {fault}")
+
+    def _due(self, epoch: int, within: int) -> bool:
+        steps = self.config.checkpoint.every_steps
+        ended = within == 0 and epoch % self.config.checkpoint.every == 0
+        return ended or self.step == self.total_steps or bool(steps and self.step % steps == 0)
+
+    def save(self) -> None:
+        """Save the whole state and let go of the oldest checkpoints."""
+        facts = {"steps_per_epoch": self.steps_per_epoch, "best": self.best, "non_finite": self.non_finite}
+        where = self.folder.checkpoints if self.folder else Path()
+        target = checkpoint.save(where, self.step, self.model, self.optimizer, self.engine, facts)
+        if self.folder is not None and target is not None:
+            protect = (self.best["checkpoint"],) if self.best else ()
+            store.prune(self.folder.checkpoints, self.config.checkpoint.keep, protect)
+            self.folder.status("running", self.step, last_checkpoint=target.name)
+        self.engine.wait()
+
+    def _train_step(self, parts: list[Batch]) -> dict[str, Any] | None:
+        """One optimizer step; its figures if it is one that is logged."""
+        step, method = self.step, self.config.method
+        now = self._settings(step)
+        norms = [buffer.clone() for buffer in self._norms]
+        losses, done = [], []
+        for number, part in enumerate(parts):
+            with self.engine.autocast():
+                made = self.model.step(
+                    self.engine.place(part.weak),
+                    [self.engine.place(view) for view in part.strong],
+                    student_temperature=method.student_temperature,
+                    teacher_temperature=now["teacher_temperature"],
+                    warmup_mix=now["warmup_mix"],
+                    info_nce_temperature=method.info_nce_temperature,
+                )
+            self.engine.backward(made.loss / len(parts), self.model.student, last_part=number == len(parts) - 1)
+            losses.append(made.loss.detach())
+            done.append(made)
+        loss = self.engine.mean(torch.stack(losses).mean())
+        clip = self.config.optimizer.clip
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, clip if clip is not None else math.inf)
+        self.step += 1
+        logged = self.step % self.config.log.every == 0 or self.step % self.steps_per_epoch == 0
+        keys = self._joined([made.keys for made in done])
+        figures = {}
+        if logged:
+            queries = self._joined([made.queries.transpose(0, 1) for made in done]).transpose(0, 1)
+            figures = health(
+                queries,
+                keys,
+                self.model.memory.keys,
+                student_temperature=method.student_temperature,
+                teacher_temperature=now["teacher_temperature"],
+            )
+        if torch.isfinite(loss) and torch.isfinite(norm):
+            self._commit(keys, self._joined([part.ids for part in parts]), now)
+        else:
+            self._drop(norms)
+        self.optimizer.zero_grad(set_to_none=True)
+        shown = {"loss": float(loss), "grad_norm": float(norm)} | now | figures
+        return shown if logged else None
+
+    def _commit(self, keys: torch.Tensor, ids: torch.Tensor, now: dict[str, float]) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = now["lr"]
+        self.optimizer.step()
+        self.model.push(keys, ids)
+        self.model.follow(now["teacher_momentum"])
+        self.non_finite = 0
+
+    def _drop(self, norms: list[torch.Tensor]) -> None:
+        """Leave a non-finite step without a trace: nothing has moved yet but the batch norms' statistics."""
+        for buffer, before in zip(self._norms, norms, strict=True):
+            buffer.copy_(before)
+        self.non_finite += 1
+        if self.non_finite >= _PATIENCE:
+            raise NumericError(
+                f"step {self.step}: loss or gradient is not finite, {_PATIENCE} steps in a row; "
+                "lower optimizer.lr, or set optimizer.clip or engine.precision fp32; the last checkpoint is good"
+            )
+
+    def _joined(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        """All ranks' and parts' rows in the order of the batch."""
+        return torch.cat([self.engine.gather(part, self.plan.share) for part in parts])
+
+    def _settings(self, step: int) -> dict[str, float]:
+        """What the schedules say of a step."""
+        method, optimizer, epoch = self.config.method, self.config.optimizer, self.steps_per_epoch
+        return {
+            "lr": schedules.learning_rate(
+                step, peak=optimizer.lr, warmup_steps=optimizer.warmup_epochs * epoch, total_steps=self.total_steps
+            ),
+            "teacher_momentum": schedules.teacher_momentum(
+                step, start=method.teacher_momentum, end=method.teacher_momentum_end, total_steps=self.total_steps
+            ),
+            "warmup_mix": schedules.warmup_mix(step, shape=method.warmup, length=method.warmup_epochs * epoch),
+            "teacher_temperature": schedules.temperature(
+                step,
+                start=method.teacher_temperature_start,
+                end=method.teacher_temperature,
+                length=method.teacher_temperature_epochs * epoch,
+            ),
+        }
+
+    def _note_bad(self, parts: list[Batch]) -> None:
+        """Record images that could not be read; too many of them stop the run."""
+        if self.images.files is None:
+            return
+        found = self.engine.all_of([fault for part in parts for fault in part.bad])
+        self.unreadable |= {name for name, _ in found}
+        if self.folder is not None:
+            self.folder.bad_samples(found)
+        limit = self.config.loader.max_bad_fraction
+        if len(self.unreadable) > limit * len(self.images):
+            raise DataError(
+                f"{self.images.name}: {len(self.unreadable)} of {len(self.images)} images cannot be read, more than "
+                f"loader.max_bad_fraction ({limit:g}); see bad_samples.jsonl"
+            )

@@ -1,0 +1,259 @@
+"""Checkpoints: folders of `state.safetensors`, `state.json` and `SHA256SUMS`, whole or not there, checked before they are read.
+
+Nothing is ever pickled. Only the functions that handle tensors import torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import stat
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from relssl.errors import CheckpointError, StorageError
+from relssl.weights import tensorfile
+from relssl.weights.atomic import storing, sweep, sync_folder, temporary, to_json, write_all, write_file, write_json
+from relssl.weights.tensorfile import MAX_JSON
+from relssl.weights.tree import flatten, unflatten
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = [
+    "checkpoints", "flatten", "load", "prune", "remove", "save", "step_folder", "sweep", "unflatten", "verify", "write_file",
+    "write_json",
+]  # fmt: skip
+
+VERSION = 1
+TENSORS, META, SUMS = "state.safetensors", "state.json", "SHA256SUMS"
+
+_STEP = re.compile(r"step-([0-9]{8,})", re.ASCII)
+
+
+def save(folder: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+    """Write a checkpoint folder, whole or not at all.
+
+    Args:
+        folder: must not exist yet; its parent must.
+        tensors: of any device and layout in memory; one tensor at a time is copied to the CPU.
+        meta: JSON-able, below 16 MiB as JSON; see `to_json` for what changes (`flatten` keeps everything).
+
+    Raises:
+        StorageError: if the folder exists or cannot be written; nothing unfinished is left behind.
+        ValueError: for a tensor or meta that cannot be stored, named.
+    """
+    header, order = tensorfile.header(tensors)
+    described = to_json({"version": VERSION, "meta": meta})
+    if len(described) > MAX_JSON:
+        raise ValueError(f"{folder}: meta takes {len(described)} bytes as JSON, more than {MAX_JSON}; store arrays as tensors")
+    needed = len(header) + len(described) + sum(t.numel() * t.element_size() for t in tensors.values())
+    if os.path.lexists(folder):
+        raise StorageError(f"{folder}: exists already and is not overwritten; remove it or save under another name")
+    unfinished = temporary(folder.parent)
+    with storing(folder, needed):
+        try:
+            os.mkdir(unfinished)
+            entries = {
+                TENSORS: _write_hashed(unfinished / TENSORS, tensorfile.blocks(header, order, tensors)),
+                META: _write_hashed(unfinished / META, iter([memoryview(described)])),
+            }
+            _write_hashed(unfinished / SUMS, iter([memoryview(_manifest(entries))]))
+            sync_folder(unfinished)
+            os.rename(unfinished, folder)
+        except BaseException:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+        sync_folder(folder.parent)
+
+
+def _write_hashed(path: Path, blocks: Iterator[memoryview]) -> tuple[int, str]:
+    """Write and hash in one pass; the hash is of what we meant to write. Returns the size and the hash."""
+    digest, size = hashlib.sha256(), 0
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    try:
+        for block in blocks:
+            digest.update(block)
+            write_all(descriptor, block)
+            size += len(block)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    return size, digest.hexdigest()
+
+
+def _manifest(entries: Mapping[str, tuple[int, str]]) -> bytes:
+    """SHA256SUMS; `sha256sum -c` skips the comments, which hold the sizes so that a cut file can be told from a changed one."""
+    sizes = "".join(f"# {size} {name}\n" for name, (size, _) in entries.items())
+    return (sizes + "".join(f"{digest}  {name}\n" for name, (_, digest) in entries.items())).encode("ascii")
+
+
+def verify(folder: Path) -> None:
+    """Check every file of a checkpoint against its hash.
+
+    Raises:
+        CheckpointError: naming the folder, the file and whether it is missing, truncated or changed.
+    """
+    for name, (size, digest) in _read_manifest(folder).items():
+        with _opened(folder, name) as file:
+            found = os.fstat(file.fileno()).st_size
+            if found < size:
+                raise CheckpointError(f"{folder}: {name} is truncated: {found} of {size} bytes")
+            if found > size or _digest(file) != digest:
+                raise CheckpointError(f"{folder}: {name} does not match its hash; restore it or use another checkpoint")
+
+
+def _digest(file: BinaryIO) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _opened(folder: Path, name: str) -> Iterator[BinaryIO]:
+    """A regular file of the checkpoint: a link could lead anywhere and a pipe would wait for ever."""
+    try:
+        flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+        with open(os.open(folder / name, flags), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise CheckpointError(f"{folder}: {name} is not a regular file")
+            yield file
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{folder}: {name} is missing" if folder.is_dir() else f"{folder}: no such folder") from error
+    except OSError as error:
+        raise CheckpointError(f"{folder}: {name} cannot be read ({error.strerror})") from error
+
+
+def _read_small(folder: Path, name: str) -> bytes:
+    with _opened(folder, name) as file:
+        data = file.read(MAX_JSON + 1)
+    if len(data) > MAX_JSON:
+        raise CheckpointError(f"{folder}: {name} has more than {MAX_JSON} bytes")
+    return data
+
+
+def _read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
+    data = _read_small(folder, SUMS)
+    sizes: dict[str, int] = {}
+    hashes: dict[str, str] = {}
+    for line in data.decode("ascii", "replace").splitlines():
+        if found := re.fullmatch(r"# ([0-9]{1,18}) ([A-Za-z0-9_][A-Za-z0-9_.]*)", line):
+            sizes[found[2]] = int(found[1])
+        elif found := re.fullmatch(r"([0-9a-f]{64})  ([A-Za-z0-9_][A-Za-z0-9_.]*)", line):
+            hashes[found[2]] = found[1]
+    entries = {name: (size, hashes.get(name, "")) for name, size in sizes.items()}
+    # Only what we would write ourselves is accepted, byte for byte, so that no change of the file goes unseen.
+    if _manifest(entries) != data or not {TENSORS, META} <= entries.keys():
+        raise CheckpointError(f"{folder}: {SUMS} is damaged; use another checkpoint")
+    return entries
+
+
+def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors (on the CPU, owning their memory) and the meta of a checkpoint, after its hashes were checked.
+
+    Raises:
+        CheckpointError: naming the folder, the file and what is wrong with it; no file makes it anything else.
+    """
+    verify(folder)
+    try:
+        described = json.loads(_read_small(folder, META), parse_constant=_refuse_constant)
+        version, meta = described["version"], described["meta"]
+        if type(version) is not int or version < 1 or not isinstance(meta, dict):
+            raise ValueError("version or meta is of the wrong type")
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
+        raise CheckpointError(f"{folder}: {META} describes no checkpoint ({tensorfile.one_line(error)})") from error
+    if version > VERSION:
+        raise CheckpointError(f"{folder}: written by version {version}, this reads up to {VERSION}; upgrade relssl")
+    return tensorfile.read(folder / TENSORS), meta
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")
+
+
+def step_folder(parent: Path, step: int) -> Path:
+    """Where the checkpoint of `step` lies."""
+    return parent / f"step-{step:08d}"
+
+
+def checkpoints(parent: Path) -> list[Path]:
+    """The complete checkpoints in `parent`, ascending by step: named exactly so, no links, with all three files. Not verified."""
+    try:
+        entries = list(os.scandir(parent))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise CheckpointError(f"{parent}: cannot be read ({error.strerror})") from error
+    found = []
+    for entry in entries:
+        match = _STEP.fullmatch(entry.name)
+        if match and entry.is_dir(follow_symlinks=False) and all(_is_file(Path(entry) / name) for name in (TENSORS, META, SUMS)):
+            found.append((int(match[1]), entry.name))
+    return [parent / name for _, name in sorted(found)]
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return stat.S_ISREG(os.lstat(path).st_mode)
+    except OSError:
+        return False
+
+
+def prune(parent: Path, keep: int, protect: Iterable[str | Path] = ()) -> list[Path]:
+    """Delete the checkpoints older than the newest `keep` that verify, and what dead processes left unfinished.
+
+    Damaged checkpoints do not count and go only when they are older than those; files that are not ours stay. Only the process
+    that holds the run may call this: on a shared disk another machine's processes look dead.
+
+    Args:
+        keep: at least 2, so that one broken disk block does not end a run.
+        protect: names or paths of checkpoints that stay however old they are.
+
+    Returns:
+        What was deleted, oldest first.
+
+    Raises:
+        StorageError: when a checkpoint cannot be deleted.
+    """
+    if keep < 2:
+        raise ValueError(f"keep must be at least 2, got {keep}")
+    sweep(parent)
+    safe = {Path(path).name for path in protect}
+    older = checkpoints(parent)
+    good = 0
+    while older and good < keep:
+        with contextlib.suppress(CheckpointError):
+            if len(older) + good > keep:  # else nothing can go and the hashes need not be read
+                verify(older[-1])
+            good += 1
+        older.pop()
+    deleted = [folder for folder in older if folder.name not in safe]
+    for folder in deleted:
+        remove(folder)
+    return deleted
+
+
+def remove(folder: Path) -> None:
+    """Delete one checkpoint; it stops being listed at once, and files in it that are not ours stay.
+
+    Raises:
+        ValueError: if the folder is not named like a checkpoint or is a link.
+        StorageError: if it cannot be deleted.
+    """
+    if not _STEP.fullmatch(folder.name) or folder.is_symlink():
+        raise ValueError(f"{folder}: not a checkpoint, not deleted")
+    ours = (SUMS, META, TENSORS)
+    with storing(folder):
+        if {entry.name for entry in os.scandir(folder)} <= set(ours):
+            unfinished = temporary(folder.parent)
+            os.rename(folder, unfinished)
+            shutil.rmtree(unfinished)
+            return
+        for name in ours:
+            (folder / name).unlink(missing_ok=True)

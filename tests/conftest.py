@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+from torch import nn
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+class TinyNet(nn.Module):
+    """A convolutional backbone small enough for oracles: [N, 3, H, W] -> [N, 16]."""
+
+    def __init__(self, norm: bool = True) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 16, 3, stride=2, padding=1, bias=not norm)
+        self.norm = nn.BatchNorm2d(16) if norm else nn.Identity()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.conv(images)).relu().mean(dim=(2, 3))
+
+
+@pytest.fixture
+def tiny_net() -> type[TinyNet]:
+    return TinyNet

@@ -1,0 +1,155 @@
+"""The step against float64 oracles: losses and their gradients written out from the formulas, the paper's order replayed."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from relssl.method import Encoder, ReSSL
+
+TEMPERATURES = {"student_temperature": 0.1, "teacher_temperature": 0.04}
+
+
+def softmax(s: np.ndarray) -> np.ndarray:
+    e = np.exp(s - s.max(axis=-1, keepdims=True))
+    return e / e.sum(axis=-1, keepdims=True)
+
+
+def oracle(q: np.ndarray, k: np.ndarray, memory: np.ndarray, mix: float, t_s=0.1, t_t=0.04, t_n=0.1) -> tuple[float, np.ndarray]:
+    """Loss and its gradient for queries [V,B,D], in float64: cross-entropy of relations and InfoNCE, mixed."""
+    views, batch, _ = q.shape
+    rows = views * batch
+    target = softmax(k @ memory.T / t_t)
+    relation = softmax(q @ memory.T / t_s)
+    relational = -(target * np.log(relation)).sum() / rows
+    d_relational = (relation - target) @ memory / (t_s * rows)
+    positive = (q * k).sum(-1, keepdims=True)
+    p = softmax(np.concatenate([positive, q @ memory.T], axis=-1) / t_n)
+    nce = -np.log(p[..., 0]).sum() / rows
+    d_nce = ((p[..., :1] - 1) * k + p[..., 1:] @ memory) / (t_n * rows)
+    return mix * nce + (1 - mix) * relational, mix * d_nce + (1 - mix) * d_relational
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    a, b = a.detach().double(), b.detach().double()
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.mark.parametrize("views", [1, 5])
+@pytest.mark.parametrize("predictor", ["none", "mlp", "residual"])
+@pytest.mark.parametrize("mix", [0.0, 0.3, 1.0])
+def test_loss_and_gradient_equal_the_float64_oracle(tiny_net, views: int, predictor: str, mix: float) -> None:
+    student = Encoder(tiny_net(), 16, projector_hidden=32, dim=12, predictor=predictor, predictor_hidden=24)
+    for parameter in student.parameters():  # a residual predictor's zero layer would hide its gradient's path
+        torch.nn.init.normal_(parameter, std=0.3)
+    model = ReSSL(student, memory_size=64, dim=12)
+    exact = copy.deepcopy(model).double()
+    weak, strong = torch.rand(8, 3, 8, 8), [torch.rand(8, 3, 8, 8) for _ in range(views)]
+
+    made = model.step(weak, strong, **TEMPERATURES, warmup_mix=mix)
+    made.loss.backward()
+
+    keys = exact.teacher([weak.double()])[0].detach()
+    queries = exact.student([view.double() for view in strong])
+    loss, gradient = oracle(queries.detach().numpy(), keys.numpy(), exact.memory.keys.numpy(), mix)
+    queries.backward(torch.from_numpy(gradient))
+
+    assert abs(float(made.loss.detach()) - loss) / loss < 1e-5
+    flat = [torch.cat([p.grad.flatten() for p in m.student.parameters()]) for m in (model, exact)]
+    assert relative(*flat) < 1e-5
+
+
+def test_training_equals_the_papers_order_replayed(tiny_net) -> None:
+    """Teacher update at the head of each step, as the papers write it, against ours at its end: the same keys and losses."""
+    student = Encoder(tiny_net(norm=False), 16, projector_hidden=32, dim=12).double()
+    model = ReSSL(student, memory_size=20, dim=12).double()
+    paper = copy.deepcopy(model)
+    ours, theirs = (torch.optim.SGD(m.student.parameters(), lr=0.5, momentum=0.9) for m in (model, paper))
+    memory, pointer = paper.memory.keys.clone(), 0
+    for step in range(8):
+        weak, strong = torch.rand(6, 3, 8, 8).double(), [torch.rand(6, 3, 8, 8).double()]
+        made = model.step(weak, strong, **TEMPERATURES)
+        ours.zero_grad()
+        made.loss.backward()
+        ours.step()
+        model.push(made.keys, torch.arange(6) + 6 * step)
+        model.follow(0.9)
+
+        with torch.no_grad():
+            for t, s in zip(paper.teacher.parameters(), paper.student.parameters(), strict=True):
+                t.copy_(0.9 * t + 0.1 * s)
+            keys = paper.teacher([weak])[0]
+        queries = paper.student(strong)
+        loss, gradient = oracle(queries.detach().numpy(), keys.numpy(), memory.numpy(), 0.0)
+        theirs.zero_grad()
+        queries.backward(torch.from_numpy(gradient))
+        theirs.step()
+        for key in keys:
+            memory[pointer] = key
+            pointer = (pointer + 1) % 20
+
+        assert abs(float(made.loss.detach()) - loss) < 1e-10
+        torch.testing.assert_close(made.keys, keys, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(model.memory.keys, memory, rtol=1e-6, atol=1e-7)  # the memory itself is fp32
+    assert int(model.memory.pointer) == pointer
+
+
+def test_one_view_equals_a_list_of_the_same_view_many_times(tiny_net) -> None:
+    student = Encoder(tiny_net(norm=False), 16, projector_hidden=32, dim=12)
+    model = ReSSL(student, memory_size=64, dim=12)
+    weak, strong = torch.rand(8, 3, 8, 8), torch.rand(8, 3, 8, 8)
+    one = model.step(weak, [strong], **TEMPERATURES).loss
+    five = model.step(weak, [strong] * 5, **TEMPERATURES).loss
+    torch.testing.assert_close(one, five)
+
+
+def test_views_of_several_sizes_pass_and_keep_their_order(tiny_net) -> None:
+    student = Encoder(tiny_net(norm=False), 16, projector_hidden=32, dim=12)
+    views = [torch.rand(4, 3, size, size) for size in (16, 8, 16, 12)]
+    together = student(views)
+    assert together.shape == (4, 4, 12)
+    for view, made in zip(views, together, strict=True):
+        torch.testing.assert_close(student([view])[0], made)
+
+
+def test_loss_under_bf16_autocast_stays_near_float64(tiny_net) -> None:
+    """Similarities and softmax are fp32 under autocast: only the networks' own rounding is left, which is given to both."""
+    student = Encoder(tiny_net(), 16, projector_hidden=32, dim=12)
+    model = ReSSL(student, memory_size=64, dim=12)
+    weak, strong = torch.rand(8, 3, 8, 8), [torch.rand(8, 3, 8, 8)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        made = model.step(weak, strong, **TEMPERATURES, warmup_mix=0.5)
+    assert made.keys.dtype == made.queries.dtype == made.loss.dtype == torch.float32
+    loss, _ = oracle(made.queries.double().numpy(), made.keys.double().numpy(), model.memory.keys.double().numpy(), 0.5)
+    assert abs(float(made.loss.detach()) - loss) / loss < 1e-6
+
+
+def test_teacher_follows_the_float64_recurrence_and_takes_no_gradient(tiny_net) -> None:
+    student = Encoder(tiny_net(), 16, projector_hidden=32, dim=12, predictor="residual")
+    model = ReSSL(student, memory_size=64, dim=12)
+    start = {n: p.clone().double() for n, p in model.teacher.named_parameters()}
+    for parameter in student.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    moved = dict(student.named_parameters())
+    for _ in range(1000):
+        model.follow(0.999)
+    for name, parameter in model.teacher.named_parameters():
+        assert not parameter.requires_grad
+        assert parameter.data_ptr() != moved[name].data_ptr()
+        expected = moved[name].double() + 0.999**1000 * (start[name] - moved[name].double())
+        assert relative(parameter, expected) < 1e-4
+    assert model.teacher.predictor is None
+    model.follow(1.0)
+    before = [p.clone() for p in model.teacher.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(before, model.teacher.parameters(), strict=True))
+    model.follow(0.0)
+    assert all(torch.equal(p, moved[n]) for n, p in model.teacher.named_parameters())
+
+
+def test_residual_predictor_starts_as_the_identity(tiny_net) -> None:
+    student = Encoder(tiny_net(), 16, projector_hidden=32, dim=12, predictor="residual")
+    images = torch.rand(8, 3, 8, 8)
+    torch.testing.assert_close(student([images]), student.teacher()([images]))
