@@ -190,6 +190,7 @@ class LogConfig:
 
     every: int = setting(10, "steps between rows of metrics.jsonl", ge=1)
     knn_every: int = setting(10, "epochs between online kNN evaluations, when labels exist; 0: never", ge=0)
+    knn: tuple[int, float] = setting((200, 0.1), "neighbours k and temperature of the online kNN", gt=0)
     knn_images: int | None = setting(None, "at most this many images on each side of the online kNN; null: all", ge=1)
     tensorboard: bool = setting(True, "write TensorBoard event files")
 
@@ -319,7 +320,7 @@ def check(config: Config) -> list[str]:
 def to_yaml(config: Config) -> str:
     """The whole configuration as YAML that `from_mapping(read_yaml(...))` reads back to an equal Config."""
     plain = dataclasses.asdict(config, dict_factory=lambda items: {k: _plain(v) for k, v in items})
-    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=120, default_flow_style=None)
+    return yaml.safe_dump(plain, sort_keys=False, width=120, default_flow_style=None)
 
 
 def _plain(value: Any) -> Any:

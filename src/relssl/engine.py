@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 from datetime import timedelta
@@ -38,6 +39,8 @@ class Engine:
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
+        # Lightning announces each choice that our own first line already names.
+        logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
         many = config.devices * config.nodes > 1
         self.fabric = Fabric(
             accelerator=kind,

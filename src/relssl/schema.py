@@ -257,7 +257,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}:{where} {getattr(error, 'problem', None) or error}") from error
+        what = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise ConfigError(f"{path}:{where} {what}") from error
     except (OSError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path}: cannot be read: {type(error).__name__}: {str(error).splitlines()[0]}") from error
     if not isinstance(loaded, dict):

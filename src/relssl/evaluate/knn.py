@@ -120,6 +120,8 @@ class _Rows:
 
     def chunks(self, size: int, device: torch.device) -> Iterator[tuple[int, Tensor]]:
         """The place of the first row and up to `size` rows of unit norm, fp32, on `device`."""
+        if size < 1:
+            raise ValueError(f"chunk and bank_chunk must be at least 1, got {size}")
         for start in range(0, self.count, size):
             which = slice(start, start + size) if self.kept is None else self.kept[start : start + size]
             rows = self.features[which].to(device)
@@ -201,9 +203,9 @@ def _nearest(similarity: Tensor, first: int, k: int) -> Tensor:
     keys = _keys(values, first + columns)
     # topk picks any of the equal values at its end; only in rows where there are more than fit do all keys have to be compared.
     tied = ((similarity >= values[:, -1:]).sum(dim=1) > k).nonzero().flatten()
-    if len(tied):
-        columns = torch.arange(first, first + similarity.shape[1], device=similarity.device)
-        keys[tied] = _keys(similarity[tied], columns).topk(k, dim=1).values
+    columns = torch.arange(first, first + similarity.shape[1], device=similarity.device)
+    for rows in torch.split(tied, 64):  # a few at a time: keys take several times the memory
+        keys[rows] = _keys(similarity[rows], columns).topk(k, dim=1).values
     return keys
 
 

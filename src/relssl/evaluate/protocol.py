@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,15 +19,13 @@ from relssl.data.sources import Images, load
 from relssl.engine import Engine
 from relssl.errors import ConfigError, DataError
 from relssl.evaluate.features import extract, stream
-from relssl.evaluate.knn import knn_accuracy
+from relssl.evaluate.knn import SETTINGS, knn_accuracy
 from relssl.evaluate.vectors import write_vectors
 from relssl.schema import nearest_word
 from relssl.weights.atomic import write_json
 from relssl.weights.runs import NETWORKS, from_checkpoint, load_backbone, load_run
 
 PROTOCOLS = ("knn",)
-# (k, temperature): InstDisc's and the official monitors', then DINO's and solo-learn's.
-KNN_SETTINGS = ((200, 0.1), (20, 0.07))
 
 
 @dataclass(frozen=True)
@@ -66,8 +65,9 @@ def knn(
     config: Config,
     device: torch.device,
     autocast: AbstractContextManager[object] | None = None,
+    settings: Sequence[tuple[int, float]] = SETTINGS,
 ) -> dict[str, Any]:
-    """Weighted kNN of the test images among the bank, on backbone features in eval mode.
+    """Weighted kNN of the test images among the bank, on backbone features in eval mode, for each (k, temperature).
 
     Returns:
         {"k200-t0.1": {"top1": percent, ...}, "k20-t0.07": ...}; a k beyond the bank is cut to it and named so.
@@ -77,22 +77,28 @@ def knn(
         found = extract(backbone, images, config, device, autocast)
         assert images.labels is not None
         sides.append((found.vectors, torch.from_numpy(images.labels[found.rows])))
-    return _score(sides)
+    return _score(sides, settings)
 
 
-def raw_pixel_knn(pair: LabelledPair) -> dict[str, Any] | None:
+def raw_pixel_knn(pair: LabelledPair, settings: Sequence[tuple[int, float]] = SETTINGS) -> dict[str, Any] | None:
     """The same on the pixels themselves, for sets in memory: what no network at all would reach."""
     sides = []
     for images in (pair.bank, pair.test):
         if images.pixels is None or images.labels is None:
             return None
         sides.append((images.pixels.flatten(1).float(), torch.from_numpy(images.labels)))
-    return _score(sides)
+    return _score(sides, settings)
 
 
-def _score(sides: list[tuple[Tensor, Tensor]]) -> dict[str, Any]:
+def _score(sides: list[tuple[Tensor, Tensor]], settings: Sequence[tuple[int, float]]) -> dict[str, Any]:
     (bank, bank_labels), (test, test_labels) = sides
-    return knn_accuracy(bank, bank_labels, test, test_labels, settings=KNN_SETTINGS, cap=True)
+    classes = int(max(bank_labels.max(), test_labels.max())) + 1
+    found = knn_accuracy(bank, bank_labels, test, test_labels, classes=classes, settings=settings, cap=True)
+    shares = ("top1", "top5", "mean_per_class")
+    return {
+        f"k{result['k']}-t{result['temperature']:g}": {name: round(100 * result[name], 4) for name in shares}
+        for result in found["results"]
+    }
 
 
 def card(pair: LabelledPair, config: Config, network: str, precision: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from relssl.errors import ConfigError, DataError, NumericError, StorageError
 from relssl.weights.atomic import replacing, storing, write_all
 
 _ROWS = 4096  # names at a time
-_CELLS = 1 << 20  # numbers at a time
+_CELLS = 1 << 18  # numbers at a time
 
 
 def write_vectors(

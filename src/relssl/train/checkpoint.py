@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from relssl.engine import Engine
 from relssl.errors import CheckpointError
 from relssl.method.ressl import ReSSL, unwrapped
-from relssl.weights import store
+from relssl.weights import store, tree
 
 
 def save(folder: Path, step: int, model: ReSSL, optimizer: Optimizer, engine: Engine, facts: dict[str, Any]) -> Path | None:
@@ -19,15 +19,15 @@ def save(folder: Path, step: int, model: ReSSL, optimizer: Optimizer, engine: En
     random_state = engine.random_state()
     if not engine.is_first:
         return None
-    tree = {
+    state = {
         "student": unwrapped(model.student).state_dict(),
         "teacher": model.teacher.state_dict(),
         "memory": model.memory.state_dict(),
         "optimizer": optimizer.state_dict(),
         "random": random_state,
     }
-    tensors, rest = store.flatten(tree)
-    target = folder / f"step-{step:08d}"
+    tensors, rest = tree.flatten(state)
+    target = store.step_folder(folder, step)
     meta = {"step": step, "threads": engine.threads, "world": engine.world, "precision": engine.precision, "tree": rest}
     store.save(target, tensors, meta | facts)
     return target
@@ -43,12 +43,12 @@ def restore(path: Path, model: ReSSL, optimizer: Optimizer, engine: Engine) -> t
         CheckpointError: if it is damaged, or its tensors do not match this configuration's.
     """
     tensors, meta = store.load(path)
-    tree = store.unflatten(tensors, meta["tree"])
+    state = tree.unflatten(tensors, meta["tree"])
     try:
-        unwrapped(model.student).load_state_dict(tree["student"])
-        model.teacher.load_state_dict(tree["teacher"])
-        model.memory.load_state_dict(tree["memory"])
-        optimizer.load_state_dict(tree["optimizer"])
+        unwrapped(model.student).load_state_dict(state["student"])
+        model.teacher.load_state_dict(state["teacher"])
+        model.memory.load_state_dict(state["memory"])
+        optimizer.load_state_dict(state["optimizer"])
         _lay_out(optimizer)
     except (KeyError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{path}: does not fit this configuration: {' '.join(str(error).split())[:300]}") from error
@@ -57,7 +57,7 @@ def restore(path: Path, model: ReSSL, optimizer: Optimizer, engine: Engine) -> t
         for name, now in (("threads", engine.threads), ("world", engine.world), ("precision", engine.precision))
         if meta[name] != now
     ]
-    if not engine.restore_random_state(tree["random"]):
+    if not engine.restore_random_state(state["random"]):
         inexact.append("random generators of another world or device")
     return meta, inexact
 

@@ -17,18 +17,18 @@ class OnlineKnn:
         self.pair, self.config = pair, config
 
     def measure(self, model: ReSSL, engine: Engine) -> dict[str, float]:
-        """Top-1 in percent at k=200, T=0.1: {"knn_top1": student, "knn_teacher_top1": teacher}."""
+        """Top-1 in percent at `log.knn`: {"knn_top1": student, "knn_teacher_top1": teacher}."""
         figures = {}
         for name, encoder in (("knn_top1", unwrapped(model.student)), ("knn_teacher_top1", model.teacher)):
-            figures[name] = _main(knn(encoder.backbone, self.pair, self.config, engine.device, engine.autocast()))
+            figures[name] = _main(knn(encoder.backbone, self.pair, self.config, engine.device, engine.autocast(), [self.config.log.knn]))
         return figures
 
     def raw_pixels(self) -> float | None:
         """The same of the pixels themselves, for sets in memory."""
-        scores = raw_pixel_knn(self.pair)
+        scores = raw_pixel_knn(self.pair, [self.config.log.knn])
         return None if scores is None else _main(scores)
 
 
 def _main(scores: dict[str, Any]) -> float:
-    """The first setting's top-1: k=200, or as many as the bank holds."""
+    """The top-1 of the one setting asked for."""
     return float(next(iter(scores.values()))["top1"])

@@ -76,14 +76,14 @@ def replacing(path: Path, needed: int | None = None) -> Iterator[BinaryIO]:
     unfinished = temporary(path.parent)
     with storing(path, needed):
         try:
-            with open(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644), "wb") as file:
+            with os.fdopen(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644), "wb") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(unfinished, path)
+            unfinished.replace(path)
         except BaseException:
             with contextlib.suppress(OSError):
-                os.unlink(unfinished)
+                unfinished.unlink()
             raise
         sync_folder(path.parent)
 
@@ -133,7 +133,7 @@ def sweep(parent: Path) -> None:
                 shutil.rmtree(entry.path, ignore_errors=True)
             elif entry.is_file(follow_symlinks=False):
                 with contextlib.suppress(OSError):
-                    os.unlink(entry.path)
+                    Path(entry).unlink()
 
 
 def _alive(pid: int, token: str) -> bool:

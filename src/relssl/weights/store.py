@@ -42,7 +42,7 @@ def save(folder: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -
     Args:
         folder: must not exist yet; its parent must.
         tensors: of any device and layout in memory; one tensor at a time is copied to the CPU.
-        meta: JSON-able, below 16 MiB as JSON; see `to_json` for what changes (`flatten` keeps everything).
+        meta: JSON-able, below 8 MiB as JSON; see `to_json` for what changes (`flatten` keeps everything).
 
     Raises:
         StorageError: if the folder exists or cannot be written; nothing unfinished is left behind.
@@ -58,14 +58,14 @@ def save(folder: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -
     unfinished = temporary(folder.parent)
     with storing(folder, needed):
         try:
-            os.mkdir(unfinished)
+            unfinished.mkdir()
             entries = {
                 TENSORS: _write_hashed(unfinished / TENSORS, tensorfile.blocks(header, order, tensors)),
                 META: _write_hashed(unfinished / META, iter([memoryview(described)])),
             }
             _write_hashed(unfinished / SUMS, iter([memoryview(_manifest(entries))]))
             sync_folder(unfinished)
-            os.rename(unfinished, folder)
+            unfinished.rename(folder)
         except BaseException:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise
@@ -120,7 +120,7 @@ def _opened(folder: Path, name: str) -> Iterator[BinaryIO]:
     """A regular file of the checkpoint: a link could lead anywhere and a pipe would wait for ever."""
     try:
         flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-        with open(os.open(folder / name, flags), "rb") as file:
+        with os.fdopen(os.open(folder / name, flags), "rb") as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise CheckpointError(f"{folder}: {name} is not a regular file")
             yield file
@@ -252,7 +252,7 @@ def remove(folder: Path) -> None:
     with storing(folder):
         if {entry.name for entry in os.scandir(folder)} <= set(ours):
             unfinished = temporary(folder.parent)
-            os.rename(folder, unfinished)
+            folder.rename(unfinished)
             shutil.rmtree(unfinished)
             return
         for name in ours:

@@ -16,7 +16,7 @@ from relssl.errors import CheckpointError
 if TYPE_CHECKING:
     from torch import Tensor
 
-MAX_JSON = 16 << 20  # bytes of JSON that are ever read from a file, such as this header: parsed, they take about 25 times as much
+MAX_JSON = 8 << 20  # bytes of JSON that are ever read from a file, such as this header: parsed, they take about 25 times as much
 _DTYPES = {
     "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16",
     "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8",
@@ -27,8 +27,8 @@ _DTYPES = {
 def header(tensors: Mapping[str, Tensor]) -> tuple[bytes, list[str]]:
     """The safetensors header and the order of the data: widest elements first, so that each tensor is aligned in the file.
 
-    Written here and not by the safetensors library, which needs a second copy of all tensors in memory, refuses shared storage
-    and reports a full disk without its errno; reading is the library's.
+    Raises:
+        ValueError: naming the tensor that cannot be stored.
     """
     table: dict[str, Any] = {}
     end = 0
@@ -50,6 +50,7 @@ def header(tensors: Mapping[str, Tensor]) -> tuple[bytes, list[str]]:
 
 
 def blocks(header: bytes, order: list[str], tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
+    """The bytes of the file: the header, then each tensor, of which only one at a time is copied."""
     import torch
 
     yield memoryview(header)
@@ -68,7 +69,7 @@ def read(path: Path) -> dict[str, Tensor]:
     from safetensors import safe_open
 
     try:
-        with open(path, "rb") as file:
+        with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
         if length > MAX_JSON:
             raise CheckpointError(f"{path}: claims a header of {length} bytes, more than {MAX_JSON}")

@@ -1,0 +1,166 @@
+"""One image file to RGB pixels, or the reason why not: what a folder of unknown files may hold must never stop or slow a run."""
+
+from __future__ import annotations
+
+import os
+import stat
+import warnings
+from typing import IO
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+# Only formats in which photographs lie about. Left out are those that start other programs (EPS), are documents (PDF, PSD),
+# measurements (FITS) or icons, and each whose decoder few people read.
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+
+# What files that no decoder knows begin with: the reason is then something to act on.
+_BEGINNINGS = (
+    (b"version https://git-lfs", "is a Git LFS pointer; fetch the image with `git lfs pull`"),
+    (b"\xff\xd8", "has a broken JPEG header"),
+    (b"\x89PNG", "has a broken PNG header"),
+    (b"GIF8", "has a broken GIF header"),
+    (b"RIFF", "has a broken WebP header"),
+    (b"BM", "has a broken BMP header"),
+    (b"II*\0", "has a broken TIFF header"),
+    (b"MM\0*", "has a broken TIFF header"),
+    (b"<", "holds HTML, SVG or XML, not pixels"),
+    (b"%PDF", "is a PDF"),
+    (b"%!PS", "is PostScript"),
+    (b"8BPS", "is a Photoshop file"),
+    (b"PK", "is a ZIP archive"),
+)
+_EXIF_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class BadImage(Exception):
+    """A file that cannot be read as an image; the message is one short line that fits behind the file's name."""
+
+
+def decode(path: str, max_pixels: int, at_least: int | None = None) -> Image.Image:
+    """Read an image as 8-bit RGB, upright.
+
+    Transparent pixels are laid on white. Palettes, grey, 1-bit, CMYK and YCbCr are converted; 16-bit grey is scaled by
+    255/65535; of an animation the first frame is taken; the EXIF orientation is applied. Floating-point and 32-bit
+    images have no defined white and are refused, as are cut-off files.
+
+    Args:
+        path: the file; anything but a regular file is refused without reading it.
+        max_pixels: refuse images with more pixels than this, before decoding them. Above 178,956,970 Pillow's own limit rules.
+        at_least: if the caller needs no more than this on the smaller side, a JPEG may be decoded to 1/2, 1/4 or 1/8 of its
+            size, which is faster; never below `at_least`.
+
+    Raises:
+        BadImage: for every file that cannot be read, whatever it holds.
+    """
+    try:
+        # Pillow warns about odd EXIF data, palettes and sizes; none of that is news in a folder of a million images. The
+        # filter is process-wide while this runs, so threads that decode side by side may let one through.
+        with warnings.catch_warnings(), _open_regular(path) as opened:
+            warnings.simplefilter("ignore")
+            return _read(opened, max_pixels, at_least)
+    except BadImage:
+        raise
+    except UnidentifiedImageError as error:
+        raise BadImage(_guess(path)) from error
+    except Image.DecompressionBombError as error:
+        raise BadImage(f"has far more than max_pixels ({max_pixels}) pixels") from error
+    except MemoryError as error:
+        raise BadImage("needs more memory than there is") from error
+    except Exception as error:  # Decoders of foreign bytes raise nearly everything, from struct.error to KeyError.
+        raise BadImage(_one_line(error)) from error
+
+
+def _open_regular(path: str) -> IO[bytes]:
+    """Open a file only if it is one; not blocking, for to open a named pipe would wait until somebody writes."""
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        facts = os.fstat(handle)
+        if not stat.S_ISREG(facts.st_mode):
+            raise BadImage("is not a regular file")
+        if facts.st_size == 0:
+            raise BadImage("is empty")
+        return os.fdopen(handle, "rb")
+    except BaseException:
+        os.close(handle)
+        raise
+
+
+def _read(opened: IO[bytes], max_pixels: int, at_least: int | None) -> Image.Image:
+    # A file beyond all pixels at 16 bits in four channels is no image, and some decoders would read it whole first.
+    if os.fstat(opened.fileno()).st_size > 8 * max_pixels + (64 << 20):
+        raise BadImage(f"is larger than any image of max_pixels ({max_pixels})")
+    image = Image.open(opened, formats=FORMATS)
+    width, height = image.size
+    if width < 1 or height < 1:
+        raise BadImage(f"has no pixels ({width} x {height})")
+    if width * height > max_pixels:
+        raise BadImage(f"has {width} x {height} pixels, more than max_pixels ({max_pixels})")
+    if at_least is not None:
+        image.draft(None, (at_least, at_least))
+    image.load()
+    turn = _TURNS.get(_orientation(image))
+    rgb = to_rgb(image)
+    rgb.info.clear()  # Or a colour key, profile or orientation that is already applied would be applied again.
+    return rgb.transpose(turn) if turn is not None else rgb
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation 1..8; 1 if there is none or the data is broken, which says nothing about the pixels."""
+    try:
+        found = image.getexif().get(_EXIF_ORIENTATION, 1)
+        return found if isinstance(found, int) else 1
+    except Exception:
+        return 1
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A loaded image of any mode as a new RGB image of the same size.
+
+    Raises:
+        BadImage: for modes whose white is not defined.
+    """
+    if image.mode.startswith("I"):
+        image = _scale_grey(image)
+    elif image.mode == "F":
+        raise BadImage("has floating-point pixels, which have no defined white; save it with 8 or 16 bits")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    layers = image.convert("RGBA")
+    paper = Image.new("RGB", image.size, "white")
+    paper.paste(layers, mask=layers.getchannel("A"))
+    return paper
+
+
+def _scale_grey(image: Image.Image) -> Image.Image:
+    """Grey of 16 bits (mode I;16, or I as some decoders give it) to 8 bits."""
+    values = np.asarray(image)
+    if values.dtype.itemsize > 2 and (values.min() < 0 or values.max() > 0xFFFF):
+        raise BadImage("has 32-bit pixels, which have no defined white; save it with 8 or 16 bits")
+    return Image.fromarray(((values.astype(np.uint32) * 255 + 0x7FFF) // 0xFFFF).astype(np.uint8))
+
+
+def _guess(path: str) -> str:
+    """Why no decoder knows the file, by its first bytes."""
+    try:
+        with _open_regular(path) as opened:
+            beginning = opened.read(64).lstrip()
+    except (OSError, BadImage):
+        beginning = b""
+    known = next((reason for magic, reason in _BEGINNINGS if beginning.startswith(magic)), None)
+    return known or f"is none of {', '.join(FORMATS)}"
+
+
+def _one_line(error: Exception) -> str:
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    clean = "".join(letter if letter.isprintable() else " " for letter in text)[:160].strip()
+    return f"cannot be read: {clean or type(error).__name__}"

@@ -1,0 +1,226 @@
+"""Data sets by name, folder or list file, as pixels in memory or as files to be read one by one."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from relssl.data import digits
+from relssl.data.files import Bad, class_folders, data_root, exists, locate, read_list, scan, split_folders
+from relssl.data.paths import Paths, shown
+from relssl.errors import ConfigError, DataError
+from relssl.schema import nearest_word
+
+Channels = tuple[float, float, float]
+
+SPLITS = ("train", "bank", "test")
+IMAGENET_MEAN: Channels = (0.485, 0.456, 0.406)
+IMAGENET_STD: Channels = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """A set of images, either in memory or as files.
+
+    Attributes:
+        name: for messages.
+        pixels: uint8 [N, 3, H, W], contiguous, on the CPU; None for files.
+        files: N paths, undecodable bytes in their names kept as surrogates; None for pixels.
+        labels: int64 [N], -1 = none; for reporting only, never for training.
+        classes: what the labels stand for.
+        mean, std: of the channels, for pixels scaled to 0..1.
+        bad: (file, reason) of what the scan already found unusable; not counted in N.
+    """
+
+    name: str
+    pixels: torch.Tensor | None = None
+    files: Sequence[str] | None = None
+    labels: np.ndarray | None = None
+    classes: tuple[str, ...] | None = None
+    mean: Channels = IMAGENET_MEAN
+    std: Channels = IMAGENET_STD
+    bad: Bad = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        assert (self.pixels is None) != (self.files is None)
+        assert self.pixels is None or (self.pixels.dtype == torch.uint8 and self.pixels.is_contiguous())
+        assert self.labels is None or (self.labels.dtype == np.int64 and len(self.labels) == len(self))
+
+    def __len__(self) -> int:
+        return len(self.pixels) if self.pixels is not None else len(self.files or ())
+
+    def subset(self, indices: Sequence[int] | np.ndarray) -> Images:
+        """The images at these positions, in this order."""
+        rows = np.asarray(indices, np.int64)
+        files = self.files
+        if files is not None:
+            files = files.take(rows) if isinstance(files, Paths) else [files[row] for row in rows]
+        return replace(
+            self,
+            pixels=None if self.pixels is None else self.pixels[torch.from_numpy(rows)],
+            files=files,
+            labels=None if self.labels is None else self.labels[rows],
+        )
+
+    def fingerprint(self) -> str:
+        """16 hex digits of the SHA-256 of the pixels, or of the files' count, names and sizes; labels do not count."""
+        if self.pixels is not None:
+            digest = hashlib.sha256(f"pixels {tuple(self.pixels.shape)} ".encode())
+            digest.update(self.pixels.numpy().data)
+            return digest.hexdigest()[:16]
+        files = self.files or ()
+        if not isinstance(files, Paths):
+            files = Paths("", [os.fsencode(file) for file in files], [Path(file).stat().st_size for file in files])
+        return files.fingerprint()
+
+
+@dataclass(frozen=True)
+class _Named:
+    """A data set that torchvision reads: its class there, the folder it lies in below the root, and channel statistics.
+
+    CIFAR's and STL-10's are the figures of the paper's code; Fashion-MNIST's are the mean and deviation of all training pixels.
+    """
+
+    reader: str
+    folder: str
+    mean: Channels
+    std: Channels
+
+
+_NAMED = {
+    "fashion-mnist": _Named("FashionMNIST", "FashionMNIST/raw", (0.2860,) * 3, (0.3530,) * 3),
+    "cifar10": _Named("CIFAR10", "cifar-10-batches-py", (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    "cifar100": _Named("CIFAR100", "cifar-100-python", (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+    "stl10": _Named("STL10", "stl10_binary", (0.4408, 0.4279, 0.3867), (0.2682, 0.2610, 0.2686)),
+}
+
+
+def load(data: str, root: str | None, split: str) -> Images:
+    """The images that DATA names.
+
+    Args:
+        data: a name (digits, fashion-mnist, cifar10, cifar100, stl10, imagenet), a folder, or a list file (.txt, .lst).
+        root: where named data sets lie; None: $RELSSL_DATA, else ~/.cache/relssl.
+        split: "train" (what pretraining uses), "bank" (training images with labels) or "test". The first two are one and
+            the same but for stl10, whose `train` is its unlabelled part.
+
+    Raises:
+        DataError: if it is missing and cannot be downloaded, holds no image, or has no such part.
+        ConfigError: for another split.
+    """
+    if split not in SPLITS:
+        raise ConfigError(f"split: must be one of {', '.join(SPLITS)}, got {split!r} (nearest: {nearest_word(split, SPLITS)})")
+    if data == "digits":
+        pixels, labels = digits.load("test" if split == "test" else "train")
+        names = tuple("0123456789")
+        return Images(data, torch.from_numpy(pixels), None, labels, names, digits.MEAN, digits.STD)
+    if data in _NAMED:
+        return _named(data, data_root(root), split)
+    exists(data, root)
+    path = locate(data, root)
+    images = _folder(data, path, split) if Path(path).is_dir() else _list(data, path, split)
+    if len(images) == 0:
+        first = f", the first: {shown(images.bad[0][0])} {images.bad[0][1]}" if images.bad else ""
+        raise DataError(f"{images.name}: no usable image ({len(images.bad)} unusable{first})")
+    return images
+
+
+def _folder(data: str, path: str, split: str) -> Images:
+    """All images of a split; labelled by the folders below it if every image lies in one and there are two or more."""
+    layout = split_folders(path)
+    if layout is None:
+        if split == "test":
+            raise DataError(f"{shown(data)}: has no test images; lay it out as train/CLASS/ and val/CLASS/ (or test/CLASS/)")
+        files, bad = scan(path)
+        return Images(shown(data), files=files, bad=bad)
+    files, bad = scan(layout[split])
+    # Training classes come first, so that a class met only in testing does not renumber them.
+    classes = tuple(dict.fromkeys(class_folders(layout["train"]) + class_folders(layout["test"])))
+    labels = _labels(files, classes)
+    return Images(shown(data), files=files, labels=labels, classes=None if labels is None else classes, bad=bad)
+
+
+def _labels(files: Paths, classes: tuple[str, ...]) -> np.ndarray | None:
+    rank = {os.fsencode(word): position for position, word in enumerate(classes)}
+    tops = [files.name(row).partition(b"/") for row in range(len(files))]
+    if len(classes) < 2 or any(not slash for _, slash, _ in tops):
+        return None
+    return np.array([rank[top] for top, _, _ in tops], np.int64)
+
+
+def _list(data: str, path: str, split: str) -> Images:
+    if split == "test":
+        raise DataError(f"{shown(data)}: a list file has no test images; use a folder with train/CLASS/ and val/CLASS/")
+    listing = read_list(path)
+    return Images(shown(data), files=listing.files, labels=listing.labels, classes=listing.classes, bad=listing.bad)
+
+
+def _named(name: str, root: str, split: str) -> Images:
+    known = _NAMED[name]
+    found = _fetch(name, root, split)
+    if name == "stl10":
+        labels, pixels = found.labels, _contiguous(found.data)
+    elif name == "fashion-mnist":
+        labels, pixels = found.targets, found.data[:, None].expand(-1, 3, -1, -1).contiguous()
+    else:
+        labels, pixels = found.targets, torch.from_numpy(np.ascontiguousarray(found.data.transpose(0, 3, 1, 2)))
+    classes = tuple(getattr(found, "classes", ())) or None
+    return Images(name, pixels, None, np.asarray(labels, np.int64), classes, known.mean, known.std)
+
+
+def _contiguous(images: np.ndarray) -> torch.Tensor:
+    """STL-10's images, which torchvision gives as a transposed view, turned in place: a copy would double 2.8 GB."""
+    stored = images.transpose(0, 1, 3, 2)
+    for start in range(0, len(images), 1000):
+        stored[start : start + 1000] = images[start : start + 1000].copy()
+    return torch.from_numpy(np.ascontiguousarray(stored))
+
+
+def _fetch(name: str, root: str, split: str) -> Any:
+    """torchvision's data set, whose files it checks by their hashes; downloaded if they are not there."""
+    import torchvision.datasets
+
+    reader = getattr(torchvision.datasets, _NAMED[name].reader)
+    part: dict[str, Any] = {"train": split != "test"}
+    if name == "stl10":
+        part = {"split": {"train": "unlabeled", "bank": "train", "test": "test"}[split]}
+    try:
+        return reader(root, download=False, **part)
+    except (RuntimeError, OSError):
+        pass
+    try:
+        with _one_at_a_time(root, name):
+            return reader(root, download=True, **part)
+    except (RuntimeError, OSError, EOFError, ValueError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        place, source = str(Path(root, _NAMED[name].folder)), getattr(reader, "url", None) or reader.mirrors[0]
+        raise DataError(
+            f"{name}: not complete in {shown(place)} and cannot be downloaded ({reason}); "
+            f"put the files of {source} there, or set data_root to where they are"
+        ) from error
+
+
+@contextlib.contextmanager
+def _one_at_a_time(root: str, name: str) -> Iterator[None]:
+    """Let one process of this machine download while the others wait, then find it done; and never wait for a dead server."""
+    Path(root).mkdir(parents=True, exist_ok=True)
+    timeout = socket.getdefaulttimeout()
+    with Path(root, f".{name}.lock").open("w") as lock:
+        with contextlib.suppress(ImportError, OSError):  # not on Windows, not on every network drive
+            import fcntl
+
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        socket.setdefaulttimeout(30)
+        try:
+            yield
+        finally:
+            socket.setdefaulttimeout(timeout)

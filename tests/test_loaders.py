@@ -1,0 +1,131 @@
+"""Order and views of the batches: functions of seed, epoch, sample and view, whatever the workers, ranks and parts."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from PIL import Image
+
+from relssl.config import Config, resolve
+from relssl.data.loaders import FromFiles, Plan, Resident, create_loader
+from relssl.data.sources import Images, load
+from relssl.errors import ConfigError, DataError
+
+CPU = torch.device("cpu")
+
+
+@given(
+    count=st.integers(1, 400), share=st.integers(1, 9), parts=st.integers(1, 4), world=st.integers(1, 4), seed=st.integers(0, 99)
+)
+@settings(max_examples=200, deadline=None)
+def test_parts_and_ranks_joined_are_the_batch(count: int, share: int, parts: int, world: int, seed: int) -> None:
+    batch = share * parts * world
+    one = Plan(count, batch, seed=seed)
+    many = [Plan(count, batch, parts, rank, world, seed) for rank in range(world)]
+    steps = 2 * one.steps_per_epoch + min(one.steps_per_epoch, 1)
+    whole = [rows for _, (rows,) in one.steps(0, steps)]
+    cut = [list(plan.steps(0, steps)) for plan in many]
+    for step, rows in enumerate(whole):
+        joined = [cut[rank][step][1][part] for part in range(parts) for rank in range(world)]
+        assert np.array_equal(np.concatenate(joined), rows)
+    if one.steps_per_epoch:
+        epoch = np.concatenate(whole[: one.steps_per_epoch])
+        assert len(set(epoch.tolist())) == len(epoch) == one.steps_per_epoch * batch
+        late = list(one.steps(steps - 1, steps))[0]
+        assert np.array_equal(late[1][0], whole[-1])
+
+
+def test_epochs_and_seeds_have_orders_of_their_own() -> None:
+    plan = Plan(1000, 10, seed=3)
+    assert not np.array_equal(plan.order(0), plan.order(1))
+    assert not np.array_equal(plan.order(0), Plan(1000, 10, seed=4).order(0))
+    assert np.array_equal(plan.order(5), Plan(1000, 50, 5, 1, 2, 3).order(5))
+
+
+def settings_for(tmp: dict[str, Any] | None = None) -> Config:
+    config = resolve({"data": "digits", "views.strong": "contrastive", "views.weak": "weak"} | (tmp or {}))
+    return dataclasses.replace(config, views=dataclasses.replace(config.views, mean=(0.5,) * 3, std=(0.25,) * 3, margin=1.0))
+
+
+def picture_images(count: int = 24) -> Images:
+    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (count, 3, 32, 32), dtype=np.uint8))
+    return dataclasses.replace(load("digits", None, "test").subset(np.arange(count)), pixels=pixels)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(1)
+    for i in range(12):
+        small = rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)
+        Image.fromarray(small).resize((48, 40), Image.Resampling.BICUBIC).save(tmp_path / f"{i:02}.png")
+    return tmp_path
+
+
+def batches(loader: Resident | FromFiles, start: int, stop: int) -> list[list[torch.Tensor]]:
+    return [[b.ids, b.weak, *b.strong] for parts in loader.stream(start, stop) for b in parts]
+
+
+def equal(a: list[list[torch.Tensor]], b: list[list[torch.Tensor]]) -> bool:
+    return len(a) == len(b) and all(torch.equal(x, y) for p, q in zip(a, b, strict=True) for x, y in zip(p, q, strict=True))
+
+
+def test_resident_stream_can_start_anywhere_and_parts_share_the_batch() -> None:
+    images, config = picture_images(), settings_for({"views.crops": [[32, 0.2, 1.0], [16, 0.1, 0.5]]})
+    whole = batches(Resident(images, config, Plan(24, 8), CPU), 0, 7)
+    assert equal(whole[4:], batches(Resident(images, config, Plan(24, 8), CPU), 4, 7))
+    parts = batches(Resident(images, config, Plan(24, 8, parts=4), CPU), 0, 7)
+    for step in range(7):
+        for i in range(4):
+            joined = torch.cat([part[i] for part in parts[4 * step : 4 * step + 4]])
+            torch.testing.assert_close(joined, whole[step][i], rtol=1e-5, atol=1e-5)
+    assert whole[0][2].shape == (8, 3, 32, 32) and whole[0][3].shape == (8, 3, 16, 16)
+    assert not torch.equal(whole[0][1], whole[3][1])  # another epoch
+
+
+def test_files_and_resident_paths_show_the_same_views() -> None:
+    images, config = picture_images(), settings_for({"loader.workers": 0})
+    held = batches(Resident(images, config, Plan(24, 8), CPU), 0, 3)
+    read = batches(FromFiles(images, config, Plan(24, 8), CPU), 0, 3)
+    for a, b in zip(held, read, strict=True):
+        assert torch.equal(a[0], b[0])
+        for x, y in zip(a[1:], b[1:], strict=True):
+            # Levels of 255 behind a deviation of 0.25; Pillow rounds to whole levels after every operation.
+            assert (x - y).abs().mean() * 0.25 * 255 < 2.5
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_workers_never_change_a_view(folder: Path, workers: int) -> None:
+    images = load(str(folder), None, "train")
+    alone, helped = (settings_for({"loader.workers": n}) for n in (0, workers))
+    plan = Plan(12, 4, seed=5)
+    assert equal(batches(FromFiles(images, alone, plan, CPU), 1, 6), batches(FromFiles(images, helped, plan, CPU), 1, 6))
+
+
+def test_an_unreadable_image_is_replaced_by_the_next_and_named(folder: Path) -> None:
+    bad = folder / "05.png"
+    bad.write_bytes(bad.read_bytes()[:60])
+    images, config = load(str(folder), None, "train"), settings_for({"loader.workers": 0})
+    seen, named = [], []
+    for parts in FromFiles(images, config, Plan(12, 12), CPU).stream(0, 1):
+        seen, named = parts[0].ids.tolist(), parts[0].bad
+    assert sorted(seen) == [0, 1, 2, 3, 4, 6, 6, 7, 8, 9, 10, 11]
+    assert [Path(name).name for name, _ in named] == ["05.png"] and named[0][1]
+
+
+def test_too_few_images_and_impossible_paths_are_refused(folder: Path) -> None:
+    images = load(str(folder), None, "train")
+    with pytest.raises(DataError, match="12 usable images, batch is 64"):
+        create_loader(images, settings_for(), Plan(12, 64), CPU)
+    with pytest.raises(ConfigError, match="resident is for data sets held in memory"):
+        create_loader(images, settings_for({"loader.path": "resident"}), Plan(12, 4), CPU)
+    for file in folder.iterdir():
+        file.write_bytes(b"\x89PNG no")
+    with pytest.raises(DataError, match="cannot be read"):
+        batches(FromFiles(images, settings_for({"loader.workers": 0}), Plan(12, 4), CPU), 0, 1)

@@ -1,0 +1,125 @@
+"""Which folders count as checkpoints, which are deleted, and what is never touched."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from relssl.errors import StorageError
+from relssl.weights import atomic, store
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    folder = store.step_folder(tmp_path, 7)
+    store.save(folder, {"a": torch.ones(5)}, {"step": 7})
+    return folder
+
+
+def test_look_alikes_are_not_listed(saved: Path) -> None:
+    parent = saved.parent
+    for name in (
+        "step-10.tmp",
+        "step_00000010",
+        "step-0000010",
+        "step-00000010.tmp",
+        ".step-00000010",
+        "step-0000001x",
+        "step-" + "\u0661" * 8,
+    ):
+        shutil.copytree(saved, parent / name)
+    (parent / "step-00000011").symlink_to(saved)
+    (parent / "step-00000012").touch()
+    (parent / "step-00000013").mkdir()
+    shutil.copytree(saved, parent / "step-123456789")
+    shutil.copytree(saved, parent / "step-00000003")
+    assert [p.name for p in store.checkpoints(parent)] == ["step-00000003", "step-00000007", "step-123456789"]
+    assert store.checkpoints(parent / "nowhere") == []
+
+
+def test_sweep_takes_only_what_dead_processes_left(tmp_path: Path) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    token = "0" * 8
+    dead = [f".relssl-{gone.pid}-{token}-{token}.tmp", f".relssl-{os.getpid()}-{token}-{token}.tmp"]  # ours before a restart
+    kept = [
+        atomic.temporary(tmp_path).name, f".relssl-{os.getppid()}-{token}-{token}.tmp", f".relssl-{gone.pid}-{token}.tmp",
+        ".mine.tmp", f".relssl-9999999999-{token}-{token}.tmp", "a.json",
+    ]  # fmt: skip
+    for name in dead + kept:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x").touch()
+    (tmp_path / f".relssl-{gone.pid}-{token}-{'1' * 8}.tmp").touch()
+    (tmp_path / f".relssl-{gone.pid}-{token}-{'2' * 8}.tmp").symlink_to(tmp_path)
+    store.sweep(tmp_path)
+    assert _names(tmp_path) == sorted([*kept, f".relssl-{gone.pid}-{token}-{'2' * 8}.tmp"])
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("template") / "good"
+    store.save(folder, {"a": torch.zeros(3)}, {})
+    return folder
+
+
+def _make(folder: Path, kind: str, template: Path) -> None:
+    shutil.copytree(template, folder)
+    if kind == "changed":
+        (folder / "state.json").write_bytes((folder / "state.json").read_bytes() + b" ")
+    elif kind == "cut":
+        (folder / "state.safetensors").write_bytes(b"")
+    elif kind == "incomplete":
+        (folder / "SHA256SUMS").unlink()
+    elif kind == "visited":
+        (folder / "notes.txt").write_text("mine")
+
+
+KINDS = st.sampled_from(["good", "good", "good", "changed", "cut", "incomplete", "visited"])
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.dictionaries(st.integers(0, 10**9), KINDS, max_size=9), st.integers(2, 4), st.data())
+def test_retention_over_random_folders(template: Path, kinds: dict[int, str], keep: int, data: st.DataObject) -> None:
+    steps = sorted(kinds)
+    safe = data.draw(st.lists(st.sampled_from(steps), max_size=2)) if steps else []
+    with tempfile.TemporaryDirectory() as name:
+        parent = Path(name)
+        for step in steps:
+            _make(store.step_folder(parent, step), kinds[step], template)
+        (parent / "notes").mkdir()
+        (parent / "step-1.tmp").touch()
+        deleted = store.prune(parent, keep, [store.step_folder(parent, step) for step in safe])
+        good = [step for step in steps if kinds[step] in ("good", "visited")]
+        oldest_kept = good[-keep] if len(good) >= keep else -1
+        gone = [s for s in steps if s < oldest_kept and s not in safe and kinds[s] != "incomplete"]
+        assert deleted == [store.step_folder(parent, step) for step in gone]
+        left = {store.step_folder(parent, s).name for s in steps if s not in gone or kinds[s] == "visited"}
+        assert set(_names(parent)) == left | {"notes", "step-1.tmp"}
+        listed = [s for s in steps if s not in gone and kinds[s] != "incomplete"]
+        assert store.checkpoints(parent) == [store.step_folder(parent, s) for s in listed]
+        assert all((store.step_folder(parent, s) / "notes.txt").exists() for s in steps if kinds[s] == "visited")
+        assert store.prune(parent, keep, [store.step_folder(parent, s).name for s in safe]) == []
+
+
+def test_the_rest_is_refused(saved: Path) -> None:
+    with pytest.raises(ValueError, match="at least 2"):
+        store.prune(saved.parent, 1)
+    (saved.parent / "step-00000009").symlink_to(saved)
+    for name in ("", "notes", "step-00000009"):
+        with pytest.raises(ValueError, match="not a checkpoint"):
+            store.remove(saved.parent / name)
+    with pytest.raises(StorageError, match="step-00000010"):
+        store.remove(saved.parent / "step-00000010")
