@@ -75,7 +75,9 @@ def test_a_misspelling_of_every_key_names_that_key() -> None:
         assert told == [f"{typo}: unknown key; the nearest is {name}"]
 
 
-@pytest.mark.parametrize("value", [None, [], {}, {"a": 1}, "nan", "inf", float("nan"), 10**30, "٣", "", "x" * 10_000, True, -1e300])
+@pytest.mark.parametrize(
+    "value", [None, [], {}, {"a": 1}, "nan", "inf", float("nan"), 10**30, "٣", "", "x" * 10_000, True, -1e300]
+)
 def test_a_wrong_value_of_any_numeric_key_is_refused_by_name(value: Any) -> None:
     for name, (kind, _) in LEAVES.items():
         if kind is int or (kind is float and value != 10**30):  # some rates and times have no upper end
@@ -86,7 +88,9 @@ def test_a_wrong_value_of_any_numeric_key_is_refused_by_name(value: Any) -> None
 
 def test_yaml_reads_by_the_type_of_the_field(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
-    file.write_text("optimizer: {lr: 1e-3}\nseed: 010\nout: no\nviews: {weak: weak, strong: contrastive}\nbackbone_args: {zero_init_last: false, layers: [1, 2]}\n")
+    file.write_text(
+        "optimizer: {lr: 1e-3}\nseed: 010\nout: no\nviews: {weak: weak, strong: contrastive}\nbackbone_args: {zero_init_last: false, layers: [1, 2]}\n"
+    )
     config = resolve({"data": "cifar10"}, file)
     assert config.optimizer.lr == 0.001
     assert config.seed == 10
@@ -122,7 +126,12 @@ def test_hostile_and_broken_files_are_refused_in_one_line(tmp_path: Path, monkey
 def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
     (tmp_path / "binary.yaml").write_bytes(bytes(range(256)))
     (tmp_path / "huge.yaml").write_bytes(b"#" * (2 << 20))
-    for name, message in (("none.yaml", "no such file"), (".", "is not a file"), ("binary.yaml", "cannot be read"), ("huge.yaml", "larger")):
+    for name, message in (
+        ("none.yaml", "no such file"),
+        (".", "is not a file"),
+        ("binary.yaml", "cannot be read"),
+        ("huge.yaml", "larger"),
+    ):
         assert message in faults({}, tmp_path / name)[0]
 
 
@@ -146,7 +155,9 @@ def read_back(config: Config, folder: Path | None = None) -> dict[str, Any]:
 @given(
     lr=st.floats(1e-8, 1000),
     epochs=st.integers(5, 10**6),
-    name=st.text(st.characters(blacklist_characters="\0", blacklist_categories=("Cs",)), min_size=1).filter(lambda s: s.lower() not in ("null", "none", "~")),
+    name=st.text(st.characters(blacklist_characters="\0", blacklist_categories=("Cs",)), min_size=1).filter(
+        lambda s: s.lower() not in ("null", "none", "~")
+    ),
     sizes=st.lists(st.tuples(st.integers(4, 512), st.floats(0.01, 0.5), st.floats(0.5, 1)), max_size=5),
 )
 @settings(max_examples=100, deadline=None)
@@ -166,7 +177,9 @@ def test_later_layers_win_and_named_views_keep_their_overrides(tmp_path: Path) -
     assert resolve({"data": "some/folder"}).recipe == "folder"
 
 
-@pytest.mark.parametrize("command", [["--help"], ["validate", "cifar10"], ["validate", "--epochs", "x"], ["recipes"], ["pretrain", "--epochs", "x"]])
+@pytest.mark.parametrize(
+    "command", [["--help"], ["validate", "cifar10"], ["validate", "--epochs", "x"], ["recipes"], ["pretrain", "--epochs", "x"]]
+)
 def test_light_commands_import_no_torch(command: list[str], tmp_path: Path) -> None:
     code = f"import sys; from relssl.cli import main\ntry: main({command!r})\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)

@@ -100,7 +100,7 @@ def test_files_and_resident_paths_show_the_same_views() -> None:
             assert (x - y).abs().mean() * 0.25 * 255 < 2.5
 
 
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("workers", [1, 2])
 def test_workers_never_change_a_view(folder: Path, workers: int) -> None:
     images = load(str(folder), None, "train")
     alone, helped = (settings_for({"loader.workers": n}) for n in (0, workers))

@@ -12,7 +12,18 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 
 from relssl.config import resolve
-from relssl.method import Encoder, Memory, ReSSL, create_backbone, create_encoder, health, info_nce, relation, relational_loss, schedules
+from relssl.method import (
+    Encoder,
+    Memory,
+    ReSSL,
+    create_backbone,
+    create_encoder,
+    health,
+    info_nce,
+    relation,
+    relational_loss,
+    schedules,
+)
 from relssl.method.health import effective_rank, verdict
 
 
@@ -179,7 +190,9 @@ def test_health_of_known_relations() -> None:
     assert verdict(figures, 512, 32) is None
     one = keys[:1].expand(64, 32)
     collapsed = health(one[None], one, memory[:1].expand(512, 32), student_temperature=0.1, teacher_temperature=0.04)
-    assert collapsed["teacher_neighbours"] == pytest.approx(512, rel=1e-4) and collapsed["embedding_std"] == pytest.approx(0, abs=1e-5)
+    assert collapsed["teacher_neighbours"] == pytest.approx(512, rel=1e-4) and collapsed["embedding_std"] == pytest.approx(
+        0, abs=1e-5
+    )
     assert "collapsed" in (verdict(collapsed, 512, 32) or "")
 
 

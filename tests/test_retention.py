@@ -64,7 +64,7 @@ def test_sweep_takes_only_what_dead_processes_left(tmp_path: Path) -> None:
         (tmp_path / name / "x").touch()
     (tmp_path / f".relssl-{gone.pid}-{token}-{'1' * 8}.tmp").touch()
     (tmp_path / f".relssl-{gone.pid}-{token}-{'2' * 8}.tmp").symlink_to(tmp_path)
-    store.sweep(tmp_path)
+    atomic.sweep(tmp_path)
     assert _names(tmp_path) == sorted([*kept, f".relssl-{gone.pid}-{token}-{'2' * 8}.tmp"])
 
 

@@ -46,7 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if args.debug:
             raise
-        print(f"relssl: a bug: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}; --debug shows where", file=sys.stderr)
+        print(
+            f"relssl: a bug: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}; --debug shows where",
+            file=sys.stderr,
+        )
         return 1
     if args.json and answer is not None:
         print(json.dumps(answer))
@@ -55,7 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> tuple[argparse.ArgumentParser, list[str]]:
     """The parser and the names of its commands."""
-    parser = argparse.ArgumentParser(prog="relssl", description="Pretrain image backbones on unlabelled images with ReSSL.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="relssl", description="Pretrain image backbones on unlabelled images with ReSSL.", allow_abbrev=False
+    )
     parser.add_argument("--version", action="version", version=f"relssl {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="COMMAND")
 
@@ -99,7 +104,9 @@ def build_parser() -> tuple[argparse.ArgumentParser, list[str]]:
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
     """Every setting as an option; values are read and checked later, together, so that all faults are told at once."""
-    parser.add_argument("data", metavar="DATA", nargs="?", help="name of a data set, folder of images or list file (default: digits)")
+    parser.add_argument(
+        "data", metavar="DATA", nargs="?", help="name of a data set, folder of images or list file (default: digits)"
+    )
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings")
     groups: dict[str, Any] = {}
     shorthand = {"views.weak": None, "views.strong": None}
@@ -193,7 +200,9 @@ def _embed(args: argparse.Namespace, _: dict[str, Any]) -> Any:
         args.source, args.data, args.out, network=args.network, split=args.split, data_root=args.data_root, device=args.device
     )
     if not args.json:
-        print(f"{found['images']} features of dimension {found['dim']} in {found['out']}; {len(found['bad'])} images could not be read")
+        print(
+            f"{found['images']} features of dimension {found['dim']} in {found['out']}; {len(found['bad'])} images could not be read"
+        )
     return found
 
 
@@ -223,5 +232,7 @@ def _validate(args: argparse.Namespace, overrides: dict[str, Any]) -> Any:
     if args.show and not args.json:
         print(to_yaml(settings), end="")
     elif not args.json:
-        print(f"valid: recipe {settings.recipe}, {settings.backbone} on {settings.data}, {settings.epochs} epochs of batch {settings.batch_size}")
+        print(
+            f"valid: recipe {settings.recipe}, {settings.backbone} on {settings.data}, {settings.epochs} epochs of batch {settings.batch_size}"
+        )
     return {"valid": True, "recipe": settings.recipe}

@@ -95,7 +95,10 @@ class ViewsConfig:
     )
     mean: tuple[float, float, float] | None = setting(None, "channel means in 0..1; null: those of the data set", ge=0, le=1)
     margin: float | None = setting(
-        None, "plain view: shorter side before the centre crop, in sizes; null: 1 for sets in memory, 256/224 for files", ge=1, le=4
+        None,
+        "plain view: shorter side before the centre crop, in sizes; null: 1 for sets in memory, 256/224 for files",
+        ge=1,
+        le=4,
     )
     std: tuple[float, float, float] | None = setting(None, "channel deviations in 0..1; null: those of the data set", gt=0, le=1)
 
@@ -131,7 +134,9 @@ class MethodConfig:
     teacher_temperature_start: float | None = setting(None, "teacher temperature at step 0, null: constant", gt=0, le=10)
     teacher_temperature_epochs: float = setting(0.0, "epochs from the start temperature to the final one, linearly", ge=0)
     teacher_momentum: float = setting(0.99, "momentum m of the teacher's moving average", ge=0, le=1)
-    teacher_momentum_end: float | None = setting(None, "momentum at the last step, reached on a cosine; null: constant", ge=0, le=1)
+    teacher_momentum_end: float | None = setting(
+        None, "momentum at the last step, reached on a cosine; null: constant", ge=0, le=1
+    )
     warmup: str = setting(
         "none", "how the InfoNCE share of the loss falls from 1 to 0", choices=("none", "hard", "linear", "cosine")
     )
@@ -267,7 +272,9 @@ def _spell_views(raw: Mapping[str, Any]) -> dict[str, Any]:
     views = raw.get("views")
     if not isinstance(views, Mapping):
         return dict(raw)
-    spelled = {side: {"name": view} if isinstance(view, str) and side in ("weak", "strong") else view for side, view in views.items()}
+    spelled = {
+        side: {"name": view} if isinstance(view, str) and side in ("weak", "strong") else view for side, view in views.items()
+    }
     return {**raw, "views": spelled}
 
 
@@ -277,7 +284,9 @@ def _expand_views(raw: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(views, Mapping):
         return raw
     expanded = {
-        side: merge(VIEWS.get(str(view.get("name")), {}), view) if side in ("weak", "strong") and isinstance(view, Mapping) else view
+        side: merge(VIEWS.get(str(view.get("name")), {}), view)
+        if side in ("weak", "strong") and isinstance(view, Mapping)
+        else view
         for side, view in views.items()
     }
     return {**raw, "views": expanded}

@@ -34,13 +34,16 @@ class Engine:
         self.precision = config.precision
         if config.precision == "auto":
             self.precision = "bf16" if fast_bf16(kind) else "fp32"
-        self.threads = config.threads or max(1, len(os.sched_getaffinity(0)) // config.devices if hasattr(os, "sched_getaffinity") else 1)
+        self.threads = config.threads or max(
+            1, len(os.sched_getaffinity(0)) // config.devices if hasattr(os, "sched_getaffinity") else 1
+        )
         torch.set_num_threads(self.threads)
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
         # Lightning announces each choice that our own first line already names.
-        logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+        for name in ("lightning.fabric", "lightning.pytorch"):
+            logging.getLogger(name).setLevel(logging.WARNING)
         many = config.devices * config.nodes > 1
         self.fabric = Fabric(
             accelerator=kind,
@@ -55,11 +58,12 @@ class Engine:
     @property
     def is_first(self) -> bool:
         """Whether this process writes the run folder."""
-        return self.rank == 0
+        return bool(self.rank == 0)
 
     def setup(self, student: nn.Module) -> nn.Module:
         """The student on its device, wrapped for precision and, with several ranks, gradient averaging."""
-        return self.fabric.setup(self.place(student))
+        wrapped: nn.Module = self.fabric.setup(self.place(student))
+        return wrapped
 
     def place(self, module: Any) -> Any:
         """A module or a batch of images [B, C, H, W] on the device, channels last, which convolutions are fastest in."""
@@ -169,7 +173,9 @@ def _pick_device(wanted: str) -> str:
     if wanted == "auto":
         return next(kind for kind, there in usable.items() if there)
     if not usable[wanted]:
-        raise ConfigError(f"engine.device: there is no {wanted} device here; usable: {', '.join(k for k, v in usable.items() if v)}")
+        raise ConfigError(
+            f"engine.device: there is no {wanted} device here; usable: {', '.join(k for k, v in usable.items() if v)}"
+        )
     return wanted
 
 

@@ -179,9 +179,9 @@ def _read_int(value: Any) -> int:
 
 
 def _read_float(value: Any) -> float:
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        number = float(value)
-    elif isinstance(value, str) and _FLOAT.fullmatch(value.strip()) and len(value) < 40:
+    if (isinstance(value, (int, float)) and not isinstance(value, bool)) or (
+        isinstance(value, str) and _FLOAT.fullmatch(value.strip()) and len(value) < 40
+    ):
         number = float(value)
     else:
         raise ValueError(f"needs a number, got {show(value)}")
@@ -220,7 +220,7 @@ class _Loader(yaml.BaseLoader):
     """All scalars stay strings; a key given twice, an anchor or an alias is refused instead of silently winning or growing."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        event = self.peek_event()
+        event = self.peek_event()  # type: ignore[no-untyped-call]
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
             raise yaml.composer.ComposerError(None, None, "anchors and aliases are not read here", event.start_mark)
         return super().compose_node(parent, index)
@@ -237,7 +237,7 @@ class _Loader(yaml.BaseLoader):
 
 def _parse_flow(text: str) -> Any:
     try:
-        return yaml.load(text, _Loader)  # noqa: S506  (BaseLoader constructs only str, list and dict)
+        return yaml.load(text, _Loader)
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"cannot be read as YAML: {text!r}") from error
 
@@ -253,7 +253,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
             raise ConfigError(f"{path}: no such file" if not path.exists() else f"{path}: is not a file")
         if path.stat().st_size > _MAX_YAML_BYTES:
             raise ConfigError(f"{path}: is larger than {_MAX_YAML_BYTES} bytes, which no config is")
-        loaded = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)  # noqa: S506
+        loaded = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import stat
 import warnings
@@ -12,7 +13,7 @@ from PIL import Image, UnidentifiedImageError
 
 # Only formats in which photographs lie about. Left out are those that start other programs (EPS), are documents (PDF, PSD),
 # measurements (FITS) or icons, and each whose decoder few people read.
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 
 # What files that no decoder knows begin with: the reason is then something to act on.
 _BEGINNINGS = (
@@ -95,11 +96,18 @@ def _open_regular(path: str) -> IO[bytes]:
         raise
 
 
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Those of FORMATS that this Pillow knows; older ones have no AVIF, and asking for it would fail every file."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
 def _read(opened: IO[bytes], max_pixels: int, at_least: int | None) -> Image.Image:
     # A file beyond all pixels at 16 bits in four channels is no image, and some decoders would read it whole first.
     if os.fstat(opened.fileno()).st_size > 8 * max_pixels + (64 << 20):
         raise BadImage(f"is larger than any image of max_pixels ({max_pixels})")
-    image = Image.open(opened, formats=FORMATS)
+    image = Image.open(opened, formats=_formats())
     width, height = image.size
     if width < 1 or height < 1:
         raise BadImage(f"has no pixels ({width} x {height})")

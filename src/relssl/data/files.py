@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-# ruff: noqa: PTH  (file names are handled as bytes here, which pathlib does not take)
+# File names are handled as bytes here, which pathlib does not take.
+# ruff: noqa: PTH
 import os
 import stat
 from collections.abc import Iterator, Sequence

@@ -154,7 +154,9 @@ def _watch(loader: DataLoader[Any]) -> Iterator[Any]:
     except (RuntimeError, ConnectionError) as error:
         if "DataLoader worker" not in str(error) and not isinstance(error, ConnectionError):
             raise
-        raise DataError(f"a loader process died ({str(error).splitlines()[0]}); try loader.workers 0 or more shared memory") from error
+        raise DataError(
+            f"a loader process died ({str(error).splitlines()[0]}); try loader.workers 0 or more shared memory"
+        ) from error
 
 
 class _Requests(Sampler[list[tuple[int, int]]]):
@@ -195,7 +197,9 @@ class _Views(Dataset[Any]):
                 return read_image(self.images, position, self.config.loader.max_pixels), position, bad
             except BadImage as fault:
                 bad.append((str(self.images.files and self.images.files[position]), str(fault)))
-        raise DataError(f"{len(bad)} images in a row cannot be read, the last is {bad[-1][0]!r} ({bad[-1][1]}); see bad_samples.jsonl")
+        raise DataError(
+            f"{len(bad)} images in a row cannot be read, the last is {bad[-1][0]!r} ({bad[-1][1]}); see bad_samples.jsonl"
+        )
 
 
 def read_image(images: Images, position: int, max_pixels: int) -> Image.Image:
@@ -206,7 +210,9 @@ def read_image(images: Images, position: int, max_pixels: int) -> Image.Image:
     return Image.fromarray(images.pixels[position].permute(1, 2, 0).cpu().numpy())
 
 
-def _collate(samples: Sequence[tuple[int, list[Tensor], list[tuple[str, str]]]]) -> tuple[Tensor, list[Tensor], list[tuple[str, str]]]:
+def _collate(
+    samples: Sequence[tuple[int, list[Tensor], list[tuple[str, str]]]],
+) -> tuple[Tensor, list[Tensor], list[tuple[str, str]]]:
     ids = torch.tensor([row for row, _, _ in samples])
     views = [torch.stack(view) for view in zip(*(made for _, made, _ in samples), strict=True)]
     return ids, views, [fault for _, _, bad in samples for fault in bad]

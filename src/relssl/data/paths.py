@@ -46,7 +46,7 @@ class Paths(Sequence[str]):
     def __getitem__(self, index: int | slice) -> str | Paths:
         if isinstance(index, slice):
             return self.take(range(*index.indices(len(self))))
-        return os.fsdecode(os.path.join(self.folder, self.name(index)))  # noqa: PTH118  (pathlib takes no bytes)
+        return os.fsdecode(os.path.join(self.folder, self.name(index)))
 
     def take(self, indices: Sequence[int] | np.ndarray) -> Paths:
         """The files at these positions, in this order."""

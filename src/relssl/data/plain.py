@@ -31,7 +31,8 @@ def enlarged(views: ViewsConfig) -> int:
 
 def plain_view(image: Image.Image, views: ViewsConfig) -> Tensor:
     """The plain view of an RGB image as uint8 [3, S, S]."""
-    return pil_to_tensor(center_crop(resize(image, enlarged(views)), [views.weak.size] * 2))
+    view: Tensor = pil_to_tensor(center_crop(resize(image, enlarged(views)), [views.weak.size] * 2))
+    return view
 
 
 def plain_batch(pixels: Tensor, views: ViewsConfig) -> Tensor:
@@ -42,7 +43,8 @@ def plain_batch(pixels: Tensor, views: ViewsConfig) -> Tensor:
     target = (round(height * scale), round(width * scale))
     if target != (height, width):
         images = F.interpolate(images, target, mode="bilinear", antialias=True).clamp(0, 1)
-    return center_crop(images, [views.weak.size] * 2)
+    cropped: Tensor = center_crop(images, [views.weak.size] * 2)
+    return cropped
 
 
 def batches(images: Images, config: Config, batch_size: int = 256) -> Iterator[tuple[np.ndarray, Tensor, list[tuple[str, str]]]]:

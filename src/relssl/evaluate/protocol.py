@@ -202,5 +202,6 @@ def embed(
                 count, dim = count + len(ids), vectors.shape[1]
                 yield ids, vectors.numpy()
 
-    write_vectors(Path(out), rows(), images.files, images.labels)
+    names = images.files if images.files is not None else [f"{images.name}/{split}/{row:06}" for row in range(len(images))]
+    write_vectors(Path(out), rows(), names, images.labels)
     return {"out": str(out), "images": count, "dim": dim, "bad": bad}

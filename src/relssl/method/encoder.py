@@ -46,9 +46,8 @@ class Encoder(nn.Module):
             self.predictor = mlp(dim, predictor_hidden, dim, predictor_norm)
         self.residual = predictor == "residual"
         if self.residual:
-            last = self.predictor[-1]  # type: ignore[index]
-            nn.init.zeros_(last.weight)
-            nn.init.zeros_(last.bias)
+            for parameter in self.predictor[-1].parameters():  # type: ignore[index, union-attr, operator]
+                nn.init.zeros_(parameter)
 
     def embed(self, images: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, D], unit norm, fp32."""

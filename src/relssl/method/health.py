@@ -45,7 +45,8 @@ def effective_rank(embeddings: Tensor) -> Tensor:
     """exp of the entropy of the normalised singular values of [B, D]: how many directions the embeddings really use."""
     values = torch.linalg.svdvals(embeddings.float())
     share = values / values.sum().clamp_min(1e-12)
-    return torch.special.entr(share).sum().exp()
+    rank: Tensor = torch.special.entr(share).sum().exp()
+    return rank
 
 
 def verdict(figures: dict[str, float], memory_size: int, dim: int) -> str | None:

@@ -51,5 +51,9 @@ def show(result: Result, memory_size: int, dim: int) -> None:
     table.add_row("effective rank", f"{health['effective_rank']:.0f} of {dim}")
     console.print(table)
     console.print(f"run folder  {known['folder']}\nweights     {known['backbone']}\n\nLoad them:\n", markup=False, soft_wrap=True)
-    lines = ("import relssl", f'backbone = relssl.load_backbone("{known["folder"]}")', "features = backbone(images)  # [N, 3, S, S] -> [N, F]")
+    lines = (
+        "import relssl",
+        f'backbone = relssl.load_backbone("{known["folder"]}")',
+        "features = backbone(images)  # [N, 3, S, S] -> [N, F]",
+    )
     console.print("\n".join("    " + line for line in lines), markup=False, soft_wrap=True)

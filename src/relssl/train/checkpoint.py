@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import torch
 from torch.optim import Optimizer
 
 from relssl.engine import Engine
-from relssl.errors import CheckpointError
+from relssl.errors import CheckpointError, DistributedError
 from relssl.method.ressl import ReSSL, unwrapped
 from relssl.weights import store, tree
 
@@ -17,6 +19,7 @@ from relssl.weights import store, tree
 def save(folder: Path, step: int, model: ReSSL, optimizer: Optimizer, engine: Engine, facts: dict[str, Any]) -> Path | None:
     """Save the state after `step` steps; every rank calls it, the first writes. Returns the checkpoint there."""
     random_state = engine.random_state()
+    hashes = agreed_hashes(model, engine)
     if not engine.is_first:
         return None
     state = {
@@ -28,9 +31,42 @@ def save(folder: Path, step: int, model: ReSSL, optimizer: Optimizer, engine: En
     }
     tensors, rest = tree.flatten(state)
     target = store.step_folder(folder, step)
-    meta = {"step": step, "threads": engine.threads, "world": engine.world, "precision": engine.precision, "tree": rest}
+    meta = {"step": step, "threads": engine.threads, "world": engine.world, "precision": engine.precision}
+    meta |= {"hashes": hashes, "tree": rest}
+    if target.exists():
+        # Left over from a future that going on from an older checkpoint has given up; this step replaces it.
+        store.remove(target)
     store.save(target, tensors, meta | facts)
     return target
+
+
+def agreed_hashes(model: ReSSL, engine: Engine) -> list[dict[str, str]]:
+    """Each rank's hashes of what has to be the same everywhere: student, teacher and memory. One process is not hashed.
+
+    Batch-norm statistics are left out: each rank keeps those of its own share.
+
+    Raises:
+        DistributedError: if ranks have drifted apart, naming what differs; such a state is never saved.
+    """
+    if engine.world == 1:
+        return []
+    parts = {
+        "student": unwrapped(model.student).parameters(),
+        "teacher": model.teacher.parameters(),
+        "memory": model.memory.buffers(),
+    }
+    held = engine.all_of([{name: _digest(tensors) for name, tensors in parts.items()}])
+    apart = [name for name in parts if len({rank[name] for rank in held}) > 1]
+    if apart:
+        raise DistributedError(f"the ranks' {' and '.join(apart)} differ; the last checkpoint is good, resume from it")
+    return held
+
+
+def _digest(tensors: Iterable[torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def restore(path: Path, model: ReSSL, optimizer: Optimizer, engine: Engine) -> tuple[dict[str, Any], list[str]]:

@@ -111,4 +111,3 @@ def _brief(row: dict[str, Any]) -> str:
     if "knn_top1" in row:
         words.append(f"kNN {row['knn_top1']:.1f} % (teacher {row['knn_teacher_top1']:.1f} %)")
     return "  ".join(words)
-

@@ -20,7 +20,9 @@ class OnlineKnn:
         """Top-1 in percent at `log.knn`: {"knn_top1": student, "knn_teacher_top1": teacher}."""
         figures = {}
         for name, encoder in (("knn_top1", unwrapped(model.student)), ("knn_teacher_top1", model.teacher)):
-            figures[name] = _main(knn(encoder.backbone, self.pair, self.config, engine.device, engine.autocast(), [self.config.log.knn]))
+            figures[name] = _main(
+                knn(encoder.backbone, self.pair, self.config, engine.device, engine.autocast(), [self.config.log.knn])
+            )
         return figures
 
     def raw_pixels(self) -> float | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +38,12 @@ class Result:
 
 
 def pretrain(
-    data: str = "digits", *, config: str | Path | None = None, settings: Config | None = None, quiet: bool = False, **overrides: Any
+    data: str = "digits",
+    *,
+    config: str | Path | None = None,
+    settings: Config | None = None,
+    quiet: bool = False,
+    **overrides: Any,
 ) -> Result | None:
     """Pretrain a backbone with ReSSL.
 
@@ -106,15 +110,25 @@ def _run(config: Config, path: Path, engine: Engine, quiet: bool, checkpoint: Pa
         images = choose(images, config.max_images, config.seed)
     config = complete_settings(config, images)
     online = _online(config)
-    if fresh and len(images) >= config.batch_size and config.method.memory_size > 0.5 * len(images) and engine.is_first and not quiet:
-        print(f"note: the memory ({config.method.memory_size}) is over half of the data ({len(images)}): samples meet old copies of themselves")
+    if (
+        fresh
+        and len(images) >= config.batch_size
+        and config.method.memory_size > 0.5 * len(images)
+        and engine.is_first
+        and not quiet
+    ):
+        print(
+            f"note: the memory ({config.method.memory_size}) is over half of the data ({len(images)}): samples meet old copies of themselves"
+        )
     folder: RunFolder | None = None
     try:
         trainer = Trainer(config, None, engine, images, online if engine.is_first else None)
         if engine.is_first:
             folder = trainer.folder = RunFolder(path)
             if fresh:
-                folder.describe(config, {"data": {"images": len(images), "fingerprint": images.fingerprint()}, "engine": engine.describe()})
+                folder.describe(
+                    config, {"data": {"images": len(images), "fingerprint": images.fingerprint()}, "engine": engine.describe()}
+                )
             folder.bad_samples(images.bad)
         inexact = trainer.restore(checkpoint) if checkpoint is not None else []
         return _fit(trainer, folder, engine, images, quiet, inexact)
@@ -123,9 +137,13 @@ def _run(config: Config, path: Path, engine: Engine, quiet: bool, checkpoint: Pa
             folder.close()
 
 
-def _fit(trainer: Trainer, folder: RunFolder | None, engine: Engine, images: Images, quiet: bool, inexact: list[str]) -> Result | None:
+def _fit(
+    trainer: Trainer, folder: RunFolder | None, engine: Engine, images: Images, quiet: bool, inexact: list[str]
+) -> Result | None:
     with Display(trainer.total_steps, trainer.step, show=engine.is_first and not quiet) as display:
-        display.say(f"ReSSL: {trainer.config.backbone} on {len(images)} images of {images.name}, {trainer.total_steps} steps, {engine.describe()}")
+        display.say(
+            f"ReSSL: {trainer.config.backbone} on {len(images)} images of {images.name}, {trainer.total_steps} steps, {engine.describe()}"
+        )
         if trainer.step:
             how = f"not bit for bit ({'; '.join(inexact)})" if inexact else "exactly"
             display.say(f"going on {how} from step {trainer.step}")

@@ -38,7 +38,9 @@ class Trainer:
         online: the kNN evaluation while training; None when the data has no labels.
     """
 
-    def __init__(self, config: Config, folder: RunFolder | None, engine: Engine, images: Images, online: OnlineKnn | None) -> None:
+    def __init__(
+        self, config: Config, folder: RunFolder | None, engine: Engine, images: Images, online: OnlineKnn | None
+    ) -> None:
         self.config, self.folder, self.engine, self.online = config, folder, engine, online
         self.plan = Plan(len(images), config.batch_size, config.accumulate, engine.rank, engine.world, config.seed)
         self.loader = create_loader(images, config, self.plan, engine.device)
@@ -66,7 +68,9 @@ class Trainer:
         """Go on from a checkpoint; returns why the run will not repeat bit for bit, if so."""
         facts, inexact = checkpoint.restore(path, self.model, self.optimizer, self.engine)
         if facts["steps_per_epoch"] != self.steps_per_epoch:
-            raise CheckpointError(f"{path}: was saved at {facts['steps_per_epoch']} steps an epoch, the data now gives {self.steps_per_epoch}")
+            raise CheckpointError(
+                f"{path}: was saved at {facts['steps_per_epoch']} steps an epoch, the data now gives {self.steps_per_epoch}"
+            )
         self.step, self.best, self.non_finite = facts["step"], facts["best"], facts["non_finite"]
         return inexact
 
@@ -102,7 +106,9 @@ class Trainer:
                         self.save()
                     if asked and self.step < self.total_steps:
                         where = f" as {self.folder.path}" if self.folder else ""
-                        raise Interrupted(f"stopped {REASONS[asked]} after step {self.step} of {self.total_steps}, saved{where}", asked)
+                        raise Interrupted(
+                            f"stopped {REASONS[asked]} after step {self.step} of {self.total_steps}, saved{where}", asked
+                        )
         finally:
             if journal is not None:
                 journal.close()

@@ -80,7 +80,10 @@ def timm_lines(config: Config, file: str) -> list[str]:
     """Python that loads the file with timm and nothing of ours."""
     args = "".join(f", {name}={value!r}" for name, value in config.backbone_args.items())
     if config.encoder.stem == "standard":
-        return ["import timm", f'backbone = timm.create_model("{config.backbone}", num_classes=0{args}, checkpoint_path="{file}")']
+        return [
+            "import timm",
+            f'backbone = timm.create_model("{config.backbone}", num_classes=0{args}, checkpoint_path="{file}")',
+        ]
     # timm cannot be asked for a small stem, so the two layers that differ are put in before the weights.
     lines = ["import timm, torch", f'backbone = timm.create_model("{config.backbone}", num_classes=0{args})']
     plain = dict(create_backbone(config.backbone, "standard", config.backbone_args).named_modules())

@@ -42,7 +42,11 @@ class Run:
             store.verify(found[-1])
         except CheckpointError as error:
             before = self._good(found[:-1])
-            offer = f"the one before is good: `relssl resume {self.folder} --checkpoint {before.name}`" if before else "no other is good"
+            offer = (
+                f"the one before is good: `relssl resume {self.folder} --checkpoint {before.name}`"
+                if before
+                else "no other is good"
+            )
             raise CheckpointError(f"{error}; {offer}") from error
         return found[-1]
 
@@ -105,7 +109,9 @@ def from_checkpoint(config: Config, checkpoint: Path, network: str) -> nn.Module
     """The backbone of one network of one checkpoint, in eval mode."""
     tensors, _ = store.load(checkpoint)
     prefix = f"{network}.backbone."
-    return build(config, {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}, checkpoint)
+    return build(
+        config, {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}, checkpoint
+    )
 
 
 def build(config: Config, weights: dict[str, Any], origin: Path) -> nn.Module:
@@ -120,7 +126,11 @@ def build(config: Config, weights: dict[str, Any], origin: Path) -> nn.Module:
     shapes = [name for name in wanted.keys() & weights.keys() if wanted[name].shape != weights[name].shape]
     if missing or extra or shapes:
         matched = len(wanted.keys() & weights.keys()) - len(shapes)
-        lists = [f"{kind}: {', '.join(names[:3])}" for kind, names in (("missing", missing), ("unexpected", extra), ("other shape", shapes)) if names]
+        lists = [
+            f"{kind}: {', '.join(names[:3])}"
+            for kind, names in (("missing", missing), ("unexpected", extra), ("other shape", shapes))
+            if names
+        ]
         raise CheckpointError(f"{origin}: {matched} of {len(wanted)} weights of {config.backbone} match; {'; '.join(lists)}")
     backbone.load_state_dict(weights)
     backbone.transform, backbone.config = transform(config), config  # type: ignore[assignment]

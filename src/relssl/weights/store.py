@@ -18,17 +18,11 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from relssl.errors import CheckpointError, StorageError
 from relssl.weights import tensorfile
-from relssl.weights.atomic import storing, sweep, sync_folder, temporary, to_json, write_all, write_file, write_json
+from relssl.weights.atomic import storing, sweep, sync_folder, temporary, to_json, write_all
 from relssl.weights.tensorfile import MAX_JSON
-from relssl.weights.tree import flatten, unflatten
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-__all__ = [
-    "checkpoints", "flatten", "load", "prune", "remove", "save", "step_folder", "sweep", "unflatten", "verify", "write_file",
-    "write_json",
-]  # fmt: skip
 
 VERSION = 1
 TENSORS, META, SUMS = "state.safetensors", "state.json", "SHA256SUMS"
@@ -41,18 +35,18 @@ def save(folder: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -
 
     Args:
         folder: must not exist yet; its parent must.
-        tensors: of any device and layout in memory; one tensor at a time is copied to the CPU.
+        tensors: of any device and layout in memory.
         meta: JSON-able, below 8 MiB as JSON; see `to_json` for what changes (`flatten` keeps everything).
 
     Raises:
         StorageError: if the folder exists or cannot be written; nothing unfinished is left behind.
         ValueError: for a tensor or meta that cannot be stored, named.
     """
-    header, order = tensorfile.header(tensors)
+    data = tensorfile.encode(tensors)
     described = to_json({"version": VERSION, "meta": meta})
     if len(described) > MAX_JSON:
         raise ValueError(f"{folder}: meta takes {len(described)} bytes as JSON, more than {MAX_JSON}; store arrays as tensors")
-    needed = len(header) + len(described) + sum(t.numel() * t.element_size() for t in tensors.values())
+    needed = len(data) + len(described)
     if os.path.lexists(folder):
         raise StorageError(f"{folder}: exists already and is not overwritten; remove it or save under another name")
     unfinished = temporary(folder.parent)
@@ -60,10 +54,10 @@ def save(folder: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -
         try:
             unfinished.mkdir()
             entries = {
-                TENSORS: _write_hashed(unfinished / TENSORS, tensorfile.blocks(header, order, tensors)),
-                META: _write_hashed(unfinished / META, iter([memoryview(described)])),
+                TENSORS: _write_hashed(unfinished / TENSORS, data),
+                META: _write_hashed(unfinished / META, described),
             }
-            _write_hashed(unfinished / SUMS, iter([memoryview(_manifest(entries))]))
+            _write_hashed(unfinished / SUMS, _manifest(entries))
             sync_folder(unfinished)
             unfinished.rename(folder)
         except BaseException:
@@ -72,19 +66,15 @@ def save(folder: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -
         sync_folder(folder.parent)
 
 
-def _write_hashed(path: Path, blocks: Iterator[memoryview]) -> tuple[int, str]:
-    """Write and hash in one pass; the hash is of what we meant to write. Returns the size and the hash."""
-    digest, size = hashlib.sha256(), 0
+def _write_hashed(path: Path, data: bytes) -> tuple[int, str]:
+    """Write a new file to the disk. Returns its size and hash, of what we meant to write."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     try:
-        for block in blocks:
-            digest.update(block)
-            write_all(descriptor, block)
-            size += len(block)
+        write_all(descriptor, memoryview(data))
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-    return size, digest.hexdigest()
+    return len(data), hashlib.sha256(data).hexdigest()
 
 
 def _manifest(entries: Mapping[str, tuple[int, str]]) -> bytes:

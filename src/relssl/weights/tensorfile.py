@@ -1,15 +1,10 @@
-"""One safetensors file: written here tensor by tensor, read by the safetensors library.
-
-The library's writer needs a second copy of all tensors in memory, refuses shared storage and reports a full disk without its
-errno, so a header and the plain bytes are written here instead. No torch is imported before there is a tensor.
-"""
+"""Tensors to the bytes of a safetensors file and back; writing them to the disk is the store's business."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from relssl.errors import CheckpointError
 
@@ -17,47 +12,31 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MAX_JSON = 8 << 20  # bytes of JSON that are ever read from a file, such as this header: parsed, they take about 25 times as much
-_DTYPES = {
-    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16",
-    "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8",
-    "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL",
-}  # fmt: skip
 
 
-def header(tensors: Mapping[str, Tensor]) -> tuple[bytes, list[str]]:
-    """The safetensors header and the order of the data: widest elements first, so that each tensor is aligned in the file.
+def encode(tensors: Mapping[str, Tensor]) -> bytes:
+    """The tensors as the content of a safetensors file.
 
     Raises:
-        ValueError: naming the tensor that cannot be stored.
+        ValueError: naming the tensors when they cannot be stored.
     """
-    table: dict[str, Any] = {}
-    end = 0
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    for name in order:
-        tensor = tensors[name]
-        code = _DTYPES.get(str(tensor.dtype).removeprefix("torch."))
-        if code is None or str(tensor.layout) != "torch.strided" or tensor.is_meta:
-            raise ValueError(f"tensor {name!r} ({tensor.dtype}, {tensor.layout}, {tensor.device}) cannot be stored")
-        if name == "__metadata__" or name != name.encode("utf-8", "ignore").decode():
-            raise ValueError(f"{name!r} cannot be the name of a tensor")
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        table[name] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(table, separators=(",", ":")).encode("ascii")
-    text += b" " * (-len(text) % 8)
-    if len(text) > MAX_JSON:
-        raise ValueError(f"{len(tensors)} tensors need a header of {len(text)} bytes, more than {MAX_JSON}")
-    return len(text).to_bytes(8, "little") + text, order
-
-
-def blocks(header: bytes, order: list[str], tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
-    """The bytes of the file: the header, then each tensor, of which only one at a time is copied."""
     import torch
+    from safetensors.torch import save
 
-    yield memoryview(header)
-    for name in order:
-        tensor = tensors[name].detach().cpu().contiguous()
-        if tensor.numel():
-            yield tensor.reshape(-1).view(torch.uint8).numpy().data
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_complex() or name == "__metadata__":
+            raise ValueError(f"tensor {name!r} ({tensor.dtype}, {tensor.layout}, {tensor.device}) cannot be stored")
+    try:
+        # Cloned, as the library refuses tensors that share memory.
+        data: bytes = save({name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()})
+    except Exception as error:  # the library's own types, for names and dtypes it does not know
+        raise ValueError(
+            f"the tensors {', '.join(map(repr, list(tensors)[:3]))} ... cannot be stored ({one_line(error)})"
+        ) from error
+    length = int.from_bytes(data[:8], "little")
+    if length > MAX_JSON:
+        raise ValueError(f"{len(tensors)} tensors need a header of {length} bytes, more than {MAX_JSON}")
+    return data
 
 
 def read(path: Path) -> dict[str, Tensor]:

@@ -1,0 +1,333 @@
+"""Odd, broken and hostile image files of every kind met in real folders, made on the spot.
+
+CONTENTS maps a kind to (what must happen, extension, maker of the bytes): "load" is decoded, "skip" is refused with a
+reason, "either" is one of the two. NAMES maps a kind to the bytes of a file name that must be usable.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import pickle
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable
+
+import numpy as np
+from PIL import Image, ImageDraw, PngImagePlugin
+
+WIDTH, HEIGHT = 48, 32
+MAX_PIXELS = 89_000_000
+
+
+@functools.cache
+def picture() -> Image.Image:
+    """A smooth colourful picture without symmetry, 48 x 32."""
+    y, x = np.mgrid[0:HEIGHT, 0:WIDTH]
+    image = Image.fromarray(np.stack([x * 5, y * 7, 255 - x * 2 - y * 3], -1).astype(np.uint8))
+    ImageDraw.Draw(image).rectangle((3, 3, 12, 9), fill="white")
+    return image
+
+
+def save(image: Image.Image, kind: str, **options: object) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def jpeg(image: Image.Image | None = None, **options: object) -> bytes:
+    return save(image or picture(), "JPEG", **{"quality": 95, "subsampling": 0, **options})
+
+
+def png(image: Image.Image | None = None, **options: object) -> bytes:
+    return save(image or picture(), "PNG", **options)
+
+
+def oriented(value: int) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = value
+    return jpeg(exif=exif)
+
+
+def chunk(name: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+def raw_png(width: int, height: int, bits: int, colour: int, rows: bytes | None, *more: bytes, interlace: int = 0) -> bytes:
+    """A PNG of given header and uncompressed rows; None leaves the pixels out."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, interlace))
+    pixels = b"" if rows is None else chunk(b"IDAT", zlib.compress(rows, 1))
+    return b"\x89PNG\r\n\x1a\n" + header + b"".join(more) + pixels + chunk(b"IEND", b"")
+
+
+def png_16bit(channels: int) -> bytes:
+    values = np.linspace(0, 65535, 16 * 16 * channels).astype(">u2").reshape(16, -1)
+    return raw_png(16, 16, 16, 0 if channels == 1 else 2, b"".join(b"\0" + row.tobytes() for row in values))
+
+
+def without(data: bytes, marker: int) -> bytes:
+    """A JPEG with all segments of one marker left out."""
+    kept, at = data[:2], 2
+    while data[at + 1] != 0xDA:
+        length = 2 + int.from_bytes(data[at + 2 : at + 4])
+        if data[at + 1] != marker:
+            kept += data[at : at + length]
+        at += length
+    return kept + data[at:]
+
+
+def resized_header(width: int, height: int) -> bytes:
+    """A JPEG whose header claims another size."""
+    data = bytearray(jpeg())
+    at = data.index(b"\xff\xc0")
+    data[at + 5 : at + 9] = struct.pack(">HH", height, width)
+    return bytes(data)
+
+
+def patched(data: bytes, at: int, new: bytes) -> bytes:
+    return data[:at] + new + data[at + len(new) :]
+
+
+def cut(data: bytes, share: float) -> bytes:
+    return data[: int(len(data) * share)]
+
+
+def scan_start(data: bytes) -> int:
+    return data.index(b"\xff\xda") + 14
+
+
+def tiff_claims(width: int) -> bytes:
+    data = save(picture(), "TIFF")
+    at = int.from_bytes(data[4:8], "little") + 2
+    while int.from_bytes(data[at : at + 2], "little") != 256:
+        at += 12
+    return patched(data, at + 2, struct.pack("<HII", 4, 1, width))
+
+
+def tiff_loop() -> bytes:
+    data = save(picture(), "TIFF")
+    first = int.from_bytes(data[4:8], "little")
+    return patched(data, first + 2 + 12 * int.from_bytes(data[first : first + 2], "little"), data[4:8])
+
+
+def alpha_picture() -> Image.Image:
+    """The picture, transparent in its left half."""
+    image = picture().convert("RGBA")
+    image.paste((9, 9, 9, 0), (0, 0, WIDTH // 2, HEIGHT))
+    return image
+
+
+def frames(kind: str) -> bytes:
+    return save(picture(), kind, save_all=True, append_images=[picture().rotate(180)] * 2)
+
+
+def zipped() -> bytes:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        archive.writestr("a.jpg", jpeg())
+    return stream.getvalue()
+
+
+def text_bomb() -> bytes:
+    return png()[:33] + chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(40_000_000), 1)) + png()[33:]
+
+
+def saved_objects() -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, np.array([{}], object), allow_pickle=True)
+    return stream.getvalue()
+
+
+def noise(count: int) -> bytes:
+    return np.random.Generator(np.random.PCG64(0)).bytes(count)
+
+
+def float_tiff(value: float) -> bytes:
+    return save(Image.fromarray(np.full((8, 8), value, np.float32)), "TIFF")
+
+
+def grey16_tiff() -> bytes:
+    return save(Image.fromarray(np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)), "TIFF")
+
+
+def many_chunks() -> bytes:
+    info = PngImagePlugin.PngInfo()
+    for number in range(500):
+        info.add_text(f"key{number}", "value")
+    return png(pnginfo=info)
+
+
+Maker = Callable[[], bytes]
+LOAD: dict[str, tuple[str, Maker]] = {
+    "jpeg_plain": ("jpg", jpeg),
+    "jpeg_progressive": ("jpg", lambda: jpeg(progressive=True)),
+    "jpeg_gray": ("jpg", lambda: jpeg(picture().convert("L"))),
+    "jpeg_cmyk": ("jpg", lambda: jpeg(picture().convert("CMYK"))),
+    "jpeg_subsampling_411": ("jpg", lambda: jpeg(subsampling="4:1:1")),
+    **{f"jpeg_exif_orientation_{turn}": ("jpg", functools.partial(oriented, turn)) for turn in range(1, 9)},
+    "jpeg_exif_orientation_bad": ("jpg", lambda: oriented(77)),
+    "jpeg_exif_garbage": ("jpg", lambda: jpeg(exif=b"Exif\0\0" + noise(200))),
+    "jpeg_exif_truncated_ifd": ("jpg", lambda: jpeg(exif=b"Exif\0\0II*\0\x08\0\0\0\x40\0\x12\x01")),
+    "jpeg_icc_garbage": ("jpg", lambda: jpeg(icc_profile=noise(500))),
+    "jpeg_big_comment": ("jpg", lambda: jpeg(comment=b"c" * 60_000)),
+    "jpeg_trailing_garbage": ("jpg", lambda: jpeg() + noise(5000)),
+    "jpeg_appended_zip": ("jpg", lambda: jpeg() + zipped()),
+    "jpeg_mpo": ("jpg", lambda: frames("MPO")),
+    "jpeg_1x1": ("jpg", lambda: jpeg(Image.new("RGB", (1, 1)))),
+    "jpeg_wide_3000x1": ("jpg", lambda: jpeg(Image.new("RGB", (3000, 1)))),
+    "jpeg_tall_1x3000": ("jpg", lambda: jpeg(Image.new("RGB", (1, 3000)))),
+    "jpeg_uniform_black": ("jpg", lambda: jpeg(Image.new("RGB", (WIDTH, HEIGHT)))),
+    "jpeg_uppercase_ext": ("JPG", jpeg),
+    "jpeg_ext_jpeg_mixed": ("JpEg", jpeg),
+    "png_named_jpg": ("jpg", png),
+    "jpeg_named_png": ("png", jpeg),
+    "webp_named_jpg": ("jpg", lambda: save(picture(), "WEBP")),
+    "png_plain": ("png", png),
+    "png_rgba": ("png", lambda: png(alpha_picture())),
+    "png_fully_transparent": ("png", lambda: png(Image.new("RGBA", (WIDTH, HEIGHT)))),
+    "png_la": ("png", lambda: png(alpha_picture().convert("LA"))),
+    "png_palette": ("png", lambda: png(picture().quantize(64))),
+    "png_palette_transparency": ("png", lambda: png(picture().quantize(64), transparency=bytes(range(0, 256, 4)))),
+    "png_1bit": ("png", lambda: png(picture().convert("1"))),
+    "png_16bit_gray": ("png", lambda: png_16bit(1)),
+    "png_16bit_rgb": ("png", lambda: png_16bit(3)),
+    "png_interlaced": ("png", lambda: raw_png(1, 1, 8, 2, b"\0\x10\x20\x30", interlace=1)),
+    "png_trns_rgb": ("png", lambda: png(transparency=(255, 255, 255))),
+    "png_trns_16bit": ("png", lambda: raw_png(2, 1, 16, 0, b"\0\0\0\xff\xff", chunk(b"tRNS", b"\0\0"))),
+    "png_many_chunks": ("png", many_chunks),
+    "png_animated": ("png", lambda: frames("PNG")),
+    "gif_static": ("gif", lambda: save(picture(), "GIF")),
+    "gif_transparent": ("gif", lambda: save(alpha_picture(), "GIF")),
+    "gif_animated": ("gif", lambda: frames("GIF")),
+    "webp_lossy": ("webp", lambda: save(picture(), "WEBP")),
+    "webp_alpha": ("webp", lambda: save(alpha_picture(), "WEBP", lossless=True)),
+    "webp_animated": ("webp", lambda: frames("WEBP")),
+    "bmp_24": ("bmp", lambda: save(picture(), "BMP")),
+    "bmp_palette": ("bmp", lambda: save(picture().quantize(16), "BMP")),
+    "tiff_rgb": ("tif", lambda: save(picture(), "TIFF")),
+    "tiff_lzw_multi": (
+        "tiff",
+        lambda: save(picture(), "TIFF", compression="tiff_lzw", save_all=True, append_images=[picture()]),
+    ),
+    "tiff_cmyk": ("tif", lambda: save(picture().convert("CMYK"), "TIFF")),
+    "tiff_16bit_gray": ("tif", grey16_tiff),
+    "ppm_p6": ("ppm", lambda: save(picture(), "PPM")),
+    "pgm_p5": ("pgm", lambda: save(picture().convert("L"), "PPM")),
+    "pgm_16bit": ("pgm", lambda: b"P5 2 1 65535\n\0\0\xff\xff"),
+    "pbm_p4": ("pbm", lambda: save(picture().convert("1"), "PPM")),
+}
+SKIP: dict[str, tuple[str, Maker]] = {
+    "zero_byte": ("jpg", lambda: b""),
+    "one_byte": ("jpg", lambda: b"\xff"),
+    "soi_only": ("jpg", lambda: b"\xff\xd8"),
+    "soi_eoi": ("jpg", lambda: b"\xff\xd8\xff\xd9"),
+    "jpeg_headers_only": ("jpg", lambda: jpeg()[: scan_start(jpeg())]),
+    **{f"jpeg_cut_{part}": ("jpg", functools.partial(lambda part: cut(jpeg(), part / 100), part)) for part in (25, 50, 90)},
+    **{
+        f"jpeg_progressive_cut_{part}": ("jpg", functools.partial(lambda part: cut(jpeg(progressive=True), part / 100), part))
+        for part in (50, 90)
+    },
+    "jpeg_no_quant": ("jpg", lambda: without(jpeg(), 0xDB)),
+    "jpeg_zero_size": ("jpg", lambda: resized_header(0, 0)),
+    "jpeg_lossless_sof3": ("jpg", lambda: jpeg().replace(b"\xff\xc0", b"\xff\xc3", 1)),
+    "random_jpg": ("jpg", lambda: b"\0" + noise(4000)),
+    "random_after_magic": ("jpg", lambda: b"\xff\xd8\xff\xe0" + noise(4000)),
+    "text_jpg": ("jpg", lambda: b"This is a text.\n" * 20),
+    "html_404_jpg": ("jpg", lambda: b"\n<!DOCTYPE html><html><title>404 Not Found</title></html>"),
+    "json_jpg": ("jpg", lambda: b'{"error": "not found"}'),
+    "git_lfs_pointer": ("jpg", lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12345\n"),
+    "gzip_jpg": ("jpg", lambda: zlib.compress(jpeg(), wbits=31)),
+    "zip_jpg": ("jpg", zipped),
+    "mp4_jpg": ("jpg", lambda: b"\0\0\0\x20ftypisom\0\0\x02\0isomiso2avc1mp41" + bytes(100)),
+    "heic_stub": ("jpg", lambda: b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100)),
+    "avif_stub": ("avif", lambda: b"\0\0\0\x18ftypavif\0\0\0\0mif1avif" + bytes(100)),
+    "apple_double": ("jpg", lambda: b"\0\x05\x16\x07\0\x02\0\0Mac OS X        " + bytes(100)),
+    "png_cut_50": ("png", lambda: cut(png(), 0.5)),
+    "png_signature_only": ("png", lambda: png()[:8]),
+    "png_bad_signature_crlf": ("png", lambda: png().replace(b"\r\n", b"\n", 1)),
+    "png_ihdr_bad_crc": ("png", lambda: patched(png(), 29, b"\0\0\0\0")),
+    "png_no_idat": ("png", lambda: raw_png(8, 8, 8, 2, None)),
+    "png_bad_zlib": ("png", lambda: raw_png(8, 8, 8, 2, None, chunk(b"IDAT", noise(300)))),
+    "png_zero_size": ("png", lambda: raw_png(0, 0, 8, 2, b"")),
+    "png_bad_colour_type": ("png", lambda: raw_png(8, 8, 8, 5, bytes(200))),
+    "gif_cut": ("gif", lambda: cut(save(picture(), "GIF"), 0.6)),
+    "gif_header_only": ("gif", lambda: save(picture(), "GIF")[:13]),
+    "webp_cut": ("webp", lambda: cut(save(picture(), "WEBP"), 0.5)),
+    "bmp_cut": ("bmp", lambda: cut(save(picture(), "BMP"), 0.5)),
+    "ppm_short": ("ppm", lambda: cut(save(picture(), "PPM"), 0.5)),
+    "jp2_header_only": ("jp2", lambda: save(picture(), "JPEG2000")[:60]),
+    "tiff_float32": ("tif", lambda: float_tiff(0.5)),
+    "tiff_float_nan": ("tif", lambda: float_tiff(float("nan"))),
+    "tiff_int32": ("tif", lambda: save(Image.fromarray(np.full((8, 8), 1 << 20, np.int32)), "TIFF")),
+    "pfm": ("ppm", lambda: b"Pf\n1 1\n-1.0\n" + struct.pack("<f", 0.5)),
+    "ico": ("png", lambda: save(picture(), "ICO")),
+    "jpeg_claims_65500": ("jpg", lambda: resized_header(65500, 65500)),
+    "jpeg_claims_100mp": ("jpg", lambda: resized_header(10_000, 10_000)),
+    "png_bomb_144mp": ("png", lambda: raw_png(12_000, 12_000, 1, 0, bytes(12_000 * 1501))),
+    "png_bomb_400mp": ("png", lambda: raw_png(20_000, 20_000, 1, 0, bytes(20_000 * 2501))),
+    "gif_bomb_screen": ("gif", lambda: patched(save(picture(), "GIF"), 6, b"\xff\xff\xff\xff")),
+    "ppm_bomb_header": ("ppm", lambda: b"P6 100000 100000 255\n" + bytes(100)),
+    "bmp_bomb_header": ("bmp", lambda: patched(save(picture(), "BMP"), 18, struct.pack("<ii", 100_000, 100_000))),
+    "tiff_bomb_header": ("tif", lambda: tiff_claims(100_000_000)),
+    "eps_jpg": ("jpg", lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"),
+    "svg_xxe_png": ("png", lambda: b'<?xml version="1.0"?><!DOCTYPE s [<!ENTITY x SYSTEM "file:///etc/passwd">]><svg>&x;</svg>'),
+    "pdf_jpg": ("jpg", lambda: b"%PDF-1.7\n%%EOF\n"),
+    "psd_jpg": ("jpg", lambda: b"8BPS\0\x01" + bytes(6) + struct.pack(">HIIHH", 3, 8, 8, 8, 3) + bytes(500)),
+    "fits_jpg": ("jpg", lambda: b"SIMPLE  =                    T".ljust(2880)),
+    "pickle_png": ("png", lambda: pickle.dumps(["not", "an", "image"])),
+    "npy_object_jpg": ("jpg", saved_objects),
+}
+EITHER: dict[str, tuple[str, Maker]] = {
+    "jpeg2000": ("jp2", lambda: save(picture(), "JPEG2000")),
+    "avif": ("avif", lambda: save(picture(), "AVIF")),
+    "jpeg_missing_eoi": ("jpg", lambda: jpeg()[:-2]),
+    "jpeg_no_huffman": ("jpg", lambda: without(jpeg(), 0xC4)),
+    "jpeg_bad_huffman": ("jpg", lambda: patched(jpeg(), jpeg().index(b"\xff\xc4") + 5, b"\xff" * 16)),
+    "jpeg_bitrot_zeros": ("jpg", lambda: patched(jpeg(), scan_start(jpeg()) + 50, bytes(60))),
+    "jpeg_bitrot_ff": ("jpg", lambda: patched(jpeg(), scan_start(jpeg()) + 50, b"\xff" * 60)),
+    "png_idat_bad_crc": ("png", lambda: patched(png(), len(png()) - 16, b"\0\0\0\0")),
+    "png_short_data": ("png", lambda: raw_png(8, 8, 8, 2, bytes(60))),
+    "png_palette_missing": ("png", lambda: raw_png(8, 8, 8, 3, bytes(72))),
+    "png_text_bomb": ("png", text_bomb),
+    "tiff_cut": ("tif", lambda: cut(save(picture(), "TIFF"), 0.7)),
+    "tiff_ifd_loop": ("tif", tiff_loop),
+    "gif_frame_beyond_screen": ("gif", lambda: patched(save(picture(), "GIF"), 6, b"\x04\0\x04\0")),
+}
+CONTENTS: dict[str, tuple[str, str, Maker]] = {
+    kind: (expected, *made)
+    for expected, group in (("load", LOAD), ("skip", SKIP), ("either", EITHER))
+    for kind, made in group.items()
+}
+
+NAMES: dict[str, bytes] = {
+    "space": b" two  words .jpg",
+    "unicode": "größe-猫.jpg".encode(),
+    "emoji": "\U0001f600.jpg".encode(),
+    "nfd": "e\u0301.jpg".encode(),
+    "nfc": "\u00e9.jpg".encode(),
+    "newline": b"a\nb.jpg",
+    "tab_cr": b"a\tb\rc.jpg",
+    "escape_codes": b"\x1b[31mred\x1b[0m\x07.jpg",
+    "leading_dash": b"-rf.jpg",
+    "leading_dots": b"..odd.jpg",
+    "quotes": b"'single' \"double\".jpg",
+    "html": b"<b>&amp;.jpg",
+    "script": b"<script>alert(1)<.jpg",
+    "shell": b"$(touch x);`id`|&.jpg",
+    "percent": b"%s%d%n{0}.jpg",
+    "csv_formula": b"=1+1.jpg",
+    "comma": b"a,b;c.jpg",
+    "rtl": "\u202egpj.exe.jpg".encode(),
+    "zero_width": "a\u200bb\u2028.jpg".encode(),
+    "glob": b"*[ab]?.jpg",
+    "windows": b"con.jpg",
+    "backslash": b"a\\b.jpg",
+    "hash": b"#1.jpg",
+    "long_255": b"n" * 251 + b".jpg",
+    "not_utf8": b"caf\xe9.jpg",
+    "dir_not_utf8": b"d\xff\xfer/x.jpg",
+    "dir_named_like_a_file": b"dir.jpg/x.jpg",
+    "deep": b"d/" * 200 + b"x.jpg",
+    "case": b"UPPER.JPG",
+}

@@ -1,0 +1,58 @@
+"""Small runs for tests: a narrow network on a few digits, a second or two each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from relssl.train.journal import TIMINGS, read_rows
+from relssl.train.pretrain import Result, pretrain
+from relssl.weights import store
+
+SMALL: dict[str, Any] = {
+    "data": "digits",
+    "max_images": 320,
+    "epochs": 2,
+    "batch_size": 32,
+    "backbone_args": {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16], "zero_init_last": False},
+    "encoder": {"projector_hidden": 32, "dim": 16},
+    "method": {"memory_size": 96, "warmup_epochs": 1},
+    "optimizer": {"warmup_epochs": 1},
+    "engine": {"threads": 1, "device": "cpu"},
+    "log": {"every": 3, "knn_every": 1, "knn_images": 200, "tensorboard": False},
+}
+# A network without batch norm, for what holds up to batch norm only.
+NORMLESS: dict[str, Any] = {
+    "backbone": "convnext_atto",
+    "backbone_args": {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16], "patch_size": 2},
+    "encoder": {"stem": "standard", "projector_hidden": 32, "dim": 16},
+    "engine": {"threads": 1, "device": "cpu", "precision": "fp32"},
+}
+
+
+def small_run(out: Path, **overrides: Any) -> Result:
+    from relssl.config import resolve
+    from relssl.schema import merge, nest
+
+    result = pretrain(settings=resolve(merge(merge(SMALL, nest(overrides)), {"out": str(out)})), quiet=True)
+    assert result is not None
+    return result
+
+
+def final_state(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of the newest checkpoint."""
+    tensors, _ = store.load(store.checkpoints(folder / "checkpoints")[-1])
+    return tensors
+
+
+def repeatable_rows(folder: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without what a clock decides."""
+    return [{k: v for k, v in row.items() if k not in TIMINGS} for row in read_rows(folder / "metrics.jsonl")]
+
+
+def differing(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> list[str]:
+    """Names of tensors that are not equal bit for bit."""
+    assert a.keys() == b.keys()
+    return [name for name in a if not torch.equal(a[name], b[name])]

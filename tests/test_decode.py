@@ -1,0 +1,258 @@
+"""Every kind of odd image file is decoded as defined, every broken one refused with a reason, and nothing else happens."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import warnings
+
+import numpy as np
+import pytest
+from bad_images import CONTENTS, HEIGHT, LOAD, MAX_PIXELS, WIDTH, alpha_picture, jpeg, oriented, picture, png_16bit, save
+from PIL import Image, ImageOps, features
+
+from relssl.data.decode import BadImage, decode
+
+WHOLE_CORPUS = """
+import json, resource, sys
+from relssl.data.decode import BadImage, decode
+reasons = {}
+for path in sys.argv[2:]:
+    try:
+        reasons[path] = decode(path, int(sys.argv[1])).mode
+    except BadImage as fault:
+        reasons[path] = str(fault)
+print(json.dumps([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "torch" in sys.modules, reasons]))
+"""
+
+
+def write(folder, kind):
+    expected, extension, make = CONTENTS[kind]
+    path = folder / f"{kind}.{extension}"
+    path.write_bytes(make())
+    return expected, str(path)
+
+
+def stored(folder, data: bytes, name: str = "image.bin") -> str:
+    (folder / name).write_bytes(data)
+    return str(folder / name)
+
+
+def pixels(path: str, **options) -> np.ndarray:
+    return np.asarray(decode(path, MAX_PIXELS, **options)).astype(int)
+
+
+@pytest.mark.parametrize("kind", CONTENTS)
+def test_every_kind_is_decoded_or_refused_quietly(kind, tmp_path, capfd):
+    if kind in ("avif", "jpeg2000", "jp2_header_only") and not features.check({"avif": "avif"}.get(kind, "jpg_2000")):
+        pytest.skip("this Pillow was built without the codec")
+    expected, path = write(tmp_path, kind)
+    begun = time.perf_counter()
+    try:
+        image = decode(path, MAX_PIXELS)
+    except BadImage as fault:
+        assert expected != "load", str(fault)
+        assert str(fault).isprintable() and 5 < len(str(fault)) < 200
+        assert str(tmp_path) not in str(fault)
+    else:
+        assert expected != "skip"
+        assert image.mode == "RGB" and min(image.size) > 0
+        assert not hasattr(image, "fp") and not image.info
+        image.tobytes()
+    assert time.perf_counter() - begun < 5
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_whole_corpus_stays_small_and_needs_no_torch(tmp_path):
+    paths = [write(tmp_path, kind)[1] for kind in CONTENTS]
+    (tmp_path / "sparse.jpg").touch()
+    os.truncate(tmp_path / "sparse.jpg", 256 << 20)
+    paths.append(str(tmp_path / "sparse.jpg"))
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", WHOLE_CORPUS, str(MAX_PIXELS), *paths], capture_output=True, text=True, check=True
+    )
+    peak, torch_imported, reasons = json.loads(done.stdout)
+    assert done.stderr == ""
+    assert len(reasons) == len(paths) > 120
+    assert not torch_imported
+    assert peak < 1 << 30
+    assert len(list(tmp_path.iterdir())) == len(paths)  # nothing was written
+
+
+@pytest.mark.parametrize("kind", [kind for kind in LOAD if kind.startswith(("jpeg_exif", "jpeg_icc", "jpeg_trail", "jpeg_app"))])
+def test_metadata_changes_nothing_but_the_orientation(kind, tmp_path):
+    _, path = write(tmp_path, kind)
+    plain = np.asarray(ImageOps.exif_transpose(Image.open(stored(tmp_path, jpeg(), "plain.jpg"))))
+    if kind[-1].isdigit():
+        with Image.open(path) as raw:
+            plain = np.asarray(ImageOps.exif_transpose(raw))
+    np.testing.assert_array_equal(pixels(path), plain)
+
+
+def test_orientation_6_puts_the_left_edge_on_top(tmp_path):
+    turned = pixels(stored(tmp_path, oriented(6)))
+    assert turned.shape == (WIDTH, HEIGHT, 3)
+    np.testing.assert_array_equal(turned, np.rot90(pixels(stored(tmp_path, jpeg())), -1))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
+def test_orientation_outside_jpeg(kind, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    path = stored(tmp_path, save(picture(), kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {})))
+    np.testing.assert_array_equal(pixels(path), np.rot90(np.asarray(picture())))
+
+
+@pytest.mark.parametrize(
+    "kind", ["png_plain", "bmp_24", "tiff_rgb", "tiff_lzw_multi", "ppm_p6", "png_many_chunks", "png_animated"]
+)
+def test_lossless_formats_keep_every_pixel(kind, tmp_path):
+    np.testing.assert_array_equal(pixels(write(tmp_path, kind)[1]), np.asarray(picture()))
+
+
+@pytest.mark.parametrize(
+    "kind", ["jpeg_plain", "jpeg_progressive", "jpeg_cmyk", "jpeg_mpo", "gif_animated", "webp_animated", "tiff_cmyk"]
+)
+def test_other_formats_keep_the_picture_and_the_first_frame(kind, tmp_path):
+    assert np.abs(pixels(write(tmp_path, kind)[1]) - np.asarray(picture())).mean() < 12
+
+
+@pytest.mark.parametrize("kind", ["png_rgba", "png_la", "webp_alpha", "gif_transparent"])
+def test_transparent_pixels_are_laid_on_white(kind, tmp_path):
+    found = pixels(write(tmp_path, kind)[1])
+    assert (found[:, : WIDTH // 2] == 255).all()
+    wanted = np.asarray(alpha_picture().convert("LA" if kind == "png_la" else "RGB").convert("RGB"))
+    assert np.abs(found - wanted)[:, WIDTH // 2 :].mean() < 12
+    half = Image.new("RGBA", (1, 1), (0, 0, 0, 51))
+    assert pixels(stored(tmp_path, save(half, "PNG"))).tolist() == [[[204, 204, 204]]]
+
+
+def test_a_colour_key_is_transparent_too(tmp_path):
+    image = Image.new("RGB", (2, 1), (10, 20, 30))
+    image.putpixel((1, 0), (1, 2, 3))
+    assert pixels(stored(tmp_path, save(image, "PNG", transparency=(1, 2, 3)))).tolist() == [[[10, 20, 30], [255, 255, 255]]]
+
+
+@pytest.mark.parametrize("kind", ["png_16bit_gray", "tiff_16bit_gray", "pgm_16bit"])
+def test_16_bit_grey_is_scaled_not_cut(kind, tmp_path):
+    found = pixels(write(tmp_path, kind)[1])
+    grey = found[..., 0].ravel()
+    assert (found == found[..., :1]).all()
+    np.testing.assert_array_equal(grey, np.floor(np.linspace(0, 65535, grey.size).astype(int) * 255 / 65535 + 0.5))
+
+
+def test_16_bit_colour_is_scaled(tmp_path):
+    found = pixels(stored(tmp_path, png_16bit(3))).ravel()
+    assert np.abs(found - np.linspace(0, 255, found.size)).max() <= 1
+
+
+def test_a_jpeg_may_be_decoded_smaller_but_never_below_what_is_needed(tmp_path):
+    path = stored(tmp_path, jpeg(picture().resize((960, 640))))
+    for at_least, size in ((None, (960, 640)), (640, (960, 640)), (321, (960, 640)), (320, (480, 320)), (1, (120, 80))):
+        assert decode(path, MAX_PIXELS, at_least).size == size
+    assert np.abs(pixels(path, at_least=160) - np.asarray(picture().resize((240, 160)))).mean() < 8
+    assert decode(stored(tmp_path, save(picture(), "PNG")), MAX_PIXELS, 8).size == (WIDTH, HEIGHT)
+
+
+def test_the_pixel_limit_is_read_from_the_header(tmp_path):
+    path = stored(tmp_path, jpeg())
+    assert decode(path, WIDTH * HEIGHT).size == (WIDTH, HEIGHT)
+    with pytest.raises(BadImage, match=rf"{WIDTH} x {HEIGHT} pixels, more than max_pixels \({WIDTH * HEIGHT - 1}\)"):
+        decode(path, WIDTH * HEIGHT - 1)
+
+
+def test_warnings_of_pillow_stay_inside(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", WIDTH * HEIGHT - 1)
+    path = stored(tmp_path, jpeg())
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        decode(path, MAX_PIXELS)
+    assert seen == []
+
+
+def test_what_is_no_file_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "socket.jpg"))
+        for path in (tmp_path / "pipe.jpg", tmp_path / "socket.jpg", tmp_path, tmp_path / "missing.jpg", "/dev/zero", "a\0b.jpg"):
+            with pytest.raises(BadImage):
+                decode(str(path), MAX_PIXELS)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_an_unreadable_file_says_why(tmp_path):
+    path = stored(tmp_path, jpeg())
+    os.chmod(path, 0)
+    with pytest.raises(BadImage, match="Permission denied"):
+        decode(path, MAX_PIXELS)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("git_lfs_pointer", "git lfs pull"),
+        ("html_404_jpg", "HTML"),
+        ("pdf_jpg", "PDF"),
+        ("soi_only", "JPEG"),
+        ("jpeg_cut_50", "truncated"),
+        ("zero_byte", "empty"),
+        ("png_bomb_400mp", "max_pixels"),
+        ("tiff_float32", "floating-point"),
+        ("tiff_int32", "32-bit"),
+        ("text_jpg", "none of JPEG"),
+    ],
+)
+def test_reasons_say_what_to_do(kind, reason, tmp_path):
+    with pytest.raises(BadImage, match=reason):
+        decode(write(tmp_path, kind)[1], MAX_PIXELS)
+
+
+def test_a_file_far_too_large_is_not_read(tmp_path):
+    path = stored(tmp_path, b"RIFF\xff\xff\xff\xffWEBPVP8 ")
+    os.truncate(path, 4 << 30)
+    with pytest.raises(BadImage, match="larger than any image"):
+        decode(path, MAX_PIXELS)
+
+
+def test_files_are_closed(tmp_path):
+    path, cut = stored(tmp_path, jpeg()), write(tmp_path, "jpeg_cut_50")[1]
+    before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+    for _ in range(50):
+        decode(path, MAX_PIXELS)
+        with pytest.raises(BadImage):
+            decode(cut, MAX_PIXELS)
+    assert before == 0 or len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize(
+    "kind", ["jpeg_plain", "jpeg_progressive", "png_palette", "gif_static", "webp_alpha", "bmp_24", "tiff_lzw_multi"]
+)
+def test_random_damage_never_raises_anything_else(kind, tmp_path):
+    rng = np.random.Generator(np.random.PCG64(1))
+    data = np.frombuffer(LOAD[kind][1](), np.uint8)
+    for _ in range(60):
+        damaged = data.copy()
+        spots = rng.integers(0, len(data), rng.integers(1, 8))
+        damaged[spots] = rng.integers(0, 256, len(spots))
+        path = stored(tmp_path, damaged[: rng.integers(1, 2 * len(data))].tobytes())
+        try:
+            assert decode(path, 10_000_000).mode == "RGB"
+        except BadImage as fault:
+            assert str(fault).isprintable()
+
+
+@pytest.mark.parametrize("kind", LOAD)
+def test_a_cut_off_file_is_refused_unless_every_pixel_is_there(kind, tmp_path):
+    data = LOAD[kind][1]()
+    whole, used = pixels(stored(tmp_path, data)), 0
+    ends = {int(share * len(data)) for share in np.linspace(0.05, 0.95, 10)} | {len(data) - 1, len(data) - 2}
+    for end in sorted(ends - {0}):
+        try:
+            found = pixels(stored(tmp_path, data[:end]))
+        except BadImage:
+            assert not used, "a longer cut is refused after a shorter one was read"
+        else:
+            used += 1
+            np.testing.assert_array_equal(found, whole)

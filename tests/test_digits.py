@@ -1,0 +1,107 @@
+"""The built-in digits: fixed for ever, fairly split, and neither too easy nor too hard."""
+
+import hashlib
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+
+from relssl.data import digits
+
+# A change of these numbers is a change of every run on the digits: raise a version, do not adjust them.
+PINNED = {"train": "TRAIN", "test": "TEST"}
+
+
+@pytest.fixture(scope="module")
+def sides():
+    return {split: digits.load(split) for split in ("train", "test")}
+
+
+def neighbours_accuracy(sides, k: int = 20, temperature: float = 0.07) -> float:
+    """Top-1 of cosine kNN on raw pixels, votes weighted by exp(similarity / temperature)."""
+    unit = {}
+    for split, (pixels, _) in sides.items():
+        flat = pixels.reshape(len(pixels), -1).astype(np.float32)
+        unit[split] = flat / np.linalg.norm(flat, axis=1, keepdims=True)
+    similarity = unit["test"] @ unit["train"].T
+    nearest = np.argpartition(-similarity, k, axis=1)[:, :k]
+    weight = np.exp(np.take_along_axis(similarity, nearest, 1) / temperature)
+    votes = np.stack([(weight * (sides["train"][1][nearest] == digit)).sum(1) for digit in range(10)], 1)
+    return float((votes.argmax(1) == sides["test"][1]).mean())
+
+
+def test_shapes_and_counts(sides):
+    for split, count in (("train", 5748), ("test", 1440)):
+        pixels, labels = sides[split]
+        assert pixels.shape == (count, 3, 32, 32) and pixels.dtype == np.uint8 and pixels.flags.c_contiguous
+        assert labels.shape == (count,) and labels.dtype == np.int64
+        assert (pixels == pixels[:, :1]).all()
+        shares = np.bincount(labels, minlength=10) / count
+        assert shares.min() > 0.09 and shares.max() < 0.11
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_the_drawings_never_change(split, sides):
+    pixels, labels = sides[split]
+    assert hashlib.sha256(pixels.tobytes() + labels.astype("<i8").tobytes()).hexdigest()[:16] == PINNED[split]
+
+
+def test_no_original_is_on_both_sides():
+    labels = load_digits().target
+    train, test = digits.split_originals(labels)
+    assert (len(train), len(test)) == (1437, 360)
+    np.testing.assert_array_equal(np.sort(np.concatenate([train, test])), np.arange(1797))
+    assert np.abs(np.bincount(labels[test]) - np.bincount(labels) / 5).max() <= 1
+
+
+def test_copies_of_one_original_differ(sides):
+    pixels = sides["train"][0].reshape(-1, digits.COPIES, 3 * 32 * 32)
+    for one in range(digits.COPIES):
+        for other in range(one):
+            assert (pixels[:, one] != pixels[:, other]).mean(axis=1).min() > 0.1
+
+
+def test_raw_pixels_leave_room_to_learn(sides):
+    assert 0.75 < neighbours_accuracy(sides) < 0.85
+
+
+def test_the_statistics_are_those_of_the_training_drawings(sides):
+    scaled = sides["train"][0][:, 0] / 255
+    assert abs(scaled.mean() - digits.MEAN[0]) < 1e-4 and abs(scaled.std() - digits.STD[0]) < 1e-4
+    assert len(set(digits.MEAN)) == len(set(digits.STD)) == 1
+
+
+def test_a_digit_is_drawn_whole_and_on_the_canvas(sides):
+    ink = (sides["train"][0][:, 0] > 100).astype(float)
+    share = ink.mean(axis=(1, 2))
+    assert share.min() > 0.01 and share.max() < 0.45
+    rows, columns = ink.max(2).argmax(1), ink.max(1).argmax(1)
+    assert rows.std() > 2 and columns.std() > 2
+
+
+def test_untilted_full_size_drawing_equals_bilinear_interpolation():
+    original = load_digits().images[:1].astype(np.int32)
+    size, angle, centre = np.array([16.0]), np.array([0.0]), np.array([[16.0], [16.0]])
+    drawn = digits._sample(original, *digits._source_positions(size, angle, centre))[0]
+    # Twice the size: each canvas pixel lies a quarter of a source pixel from the nearest centre.
+    padded = np.pad(original[0].astype(float), 1)
+    along = np.repeat(padded, 2, axis=0)
+    shifted = np.repeat(np.roll(padded, 1, 0), 2, axis=0)[::1]
+    shifted[1::2] = np.roll(padded, -1, 0)
+    rows = 0.75 * along + 0.25 * shifted
+    along, shifted = np.repeat(rows, 2, axis=1), np.repeat(np.roll(rows, 1, 1), 2, axis=1)
+    shifted[:, 1::2] = np.roll(rows, -1, 1)
+    wanted = (0.75 * along + 0.25 * shifted) * 255 / 16
+    np.testing.assert_allclose(drawn[6:26, 6:26], wanted, atol=1)
+    assert not drawn[:6].any() and not drawn[26:].any() and not drawn[:, :6].any() and not drawn[:, 26:].any()
+
+
+def test_drawing_is_quick_and_needs_no_torch():
+    begun = time.process_time()
+    digits.load("train")
+    assert time.process_time() - begun < 2
+    code = "import sys; from relssl.data import digits; digits.load('test'); print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

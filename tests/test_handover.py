@@ -1,0 +1,156 @@
+"""Backbones leave a run unchanged: timm loads the exported file bit for bit, evaluations and features are those of the run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from runs import small_run
+from sklearn.neighbors import KNeighborsClassifier
+
+import relssl
+from relssl.cli import main
+from relssl.data.plain import batches
+from relssl.data.sources import load
+from relssl.errors import CheckpointError, ConfigError, DataError
+from relssl.weights import store
+from relssl.weights.export import timm_lines
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_run(tmp_path_factory.mktemp("runs") / "whole", epochs=1, optimizer={"warmup_epochs": 0}).folder
+
+
+STANDARD: dict[str, dict[str, Any]] = {
+    "resnet18": {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]},
+    "mobilenetv3_small_050": {},
+    "efficientnet_b0": {"channel_multiplier": 0.25, "depth_multiplier": 0.3},
+}
+
+
+@pytest.mark.parametrize("name", STANDARD)
+def test_an_export_loads_with_timm_alone_bit_for_bit(name: str, tmp_path: Path) -> None:
+    run = small_run(
+        tmp_path / "run", epochs=1, max_images=64, backbone=name, backbone_args=STANDARD[name], encoder={"stem": "standard"},
+        method={"memory_size": 64, "warmup": "none"}, optimizer={"warmup_epochs": 0}, log={"knn_every": 0},
+    )  # fmt: skip
+    theirs = timm.create_model(name, num_classes=0, checkpoint_path=str(run.backbone), **STANDARD[name]).eval()
+    images = torch.rand(4, 3, 32, 32)
+    for network in ("student", "teacher"):
+        ours = relssl.load_backbone(run.folder, network)
+        tensors = {
+            k.removeprefix(f"{network}.backbone."): v
+            for k, v in final(run.folder).items()
+            if k.startswith(f"{network}.backbone.")
+        }
+        assert all(torch.equal(value, tensors[key]) for key, value in ours.state_dict().items())
+        if network == "student":
+            assert torch.equal(theirs(images), ours(images))
+            assert theirs.state_dict().keys() == tensors.keys()
+
+
+def final(folder: Path) -> dict[str, torch.Tensor]:
+    return store.load(store.checkpoints(folder / "checkpoints")[-1])[0]
+
+
+def test_a_small_stem_loads_with_the_lines_the_card_gives(finished: Path) -> None:
+    file = finished / "export/backbone.safetensors"
+    lines = timm_lines(relssl.load_run(finished).config, str(file))
+    assert len(lines) == 4 and all(line.split("(")[0] in (finished / "export/backbone.md").read_text() for line in lines)
+    scope: dict[str, Any] = {}
+    exec("\n".join(lines), scope)
+    images = torch.rand(4, 3, 32, 32)
+    assert torch.equal(scope["backbone"].eval()(images), relssl.load_backbone(finished)(images))
+    assert torch.equal(relssl.load_backbone(file)(images), relssl.load_backbone(finished)(images))
+
+
+def test_a_loaded_backbone_knows_its_width_and_its_view(finished: Path) -> None:
+    backbone = relssl.load_backbone(finished)
+    images = load("digits", None, "test").subset(range(4))
+    assert images.pixels is not None
+    view = backbone.transform(Image.fromarray(images.pixels[0].permute(1, 2, 0).numpy()))
+    _, batch, _ = next(iter(batches(images, relssl.load_run(finished).config)))
+    torch.testing.assert_close(view, batch[0])
+    assert backbone(batch).shape == (4, backbone.num_features)
+
+
+def test_weights_that_do_not_match_are_refused_with_counts(finished: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    file = tmp_path / "backbone.safetensors"
+    file.with_suffix(".yaml").write_bytes((finished / "export/backbone.yaml").read_bytes())
+    weights = load_file(finished / "export/backbone.safetensors")
+    weights["stem.weight"] = weights.pop("conv1.weight")
+    save_file(weights, file)
+    with pytest.raises(
+        CheckpointError, match=rf"{len(weights) - 1} of {len(weights)} weights.*missing: conv1.weight; unexpected: stem.weight"
+    ):
+        relssl.load_backbone(file)
+    file.write_bytes(b"\x80\x04\x95not a tensor")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        relssl.load_backbone(file)
+    with pytest.raises(ConfigError, match="student or teacher"):
+        relssl.load_backbone(finished, "pupil")
+
+
+def test_evaluate_equals_scikit_learn_on_the_same_features(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", str(finished), "--protocol", "knn", "--images", "300", "--device", "cpu", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["results"].keys() == {"student", "teacher"}
+    stored = json.loads((finished / "evaluations/knn-digits.json").read_text())
+    assert stored["results"] == found["results"]
+    card = found["results"]["student"]["card"]
+    assert card["bank"]["images"] == card["test"]["images"] == 300 and card["network"] == "student"
+
+    from relssl.evaluate.features import extract
+    from relssl.evaluate.protocol import LabelledPair
+
+    fp32 = relssl.evaluate(finished, images=300, device="cpu", precision="fp32")["results"]["teacher"]
+    pair, run = LabelledPair.load("digits", None, 300), relssl.load_run(finished)
+    backbone = relssl.load_backbone(finished, "teacher")
+    bank, test = (extract(backbone, side, run.config, torch.device("cpu")).vectors.numpy() for side in (pair.bank, pair.test))
+    for k, temperature in ((200, 0.1), (20, 0.07)):
+        oracle = KNeighborsClassifier(k, algorithm="brute", metric="cosine", weights=lambda d, t=temperature: np.exp((1 - d) / t))
+        share = 100 * oracle.fit(bank, pair.bank.labels).score(test, pair.test.labels)
+        assert fp32[f"k{k}-t{temperature:g}"]["top1"] == pytest.approx(share, abs=0.34)  # one tie of 300
+
+
+def test_measuring_changes_nothing(finished: Path) -> None:
+    backbone = relssl.load_backbone(finished).train()
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    from relssl.evaluate.features import extract
+
+    extract(backbone, load("digits", None, "test").subset(range(40)), relssl.load_run(finished).config, torch.device("cpu"))
+    assert backbone.training
+    assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
+
+
+def test_embed_writes_every_image_with_its_name(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(5):
+        Image.fromarray(np.full((40, 40, 3), 40 * i, np.uint8)).save(folder / f"{i}.png")
+    (folder / "bad.png").write_bytes(b"no")
+    out = tmp_path / "features.npz"
+    assert main(["embed", str(finished), str(folder), "--out", str(out), "--device", "cpu", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (told["images"], told["dim"], len(told["bad"])) == (5, 16, 1)
+    with np.load(out) as made:
+        assert made["features"].shape == (5, 16) and made["features"].dtype == np.float32
+        assert [Path(str(name)).name for name in made["names"]] == ["0.png", "1.png", "2.png", "3.png", "4.png"]
+
+
+def test_impossible_evaluations_are_refused(finished: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="nearest is knn"):
+        relssl.evaluate(finished, protocol="kn")
+    Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
+    with pytest.raises(DataError):
+        relssl.evaluate(finished, str(tmp_path))
+    assert main(["export", str(finished), "--format", "onnxx"]) == 2

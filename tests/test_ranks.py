@@ -1,0 +1,103 @@
+"""Two processes behave as one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import NORMLESS, SMALL, differing, final_state, repeatable_rows, small_run
+
+from relssl.config import resolve, to_yaml
+from relssl.schema import merge
+from relssl.train.checkpoint import agreed_hashes
+from relssl.weights import store
+
+
+def start(folder: Path, settings: dict[str, Any], *command: str) -> subprocess.Popen[str]:
+    file = folder.with_suffix(".yaml")
+    file.write_text(to_yaml(resolve(merge(settings, {"out": str(folder), "engine": {"devices": 2}}))))
+    words = command or ("pretrain", "--config", str(file))
+    # A group of its own, so that a test can stop both ranks, and no rank outlives it.
+    return subprocess.Popen(
+        [sys.executable, "-m", "relssl", *words],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    try:
+        return process.communicate(timeout=240)[0]
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
+    settings = merge(SMALL, NORMLESS)
+    two = start(tmp_path / "two", settings)
+    small_run(tmp_path / "one", **NORMLESS)
+    told = finish(two)
+    assert two.returncode == 0, told
+    _, meta = store.load(store.checkpoints(tmp_path / "two/checkpoints")[-1])
+    assert len(meta["hashes"]) == 2 and meta["hashes"][0] == meta["hashes"][1]
+    assert meta["hashes"][0].keys() == {"student", "teacher", "memory"}
+    one, both = final_state(tmp_path / "one"), final_state(tmp_path / "two")
+    assert torch.equal(one["memory.ids"], both["memory.ids"]) and torch.equal(one["memory.pointer"], both["memory.pointer"])
+    for name in one:
+        if name.startswith(("memory.keys", "teacher.", "student.")):
+            torch.testing.assert_close(one[name], both[name], rtol=1e-3, atol=1e-4)
+    for x, y in zip(repeatable_rows(tmp_path / "one"), repeatable_rows(tmp_path / "two"), strict=True):
+        assert x["step"] == y["step"] and x.get("loss", 0) == pytest.approx(y.get("loss", 0), rel=1e-4)
+        assert x.get("teacher_entropy", 0) == pytest.approx(y.get("teacher_entropy", 0), rel=1e-3)
+
+
+def test_sigterm_to_one_rank_stops_both_and_resume_is_exact(tmp_path: Path) -> None:
+    settings = merge(SMALL, {"epochs": 4, "log": {"knn_every": 0}, "checkpoint": {"every_steps": 5}})
+    whole = start(tmp_path / "whole", settings)
+    told = finish(whole)
+    assert whole.returncode == 0, told
+    cut = start(tmp_path / "cut", settings)
+    while cut.poll() is None and not (tmp_path / "cut/checkpoints/step-00000005").exists():
+        time.sleep(0.02)
+    cut.terminate()  # reaches the first rank alone
+    finish(cut)
+    assert json.loads((tmp_path / "cut/status.json").read_text())["exit_code"] == 143
+    last = store.checkpoints(tmp_path / "cut/checkpoints")[-1].name
+    assert "step-00000005" <= last < "step-00000040"
+    again = start(tmp_path / "cut", settings, "resume", str(tmp_path / "cut"))
+    told = finish(again)
+    assert again.returncode == 0, told
+    assert "going on exactly from step" in told
+    assert differing(final_state(tmp_path / "whole"), final_state(tmp_path / "cut")) == []
+    assert repeatable_rows(tmp_path / "whole") == repeatable_rows(tmp_path / "cut")
+
+
+def test_ranks_that_drifted_apart_are_not_saved() -> None:
+    from relssl.engine import Engine
+    from relssl.errors import DistributedError
+    from relssl.method import Encoder, ReSSL
+
+    class TwoRanks(Engine):
+        """An engine whose other rank holds another memory."""
+
+        def __init__(self) -> None:
+            self.rank, self.world = 0, 2
+
+        def all_of(self, items: list[Any]) -> list[Any]:
+            return [*items, items[0] | {"memory": "another"}]
+
+    model = ReSSL(Encoder(torch.nn.Flatten(), 12, projector_hidden=8, dim=4), memory_size=16, dim=4)
+    with pytest.raises(DistributedError, match="the ranks' memory differ"):
+        agreed_hashes(model, TwoRanks())
