@@ -18,10 +18,10 @@ SMALL: dict[str, Any] = {
     "batch_size": 32,
     "backbone_args": {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16], "zero_init_last": False},
     "encoder": {"projector_hidden": 32, "dim": 16},
-    "method": {"memory_size": 96, "warmup_epochs": 1},
+    "method": {"memory_size": 96, "warmup_share": 0.5},
     "optimizer": {"warmup_epochs": 1},
     "engine": {"threads": 1, "device": "cpu"},
-    "log": {"every": 3, "knn_every": 1, "knn_images": 200, "tensorboard": False},
+    "log": {"every": 3, "knn_every": 1, "knn_images": [200, 200], "tensorboard": False},
 }
 # A network without batch norm, for what holds up to batch norm only.
 NORMLESS: dict[str, Any] = {

@@ -54,7 +54,6 @@ def test_all_faults_are_told_at_once_with_name_value_and_range() -> None:
         ({"batch_size": 100, "accumulate": 3}, "must divide into"),
         ({"batch_size": 4, "accumulate": 4}, "one image a part"),
         ({"method.memory_size": 64, "batch_size": 128}, "must be at least batch_size"),
-        ({"method.warmup": "linear", "method.warmup_epochs": 0}, "must be above 0"),
         ({"optimizer.warmup_epochs": 300}, "must not exceed epochs"),
         ({"views.weak.scale": [0.9, 0.2]}, "must not exceed the second"),
         ({"views.crops": [[32, 0.5, 0.2]]}, "scales must rise"),

@@ -12,7 +12,7 @@ from sklearn.datasets import load_digits
 from relssl.data import digits
 
 # A change of these numbers is a change of every run on the digits: raise a version, do not adjust them.
-PINNED = {"train": "TRAIN", "test": "TEST"}
+PINNED = {"train": "8cf0ca09d37184d1", "test": "3153215e007136d8"}
 
 
 @pytest.fixture(scope="module")

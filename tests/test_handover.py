@@ -101,7 +101,7 @@ def test_weights_that_do_not_match_are_refused_with_counts(finished: Path, tmp_p
 
 
 def test_evaluate_equals_scikit_learn_on_the_same_features(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["evaluate", str(finished), "--protocol", "knn", "--images", "300", "--device", "cpu", "--json"]) == 0
+    assert main(["evaluate", str(finished), "--protocol", "knn", "--images", "300", "300", "--device", "cpu", "--json"]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["results"].keys() == {"student", "teacher"}
     stored = json.loads((finished / "evaluations/knn-digits.json").read_text())
@@ -112,8 +112,8 @@ def test_evaluate_equals_scikit_learn_on_the_same_features(finished: Path, capsy
     from relssl.evaluate.features import extract
     from relssl.evaluate.protocol import LabelledPair
 
-    fp32 = relssl.evaluate(finished, images=300, device="cpu", precision="fp32")["results"]["teacher"]
-    pair, run = LabelledPair.load("digits", None, 300), relssl.load_run(finished)
+    fp32 = relssl.evaluate(finished, images=(300, 300), device="cpu", precision="fp32")["results"]["teacher"]
+    pair, run = LabelledPair.load("digits", None, (300, 300)), relssl.load_run(finished)
     backbone = relssl.load_backbone(finished, "teacher")
     bank, test = (extract(backbone, side, run.config, torch.device("cpu")).vectors.numpy() for side in (pair.bank, pair.test))
     for k, temperature in ((200, 0.1), (20, 0.07)):

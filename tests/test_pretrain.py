@@ -258,7 +258,7 @@ FILES: dict[str, Any] = {
     "epochs": 1,
     "batch_size": 8,
     "views": {"weak": {"name": "weak", "size": 32}, "strong": {"name": "contrastive", "size": 32}},
-    "method": {"memory_size": 16, "warmup_epochs": 1},
+    "method": {"memory_size": 16},
     "optimizer": {"warmup_epochs": 0},
     "loader": {"workers": 1},
 }

@@ -80,7 +80,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, list[str]]:
     made.add_argument("source", metavar="RUN|WEIGHTS", help="run folder or exported .safetensors")
     made.add_argument("data", metavar="DATA", nargs="?", help="labelled data; default: the run's own")
     made.add_argument("--protocol", default="knn", help="knn: weighted, k=200 T=0.1 and k=20 T=0.07")
-    made.add_argument("--images", type=int, help="at most this many images on each side")
+    made.add_argument("--images", type=int, nargs=2, metavar=("BANK", "TEST"), help="at most this many images on each side")
     made = verb("embed", _embed, "write the features of images to a file")
     made.add_argument("source", metavar="RUN|WEIGHTS", help="run folder or exported .safetensors")
     made.add_argument("data", metavar="DATA")
@@ -184,7 +184,7 @@ def _evaluate(args: argparse.Namespace, _: dict[str, Any]) -> Any:
     from relssl.evaluate.protocol import evaluate
 
     found = evaluate(
-        args.source, args.data, protocol=args.protocol, data_root=args.data_root, images=args.images, device=args.device
+        args.source, args.data, protocol=args.protocol, data_root=args.data_root, images=args.images and tuple(args.images), device=args.device
     )
     for network, scores in found["results"].items():
         for setting, figures in scores.items():

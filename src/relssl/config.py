@@ -138,9 +138,9 @@ class MethodConfig:
         None, "momentum at the last step, reached on a cosine; null: constant", ge=0, le=1
     )
     warmup: str = setting(
-        "none", "how the InfoNCE share of the loss falls from 1 to 0", choices=("none", "hard", "linear", "cosine")
+        "none", "how InfoNCE's part of the loss falls from 1 to 0", choices=("none", "hard", "linear", "cosine")
     )
-    warmup_epochs: float = setting(0.0, "epochs over which the InfoNCE share falls", ge=0)
+    warmup_share: float = setting(0.2, "share of the run over which InfoNCE's part falls", ge=0, le=1)
     info_nce_temperature: float = setting(0.1, "temperature of the InfoNCE loss", gt=0, le=10)
 
 
@@ -196,7 +196,9 @@ class LogConfig:
     every: int = setting(10, "steps between rows of metrics.jsonl", ge=1)
     knn_every: int = setting(10, "epochs between online kNN evaluations, when labels exist; 0: never", ge=0)
     knn: tuple[int, float] = setting((200, 0.1), "neighbours k and temperature of the online kNN", gt=0)
-    knn_images: int | None = setting(None, "at most this many images on each side of the online kNN; null: all", ge=1)
+    knn_images: tuple[int, int] | None = setting(
+        None, "at most this many labelled training and test images in the online kNN; null: all", ge=1
+    )
     tensorboard: bool = setting(True, "write TensorBoard event files")
 
 
@@ -309,11 +311,8 @@ def check(config: Config) -> list[str]:
         faults.append(f"batch_size: {config.batch_size} leaves one image a part, too few for batch normalisation; raise it")
     if method.memory_size < config.batch_size:
         faults.append(f"method.memory_size: {method.memory_size} must be at least batch_size ({config.batch_size})")
-    if method.warmup != "none" and method.warmup_epochs == 0:
-        faults.append(f"method.warmup_epochs: must be above 0 with method.warmup {method.warmup}")
-    for name, value in (("optimizer", config.optimizer.warmup_epochs), ("method", method.warmup_epochs)):
-        if value > config.epochs:
-            faults.append(f"{name}.warmup_epochs: {value:g} must not exceed epochs ({config.epochs})")
+    if config.optimizer.warmup_epochs > config.epochs:
+        faults.append(f"optimizer.warmup_epochs: {config.optimizer.warmup_epochs:g} must not exceed epochs ({config.epochs})")
     for side in ("weak", "strong"):
         view: ViewConfig = getattr(config.views, side)
         for key in ("scale", "ratio", "zoom", "blur_sigma"):

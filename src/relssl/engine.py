@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
+import platform
 import random
 from datetime import timedelta
 from typing import Any
@@ -41,6 +43,7 @@ class Engine:
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
+        keep_memory()
         # Lightning announces each choice that our own first line already names.
         for name in ("lightning.fabric", "lightning.pytorch"):
             logging.getLogger(name).setLevel(logging.WARNING)
@@ -166,6 +169,16 @@ def fast_bf16(kind: str) -> bool:
         tests = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
         return any(test() for test in tests if test is not None)
     return False
+
+
+def keep_memory() -> None:
+    """Let glibc's malloc keep large blocks: by default each large activation is mapped, page-faulted and unmapped every step."""
+    if platform.libc_ver()[0] != "glibc":
+        return
+    trim_threshold, top_pad, mmap_max = -1, -2, -4  # names and numbers of <malloc.h>
+    libc = ctypes.CDLL(None)
+    for option, value in ((mmap_max, 0), (trim_threshold, -1), (top_pad, 256 << 20)):
+        libc.mallopt(option, value)
 
 
 def _pick_device(wanted: str) -> str:

@@ -116,9 +116,10 @@ def _read(opened: IO[bytes], max_pixels: int, at_least: int | None) -> Image.Ima
     if at_least is not None:
         image.draft(None, (at_least, at_least))
     image.load()
+    image.fp = None  # Pillow lets go only of files that it opened itself
     turn = _TURNS.get(_orientation(image))
     rgb = to_rgb(image)
-    rgb.info.clear()  # Or a colour key, profile or orientation that is already applied would be applied again.
+    rgb.info.clear()  # or a colour key or orientation that is already applied could be applied again
     return rgb.transpose(turn) if turn is not None else rgb
 
 
@@ -132,7 +133,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """A loaded image of any mode as a new RGB image of the same size.
+    """A loaded image of any mode as RGB of the same size; itself, not copied, if it is that already.
 
     Raises:
         BadImage: for modes whose white is not defined.
@@ -142,7 +143,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     elif image.mode == "F":
         raise BadImage("has floating-point pixels, which have no defined white; save it with 8 or 16 bits")
     if not image.has_transparency_data:
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
     layers = image.convert("RGBA")
     paper = Image.new("RGB", image.size, "white")
     paper.paste(layers, mask=layers.getchannel("A"))

@@ -58,8 +58,9 @@ def draw(originals: np.ndarray, bits: np.random.PCG64) -> np.ndarray:
     size, angle, across, down = _uniforms(bits, 4, count)
     size = SIZES[0] + (SIZES[1] - SIZES[0]) * size
     centre = size / 2 + (SIDE - size) * np.stack([down, across])
-    rows, columns = _source_positions(size, np.radians(DEGREES * (2 * angle - 1)), centre)
-    ink = _sample(np.repeat(originals, COPIES, axis=0), rows, columns)
+    angle, sources = np.radians(DEGREES * (2 * angle - 1)), np.repeat(originals, COPIES, axis=0)
+    parts = [slice(start, start + 256) for start in range(0, count, 256)]  # small enough to stay in the processor's cache
+    ink = np.concatenate([_sample(sources[part], *_source_positions(size[part], angle[part], centre[:, part])) for part in parts])
     drawn: np.ndarray = np.clip(ink + _noise(bits, ink.shape), 0, 255).astype(np.uint8)
     return drawn
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-# File names are handled as bytes here, which pathlib does not take.
-# ruff: noqa: PTH
 import os
 import stat
 from collections.abc import Iterator, Sequence
@@ -76,7 +74,7 @@ def _walk(folder: str, extensions: frozenset[str], bad: Bad) -> Iterator[tuple[b
                 continue
             if entry.is_dir(follow_symlinks=False):
                 pending.append(below + entry.name + b"/")
-            elif entry.name.rpartition(b".")[2].lower() in wanted:
+            elif b"." in entry.name and entry.name.rpartition(b".")[2].lower() in wanted:
                 size, fault = _judge(entry, inside)
                 if fault:
                     bad.append((os.fsdecode(entry.path), fault))

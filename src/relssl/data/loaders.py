@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -243,27 +242,3 @@ def create_loader(images: Images, config: Config, plan: Plan, device: torch.devi
     if path == "resident" or (path == "auto" and images.pixels is not None):
         return Resident(images, config, plan, device)
     return FromFiles(images, config, plan, device)
-
-
-class Stopwatch:
-    """Seconds spent waiting for data, out of all."""
-
-    def __init__(self) -> None:
-        self.begun, self.waited = time.perf_counter(), 0.0
-
-    def timed(self, batches: Iterator[list[Batch]]) -> Iterator[list[Batch]]:
-        """The same batches, with the time to get each one counted."""
-        while True:
-            begun = time.perf_counter()
-            batch = next(batches, None)
-            self.waited += time.perf_counter() - begun
-            if batch is None:
-                return
-            yield batch
-
-    def split(self) -> tuple[float, float]:
-        """(seconds, share of them spent waiting) since the last split."""
-        now = time.perf_counter()
-        seconds, waited = now - self.begun, self.waited
-        self.begun, self.waited = now, 0.0
-        return seconds, waited / max(seconds, 1e-9)

@@ -36,8 +36,8 @@ class LabelledPair:
     test: Images
 
     @staticmethod
-    def load(data: str, root: str | None, at_most: int | None = None, seed: int = 0) -> LabelledPair:
-        """Both sides of a data set, each cut to `at_most` images chosen by the seed.
+    def load(data: str, root: str | None, at_most: tuple[int, int] | None = None, seed: int = 0) -> LabelledPair:
+        """Both sides of a data set, cut to `at_most` (bank, test) images chosen by the seed.
 
         Raises:
             DataError: if the data set has no labels or no test part.
@@ -47,7 +47,7 @@ class LabelledPair:
             if side.labels is None or (side.labels >= 0).sum() == 0:
                 raise DataError(f"{data}: has no labels to evaluate with; lay folders out as train/CLASS/ and val/CLASS/")
         if at_most is not None:
-            sides = [choose(side, at_most, seed) for side in sides]
+            sides = [choose(side, most, seed) for side, most in zip(sides, at_most, strict=True)]
         return LabelledPair(*sides)
 
 
@@ -122,7 +122,7 @@ def evaluate(
     *,
     protocol: str = "knn",
     data_root: str | None = None,
-    images: int | None = None,
+    images: tuple[int, int] | None = None,
     device: str = "auto",
     precision: str = "auto",
 ) -> dict[str, Any]:
@@ -132,7 +132,7 @@ def evaluate(
         source: a run folder, or an exported backbone.
         data: data set with labels, default the run's own.
         protocol: `knn`.
-        images: at most this many images on each side, chosen by seed 0; the card says how many.
+        images: at most this many images (bank, test), chosen by seed 0; the card says how many.
 
     Returns:
         {"results": {network: {"card": ..., setting: figures}}}; of a run also written to RUN/evaluations/.

@@ -52,9 +52,9 @@ def effective_rank(embeddings: Tensor) -> Tensor:
 def verdict(figures: dict[str, float], memory_size: int, dim: int) -> str | None:
     """The collapse that the figures show, with what to try; None when they look healthy."""
     if figures["embedding_std"] < 0.1:
-        return "collapsed: all embeddings point one way; lower optimizer.lr, lengthen method.warmup_epochs or drop the predictor"
+        return "collapsed: all embeddings point one way; lower optimizer.lr, lengthen method.warmup_share or drop the predictor"
     if figures["teacher_neighbours"] > 0.9 * memory_size:
-        return "collapsed: the teacher's relation is uniform; lower method.teacher_temperature or lengthen method.warmup_epochs"
+        return "collapsed: the teacher's relation is uniform; lower method.teacher_temperature or lengthen method.warmup_share"
     if figures["effective_rank"] < min(4.0, 0.1 * dim):
-        return "collapsing: the embeddings use under 4 directions; lower optimizer.lr or lengthen method.warmup_epochs"
+        return "collapsing: the embeddings use under 4 directions; lower optimizer.lr or lengthen method.warmup_share"
     return None

@@ -18,7 +18,7 @@ def learning_rate(step: int, *, peak: float, warmup_steps: float, total_steps: i
 
 
 def warmup_mix(step: int, *, shape: str, length: float) -> float:
-    """The InfoNCE share of the loss: 1 at step 0, 0 from step `length` on.
+    """InfoNCE's part of the loss: 1 at step 0, 0 from step `length` on.
 
     `hard` switches at `length`, `linear` and `cosine` fall until there, `none` is 0 throughout. The extended paper
     names the warm-up and not its form: these are a reconstruction.

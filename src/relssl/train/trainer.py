@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from relssl.config import Config
-from relssl.data.loaders import Batch, Plan, Stopwatch, create_loader
+from relssl.data.loaders import Batch, Plan, create_loader
 from relssl.data.sources import Images
 from relssl.engine import Engine
 from relssl.errors import CheckpointError, DataError, Interrupted, NumericError
@@ -21,6 +21,7 @@ from relssl.train.journal import Display, Journal
 from relssl.train.online import OnlineKnn
 from relssl.train.optim import create_optimizer
 from relssl.train.signals import REASONS, StopRequest
+from relssl.train.stopwatch import Stopwatch
 from relssl.weights import store
 
 # Non-finite steps in a row after which a run cannot be expected to recover.
@@ -223,7 +224,7 @@ class Trainer:
             "teacher_momentum": schedules.teacher_momentum(
                 step, start=method.teacher_momentum, end=method.teacher_momentum_end, total_steps=self.total_steps
             ),
-            "warmup_mix": schedules.warmup_mix(step, shape=method.warmup, length=method.warmup_epochs * epoch),
+            "warmup_mix": schedules.warmup_mix(step, shape=method.warmup, length=method.warmup_share * self.total_steps),
             "teacher_temperature": schedules.temperature(
                 step,
                 start=method.teacher_temperature_start,
