@@ -101,7 +101,7 @@ def forever(loader: DataLoader[Any]) -> Iterator[Any]:
 
 def ours(config: Config, images: Images, engine: Engine) -> Callable[[], None]:
     """A function that makes one step as the training loop does."""
-    trainer = Trainer(config, None, engine, images, None)
+    trainer = Trainer(config, engine, images, None)
     stream = trainer.loader.stream(0, trainer.total_steps)
 
     def step() -> None:

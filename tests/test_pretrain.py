@@ -73,7 +73,7 @@ def test_the_run_folder_holds_what_is_promised(finished: Path) -> None:
     }
     rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 3, 6, 9, 10, 12, 15, 18, 20]
-    assert rows[0].keys() == {"step", "epoch", "samples", "knn_top1", "knn_teacher_top1"}
+    assert rows[0].keys() == {"step", "epoch", "samples", "knn_top1", "knn_teacher_top1", "knn_raw_pixels"}
     for row in rows[1:]:
         assert row.keys() >= HEALTH | SHOWN
         assert all(value is not None and math.isfinite(value) for value in row.values())
@@ -181,7 +181,7 @@ def test_every_missing_part_of_a_checkpoint_is_refused_by_name(tmp_path: Path, f
 def trainer(tmp_path: Path, **overrides: Any) -> Trainer:
     config = resolve(merge(merge(SMALL, {"out": str(tmp_path)}), nest(overrides)))
     images = load("digits", None, "train").subset(range(config.max_images or 320))
-    return Trainer(complete_settings(config, images), None, Engine(config.engine), images, None)
+    return Trainer(complete_settings(config, images), Engine(config.engine), images, None)
 
 
 def whole_state(made: Trainer) -> dict[str, torch.Tensor]:

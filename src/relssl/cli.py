@@ -184,7 +184,12 @@ def _evaluate(args: argparse.Namespace, _: dict[str, Any]) -> Any:
     from relssl.evaluate.protocol import evaluate
 
     found = evaluate(
-        args.source, args.data, protocol=args.protocol, data_root=args.data_root, images=args.images and tuple(args.images), device=args.device
+        args.source,
+        args.data,
+        protocol=args.protocol,
+        data_root=args.data_root,
+        images=args.images and tuple(args.images),
+        device=args.device,
     )
     for network, scores in found["results"].items():
         for setting, figures in scores.items():

@@ -220,8 +220,7 @@ def _collate(
 def standardise(images: Tensor, config: Config) -> Tensor:
     """uint8 or 0..1 floats [B, 3, H, W] to zero mean and unit deviation by the run's channel statistics."""
     assert config.views.mean is not None and config.views.std is not None
-    scaled = images.float() / 255 if images.dtype == torch.uint8 else images
-    return batched.normalise(scaled, config.views.mean, config.views.std)
+    return batched.normalise(images, config.views.mean, config.views.std)
 
 
 def create_loader(images: Images, config: Config, plan: Plan, device: torch.device) -> Resident | FromFiles:

@@ -19,7 +19,7 @@ def facts(result: Result) -> dict[str, Any]:
         "folder": str(result.folder),
         "backbone": str(result.backbone),
         "step": last["step"],
-        "knn_raw_pixels": result.raw_pixels,
+        "knn_raw_pixels": first.get("knn_raw_pixels"),
         "knn_untrained": first.get("knn_top1") if first["step"] == 0 else None,
         "knn_student": last.get("knn_top1"),
         "knn_teacher": last.get("knn_teacher_top1"),

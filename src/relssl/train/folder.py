@@ -21,10 +21,15 @@ _PACKAGES = ("relssl", "torch", "torchvision", "timm", "lightning", "numpy", "sc
 
 def refuse_used(folder: Path) -> None:
     """ConfigError if `folder` holds anything already; needs no torch, so it is asked before start-up."""
-    if folder.exists() and (not folder.is_dir() or any(entry.name != ".lock" for entry in folder.iterdir())):
-        if (folder / "config.yaml").exists():
-            raise ConfigError(f"out: {folder} holds a run; go on with `relssl resume {folder}` or give another --out")
+    if (folder / "config.yaml").exists():
+        raise ConfigError(f"out: {folder} holds a run; go on with `relssl resume {folder}` or give another --out")
+    # A run that was killed before it could say what it is has left its lock and an empty folder, and nothing to lose.
+    if folder.exists() and not (folder.is_dir() and all(_is_blank(entry) for entry in folder.iterdir())):
         raise ConfigError(f"out: {folder} exists and is not empty; give another --out")
+
+
+def _is_blank(entry: Path) -> bool:
+    return entry.name == ".lock" or (entry.name == "checkpoints" and entry.is_dir() and not any(entry.iterdir()))
 
 
 def default_folder(config: Config) -> str:

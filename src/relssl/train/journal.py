@@ -37,7 +37,7 @@ class Journal:
 
     def __init__(self, folder: Path, start: int, tensorboard: bool) -> None:
         path = folder / "metrics.jsonl"
-        kept = [row for row in read_rows(path) if row["step"] <= start]
+        kept = [row for row in read_rows(path) if start > 0 and row["step"] <= start]
         if path.exists():
             write_file(path, "".join(_line(row) for row in kept).encode())
         self._file = path.open("a")

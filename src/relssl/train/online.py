@@ -25,10 +25,10 @@ class OnlineKnn:
             )
         return figures
 
-    def raw_pixels(self) -> float | None:
-        """The same of the pixels themselves, for sets in memory."""
-        scores = raw_pixel_knn(self.pair, [self.config.log.knn])
-        return None if scores is None else _main(scores)
+    def baselines(self, model: ReSSL, engine: Engine) -> dict[str, float]:
+        """The untrained networks, and for sets in memory the pixels themselves, "knn_raw_pixels"."""
+        pixels = raw_pixel_knn(self.pair, [self.config.log.knn])
+        return self.measure(model, engine) | ({} if pixels is None else {"knn_raw_pixels": _main(pixels)})
 
 
 def _main(scores: dict[str, Any]) -> float:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from relssl.config import Config, resolve
 from relssl.data.sources import Images, load
@@ -16,8 +18,11 @@ from relssl.train.folder import RunFolder, default_folder, refuse_used
 from relssl.train.journal import Display, read_rows
 from relssl.train.online import OnlineKnn
 from relssl.train.trainer import Trainer
-from relssl.weights.export import export
-from relssl.weights.runs import load_run
+from relssl.weights import store
+from relssl.weights.export import default_target, export
+from relssl.weights.runs import NETWORKS, load_run
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -27,14 +32,12 @@ class Result:
     Attributes:
         folder: the run folder.
         backbone: the exported student.
-        rows: what metrics.jsonl holds.
-        raw_pixels: kNN top-1 of the pixels themselves in percent, None without labels or in-memory images.
+        rows: what metrics.jsonl holds; with labels its first row has the kNN of the untrained networks and of raw pixels.
     """
 
     folder: Path
     backbone: Path
     rows: list[dict[str, Any]]
-    raw_pixels: float | None
 
 
 def pretrain(
@@ -62,14 +65,10 @@ def pretrain(
         Interrupted: on a signal or at the time limit, after saving.
     """
     made = settings or resolve({"data": data} | overrides, config)
-    if made.out is None:
-        made = dataclasses.replace(made, out=default_folder(made))
+    folder = Path(made.out or default_folder(made))
     engine = Engine(made.engine)
-    folder = Path(made.out or "")
-    if engine.is_first:
-        refuse_used(folder)
-    engine.wait()
-    return _run(made, folder, engine, quiet, checkpoint=None, fresh=True)
+    _on_first(engine, lambda: refuse_used(folder))
+    return _run(dataclasses.replace(made, out=str(folder)), folder, engine, quiet, None)
 
 
 def resume(run: str | Path, *, checkpoint: str | None = None, quiet: bool = False) -> Result | None:
@@ -86,10 +85,12 @@ def resume(run: str | Path, *, checkpoint: str | None = None, quiet: bool = Fals
         CheckpointError: if the checkpoint is missing or damaged; the good one before it is named.
     """
     loaded = load_run(run)
-    engine = Engine(loaded.config.engine)
-    any_saved = checkpoint is not None or any((loaded.folder / "checkpoints").glob("step-*"))
-    path = loaded.named(checkpoint) if checkpoint is not None else loaded.checkpoint() if any_saved else None
-    return _run(loaded.config, loaded.folder, engine, quiet, checkpoint=path, fresh=False)
+    folder = loaded.folder
+    if checkpoint is None and _state(folder) == "complete":
+        return _result(folder)
+    saved = any((folder / "checkpoints").glob("step-*"))
+    path = loaded.named(checkpoint) if checkpoint is not None else loaded.checkpoint() if saved else None
+    return _run(loaded.config, folder, Engine(loaded.config.engine), quiet, path)
 
 
 def complete_settings(config: Config, images: Images) -> Config:
@@ -104,58 +105,65 @@ def complete_settings(config: Config, images: Images) -> Config:
     return dataclasses.replace(config, views=views)
 
 
-def _run(config: Config, path: Path, engine: Engine, quiet: bool, checkpoint: Path | None, fresh: bool) -> Result | None:
+def _run(config: Config, path: Path, engine: Engine, quiet: bool, saved: Path | None) -> Result | None:
     images = load(config.data, config.data_root, "train")
     if config.max_images is not None:
         images = choose(images, config.max_images, config.seed)
     config = complete_settings(config, images)
-    online = _online(config)
-    if (
-        fresh
-        and len(images) >= config.batch_size
-        and config.method.memory_size > 0.5 * len(images)
-        and engine.is_first
-        and not quiet
-    ):
-        print(
-            f"note: the memory ({config.method.memory_size}) is over half of the data ({len(images)}): samples meet old copies of themselves"
-        )
-    folder: RunFolder | None = None
+    trainer = Trainer(config, engine, images, _online(config) if engine.is_first else None)
+    folder = trainer.folder = _on_first(engine, lambda: RunFolder(path))
     try:
-        trainer = Trainer(config, None, engine, images, online if engine.is_first else None)
-        if engine.is_first:
-            folder = trainer.folder = RunFolder(path)
-            if fresh:
-                folder.describe(
-                    config, {"data": {"images": len(images), "fingerprint": images.fingerprint()}, "engine": engine.describe()}
-                )
+        if folder is not None:
+            if not (path / "config.yaml").exists():
+                facts = {"images": len(images), "fingerprint": trainer.fingerprint}
+                folder.describe(config, {"data": facts, "engine": engine.describe()})
             folder.bad_samples(images.bad)
-        inexact = trainer.restore(checkpoint) if checkpoint is not None else []
-        return _fit(trainer, folder, engine, images, quiet, inexact)
+        inexact = trainer.restore(saved) if saved is not None else []
+        with Display(trainer.total_steps, trainer.step, show=engine.is_first and not quiet) as display:
+            _introduce(trainer, display, inexact)
+            _fit(trainer, folder, display)
+        return _finish(trainer, folder) if folder is not None else None
     finally:
         if folder is not None:
             folder.close()
 
 
-def _fit(
-    trainer: Trainer, folder: RunFolder | None, engine: Engine, images: Images, quiet: bool, inexact: list[str]
-) -> Result | None:
-    with Display(trainer.total_steps, trainer.step, show=engine.is_first and not quiet) as display:
-        display.say(
-            f"ReSSL: {trainer.config.backbone} on {len(images)} images of {images.name}, {trainer.total_steps} steps, {engine.describe()}"
-        )
-        if trainer.step:
-            how = f"not bit for bit ({'; '.join(inexact)})" if inexact else "exactly"
-            display.say(f"going on {how} from step {trainer.step}")
+def _introduce(trainer: Trainer, display: Display, inexact: list[str]) -> None:
+    """Say what is about to run."""
+    config, images, memory = trainer.config, trainer.images, trainer.config.method.memory_size
+    what = f"{config.backbone} on {len(images)} images of {images.name}"
+    display.say(f"ReSSL: {what}, recipe {config.recipe}, {trainer.total_steps} steps, {trainer.engine.describe()}")
+    if memory > 0.5 * len(images):
+        display.say(f"note: the memory ({memory}) is over half of the data: samples meet old copies of themselves")
+    if trainer.step:
+        how = f"not bit for bit ({'; '.join(inexact)})" if inexact else "exactly"
+        display.say(f"going on {how} from step {trainer.step}")
+
+
+def _fit(trainer: Trainer, folder: RunFolder | None, display: Display) -> None:
+    """Train, and note in status.json how that went."""
+    try:
+        if folder is not None:
+            folder.status("running", trainer.step)
+        trainer.fit(display)
+    except (RelsslError, KeyboardInterrupt) as error:
+        if folder is not None:
+            _note_failure(folder, trainer, error)
+        raise
+
+
+def _on_first(engine: Engine, make: Callable[[], Made]) -> Made | None:
+    """What `make` gives on the first rank, None on the others; its failure is raised on all, so that none waits in vain."""
+    made, fault = None, None
+    if engine.is_first:
         try:
-            if folder is not None:
-                folder.status("running", trainer.step)
-            trainer.fit(display)
-        except (RelsslError, KeyboardInterrupt) as error:
-            if folder is not None:
-                _note_failure(folder, trainer, error)
-            raise
-    return _finish(trainer, folder) if folder is not None else None
+            made = make()
+        except RelsslError as error:
+            fault = error
+    fault = engine.first_says(fault)
+    if fault is not None:
+        raise fault
+    return made
 
 
 def _note_failure(folder: RunFolder, trainer: Trainer, error: BaseException) -> None:
@@ -167,11 +175,23 @@ def _note_failure(folder: RunFolder, trainer: Trainer, error: BaseException) -> 
 
 
 def _finish(trainer: Trainer, folder: RunFolder) -> Result:
-    backbone = export(folder.path)
-    export(folder.path, network="teacher")
-    folder.status("complete", trainer.step, exit_code=0, last_checkpoint=f"step-{trainer.step:08d}")
-    raw = trainer.online.raw_pixels() if trainer.online is not None else None
-    return Result(folder.path, backbone, read_rows(folder.path / "metrics.jsonl"), raw)
+    for network in NETWORKS:
+        export(folder.path, network=network)
+    folder.status("complete", trainer.step, exit_code=0, last_checkpoint=store.step_folder(Path(), trainer.step).name)
+    return _result(folder.path)
+
+
+def _result(folder: Path) -> Result:
+    return Result(folder, default_target(folder, "student"), read_rows(folder / "metrics.jsonl"))
+
+
+def _state(folder: Path) -> str | None:
+    """The state that status.json names."""
+    try:
+        state: str = json.loads((folder / "status.json").read_text())["state"]
+    except (OSError, ValueError, KeyError):
+        return None
+    return state
 
 
 def _online(config: Config) -> OnlineKnn | None:

@@ -9,10 +9,10 @@ from relssl.data.loaders import Batch
 
 
 class Stopwatch:
-    """Seconds spent waiting for data, out of all."""
+    """Counts steps, and the seconds spent waiting for their data out of all."""
 
     def __init__(self) -> None:
-        self.begun, self.waited = time.perf_counter(), 0.0
+        self.begun, self.waited, self.steps = time.perf_counter(), 0.0, 0
 
     def timed(self, batches: Iterator[list[Batch]]) -> Iterator[list[Batch]]:
         """The same batches, with the time to get each one counted."""
@@ -22,11 +22,13 @@ class Stopwatch:
             self.waited += time.perf_counter() - begun
             if batch is None:
                 return
+            self.steps += 1
             yield batch
 
-    def split(self) -> tuple[float, float]:
-        """(seconds, share of them spent waiting) since the last split."""
+    def split(self, batch_size: int) -> tuple[float, float]:
+        """(images per second, share of the time spent waiting) since the last split."""
         now = time.perf_counter()
-        seconds, waited = now - self.begun, self.waited
-        self.begun, self.waited = now, 0.0
-        return seconds, waited / max(seconds, 1e-9)
+        seconds = max(now - self.begun, 1e-9)
+        speed, share = self.steps * batch_size / seconds, self.waited / seconds
+        self.begun, self.waited, self.steps = now, 0.0, 0
+        return speed, share

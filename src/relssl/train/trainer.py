@@ -33,16 +33,17 @@ class Trainer:
 
     Args:
         config: the resolved settings, with the data's means and deviations filled in.
-        folder: where the run is written; None on ranks that do not write.
         engine: devices and ranks.
         images: what to train on.
         online: the kNN evaluation while training; None when the data has no labels.
+
+    Attributes:
+        folder: where the run is written; None on ranks that do not write.
     """
 
-    def __init__(
-        self, config: Config, folder: RunFolder | None, engine: Engine, images: Images, online: OnlineKnn | None
-    ) -> None:
-        self.config, self.folder, self.engine, self.online = config, folder, engine, online
+    def __init__(self, config: Config, engine: Engine, images: Images, online: OnlineKnn | None) -> None:
+        self.config, self.engine, self.online = config, engine, online
+        self.folder: RunFolder | None = None
         self.plan = Plan(len(images), config.batch_size, config.accumulate, engine.rank, engine.world, config.seed)
         self.loader = create_loader(images, config, self.plan, engine.device)
         self.steps_per_epoch = self.plan.steps_per_epoch
@@ -62,7 +63,7 @@ class Trainer:
         torch.manual_seed(config.seed + 1 + engine.rank)
         self.step, self.non_finite, self.warned = 0, 0, False
         self.best: dict[str, Any] | None = None
-        self.images, self.unreadable = images, set[str]()
+        self.images, self.fingerprint, self.unreadable = images, images.fingerprint(), set[str]()
         self._norms = [b for net in (encoder, self.model.teacher) for b in net.buffers()]
 
     def restore(self, path: Path) -> list[str]:
@@ -73,7 +74,7 @@ class Trainer:
                 f"{path}: was saved at {facts['steps_per_epoch']} steps an epoch, the data now gives {self.steps_per_epoch}"
             )
         self.step, self.best, self.non_finite = facts["step"], facts["best"], facts["non_finite"]
-        return inexact
+        return inexact if facts["data"] == self.fingerprint else [*inexact, "the data has changed"]
 
     def fit(self, display: Display) -> None:
         """Train to the end, or until asked to stop.
@@ -84,62 +85,65 @@ class Trainer:
             DataError: when too many images cannot be read.
         """
         journal = Journal(self.folder.path, self.step, self.config.log.tensorboard) if self.folder else None
-        watch, samples = Stopwatch(), self.step
         try:
             with StopRequest(self.config.time_limit) as stop:
                 if self.step == 0 and journal is not None and self.online is not None:
-                    journal.write({"step": 0, "epoch": 0, "samples": 0} | self.online.measure(self.model, self.engine))
+                    journal.write({"step": 0, "epoch": 0, "samples": 0} | self.online.baselines(self.model, self.engine))
                 self.engine.wait()
+                watch = Stopwatch()
                 for parts in watch.timed(self.loader.stream(self.step, self.total_steps)):
-                    row = self._train_step(parts)
+                    figures = self._train_step(parts)
                     self._note_bad(parts)
-                    epoch, within = divmod(self.step, self.steps_per_epoch)
-                    if row is not None:
-                        seconds, wait = watch.split()
-                        speed = (self.step - samples) * self.config.batch_size / max(seconds, 1e-9)
-                        samples = self.step
-                        row = {"step": self.step, "epoch": epoch, "samples": self.step * self.config.batch_size} | row
-                        row |= {"images_per_second": round(speed, 1), "data_wait": round(wait, 4)}
-                        self._report(row, journal, display, epoch_ended=within == 0)
+                    if figures is not None:
+                        self._report(figures, watch, journal, display)
                     # After the row, so that rows up to a checkpoint are on disk before it is.
                     asked = self.engine.largest(stop.asked())
-                    if asked or self._due(epoch, within):
+                    if asked or self._due():
                         self.save()
                     if asked and self.step < self.total_steps:
-                        where = f" as {self.folder.path}" if self.folder else ""
-                        raise Interrupted(
-                            f"stopped {REASONS[asked]} after step {self.step} of {self.total_steps}, saved{where}", asked
-                        )
+                        done = f"stopped {REASONS[asked]} after step {self.step} of {self.total_steps}, saved"
+                        raise Interrupted(f"{done}; go on with `relssl resume {self.config.out}`", asked)
         finally:
             if journal is not None:
                 journal.close()
 
-    def _report(self, row: dict[str, Any], journal: Journal | None, display: Display, epoch_ended: bool) -> None:
-        """Add what is measured now and then to a row, and tell it."""
+    def _report(self, figures: dict[str, Any], watch: Stopwatch, journal: Journal | None, display: Display) -> None:
+        """Make a row of a step's figures, with kNN where it is due, and tell it."""
+        epoch, within = divmod(self.step, self.steps_per_epoch)
+        speed, wait = watch.split(self.config.batch_size)
+        row = {"step": self.step, "epoch": epoch, "samples": self.step * self.config.batch_size} | figures
+        row |= {"images_per_second": round(speed, 1), "data_wait": round(wait, 4)}
         every = self.config.log.knn_every
-        due = every and epoch_ended and (row["epoch"] % every == 0 or self.step == self.total_steps)
-        if due and self.online is not None and journal is not None:
-            row |= self.online.measure(self.model, self.engine)
-            if self.best is None or row["knn_top1"] > self.best["knn_top1"]:
-                self.best = {"knn_top1": row["knn_top1"], "checkpoint": f"step-{self.step:08d}"}
-        self.engine.wait()
-        self.best = self.engine.first_says(self.best)
+        if every and within == 0 and (epoch % every == 0 or self.step == self.total_steps):
+            if self.online is not None:
+                row |= self.online.measure(self.model, self.engine)
+                if self.best is None or row["knn_top1"] > self.best["knn_top1"]:
+                    self.best = {"knn_top1": row["knn_top1"], "checkpoint": store.step_folder(Path(), self.step).name}
+            self.engine.wait()
+            watch.split(self.config.batch_size)  # the evaluation's time is not the training's
         if journal is not None:
             journal.write(row)
-            display.row(row, epoch_ended)
+            display.row(row, epoch_ended=within == 0)
             fault = verdict(row, self.config.method.memory_size, self.config.encoder.dim)
-            if fault and not self.warned and row["epoch"] >= 1:
+            if fault and not self.warned and epoch >= 1:
                 self.warned = True
                 display.say(f"warning: step {self.step}: {fault}")
 
-    def _due(self, epoch: int, within: int) -> bool:
+    def _due(self) -> bool:
+        """Whether a checkpoint is."""
+        epoch, within = divmod(self.step, self.steps_per_epoch)
         steps = self.config.checkpoint.every_steps
         ended = within == 0 and epoch % self.config.checkpoint.every == 0
         return ended or self.step == self.total_steps or bool(steps and self.step % steps == 0)
 
     def save(self) -> None:
         """Save the whole state and let go of the oldest checkpoints."""
-        facts = {"steps_per_epoch": self.steps_per_epoch, "best": self.best, "non_finite": self.non_finite}
+        facts = {
+            "steps_per_epoch": self.steps_per_epoch,
+            "data": self.fingerprint,
+            "best": self.best,
+            "non_finite": self.non_finite,
+        }
         where = self.folder.checkpoints if self.folder else Path()
         target = checkpoint.save(where, self.step, self.model, self.optimizer, self.engine, facts)
         if self.folder is not None and target is not None:

@@ -41,8 +41,7 @@ def export(run: str | Path, *, format: str = "safetensors", network: str = "stud
         raise ConfigError(f"network: must be student or teacher, got {network!r}")
     loaded = load_run(run)
     checkpoint = loaded.checkpoint()
-    suffix = "" if network == "student" else "-teacher"
-    target = Path(out) if out is not None else loaded.folder / "export" / f"backbone{suffix}.safetensors"
+    target = Path(out) if out is not None else default_target(loaded.folder, network)
     backbone = from_checkpoint(loaded.config, checkpoint, network)
     weights = {name: value.contiguous() for name, value in backbone.state_dict().items()}
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -55,6 +54,11 @@ def export(run: str | Path, *, format: str = "safetensors", network: str = "stud
     if back.keys() != weights.keys() or not all(torch.equal(back[name], value) for name, value in weights.items()):
         raise AssertionError(f"{target}: reads back different from what was written")
     return target
+
+
+def default_target(folder: Path, network: str) -> Path:
+    """Where a run's own export of a network lies."""
+    return folder / "export" / ("backbone.safetensors" if network == "student" else "backbone-teacher.safetensors")
 
 
 def card(config: Config, target: Path, network: str, checkpoint: str) -> str:
