@@ -27,7 +27,7 @@ SMALL: dict[str, Any] = {
 NORMLESS: dict[str, Any] = {
     "backbone": "convnext_atto",
     "backbone_args": {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16], "patch_size": 2},
-    "encoder": {"stem": "standard", "projector_hidden": 32, "dim": 16},
+    "encoder": {"stem": "standard", "projector_hidden": 32, "dim": 16, "projector_norm": "none"},
     "engine": {"threads": 1, "device": "cpu", "precision": "fp32"},
 }
 
@@ -36,7 +36,9 @@ def small_run(out: Path, **overrides: Any) -> Result:
     from relssl.config import resolve
     from relssl.schema import merge, nest
 
-    result = pretrain(settings=resolve(merge(merge(SMALL, nest(overrides)), {"out": str(out)})), quiet=True)
+    over = nest(overrides)
+    base = {key: value for key, value in SMALL.items() if key != "backbone_args" or key not in over}
+    result = pretrain(settings=resolve(merge(merge(base, over), {"out": str(out)})), quiet=True)
     assert result is not None
     return result
 

@@ -31,7 +31,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 STANDARD: dict[str, dict[str, Any]] = {
     "resnet18": {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]},
     "mobilenetv3_small_050": {},
-    "efficientnet_b0": {"channel_multiplier": 0.25, "depth_multiplier": 0.3},
+    "efficientnet_b0": {},
 }
 
 
@@ -109,8 +109,8 @@ def test_evaluate_equals_scikit_learn_on_the_same_features(finished: Path, capsy
     card = found["results"]["student"]["card"]
     assert card["bank"]["images"] == card["test"]["images"] == 300 and card["network"] == "student"
 
-    from relssl.evaluate.features import extract
-    from relssl.evaluate.protocol import LabelledPair
+    from relssl.evaluation.features import extract
+    from relssl.evaluation.protocol import LabelledPair
 
     fp32 = relssl.evaluate(finished, images=(300, 300), device="cpu", precision="fp32")["results"]["teacher"]
     pair, run = LabelledPair.load("digits", None, (300, 300)), relssl.load_run(finished)
@@ -125,7 +125,7 @@ def test_evaluate_equals_scikit_learn_on_the_same_features(finished: Path, capsy
 def test_measuring_changes_nothing(finished: Path) -> None:
     backbone = relssl.load_backbone(finished).train()
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
-    from relssl.evaluate.features import extract
+    from relssl.evaluation.features import extract
 
     extract(backbone, load("digits", None, "test").subset(range(40)), relssl.load_run(finished).config, torch.device("cpu"))
     assert backbone.training

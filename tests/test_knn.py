@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.neighbors import KNeighborsClassifier
 
-from relssl.evaluate import knn
-from relssl.evaluate.knn import knn_accuracy, knn_classify
+from relssl.evaluation import knn
+from relssl.evaluation.knn import knn_accuracy, knn_classify
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 

@@ -147,19 +147,19 @@ def test_a_locked_folder_is_refused(finished: Path) -> None:
     held = RunFolder(finished)
     try:
         with pytest.raises(LockedError, match=f"process {os.getpid()}"):
-            relssl.resume(finished, quiet=True)
+            relssl.resume(finished, checkpoint="step-00000020", quiet=True)
     finally:
         held.close()
 
 
 def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_offered(tmp_path: Path, finished: Path) -> None:
     folder = tmp_path / "damaged"
-    small_run(folder)
-    state = folder / "checkpoints/step-00000020/state.safetensors"
+    run_until(resolve(merge(SMALL, {"out": str(folder)})), folder, 15)
+    state = folder / "checkpoints/step-00000015/state.safetensors"
     data = bytearray(state.read_bytes())
     data[len(data) // 2] ^= 1
     state.write_bytes(data)
-    with pytest.raises(CheckpointError, match=r"step-00000020.*state.safetensors.*--checkpoint step-00000010"):
+    with pytest.raises(CheckpointError, match=r"step-00000015.*state.safetensors.*--checkpoint step-00000010"):
         relssl.resume(folder, quiet=True)
     assert relssl.resume(folder, checkpoint="step-00000010", quiet=True) is not None
     assert differing(final_state(finished), final_state(folder)) == []
@@ -269,8 +269,8 @@ def test_a_folder_with_bad_images_trains_and_lists_them(pictures: Path, tmp_path
     (pictures / "sub1/not.jpg").write_text("<html>404</html>")
     (pictures / "sub2/empty.png").touch()
     os.mkfifo(pictures / "sub2/pipe.jpg")
-    result = small_run(tmp_path / "run", **merge(FILES, {"data": str(pictures)}))
-    assert result.rows[-1]["step"] == 5 and "knn_top1" not in result.rows[-1]
+    result = small_run(tmp_path / "run", **merge(FILES, {"data": str(pictures), "epochs": 3}))
+    assert result.rows[-1]["step"] == 15 and "knn_top1" not in result.rows[-1]
     listed = [json.loads(line) for line in (tmp_path / "run/bad_samples.jsonl").read_text().splitlines()]
     assert {Path(entry["file"]).name for entry in listed} == {"00.jpg", "not.jpg", "empty.png", "pipe.jpg"}
     assert len(listed) == 4 and all(entry["reason"] for entry in listed)

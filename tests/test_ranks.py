@@ -45,7 +45,7 @@ def finish(process: subprocess.Popen[str]) -> str:
 
 
 def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
-    settings = merge(SMALL, NORMLESS)
+    settings = merge(SMALL, NORMLESS) | {"backbone_args": NORMLESS["backbone_args"]}
     two = start(tmp_path / "two", settings)
     small_run(tmp_path / "one", **NORMLESS)
     told = finish(two)

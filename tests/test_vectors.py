@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from relssl.errors import ConfigError, DataError, NumericError, StorageError
-from relssl.evaluate.vectors import write_vectors
+from relssl.evaluation.vectors import write_vectors
 
 NAMES = [
     "a.png",

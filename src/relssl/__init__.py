@@ -13,7 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from relssl.evaluate.protocol import embed, evaluate
+    from relssl.evaluation.protocol import embed, evaluate
     from relssl.train.pretrain import pretrain, resume
     from relssl.weights.export import export
     from relssl.weights.runs import load_backbone, load_run
@@ -22,8 +22,8 @@ __version__ = "0.1.0"
 __all__ = ["embed", "evaluate", "export", "load_backbone", "load_run", "pretrain", "resume"]
 
 _HOMES = {
-    "embed": "relssl.evaluate.protocol",
-    "evaluate": "relssl.evaluate.protocol",
+    "embed": "relssl.evaluation.protocol",
+    "evaluate": "relssl.evaluation.protocol",
     "export": "relssl.weights.export",
     "load_backbone": "relssl.weights.runs",
     "load_run": "relssl.weights.runs",
@@ -36,6 +36,5 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'relssl' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOMES[name]), name)
-    if name != "evaluate":  # the package relssl.evaluate shares that name
-        globals()[name] = value
+    globals()[name] = value
     return value

@@ -181,7 +181,7 @@ def _tell(result: Any, as_json: bool) -> Any:
 
 
 def _evaluate(args: argparse.Namespace, _: dict[str, Any]) -> Any:
-    from relssl.evaluate.protocol import evaluate
+    from relssl.evaluation.protocol import evaluate
 
     found = evaluate(
         args.source,
@@ -199,7 +199,7 @@ def _evaluate(args: argparse.Namespace, _: dict[str, Any]) -> Any:
 
 
 def _embed(args: argparse.Namespace, _: dict[str, Any]) -> Any:
-    from relssl.evaluate.protocol import embed
+    from relssl.evaluation.protocol import embed
 
     found = embed(
         args.source, args.data, args.out, network=args.network, split=args.split, data_root=args.data_root, device=args.device

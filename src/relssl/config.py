@@ -252,9 +252,16 @@ def resolve(overrides: Mapping[str, Any], config_file: str | Path | None = None)
     """
     over = _spell_views(nest(overrides))
     if config_file is not None:
-        over = merge(_spell_views(read_yaml(Path(config_file))), over)
+        over = _layer(_spell_views(read_yaml(Path(config_file))), over)
     name = str(over.get("recipe") or recipes.for_data(str(over.get("data", "digits"))))
-    return from_mapping(merge(merge(_spell_views(recipes.read(name)), over), {"recipe": name}))
+    return from_mapping(_layer(_spell_views(recipes.read(name)), over | {"recipe": name}))
+
+
+def _layer(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`base` with `over` on top; arguments that were meant for another backbone stay behind."""
+    if over.get("backbone", base.get("backbone")) != base.get("backbone"):
+        base = {key: value for key, value in base.items() if key != "backbone_args"}
+    return merge(base, over)
 
 
 def from_mapping(raw: Mapping[str, Any]) -> Config:

@@ -130,6 +130,12 @@ class Engine:
         if self.world > 1:
             self.fabric.barrier()
 
+    def seed(self, seed: int) -> None:
+        """Start every random generator of this process."""
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % (1 << 32))
+
     def random_state(self) -> dict[str, Any]:
         """Every random generator of every rank, as a tree of tensors and numbers."""
         mine: dict[str, Any] = {"torch": torch.get_rng_state(), "python": _nested_list(random.getstate())}

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from relssl.config import Config
+from relssl.errors import ConfigError
 
 
 class Encoder(nn.Module):
@@ -92,15 +93,15 @@ def create_backbone(name: str, stem: str = "standard", args: Mapping[str, Any] |
         args: further arguments of `timm.create_model`.
 
     Raises:
-        ValueError: if timm does not know the name or the arguments, or the network has no stem that can be made small.
+        ConfigError: if timm does not know the name or the arguments, or the network has no stem that can be made small.
     """
     if not timm.is_model(name):
         guess = next(iter(timm.list_models(f"*{name[:6]}*")), None)
-        raise ValueError(f"backbone: timm knows no {name!r}" + (f"; close to it: {guess}" if guess else ""))
+        raise ConfigError(f"backbone: timm knows no {name!r}" + (f"; close to it: {guess}" if guess else ""))
     try:
         network: nn.Module = timm.create_model(name, pretrained=False, num_classes=0, **dict(args or {}))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"backbone_args: timm refuses {dict(args or {})} for {name}: {error}") from error
+        raise ConfigError(f"backbone_args: timm refuses {dict(args or {})} for {name}: {error}") from error
     if stem != "standard":
         _shrink_stem(network, name, keep_pool=stem == "small-pool")
     return network
@@ -109,7 +110,7 @@ def create_backbone(name: str, stem: str = "standard", args: Mapping[str, Any] |
 def _shrink_stem(network: nn.Module, name: str, keep_pool: bool) -> None:
     path, first = next(((path, module) for path, module in network.named_modules() if isinstance(module, nn.Conv2d)), ("", None))
     if first is None or first.stride[0] < 2 or first.kernel_size[0] < 3 or first.kernel_size[0] == first.stride[0]:
-        raise ValueError(f"encoder.stem: {name} does not start with a strided convolution; use stem: standard")
+        raise ConfigError(f"encoder.stem: {name} does not start with a strided convolution; use stem: standard")
     small = nn.Conv2d(first.in_channels, first.out_channels, 3, stride=1, padding=1, bias=first.bias is not None)
     nn.init.kaiming_normal_(small.weight, mode="fan_out", nonlinearity="relu")
     parent, _, leaf = path.rpartition(".")
@@ -123,17 +124,17 @@ def feature_width(backbone: nn.Module, size: int) -> int:
     """The number of features the backbone gives for images of side `size`, by trying it.
 
     Raises:
-        ValueError: if images of that size do not pass, or the output is not one vector an image.
+        ConfigError: if images of that size do not pass, or the output is not one vector an image.
     """
     training = backbone.training
     try:
         features = backbone.eval()(torch.zeros(2, 3, size, size))
     except Exception as error:  # whatever a network raises, the user needs to hear that this size does not fit
-        raise ValueError(f"backbone: images of {size} pixels do not pass through it: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"backbone: images of {size} pixels do not pass through it: {str(error).splitlines()[0]}") from error
     finally:
         backbone.train(training)
     if features.ndim != 2:
-        raise ValueError(f"backbone: gives {list(features.shape)} for 2 images, needs one vector an image")
+        raise ConfigError(f"backbone: gives {list(features.shape)} for 2 images, needs one vector an image")
     return int(features.shape[1])
 
 

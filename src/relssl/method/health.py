@@ -43,6 +43,8 @@ def health(
 
 def effective_rank(embeddings: Tensor) -> Tensor:
     """exp of the entropy of the normalised singular values of [B, D]: how many directions the embeddings really use."""
+    if not torch.isfinite(embeddings).all():
+        return embeddings.new_tensor(torch.nan, dtype=torch.float32)  # which has no singular values
     values = torch.linalg.svdvals(embeddings.float())
     share = values / values.sum().clamp_min(1e-12)
     rank: Tensor = torch.special.entr(share).sum().exp()

@@ -6,7 +6,7 @@ from typing import Any
 
 from relssl.config import Config
 from relssl.engine import Engine
-from relssl.evaluate.protocol import LabelledPair, knn, raw_pixel_knn
+from relssl.evaluation.protocol import LabelledPair, knn, raw_pixel_knn
 from relssl.method.ressl import ReSSL, unwrapped
 
 

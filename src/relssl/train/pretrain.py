@@ -13,7 +13,7 @@ from relssl.config import Config, resolve
 from relssl.data.sources import Images, load
 from relssl.engine import Engine
 from relssl.errors import DataError, Interrupted, RelsslError
-from relssl.evaluate.protocol import LabelledPair, choose
+from relssl.evaluation.protocol import LabelledPair, choose
 from relssl.train.folder import RunFolder, default_folder, refuse_used
 from relssl.train.journal import Display, read_rows
 from relssl.train.online import OnlineKnn

@@ -60,7 +60,7 @@ class Trainer:
         self.parameters = list(encoder.parameters())
         self.optimizer = create_optimizer(encoder, config.optimizer)
         # From here on randomness inside the networks (dropout, stochastic depth) differs between ranks.
-        torch.manual_seed(config.seed + 1 + engine.rank)
+        engine.seed(config.seed + 1 + engine.rank)
         self.step, self.non_finite, self.warned = 0, 0, False
         self.best: dict[str, Any] | None = None
         self.images, self.fingerprint, self.unreadable = images, images.fingerprint(), set[str]()

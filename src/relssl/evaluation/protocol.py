@@ -18,9 +18,9 @@ from relssl.data.plain import describe
 from relssl.data.sources import Images, load
 from relssl.engine import Engine
 from relssl.errors import ConfigError, DataError
-from relssl.evaluate.features import extract, stream
-from relssl.evaluate.knn import SETTINGS, knn_accuracy
-from relssl.evaluate.vectors import write_vectors
+from relssl.evaluation.features import extract, stream
+from relssl.evaluation.knn import SETTINGS, knn_accuracy
+from relssl.evaluation.vectors import write_vectors
 from relssl.schema import nearest_word
 from relssl.weights.atomic import write_json
 from relssl.weights.runs import NETWORKS, from_checkpoint, load_backbone, load_run
@@ -151,6 +151,7 @@ def evaluate(
         scores = knn(engine.place(backbone), pair, config, engine.device, engine.autocast())
         results["results"][name] = {"card": card(pair, config, name, engine.precision), **scores}
     if folder is not None:
+        (folder / "evaluations").mkdir(exist_ok=True)
         write_json(folder / "evaluations" / f"{protocol}-{Path(data).name}.json", results | {"time": time.time()})
     return results
 
