@@ -24,7 +24,7 @@ from relssl.config import resolve
 from relssl.data.loaders import Batch
 from relssl.data.sources import load
 from relssl.engine import Engine
-from relssl.errors import CheckpointError, ConfigError, DataError, Interrupted, LockedError, NumericError
+from relssl.errors import CheckpointError, ConfigError, DataError, Interrupted, LockedError, NumericError, StorageError
 from relssl.method.ressl import unwrapped
 from relssl.schema import merge, nest
 from relssl.train.folder import RunFolder
@@ -229,6 +229,25 @@ def test_accumulated_parts_fill_memory_and_teacher_as_one_batch_does(tmp_path: P
     for x, y in zip(repeatable_rows(whole), repeatable_rows(parts), strict=True):
         assert x["step"] == y["step"] and x.get("lr") == y.get("lr")
         assert x.get("loss", 0) == pytest.approx(y.get("loss", 0), rel=1e-4)
+
+
+def test_the_python_function_takes_names_and_sections(tmp_path: Path) -> None:
+    sections = {key: value for key, value in SMALL.items() if key != "data"}
+    again = relssl.pretrain("digits", out=str(tmp_path / "run"), quiet=True, **(sections | {"max_images": 64, "epochs": 1}))
+    assert again is not None and again.rows[-1]["step"] == 2
+    assert relssl.load_backbone(again.folder)(torch.rand(2, 3, 32, 32)).shape == (2, 16)
+    with pytest.raises(ConfigError, match=r"optimizer.lrr: unknown key; the nearest is optimizer.lr"):
+        relssl.pretrain("digits", out=str(tmp_path / "none"), optimizer={"lrr": 3})
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_full_disk_under_the_metrics_is_a_storage_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Any, row: Any) -> None:
+        raise OSError(28, "No space left on device", str(tmp_path / "run/metrics.jsonl"))
+
+    monkeypatch.setattr("relssl.train.journal.Journal.write", full)
+    with pytest.raises(StorageError, match=r"metrics.jsonl: cannot be written \(No space left on device\)"):
+        small_run(tmp_path / "run")
 
 
 def test_multi_crop_trains(tmp_path: Path) -> None:

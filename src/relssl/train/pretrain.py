@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from relssl.config import Config, resolve
 from relssl.data.sources import Images, load
 from relssl.engine import Engine
-from relssl.errors import DataError, Interrupted, RelsslError
+from relssl.errors import DataError, Interrupted, RelsslError, StorageError
 from relssl.evaluation.protocol import LabelledPair, choose
 from relssl.train.folder import RunFolder, default_folder, refuse_used
 from relssl.train.journal import Display, read_rows
@@ -150,6 +150,10 @@ def _fit(trainer: Trainer, folder: RunFolder | None, display: Display) -> None:
         if folder is not None:
             _note_failure(folder, trainer, error)
         raise
+    except OSError as error:
+        # Whatever else is written while training (metrics, TensorBoard): the checkpoints before it are whole.
+        where = error.filename or trainer.config.out
+        raise StorageError(f"{where}: cannot be written ({error.strerror or error}); free some space, then resume") from error
 
 
 def _on_first(engine: Engine, make: Callable[[], Made]) -> Made | None:

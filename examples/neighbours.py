@@ -1,0 +1,70 @@
+"""Draw what a digits run learned: test digits, their weak and strong views, and their nearest training digits.
+
+    python examples/neighbours.py RUN --out docs/digits.png
+
+Each row is one test image: the image, a weak and a strong view as training would draw them, then the eight nearest training
+images by raw pixels and by the student's features. A frame marks neighbours of another class.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+
+import relssl
+from relssl.data import batched
+from relssl.data.draws import draw
+from relssl.data.sources import load
+from relssl.evaluation.features import extract
+
+ZOOM, GAP, NEAREST = 2, 4, 8
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run")
+    parser.add_argument("--out", default="neighbours.png")
+    parser.add_argument("--rows", type=int, default=6)
+    args = parser.parse_args()
+    config = relssl.load_run(args.run).config
+    bank, test = load("digits", None, "bank"), load("digits", None, "test")
+    rows = np.arange(0, len(test), len(test) // args.rows)[: args.rows]
+    asked = test.subset(rows)
+    backbone = relssl.load_backbone(args.run)
+    cpu = torch.device("cpu")
+    features = [F.normalize(extract(backbone, images, config, cpu).vectors) for images in (asked, bank)]
+    pixels = [F.normalize(images.pixels.flatten(1).float()) for images in (asked, bank)]
+    orders = [(a @ b.T).topk(NEAREST).indices for a, b in (pixels, features)]
+
+    columns = [asked.pixels]
+    for slot, view in enumerate((config.views.weak, config.views.strong)):
+        draws = draw(view, config.seed, 0, rows, slot, (32, 32))
+        columns.append((batched.apply(asked.pixels, view, draws) * 255).byte())
+    side = 32 * ZOOM
+    step = side + GAP
+    sheet = Image.new("RGB", (step * (len(columns) + 2 * NEAREST) + 6 * GAP, step * len(rows) + GAP), "white")
+    canvas = ImageDraw.Draw(sheet)
+
+    def put(image: torch.Tensor, column: int, row: int, right: bool = True) -> None:
+        group = 0 if column == 0 else 1 if column < 3 else 2 if column < 3 + NEAREST else 3
+        place = (GAP + step * column + 2 * GAP * group - GAP, GAP + step * row)
+        drawn = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((side, side), Image.Resampling.NEAREST)
+        sheet.paste(drawn, place)
+        if not right:
+            canvas.rectangle((*place, place[0] + side - 1, place[1] + side - 1), outline=(220, 60, 40), width=3)
+
+    for row in range(len(rows)):
+        for column, images in enumerate(columns):
+            put(images[row], column, row)
+        for which, order in enumerate(orders):
+            for i, neighbour in enumerate(order[row].tolist()):
+                put(bank.pixels[neighbour], 3 + which * NEAREST + i, row, bool(bank.labels[neighbour] == asked.labels[row]))
+    sheet.save(args.out)
+
+
+if __name__ == "__main__":
+    main()
