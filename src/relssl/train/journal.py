@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from relssl.weights.atomic import write_file
 
@@ -75,10 +75,8 @@ class Display:
         self._console = Console(stderr=True, quiet=not show, highlight=False)
         self._live = self._console.is_terminal and show
         self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=10),  # narrow, so that 80 columns hold the figures as well
             MofNCompleteColumn(),
-            TimeElapsedColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[figures]}"),
             console=self._console,
@@ -105,7 +103,7 @@ class Display:
 
 
 def _brief(row: dict[str, Any]) -> str:
-    words = [f"loss {row['loss']:.3f}", f"neighbours {row['teacher_neighbours']:.0f}", f"{row['images_per_second']:.0f} images/s"]
+    words = [f"loss {row['loss']:.3f}", f"neighbours {row['teacher_neighbours']:.0f}", f"{row['images_per_second']:.0f} img/s"]
     if row["data_wait"] > 0.005:
         words.append(f"data wait {row['data_wait']:.0%}")
     if "knn_top1" in row:
