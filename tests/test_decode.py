@@ -10,9 +10,9 @@ import warnings
 
 import numpy as np
 import pytest
-from bad_images import CONTENTS, HEIGHT, LOAD, MAX_PIXELS, WIDTH, alpha_picture, jpeg, oriented, picture, png_16bit, save
 from PIL import Image, ImageOps, features
 
+from bad_images import CONTENTS, HEIGHT, LOAD, MAX_PIXELS, WIDTH, alpha_picture, jpeg, oriented, picture, png_16bit, save
 from relssl.data.decode import BadImage, decode
 
 WHOLE_CORPUS = """

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bad_images import NAMES, jpeg
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bad_images import NAMES, jpeg
 from relssl.data.decode import decode
 from relssl.data.files import NAMES as SETS
 from relssl.data.files import data_root, exists, read_list, scan, split_folders

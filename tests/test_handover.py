@@ -11,7 +11,6 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from runs import small_run
 from sklearn.neighbors import KNeighborsClassifier
 
 import relssl
@@ -21,6 +20,7 @@ from relssl.data.sources import load
 from relssl.errors import CheckpointError, ConfigError, DataError
 from relssl.weights import store
 from relssl.weights.export import timm_lines
+from small_runs import small_run
 
 
 @pytest.fixture(scope="module")

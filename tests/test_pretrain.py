@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from runs import NORMLESS, SMALL, differing, final_state, repeatable_rows, small_run
 
 import relssl
 from relssl.cli import main
@@ -31,6 +30,7 @@ from relssl.train.folder import RunFolder
 from relssl.train.pretrain import complete_settings
 from relssl.train.trainer import Trainer
 from relssl.weights import store
+from small_runs import NORMLESS, SMALL, differing, final_state, repeatable_rows, small_run
 
 HEALTH = {"teacher_entropy", "teacher_neighbours", "kl", "agreement", "embedding_std", "effective_rank"}
 SHOWN = {

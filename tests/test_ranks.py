@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from runs import NORMLESS, SMALL, differing, final_state, repeatable_rows, small_run
 
 from relssl.config import resolve, to_yaml
 from relssl.schema import merge
 from relssl.train.checkpoint import agreed_hashes
 from relssl.weights import store
+from small_runs import NORMLESS, SMALL, differing, final_state, repeatable_rows, small_run
 
 
 def start(folder: Path, settings: dict[str, Any], *command: str) -> subprocess.Popen[str]:

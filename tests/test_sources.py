@@ -9,9 +9,9 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
-from bad_images import jpeg
 from torchvision import datasets
 
+from bad_images import jpeg
 from relssl.data import digits
 from relssl.data.sources import IMAGENET_MEAN, IMAGENET_STD, Images, load
 from relssl.errors import ConfigError, DataError

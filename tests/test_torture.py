@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import differing, final_state, repeatable_rows
 
 from relssl.weights import store
+from small_runs import differing, final_state, repeatable_rows
 
 KILLS = 10
 
