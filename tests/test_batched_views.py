@@ -10,9 +10,9 @@ import torchvision.transforms.functional as F
 from PIL import Image
 from torch import Tensor
 
-from relssl.config import VIEWS, ViewConfig
 from relssl.data import batched, randaugment
 from relssl.data.draws import POOL, Draws, draw
+from relssl.views import VIEWS, ViewConfig
 
 BATCH = 24
 

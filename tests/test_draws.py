@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from scipy import stats
 from torchvision import transforms
 
-from relssl.config import VIEWS, ViewConfig
 from relssl.data.draws import POOL, Draws, _mix, draw, uniforms
+from relssl.views import VIEWS, ViewConfig
 
 ALL = {**VIEWS["strong"], "affine": 0.7, "degrees": 20.0, "translate": 0.1, "zoom": (0.7, 1.3)}
 

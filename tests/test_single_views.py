@@ -8,9 +8,9 @@ from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import functional as F
 
-from relssl.config import VIEWS, ViewConfig
 from relssl.data import batched, single
 from relssl.data.draws import Draws, draw
+from relssl.views import VIEWS, ViewConfig
 
 
 def view(name: str = "weak", **changes: object) -> ViewConfig:

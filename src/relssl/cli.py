@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from relssl import __version__
-from relssl.config import VIEWS, Config, resolve, to_yaml
+from relssl.config import Config, resolve, to_yaml
 from relssl.errors import ConfigError, RelsslError
 from relssl.schema import leaves, nearest_word
+from relssl.views import VIEWS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -108,6 +109,8 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         "data", metavar="DATA", nargs="?", help="name of a data set, folder of images or list file (default: digits)"
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings")
+    # argparse's own would name each of the settings, over two screens.
+    parser.usage = f"{parser.prog} [DATA] [--config FILE] [--SETTING VALUE ...] [--json] [--debug]"
     groups: dict[str, Any] = {}
     shorthand = {"views.weak": None, "views.strong": None}
     for name, (_, field) in leaves(Config).items():
@@ -117,7 +120,8 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
             group.add_argument(f"--{section}", metavar="NAME", help=f"view recipe: {', '.join(VIEWS)}")
         if name != "data":
             default = f"(default: {field.default})" if not callable(field.default_factory) else ""
-            text = f"{field.metadata['help']} {default}".replace("%", "%%")
+            choices = f" (one of {', '.join(field.metadata['choices'])})" if field.metadata["choices"] else ""
+            text = f"{field.metadata['help']}{choices} {default}".replace("%", "%%")
             group.add_argument(f"--{name}", metavar="VALUE", help=text)
 
 

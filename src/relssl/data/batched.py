@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from relssl.config import ViewConfig
 from relssl.data import randaugment
 from relssl.data.draws import CONTRAST, HUE, SATURATION, Bools, Draws, Floats, Ints
+from relssl.views import ViewConfig
 
 
 @torch.no_grad()

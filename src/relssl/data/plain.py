@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 
-from relssl.config import Config, ViewsConfig
+from relssl.config import Config
 from relssl.data.decode import BadImage
 from relssl.data.loaders import loader_workers, read_image, reset_signals, standardise
 from relssl.data.sources import Images
+from relssl.views import ViewsConfig
 
 
 def describe(views: ViewsConfig) -> str:

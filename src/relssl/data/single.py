@@ -12,9 +12,9 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 
-from relssl.config import ViewConfig
 from relssl.data import randaugment
 from relssl.data.draws import BRIGHTNESS, CONTRAST, HUE, SATURATION, Draws
+from relssl.views import ViewConfig
 
 
 def apply(image: Image.Image, view: ViewConfig, draws: Draws, row: int) -> Tensor:
