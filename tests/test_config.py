@@ -167,6 +167,12 @@ def test_a_config_survives_its_file(lr: float, epochs: int, name: str, sizes: li
     assert len(again.strong_views) == max(1, len(sizes))
 
 
+def test_a_null_recipe_is_no_recipe_and_another_backbone_leaves_its_arguments(tmp_path: Path) -> None:
+    assert resolve({"recipe": "null", "data": "cifar10"}).recipe == "cifar10"
+    assert resolve({"recipe": "digits", "backbone": "mobilenetv3_small_050"}).backbone_args == {}
+    assert resolve({"recipe": "digits", "backbone": "resnet18"}).backbone_args["layers"] == [1, 1, 1, 1]
+
+
 def test_later_layers_win_and_named_views_keep_their_overrides(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("epochs: 7\noptimizer: {lr: 0.5, warmup_epochs: 1}\nviews: {strong: {blur: 0.25}}\n")

@@ -108,6 +108,12 @@ def test_workers_never_change_a_view(folder: Path, workers: int) -> None:
     assert equal(batches(FromFiles(images, alone, plan, CPU), 1, 6), batches(FromFiles(images, helped, plan, CPU), 1, 6))
 
 
+def test_loading_draws_nothing_from_the_runs_own_randomness(folder: Path) -> None:
+    images, before = load(str(folder), None, "train"), torch.get_rng_state()
+    batches(FromFiles(images, settings_for({"loader.workers": 0}), Plan(12, 4), CPU), 0, 2)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_an_unreadable_image_is_replaced_by_the_next_and_named(folder: Path) -> None:
     bad = folder / "05.png"
     bad.write_bytes(bad.read_bytes()[:60])
@@ -127,5 +133,6 @@ def test_too_few_images_and_impossible_paths_are_refused(folder: Path) -> None:
         create_loader(images, settings_for({"loader.path": "resident"}), Plan(12, 4), CPU)
     for file in folder.iterdir():
         file.write_bytes(b"\x89PNG no")
-    with pytest.raises(DataError, match="cannot be read"):
-        batches(FromFiles(images, settings_for({"loader.workers": 0}), Plan(12, 4), CPU), 0, 1)
+    for workers in (0, 1):
+        with pytest.raises(DataError, match=r"^48 images cannot be read, the last is .*; see bad_samples.jsonl$"):
+            batches(FromFiles(images, settings_for({"loader.workers": workers}), Plan(12, 4), CPU), 0, 1)

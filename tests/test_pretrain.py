@@ -161,7 +161,12 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_offered(tmp_
     state.write_bytes(data)
     with pytest.raises(CheckpointError, match=r"step-00000015.*state.safetensors.*--checkpoint step-00000010"):
         relssl.resume(folder, quiet=True)
-    assert relssl.resume(folder, checkpoint="step-00000010", quiet=True) is not None
+    with pytest.MonkeyPatch.context() as patch:  # stopped again before it is where it was: no future that was given up comes back
+        patch.setattr(Trainer, "fit", lambda self, display: (_ for _ in ()).throw(Interrupted("stopped", 143)))
+        with pytest.raises(Interrupted):
+            relssl.resume(folder, checkpoint="step-00000010", quiet=True)
+    assert [path.name for path in store.checkpoints(folder / "checkpoints")] == ["step-00000010"]
+    assert relssl.resume(folder, quiet=True) is not None
     assert differing(final_state(finished), final_state(folder)) == []
     with pytest.raises(CheckpointError, match="holds no checkpoint 'step-7'"):
         relssl.resume(folder, checkpoint="step-7", quiet=True)
@@ -248,6 +253,36 @@ def test_a_full_disk_under_the_metrics_is_a_storage_error(tmp_path: Path, monkey
     monkeypatch.setattr("relssl.train.journal.Journal.write", full)
     with pytest.raises(StorageError, match=r"metrics.jsonl: cannot be written \(No space left on device\)"):
         small_run(tmp_path / "run")
+
+
+def test_dropped_paths_resume_exactly_from_files(pictures: Path, tmp_path: Path) -> None:
+    """Stochastic depth draws from torch's own generator, loaders must not."""
+    settings = merge(
+        FILES, {"data": str(pictures), "epochs": 2, "backbone_args": SMALL["backbone_args"] | {"drop_path_rate": 0.3}}
+    )
+    small_run(tmp_path / "whole", **settings)
+    config = resolve(merge(merge(SMALL, settings), {"out": str(tmp_path / "cut")}))
+    run_until(config, tmp_path / "cut", 4)
+    assert relssl.resume(tmp_path / "cut", quiet=True) is not None
+    assert differing(final_state(tmp_path / "whole"), final_state(tmp_path / "cut")) == []
+
+
+def test_an_error_of_the_libraries_below_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def step(self: Trainer, parts: list[Batch]) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Trainer, "_train_step", step)
+    with pytest.raises(ConfigError, match="batch_size: 32 does not fit"):
+        small_run(tmp_path / "run")
+    assert json.loads((tmp_path / "run/status.json").read_text())["state"] == "failed"
+
+
+def test_the_best_checkpoint_is_kept(tmp_path: Path) -> None:
+    small_run(tmp_path / "run", epochs=6, checkpoint={"every": 5})
+    rows = [row for row in repeatable_rows(tmp_path / "run") if "knn_top1" in row and row["step"]]
+    best = max(rows, key=lambda row: row["knn_top1"])
+    kept = [path.name for path in store.checkpoints(tmp_path / "run/checkpoints")]
+    assert f"step-{best['step']:08d}" in kept and kept[-1] == "step-00000060"
 
 
 def test_multi_crop_trains(tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, list[str]]:
     made.add_argument("source", metavar="RUN|WEIGHTS", help="run folder or exported .safetensors")
     made.add_argument("data", metavar="DATA")
     made.add_argument("--out", required=True, help="target .npz or .csv")
-    made.add_argument("--network", default="student", choices=("student", "teacher"))
+    made.add_argument("--network", choices=("student", "teacher"), help="of a run; default: student")
     made.add_argument("--split", default="train", choices=("train", "bank", "test"))
     for made in (verbs.choices["evaluate"], verbs.choices["embed"]):
         made.add_argument("--data_root", help="where named data sets lie")

@@ -15,7 +15,7 @@ import yaml
 
 from relssl import recipes
 from relssl.errors import ConfigError
-from relssl.schema import build, merge, nest, read_yaml, setting
+from relssl.schema import NULL, build, merge, nest, read_yaml, setting
 from relssl.views import VIEWS, ViewConfig, ViewsConfig
 
 
@@ -169,7 +169,9 @@ def resolve(overrides: Mapping[str, Any], config_file: str | Path | None = None)
     over = _spell_views(nest(overrides))
     if config_file is not None:
         over = _layer(_spell_views(read_yaml(Path(config_file))), over)
-    name = str(over.get("recipe") or recipes.for_data(str(over.get("data", "digits"))))
+    asked = over.get("recipe")
+    asked = None if asked is None or str(asked).lower() in NULL else asked
+    name = str(asked or recipes.for_data(str(over.get("data", "digits"))))
     return from_mapping(_layer(_spell_views(recipes.read(name)), over | {"recipe": name}))
 
 

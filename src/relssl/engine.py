@@ -57,6 +57,7 @@ class Engine:
         )
         self.fabric.launch()
         self.device, self.rank, self.world = self.fabric.device, self.fabric.global_rank, self.fabric.world_size
+        self._patient = dist.new_group(backend="gloo", timeout=timedelta(days=7)) if self.world > 1 else None
 
     @property
     def is_first(self) -> bool:
@@ -78,10 +79,13 @@ class Engine:
         """The precision of the networks, for the bare teacher."""
         return self.fabric.autocast()
 
-    def backward(self, loss: Tensor, student: nn.Module, last_part: bool) -> None:
-        """Add the loss's gradients; ranks average theirs with the last part of an accumulated step."""
-        with self.fabric.no_backward_sync(student, enabled=not last_part and self.world > 1):  # type: ignore[arg-type]
-            self.fabric.backward(loss)
+    def part(self, student: nn.Module, last: bool) -> Any:
+        """Around the forward and backward pass of one accumulated part: ranks average gradients with the last one alone."""
+        return self.fabric.no_backward_sync(student, enabled=not last and self.world > 1)  # type: ignore[arg-type]
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the loss's gradients to the student's."""
+        self.fabric.backward(loss)
 
     def gather(self, rows: Tensor, share: int) -> Tensor:
         """The rows [share, ...] of every rank, in rank order: [world * share, ...].
@@ -126,9 +130,9 @@ class Engine:
         return int(held)
 
     def wait(self) -> None:
-        """Until all ranks are here."""
-        if self.world > 1:
-            self.fabric.barrier()
+        """Until all ranks are here, however long the first one evaluates; a rank that dies ends the wait."""
+        if self._patient is not None:
+            dist.barrier(group=self._patient)  # type: ignore[arg-type]
 
     def seed(self, seed: int) -> None:
         """Start every random generator of this process."""

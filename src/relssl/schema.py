@@ -25,7 +25,7 @@ from relssl.errors import ConfigError
 _INT = re.compile(r"[+-]?[0-9]+")
 _FLOAT = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _SIGNS = {"gt": (">", operator.gt), "ge": (">=", operator.ge), "lt": ("<", operator.lt), "le": ("<=", operator.le)}
-_NULL = {"null", "none", "~", ""}
+NULL = {"null", "none", "~", ""}
 _MAX_YAML_BYTES = 1 << 20
 
 
@@ -117,7 +117,7 @@ def coerce(value: Any, kind: Any) -> Any:
     """Read `value`, a string or an already typed object, as `kind`; ValueError says what was wanted."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
-        if value is None or (isinstance(value, str) and value.lower() in _NULL):
+        if value is None or (isinstance(value, str) and value.lower() in NULL):
             return None
         return coerce(value, next(a for a in args if a is not type(None)))
     if origin is tuple:

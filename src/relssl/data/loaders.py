@@ -17,12 +17,23 @@ from relssl.config import Config
 from relssl.data import batched, single
 from relssl.data.decode import BadImage, decode
 from relssl.data.draws import draw, uniforms
+from relssl.data.paths import shown
 from relssl.data.sources import Images
 from relssl.errors import ConfigError, DataError
 
 # Draws of the order use a slot of their own, far from those of views.
 _ORDER_SLOT = 1 << 20
 _TRIES = 100
+
+
+class Unreadable(DataError):
+    """So many unreadable images in a row that a batch cannot be filled."""
+
+    def __init__(self, faults: list[tuple[str, str]]) -> None:
+        super().__init__(
+            f"{len(faults)} images cannot be read, the last is {shown(faults[-1][0])} ({faults[-1][1]}); see bad_samples.jsonl"
+        )
+        self.faults = faults
 
 
 @dataclass
@@ -125,9 +136,12 @@ class FromFiles:
             worker_init_fn=reset_signals,
             prefetch_factor=self.config.loader.prefetch if workers else None,
             pin_memory=self.device.type == "cuda",
+            generator=torch.Generator(),  # else it would draw from the global one, and a resumed run once more
         )
         parts: list[Batch] = []
         for ids, views, bad in _watch(loader):
+            if not views:
+                raise Unreadable(bad)
             moved = [standardise(view.to(self.device, non_blocking=True), self.config) for view in views]
             parts.append(Batch(ids.to(self.device), moved[0], moved[1:], bad))
             if len(parts) == self.plan.parts:
@@ -151,7 +165,8 @@ def _watch(loader: DataLoader[Any]) -> Iterator[Any]:
     try:
         yield from loader
     except (RuntimeError, ConnectionError) as error:
-        if "DataLoader worker" not in str(error) and not isinstance(error, ConnectionError):
+        died = any(sign in str(error) for sign in ("exited unexpectedly", "killed by signal", "bus error", "Bus error"))
+        if not died and not isinstance(error, ConnectionError):
             raise
         raise DataError(
             f"a loader process died ({str(error).splitlines()[0]}); try loader.workers 0 or more shared memory"
@@ -181,14 +196,17 @@ class _Views(Dataset[Any]):
     def __getitem__(self, request: tuple[int, int]) -> tuple[int, list[Tensor], list[tuple[str, str]]]:
         epoch, row = request
         image, row, bad = self._read(row)
-        made = []
+        made: list[Tensor] = []
+        if image is None:
+            return row, made, bad
         for slot, view in enumerate(self.views):
             draws = draw(view, self.config.seed, epoch, np.array([row]), slot, (image.height, image.width))
             made.append(single.apply(image, view, draws, 0))
         return row, made, bad
 
-    def _read(self, row: int) -> tuple[Image.Image, int, list[tuple[str, str]]]:
-        """The image at `row`, or the next one that can be read: a rule that no worker or rank count changes."""
+    def _read(self, row: int) -> tuple[Image.Image | None, int, list[tuple[str, str]]]:
+        """The image at `row`, or the next one that can be read: a rule that no worker or rank count changes. None if there is
+        none among many."""
         bad: list[tuple[str, str]] = []
         for offset in range(min(_TRIES, len(self.images))):
             position = (row + offset) % len(self.images)
@@ -196,9 +214,7 @@ class _Views(Dataset[Any]):
                 return read_image(self.images, position, self.config.loader.max_pixels), position, bad
             except BadImage as fault:
                 bad.append((str(self.images.files and self.images.files[position]), str(fault)))
-        raise DataError(
-            f"{len(bad)} images in a row cannot be read, the last is {bad[-1][0]!r} ({bad[-1][1]}); see bad_samples.jsonl"
-        )
+        return None, row, bad
 
 
 def read_image(images: Images, position: int, max_pixels: int) -> Image.Image:
@@ -213,8 +229,10 @@ def _collate(
     samples: Sequence[tuple[int, list[Tensor], list[tuple[str, str]]]],
 ) -> tuple[Tensor, list[Tensor], list[tuple[str, str]]]:
     ids = torch.tensor([row for row, _, _ in samples])
-    views = [torch.stack(view) for view in zip(*(made for _, made, _ in samples), strict=True)]
-    return ids, views, [fault for _, _, bad in samples for fault in bad]
+    faults = [fault for _, _, bad in samples for fault in bad]
+    if not all(made for _, made, _ in samples):
+        return ids, [], faults
+    return ids, [torch.stack(view) for view in zip(*(made for _, made, _ in samples), strict=True)], faults
 
 
 def standardise(images: Tensor, config: Config) -> Tensor:

@@ -61,6 +61,7 @@ def batches(images: Images, config: Config, batch_size: int = 256) -> Iterator[t
         num_workers=loader_workers(config),
         collate_fn=list,
         worker_init_fn=reset_signals,
+        generator=torch.Generator(),  # evaluating draws nothing from the run's own
     )
     for samples in loader:
         good = [(row, view) for row, view, _ in samples if view is not None]

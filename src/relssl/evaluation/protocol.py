@@ -22,7 +22,7 @@ from relssl.evaluation.features import extract, stream
 from relssl.evaluation.knn import SETTINGS, knn_accuracy
 from relssl.evaluation.vectors import write_vectors
 from relssl.schema import nearest_word
-from relssl.weights.atomic import write_json
+from relssl.weights.atomic import storing, write_json
 from relssl.weights.runs import NETWORKS, from_checkpoint, load_backbone, load_run
 
 PROTOCOLS = ("knn",)
@@ -43,6 +43,8 @@ class LabelledPair:
             DataError: if the data set has no labels or no test part.
         """
         sides = [load(data, root, split) for split in ("bank", "test")]
+        if at_most is not None and min(at_most) < 1:
+            raise ConfigError(f"images: must be at least 1 on each side, got {at_most[0]} and {at_most[1]}")
         for side in sides:
             if side.labels is None or (side.labels >= 0).sum() == 0:
                 raise DataError(f"{data}: has no labels to evaluate with; lay folders out as train/CLASS/ and val/CLASS/")
@@ -143,6 +145,9 @@ def evaluate(
     if protocol not in PROTOCOLS:
         raise ConfigError(f"protocol: {protocol!r} is unknown; the nearest is {nearest_word(protocol, PROTOCOLS)}")
     networks, config, folder = _networks(source)
+    if folder is not None:
+        with storing(folder / "evaluations"):  # before the work, not after it
+            (folder / "evaluations").mkdir(exist_ok=True)
     engine = Engine(EngineConfig(device=device, precision=precision))
     data = data or config.data
     pair = LabelledPair.load(data, data_root or config.data_root, images)
@@ -151,7 +156,6 @@ def evaluate(
         scores = knn(engine.place(backbone), pair, config, engine.device, engine.autocast())
         results["results"][name] = {"card": card(pair, config, name, engine.precision), **scores}
     if folder is not None:
-        (folder / "evaluations").mkdir(exist_ok=True)
         write_json(folder / "evaluations" / f"{protocol}-{Path(data).name}.json", results | {"time": time.time()})
     return results
 
@@ -172,7 +176,7 @@ def embed(
     data: str,
     out: str | Path,
     *,
-    network: str = "student",
+    network: str | None = None,
     split: str = "train",
     data_root: str | None = None,
     device: str = "auto",
@@ -182,15 +186,17 @@ def embed(
     Args:
         source: a run folder, or an exported backbone.
         data: any data set, folder or list.
+        network: student (default) or teacher, of a run; an exported file holds one network.
         split: train, bank or test, for sets that have them.
 
     Returns:
         {"out", "images", "dim", "bad": [(file, reason)]}.
     """
     networks, config, _ = _networks(source)
-    backbone = networks.get("backbone") or networks.get(network)
-    if backbone is None:
-        raise ConfigError(f"network: must be one of {', '.join(networks)}, got {network!r}")
+    wanted = network or next(iter(networks))
+    if wanted not in networks:
+        raise ConfigError(f"network: {source} holds {' and '.join(networks)}, not {wanted}")
+    backbone = networks[wanted]
     engine = Engine(EngineConfig(device=device))
     images = load(data, data_root or config.data_root, split)
     bad, count, dim = list(images.bad), 0, 0

@@ -100,7 +100,7 @@ def create_backbone(name: str, stem: str = "standard", args: Mapping[str, Any] |
         raise ConfigError(f"backbone: timm knows no {name!r}" + (f"; close to it: {guess}" if guess else ""))
     try:
         network: nn.Module = timm.create_model(name, pretrained=False, num_classes=0, **dict(args or {}))
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # whatever a network raises over arguments that do not suit it
         raise ConfigError(f"backbone_args: timm refuses {dict(args or {})} for {name}: {error}") from error
     if stem != "standard":
         _shrink_stem(network, name, keep_pool=stem == "small-pool")
@@ -141,5 +141,7 @@ def feature_width(backbone: nn.Module, size: int) -> int:
 def create_encoder(config: Config) -> Encoder:
     """The student of a run, drawn from torch's global random state."""
     backbone = create_backbone(config.backbone, config.encoder.stem, config.backbone_args)
+    for size in {view.size for view in config.strong_views} - {config.views.weak.size}:
+        feature_width(backbone, size)  # every size has to pass
     heads = {key: value for key, value in vars(config.encoder).items() if key != "stem"}
     return Encoder(backbone, feature_width(backbone, config.views.weak.size), **heads)

@@ -43,12 +43,12 @@ def show(result: Result, memory_size: int, dim: int) -> None:
             table.add_row(f"kNN top-1, {label}", f"{known[f'knn_{name}']:.1f} %")
     health = known["health"]
     table.add_section()
-    table.add_row("loss, first and last row", f"{known['loss_start']:.3f} -> {known['loss_end']:.3f}")
-    table.add_row("teacher's effective neighbours", f"{health['teacher_neighbours']:.1f} of {memory_size}")
-    table.add_row("student's divergence from it", f"{health['kl']:.3f} nats")
-    table.add_row("same nearest neighbour", f"{health['agreement']:.0%}")
-    table.add_row("spread of the embeddings", f"{health['embedding_std']:.2f} (1 is all round)")
-    table.add_row("effective rank", f"{health['effective_rank']:.0f} of {dim}")
+    table.add_row("loss, first and last row", f"{_number(known['loss_start'], 3)} -> {_number(known['loss_end'], 3)}")
+    table.add_row("teacher's effective neighbours", f"{_number(health['teacher_neighbours'], 1)} of {memory_size}")
+    table.add_row("student's divergence from it", f"{_number(health['kl'], 3)} nats")
+    table.add_row("same nearest neighbour", f"{_number(health['agreement'], 2)} of samples")
+    table.add_row("spread of the embeddings", f"{_number(health['embedding_std'], 2)} (1 is all round)")
+    table.add_row("effective rank", f"{_number(health['effective_rank'], 0)} of {dim}")
     console.print(table)
     console.print(f"run folder  {known['folder']}\nweights     {known['backbone']}\n\nLoad them:\n", markup=False, soft_wrap=True)
     lines = (
@@ -57,3 +57,8 @@ def show(result: Result, memory_size: int, dim: int) -> None:
         "features = backbone(images)  # [N, 3, S, S] -> [N, F]",
     )
     console.print("\n".join("    " + line for line in lines), markup=False, soft_wrap=True)
+
+
+def _number(value: float | None, digits: int) -> str:
+    """A figure, which a non-finite step leaves empty."""
+    return "not finite" if value is None else f"{value:.{digits}f}"

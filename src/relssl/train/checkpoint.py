@@ -33,9 +33,6 @@ def save(folder: Path, step: int, model: ReSSL, optimizer: Optimizer, engine: En
     target = store.step_folder(folder, step)
     meta = {"step": step, "threads": engine.threads, "world": engine.world, "precision": engine.precision}
     meta |= {"hashes": hashes, "tree": rest}
-    if target.exists():
-        # Left over from a future that going on from an older checkpoint has given up; this step replaces it.
-        store.remove(target)
     store.save(target, tensors, meta | facts)
     return target
 

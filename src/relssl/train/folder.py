@@ -14,6 +14,7 @@ from typing import IO, Any
 
 from relssl.config import Config, to_yaml
 from relssl.errors import ConfigError, LockedError, StorageError
+from relssl.weights import store
 from relssl.weights.atomic import write_file, write_json
 
 _PACKAGES = ("relssl", "torch", "torchvision", "timm", "lightning", "numpy", "scikit-learn", "safetensors", "Pillow")
@@ -63,6 +64,12 @@ class RunFolder:
     def status(self, state: str, step: int, **facts: Any) -> None:
         """Say in status.json where the run stands; state is running, complete, interrupted or failed."""
         write_json(self.path / "status.json", {"state": state, "step": step, "exit_code": None, "error": None} | facts)
+
+    def give_up_after(self, step: int) -> None:
+        """Remove checkpoints later than `step`: going on from an older one gives their future up."""
+        for path in store.checkpoints(self.checkpoints):
+            if path.name > store.step_folder(self.checkpoints, step).name:
+                store.remove(path)
 
     def bad_samples(self, faults: list[tuple[str, str]]) -> None:
         """List images that could not be read, each file once: one object a line with the file and the reason."""

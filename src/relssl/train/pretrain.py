@@ -5,14 +5,17 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 from relssl.config import Config, resolve
 from relssl.data.sources import Images, load
 from relssl.engine import Engine
-from relssl.errors import DataError, Interrupted, RelsslError, StorageError
+from relssl.errors import ConfigError, DataError, DistributedError, Interrupted, RelsslError, StorageError
 from relssl.evaluation.protocol import LabelledPair, choose
 from relssl.train.folder import RunFolder, default_folder, refuse_used
 from relssl.train.journal import Display, read_rows
@@ -41,7 +44,7 @@ class Result:
 
 
 def pretrain(
-    data: str = "digits",
+    data: str | None = None,
     *,
     config: str | Path | None = None,
     settings: Config | None = None,
@@ -51,7 +54,7 @@ def pretrain(
     """Pretrain a backbone with ReSSL.
 
     Args:
-        data: name of a data set, folder of images or list file.
+        data: name of a data set, folder of images or list file; default: what `config` or the recipe names, else digits.
         config: a YAML file of settings.
         settings: a resolved Config, instead of all the others.
         quiet: print nothing.
@@ -64,11 +67,11 @@ def pretrain(
         ConfigError, DataError, StorageError, NumericError, LockedError: each with what to do about it.
         Interrupted: on a signal or at the time limit, after saving.
     """
-    made = settings or resolve({"data": data} | overrides, config)
+    made = settings or resolve(({} if data is None else {"data": data}) | overrides, config)
     folder = Path(made.out or default_folder(made))
     engine = Engine(made.engine)
     _on_first(engine, lambda: refuse_used(folder))
-    return _run(dataclasses.replace(made, out=str(folder)), folder, engine, quiet, None)
+    return _run(dataclasses.replace(made, out=str(folder)), folder, engine, quiet, None, fresh=True)
 
 
 def resume(run: str | Path, *, checkpoint: str | None = None, quiet: bool = False) -> Result | None:
@@ -90,7 +93,7 @@ def resume(run: str | Path, *, checkpoint: str | None = None, quiet: bool = Fals
         return _result(folder)
     saved = any((folder / "checkpoints").glob("step-*"))
     path = loaded.named(checkpoint) if checkpoint is not None else loaded.checkpoint() if saved else None
-    return _run(loaded.config, folder, Engine(loaded.config.engine), quiet, path)
+    return _run(loaded.config, folder, Engine(loaded.config.engine), quiet, path, fresh=False)
 
 
 def complete_settings(config: Config, images: Images) -> Config:
@@ -105,7 +108,7 @@ def complete_settings(config: Config, images: Images) -> Config:
     return dataclasses.replace(config, views=views)
 
 
-def _run(config: Config, path: Path, engine: Engine, quiet: bool, saved: Path | None) -> Result | None:
+def _run(config: Config, path: Path, engine: Engine, quiet: bool, saved: Path | None, *, fresh: bool) -> Result | None:
     images = load(config.data, config.data_root, "train")
     if config.max_images is not None:
         images = choose(images, config.max_images, config.seed)
@@ -114,11 +117,15 @@ def _run(config: Config, path: Path, engine: Engine, quiet: bool, saved: Path | 
     folder = trainer.folder = _on_first(engine, lambda: RunFolder(path))
     try:
         if folder is not None:
+            if fresh:
+                refuse_used(path)  # again, now that nobody else can write it
             if not (path / "config.yaml").exists():
                 facts = {"images": len(images), "fingerprint": trainer.fingerprint}
                 folder.describe(config, {"data": facts, "engine": engine.describe()})
             folder.bad_samples(images.bad)
         inexact = trainer.restore(saved) if saved is not None else []
+        if folder is not None:
+            folder.give_up_after(trainer.step)
         with Display(trainer.total_steps, trainer.step, show=engine.is_first and not quiet) as display:
             _introduce(trainer, display, inexact)
             _fit(trainer, folder, display)
@@ -146,14 +153,15 @@ def _fit(trainer: Trainer, folder: RunFolder | None, display: Display) -> None:
         if folder is not None:
             folder.status("running", trainer.step)
         trainer.fit(display)
-    except (RelsslError, KeyboardInterrupt) as error:
+    except BaseException as error:
+        named = _named(error, trainer)
         if folder is not None:
-            _note_failure(folder, trainer, error)
-        raise
-    except OSError as error:
-        # Whatever else is written while training (metrics, TensorBoard): the checkpoints before it are whole.
-        where = error.filename or trainer.config.out
-        raise StorageError(f"{where}: cannot be written ({error.strerror or error}); free some space, then resume") from error
+            # A full disk must not hide the error that there is to tell.
+            with suppress(StorageError):
+                _note_failure(folder, trainer, named)
+        if named is error:
+            raise
+        raise named from error
 
 
 def _on_first(engine: Engine, make: Callable[[], Made]) -> Made | None:
@@ -170,10 +178,33 @@ def _on_first(engine: Engine, make: Callable[[], Made]) -> Made | None:
     return made
 
 
+def _named(error: BaseException, trainer: Trainer) -> BaseException:
+    """An error of the libraries below as one of ours, where it is known what to do about it."""
+    if isinstance(error, RelsslError):
+        return error
+    if isinstance(error, torch.OutOfMemoryError):
+        batch = trainer.config.batch_size
+        return ConfigError(
+            f"batch_size: {batch} does not fit the device's memory; lower it, or raise accumulate to compute it in parts"
+        )
+    if isinstance(error, OSError):
+        # Whatever is written besides checkpoints (metrics, TensorBoard): the checkpoints before it are whole.
+        where = error.filename or trainer.config.out
+        return StorageError(f"{where}: cannot be written ({error.strerror or error}); free some space, then resume")
+    if isinstance(error, RuntimeError) and trainer.engine.world > 1:
+        what = " ".join(str(error).split())[:200]
+        return DistributedError(f"rank {trainer.engine.rank} failed at step {trainer.step}, another may have been lost: {what}")
+    return error
+
+
 def _note_failure(folder: RunFolder, trainer: Trainer, error: BaseException) -> None:
-    code = getattr(error, "exit_code", 130)
+    code = getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 1)
     state = "interrupted" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "failed"
-    details = {"kind": getattr(error, "kind", "interrupted"), "field": None, "message": str(error)}
+    details = {
+        "kind": getattr(error, "kind", "interrupted" if state == "interrupted" else "bug"),
+        "field": None,
+        "message": str(error),
+    }
     saved = sorted(path.name for path in folder.checkpoints.glob("step-*"))
     folder.status(state, trainer.step, exit_code=code, error=details, last_checkpoint=saved[-1] if saved else None)
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from relssl.config import Config
-from relssl.data.loaders import Batch, Plan, create_loader
+from relssl.data.loaders import Batch, Plan, Unreadable, create_loader
 from relssl.data.sources import Images
 from relssl.engine import Engine
 from relssl.errors import CheckpointError, DataError, Interrupted, NumericError
@@ -74,6 +74,7 @@ class Trainer:
                 f"{path}: was saved at {facts['steps_per_epoch']} steps an epoch, the data now gives {self.steps_per_epoch}"
             )
         self.step, self.best, self.non_finite = facts["step"], facts["best"], facts["non_finite"]
+        self.unreadable = set(facts["unreadable"])
         return inexact if facts["data"] == self.fingerprint else [*inexact, "the data has changed"]
 
     def fit(self, display: Display) -> None:
@@ -103,6 +104,10 @@ class Trainer:
                     if asked and self.step < self.total_steps:
                         done = f"stopped {REASONS[asked]} after step {self.step} of {self.total_steps}, saved"
                         raise Interrupted(f"{done}; go on with `relssl resume {self.config.out}`", asked)
+        except Unreadable as error:
+            if self.folder is not None:
+                self.folder.bad_samples(error.faults)
+            raise
         finally:
             if journal is not None:
                 journal.close()
@@ -113,8 +118,7 @@ class Trainer:
         speed, wait = watch.split(self.config.batch_size)
         row = {"step": self.step, "epoch": epoch, "samples": self.step * self.config.batch_size} | figures
         row |= {"images_per_second": round(speed, 1), "data_wait": round(wait, 4)}
-        every = self.config.log.knn_every
-        if every and within == 0 and (epoch % every == 0 or self.step == self.total_steps):
+        if self._knn_due():
             if self.online is not None:
                 row |= self.online.measure(self.model, self.engine)
                 if self.best is None or row["knn_top1"] > self.best["knn_top1"]:
@@ -129,12 +133,17 @@ class Trainer:
                 self.warned = True
                 display.say(f"warning: step {self.step}: {fault}")
 
+    def _knn_due(self) -> bool:
+        epoch, within = divmod(self.step, self.steps_per_epoch)
+        every = self.config.log.knn_every
+        return bool(every) and within == 0 and (epoch % every == 0 or self.step == self.total_steps)
+
     def _due(self) -> bool:
-        """Whether a checkpoint is."""
+        """Whether a checkpoint is; what kNN measures is saved, as it may be the best."""
         epoch, within = divmod(self.step, self.steps_per_epoch)
         steps = self.config.checkpoint.every_steps
         ended = within == 0 and epoch % self.config.checkpoint.every == 0
-        return ended or self.step == self.total_steps or bool(steps and self.step % steps == 0)
+        return ended or self._knn_due() or self.step == self.total_steps or bool(steps and self.step % steps == 0)
 
     def save(self) -> None:
         """Save the whole state and let go of the oldest checkpoints."""
@@ -142,6 +151,7 @@ class Trainer:
             "steps_per_epoch": self.steps_per_epoch,
             "data": self.fingerprint,
             "best": self.best,
+            "unreadable": sorted(self.unreadable),
             "non_finite": self.non_finite,
         }
         where = self.folder.checkpoints if self.folder else Path()
@@ -159,7 +169,8 @@ class Trainer:
         norms = [buffer.clone() for buffer in self._norms]
         losses, done = [], []
         for number, part in enumerate(parts):
-            with self.engine.autocast():
+            last = number == len(parts) - 1
+            with self.engine.part(self.model.student, last), self.engine.autocast():
                 made = self.model.step(
                     self.engine.place(part.weak),
                     [self.engine.place(view) for view in part.strong],
@@ -168,7 +179,7 @@ class Trainer:
                     warmup_mix=now["warmup_mix"],
                     info_nce_temperature=method.info_nce_temperature,
                 )
-            self.engine.backward(made.loss / len(parts), self.model.student, last_part=number == len(parts) - 1)
+                self.engine.backward(made.loss / len(parts))
             losses.append(made.loss.detach())
             done.append(made)
         loss = self.engine.mean(torch.stack(losses).mean())

@@ -12,7 +12,7 @@ from relssl.config import Config, to_yaml
 from relssl.errors import ConfigError
 from relssl.method.encoder import create_backbone
 from relssl.schema import nearest_word
-from relssl.weights.atomic import write_file
+from relssl.weights.atomic import storing, write_file
 from relssl.weights.runs import NETWORKS, from_checkpoint, load_run
 
 FORMATS = ("safetensors",)
@@ -44,12 +44,16 @@ def export(run: str | Path, *, format: str = "safetensors", network: str = "stud
     target = Path(out) if out is not None else default_target(loaded.folder, network)
     backbone = from_checkpoint(loaded.config, checkpoint, network)
     weights = {name: value.contiguous() for name, value in backbone.state_dict().items()}
-    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.suffix != ".safetensors" or target.stem == "config":
+        raise ConfigError(f"out: {target} must end in .safetensors, and its settings, beside it, must not replace a config.yaml")
+    with storing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
     write_file(target, save(weights, metadata={"format": "pt"}))
     # Paths of this machine are nobody else's business; the card keeps the rest of the configuration.
-    settings = dataclasses.replace(loaded.config, out=None, data_root=None, data=Path(loaded.config.data).name)
+    data, recipe = (Path(value or "folder").resolve().name or "folder" for value in (loaded.config.data, loaded.config.recipe))
+    settings = dataclasses.replace(loaded.config, out=None, data_root=None, data=data, recipe=recipe)
     write_file(target.with_suffix(".yaml"), to_yaml(settings).encode())
-    write_file(target.with_suffix(".md"), card(loaded.config, target, network, checkpoint.name).encode())
+    write_file(target.with_suffix(".md"), card(settings, target, network, checkpoint.name).encode())
     back = load_file(target)
     if back.keys() != weights.keys() or not all(torch.equal(back[name], value) for name, value in weights.items()):
         raise AssertionError(f"{target}: reads back different from what was written")
@@ -65,7 +69,7 @@ def card(config: Config, target: Path, network: str, checkpoint: str) -> str:
     """What the file holds and how to load it, as Markdown."""
     return f"""# {config.backbone}, pretrained with ReSSL
 
-{network.capitalize()} backbone of {checkpoint}, recipe `{config.recipe}`, {config.epochs} epochs on `{Path(config.data).name}`, seed {config.seed}.
+{network.capitalize()} backbone of {checkpoint}, recipe `{config.recipe}`, {config.epochs} epochs on `{config.data}`, seed {config.seed}.
 Input: RGB, {config.views.weak.size} x {config.views.weak.size}, mean {list(config.views.mean or ())}, std {list(config.views.std or ())}.
 All settings are in `{target.with_suffix(".yaml").name}`; the weights are yours.
 

@@ -82,12 +82,12 @@ def load_run(path: str | Path) -> Run:
     return Run(folder, from_mapping(read_yaml(folder / "config.yaml")))
 
 
-def load_backbone(source: str | Path, network: str = "student") -> nn.Module:
+def load_backbone(source: str | Path, network: str | None = None) -> nn.Module:
     """A run's pretrained backbone, in eval mode.
 
     Args:
         source: a run folder, or an exported `.safetensors` file with its card beside it.
-        network: student or teacher.
+        network: student (default) or teacher, of a run; an exported file holds one network.
 
     Returns:
         The timm network without classifier: images [B, 3, S, S] to features [B, F]. It has `.num_features` and
@@ -97,12 +97,14 @@ def load_backbone(source: str | Path, network: str = "student") -> nn.Module:
         ConfigError: if `source` is neither, or `network` unknown.
         CheckpointError: if weights are damaged or do not match the network exactly.
     """
-    if network not in NETWORKS:
-        raise ConfigError(f"network: must be student or teacher, got {network!r}")
-    if Path(source).suffix == ".safetensors":
+    exported = Path(source).suffix == ".safetensors"
+    if network not in (None, *NETWORKS) or (exported and network is not None):
+        wanted = "nothing, an exported file holds one network" if exported else "student or teacher"
+        raise ConfigError(f"network: must be {wanted}, got {network!r}")
+    if exported:
         return load_exported(Path(source))
     run = load_run(source)
-    return from_checkpoint(run.config, run.checkpoint(), network)
+    return from_checkpoint(run.config, run.checkpoint(), network or "student")
 
 
 def from_checkpoint(config: Config, checkpoint: Path, network: str) -> nn.Module:
