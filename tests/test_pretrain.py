@@ -214,6 +214,15 @@ def test_a_non_finite_step_leaves_no_trace(tmp_path: Path) -> None:
     assert "memory.keys" in differing(before, whole_state(made))
 
 
+def test_the_way_back_is_outside_autocast(tmp_path: Path) -> None:
+    """Autocast on the way back would round the fp32 product of the loss's gradient and the memory to bf16."""
+    made = trainer(tmp_path, **{"engine.precision": "bf16"})
+    seen: list[bool] = []
+    made.parameters[0].register_hook(lambda gradient: seen.append(torch.is_autocast_enabled("cpu")))
+    made._train_step(next(made.loader.stream(0, 1)))
+    assert seen == [False]
+
+
 def test_non_finite_steps_in_a_row_stop_the_run(tmp_path: Path) -> None:
     made = trainer(tmp_path)
     batch = next(made.loader.stream(0, 1))

@@ -170,15 +170,17 @@ class Trainer:
         losses, done = [], []
         for number, part in enumerate(parts):
             last = number == len(parts) - 1
-            with self.engine.part(self.model.student, last), self.engine.autocast():
-                made = self.model.step(
-                    self.engine.place(part.weak),
-                    [self.engine.place(view) for view in part.strong],
-                    student_temperature=method.student_temperature,
-                    teacher_temperature=now["teacher_temperature"],
-                    warmup_mix=now["warmup_mix"],
-                    info_nce_temperature=method.info_nce_temperature,
-                )
+            with self.engine.part(self.model.student, last):
+                with self.engine.autocast():
+                    made = self.model.step(
+                        self.engine.place(part.weak),
+                        [self.engine.place(view) for view in part.strong],
+                        student_temperature=method.student_temperature,
+                        teacher_temperature=now["teacher_temperature"],
+                        warmup_mix=now["warmup_mix"],
+                        info_nce_temperature=method.info_nce_temperature,
+                    )
+                # Outside autocast, which would round the loss's fp32 products to bf16 on the way back.
                 self.engine.backward(made.loss / len(parts))
             losses.append(made.loss.detach())
             done.append(made)
