@@ -13,37 +13,42 @@ import pytest
 from relssl.weights import store
 from small_runs import differing, final_state, repeatable_rows
 
-KILLS = 10
+EPOCHS, STEPS_PER_EPOCH, STARTUP_KILLS, KILLS = 30, 44, 2, 10
 
 
 def command(*words: str) -> list[str]:
     return [sys.executable, "-m", "relssl", *words]
 
 
+def newest(run: Path) -> int:
+    """The step of the newest checkpoint, 0 without one."""
+    found = store.checkpoints(run / "checkpoints")
+    return int(found[-1].name.removeprefix("step-")) if found else 0
+
+
 @pytest.mark.torture
 def test_sigkill_at_random_moments_of_a_digits_run(tmp_path: Path) -> None:
     """The digits recipe, killed ten times and resumed each time, ends bit for bit as the run that nobody disturbed."""
-    settings = ["--checkpoint.every_steps", "15"]
+    settings = ["--checkpoint.every_steps", "15", "--epochs", str(EPOCHS)]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    begun = time.monotonic()
     subprocess.run(command("pretrain", "digits", "--out", str(whole), *settings), check=True, stdout=subprocess.DEVNULL)
-    undisturbed = time.monotonic() - begun
     moments = random.Random(20)
-    for kill in range(KILLS):
+    # Steps to be killed after, none so late that the run could end first; two kills come during start-up instead.
+    steps = sorted(moments.sample(range(1, int(0.9 * EPOCHS * STEPS_PER_EPOCH)), KILLS - STARTUP_KILLS))
+    for kill, step in enumerate([*[0] * STARTUP_KILLS, *steps], 1):
         words = (
             ["resume", str(killed)]
             if (killed / "config.yaml").exists()
             else ["pretrain", "digits", "--out", str(killed), *settings]
         )
         process = subprocess.Popen(command(*words), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        # Start-up takes a good part of this: some kills fall into it, the others bring the run a little further.
-        moment = moments.uniform(0.03, 0.22) * undisturbed
-        with pytest.raises(subprocess.TimeoutExpired):  # it is still running when it is killed
-            process.wait(moment)
+        while step and process.poll() is None and newest(killed) < step:
+            time.sleep(0.01)
+        time.sleep(moments.uniform(0.5, 6) if step == 0 else moments.uniform(0, 0.5))
+        assert process.poll() is None  # it is still running when it is killed
         process.kill()
         process.wait()
-        found = store.checkpoints(killed / "checkpoints")
-        print(f"kill {kill + 1} after {moment:.1f} s, newest checkpoint {found[-1].name if found else 'none'}", flush=True)
+        print(f"kill {kill} at step {step} or later, newest checkpoint {newest(killed)}", flush=True)
     subprocess.run(command("resume", str(killed)), check=True, stdout=subprocess.DEVNULL)
     assert differing(final_state(whole), final_state(killed)) == []
     assert repeatable_rows(whole) == repeatable_rows(killed)
