@@ -14,7 +14,10 @@ from hypothesis import given, settings
 from PIL import Image
 
 from relssl.config import Config, resolve
-from relssl.data.loaders import FromFiles, Plan, Resident, create_loader
+from relssl.data.from_files import FromFiles
+from relssl.data.loaders import create_loader
+from relssl.data.plan import Plan
+from relssl.data.resident import Resident
 from relssl.data.sources import Images, load
 from relssl.errors import ConfigError, DataError
 

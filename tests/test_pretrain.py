@@ -20,7 +20,7 @@ from PIL import Image
 import relssl
 from relssl.cli import main
 from relssl.config import resolve
-from relssl.data.loaders import Batch
+from relssl.data.batch import Batch
 from relssl.data.sources import load
 from relssl.engine import Engine
 from relssl.errors import CheckpointError, ConfigError, DataError, Interrupted, LockedError, NumericError, StorageError

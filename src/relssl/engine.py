@@ -17,8 +17,8 @@ from lightning.fabric import Fabric
 from lightning.fabric.strategies import DDPStrategy
 from torch import Tensor, nn
 
-from relssl.config import EngineConfig
 from relssl.errors import ConfigError, DistributedError
+from relssl.sections import EngineConfig
 
 
 class Engine:

@@ -13,8 +13,9 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 
 from relssl.config import Config
+from relssl.data.batch import standardise
 from relssl.data.decode import BadImage
-from relssl.data.loaders import loader_workers, read_image, reset_signals, standardise
+from relssl.data.from_files import loader_workers, read_image, reset_signals
 from relssl.data.sources import Images
 from relssl.views import ViewsConfig
 

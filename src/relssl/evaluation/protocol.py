@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from relssl.config import Config, EngineConfig
+from relssl.config import Config
 from relssl.data.plain import describe
 from relssl.data.sources import Images, load
 from relssl.engine import Engine
@@ -22,6 +22,7 @@ from relssl.evaluation.features import extract, stream
 from relssl.evaluation.knn import SETTINGS, knn_accuracy
 from relssl.evaluation.vectors import write_vectors
 from relssl.schema import nearest_word
+from relssl.sections import EngineConfig
 from relssl.weights.atomic import storing, write_json
 from relssl.weights.runs import NETWORKS, from_checkpoint, load_backbone, load_run
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from relssl.config import OptimizerConfig
+from relssl.sections import OptimizerConfig
 
 _NORMS = (
     nn.modules.batchnorm._NormBase,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
-from relssl.data.loaders import Batch
+from relssl.data.batch import Batch
 
 
 class Stopwatch:

@@ -9,7 +9,10 @@ from typing import Any
 import torch
 
 from relssl.config import Config
-from relssl.data.loaders import Batch, Plan, Unreadable, create_loader
+from relssl.data.batch import Batch
+from relssl.data.from_files import Unreadable
+from relssl.data.loaders import create_loader
+from relssl.data.plan import Plan
 from relssl.data.sources import Images
 from relssl.engine import Engine
 from relssl.errors import CheckpointError, DataError, Interrupted, NumericError

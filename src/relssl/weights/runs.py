@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from relssl.config import Config, from_mapping
-from relssl.data.loaders import standardise
+from relssl.data.batch import standardise
 from relssl.data.plain import plain_view
 from relssl.errors import CheckpointError, ConfigError
 from relssl.method.encoder import create_backbone
