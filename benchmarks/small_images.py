@@ -129,7 +129,7 @@ def ours(config: Config, images: Images, engine: Engine) -> Callable[[int], floa
     stream = trainer.loader.stream(0, trainer.total_steps)
 
     def step() -> None:
-        trainer._train_step(next(stream))
+        trainer.train_step(next(stream))
 
     return lambda steps: speed(step, steps)
 

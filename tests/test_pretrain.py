@@ -102,7 +102,7 @@ def test_resuming_at_any_step_repeats_the_uninterrupted_run(finished: Path, tmp_
 
 def run_until(config: Any, folder: Path, step: int) -> None:
     """Start a run and let SIGTERM reach it in the middle of step `step`."""
-    original = Trainer._train_step
+    original = Trainer.train_step
 
     def interrupted(self: Trainer, parts: list[Batch]) -> Any:
         if self.step + 1 == step:
@@ -110,7 +110,7 @@ def run_until(config: Any, folder: Path, step: int) -> None:
         return original(self, parts)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "_train_step", interrupted)
+        patch.setattr(Trainer, "train_step", interrupted)
         with pytest.raises(Interrupted) as stopped:
             relssl.pretrain(settings=config, quiet=True)
     assert stopped.value.exit_code == 143
@@ -200,17 +200,17 @@ def whole_state(made: Trainer) -> dict[str, torch.Tensor]:
 def test_a_non_finite_step_leaves_no_trace(tmp_path: Path) -> None:
     made = trainer(tmp_path)
     stream: Iterator[list[Batch]] = made.loader.stream(0, 20)
-    made._train_step(next(stream))
+    made.train_step(next(stream))
     before = whole_state(made)
     poisoned = next(stream)
     poisoned[0].strong[0][0, 0, 0, 0] = float("nan")
-    made._train_step(poisoned)
+    made.train_step(poisoned)
     assert differing(before, whole_state(made)) == []
     poisoned[0].strong[0][0, 0, 0, 0] = 0.0
     poisoned[0].weak[3] = float("inf")
-    made._train_step(poisoned)
+    made.train_step(poisoned)
     assert differing(before, whole_state(made)) == []
-    made._train_step(next(stream))
+    made.train_step(next(stream))
     assert "memory.keys" in differing(before, whole_state(made))
 
 
@@ -219,7 +219,7 @@ def test_the_way_back_is_outside_autocast(tmp_path: Path) -> None:
     made = trainer(tmp_path, **{"engine.precision": "bf16"})
     seen: list[bool] = []
     made.parameters[0].register_hook(lambda gradient: seen.append(torch.is_autocast_enabled("cpu")))
-    made._train_step(next(made.loader.stream(0, 1)))
+    made.train_step(next(made.loader.stream(0, 1)))
     assert seen == [False]
 
 
@@ -229,7 +229,7 @@ def test_non_finite_steps_in_a_row_stop_the_run(tmp_path: Path) -> None:
     batch[0].weak.fill_(float("nan"))
     with pytest.raises(NumericError, match="10 steps in a row"):
         for _ in range(11):
-            made._train_step(batch)
+            made.train_step(batch)
 
 
 def test_accumulated_parts_fill_memory_and_teacher_as_one_batch_does(tmp_path: Path) -> None:
@@ -280,7 +280,7 @@ def test_an_error_of_the_libraries_below_says_what_to_do(tmp_path: Path, monkeyp
     def step(self: Trainer, parts: list[Batch]) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(Trainer, "_train_step", step)
+    monkeypatch.setattr(Trainer, "train_step", step)
     with pytest.raises(ConfigError, match="batch_size: 32 does not fit"):
         small_run(tmp_path / "run")
     assert json.loads((tmp_path / "run/status.json").read_text())["state"] == "failed"

@@ -134,6 +134,13 @@ class Engine:
         if self._patient is not None:
             dist.barrier(group=self._patient)  # type: ignore[arg-type]
 
+    def synchronise(self) -> None:
+        """Until the device has done all that was asked of it: before a clock is read, never in a loop that trains."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
+
     def seed(self, seed: int) -> None:
         """Start every random generator of this process."""
         torch.manual_seed(seed)

@@ -96,7 +96,7 @@ class Trainer:
                 self.engine.wait()
                 watch = Stopwatch()
                 for parts in watch.timed(self.loader.stream(self.step, self.total_steps)):
-                    figures = self._train_step(parts)
+                    figures = self.train_step(parts)
                     self._note_bad(parts)
                     if figures is not None:
                         self._report(figures, watch, journal, display)
@@ -114,6 +114,52 @@ class Trainer:
         finally:
             if journal is not None:
                 journal.close()
+
+    def train_step(self, parts: list[Batch]) -> dict[str, Any] | None:
+        """One optimizer step; its figures if it is one that is logged."""
+        step, method = self.step, self.config.method
+        now = self._settings(step)
+        norms = [buffer.clone() for buffer in self._norms]
+        losses, done = [], []
+        for number, part in enumerate(parts):
+            last = number == len(parts) - 1
+            with self.engine.part(self.model.student, last):
+                with self.engine.autocast():
+                    made = self.model.step(
+                        self.engine.place(part.weak),
+                        [self.engine.place(view) for view in part.strong],
+                        student_temperature=method.student_temperature,
+                        teacher_temperature=now["teacher_temperature"],
+                        warmup_mix=now["warmup_mix"],
+                        info_nce_temperature=method.info_nce_temperature,
+                    )
+                # Outside autocast, which would round the loss's fp32 products to bf16 on the way back.
+                self.engine.backward(made.loss / len(parts))
+            losses.append(made.loss.detach())
+            done.append(made)
+        loss = self.engine.mean(torch.stack(losses).mean())
+        clip = self.config.optimizer.clip
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, clip if clip is not None else math.inf)
+        self.step += 1
+        logged = self.step % self.config.log.every == 0 or self.step % self.steps_per_epoch == 0
+        keys = self._joined([made.keys for made in done])
+        figures = {}
+        if logged:
+            queries = self._joined([made.queries.transpose(0, 1) for made in done]).transpose(0, 1)
+            figures = health(
+                queries,
+                keys,
+                self.model.memory.keys,
+                student_temperature=method.student_temperature,
+                teacher_temperature=now["teacher_temperature"],
+            )
+        if torch.isfinite(loss) and torch.isfinite(norm):
+            self._commit(keys, self._joined([part.ids for part in parts]), now)
+        else:
+            self._drop(norms)
+        self.optimizer.zero_grad(set_to_none=True)
+        shown = {"loss": float(loss), "grad_norm": float(norm)} | now | figures
+        return shown if logged else None
 
     def _report(self, figures: dict[str, Any], watch: Stopwatch, journal: Journal | None, display: Display) -> None:
         """Make a row of a step's figures, with kNN where it is due, and tell it."""
@@ -164,52 +210,6 @@ class Trainer:
             store.prune(self.folder.checkpoints, self.config.checkpoint.keep, protect)
             self.folder.status("running", self.step, last_checkpoint=target.name)
         self.engine.wait()
-
-    def _train_step(self, parts: list[Batch]) -> dict[str, Any] | None:
-        """One optimizer step; its figures if it is one that is logged."""
-        step, method = self.step, self.config.method
-        now = self._settings(step)
-        norms = [buffer.clone() for buffer in self._norms]
-        losses, done = [], []
-        for number, part in enumerate(parts):
-            last = number == len(parts) - 1
-            with self.engine.part(self.model.student, last):
-                with self.engine.autocast():
-                    made = self.model.step(
-                        self.engine.place(part.weak),
-                        [self.engine.place(view) for view in part.strong],
-                        student_temperature=method.student_temperature,
-                        teacher_temperature=now["teacher_temperature"],
-                        warmup_mix=now["warmup_mix"],
-                        info_nce_temperature=method.info_nce_temperature,
-                    )
-                # Outside autocast, which would round the loss's fp32 products to bf16 on the way back.
-                self.engine.backward(made.loss / len(parts))
-            losses.append(made.loss.detach())
-            done.append(made)
-        loss = self.engine.mean(torch.stack(losses).mean())
-        clip = self.config.optimizer.clip
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, clip if clip is not None else math.inf)
-        self.step += 1
-        logged = self.step % self.config.log.every == 0 or self.step % self.steps_per_epoch == 0
-        keys = self._joined([made.keys for made in done])
-        figures = {}
-        if logged:
-            queries = self._joined([made.queries.transpose(0, 1) for made in done]).transpose(0, 1)
-            figures = health(
-                queries,
-                keys,
-                self.model.memory.keys,
-                student_temperature=method.student_temperature,
-                teacher_temperature=now["teacher_temperature"],
-            )
-        if torch.isfinite(loss) and torch.isfinite(norm):
-            self._commit(keys, self._joined([part.ids for part in parts]), now)
-        else:
-            self._drop(norms)
-        self.optimizer.zero_grad(set_to_none=True)
-        shown = {"loss": float(loss), "grad_norm": float(norm)} | now | figures
-        return shown if logged else None
 
     def _commit(self, keys: torch.Tensor, ids: torch.Tensor, now: dict[str, float]) -> None:
         for group in self.optimizer.param_groups:
