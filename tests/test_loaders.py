@@ -92,6 +92,24 @@ def test_resident_stream_can_start_anywhere_and_parts_share_the_batch() -> None:
     assert not torch.equal(whole[0][1], whole[3][1])  # another epoch
 
 
+@pytest.mark.parametrize("ahead", [2, 3, 8])
+def test_views_made_ahead_are_those_made_step_by_step(ahead: int) -> None:
+    images, changes = picture_images(), {"views.crops": [[32, 0.2, 1.0], [16, 0.1, 0.5]], "views.strong": "strong"}
+    one, many = settings_for(changes), settings_for(changes | {"loader.views_ahead": ahead})
+    plan = Plan(24, 5, seed=2)  # four steps an epoch
+    single, joined = (batches(Resident(images, config, plan, CPU), 0, 10) for config in (one, many))
+    for a, b in zip(single, joined, strict=True):
+        assert torch.equal(a[0], b[0])
+        for x, y in zip(a[1:], b[1:], strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-4)
+    for start, stop in ((1, 10), (3, 4), (6, 9)):
+        assert equal(joined[start:stop], batches(Resident(images, many, plan, CPU), start, stop))
+    parts = batches(Resident(images, many, Plan(24, 6, parts=3), CPU), 0, 5)
+    whole = batches(Resident(images, one, Plan(24, 6), CPU), 0, 5)
+    for step in range(5):
+        assert torch.equal(torch.cat([part[0] for part in parts[3 * step : 3 * step + 3]]), whole[step][0])
+
+
 def test_files_and_resident_paths_show_the_same_views() -> None:
     images, config = picture_images(), settings_for({"loader.workers": 0})
     held = batches(Resident(images, config, Plan(24, 8), CPU), 0, 3)

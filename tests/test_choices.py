@@ -1,0 +1,77 @@
+"""What a run finds out about its machine: compiling and the form of the loss change nothing but the time."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from relssl.config import resolve
+from relssl.data.sources import load
+from relssl.engine import Engine
+from relssl.errors import ConfigError
+from relssl.method.ressl import unwrapped
+from relssl.schema import merge, nest
+from relssl.train.pretrain import complete_settings
+from relssl.train.trainer import Trainer
+from small_runs import SMALL, differing
+
+
+def trainer(out: Path, **settings: Any) -> Trainer:
+    images = load("digits", None, "train").subset(range(96))
+    over = {"out": str(out), "engine.precision": "fp32"} | settings
+    config = complete_settings(resolve(merge(SMALL, nest(over))), images)
+    return Trainer(config, Engine(config.engine), images, None)
+
+
+def state(made: Trainer) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in made.model.state_dict().items()} | {"torch": torch.get_rng_state()}
+
+
+def test_a_compiler_that_fails_is_told_in_one_line_and_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("no compiler\nmany\nlines")
+
+    plain = trainer(tmp_path / "a")
+    monkeypatch.setattr(torch, "compile", fail)
+    without = trainer(tmp_path / "b", compile="on")
+    assert without.compiled == "compile: not possible here (no compiler); going on without"
+    assert differing(state(plain), state(without)) == []
+    for made in (plain, without):
+        made.train_step(next(made.loader.stream(0, 1)))
+    assert differing(state(plain), state(without)) == []
+    assert "embed" not in vars(unwrapped(without.model.student))
+
+
+def test_auto_does_not_compile_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.fail("compiled"))
+    assert trainer(tmp_path).compiled is None
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore")  # torch's compiler warns of what is not ours
+def test_compiled_networks_make_the_same_step(tmp_path: Path) -> None:
+    plain, compiled = trainer(tmp_path / "a"), trainer(tmp_path / "b", compile="on")
+    assert compiled.compiled is not None and "of the time without" in compiled.compiled
+    assert "embed" in vars(unwrapped(compiled.model.student))
+    assert differing(state(plain), state(compiled)) == []  # trying it out has left no trace
+    for made in (plain, compiled):
+        made.train_step(next(made.loader.stream(0, 1)))
+    a, b = state(plain), state(compiled)
+    for name in a:
+        if a[name].is_floating_point():
+            torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_the_loss_is_tiled_on_a_cpu_and_triton_is_refused_there(tmp_path: Path) -> None:
+    forms = {form: trainer(tmp_path / form, **{"method.loss_form": form}) for form in ("auto", "tiled", "plain")}
+    assert forms["auto"].model.objective is forms["tiled"].model.objective is not forms["plain"].model.objective
+    for made in forms.values():
+        made.train_step(next(made.loader.stream(0, 1)))
+    for name, value in state(forms["plain"]).items():
+        torch.testing.assert_close(state(forms["tiled"])[name], value, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ConfigError, match=r"method.loss_form: triton cannot run here \(it needs a CUDA device\); use tiled"):
+        trainer(tmp_path / "triton", **{"method.loss_form": "triton"})
