@@ -89,6 +89,9 @@ class LoaderConfig:
     )
     workers: int | None = setting(None, "loader processes of the files path; null: the cores beyond the first", ge=0, le=1024)
     prefetch: int = setting(2, "batches each worker prepares ahead", ge=1, le=64)
+    reduced_decode: bool = setting(
+        True, "files path: decode a JPEG at 1/2, 1/4 or 1/8 of its size where each view keeps its resolution"
+    )
     max_bad_fraction: float = setting(0.1, "stop when more than this share of the images cannot be read", ge=0, le=1)
     max_pixels: int = setting(89_000_000, "images with more pixels than this are skipped", ge=1)
 
