@@ -103,6 +103,39 @@ def test_files_and_resident_paths_show_the_same_views() -> None:
             assert (x - y).abs().mean() * 0.25 * 255 < 2.5
 
 
+# The mean difference in levels of 255 that 8 bits explain; see test_single_views.
+@pytest.mark.parametrize(("strong", "tolerance"), [("weak", 0.0), ("contrastive", 2.0), ("digit-strong", 1.5)])
+def test_the_device_finishes_views_as_a_worker_does(folder: Path, strong: str, tolerance: float) -> None:
+    (folder / "03.png").write_bytes(b"no image")  # what stands in for it has views of its own
+    images, options = load(str(folder), None, "train"), {"views.strong": strong, "loader.workers": 0}
+    worker, device = (settings_for(options | {"loader.photometric": where}) for where in ("worker", "device"))
+    made = batches(FromFiles(images, worker, Plan(12, 6, parts=2), CPU), 1, 5)
+    finished = batches(FromFiles(images, device, Plan(12, 6, parts=2), CPU), 1, 5)
+    for (ids, *views), (same, *others) in zip(made, finished, strict=True):
+        assert torch.equal(ids, same)
+        for view, other, limit in zip(views, others, (0.0, tolerance), strict=True):
+            difference = (view - other).abs() * 0.25 * 255
+            assert difference.mean() <= limit + 1e-4
+    seen = torch.cat([ids for ids, *_ in finished]).tolist()
+    assert 3 not in seen and seen.count(4) > seen.count(5)
+
+
+def test_randaugment_on_the_device_is_that_of_a_worker(folder: Path) -> None:
+    # Posterize and solarize turn a level's difference into a large one, so most pixels agree rather than all.
+    images, options = (
+        load(str(folder), None, "train"),
+        {"views.strong": {"name": "strong", "jitter": 0.0, "blur": 0.0, "grey": 0.0}},
+    )
+    made = [
+        batches(
+            FromFiles(images, settings_for(options | {"loader.workers": 0, "loader.photometric": where}), Plan(12, 12), CPU), 0, 2
+        )
+        for where in ("worker", "device")
+    ]
+    for (_, _, view), (_, _, other) in zip(*made, strict=True):
+        assert ((view - other).abs() * 0.25 * 255 <= 4).float().mean() > 0.9
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_never_change_a_view(folder: Path, workers: int) -> None:
     images = load(str(folder), None, "train")

@@ -92,6 +92,11 @@ class LoaderConfig:
     reduced_decode: bool = setting(
         True, "files path: decode a JPEG at 1/2, 1/4 or 1/8 of its size where each view keeps its resolution"
     )
+    photometric: str = setting(
+        "auto",
+        "files path: jitter, grey, blur and RandAugment in workers, or in batches on the device; auto: there on CUDA",
+        choices=("auto", "worker", "device"),
+    )
     max_bad_fraction: float = setting(0.1, "stop when more than this share of the images cannot be read", ge=0, le=1)
     max_pixels: int = setting(89_000_000, "images with more pixels than this are skipped", ge=1)
 

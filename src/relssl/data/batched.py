@@ -34,14 +34,35 @@ def apply(images: Tensor, view: ViewConfig, draws: Draws) -> Tensor:
     Returns:
         fp32 [B,3,S,S] in 0..1 on the images' device, in memory of its own.
     """
+    return photometric(geometric(images, view, draws), view, draws)
+
+
+@torch.no_grad()
+def geometric(images: Tensor, view: ViewConfig, draws: Draws) -> Tensor:
+    """The first half of `apply`: crop, affine and flip; the result is fp32 [B,3,S,S] in 0..1 and owns its memory."""
     if len(images) != len(draws):
         raise ValueError(f"images and draws must have one row a sample, got {len(images)} and {len(draws)}")
     with torch.autocast(images.device.type, enabled=False):
         # The flip costs nothing inside the crop's or the affine's own resampling.
         moves = view.affine > 0
         x = _crop(images, view, draws, None if moves else draws.flip)
-        if moves:
-            x = _affine(x, draws)
+        return _affine(x, draws) if moves else x
+
+
+@torch.no_grad()
+def photometric(x: Tensor, view: ViewConfig, draws: Draws) -> Tensor:
+    """The second half of `apply`: jitter, grey, blur and RandAugment, whose own geometric operations come last.
+
+    Args:
+        x: [B,3,S,S] after `geometric` or `single.geometric`: float in 0..1, which is worked on in place, or uint8.
+        view, draws: as for `apply`; the draws' crops are not looked at.
+
+    Returns:
+        fp32 [B,3,S,S] in 0..1.
+    """
+    if x.dtype == torch.uint8:
+        x = x.float().div_(255)
+    with torch.autocast(x.device.type, enabled=False):
         if view.jitter:
             x = _on(x, draws.jitter, lambda part, rows: _jitter(part, view, draws.take(rows)))
         if view.grey:
@@ -107,7 +128,7 @@ def _resize_weights(start: Tensor, length: Tensor, flip: Bools | None, source: i
     scale = (length / size)[:, None, None]
     target = torch.arange(size, device=start.device, dtype=torch.float32).expand(len(start), size)
     if flip is not None:
-        target = torch.where(torch.as_tensor(flip).to(start.device)[:, None], size - 1 - target, target)
+        target = torch.where(torch.as_tensor(flip).to(start.device, non_blocking=True)[:, None], size - 1 - target, target)
     offset = torch.arange(source, device=start.device, dtype=torch.float32) - start[:, None]
     centre = (target[:, :, None] + 0.5) * scale
     weights = (1 - (offset[:, None] + 0.5 - centre).abs_().div_(scale.clamp(min=1.0))).clamp_(min=0)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
 from relssl.config import Config
+from relssl.data import batched
 from relssl.data.batch import Batch, standardise
+from relssl.data.draws import draw
 from relssl.data.paths import shown
 from relssl.data.plan import Plan
 from relssl.data.samples import Fault, Request, Sample, Views, collate
@@ -28,16 +31,23 @@ class Unreadable(DataError):
 
 
 class FromFiles:
-    """Images decoded once each and viewed in loader workers; uint8 travels to the device and is normalised there."""
+    """Images decoded once each and viewed in loader workers; uint8 travels to the device and is normalised there.
+
+    Attributes:
+        photometric_here: whether colours, blur and RandAugment are left to the device; workers then crop, move and flip alone.
+    """
 
     def __init__(self, images: Images, config: Config, plan: Plan, device: torch.device) -> None:
         self.images, self.config, self.plan, self.device = images, config, plan, device
+        self.views = [config.views.weak, *config.strong_views]
+        wanted = config.loader.photometric
+        self.photometric_here = wanted == "device" or (wanted == "auto" and device.type == "cuda")
 
     def stream(self, start: int, stop: int) -> Iterator[list[Batch]]:
         """The parts of each step; one set of workers serves the whole run."""
         workers = loader_workers(self.config)
         loader = DataLoader(
-            Views(self.images, self.config, photometric=True),
+            Views(self.images, self.config, photometric=not self.photometric_here),
             batch_sampler=_Requests(self.plan, start, stop),
             num_workers=workers,
             collate_fn=collate,
@@ -57,8 +67,19 @@ class FromFiles:
         if not sample.views:
             raise Unreadable(sample.bad)
         assert isinstance(sample.row, torch.Tensor)
-        moved = [standardise(view.to(self.device, non_blocking=True), self.config) for view in sample.views]
+        moved = [view.to(self.device, non_blocking=True) for view in sample.views]
+        if self.photometric_here:
+            moved = self._photometric(moved, sample.epoch, sample.row.numpy())
+        moved = [standardise(view, self.config) for view in moved]
         return Batch(sample.row.to(self.device, non_blocking=True), moved[0], moved[1:], sample.bad)
+
+    def _photometric(self, views: list[torch.Tensor], epoch: int, rows: np.ndarray) -> list[torch.Tensor]:
+        """The rest of each view, drawn again: of the parameters the crop alone depends on the size of the image."""
+        made = []
+        for slot, (view, pixels) in enumerate(zip(self.views, views, strict=True)):
+            draws = draw(view, self.config.seed, epoch, rows, slot, (view.size, view.size))
+            made.append(batched.photometric(pixels, view, draws))
+        return made
 
 
 class _Requests(Sampler[list[Request]]):
