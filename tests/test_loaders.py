@@ -172,3 +172,18 @@ def test_too_few_images_and_impossible_paths_are_refused(folder: Path) -> None:
     for workers in (0, 1):
         with pytest.raises(DataError, match=r"^48 images cannot be read, the last is .*; see bad_samples.jsonl$"):
             batches(FromFiles(images, settings_for({"loader.workers": workers}), Plan(12, 4), CPU), 0, 1)
+
+
+def test_measuring_the_workers_changes_no_batch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("relssl.data.from_files.cores", lambda config: 2)
+    images, plan = load(str(folder), None, "train"), Plan(12, 4, parts=2, seed=5)
+    small = {"views.weak": {"name": "weak", "size": 8}, "views.strong": {"name": "weak", "size": 8}}
+    given, measured = settings_for(small | {"loader.workers": 0}), settings_for(small)
+    loader = FromFiles(images, measured, plan, CPU)
+    assert loader.choice is None
+    assert equal(batches(FromFiles(images, given, plan, CPU), 7, 210), batches(loader, 7, 210))
+    assert loader.choice is not None
+    assert [(trial.workers, trial.prefetch) for trial in loader.choice.trials[:2]] == [(2, 2), (1, 2)]
+    assert len(loader.choice.trials) == 3 and all(0 < trial.seconds < 60 for trial in loader.choice.trials)
+    short = FromFiles(images, measured, plan, CPU)
+    assert len(list(short.stream(0, 3))) == 3 and short.choice is not None and not short.choice.trials

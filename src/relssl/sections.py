@@ -87,8 +87,10 @@ class LoaderConfig:
         "resident: uint8 images on the device, views made in batches; files: decoded and viewed in workers",
         choices=("auto", "resident", "files"),
     )
-    workers: int | None = setting(None, "loader processes of the files path; null: the cores beyond the first", ge=0, le=1024)
-    prefetch: int = setting(2, "batches each worker prepares ahead", ge=1, le=64)
+    workers: int | None = setting(
+        None, "loader processes of the files path; null: measured in the run's first steps, views never change", ge=0, le=1024
+    )
+    prefetch: int | None = setting(None, "batches each worker prepares ahead; null: measured, 2 or 4", ge=1, le=64)
     reduced_decode: bool = setting(
         True, "files path: decode a JPEG at 1/2, 1/4 or 1/8 of its size where each view keeps its resolution"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -16,7 +17,8 @@ from relssl.data.paths import shown
 from relssl.data.plan import Plan
 from relssl.data.samples import Fault, Request, Sample, Views, collate
 from relssl.data.sources import Images
-from relssl.data.workers import loader_workers, reset_signals, watch
+from relssl.data.tuning import Choice, Tuning
+from relssl.data.workers import cores, reset_signals, watch
 from relssl.errors import DataError
 
 
@@ -35,24 +37,36 @@ class FromFiles:
 
     Attributes:
         photometric_here: whether colours, blur and RandAugment are left to the device; workers then crop, move and flip alone.
+        choice: how many workers serve the run, with what was measured to find that; None until it is known, which with
+            `loader.workers` or `loader.prefetch` null is some tens of steps after the start of a long run.
     """
 
     def __init__(self, images: Images, config: Config, plan: Plan, device: torch.device) -> None:
         self.images, self.config, self.plan, self.device = images, config, plan, device
         self.views = [config.views.weak, *config.strong_views]
+        self.choice: Choice | None = None
         wanted = config.loader.photometric
         self.photometric_here = wanted == "device" or (wanted == "auto" and device.type == "cuda")
 
     def stream(self, start: int, stop: int) -> Iterator[list[Batch]]:
-        """The parts of each step; one set of workers serves the whole run."""
-        workers = loader_workers(self.config)
+        """The parts of each step; the first steps of a long run also tell which workers serve it best, see `choice`."""
+        tuning = Tuning(self.config.loader, cores(self.config), self.plan.parts, stop - start)
+        for trial in tuning.trials():
+            ahead = start + trial.steps
+            yield from trial.timed(self._steps(start, ahead, trial.workers, trial.prefetch), self._clock)
+            start = ahead
+        self.choice = tuning.choice()
+        yield from self._steps(start, stop, self.choice.workers, self.choice.prefetch)
+
+    def _steps(self, start: int, stop: int, workers: int, prefetch: int) -> Iterator[list[Batch]]:
+        """The parts of these steps, by one set of workers."""
         loader = DataLoader(
             Views(self.images, self.config, photometric=not self.photometric_here),
             batch_sampler=_Requests(self.plan, start, stop),
             num_workers=workers,
             collate_fn=collate,
             worker_init_fn=reset_signals,
-            prefetch_factor=self.config.loader.prefetch if workers else None,
+            prefetch_factor=prefetch if workers else None,
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # else it would draw from the global one, and a resumed run once more
         )
@@ -62,6 +76,12 @@ class FromFiles:
             if len(parts) == self.plan.parts:
                 yield parts
                 parts = []
+
+    def _clock(self) -> float:
+        """Seconds, once the device has caught up: a few looks a trial, none after."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
 
     def _batch(self, sample: Sample) -> Batch:
         if not sample.views:

@@ -10,6 +10,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from relssl.config import Config
+from relssl.data.tuning import untried
 from relssl.errors import DataError
 
 
@@ -20,8 +21,8 @@ def cores(config: Config) -> int:
 
 
 def loader_workers(config: Config) -> int:
-    """Loader processes where nothing is measured: what `loader.workers` says, else the cores beyond the first."""
-    return max(1, cores(config) - 1) if config.loader.workers is None else config.loader.workers
+    """Loader processes for work too short to measure, such as an evaluation."""
+    return untried(config.loader.workers, cores(config))
 
 
 def reset_signals(worker: int) -> None:
