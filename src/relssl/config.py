@@ -129,6 +129,8 @@ def check(config: Config) -> list[str]:
         faults.append(f"batch_size: {config.batch_size} leaves one image a part, too few for batch normalisation; raise it")
     if method.memory_size < config.batch_size:
         faults.append(f"method.memory_size: {method.memory_size} must be at least batch_size ({config.batch_size})")
+    if config.loader.decoder == "torchvision" and config.loader.photometric == "worker":
+        faults.append("loader.photometric: must be auto or device with loader.decoder torchvision, where workers see no pixels")
     if config.optimizer.warmup_epochs > config.epochs:
         faults.append(f"optimizer.warmup_epochs: {config.optimizer.warmup_epochs:g} must not exceed epochs ({config.epochs})")
     for side in ("weak", "strong"):

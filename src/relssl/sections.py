@@ -94,6 +94,11 @@ class LoaderConfig:
     reduced_decode: bool = setting(
         True, "files path: decode a JPEG at 1/2, 1/4 or 1/8 of its size where each view keeps its resolution"
     )
+    decoder: str = setting(
+        "pillow",
+        "files path: pillow decodes in workers; torchvision decodes JPEGs on the device (nvJPEG on CUDA), workers only read them",
+        choices=("pillow", "torchvision"),
+    )
     photometric: str = setting(
         "auto",
         "files path: jitter, grey, blur and RandAugment in workers, or in batches on the device; auto: there on CUDA",

@@ -108,9 +108,9 @@ def _crop(images: Tensor, view: ViewConfig, draws: Draws, flip: Bools | None) ->
     """Crop, resize and flip [B,3,H,W] -> [B,3,S,S]: torchvision's resized_crop (bilinear, antialiased) as two matrices."""
     height, width = images.shape[-2:]
     white = 255.0 if images.dtype == torch.uint8 else 1.0
-    unchanged = view.scale is None and (height, width) == (view.size, view.size)
-    if unchanged and (flip is None or not flip.any()):
-        return images.float() / white  # always a copy: what follows works in place
+    if view.scale is None and (height, width) == (view.size, view.size):
+        x = images.float() / white  # always a copy: what follows works in place
+        return x if flip is None else torch.where(_column(flip, x).bool().view(-1, 1, 1, 1), x.flip(-1), x)
     x = images.float()
     top, left, rows, columns = draws.crop.T
     down = _resize_weights(_column(top, x), _column(rows, x), None, height, view.size)

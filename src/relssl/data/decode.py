@@ -69,7 +69,7 @@ class Opened:
         reductions: what the sides may be divided by while they are decoded, rising; 1 alone for all but JPEG.
 
     Raises:
-        BadImage: for every file that cannot be read, whatever it holds; `rgb` raises it too.
+        BadImage: for every file that cannot be read, whatever it holds; `rgb` and `jpeg` raise it too.
     """
 
     def __init__(self, path: str, max_pixels: int) -> None:
@@ -102,6 +102,19 @@ class Opened:
             if reduction > 1:
                 self._image.draft(None, (self._image.width // reduction, self._image.height // reduction))
             return _upright_rgb(self._image)
+
+    def jpeg(self) -> bytes | None:
+        """The file as it is, to be asked for instead of `rgb`; None unless it is a JPEG that every decoder reads alike.
+
+        Which is a picture alone, grey or in the usual colours, that ends as it should: cut-off files are for `rgb` to refuse.
+        """
+        usual = self._image.mode in ("L", "RGB") and self._image.info.get("adobe_transform", 1) != 0
+        if self._image.format != "JPEG" or not usual:
+            return None
+        with self._named_faults():
+            self._file.seek(0)
+            found = self._file.read()
+        return found if found.endswith(b"\xff\xd9") else None
 
     def __enter__(self) -> Opened:
         return self

@@ -13,6 +13,7 @@ from relssl.config import Config
 from relssl.data import batched
 from relssl.data.batch import Batch, standardise
 from relssl.data.draws import draw
+from relssl.data.jpegs import Bytes, Decoder, Files, collate_files
 from relssl.data.paths import shown
 from relssl.data.plan import Plan
 from relssl.data.samples import Fault, Request, Sample, Views, collate
@@ -35,6 +36,8 @@ class Unreadable(DataError):
 class FromFiles:
     """Images decoded once each and viewed in loader workers; uint8 travels to the device and is normalised there.
 
+    With `loader.decoder` torchvision the files themselves travel, and are decoded there too.
+
     Attributes:
         photometric_here: whether colours, blur and RandAugment are left to the device; workers then crop, move and flip alone.
         choice: how many workers serve the run, with what was measured to find that; None until it is known, which with
@@ -45,8 +48,10 @@ class FromFiles:
         self.images, self.config, self.plan, self.device = images, config, plan, device
         self.views = [config.views.weak, *config.strong_views]
         self.choice: Choice | None = None
+        self.decoder = Decoder(images, config, device) if config.loader.decoder == "torchvision" else None
         wanted = config.loader.photometric
-        self.photometric_here = wanted == "device" or (wanted == "auto" and device.type == "cuda")
+        by_itself = device.type == "cuda" or self.decoder is not None
+        self.photometric_here = wanted == "device" or (wanted == "auto" and by_itself)
 
     def stream(self, start: int, stop: int) -> Iterator[list[Batch]]:
         """The parts of each step; the first steps of a long run also tell which workers serve it best, see `choice`."""
@@ -60,14 +65,16 @@ class FromFiles:
 
     def _steps(self, start: int, stop: int, workers: int, prefetch: int) -> Iterator[list[Batch]]:
         """The parts of these steps, by one set of workers."""
+        plainly = self.decoder is None
+        samples = Views(self.images, self.config, photometric=not self.photometric_here)
         loader = DataLoader(
-            Views(self.images, self.config, photometric=not self.photometric_here),
+            samples if plainly else Bytes(self.images, self.config),
             batch_sampler=_Requests(self.plan, start, stop),
             num_workers=workers,
-            collate_fn=collate,
+            collate_fn=collate if plainly else collate_files,
             worker_init_fn=reset_signals,
             prefetch_factor=prefetch if workers else None,
-            pin_memory=self.device.type == "cuda",
+            pin_memory=plainly and self.device.type == "cuda",
             generator=torch.Generator(),  # else it would draw from the global one, and a resumed run once more
         )
         parts: list[Batch] = []
@@ -83,7 +90,10 @@ class FromFiles:
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
-    def _batch(self, sample: Sample) -> Batch:
+    def _batch(self, sample: Sample | Files) -> Batch:
+        if isinstance(sample, Files):
+            assert self.decoder is not None
+            sample = self.decoder.views(sample)
         if not sample.views:
             raise Unreadable(sample.bad)
         assert isinstance(sample.row, torch.Tensor)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -40,34 +40,38 @@ class Sample(NamedTuple):
     bad: list[Fault]
 
 
-class Views(Dataset[Sample]):
-    """One sample's views; stateless, so any worker gives the same for (epoch, row)."""
+class Views(Dataset[Any]):
+    """One sample's views; stateless, so any worker gives the same for (epoch, row).
+
+    Args:
+        images: what to read.
+        config: the settings.
+        photometric: whether views are made to the end; else what `batched.photometric` does is left out.
+    """
 
     def __init__(self, images: Images, config: Config, *, photometric: bool) -> None:
         self.images, self.config, self.apply = images, config, single.apply if photometric else single.geometric
         self.views = [config.views.weak, *config.strong_views]
 
-    def __getitem__(self, request: Request) -> Sample:
+    def __getitem__(self, request: Request) -> Any:
+        """The sample, or the next one that can be read."""
         epoch, row = request
         bad: list[Fault] = []
         for position in positions(self.images, row):
             try:
-                return Sample(epoch, position, self._views(epoch, position), bad)
+                with open_image(self.images, position, self.config.loader.max_pixels) as opened:
+                    return self.sample(opened, epoch, position, bad)
             except BadImage as fault:
                 bad.append(named(self.images, position, fault))
         return Sample(epoch, row, [], bad)
 
-    def _views(self, epoch: int, row: int) -> list[Tensor]:
-        """All views of one image, which is decoded once for all, as small as the largest of their crops allows."""
-        loader = self.config.loader
-        with open_image(self.images, row, loader.max_pixels) as opened:
-            draws = [
-                draw(view, self.config.seed, epoch, np.array([row]), slot, opened.size) for slot, view in enumerate(self.views)
-            ]
-            drawn = list(zip(self.views, draws, strict=True))
-            reduction = single.largest_reduction(opened.reductions, drawn) if loader.reduced_decode else 1
-            image = opened.rgb(reduction)
-        return [self.apply(image, view, draws, 0, reduction) for view, draws in drawn]
+    def sample(self, opened: Opened | Held, epoch: int, row: int, bad: list[Fault]) -> Any:
+        """The sample of an opened image, which is decoded once for all views, as small as the largest of their crops allows."""
+        draws = [draw(view, self.config.seed, epoch, np.array([row]), slot, opened.size) for slot, view in enumerate(self.views)]
+        drawn = list(zip(self.views, draws, strict=True))
+        reduction = single.largest_reduction(opened.reductions, drawn) if self.config.loader.reduced_decode else 1
+        image = opened.rgb(reduction)
+        return Sample(epoch, row, [self.apply(image, view, draws, 0, reduction) for view, draws in drawn], bad)
 
 
 def positions(images: Images, row: int) -> Iterator[int]:
@@ -80,24 +84,29 @@ def named(images: Images, position: int, fault: BadImage) -> Fault:
     return str(images.files and images.files[position]), str(fault)
 
 
-class _Held:
+class Held:
     """Pixels in memory, in the place of an opened file."""
 
-    reductions = REDUCTIONS[:1]
+    turn, reductions = 1, REDUCTIONS[:1]
 
     def __init__(self, image: Image.Image) -> None:
         self.image, self.size = image, (image.height, image.width)
 
     def rgb(self, reduction: int = 1) -> Image.Image:
+        """The image."""
         return self.image
+
+    def jpeg(self) -> bytes | None:
+        """None: it is no file."""
+        return None
 
 
 @contextmanager
-def open_image(images: Images, position: int, max_pixels: int) -> Iterator[Opened | _Held]:
+def open_image(images: Images, position: int, max_pixels: int) -> Iterator[Opened | Held]:
     """The image at a position, its size known and its pixels still to be read; BadImage if its file cannot be."""
     if images.files is None:
         assert images.pixels is not None
-        yield _Held(Image.fromarray(images.pixels[position].permute(1, 2, 0).cpu().numpy()))
+        yield Held(Image.fromarray(images.pixels[position].permute(1, 2, 0).cpu().numpy()))
     else:
         with Opened(images.files[position], max_pixels) as opened:
             yield opened
