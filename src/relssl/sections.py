@@ -104,6 +104,7 @@ class LoaderConfig:
         "files path: jitter, grey, blur and RandAugment in workers, or in batches on the device; auto: there on CUDA",
         choices=("auto", "worker", "device"),
     )
+    index: bool = setting(True, "keep what a scan of a folder found, and take it at the next start if no folder has changed")
     max_bad_fraction: float = setting(0.1, "stop when more than this share of the images cannot be read", ge=0, le=1)
     max_pixels: int = setting(89_000_000, "images with more pixels than this are skipped", ge=1)
 

@@ -109,7 +109,7 @@ def complete_settings(config: Config, images: Images) -> Config:
 
 
 def _run(config: Config, path: Path, engine: Engine, quiet: bool, saved: Path | None, *, fresh: bool) -> Result | None:
-    images = load(config.data, config.data_root, "train")
+    images = load(config.data, config.data_root, "train", index=config.loader.index)
     if config.max_images is not None:
         images = choose(images, config.max_images, config.seed)
     config = complete_settings(config, images)
@@ -234,7 +234,7 @@ def _online(config: Config) -> OnlineKnn | None:
     if config.log.knn_every == 0:
         return None
     try:
-        pair = LabelledPair.load(config.data, config.data_root, config.log.knn_images, config.seed)
+        pair = LabelledPair.load(config.data, config.data_root, config.log.knn_images, config.seed, index=config.loader.index)
     except DataError:
         return None
     return OnlineKnn(pair, config)
