@@ -139,6 +139,14 @@ def check(config: Config) -> list[str]:
             bounds = getattr(view, key)
             if bounds is not None and bounds[0] > bounds[1]:
                 faults.append(f"views.{side}.{key}: the first bound must not exceed the second, got {list(bounds)}")
+    largest = max(view.size for view in (config.views.weak, *config.strong_views))
+    if config.loader.cache is not None and config.loader.cache < largest:
+        faults.append(
+            f"loader.cache: {config.loader.cache} pixels are fewer than the largest view has ({largest}), which would only be "
+            f"enlarged again; needs {largest} or more"
+        )
+    if config.loader.cache is not None and config.loader.decoder != "pillow":
+        faults.append(f"loader.decoder: {config.loader.decoder} has nothing to decode beside loader.cache; leave one out")
     for size, low, high in config.views.crops:
         if low > high or high > 1:
             faults.append(f"views.crops: scales must rise and end at 1 at most, got [{size}, {low:g}, {high:g}]")

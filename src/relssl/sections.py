@@ -105,6 +105,13 @@ class LoaderConfig:
         choices=("auto", "worker", "device"),
     )
     index: bool = setting(True, "keep what a scan of a folder found, and take it at the next start if no folder has changed")
+    cache: int | None = setting(
+        None,
+        "files path: decode all images once, shrink their shorter sides to this many pixels and train on those; null: on the files",
+        ge=16,
+        le=8192,
+    )
+    cache_folder: str | None = setting(None, "where shrunk images are kept; null: in `cache` below the data root")
     max_bad_fraction: float = setting(0.1, "stop when more than this share of the images cannot be read", ge=0, le=1)
     max_pixels: int = setting(89_000_000, "images with more pixels than this are skipped", ge=1)
 

@@ -85,7 +85,7 @@ def named(images: Images, position: int, fault: BadImage) -> Fault:
 
 
 class Held:
-    """Pixels in memory, in the place of an opened file."""
+    """Pixels that are decoded already, in the place of an opened file."""
 
     turn, reductions = 1, REDUCTIONS[:1]
 
@@ -107,6 +107,8 @@ def open_image(images: Images, position: int, max_pixels: int) -> Iterator[Opene
     if images.files is None:
         assert images.pixels is not None
         yield Held(Image.fromarray(images.pixels[position].permute(1, 2, 0).cpu().numpy()))
+    elif images.shrunk is not None:
+        yield Held(images.shrunk[position])
     else:
         with Opened(images.files[position], max_pixels) as opened:
             yield opened

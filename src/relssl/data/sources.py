@@ -18,6 +18,7 @@ import torch
 from relssl.data import digits
 from relssl.data.files import class_folders, data_root, exists, locate, read_list, scan, split_folders
 from relssl.data.paths import Paths, shown
+from relssl.data.shrunk import Shrunk
 from relssl.data.walk import Bad
 from relssl.errors import ConfigError, DataError
 from relssl.schema import nearest_word
@@ -41,6 +42,7 @@ class Images:
         classes: what the labels stand for.
         mean, std: of the channels, for pixels scaled to 0..1.
         bad: (file, reason) of what the scan already found unusable; not counted in N.
+        shrunk: the files' images, decoded and made smaller beforehand, to be read in place of the files; None for the files.
     """
 
     name: str
@@ -51,17 +53,19 @@ class Images:
     mean: Channels = IMAGENET_MEAN
     std: Channels = IMAGENET_STD
     bad: Bad = field(default_factory=list)
+    shrunk: Shrunk | None = None
 
     def __post_init__(self) -> None:
         assert (self.pixels is None) != (self.files is None)
         assert self.pixels is None or (self.pixels.dtype == torch.uint8 and self.pixels.is_contiguous())
+        assert self.shrunk is None or (self.files is not None and len(self.shrunk) == len(self))
         assert self.labels is None or (self.labels.dtype == np.int64 and len(self.labels) == len(self))
 
     def __len__(self) -> int:
         return len(self.pixels) if self.pixels is not None else len(self.files or ())
 
     def subset(self, indices: Sequence[int] | np.ndarray) -> Images:
-        """The images at these positions, in this order."""
+        """The images at these positions, in this order; of files, the files themselves."""
         rows = np.asarray(indices, np.int64)
         files = self.files
         if files is not None:
@@ -71,6 +75,7 @@ class Images:
             pixels=None if self.pixels is None else self.pixels[torch.from_numpy(rows)],
             files=files,
             labels=None if self.labels is None else self.labels[rows],
+            shrunk=None,
         )
 
     def fingerprint(self) -> str:

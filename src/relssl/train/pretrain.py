@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 from relssl.config import Config, resolve
+from relssl.data.shrinking import shrunken
 from relssl.data.sources import Images, load
 from relssl.engine import Engine
 from relssl.errors import ConfigError, DataError, DistributedError, Interrupted, RelsslError, StorageError
@@ -147,11 +148,24 @@ def _introduce(trainer: Trainer, display: Display, inexact: list[str]) -> None:
         display.say(f"going on {how} from step {trainer.step}")
 
 
+def _shrink(trainer: Trainer, display: Display) -> None:
+    """Let the trainer read shrunk images, if they are asked for; the first rank finds or makes them while the others wait."""
+    config, images, engine = trainer.config, trainer.images, trainer.engine
+    if config.loader.cache is None:
+        return
+    made = _on_first(engine, lambda: shrunken(images, config, display))
+    if made is None:
+        made = shrunken(images, config, display)  # made once more by machines that have a disk of their own
+    engine.wait()
+    trainer.read(dataclasses.replace(images, shrunk=made))
+
+
 def _fit(trainer: Trainer, folder: RunFolder | None, display: Display) -> None:
     """Train, and note in status.json how that went."""
     try:
         if folder is not None:
             folder.status("running", trainer.step)
+        _shrink(trainer, display)
         trainer.fit(display)
     except BaseException as error:
         named = _named(error, trainer)
@@ -172,6 +186,7 @@ def _on_first(engine: Engine, make: Callable[[], Made]) -> Made | None:
             made = make()
         except RelsslError as error:
             fault = error
+    engine.wait()  # patiently: to shrink a million images takes hours
     fault = engine.first_says(fault)
     if fault is not None:
         raise fault
