@@ -16,12 +16,16 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
+from bad_images import jpeg
 from relssl.data import index, walk
 from relssl.data.arrays import read_arrays, write_arrays
 from relssl.data.files import EXTENSIONS, scan
 from relssl.data.sources import load
 from relssl.errors import DataError
+from relssl.evaluation.protocol import embed
+from small_runs import small_run
 from test_files import plant, trapped  # noqa: F401  (a fixture)
 
 TICK = 0.03  # seconds, well above the clock ticks of the file systems that tests run on
@@ -233,6 +237,20 @@ def test_it_is_private_and_can_be_switched_off(tree: Path, walks: list[str]) -> 
     load(str(tree), None, "train")
     assert len(walks) == 1
     assert stat.S_IMODE(kept()[0].stat().st_mode) == 0o600 and stat.S_IMODE(kept()[0].parent.stat().st_mode) == 0o700
+
+
+def test_runs_and_embeddings_use_it_unless_told_not_to(tmp_path: Path, walks: list[str]) -> None:
+    rng = np.random.default_rng(0)
+    for number in range(8):
+        plant(tmp_path / "images", f"{number}.jpg", data=jpeg(Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8))))
+    time.sleep(TICK)
+    settings = {"data": str(tmp_path / "images"), "recipe": "digits", "batch_size": 4, "epochs": 1, "log.knn_every": 0}
+    small_run(tmp_path / "plain", **settings, **{"loader": {"index": False, "workers": 0}})
+    embed(tmp_path / "plain", settings["data"], tmp_path / "plain.npz")
+    assert kept() == [] and walks == []
+    small_run(tmp_path / "indexed", **settings, **{"loader": {"workers": 0}})
+    embed(tmp_path / "indexed", settings["data"], tmp_path / "indexed.npz")
+    assert len(kept()) == 1 and walks == [settings["data"]]
 
 
 def test_only_the_indexes_used_last_are_kept(tmp_path: Path, walks: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

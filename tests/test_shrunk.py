@@ -382,7 +382,9 @@ def test_settings_that_cannot_be_meant_are_refused(config: Config) -> None:
         settings_for(Path(), **{"loader.cache": 31})
     with pytest.raises(ConfigError, match=r"largest view has \(48\)"):
         settings_for(Path(), **{"views.crops": [[48, 0.2, 1], [16, 0.1, 0.2]]})
-    with pytest.raises(ConfigError, match=r"loader.decoder: torchvision has nothing to decode beside loader.cache; leave one out"):
+    with pytest.raises(
+        ConfigError, match=r"loader.decoder: torchvision has nothing to decode beside loader.cache; leave one out"
+    ):
         settings_for(Path(), **{"loader.decoder": "torchvision"})
     with pytest.raises(ConfigError, match=r"loader.cache: is for folders and lists of files, digits is held in memory"):
         create_loader(load("digits", None, "test"), config, Plan(100, 10), CPU)
