@@ -4,9 +4,19 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import tempfile
+
 import pytest
 import torch
 from torch import nn
+
+# No test looks into the real one; processes that tests start inherit it.
+_CACHE = tempfile.TemporaryDirectory(prefix="relssl-tests-")
+os.environ["RELSSL_CACHE"] = _CACHE.name
+
+
+def pytest_unconfigure() -> None:
+    _CACHE.cleanup()
 
 
 @pytest.fixture(autouse=True)

@@ -190,6 +190,19 @@ def test_a_view_does_not_depend_on_the_batch_around_it():
     torch.testing.assert_close(batched.apply(x[rows], config, draws.take(rows)), whole[rows], atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("name", VIEWS)
+def test_the_halves_are_the_whole(name):
+    x, config = images(40, 50), view(name)
+    draws = draws_for(config, x)
+    whole, first = batched.apply(x, config, draws), batched.geometric(x, config, draws)
+    assert torch.equal(batched.photometric(first.clone(), config, draws_for(config, x[..., :9, :9])), whole)
+    levels = (first * 255).round().to(torch.uint8)
+    untouched = levels.clone()
+    expected = batched.photometric(levels / 255, config, draws)
+    torch.testing.assert_close(batched.photometric(levels, config, draws), expected, atol=1e-6, rtol=0)
+    assert torch.equal(levels, untouched)
+
+
 def test_rows_and_draws_must_match():
     x = images()
     with pytest.raises(ValueError, match="one row a sample, got 24 and 3"):

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps, features
 
-from bad_images import CONTENTS, HEIGHT, LOAD, MAX_PIXELS, WIDTH, alpha_picture, jpeg, oriented, picture, png_16bit, save
-from relssl.data.decode import BadImage, decode
+from bad_images import CONTENTS, HEIGHT, LOAD, MAX_PIXELS, WIDTH, alpha_picture, jpeg, oriented, picture, png, png_16bit, save
+from relssl.data.decode import BadImage, Opened, decode
 
 WHOLE_CORPUS = """
 import json, os, resource, sys
@@ -152,12 +152,44 @@ def test_16_bit_colour_is_scaled(tmp_path):
     assert np.abs(found - np.linspace(0, 255, found.size)).max() <= 1
 
 
-def test_a_jpeg_may_be_decoded_smaller_but_never_below_what_is_needed(tmp_path):
-    path = stored(tmp_path, jpeg(picture().resize((960, 640))))
-    for at_least, size in ((None, (960, 640)), (640, (960, 640)), (321, (960, 640)), (320, (480, 320)), (1, (120, 80))):
-        assert decode(path, MAX_PIXELS, at_least).size == size
-    assert np.abs(pixels(path, at_least=160) - np.asarray(picture().resize((240, 160)))).mean() < 8
-    assert decode(stored(tmp_path, save(picture(), "PNG")), MAX_PIXELS, 8).size == (WIDTH, HEIGHT)
+def test_a_jpeg_may_be_decoded_smaller(tmp_path):
+    path = stored(tmp_path, jpeg(picture().resize((961, 642))))
+    for reduction, size in ((1, (961, 642)), (2, (481, 321)), (4, (241, 161)), (8, (121, 81))):
+        with Opened(path, MAX_PIXELS) as opened:
+            assert (opened.size, opened.reductions) == ((642, 961), (1, 2, 4, 8))
+            small = opened.rgb(reduction)
+        assert small.size == size
+        assert np.abs(np.asarray(small).astype(int) - np.asarray(picture().resize(size))).mean() < 8
+
+
+def test_only_a_jpeg_and_only_down_to_a_pixel_is_reduced(tmp_path):
+    for data, wanted in (
+        (png(), (1,)),
+        (save(picture(), "WEBP"), (1,)),
+        (jpeg(), (1, 2, 4, 8)),
+        (CONTENTS["jpeg_mpo"][2](), (1, 2, 4, 8)),
+        (jpeg(picture().resize((3, 90))), (1, 2)),
+    ):
+        with Opened(stored(tmp_path, data), MAX_PIXELS) as opened:
+            assert opened.reductions == wanted
+            image = opened.rgb(wanted[-1])
+            assert image.size == tuple(-(-side // wanted[-1]) for side in opened.size[::-1])
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+@pytest.mark.parametrize("size", [(96, 64), (93, 62)])
+def test_the_size_is_known_upright_before_decoding(turn, size, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    image = picture().resize(size)
+    path = stored(tmp_path, jpeg(image, exif=exif))
+    whole = decode(path, MAX_PIXELS)
+    with Opened(path, MAX_PIXELS) as opened:
+        assert (opened.size, opened.turn) == ((whole.height, whole.width), turn)
+        # A square that is cut short must not come to lie at the top or left.
+        assert opened.reductions == ((1, 2, 4, 8) if turn == 1 or size == (96, 64) else (1,))
+        last = opened.reductions[-1]
+        assert np.abs(np.asarray(opened.rgb(last)).astype(int) - np.asarray(whole.reduce(last))).mean() < 4
 
 
 def test_the_pixel_limit_is_read_from_the_header(tmp_path):

@@ -121,6 +121,39 @@ def test_files_and_resident_paths_show_the_same_views() -> None:
             assert (x - y).abs().mean() * 0.25 * 255 < 2.5
 
 
+# The mean difference in levels of 255 that 8 bits explain; see test_single_views.
+@pytest.mark.parametrize(("strong", "tolerance"), [("weak", 0.0), ("contrastive", 2.0), ("digit-strong", 1.5)])
+def test_the_device_finishes_views_as_a_worker_does(folder: Path, strong: str, tolerance: float) -> None:
+    (folder / "03.png").write_bytes(b"no image")  # what stands in for it has views of its own
+    images, options = load(str(folder), None, "train"), {"views.strong": strong, "loader.workers": 0}
+    worker, device = (settings_for(options | {"loader.photometric": where}) for where in ("worker", "device"))
+    made = batches(FromFiles(images, worker, Plan(12, 6, parts=2), CPU), 1, 5)
+    finished = batches(FromFiles(images, device, Plan(12, 6, parts=2), CPU), 1, 5)
+    for (ids, *views), (same, *others) in zip(made, finished, strict=True):
+        assert torch.equal(ids, same)
+        for view, other, limit in zip(views, others, (0.0, tolerance), strict=True):
+            difference = (view - other).abs() * 0.25 * 255
+            assert difference.mean() <= limit + 1e-4
+    seen = torch.cat([ids for ids, *_ in finished]).tolist()
+    assert 3 not in seen and seen.count(4) > seen.count(5)
+
+
+def test_randaugment_on_the_device_is_that_of_a_worker(folder: Path) -> None:
+    # Posterize and solarize turn a level's difference into a large one, so most pixels agree rather than all.
+    images, options = (
+        load(str(folder), None, "train"),
+        {"views.strong": {"name": "strong", "jitter": 0.0, "blur": 0.0, "grey": 0.0}},
+    )
+    made = [
+        batches(
+            FromFiles(images, settings_for(options | {"loader.workers": 0, "loader.photometric": where}), Plan(12, 12), CPU), 0, 2
+        )
+        for where in ("worker", "device")
+    ]
+    for (_, _, view), (_, _, other) in zip(*made, strict=True):
+        assert ((view - other).abs() * 0.25 * 255 <= 4).float().mean() > 0.9
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_never_change_a_view(folder: Path, workers: int) -> None:
     images = load(str(folder), None, "train")
@@ -157,3 +190,18 @@ def test_too_few_images_and_impossible_paths_are_refused(folder: Path) -> None:
     for workers in (0, 1):
         with pytest.raises(DataError, match=r"^48 images cannot be read, the last is .*; see bad_samples.jsonl$"):
             batches(FromFiles(images, settings_for({"loader.workers": workers}), Plan(12, 4), CPU), 0, 1)
+
+
+def test_measuring_the_workers_changes_no_batch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("relssl.data.from_files.cores", lambda config: 2)
+    images, plan = load(str(folder), None, "train"), Plan(12, 4, parts=2, seed=5)
+    small = {"views.weak": {"name": "weak", "size": 8}, "views.strong": {"name": "weak", "size": 8}}
+    given, measured = settings_for(small | {"loader.workers": 0}), settings_for(small)
+    loader = FromFiles(images, measured, plan, CPU)
+    assert loader.choice is None
+    assert equal(batches(FromFiles(images, given, plan, CPU), 7, 210), batches(loader, 7, 210))
+    assert loader.choice is not None
+    assert [(trial.workers, trial.prefetch) for trial in loader.choice.trials[:2]] == [(2, 2), (1, 2)]
+    assert len(loader.choice.trials) == 3 and all(0 < trial.seconds < 60 for trial in loader.choice.trials)
+    short = FromFiles(images, measured, plan, CPU)
+    assert len(list(short.stream(0, 3))) == 3 and short.choice is not None and not short.choice.trials

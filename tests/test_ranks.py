@@ -11,8 +11,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from relssl.config import resolve, to_yaml
 from relssl.schema import merge
@@ -82,6 +84,25 @@ def test_sigterm_to_one_rank_stops_both_and_resume_is_exact(tmp_path: Path) -> N
     assert "going on exactly from step" in told
     assert differing(final_state(tmp_path / "whole"), final_state(tmp_path / "cut")) == []
     assert repeatable_rows(tmp_path / "whole") == repeatable_rows(tmp_path / "cut")
+
+
+def test_ranks_read_the_shrunk_images_that_the_first_one_makes(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 40, 50, 3), dtype=np.uint8)
+    for number, each in enumerate(pixels):
+        Image.fromarray(each).save(tmp_path / f"images/{number:02}.png")
+    loader = {"workers": 0, "cache": 32, "cache_folder": str(tmp_path / "kept")}
+    settings = merge(SMALL, NORMLESS) | {"backbone_args": NORMLESS["backbone_args"], "data": str(tmp_path / "images")}
+    settings |= {"recipe": "digits", "batch_size": 8, "epochs": 1, "loader": loader}
+    two = start(tmp_path / "two", settings)
+    told = finish(two)
+    assert two.returncode == 0, told
+    assert told.count("shrinking to 32 pixels") == 4 and told.count("cache: 24 images in") == 1, told
+    small_run(tmp_path / "one", **settings)
+    assert len(list((tmp_path / "kept").iterdir())) == 1
+    for name, tensor in final_state(tmp_path / "one").items():
+        if name.startswith(("memory.keys", "student.")):
+            torch.testing.assert_close(tensor, final_state(tmp_path / "two")[name], rtol=1e-3, atol=1e-4)
 
 
 def test_ranks_that_drifted_apart_are_not_saved() -> None:

@@ -109,3 +109,26 @@ def test_affine_pads_with_black_as_the_batched_path_does():
     config = ViewConfig(affine=1.0, degrees=45.0, translate=0.3, zoom=(0.5, 0.9))
     ones, many, _ = both(config, torch.full((12, 3, 32, 32), 255, dtype=torch.uint8))
     assert (ones - many).abs().max() <= 2 and (ones == 0).any()
+
+
+def test_the_reduction_leaves_every_view_its_resolution():
+    small, large = ViewConfig(size=16, scale=(0.3, 0.3), ratio=(1, 1)), ViewConfig(size=64, scale=(1.0, 1.0), ratio=(1, 1))
+
+    def views(side: int) -> list[tuple[ViewConfig, Draws]]:
+        return [(view, draw(view, 0, 0, np.arange(1), 0, (side, side))) for view in (small, large)]
+
+    assert [single.largest_reduction((1, 2, 4, 8), views(side)) for side in (20, 127, 128, 255, 256, 5000)] == [1, 1, 2, 2, 4, 8]
+    assert single.largest_reduction((1, 2), views(5000)) == 2
+    assert single.largest_reduction((1,), views(5000)) == 1
+
+
+@pytest.mark.parametrize("reduction", [2, 4])
+def test_a_reduced_image_gives_the_view_of_the_whole_one(reduction):
+    image = F.to_pil_image(photos(401, 603, batch=1)[0])
+    reduced, config = image.reduce(reduction), view("weak")
+    draws = draw(config, 0, 0, np.arange(20), 0, (401, 603))
+    for row in range(20):
+        whole, part = (
+            single.apply(*of).float() for of in ((image, config, draws, row), (reduced, config, draws, row, reduction))
+        )
+        assert (whole - part).abs().mean() < 1 and (whole - part).abs().max() < 16

@@ -134,6 +134,8 @@ def check(config: Config) -> list[str]:
         faults.append(f"batch_size: {config.batch_size} leaves one image a part, too few for batch normalisation; raise it")
     if method.memory_size < config.batch_size:
         faults.append(f"method.memory_size: {method.memory_size} must be at least batch_size ({config.batch_size})")
+    if config.loader.decoder == "torchvision" and config.loader.photometric == "worker":
+        faults.append("loader.photometric: must be auto or device with loader.decoder torchvision, where workers see no pixels")
     if config.optimizer.warmup_epochs > config.epochs:
         faults.append(f"optimizer.warmup_epochs: {config.optimizer.warmup_epochs:g} must not exceed epochs ({config.epochs})")
     for side in ("weak", "strong"):
@@ -142,6 +144,14 @@ def check(config: Config) -> list[str]:
             bounds = getattr(view, key)
             if bounds is not None and bounds[0] > bounds[1]:
                 faults.append(f"views.{side}.{key}: the first bound must not exceed the second, got {list(bounds)}")
+    largest = max(view.size for view in (config.views.weak, *config.strong_views))
+    if config.loader.cache is not None and config.loader.cache < largest:
+        faults.append(
+            f"loader.cache: {config.loader.cache} pixels are fewer than the largest view has ({largest}), which would only be "
+            f"enlarged again; needs {largest} or more"
+        )
+    if config.loader.cache is not None and config.loader.decoder != "pillow":
+        faults.append(f"loader.decoder: {config.loader.decoder} has nothing to decode beside loader.cache; leave one out")
     for size, low, high in config.views.crops:
         if low > high or high > 1:
             faults.append(f"views.crops: scales must rise and end at 1 at most, got [{size}, {low:g}, {high:g}]")

@@ -93,14 +93,37 @@ class LoaderConfig:
         "resident: uint8 images on the device, views made in batches; files: decoded and viewed in workers",
         choices=("auto", "resident", "files"),
     )
-    workers: int | None = setting(None, "loader processes of the files path; null: the cores beyond the first", ge=0, le=1024)
     views_ahead: int | None = setting(
         None,
         "resident path: steps whose views are made in one go; null: 8 on GPUs, which start many small tasks slowly, else 1",
         ge=1,
         le=1024,
     )
-    prefetch: int = setting(2, "batches each worker prepares ahead", ge=1, le=64)
+    workers: int | None = setting(
+        None, "loader processes of the files path; null: measured in the run's first steps, views never change", ge=0, le=1024
+    )
+    prefetch: int | None = setting(None, "batches each worker prepares ahead; null: measured, 2 or 4", ge=1, le=64)
+    reduced_decode: bool = setting(
+        True, "files path: decode a JPEG at 1/2, 1/4 or 1/8 of its size where each view keeps its resolution"
+    )
+    decoder: str = setting(
+        "pillow",
+        "files path: pillow decodes in workers; torchvision decodes JPEGs on the device (nvJPEG on CUDA), workers only read them",
+        choices=("pillow", "torchvision"),
+    )
+    photometric: str = setting(
+        "auto",
+        "files path: jitter, grey, blur and RandAugment in workers, or in batches on the device; auto: there on CUDA",
+        choices=("auto", "worker", "device"),
+    )
+    index: bool = setting(True, "keep what a scan of a folder found, and take it at the next start if no folder has changed")
+    cache: int | None = setting(
+        None,
+        "files path: decode all images once, shrink their shorter sides to this many pixels and train on those; null: on the files",
+        ge=16,
+        le=8192,
+    )
+    cache_folder: str | None = setting(None, "where shrunk images are kept; null: in `cache` below the data root")
     max_bad_fraction: float = setting(0.1, "stop when more than this share of the images cannot be read", ge=0, le=1)
     max_pixels: int = setting(89_000_000, "images with more pixels than this are skipped", ge=1)
 

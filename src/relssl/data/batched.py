@@ -35,14 +35,35 @@ def apply(images: Tensor, view: ViewConfig, draws: Draws) -> Tensor:
     Returns:
         fp32 [B,3,S,S] in 0..1 on the images' device, in memory of its own.
     """
+    return photometric(geometric(images, view, draws), view, draws)
+
+
+@torch.no_grad()
+def geometric(images: Tensor, view: ViewConfig, draws: Draws) -> Tensor:
+    """The first half of `apply`: crop, affine and flip; the result is fp32 [B,3,S,S] in 0..1 and owns its memory."""
     if len(images) != len(draws):
         raise ValueError(f"images and draws must have one row a sample, got {len(images)} and {len(draws)}")
     with torch.autocast(images.device.type, enabled=False):
         # The flip costs nothing inside the crop's or the affine's own resampling.
         moves = view.affine > 0
         x = _crop(images, view, draws, None if moves else draws.flip)
-        if moves:
-            x = _affine(x, draws)
+        return _affine(x, draws) if moves else x
+
+
+@torch.no_grad()
+def photometric(x: Tensor, view: ViewConfig, draws: Draws) -> Tensor:
+    """The second half of `apply`: jitter, grey, blur and RandAugment, whose own geometric operations come last.
+
+    Args:
+        x: [B,3,S,S] after `geometric` or `single.geometric`: float in 0..1, which is worked on in place, or uint8.
+        view, draws: as for `apply`; the draws' crops are not looked at.
+
+    Returns:
+        fp32 [B,3,S,S] in 0..1.
+    """
+    if x.dtype == torch.uint8:
+        x = x.float().div_(255)
+    with torch.autocast(x.device.type, enabled=False):
         if view.jitter:
             x = _on(x, draws.jitter, lambda part, rows: _jitter(part, view, draws.take(rows)))
         if view.grey:
@@ -88,9 +109,9 @@ def _crop(images: Tensor, view: ViewConfig, draws: Draws, flip: Bools | None) ->
     """Crop, resize and flip [B,3,H,W] -> [B,3,S,S]: torchvision's resized_crop (bilinear, antialiased) as two matrices."""
     height, width = images.shape[-2:]
     white = 255.0 if images.dtype == torch.uint8 else 1.0
-    unchanged = view.scale is None and (height, width) == (view.size, view.size)
-    if unchanged and (flip is None or not flip.any()):
-        return images.float() / white  # always a copy: what follows works in place
+    if view.scale is None and (height, width) == (view.size, view.size):
+        x = images.float() / white  # always a copy: what follows works in place
+        return x if flip is None else torch.where(_column(flip, x).bool().view(-1, 1, 1, 1), x.flip(-1), x)
     x = images.float()
     top, left, rows, columns = draws.crop.T
     down = _resize_weights(_column(top, x), _column(rows, x), None, height, view.size)

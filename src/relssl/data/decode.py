@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import stat
 import warnings
+from collections.abc import Iterator
 from typing import IO
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 # Only formats in which photographs lie about. Left out are those that start other programs (EPS), are documents (PDF, PSD),
 # measurements (FITS) or icons, and each whose decoder few people read.
@@ -43,42 +45,116 @@ _TURNS = {
 }
 
 
+_SIDEWAYS = (5, 6, 7, 8)
+REDUCTIONS: tuple[int, ...] = (1, 2, 4, 8)
+
+
 class BadImage(Exception):
     """A file that cannot be read as an image; the message is one short line that fits behind the file's name."""
 
 
-def decode(path: str, max_pixels: int, at_least: int | None = None) -> Image.Image:
-    """Read an image as 8-bit RGB, upright.
+class Opened:
+    """An image file whose size is known, and whose pixels may still be read at a reduced size.
+
+    A JPEG is decoded by `rgb`; any other file at once, as its header need not say how it lies. A context manager, which closes
+    the file.
+
+    Args:
+        path: the file; anything but a regular file is refused without reading it.
+        max_pixels: refuse images with more pixels than this, before decoding them. Above 178,956,970 Pillow's own limit rules.
+
+    Attributes:
+        size: (height, width) in pixels, upright.
+        turn: the EXIF orientation 1..8 of the JPEG's own pixels, which `rgb` applies; 1 for other files.
+        reductions: what the sides may be divided by while they are decoded, rising; 1 alone for all but JPEG.
+
+    Raises:
+        BadImage: for every file that cannot be read, whatever it holds; `rgb` and `jpeg` raise it too.
+    """
+
+    def __init__(self, path: str, max_pixels: int) -> None:
+        self._path, self._max_pixels = path, max_pixels
+        self.turn, self.reductions = 1, REDUCTIONS[:1]
+        self._decoded: Image.Image | None = None
+        with self._named_faults(), contextlib.ExitStack() as unless_whole:
+            self._file = unless_whole.enter_context(_open_regular(path))
+            self._image = _header(self._file, max_pixels)
+            if self._image.format in ("JPEG", "MPO"):
+                self.turn = _orientation(self._image)
+                self.reductions = _reductions(self._image.size, self.turn)
+            else:
+                self._decoded = _upright_rgb(self._image)
+            unless_whole.pop_all()
+        width, height = (self._decoded or self._image).size
+        self.size = (width, height) if self.turn in _SIDEWAYS else (height, width)
+
+    def rgb(self, reduction: int = 1) -> Image.Image:
+        """The pixels, upright 8-bit RGB; to be asked for once.
+
+        Args:
+            reduction: one of `reductions`: each pixel then stands for a square of so many a side, from the top left on, and the
+                sides are rounded up.
+        """
+        assert reduction in self.reductions
+        if self._decoded is not None:
+            return self._decoded
+        with self._named_faults():
+            if reduction > 1:
+                self._image.draft(None, (self._image.width // reduction, self._image.height // reduction))
+            return _upright_rgb(self._image)
+
+    def jpeg(self) -> bytes | None:
+        """The file as it is, to be asked for instead of `rgb`; None unless it is a JPEG that every decoder reads alike.
+
+        Which is a picture alone, grey or in the usual colours, that ends as it should: cut-off files are for `rgb` to refuse.
+        """
+        usual = self._image.mode in ("L", "RGB") and self._image.info.get("adobe_transform", 1) != 0
+        if self._image.format != "JPEG" or not usual:
+            return None
+        with self._named_faults():
+            self._file.seek(0)
+            found = self._file.read()
+        return found if found.endswith(b"\xff\xd9") else None
+
+    def __enter__(self) -> Opened:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+
+    @contextlib.contextmanager
+    def _named_faults(self) -> Iterator[None]:
+        """Whatever goes wrong inside as a BadImage."""
+        try:
+            # Pillow warns about odd EXIF data, palettes and sizes; none of that is news in a folder of a million images. The
+            # filter is process-wide while this runs, so threads that decode side by side may let one through.
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                yield
+        except BadImage:
+            raise
+        except UnidentifiedImageError as error:
+            raise BadImage(_guess(self._path)) from error
+        except Image.DecompressionBombError as error:
+            raise BadImage(f"has far more than max_pixels ({self._max_pixels}) pixels") from error
+        except MemoryError as error:
+            raise BadImage("needs more memory than there is") from error
+        except Exception as error:  # Decoders of foreign bytes raise nearly everything, from struct.error to KeyError.
+            raise BadImage(_one_line(error)) from error
+
+
+def decode(path: str, max_pixels: int) -> Image.Image:
+    """Read an image as 8-bit RGB, upright; see `Opened`.
 
     Transparent pixels are laid on white. Palettes, grey, 1-bit, CMYK and YCbCr are converted; 16-bit grey is scaled by
     255/65535; of an animation the first frame is taken; the EXIF orientation is applied. Floating-point and 32-bit
     images have no defined white and are refused, as are cut-off files.
 
-    Args:
-        path: the file; anything but a regular file is refused without reading it.
-        max_pixels: refuse images with more pixels than this, before decoding them. Above 178,956,970 Pillow's own limit rules.
-        at_least: if the caller needs no more than this on the smaller side, a JPEG may be decoded to 1/2, 1/4 or 1/8 of its
-            size, which is faster; never below `at_least`.
-
     Raises:
         BadImage: for every file that cannot be read, whatever it holds.
     """
-    try:
-        # Pillow warns about odd EXIF data, palettes and sizes; none of that is news in a folder of a million images. The
-        # filter is process-wide while this runs, so threads that decode side by side may let one through.
-        with warnings.catch_warnings(), _open_regular(path) as opened:
-            warnings.simplefilter("ignore")
-            return _read(opened, max_pixels, at_least)
-    except BadImage:
-        raise
-    except UnidentifiedImageError as error:
-        raise BadImage(_guess(path)) from error
-    except Image.DecompressionBombError as error:
-        raise BadImage(f"has far more than max_pixels ({max_pixels}) pixels") from error
-    except MemoryError as error:
-        raise BadImage("needs more memory than there is") from error
-    except Exception as error:  # Decoders of foreign bytes raise nearly everything, from struct.error to KeyError.
-        raise BadImage(_one_line(error)) from error
+    with Opened(path, max_pixels) as opened:
+        return opened.rgb()
 
 
 def _open_regular(path: str) -> IO[bytes]:
@@ -103,7 +179,8 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-def _read(opened: IO[bytes], max_pixels: int, at_least: int | None) -> Image.Image:
+def _header(opened: IO[bytes], max_pixels: int) -> ImageFile.ImageFile:
+    """The image with nothing but its header read."""
     # A file beyond all pixels at 16 bits in four channels is no image, and some decoders would read it whole first.
     if os.fstat(opened.fileno()).st_size > 8 * max_pixels + (64 << 20):
         raise BadImage(f"is larger than any image of max_pixels ({max_pixels})")
@@ -113,8 +190,15 @@ def _read(opened: IO[bytes], max_pixels: int, at_least: int | None) -> Image.Ima
         raise BadImage(f"has no pixels ({width} x {height})")
     if width * height > max_pixels:
         raise BadImage(f"has {width} x {height} pixels, more than max_pixels ({max_pixels})")
-    if at_least is not None:
-        image.draft(None, (at_least, at_least))
+    return image
+
+
+def _reductions(size: tuple[int, int], turn: int) -> tuple[int, ...]:
+    """Those of REDUCTIONS that leave a pixel. A turned image's far side becomes its top or left: it must hold whole squares."""
+    return tuple(r for r in REDUCTIONS if r <= min(size) and (turn == 1 or (size[0] % r == 0 and size[1] % r == 0)))
+
+
+def _upright_rgb(image: ImageFile.ImageFile) -> Image.Image:
     image.load()
     image.fp = None  # Pillow lets go only of files that it opened itself
     turn = _TURNS.get(_orientation(image))
@@ -127,7 +211,7 @@ def _orientation(image: Image.Image) -> int:
     """The EXIF orientation 1..8; 1 if there is none or the data is broken, which says nothing about the pixels."""
     try:
         found = image.getexif().get(_EXIF_ORIENTATION, 1)
-        return found if isinstance(found, int) else 1
+        return found if found in _TURNS else 1
     except Exception:
         return 1
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from relssl.data.index import indexed
 from relssl.data.paths import Paths, shown
+from relssl.data.walk import Bad, Judgement, Notes, is_hidden, judge_stat, survey, walk
 from relssl.errors import DataError
 from relssl.schema import nearest_word
 
@@ -19,9 +20,6 @@ EXTENSIONS = frozenset(
     {"jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "pbm", "pnm", "jp2", "j2k", "avif"}
 )
 LIST_SUFFIXES = (".txt", ".lst")
-_KINDS = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
-
-Bad = list[tuple[str, str]]
 
 
 @dataclass(frozen=True)
@@ -39,73 +37,19 @@ def data_root(root: str | None) -> str:
     return os.path.expanduser(root or os.environ.get("RELSSL_DATA") or "~/.cache/relssl")
 
 
-def scan(folder: str, extensions: frozenset[str] = EXTENSIONS) -> tuple[Paths, Bad]:
+def scan(folder: str, extensions: frozenset[str] = EXTENSIONS, *, index: bool = False) -> tuple[Paths, Bad]:
     """All image files below a folder, by the bytes of their path below it, and (path, reason) of what only looks like one.
 
     Links to folders are not followed, links to files only to inside the folder. Hidden files and folders are passed over.
 
+    Args:
+        index: take what an earlier scan found if the folders have not changed since, and keep what this one finds.
+
     Raises:
         DataError: if the folder itself cannot be read.
     """
-    bad: Bad = []
-    found = sorted(_walk(folder, extensions, bad))
-    bad.sort(key=lambda fault: os.fsencode(fault[0]))
-    return Paths(folder, [name for name, _ in found], [size for _, size in found]), bad
-
-
-def _walk(folder: str, extensions: frozenset[str], bad: Bad) -> Iterator[tuple[bytes, int]]:
-    """(name below the folder, size) of each usable file, in no order; in bytes, for names need not be text."""
-    wanted = {extension.encode() for extension in extensions}
-    root = os.fsencode(folder)
-    inside = os.path.join(os.path.realpath(root), b"")
-    pending = [b""]
-    while pending:
-        below = pending.pop()
-        try:
-            with os.scandir(os.path.join(root, below) if below else root) as listed:
-                entries = list(listed)
-        except OSError as error:
-            if not below:
-                raise DataError(f"{shown(folder)}: cannot be read: {error.strerror}") from error
-            bad.append((os.fsdecode(os.path.join(root, below)), f"folder cannot be read: {error.strerror}"))
-            continue
-        for entry in entries:
-            if _is_hidden(entry.name):
-                continue
-            if entry.is_dir(follow_symlinks=False):
-                pending.append(below + entry.name + b"/")
-            elif b"." in entry.name and entry.name.rpartition(b".")[2].lower() in wanted:
-                size, fault = _judge(entry, inside)
-                if fault:
-                    bad.append((os.fsdecode(entry.path), fault))
-                elif size:
-                    yield below + entry.name, size
-
-
-def _is_hidden(name: bytes) -> bool:
-    """`.name`, which also covers the `._name` companions that macOS leaves; `..name` is only an odd name."""
-    return name.startswith(b".") and not name.startswith(b"..")
-
-
-def _judge(entry: os.DirEntry[bytes], inside: bytes) -> tuple[int, str | None]:
-    """(size, None) of a usable file, (0, None) of a link to a folder, (0, reason) of all that cannot be an image."""
-    try:
-        if not entry.is_symlink():
-            return _judge_stat(entry.stat(follow_symlinks=False))
-        facts = os.stat(entry.path)
-    except OSError as error:
-        return 0, "is a broken link" if entry.is_symlink() else f"cannot be read: {error.strerror}"
-    if stat.S_ISDIR(facts.st_mode):
-        return 0, None
-    if stat.S_ISREG(facts.st_mode) and not os.path.realpath(entry.path).startswith(inside):
-        return 0, "is a link to outside the folder; copy the file, or name it in a list file"
-    return _judge_stat(facts)
-
-
-def _judge_stat(facts: os.stat_result) -> tuple[int, str | None]:
-    if not stat.S_ISREG(facts.st_mode):
-        return 0, f"is {_KINDS.get(stat.S_IFMT(facts.st_mode), 'a folder')}, not a file"
-    return facts.st_size, None if facts.st_size else "is empty"
+    tree = (indexed if index else survey)(folder, extensions)
+    return tree.files, tree.notes.bad(folder)
 
 
 def read_list(path: str) -> Listing:
@@ -138,9 +82,9 @@ def read_list(path: str) -> Listing:
     return Listing(Paths(folder, names, sizes), *_number(words), bad)
 
 
-def _judge_named(path: bytes) -> tuple[int, str | None]:
+def _judge_named(path: bytes) -> Judgement:
     try:
-        return _judge_stat(os.stat(path))
+        return judge_stat(os.stat(path))
     except OSError as error:
         return 0, f"cannot be read: {error.strerror}"
     except ValueError:
@@ -172,7 +116,7 @@ def class_folders(folder: str) -> list[str]:
     """Names of the folders right below, sorted by their bytes."""
     with os.scandir(os.fsencode(folder)) as entries:
         names = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
-    return [os.fsdecode(name) for name in sorted(names) if not _is_hidden(name)]
+    return [os.fsdecode(name) for name in sorted(names) if not is_hidden(name)]
 
 
 def exists(data: str, root: str | None) -> None:
@@ -185,9 +129,11 @@ def exists(data: str, root: str | None) -> None:
         return
     path = locate(data, root)
     if os.path.isdir(path):
-        layout, bad = split_folders(path), Bad()
+        layout = split_folders(path)
         for folder in sorted(set(layout.values())) if layout else [path]:
-            if next(_walk(folder, EXTENSIONS, bad), None) is None:
+            notes = Notes()
+            if next(walk(folder, EXTENSIONS, notes), None) is None:
+                bad = notes.bad(folder)
                 reason = f" ({len(bad)} cannot be used; {shown(bad[0][0])} {bad[0][1]})" if bad else ""
                 raise DataError(f"{shown(folder)}: holds no images{reason}; needs files such as .jpg or .png")
     elif os.path.splitext(path)[1].lower() not in LIST_SUFFIXES or not os.path.isfile(path):

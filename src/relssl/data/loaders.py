@@ -17,7 +17,7 @@ def create_loader(images: Images, config: Config, plan: Plan, device: torch.devi
 
     Raises:
         DataError: if there are fewer images than one batch.
-        ConfigError: if files are asked to be resident.
+        ConfigError: if files are asked to be resident, or images in memory to be cached.
     """
     if plan.steps_per_epoch == 0:
         raise DataError(
@@ -27,6 +27,8 @@ def create_loader(images: Images, config: Config, plan: Plan, device: torch.devi
     path = config.loader.path
     if path == "resident" and images.pixels is None:
         raise ConfigError("loader.path: resident is for data sets held in memory; use files for folders and lists")
+    if config.loader.cache is not None and images.pixels is not None:
+        raise ConfigError(f"loader.cache: is for folders and lists of files, {images.name} is held in memory; use null")
     if path == "resident" or (path == "auto" and images.pixels is not None):
         return Resident(images, config, plan, device)
     return FromFiles(images, config, plan, device)

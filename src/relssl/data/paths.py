@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import overload
 
 import numpy as np
@@ -29,8 +30,23 @@ class Paths(Sequence[str]):
         self._block = b"".join(names)
         self._ends = np.cumsum([0, *map(len, names)], dtype=np.int64)
 
+    @classmethod
+    def from_arrays(cls, folder: str, arrays: Mapping[str, np.ndarray]) -> Paths:
+        """The paths that `to_arrays` gave, below any folder."""
+        made = cls(folder, [], [])
+        made.sizes, made._ends, made._block = arrays["sizes"], arrays["ends"], arrays["names"].tobytes()
+        return made
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """All but the folder: the "names" joined, uint8, where they end, "ends" int64 [N+1], and "sizes" int64 [N]."""
+        return {"names": np.frombuffer(self._block, np.uint8), "ends": self._ends, "sizes": self.sizes}
+
     def __len__(self) -> int:
         return len(self.sizes)
+
+    def names(self) -> Iterator[bytes]:
+        """The names of all files, relative to the folder."""
+        return (self._block[start:end] for start, end in itertools.pairwise(self._ends.tolist()))
 
     def name(self, index: int) -> bytes:
         """The name of one file, relative to the folder."""

@@ -15,8 +15,9 @@ from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 from relssl.config import Config
 from relssl.data.batch import standardise
 from relssl.data.decode import BadImage
-from relssl.data.from_files import loader_workers, read_image, reset_signals
+from relssl.data.samples import read_image
 from relssl.data.sources import Images
+from relssl.data.workers import loader_workers, reset_signals
 from relssl.views import ViewsConfig
 
 

@@ -6,6 +6,9 @@ Gaussian blur, which is three box blurs.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Sequence
+
 import torch
 import torchvision.transforms.functional as F
 from PIL import Image, ImageFilter
@@ -13,11 +16,11 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 
 from relssl.data import randaugment
-from relssl.data.draws import BRIGHTNESS, CONTRAST, HUE, SATURATION, Draws
+from relssl.data.draws import BRIGHTNESS, CONTRAST, HUE, SATURATION, Draws, Floats
 from relssl.views import ViewConfig
 
 
-def apply(image: Image.Image, view: ViewConfig, draws: Draws, row: int) -> Tensor:
+def apply(image: Image.Image, view: ViewConfig, draws: Draws, row: int, reduction: int = 1) -> Tensor:
     """Apply row `row` of `draws`, drawn for `view` and this image's size.
 
     Args:
@@ -25,17 +28,40 @@ def apply(image: Image.Image, view: ViewConfig, draws: Draws, row: int) -> Tenso
         view: the view's settings; S is its size.
         draws: its parameters.
         row: which of them.
+        reduction: how many of the pixels that `draws` were drawn for one of the image's stands for, a side.
 
     Returns:
         uint8 [3,S,S], so that it travels small and is normalised in batches on the device.
     """
-    top, left, height, width = draws.crop[row].tolist()
-    if (left, top, width, height) != (0, 0, view.size, view.size) or image.size != (view.size, view.size):
-        image = F.resized_crop(image, top, left, height, width, [view.size, view.size], InterpolationMode.BILINEAR)
+    return _pixels(_photometric(_geometric(image, view, draws, row, reduction), view, draws, row))
+
+
+def geometric(image: Image.Image, view: ViewConfig, draws: Draws, row: int, reduction: int = 1) -> Tensor:
+    """`apply` without what `batched.photometric` does to the result: crop, affine and flip alone; uint8 [3,S,S]."""
+    return _pixels(_geometric(image, view, draws, row, reduction))
+
+
+def largest_reduction(reductions: Iterable[int], views: Sequence[tuple[ViewConfig, Draws]]) -> int:
+    """The largest of `reductions` at which no view's crop has fewer pixels than the view; 1 if there is none.
+
+    Args:
+        reductions: what the image's sides may be divided by.
+        views: the views of one image with their draws, of one row each.
+    """
+    spare = min(draws.crop[0, 2:].min() / view.size for view, draws in views)
+    return max((reduction for reduction in reductions if reduction <= spare), default=1)
+
+
+def _geometric(image: Image.Image, view: ViewConfig, draws: Draws, row: int, reduction: int) -> Image.Image:
+    image = _crop(image, view, draws.crop[row] / reduction)
     if draws.affine[row]:
         image = _affine(image, draws, row)
     if draws.flip[row]:
         image = F.hflip(image)
+    return image
+
+
+def _photometric(image: Image.Image, view: ViewConfig, draws: Draws, row: int) -> Image.Image:
     if draws.jitter[row]:
         image = _jitter(image, view, draws, row)
     if draws.grey[row]:
@@ -45,9 +71,23 @@ def apply(image: Image.Image, view: ViewConfig, draws: Draws, row: int) -> Tenso
     for op, applied, level in zip(draws.ops[row], draws.ops_applied[row], draws.levels[row], strict=True):
         if applied:
             image = randaugment.apply_pil(image, int(op), int(level))
+    return image
+
+
+def _pixels(image: Image.Image) -> Tensor:
     pixels: Tensor = F.pil_to_tensor(image)
     assert pixels.dtype == torch.uint8
     return pixels
+
+
+def _crop(image: Image.Image, view: ViewConfig, box: Floats) -> Image.Image:
+    """The view of a box (top, left, height, width), in pixels and parts of them. Cut out first, as torchvision does: a resize
+    alone would look past the box."""
+    top, left, bottom, right = *box[:2], *(box[:2] + box[2:])
+    x, y = math.floor(left), math.floor(top)
+    part = image.crop((x, y, math.ceil(right), math.ceil(bottom)))
+    inside = (left - x, top - y, right - x, bottom - y)
+    return part.resize((view.size, view.size), Image.Resampling.BILINEAR, inside)
 
 
 def _affine(image: Image.Image, draws: Draws, row: int) -> Image.Image:

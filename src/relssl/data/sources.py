@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import socket
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,8 +16,10 @@ import numpy as np
 import torch
 
 from relssl.data import digits
-from relssl.data.files import Bad, class_folders, data_root, exists, locate, read_list, scan, split_folders
+from relssl.data.files import class_folders, data_root, exists, locate, read_list, scan, split_folders
 from relssl.data.paths import Paths, shown
+from relssl.data.shrunk import Shrunk
+from relssl.data.walk import Bad
 from relssl.errors import ConfigError, DataError
 from relssl.schema import nearest_word
 
@@ -39,6 +42,7 @@ class Images:
         classes: what the labels stand for.
         mean, std: of the channels, for pixels scaled to 0..1.
         bad: (file, reason) of what the scan already found unusable; not counted in N.
+        shrunk: the files' images, decoded and made smaller beforehand, to be read in place of the files; None for the files.
     """
 
     name: str
@@ -49,17 +53,19 @@ class Images:
     mean: Channels = IMAGENET_MEAN
     std: Channels = IMAGENET_STD
     bad: Bad = field(default_factory=list)
+    shrunk: Shrunk | None = None
 
     def __post_init__(self) -> None:
         assert (self.pixels is None) != (self.files is None)
         assert self.pixels is None or (self.pixels.dtype == torch.uint8 and self.pixels.is_contiguous())
+        assert self.shrunk is None or (self.files is not None and len(self.shrunk) == len(self))
         assert self.labels is None or (self.labels.dtype == np.int64 and len(self.labels) == len(self))
 
     def __len__(self) -> int:
         return len(self.pixels) if self.pixels is not None else len(self.files or ())
 
     def subset(self, indices: Sequence[int] | np.ndarray) -> Images:
-        """The images at these positions, in this order."""
+        """The images at these positions, in this order; of files, the files themselves."""
         rows = np.asarray(indices, np.int64)
         files = self.files
         if files is not None:
@@ -69,6 +75,7 @@ class Images:
             pixels=None if self.pixels is None else self.pixels[torch.from_numpy(rows)],
             files=files,
             labels=None if self.labels is None else self.labels[rows],
+            shrunk=None,
         )
 
     def fingerprint(self) -> str:
@@ -104,7 +111,7 @@ _NAMED = {
 }
 
 
-def load(data: str, root: str | None, split: str) -> Images:
+def load(data: str, root: str | None, split: str, *, index: bool = True) -> Images:
     """The images that DATA names.
 
     Args:
@@ -112,6 +119,7 @@ def load(data: str, root: str | None, split: str) -> Images:
         root: where named data sets lie; None: $RELSSL_DATA, else ~/.cache/relssl.
         split: "train" (what pretraining uses), "bank" (training images with labels) or "test". The first two are one and
             the same but for stl10, whose `train` is its unlabelled part.
+        index: find the files of a folder by the index of an earlier scan, if that is still true.
 
     Raises:
         DataError: if it is missing and cannot be downloaded, holds no image, or has no such part.
@@ -127,22 +135,22 @@ def load(data: str, root: str | None, split: str) -> Images:
         return _named(data, data_root(root), split)
     exists(data, root)
     path = locate(data, root)
-    images = _folder(data, path, split) if Path(path).is_dir() else _list(data, path, split)
+    images = _folder(data, path, split, index) if Path(path).is_dir() else _list(data, path, split)
     if len(images) == 0:
         first = f", the first: {shown(images.bad[0][0])} {images.bad[0][1]}" if images.bad else ""
         raise DataError(f"{images.name}: no usable image ({len(images.bad)} unusable{first})")
     return images
 
 
-def _folder(data: str, path: str, split: str) -> Images:
+def _folder(data: str, path: str, split: str, index: bool) -> Images:
     """All images of a split; labelled by the folders below it if every image lies in one and there are two or more."""
     layout = split_folders(path)
     if layout is None:
         if split == "test":
             raise DataError(f"{shown(data)}: has no test images; lay it out as train/CLASS/ and val/CLASS/ (or test/CLASS/)")
-        files, bad = scan(path)
+        files, bad = scan(path, index=index)
         return Images(shown(data), files=files, bad=bad)
-    files, bad = scan(layout[split])
+    files, bad = scan(layout[split], index=index)
     # Training classes come first, so that a class met only in testing does not renumber them.
     classes = tuple(dict.fromkeys(class_folders(layout["train"]) + class_folders(layout["test"])))
     labels = _labels(files, classes)
@@ -150,11 +158,12 @@ def _folder(data: str, path: str, split: str) -> Images:
 
 
 def _labels(files: Paths, classes: tuple[str, ...]) -> np.ndarray | None:
-    rank = {os.fsencode(word): position for position, word in enumerate(classes)}
-    tops = [files.name(row).partition(b"/") for row in range(len(files))]
-    if len(classes) < 2 or any(not slash for _, slash, _ in tops):
-        return None
-    return np.array([rank[top] for top, _, _ in tops], np.int64)
+    """The class folder that each file lies in; the files of one are neighbours, since the names are sorted."""
+    labels = np.full(len(files), -1, np.int64)
+    for position, word in enumerate(classes):
+        top, rows = os.fsencode(word), range(len(files))
+        labels[bisect_left(rows, top + b"/", key=files.name) : bisect_left(rows, top + b"0", key=files.name)] = position
+    return labels if len(classes) > 1 and (labels >= 0).all() else None
 
 
 def _list(data: str, path: str, split: str) -> Images:

@@ -37,13 +37,15 @@ class LabelledPair:
     test: Images
 
     @staticmethod
-    def load(data: str, root: str | None, at_most: tuple[int, int] | None = None, seed: int = 0) -> LabelledPair:
-        """Both sides of a data set, cut to `at_most` (bank, test) images chosen by the seed.
+    def load(
+        data: str, root: str | None, at_most: tuple[int, int] | None = None, seed: int = 0, *, index: bool = True
+    ) -> LabelledPair:
+        """Both sides of a data set, cut to `at_most` (bank, test) images chosen by the seed; `index` as for `load`.
 
         Raises:
             DataError: if the data set has no labels or no test part.
         """
-        sides = [load(data, root, split) for split in ("bank", "test")]
+        sides = [load(data, root, split, index=index) for split in ("bank", "test")]
         if at_most is not None and min(at_most) < 1:
             raise ConfigError(f"images: must be at least 1 on each side, got {at_most[0]} and {at_most[1]}")
         for side in sides:
@@ -151,7 +153,7 @@ def evaluate(
             (folder / "evaluations").mkdir(exist_ok=True)
     engine = Engine(EngineConfig(device=device, precision=precision))
     data = data or config.data
-    pair = LabelledPair.load(data, data_root or config.data_root, images)
+    pair = LabelledPair.load(data, data_root or config.data_root, images, index=config.loader.index)
     results: dict[str, Any] = {"source": str(source), "data": data, "results": {}}
     for name, backbone in networks.items():
         scores = knn(engine.place(backbone), pair, config, engine.device, engine.autocast())
@@ -199,7 +201,7 @@ def embed(
         raise ConfigError(f"network: {source} holds {' and '.join(networks)}, not {wanted}")
     backbone = networks[wanted]
     engine = Engine(EngineConfig(device=device))
-    images = load(data, data_root or config.data_root, split)
+    images = load(data, data_root or config.data_root, split, index=config.loader.index)
     bad, count, dim = list(images.bad), 0, 0
 
     def rows() -> Any:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +96,33 @@ class Display:
     def say(self, line: str) -> None:
         """Print a line above the bar."""
         self._console.print(line, markup=False, soft_wrap=True)
+
+    @contextlib.contextmanager
+    def chore(self, what: str, done: int, total: int) -> Iterator[Callable[[int], None]]:
+        """Show what comes before the steps: a bar in the place of theirs, elsewhere a line at its start and each tenth.
+
+        Args:
+            what: a few words for it.
+            done, total: how many of how many are done already; what is yielded is called with how many are done now.
+        """
+        self._progress.update(self._task, visible=False)
+        task = self._progress.add_task("chore", total=total, completed=done, figures=what)
+        told = 10 * done // total
+        if not self._live:
+            self.say(f"{what}: {done} of {total}")
+
+        def advance(now: int) -> None:
+            nonlocal told
+            self._progress.update(task, completed=now)
+            if not self._live and 10 * now // total > told:
+                told = 10 * now // total
+                self.say(f"{what}: {now} of {total}")
+
+        try:
+            yield advance
+        finally:
+            self._progress.remove_task(task)
+            self._progress.update(self._task, visible=True)
 
     def row(self, row: dict[str, Any], epoch_ended: bool) -> None:
         """Show a row's main figures."""

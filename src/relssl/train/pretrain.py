@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 from relssl.config import Config, resolve
+from relssl.data.shrinking import shrunken
 from relssl.data.sources import Images, load
 from relssl.engine import Engine
 from relssl.errors import ConfigError, DataError, DistributedError, Interrupted, RelsslError, StorageError
@@ -109,7 +110,7 @@ def complete_settings(config: Config, images: Images) -> Config:
 
 
 def _run(config: Config, path: Path, engine: Engine, quiet: bool, saved: Path | None, *, fresh: bool) -> Result | None:
-    images = load(config.data, config.data_root, "train")
+    images = load(config.data, config.data_root, "train", index=config.loader.index)
     if config.max_images is not None:
         images = choose(images, config.max_images, config.seed)
     config = complete_settings(config, images)
@@ -149,11 +150,24 @@ def _introduce(trainer: Trainer, display: Display, inexact: list[str]) -> None:
         display.say(f"going on {how} from step {trainer.step}")
 
 
+def _shrink(trainer: Trainer, display: Display) -> None:
+    """Let the trainer read shrunk images, if they are asked for; the first rank finds or makes them while the others wait."""
+    config, images, engine = trainer.config, trainer.images, trainer.engine
+    if config.loader.cache is None:
+        return
+    made = _on_first(engine, lambda: shrunken(images, config, display))
+    if made is None:
+        made = shrunken(images, config, display)  # made once more by machines that have a disk of their own
+    engine.wait()
+    trainer.read(dataclasses.replace(images, shrunk=made))
+
+
 def _fit(trainer: Trainer, folder: RunFolder | None, display: Display) -> None:
     """Train, and note in status.json how that went."""
     try:
         if folder is not None:
             folder.status("running", trainer.step)
+        _shrink(trainer, display)
         trainer.fit(display)
     except BaseException as error:
         named = _named(error, trainer)
@@ -174,6 +188,7 @@ def _on_first(engine: Engine, make: Callable[[], Made]) -> Made | None:
             made = make()
         except RelsslError as error:
             fault = error
+    engine.wait()  # patiently: to shrink a million images takes hours
     fault = engine.first_says(fault)
     if fault is not None:
         raise fault
@@ -236,7 +251,7 @@ def _online(config: Config) -> OnlineKnn | None:
     if config.log.knn_every == 0:
         return None
     try:
-        pair = LabelledPair.load(config.data, config.data_root, config.log.knn_images, config.seed)
+        pair = LabelledPair.load(config.data, config.data_root, config.log.knn_images, config.seed, index=config.loader.index)
     except DataError:
         return None
     return OnlineKnn(pair, config)

@@ -80,6 +80,12 @@ class Trainer:
         self.best: dict[str, Any] | None = None
         self.images, self.fingerprint, self.unreadable = images, images.fingerprint(), set[str]()
 
+    def read(self, images: Images) -> None:
+        """Train on the same images, read another way."""
+        assert images.fingerprint() == self.fingerprint
+        self.images = images
+        self.loader = create_loader(images, self.config, self.plan, self.engine.device)
+
     def restore(self, path: Path) -> list[str]:
         """Go on from a checkpoint; returns why the run will not repeat bit for bit, if so."""
         facts, inexact = checkpoint.restore(path, self.model, self.optimizer, self.engine)

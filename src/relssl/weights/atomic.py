@@ -67,8 +67,12 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: Path, needed: int | None = None) -> Iterator[BinaryIO]:
+def replacing(path: Path, needed: int | None = None, mode: int = 0o644) -> Iterator[BinaryIO]:
     """A binary file whose content appears at `path`, over whatever lies there, only when the block ends without an error.
+
+    Args:
+        needed: bytes that will be written, for messages.
+        mode: permissions of the file, less what the process's mask takes away.
 
     Raises:
         StorageError: for every OSError inside; the temporary file is gone then.
@@ -76,7 +80,7 @@ def replacing(path: Path, needed: int | None = None) -> Iterator[BinaryIO]:
     unfinished = temporary(path.parent)
     with storing(path, needed):
         try:
-            with os.fdopen(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644), "wb") as file:
+            with os.fdopen(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
