@@ -272,8 +272,13 @@ def test_random_damage_never_raises_anything_else(kind, tmp_path):
         damaged = data.copy()
         spots = rng.integers(0, len(data), rng.integers(1, 8))
         damaged[spots] = rng.integers(0, 256, len(spots))
-        path = stored(tmp_path, damaged[: rng.integers(1, 2 * len(data))].tobytes())
+        damaged_bytes = damaged[: rng.integers(1, 2 * len(data))].tobytes()
+        path = stored(tmp_path, damaged_bytes)
         try:
+            with Opened(path, 10_000_000) as opened:
+                assert opened.rgb(opened.reductions[-1]).mode == "RGB"
+            with Opened(path, 10_000_000) as opened:
+                assert opened.jpeg() is None or opened.jpeg() == damaged_bytes
             assert decode(path, 10_000_000).mode == "RGB"
         except BadImage as fault:
             assert str(fault).isprintable()

@@ -278,10 +278,17 @@ def test_a_full_disk_under_the_metrics_is_a_storage_error(tmp_path: Path, monkey
         small_run(tmp_path / "run")
 
 
-def test_dropped_paths_resume_exactly_from_files(pictures: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("loader", [{}, {"photometric": "device"}, {"decoder": "torchvision"}])
+def test_dropped_paths_resume_exactly_from_files(pictures: Path, tmp_path: Path, loader: dict[str, str]) -> None:
     """Stochastic depth draws from torch's own generator, loaders must not."""
     settings = merge(
-        FILES, {"data": str(pictures), "epochs": 2, "backbone_args": SMALL["backbone_args"] | {"drop_path_rate": 0.3}}
+        FILES,
+        {
+            "data": str(pictures),
+            "epochs": 2,
+            "backbone_args": SMALL["backbone_args"] | {"drop_path_rate": 0.3},
+            "loader": {"workers": 1} | loader,
+        },
     )
     small_run(tmp_path / "whole", **settings)
     config = resolve(merge(merge(SMALL, settings), {"out": str(tmp_path / "cut")}))

@@ -73,3 +73,12 @@ def test_it_is_decoded_once_and_as_small_as_its_largest_view_allows(folder: Path
         config = settings(**{"views.weak": whole, "views.strong": whole, "views.crops": crops})
         assert len(Views(images, config, photometric=True)[0, 0].views) == 1 + len(crops)
     assert asked == [8, 2, 1]
+
+
+def test_torch_scales_crops_as_pillow_does(folder: Path) -> None:
+    images, whole = load(str(folder), None, "train"), {"loader.reduced_decode": False}
+    pillow = samples(images, settings(**whole, **{"loader.resize": "pillow"}))
+    torch = samples(images, settings(**whole))
+    assert any((a != b).any() for a, b in zip(pillow, torch, strict=True))
+    assert all(np.abs(a[0] - b[0]).max() <= 1 for a, b in zip(pillow, torch, strict=True))
+    assert all(np.abs(a[1] - b[1]).mean() < 0.5 for a, b in zip(pillow, torch, strict=True))

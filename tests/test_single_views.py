@@ -132,3 +132,25 @@ def test_a_reduced_image_gives_the_view_of_the_whole_one(reduction):
             single.apply(*of).float() for of in ((image, config, draws, row), (reduced, config, draws, row, reduction))
         )
         assert (whole - part).abs().mean() < 1 and (whole - part).abs().max() < 16
+
+
+@pytest.mark.parametrize("source", [(32, 32), (50, 37), (301, 403), (9, 11)])
+@pytest.mark.parametrize("config", [view("weak"), ViewConfig(size=32, flip=0.5), view("weak", affine=0.5, degrees=20.0)])
+def test_crops_of_pixels_are_those_of_pictures(config, source):
+    pixels = photos(*source, batch=1)[0]
+    image, before = F.to_pil_image(pixels), pixels.clone()
+    draws = draw(config, 0, 0, np.arange(30), 0, source)
+    for row in range(30):
+        one, other = single.apply(image, config, draws, row).int(), single.apply(pixels, config, draws, row).int()
+        # A rotation spreads a level's difference, no more.
+        assert (one - other).abs().max() <= 1 + draws.affine[row] and (one - other).abs().float().mean() < 0.5
+        single.geometric(pixels, config, draws, row).zero_()
+    assert torch.equal(pixels, before)
+
+
+def test_whole_views_of_pixels_are_those_of_pictures():
+    config, pixels = view("contrastive"), photos(60, 45, batch=1)[0]
+    draws = draw(config, 0, 0, np.arange(30), 1, (60, 45))
+    image = F.to_pil_image(pixels)
+    made = [torch.stack([single.apply(of, config, draws, row) for row in range(30)]).float() for of in (image, pixels)]
+    assert (made[0] - made[1]).abs().mean() < 0.2

@@ -111,6 +111,11 @@ class LoaderConfig:
         "files path: pillow decodes in workers; torchvision decodes JPEGs on the device (nvJPEG on CUDA), workers only read them",
         choices=("pillow", "torchvision"),
     )
+    resize: str = setting(
+        "torch",
+        "files path: who scales crops in workers; torch is faster, and a level off Pillow at most",
+        choices=("torch", "pillow"),
+    )
     photometric: str = setting(
         "auto",
         "files path: jitter, grey, blur and RandAugment in workers, or in batches on the device; auto: there on CUDA",

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision.transforms.functional import pil_to_tensor
 
 from relssl.config import Config
 from relssl.data import single
@@ -70,7 +71,10 @@ class Views(Dataset[Any]):
         draws = [draw(view, self.config.seed, epoch, np.array([row]), slot, opened.size) for slot, view in enumerate(self.views)]
         drawn = list(zip(self.views, draws, strict=True))
         reduction = single.largest_reduction(opened.reductions, drawn) if self.config.loader.reduced_decode else 1
-        image = opened.rgb(reduction)
+        image: Image.Image | Tensor = opened.rgb(reduction)
+        # Boxes of reduced images have parts of pixels at their edges, which only Pillow takes.
+        if self.config.loader.resize == "torch" and reduction == 1:
+            image = pil_to_tensor(image)
         return Sample(epoch, row, [self.apply(image, view, draws, 0, reduction) for view, draws in drawn], bad)
 
 

@@ -13,30 +13,33 @@ import torch
 import torchvision.transforms.functional as F
 from PIL import Image, ImageFilter
 from torch import Tensor
+from torch.nn.functional import interpolate
 from torchvision.transforms import InterpolationMode
 
 from relssl.data import randaugment
-from relssl.data.draws import BRIGHTNESS, CONTRAST, HUE, SATURATION, Draws, Floats
+from relssl.data.draws import BRIGHTNESS, CONTRAST, HUE, SATURATION, Draws, Floats, Ints
 from relssl.views import ViewConfig
 
 
-def apply(image: Image.Image, view: ViewConfig, draws: Draws, row: int, reduction: int = 1) -> Tensor:
+def apply(image: Image.Image | Tensor, view: ViewConfig, draws: Draws, row: int, reduction: int = 1) -> Tensor:
     """Apply row `row` of `draws`, drawn for `view` and this image's size.
 
     Args:
-        image: RGB, any size.
+        image: RGB, any size, or its pixels, uint8 [3,H,W]: these torch crops, faster than Pillow and to one level the same.
         view: the view's settings; S is its size.
         draws: its parameters.
         row: which of them.
-        reduction: how many of the pixels that `draws` were drawn for one of the image's stands for, a side.
+        reduction: how many of the pixels that `draws` were drawn for one of the image's stands for, a side; 1 for a tensor.
 
     Returns:
         uint8 [3,S,S], so that it travels small and is normalised in batches on the device.
     """
-    return _pixels(_photometric(_geometric(image, view, draws, row, reduction), view, draws, row))
+    moved = _geometric(image, view, draws, row, reduction)
+    untouched = not (draws.jitter[row] or draws.grey[row] or draws.sigma[row] > 0 or draws.ops_applied[row].any())
+    return _pixels(moved if untouched else _photometric(_picture(moved), view, draws, row))
 
 
-def geometric(image: Image.Image, view: ViewConfig, draws: Draws, row: int, reduction: int = 1) -> Tensor:
+def geometric(image: Image.Image | Tensor, view: ViewConfig, draws: Draws, row: int, reduction: int = 1) -> Tensor:
     """`apply` without what `batched.photometric` does to the result: crop, affine and flip alone; uint8 [3,S,S]."""
     return _pixels(_geometric(image, view, draws, row, reduction))
 
@@ -52,13 +55,17 @@ def largest_reduction(reductions: Iterable[int], views: Sequence[tuple[ViewConfi
     return max((reduction for reduction in reductions if reduction <= spare), default=1)
 
 
-def _geometric(image: Image.Image, view: ViewConfig, draws: Draws, row: int, reduction: int) -> Image.Image:
-    image = _crop(image, view, draws.crop[row] / reduction)
+def _geometric(image: Image.Image | Tensor, view: ViewConfig, draws: Draws, row: int, reduction: int) -> Image.Image | Tensor:
+    moved: Image.Image | Tensor
+    if isinstance(image, Tensor):
+        moved = _crop_pixels(image, view, draws.crop[row])
+    else:
+        moved = _crop(image, view, draws.crop[row] / reduction)
     if draws.affine[row]:
-        image = _affine(image, draws, row)
+        moved = _affine(_picture(moved), draws, row)
     if draws.flip[row]:
-        image = F.hflip(image)
-    return image
+        moved = F.hflip(moved)
+    return moved
 
 
 def _photometric(image: Image.Image, view: ViewConfig, draws: Draws, row: int) -> Image.Image:
@@ -74,10 +81,22 @@ def _photometric(image: Image.Image, view: ViewConfig, draws: Draws, row: int) -
     return image
 
 
-def _pixels(image: Image.Image) -> Tensor:
-    pixels: Tensor = F.pil_to_tensor(image)
+def _pixels(image: Image.Image | Tensor) -> Tensor:
+    pixels: Tensor = image if isinstance(image, Tensor) else F.pil_to_tensor(image)
     assert pixels.dtype == torch.uint8
     return pixels
+
+
+def _picture(image: Image.Image | Tensor) -> Image.Image:
+    picture: Image.Image = F.to_pil_image(image) if isinstance(image, Tensor) else image
+    return picture
+
+
+def _crop_pixels(pixels: Tensor, view: ViewConfig, box: Ints) -> Tensor:
+    """The view [3,S,S] of a box (top, left, height, width) of uint8 [3,H,W]."""
+    top, left, height, width = box.tolist()
+    part = pixels[None, :, top : top + height, left : left + width]
+    return interpolate(part, (view.size, view.size), mode="bilinear", antialias=True)[0]
 
 
 def _crop(image: Image.Image, view: ViewConfig, box: Floats) -> Image.Image:
