@@ -108,21 +108,31 @@ def complete_settings(config: Config, images: Images) -> Config:
     return dataclasses.replace(config, views=views)
 
 
-def _run(config: Config, path: Path, engine: Engine, quiet: bool, saved: Path | None, *, fresh: bool) -> Result | None:
+def build(config: Config, engine: Engine) -> Trainer:
+    """A run that is ready for its first step and has no folder.
+
+    Raises:
+        ConfigError, DataError: if settings and data do not make a run.
+    """
     images = load(config.data, config.data_root, "train")
     if config.max_images is not None:
         images = choose(images, config.max_images, config.seed)
     config = complete_settings(config, images)
-    trainer = Trainer(config, engine, images, _online(config) if engine.is_first else None)
+    return Trainer(config, engine, images, _online(config) if engine.is_first else None)
+
+
+def _run(config: Config, path: Path, engine: Engine, quiet: bool, saved: Path | None, *, fresh: bool) -> Result | None:
+    trainer = build(config, engine)
+    config = trainer.config
     folder = trainer.folder = _on_first(engine, lambda: RunFolder(path))
     try:
         if folder is not None:
             if fresh:
                 refuse_used(path)  # again, now that nobody else can write it
             if not (path / "config.yaml").exists():
-                facts = {"images": len(images), "fingerprint": trainer.fingerprint}
+                facts = {"images": len(trainer.images), "fingerprint": trainer.fingerprint}
                 folder.describe(config, {"data": facts, "engine": engine.describe()})
-            folder.bad_samples(images.bad)
+            folder.bad_samples(trainer.images.bad)
         inexact = trainer.restore(saved) if saved is not None else []
         if folder is not None:
             folder.give_up_after(trainer.step)
@@ -154,14 +164,14 @@ def _fit(trainer: Trainer, folder: RunFolder | None, display: Display) -> None:
             folder.status("running", trainer.step)
         trainer.fit(display)
     except BaseException as error:
-        named = _named(error, trainer)
+        known = named(error, trainer)
         if folder is not None:
             # A full disk must not hide the error that there is to tell.
             with suppress(StorageError):
-                _note_failure(folder, trainer, named)
-        if named is error:
+                _note_failure(folder, trainer, known)
+        if known is error:
             raise
-        raise named from error
+        raise known from error
 
 
 def _on_first(engine: Engine, make: Callable[[], Made]) -> Made | None:
@@ -178,7 +188,7 @@ def _on_first(engine: Engine, make: Callable[[], Made]) -> Made | None:
     return made
 
 
-def _named(error: BaseException, trainer: Trainer) -> BaseException:
+def named(error: BaseException, trainer: Trainer) -> BaseException:
     """An error of the libraries below as one of ours, where it is known what to do about it."""
     if isinstance(error, RelsslError):
         return error
