@@ -45,7 +45,7 @@ class FromFiles:
         """The parts of each step; one set of workers serves the whole run."""
         workers = loader_workers(self.config)
         loader = DataLoader(
-            _Views(self.images, self.config),
+            Views(self.images, self.config),
             batch_sampler=_Requests(self.plan, start, stop),
             num_workers=workers,
             collate_fn=_collate,
@@ -102,7 +102,7 @@ class _Requests(Sampler[list[tuple[int, int]]]):
         return (self.stop - self.start) * self.plan.parts
 
 
-class _Views(Dataset[Any]):
+class Views(Dataset[Any]):
     """One sample's views as uint8; stateless, so any worker gives the same for (epoch, row)."""
 
     def __init__(self, images: Images, config: Config) -> None:

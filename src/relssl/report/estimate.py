@@ -22,6 +22,13 @@ _KINDS = {
     "update": "student, memory and teacher updated",
     "rest": "the rest",
 }
+_LIMITS = {
+    "data": "getting the images",
+    "transfer": "moving views to the device",
+    "networks": "the networks themselves",
+    "loss": "the loss over the memory",
+    "rest": "what lies between: updates, figures, Python",
+}
 
 
 def show(found: Estimate) -> None:
@@ -70,12 +77,13 @@ def _step(found: Estimate) -> Table:
         label = "making the views" if name == "data" and found.workers is None else _KINDS[name]
         table.add_row(label, f"{share:.0%}")
     table.add_section()
+    table.add_row("what limits", _LIMITS[found.limit])
     table.add_row("an image needs", f"{sum(found.flops.values()) / 1e9:.3g} GFLOP")
     table.add_row("the device reaches", f"{found.attainable_flops / 1e9:,.0f} GFLOP/s")
     table.add_row("a step takes", f"{found.floor_multiple:.1f} x what that comes to ({duration(found.floor_seconds)})")
     if found.workers is not None:
-        core = found.stages["decode"] + found.stages["views"]
-        table.add_row("loading a batch", f"{duration(core)} of one core, {found.workers} loader processes")
+        each = duration(found.stages["load"])
+        table.add_row("loading a batch", f"{each} of one core, loader processes: {found.workers}")
     return table
 
 

@@ -57,17 +57,15 @@ def waiting_for_files(found: Estimate, config: Config) -> Advice | None:
     waits = found.shares["data"]
     if found.workers is None or waits <= 0.1:
         return None
-    core_seconds = found.stages["decode"] + found.stages["views"]
-    busy = found.step_seconds * (1 - waits)
+    core_seconds, busy = found.stages["load"], found.step_seconds * (1 - waits)
     value = min(math.ceil(core_seconds / busy), found.cores - 1)
     if value > found.workers:
         computing = busy * found.threads if found.kind == "cpu" else 0.0  # on the cores that are to load as well
         gain = found.step_seconds / max(busy, core_seconds / value, (computing + core_seconds) / found.cores)
         why = f"{waits:.0%} of a step is waiting for data, and {found.cores} cores are there"
         return Advice("loader.workers", str(value), why, gain) if gain > 1.05 else None
-    decode = found.stages["decode"] / core_seconds
-    why = f"{waits:.0%} of a step is waiting for data, with no core left; decoding is {decode:.0%} of the loader's work"
-    return Advice("data", "smaller images", f"{why}, so store the images at little more than the views' size", 1 / (1 - waits))
+    why = f"{waits:.0%} of a step is waiting for data, with no core left: store the images at little more than the views' size"
+    return Advice("data", "smaller images", why, 1 / (1 - waits))
 
 
 def slow_precision(found: Estimate, config: Config) -> Advice | None:
@@ -110,28 +108,39 @@ def frequent_figures(found: Estimate, config: Config) -> Advice | None:
     share = found.stages["health"] / config.log.every / found.step_seconds
     if share <= 0.05:
         return None
-    value = math.ceil(config.log.every * share / 0.01)
-    return Advice("log.every", str(value), f"the figures of logged steps take {share:.0%} of the time", 1 / (1 - share))
+    times = math.ceil(share / 0.02)
+    why = f"the figures of logged steps take {share:.0%} of the time"
+    return Advice("log.every", str(times * config.log.every), why, _seldom(share, times))
 
 
 def frequent_saves(found: Estimate, config: Config) -> Advice | None:
-    """Checkpoints take over 5 % of the run."""
-    share = found.saving_seconds / found.seconds
-    if share <= 0.05:
+    """Checkpoints take over 5 % of the run, and over a minute."""
+    share, why = found.saving_seconds / found.seconds, "saving takes {:.0%} of the run"
+    if share <= 0.05 or found.saving_seconds < 60:
         return None
     if config.checkpoint.every_steps is not None:
-        return Advice("checkpoint.every_steps", "null", f"saving takes {share:.0%} of the run", 1 / (1 - share))
-    value = config.checkpoint.every * math.ceil(share / 0.02)
-    return Advice("checkpoint.every", str(value), f"saving takes {share:.0%} of the run", 1 / (1 - share))
+        return Advice("checkpoint.every_steps", "null", why.format(share))
+    times = min(math.ceil(share / 0.02), config.epochs // config.checkpoint.every)
+    if times < 2:
+        return None
+    return Advice("checkpoint.every", str(times * config.checkpoint.every), why.format(share), _seldom(share, times))
 
 
 def frequent_evaluations(found: Estimate, config: Config) -> Advice | None:
-    """kNN while training takes over 10 % of the run."""
+    """kNN while training takes over 10 % of the run, and over a minute."""
     share = found.evaluation_seconds / found.seconds
-    value = config.log.knn_every * math.ceil(share / 0.05)
-    if share <= 0.1 or value > config.epochs:
+    if share <= 0.1 or found.evaluation_seconds < 60:
         return None
-    return Advice("log.knn_every", str(value), f"kNN while training takes {share:.0%} of the run", 1 / (1 - share))
+    times = min(math.ceil(share / 0.05), config.epochs // config.log.knn_every)
+    if times < 2:
+        return None
+    why = f"kNN while training takes {share:.0%} of the run"
+    return Advice("log.knn_every", str(times * config.log.knn_every), why, _seldom(share, times))
+
+
+def _seldom(share: float, times: int) -> float:
+    """The speed-up when what takes that share of the time is done so many times less often."""
+    return 1 / (1 - share * (1 - 1 / times))
 
 
 def full_disk(found: Estimate, config: Config) -> Advice | None:

@@ -167,9 +167,12 @@ def _evaluation(trainer: Trainer) -> float:
     sample = choose(pair.test, _FEATURES, 0)
     if sample.pixels is None:
         sample = Images("noise", pixels=torch.randint(256, (_FEATURES, 3, size, size), dtype=torch.uint8))
-    begun = time.perf_counter()
-    width = extract(backbone, sample, config, engine.device, engine.autocast()).vectors.shape[1]
-    each = (time.perf_counter() - begun) / len(sample)
+    seconds, width = [], 0
+    for _ in range(2):  # the first chooses kernels
+        begun = time.perf_counter()
+        width = extract(backbone, sample, config, engine.device, engine.autocast()).vectors.shape[1]
+        seconds.append(time.perf_counter() - begun)
+    each = min(seconds) / len(sample)
     if pair.test.files is not None:
         workers = loader_workers(config)
         reading = _reading(pair.test, config)

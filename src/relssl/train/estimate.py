@@ -10,18 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
 
 from relssl.config import Config, resolve
-from relssl.data.from_files import FromFiles, loader_workers
 from relssl.engine import Engine, fast_bf16
 from relssl.errors import ConfigError
 from relssl.train.advice import Advice, advise
 from relssl.train.costs import Disk, Extras, Memory, measure_extras, measure_saving, peak_memory
 from relssl.train.floor import attainable, step_flops
-from relssl.train.journal import Display
 from relssl.train.pretrain import build, named
 from relssl.train.stages import stages
-from relssl.train.timing import Timing, time_steps
+from relssl.train.timing import Timing, time_steps, workers
 from relssl.train.trainer import Trainer
 
 # Weights that hardly move stay finite on networks that skipped their warm-up; how fast they move costs no time.
@@ -48,8 +47,9 @@ class Estimate:
         bf16_gain: how much faster that is in bf16, if the run is in fp32 though bf16 is fast here; else None.
         floor_seconds, floor_multiple: the step's operations at that rate, and how often that goes into the median step.
         stages: seconds of each stage alone; see `stages`.
-        shares: of a step, summing to 1: data (waiting for it; for images in memory, making the views), transfer,
-            teacher, student, loss, backward, health (spread over the steps between), update, rest.
+        shares: of a step, summing to 1: data (waiting for it; for images in memory, making the views), transfer (and
+            layout), teacher, student, loss, backward, health (spread over the steps between), update, rest.
+        limit: what most of a step goes to: data, transfer, networks, loss, or the rest.
         unreadable: images met that could not be read.
         advice: what to change.
     """
@@ -85,6 +85,7 @@ class Estimate:
     floor_multiple: float
     stages: dict[str, float]
     shares: dict[str, float]
+    limit: str
     unreadable: int
     advice: tuple[Advice, ...] = ()
 
@@ -121,8 +122,7 @@ def estimate(
     # In the middle, as whether InfoNCE is part of the loss there holds for most of the run.
     trainer.step = trainer.total_steps // 2
     try:
-        with Display(steps, 0, show=engine.is_first and not quiet) as display:
-            found = _measure(trainer, steps, display)
+        found = _measure(trainer, steps, Console(stderr=True, quiet=quiet or not engine.is_first, highlight=False))
     except Exception as error:
         known = named(error, trainer)
         if known is error:
@@ -131,21 +131,25 @@ def estimate(
     return dataclasses.replace(found, advice=advise(found, made)) if engine.is_first else None
 
 
-def _measure(trainer: Trainer, steps: int, display: Display) -> Estimate:
+def _measure(trainer: Trainer, steps: int, console: Console) -> Estimate:
     """All figures but the advice; every rank measures its own."""
     config, engine = trainer.config, trainer.engine
-    display.say(f"timing {steps} steps of {config.backbone} on {len(trainer.images)} images, {engine.describe()}")
+    console.print(
+        f"timing {steps} steps of {config.backbone} on {len(trainer.images)} images, {engine.describe()}",
+        markup=False,
+        soft_wrap=True,
+    )
     timing = time_steps(trainer, steps)
     memory = peak_memory(engine)  # before anything is measured that training does not do
-    display.say("timing the stages of a step")
+    console.print("timing the stages of a step", markup=False, soft_wrap=True)
     low, middle, high = np.quantile(timing.steps, [0.1, 0.5, 0.9]).tolist()
     pieces = stages(trainer, max(1, min(_REPEATS, int(_STAGES_SECONDS / middle))))
-    display.say("timing the device at its best, an evaluation and a checkpoint")
+    console.print("timing the device at its best, an evaluation and a checkpoint", markup=False, soft_wrap=True)
     flops, rate = step_flops(config), attainable(engine)
     slow = engine.precision == "fp32" and fast_bf16(engine.device.type)
     disk, save_seconds = measure_saving(trainer)
     extras = measure_extras(trainer, save_seconds)
-    mean = statistics.mean(timing.steps)
+    mean, parts = statistics.mean(timing.steps), shares(timing, pieces, config.log.every)
     floor = sum(flops.values()) * config.batch_size / engine.world / rate
     evaluating, saving = extras.evaluations * extras.evaluation_seconds, extras.saves * extras.save_seconds
     return Estimate(
@@ -168,7 +172,8 @@ def _measure(trainer: Trainer, steps: int, display: Display) -> Estimate:
         floor_seconds=floor,
         floor_multiple=middle / floor,
         stages=pieces,
-        shares=shares(timing, pieces, config.log.every),
+        shares=parts,
+        limit=limit(parts),
         unreadable=len({name for name, _ in timing.bad}),
     )
 
@@ -188,7 +193,7 @@ def _about(trainer: Trainer) -> dict[str, Any]:
         "world": engine.world,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         "threads": engine.threads,
-        "workers": loader_workers(config) if isinstance(trainer.loader, FromFiles) else None,
+        "workers": workers(trainer),
     }
 
 
@@ -197,9 +202,18 @@ def shares(timing: Timing, pieces: dict[str, float], log_every: int) -> dict[str
 
     Stages are timed alone and may come to more than the step on a machine that others use; then they are scaled to it.
     """
-    seconds = {"data": statistics.mean(timing.waits)}
-    seconds |= {name: pieces[name] for name in ("transfer", "teacher", "student", "loss", "backward")}
+    transfer = pieces.get("transfer", 0.0)  # which the wait for a loader of files ends with
+    seconds = {"data": max(0.0, statistics.mean(timing.waits) - transfer), "transfer": transfer + pieces["layout"]}
+    seconds |= {name: pieces[name] for name in ("teacher", "student", "loss", "backward")}
     seconds["health"] = pieces["health"] / log_every
     seconds["update"] = pieces["optimizer"] + pieces["push"] + pieces["follow"]
     whole = max(statistics.mean(timing.steps), sum(seconds.values()))
     return {name: value / whole for name, value in seconds.items()} | {"rest": 1 - sum(seconds.values()) / whole}
+
+
+def limit(shares: dict[str, float]) -> str:
+    """The largest of data, transfer, networks, loss and the rest."""
+    groups = {name: shares[name] for name in ("data", "transfer", "loss")}
+    groups["networks"] = shares["teacher"] + shares["student"] + shares["backward"]
+    groups["rest"] = 1 - sum(groups.values())
+    return max(groups, key=lambda name: groups[name])

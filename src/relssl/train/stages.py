@@ -9,21 +9,20 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from relssl.data import single
 from relssl.data.batch import Batch, standardise
-from relssl.data.decode import BadImage
-from relssl.data.draws import draw
-from relssl.data.from_files import FromFiles, read_image
+from relssl.data.from_files import FromFiles, Views
 from relssl.engine import Engine
 from relssl.method import ReSSL, health
 from relssl.train.trainer import Trainer
 
 # In the order of a step.
-STAGES = ("decode", "views", "transfer", "teacher", "student", "loss", "backward", "health", "optimizer", "push", "follow")
+STAGES = (
+    *("load", "views", "transfer", "layout", "teacher", "student", "loss", "backward"),
+    *("health", "optimizer", "push", "follow"),
+)
 # Images that stand for all when the work of the loader's processes is timed on one core.
 _SAMPLE = 32
 
@@ -39,9 +38,10 @@ def stages(trainer: Trainer, repeats: int = 5) -> dict[str, float]:
 
     Returns:
         Medians over the repeats, by name:
-        decode: from files only, reading and decoding the images, by one core.
-        views: making the views: by one core for files, on the device for images in memory.
-        transfer: views to the device, normalised there if they come from files, channels last.
+        load: from files only, reading the images and making their views, as one core in a loader's process does it.
+        views: of images in memory only, making the views on the device.
+        transfer: from files only, the views to the device and normalised there.
+        layout: the views to channels last.
         teacher, student: forward passes.
         loss: relations to the memory, the loss and its gradient to the queries.
         backward: of the student.
@@ -98,7 +98,7 @@ def _step(trainer: Trainer, held: list[Batch] | None) -> dict[str, float]:
 def _passes(trainer: Trainer, part: Batch, clock: _Clock) -> tuple[Tensor, Tensor]:
     """Both networks and the loss on one part; its queries [V, B, D] and keys [B, D]."""
     engine, model = trainer.engine, trainer.model
-    with clock.time("transfer"):
+    with clock.time("layout"):
         weak, strong = engine.place(part.weak), [engine.place(view) for view in part.strong]
     with clock.time("teacher"), torch.no_grad(), engine.autocast():
         keys = model.teacher([weak])
@@ -179,40 +179,23 @@ def _unchanged(trainer: Trainer) -> Iterator[None]:
 
 def _loading(trainer: Trainer, repeats: int) -> dict[str, float]:
     """What the loader's processes do for a step's images, on one core, and the way from there to the device."""
-    rows = trainer.plan.order(0)[: min(_SAMPLE, trainer.plan.batch_size)]
-    counts, done = [], 0
-    for row in rows:
-        count = _one_image(trainer, int(row))
-        if count is not None:
-            done += 1
-            counts.append(count)
-    images = trainer.plan.share * trainer.plan.parts
-    means = {name: images * sum(count[name] for count in counts) / max(done, 1) for name in ("decode", "views")}
-    return means | {"transfer": statistics.median(_transfer(trainer) for _ in range(repeats))}
-
-
-def _one_image(trainer: Trainer, row: int) -> dict[str, float] | None:
-    """Seconds to decode one image and to make its views; None if it cannot be read."""
-    config, views = trainer.config, [trainer.config.views.weak, *trainer.config.strong_views]
+    samples = Views(trainer.images, trainer.config)
+    rows = trainer.plan.order(0)[: min(_SAMPLE, trainer.plan.batch_size)].tolist()
     begun = time.perf_counter()
-    try:
-        image = read_image(trainer.images, row, config.loader.max_pixels)
-    except BadImage:
-        return None
-    decoded = time.perf_counter()
-    for slot, view in enumerate(views):
-        draws = draw(view, config.seed, 0, np.array([row]), slot, (image.height, image.width))
-        single.apply(image, view, draws, 0)
-    return {"decode": decoded - begun, "views": time.perf_counter() - decoded}
+    for row in rows:
+        samples[0, row]
+    each = (time.perf_counter() - begun) / len(rows)
+    images = trainer.plan.share * trainer.plan.parts
+    return {"load": each * images, "transfer": statistics.median(_transfer(trainer) for _ in range(repeats))}
 
 
 def _transfer(trainer: Trainer) -> float:
-    """Seconds from the loader's uint8 views of a step to what the networks are given."""
+    """Seconds from the loader's uint8 views of a step to normalised ones on the device."""
     engine, config, clock = trainer.engine, trainer.config, _Clock(trainer.engine)
     for view in (config.views.weak, *config.strong_views):
         pixels = torch.zeros(trainer.plan.share, 3, view.size, view.size, dtype=torch.uint8)
         pixels = pixels.pin_memory() if engine.device.type == "cuda" else pixels
         with clock.time("transfer"):
             for _ in range(trainer.plan.parts):
-                engine.place(standardise(pixels.to(engine.device, non_blocking=True), config))
+                standardise(pixels.to(engine.device, non_blocking=True), config)
     return clock.seconds["transfer"]

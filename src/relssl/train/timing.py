@@ -75,10 +75,14 @@ def _warm_up(trainer: Trainer) -> None:
             break
 
 
+def workers(trainer: Trainer) -> int | None:
+    """The loader's processes; None if images are in memory."""
+    return loader_workers(trainer.config) if isinstance(trainer.loader, FromFiles) else None
+
+
 def _turns(trainer: Trainer) -> int:
     """Steps in which each of the loader's processes delivers once."""
-    workers = loader_workers(trainer.config) if isinstance(trainer.loader, FromFiles) else 0
-    return max(1, math.ceil(workers / trainer.plan.parts))
+    return max(1, math.ceil((workers(trainer) or 0) / trainer.plan.parts))
 
 
 def _over(trainer: Trainer, begun: float, seconds: float) -> bool:
