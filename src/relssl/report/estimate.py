@@ -82,8 +82,7 @@ def _step(found: Estimate) -> Table:
     table.add_row("the device reaches", f"{found.attainable_flops / 1e9:,.0f} GFLOP/s")
     table.add_row("a step takes", f"{found.floor_multiple:.1f} x what that comes to ({duration(found.floor_seconds)})")
     if found.workers is not None:
-        each = duration(found.stages["load"])
-        table.add_row("loading a batch", f"{each} of one core, loader processes: {found.workers}")
+        table.add_row(f"loader processes: {found.workers}", f"a batch takes {duration(found.stages['load'])} of one core")
     return table
 
 
