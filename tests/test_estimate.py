@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -85,11 +86,11 @@ def test_the_table_names_what_limits_and_what_to_change(
     options = {"data": str(folder), "batch_size": 4, "max_images": None, "loader.workers": 0, "epochs": 1}
     views = {f"views.{side}.size": 16 for side in ("weak", "strong")}
     before = sorted(folder.iterdir())
-    assert main(["estimate", *words(**options, **views), "--steps", "3"]) == 0
+    assert main(["estimate", *words(**options, **views), "--steps", "6"]) == 0
     told = capsys.readouterr()
-    for line in ("What the run would take", "step, median of 3", "loader processes: 0", "what limits", "What to change"):
+    for line in ("What the run would take", "step, median of 6", "loader processes: 0", "what limits", "What to change"):
         assert line in told.out
-    # One of the twelve is no image; nine or more are met.
+    # One of the twelve is no image; six steps of four meet all.
     assert "images met that cannot be read" in told.out
     assert sorted(folder.iterdir()) == before and "Traceback" not in told.err
 
@@ -209,3 +210,15 @@ def test_an_evaluation_of_files_counts_their_reading(folder: Path, monkeypatch: 
 def test_reading_skips_what_cannot_be_read(folder: Path) -> None:
     run = files(folder)
     assert costs._reading(run.images, run.config) > 0
+
+
+def test_memory_of_a_gpu_is_what_is_reserved(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80))
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda _: 72)
+    here: Any = SimpleNamespace(device=torch.device("cpu"))
+    there: Any = SimpleNamespace(device=torch.device("cuda"))
+    small = torch.zeros(1 << 24).add_(1)  # 64 MiB that are really there
+    found = costs.peak_memory(there)
+    assert (found.device_used, found.device_total, found.share) == (72, 80, 0.9)
+    found = costs.peak_memory(here)
+    assert found.device_total == 0 and small.nbytes < found.used < found.total and found.share == found.used / found.total

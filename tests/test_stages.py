@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from relssl.schema import merge, nest
 from relssl.train import stages as module
 from relssl.train.pretrain import build
 from relssl.train.stages import STAGES, stages
-from relssl.train.timing import time_steps
+from relssl.train.timing import _Marks, time_steps
 from relssl.train.trainer import Trainer
 from small_runs import SMALL
 
@@ -123,3 +124,29 @@ def test_slow_steps_are_cut_short() -> None:
 def test_each_loader_process_delivers_as_often(folder: Path) -> None:
     run = files(folder, **{"loader.workers": 2})
     assert len(time_steps(run, 3).steps) == 4
+
+
+def test_on_a_gpu_its_own_clock_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Marks are events in the device's queue, read once at the end: none may wait for the device in between."""
+    waits: list[int] = []
+
+    class Event:
+        passed = 0.0
+
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            assert not waits
+            Event.passed += 250.0
+            self.at = Event.passed
+
+        def elapsed_time(self, later: Any) -> float:
+            return float(later.at - self.at)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    gpu: Any = SimpleNamespace(device=torch.device("cuda"), synchronise=lambda: waits.append(1))
+    marks = _Marks(gpu)
+    for _ in range(4):
+        marks.set()
+    assert marks.spans() == [0.25, 0.25, 0.25] and waits == [1]

@@ -78,7 +78,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, list[str]]:
     _add_settings(made)
     made = verb("estimate", verbs.estimate, "time a few steps of a run: what the whole would take, and what to change")
     made.add_argument("--steps", type=int, default=20, help="steps that are timed (default: 20)")
-    _add_settings(made)
+    _add_settings(made, "[--steps N] ")
     made = verb("resume", verbs.resume, "go on with a run exactly where it was saved")
     made.add_argument("run_folder", metavar="RUN")
     made.add_argument("--checkpoint", help="name of an older checkpoint to go on from")
@@ -104,18 +104,18 @@ def build_parser() -> tuple[argparse.ArgumentParser, list[str]]:
     verb("recipes", verbs.recipes, "list the recipes and where their settings come from")
     made = verb("validate", verbs.validate, "check settings without running anything")
     made.add_argument("--show", action="store_true", help="print all settings as YAML")
-    _add_settings(made)
+    _add_settings(made, "[--show] ")
     return parser, list(commands.choices)
 
 
-def _add_settings(parser: argparse.ArgumentParser) -> None:
+def _add_settings(parser: argparse.ArgumentParser, own: str = "") -> None:
     """Every setting as an option; values are read and checked later, together, so that all faults are told at once."""
     parser.add_argument(
         "data", metavar="DATA", nargs="?", help="name of a data set, folder of images or list file (default: digits)"
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings")
     # argparse's own would name each of the settings, over two screens.
-    parser.usage = f"{parser.prog} [DATA] [--config FILE] [--SETTING VALUE ...] [--json] [--debug]"
+    parser.usage = f"{parser.prog} [DATA] [--config FILE] [--SETTING VALUE ...] {own}[--json] [--debug]"
     groups: dict[str, Any] = {}
     shorthand = {"views.weak": None, "views.strong": None}
     for name, (_, field) in leaves(Config).items():
