@@ -34,8 +34,8 @@ from relssl.config import Config, resolve
 from relssl.data.sources import Images
 from relssl.engine import Engine
 from relssl.method import create_encoder
+from relssl.train.assembly import complete_settings
 from relssl.train.folder import environment
-from relssl.train.pretrain import complete_settings
 from relssl.train.trainer import Trainer
 
 BATCH, MEMORY, DIM = 256, 4096, 128

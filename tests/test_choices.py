@@ -15,7 +15,7 @@ from relssl.engine import Engine
 from relssl.errors import ConfigError
 from relssl.method.ressl import unwrapped
 from relssl.schema import merge, nest
-from relssl.train.pretrain import complete_settings
+from relssl.train.assembly import complete_settings
 from relssl.train.trainer import Trainer
 from small_runs import SMALL, differing
 

@@ -183,7 +183,11 @@ def test_later_layers_win_and_named_views_keep_their_overrides(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    "command", [["--help"], ["validate", "cifar10"], ["validate", "--epochs", "x"], ["recipes"], ["pretrain", "--epochs", "x"]]
+    "command",
+    [
+        *(["--help"], ["recipes"], ["validate", "cifar10"]),
+        *([verb, "--epochs", "x"] for verb in ("validate", "pretrain", "estimate")),
+    ],
 )
 def test_light_commands_import_no_torch(command: list[str], tmp_path: Path) -> None:
     code = f"import sys; from relssl.cli import main\ntry: main({command!r})\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"

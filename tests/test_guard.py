@@ -15,8 +15,8 @@ from relssl.config import resolve
 from relssl.data.sources import load
 from relssl.engine import Engine
 from relssl.schema import merge, nest
+from relssl.train.assembly import complete_settings
 from relssl.train.guard import Guard
-from relssl.train.pretrain import complete_settings
 from relssl.train.trainer import Trainer
 from small_runs import SMALL
 

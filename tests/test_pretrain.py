@@ -26,9 +26,9 @@ from relssl.engine import Engine
 from relssl.errors import CheckpointError, ConfigError, DataError, Interrupted, LockedError, NumericError, StorageError
 from relssl.method.ressl import unwrapped
 from relssl.schema import merge, nest
+from relssl.train.assembly import complete_settings
 from relssl.train.folder import RunFolder
 from relssl.train.journal import Display
-from relssl.train.pretrain import complete_settings
 from relssl.train.stopwatch import Stopwatch
 from relssl.train.trainer import Trainer
 from relssl.weights import store

@@ -14,15 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from relssl.evaluation.protocol import embed, evaluate
+    from relssl.train.estimate import estimate
     from relssl.train.pretrain import pretrain, resume
     from relssl.weights.export import export
     from relssl.weights.runs import load_backbone, load_run
 
 __version__ = "0.1.0"
-__all__ = ["embed", "evaluate", "export", "load_backbone", "load_run", "pretrain", "resume"]
+__all__ = ["embed", "estimate", "evaluate", "export", "load_backbone", "load_run", "pretrain", "resume"]
 
 _HOMES = {
     "embed": "relssl.evaluation.protocol",
+    "estimate": "relssl.train.estimate",
     "evaluate": "relssl.evaluation.protocol",
     "export": "relssl.weights.export",
     "load_backbone": "relssl.weights.runs",

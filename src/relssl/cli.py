@@ -8,27 +8,29 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from relssl import __version__
-from relssl.config import Config, resolve, to_yaml
+from relssl import __version__, verbs
+from relssl.config import Config
 from relssl.errors import ConfigError, RelsslError
 from relssl.schema import leaves, nearest_word
 from relssl.views import VIEWS
 
+# The commands that take every setting as an option.
+_WITH_SETTINGS = ("pretrain", "estimate", "validate")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code."""
-    parser, verbs = build_parser()
+    parser, names = build_parser()
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv and not argv[0].startswith("-") and argv[0] not in verbs:
-        print(f"relssl: unknown command {argv[0]!r}; the nearest is {nearest_word(argv[0], verbs)}", file=sys.stderr)
+    if argv and not argv[0].startswith("-") and argv[0] not in names:
+        print(f"relssl: unknown command {argv[0]!r}; the nearest is {nearest_word(argv[0], names)}", file=sys.stderr)
         return 2
     args, unknown = parser.parse_known_args(argv)
     try:
         overrides = _overrides(args, unknown)
-        if overrides and args.verb not in ("pretrain", "validate"):
+        if overrides and args.verb not in _WITH_SETTINGS:
             raise ConfigError(*(f"--{name}: unknown option of relssl {args.verb}" for name in overrides))
         answer = args.run(args, overrides)
     except RelsslError as error:
@@ -63,54 +65,57 @@ def build_parser() -> tuple[argparse.ArgumentParser, list[str]]:
         prog="relssl", description="Pretrain image backbones on unlabelled images with ReSSL.", allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"relssl {__version__}")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="verb", required=True, metavar="COMMAND")
 
     def verb(name: str, run: Any, help: str) -> argparse.ArgumentParser:
-        made = verbs.add_parser(name, help=help, description=help, allow_abbrev=False)
+        made = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
         made.set_defaults(run=run)
         made.add_argument("--json", action="store_true", help="end standard output with one JSON object of the results")
         made.add_argument("--debug", action="store_true", help="show a traceback with an error")
         return made
 
-    made = verb("pretrain", _pretrain, "pretrain a backbone on images")
+    made = verb("pretrain", verbs.pretrain, "pretrain a backbone on images")
     _add_settings(made)
-    made = verb("resume", _resume, "go on with a run exactly where it was saved")
+    made = verb("estimate", verbs.estimate, "time a few steps of a run: what the whole would take, and what to change")
+    made.add_argument("--steps", type=int, default=20, help="steps that are timed (default: 20)")
+    _add_settings(made, "[--steps N] ")
+    made = verb("resume", verbs.resume, "go on with a run exactly where it was saved")
     made.add_argument("run_folder", metavar="RUN")
     made.add_argument("--checkpoint", help="name of an older checkpoint to go on from")
-    made = verb("evaluate", _evaluate, "measure what a backbone learned")
+    made = verb("evaluate", verbs.evaluate, "measure what a backbone learned")
     made.add_argument("source", metavar="RUN|WEIGHTS", help="run folder or exported .safetensors")
     made.add_argument("data", metavar="DATA", nargs="?", help="labelled data; default: the run's own")
     made.add_argument("--protocol", default="knn", help="knn: weighted, k=200 T=0.1 and k=20 T=0.07")
     made.add_argument("--images", type=int, nargs=2, metavar=("BANK", "TEST"), help="at most this many images on each side")
-    made = verb("embed", _embed, "write the features of images to a file")
+    made = verb("embed", verbs.embed, "write the features of images to a file")
     made.add_argument("source", metavar="RUN|WEIGHTS", help="run folder or exported .safetensors")
     made.add_argument("data", metavar="DATA")
     made.add_argument("--out", required=True, help="target .npz or .csv")
     made.add_argument("--network", choices=("student", "teacher"), help="of a run; default: student")
     made.add_argument("--split", default="train", choices=("train", "bank", "test"))
-    for made in (verbs.choices["evaluate"], verbs.choices["embed"]):
+    for made in (commands.choices["evaluate"], commands.choices["embed"]):
         made.add_argument("--data_root", help="where named data sets lie")
         made.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
-    made = verb("export", _export, "write a run's backbone for other programs")
+    made = verb("export", verbs.export, "write a run's backbone for other programs")
     made.add_argument("run_folder", metavar="RUN")
     made.add_argument("--format", default="safetensors", help="safetensors, with timm's names")
     made.add_argument("--network", default="student", choices=("student", "teacher"))
     made.add_argument("--out", help="target file; default: in RUN/export")
-    verb("recipes", _recipes, "list the recipes and where their settings come from")
-    made = verb("validate", _validate, "check settings without running anything")
+    verb("recipes", verbs.recipes, "list the recipes and where their settings come from")
+    made = verb("validate", verbs.validate, "check settings without running anything")
     made.add_argument("--show", action="store_true", help="print all settings as YAML")
-    _add_settings(made)
-    return parser, list(verbs.choices)
+    _add_settings(made, "[--show] ")
+    return parser, list(commands.choices)
 
 
-def _add_settings(parser: argparse.ArgumentParser) -> None:
+def _add_settings(parser: argparse.ArgumentParser, own: str = "") -> None:
     """Every setting as an option; values are read and checked later, together, so that all faults are told at once."""
     parser.add_argument(
         "data", metavar="DATA", nargs="?", help="name of a data set, folder of images or list file (default: digits)"
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings")
     # argparse's own would name each of the settings, over two screens.
-    parser.usage = f"{parser.prog} [DATA] [--config FILE] [--SETTING VALUE ...] [--json] [--debug]"
+    parser.usage = f"{parser.prog} [DATA] [--config FILE] [--SETTING VALUE ...] {own}[--json] [--debug]"
     groups: dict[str, Any] = {}
     shorthand = {"views.weak": None, "views.strong": None}
     for name, (_, field) in leaves(Config).items():
@@ -129,7 +134,7 @@ def _overrides(args: argparse.Namespace, unknown: list[str]) -> dict[str, Any]:
     """The settings given on the command line as {dotted name: text}, unknown ones among them."""
     known = set(leaves(Config)) | {"views.weak", "views.strong"}
     given = {}
-    if args.verb in ("pretrain", "validate"):
+    if args.verb in _WITH_SETTINGS:
         given = {name: value for name, value in vars(args).items() if name in known and value is not None}
     words = iter(unknown)
     for word in words:
@@ -142,106 +147,3 @@ def _overrides(args: argparse.Namespace, unknown: list[str]) -> dict[str, Any]:
         if section in given:
             given[f"{section}.name"] = given.pop(section)
     return given
-
-
-def _launched(overrides: dict[str, Any]) -> dict[str, Any]:
-    """Under torchrun the launcher has already decided how many processes there are."""
-    local, world = os.environ.get("LOCAL_WORLD_SIZE"), os.environ.get("WORLD_SIZE")
-    if local and world:
-        overrides.setdefault("engine.devices", local)
-        overrides.setdefault("engine.nodes", str(int(world) // int(local)))
-    return overrides
-
-
-def _pretrain(args: argparse.Namespace, overrides: dict[str, Any]) -> Any:
-    from relssl.data.files import exists
-    from relssl.train.folder import default_folder, refuse_used
-
-    settings = resolve(_launched(overrides), args.config)
-    exists(settings.data, settings.data_root)
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        refuse_used(Path(settings.out or default_folder(settings)))
-    from relssl.train.pretrain import pretrain
-
-    return _tell(pretrain(settings=settings), args.json)
-
-
-def _resume(args: argparse.Namespace, _: dict[str, Any]) -> Any:
-    from relssl.train.pretrain import resume
-
-    return _tell(resume(args.run_folder, checkpoint=args.checkpoint), args.json)
-
-
-def _tell(result: Any, as_json: bool) -> Any:
-    from relssl.report.summary import facts, show
-    from relssl.weights.runs import load_run
-
-    if result is None:
-        return None
-    if not as_json:
-        config = load_run(result.folder).config
-        show(result, config.method.memory_size, config.encoder.dim)
-    return facts(result)
-
-
-def _evaluate(args: argparse.Namespace, _: dict[str, Any]) -> Any:
-    from relssl.evaluation.protocol import evaluate
-
-    found = evaluate(
-        args.source,
-        args.data,
-        protocol=args.protocol,
-        data_root=args.data_root,
-        images=args.images and tuple(args.images),
-        device=args.device,
-    )
-    for network, scores in found["results"].items():
-        for setting, figures in scores.items():
-            if setting != "card" and not args.json:
-                print(f"{network:8} {setting:12} " + "  ".join(f"{name} {value:.2f}" for name, value in figures.items()))
-    return found
-
-
-def _embed(args: argparse.Namespace, _: dict[str, Any]) -> Any:
-    from relssl.evaluation.protocol import embed
-
-    found = embed(
-        args.source, args.data, args.out, network=args.network, split=args.split, data_root=args.data_root, device=args.device
-    )
-    if not args.json:
-        print(
-            f"{found['images']} features of dimension {found['dim']} in {found['out']}; {len(found['bad'])} images could not be read"
-        )
-    return found
-
-
-def _export(args: argparse.Namespace, _: dict[str, Any]) -> Any:
-    from relssl.weights.export import export, timm_lines
-    from relssl.weights.runs import load_run
-
-    target = export(args.run_folder, format=args.format, network=args.network, out=args.out)
-    if not args.json:
-        print(f"{target}\n\nLoad it with timm:\n")
-        print("\n".join("    " + line for line in timm_lines(load_run(args.run_folder).config, str(target))))
-    return {"out": str(target), "format": args.format, "network": args.network}
-
-
-def _recipes(args: argparse.Namespace, _: dict[str, Any]) -> Any:
-    from relssl.recipes import listing
-
-    found = listing()
-    if not args.json:
-        for recipe in found:
-            print(f"{recipe.name:14} {recipe.about}\n{'':14} source: {recipe.source}")
-    return [vars(recipe) for recipe in found]
-
-
-def _validate(args: argparse.Namespace, overrides: dict[str, Any]) -> Any:
-    settings = resolve(overrides, args.config)
-    if args.show and not args.json:
-        print(to_yaml(settings), end="")
-    elif not args.json:
-        print(
-            f"valid: recipe {settings.recipe}, {settings.backbone} on {settings.data}, {settings.epochs} epochs of batch {settings.batch_size}"
-        )
-    return {"valid": True, "recipe": settings.recipe}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,6 +52,7 @@ class FromFiles:
         self.decoder = Decoder(images, config, device) if config.loader.decoder == "torchvision" else None
         wanted = config.loader.photometric
         by_itself = device.type == "cuda" or self.decoder is not None
+        self.collate: Callable[[Any], Any] = collate if self.decoder is None else collate_files
         self.photometric_here = wanted == "device" or (wanted == "auto" and by_itself)
 
     def stream(self, start: int, stop: int) -> Iterator[list[Batch]]:
@@ -66,12 +68,11 @@ class FromFiles:
     def _steps(self, start: int, stop: int, workers: int, prefetch: int) -> Iterator[list[Batch]]:
         """The parts of these steps, by one set of workers."""
         plainly = self.decoder is None
-        samples = Views(self.images, self.config, photometric=not self.photometric_here)
         loader = DataLoader(
-            samples if plainly else Bytes(self.images, self.config),
+            self.samples(),
             batch_sampler=_Requests(self.plan, start, stop),
             num_workers=workers,
-            collate_fn=collate if plainly else collate_files,
+            collate_fn=self.collate,
             worker_init_fn=reset_signals,
             prefetch_factor=prefetch if workers else None,
             pin_memory=plainly and self.device.type == "cuda",
@@ -79,7 +80,7 @@ class FromFiles:
         )
         parts: list[Batch] = []
         for sample in watch(loader):
-            parts.append(self._batch(sample))
+            parts.append(self.batch(sample))
             if len(parts) == self.plan.parts:
                 yield parts
                 parts = []
@@ -90,7 +91,14 @@ class FromFiles:
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
-    def _batch(self, sample: Sample | Files) -> Batch:
+    def samples(self) -> Views:
+        """What a worker makes, sample by sample."""
+        if self.decoder is not None:
+            return Bytes(self.images, self.config)
+        return Views(self.images, self.config, photometric=not self.photometric_here)
+
+    def batch(self, sample: Sample | Files) -> Batch:
+        """What is left to do on the device for samples that workers have made and joined."""
         if isinstance(sample, Files):
             assert self.decoder is not None
             sample = self.decoder.views(sample)

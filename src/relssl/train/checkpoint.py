@@ -18,23 +18,27 @@ from relssl.weights import store, tree
 
 def save(folder: Path, step: int, model: ReSSL, optimizer: Optimizer, engine: Engine, facts: dict[str, Any]) -> Path | None:
     """Save the state after `step` steps; every rank calls it, the first writes. Returns the checkpoint there."""
-    random_state = engine.random_state()
+    whole = whole_state(model, optimizer, engine)
     hashes = agreed_hashes(model, engine)
     if not engine.is_first:
         return None
-    state = {
-        "student": unwrapped(model.student).state_dict(),
-        "teacher": model.teacher.state_dict(),
-        "memory": model.memory.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "random": random_state,
-    }
-    tensors, rest = tree.flatten(state)
+    tensors, rest = tree.flatten(whole)
     target = store.step_folder(folder, step)
     meta = {"step": step, "threads": engine.threads, "world": engine.world, "precision": engine.precision}
     meta |= {"hashes": hashes, "tree": rest}
     store.save(target, tensors, meta | facts)
     return target
+
+
+def whole_state(model: ReSSL, optimizer: Optimizer, engine: Engine) -> dict[str, Any]:
+    """All that a checkpoint holds, as a tree of tensors and numbers; every rank calls it, for its random generators."""
+    return {
+        "student": unwrapped(model.student).state_dict(),
+        "teacher": model.teacher.state_dict(),
+        "memory": model.memory.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "random": engine.random_state(),
+    }
 
 
 def agreed_hashes(model: ReSSL, engine: Engine) -> list[dict[str, str]]:

@@ -17,7 +17,7 @@ from relssl.method.encoder import Encoder
 from relssl.method.ressl import OBJECTIVES, unwrapped
 
 if TYPE_CHECKING:
-    from relssl.train.trainer import Trainer
+    from relssl.train.learner import Learner
 
 # To compile takes a minute or two; a run of fewer steps would not earn it back.
 _WORTH_COMPILING = 2000
@@ -61,23 +61,23 @@ def pick_loss_form(config: Config, engine: Engine, share: int) -> str:
         return "tiled"
 
 
-def compile_networks(trainer: Trainer) -> str | None:
+def compile_networks(learner: Learner) -> str | None:
     """Compile both networks' forward and backward passes, with CUDA graphs where these are possible, if `compile` says so.
 
-    `auto` compiles on CUDA alone, for runs long enough, and keeps what turns out faster. The trainer's state stays as it was.
+    `auto` compiles on CUDA alone, for runs long enough, and keeps what turns out faster. The learner's state stays as it was.
 
     Returns:
         A line for the user if there is something to tell.
     """
-    config, engine = trainer.config, trainer.engine
-    worth = engine.device.type == "cuda" and trainer.total_steps >= _WORTH_COMPILING
+    config, engine = learner.config, learner.engine
+    worth = engine.device.type == "cuda" and learner.total_steps >= _WORTH_COMPILING
     if config.compile == "off" or (config.compile == "auto" and not worth):
         return None
-    networks = [unwrapped(trainer.model.student), trainer.model.teacher]
-    run = _trial(trainer)
+    networks = [unwrapped(learner.model.student), learner.model.teacher]
+    run = _trial(learner)
     try:
         with torch.random.fork_rng([engine.device] if engine.device.type == "cuda" else []):
-            trainer.guard.watch()
+            learner.guard.watch()
             before = _seconds(run, engine)
             for network in networks:
                 # Graphs are replayed on fixed memory; gradients of accumulated parts and DDP's buckets outlive a replay.
@@ -88,8 +88,8 @@ def compile_networks(trainer: Trainer) -> str | None:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         return f"compile: not possible here ({reason[:160]}); going on without"
     finally:
-        trainer.guard.take_back()
-        trainer.optimizer.zero_grad(set_to_none=True)
+        learner.guard.take_back()
+        learner.optimizer.zero_grad(set_to_none=True)
     if config.compile == "auto" and engine.largest(int(after > before)):
         _undo(networks)
         return f"compile: does not pay here ({after / before:.2f} times the time of a step without); going on without"
@@ -107,9 +107,9 @@ def _undo(networks: list[Encoder]) -> None:
         network.__dict__.pop("embed", None)
 
 
-def _trial(trainer: Trainer) -> Callable[[], None]:
+def _trial(learner: Learner) -> Callable[[], None]:
     """A forward and backward pass on views of noise, of the run's own shapes."""
-    config, engine, share = trainer.config, trainer.engine, trainer.plan.share
+    config, engine, share = learner.config, learner.engine, learner.plan.share
 
     def noise(size: int) -> Tensor:
         views: Tensor = engine.place(torch.rand(share, 3, size, size))
@@ -120,9 +120,9 @@ def _trial(trainer: Trainer) -> Callable[[], None]:
     def run() -> None:
         torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         with engine.autocast():
-            made = trainer.model.step(weak, strong, student_temperature=0.1, teacher_temperature=0.04)
+            made = learner.model.step(weak, strong, student_temperature=0.1, teacher_temperature=0.04)
         engine.backward(made.loss)
-        trainer.optimizer.zero_grad(set_to_none=True)
+        learner.optimizer.zero_grad(set_to_none=True)
 
     return run
 

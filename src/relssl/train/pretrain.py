@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +12,11 @@ from typing import Any, TypeVar
 import torch
 
 from relssl.config import Config, resolve
-from relssl.data.shrinking import shrunken
-from relssl.data.sources import Images, load
 from relssl.engine import Engine
-from relssl.errors import ConfigError, DataError, DistributedError, Interrupted, RelsslError, StorageError
-from relssl.evaluation.protocol import LabelledPair, choose
+from relssl.errors import ConfigError, DistributedError, Interrupted, RelsslError, StorageError
+from relssl.train.assembly import build, on_first, shrink
 from relssl.train.folder import RunFolder, default_folder, refuse_used
 from relssl.train.journal import Display, read_rows
-from relssl.train.online import OnlineKnn
 from relssl.train.trainer import Trainer
 from relssl.weights import store
 from relssl.weights.export import default_target, export
@@ -71,7 +67,7 @@ def pretrain(
     made = settings or resolve(({} if data is None else {"data": data}) | overrides, config)
     folder = Path(made.out or default_folder(made))
     engine = Engine(made.engine)
-    _on_first(engine, lambda: refuse_used(folder))
+    on_first(engine, lambda: refuse_used(folder))
     return _run(dataclasses.replace(made, out=str(folder)), folder, engine, quiet, None, fresh=True)
 
 
@@ -97,33 +93,18 @@ def resume(run: str | Path, *, checkpoint: str | None = None, quiet: bool = Fals
     return _run(loaded.config, folder, Engine(loaded.config.engine), quiet, path, fresh=False)
 
 
-def complete_settings(config: Config, images: Images) -> Config:
-    """The configuration with what only the data can say."""
-    views = config.views
-    views = dataclasses.replace(
-        views,
-        mean=views.mean or images.mean,
-        std=views.std or images.std,
-        margin=views.margin or (1.0 if images.pixels is not None else 256 / 224),
-    )
-    return dataclasses.replace(config, views=views)
-
-
 def _run(config: Config, path: Path, engine: Engine, quiet: bool, saved: Path | None, *, fresh: bool) -> Result | None:
-    images = load(config.data, config.data_root, "train", index=config.loader.index)
-    if config.max_images is not None:
-        images = choose(images, config.max_images, config.seed)
-    config = complete_settings(config, images)
-    trainer = Trainer(config, engine, images, _online(config) if engine.is_first else None)
-    folder = trainer.folder = _on_first(engine, lambda: RunFolder(path))
+    trainer = build(config, engine)
+    config = trainer.config
+    folder = trainer.folder = on_first(engine, lambda: RunFolder(path))
     try:
         if folder is not None:
             if fresh:
                 refuse_used(path)  # again, now that nobody else can write it
             if not (path / "config.yaml").exists():
-                facts = {"images": len(images), "fingerprint": trainer.fingerprint}
+                facts = {"images": len(trainer.images), "fingerprint": trainer.fingerprint}
                 folder.describe(config, {"data": facts, "engine": engine.describe()})
-            folder.bad_samples(images.bad)
+            folder.bad_samples(trainer.images.bad)
         inexact = trainer.restore(saved) if saved is not None else []
         if folder is not None:
             folder.give_up_after(trainer.step)
@@ -150,52 +131,25 @@ def _introduce(trainer: Trainer, display: Display, inexact: list[str]) -> None:
         display.say(f"going on {how} from step {trainer.step}")
 
 
-def _shrink(trainer: Trainer, display: Display) -> None:
-    """Let the trainer read shrunk images, if they are asked for; the first rank finds or makes them while the others wait."""
-    config, images, engine = trainer.config, trainer.images, trainer.engine
-    if config.loader.cache is None:
-        return
-    made = _on_first(engine, lambda: shrunken(images, config, display))
-    if made is None:
-        made = shrunken(images, config, display)  # made once more by machines that have a disk of their own
-    engine.wait()
-    trainer.read(dataclasses.replace(images, shrunk=made))
-
-
 def _fit(trainer: Trainer, folder: RunFolder | None, display: Display) -> None:
     """Train, and note in status.json how that went."""
     try:
         if folder is not None:
             folder.status("running", trainer.step)
-        _shrink(trainer, display)
+        shrink(trainer, display)
         trainer.fit(display)
     except BaseException as error:
-        named = _named(error, trainer)
+        known = named(error, trainer)
         if folder is not None:
             # A full disk must not hide the error that there is to tell.
             with suppress(StorageError):
-                _note_failure(folder, trainer, named)
-        if named is error:
+                _note_failure(folder, trainer, known)
+        if known is error:
             raise
-        raise named from error
+        raise known from error
 
 
-def _on_first(engine: Engine, make: Callable[[], Made]) -> Made | None:
-    """What `make` gives on the first rank, None on the others; its failure is raised on all, so that none waits in vain."""
-    made, fault = None, None
-    if engine.is_first:
-        try:
-            made = make()
-        except RelsslError as error:
-            fault = error
-    engine.wait()  # patiently: to shrink a million images takes hours
-    fault = engine.first_says(fault)
-    if fault is not None:
-        raise fault
-    return made
-
-
-def _named(error: BaseException, trainer: Trainer) -> BaseException:
+def named(error: BaseException, trainer: Trainer) -> BaseException:
     """An error of the libraries below as one of ours, where it is known what to do about it."""
     if isinstance(error, RelsslError):
         return error
@@ -244,14 +198,3 @@ def _state(folder: Path) -> str | None:
     except (OSError, ValueError, KeyError):
         return None
     return state
-
-
-def _online(config: Config) -> OnlineKnn | None:
-    """The kNN evaluation, if it is wanted and the data has labels and a test part."""
-    if config.log.knn_every == 0:
-        return None
-    try:
-        pair = LabelledPair.load(config.data, config.data_root, config.log.knn_images, config.seed, index=config.loader.index)
-    except DataError:
-        return None
-    return OnlineKnn(pair, config)

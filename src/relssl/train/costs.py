@@ -1,0 +1,203 @@
+"""What a run takes beside its steps: memory, disk, evaluations, checkpoints."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import resource
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from relssl.config import Config
+from relssl.data.decode import BadImage
+from relssl.data.plain import plain_view
+from relssl.data.samples import read_image
+from relssl.data.sources import Images
+from relssl.data.workers import loader_workers
+from relssl.engine import Engine
+from relssl.evaluation.features import extract
+from relssl.evaluation.knn import knn_accuracy
+from relssl.evaluation.protocol import choose
+from relssl.method.ressl import unwrapped
+from relssl.train.checkpoint import whole_state
+from relssl.train.folder import default_folder
+from relssl.train.trainer import Trainer
+from relssl.weights import tensorfile, tree
+from relssl.weights.atomic import to_json
+
+# Bytes of a logged row: JSON in metrics.jsonl, and events of TensorBoard.
+_ROW, _EVENTS = 500, 900
+# Images whose features are timed, and images read on one core, to stand for all of an evaluation.
+_FEATURES, _READ = 256, 16
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes at the peak, of this process so far without the loader's processes, and what there is.
+
+    `device` is what was reserved on a GPU; 0 of 0 without one.
+    """
+
+    used: int
+    total: int
+    device_used: int
+    device_total: int
+
+    @property
+    def share(self) -> float:
+        """The fuller of the two, 0 to 1."""
+        return max(self.used / self.total, self.device_used / self.device_total if self.device_total else 0.0)
+
+
+def peak_memory(engine: Engine) -> Memory:
+    """The peak up to now."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    used, total = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, _memory_allowed()
+    if engine.device.type != "cuda":
+        return Memory(used, total, 0, 0)
+    device = torch.cuda.get_device_properties(engine.device)
+    return Memory(used, total, torch.cuda.max_memory_reserved(engine.device), device.total_memory)
+
+
+def _memory_allowed() -> int:
+    """The machine's memory, or what a container may take of it."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        try:
+            return min(total, int((Path("/sys/fs/cgroup") / name).read_text()))
+        except (OSError, ValueError):  # not there, or "max"
+            continue
+    return total
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Bytes that the run folder comes to.
+
+    Attributes:
+        checkpoint: of one of them.
+        checkpoints: how many there are at most: those kept, the best by kNN, and a new one before the oldest goes.
+        exports: both backbones.
+        logs: metrics and events.
+        free: where the folder would lie.
+    """
+
+    checkpoint: int
+    checkpoints: int
+    exports: int
+    logs: int
+    free: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.checkpoint * self.checkpoints + self.exports + self.logs
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What interrupts training: how many there are of each in the whole run, and the seconds of one.
+
+    Saving is timed up to the disk, whose own time is not in it.
+    """
+
+    evaluations: int
+    evaluation_seconds: float
+    saves: int
+    save_seconds: float
+
+
+def measure_saving(trainer: Trainer) -> tuple[Disk, float]:
+    """The disk a run needs, and the seconds it takes to make a checkpoint's bytes and their hash. Nothing is written."""
+    config = trainer.config
+    begun = time.perf_counter()
+    tensors, rest = tree.flatten(whole_state(trainer.model, trainer.optimizer, trainer.engine))
+    data = tensorfile.encode(tensors)
+    hashlib.sha256(data).hexdigest()
+    seconds = time.perf_counter() - begun
+    networks = (unwrapped(trainer.model.student).backbone, trainer.model.teacher.backbone)
+    exports = sum(tensor.nbytes for network in networks for tensor in network.state_dict().values())
+    rows = trainer.total_steps // config.log.every + config.epochs
+    held = min(config.checkpoint.keep, saves(config, trainer.steps_per_epoch)) + (trainer.online is not None) + 1
+    logs = rows * (_ROW + _EVENTS * config.log.tensorboard)
+    return Disk(len(data) + len(to_json(rest)), held, exports, logs, _free(config)), seconds
+
+
+def _free(config: Config) -> int:
+    """Free bytes where the run folder would be made."""
+    place = Path(config.out or default_folder(config)).absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
+def saves(config: Config, steps_per_epoch: int) -> int:
+    """Checkpoints written over a whole run: at ends of epochs, with each evaluation, between, and at the end."""
+    every, total = config.checkpoint.every_steps, config.epochs * steps_per_epoch
+    ends = {epoch * steps_per_epoch for epoch in (*range(0, config.epochs, config.checkpoint.every), *_evaluated(config))}
+    between = set(range(every, total, every)) if every else set()
+    return len((ends | between | {total}) - {0})
+
+
+def _evaluated(config: Config) -> list[int]:
+    """The epochs with kNN at their end, if the data has labels."""
+    every = config.log.knn_every
+    return sorted({*range(every, config.epochs + 1, every), config.epochs}) if every else []
+
+
+def measure_extras(trainer: Trainer, save_seconds: float) -> Extras:
+    """Evaluations, timed on a few images, and checkpoints."""
+    written = saves(trainer.config, trainer.steps_per_epoch)
+    if trainer.online is None:
+        return Extras(0, 0.0, written, save_seconds)
+    count = len(_evaluated(trainer.config)) + 1  # and one before the first step
+    return Extras(count, _evaluation(trainer), written, save_seconds)
+
+
+def _evaluation(trainer: Trainer) -> float:
+    """Seconds of one evaluation: features of both sides by both networks, and the search for neighbours."""
+    assert trainer.online is not None
+    pair, config, engine = trainer.online.pair, trainer.config, trainer.engine
+    backbone, size = trainer.model.teacher.backbone, config.views.weak.size
+    # For files, images of noise stand in: reading them is timed apart, as the loader's processes do it at the same time.
+    sample = choose(pair.test, _FEATURES, 0)
+    if sample.pixels is None:
+        sample = Images("noise", pixels=torch.randint(256, (_FEATURES, 3, size, size), dtype=torch.uint8))
+    seconds, width = [], 0
+    for _ in range(2):  # the first chooses kernels
+        begun = time.perf_counter()
+        width = extract(backbone, sample, config, engine.device, engine.autocast()).vectors.shape[1]
+        seconds.append(time.perf_counter() - begun)
+    each = min(seconds) / len(sample)
+    if pair.test.files is not None:
+        workers = loader_workers(config)
+        reading = _reading(pair.test, config)
+        each = max(each, reading / workers) if workers else each + reading
+    return 2 * (each * (len(pair.bank) + len(pair.test)) + _search(len(pair.bank), len(pair.test), width, config))
+
+
+def _reading(images: Images, config: Config) -> float:
+    """Seconds to read one image and make its plain view, on one core."""
+    read, begun = 0, time.perf_counter()
+    for row in range(min(_READ, len(images))):
+        try:
+            plain_view(read_image(images, row, config.loader.max_pixels), config.views)
+            read += 1
+        except BadImage:
+            continue
+    return (time.perf_counter() - begun) / max(read, 1)
+
+
+def _search(bank: int, queries: int, width: int, config: Config) -> float:
+    """Seconds to find the neighbours of all queries, from a part of both sides."""
+    some, few = min(bank, 1 << 14), min(queries, 1 << 8)
+    features = torch.randn(some + few, width)
+    labels = torch.arange(some + few) % 2
+    begun = time.perf_counter()
+    knn_accuracy(features[:some], labels[:some], features[some:], labels[some:], classes=2, settings=[config.log.knn], cap=True)
+    return (time.perf_counter() - begun) * bank / some * queries / few

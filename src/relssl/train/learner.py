@@ -1,0 +1,141 @@
+"""What makes a step: networks, memory, optimizer and schedules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from relssl.config import Config
+from relssl.data.batch import Batch
+from relssl.data.plan import Plan
+from relssl.engine import Engine
+from relssl.method import ReSSL, Step, create_encoder, health, schedules
+from relssl.train.choices import compile_networks, pick_loss_form
+from relssl.train.guard import Guard
+from relssl.train.optim import create_optimizer
+
+
+@dataclass
+class Figures:
+    """What is to be told of one step: what the host knows of it, and a way to get what the device does."""
+
+    step: int
+    known: dict[str, float]
+    read: Callable[[], dict[str, torch.Tensor]]
+
+
+class Learner:
+    """Makes optimizer steps, whatever the batches are of.
+
+    Args:
+        config: the resolved settings, with the data's means and deviations filled in.
+        engine: devices and ranks.
+        plan: how steps, parts and ranks share the samples.
+
+    Attributes:
+        step: optimizer steps made.
+        model: student, teacher and memory.
+        guard: what keeps a non-finite step from leaving a trace.
+        compiled: what there is to tell of compiling the networks; None: nothing.
+    """
+
+    def __init__(self, config: Config, engine: Engine, plan: Plan) -> None:
+        self.config, self.engine, self.plan, self.step = config, engine, plan, 0
+        self.steps_per_epoch = self.plan.steps_per_epoch
+        self.total_steps = config.epochs * self.steps_per_epoch
+        # Every rank builds the same networks and memory from the same seed; they stay equal by moving alike.
+        torch.manual_seed(config.seed)
+        encoder = create_encoder(config)
+        memory_source = torch.Generator().manual_seed(config.seed)
+        loss_form = pick_loss_form(config, engine, self.plan.share)
+        self.model = ReSSL(encoder, config.method.memory_size, config.encoder.dim, memory_source, loss_form)
+        self.model.student = engine.setup(encoder)
+        engine.place(self.model.teacher)
+        self.model.memory.to(engine.device)
+        self.model.train()
+        self.parameters = list(encoder.parameters())
+        self.optimizer = create_optimizer(encoder, config.optimizer)
+        self.guard = Guard([encoder, self.model.teacher], engine.device)
+        self.compiled = compile_networks(self)
+        # From here on randomness inside the networks (dropout, stochastic depth) differs between ranks.
+        engine.seed(config.seed + 1 + engine.rank)
+
+    def train_step(self, parts: list[Batch]) -> Figures | None:
+        """One optimizer step; its figures if it is one that is logged. It is only asked of the device, not waited for."""
+        method, now = self.config.method, self.settings_at(self.step)
+        self.guard.watch()
+        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+        losses, done = [], []
+        for number, part in enumerate(parts):
+            last = number == len(parts) - 1
+            with self.engine.part(self.model.student, last):
+                with self.engine.autocast():
+                    made = self.model.step(
+                        self.engine.place(part.weak),
+                        [self.engine.place(view) for view in part.strong],
+                        student_temperature=method.student_temperature,
+                        teacher_temperature=now["teacher_temperature"],
+                        warmup_mix=now["warmup_mix"],
+                        info_nce_temperature=method.info_nce_temperature,
+                    )
+                # Outside autocast, which would round the loss's fp32 products to bf16 on the way back.
+                self.engine.backward(made.loss / len(parts))
+            losses.append(made.loss.detach())
+            done.append(made)
+        loss = self.engine.mean(torch.stack(losses).mean())
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        if self.config.optimizer.clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.optimizer.clip, norm)
+        self.step += 1
+        keys = self._joined([made.keys for made in done])
+        logged = self.step % self.config.log.every == 0 or self.step % self.steps_per_epoch == 0
+        # Before the memory moves: the figures are those of the relations that the loss has seen.
+        told = self._health(done, keys, now) | {"loss": loss, "grad_norm": norm, "keys": keys} if logged else {}
+        self._commit(keys, self._joined([part.ids for part in parts]), now, self.guard.judge(loss, norm))
+        if not logged:
+            return None
+        return Figures(self.step, now, self.engine.fetch(told | {"streak": self.guard.longest()}))
+
+    def _health(self, done: list[Step], keys: torch.Tensor, now: dict[str, float]) -> dict[str, torch.Tensor]:
+        return health(
+            self._joined([made.queries.transpose(0, 1) for made in done]).transpose(0, 1),
+            keys,
+            self.model.memory.keys,
+            student_temperature=self.config.method.student_temperature,
+            teacher_temperature=now["teacher_temperature"],
+        )
+
+    def _commit(self, keys: torch.Tensor, ids: torch.Tensor, now: dict[str, float], good: torch.Tensor) -> None:
+        """Let optimizer, memory and teacher move, unless the step is not finite."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = now["lr"]
+        self.optimizer.found_inf = (~good).float()  # type: ignore[attr-defined]  # read by fused optimizers
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.model.push(keys, ids, good)
+        self.model.follow(now["teacher_momentum"], good)
+
+    def _joined(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        """All ranks' and parts' rows in the order of the batch."""
+        return torch.cat([self.engine.gather(part, self.plan.share) for part in parts])
+
+    def settings_at(self, step: int) -> dict[str, float]:
+        """What the schedules say of a step."""
+        method, optimizer, epoch = self.config.method, self.config.optimizer, self.steps_per_epoch
+        return {
+            "lr": schedules.learning_rate(
+                step, peak=optimizer.lr, warmup_steps=optimizer.warmup_epochs * epoch, total_steps=self.total_steps
+            ),
+            "teacher_momentum": schedules.teacher_momentum(
+                step, start=method.teacher_momentum, end=method.teacher_momentum_end, total_steps=self.total_steps
+            ),
+            "warmup_mix": schedules.warmup_mix(step, shape=method.warmup, length=method.warmup_share * self.total_steps),
+            "teacher_temperature": schedules.temperature(
+                step,
+                start=method.teacher_temperature_start,
+                end=method.teacher_temperature,
+                length=method.teacher_temperature_epochs * epoch,
+            ),
+        }

@@ -1,0 +1,152 @@
+"""The stages of a step are those of training, and timing them leaves no trace."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from relssl.config import resolve
+from relssl.engine import Engine
+from relssl.schema import merge, nest
+from relssl.train import stages as module
+from relssl.train.assembly import build
+from relssl.train.stages import STAGES, stages
+from relssl.train.timing import _Marks, time_steps
+from relssl.train.trainer import Trainer
+from small_runs import SMALL
+
+ALWAYS = set(STAGES) - {"load", "views", "transfer"}
+
+
+def trainer(**over: Any) -> Trainer:
+    config = resolve(merge(SMALL, nest(over)))
+    return build(config, Engine(config.engine))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    for number in range(12):
+        pixels = rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number:02}.jpg")
+    (tmp_path / "11.jpg").write_bytes(b"no image")
+    return tmp_path
+
+
+def files(folder: Path, **over: Any) -> Trainer:
+    views = {side: {"size": 16} for side in ("weak", "strong")}
+    batch = {"batch_size": 4, "max_images": None, "recipe": "folder", "loader.workers": 0, "views": views}
+    return trainer(data=str(folder), **batch | over)
+
+
+def train(run: Trainer, steps: int) -> None:
+    for parts in run.loader.stream(run.step, run.step + steps):
+        run.train_step(parts)
+
+
+@pytest.mark.parametrize("over", [{}, {"accumulate": 2, "engine.precision": "bf16"}])
+def test_training_goes_on_as_if_nothing_had_been_timed(over: dict[str, Any]) -> None:
+    timed, plain = trainer(**over), trainer(**over)
+    for run in (timed, plain):
+        train(run, 3)
+    found = stages(timed, repeats=2)
+    assert set(found) == ALWAYS | {"views"} and all(seconds > 0 for seconds in found.values())
+    for run in (timed, plain):
+        train(run, 3)
+    assert timed.step == plain.step == 6
+    expected, actual = plain.model.state_dict(), timed.model.state_dict()
+    assert [name for name in expected if not torch.equal(expected[name], actual[name])] == []
+    moments = zip(plain.optimizer.state.values(), timed.optimizer.state.values(), strict=True)
+    for one, other in moments:
+        assert torch.equal(one["momentum_buffer"], other["momentum_buffer"])
+        assert one["momentum_buffer"].stride() == other["momentum_buffer"].stride()
+
+
+def test_timing_before_the_first_step_leaves_the_optimizer_without_a_state() -> None:
+    run = trainer()
+    random = torch.get_rng_state()
+    stages(run, repeats=1)
+    assert len(run.optimizer.state) == 0 and torch.equal(torch.get_rng_state(), random)
+    assert all(parameter.grad is None for parameter in run.parameters)
+
+
+@pytest.mark.parametrize("step", [4, 18])  # with InfoNCE in the loss, and without
+def test_the_pieces_make_the_gradients_of_a_step(step: int) -> None:
+    run = trainer(**{"engine.precision": "fp32", "method.warmup": "linear"})
+    run.step = step
+    now = run.settings_at(step)
+    assert (now["warmup_mix"] > 0) == (step == 4)
+    (part,) = module._parts(run)
+    made = run.model.step(
+        part.weak,
+        part.strong,
+        student_temperature=0.1,
+        teacher_temperature=now["teacher_temperature"],
+        warmup_mix=now["warmup_mix"],
+    )
+    run.engine.backward(made.loss)
+    expected = [parameter.grad.clone() for parameter in run.parameters if parameter.grad is not None]
+    run.optimizer.zero_grad(set_to_none=True)
+    queries, keys = module._passes(run, part, module._Clock(run.engine))
+    actual = [parameter.grad for parameter in run.parameters if parameter.grad is not None]
+    assert len(actual) == len(expected) > 0
+    for one, other in zip(expected, actual, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(queries, made.queries)
+    torch.testing.assert_close(keys, made.keys)
+
+
+def test_files_are_loaded_and_moved_where_pixels_are_viewed(folder: Path) -> None:
+    found = stages(files(folder), repeats=1)
+    assert set(found) == ALWAYS | {"load", "transfer"} and list(found) == [name for name in STAGES if name in found]
+
+
+def test_steps_are_timed_through_the_loader_and_repeat_epochs(folder: Path) -> None:
+    run = files(folder, epochs=1, **{"optimizer.warmup_epochs": 0.5})
+    timing = time_steps(run, 7)
+    # Three steps to warm up and one to settle come first; the epoch has three.
+    assert len(timing.steps) == len(timing.waits) == 7 and run.step == 3 + 1 + 7
+    assert all(0 < wait < step for wait, step in zip(timing.waits, timing.steps, strict=True))
+    assert {Path(name).name for name, _ in timing.bad} == {"11.jpg"}
+
+
+def test_slow_steps_are_cut_short() -> None:
+    run = trainer()
+    assert len(time_steps(run, 50, limit=0.0).steps) == 3 and run.step == 3 + 1 + 3
+
+
+def test_each_loader_process_delivers_as_often(folder: Path) -> None:
+    run = files(folder, **{"loader.workers": 2})
+    assert len(time_steps(run, 3).steps) == 4
+
+
+def test_on_a_gpu_its_own_clock_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Marks are events in the device's queue, read once at the end: none may wait for the device in between."""
+    waits: list[int] = []
+
+    class Event:
+        passed = 0.0
+
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            assert not waits
+            Event.passed += 250.0
+            self.at = Event.passed
+
+        def elapsed_time(self, later: Any) -> float:
+            return float(later.at - self.at)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    gpu: Any = SimpleNamespace(device=torch.device("cuda"), synchronise=lambda: waits.append(1))
+    marks = _Marks(gpu)
+    for _ in range(4):
+        marks.set()
+    assert marks.spans() == [0.25, 0.25, 0.25] and waits == [1]
