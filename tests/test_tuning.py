@@ -79,7 +79,7 @@ def test_what_is_given_is_not_measured() -> None:
 @pytest.mark.parametrize(("cores", "steps"), [(2, 199), (16, 1000), (16, 0)])
 def test_a_short_run_measures_nothing(cores: int, steps: int) -> None:
     found = World({}).run(Tuning(LoaderConfig(), cores, 1, steps))
-    assert (found, str(found)) == (Choice(cores - 1, 2), f"{cores - 1} loader workers x 2 batches")
+    assert (found, str(found)) == (Choice(cores - 1, 2), f"{cores - 1} loader worker{'s' * (cores > 2)} x 2 batches")
 
 
 @pytest.mark.parametrize("parts", [1, 4])

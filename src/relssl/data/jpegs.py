@@ -181,8 +181,9 @@ class Decoder:
             return list(self._call(files))
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError:  # which one it was is not said
-            return [None] if len(files) == 1 else [image for file in files for image in self._decode([file])]
+        except RuntimeError:
+            half = len(files) // 2  # which one it was is not said
+            return [*self._decode(files[:half]), *self._decode(files[half:])] if half else [None]
 
     def _call(self, files: list[Tensor]) -> list[Tensor]:
         with warnings.catch_warnings():

@@ -83,7 +83,8 @@ class Choice:
     def __str__(self) -> str:
         """One line for the console."""
         tried = ", ".join(f"{t.workers} x {t.prefetch} {1000 * t.seconds:.0f}" for t in self.trials)
-        return f"{self.workers} loader workers x {self.prefetch} batches" + (f" (ms a step: {tried})" if tried else "")
+        workers = "1 loader worker" if self.workers == 1 else f"{self.workers} loader workers"
+        return f"{workers} x {self.prefetch} batches" + (f" (ms a step: {tried})" if tried else "")
 
 
 class Tuning:
