@@ -178,6 +178,10 @@ def test_encoder_of_a_config_has_the_papers_heads() -> None:
     torch.testing.assert_close(z.norm(dim=1), torch.ones(2))
 
 
+def told(figures: dict[str, torch.Tensor], keys: torch.Tensor) -> dict[str, float]:
+    return {name: float(value) for name, value in figures.items()} | {"effective_rank": float(effective_rank(keys))}
+
+
 def test_health_of_known_relations() -> None:
     torch.manual_seed(1)
     keys, memory = unit(64, 32), unit(512, 32)
@@ -187,13 +191,13 @@ def test_health_of_known_relations() -> None:
     entropy = torch.distributions.Categorical(logits=keys @ memory.T / 0.1).entropy().mean()
     assert figures["teacher_entropy"] == pytest.approx(float(entropy), rel=1e-5)
     assert figures["teacher_neighbours"] == pytest.approx(float(entropy.exp()), rel=1e-5)
-    assert verdict(figures, 512, 32) is None
+    assert verdict(told(figures, keys), 512, 32) is None
     one = keys[:1].expand(64, 32)
     collapsed = health(one[None], one, memory[:1].expand(512, 32), student_temperature=0.1, teacher_temperature=0.04)
     assert collapsed["teacher_neighbours"] == pytest.approx(512, rel=1e-4) and collapsed["embedding_std"] == pytest.approx(
         0, abs=1e-5
     )
-    assert "collapsed" in (verdict(collapsed, 512, 32) or "")
+    assert "collapsed" in (verdict(told(collapsed, one), 512, 32) or "")
 
 
 def test_effective_rank_counts_directions() -> None:

@@ -27,7 +27,9 @@ from relssl.errors import CheckpointError, ConfigError, DataError, Interrupted, 
 from relssl.method.ressl import unwrapped
 from relssl.schema import merge, nest
 from relssl.train.folder import RunFolder
+from relssl.train.journal import Display
 from relssl.train.pretrain import complete_settings
+from relssl.train.stopwatch import Stopwatch
 from relssl.train.trainer import Trainer
 from relssl.weights import store
 from small_runs import NORMLESS, SMALL, differing, final_state, repeatable_rows, small_run
@@ -224,12 +226,24 @@ def test_the_way_back_is_outside_autocast(tmp_path: Path) -> None:
 
 
 def test_non_finite_steps_in_a_row_stop_the_run(tmp_path: Path) -> None:
-    made = trainer(tmp_path)
+    made = trainer(tmp_path, **{"log.every": 4})
     batch = next(made.loader.stream(0, 1))
+    good = [view.clone() for view in (batch[0].weak, *batch[0].strong)]
+
+    def train(steps: int) -> None:
+        for _ in range(steps):
+            figures = made.train_step(batch)
+            if figures is not None:
+                made._report(figures, Stopwatch(), None, Display(1, 0, show=False))
+
+    batch[0].weak.fill_(float("nan"))
+    train(9)
+    batch[0].weak.copy_(good[0])
+    train(1)
+    assert int(made.guard.streak) == 0
     batch[0].weak.fill_(float("nan"))
     with pytest.raises(NumericError, match="10 steps in a row"):
-        for _ in range(11):
-            made.train_step(batch)
+        train(13)
 
 
 def test_accumulated_parts_fill_memory_and_teacher_as_one_batch_does(tmp_path: Path) -> None:

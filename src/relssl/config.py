@@ -30,6 +30,11 @@ class Config:
     out: str | None = setting(None, "run folder; null: runs/RECIPE-SEED")
     backbone: str = setting("resnet18", "timm name of the network")
     backbone_args: dict[str, Any] = setting({}, "arguments for timm.create_model, as {name: value}")
+    compile: str = setting(
+        "auto",
+        "compile the networks with torch.compile, and on one GPU replay them as CUDA graphs; auto: on GPUs, if it turns out faster",
+        choices=("auto", "off", "on"),
+    )
     epochs: int = setting(200, "passes over the images", ge=1)
     batch_size: int = setting(256, "images an optimizer step, over all devices and accumulated parts", ge=2)
     accumulate: int = setting(1, "equal parts a batch is computed in, one after another", ge=1)

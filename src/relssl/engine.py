@@ -7,6 +7,7 @@ import logging
 import os
 import platform
 import random
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -57,7 +58,12 @@ class Engine:
         )
         self.fabric.launch()
         self.device, self.rank, self.world = self.fabric.device, self.fabric.global_rank, self.fabric.world_size
-        self._patient = dist.new_group(backend="gloo", timeout=timedelta(days=7)) if self.world > 1 else None
+        # What ranks tell each other at every step goes by the host, so that it waits for no device.
+        self._host: Any = None
+        self._patient: Any = None
+        if self.world > 1:
+            self._host = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.timeout))
+            self._patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))
 
     @property
     def is_first(self) -> bool:
@@ -106,7 +112,7 @@ class Engine:
         if self.world == 1:
             return items
         lists: list[Any] = [None] * self.world
-        dist.all_gather_object(lists, items)
+        dist.all_gather_object(lists, items, group=self._host)
         return [item for held in lists for item in held]
 
     def mean(self, value: Tensor) -> Tensor:
@@ -125,14 +131,31 @@ class Engine:
         """The largest of the ranks' numbers, on every rank: how they agree on a signal that reached only one."""
         if self.world == 1:
             return number
-        held = torch.tensor(number, device=self.device)
-        dist.all_reduce(held, op=dist.ReduceOp.MAX)
+        held = torch.tensor(number)
+        dist.all_reduce(held, op=dist.ReduceOp.MAX, group=self._host)
         return int(held)
 
     def wait(self) -> None:
         """Until all ranks are here, however long the first one evaluates; a rank that dies ends the wait."""
         if self._patient is not None:
-            dist.barrier(group=self._patient)  # type: ignore[arg-type]
+            dist.barrier(group=self._patient)
+
+    def fetch(self, values: Mapping[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
+        """Start to bring tensors to the host; what is returned waits for them, and for nothing asked of the device later."""
+        if self.device.type != "cuda":
+            held = {name: value.detach().cpu() for name, value in values.items()}
+            return lambda: held
+        held = {name: torch.empty_like(value, device="cpu", pin_memory=True) for name, value in values.items()}
+        for name, value in values.items():
+            held[name].copy_(value.detach(), non_blocking=True)
+        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        arrived.record()
+
+        def wait() -> dict[str, Tensor]:
+            arrived.synchronize()
+            return held
+
+        return wait
 
     def synchronise(self) -> None:
         """Until the device has done all that was asked of it: before a clock is read, never in a loop that trains."""

@@ -45,6 +45,12 @@ class MethodConfig:
         "none", "how InfoNCE's part of the loss falls from 1 to 0", choices=("none", "hard", "linear", "cosine")
     )
     warmup_share: float = setting(0.2, "share of the run over which InfoNCE's part falls", ge=0, le=1)
+    loss_form: str = setting(
+        "auto",
+        "how the loss is computed, always the same number: plain; tiled, in less memory and time; triton, tiled with a GPU "
+        "kernel; auto: tiled, on GPUs the faster of tiled and triton",
+        choices=("auto", "plain", "tiled", "triton"),
+    )
     info_nce_temperature: float = setting(0.1, "temperature of the InfoNCE loss", gt=0, le=10)
 
 
@@ -88,6 +94,12 @@ class LoaderConfig:
         choices=("auto", "resident", "files"),
     )
     workers: int | None = setting(None, "loader processes of the files path; null: the cores beyond the first", ge=0, le=1024)
+    views_ahead: int | None = setting(
+        None,
+        "resident path: steps whose views are made in one go; null: 8 on GPUs, which start many small tasks slowly, else 1",
+        ge=1,
+        le=1024,
+    )
     prefetch: int = setting(2, "batches each worker prepares ahead", ge=1, le=64)
     max_bad_fraction: float = setting(0.1, "stop when more than this share of the images cannot be read", ge=0, le=1)
     max_pixels: int = setting(89_000_000, "images with more pixels than this are skipped", ge=1)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from relssl.data import randaugment
 from relssl.data.draws import CONTRAST, HUE, SATURATION, Bools, Draws, Floats, Ints
+from relssl.data.transfer import send
 from relssl.views import ViewConfig
 
 
@@ -71,7 +72,7 @@ def normalise(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
 
 def _column(values: npt.ArrayLike, like: Tensor) -> Tensor:
     """Host numbers as a fp32 tensor on `like`'s device."""
-    return torch.as_tensor(np.asarray(values, dtype=np.float32)).to(like.device, non_blocking=True)
+    return send(torch.as_tensor(np.asarray(values, dtype=np.float32)), like.device)
 
 
 def _on(x: Tensor, where: Bools, operation: Callable[[Tensor, Ints], Tensor]) -> Tensor:
@@ -79,7 +80,7 @@ def _on(x: Tensor, where: Bools, operation: Callable[[Tensor, Ints], Tensor]) ->
     rows = np.flatnonzero(where)
     if len(rows) == 0:
         return x
-    index = torch.as_tensor(rows).to(x.device, non_blocking=True)
+    index = send(torch.as_tensor(rows), x.device)
     return x.index_copy_(0, index, operation(x.index_select(0, index), rows))
 
 
@@ -107,7 +108,7 @@ def _resize_weights(start: Tensor, length: Tensor, flip: Bools | None, source: i
     scale = (length / size)[:, None, None]
     target = torch.arange(size, device=start.device, dtype=torch.float32).expand(len(start), size)
     if flip is not None:
-        target = torch.where(torch.as_tensor(flip).to(start.device)[:, None], size - 1 - target, target)
+        target = torch.where(send(torch.as_tensor(flip), start.device)[:, None], size - 1 - target, target)
     offset = torch.arange(source, device=start.device, dtype=torch.float32) - start[:, None]
     centre = (target[:, :, None] + 0.5) * scale
     weights = (1 - (offset[:, None] + 0.5 - centre).abs_().div_(scale.clamp(min=1.0))).clamp_(min=0)

@@ -19,6 +19,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
 from relssl.data.draws import POOL, Draws, Floats, Ints
+from relssl.data.transfer import send
 
 _ENHANCERS = {
     "brightness": ImageEnhance.Brightness,
@@ -107,12 +108,12 @@ def _matrix(name: str, level: int, side: int) -> tuple[float, float, float, floa
 
 
 def _index(rows: Ints, like: Tensor) -> Tensor:
-    return torch.as_tensor(rows).to(like.device, non_blocking=True)
+    return send(torch.as_tensor(rows), like.device)
 
 
 def _column(values: Sequence[float], like: Tensor) -> Tensor:
     """One number a sample as [B,1,1,1] on `like`'s device."""
-    return torch.tensor(values, dtype=like.dtype).to(like.device, non_blocking=True).view(-1, 1, 1, 1)
+    return send(torch.tensor(values, dtype=like.dtype), like.device).view(-1, 1, 1, 1)
 
 
 def _blend(x: Tensor, base: Tensor, levels: Ints) -> Tensor:

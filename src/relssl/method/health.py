@@ -9,12 +9,17 @@ from torch import Tensor
 
 from relssl.method.relation import logits
 
+# Bytes of one tile of similarities.
+_TILE_BYTES = 64 << 20
+
 
 @torch.no_grad()
 def health(
     queries: Tensor, keys: Tensor, memory: Tensor, *, student_temperature: float, teacher_temperature: float
-) -> dict[str, float]:
-    """The health of one step's relations.
+) -> dict[str, Tensor]:
+    """The health of one step's relations, but for the keys' `effective_rank`.
+
+    Computed a few samples at a time, so that it needs no more memory than the loss; nothing waits for the device.
 
     Args:
         queries: [V, B, D], unit norm.
@@ -22,27 +27,42 @@ def health(
         memory: [K, D], as the step's loss saw it.
 
     Returns:
+        Scalars on the device:
         teacher_entropy: mean entropy of the teacher's relation in nats, 0 to ln K.
         teacher_neighbours: exp of it, the effective number of neighbours, 1 to K.
         kl: mean divergence of the student's relation from the teacher's, at least 0.
         agreement: share of samples whose nearest key is the same for student and teacher, 0 to 1.
         embedding_std: mean over dimensions of the keys' standard deviation, times sqrt(D): about 1 when healthy, 0 when
             all embeddings are one.
-        effective_rank: exp of the entropy of the keys' singular values (RankMe, arXiv 2210.02885), 1 to min(B, D).
     """
+    rows = max(1, _TILE_BYTES // (4 * len(memory) * (len(queries) + 1)))
+    parts = [
+        _relations(queries[:, i : i + rows], keys[i : i + rows], memory, student_temperature, teacher_temperature)
+        for i in range(0, len(keys), rows)
+    ]
+    entropy, kl, agreement = torch.stack(parts).sum(dim=0) / len(keys)
+    return {
+        "teacher_entropy": entropy,
+        "teacher_neighbours": entropy.exp(),
+        "kl": kl,
+        "agreement": agreement,
+        "embedding_std": keys.float().std(dim=0, correction=0).mean() * math.sqrt(keys.shape[1]),
+    }
+
+
+def _relations(queries: Tensor, keys: Tensor, memory: Tensor, student_temperature: float, teacher_temperature: float) -> Tensor:
+    """Entropy, divergence and agreement of some samples, each a mean over views and a sum over samples: [3]."""
     target = logits(keys, memory, teacher_temperature).log_softmax(dim=-1)
     relation = logits(queries, memory, student_temperature).log_softmax(dim=-1)
-    entropy = -(target.exp() * target).sum(dim=-1).mean()
-    kl = (target.exp() * (target - relation)).sum(dim=-1).mean()
-    agreement = (relation.argmax(dim=-1) == target.argmax(dim=-1)).float().mean()
-    std = keys.float().std(dim=0, correction=0).mean() * math.sqrt(keys.shape[1])
-    figures = torch.stack([entropy, entropy.exp(), kl, agreement, std, effective_rank(keys)])
-    names = ["teacher_entropy", "teacher_neighbours", "kl", "agreement", "embedding_std", "effective_rank"]
-    return dict(zip(names, figures.tolist(), strict=True))
+    entropy = -(target.exp() * target).sum()
+    kl = (target.exp() * (target - relation)).sum() / len(queries)
+    agreement = (relation.argmax(dim=-1) == target.argmax(dim=-1)).float().sum() / len(queries)
+    return torch.stack([entropy, kl, agreement])
 
 
 def effective_rank(embeddings: Tensor) -> Tensor:
-    """exp of the entropy of the normalised singular values of [B, D]: how many directions the embeddings really use."""
+    """exp of the entropy of the normalised singular values of [B, D] (RankMe, arXiv 2210.02885), 1 to min(B, D): how many
+    directions the embeddings really use. On a GPU it waits for the device."""
     if not torch.isfinite(embeddings).all():
         return embeddings.new_tensor(torch.nan, dtype=torch.float32)  # which has no singular values
     values = torch.linalg.svdvals(embeddings.float())

@@ -37,12 +37,13 @@ class Memory(nn.Module):
         self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))
 
     @torch.no_grad()
-    def push(self, keys: Tensor, ids: Tensor) -> None:
+    def push(self, keys: Tensor, ids: Tensor, when: Tensor | None = None) -> None:
         """Write N keys over the oldest ones; of more than K, the newest K stay.
 
         Args:
             keys: [N, D], unit norm.
             ids: [N] int64, the keys' samples.
+            when: a truth value on the device []; if it is false, all stays as it was. None: true.
 
         Raises:
             ValueError: if the shapes do not fit.
@@ -54,6 +55,9 @@ class Memory(nn.Module):
         total = len(keys)
         keep = min(total, size)
         slots = (self.pointer + torch.arange(total - keep, total, device=self.keys.device)) % size
-        self.keys[slots] = keys[total - keep :].to(self.keys.dtype)
-        self.ids[slots] = ids[total - keep :].to(self.ids)
-        self.pointer.add_(total).remainder_(size)
+        written, samples = keys[total - keep :].to(self.keys.dtype), ids[total - keep :].to(self.ids)
+        if when is not None:
+            written, samples = torch.where(when, written, self.keys[slots]), torch.where(when, samples, self.ids[slots])
+        self.keys[slots] = written
+        self.ids[slots] = samples
+        self.pointer.add_(total if when is None else total * when).remainder_(size)

@@ -73,3 +73,31 @@ def info_nce(queries: Tensor, keys: Tensor, memory: Tensor, *, temperature: floa
     positives = (queries.to(negatives.dtype) * keys.detach().to(negatives.dtype)).sum(dim=-1, keepdim=True) / temperature
     scores = torch.cat([positives, negatives], dim=-1).flatten(end_dim=-2)
     return F.cross_entropy(scores, scores.new_zeros(len(scores), dtype=torch.long))
+
+
+def objective(
+    queries: Tensor,
+    keys: Tensor,
+    memory: Tensor,
+    *,
+    student_temperature: float,
+    teacher_temperature: float,
+    warmup_mix: float = 0.0,
+    info_nce_temperature: float = 0.1,
+) -> Tensor:
+    """What a step minimises: the relational loss, and InfoNCE's share of it while that warms up (TPAMI).
+
+    Args:
+        warmup_mix: share of InfoNCE, 0 to 1.
+
+    Returns:
+        A scalar.
+    """
+    loss = queries.new_zeros(())
+    if warmup_mix < 1:
+        loss = loss + (1 - warmup_mix) * relational_loss(
+            queries, keys, memory, student_temperature=student_temperature, teacher_temperature=teacher_temperature
+        )
+    if warmup_mix > 0:
+        loss = loss + warmup_mix * info_nce(queries, keys, memory, temperature=info_nce_temperature)
+    return loss

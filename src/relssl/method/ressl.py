@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from relssl.method.encoder import Encoder
 from relssl.method.memory import Memory
-from relssl.method.relation import info_nce, relational_loss
+from relssl.method.relation import objective
+from relssl.method.tiled import tiled_objective
+
+# The forms of one and the same loss.
+OBJECTIVES: dict[str, Callable[..., Tensor]] = {
+    "plain": objective,
+    "tiled": tiled_objective,
+    "triton": partial(tiled_objective, fused=True),
+}
 
 
 @dataclass
@@ -46,10 +55,20 @@ class ReSSL(nn.Module):
         memory_size: K.
         dim: D, the dimension of the student's embeddings.
         generator: source of the memory's first, random keys.
+        loss_form: one of OBJECTIVES, all of which give the same loss: plain; tiled, in less memory and time; triton, tiled with
+            a kernel for GPUs.
     """
 
-    def __init__(self, student: Encoder, memory_size: int, dim: int, generator: torch.Generator | None = None) -> None:
+    def __init__(
+        self,
+        student: Encoder,
+        memory_size: int,
+        dim: int,
+        generator: torch.Generator | None = None,
+        loss_form: str = "plain",
+    ) -> None:
         super().__init__()
+        self.objective = OBJECTIVES[loss_form]
         self.student: nn.Module = student
         self.teacher = student.teacher()
         self.memory = Memory(memory_size, dim, generator)
@@ -76,29 +95,34 @@ class ReSSL(nn.Module):
         queries = self.student(strong)  # [V, B, D]
         memory = self.memory.keys  # [K, D], from before this step: no sample meets itself
 
-        loss = queries.new_zeros(())
-        if warmup_mix < 1:
-            loss = loss + (1 - warmup_mix) * relational_loss(
-                queries, keys, memory, student_temperature=student_temperature, teacher_temperature=teacher_temperature
-            )
-        if warmup_mix > 0:
-            loss = loss + warmup_mix * info_nce(queries, keys, memory, temperature=info_nce_temperature)
+        loss = self.objective(
+            queries,
+            keys,
+            memory,
+            student_temperature=student_temperature,
+            teacher_temperature=teacher_temperature,
+            warmup_mix=warmup_mix,
+            info_nce_temperature=info_nce_temperature,
+        )
         return Step(loss, queries.detach(), keys)
 
-    def push(self, keys: Tensor, ids: Tensor) -> None:
-        """Put the step's keys [N, D] and sample ids [N], of all ranks and parts, into the memory."""
-        self.memory.push(keys, ids)
+    def push(self, keys: Tensor, ids: Tensor, when: Tensor | None = None) -> None:
+        """Put the step's keys [N, D] and sample ids [N], of all ranks and parts, into the memory, if `when` [] says so."""
+        self.memory.push(keys, ids, when)
 
     @torch.no_grad()
-    def follow(self, momentum: float) -> None:
+    def follow(self, momentum: float, when: Tensor | None = None) -> None:
         """teacher <- momentum * teacher + (1 - momentum) * student, parameters only and in fp32.
 
         Batch-norm statistics are not averaged: the teacher runs in training mode and keeps its own (official code).
+
+        Args:
+            when: a truth value on the device [], read there: no step waits for it. None: yes.
         """
         student = dict(unwrapped(self.student).named_parameters())
-        names = [name for name, _ in self.teacher.named_parameters()]
         teacher = dict(self.teacher.named_parameters())
-        torch._foreach_lerp_([teacher[n] for n in names], [student[n] for n in names], 1 - momentum)
+        share = 1 - momentum if when is None else [when * (1 - momentum)] * len(teacher)
+        torch._foreach_lerp_(list(teacher.values()), [student[name] for name in teacher], share)  # type: ignore[arg-type]
 
 
 def unwrapped(student: nn.Module) -> Encoder:

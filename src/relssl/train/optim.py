@@ -41,7 +41,14 @@ def parameter_groups(student: nn.Module, config: OptimizerConfig) -> list[dict[s
 
 
 def create_optimizer(student: nn.Module, config: OptimizerConfig) -> torch.optim.SGD:
-    """SGD with momentum, without Nesterov, as in every run of the papers; the learning rate is set at each step."""
-    groups = parameter_groups(student, config)
-    fused = all(parameter.device.type in ("cpu", "cuda") for parameter in student.parameters())
-    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=fused)
+    """SGD with momentum, without Nesterov, as in every run of the papers; the learning rate is set at each step.
+
+    It is the fused form, which leaves everything as it was where its `found_inf` [] says so; the momentum starts as zeros, which
+    gives the same first step, so that a first step that is left out leaves no undefined momentum behind.
+    """
+    optimizer = torch.optim.SGD(parameter_groups(student, config), lr=config.lr, momentum=config.momentum, fused=True)
+    if config.momentum > 0:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer

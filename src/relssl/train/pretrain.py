@@ -152,6 +152,8 @@ def _introduce(trainer: Trainer, display: Display, inexact: list[str]) -> None:
     display.say(f"ReSSL: {what}, recipe {config.recipe}, {trainer.total_steps} steps, {trainer.engine.describe()}")
     if memory > 0.5 * len(images):
         display.say(f"note: the memory ({memory}) is over half of the data: samples meet old copies of themselves")
+    if trainer.compiled:
+        display.say(trainer.compiled)
     if trainer.step:
         how = f"not bit for bit ({'; '.join(inexact)})" if inexact else "exactly"
         display.say(f"going on {how} from step {trainer.step}")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from relssl.data.plan import Plan
 from relssl.data.sources import Images
 from relssl.engine import Engine
 from relssl.errors import CheckpointError, DataError, Interrupted, NumericError
-from relssl.method import ReSSL, create_encoder, health, schedules
-from relssl.method.health import verdict
+from relssl.method import ReSSL, Step, create_encoder, health, schedules
+from relssl.method.health import effective_rank, verdict
 from relssl.train import checkpoint
+from relssl.train.choices import compile_networks, pick_loss_form
 from relssl.train.folder import RunFolder
+from relssl.train.guard import PATIENCE, Guard
 from relssl.train.journal import Display, Journal
 from relssl.train.online import OnlineKnn
 from relssl.train.optim import create_optimizer
@@ -27,8 +30,14 @@ from relssl.train.signals import REASONS, StopRequest
 from relssl.train.stopwatch import Stopwatch
 from relssl.weights import store
 
-# Non-finite steps in a row after which a run cannot be expected to recover.
-_PATIENCE = 10
+
+@dataclass
+class Figures:
+    """What is to be told of one step: what the host knows of it, and a way to get what the device does."""
+
+    step: int
+    known: dict[str, float]
+    read: Callable[[], dict[str, torch.Tensor]]
 
 
 class Trainer:
@@ -55,19 +64,21 @@ class Trainer:
         torch.manual_seed(config.seed)
         encoder = create_encoder(config)
         memory_source = torch.Generator().manual_seed(config.seed)
-        self.model = ReSSL(encoder, config.method.memory_size, config.encoder.dim, memory_source)
+        loss_form = pick_loss_form(config, engine, self.plan.share)
+        self.model = ReSSL(encoder, config.method.memory_size, config.encoder.dim, memory_source, loss_form)
         self.model.student = engine.setup(encoder)
         engine.place(self.model.teacher)
         self.model.memory.to(engine.device)
         self.model.train()
         self.parameters = list(encoder.parameters())
         self.optimizer = create_optimizer(encoder, config.optimizer)
+        self.guard = Guard([encoder, self.model.teacher], engine.device)
+        self.compiled = compile_networks(self)
         # From here on randomness inside the networks (dropout, stochastic depth) differs between ranks.
         engine.seed(config.seed + 1 + engine.rank)
-        self.step, self.non_finite, self.warned = 0, 0, False
+        self.step, self.warned = 0, False
         self.best: dict[str, Any] | None = None
         self.images, self.fingerprint, self.unreadable = images, images.fingerprint(), set[str]()
-        self._norms = [b for net in (encoder, self.model.teacher) for b in net.buffers()]
 
     def restore(self, path: Path) -> list[str]:
         """Go on from a checkpoint; returns why the run will not repeat bit for bit, if so."""
@@ -76,7 +87,8 @@ class Trainer:
             raise CheckpointError(
                 f"{path}: was saved at {facts['steps_per_epoch']} steps an epoch, the data now gives {self.steps_per_epoch}"
             )
-        self.step, self.best, self.non_finite = facts["step"], facts["best"], facts["non_finite"]
+        self.step, self.best = facts["step"], facts["best"]
+        self.guard.streak.fill_(facts["non_finite"])
         self.unreadable = set(facts["unreadable"])
         return inexact if facts["data"] == self.fingerprint else [*inexact, "the data has changed"]
 
@@ -95,14 +107,21 @@ class Trainer:
                     journal.write({"step": 0, "epoch": 0, "samples": 0} | self.online.baselines(self.model, self.engine))
                 self.engine.wait()
                 watch = Stopwatch()
+                late: Figures | None = None
                 for parts in watch.timed(self.loader.stream(self.step, self.total_steps)):
                     figures = self.train_step(parts)
                     self._note_bad(parts)
-                    if figures is not None:
-                        self._report(figures, watch, journal, display)
-                    # After the row, so that rows up to a checkpoint are on disk before it is.
+                    # A row is read once the next step is on its way, so that the device never waits for the host.
+                    if late is not None:
+                        self._report(late, watch, journal, display)
+                    late = figures
                     asked = self.engine.largest(stop.asked())
-                    if asked or self._due():
+                    due = asked or self._due()
+                    if late is not None and (due or self._knn_due()):
+                        self._report(late, watch, journal, display)
+                        late = None
+                    # After the row, so that rows up to a checkpoint are on disk before it is.
+                    if due:
                         self.save()
                     if asked and self.step < self.total_steps:
                         done = f"stopped {REASONS[asked]} after step {self.step} of {self.total_steps}, saved"
@@ -115,11 +134,11 @@ class Trainer:
             if journal is not None:
                 journal.close()
 
-    def train_step(self, parts: list[Batch]) -> dict[str, Any] | None:
-        """One optimizer step; its figures if it is one that is logged."""
-        step, method = self.step, self.config.method
-        now = self._settings(step)
-        norms = [buffer.clone() for buffer in self._norms]
+    def train_step(self, parts: list[Batch]) -> Figures | None:
+        """One optimizer step; its figures if it is one that is logged. It is only asked of the device, not waited for."""
+        method, now = self.config.method, self._settings(self.step)
+        self.guard.watch()
+        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         losses, done = [], []
         for number, part in enumerate(parts):
             last = number == len(parts) - 1
@@ -138,36 +157,53 @@ class Trainer:
             losses.append(made.loss.detach())
             done.append(made)
         loss = self.engine.mean(torch.stack(losses).mean())
-        clip = self.config.optimizer.clip
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, clip if clip is not None else math.inf)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        if self.config.optimizer.clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.optimizer.clip, norm)
         self.step += 1
-        logged = self.step % self.config.log.every == 0 or self.step % self.steps_per_epoch == 0
         keys = self._joined([made.keys for made in done])
-        figures = {}
-        if logged:
-            queries = self._joined([made.queries.transpose(0, 1) for made in done]).transpose(0, 1)
-            figures = health(
-                queries,
-                keys,
-                self.model.memory.keys,
-                student_temperature=method.student_temperature,
-                teacher_temperature=now["teacher_temperature"],
-            )
-        if torch.isfinite(loss) and torch.isfinite(norm):
-            self._commit(keys, self._joined([part.ids for part in parts]), now)
-        else:
-            self._drop(norms)
-        self.optimizer.zero_grad(set_to_none=True)
-        shown = {"loss": float(loss), "grad_norm": float(norm)} | now | figures
-        return shown if logged else None
+        logged = self.step % self.config.log.every == 0 or self.step % self.steps_per_epoch == 0
+        # Before the memory moves: the figures are those of the relations that the loss has seen.
+        told = self._health(done, keys, now) | {"loss": loss, "grad_norm": norm, "keys": keys} if logged else {}
+        self._commit(keys, self._joined([part.ids for part in parts]), now, self.guard.judge(loss, norm))
+        if not logged:
+            return None
+        return Figures(self.step, now, self.engine.fetch(told | {"streak": self.guard.longest()}))
 
-    def _report(self, figures: dict[str, Any], watch: Stopwatch, journal: Journal | None, display: Display) -> None:
+    def _health(self, done: list[Step], keys: torch.Tensor, now: dict[str, float]) -> dict[str, torch.Tensor]:
+        return health(
+            self._joined([made.queries.transpose(0, 1) for made in done]).transpose(0, 1),
+            keys,
+            self.model.memory.keys,
+            student_temperature=self.config.method.student_temperature,
+            teacher_temperature=now["teacher_temperature"],
+        )
+
+    def _commit(self, keys: torch.Tensor, ids: torch.Tensor, now: dict[str, float], good: torch.Tensor) -> None:
+        """Let optimizer, memory and teacher move, unless the step is not finite."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = now["lr"]
+        self.optimizer.found_inf = (~good).float()  # type: ignore[attr-defined]  # read by fused optimizers
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.model.push(keys, ids, good)
+        self.model.follow(now["teacher_momentum"], good)
+
+    def _report(self, figures: Figures, watch: Stopwatch, journal: Journal | None, display: Display) -> None:
         """Make a row of a step's figures, with kNN where it is due, and tell it."""
-        epoch, within = divmod(self.step, self.steps_per_epoch)
+        epoch, within = divmod(figures.step, self.steps_per_epoch)
+        found = figures.read()
+        if found.pop("streak") >= PATIENCE:
+            raise NumericError(
+                f"step {figures.step}: loss or gradient was not finite {PATIENCE} steps in a row; "
+                "lower optimizer.lr, or set optimizer.clip or engine.precision fp32; the last checkpoint is good"
+            )
+        rank = effective_rank(found.pop("keys"))
         speed, wait = watch.split(self.config.batch_size)
-        row = {"step": self.step, "epoch": epoch, "samples": self.step * self.config.batch_size} | figures
+        row: dict[str, Any] = {"step": figures.step, "epoch": epoch, "samples": figures.step * self.config.batch_size}
+        row |= figures.known | {name: float(value) for name, value in found.items()} | {"effective_rank": float(rank)}
         row |= {"images_per_second": round(speed, 1), "data_wait": round(wait, 4)}
-        if self._knn_due():
+        if self._knn_due() and figures.step == self.step:
             if self.online is not None:
                 row |= self.online.measure(self.model, self.engine)
                 if self.best is None or row["knn_top1"] > self.best["knn_top1"]:
@@ -201,7 +237,7 @@ class Trainer:
             "data": self.fingerprint,
             "best": self.best,
             "unreadable": sorted(self.unreadable),
-            "non_finite": self.non_finite,
+            "non_finite": int(self.guard.streak),
         }
         where = self.folder.checkpoints if self.folder else Path()
         target = checkpoint.save(where, self.step, self.model, self.optimizer, self.engine, facts)
@@ -210,25 +246,6 @@ class Trainer:
             store.prune(self.folder.checkpoints, self.config.checkpoint.keep, protect)
             self.folder.status("running", self.step, last_checkpoint=target.name)
         self.engine.wait()
-
-    def _commit(self, keys: torch.Tensor, ids: torch.Tensor, now: dict[str, float]) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = now["lr"]
-        self.optimizer.step()
-        self.model.push(keys, ids)
-        self.model.follow(now["teacher_momentum"])
-        self.non_finite = 0
-
-    def _drop(self, norms: list[torch.Tensor]) -> None:
-        """Leave a non-finite step without a trace: nothing has moved yet but the batch norms' statistics."""
-        for buffer, before in zip(self._norms, norms, strict=True):
-            buffer.copy_(before)
-        self.non_finite += 1
-        if self.non_finite >= _PATIENCE:
-            raise NumericError(
-                f"step {self.step}: loss or gradient is not finite, {_PATIENCE} steps in a row; "
-                "lower optimizer.lr, or set optimizer.clip or engine.precision fp32; the last checkpoint is good"
-            )
 
     def _joined(self, parts: list[torch.Tensor]) -> torch.Tensor:
         """All ranks' and parts' rows in the order of the batch."""

@@ -1,0 +1,145 @@
+"""The losses over the memory, a few samples at a time: loss and gradient in one go, no [V B, K] matrix ever held.
+
+With p the teacher's relation and s the student's at temperature t, the relational loss of a query q is lse(q M / t) - <p, q M / t>
+and its gradient (s - p) M / t: both come from the same tile of similarities, so nothing is kept for the backward pass. Equal to
+the plain form in `relation` up to fp32 rounding.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Bytes of a tile's similarities: larger ones feed the matrix products better, smaller ones stay in the cache.
+_TILE_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
+
+
+def tiled_objective(
+    queries: Tensor,
+    keys: Tensor,
+    memory: Tensor,
+    *,
+    student_temperature: float,
+    teacher_temperature: float,
+    warmup_mix: float = 0.0,
+    info_nce_temperature: float = 0.1,
+    rows: int | None = None,
+    fused: bool = False,
+) -> Tensor:
+    """`relation.objective`, computed in tiles.
+
+    Args:
+        rows: samples in a tile; None: as many as fit a few dozen megabytes.
+        fused: turn a tile's similarities into loss and gradient weights with one Triton kernel.
+    """
+    if rows is None:
+        sample = (len(queries) + 1) * len(memory) * 4
+        rows = max(8, _TILE_BYTES.get(queries.device.type, 64 << 20) // sample)
+    temperatures = (student_temperature, teacher_temperature, info_nce_temperature)
+    loss: Tensor = _Objective.apply(queries, keys.detach(), memory.detach(), temperatures, warmup_mix, rows, fused)
+    return loss
+
+
+class _Objective(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        queries: Tensor,
+        keys: Tensor,
+        memory: Tensor,
+        temperatures: tuple[float, float, float],
+        mix: float,
+        rows: int,
+        fused: bool,
+    ) -> Tensor:
+        ctx.count = queries.shape[0] * queries.shape[1]
+        with torch.autocast(queries.device.type, enabled=False):
+            wide = torch.promote_types(queries.dtype, torch.float32)
+            q, k, m = queries.to(wide), keys.to(wide), memory.to(wide)
+            gradient = torch.zeros_like(q)
+            losses = [
+                _tile(q[:, i : i + rows], k[i : i + rows], m, temperatures, mix, gradient[:, i : i + rows], fused)
+                for i in range(0, len(k), rows)
+            ]
+        ctx.save_for_backward(gradient.to(queries.dtype))
+        loss: Tensor = torch.stack(losses).sum() / ctx.count
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * (outer[0] / ctx.count), None, None, None, None, None, None
+
+
+def _tile(
+    q: Tensor,
+    k: Tensor,
+    memory: Tensor,
+    temperatures: tuple[float, float, float],
+    mix: float,
+    gradient: Tensor,
+    fused: bool,
+) -> Tensor:
+    """The summed loss of queries [V, R, D] against keys [R, D]; its gradient is added to `gradient` [V, R, D]."""
+    t_student, t_teacher, t_nce = temperatures
+    views, rows, dim = q.shape
+    # One product for teacher and student; the temperatures go on its small side.
+    scaled = torch.cat([k[None] / t_teacher, q / t_student]).view(-1, dim)
+    similar = _product(scaled, memory).view(views + 1, rows, -1)
+    target, weights = similar[0], similar[1:]
+    loss, scale = q.new_zeros(()), (1 - mix) / t_student
+    if mix > 0:
+        positive = (q * k).sum(dim=-1) / t_nce
+        negatives = weights * (t_student / t_nce)
+        among = _softmax_(negatives)
+        every = torch.logaddexp(among, positive)
+        loss = loss + mix * (every - positive).sum()
+        negatives.mul_((among - every).exp()[..., None])  # shares among all, the positive included
+        gradient.add_((positive - every).expm1()[..., None] * k, alpha=mix / t_nce)
+    if mix < 1:
+        loss = loss + (1 - mix) * (_fused_relate_ if fused else _relate_)(weights, target).sum()
+        if mix > 0:
+            weights.add_(negatives, alpha=mix / t_nce / scale)
+    else:
+        weights, scale = negatives, mix / t_nce
+    gradient.add_(_product(weights.view(-1, len(memory)), memory.T).view_as(q), alpha=scale)
+    return loss
+
+
+def _relate_(student: Tensor, target: Tensor) -> Tensor:
+    """Logits [V, R, K] and [R, K] to the cross-entropies [V, R]; in place, `student` becomes softmax(student) - softmax(target)
+    and `target` its softmax."""
+    _softmax_(target)
+    matched = torch.linalg.vecdot(student, target)
+    cross: Tensor = _softmax_(student) - matched
+    student.sub_(target)
+    return cross
+
+
+def _fused_relate_(student: Tensor, target: Tensor) -> Tensor:
+    from relssl.method.fused import relate_  # Triton is not everywhere
+
+    cross: Tensor = relate_(student, target)
+    return cross
+
+
+def _softmax_(logits: Tensor) -> Tensor:
+    """Softmax over the last dimension, in place; returns the logsumexp."""
+    peak = logits.amax(dim=-1)
+    torch.softmax(logits, dim=-1, out=logits)
+    return peak - logits.amax(dim=-1).log()  # the largest share is exp(peak - lse)
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """left [N, D] @ right [K, D].T. On CPUs through oneDNN where this torch has a way to it: its fp32 product is up to three times
+    as fast as the one that `@` picks."""
+    if left.device.type == "cpu" and left.dtype == torch.float32 and _ONEDNN is not None:
+        made: Tensor = _ONEDNN(left, right, None, "none", [], "")
+        return made
+    return left @ right.T
+
+
+# Not in torch's documented interface, hence looked up with care; it is what compiled models call.
+_ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None  # type: ignore[no-untyped-call]
