@@ -30,7 +30,7 @@ def measure(options: Options) -> dict[str, Any]:
 
 def _along(axis: str, start: dict[str, Any], points: dict[str, dict[str, Any]], options: Options) -> dict[str, Record]:
     contenders = []
-    for point, change in points.items():
+    for point, change in list(points.items())[: options.pick(3, 2)]:
         made = start | change
         source = Noise(4 * int(made["batch_size"]), int(made.get("views.weak.size", 32)))
         contenders.append(Contender(point, ours.training, {"settings": made, "source": source}))

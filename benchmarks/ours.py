@@ -49,7 +49,7 @@ def training(settings: Settings, source: Source) -> Work:
             made.train_step(next(stream))
         made.engine.synchronise()
 
-    return Work(run, made.config.batch_size, {"precision": made.engine.precision})
+    return Work(run, made.config.batch_size, {"precision": made.engine.precision, "compile": made.compiled})
 
 
 def floor(settings: Settings, source: Source, seconds: float) -> Work:

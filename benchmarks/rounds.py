@@ -43,12 +43,13 @@ class Contender:
     arguments: Mapping[str, Any]
 
 
-def compare(contenders: Sequence[Contender], rounds: int, units: int) -> dict[str, Record]:
+def compare(contenders: Sequence[Contender], rounds: int, units: int, timeout: float | None = None) -> dict[str, Record]:
     """Measure the contenders in turns.
 
     Args:
         rounds: turns of each.
         units: units of work in a turn, after one that is not measured.
+        timeout: seconds after which a contender's turn is a failure.
 
     Returns:
         By contender: images_per_second, images_per_core_second (processor time, workers included) and seconds_per_unit,
@@ -62,7 +63,7 @@ def compare(contenders: Sequence[Contender], rounds: int, units: int) -> dict[st
                 if "failed" in records[name]:
                     continue
                 try:
-                    lap = process("lap", 1 if turn == 0 else units)
+                    lap = process("lap", 1 if turn == 0 else units, timeout=timeout)
                     if turn > 0:
                         records[name]["laps"].append(lap)
                     if turn == rounds:
