@@ -3,9 +3,11 @@ PYTHON ?= python3
 VENV ?= .venv
 OUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 SEED ?= 0
+# Where other projects are installed to be compared with; it sees the packages of VENV and leaves them as they are.
+PEERS ?= .venv-peers
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint torture bench clean
+.PHONY: demo test lint torture bench bench-peers clean
 
 demo: $(VENV)/ready
 	$(BIN)/relssl pretrain digits --seed $(SEED) --out $(OUT)
@@ -22,7 +24,10 @@ torture: $(VENV)/ready-dev
 	$(BIN)/python -m pytest -m torture -s
 
 bench: $(VENV)/ready
-	$(BIN)/python benchmarks/small_images.py
+	$(BIN)/python benchmarks/bench.py $(ARGS)
+
+bench-peers: $(PEERS)/ready
+	$(PEERS)/bin/python benchmarks/bench.py --only peers --out results/peers.json $(ARGS)
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -35,5 +40,12 @@ $(VENV)/ready-dev: $(VENV)/ready
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
+$(PEERS)/ready: $(VENV)/ready
+	$(PYTHON) -m venv $(PEERS)
+	$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
+		> $$($(PEERS)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/venv.pth
+	$(PEERS)/bin/pip install --quiet --disable-pip-version-check lightly
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) $(PEERS) build dist

@@ -1,0 +1,97 @@
+"""relssl as a contender: its training steps, or its loader alone, as `relssl pretrain` would run them."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+from pictures import Source, images_of
+from relssl.config import Config, resolve
+from relssl.data.loaders import create_loader
+from relssl.data.plan import Plan
+from relssl.data.sources import Images
+from relssl.engine import Engine
+from relssl.train.assembly import complete_settings
+from relssl.train.floor import attainable, step_flops
+from relssl.train.journal import Display
+from relssl.train.trainer import Trainer
+from rounds import Work
+
+Settings = Mapping[str, Any]
+
+
+def exists(setting: str) -> bool:
+    """Whether the package has a setting of this dotted name."""
+    owner: Any = Config()
+    for name in setting.split("."):
+        if not dataclasses.is_dataclass(owner) or name not in {field.name for field in dataclasses.fields(owner)}:
+            return False
+        owner = getattr(owner, name)
+    return True
+
+
+def trainer(settings: Settings, source: Source) -> Trainer:
+    """A run that writes nothing, with its networks on the device."""
+    images = images_of(source)
+    config = complete_settings(resolve(settings), images)
+    return Trainer(config, Engine(config.engine), images, None)
+
+
+def training(settings: Settings, source: Source) -> Work:
+    """Whole steps."""
+    made = trainer(settings, source)
+    stream = made.loader.stream(0, made.total_steps)
+
+    def run(count: int) -> None:
+        for _ in range(count):
+            made.train_step(next(stream))
+        made.engine.synchronise()
+
+    return Work(run, made.config.batch_size, {"precision": made.engine.precision, "compile": made.compiled})
+
+
+def floor(settings: Settings, source: Source, seconds: float) -> Work:
+    """The steps that this device would make at its best rate, measured anew in each turn, were there nothing but the products
+    of networks and memory.
+
+    Args:
+        seconds: that a measurement of the rate takes.
+    """
+    images = images_of(source)
+    config = complete_settings(resolve(settings), images)
+    engine, needed = Engine(config.engine), sum(step_flops(config).values())
+
+    def run(count: int) -> float:
+        return count * config.batch_size * needed / attainable(engine, seconds=seconds)
+
+    return Work(run, config.batch_size, {"precision": engine.precision, "flop_per_image": needed})
+
+
+def loading(settings: Settings, source: Source) -> Work:
+    """Views alone. Each turn starts and ends its loader, so that no worker runs ahead while others are measured."""
+    images = images_of(source)
+    config = complete_settings(resolve(settings), images)
+    engine, images = Engine(config.engine), _shrunk(images, config)
+    plan = Plan(len(images), config.batch_size, seed=config.seed)
+    loader, at = create_loader(images, config, plan, engine.device), 0
+
+    def run(count: int) -> None:
+        nonlocal at
+        for _ in loader.stream(at, at + count):
+            pass
+        at += count
+        engine.synchronise()
+
+    return Work(run, config.batch_size)
+
+
+def _shrunk(images: Images, config: Config) -> Images:
+    """The images as a run would read them: shrunk beforehand, if the settings say so, before anything is timed."""
+    if getattr(config.loader, "cache", None) is None:
+        return images
+    with Display(1, 0, show=False) as display:
+        made = importlib.import_module("relssl.data.shrinking").shrunken(images, config, display)
+    more: dict[str, Any] = {"shrunk": made}
+    return dataclasses.replace(images, **more)
