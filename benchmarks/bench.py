@@ -40,6 +40,8 @@ def main() -> None:
     parts = args.only.split(",")
     if unknown := set(parts) - {*PARTS, *EXTRA}:
         parser.error(f"--only: knows no {', '.join(sorted(unknown))}; the parts are {', '.join(PARTS + EXTRA)}")
+    if args.images is not None and not args.images.is_dir():
+        parser.error(f"--images: {args.images} is no folder")
     sys.exit(run(parts, options_of(args), args.out))
 
 

@@ -78,8 +78,8 @@ def _loader(options: Options, name: str, source: Source, batch: int) -> dict[str
             if ours.exists(setting):
                 more = base | {setting: value} | ({"loader.cache_folder": cache} if setting == "loader.cache" else {})
                 contenders.append(Contender(f"relssl, {setting} {value}", ours.loading, shared | {"settings": more}))
-        records = compare(contenders, options.rounds, units=options.pick(8, 1))
-    _table(f"Files, loader alone: {name}, {options.workers} workers", records)
+        records = compare(contenders, options.rounds, units=options.pick(16 if batch > 8 else 8, 1))
+    _table(f"Files, loader alone: {name}, {options.workers} workers", records, "images_per_core_second")
     return records
 
 
@@ -91,23 +91,24 @@ def _steps(options: Options, name: str, source: Source, batch: int) -> dict[str,
     contenders = [Contender(label, conventional.training, shared | more | {"style": style}) for label, style in BASES.items()]
     contenders.append(Contender("relssl", ours.training, {"settings": base | {"engine.precision": precision}, "source": source}))
     records = compare(contenders, options.rounds, units=options.pick(4, 1))
-    _table(f"Files, training steps: {name}, ResNet-18, {precision}", records)
+    _table(f"Files, training steps: {name}, ResNet-18, {precision}", records, "images_per_second")
     return records
 
 
-def _table(title: str, records: dict[str, Record]) -> None:
+def _table(title: str, records: dict[str, Record], figure: str) -> None:
+    """Print the records, their ratios taken of `figure`."""
     rows = []
     for name, record in records.items():
-        figure = "images_per_core_second"
         record["times"] = {base: times(records, name, base, figure) for base in BASES}
         rows.append(
             [
                 name,
                 spread(record.get("images_per_second"), 1),
-                spread(record.get(figure), 1),
+                spread(record.get("images_per_core_second"), 1),
                 *(spread(record["times"][base]) for base in BASES),
                 peak(record),
             ]
         )
-    heads = ["pipeline", "images/s", "images/s a core", *(f"a core, times {base}" for base in BASES), "peak MiB"]
+    unit = "a core," if figure == "images_per_core_second" else "images/s,"
+    heads = ["pipeline", "images/s", "images/s a core", *(f"{unit} times {base}" for base in BASES), "peak MiB"]
     show(title, heads, rows)

@@ -36,7 +36,7 @@ AT_THE_LOADER = ("load",)
 
 def measure(options: Options) -> dict[str, Any]:
     """Measure, print and return the figures."""
-    tiny, repeats = options.tiny, options.pick(5, 1)
+    tiny, repeats = options.tiny, options.pick(3, 1)
     base, noise = small.settings(options), Noise(options.pick(1024, 32), 32)
     found: dict[str, Any] = {"small": alone(in_turn, base, noise, repeats)}
     _table("Stages of a step: small images", found["small"], at_the_loader=())
@@ -49,7 +49,7 @@ def measure(options: Options) -> dict[str, Any]:
         found["views"] = alone(views, settings, photos, options.pick(32, 8), repeats)
     show("Both views of an image, one core", ["from", "how", "ms an image"], found["views"])
     found["memory"] = {
-        memory: alone(in_turn, base | {"method.memory_size": memory}, noise, options.pick(3, 1))
+        memory: alone(in_turn, base | {"method.memory_size": memory}, noise, options.pick(2, 1))
         for memory in ((64, 128) if tiny else MEMORIES)
     }
     rows = [
