@@ -22,13 +22,16 @@ from small_runs import SMALL, differing
 
 def trainer(out: Path, **settings: Any) -> Trainer:
     images = load("digits", None, "train").subset(range(96))
-    over = {"out": str(out), "engine.precision": "fp32"} | settings
+    over = {"out": str(out), "engine.precision": "fp32", "optimizer.warmup_epochs": 0} | settings  # the first step moves all
     config = complete_settings(resolve(merge(SMALL, nest(over))), images)
-    return Trainer(config, Engine(config.engine), images, None)
+    made = Trainer(config, Engine(config.engine), images, None)
+    made.compile()
+    return made
 
 
 def state(made: Trainer) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in made.model.state_dict().items()} | {"torch": torch.get_rng_state()}
+    moments = {f"momentum.{i}": s["momentum_buffer"].clone() for i, s in made.optimizer.state_dict()["state"].items()}
+    return {name: value.clone() for name, value in made.model.state_dict().items()} | moments | {"torch": torch.get_rng_state()}
 
 
 def test_a_compiler_that_fails_is_told_in_one_line_and_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,9 +64,24 @@ def test_compiled_networks_make_the_same_step(tmp_path: Path) -> None:
     for made in (plain, compiled):
         made.train_step(next(made.loader.stream(0, 1)))
     a, b = state(plain), state(compiled)
-    for name in a:
+    assert max(float(value.abs().max()) for name, value in a.items() if name.startswith("momentum")) > 0.01
+    for name in a:  # the sharp relations of an untrained network magnify what fp32 rounds off
         if a[name].is_floating_point():
-            torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-4, msg=name)
+            assert float((a[name] - b[name]).norm()) <= 2e-3 * float(a[name].norm()), name
+
+
+def test_what_a_stopwatch_decided_is_saved_and_a_change_is_told(tmp_path: Path) -> None:
+    from relssl.train.folder import RunFolder
+
+    made = trainer(tmp_path / "a", **{"method.loss_form": "plain"})
+    made.folder = RunFolder(tmp_path / "a")
+    made.train_step(next(made.loader.stream(0, 1)))
+    made.save()
+    made.folder.close()
+    saved = next((tmp_path / "a/checkpoints").glob("step-*"))
+    again = trainer(tmp_path / "b")
+    assert again.restore(saved) == []
+    assert again.before == {"loss form": "plain", "compiled": False} != again.choices()
 
 
 def test_the_loss_is_tiled_on_a_cpu_and_triton_is_refused_there(tmp_path: Path) -> None:
@@ -73,5 +91,5 @@ def test_the_loss_is_tiled_on_a_cpu_and_triton_is_refused_there(tmp_path: Path) 
         made.train_step(next(made.loader.stream(0, 1)))
     for name, value in state(forms["plain"]).items():
         torch.testing.assert_close(state(forms["tiled"])[name], value, rtol=1e-4, atol=1e-5)
-    with pytest.raises(ConfigError, match=r"method.loss_form: triton cannot run here \(it needs a CUDA device\); use tiled"):
+    with pytest.raises(ConfigError, match=r"method.loss_form: triton needs a CUDA device; use tiled or auto"):
         trainer(tmp_path / "triton", **{"method.loss_form": "triton"})

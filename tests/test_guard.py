@@ -114,13 +114,18 @@ class NoQuestions(TorchDispatchMode):
     ],
     ids=["plain", "accumulated", "crops"],
 )
-def test_neither_views_nor_step_wait_for_the_device(tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_neither_views_nor_step_wait_for_the_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+) -> None:
     images = load("digits", None, "train").subset(range(320))
     config = complete_settings(resolve(merge(SMALL, nest({"out": str(tmp_path / "run")} | settings))), images)
     trainer = Trainer(config, Engine(config.engine), images, None)
     stream = trainer.loader.stream(0, 10)
+    for name in ("cpu", "numpy", "tolist"):  # which a processor's own tensors answer without an operation
+        monkeypatch.setattr(torch.Tensor, name, lambda *_, name=name, **__: pytest.fail(f"{name} waits for the device"))
     with NoQuestions():
         told = [trainer.train_step(parts) for parts in stream]
+    monkeypatch.undo()
     rows = [figures for figures in told if figures is not None]
     assert [figures.step for figures in rows] == [3, 6, 9, 10]
     assert all(torch.isfinite(figures.read()["loss"]) for figures in rows)

@@ -29,7 +29,6 @@ from relssl.schema import merge, nest
 from relssl.train.assembly import complete_settings
 from relssl.train.folder import RunFolder
 from relssl.train.journal import Display
-from relssl.train.stopwatch import Stopwatch
 from relssl.train.trainer import Trainer
 from relssl.weights import store
 from small_runs import NORMLESS, SMALL, differing, final_state, repeatable_rows, small_run
@@ -79,6 +78,7 @@ def test_the_run_folder_holds_what_is_promised(finished: Path) -> None:
     for row in rows[1:]:
         assert row.keys() >= HEALTH | SHOWN
         assert all(value is not None and math.isfinite(value) for value in row.values())
+        assert row["images_per_second"] > 0 and 0 <= row["data_wait"] < 1
     assert [row["step"] for row in rows if "knn_top1" in row] == [0, 10, 20]
     assert relssl.load_run(finished).config.views.mean == load("digits", None, "train").mean
 
@@ -164,7 +164,7 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_offered(tmp_
     with pytest.raises(CheckpointError, match=r"step-00000015.*state.safetensors.*--checkpoint step-00000010"):
         relssl.resume(folder, quiet=True)
     with pytest.MonkeyPatch.context() as patch:  # stopped again before it is where it was: no future that was given up comes back
-        patch.setattr(Trainer, "fit", lambda self, display: (_ for _ in ()).throw(Interrupted("stopped", 143)))
+        patch.setattr(Trainer, "fit", lambda self, display, stop: (_ for _ in ()).throw(Interrupted("stopped", 143)))
         with pytest.raises(Interrupted):
             relssl.resume(folder, checkpoint="step-00000010", quiet=True)
     assert [path.name for path in store.checkpoints(folder / "checkpoints")] == ["step-00000010"]
@@ -216,6 +216,18 @@ def test_a_non_finite_step_leaves_no_trace(tmp_path: Path) -> None:
     assert "memory.keys" in differing(before, whole_state(made))
 
 
+def test_an_optimizer_that_cannot_be_told_on_the_device_is_not_asked_to_step(tmp_path: Path) -> None:
+    made = trainer(tmp_path)
+    stream = made.loader.stream(0, 3)
+    made.optimizer = torch.optim.SGD(made.parameters, lr=0.1, momentum=0.9, fused=False)
+    made.train_step(next(stream))
+    before = whole_state(made)
+    poisoned = next(stream)
+    poisoned[0].strong[0][0, 0, 0, 0] = float("nan")
+    made.train_step(poisoned)
+    assert differing(before, whole_state(made)) == []
+
+
 def test_the_way_back_is_outside_autocast(tmp_path: Path) -> None:
     """Autocast on the way back would round the fp32 product of the loss's gradient and the memory to bf16."""
     made = trainer(tmp_path, **{"engine.precision": "bf16"})
@@ -234,7 +246,7 @@ def test_non_finite_steps_in_a_row_stop_the_run(tmp_path: Path) -> None:
         for _ in range(steps):
             figures = made.train_step(batch)
             if figures is not None:
-                made._report(figures, Stopwatch(), None, Display(1, 0, show=False))
+                made._report(figures, None, None, Display(1, 0, show=False))
 
     batch[0].weak.fill_(float("nan"))
     train(9)

@@ -32,9 +32,15 @@ from relssl.data.samples import read_image
 from relssl.data.shrinking import place, shrink, shrunken
 from relssl.data.shrunk import PIXELS, TABLE, Shrunk
 from relssl.data.sources import Images, load
-from relssl.errors import ConfigError, StorageError
+from relssl.engine import Engine
+from relssl.errors import ConfigError, Interrupted, StorageError
+from relssl.schema import merge
+from relssl.train.assembly import build
+from relssl.train.assembly import shrink as shrink_images
+from relssl.train.journal import Display
 from relssl.train.pretrain import resume
-from small_runs import differing, final_state, repeatable_rows, small_run
+from relssl.train.signals import StopRequest
+from small_runs import SMALL, differing, final_state, repeatable_rows, small_run
 from test_loaders import batches, equal
 
 CPU = torch.device("cpu")
@@ -412,3 +418,24 @@ def test_a_run_on_shrunk_images_resumes_exactly(folder: Path, tmp_path: Path, mo
     settings["loader"] = {"workers": 1}
     small_run(tmp_path / "files", **settings)
     assert differing(whole, final_state(tmp_path / "files")) != []
+
+
+class Asked(StopRequest):
+    """Somebody asks to stop as soon as the first images are shrunk."""
+
+    def asked(self) -> int:
+        return 143
+
+
+def test_a_build_ends_when_the_run_is_asked_to_stop_and_goes_on_later(folder: Path, tmp_path: Path) -> None:
+    over = {"data": str(folder), "loader": {"cache": SIDE, "cache_folder": str(tmp_path / "kept"), "workers": 0}}
+    small = {"views": {"weak": {"size": 32}, "strong": {"size": 32}}, "batch_size": 8, "encoder": {"stem": "small"}}
+    made = resolve(merge(merge({k: v for k, v in SMALL.items() if k != "encoder"}, over), small | {"out": str(tmp_path / "run")}))
+    run = build(made, Engine(made.engine))
+    with Display(1, 0, show=False) as display:
+        with pytest.raises(Interrupted, match="stopped by SIGTERM while images were shrunk; go on with `relssl resume") as caught:
+            shrink_images(run, display, Asked(None))
+        assert caught.value.exit_code == pickle.loads(pickle.dumps(caught.value)).exit_code == 143
+        assert run.images.shrunk is None
+        shrink_images(run, display, StopRequest(None))
+    assert run.images.shrunk is not None and len(run.images.shrunk) == COUNT

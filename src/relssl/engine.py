@@ -143,7 +143,7 @@ class Engine:
     def fetch(self, values: Mapping[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
         """Start to bring tensors to the host; what is returned waits for them, and for nothing asked of the device later."""
         if self.device.type != "cuda":
-            held = {name: value.detach().cpu() for name, value in values.items()}
+            held = {name: value.detach().to("cpu") for name, value in values.items()}
             return lambda: held
         held = {name: torch.empty_like(value, device="cpu", pin_memory=True) for name, value in values.items()}
         for name, value in values.items():
@@ -163,6 +163,11 @@ class Engine:
             torch.cuda.synchronize(self.device)
         elif self.device.type == "mps":
             torch.mps.synchronize()
+
+    def release(self) -> None:
+        """Give memory that nothing holds any more back to the device."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def seed(self, seed: int) -> None:
         """Start every random generator of this process."""

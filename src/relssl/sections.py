@@ -48,7 +48,7 @@ class MethodConfig:
     loss_form: str = setting(
         "auto",
         "how the loss is computed, always the same number: plain; tiled, in less memory and time; triton, tiled with a GPU "
-        "kernel; auto: tiled, on GPUs the faster of tiled and triton",
+        "kernel; auto: tiled, on CUDA the faster of tiled and triton, on MPS plain",
         choices=("auto", "plain", "tiled", "triton"),
     )
     info_nce_temperature: float = setting(0.1, "temperature of the InfoNCE loss", gt=0, le=10)
@@ -95,7 +95,7 @@ class LoaderConfig:
     )
     views_ahead: int | None = setting(
         None,
-        "resident path: steps whose views are made in one go; null: 8 on GPUs, which start many small tasks slowly, else 1",
+        "resident path: steps whose views are made in one go; null: up to 8 on GPUs, which start many small tasks slowly, else 1",
         ge=1,
         le=1024,
     )

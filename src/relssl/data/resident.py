@@ -17,6 +17,9 @@ from relssl.data.plan import Plan
 from relssl.data.sources import Images
 from relssl.data.transfer import send
 
+# Of one view of all the images of a stretch; a handful of such blocks lives at a time.
+_VIEW_BYTES = 256 << 20
+
 
 class Resident:
     """Images held as uint8 on the device, views made there in batches, without workers.
@@ -30,7 +33,12 @@ class Resident:
         self.plan, self.config, self.device = plan, config, device
         self.pixels = images.pixels.to(device)
         self.views = [config.views.weak, *config.strong_views]
-        self.ahead = config.loader.views_ahead or (8 if device.type == "cuda" else 1)
+        self.ahead = config.loader.views_ahead or (self._fitting(8) if device.type == "cuda" else 1)
+
+    def _fitting(self, most: int) -> int:
+        """Steps, at most `most`, whose largest view takes no more than a part of a GPU's memory."""
+        side = max(view.size for view in self.views)
+        return max(1, min(most, _VIEW_BYTES // (self.plan.share * self.plan.parts * 3 * side * side * 4)))
 
     def stream(self, start: int, stop: int) -> Iterator[list[Batch]]:
         """The parts of each step."""

@@ -68,6 +68,8 @@ class ReSSL(nn.Module):
         loss_form: str = "plain",
     ) -> None:
         super().__init__()
+        if loss_form not in OBJECTIVES:
+            raise ValueError(f"loss_form must be one of {', '.join(OBJECTIVES)}, got {loss_form!r}")
         self.objective = OBJECTIVES[loss_form]
         self.student: nn.Module = student
         self.teacher = student.teacher()

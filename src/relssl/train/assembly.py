@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from relssl.config import Config
 from relssl.data.shrinking import shrunken
 from relssl.data.sources import Images, load
 from relssl.engine import Engine
-from relssl.errors import DataError, RelsslError
+from relssl.errors import DataError, Interrupted, RelsslError
 from relssl.evaluation.protocol import LabelledPair, choose
 from relssl.train.journal import Display
 from relssl.train.online import OnlineKnn
+from relssl.train.signals import REASONS, StopRequest
 from relssl.train.trainer import Trainer
 
 Made = TypeVar("Made")
@@ -44,16 +46,41 @@ def build(config: Config, engine: Engine) -> Trainer:
     return Trainer(config, engine, images, _online(config) if engine.is_first else None)
 
 
-def shrink(trainer: Trainer, display: Display) -> None:
-    """Let the trainer read shrunk images, if they are asked for; the first rank finds or makes them while the others wait."""
+def shrink(trainer: Trainer, display: Display, stop: StopRequest) -> None:
+    """Let the trainer read shrunk images, if they are asked for; the first rank finds or makes them while the others wait.
+
+    Raises:
+        Interrupted: on a signal or at the time limit; what is shrunk by then stays.
+    """
     config, images, engine = trainer.config, trainer.images, trainer.engine
     if config.loader.cache is None:
         return
-    made = on_first(engine, lambda: shrunken(images, config, display))
+    teller = _Stoppable(display, stop, config)
+    made = on_first(engine, lambda: shrunken(images, config, teller))
     if made is None:
-        made = shrunken(images, config, display)  # made once more by machines that have a disk of their own
+        made = shrunken(images, config, teller)  # made once more by machines that have a disk of their own
     engine.wait()
     trainer.read(dataclasses.replace(images, shrunk=made))
+
+
+class _Stoppable:
+    """A display whose chores end when the run is asked to stop."""
+
+    def __init__(self, display: Display, stop: StopRequest, config: Config) -> None:
+        self.say, self.display, self.stop, self.config = display.say, display, stop, config
+
+    @contextmanager
+    def chore(self, what: str, done: int, total: int) -> Iterator[Callable[[int], None]]:
+        """As the display's."""
+        with self.display.chore(what, done, total) as advance:
+
+            def step(count: int) -> None:
+                advance(count)
+                if asked := self.stop.asked():
+                    where = f"stopped {REASONS[asked]} while images were shrunk"
+                    raise Interrupted(f"{where}; go on with `relssl resume {self.config.out}`", asked)
+
+            yield step
 
 
 def on_first(engine: Engine, make: Callable[[], Made]) -> Made | None:

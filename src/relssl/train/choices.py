@@ -33,15 +33,12 @@ def pick_loss_form(config: Config, engine: Engine, share: int) -> str:
         ConfigError: if triton is asked for where it cannot run.
     """
     asked, kind = config.method.loss_form, engine.device.type
-    if asked == "triton":
-        try:
-            if kind != "cuda":
-                raise ImportError("it needs a CUDA device")
-            import relssl.method.fused  # noqa: F401
-        except ImportError as error:
-            raise ConfigError(f"method.loss_form: triton cannot run here ({error}); use tiled or auto") from error
-    if asked != "auto" or kind != "cuda":
+    if kind != "cuda" and asked == "triton":
+        raise ConfigError("method.loss_form: triton needs a CUDA device; use tiled or auto")
+    if asked in ("plain", "tiled") or kind != "cuda":
         return {"auto": "tiled" if kind == "cpu" else "plain"}.get(asked, asked)
+    if asked == "auto" and config.engine.deterministic:
+        return "tiled"
     dim, views = config.encoder.dim, len(config.strong_views)
     queries, keys = _directions(engine, views, share, dim), _directions(engine, share, dim)
     memory = _directions(engine, config.method.memory_size, dim)
@@ -55,45 +52,67 @@ def pick_loss_form(config: Config, engine: Engine, share: int) -> str:
 
         return run
 
-    try:
-        return min(("tiled", "triton"), key=lambda form: _seconds(step(form), engine))
-    except Exception:  # whatever a compiler for this machine's GPU runs into
-        return "tiled"
+    fused, fault = _tried(lambda: _seconds(step("triton"), engine), engine)
+    if asked == "triton" and fault is not None:
+        raise ConfigError(f"method.loss_form: triton cannot run here ({fault}); use tiled or auto")
+    tiled = _seconds(step("tiled"), engine)
+    slower = engine.largest(int(fault is not None or fused > tiled))  # one form for all ranks
+    return "tiled" if slower and asked == "auto" else "triton"
 
 
 def compile_networks(learner: Learner) -> str | None:
     """Compile both networks' forward and backward passes, with CUDA graphs where these are possible, if `compile` says so.
 
-    `auto` compiles on CUDA alone, for runs long enough, and keeps what turns out faster. The learner's state stays as it was.
+    `auto` compiles on CUDA alone, where enough steps are left and results need not repeat bit for bit, and keeps what turns out
+    faster on every rank. The learner's state stays as it was.
 
     Returns:
         A line for the user if there is something to tell.
     """
-    config, engine = learner.config, learner.engine
-    worth = engine.device.type == "cuda" and learner.total_steps >= _WORTH_COMPILING
+    config, engine, left = learner.config, learner.engine, learner.total_steps - learner.step
+    worth = engine.device.type == "cuda" and left >= _WORTH_COMPILING and not config.engine.deterministic
     if config.compile == "off" or (config.compile == "auto" and not worth):
         return None
+    # Graphs are replayed on fixed memory; gradients of accumulated parts and DDP's buckets outlive a replay.
+    graphs = engine.world == 1 and config.accumulate == 1
     networks = [unwrapped(learner.model.student), learner.model.teacher]
-    run = _trial(learner)
+
+    def compiled() -> float:
+        torch.compiler.reset()  # type: ignore[no-untyped-call]  # one cache serves all networks of a process
+        for network in networks:
+            _compile(network, graphs)
+        return _seconds(run, engine)
+
+    learner.guard.watch()
     try:
         with torch.random.fork_rng([engine.device] if engine.device.type == "cuda" else []):
-            learner.guard.watch()
-            before = _seconds(run, engine)
-            for network in networks:
-                # Graphs are replayed on fixed memory; gradients of accumulated parts and DDP's buckets outlive a replay.
-                _compile(network, graphs=engine.world == 1 and config.accumulate == 1)
-            after = _seconds(run, engine)
-    except Exception as error:  # whatever a compiler runs into: the run goes on without
-        _undo(networks)
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        return f"compile: not possible here ({reason[:160]}); going on without"
+            run = _trial(learner)
+            before, fault = _tried(lambda: _seconds(run, engine), engine)
+            if fault is None:
+                after, fault = _tried(compiled, engine)
     finally:
         learner.guard.take_back()
         learner.optimizer.zero_grad(set_to_none=True)
+    if fault is not None:
+        _undo(networks, engine)
+        return f"compile: not possible here ({fault}); going on without"
     if config.compile == "auto" and engine.largest(int(after > before)):
-        _undo(networks)
+        _undo(networks, engine)
         return f"compile: does not pay here ({after / before:.2f} times the time of a step without); going on without"
+    learner.replays = graphs
     return f"compile: networks' passes take {after / before:.2f} of the time without"
+
+
+def _tried(work: Callable[[], float], engine: Engine) -> tuple[float, str | None]:
+    """(what `work` gives, None), or (0, why it failed): on all ranks if on one."""
+    found, fault = 0.0, None
+    try:
+        found = work()
+    except Exception as error:  # whatever a compiler runs into
+        fault = next(iter(str(error).splitlines()), type(error).__name__)[:160]
+    if engine.largest(int(fault is not None)):
+        return 0.0, fault or "another rank could not"
+    return found, None
 
 
 def _compile(network: Encoder, graphs: bool) -> None:
@@ -102,9 +121,11 @@ def _compile(network: Encoder, graphs: bool) -> None:
     network.__dict__["embed"] = lambda images: made(images).clone()
 
 
-def _undo(networks: list[Encoder]) -> None:
+def _undo(networks: list[Encoder], engine: Engine) -> None:
     for network in networks:
         network.__dict__.pop("embed", None)
+    torch.compiler.reset()  # type: ignore[no-untyped-call]  # with it goes the memory that graphs hold
+    engine.release()
 
 
 def _trial(learner: Learner) -> Callable[[], None]:
@@ -119,9 +140,11 @@ def _trial(learner: Learner) -> Callable[[], None]:
 
     def run() -> None:
         torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-        with engine.autocast():
-            made = learner.model.step(weak, strong, student_temperature=0.1, teacher_temperature=0.04)
-        engine.backward(made.loss)
+        # As a part that others follow: ranks exchange nothing, so that one that fails leaves none waiting.
+        with engine.part(learner.model.student, last=False):
+            with engine.autocast():
+                made = learner.model.step(weak, strong, student_temperature=0.1, teacher_temperature=0.04)
+            engine.backward(made.loss)
         learner.optimizer.zero_grad(set_to_none=True)
 
     return run

@@ -21,6 +21,7 @@ from relssl.train.costs import Disk, Extras, Memory, measure_extras, measure_sav
 from relssl.train.floor import attainable, step_flops
 from relssl.train.journal import Display
 from relssl.train.pretrain import named
+from relssl.train.signals import StopRequest
 from relssl.train.stages import stages
 from relssl.train.timing import Timing, time_steps, workers
 from relssl.train.trainer import Trainer
@@ -125,7 +126,7 @@ def estimate(
     trainer.step = trainer.total_steps // 2
     try:
         with Display(trainer.total_steps, trainer.step, show=engine.is_first and not quiet) as display:
-            shrink(trainer, display)
+            shrink(trainer, display, StopRequest(None))
         found = _measure(trainer, steps, Console(stderr=True, quiet=quiet or not engine.is_first, highlight=False))
     except Exception as error:
         known = named(error, trainer)

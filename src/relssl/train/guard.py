@@ -22,13 +22,14 @@ class Guard:
 
     Attributes:
         streak: scalar int64 on the device, the non-finite steps in a row until now.
+        worst: the longest streak since `longest` was last called, likewise.
     """
 
     def __init__(self, networks: Sequence[nn.Module], device: torch.device) -> None:
         self._blocks = _join(networks)
         self._before = [block.clone() for block in self._blocks]
         self.streak = torch.zeros((), dtype=torch.int64, device=device)
-        self._longest = self.streak.clone()
+        self.worst = self.streak.clone()
 
     def watch(self) -> None:
         """Note the statistics before a step's forward passes."""
@@ -47,13 +48,13 @@ class Guard:
             torch.where(good, block, before, out=block)
         self.streak += 1
         self.streak *= ~good
-        torch.maximum(self._longest, self.streak, out=self._longest)
+        torch.maximum(self.worst, self.streak, out=self.worst)
         return good
 
     def longest(self) -> Tensor:
         """The longest streak since the last call, [] on the device."""
-        found = self._longest.clone()
-        self._longest.copy_(self.streak)
+        found = self.worst.clone()
+        self.worst.copy_(self.streak)
         return found
 
 

@@ -13,16 +13,22 @@ from relssl.data.plan import Plan
 from relssl.engine import Engine
 from relssl.method import ReSSL, Step, create_encoder, health, schedules
 from relssl.train.choices import compile_networks, pick_loss_form
-from relssl.train.guard import Guard
+from relssl.train.guard import PATIENCE, Guard
 from relssl.train.optim import create_optimizer
 
 
 @dataclass
 class Figures:
-    """What is to be told of one step: what the host knows of it, and a way to get what the device does."""
+    """What is to be told of one step: what the host knows of it, and a way to get what the device does.
+
+    Attributes:
+        step: optimizer steps made with it.
+        known: settings of the step; None if it is not logged, and only to be looked at for non-finite steps.
+        read: waits for the figures.
+    """
 
     step: int
-    known: dict[str, float]
+    known: dict[str, float] | None
     read: Callable[[], dict[str, torch.Tensor]]
 
 
@@ -38,19 +44,23 @@ class Learner:
         step: optimizer steps made.
         model: student, teacher and memory.
         guard: what keeps a non-finite step from leaving a trace.
+        loss_form: how the loss is computed.
         compiled: what there is to tell of compiling the networks; None: nothing.
+        replays: whether the networks' passes are CUDA graphs.
     """
 
     def __init__(self, config: Config, engine: Engine, plan: Plan) -> None:
         self.config, self.engine, self.plan, self.step = config, engine, plan, 0
+        self.compiled: str | None = None
+        self.replays = False
         self.steps_per_epoch = self.plan.steps_per_epoch
         self.total_steps = config.epochs * self.steps_per_epoch
         # Every rank builds the same networks and memory from the same seed; they stay equal by moving alike.
         torch.manual_seed(config.seed)
         encoder = create_encoder(config)
         memory_source = torch.Generator().manual_seed(config.seed)
-        loss_form = pick_loss_form(config, engine, self.plan.share)
-        self.model = ReSSL(encoder, config.method.memory_size, config.encoder.dim, memory_source, loss_form)
+        self.loss_form = pick_loss_form(config, engine, self.plan.share)
+        self.model = ReSSL(encoder, config.method.memory_size, config.encoder.dim, memory_source, self.loss_form)
         self.model.student = engine.setup(encoder)
         engine.place(self.model.teacher)
         self.model.memory.to(engine.device)
@@ -58,15 +68,19 @@ class Learner:
         self.parameters = list(encoder.parameters())
         self.optimizer = create_optimizer(encoder, config.optimizer)
         self.guard = Guard([encoder, self.model.teacher], engine.device)
-        self.compiled = compile_networks(self)
         # From here on randomness inside the networks (dropout, stochastic depth) differs between ranks.
         engine.seed(config.seed + 1 + engine.rank)
 
+    def compile(self) -> None:
+        """Compile the networks, if the settings want it and it pays. What it takes to find out leaves no trace."""
+        self.compiled = compile_networks(self)
+
     def train_step(self, parts: list[Batch]) -> Figures | None:
-        """One optimizer step; its figures if it is one that is logged. It is only asked of the device, not waited for."""
+        """One optimizer step, asked of the device and not waited for; its figures if they are to be looked at."""
         method, now = self.config.method, self.settings_at(self.step)
         self.guard.watch()
-        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+        if self.replays:
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         losses, done = [], []
         for number, part in enumerate(parts):
             last = number == len(parts) - 1
@@ -94,9 +108,9 @@ class Learner:
         # Before the memory moves: the figures are those of the relations that the loss has seen.
         told = self._health(done, keys, now) | {"loss": loss, "grad_norm": norm, "keys": keys} if logged else {}
         self._commit(keys, self._joined([part.ids for part in parts]), now, self.guard.judge(loss, norm))
-        if not logged:
+        if not logged and self.step % PATIENCE:
             return None
-        return Figures(self.step, now, self.engine.fetch(told | {"streak": self.guard.longest()}))
+        return Figures(self.step, now if logged else None, self.engine.fetch(told | {"streak": self.guard.longest()}))
 
     def _health(self, done: list[Step], keys: torch.Tensor, now: dict[str, float]) -> dict[str, torch.Tensor]:
         return health(
@@ -111,8 +125,11 @@ class Learner:
         """Let optimizer, memory and teacher move, unless the step is not finite."""
         for group in self.optimizer.param_groups:
             group["lr"] = now["lr"]
-        self.optimizer.found_inf = (~good).float()  # type: ignore[attr-defined]  # read by fused optimizers
-        self.optimizer.step()
+        if self.optimizer.defaults["fused"]:
+            self.optimizer.found_inf = (~good).float()  # type: ignore[attr-defined]  # read on the device
+            self.optimizer.step()
+        elif bool(good):  # other forms cannot be told there
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.model.push(keys, ids, good)
         self.model.follow(now["teacher_momentum"], good)

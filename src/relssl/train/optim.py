@@ -43,10 +43,11 @@ def parameter_groups(student: nn.Module, config: OptimizerConfig) -> list[dict[s
 def create_optimizer(student: nn.Module, config: OptimizerConfig) -> torch.optim.SGD:
     """SGD with momentum, without Nesterov, as in every run of the papers; the learning rate is set at each step.
 
-    It is the fused form, which leaves everything as it was where its `found_inf` [] says so; the momentum starts as zeros, which
-    gives the same first step, so that a first step that is left out leaves no undefined momentum behind.
+    On CPUs and CUDA it is the fused form, which leaves everything as it was where its `found_inf` [] says so; the momentum starts
+    as zeros, which gives the same first step, so that a first step that is left out leaves no undefined momentum behind.
     """
-    optimizer = torch.optim.SGD(parameter_groups(student, config), lr=config.lr, momentum=config.momentum, fused=True)
+    fused = all(parameter.device.type in ("cpu", "cuda") for parameter in student.parameters())
+    optimizer = torch.optim.SGD(parameter_groups(student, config), lr=config.lr, momentum=config.momentum, fused=fused)
     if config.momentum > 0:
         for group in optimizer.param_groups:
             for parameter in group["params"]:

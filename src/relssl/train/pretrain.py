@@ -17,6 +17,7 @@ from relssl.errors import ConfigError, DistributedError, Interrupted, RelsslErro
 from relssl.train.assembly import build, on_first, shrink
 from relssl.train.folder import RunFolder, default_folder, refuse_used
 from relssl.train.journal import Display, read_rows
+from relssl.train.signals import StopRequest
 from relssl.train.trainer import Trainer
 from relssl.weights import store
 from relssl.weights.export import default_target, export
@@ -94,7 +95,10 @@ def resume(run: str | Path, *, checkpoint: str | None = None, quiet: bool = Fals
 
 
 def _run(config: Config, path: Path, engine: Engine, quiet: bool, saved: Path | None, *, fresh: bool) -> Result | None:
-    trainer = build(config, engine)
+    try:
+        trainer = build(config, engine)
+    except torch.OutOfMemoryError as error:
+        raise _too_large(config) from error
     config = trainer.config
     folder = trainer.folder = on_first(engine, lambda: RunFolder(path))
     try:
@@ -108,6 +112,10 @@ def _run(config: Config, path: Path, engine: Engine, quiet: bool, saved: Path | 
         inexact = trainer.restore(saved) if saved is not None else []
         if folder is not None:
             folder.give_up_after(trainer.step)
+        trainer.compile()
+        if trainer.before is not None:
+            now = trainer.choices()
+            inexact += [f"{name} {was} -> {now[name]}" for name, was in trainer.before.items() if now[name] != was]
         with Display(trainer.total_steps, trainer.step, show=engine.is_first and not quiet) as display:
             _introduce(trainer, display, inexact)
             _fit(trainer, folder, display)
@@ -136,8 +144,9 @@ def _fit(trainer: Trainer, folder: RunFolder | None, display: Display) -> None:
     try:
         if folder is not None:
             folder.status("running", trainer.step)
-        shrink(trainer, display)
-        trainer.fit(display)
+        with StopRequest(trainer.config.time_limit) as stop:
+            shrink(trainer, display, stop)
+            trainer.fit(display, stop)
     except BaseException as error:
         known = named(error, trainer)
         if folder is not None:
@@ -154,10 +163,7 @@ def named(error: BaseException, trainer: Trainer) -> BaseException:
     if isinstance(error, RelsslError):
         return error
     if isinstance(error, torch.OutOfMemoryError):
-        batch = trainer.config.batch_size
-        return ConfigError(
-            f"batch_size: {batch} does not fit the device's memory; lower it, or raise accumulate to compute it in parts"
-        )
+        return _too_large(trainer.config)
     if isinstance(error, OSError):
         # Whatever is written besides checkpoints (metrics, TensorBoard): the checkpoints before it are whole.
         where = error.filename or trainer.config.out
@@ -166,6 +172,13 @@ def named(error: BaseException, trainer: Trainer) -> BaseException:
         what = " ".join(str(error).split())[:200]
         return DistributedError(f"rank {trainer.engine.rank} failed at step {trainer.step}, another may have been lost: {what}")
     return error
+
+
+def _too_large(config: Config) -> ConfigError:
+    return ConfigError(
+        f"batch_size: {config.batch_size} does not fit the device's memory; lower it, raise accumulate to compute it in parts, "
+        "or set loader.path files to keep the images out of it"
+    )
 
 
 def _note_failure(folder: RunFolder, trainer: Trainer, error: BaseException) -> None:

@@ -15,6 +15,7 @@ from relssl.data.tuning import Choice
 from relssl.engine import Engine
 from relssl.errors import CheckpointError, DataError, Interrupted, NumericError
 from relssl.method.health import effective_rank, verdict
+from relssl.method.ressl import unwrapped
 from relssl.train import checkpoint
 from relssl.train.folder import RunFolder
 from relssl.train.guard import PATIENCE
@@ -48,6 +49,7 @@ class Trainer(Learner):
         self.choice: Choice | None = None
         self.best: dict[str, Any] | None = None
         self.images, self.fingerprint, self.unreadable = images, images.fingerprint(), set[str]()
+        self.before: dict[str, Any] | None = None
 
     def read(self, images: Images) -> None:
         """Train on the same images, read another way."""
@@ -64,10 +66,12 @@ class Trainer(Learner):
             )
         self.step, self.best = facts["step"], facts["best"]
         self.guard.streak.fill_(facts["non_finite"])
+        self.guard.worst.fill_(facts["non_finite_worst"])
+        self.before = facts["choices"]
         self.unreadable = set(facts["unreadable"])
         return inexact if facts["data"] == self.fingerprint else [*inexact, "the data has changed"]
 
-    def fit(self, display: Display) -> None:
+    def fit(self, display: Display, stop: StopRequest) -> None:
         """Train to the end, or until asked to stop.
 
         Raises:
@@ -77,30 +81,29 @@ class Trainer(Learner):
         """
         journal = Journal(self.folder.path, self.step, self.config.log.tensorboard) if self.folder else None
         try:
-            with StopRequest(self.config.time_limit) as stop:
-                if self.step == 0 and journal is not None and self.online is not None:
-                    journal.write({"step": 0, "epoch": 0, "samples": 0} | self.online.baselines(self.model, self.engine))
-                self.engine.wait()
-                watch = Stopwatch()
-                late: Figures | None = None
-                for parts in watch.timed(self.loader.stream(self.step, self.total_steps)):
-                    figures = self.train_step(parts)
-                    self._note_bad(parts)
-                    # A row is read once the next step is on its way, so that the device never waits for the host.
-                    if late is not None:
-                        self._report(late, watch, journal, display)
-                    late = figures
-                    asked = self.engine.largest(stop.asked())
-                    due = asked or self._due()
-                    if late is not None and (due or self._knn_due()):
-                        self._report(late, watch, journal, display)
-                        late = None
-                    # After the row, so that rows up to a checkpoint are on disk before it is.
-                    if due:
-                        self.save()
-                    if asked and self.step < self.total_steps:
-                        done = f"stopped {REASONS[asked]} after step {self.step} of {self.total_steps}, saved"
-                        raise Interrupted(f"{done}; go on with `relssl resume {self.config.out}`", asked)
+            if self.step == 0 and journal is not None and self.online is not None:
+                journal.write({"step": 0, "epoch": 0, "samples": 0} | self.online.baselines(self.model, self.engine))
+            self.engine.wait()
+            watch, late = Stopwatch(), None
+            for parts in watch.timed(self.loader.stream(self.step, self.total_steps)):
+                figures = self.train_step(parts)
+                self._note_bad(parts)
+                # A row is read once the next step is on its way, so that the device never waits for the host.
+                if late is not None:
+                    self._report(*late, journal, display)
+                pace = watch.split(self.config.batch_size) if figures is not None and figures.known is not None else None
+                late = (figures, pace) if figures is not None else None
+                asked = self.engine.largest(stop.asked())
+                if late is not None and (asked or self._due()):
+                    self._report(*late, journal, display)
+                    late = None
+                # After the row, so that rows up to a checkpoint are on disk before it is.
+                if asked or self._due():
+                    self.save()
+                    watch.split(self.config.batch_size)  # evaluating and saving is not training
+                if asked and self.step < self.total_steps:
+                    done = f"stopped {REASONS[asked]} after step {self.step} of {self.total_steps}, saved"
+                    raise Interrupted(f"{done}; go on with `relssl resume {self.config.out}`", asked)
         except Unreadable as error:
             if self.folder is not None:
                 self.folder.bad_samples(error.faults)
@@ -109,8 +112,12 @@ class Trainer(Learner):
             if journal is not None:
                 journal.close()
 
-    def _report(self, figures: Figures, watch: Stopwatch, journal: Journal | None, display: Display) -> None:
-        """Make a row of a step's figures, with kNN where it is due, and tell it."""
+    def _report(self, figures: Figures, pace: tuple[float, float] | None, journal: Journal | None, display: Display) -> None:
+        """Make a row of a step's figures, with kNN where it is due, and tell it; a step that is not logged is only judged.
+
+        Args:
+            pace: images per second and share of waiting, up to the step.
+        """
         epoch, within = divmod(figures.step, self.steps_per_epoch)
         found = figures.read()
         if found.pop("streak") >= PATIENCE:
@@ -118,8 +125,9 @@ class Trainer(Learner):
                 f"step {figures.step}: loss or gradient was not finite {PATIENCE} steps in a row; "
                 "lower optimizer.lr, or set optimizer.clip or engine.precision fp32; the last checkpoint is good"
             )
-        rank = effective_rank(found.pop("keys"))
-        speed, wait = watch.split(self.config.batch_size)
+        if figures.known is None or pace is None:
+            return
+        rank, (speed, wait) = effective_rank(found.pop("keys")), pace
         row: dict[str, Any] = {"step": figures.step, "epoch": epoch, "samples": figures.step * self.config.batch_size}
         row |= figures.known | {name: float(value) for name, value in found.items()} | {"effective_rank": float(rank)}
         row |= {"images_per_second": round(speed, 1), "data_wait": round(wait, 4)}
@@ -129,7 +137,6 @@ class Trainer(Learner):
                 if self.best is None or row["knn_top1"] > self.best["knn_top1"]:
                     self.best = {"knn_top1": row["knn_top1"], "checkpoint": store.step_folder(Path(), self.step).name}
             self.engine.wait()
-            watch.split(self.config.batch_size)  # the evaluation's time is not the training's
         if journal is not None:
             journal.write(row)
             if self.choice is None and isinstance(self.loader, FromFiles) and self.loader.choice is not None:
@@ -139,7 +146,7 @@ class Trainer(Learner):
             fault = verdict(row, self.config.method.memory_size, self.config.encoder.dim)
             if fault and not self.warned and epoch >= 1:
                 self.warned = True
-                display.say(f"warning: step {self.step}: {fault}")
+                display.say(f"warning: step {figures.step}: {fault}")
 
     def _knn_due(self) -> bool:
         epoch, within = divmod(self.step, self.steps_per_epoch)
@@ -153,6 +160,10 @@ class Trainer(Learner):
         ended = within == 0 and epoch % self.config.checkpoint.every == 0
         return ended or self._knn_due() or self.step == self.total_steps or bool(steps and self.step % steps == 0)
 
+    def choices(self) -> dict[str, Any]:
+        """What a stopwatch may have decided; another decision rounds otherwise."""
+        return {"loss form": self.loss_form, "compiled": "embed" in vars(unwrapped(self.model.student))}
+
     def save(self) -> None:
         """Save the whole state and let go of the oldest checkpoints."""
         facts = {
@@ -161,6 +172,8 @@ class Trainer(Learner):
             "best": self.best,
             "unreadable": sorted(self.unreadable),
             "non_finite": int(self.guard.streak),
+            "non_finite_worst": int(self.guard.worst),
+            "choices": self.choices(),
         }
         where = self.folder.checkpoints if self.folder else Path()
         target = checkpoint.save(where, self.step, self.model, self.optimizer, self.engine, facts)
