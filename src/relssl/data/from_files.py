@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from relssl.data.plan import Plan
 from relssl.data.samples import Fault, Request, Sample, Views, collate
 from relssl.data.sources import Images
 from relssl.data.tuning import Choice, Tuning
-from relssl.data.workers import cores, reset_signals, watch
+from relssl.data.workers import cores, hand_over, reset_signals, watch
 from relssl.errors import DataError
 
 
@@ -72,7 +73,7 @@ class FromFiles:
             self.samples(),
             batch_sampler=_Requests(self.plan, start, stop),
             num_workers=workers,
-            collate_fn=self.collate,
+            collate_fn=partial(hand_over, self.collate),
             worker_init_fn=reset_signals,
             prefetch_factor=prefetch if workers else None,
             pin_memory=plainly and self.device.type == "cuda",

@@ -14,6 +14,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,7 +29,7 @@ from relssl.data.files import data_root
 from relssl.data.paths import shown
 from relssl.data.shrunk import LAYOUT, PIXELS, Shrunk
 from relssl.data.sources import Images
-from relssl.data.workers import loader_workers, reset_signals, watch
+from relssl.data.workers import hand_over, loader_workers, reset_signals, watch
 from relssl.errors import StorageError
 from relssl.sections import LoaderConfig
 from relssl.weights.atomic import storing, sweep, write_all
@@ -166,7 +167,7 @@ def _make(images: Images, config: Config, found: Shrunk, teller: Teller) -> Shru
         batch_size=_BATCH,
         sampler=range(start, count),
         num_workers=loader_workers(config) * config.engine.devices,  # those of all ranks, which wait
-        collate_fn=_join,
+        collate_fn=partial(hand_over, _join),
         worker_init_fn=reset_signals,
         generator=torch.Generator(),  # the run's own randomness stays as it is
     )
