@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import os
 import pickle
 import shutil
@@ -22,6 +23,7 @@ from PIL import Image
 
 from bad_images import SKIP
 from relssl.config import Config, resolve
+from relssl.data import decode as decoding
 from relssl.data import shrinking
 from relssl.data.decode import BadImage, decode
 from relssl.data.from_files import FromFiles
@@ -32,7 +34,7 @@ from relssl.data.samples import read_image
 from relssl.data.shrinking import place, shrink, shrunken
 from relssl.data.shrunk import PIXELS, TABLE, Shrunk
 from relssl.data.sources import Images, load
-from relssl.errors import ConfigError, StorageError
+from relssl.errors import ConfigError, DataError, StorageError
 from relssl.train.pretrain import resume
 from small_runs import differing, final_state, repeatable_rows, small_run
 from test_loaders import batches, equal
@@ -250,6 +252,7 @@ def test_what_is_damaged_is_made_again(fault: str, images: Images, config: Confi
 
 KILL = """
 import os, signal, sys
+from relssl.data import decode as decoding
 from relssl.data import shrinking
 from relssl.data.sources import load
 import test_shrunk
@@ -298,6 +301,28 @@ def test_unreadable_images_are_remembered_with_their_reasons(folder: Path, tmp_p
     plan = Plan(len(images), len(images))
     (plain,), (seen,) = (next(FromFiles(each, config, plan, CPU).stream(0, 1)) for each in (images, cached))
     assert torch.equal(plain.ids, seen.ids) and plain.bad == seen.bad and len(seen.bad) >= len(kinds)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), OSError(errno.EMFILE, "Too many"), MemoryError()])
+def test_a_fault_that_may_pass_is_not_kept(
+    workers: int, error: BaseException, images: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings_for(tmp_path, **{"loader.workers": workers})
+    opener = decoding._open_regular
+
+    def failing(path: str) -> Any:
+        if path.endswith("13.png"):
+            raise error
+        return opener(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(decoding, "_open_regular", failing)
+        with pytest.raises(DataError, match=r"^\S*/13.png: .*; that may pass, .* the next start goes on here"):
+            shrunken(images, config, Told())
+    kept = Shrunk.open(place(images, config))
+    assert len(kept) == 8 and not kept.bad
+    assert pixels_of(shrunken(images, config, Told())) == whole_of(images, tmp_path)
 
 
 def test_a_set_without_a_readable_image_is_cached_as_that(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from relssl.data.paths import shown
 from relssl.data.shrunk import LAYOUT, PIXELS, Shrunk
 from relssl.data.sources import Images
 from relssl.data.workers import hand_over, loader_workers, reset_signals, watch
-from relssl.errors import StorageError
+from relssl.errors import DataError, StorageError
 from relssl.sections import LoaderConfig
 from relssl.weights.atomic import storing, sweep, write_all
 
@@ -41,7 +41,7 @@ _SAVE_EVERY = 30.0
 # Files whose beginnings are part of a set's key, and images by which its size is estimated.
 _SAMPLE = 64
 
-Outcome = np.ndarray | str  # pixels uint8 [H, W, 3], or why there are none
+Outcome = np.ndarray | BadImage  # pixels uint8 [H, W, 3], or why there are none
 
 
 class Teller(Protocol):
@@ -61,7 +61,7 @@ def shrunken(images: Images, config: Config, teller: Teller) -> Shrunk:
 
     Raises:
         StorageError: if the disk has no room, or cannot be written.
-        DataError: if a worker process dies.
+        DataError: if a worker process dies, or a file cannot be read for a reason that may pass; the next call goes on there.
     """
     assert images.files is not None and config.loader.cache is not None
     folder = place(images, config)
@@ -124,7 +124,7 @@ class _Small(Dataset[Outcome]):
             with Opened(self.files[row], self.loader.max_pixels) as opened:
                 return np.asarray(shrink(opened.rgb(self._reduction(opened)), self.side))
         except BadImage as fault:
-            return str(fault)
+            return fault if fault.lasting else BadImage(f"{shown(self.files[row])}: {fault}", lasting=False)
 
     def _reduction(self, opened: Opened) -> int:
         """By how much to reduce while decoding: the filter still gets twice the side, as in Pillow's own thumbnails."""
@@ -132,11 +132,11 @@ class _Small(Dataset[Outcome]):
         return max((each for each in wanted if min(opened.size) >= 2 * self.side * each), default=1)
 
 
-def _join(outcomes: list[Outcome]) -> tuple[torch.Tensor, list[tuple[int, int]], list[str | None]]:
+def _join(outcomes: list[Outcome]) -> tuple[torch.Tensor, list[tuple[int, int]], list[BadImage | None]]:
     """All pixels, uint8 in one row, the height and width of each image, and the reasons."""
     pixels = [outcome.reshape(-1) for outcome in outcomes if isinstance(outcome, np.ndarray)]
     sizes = [outcome.shape[:2] if isinstance(outcome, np.ndarray) else (0, 0) for outcome in outcomes]
-    reasons = [outcome if isinstance(outcome, str) else None for outcome in outcomes]
+    reasons = [outcome if isinstance(outcome, BadImage) else None for outcome in outcomes]
     return torch.from_numpy(np.concatenate([np.zeros(0, np.uint8), *pixels])), sizes, reasons
 
 
@@ -215,9 +215,13 @@ def _append(found: Shrunk, batches: Iterator[Any], needed: int, advance: Callabl
             os.lseek(file, found.total, os.SEEK_SET)
         saved = time.monotonic()
         for pixels, shapes, reasons in batches:
+            passing = next((reason for reason in reasons if reason is not None and not reason.lasting), None)
+            if passing is not None:
+                save()
+                raise DataError(f"{passing}; that may pass, so nothing is noted and the next start goes on here; else remove it")
             with storing(path, needed):
                 write_all(file, pixels.numpy().data)
-            bad |= {len(sizes) + place: reason for place, reason in enumerate(reasons) if reason is not None}
+            bad |= {len(sizes) + place: str(reason) for place, reason in enumerate(reasons) if reason is not None}
             sizes += shapes
             advance(len(sizes))
             if time.monotonic() - saved >= _SAVE_EVERY:
