@@ -20,6 +20,7 @@ from relssl.data.paths import shown
 from relssl.data.plan import Plan
 from relssl.data.samples import Fault, Request, Sample, Views, collate
 from relssl.data.sources import Images
+from relssl.data.transfer import send
 from relssl.data.tuning import Choice, Tuning
 from relssl.data.workers import cores, hand_over, reset_signals, watch
 from relssl.errors import DataError
@@ -106,11 +107,11 @@ class FromFiles:
         if not sample.views:
             raise Unreadable(sample.bad)
         assert isinstance(sample.row, torch.Tensor)
-        moved = [view.to(self.device, non_blocking=True) for view in sample.views]
+        moved = [send(view, self.device) for view in sample.views]
         if self.photometric_here:
             moved = self._photometric(moved, sample.epoch, sample.row.numpy())
         moved = [standardise(view, self.config) for view in moved]
-        return Batch(sample.row.to(self.device, non_blocking=True), moved[0], moved[1:], sample.bad)
+        return Batch(send(sample.row, self.device), moved[0], moved[1:], sample.bad)
 
     def _photometric(self, views: list[torch.Tensor], epoch: int, rows: np.ndarray) -> list[torch.Tensor]:
         """The rest of each view, drawn again: of the parameters the crop alone depends on the size of the image."""

@@ -21,6 +21,7 @@ from relssl.data.decode import Opened
 from relssl.data.draws import Draws, Ints, draw
 from relssl.data.samples import Fault, Held, Sample, Views, collate
 from relssl.data.sources import Images
+from relssl.data.transfer import send
 from relssl.errors import ConfigError
 from relssl.views import ViewConfig
 
@@ -222,5 +223,4 @@ def _moved(crops: Tensor, view: ViewConfig, draws: Draws) -> Tensor:
 
 
 def _put(view: Tensor, places: Ints, given: Tensor) -> None:
-    index = torch.as_tensor(places).to(view.device, non_blocking=True)
-    view.index_copy_(0, index, given.to(view.device, non_blocking=True))
+    view.index_copy_(0, send(torch.as_tensor(places), view.device), send(given, view.device))
