@@ -45,6 +45,7 @@ class FromFiles:
         photometric_here: whether colours, blur and RandAugment are left to the device; workers then crop, move and flip alone.
         choice: how many workers serve the run, with what was measured to find that; None until it is known, which with
             `loader.workers` or `loader.prefetch` null is some tens of steps after the start of a long run.
+        notice: one line that the user should be told once; None until there is one.
     """
 
     def __init__(self, images: Images, config: Config, plan: Plan, device: torch.device) -> None:
@@ -56,6 +57,10 @@ class FromFiles:
         by_itself = device.type == "cuda" or self.decoder is not None
         self.collate: Callable[[Any], Any] = collate if self.decoder is None else collate_files
         self.photometric_here = wanted == "device" or (wanted == "auto" and by_itself)
+
+    @property
+    def notice(self) -> str | None:
+        return self.decoder.notice if self.decoder is not None else None
 
     def stream(self, start: int, stop: int) -> Iterator[list[Batch]]:
         """The parts of each step; the first steps of a long run also tell which workers serve it best, see `choice`."""

@@ -28,6 +28,12 @@ from relssl.views import ViewConfig
 # Pixels that are decoded at once: 200 MB of colours, however large the pictures of a batch are.
 _AT_ONCE = 1 << 26
 
+# What errors say that are no file's fault; torchvision hides even memory that has run out behind a plain RuntimeError.
+_BROKEN = ("cuda error", "cuda stream", "out of memory", "can't allocate")
+
+# Refusals, and their share of the files so far, above which the user is told.
+_MANY, _SHARE = 16, 0.01
+
 # What makes pixels [3,H,W] of an EXIF orientation upright.
 _TURNS: dict[int, Callable[[Tensor], Tensor]] = {
     2: lambda x: x.flip(2),
@@ -122,6 +128,9 @@ class Decoder:
         config: the settings.
         device: where views are wanted.
 
+    Attributes:
+        notice: one line, once so many files are refused that it costs time; None until then.
+
     Raises:
         ConfigError: if JPEGs cannot be decoded there.
     """
@@ -129,6 +138,8 @@ class Decoder:
     def __init__(self, images: Images, config: Config, device: torch.device) -> None:
         self.pillow = Views(images, config, photometric=False)
         self.device, self.seed = device, config.seed
+        self.seen = self.refused = 0
+        self.notice: str | None = None
         self.where = device if device.type == "cuda" else torch.device("cpu")
         probe = io.BytesIO()
         Image.new("RGB", (16, 16)).save(probe, "JPEG")
@@ -145,7 +156,9 @@ class Decoder:
         others = np.setdiff1d(np.arange(count), files.places)
         for view, given in zip(views, files.views, strict=False):
             _put(view, others, given)
-        for number in self._decoded(files, views):
+        refused = self._decoded(files, views)
+        self._count(len(files.places), len(refused))
+        for number in refused:
             place = files.places[number]
             sample: Sample = self.pillow[files.epoch, int(rows[place])]
             bad += sample.bad
@@ -155,6 +168,14 @@ class Decoder:
             for view, given in zip(views, sample.views, strict=True):
                 _put(view, np.array([place]), given[None])
         return Sample(files.epoch, rows, views, bad)
+
+    def _count(self, seen: int, refused: int) -> None:
+        self.seen, self.refused = self.seen + seen, self.refused + refused
+        if self.notice is None and self.refused >= _MANY and self.refused > _SHARE * self.seen:
+            self.notice = (
+                f"{self.refused} of the first {self.seen} JPEGs were refused by torchvision on {self.where} and decoded by Pillow "
+                "in the main process, which is slow; try loader.decoder pillow"
+            )
 
     def _decoded(self, files: Files, views: list[Tensor]) -> list[int]:
         """Put the views of all files where they belong; returns the numbers of those that were refused."""
@@ -180,9 +201,9 @@ class Decoder:
         """[3,H,W] uint8 of each file as it lies; None for one that is refused."""
         try:
             return list(self._call(files))
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError:
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError) or any(sign in str(error).lower() for sign in _BROKEN):
+                raise
             half = len(files) // 2  # which one it was is not said
             return [*self._decode(files[:half]), *self._decode(files[half:])] if half else [None]
 
