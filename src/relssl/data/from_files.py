@@ -22,7 +22,7 @@ from relssl.data.samples import Fault, Request, Sample, Views, collate
 from relssl.data.sources import Images
 from relssl.data.transfer import send
 from relssl.data.tuning import Choice, Tuning
-from relssl.data.workers import cores, hand_over, reset_signals, watch
+from relssl.data.workers import WorkerError, cores, hand_over, reset_signals, watch
 from relssl.errors import DataError
 
 
@@ -66,9 +66,14 @@ class FromFiles:
         """The parts of each step; the first steps of a long run also tell which workers serve it best, see `choice`."""
         tuning = Tuning(self.config.loader, cores(self.config), self.plan.parts, stop - start)
         for trial in tuning.trials():
-            ahead = start + trial.steps
-            yield from trial.timed(self._steps(start, ahead, trial.workers, trial.prefetch), self._clock)
-            start = ahead
+            steps = self._steps(start, start + trial.steps, trial.workers, trial.prefetch)
+            try:
+                for step in trial.timed(steps, self._clock):
+                    yield step
+                    start += 1
+            except WorkerError:
+                if not tuning.may_fail(trial):
+                    raise  # else the next trial goes on with the steps that are still to come
         self.choice = tuning.choice()
         yield from self._steps(start, stop, self.choice.workers, self.choice.prefetch)
 

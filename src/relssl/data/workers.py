@@ -19,6 +19,10 @@ _DIED = ("exited unexpectedly", "killed by signal", "bus error")
 _FULL = ("unable to", "no space left", "cannot allocate", "can't allocate")
 
 
+class WorkerError(DataError):
+    """A loader process that died or has no memory."""
+
+
 def cores(config: Config) -> int:
     """CPU cores of this process's share of the machine."""
     found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -59,16 +63,16 @@ def watch(loader: DataLoader[Any]) -> Iterator[Any]:
     """Batches of the loader.
 
     Raises:
-        DataError: if a worker died, or found no shared or other memory.
+        WorkerError: if a worker died, or found no shared or other memory.
     """
     try:
         yield from loader
     except (RuntimeError, ConnectionError, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()
         if loader.num_workers and any(sign in str(error).lower() for sign in _FULL):
-            raise DataError(
+            raise WorkerError(
                 f"a loader process has no memory left ({reason[-1]}); try loader.workers 0, or fewer, or more shared memory"
             ) from error
         if not isinstance(error, ConnectionError) and not any(sign in str(error).lower() for sign in _DIED):
             raise
-        raise DataError(f"a loader process died ({reason[0]}); try loader.workers 0 or more shared memory") from error
+        raise WorkerError(f"a loader process died ({reason[0]}); try loader.workers 0 or more shared memory") from error
