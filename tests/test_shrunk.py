@@ -27,6 +27,7 @@ from relssl.data import decode as decoding
 from relssl.data import shrinking
 from relssl.data.decode import BadImage, decode
 from relssl.data.from_files import FromFiles
+from relssl.data.index import cache_root
 from relssl.data.loaders import create_loader
 from relssl.data.plain import batches as plain_batches
 from relssl.data.plan import Plan
@@ -186,10 +187,8 @@ def test_other_images_sides_and_limits_have_caches_of_their_own(folder: Path, im
     assert len(places) == 8
     path.unlink()  # even if a file goes meanwhile
     assert place(images, config).parent == tmp_path / "kept"
-    assert (
-        place(images, settings_for(tmp_path, data_root=str(tmp_path), **{"loader.cache_folder": None})).parent
-        == tmp_path / "cache"
-    )
+    by_default = settings_for(tmp_path, data_root=str(tmp_path), **{"loader.cache_folder": None})
+    assert place(images, by_default).parent == cache_root() / "shrunk"
 
 
 class Killed(Exception):
@@ -367,8 +366,23 @@ def test_a_disk_that_fills_up_is_a_storage_error_and_the_build_can_go_on(
 
 def test_a_folder_that_cannot_be_made_is_a_storage_error(images: Images, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(StorageError, match="cannot be written"):
+    with pytest.raises(
+        StorageError, match=r"cannot be written .*; check the folder, or set loader.cache_folder to another place"
+    ):
         shrunken(images, settings_for(tmp_path, **{"loader.cache_folder": str(tmp_path / "file/below")}), Told())
+
+
+def test_a_file_system_without_locks_does(
+    images: Images, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    teller = Told()
+    with monkeypatch.context() as patched:
+        patched.setattr("fcntl.flock", refuse)
+        made = shrunken(images, config, teller)
+    assert "cannot be locked" in teller.lines[0] and pixels_of(made) == whole_of(images, tmp_path)
 
 
 def test_two_that_want_the_same_agree(images: Images, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:

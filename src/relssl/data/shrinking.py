@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from relssl.config import Config
 from relssl.data.decode import BadImage, Opened
-from relssl.data.files import data_root
+from relssl.data.index import cache_root
 from relssl.data.paths import shown
 from relssl.data.shrunk import LAYOUT, PIXELS, Shrunk
 from relssl.data.sources import Images
@@ -67,7 +67,7 @@ def shrunken(images: Images, config: Config, teller: Teller) -> Shrunk:
     folder = place(images, config)
     found = Shrunk.open(folder)
     if len(found) < len(images):
-        with _locked(folder, teller):
+        with _placed(), _locked(folder, teller):
             found = Shrunk.open(folder)  # another process may have made it meanwhile
             if len(found) < len(images):
                 sweep(folder)
@@ -94,7 +94,7 @@ def place(images: Images, config: Config) -> Path:
                 digest.update(hashlib.sha256(file.read(1 << 20)).digest())
         except OSError:
             digest.update(b"unreadable")
-    root = Path(loader.cache_folder or os.path.join(data_root(config.data_root), "cache")).expanduser()
+    root = Path(loader.cache_folder).expanduser() if loader.cache_folder else cache_root() / "shrunk"
     return root / f"shrunk-{loader.cache}-{digest.hexdigest()[:16]}"
 
 
@@ -141,18 +141,31 @@ def _join(outcomes: list[Outcome]) -> tuple[torch.Tensor, list[tuple[int, int]],
 
 
 @contextlib.contextmanager
+def _placed() -> Iterator[None]:
+    """Add the setting that decides about the place to what a StorageError advises."""
+    try:
+        yield
+    except StorageError as error:
+        if "loader.cache_folder" in str(error):
+            raise
+        raise StorageError(f"{error}, or set loader.cache_folder to another place") from error
+
+
+@contextlib.contextmanager
 def _locked(folder: Path, teller: Teller) -> Iterator[None]:
-    """Only one process writes; the lock goes with it, however it ends."""
+    """Only one process writes; the lock goes with it, however it ends. Where the file system has no locks, users must see to it."""
     with storing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("w")
     with lock:
-        with storing(folder):
+        try:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 teller.say(f"cache: waiting for the process that makes {shown(str(folder))}")
                 fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:
+            teller.say(f"cache: {shown(str(folder))} cannot be locked; let no other run make it at the same time")
         yield
 
 
