@@ -23,6 +23,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from relssl.atomic import storing, sweep, write_all
 from relssl.config import Config
 from relssl.data.decode import BadImage, Opened
 from relssl.data.index import cache_root
@@ -32,7 +33,6 @@ from relssl.data.sources import Images
 from relssl.data.workers import hand_over, loader_workers, reset_signals, watch
 from relssl.errors import DataError, StorageError
 from relssl.sections import LoaderConfig
-from relssl.weights.atomic import storing, sweep, write_all
 
 # Images a worker sends at once: a few MB, for shared memory is small in containers.
 _BATCH = 8
