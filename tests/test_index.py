@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import stat
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -289,3 +291,8 @@ def test_arrays_are_read_as_they_were_written(tmp_path: Path) -> None:
         assert read[name].shape == array.shape
     assert read_arrays(tmp_path / "a", "kind 2") is None and read_arrays(tmp_path / "b", "kind 1") is None
     assert json.loads((tmp_path / "a").read_bytes()[56:].split(b"}}")[0] + b"}}")["kind"] == "kind 1"
+
+
+def test_what_makes_views_knows_nothing_of_weights() -> None:
+    code = "import sys, relssl.data.loaders, relssl.data.shrinking; print(*(name for name in sys.modules if 'relssl.weights' in name))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == ""

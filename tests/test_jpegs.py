@@ -171,16 +171,41 @@ def test_a_device_that_cannot_decode_is_told_at_the_start(tmp_path: Path, monkey
         FromFiles(images, settings("torchvision"), Plan(1, 1), CPU)
 
 
-def test_memory_that_runs_out_is_no_refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("Error while decoding JPEG images: CUDA out of memory. Tried to allocate 2 GiB"),  # as torchvision wraps it
+        RuntimeError("CUDA error: an illegal memory access was encountered"),
+        RuntimeError("Error while decoding JPEG images: Failed to synchronize CUDA stream: 700"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_a_device_that_fails_is_no_refusal(error: RuntimeError, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = written(tmp_path, {"0.jpg": jpeg})
     loader = FromFiles(images, settings("torchvision"), Plan(1, 1), CPU)
 
     def full(*_: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     monkeypatch.setattr("torchvision.io.decode_jpeg", full)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(type(error), match=str(error)[:20]):
         next(loader.stream(0, 1))
+
+
+def test_many_refusals_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = written(tmp_path, {f"{i}.jpg": jpeg for i in range(6)})
+    loader = FromFiles(images, settings("torchvision"), Plan(6, 6), CPU)
+    assert len(list(loader.stream(0, 3))) == 3 and loader.notice is None
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError("cannot")
+
+    monkeypatch.setattr("torchvision.io.decode_jpeg", refuse)
+    list(loader.stream(0, 2))
+    assert loader.notice is None  # 12 files might be odd ones
+    list(loader.stream(0, 2))
+    assert loader.notice is not None and loader.notice.startswith("18 of the first 36 JPEGs were refused by torchvision on cpu")
 
 
 def test_workers_cannot_colour_what_they_do_not_see() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from PIL import Image
+from torch.utils.data import get_worker_info
 
 from relssl.config import Config, resolve
 from relssl.data.from_files import FromFiles
 from relssl.data.loaders import create_loader
 from relssl.data.plan import Plan
 from relssl.data.resident import Resident
+from relssl.data.samples import Views
 from relssl.data.sources import Images, load
 from relssl.errors import ConfigError, DataError
 
@@ -205,3 +208,25 @@ def test_measuring_the_workers_changes_no_batch(folder: Path, monkeypatch: pytes
     assert len(loader.choice.trials) == 3 and all(0 < trial.seconds < 60 for trial in loader.choice.trials)
     short = FromFiles(images, measured, plan, CPU)
     assert len(list(short.stream(0, 3))) == 3 and short.choice is not None and not short.choice.trials
+
+
+def test_a_trial_whose_workers_die_costs_no_step(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("relssl.data.from_files.cores", lambda config: 2)
+    images, plan = load(str(folder), None, "train"), Plan(12, 4, parts=2, seed=5)
+    small = {"views.weak": {"name": "weak", "size": 8}, "views.strong": {"name": "weak", "size": 8}}
+    expected = batches(FromFiles(images, settings_for(small | {"loader.workers": 0}), plan, CPU), 7, 210)
+    sample = Views.__getitem__
+
+    def dying(self: Views, request: Any) -> Any:
+        worker = get_worker_info()
+        if worker is not None and worker.id == 1 and request[0] == 3:  # steps were yielded by then
+            os._exit(1)
+        return sample(self, request)
+
+    monkeypatch.setattr(Views, "__getitem__", dying)
+    loader = FromFiles(images, settings_for(small), plan, CPU)
+    assert equal(expected, batches(loader, 7, 210))
+    assert loader.choice is not None and loader.choice.workers == 1
+    assert str(loader.choice).split(": ")[1].startswith("2 x 2 failed, 1 x 2 ")
+    with pytest.raises(DataError, match="a loader process died"):
+        batches(FromFiles(images, settings_for(small | {"loader.workers": 2}), plan, CPU), 7, 210)

@@ -14,8 +14,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from relssl import atomic
 from relssl.errors import StorageError
-from relssl.weights import atomic, store
+from relssl.weights import store
 
 
 def _names(folder: Path) -> list[str]:

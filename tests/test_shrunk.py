@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import os
 import pickle
 import shutil
@@ -22,9 +23,11 @@ from PIL import Image
 
 from bad_images import SKIP
 from relssl.config import Config, resolve
+from relssl.data import decode as decoding
 from relssl.data import shrinking
 from relssl.data.decode import BadImage, decode
 from relssl.data.from_files import FromFiles
+from relssl.data.index import cache_root
 from relssl.data.loaders import create_loader
 from relssl.data.plain import batches as plain_batches
 from relssl.data.plan import Plan
@@ -33,7 +36,7 @@ from relssl.data.shrinking import place, shrink, shrunken
 from relssl.data.shrunk import PIXELS, TABLE, Shrunk
 from relssl.data.sources import Images, load
 from relssl.engine import Engine
-from relssl.errors import ConfigError, Interrupted, StorageError
+from relssl.errors import ConfigError, DataError, Interrupted, StorageError
 from relssl.schema import merge
 from relssl.train.assembly import build
 from relssl.train.assembly import shrink as shrink_images
@@ -190,10 +193,8 @@ def test_other_images_sides_and_limits_have_caches_of_their_own(folder: Path, im
     assert len(places) == 8
     path.unlink()  # even if a file goes meanwhile
     assert place(images, config).parent == tmp_path / "kept"
-    assert (
-        place(images, settings_for(tmp_path, data_root=str(tmp_path), **{"loader.cache_folder": None})).parent
-        == tmp_path / "cache"
-    )
+    by_default = settings_for(tmp_path, data_root=str(tmp_path), **{"loader.cache_folder": None})
+    assert place(images, by_default).parent == cache_root() / "shrunk"
 
 
 class Killed(Exception):
@@ -256,6 +257,7 @@ def test_what_is_damaged_is_made_again(fault: str, images: Images, config: Confi
 
 KILL = """
 import os, signal, sys
+from relssl.data import decode as decoding
 from relssl.data import shrinking
 from relssl.data.sources import load
 import test_shrunk
@@ -306,6 +308,28 @@ def test_unreadable_images_are_remembered_with_their_reasons(folder: Path, tmp_p
     assert torch.equal(plain.ids, seen.ids) and plain.bad == seen.bad and len(seen.bad) >= len(kinds)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), OSError(errno.EMFILE, "Too many"), MemoryError()])
+def test_a_fault_that_may_pass_is_not_kept(
+    workers: int, error: BaseException, images: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings_for(tmp_path, **{"loader.workers": workers})
+    opener = decoding._open_regular
+
+    def failing(path: str) -> Any:
+        if path.endswith("13.png"):
+            raise error
+        return opener(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(decoding, "_open_regular", failing)
+        with pytest.raises(DataError, match=r"^\S*/13.png: .*; that may pass, .* the next start goes on here"):
+            shrunken(images, config, Told())
+    kept = Shrunk.open(place(images, config))
+    assert len(kept) == 8 and not kept.bad
+    assert pixels_of(shrunken(images, config, Told())) == whole_of(images, tmp_path)
+
+
 def test_a_set_without_a_readable_image_is_cached_as_that(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     for number in range(3):
@@ -348,8 +372,23 @@ def test_a_disk_that_fills_up_is_a_storage_error_and_the_build_can_go_on(
 
 def test_a_folder_that_cannot_be_made_is_a_storage_error(images: Images, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(StorageError, match="cannot be written"):
+    with pytest.raises(
+        StorageError, match=r"cannot be written .*; check the folder, or set loader.cache_folder to another place"
+    ):
         shrunken(images, settings_for(tmp_path, **{"loader.cache_folder": str(tmp_path / "file/below")}), Told())
+
+
+def test_a_file_system_without_locks_does(
+    images: Images, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    teller = Told()
+    with monkeypatch.context() as patched:
+        patched.setattr("fcntl.flock", refuse)
+        made = shrunken(images, config, teller)
+    assert "cannot be locked" in teller.lines[0] and pixels_of(made) == whole_of(images, tmp_path)
 
 
 def test_two_that_want_the_same_agree(images: Images, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:

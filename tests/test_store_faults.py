@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 import torch
 
+from relssl import atomic
 from relssl.errors import StorageError
-from relssl.weights import atomic, store
+from relssl.weights import store
 
 
 def _names(folder: Path) -> list[str]:
@@ -35,7 +36,8 @@ KILLS = r"""
 import itertools, os, random, signal, sys, time
 from pathlib import Path
 import torch
-from relssl.weights import atomic, store
+from relssl import atomic
+from relssl.weights import store
 
 parent, kills = Path(sys.argv[1]), int(sys.argv[2])
 draw = random.Random(0)
@@ -174,5 +176,5 @@ def test_json_floats_are_exact_and_nan_is_null(tmp_path: Path) -> None:
 
 
 def test_writing_json_needs_no_torch() -> None:
-    code = "import sys, relssl.weights.store, relssl.weights.atomic; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    code = "import sys, relssl.weights.store, relssl.atomic; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": str(Path(store.__file__).parents[2])}, check=True)

@@ -90,3 +90,18 @@ def test_trials_take_a_quarter_of_a_run_at_most(cores: int, parts: int) -> None:
         found = world.run(Tuning(LoaderConfig(), cores, parts, steps))
         assert 4 * world.served <= steps
         assert steps < 5000 or found.trials
+
+
+def test_a_trial_may_fail_only_where_another_way_is_left() -> None:
+    tuning = Tuning(LoaderConfig(), 16, 1, 10_000)
+    trials, allowed = tuning.trials(), list[bool]()
+    for _ in range(4):
+        allowed.append(tuning.may_fail(next(trials)))
+    assert allowed == [True, True, True, False]
+    tuning.done[2].seconds = 1.0
+    assert tuning.may_fail(tuning.done[3]) and tuning.may_fail(next(trials))
+    assert str(tuning.choice()) == (
+        "8 loader workers x 2 batches (ms a step: 16 x 2 failed, 12 x 2 failed, 8 x 2 1000, 4 x 2 failed, 8 x 4 failed)"
+    )
+    asked = Tuning(LoaderConfig(workers=3), 16, 1, 10_000)
+    assert not asked.may_fail(next(asked.trials()))

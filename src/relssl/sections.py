@@ -128,7 +128,9 @@ class LoaderConfig:
         ge=16,
         le=8192,
     )
-    cache_folder: str | None = setting(None, "where shrunk images are kept; null: in `cache` below the data root")
+    cache_folder: str | None = setting(
+        None, "where shrunk images are kept; null: `shrunk` in $RELSSL_CACHE, else in ~/.cache/relssl"
+    )
     max_bad_fraction: float = setting(0.1, "stop when more than this share of the images cannot be read", ge=0, le=1)
     max_pixels: int = setting(89_000_000, "images with more pixels than this are skipped", ge=1)
 

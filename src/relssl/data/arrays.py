@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from relssl.weights.atomic import replacing, write_all
+from relssl.atomic import replacing, write_all
 
 # Followed by the SHA-256 of the rest: 8 bytes of length, a header in JSON, then the arrays one after another.
 _MAGIC = b"relssl arrays 1\n"

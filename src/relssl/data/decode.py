@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import os
 import stat
@@ -49,8 +50,20 @@ _SIDEWAYS = (5, 6, 7, 8)
 REDUCTIONS: tuple[int, ...] = (1, 2, 4, 8)
 
 
+# What says more about the machine or the network at this moment than about the file.
+_PASSING = (errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ETIMEDOUT, errno.ENOTCONN)
+
+
 class BadImage(Exception):
-    """A file that cannot be read as an image; the message is one short line that fits behind the file's name."""
+    """A file that cannot be read as an image; the message is one short line that fits behind the file's name.
+
+    Attributes:
+        lasting: whether it is the file's own fault; otherwise another try may well succeed.
+    """
+
+    def __init__(self, reason: str, lasting: bool = True) -> None:
+        super().__init__(reason)
+        self.lasting = lasting
 
 
 class Opened:
@@ -138,9 +151,10 @@ class Opened:
         except Image.DecompressionBombError as error:
             raise BadImage(f"has far more than max_pixels ({self._max_pixels}) pixels") from error
         except MemoryError as error:
-            raise BadImage("needs more memory than there is") from error
+            raise BadImage("needs more memory than there is", lasting=False) from error
         except Exception as error:  # Decoders of foreign bytes raise nearly everything, from struct.error to KeyError.
-            raise BadImage(_one_line(error)) from error
+            passing = isinstance(error, OSError) and error.errno in _PASSING
+            raise BadImage(_one_line(error), lasting=not passing) from error
 
 
 def decode(path: str, max_pixels: int) -> Image.Image:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,9 @@ from relssl.data.paths import shown
 from relssl.data.plan import Plan
 from relssl.data.samples import Fault, Request, Sample, Views, collate
 from relssl.data.sources import Images
+from relssl.data.transfer import send
 from relssl.data.tuning import Choice, Tuning
-from relssl.data.workers import cores, reset_signals, watch
+from relssl.data.workers import WorkerError, cores, hand_over, reset_signals, watch
 from relssl.errors import DataError
 
 
@@ -43,6 +45,7 @@ class FromFiles:
         photometric_here: whether colours, blur and RandAugment are left to the device; workers then crop, move and flip alone.
         choice: how many workers serve the run, with what was measured to find that; None until it is known, which with
             `loader.workers` or `loader.prefetch` null is some tens of steps after the start of a long run.
+        notice: one line that the user should be told once; None until there is one.
     """
 
     def __init__(self, images: Images, config: Config, plan: Plan, device: torch.device) -> None:
@@ -55,13 +58,22 @@ class FromFiles:
         self.collate: Callable[[Any], Any] = collate if self.decoder is None else collate_files
         self.photometric_here = wanted == "device" or (wanted == "auto" and by_itself)
 
+    @property
+    def notice(self) -> str | None:
+        return self.decoder.notice if self.decoder is not None else None
+
     def stream(self, start: int, stop: int) -> Iterator[list[Batch]]:
         """The parts of each step; the first steps of a long run also tell which workers serve it best, see `choice`."""
         tuning = Tuning(self.config.loader, cores(self.config), self.plan.parts, stop - start)
         for trial in tuning.trials():
-            ahead = start + trial.steps
-            yield from trial.timed(self._steps(start, ahead, trial.workers, trial.prefetch), self._clock)
-            start = ahead
+            steps = self._steps(start, start + trial.steps, trial.workers, trial.prefetch)
+            try:
+                for step in trial.timed(steps, self._clock):
+                    yield step
+                    start += 1
+            except WorkerError:
+                if not tuning.may_fail(trial):
+                    raise  # else the next trial goes on with the steps that are still to come
         self.choice = tuning.choice()
         yield from self._steps(start, stop, self.choice.workers, self.choice.prefetch)
 
@@ -72,7 +84,7 @@ class FromFiles:
             self.samples(),
             batch_sampler=_Requests(self.plan, start, stop),
             num_workers=workers,
-            collate_fn=self.collate,
+            collate_fn=partial(hand_over, self.collate),
             worker_init_fn=reset_signals,
             prefetch_factor=prefetch if workers else None,
             pin_memory=plainly and self.device.type == "cuda",
@@ -105,11 +117,11 @@ class FromFiles:
         if not sample.views:
             raise Unreadable(sample.bad)
         assert isinstance(sample.row, torch.Tensor)
-        moved = [view.to(self.device, non_blocking=True) for view in sample.views]
+        moved = [send(view, self.device) for view in sample.views]
         if self.photometric_here:
             moved = self._photometric(moved, sample.epoch, sample.row.numpy())
         moved = [standardise(view, self.config) for view in moved]
-        return Batch(sample.row.to(self.device, non_blocking=True), moved[0], moved[1:], sample.bad)
+        return Batch(send(sample.row, self.device), moved[0], moved[1:], sample.bad)
 
     def _photometric(self, views: list[torch.Tensor], epoch: int, rows: np.ndarray) -> list[torch.Tensor]:
         """The rest of each view, drawn again: of the parameters the crop alone depends on the size of the image."""

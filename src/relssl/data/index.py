@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
+from relssl.atomic import sweep
 from relssl.data.arrays import read_arrays, write_arrays
 from relssl.data.paths import Paths
 from relssl.data.walk import Notes, Stamp, Tree, inside_of, judge, stamp, survey
 from relssl.errors import StorageError
-from relssl.weights.atomic import sweep
 
 _KIND = "index 1"
 _KEPT = 32

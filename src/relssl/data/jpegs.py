@@ -21,11 +21,18 @@ from relssl.data.decode import Opened
 from relssl.data.draws import Draws, Ints, draw
 from relssl.data.samples import Fault, Held, Sample, Views, collate
 from relssl.data.sources import Images
+from relssl.data.transfer import send
 from relssl.errors import ConfigError
 from relssl.views import ViewConfig
 
 # Pixels that are decoded at once: 200 MB of colours, however large the pictures of a batch are.
 _AT_ONCE = 1 << 26
+
+# What errors say that are no file's fault; torchvision hides even memory that has run out behind a plain RuntimeError.
+_BROKEN = ("cuda error", "cuda stream", "out of memory", "can't allocate")
+
+# Refusals, and their share of the files so far, above which the user is told.
+_MANY, _SHARE = 16, 0.01
 
 # What makes pixels [3,H,W] of an EXIF orientation upright.
 _TURNS: dict[int, Callable[[Tensor], Tensor]] = {
@@ -121,6 +128,9 @@ class Decoder:
         config: the settings.
         device: where views are wanted.
 
+    Attributes:
+        notice: one line, once so many files are refused that it costs time; None until then.
+
     Raises:
         ConfigError: if JPEGs cannot be decoded there.
     """
@@ -128,6 +138,8 @@ class Decoder:
     def __init__(self, images: Images, config: Config, device: torch.device) -> None:
         self.pillow = Views(images, config, photometric=False)
         self.device, self.seed = device, config.seed
+        self.seen = self.refused = 0
+        self.notice: str | None = None
         self.where = device if device.type == "cuda" else torch.device("cpu")
         probe = io.BytesIO()
         Image.new("RGB", (16, 16)).save(probe, "JPEG")
@@ -144,7 +156,9 @@ class Decoder:
         others = np.setdiff1d(np.arange(count), files.places)
         for view, given in zip(views, files.views, strict=False):
             _put(view, others, given)
-        for number in self._decoded(files, views):
+        refused = self._decoded(files, views)
+        self._count(len(files.places), len(refused))
+        for number in refused:
             place = files.places[number]
             sample: Sample = self.pillow[files.epoch, int(rows[place])]
             bad += sample.bad
@@ -154,6 +168,14 @@ class Decoder:
             for view, given in zip(views, sample.views, strict=True):
                 _put(view, np.array([place]), given[None])
         return Sample(files.epoch, rows, views, bad)
+
+    def _count(self, seen: int, refused: int) -> None:
+        self.seen, self.refused = self.seen + seen, self.refused + refused
+        if self.notice is None and self.refused >= _MANY and self.refused > _SHARE * self.seen:
+            self.notice = (
+                f"{self.refused} of the first {self.seen} JPEGs were refused by torchvision on {self.where} and decoded by Pillow "
+                "in the main process, which is slow; try loader.decoder pillow"
+            )
 
     def _decoded(self, files: Files, views: list[Tensor]) -> list[int]:
         """Put the views of all files where they belong; returns the numbers of those that were refused."""
@@ -179,9 +201,9 @@ class Decoder:
         """[3,H,W] uint8 of each file as it lies; None for one that is refused."""
         try:
             return list(self._call(files))
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError:
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError) or any(sign in str(error).lower() for sign in _BROKEN):
+                raise
             half = len(files) // 2  # which one it was is not said
             return [*self._decode(files[:half]), *self._decode(files[half:])] if half else [None]
 
@@ -222,5 +244,4 @@ def _moved(crops: Tensor, view: ViewConfig, draws: Draws) -> Tensor:
 
 
 def _put(view: Tensor, places: Ints, given: Tensor) -> None:
-    index = torch.as_tensor(places).to(view.device, non_blocking=True)
-    view.index_copy_(0, index, given.to(view.device, non_blocking=True))
+    view.index_copy_(0, send(torch.as_tensor(places), view.device), send(given, view.device))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from relssl.data.batch import standardise
 from relssl.data.decode import BadImage
 from relssl.data.samples import read_image
 from relssl.data.sources import Images
-from relssl.data.workers import loader_workers, reset_signals
+from relssl.data.workers import hand_over, loader_workers, reset_signals, watch
 from relssl.views import ViewsConfig
 
 
@@ -61,11 +62,11 @@ def batches(images: Images, config: Config, batch_size: int = 256) -> Iterator[t
         _Plain(images, config),
         batch_size=batch_size,
         num_workers=loader_workers(config),
-        collate_fn=list,
+        collate_fn=partial(hand_over, list),
         worker_init_fn=reset_signals,
         generator=torch.Generator(),  # evaluating draws nothing from the run's own
     )
-    for samples in loader:
+    for samples in watch(loader):
         good = [(row, view) for row, view, _ in samples if view is not None]
         bad = [fault for _, _, fault in samples if fault is not None]
         views = torch.stack([view for _, view in good]) if good else torch.empty(0, 3, 1, 1)

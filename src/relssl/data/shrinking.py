@@ -14,6 +14,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,16 +23,16 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from relssl.atomic import storing, sweep, write_all
 from relssl.config import Config
 from relssl.data.decode import BadImage, Opened
-from relssl.data.files import data_root
+from relssl.data.index import cache_root
 from relssl.data.paths import shown
 from relssl.data.shrunk import LAYOUT, PIXELS, Shrunk
 from relssl.data.sources import Images
-from relssl.data.workers import loader_workers, reset_signals, watch
-from relssl.errors import StorageError
+from relssl.data.workers import hand_over, loader_workers, reset_signals, watch
+from relssl.errors import DataError, StorageError
 from relssl.sections import LoaderConfig
-from relssl.weights.atomic import storing, sweep, write_all
 
 # Images a worker sends at once: a few MB, for shared memory is small in containers.
 _BATCH = 8
@@ -40,7 +41,7 @@ _SAVE_EVERY = 30.0
 # Files whose beginnings are part of a set's key, and images by which its size is estimated.
 _SAMPLE = 64
 
-Outcome = np.ndarray | str  # pixels uint8 [H, W, 3], or why there are none
+Outcome = np.ndarray | BadImage  # pixels uint8 [H, W, 3], or why there are none
 
 
 class Teller(Protocol):
@@ -60,13 +61,13 @@ def shrunken(images: Images, config: Config, teller: Teller) -> Shrunk:
 
     Raises:
         StorageError: if the disk has no room, or cannot be written.
-        DataError: if a worker process dies.
+        DataError: if a worker process dies, or a file cannot be read for a reason that may pass; the next call goes on there.
     """
     assert images.files is not None and config.loader.cache is not None
     folder = place(images, config)
     found = Shrunk.open(folder)
     if len(found) < len(images):
-        with _locked(folder, teller):
+        with _placed(), _locked(folder, teller):
             found = Shrunk.open(folder)  # another process may have made it meanwhile
             if len(found) < len(images):
                 sweep(folder)
@@ -93,7 +94,7 @@ def place(images: Images, config: Config) -> Path:
                 digest.update(hashlib.sha256(file.read(1 << 20)).digest())
         except OSError:
             digest.update(b"unreadable")
-    root = Path(loader.cache_folder or os.path.join(data_root(config.data_root), "cache")).expanduser()
+    root = Path(loader.cache_folder).expanduser() if loader.cache_folder else cache_root() / "shrunk"
     return root / f"shrunk-{loader.cache}-{digest.hexdigest()[:16]}"
 
 
@@ -123,7 +124,7 @@ class _Small(Dataset[Outcome]):
             with Opened(self.files[row], self.loader.max_pixels) as opened:
                 return np.asarray(shrink(opened.rgb(self._reduction(opened)), self.side))
         except BadImage as fault:
-            return str(fault)
+            return fault if fault.lasting else BadImage(f"{shown(self.files[row])}: {fault}", lasting=False)
 
     def _reduction(self, opened: Opened) -> int:
         """By how much to reduce while decoding: the filter still gets twice the side, as in Pillow's own thumbnails."""
@@ -131,27 +132,40 @@ class _Small(Dataset[Outcome]):
         return max((each for each in wanted if min(opened.size) >= 2 * self.side * each), default=1)
 
 
-def _join(outcomes: list[Outcome]) -> tuple[torch.Tensor, list[tuple[int, int]], list[str | None]]:
+def _join(outcomes: list[Outcome]) -> tuple[torch.Tensor, list[tuple[int, int]], list[BadImage | None]]:
     """All pixels, uint8 in one row, the height and width of each image, and the reasons."""
     pixels = [outcome.reshape(-1) for outcome in outcomes if isinstance(outcome, np.ndarray)]
     sizes = [outcome.shape[:2] if isinstance(outcome, np.ndarray) else (0, 0) for outcome in outcomes]
-    reasons = [outcome if isinstance(outcome, str) else None for outcome in outcomes]
+    reasons = [outcome if isinstance(outcome, BadImage) else None for outcome in outcomes]
     return torch.from_numpy(np.concatenate([np.zeros(0, np.uint8), *pixels])), sizes, reasons
 
 
 @contextlib.contextmanager
+def _placed() -> Iterator[None]:
+    """Add the setting that decides about the place to what a StorageError advises."""
+    try:
+        yield
+    except StorageError as error:
+        if "loader.cache_folder" in str(error):
+            raise
+        raise StorageError(f"{error}, or set loader.cache_folder to another place") from error
+
+
+@contextlib.contextmanager
 def _locked(folder: Path, teller: Teller) -> Iterator[None]:
-    """Only one process writes; the lock goes with it, however it ends."""
+    """Only one process writes; the lock goes with it, however it ends. Where the file system has no locks, users must see to it."""
     with storing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("w")
     with lock:
-        with storing(folder):
+        try:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 teller.say(f"cache: waiting for the process that makes {shown(str(folder))}")
                 fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:
+            teller.say(f"cache: {shown(str(folder))} cannot be locked; let no other run make it at the same time")
         yield
 
 
@@ -166,7 +180,7 @@ def _make(images: Images, config: Config, found: Shrunk, teller: Teller) -> Shru
         batch_size=_BATCH,
         sampler=range(start, count),
         num_workers=loader_workers(config) * config.engine.devices,  # those of all ranks, which wait
-        collate_fn=_join,
+        collate_fn=partial(hand_over, _join),
         worker_init_fn=reset_signals,
         generator=torch.Generator(),  # the run's own randomness stays as it is
     )
@@ -214,9 +228,13 @@ def _append(found: Shrunk, batches: Iterator[Any], needed: int, advance: Callabl
             os.lseek(file, found.total, os.SEEK_SET)
         saved = time.monotonic()
         for pixels, shapes, reasons in batches:
+            passing = next((reason for reason in reasons if reason is not None and not reason.lasting), None)
+            if passing is not None:
+                save()
+                raise DataError(f"{passing}; that may pass, so nothing is noted and the next start goes on here; else remove it")
             with storing(path, needed):
                 write_all(file, pixels.numpy().data)
-            bad |= {len(sizes) + place: reason for place, reason in enumerate(reasons) if reason is not None}
+            bad |= {len(sizes) + place: str(reason) for place, reason in enumerate(reasons) if reason is not None}
             sizes += shapes
             advance(len(sizes))
             if time.monotonic() - saved >= _SAVE_EVERY:

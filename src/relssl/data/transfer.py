@@ -7,5 +7,6 @@ from torch import Tensor
 
 
 def send(values: Tensor, device: torch.device) -> Tensor:
-    """A host tensor on the device; to a GPU from page-locked memory, as the copy would wait for its other work otherwise."""
-    return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)
+    """A tensor on the device; to a GPU from page-locked memory, as the copy would wait for its other work otherwise."""
+    host = device.type == "cuda" and values.device.type == "cpu"
+    return (values.pin_memory() if host else values).to(device, non_blocking=True)

@@ -33,7 +33,7 @@ class Trial:
         workers: loader processes.
         prefetch: batches each prepares ahead.
         parts: batches a step takes.
-        seconds: a step, its computation included; infinite until measured.
+        seconds: a step, its computation included; infinite until measured, and if its workers failed.
     """
 
     workers: int
@@ -82,7 +82,8 @@ class Choice:
 
     def __str__(self) -> str:
         """One line for the console."""
-        tried = ", ".join(f"{t.workers} x {t.prefetch} {1000 * t.seconds:.0f}" for t in self.trials)
+        times = [f"{1000 * t.seconds:.0f}" if t.seconds < math.inf else "failed" for t in self.trials]
+        tried = ", ".join(f"{t.workers} x {t.prefetch} {time}" for t, time in zip(self.trials, times, strict=True))
         workers = "1 loader worker" if self.workers == 1 else f"{self.workers} loader workers"
         return f"{workers} x {self.prefetch} batches" + (f" (ms a step: {tried})" if tried else "")
 
@@ -117,6 +118,11 @@ class Tuning:
         if deeper:
             self.done.append(self._trial(best(self.done).workers, 2 * _PREFETCH))
             yield self.done[-1]
+
+    def may_fail(self, trial: Trial) -> bool:
+        """Whether the run can go on without a trial whose workers failed: there is another way, and the user asked for none."""
+        fewer = trial.workers > min(candidates(self.cores))
+        return self.workers is None and (fewer or any(each.seconds < math.inf for each in self.done))
 
     def choice(self) -> Choice:
         """The best of the trials; without any, what is given, else the cores beyond the first."""

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from torch.utils.data import DataLoader
+from torch import Tensor
+from torch.utils.data import DataLoader, get_worker_info
 
 from relssl.config import Config
 from relssl.data.tuning import untried
 from relssl.errors import DataError
+
+# What errors say when a worker is gone, and when /dev/shm or memory is full.
+_DIED = ("exited unexpectedly", "killed by signal", "bus error")
+_FULL = ("unable to", "no space left", "cannot allocate", "can't allocate")
+
+
+class WorkerError(DataError):
+    """A loader process that died or has no memory."""
 
 
 def cores(config: Config) -> int:
@@ -31,14 +40,39 @@ def reset_signals(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
+def hand_over(collate: Callable[[Any], Any], samples: Any) -> Any:
+    """The samples joined, their tensors already in shared memory if this is a worker.
+
+    Else the queue's own thread would move them, and where it fails it drops the batch: the main process would wait for ever.
+    """
+    joined = collate(samples)
+    if get_worker_info() is not None:
+        _share(joined)
+    return joined
+
+
+def _share(joined: Any) -> None:
+    if isinstance(joined, Tensor):
+        joined.share_memory_()  # type: ignore[no-untyped-call]
+    elif isinstance(joined, (list, tuple)):
+        for part in joined:
+            _share(part)
+
+
 def watch(loader: DataLoader[Any]) -> Iterator[Any]:
-    """Batches of the loader; a worker that died becomes one line."""
+    """Batches of the loader.
+
+    Raises:
+        WorkerError: if a worker died, or found no shared or other memory.
+    """
     try:
         yield from loader
-    except (RuntimeError, ConnectionError) as error:
-        died = any(sign in str(error) for sign in ("exited unexpectedly", "killed by signal", "bus error", "Bus error"))
-        if not died and not isinstance(error, ConnectionError):
+    except (RuntimeError, ConnectionError, OSError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()
+        if loader.num_workers and any(sign in str(error).lower() for sign in _FULL):
+            raise WorkerError(
+                f"a loader process has no memory left ({reason[-1]}); try loader.workers 0, or fewer, or more shared memory"
+            ) from error
+        if not isinstance(error, ConnectionError) and not any(sign in str(error).lower() for sign in _DIED):
             raise
-        raise DataError(
-            f"a loader process died ({str(error).splitlines()[0]}); try loader.workers 0 or more shared memory"
-        ) from error
+        raise WorkerError(f"a loader process died ({reason[0]}); try loader.workers 0 or more shared memory") from error

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from relssl.atomic import storing, write_json
 from relssl.config import Config
 from relssl.data.plain import describe
 from relssl.data.sources import Images, load
@@ -23,7 +24,6 @@ from relssl.evaluation.knn import SETTINGS, knn_accuracy
 from relssl.evaluation.vectors import write_vectors
 from relssl.schema import nearest_word
 from relssl.sections import EngineConfig
-from relssl.weights.atomic import storing, write_json
 from relssl.weights.runs import NETWORKS, from_checkpoint, load_backbone, load_run
 
 PROTOCOLS = ("knn",)

@@ -13,8 +13,8 @@ from typing import IO, BinaryIO
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from relssl.atomic import replacing, storing, write_all
 from relssl.errors import ConfigError, DataError, NumericError, StorageError
-from relssl.weights.atomic import replacing, storing, write_all
 
 _ROWS = 4096  # names at a time
 _CELLS = 1 << 18  # numbers at a time

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from relssl.atomic import to_json
 from relssl.config import Config
 from relssl.data.decode import BadImage
 from relssl.data.plain import plain_view
@@ -28,7 +29,6 @@ from relssl.train.checkpoint import whole_state
 from relssl.train.folder import default_folder
 from relssl.train.trainer import Trainer
 from relssl.weights import tensorfile, tree
-from relssl.weights.atomic import to_json
 
 # Bytes of a logged row: JSON in metrics.jsonl, and events of TensorBoard.
 _ROW, _EVENTS = 500, 900

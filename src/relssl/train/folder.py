@@ -12,10 +12,10 @@ import sys
 from pathlib import Path
 from typing import IO, Any
 
+from relssl.atomic import write_file, write_json
 from relssl.config import Config, to_yaml
 from relssl.errors import ConfigError, LockedError, StorageError
 from relssl.weights import store
-from relssl.weights.atomic import write_file, write_json
 
 _PACKAGES = ("relssl", "torch", "torchvision", "timm", "lightning", "numpy", "scikit-learn", "safetensors", "Pillow")
 

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from relssl.weights.atomic import write_file
+from relssl.atomic import write_file
 
 # What differs from run to run on the same machine; everything else in a row repeats bit for bit.
 TIMINGS = ("images_per_second", "data_wait")

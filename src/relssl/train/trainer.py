@@ -11,7 +11,6 @@ from relssl.data.from_files import FromFiles, Unreadable
 from relssl.data.loaders import create_loader
 from relssl.data.plan import Plan
 from relssl.data.sources import Images
-from relssl.data.tuning import Choice
 from relssl.engine import Engine
 from relssl.errors import CheckpointError, DataError, Interrupted, NumericError
 from relssl.method.health import effective_rank, verdict
@@ -46,7 +45,7 @@ class Trainer(Learner):
         super().__init__(config, engine, plan)
         self.folder: RunFolder | None = None
         self.online, self.warned = online, False
-        self.choice: Choice | None = None
+        self.said: set[str] = set()
         self.best: dict[str, Any] | None = None
         self.images, self.fingerprint, self.unreadable = images, images.fingerprint(), set[str]()
         self.before: dict[str, Any] | None = None
@@ -139,14 +138,22 @@ class Trainer(Learner):
             self.engine.wait()
         if journal is not None:
             journal.write(row)
-            if self.choice is None and isinstance(self.loader, FromFiles) and self.loader.choice is not None:
-                self.choice = self.loader.choice
-                display.say(f"loader: {self.choice}")
+            self._tell_of_loader(display)
             display.row(row, epoch_ended=within == 0)
             fault = verdict(row, self.config.method.memory_size, self.config.encoder.dim)
             if fault and not self.warned and epoch >= 1:
                 self.warned = True
                 display.say(f"warning: step {figures.step}: {fault}")
+
+    def _tell_of_loader(self, display: Display) -> None:
+        """Say, once each, how many workers were chosen and what the loader has noticed."""
+        if not isinstance(self.loader, FromFiles):
+            return
+        choice = f"loader: {self.loader.choice}" if self.loader.choice is not None else None
+        for line in (choice, self.loader.notice):
+            if line is not None and line not in self.said:
+                self.said.add(line)
+                display.say(line)
 
     def _knn_due(self) -> bool:
         epoch, within = divmod(self.step, self.steps_per_epoch)

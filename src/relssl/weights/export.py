@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save
 
+from relssl.atomic import storing, write_file
 from relssl.config import Config, to_yaml
 from relssl.errors import ConfigError
 from relssl.method.encoder import create_backbone
 from relssl.schema import nearest_word
-from relssl.weights.atomic import storing, write_file
 from relssl.weights.runs import NETWORKS, from_checkpoint, load_run
 
 FORMATS = ("safetensors",)

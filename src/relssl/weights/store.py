@@ -16,9 +16,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from relssl.atomic import storing, sweep, sync_folder, temporary, to_json, write_all
 from relssl.errors import CheckpointError, StorageError
 from relssl.weights import tensorfile
-from relssl.weights.atomic import storing, sweep, sync_folder, temporary, to_json, write_all
 from relssl.weights.tensorfile import MAX_JSON
 
 if TYPE_CHECKING:
