@@ -29,7 +29,7 @@ def figures(**changes: Any) -> Estimate:
     length = {"seconds": 79_000.0, "training_seconds": 78_000.0, "evaluation_seconds": 900.0, "saving_seconds": 100.0}
     space = {
         "memory": Memory(4 * GB, 64 * GB, 0, 0),
-        "disk": Disk(GB // 10, 4, GB // 10, 10**7, 100 * GB),
+        "disk": Disk(GB // 10, 4, GB // 10, 10**7, 100 * GB, 0, 90 * GB),
         "extras": Extras(21, 43.0, 200, 0.5),
     }
     floor = {"flops": {"student": GB}, "attainable_flops": 1e12, "bf16_gain": None, "floor_seconds": 1.2, "floor_multiple": 1.7}
@@ -77,7 +77,8 @@ CASES: list[tuple[Estimate, dict[str, Any], str, str, float | None]] = [
     (figures(saving_seconds=7900.0), {}, "checkpoint.every", "5", 1 / (1 - 0.1 * 0.8)),
     (figures(saving_seconds=7900.0), {"checkpoint.every_steps": 10}, "checkpoint.every_steps", "null", None),
     (figures(evaluation_seconds=39_500.0), {}, "log.knn_every", "100", 1 / (1 - 0.5 * 0.9)),
-    (figures(disk=Disk(GB, 4, 0, 0, 3 * GB)), {}, "out", "another disk", None),
+    (figures(disk=Disk(GB, 4, 0, 0, 3 * GB, 0, 0)), {}, "out", "another disk", None),
+    (figures(disk=Disk(GB, 4, 0, 0, 9 * GB, 6 * GB, 5 * GB)), {}, "loader.cache_folder", "another disk", None),
 ]
 
 
@@ -110,7 +111,7 @@ def test_no_advice_that_gives_nothing(found: Estimate, over: dict[str, Any]) -> 
 
 
 def test_several_come_with_the_largest_gain_first() -> None:
-    found = figures(threads=2, bf16_gain=2.0, disk=Disk(GB, 4, 0, 0, GB))
+    found = figures(threads=2, bf16_gain=2.0, disk=Disk(GB, 4, 0, 0, GB, 0, 0))
     given = advise(found, settings(**{"engine.threads": 2, "engine.precision": "fp32"}))
     assert [advice.setting for advice in given] == ["engine.threads", "engine.precision", "out"]
     assert advice_lines((Advice("a.b", "1", "because", 1.5),)) == ["a.b: 1  (because; up to 1.50 x the speed)"]

@@ -19,15 +19,17 @@ import torch
 import relssl
 from relssl.cli import main
 from relssl.config import resolve, to_yaml
+from relssl.data.shrinking import shrunken
 from relssl.engine import Engine
 from relssl.errors import ConfigError, RelsslError
 from relssl.evaluation.protocol import choose
 from relssl.schema import merge, nest
-from relssl.train import costs
+from relssl.train import cached, costs
 from relssl.train.assembly import build
 from relssl.train.estimate import Estimate
+from relssl.train.journal import Display
 from small_runs import SMALL, small_run
-from test_stages import files, folder, trainer
+from test_stages import files, folder, train, trainer
 
 __all__ = ["folder"]  # the fixture
 
@@ -210,6 +212,34 @@ def test_an_evaluation_of_files_counts_their_reading(folder: Path, monkeypatch: 
 def test_reading_skips_what_cannot_be_read(folder: Path) -> None:
     run = files(folder)
     assert costs._reading(run.images, run.config) > 0
+
+
+def test_a_cache_is_not_made_for_an_estimate(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cached, "_SAMPLE", 4)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    caches = tmp_path / "caches"
+    run = files(folder, **{"loader.cache": 16, "loader.cache_folder": str(caches)})
+    before = sorted(tmp_path.iterdir())
+    with cached.stand_in(run) as needed:
+        train(run, 3)  # reads all the positions
+        assert isinstance(run.images.shrunk, cached.Repeated) and len(run.images.shrunk) == 12
+        few = run.images.shrunk.total
+        assert 0 < few <= 4 * 3 * 16 * 20 and needed == few * 12 // 4
+    assert sorted(tmp_path.iterdir()) == before
+    disk, _ = costs.measure_saving(run, needed)
+    assert disk.cache == needed and 0 < disk.cache_free < disk.free + 1
+
+
+def test_a_cache_that_is_there_is_read_as_it_is(folder: Path, tmp_path: Path) -> None:
+    caches = tmp_path / "caches"
+    run = files(folder, **{"loader.cache": 16, "loader.cache_folder": str(caches)})
+    with Display(1, 0, show=False) as silent:
+        made = shrunken(run.images, run.config, silent)
+    before = {file: file.stat().st_mtime_ns for file in caches.rglob("*")}
+    with cached.stand_in(run) as needed:
+        train(run, 1)
+        assert needed == 0 and run.images.shrunk is not None and run.images.shrunk.folder == made.folder
+    assert {file: file.stat().st_mtime_ns for file in caches.rglob("*")} == before
 
 
 def test_memory_of_a_gpu_is_what_is_reserved(monkeypatch: pytest.MonkeyPatch) -> None:

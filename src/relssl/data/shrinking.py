@@ -93,8 +93,12 @@ def place(images: Images, config: Config) -> Path:
                 digest.update(hashlib.sha256(file.read(1 << 20)).digest())
         except OSError:
             digest.update(b"unreadable")
-    root = Path(loader.cache_folder or os.path.join(data_root(config.data_root), "cache")).expanduser()
-    return root / f"shrunk-{loader.cache}-{digest.hexdigest()[:16]}"
+    return root(config) / f"shrunk-{loader.cache}-{digest.hexdigest()[:16]}"
+
+
+def root(config: Config) -> Path:
+    """The folder that caches lie in."""
+    return Path(config.loader.cache_folder or os.path.join(data_root(config.data_root), "cache")).expanduser()
 
 
 def _spread(start: int, stop: int) -> list[int]:

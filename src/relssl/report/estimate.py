@@ -66,6 +66,8 @@ def _costs(found: Estimate) -> Table:
     table.add_row("memory, peak", f"{size(memory.used)} of {size(memory.total)}")
     kept = f"{disk.checkpoints} checkpoints of {size(disk.checkpoint)}"
     table.add_row("disk", f"{size(disk.total)}, {kept}; {size(disk.free)} free")
+    if disk.cache:
+        table.add_row("disk for shrunk images", f"{size(disk.cache)} more; {size(disk.cache_free)} free")
     if found.unreadable:
         table.add_row("images met that cannot be read", str(found.unreadable))
     return table

@@ -154,8 +154,18 @@ def full_disk(found: Estimate, config: Config) -> Advice | None:
     return Advice("out", "another disk", f"the run folder needs {needs / 1e9:.1f} GB and {free / 1e9:.1f} GB are free")
 
 
+def full_cache_disk(found: Estimate, config: Config) -> Advice | None:
+    """Shrunk images do not fit."""
+    needs, free = found.disk.cache, found.disk.cache_free
+    if needs <= free:
+        return None
+    why = f"shrunk images need {needs / 1e9:.1f} GB, {free / 1e9:.1f} GB are free beside the run"
+    return Advice("loader.cache_folder", "another disk", why)
+
+
 RULES = (
     full_disk,
+    full_cache_disk,
     memory_nearly_full,
     parts_without_need,
     waiting_for_files,

@@ -1,4 +1,4 @@
-"""What a run would take, from a few of its steps on this machine; nothing is written."""
+"""What a run would take, from a few of its steps on this machine; nothing stays on the disk."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from relssl.config import Config, resolve
 from relssl.engine import Engine, fast_bf16
 from relssl.errors import ConfigError
 from relssl.train.advice import Advice, advise
-from relssl.train.assembly import build, shrink
+from relssl.train.assembly import build
+from relssl.train.cached import stand_in
 from relssl.train.costs import Disk, Extras, Memory, measure_extras, measure_saving, peak_memory
 from relssl.train.floor import attainable, step_flops
-from relssl.train.journal import Display
 from relssl.train.pretrain import named
 from relssl.train.stages import stages
 from relssl.train.timing import Timing, time_steps, workers
@@ -103,7 +103,8 @@ def estimate(
 ) -> Estimate | None:
     """Set up a run, make a few of its steps, and say what the whole would take and what to change.
 
-    Takes a minute or so, longer where a step takes seconds. No run folder is made.
+    Takes a minute or so, longer where a step takes seconds. No run folder is made, and no cache: where `loader.cache` asks for
+    one that is not there in full, a few hundred images in a temporary folder stand for all.
 
     Args:
         data, config, settings, overrides: as for `pretrain`.
@@ -121,12 +122,12 @@ def estimate(
     made = settings or resolve(({} if data is None else {"data": data}) | overrides, config)
     engine = Engine(made.engine)
     trainer = build(dataclasses.replace(made, optimizer=dataclasses.replace(made.optimizer, lr=_STILL)), engine)
+    console = Console(stderr=True, quiet=quiet or not engine.is_first, highlight=False)
     # In the middle, as whether InfoNCE is part of the loss there holds for most of the run.
     trainer.step = trainer.total_steps // 2
     try:
-        with Display(trainer.total_steps, trainer.step, show=engine.is_first and not quiet) as display:
-            shrink(trainer, display)
-        found = _measure(trainer, steps, Console(stderr=True, quiet=quiet or not engine.is_first, highlight=False))
+        with stand_in(trainer) as cache:
+            found = _measure(trainer, steps, console, cache)
     except Exception as error:
         known = named(error, trainer)
         if known is error:
@@ -135,8 +136,8 @@ def estimate(
     return dataclasses.replace(found, advice=advise(found, made)) if engine.is_first else None
 
 
-def _measure(trainer: Trainer, steps: int, console: Console) -> Estimate:
-    """All figures but the advice; every rank measures its own."""
+def _measure(trainer: Trainer, steps: int, console: Console, cache: int) -> Estimate:
+    """All figures but the advice; every rank measures its own. `cache`: bytes of shrunk images still to be written."""
     config, engine = trainer.config, trainer.engine
     console.print(
         f"timing {steps} steps of {config.backbone} on {len(trainer.images)} images, {engine.describe()}",
@@ -147,11 +148,12 @@ def _measure(trainer: Trainer, steps: int, console: Console) -> Estimate:
     memory = peak_memory(engine)  # before anything is measured that training does not do
     console.print("timing the stages of a step", markup=False, soft_wrap=True)
     low, middle, high = np.quantile(timing.steps, [0.1, 0.5, 0.9]).tolist()
-    pieces = stages(trainer, max(1, min(_REPEATS, int(_STAGES_SECONDS / middle))))
+    # By the first rank's clock on all of them, as they exchange gradients each time.
+    pieces = stages(trainer, engine.first_says(max(1, min(_REPEATS, int(_STAGES_SECONDS / middle)))))
     console.print("timing the device at its best, an evaluation and a checkpoint", markup=False, soft_wrap=True)
     flops, rate = step_flops(config), attainable(engine)
     slow = engine.precision == "fp32" and fast_bf16(engine.device.type)
-    disk, save_seconds = measure_saving(trainer)
+    disk, save_seconds = measure_saving(trainer, cache)
     extras = measure_extras(trainer, save_seconds)
     mean, parts = statistics.mean(timing.steps), shares(timing, pieces, config.log.every)
     floor = sum(flops.values()) * config.batch_size / engine.world / rate
