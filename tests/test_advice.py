@@ -25,7 +25,14 @@ def figures(**changes: Any) -> Estimate:
     """A healthy run on a CPU, with changes."""
     about = {"data": "photos", "images": 50_000, "backbone": "resnet18", "batch_size": 256, "epochs": 200, "total_steps": 39_000}
     machine = {"device": "CPU, 8 threads, bf16", "kind": "cpu", "world": 1, "cores": 8, "threads": 8, "workers": 2}
-    speed = {"steps_timed": 20, "step_seconds": 2.0, "step_low": 1.9, "step_high": 2.2, "images_per_second": 127.0}
+    speed = {
+        "steps_timed": 20,
+        "step_seconds": 2.0,
+        "step_low": 1.9,
+        "step_high": 2.2,
+        "step_mean": 2.0,
+        "images_per_second": 127.0,
+    }
     length = {"seconds": 79_000.0, "training_seconds": 78_000.0, "evaluation_seconds": 900.0, "saving_seconds": 100.0}
     space = {
         "memory": Memory(4 * GB, 64 * GB, 0, 0),
@@ -59,9 +66,9 @@ def test_nothing_is_advised_where_nothing_is_to_gain() -> None:
 
 CASES: list[tuple[Estimate, dict[str, Any], str, str, float | None]] = [
     # Half of a second's step is computing; four processes make a batch of 2 core seconds in that.
-    (gpu(0.5, step_seconds=1.0, shares=waiting(0.5), stages={"load": 2.0, "health": 0.0}), {}, "loader.workers", "4", 2.0),
+    (gpu(0.5, step_mean=1.0, shares=waiting(0.5), stages={"load": 2.0, "health": 0.0}), {}, "loader.workers", "4", 2.0),
     # On a CPU the same cores do both: (0.5 s x 8 threads + 2 core seconds) on 8 cores are 0.75 s.
-    (figures(step_seconds=1.0, shares=waiting(0.5), stages={"load": 2.0, "health": 0.0}), {}, "loader.workers", "4", 4 / 3),
+    (figures(step_mean=1.0, shares=waiting(0.5), stages={"load": 2.0, "health": 0.0}), {}, "loader.workers", "4", 4 / 3),
     # All cores load already.
     (gpu(0.5, shares=waiting(0.5), workers=7, stages={"load": 40.0, "health": 0.0}), {}, "loader.cache", "37", 2.0),
     # 0.88 of the step at twice the speed.

@@ -20,11 +20,13 @@ import relssl
 from relssl.cli import main
 from relssl.config import resolve, to_yaml
 from relssl.data.shrinking import shrunken
+from relssl.data.tuning import Tuning
 from relssl.engine import Engine
 from relssl.errors import ConfigError, RelsslError
 from relssl.evaluation.protocol import choose
 from relssl.schema import merge, nest
 from relssl.train import cached, costs
+from relssl.train import estimate as estimating
 from relssl.train.assembly import build
 from relssl.train.estimate import Estimate
 from relssl.train.journal import Display
@@ -240,6 +242,26 @@ def test_a_cache_that_is_there_is_read_as_it_is(folder: Path, tmp_path: Path) ->
         train(run, 1)
         assert needed == 0 and run.images.shrunk is not None and run.images.shrunk.folder == made.folder
     assert {file: file.stat().st_mtime_ns for file in caches.rglob("*")} == before
+
+
+def test_no_workers_are_tried_while_steps_are_timed() -> None:
+    """Else `--steps 300` would be a mixture of several loaders' steps."""
+    loader = estimating._timed(resolve({"recipe": "folder", "data": "photos"})).loader
+    assert list(Tuning(loader, 8, 1, 100_000).trials()) == []
+
+
+def test_ranks_repeat_the_stages_as_often_as_the_first_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[int]()
+
+    def stages(run: Any, repeats: int) -> dict[str, float]:
+        asked.append(repeats)
+        raise ConfigError("seen")
+
+    monkeypatch.setattr(Engine, "first_says", lambda self, value: 4)
+    monkeypatch.setattr(estimating, "stages", stages)
+    with pytest.raises(ConfigError, match="seen"):
+        relssl.estimate(**SMALL, steps=1, quiet=True)
+    assert asked == [4]
 
 
 def test_memory_of_a_gpu_is_what_is_reserved(monkeypatch: pytest.MonkeyPatch) -> None:

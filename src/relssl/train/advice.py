@@ -57,11 +57,11 @@ def waiting_for_files(found: Estimate, config: Config) -> Advice | None:
     waits = found.shares["data"]
     if found.workers is None or waits <= 0.1:
         return None
-    core_seconds, busy = found.stages["load"], found.step_seconds * (1 - waits)
+    core_seconds, busy = found.stages["load"], found.step_mean * (1 - waits)
     value = min(math.ceil(core_seconds / busy), found.cores - 1)
     if value > found.workers:
         computing = busy * found.threads if found.kind == "cpu" else 0.0  # on the cores that are to load as well
-        gain = found.step_seconds / max(busy, core_seconds / value, (computing + core_seconds) / found.cores)
+        gain = found.step_mean / max(busy, core_seconds / value, (computing + core_seconds) / found.cores)
         why = f"{waits:.0%} of a step is waiting for data, and {found.cores} cores are there"
         return Advice("loader.workers", str(value), why, gain) if gain > 1.05 else None
     why = f"{waits:.0%} of a step is waiting for data, with no core left"
@@ -108,7 +108,7 @@ def large_memory(found: Estimate, config: Config) -> Advice | None:
 
 def frequent_figures(found: Estimate, config: Config) -> Advice | None:
     """Logged steps cost over 5 % of the time."""
-    share = found.stages["health"] / config.log.every / found.step_seconds
+    share = found.stages["health"] / config.log.every / found.step_mean
     if share <= 0.05:
         return None
     times = math.ceil(share / 0.02)

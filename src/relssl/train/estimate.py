@@ -13,6 +13,8 @@ import numpy as np
 from rich.console import Console
 
 from relssl.config import Config, resolve
+from relssl.data.tuning import PREFETCH
+from relssl.data.workers import loader_workers
 from relssl.engine import Engine, fast_bf16
 from relssl.errors import ConfigError
 from relssl.train.advice import Advice, advise
@@ -41,13 +43,14 @@ class Estimate:
         cores, threads, workers: this machine's cores, a process's threads, its loader's processes (None: no files).
         steps_timed: how many steps all this is drawn from.
         step_seconds, step_low, step_high: median, 10 and 90 % of a step.
+        step_mean: mean of a step, in which those that wait for data or make several steps' views have their part.
         images_per_second: from the mean step, over all processes.
         seconds: of the whole run = training_seconds + evaluation_seconds + saving_seconds.
         memory, disk, extras: see there.
         flops: operations an image, by network; see `step_flops`.
         attainable_flops: operations a second of one device at its best, measured.
         bf16_gain: how much faster that is in bf16, if the run is in fp32 though bf16 is fast here; else None.
-        floor_seconds, floor_multiple: the step's operations at that rate, and how often that goes into the median step.
+        floor_seconds, floor_multiple: the step's operations at that rate, and how often that goes into the mean step.
         stages: seconds of each stage alone; see `stages`.
         shares: of a step, summing to 1: data (waiting for it; for images in memory, making the views), transfer (and
             layout), teacher, student, loss, backward, health (spread over the steps between), update, rest.
@@ -72,6 +75,7 @@ class Estimate:
     step_seconds: float
     step_low: float
     step_high: float
+    step_mean: float
     images_per_second: float
     seconds: float
     training_seconds: float
@@ -121,7 +125,7 @@ def estimate(
         raise ConfigError(f"steps: must be at least 1, got {steps}")
     made = settings or resolve(({} if data is None else {"data": data}) | overrides, config)
     engine = Engine(made.engine)
-    trainer = build(dataclasses.replace(made, optimizer=dataclasses.replace(made.optimizer, lr=_STILL)), engine)
+    trainer = build(_timed(made), engine)
     console = Console(stderr=True, quiet=quiet or not engine.is_first, highlight=False)
     # In the middle, as whether InfoNCE is part of the loss there holds for most of the run.
     trainer.step = trainer.total_steps // 2
@@ -134,6 +138,12 @@ def estimate(
             raise
         raise known from error
     return dataclasses.replace(found, advice=advise(found, made)) if engine.is_first else None
+
+
+def _timed(config: Config) -> Config:
+    """The run's settings but for what would disturb its timing: weights that move, and trials of other workers."""
+    loader = dataclasses.replace(config.loader, workers=loader_workers(config), prefetch=config.loader.prefetch or PREFETCH)
+    return dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, lr=_STILL), loader=loader)
 
 
 def _measure(trainer: Trainer, steps: int, console: Console, cache: int) -> Estimate:
@@ -164,6 +174,7 @@ def _measure(trainer: Trainer, steps: int, console: Console, cache: int) -> Esti
         step_seconds=middle,
         step_low=low,
         step_high=high,
+        step_mean=mean,
         images_per_second=config.batch_size / mean,
         seconds=trainer.total_steps * mean + evaluating + saving,
         training_seconds=trainer.total_steps * mean,
@@ -176,7 +187,7 @@ def _measure(trainer: Trainer, steps: int, console: Console, cache: int) -> Esti
         attainable_flops=rate,
         bf16_gain=attainable(engine, "bf16") / rate if slow else None,
         floor_seconds=floor,
-        floor_multiple=middle / floor,
+        floor_multiple=mean / floor,
         stages=pieces,
         shares=parts,
         limit=limit(parts),
