@@ -10,8 +10,9 @@ import pytest
 from relssl.config import resolve
 from relssl.report.estimate import advice_lines, duration, size
 from relssl.train.advice import Advice, advise
-from relssl.train.costs import Disk, Extras, Memory
+from relssl.train.costs import Disk, Extras
 from relssl.train.estimate import Estimate, limit, shares
+from relssl.train.memory import Memory
 from relssl.train.timing import Timing
 
 GB = 10**9
@@ -69,10 +70,16 @@ CASES: list[tuple[Estimate, dict[str, Any], str, str, float | None]] = [
     (gpu(0.5, step_mean=1.0, shares=waiting(0.5), stages={"load": 2.0, "health": 0.0}), {}, "loader.workers", "4", 2.0),
     # On a CPU the same cores do both: (0.5 s x 8 threads + 2 core seconds) on 8 cores are 0.75 s.
     (figures(step_mean=1.0, shares=waiting(0.5), stages={"load": 2.0, "health": 0.0}), {}, "loader.workers", "4", 4 / 3),
+    # Each of two processes has four of the cores: three beside itself, which need 2/3 s for a batch.
+    (
+        gpu(0.5, step_mean=1.0, shares=waiting(0.5), stages={"load": 2.0, "health": 0.0}),
+        *({"engine.devices": 2}, "loader.workers", "3", 1.5),
+    ),
     # All cores load already.
     (gpu(0.5, shares=waiting(0.5), workers=7, stages={"load": 40.0, "health": 0.0}), {}, "loader.cache", "37", 2.0),
     # 0.88 of the step at twice the speed.
     (figures(bf16_gain=2.0), {"engine.precision": "fp32"}, "engine.precision", "bf16", 1 / 0.56),
+    (gpu(0.5), {"compile": "off"}, "compile", "auto", None),
     (figures(threads=2), {"engine.threads": 2}, "engine.threads", "null", 4.0),
     (figures(threads=2), {"engine.threads": 2, "engine.devices": 2}, "engine.threads", "null", 2.0),
     (gpu(0.1, floor_multiple=6.0), {}, "batch_size", "512", None),
@@ -102,6 +109,9 @@ def test_one_fault_one_advice(found: Estimate, over: dict[str, Any], setting: st
     [
         (figures(shares=waiting(0.5), workers=None), {}),  # views of images in memory
         (gpu(0.1, floor_multiple=3.0), {}),
+        (gpu(0.5), {"compile": "auto"}),
+        (gpu(0.5, total_steps=1999), {"compile": "off"}),
+        (figures(), {"compile": "off"}),
         (gpu(0.6, floor_multiple=6.0), {}),
         (figures(floor_multiple=6.0), {}),  # of a CPU no batch is too small
         (figures(bf16_gain=1.1), {"engine.precision": "fp32"}),
@@ -115,6 +125,15 @@ def test_one_fault_one_advice(found: Estimate, over: dict[str, Any], setting: st
 )
 def test_no_advice_that_gives_nothing(found: Estimate, over: dict[str, Any]) -> None:
     assert advise(found, settings(**over)) == ()
+
+
+@pytest.mark.parametrize(
+    ("free", "over"), [(GB // 10, {}), (90 * GB, {"loader.decoder": "torchvision"}), (90 * GB, {"loader.cache": 37})]
+)
+def test_no_cache_is_advised_that_does_not_fit_or_is_refused(free: int, over: dict[str, Any]) -> None:
+    disk = Disk(GB // 10, 4, GB // 10, 10**7, 100 * GB, 0, free)  # 50,000 images of 37 x 49 pixels are 0.27 GB
+    found = gpu(0.5, shares=waiting(0.5), workers=7, stages={"load": 40.0, "health": 0.0}, disk=disk)
+    assert [advice.setting for advice in advise(found, settings(**over))] == ["data"]
 
 
 def test_several_come_with_the_largest_gain_first() -> None:

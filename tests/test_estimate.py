@@ -25,7 +25,7 @@ from relssl.engine import Engine
 from relssl.errors import ConfigError, RelsslError
 from relssl.evaluation.protocol import choose
 from relssl.schema import merge, nest
-from relssl.train import cached, costs
+from relssl.train import cached, costs, memory
 from relssl.train import estimate as estimating
 from relssl.train.assembly import build
 from relssl.train.estimate import Estimate
@@ -270,7 +270,21 @@ def test_memory_of_a_gpu_is_what_is_reserved(monkeypatch: pytest.MonkeyPatch) ->
     here: Any = SimpleNamespace(device=torch.device("cpu"))
     there: Any = SimpleNamespace(device=torch.device("cuda"))
     small = torch.zeros(1 << 24).add_(1)  # 64 MiB that are really there
-    found = costs.peak_memory(there)
+    found = memory.peak_memory(there, 2)
     assert (found.device_used, found.device_total, found.share) == (72, 80, 0.9)
-    found = costs.peak_memory(here)
+    found = memory.peak_memory(here, 1)
     assert found.device_total == 0 and small.nbytes < found.used < found.total and found.share == found.used / found.total
+
+
+def test_memory_of_the_machine_is_that_of_all_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "host_memory", lambda field: 7 if field == "VmHWM" else 0)
+    here: Any = SimpleNamespace(device=torch.device("cpu"))
+    assert memory.peak_memory(here, 4).used == 28
+
+
+def test_a_process_does_not_inherit_its_parents_peak() -> None:
+    block = b"\1" * (256 << 20)
+    code = "from relssl.train.memory import host_memory; print(host_memory('VmRSS'), host_memory('VmHWM'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    held, most = map(int, done.stdout.split())
+    assert held <= most < held + len(block) // 2

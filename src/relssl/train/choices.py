@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from relssl.train.learner import Learner
 
 # To compile takes a minute or two; a run of fewer steps would not earn it back.
-_WORTH_COMPILING = 2000
+WORTH_COMPILING = 2000
 
 
 def pick_loss_form(config: Config, engine: Engine, share: int) -> str:
@@ -70,7 +70,7 @@ def compile_networks(learner: Learner) -> str | None:
         A line for the user if there is something to tell.
     """
     config, engine = learner.config, learner.engine
-    worth = engine.device.type == "cuda" and learner.total_steps >= _WORTH_COMPILING
+    worth = engine.device.type == "cuda" and learner.total_steps >= WORTH_COMPILING
     if config.compile == "off" or (config.compile == "auto" and not worth):
         return None
     networks = [unwrapped(learner.model.student), learner.model.teacher]

@@ -1,13 +1,10 @@
-"""What a run takes beside its steps: memory, disk, evaluations, checkpoints."""
+"""What a run takes beside its steps: disk, evaluations, checkpoints."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
-import resource
 import shutil
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +18,6 @@ from relssl.data.samples import read_image
 from relssl.data.shrinking import root
 from relssl.data.sources import Images
 from relssl.data.workers import loader_workers
-from relssl.engine import Engine
 from relssl.evaluation.features import extract
 from relssl.evaluation.knn import knn_accuracy
 from relssl.evaluation.protocol import choose
@@ -36,45 +32,6 @@ from relssl.weights.atomic import to_json
 _ROW, _EVENTS = 500, 900
 # Images whose features are timed, and images read on one core, to stand for all of an evaluation.
 _FEATURES, _READ = 256, 16
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes at the peak, of this process so far without the loader's processes, and what there is.
-
-    `device` is what was reserved on a GPU; 0 of 0 without one.
-    """
-
-    used: int
-    total: int
-    device_used: int
-    device_total: int
-
-    @property
-    def share(self) -> float:
-        """The fuller of the two, 0 to 1."""
-        return max(self.used / self.total, self.device_used / self.device_total if self.device_total else 0.0)
-
-
-def peak_memory(engine: Engine) -> Memory:
-    """The peak up to now."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    used, total = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, _memory_allowed()
-    if engine.device.type != "cuda":
-        return Memory(used, total, 0, 0)
-    device = torch.cuda.get_device_properties(engine.device)
-    return Memory(used, total, torch.cuda.max_memory_reserved(engine.device), device.total_memory)
-
-
-def _memory_allowed() -> int:
-    """The machine's memory, or what a container may take of it."""
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):
-        try:
-            return min(total, int((Path("/sys/fs/cgroup") / name).read_text()))
-        except (OSError, ValueError):  # not there, or "max"
-            continue
-    return total
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,9 @@ from relssl.errors import ConfigError
 from relssl.train.advice import Advice, advise
 from relssl.train.assembly import build
 from relssl.train.cached import stand_in
-from relssl.train.costs import Disk, Extras, Memory, measure_extras, measure_saving, peak_memory
+from relssl.train.costs import Disk, Extras, measure_extras, measure_saving
 from relssl.train.floor import attainable, step_flops
+from relssl.train.memory import Memory, peak_memory
 from relssl.train.pretrain import named
 from relssl.train.stages import stages
 from relssl.train.timing import Timing, time_steps, workers
@@ -155,7 +156,7 @@ def _measure(trainer: Trainer, steps: int, console: Console, cache: int) -> Esti
         soft_wrap=True,
     )
     timing = time_steps(trainer, steps)
-    memory = peak_memory(engine)  # before anything is measured that training does not do
+    memory = peak_memory(engine, config.engine.devices)  # before anything is measured that training does not do
     console.print("timing the stages of a step", markup=False, soft_wrap=True)
     low, middle, high = np.quantile(timing.steps, [0.1, 0.5, 0.9]).tolist()
     # By the first rank's clock on all of them, as they exchange gradients each time.
