@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +10,7 @@ from pictures import Source, images_of
 from relssl.config import Config, resolve
 from relssl.data.loaders import create_loader
 from relssl.data.plan import Plan
+from relssl.data.shrinking import shrunken
 from relssl.data.sources import Images
 from relssl.engine import Engine
 from relssl.train.assembly import complete_settings
@@ -20,16 +20,6 @@ from relssl.train.trainer import Trainer
 from rounds import Work
 
 Settings = Mapping[str, Any]
-
-
-def exists(setting: str) -> bool:
-    """Whether the package has a setting of this dotted name."""
-    owner: Any = Config()
-    for name in setting.split("."):
-        if not dataclasses.is_dataclass(owner) or name not in {field.name for field in dataclasses.fields(owner)}:
-            return False
-        owner = getattr(owner, name)
-    return True
 
 
 def trainer(settings: Settings, source: Source) -> Trainer:
@@ -89,9 +79,7 @@ def loading(settings: Settings, source: Source) -> Work:
 
 def _shrunk(images: Images, config: Config) -> Images:
     """The images as a run would read them: shrunk beforehand, if the settings say so, before anything is timed."""
-    if getattr(config.loader, "cache", None) is None:
+    if config.loader.cache is None:
         return images
     with Display(1, 0, show=False) as display:
-        made = importlib.import_module("relssl.data.shrinking").shrunken(images, config, display)
-    more: dict[str, Any] = {"shrunk": made}
-    return dataclasses.replace(images, **more)
+        return dataclasses.replace(images, shrunk=shrunken(images, config, display))
