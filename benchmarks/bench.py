@@ -12,7 +12,6 @@ import argparse
 import dataclasses
 import importlib
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 
 from options import Options
+from relssl.engine import available_cores
 from relssl.train.folder import environment
 
 PARTS = ("small", "files", "stages", "loss", "growth")
@@ -31,7 +31,7 @@ EXTRA = ("peers",)
 def main() -> None:
     """Measure the parts asked for; one that fails does not lose the others."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = available_cores()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--only", default=",".join(PARTS), help="parts, separated by commas (default: all but peers)")
     add_options(parser, cores)

@@ -1,10 +1,10 @@
 """What a GPU machine is to be asked, in one command, within a time limit; results are written as they come.
 
-    python benchmarks/gpu.py [--only run,small,...] [--minutes 9] [--data_root FOLDER] [--out results]
+    python benchmarks/gpu.py [--only small,run,...] [--minutes 9] [--data_root FOLDER] [--out results]
     python benchmarks/gpu.py --rehearse      the same code on a processor, in a minute or two; the figures mean nothing,
                                              and lie in a file of their own
 
-Sections: `run`, the last, is CIFAR-10 from start to end; `small` and the names of networks are training steps on random images in the
+Sections: `run` is CIFAR-10 from start to end; `small` and the names of networks are training steps on random images in the
 device's memory, speed-ups added one at a time; `loss` is the loss over the memory; `profile` is what the device does in a step.
 Each measurement has a process of its own: one that fails or hangs is noted and leaves the others alone.
 """
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -28,6 +27,7 @@ import small
 from options import Options
 from pictures import Noise
 from processes import alone
+from relssl.engine import available_cores
 from relssl.train.folder import environment
 from rounds import Contender, Record, compare, left, peak, show, spread
 from traces import trace
@@ -196,7 +196,7 @@ def main() -> None:
     sections = args.only.split(",")
     if unknown := set(sections) - set(SECTIONS):
         parser.error(f"--only: knows no {', '.join(sorted(unknown))}; the sections are {', '.join(SECTIONS)}")
-    cores = len(os.sched_getaffinity(0))
+    cores = available_cores()
     options = Options(args.rounds, 1 if args.rehearse else cores, 1 if args.rehearse else cores, None, None, args.rehearse)
     session = Session(args.out, args.minutes, options, args.data_root)
     sys.exit(run(session, sections))

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 
 from relssl.config import resolve
-from relssl.report.estimate import advice_lines, duration, size
+from relssl.report.estimate import advice_lines
 from relssl.train.advice import Advice, advise
 from relssl.train.costs import Disk, Extras
 from relssl.train.estimate import Estimate, limit, shares
 from relssl.train.memory import Memory
 from relssl.train.timing import Timing
+from relssl.units import duration, size
 
 GB = 10**9
 SHARES = {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from relssl.cli import main
 from relssl.config import resolve, to_yaml
 from relssl.data.shrinking import shrunken
 from relssl.data.tuning import Tuning
-from relssl.engine import Engine
+from relssl.engine import Engine, available_cores
 from relssl.errors import ConfigError, RelsslError
 from relssl.evaluation.protocol import choose
 from relssl.schema import merge, nest
@@ -100,10 +99,9 @@ def test_the_table_names_what_limits_and_what_to_change(
 
 
 def test_from_python() -> None:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     found = relssl.estimate(**SMALL, steps=3, quiet=True)
     assert isinstance(found, Estimate) and found.threads == 1 and found.device.startswith("CPU")
-    assert ("engine.threads" in {advice.setting for advice in found.advice}) == (cores > 1)
+    assert ("engine.threads" in {advice.setting for advice in found.advice}) == (available_cores() > 1)
     with pytest.raises(dataclasses.FrozenInstanceError):
         found.seconds = 0.0  # type: ignore[misc]
     with pytest.raises(ConfigError, match="steps: must be at least 1"):

@@ -31,6 +31,7 @@ from relssl.data.sources import Images
 from relssl.data.workers import loader_workers, reset_signals, watch
 from relssl.errors import StorageError
 from relssl.sections import LoaderConfig
+from relssl.units import size
 from relssl.weights.atomic import storing, sweep, write_all
 
 # Images a worker sends at once: a few MB, for shared memory is small in containers.
@@ -72,7 +73,7 @@ def shrunken(images: Images, config: Config, teller: Teller) -> Shrunk:
                 sweep(folder)
                 found = _make(images, config, found, teller)
     teller.say(
-        f"cache: {len(images)} images in {_bytes(found.total)}, {shown(str(folder))}; shorter sides are "
+        f"cache: {len(images)} images in {size(found.total)}, {shown(str(folder))}; shorter sides are "
         f"{config.loader.cache} pixels at most, nothing else is lost"
     )
     return found
@@ -174,7 +175,7 @@ def _make(images: Images, config: Config, found: Shrunk, teller: Teller) -> Shru
         worker_init_fn=reset_signals,
         generator=torch.Generator(),  # the run's own randomness stays as it is
     )
-    what = f"shrinking to {loader.cache} pixels, about {_bytes(needed)}"
+    what = f"shrinking to {loader.cache} pixels, about {size(needed)}"
     with teller.chore(what, start, count) as advance:
         made = _append(found, watch(batches), needed, advance)
     if len(made) < count or (made.folder / PIXELS).stat().st_size != made.total:
@@ -193,7 +194,7 @@ def _require_room(small: _Small, found: Shrunk, count: int) -> int:
         free += max(0, leftover.stat().st_size - found.total) if leftover.exists() else 0
     if needed > free:
         raise StorageError(
-            f"{found.folder}: the cache needs about {_bytes(needed)}, {_bytes(free)} are free; "
+            f"{found.folder}: the cache needs about {size(needed)}, {size(free)} are free; "
             "free some space, set loader.cache_folder to another disk, or lower loader.cache"
         )
     return needed
@@ -229,7 +230,3 @@ def _append(found: Shrunk, batches: Iterator[Any], needed: int, advance: Callabl
         return save()
     finally:
         os.close(file)
-
-
-def _bytes(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from relssl.config import Config
-from relssl.report.estimate import size
 from relssl.train.choices import WORTH_COMPILING
+from relssl.units import size
 
 if TYPE_CHECKING:
     from relssl.train.estimate import Estimate

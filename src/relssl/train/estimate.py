@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from rich.console import Console
 from relssl.config import Config, resolve
 from relssl.data.tuning import PREFETCH
 from relssl.data.workers import loader_workers
-from relssl.engine import Engine, fast_bf16
+from relssl.engine import Engine, available_cores, fast_bf16
 from relssl.errors import ConfigError
 from relssl.train.advice import Advice, advise
 from relssl.train.assembly import build
@@ -209,7 +208,7 @@ def _about(trainer: Trainer) -> dict[str, Any]:
         "device": engine.describe(),
         "kind": engine.device.type,
         "world": engine.world,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        "cores": available_cores(),
         "threads": engine.threads,
         "workers": workers(trainer),
     }
