@@ -12,7 +12,6 @@ import argparse
 import dataclasses
 import importlib
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 
 from options import Options
+from relssl.engine import available_cores
 from relssl.train.folder import environment
 
 PARTS = ("small", "files", "stages", "loss", "growth")
@@ -31,7 +31,7 @@ EXTRA = ("peers",)
 def main() -> None:
     """Measure the parts asked for; one that fails does not lose the others."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = available_cores()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--only", default=",".join(PARTS), help="parts, separated by commas (default: all but peers)")
     add_options(parser, cores)
@@ -61,22 +61,28 @@ def options_of(args: argparse.Namespace) -> Options:
 
 
 def run(parts: list[str], options: Options, out: Path) -> int:
-    """Measure `parts`, modules with a `measure(options)`, and write what they return as they go; 1 if one failed."""
+    """Measure `parts`, modules with a `measure(options)`, and write what they return as they go; 1 if one failed, or a contender in it."""
     found: dict[str, Any] = {"machine": environment(), "options": {k: v for k, v in vars(options).items() if k != "images"}}
-    failed = 0
+    failed = False
     for part in parts:
         begun = time.perf_counter()
         try:
             found[part] = importlib.import_module(part).measure(options)
+            failed |= any_failed(found[part])
         except Exception as error:
-            failed = 1
+            failed = True
             found[part] = {"failed": f"{type(error).__name__}: {error}"}
             print(f"{part}: failed: {error}", file=sys.stderr)
         print(f"\n{part}: {time.perf_counter() - begun:.0f} s", flush=True)
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(found, indent=1) + "\n")
     print(f"written to {out}")
-    return failed
+    return int(failed)
+
+
+def any_failed(found: Any) -> bool:
+    """Whether a contender failed anywhere in a tree of results."""
+    return isinstance(found, dict) and ("failed" in found or any(any_failed(part) for part in found.values()))
 
 
 if __name__ == "__main__":

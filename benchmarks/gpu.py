@@ -1,7 +1,8 @@
 """What a GPU machine is to be asked, in one command, within a time limit; results are written as they come.
 
-    python benchmarks/gpu.py [--only run,small,...] [--minutes 9] [--data_root FOLDER] [--out results]
-    python benchmarks/gpu.py --rehearse      the same code on a processor, in a minute or two; the figures mean nothing
+    python benchmarks/gpu.py [--only small,run,...] [--minutes 9] [--data_root FOLDER] [--out results]
+    python benchmarks/gpu.py --rehearse      the same code on a processor, in a minute or two; the figures mean nothing,
+                                             and lie in a file of their own
 
 Sections: `run` is CIFAR-10 from start to end; `small` and the names of networks are training steps on random images in the
 device's memory, speed-ups added one at a time; `loss` is the loss over the memory; `profile` is what the device does in a step.
@@ -12,11 +13,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+import torch
 
 import conventional
 import loss
@@ -24,14 +26,16 @@ import ours
 import small
 from options import Options
 from pictures import Noise
-from processes import Failed, alone
+from processes import alone
+from relssl.engine import available_cores
 from relssl.train.folder import environment
-from rounds import Contender, Record, compare, peak, show, spread
+from rounds import Contender, Record, compare, left, peak, show, spread
 from traces import trace
 from whole_run import whole_run
 
 NETWORKS = ("resnet50", "efficientnet_b0", "mobilenetv3_large_100")
-SECTIONS = ("run", "small", "profile", "loss", *NETWORKS)
+# The run comes last: it takes all the time there is.
+SECTIONS = ("small", "profile", "loss", *NETWORKS, "run")
 # Speed-ups one after another; each row has those above it as well.
 STEPS: dict[str, dict[str, Any]] = {
     "none": {"compile": "off", "method.loss_form": "plain", "loader.views_ahead": 1},
@@ -44,6 +48,8 @@ STEPS: dict[str, dict[str, Any]] = {
 OFFICIAL_CROPS = [[224, 0.2, 1], [192, 0.172, 0.86], [160, 0.143, 0.715], [128, 0.114, 0.571], [96, 0.086, 0.429]]
 # A measurement is not worth starting with less than this left.
 _LEAST_SECONDS = 20.0
+# What one is given at least, if that much is left: compiling takes a minute or two.
+_COMPILING_SECONDS = 120.0
 
 
 class Session:
@@ -52,14 +58,22 @@ class Session:
     def __init__(self, out: Path, minutes: float, options: Options, data_root: str | None) -> None:
         self.out, self.options, self.data_root = out, options, data_root
         self.end = time.monotonic() + 60 * minutes
-        self.file = out / "gpu.json"
-        # Sections that another call has measured stay.
-        earlier = json.loads(self.file.read_text()) if self.file.exists() else {}
-        self.found: dict[str, Any] = earlier | {"machine": environment()}
+        self.name = "gpu-rehearsal" if options.tiny else "gpu"
+        self.file = out / f"{self.name}.json"
+        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+        self.found: dict[str, Any] = {"machine": json.loads(json.dumps(environment() | {"gpu": gpu}))}
+        # Sections that another call has measured stay, unless the machine or what is installed there was another.
+        if self.file.exists():
+            earlier = json.loads(self.file.read_text())
+            self.found = earlier if earlier.get("machine") == self.found["machine"] else self.found
 
     def left(self) -> float:
         """Seconds."""
         return self.end - time.monotonic()
+
+    def deadline(self) -> float:
+        """When a measurement that begins now has to be done, by time.monotonic(): one that hangs leaves time for others."""
+        return time.monotonic() + min(self.left(), max(self.left() / 3, _COMPILING_SECONDS))
 
     def note(self, section: str, what: str, result: Any) -> None:
         """Keep a result, on disk as well."""
@@ -85,7 +99,7 @@ def measure_run(session: Session) -> None:
         settings = {"data": "digits", "engine.device": "cpu", "engine.threads": session.options.threads, **small.TINY}
         settings |= {"max_images": 64, "epochs": 1, "log.knn_images": (64, 64), "log.every": 2, "backbone": "resnet18"}
         sides = (64, 64)
-    found = alone(whole_run, settings, sides, timeout=max(session.left(), 1))
+    found = alone(whole_run, settings, sides, timeout=left(session.end))
     session.note("run", "cifar10", found)
     show("A run from start to end, seconds", list(found["seconds"]), [list(found["seconds"].values())])
     accuracies = {f"{what}, {network}": found[what][network] for what in ("knn", "linear") for network in found[what]}
@@ -147,7 +161,7 @@ def _climb(
             found[contender.name] = {"failed": "no time was left"}
             continue
         units = session.options.pick(16, 1)
-        found |= compare([contender], session.options.rounds, units, timeout=session.left())
+        found |= compare([contender], session.options.rounds, units, deadline=session.deadline())
         session.note(section, title, {"settings": settings, "records": found})
     best = max(found["floor"].get("images_per_second", [0.0]))
     rows = []
@@ -164,9 +178,9 @@ def measure_profile(session: Session) -> None:
     source = Noise(session.options.pick(50_000, 64), 32)
     for name, change in (("before", ladder[0]), ("after", ladder[-1])):
         steps = session.options.pick(16, 2)
-        table = alone(trace, small_settings(session) | change, source, steps, timeout=max(session.left(), 1))
-        session.note("profile", name, f"gpu-profile-{name}.txt")
-        (session.out / f"gpu-profile-{name}.txt").write_text(table)
+        table = alone(trace, small_settings(session) | change, source, steps, timeout=left(session.deadline()))
+        session.note("profile", name, f"{session.name}-profile-{name}.txt")
+        (session.out / f"{session.name}-profile-{name}.txt").write_text(table)
 
 
 def main() -> None:
@@ -182,7 +196,7 @@ def main() -> None:
     sections = args.only.split(",")
     if unknown := set(sections) - set(SECTIONS):
         parser.error(f"--only: knows no {', '.join(sorted(unknown))}; the sections are {', '.join(SECTIONS)}")
-    cores = len(os.sched_getaffinity(0))
+    cores = available_cores()
     options = Options(args.rounds, 1 if args.rehearse else cores, 1 if args.rehearse else cores, None, None, args.rehearse)
     session = Session(args.out, args.minutes, options, args.data_root)
     sys.exit(run(session, sections))
@@ -200,14 +214,14 @@ def run(session: Session, sections: list[str]) -> int:
         session.found[section] = {}
         try:
             if section == "loss":
-                session.note("loss", "records", loss.measure(session.options))
+                session.note("loss", "records", loss.measure(session.options, session.deadline()))
             elif section in NETWORKS:
                 measure_network(session, section)
             else:
                 {"run": measure_run, "small": measure_small, "profile": measure_profile}[section](session)
-        except (Failed, RuntimeError, OSError) as error:
+        except Exception as error:
             failed = 1
-            session.note(section, "failed", str(error))
+            session.note(section, "failed", f"{type(error).__name__}: {error}")
             print(f"{section}: failed: {error}", flush=True)
         print(f"\n{section}: {time.monotonic() - begun:.0f} s", flush=True)
     return failed

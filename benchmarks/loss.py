@@ -19,7 +19,7 @@ from options import Options
 from processes import Failed, alone
 from relssl.engine import keep_memory
 from relssl.method.ressl import OBJECTIVES
-from rounds import Contender, Work, compare, show, spread, times
+from rounds import Contender, Work, compare, left, show, spread, times
 
 STUDENT, TEACHER = 0.1, 0.04
 # (K keys in the memory, D dimensions, B samples, V views)
@@ -91,8 +91,8 @@ def errors(name: str, shape: Shape, threads: int) -> dict[str, float]:
     return {"loss": abs(made.item() / truth.item() - 1), "gradient": float(off)}
 
 
-def measure(options: Options) -> dict[str, Any]:
-    """Compare the forms at each shape, print and return the records."""
+def measure(options: Options, deadline: float | None = None) -> dict[str, Any]:
+    """Compare the forms at each shape, print and return the records; what is not done by the deadline fails."""
     found: dict[str, Any] = {}
     rows = list[list[object]]()
     for shape in TINY_SHAPES if options.tiny else SHAPES:
@@ -100,11 +100,11 @@ def measure(options: Options) -> dict[str, Any]:
         contenders = [Contender(f, work, {"name": f, "shape": shape, "threads": options.threads}) for f in forms()]
         # About as many products as one call at the papers' small sizes takes, at least one.
         units = options.pick(min(16, max(1, 2**31 // (size * dim * batch * views))), 1)
-        records = compare(contenders, options.rounds, units)
+        records = compare(contenders, options.rounds, units, deadline)
         for name, record in records.items():
             record["times"] = times(records, name, "conventional")
             # More views are more rows of the same: one is enough to see the error, and float64 needs memory.
-            record["error"] = _tried(name, (size, dim, batch, 1), options.threads) if views == 1 else None
+            record["error"] = _tried(name, (size, dim, batch, 1), options.threads, deadline) if views == 1 else None
             rows.append([f"{size} x {dim}, {batch}, {views}", name, *_cells(record)])
         found[f"{size}x{dim} B{batch} V{views}"] = records
     heads = ["K x D, B, V", "form", "ms", "times as fast", "MiB on top", "error of loss", "of gradient"]
@@ -112,9 +112,9 @@ def measure(options: Options) -> dict[str, Any]:
     return found
 
 
-def _tried(name: str, shape: Shape, threads: int) -> dict[str, Any]:
+def _tried(name: str, shape: Shape, threads: int, deadline: float | None) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = alone(errors, name, shape, threads)
+        found: dict[str, Any] = alone(errors, name, shape, threads, timeout=left(deadline))
     except Failed as error:
         return {"failed": str(error)}
     return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +10,7 @@ from pictures import Source, images_of
 from relssl.config import Config, resolve
 from relssl.data.loaders import create_loader
 from relssl.data.plan import Plan
+from relssl.data.shrinking import shrunken
 from relssl.data.sources import Images
 from relssl.engine import Engine
 from relssl.train.assembly import complete_settings
@@ -22,21 +22,13 @@ from rounds import Work
 Settings = Mapping[str, Any]
 
 
-def exists(setting: str) -> bool:
-    """Whether the package has a setting of this dotted name."""
-    owner: Any = Config()
-    for name in setting.split("."):
-        if not dataclasses.is_dataclass(owner) or name not in {field.name for field in dataclasses.fields(owner)}:
-            return False
-        owner = getattr(owner, name)
-    return True
-
-
 def trainer(settings: Settings, source: Source) -> Trainer:
     """A run that writes nothing, with its networks on the device."""
     images = images_of(source)
     config = complete_settings(resolve(settings), images)
-    return Trainer(config, Engine(config.engine), images, None)
+    made = Trainer(config, Engine(config.engine), images, None)
+    made.compile()
+    return made
 
 
 def training(settings: Settings, source: Source) -> Work:
@@ -89,9 +81,7 @@ def loading(settings: Settings, source: Source) -> Work:
 
 def _shrunk(images: Images, config: Config) -> Images:
     """The images as a run would read them: shrunk beforehand, if the settings say so, before anything is timed."""
-    if getattr(config.loader, "cache", None) is None:
+    if config.loader.cache is None:
         return images
     with Display(1, 0, show=False) as display:
-        made = importlib.import_module("relssl.data.shrinking").shrunken(images, config, display)
-    more: dict[str, Any] = {"shrunk": made}
-    return dataclasses.replace(images, **more)
+        return dataclasses.replace(images, shrunk=shrunken(images, config, display))

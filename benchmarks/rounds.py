@@ -43,13 +43,13 @@ class Contender:
     arguments: Mapping[str, Any]
 
 
-def compare(contenders: Sequence[Contender], rounds: int, units: int, timeout: float | None = None) -> dict[str, Record]:
+def compare(contenders: Sequence[Contender], rounds: int, units: int, deadline: float | None = None) -> dict[str, Record]:
     """Measure the contenders in turns.
 
     Args:
         rounds: turns of each.
         units: units of work in a turn, after one that is not measured.
-        timeout: seconds after which a contender's turn is a failure.
+        deadline: time.monotonic() after which whoever's turn it is fails, and those after it; None: never.
 
     Returns:
         By contender: images_per_second, images_per_core_second (processor time, workers included) and seconds_per_unit,
@@ -63,15 +63,20 @@ def compare(contenders: Sequence[Contender], rounds: int, units: int, timeout: f
                 if "failed" in records[name]:
                     continue
                 try:
-                    lap = process("lap", 1 if turn == 0 else units, timeout=timeout)
+                    lap = process("lap", 1 if turn == 0 else units, timeout=left(deadline))
                     if turn > 0:
                         records[name]["laps"].append(lap)
                     if turn == rounds:
-                        records[name] |= process("end", 0)
+                        records[name] |= process("end", 0, timeout=left(deadline))
                 except Failed as error:
                     records[name]["failed"] = str(error)
                     print(f"{name}: {error}", flush=True)
     return {name: _summed(record) for name, record in records.items()}
+
+
+def left(deadline: float | None) -> float | None:
+    """Seconds until then, at least none."""
+    return None if deadline is None else max(0.0, deadline - time.monotonic())
 
 
 def _timed(contender: Contender) -> Callable[[str, int], Any]:

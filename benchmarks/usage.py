@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-import resource
-import sys
 from pathlib import Path
 
 import torch
+
+from relssl.train.memory import host_memory
 
 MIB = 1 << 20
 
@@ -40,22 +40,13 @@ def forget_peak() -> None:
 
 def memory() -> int:
     """Bytes held now: on the GPU if one is in use, else by this process."""
-    return int(torch.cuda.memory_allocated()) if _on_gpu() else _status("VmRSS")
+    return int(torch.cuda.memory_allocated()) if _on_gpu() else host_memory("VmRSS")
 
 
 def peak_memory() -> int:
     """Most bytes held since `forget_peak`, in the same place. Of a process, without its workers but for pages they share."""
-    return int(torch.cuda.max_memory_allocated()) if _on_gpu() else _status("VmHWM")
+    return int(torch.cuda.max_memory_allocated()) if _on_gpu() else host_memory("VmHWM")
 
 
 def _on_gpu() -> bool:
     return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
-
-
-def _status(field: str) -> int:
-    """A field of the kernel's account of this process. The peak of getrusage would not do: a new process inherits its parent's."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) << 10 for line in lines if line.startswith(field))
-    except (OSError, StopIteration):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -80,12 +80,14 @@ def whole_run(settings: Mapping[str, Any], sides: tuple[int, int] | None = None)
 
     Returns:
         seconds, by start, training, evaluation, saving, finish and total; images_per_second while training; knn and linear, top-1
-        in percent of each network; compile, what the run says about it.
+        in percent of each network; compile, what the run says about it; last_row, of its metrics.
     """
     split = Split()
     with tempfile.TemporaryDirectory() as folder, ExitStack() as watched:
         for (owner, method), name in PARTS.items():
             watched.enter_context(split.watch(owner, method, name))
+        told = list[str | None]()
+        watched.enter_context(note_compiling(told))
         begun = time.perf_counter()
         config = resolve({**settings, "out": str(Path(folder, "run"))})
         result = pretrain(settings=config, quiet=True)
@@ -105,8 +107,20 @@ def whole_run(settings: Mapping[str, Any], sides: tuple[int, int] | None = None)
             "images_per_second": round(last["samples"] / seconds["training"], 1),
             "knn": {"student": last.get("knn_top1"), "teacher": last.get("knn_teacher_top1")},
             "linear": linear(result.folder, sides),
+            "compile": told[-1],
             "last_row": last,
         }
+
+
+def note_compiling(told: list[str | None]) -> Any:
+    """Within this context, keep what each run that is set up has to tell of compiling its networks."""
+    original = Trainer.compile
+
+    def noted(trainer: Trainer) -> None:
+        original(trainer)
+        told.append(trainer.compiled)
+
+    return patch.object(Trainer, "compile", noted)
 
 
 def linear(run: Path, sides: tuple[int, int] | None) -> dict[str, float]:

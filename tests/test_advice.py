@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 
 from relssl.config import resolve
-from relssl.report.estimate import advice_lines, duration, size
+from relssl.report.estimate import advice_lines
 from relssl.train.advice import Advice, advise
-from relssl.train.costs import Disk, Extras, Memory
+from relssl.train.costs import Disk, Extras
 from relssl.train.estimate import Estimate, limit, shares
+from relssl.train.memory import Memory
 from relssl.train.timing import Timing
+from relssl.units import duration, size
 
 GB = 10**9
 SHARES = {
@@ -25,11 +27,18 @@ def figures(**changes: Any) -> Estimate:
     """A healthy run on a CPU, with changes."""
     about = {"data": "photos", "images": 50_000, "backbone": "resnet18", "batch_size": 256, "epochs": 200, "total_steps": 39_000}
     machine = {"device": "CPU, 8 threads, bf16", "kind": "cpu", "world": 1, "cores": 8, "threads": 8, "workers": 2}
-    speed = {"steps_timed": 20, "step_seconds": 2.0, "step_low": 1.9, "step_high": 2.2, "images_per_second": 127.0}
+    speed = {
+        "steps_timed": 20,
+        "step_seconds": 2.0,
+        "step_low": 1.9,
+        "step_high": 2.2,
+        "step_mean": 2.0,
+        "images_per_second": 127.0,
+    }
     length = {"seconds": 79_000.0, "training_seconds": 78_000.0, "evaluation_seconds": 900.0, "saving_seconds": 100.0}
     space = {
         "memory": Memory(4 * GB, 64 * GB, 0, 0),
-        "disk": Disk(GB // 10, 4, GB // 10, 10**7, 100 * GB),
+        "disk": Disk(GB // 10, 4, GB // 10, 10**7, 100 * GB, 0, 90 * GB),
         "extras": Extras(21, 43.0, 200, 0.5),
     }
     floor = {"flops": {"student": GB}, "attainable_flops": 1e12, "bf16_gain": None, "floor_seconds": 1.2, "floor_multiple": 1.7}
@@ -59,13 +68,19 @@ def test_nothing_is_advised_where_nothing_is_to_gain() -> None:
 
 CASES: list[tuple[Estimate, dict[str, Any], str, str, float | None]] = [
     # Half of a second's step is computing; four processes make a batch of 2 core seconds in that.
-    (gpu(0.5, step_seconds=1.0, shares=waiting(0.5), stages={"load": 2.0, "health": 0.0}), {}, "loader.workers", "4", 2.0),
+    (gpu(0.5, step_mean=1.0, shares=waiting(0.5), stages={"load": 2.0, "health": 0.0}), {}, "loader.workers", "4", 2.0),
     # On a CPU the same cores do both: (0.5 s x 8 threads + 2 core seconds) on 8 cores are 0.75 s.
-    (figures(step_seconds=1.0, shares=waiting(0.5), stages={"load": 2.0, "health": 0.0}), {}, "loader.workers", "4", 4 / 3),
+    (figures(step_mean=1.0, shares=waiting(0.5), stages={"load": 2.0, "health": 0.0}), {}, "loader.workers", "4", 4 / 3),
+    # Each of two processes has four of the cores: three beside itself, which need 2/3 s for a batch.
+    (
+        gpu(0.5, step_mean=1.0, shares=waiting(0.5), stages={"load": 2.0, "health": 0.0}),
+        *({"engine.devices": 2}, "loader.workers", "3", 1.5),
+    ),
     # All cores load already.
     (gpu(0.5, shares=waiting(0.5), workers=7, stages={"load": 40.0, "health": 0.0}), {}, "loader.cache", "37", 2.0),
     # 0.88 of the step at twice the speed.
     (figures(bf16_gain=2.0), {"engine.precision": "fp32"}, "engine.precision", "bf16", 1 / 0.56),
+    (gpu(0.5), {"compile": "off"}, "compile", "auto", None),
     (figures(threads=2), {"engine.threads": 2}, "engine.threads", "null", 4.0),
     (figures(threads=2), {"engine.threads": 2, "engine.devices": 2}, "engine.threads", "null", 2.0),
     (gpu(0.1, floor_multiple=6.0), {}, "batch_size", "512", None),
@@ -77,7 +92,8 @@ CASES: list[tuple[Estimate, dict[str, Any], str, str, float | None]] = [
     (figures(saving_seconds=7900.0), {}, "checkpoint.every", "5", 1 / (1 - 0.1 * 0.8)),
     (figures(saving_seconds=7900.0), {"checkpoint.every_steps": 10}, "checkpoint.every_steps", "null", None),
     (figures(evaluation_seconds=39_500.0), {}, "log.knn_every", "100", 1 / (1 - 0.5 * 0.9)),
-    (figures(disk=Disk(GB, 4, 0, 0, 3 * GB)), {}, "out", "another disk", None),
+    (figures(disk=Disk(GB, 4, 0, 0, 3 * GB, 0, 0)), {}, "out", "another disk", None),
+    (figures(disk=Disk(GB, 4, 0, 0, 9 * GB, 6 * GB, 5 * GB)), {}, "loader.cache_folder", "another disk", None),
 ]
 
 
@@ -94,6 +110,9 @@ def test_one_fault_one_advice(found: Estimate, over: dict[str, Any], setting: st
     [
         (figures(shares=waiting(0.5), workers=None), {}),  # views of images in memory
         (gpu(0.1, floor_multiple=3.0), {}),
+        (gpu(0.5), {"compile": "auto"}),
+        (gpu(0.5, total_steps=1999), {"compile": "off"}),
+        (figures(), {"compile": "off"}),
         (gpu(0.6, floor_multiple=6.0), {}),
         (figures(floor_multiple=6.0), {}),  # of a CPU no batch is too small
         (figures(bf16_gain=1.1), {"engine.precision": "fp32"}),
@@ -109,8 +128,17 @@ def test_no_advice_that_gives_nothing(found: Estimate, over: dict[str, Any]) -> 
     assert advise(found, settings(**over)) == ()
 
 
+@pytest.mark.parametrize(
+    ("free", "over"), [(GB // 10, {}), (90 * GB, {"loader.decoder": "torchvision"}), (90 * GB, {"loader.cache": 37})]
+)
+def test_no_cache_is_advised_that_does_not_fit_or_is_refused(free: int, over: dict[str, Any]) -> None:
+    disk = Disk(GB // 10, 4, GB // 10, 10**7, 100 * GB, 0, free)  # 50,000 images of 37 x 49 pixels are 0.27 GB
+    found = gpu(0.5, shares=waiting(0.5), workers=7, stages={"load": 40.0, "health": 0.0}, disk=disk)
+    assert [advice.setting for advice in advise(found, settings(**over))] == ["data"]
+
+
 def test_several_come_with_the_largest_gain_first() -> None:
-    found = figures(threads=2, bf16_gain=2.0, disk=Disk(GB, 4, 0, 0, GB))
+    found = figures(threads=2, bf16_gain=2.0, disk=Disk(GB, 4, 0, 0, GB, 0, 0))
     given = advise(found, settings(**{"engine.threads": 2, "engine.precision": "fp32"}))
     assert [advice.setting for advice in given] == ["engine.threads", "engine.precision", "out"]
     assert advice_lines((Advice("a.b", "1", "because", 1.5),)) == ["a.b: 1  (because; up to 1.50 x the speed)"]

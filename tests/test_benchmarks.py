@@ -16,6 +16,9 @@ import torch
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
+import bench
+import files
+import gpu
 import loss
 import peers
 import usage
@@ -23,6 +26,7 @@ import whole_run
 from options import Options
 from pictures import picture, write_folder
 from processes import Failed, alone
+from relssl.config import resolve
 from rounds import Contender, Work, compare, spread, times
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -69,6 +73,58 @@ def test_contenders_take_turns_and_a_failing_one_leaves_the_others_alone(tmp_pat
 def test_what_hangs_is_stopped() -> None:
     with pytest.raises(Failed, match="took longer than 1 s"):
         alone(time.sleep, 60, timeout=1)
+
+
+def test_after_the_deadline_what_is_left_fails_and_what_is_done_stays(tmp_path: Path) -> None:
+    contenders = [Contender("a", noted, {"name": "a", "log": str(tmp_path / "log"), "seconds": 0.5})]
+    (record,) = compare(contenders, rounds=1, units=1, deadline=time.monotonic()).values()
+    assert record == {"failed": "took longer than 0 s and was stopped"}
+    (record,) = compare(contenders, rounds=1, units=1, deadline=time.monotonic() + 500).values()
+    assert record["images_per_second"] == [20.0]
+
+
+def session(out: Path, *, tiny: bool, minutes: float = 9) -> gpu.Session:
+    return gpu.Session(out, minutes, Options(1, 1, 0, None, None, tiny), None)
+
+
+def test_results_of_a_gpu_are_kept_from_rehearsals_and_other_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session(tmp_path, tiny=False).note("loss", "records", 1)
+    before = (tmp_path / "gpu.json").read_text()
+    session(tmp_path, tiny=True).note("loss", "records", 2)
+    assert (tmp_path / "gpu.json").read_text() == before
+    assert session(tmp_path, tiny=False).found["loss"] == {"records": 1}
+    monkeypatch.setattr(gpu, "environment", lambda: {"processor": "another"})
+    assert "loss" not in session(tmp_path, tiny=False).found
+
+
+def test_a_measurement_that_hangs_leaves_time_for_others(tmp_path: Path) -> None:
+    assert session(tmp_path, tiny=True, minutes=9).deadline() - time.monotonic() == pytest.approx(180, abs=5)
+    assert session(tmp_path, tiny=True, minutes=1).deadline() - time.monotonic() == pytest.approx(60, abs=5)
+    assert gpu.SECTIONS[-1] == "run"  # which is given all that is left
+
+
+def test_a_section_that_fails_in_any_way_leaves_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise KeyError("floor")
+
+    monkeypatch.setattr(gpu, "measure_small", fail)
+    monkeypatch.setattr(loss, "measure", lambda options, deadline: {"all": "well"})
+    made = session(tmp_path, tiny=True)
+    assert gpu.run(made, ["small", "loss"]) == 1
+    assert made.found["small"]["failed"] == "KeyError: 'floor'" and made.found["loss"]["records"] == {"all": "well"}
+
+
+@pytest.mark.parametrize(("found", "code"), [({"a": {"b": {"failed": "x"}}}, 1), ({"a": {"b": [1.0]}}, 0)])
+def test_a_contender_that_failed_is_told_by_the_exit_code(
+    found: dict[str, Any], code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loss, "measure", lambda options: found)
+    assert bench.run(["loss"], Options(1, 1, 0, None, None, tiny=True), tmp_path / "out.json") == code
+
+
+def test_the_loaders_of_a_comparison_try_no_workers() -> None:
+    loader = resolve(files.settings(Options(1, 1, 2, None, None, tiny=True), 8)).loader
+    assert loader.workers == loader.prefetch == 2
 
 
 def set_threads(count: int) -> int:
@@ -164,9 +220,10 @@ def test_all_benchmarks_run(tmp_path: Path) -> None:
     tell = script("bench.py", "--only", "small,growth", "--tiny", "--workers", "1", "--threads", "1", "--out", str(out))
     tell += script("gpu.py", "--rehearse", "--out", str(tmp_path))
     assert not failures(json.loads(out.read_text())), tell
-    found = json.loads((tmp_path / "gpu.json").read_text())
+    found = json.loads((tmp_path / "gpu-rehearsal.json").read_text())
     assert not failures(found) and found["run"]["cifar10"]["seconds"]["training"] > 0, tell
-    assert "convolution" in (tmp_path / "gpu-profile-after.txt").read_text()
+    assert "compile" in found["run"]["cifar10"]
+    assert "convolution" in (tmp_path / "gpu-rehearsal-profile-after.txt").read_text()
 
 
 def script(name: str, *arguments: str) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -19,15 +18,19 @@ import torch
 import relssl
 from relssl.cli import main
 from relssl.config import resolve, to_yaml
-from relssl.engine import Engine
+from relssl.data.shrinking import shrunken
+from relssl.data.tuning import Tuning
+from relssl.engine import Engine, available_cores
 from relssl.errors import ConfigError, RelsslError
 from relssl.evaluation.protocol import choose
 from relssl.schema import merge, nest
-from relssl.train import costs
+from relssl.train import cached, costs, memory
+from relssl.train import estimate as estimating
 from relssl.train.assembly import build
 from relssl.train.estimate import Estimate
+from relssl.train.journal import Display
 from small_runs import SMALL, small_run
-from test_stages import files, folder, trainer
+from test_stages import files, folder, train, trainer
 
 __all__ = ["folder"]  # the fixture
 
@@ -96,10 +99,9 @@ def test_the_table_names_what_limits_and_what_to_change(
 
 
 def test_from_python() -> None:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     found = relssl.estimate(**SMALL, steps=3, quiet=True)
     assert isinstance(found, Estimate) and found.threads == 1 and found.device.startswith("CPU")
-    assert ("engine.threads" in {advice.setting for advice in found.advice}) == (cores > 1)
+    assert ("engine.threads" in {advice.setting for advice in found.advice}) == (available_cores() > 1)
     with pytest.raises(dataclasses.FrozenInstanceError):
         found.seconds = 0.0  # type: ignore[misc]
     with pytest.raises(ConfigError, match="steps: must be at least 1"):
@@ -212,13 +214,75 @@ def test_reading_skips_what_cannot_be_read(folder: Path) -> None:
     assert costs._reading(run.images, run.config) > 0
 
 
+def test_a_cache_is_not_made_for_an_estimate(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cached, "_SAMPLE", 4)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    caches = tmp_path / "caches"
+    run = files(folder, **{"loader.cache": 16, "loader.cache_folder": str(caches)})
+    before = sorted(tmp_path.iterdir())
+    with cached.stand_in(run) as needed:
+        train(run, 3)  # reads all the positions
+        assert isinstance(run.images.shrunk, cached.Repeated) and len(run.images.shrunk) == 12
+        few = run.images.shrunk.total
+        assert 0 < few <= 4 * 3 * 16 * 20 and needed == few * 12 // 4
+    assert sorted(tmp_path.iterdir()) == before
+    disk, _ = costs.measure_saving(run, needed)
+    assert disk.cache == needed and 0 < disk.cache_free < disk.free + 1
+
+
+def test_a_cache_that_is_there_is_read_as_it_is(folder: Path, tmp_path: Path) -> None:
+    caches = tmp_path / "caches"
+    run = files(folder, **{"loader.cache": 16, "loader.cache_folder": str(caches)})
+    with Display(1, 0, show=False) as silent:
+        made = shrunken(run.images, run.config, silent)
+    before = {file: file.stat().st_mtime_ns for file in caches.rglob("*")}
+    with cached.stand_in(run) as needed:
+        train(run, 1)
+        assert needed == 0 and run.images.shrunk is not None and run.images.shrunk.folder == made.folder
+    assert {file: file.stat().st_mtime_ns for file in caches.rglob("*")} == before
+
+
+def test_no_workers_are_tried_while_steps_are_timed() -> None:
+    """Else `--steps 300` would be a mixture of several loaders' steps."""
+    loader = estimating._timed(resolve({"recipe": "folder", "data": "photos"})).loader
+    assert list(Tuning(loader, 8, 1, 100_000).trials()) == []
+
+
+def test_ranks_repeat_the_stages_as_often_as_the_first_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[int]()
+
+    def stages(run: Any, repeats: int) -> dict[str, float]:
+        asked.append(repeats)
+        raise ConfigError("seen")
+
+    monkeypatch.setattr(Engine, "first_says", lambda self, value: 4)
+    monkeypatch.setattr(estimating, "stages", stages)
+    with pytest.raises(ConfigError, match="seen"):
+        relssl.estimate(**SMALL, steps=1, quiet=True)
+    assert asked == [4]
+
+
 def test_memory_of_a_gpu_is_what_is_reserved(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80))
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda _: 72)
     here: Any = SimpleNamespace(device=torch.device("cpu"))
     there: Any = SimpleNamespace(device=torch.device("cuda"))
     small = torch.zeros(1 << 24).add_(1)  # 64 MiB that are really there
-    found = costs.peak_memory(there)
+    found = memory.peak_memory(there, 2)
     assert (found.device_used, found.device_total, found.share) == (72, 80, 0.9)
-    found = costs.peak_memory(here)
+    found = memory.peak_memory(here, 1)
     assert found.device_total == 0 and small.nbytes < found.used < found.total and found.share == found.used / found.total
+
+
+def test_memory_of_the_machine_is_that_of_all_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "host_memory", lambda field: 7 if field == "VmHWM" else 0)
+    here: Any = SimpleNamespace(device=torch.device("cpu"))
+    assert memory.peak_memory(here, 4).used == 28
+
+
+def test_a_process_does_not_inherit_its_parents_peak() -> None:
+    block = b"\1" * (256 << 20)
+    code = "from relssl.train.memory import host_memory; print(host_memory('VmRSS'), host_memory('VmHWM'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    held, most = map(int, done.stdout.split())
+    assert held <= most < held + len(block) // 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ from relssl.schema import merge, nest
 from relssl.train import stages as module
 from relssl.train.assembly import build
 from relssl.train.stages import STAGES, stages
-from relssl.train.timing import _Marks, time_steps
+from relssl.train.timing import _Marks, _turns, time_steps
 from relssl.train.trainer import Trainer
 from small_runs import SMALL
 
@@ -151,3 +152,60 @@ def test_on_a_gpu_its_own_clock_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(4):
         marks.set()
     assert marks.spans() == [0.25, 0.25, 0.25] and waits == [1]
+
+
+def test_views_of_several_steps_are_shared_out_among_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that making views alone moves."""
+    run, now = trainer(**{"loader.views_ahead": 4}), [0.0]
+    make = run.loader._views  # type: ignore[union-attr]
+
+    def slowly(*arguments: Any) -> list[torch.Tensor]:
+        now[0] += 8.0
+        return make(*arguments)
+
+    monkeypatch.setattr(run.loader, "_views", slowly)
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    assert stages(run, repeats=1)["views"] == 2.0
+    run.step = 9  # an epoch has ten, so that its last stretch has two
+    assert stages(run, repeats=1)["views"] == 4.0
+
+
+def test_whole_stretches_of_views_are_timed() -> None:
+    run = trainer(**{"loader.views_ahead": 4})
+    assert len(time_steps(run, 5).steps) == 8
+
+
+def test_ranks_with_other_cores_make_the_same_steps(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = files(folder, **{"loader.workers": 2})
+    monkeypatch.setattr(run.engine, "largest", lambda mine: mine + 4)
+    assert _turns(run) == 6
+
+
+def test_parts_exchange_gradients_with_the_last_as_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, lasts = trainer(accumulate=2), list[bool]()
+
+    def part(student: torch.nn.Module, last: bool) -> Any:
+        assert student is run.model.student
+        lasts.append(last)
+        return nullcontext()
+
+    monkeypatch.setattr(run.engine, "part", part)
+    stages(run, repeats=1)
+    assert lasts == [False, True] * 2
+
+
+def test_what_moves_to_a_gpu_is_page_locked_as_in_training(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, locked = files(folder), list[torch.Tensor]()
+    loader: Any = run.loader
+
+    def lock(values: torch.Tensor) -> torch.Tensor:
+        locked.append(values.clone())
+        return locked[-1]
+
+    def batch(joined: Any) -> None:
+        assert all(any(value is one for one in locked) for value in (joined.row, *joined.views))
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lock)
+    monkeypatch.setattr(loader, "device", torch.device("cuda"))
+    monkeypatch.setattr(loader, "batch", batch)
+    assert module._loading(run, 1)["transfer"] >= 0 and len(locked) == 3

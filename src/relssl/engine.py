@@ -37,9 +37,7 @@ class Engine:
         self.precision = config.precision
         if config.precision == "auto":
             self.precision = "bf16" if fast_bf16(kind) else "fp32"
-        self.threads = config.threads or max(
-            1, len(os.sched_getaffinity(0)) // config.devices if hasattr(os, "sched_getaffinity") else 1
-        )
+        self.threads = config.threads or max(1, available_cores() // config.devices)
         torch.set_num_threads(self.threads)
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -214,6 +212,11 @@ def fast_bf16(kind: str) -> bool:
         tests = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
         return any(test() for test in tests if test is not None)
     return False
+
+
+def available_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def keep_memory() -> None:

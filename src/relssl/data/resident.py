@@ -46,11 +46,17 @@ class Resident:
         step = start - start % self.plan.steps_per_epoch % self.ahead
         source = self.plan.steps(step, stop + self.ahead)
         while step < stop:
-            count = min(self.ahead, self.plan.steps_per_epoch - step % self.plan.steps_per_epoch)
+            count = self.stretch(step)
             for offset, parts in enumerate(self._stretch(list(islice(source, count)))):
                 if start <= step + offset < stop:
                     yield parts
             step += count
+
+    def stretch(self, step: int) -> int:
+        """How many steps' views are made in one go with those of this step."""
+        epoch = self.plan.steps_per_epoch
+        within = step % epoch
+        return min(self.ahead, epoch - (within - within % self.ahead))
 
     def _stretch(self, steps: list[tuple[int, list[np.ndarray]]]) -> Iterator[list[Batch]]:
         """The parts of some steps of one epoch."""

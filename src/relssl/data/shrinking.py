@@ -33,6 +33,7 @@ from relssl.data.sources import Images
 from relssl.data.workers import hand_over, loader_workers, reset_signals, watch
 from relssl.errors import DataError, StorageError
 from relssl.sections import LoaderConfig
+from relssl.units import size
 
 # Images a worker sends at once: a few MB, for shared memory is small in containers.
 _BATCH = 8
@@ -73,7 +74,7 @@ def shrunken(images: Images, config: Config, teller: Teller) -> Shrunk:
                 sweep(folder)
                 found = _make(images, config, found, teller)
     teller.say(
-        f"cache: {len(images)} images in {_bytes(found.total)}, {shown(str(folder))}; shorter sides are "
+        f"cache: {len(images)} images in {size(found.total)}, {shown(str(folder))}; shorter sides are "
         f"{config.loader.cache} pixels at most, nothing else is lost"
     )
     return found
@@ -94,8 +95,13 @@ def place(images: Images, config: Config) -> Path:
                 digest.update(hashlib.sha256(file.read(1 << 20)).digest())
         except OSError:
             digest.update(b"unreadable")
-    root = Path(loader.cache_folder).expanduser() if loader.cache_folder else cache_root() / "shrunk"
-    return root / f"shrunk-{loader.cache}-{digest.hexdigest()[:16]}"
+    return root(config) / f"shrunk-{loader.cache}-{digest.hexdigest()[:16]}"
+
+
+def root(config: Config) -> Path:
+    """The folder that caches lie in."""
+    chosen = config.loader.cache_folder
+    return Path(chosen).expanduser() if chosen else cache_root() / "shrunk"
 
 
 def _spread(start: int, stop: int) -> list[int]:
@@ -184,7 +190,7 @@ def _make(images: Images, config: Config, found: Shrunk, teller: Teller) -> Shru
         worker_init_fn=reset_signals,
         generator=torch.Generator(),  # the run's own randomness stays as it is
     )
-    what = f"shrinking to {loader.cache} pixels, about {_bytes(needed)}"
+    what = f"shrinking to {loader.cache} pixels, about {size(needed)}"
     with teller.chore(what, start, count) as advance:
         made = _append(found, watch(batches), needed, advance)
     if len(made) < count or (made.folder / PIXELS).stat().st_size != made.total:
@@ -203,7 +209,7 @@ def _require_room(small: _Small, found: Shrunk, count: int) -> int:
         free += max(0, leftover.stat().st_size - found.total) if leftover.exists() else 0
     if needed > free:
         raise StorageError(
-            f"{found.folder}: the cache needs about {_bytes(needed)}, {_bytes(free)} are free; "
+            f"{found.folder}: the cache needs about {size(needed)}, {size(free)} are free; "
             "free some space, set loader.cache_folder to another disk, or lower loader.cache"
         )
     return needed
@@ -243,7 +249,3 @@ def _append(found: Shrunk, batches: Iterator[Any], needed: int, advance: Callabl
         return save()
     finally:
         os.close(file)
-
-
-def _bytes(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

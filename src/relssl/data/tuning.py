@@ -17,7 +17,7 @@ from relssl.sections import LoaderConfig
 
 Step = TypeVar("Step")
 
-_PREFETCH = 2
+PREFETCH = 2  # batches a worker prepares ahead where nothing is given or measured
 _MOST = 32  # workers that are tried; beyond, starting them and their memory cost more than they bring
 _GROUPS = 3  # whose median is taken, so that one pause, such as an evaluation, does not decide
 _NOISE = 1.05  # what is less than this much slower counts as equal
@@ -108,15 +108,15 @@ class Tuning:
         deeper = self.prefetch is None and counts != [0]
         if len(counts) == 1 and not deeper:
             return
-        planned = [self._trial(workers, self.prefetch or _PREFETCH) for workers in counts]
-        most = sum(trial.steps for trial in planned) + (self._trial(max(counts), 2 * _PREFETCH).steps if deeper else 0)
+        planned = [self._trial(workers, self.prefetch or PREFETCH) for workers in counts]
+        most = sum(trial.steps for trial in planned) + (self._trial(max(counts), 2 * PREFETCH).steps if deeper else 0)
         if self.steps < max(_SHORTEST, _SHARE * most):
             return
         for trial in planned:
             self.done.append(trial)
             yield trial
         if deeper:
-            self.done.append(self._trial(best(self.done).workers, 2 * _PREFETCH))
+            self.done.append(self._trial(best(self.done).workers, 2 * PREFETCH))
             yield self.done[-1]
 
     def may_fail(self, trial: Trial) -> bool:
@@ -129,7 +129,7 @@ class Tuning:
         if self.done:
             found = best(self.done)
             return Choice(found.workers, found.prefetch, tuple(self.done))
-        return Choice(untried(self.workers, self.cores), self.prefetch or _PREFETCH)
+        return Choice(untried(self.workers, self.cores), self.prefetch or PREFETCH)
 
     def _trial(self, workers: int, prefetch: int) -> Trial:
         return Trial(workers, prefetch, self.parts)

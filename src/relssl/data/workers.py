@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,6 +11,7 @@ from torch.utils.data import DataLoader, get_worker_info
 
 from relssl.config import Config
 from relssl.data.tuning import untried
+from relssl.engine import available_cores
 from relssl.errors import DataError
 
 # What errors say when a worker is gone, and when /dev/shm or memory is full.
@@ -25,8 +25,7 @@ class WorkerError(DataError):
 
 def cores(config: Config) -> int:
     """CPU cores of this process's share of the machine."""
-    found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, found // config.engine.devices)
+    return max(1, available_cores() // config.engine.devices)
 
 
 def loader_workers(config: Config) -> int:

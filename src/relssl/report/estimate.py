@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from relssl.units import duration, size
+
 if TYPE_CHECKING:
     from relssl.train.advice import Advice
     from relssl.train.estimate import Estimate
@@ -66,6 +68,8 @@ def _costs(found: Estimate) -> Table:
     table.add_row("memory, peak", f"{size(memory.used)} of {size(memory.total)}")
     kept = f"{disk.checkpoints} checkpoints of {size(disk.checkpoint)}"
     table.add_row("disk", f"{size(disk.total)}, {kept}; {size(disk.free)} free")
+    if disk.cache:
+        table.add_row("disk for shrunk images", f"{size(disk.cache)} more; {size(disk.cache_free)} free")
     if found.unreadable:
         table.add_row("images met that cannot be read", str(found.unreadable))
     return table
@@ -84,16 +88,3 @@ def _step(found: Estimate) -> Table:
     if found.workers is not None:
         table.add_row(f"loader processes: {found.workers}", f"a batch takes {duration(found.stages['load'])} of one core")
     return table
-
-
-def duration(seconds: float) -> str:
-    """Seconds in the unit that suits them."""
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
-        if seconds >= 2 * length or (unit == "s" and seconds >= 1):
-            return f"{seconds / length:.1f} {unit}"
-    return f"{seconds * 1000:.1f} ms"
-
-
-def size(count: int) -> str:
-    """Bytes in the unit that suits them."""
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

@@ -7,9 +7,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from relssl.config import Config
+from relssl.train.choices import WORTH_COMPILING
+from relssl.units import size
 
 if TYPE_CHECKING:
     from relssl.train.estimate import Estimate
+
+# Width to height of most photographs.
+_ASPECT = 4 / 3
 
 
 @dataclass(frozen=True)
@@ -57,17 +62,20 @@ def waiting_for_files(found: Estimate, config: Config) -> Advice | None:
     waits = found.shares["data"]
     if found.workers is None or waits <= 0.1:
         return None
-    core_seconds, busy = found.stages["load"], found.step_seconds * (1 - waits)
-    value = min(math.ceil(core_seconds / busy), found.cores - 1)
+    core_seconds, busy = found.stages["load"], found.step_mean * (1 - waits)
+    cores = max(1, found.cores // config.engine.devices)  # of each training process, whose own the workers are
+    value = min(math.ceil(core_seconds / busy), cores - 1)
     if value > found.workers:
         computing = busy * found.threads if found.kind == "cpu" else 0.0  # on the cores that are to load as well
-        gain = found.step_seconds / max(busy, core_seconds / value, (computing + core_seconds) / found.cores)
-        why = f"{waits:.0%} of a step is waiting for data, and {found.cores} cores are there"
+        gain = found.step_mean / max(busy, core_seconds / value, (computing + core_seconds) / cores)
+        why = f"{waits:.0%} of a step is waiting for data, and each process has {cores} cores"
         return Advice("loader.workers", str(value), why, gain) if gain > 1.05 else None
     why = f"{waits:.0%} of a step is waiting for data, with no core left"
-    if config.loader.cache is None:
-        side = round(max(view.size for view in (config.views.weak, *config.strong_views)) * 8 / 7)
-        return Advice("loader.cache", str(side), f"{why}: decode once, and keep the images at that side", 1 / (1 - waits))
+    side = round(max(view.size for view in (config.views.weak, *config.strong_views)) * 8 / 7)
+    needs = found.images * side * round(side * _ASPECT) * 3
+    if config.loader.cache is None and config.loader.decoder == "pillow" and needs <= found.disk.cache_free:
+        why = f"{why}: decode once, and keep the images at that side, in about {size(needs)}"
+        return Advice("loader.cache", str(side), why, 1 / (1 - waits))
     return Advice("data", "a faster disk, or more cores", why, 1 / (1 - waits))
 
 
@@ -78,6 +86,13 @@ def slow_precision(found: Estimate, config: Config) -> Advice | None:
     networks = found.shares["teacher"] + found.shares["student"] + found.shares["backward"]
     gain = 1 / (1 - networks + networks / found.bf16_gain)
     return Advice("engine.precision", "bf16", f"this device computes {found.bf16_gain:.1f} x as fast in bf16", gain)
+
+
+def not_compiled(found: Estimate, config: Config) -> Advice | None:
+    """Compiling is switched off on a GPU, in a run long enough to earn it back."""
+    if config.compile != "off" or found.kind != "cuda" or found.total_steps < WORTH_COMPILING:
+        return None
+    return Advice("compile", "auto", "compiled networks are tried at the start, and kept if they are faster")
 
 
 def idle_cores(found: Estimate, config: Config) -> Advice | None:
@@ -108,7 +123,7 @@ def large_memory(found: Estimate, config: Config) -> Advice | None:
 
 def frequent_figures(found: Estimate, config: Config) -> Advice | None:
     """Logged steps cost over 5 % of the time."""
-    share = found.stages["health"] / config.log.every / found.step_seconds
+    share = found.stages["health"] / config.log.every / found.step_mean
     if share <= 0.05:
         return None
     times = math.ceil(share / 0.02)
@@ -151,15 +166,26 @@ def full_disk(found: Estimate, config: Config) -> Advice | None:
     needs, free = found.disk.total, found.disk.free
     if needs <= free:
         return None
-    return Advice("out", "another disk", f"the run folder needs {needs / 1e9:.1f} GB and {free / 1e9:.1f} GB are free")
+    return Advice("out", "another disk", f"the run folder needs {size(needs)} and {size(free)} are free")
+
+
+def full_cache_disk(found: Estimate, config: Config) -> Advice | None:
+    """Shrunk images do not fit."""
+    needs, free = found.disk.cache, found.disk.cache_free
+    if needs <= free:
+        return None
+    why = f"shrunk images need {size(needs)}, {size(free)} are free beside the run"
+    return Advice("loader.cache_folder", "another disk", why)
 
 
 RULES = (
     full_disk,
+    full_cache_disk,
     memory_nearly_full,
     parts_without_need,
     waiting_for_files,
     slow_precision,
+    not_compiled,
     idle_cores,
     small_batch,
     large_memory,

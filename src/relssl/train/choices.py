@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from relssl.train.learner import Learner
 
 # To compile takes a minute or two; a run of fewer steps would not earn it back.
-_WORTH_COMPILING = 2000
+WORTH_COMPILING = 2000
 
 
 def pick_loss_form(config: Config, engine: Engine, share: int) -> str:
@@ -70,7 +70,7 @@ def compile_networks(learner: Learner) -> str | None:
         A line for the user if there is something to tell.
     """
     config, engine, left = learner.config, learner.engine, learner.total_steps - learner.step
-    worth = engine.device.type == "cuda" and left >= _WORTH_COMPILING and not config.engine.deterministic
+    worth = engine.device.type == "cuda" and left >= WORTH_COMPILING and not config.engine.deterministic
     if config.compile == "off" or (config.compile == "auto" and not worth):
         return None
     # Graphs are replayed on fixed memory; gradients of accumulated parts and DDP's buckets outlive a replay.

@@ -1,12 +1,10 @@
-"""What a run takes beside its steps: memory, disk, evaluations, checkpoints."""
+"""What a run takes beside its steps: disk, evaluations, checkpoints."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-import os
-import resource
 import shutil
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +16,9 @@ from relssl.config import Config
 from relssl.data.decode import BadImage
 from relssl.data.plain import plain_view
 from relssl.data.samples import read_image
+from relssl.data.shrinking import root
 from relssl.data.sources import Images
 from relssl.data.workers import loader_workers
-from relssl.engine import Engine
 from relssl.evaluation.features import extract
 from relssl.evaluation.knn import knn_accuracy
 from relssl.evaluation.protocol import choose
@@ -37,47 +35,8 @@ _FEATURES, _READ = 256, 16
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Bytes at the peak, of this process so far without the loader's processes, and what there is.
-
-    `device` is what was reserved on a GPU; 0 of 0 without one.
-    """
-
-    used: int
-    total: int
-    device_used: int
-    device_total: int
-
-    @property
-    def share(self) -> float:
-        """The fuller of the two, 0 to 1."""
-        return max(self.used / self.total, self.device_used / self.device_total if self.device_total else 0.0)
-
-
-def peak_memory(engine: Engine) -> Memory:
-    """The peak up to now."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    used, total = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, _memory_allowed()
-    if engine.device.type != "cuda":
-        return Memory(used, total, 0, 0)
-    device = torch.cuda.get_device_properties(engine.device)
-    return Memory(used, total, torch.cuda.max_memory_reserved(engine.device), device.total_memory)
-
-
-def _memory_allowed() -> int:
-    """The machine's memory, or what a container may take of it."""
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):
-        try:
-            return min(total, int((Path("/sys/fs/cgroup") / name).read_text()))
-        except (OSError, ValueError):  # not there, or "max"
-            continue
-    return total
-
-
-@dataclass(frozen=True)
 class Disk:
-    """Bytes that the run folder comes to.
+    """Bytes that the run folder comes to, and a cache of shrunk images.
 
     Attributes:
         checkpoint: of one of them.
@@ -85,6 +44,8 @@ class Disk:
         exports: both backbones.
         logs: metrics and events.
         free: where the folder would lie.
+        cache: what is still to be written of shrunk images.
+        cache_free: where these would lie, once the run folder is full grown if that is on the same disk.
     """
 
     checkpoint: int
@@ -92,10 +53,12 @@ class Disk:
     exports: int
     logs: int
     free: int
+    cache: int
+    cache_free: int
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The run folder in the end."""
         return self.checkpoint * self.checkpoints + self.exports + self.logs
 
 
@@ -112,8 +75,12 @@ class Extras:
     save_seconds: float
 
 
-def measure_saving(trainer: Trainer) -> tuple[Disk, float]:
-    """The disk a run needs, and the seconds it takes to make a checkpoint's bytes and their hash. Nothing is written."""
+def measure_saving(trainer: Trainer, cache: int = 0) -> tuple[Disk, float]:
+    """The disk a run needs, and the seconds it takes to make a checkpoint's bytes and their hash. Nothing is written.
+
+    Args:
+        cache: bytes of shrunk images still to be written.
+    """
     config = trainer.config
     begun = time.perf_counter()
     tensors, rest = tree.flatten(whole_state(trainer.model, trainer.optimizer, trainer.engine))
@@ -125,15 +92,18 @@ def measure_saving(trainer: Trainer) -> tuple[Disk, float]:
     rows = trainer.total_steps // config.log.every + config.epochs
     held = min(config.checkpoint.keep, saves(config, trainer.steps_per_epoch)) + (trainer.online is not None) + 1
     logs = rows * (_ROW + _EVENTS * config.log.tensorboard)
-    return Disk(len(data) + len(to_json(rest)), held, exports, logs, _free(config)), seconds
+    out, caches = _existing(Path(config.out or default_folder(config))), _existing(root(config))
+    disk = Disk(len(data) + len(to_json(rest)), held, exports, logs, shutil.disk_usage(out).free, cache, 0)
+    taken = disk.total if out.stat().st_dev == caches.stat().st_dev else 0
+    return dataclasses.replace(disk, cache_free=max(0, shutil.disk_usage(caches).free - taken)), seconds
 
 
-def _free(config: Config) -> int:
-    """Free bytes where the run folder would be made."""
-    place = Path(config.out or default_folder(config)).absolute()
+def _existing(place: Path) -> Path:
+    """The folder, or the nearest above it that is there."""
+    place = place.absolute()
     while not place.exists():
         place = place.parent
-    return shutil.disk_usage(place).free
+    return place
 
 
 def saves(config: Config, steps_per_epoch: int) -> int:

@@ -1,9 +1,8 @@
-"""What a run would take, from a few of its steps on this machine; nothing is written."""
+"""What a run would take, from a few of its steps on this machine; nothing stays on the disk."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,15 +12,17 @@ import numpy as np
 from rich.console import Console
 
 from relssl.config import Config, resolve
-from relssl.engine import Engine, fast_bf16
+from relssl.data.tuning import PREFETCH
+from relssl.data.workers import loader_workers
+from relssl.engine import Engine, available_cores, fast_bf16
 from relssl.errors import ConfigError
 from relssl.train.advice import Advice, advise
-from relssl.train.assembly import build, shrink
-from relssl.train.costs import Disk, Extras, Memory, measure_extras, measure_saving, peak_memory
+from relssl.train.assembly import build
+from relssl.train.cached import stand_in
+from relssl.train.costs import Disk, Extras, measure_extras, measure_saving
 from relssl.train.floor import attainable, step_flops
-from relssl.train.journal import Display
+from relssl.train.memory import Memory, peak_memory
 from relssl.train.pretrain import named
-from relssl.train.signals import StopRequest
 from relssl.train.stages import stages
 from relssl.train.timing import Timing, time_steps, workers
 from relssl.train.trainer import Trainer
@@ -42,13 +43,14 @@ class Estimate:
         cores, threads, workers: this machine's cores, a process's threads, its loader's processes (None: no files).
         steps_timed: how many steps all this is drawn from.
         step_seconds, step_low, step_high: median, 10 and 90 % of a step.
+        step_mean: mean of a step, in which those that wait for data or make several steps' views have their part.
         images_per_second: from the mean step, over all processes.
         seconds: of the whole run = training_seconds + evaluation_seconds + saving_seconds.
         memory, disk, extras: see there.
         flops: operations an image, by network; see `step_flops`.
         attainable_flops: operations a second of one device at its best, measured.
         bf16_gain: how much faster that is in bf16, if the run is in fp32 though bf16 is fast here; else None.
-        floor_seconds, floor_multiple: the step's operations at that rate, and how often that goes into the median step.
+        floor_seconds, floor_multiple: the step's operations at that rate, and how often that goes into the mean step.
         stages: seconds of each stage alone; see `stages`.
         shares: of a step, summing to 1: data (waiting for it; for images in memory, making the views), transfer (and
             layout), teacher, student, loss, backward, health (spread over the steps between), update, rest.
@@ -73,6 +75,7 @@ class Estimate:
     step_seconds: float
     step_low: float
     step_high: float
+    step_mean: float
     images_per_second: float
     seconds: float
     training_seconds: float
@@ -104,7 +107,8 @@ def estimate(
 ) -> Estimate | None:
     """Set up a run, make a few of its steps, and say what the whole would take and what to change.
 
-    Takes a minute or so, longer where a step takes seconds. No run folder is made.
+    Takes a minute or so, longer where a step takes seconds. No run folder is made, and no cache: where `loader.cache` asks for
+    one that is not there in full, a few hundred images in a temporary folder stand for all.
 
     Args:
         data, config, settings, overrides: as for `pretrain`.
@@ -121,13 +125,14 @@ def estimate(
         raise ConfigError(f"steps: must be at least 1, got {steps}")
     made = settings or resolve(({} if data is None else {"data": data}) | overrides, config)
     engine = Engine(made.engine)
-    trainer = build(dataclasses.replace(made, optimizer=dataclasses.replace(made.optimizer, lr=_STILL)), engine)
-    # In the middle, as whether InfoNCE is part of the loss there holds for most of the run.
-    trainer.step = trainer.total_steps // 2
+    trainer = build(_timed(made), engine)
+    console = Console(stderr=True, quiet=quiet or not engine.is_first, highlight=False)
     try:
-        with Display(trainer.total_steps, trainer.step, show=engine.is_first and not quiet) as display:
-            shrink(trainer, display, StopRequest(None))
-        found = _measure(trainer, steps, Console(stderr=True, quiet=quiet or not engine.is_first, highlight=False))
+        trainer.compile()
+        # In the middle, as whether InfoNCE is part of the loss there holds for most of the run.
+        trainer.step = trainer.total_steps // 2
+        with stand_in(trainer) as cache:
+            found = _measure(trainer, steps, console, cache)
     except Exception as error:
         known = named(error, trainer)
         if known is error:
@@ -136,8 +141,14 @@ def estimate(
     return dataclasses.replace(found, advice=advise(found, made)) if engine.is_first else None
 
 
-def _measure(trainer: Trainer, steps: int, console: Console) -> Estimate:
-    """All figures but the advice; every rank measures its own."""
+def _timed(config: Config) -> Config:
+    """The run's settings but for what would disturb its timing: weights that move, and trials of other workers."""
+    loader = dataclasses.replace(config.loader, workers=loader_workers(config), prefetch=config.loader.prefetch or PREFETCH)
+    return dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, lr=_STILL), loader=loader)
+
+
+def _measure(trainer: Trainer, steps: int, console: Console, cache: int) -> Estimate:
+    """All figures but the advice; every rank measures its own. `cache`: bytes of shrunk images still to be written."""
     config, engine = trainer.config, trainer.engine
     console.print(
         f"timing {steps} steps of {config.backbone} on {len(trainer.images)} images, {engine.describe()}",
@@ -145,14 +156,15 @@ def _measure(trainer: Trainer, steps: int, console: Console) -> Estimate:
         soft_wrap=True,
     )
     timing = time_steps(trainer, steps)
-    memory = peak_memory(engine)  # before anything is measured that training does not do
+    memory = peak_memory(engine, config.engine.devices)  # before anything is measured that training does not do
     console.print("timing the stages of a step", markup=False, soft_wrap=True)
     low, middle, high = np.quantile(timing.steps, [0.1, 0.5, 0.9]).tolist()
-    pieces = stages(trainer, max(1, min(_REPEATS, int(_STAGES_SECONDS / middle))))
+    # By the first rank's clock on all of them, as they exchange gradients each time.
+    pieces = stages(trainer, engine.first_says(max(1, min(_REPEATS, int(_STAGES_SECONDS / middle)))))
     console.print("timing the device at its best, an evaluation and a checkpoint", markup=False, soft_wrap=True)
     flops, rate = step_flops(config), attainable(engine)
     slow = engine.precision == "fp32" and fast_bf16(engine.device.type)
-    disk, save_seconds = measure_saving(trainer)
+    disk, save_seconds = measure_saving(trainer, cache)
     extras = measure_extras(trainer, save_seconds)
     mean, parts = statistics.mean(timing.steps), shares(timing, pieces, config.log.every)
     floor = sum(flops.values()) * config.batch_size / engine.world / rate
@@ -163,6 +175,7 @@ def _measure(trainer: Trainer, steps: int, console: Console) -> Estimate:
         step_seconds=middle,
         step_low=low,
         step_high=high,
+        step_mean=mean,
         images_per_second=config.batch_size / mean,
         seconds=trainer.total_steps * mean + evaluating + saving,
         training_seconds=trainer.total_steps * mean,
@@ -175,7 +188,7 @@ def _measure(trainer: Trainer, steps: int, console: Console) -> Estimate:
         attainable_flops=rate,
         bf16_gain=attainable(engine, "bf16") / rate if slow else None,
         floor_seconds=floor,
-        floor_multiple=middle / floor,
+        floor_multiple=mean / floor,
         stages=pieces,
         shares=parts,
         limit=limit(parts),
@@ -196,7 +209,7 @@ def _about(trainer: Trainer) -> dict[str, Any]:
         "device": engine.describe(),
         "kind": engine.device.type,
         "world": engine.world,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        "cores": available_cores(),
         "threads": engine.threads,
         "workers": workers(trainer),
     }

@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from relssl.data.batch import Batch
 from relssl.data.from_files import FromFiles
+from relssl.data.jpegs import Files
+from relssl.data.resident import Resident
+from relssl.data.samples import Sample
 from relssl.engine import Engine
 from relssl.method import ReSSL, health
 from relssl.train.trainer import Trainer
@@ -39,7 +42,7 @@ def stages(trainer: Trainer, repeats: int = 5) -> dict[str, float]:
     Returns:
         Medians over the repeats, by name:
         load: from files only, reading the images and making their views, as one core in a loader's process does it.
-        views: of images in memory only, making the views on the device.
+        views: of images in memory only, making the views on the device; of steps made in one go, each its part.
         transfer: from files only, what workers made to the device, and what is left to do there: to normalise it, and as
             settings say to decode it, and to change its colours.
         layout: the views to channels last.
@@ -89,7 +92,12 @@ def _step(trainer: Trainer, held: list[Batch] | None) -> dict[str, float]:
     if parts is None:
         with clock.time("views"):
             parts = _parts(trainer)
-    made = [_passes(trainer, part, clock) for part in parts]
+        if isinstance(trainer.loader, Resident):
+            clock.seconds["views"] /= trainer.loader.stretch(trainer.step)  # all of which were made
+    made = []
+    for number, part in enumerate(parts, start=1):
+        with trainer.engine.part(trainer.model.student, last=number == len(parts)):
+            made.append(_passes(trainer, part, clock))
     queries = torch.cat([part for part, _ in made], dim=1)
     keys = torch.cat([part for _, part in made])
     _updates(trainer, queries, keys, torch.cat([part.ids for part in parts]), clock)
@@ -152,13 +160,15 @@ def _updates(trainer: Trainer, queries: Tensor, keys: Tensor, ids: Tensor, clock
             student_temperature=method.student_temperature,
             teacher_temperature=now["teacher_temperature"],
         )
+    good = torch.ones((), dtype=torch.bool, device=keys.device)  # updates go by a verdict, as in training
+    trainer.optimizer.found_inf = (~good).float()  # type: ignore[attr-defined]
     with clock.time("optimizer"):
         trainer.optimizer.step()
         trainer.optimizer.zero_grad(set_to_none=True)
     with clock.time("push"):
-        model.push(keys, ids)
+        model.push(keys, ids, good)
     with clock.time("follow"):
-        model.follow(now["teacher_momentum"])
+        model.follow(now["teacher_momentum"], good)
 
 
 @contextmanager
@@ -187,7 +197,7 @@ def _loading(trainer: Trainer, repeats: int) -> dict[str, float]:
     begun = time.perf_counter()
     made = [samples[0, row] for row in rows]
     each = (time.perf_counter() - begun) / len(rows)
-    joined = loader.collate((made * -(-share // len(made)))[:share])
+    joined = _as_sent(loader, loader.collate((made * -(-share // len(made)))[:share]))
     times = []
     for _ in range(repeats + 1):
         with clock.time("transfer"):
@@ -195,3 +205,11 @@ def _loading(trainer: Trainer, repeats: int) -> dict[str, float]:
         times.append(clock.seconds.pop("transfer"))
     parts = trainer.plan.parts
     return {"load": each * share * parts, "transfer": parts * statistics.median(times[1:])}
+
+
+def _as_sent(loader: FromFiles, joined: Sample | Files) -> Sample | Files:
+    """What workers made, in page-locked memory where the loader has it there."""
+    if isinstance(joined, Files) or loader.device.type != "cuda":
+        return joined
+    assert isinstance(joined.row, Tensor)
+    return joined._replace(row=joined.row.pin_memory(), views=[view.pin_memory() for view in joined.views])

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from relssl.data.from_files import FromFiles
+from relssl.data.resident import Resident
 from relssl.data.workers import loader_workers
 from relssl.engine import Engine
 from relssl.train.trainer import Trainer
@@ -40,7 +41,8 @@ def time_steps(trainer: Trainer, steps: int, limit: float = 60.0) -> Timing:
     """Train some steps and time them. Every rank has to call it; the trainer is that many steps further afterwards.
 
     Args:
-        steps: how many; a few more where the loader's processes deliver in turns, so that each has had as many.
+        steps: how many; a few more where the loader's processes deliver in turns, so that each has had as many, or where
+            views of several steps are made in one go.
         limit: seconds after which no further step begins, once there are three.
     """
     _warm_up(trainer)
@@ -82,8 +84,11 @@ def workers(trainer: Trainer) -> int | None:
 
 
 def _turns(trainer: Trainer) -> int:
-    """Steps in which each of the loader's processes delivers once."""
-    return max(1, math.ceil((workers(trainer) or 0) / trainer.plan.parts))
+    """Steps in which each of the loader's processes delivers once, or whose views are made in one go; the same on all ranks."""
+    if isinstance(trainer.loader, Resident):
+        return trainer.loader.ahead
+    # Machines may differ in their cores, and all have to make the same steps.
+    return trainer.engine.largest(max(1, math.ceil((workers(trainer) or 0) / trainer.plan.parts)))
 
 
 def _over(trainer: Trainer, begun: float, seconds: float) -> bool:
