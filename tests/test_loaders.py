@@ -210,8 +210,6 @@ def test_measuring_the_workers_changes_no_batch(folder: Path, monkeypatch: pytes
     assert len(list(short.stream(0, 3))) == 3 and short.choice is not None and not short.choice.trials
 
 
-# torch notices the dead worker once more, at times only as it clears away the loader.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_trial_whose_workers_die_costs_no_step(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("relssl.data.from_files.cores", lambda config: 2)
     images, plan = load(str(folder), None, "train"), Plan(12, 4, parts=2, seed=5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -64,9 +65,11 @@ def watch(loader: DataLoader[Any]) -> Iterator[Any]:
     Raises:
         WorkerError: if a worker died, or found no shared or other memory.
     """
+    batches = iter(loader)
     try:
-        yield from loader
+        yield from batches
     except (RuntimeError, ConnectionError, OSError) as error:
+        _dismiss(batches)
         reason = (str(error).strip() or type(error).__name__).splitlines()
         if loader.num_workers and any(sign in str(error).lower() for sign in _FULL):
             raise WorkerError(
@@ -75,3 +78,16 @@ def watch(loader: DataLoader[Any]) -> Iterator[Any]:
         if not isinstance(error, ConnectionError) and not any(sign in str(error).lower() for sign in _DIED):
             raise
         raise WorkerError(f"a loader process died ({reason[0]}); try loader.workers 0 or more shared memory") from error
+
+
+def _dismiss(batches: Any) -> None:
+    """End the workers that are left. Until they are forgotten, torch raises the death of one anew, in whatever the main thread is
+    doing, whenever another child ends."""
+    end, child = getattr(batches, "_shutdown_workers", None), getattr(signal, "SIGCHLD", None)
+    if end is None or child is None or threading.current_thread() is not threading.main_thread():
+        return
+    before = signal.signal(child, signal.SIG_DFL)
+    try:
+        end()
+    finally:
+        signal.signal(child, before)
