@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from options import Options
-from relssl.engine import available_cores
+from relssl.cores import available_cores
 from relssl.train.folder import environment
 
 PARTS = ("small", "files", "stages", "loss", "growth")

@@ -81,7 +81,7 @@ def test_what_a_stopwatch_decided_is_saved_and_a_change_is_told(tmp_path: Path) 
     saved = next((tmp_path / "a/checkpoints").glob("step-*"))
     again = trainer(tmp_path / "b")
     assert again.restore(saved) == []
-    assert again.before == {"loss form": "plain", "compiled": False} != again.choices()
+    assert again.redecided() == ["loss form plain -> tiled"]
 
 
 def test_the_loss_is_tiled_on_a_cpu_and_triton_is_refused_there(tmp_path: Path) -> None:

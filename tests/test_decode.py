@@ -13,11 +13,13 @@ import pytest
 from PIL import Image, ImageOps, features
 
 from bad_images import CONTENTS, HEIGHT, LOAD, MAX_PIXELS, WIDTH, alpha_picture, jpeg, oriented, picture, png, png_16bit, save
-from relssl.data.decode import BadImage, Opened, decode
+from relssl.data.decode import Opened, decode
+from relssl.data.refusal import BadImage
 
 WHOLE_CORPUS = """
 import json, os, resource, sys
-from relssl.data.decode import BadImage, decode
+from relssl.data.decode import decode
+from relssl.data.refusal import BadImage
 reasons = {}
 for path in sys.argv[2:]:
     try:

@@ -18,9 +18,10 @@ import torch
 import relssl
 from relssl.cli import main
 from relssl.config import resolve, to_yaml
+from relssl.cores import available_cores
 from relssl.data.shrinking import shrunken
 from relssl.data.tuning import Tuning
-from relssl.engine import Engine, available_cores
+from relssl.engine import Engine
 from relssl.errors import ConfigError, RelsslError
 from relssl.evaluation.protocol import choose
 from relssl.schema import merge, nest

@@ -15,9 +15,10 @@ from torch import Tensor
 from bad_images import CONTENTS, jpeg, oriented, picture, save
 from relssl.config import Config, resolve
 from relssl.data import jpegs
-from relssl.data.decode import BadImage, Opened
+from relssl.data.decode import Opened
 from relssl.data.from_files import FromFiles, Unreadable
 from relssl.data.plan import Plan
+from relssl.data.refusal import BadImage
 from relssl.data.sources import Images, load
 from relssl.errors import ConfigError
 

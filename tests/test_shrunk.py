@@ -25,12 +25,13 @@ from bad_images import SKIP
 from relssl.config import Config, resolve
 from relssl.data import decode as decoding
 from relssl.data import shrinking
-from relssl.data.decode import BadImage, decode
+from relssl.data.decode import decode
 from relssl.data.from_files import FromFiles
 from relssl.data.index import cache_root
 from relssl.data.loaders import create_loader
 from relssl.data.plain import batches as plain_batches
 from relssl.data.plan import Plan
+from relssl.data.refusal import BadImage
 from relssl.data.samples import read_image
 from relssl.data.shrinking import place, shrink, shrunken
 from relssl.data.shrunk import PIXELS, TABLE, Shrunk
@@ -157,9 +158,7 @@ def test_a_second_run_finds_it_at_once_and_says_what_it_costs(images: Images, co
     first = shrunken(images, config, told)
     size = os.path.getsize(first.folder / PIXELS)
     assert told.lines[0].startswith("shrinking to 40 pixels, about 0.1 MB: 0 of 20") and told.steps == [8, 16, 20]
-    assert told.lines[-1] == (
-        f"cache: 20 images in {size / 1e6:.1f} MB, {first.folder}; shorter sides are 40 pixels at most, nothing else is lost"
-    )
+    assert told.lines[-1] == (f"cache: 20 images in {size / 1e6:.1f} MB, {first.folder}; shorter sides are 40 pixels at most")
     monkeypatch.setattr(shrinking, "_make", None)
     again = shrunken(images, config, told)
     assert pixels_of(again) == pixels_of(first) and size == again.total
@@ -314,7 +313,7 @@ def test_a_fault_that_may_pass_is_not_kept(
     workers: int, error: BaseException, images: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = settings_for(tmp_path, **{"loader.workers": workers})
-    opener = decoding._open_regular
+    opener = decoding.open_regular
 
     def failing(path: str) -> Any:
         if path.endswith("13.png"):
@@ -322,7 +321,7 @@ def test_a_fault_that_may_pass_is_not_kept(
         return opener(path)
 
     with monkeypatch.context() as patched:
-        patched.setattr(decoding, "_open_regular", failing)
+        patched.setattr(decoding, "open_regular", failing)
         with pytest.raises(DataError, match=r"^\S*/13.png: .*; that may pass, .* the next start goes on here"):
             shrunken(images, config, Told())
     kept = Shrunk.open(place(images, config))
@@ -343,7 +342,8 @@ def test_a_disk_without_room_is_told_before_anything_is_written(images: Images, 
     usage = shutil.disk_usage
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(path)._replace(free=90_000))
     with pytest.raises(
-        StorageError, match=r"the cache needs about 0.1 MB, 0.1 MB are free; free some space, set loader.cache_"
+        StorageError,
+        match=r"the cache needs about 0.1 MB, 0.1 MB are free; free some space, or lower loader.cache, or set loader.cache_",
     ) as told:
         shrunken(images, config, Told())
     assert told.value.exit_code == 5 and not (place(images, config) / PIXELS).exists()

@@ -1,4 +1,4 @@
-"""Devices, precision and ranks: the only file that knows them. A thin layer over Lightning Fabric."""
+"""Devices, precision and ranks: a thin layer over Lightning Fabric, and the only file that knows of ranks and of Fabric."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from lightning.fabric import Fabric
 from lightning.fabric.strategies import DDPStrategy
 from torch import Tensor, nn
 
+from relssl.cores import available_cores
+from relssl.data.transfer import synchronise
 from relssl.errors import ConfigError, DistributedError
 from relssl.sections import EngineConfig
 
@@ -157,10 +159,7 @@ class Engine:
 
     def synchronise(self) -> None:
         """Until the device has done all that was asked of it: before a clock is read, never in a loop that trains."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        elif self.device.type == "mps":
-            torch.mps.synchronize()
+        synchronise(self.device)
 
     def release(self) -> None:
         """Give memory that nothing holds any more back to the device."""
@@ -212,11 +211,6 @@ def fast_bf16(kind: str) -> bool:
         tests = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
         return any(test() for test in tests if test is not None)
     return False
-
-
-def available_cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def keep_memory() -> None:

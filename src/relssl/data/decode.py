@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import os
-import stat
 import warnings
 from collections.abc import Iterator
 from typing import IO
@@ -14,26 +12,12 @@ from typing import IO
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
+from relssl.data.refusal import BadImage, fault, guess, open_regular
+
 # Only formats in which photographs lie about. Left out are those that start other programs (EPS), are documents (PDF, PSD),
 # measurements (FITS) or icons, and each whose decoder few people read.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 
-# What files that no decoder knows begin with: the reason is then something to act on.
-_BEGINNINGS = (
-    (b"version https://git-lfs", "is a Git LFS pointer; fetch the image with `git lfs pull`"),
-    (b"\xff\xd8", "has a broken JPEG header"),
-    (b"\x89PNG", "has a broken PNG header"),
-    (b"GIF8", "has a broken GIF header"),
-    (b"RIFF", "has a broken WebP header"),
-    (b"BM", "has a broken BMP header"),
-    (b"II*\0", "has a broken TIFF header"),
-    (b"MM\0*", "has a broken TIFF header"),
-    (b"<", "holds HTML, SVG or XML, not pixels"),
-    (b"%PDF", "is a PDF"),
-    (b"%!PS", "is PostScript"),
-    (b"8BPS", "is a Photoshop file"),
-    (b"PK", "is a ZIP archive"),
-)
 _EXIF_ORIENTATION = 0x0112
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -44,26 +28,8 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-
-
 _SIDEWAYS = (5, 6, 7, 8)
 REDUCTIONS: tuple[int, ...] = (1, 2, 4, 8)
-
-
-# What says more about the machine or the network at this moment than about the file.
-_PASSING = (errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ETIMEDOUT, errno.ENOTCONN)
-
-
-class BadImage(Exception):
-    """A file that cannot be read as an image; the message is one short line that fits behind the file's name.
-
-    Attributes:
-        lasting: whether it is the file's own fault; otherwise another try may well succeed.
-    """
-
-    def __init__(self, reason: str, lasting: bool = True) -> None:
-        super().__init__(reason)
-        self.lasting = lasting
 
 
 class Opened:
@@ -90,7 +56,7 @@ class Opened:
         self.turn, self.reductions = 1, REDUCTIONS[:1]
         self._decoded: Image.Image | None = None
         with self._named_faults(), contextlib.ExitStack() as unless_whole:
-            self._file = unless_whole.enter_context(_open_regular(path))
+            self._file = unless_whole.enter_context(open_regular(path))
             self._image = _header(self._file, max_pixels)
             if self._image.format in ("JPEG", "MPO"):
                 self.turn = _orientation(self._image)
@@ -147,14 +113,13 @@ class Opened:
         except BadImage:
             raise
         except UnidentifiedImageError as error:
-            raise BadImage(_guess(self._path)) from error
+            raise BadImage(guess(self._path, FORMATS)) from error
         except Image.DecompressionBombError as error:
             raise BadImage(f"has far more than max_pixels ({self._max_pixels}) pixels") from error
         except MemoryError as error:
             raise BadImage("needs more memory than there is", lasting=False) from error
         except Exception as error:  # Decoders of foreign bytes raise nearly everything, from struct.error to KeyError.
-            passing = isinstance(error, OSError) and error.errno in _PASSING
-            raise BadImage(_one_line(error), lasting=not passing) from error
+            raise fault(error) from error
 
 
 def decode(path: str, max_pixels: int) -> Image.Image:
@@ -169,21 +134,6 @@ def decode(path: str, max_pixels: int) -> Image.Image:
     """
     with Opened(path, max_pixels) as opened:
         return opened.rgb()
-
-
-def _open_regular(path: str) -> IO[bytes]:
-    """Open a file only if it is one; not blocking, for to open a named pipe would wait until somebody writes."""
-    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0) | getattr(os, "O_BINARY", 0))
-    try:
-        facts = os.fstat(handle)
-        if not stat.S_ISREG(facts.st_mode):
-            raise BadImage("is not a regular file")
-        if facts.st_size == 0:
-            raise BadImage("is empty")
-        return os.fdopen(handle, "rb")
-    except BaseException:
-        os.close(handle)
-        raise
 
 
 @functools.cache
@@ -254,20 +204,3 @@ def _scale_grey(image: Image.Image) -> Image.Image:
     if values.dtype.itemsize > 2 and (values.min() < 0 or values.max() > 0xFFFF):
         raise BadImage("has 32-bit pixels, which have no defined white; save it with 8 or 16 bits")
     return Image.fromarray(((values.astype(np.uint32) * 255 + 0x7FFF) // 0xFFFF).astype(np.uint8))
-
-
-def _guess(path: str) -> str:
-    """Why no decoder knows the file, by its first bytes."""
-    try:
-        with _open_regular(path) as opened:
-            beginning = opened.read(64).lstrip()
-    except (OSError, BadImage):
-        beginning = b""
-    known = next((reason for magic, reason in _BEGINNINGS if beginning.startswith(magic)), None)
-    return known or f"is none of {', '.join(FORMATS)}"
-
-
-def _one_line(error: Exception) -> str:
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    clean = "".join(letter if letter.isprintable() else " " for letter in text)[:160].strip()
-    return f"cannot be read: {clean or type(error).__name__}"

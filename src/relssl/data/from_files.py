@@ -20,7 +20,7 @@ from relssl.data.paths import shown
 from relssl.data.plan import Plan
 from relssl.data.samples import Fault, Request, Sample, Views, collate
 from relssl.data.sources import Images
-from relssl.data.transfer import send
+from relssl.data.transfer import send, synchronise
 from relssl.data.tuning import Choice, Tuning
 from relssl.data.workers import WorkerError, cores, hand_over, reset_signals, watch
 from relssl.errors import DataError
@@ -99,8 +99,7 @@ class FromFiles:
 
     def _clock(self) -> float:
         """Seconds, once the device has caught up: a few looks a trial, none after."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        synchronise(self.device)
         return time.perf_counter()
 
     def samples(self) -> Views:

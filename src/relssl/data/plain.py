@@ -15,7 +15,7 @@ from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 
 from relssl.config import Config
 from relssl.data.batch import standardise
-from relssl.data.decode import BadImage
+from relssl.data.refusal import BadImage
 from relssl.data.samples import read_image
 from relssl.data.sources import Images
 from relssl.data.workers import hand_over, loader_workers, reset_signals, watch

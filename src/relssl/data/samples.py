@@ -15,8 +15,9 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from relssl.config import Config
 from relssl.data import single
-from relssl.data.decode import REDUCTIONS, BadImage, Opened
+from relssl.data.decode import REDUCTIONS, Opened
 from relssl.data.draws import draw
+from relssl.data.refusal import BadImage
 from relssl.data.sources import Images
 
 _TRIES = 100

@@ -25,9 +25,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from relssl.atomic import storing, sweep, write_all
 from relssl.config import Config
-from relssl.data.decode import BadImage, Opened
+from relssl.data.decode import Opened
 from relssl.data.index import cache_root
 from relssl.data.paths import shown
+from relssl.data.refusal import BadImage
 from relssl.data.shrunk import LAYOUT, PIXELS, Shrunk
 from relssl.data.sources import Images
 from relssl.data.workers import hand_over, loader_workers, reset_signals, watch
@@ -75,7 +76,7 @@ def shrunken(images: Images, config: Config, teller: Teller) -> Shrunk:
                 found = _make(images, config, found, teller)
     teller.say(
         f"cache: {len(images)} images in {size(found.total)}, {shown(str(folder))}; shorter sides are "
-        f"{config.loader.cache} pixels at most, nothing else is lost"
+        f"{config.loader.cache} pixels at most"
     )
     return found
 
@@ -152,8 +153,6 @@ def _placed() -> Iterator[None]:
     try:
         yield
     except StorageError as error:
-        if "loader.cache_folder" in str(error):
-            raise
         raise StorageError(f"{error}, or set loader.cache_folder to another place") from error
 
 
@@ -209,8 +208,7 @@ def _require_room(small: _Small, found: Shrunk, count: int) -> int:
         free += max(0, leftover.stat().st_size - found.total) if leftover.exists() else 0
     if needed > free:
         raise StorageError(
-            f"{found.folder}: the cache needs about {size(needed)}, {size(free)} are free; "
-            "free some space, set loader.cache_folder to another disk, or lower loader.cache"
+            f"{found.folder}: the cache needs about {size(needed)}, {size(free)} are free; free some space, or lower loader.cache"
         )
     return needed
 

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from relssl.data.arrays import read_arrays, write_arrays
-from relssl.data.decode import BadImage
+from relssl.data.refusal import BadImage
 
 LAYOUT = "shrunk 1"
 PIXELS, TABLE = "pixels", "table"

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
 from relssl.config import Config
+from relssl.cores import available_cores
 from relssl.data.tuning import untried
-from relssl.engine import available_cores
 from relssl.errors import DataError
 
 # What errors say when a worker is gone, and when /dev/shm or memory is full.

@@ -13,8 +13,8 @@ import torch
 
 from relssl.atomic import to_json
 from relssl.config import Config
-from relssl.data.decode import BadImage
 from relssl.data.plain import plain_view
+from relssl.data.refusal import BadImage
 from relssl.data.samples import read_image
 from relssl.data.shrinking import root
 from relssl.data.sources import Images

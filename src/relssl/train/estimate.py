@@ -12,9 +12,10 @@ import numpy as np
 from rich.console import Console
 
 from relssl.config import Config, resolve
+from relssl.cores import available_cores
 from relssl.data.tuning import PREFETCH
 from relssl.data.workers import loader_workers
-from relssl.engine import Engine, available_cores, fast_bf16
+from relssl.engine import Engine, fast_bf16
 from relssl.errors import ConfigError
 from relssl.train.advice import Advice, advise
 from relssl.train.assembly import build

@@ -133,8 +133,7 @@ class Display:
 
 def _brief(row: dict[str, Any]) -> str:
     words = [f"loss {row['loss']:.3f}", f"neighbours {row['teacher_neighbours']:.0f}", f"{row['images_per_second']:.0f} img/s"]
-    if row["data_wait"] > 0.005:
-        words.append(f"data wait {row['data_wait']:.0%}")
+    words.append(f"data wait {row['data_wait']:.0%}")
     if "knn_top1" in row:
         words.append(f"kNN {row['knn_top1']:.1f} % (teacher {row['knn_teacher_top1']:.1f} %)")
     return "  ".join(words)

@@ -11,7 +11,7 @@ from relssl.config import Config
 from relssl.data.batch import Batch
 from relssl.data.plan import Plan
 from relssl.engine import Engine
-from relssl.method import ReSSL, Step, create_encoder, health, schedules
+from relssl.method import ReSSL, create_encoder, health, schedules
 from relssl.train.choices import compile_networks, pick_loss_form
 from relssl.train.guard import PATIENCE, Guard
 from relssl.train.optim import create_optimizer
@@ -77,7 +77,7 @@ class Learner:
 
     def train_step(self, parts: list[Batch]) -> Figures | None:
         """One optimizer step, asked of the device and not waited for; its figures if they are to be looked at."""
-        method, now = self.config.method, self.settings_at(self.step)
+        now = self.settings_at(self.step)
         self.guard.watch()
         if self.replays:
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
@@ -89,10 +89,7 @@ class Learner:
                     made = self.model.step(
                         self.engine.place(part.weak),
                         [self.engine.place(view) for view in part.strong],
-                        student_temperature=method.student_temperature,
-                        teacher_temperature=now["teacher_temperature"],
-                        warmup_mix=now["warmup_mix"],
-                        info_nce_temperature=method.info_nce_temperature,
+                        **self.loss_settings(now),
                     )
                 # Outside autocast, which would round the loss's fp32 products to bf16 on the way back.
                 self.engine.backward(made.loss / len(parts))
@@ -106,37 +103,50 @@ class Learner:
         keys = self._joined([made.keys for made in done])
         logged = self.step % self.config.log.every == 0 or self.step % self.steps_per_epoch == 0
         # Before the memory moves: the figures are those of the relations that the loss has seen.
-        told = self._health(done, keys, now) | {"loss": loss, "grad_norm": norm, "keys": keys} if logged else {}
+        told = {"loss": loss, "grad_norm": norm, "keys": keys} if logged else {}
+        if logged:
+            queries = self._joined([made.queries.transpose(0, 1) for made in done]).transpose(0, 1)
+            told = self.health(queries, keys, now) | told
         self._commit(keys, self._joined([part.ids for part in parts]), now, self.guard.judge(loss, norm))
         if not logged and self.step % PATIENCE:
             return None
         return Figures(self.step, now if logged else None, self.engine.fetch(told | {"streak": self.guard.longest()}))
 
-    def _health(self, done: list[Step], keys: torch.Tensor, now: dict[str, float]) -> dict[str, torch.Tensor]:
-        return health(
-            self._joined([made.queries.transpose(0, 1) for made in done]).transpose(0, 1),
-            keys,
-            self.model.memory.keys,
-            student_temperature=self.config.method.student_temperature,
-            teacher_temperature=now["teacher_temperature"],
-        )
+    def health(self, queries: torch.Tensor, keys: torch.Tensor, now: dict[str, float]) -> dict[str, torch.Tensor]:
+        """The figures of the relations of queries [V, B, D] and keys [B, D], at the settings of the step."""
+        student, teacher = self.config.method.student_temperature, now["teacher_temperature"]
+        return health(queries, keys, self.model.memory.keys, student_temperature=student, teacher_temperature=teacher)
 
     def _commit(self, keys: torch.Tensor, ids: torch.Tensor, now: dict[str, float], good: torch.Tensor) -> None:
         """Let optimizer, memory and teacher move, unless the step is not finite."""
         for group in self.optimizer.param_groups:
             group["lr"] = now["lr"]
+        self.move_student(good)
+        self.model.push(keys, ids, good)
+        self.model.follow(now["teacher_momentum"], good)
+
+    def move_student(self, good: torch.Tensor) -> None:
+        """An optimizer step, if `good` [] says so, and the gradients are gone."""
         if self.optimizer.defaults["fused"]:
             self.optimizer.found_inf = (~good).float()  # type: ignore[attr-defined]  # read on the device
             self.optimizer.step()
         elif bool(good):  # other forms cannot be told there
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.model.push(keys, ids, good)
-        self.model.follow(now["teacher_momentum"], good)
 
     def _joined(self, parts: list[torch.Tensor]) -> torch.Tensor:
         """All ranks' and parts' rows in the order of the batch."""
         return torch.cat([self.engine.gather(part, self.plan.share) for part in parts])
+
+    def loss_settings(self, now: dict[str, float]) -> dict[str, float]:
+        """What the loss depends on, given what the schedules say."""
+        method = self.config.method
+        return {
+            "student_temperature": method.student_temperature,
+            "teacher_temperature": now["teacher_temperature"],
+            "warmup_mix": now["warmup_mix"],
+            "info_nce_temperature": method.info_nce_temperature,
+        }
 
     def settings_at(self, step: int) -> dict[str, float]:
         """What the schedules say of a step."""

@@ -113,9 +113,7 @@ def _run(config: Config, path: Path, engine: Engine, quiet: bool, saved: Path | 
         if folder is not None:
             folder.give_up_after(trainer.step)
         trainer.compile()
-        if trainer.before is not None:
-            now = trainer.choices()
-            inexact += [f"{name} {was} -> {now[name]}" for name, was in trainer.before.items() if now[name] != was]
+        inexact += trainer.redecided()
         with Display(trainer.total_steps, trainer.step, show=engine.is_first and not quiet) as display:
             _introduce(trainer, display, inexact)
             _fit(trainer, folder, display)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from relssl.data.batch import Batch
 from relssl.data.from_files import FromFiles
@@ -18,7 +18,6 @@ from relssl.data.jpegs import Files
 from relssl.data.resident import Resident
 from relssl.data.samples import Sample
 from relssl.engine import Engine
-from relssl.method import ReSSL, health
 from relssl.train.trainer import Trainer
 
 # In the order of a step.
@@ -114,61 +113,26 @@ def _passes(trainer: Trainer, part: Batch, clock: _Clock) -> tuple[Tensor, Tenso
     with clock.time("student"), engine.autocast():
         queries = model.student(strong)
     leaf = queries.detach().requires_grad_()
-    # The method's own step with the embeddings given, so that whatever way it takes to the loss is what is timed.
-    alone = copy.copy(model)
-    alone._modules = {**model._modules, "student": _Given(leaf), "teacher": _Given(keys)}
     with clock.time("loss"):
         with engine.autocast():
-            loss = _loss(trainer, alone, weak, strong)
+            loss = model.objective(leaf, keys[0], model.memory.keys, **trainer.loss_settings(trainer.settings_at(trainer.step)))
         loss.backward()  # type: ignore[no-untyped-call]
     with clock.time("backward"):
         engine.backward((queries * leaf.grad).sum())
     return queries.detach(), keys[0]
 
 
-class _Given(nn.Module):
-    """An encoder whose answer is known."""
-
-    def __init__(self, answer: Tensor) -> None:
-        super().__init__()
-        self.answer = answer
-
-    def forward(self, views: list[Tensor]) -> Tensor:
-        return self.answer
-
-
-def _loss(trainer: Trainer, model: ReSSL, weak: Tensor, strong: list[Tensor]) -> Tensor:
-    method, now = trainer.config.method, trainer.settings_at(trainer.step)
-    return model.step(
-        weak,
-        strong,
-        student_temperature=method.student_temperature,
-        teacher_temperature=now["teacher_temperature"],
-        warmup_mix=now["warmup_mix"],
-        info_nce_temperature=method.info_nce_temperature,
-    ).loss
-
-
 def _updates(trainer: Trainer, queries: Tensor, keys: Tensor, ids: Tensor, clock: _Clock) -> None:
     """What follows the backward pass: on queries [V, B, D], keys [B, D] and ids [B] of this rank."""
-    model, method, now = trainer.model, trainer.config.method, trainer.settings_at(trainer.step)
+    now, good = trainer.settings_at(trainer.step), torch.ones((), dtype=torch.bool, device=keys.device)
     with clock.time("health"):
-        health(
-            queries,
-            keys,
-            model.memory.keys,
-            student_temperature=method.student_temperature,
-            teacher_temperature=now["teacher_temperature"],
-        )
-    good = torch.ones((), dtype=torch.bool, device=keys.device)  # updates go by a verdict, as in training
-    trainer.optimizer.found_inf = (~good).float()  # type: ignore[attr-defined]
+        trainer.health(queries, keys, now)
     with clock.time("optimizer"):
-        trainer.optimizer.step()
-        trainer.optimizer.zero_grad(set_to_none=True)
+        trainer.move_student(good)
     with clock.time("push"):
-        model.push(keys, ids, good)
+        trainer.model.push(keys, ids, good)
     with clock.time("follow"):
-        model.follow(now["teacher_momentum"], good)
+        trainer.model.follow(now["teacher_momentum"], good)
 
 
 @contextmanager

@@ -48,7 +48,7 @@ class Trainer(Learner):
         self.said: set[str] = set()
         self.best: dict[str, Any] | None = None
         self.images, self.fingerprint, self.unreadable = images, images.fingerprint(), set[str]()
-        self.before: dict[str, Any] | None = None
+        self._decided: dict[str, Any] = {}
 
     def read(self, images: Images) -> None:
         """Train on the same images, read another way."""
@@ -66,7 +66,7 @@ class Trainer(Learner):
         self.step, self.best = facts["step"], facts["best"]
         self.guard.streak.fill_(facts["non_finite"])
         self.guard.worst.fill_(facts["non_finite_worst"])
-        self.before = facts["choices"]
+        self._decided = facts["choices"]
         self.unreadable = set(facts["unreadable"])
         return inexact if facts["data"] == self.fingerprint else [*inexact, "the data has changed"]
 
@@ -170,6 +170,11 @@ class Trainer(Learner):
     def choices(self) -> dict[str, Any]:
         """What a stopwatch may have decided; another decision rounds otherwise."""
         return {"loss form": self.loss_form, "compiled": "embed" in vars(unwrapped(self.model.student))}
+
+    def redecided(self) -> list[str]:
+        """What has been decided otherwise than when the checkpoint gone on from was saved."""
+        now = self.choices()
+        return [f"{name} {was} -> {now[name]}" for name, was in self._decided.items() if now[name] != was]
 
     def save(self) -> None:
         """Save the whole state and let go of the oldest checkpoints."""
