@@ -43,6 +43,7 @@ class Images:
         mean, std: of the channels, for pixels scaled to 0..1.
         bad: (file, reason) of what the scan already found unusable; not counted in N.
         shrunk: the files' images, decoded and made smaller beforehand, to be read in place of the files; None for the files.
+        targets: int8 [N, C] of images with several labels each: 1 yes, 0 no, -1 not told; `labels` is then None.
     """
 
     name: str
@@ -54,12 +55,14 @@ class Images:
     std: Channels = IMAGENET_STD
     bad: Bad = field(default_factory=list)
     shrunk: Shrunk | None = None
+    targets: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         assert (self.pixels is None) != (self.files is None)
         assert self.pixels is None or (self.pixels.dtype == torch.uint8 and self.pixels.is_contiguous())
         assert self.shrunk is None or (self.files is not None and len(self.shrunk) == len(self))
         assert self.labels is None or (self.labels.dtype == np.int64 and len(self.labels) == len(self))
+        assert self.targets is None or (self.targets.dtype == np.int8 and len(self.targets) == len(self) and self.labels is None)
 
     def __len__(self) -> int:
         return len(self.pixels) if self.pixels is not None else len(self.files or ())
@@ -75,6 +78,7 @@ class Images:
             pixels=None if self.pixels is None else self.pixels[torch.from_numpy(rows)],
             files=files,
             labels=None if self.labels is None else self.labels[rows],
+            targets=None if self.targets is None else self.targets[rows],
             shrunk=None,
         )
 
