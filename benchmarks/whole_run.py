@@ -18,7 +18,7 @@ from torch import Tensor
 from relssl.config import resolve
 from relssl.engine import Engine
 from relssl.evaluation.features import extract
-from relssl.evaluation.protocol import LabelledPair
+from relssl.evaluation.pairs import LabelledPair
 from relssl.train.online import OnlineKnn
 from relssl.train.pretrain import pretrain
 from relssl.train.trainer import Trainer

@@ -23,7 +23,7 @@ from relssl.data.shrinking import shrunken
 from relssl.data.tuning import Tuning
 from relssl.engine import Engine
 from relssl.errors import ConfigError, RelsslError
-from relssl.evaluation.protocol import choose
+from relssl.evaluation.pairs import choose
 from relssl.schema import merge, nest
 from relssl.train import cached, costs, memory
 from relssl.train import estimate as estimating

@@ -110,7 +110,7 @@ def test_evaluate_equals_scikit_learn_on_the_same_features(finished: Path, capsy
     assert card["bank"]["images"] == card["test"]["images"] == 300 and card["network"] == "student"
 
     from relssl.evaluation.features import extract
-    from relssl.evaluation.protocol import LabelledPair
+    from relssl.evaluation.pairs import LabelledPair
 
     fp32 = relssl.evaluate(finished, images=(300, 300), device="cpu", precision="fp32")["results"]["teacher"]
     pair, run = LabelledPair.load("digits", None, (300, 300)), relssl.load_run(finished)

@@ -13,6 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from relssl.evaluation.compare import compare
     from relssl.evaluation.protocol import embed, evaluate
     from relssl.train.estimate import estimate
     from relssl.train.pretrain import pretrain, resume
@@ -20,9 +21,10 @@ if TYPE_CHECKING:
     from relssl.weights.runs import load_backbone, load_run
 
 __version__ = "0.1.0"
-__all__ = ["embed", "estimate", "evaluate", "export", "load_backbone", "load_run", "pretrain", "resume"]
+__all__ = ["compare", "embed", "estimate", "evaluate", "export", "load_backbone", "load_run", "pretrain", "resume"]
 
 _HOMES = {
+    "compare": "relssl.evaluation.compare",
     "embed": "relssl.evaluation.protocol",
     "estimate": "relssl.train.estimate",
     "evaluate": "relssl.evaluation.protocol",

@@ -13,11 +13,13 @@ from typing import Any
 from relssl import __version__, verbs
 from relssl.config import Config
 from relssl.errors import ConfigError, RelsslError
+from relssl.protocols import Evaluation
 from relssl.schema import leaves, nearest_word
 from relssl.views import VIEWS
 
-# The commands that take every setting as an option.
-_WITH_SETTINGS = ("pretrain", "estimate", "validate")
+# The settings that each command takes as options.
+_SETTINGS: dict[str, Any] = {"pretrain": Config, "estimate": Config, "validate": Config, "evaluate": Evaluation}
+_VIEWS = ("views.weak", "views.strong")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, unknown = parser.parse_known_args(argv)
     try:
         overrides = _overrides(args, unknown)
-        if overrides and args.verb not in _WITH_SETTINGS:
+        if overrides and args.verb not in _SETTINGS:
             raise ConfigError(*(f"--{name}: unknown option of relssl {args.verb}" for name in overrides))
         answer = args.run(args, overrides)
     except RelsslError as error:
@@ -83,19 +85,24 @@ def build_parser() -> tuple[argparse.ArgumentParser, list[str]]:
     made.add_argument("run_folder", metavar="RUN")
     made.add_argument("--checkpoint", help="name of an older checkpoint to go on from")
     made = verb("evaluate", verbs.evaluate, "measure what a backbone learned")
-    made.add_argument("source", metavar="RUN|WEIGHTS", help="run folder or exported .safetensors")
-    made.add_argument("data", metavar="DATA", nargs="?", help="labelled data; default: the run's own")
-    made.add_argument("--protocol", default="knn", help="knn: weighted, k=200 T=0.1 and k=20 T=0.07")
-    made.add_argument("--images", type=int, nargs=2, metavar=("BANK", "TEST"), help="at most this many images on each side")
+    made.add_argument("source", metavar="SOURCE", help="run folder, file of weights, or timm name")
+    made.add_argument("data", metavar="DATA", nargs="?", help="labelled data; default: the run's own; transfer: several, A,B,C")
+    made.add_argument("--out", metavar="FILE", help="JSON file for all results; those of a run are kept in RUN/evaluations too")
+    _add_reading(made)
+    _add_options(made, Evaluation, "SOURCE [DATA] [--out FILE] [--from LAYOUT ...]")
+    made = verb("compare", verbs.compare, "compare two evaluations, if they were made alike")
+    made.add_argument("first", metavar="A.json", help="of RUN/evaluations, or of evaluate --out")
+    made.add_argument("second", metavar="B.json")
+    made.add_argument("--network", help="network of both, or of each: student,backbone; default: of equal names")
+    made.add_argument("--allow", nargs="+", default=[], metavar="FIELD", help="fields of the card that may differ")
     made = verb("embed", verbs.embed, "write the features of images to a file")
     made.add_argument("source", metavar="RUN|WEIGHTS", help="run folder or exported .safetensors")
     made.add_argument("data", metavar="DATA")
     made.add_argument("--out", required=True, help="target .npz or .csv")
     made.add_argument("--network", choices=("student", "teacher"), help="of a run; default: student")
     made.add_argument("--split", default="train", choices=("train", "bank", "test"))
-    for made in (commands.choices["evaluate"], commands.choices["embed"]):
-        made.add_argument("--data_root", help="where named data sets lie")
-        made.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
+    made.add_argument("--data_root", help="where named data sets lie")
+    made.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     made = verb("export", verbs.export, "write a run's backbone for other programs")
     made.add_argument("run_folder", metavar="RUN")
     made.add_argument("--format", default="safetensors", help="safetensors, with timm's names")
@@ -109,32 +116,50 @@ def build_parser() -> tuple[argparse.ArgumentParser, list[str]]:
 
 
 def _add_settings(parser: argparse.ArgumentParser, own: str = "") -> None:
-    """Every setting as an option; values are read and checked later, together, so that all faults are told at once."""
+    """The options of a run."""
     parser.add_argument(
         "data", metavar="DATA", nargs="?", help="name of a data set, folder of images or list file (default: digits)"
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings")
+    for name in _VIEWS:
+        parser.add_argument(f"--{name}", metavar="NAME", help=f"view recipe: {', '.join(VIEWS)}")
+    _add_options(parser, Config, f"[DATA] [--config FILE] {own}")
+
+
+def _add_options(parser: argparse.ArgumentParser, settings: Any, usage: str) -> None:
+    """Every setting as an option; values are read and checked later, together, so that all faults are told at once."""
     # argparse's own would name each of the settings, over two screens.
-    parser.usage = f"{parser.prog} [DATA] [--config FILE] [--SETTING VALUE ...] {own}[--json] [--debug]"
+    parser.usage = f"{parser.prog} {usage} [--SETTING VALUE ...] [--json] [--debug]"
     groups: dict[str, Any] = {}
-    shorthand = {"views.weak": None, "views.strong": None}
-    for name, (_, field) in leaves(Config).items():
+    for name, (_, field) in leaves(settings).items():
         section = name.rpartition(".")[0]
-        group = groups.setdefault(section, parser.add_argument_group(section or "run"))
-        if section in shorthand and shorthand.pop(section, "") is None:
-            group.add_argument(f"--{section}", metavar="NAME", help=f"view recipe: {', '.join(VIEWS)}")
+        group = groups.setdefault(section, parser.add_argument_group(section or "settings"))
         if name != "data":
-            default = f"(default: {field.default})" if not callable(field.default_factory) else ""
+            default = f"(default: {_shown(field.default)})" if not callable(field.default_factory) else ""
             choices = f" (one of {', '.join(field.metadata['choices'])})" if field.metadata["choices"] else ""
             text = f"{field.metadata['help']}{choices} {default}".replace("%", "%%")
             group.add_argument(f"--{name}", metavar="VALUE", help=text)
 
 
+def _shown(value: Any) -> str:
+    """A default as it would be typed."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _add_reading(parser: argparse.ArgumentParser) -> None:
+    """How to read another program's file."""
+    group = parser.add_argument_group("files of other programs")
+    group.add_argument("--from", dest="layout", metavar="LAYOUT", help="official, solo, moco, dino, torchvision or timm; default: told from the file")
+    group.add_argument("--backbone", help="timm name; default: told from the file, for ResNets")
+    group.add_argument("--stem", help="first layers; default: told from the file, as far as it tells")
+    group.add_argument("--allow", nargs="+", default=[], metavar="NAME", help="weights that may be missing or unexpected")
+
+
 def _overrides(args: argparse.Namespace, unknown: list[str]) -> dict[str, Any]:
     """The settings given on the command line as {dotted name: text}, unknown ones among them."""
-    known = set(leaves(Config)) | {"views.weak", "views.strong"}
     given = {}
-    if args.verb in _WITH_SETTINGS:
+    if args.verb in _SETTINGS:
+        known = {*leaves(_SETTINGS[args.verb]), *_VIEWS}
         given = {name: value for name, value in vars(args).items() if name in known and value is not None}
     words = iter(unknown)
     for word in words:
@@ -143,7 +168,7 @@ def _overrides(args: argparse.Namespace, unknown: list[str]) -> dict[str, Any]:
             raise ConfigError(f"{word!r}: not expected here; settings are given as --name value")
         given[name[2:]] = value if equals else next(words, "")
     # `--views.strong NAME` beside `--views.strong.blur 0`: both speak of one section.
-    for section in ("views.weak", "views.strong"):
+    for section in _VIEWS:
         if section in given:
             given[f"{section}.name"] = given.pop(section)
     return given

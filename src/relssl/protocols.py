@@ -5,9 +5,12 @@ The defaults are the protocols as the papers state them; `docs/evaluation.md` na
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from relssl.schema import setting
+from relssl.errors import ConfigError
+from relssl.schema import build, nearest_word, nest, setting
 
 PROTOCOLS = ("knn", "probe", "linear", "semi", "finetune", "lowshot", "retrieval", "transfer", "detection")
 
@@ -138,3 +141,26 @@ class Evaluation:
     lowshot: LowshotConfig = setting(LowshotConfig(), "lowshot")
     retrieval: RetrievalConfig = setting(RetrievalConfig(), "retrieval")
     detection: DetectionConfig = setting(DetectionConfig(), "detection")
+
+
+def read_settings(overrides: Mapping[str, Any]) -> Evaluation:
+    """Checked settings of dotted or nested overrides.
+
+    Raises:
+        ConfigError: with a line for every fault, unknown protocols and networks among them.
+    """
+    made: Evaluation = build(Evaluation, nest(overrides))
+    faults = [
+        f"protocol: {name!r} is unknown; the nearest is {nearest_word(name, PROTOCOLS)}"
+        for name in made.protocol
+        if name not in PROTOCOLS
+    ]
+    if not made.protocol or not made.network:
+        faults.append("protocol and network: name one at least")
+    for section in ("linear", "finetune", "semi"):
+        low, high = getattr(made, section).scale
+        if low > high:
+            faults.append(f"{section}.scale: the first bound must not exceed the second, got {low:g},{high:g}")
+    if faults:
+        raise ConfigError(*faults)
+    return made

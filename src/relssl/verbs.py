@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 from relssl.config import resolve, to_yaml
+from relssl.errors import ConfigError
 
 
 def _launched(overrides: dict[str, Any]) -> dict[str, Any]:
@@ -67,22 +69,33 @@ def _tell(result: Any, as_json: bool) -> Any:
     return facts(result)
 
 
-def evaluate(args: argparse.Namespace, _: dict[str, Any]) -> Any:
-    from relssl.evaluation.protocol import evaluate
+def evaluate(args: argparse.Namespace, overrides: dict[str, Any]) -> Any:
+    from relssl.protocols import read_settings
 
-    found = evaluate(
-        args.source,
-        args.data,
-        protocol=args.protocol,
-        data_root=args.data_root,
-        images=args.images and tuple(args.images),
-        device=args.device,
-    )
-    for network, scores in found["results"].items():
-        for setting, figures in scores.items():
-            if setting != "card" and not args.json:
-                print(f"{network:8} {setting:12} " + "  ".join(f"{name} {value:.2f}" for name, value in figures.items()))
+    settings = read_settings(overrides)
+    from relssl.evaluation.protocol import evaluate
+    from relssl.report.evaluation import show
+    from relssl.weights.opening import Reading
+
+    reading = Reading(args.layout, args.backbone, args.stem, allow=args.allow, size=settings.size)
+    say = None if args.json else lambda line: print(line, file=sys.stderr, flush=True)
+    found = evaluate(args.source, args.data, settings=settings, reading=reading, out=args.out, say=say)
+    if not args.json:
+        show(found)
     return found
+
+
+def compare(args: argparse.Namespace, _: dict[str, Any]) -> Any:
+    from relssl.evaluation.compare import compare
+    from relssl.report.evaluation import show_comparison
+
+    names = tuple(args.network.split(",")) if args.network else None
+    if names is not None and len(names) > 2:
+        raise ConfigError(f"network: one name or two are needed, got {args.network}")
+    found = compare(args.first, args.second, network=names and (names[0], names[-1]), allow=args.allow)
+    if not args.json:
+        show_comparison(found)
+    return {"comparisons": found}
 
 
 def embed(args: argparse.Namespace, _: dict[str, Any]) -> Any:

@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from relssl.atomic import storing, sweep, write_all
 from relssl.config import Config
 from relssl.data.decode import Opened
+from relssl.data.identity import identity, spread
 from relssl.data.index import cache_root
 from relssl.data.paths import shown
 from relssl.data.refusal import BadImage
@@ -40,7 +41,7 @@ from relssl.units import size
 _BATCH = 8
 # Seconds between tables: what a kill costs.
 _SAVE_EVERY = 30.0
-# Files whose beginnings are part of a set's key, and images by which its size is estimated.
+# Images by which the size of a cache is estimated.
 _SAMPLE = 64
 
 Outcome = np.ndarray | BadImage  # pixels uint8 [H, W, 3], or why there are none
@@ -82,32 +83,17 @@ def shrunken(images: Images, config: Config, teller: Teller) -> Shrunk:
 
 
 def place(images: Images, config: Config) -> Path:
-    """The folder of a cache; another one for other images, another side or what else decides about the pixels.
-
-    The files' beginnings count as well, for uncompressed images of two sets may agree in names and sizes.
-    """
+    """The folder of a cache; another one for other images, another side or what else decides about the pixels."""
     assert images.files is not None
     loader = config.loader
-    digest = hashlib.sha256(f"{LAYOUT} {images.fingerprint()} {loader.cache} ".encode())
-    digest.update(f"{loader.max_pixels} {loader.reduced_decode} ".encode())
-    for row in _spread(0, len(images)):
-        try:
-            with open(images.files[row], "rb") as file:
-                digest.update(hashlib.sha256(file.read(1 << 20)).digest())
-        except OSError:
-            digest.update(b"unreadable")
-    return root(config) / f"shrunk-{loader.cache}-{digest.hexdigest()[:16]}"
+    key = f"{LAYOUT} {identity(images)} {loader.cache} {loader.max_pixels} {loader.reduced_decode}"
+    return root(config) / f"shrunk-{loader.cache}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
 
 
 def root(config: Config) -> Path:
     """The folder that caches lie in."""
     chosen = config.loader.cache_folder
     return Path(chosen).expanduser() if chosen else cache_root() / "shrunk"
-
-
-def _spread(start: int, stop: int) -> list[int]:
-    """A sample of the positions from `start` to `stop`, evenly spread."""
-    return [int(row) for row in np.linspace(start, stop - 1, min(_SAMPLE, stop - start)).astype(np.int64)]
 
 
 def shrink(image: Image.Image, side: int) -> Image.Image:
@@ -199,7 +185,7 @@ def _make(images: Images, config: Config, found: Shrunk, teller: Teller) -> Shru
 
 def _require_room(small: _Small, found: Shrunk, count: int) -> int:
     """The bytes still to be written, by a sample; StorageError if there are fewer on the disk."""
-    rows = _spread(len(found), count)
+    rows = spread(len(found), count, _SAMPLE)
     sampled = sum(made.size for made in (small[row] for row in rows) if isinstance(made, np.ndarray))
     needed = sampled * (count - len(found)) // len(rows)
     with storing(found.folder):

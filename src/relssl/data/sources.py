@@ -90,7 +90,7 @@ class Images:
             return digest.hexdigest()[:16]
         files = self.files or ()
         if not isinstance(files, Paths):
-            files = Paths("", [os.fsencode(file) for file in files], [Path(file).stat().st_size for file in files])
+            files = Paths.of(files)
         return files.fingerprint()
 
 

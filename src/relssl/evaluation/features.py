@@ -1,9 +1,10 @@
-"""Backbone features of whole data sets, by one fixed view an image."""
+"""Backbone features of whole data sets, by one fixed view an image: made once, kept, and taken from the disk the next time."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,7 +19,10 @@ from relssl.errors import DataError
 
 @dataclass
 class Features:
-    """Features [N, F] fp32 on the CPU, the rows of the data set they belong to, and what could not be read."""
+    """Features [N, F] fp32 on the CPU, the rows of the data set they belong to, and what could not be read.
+
+    `vectors` may be a memory map of a file that is read as it is needed.
+    """
 
     vectors: Tensor
     rows: np.ndarray
@@ -37,16 +41,46 @@ def stream(
 
     The backbone runs in eval mode and is put back as it was, so measuring never changes what is measured.
     """
-    modes = [(module, module.training) for module in backbone.modules()]
-    backbone.eval()
-    try:
+    with evaluating(backbone):
         for rows, views, bad in batches(images, config):
             with autocast or nullcontext():
                 made = backbone(views.to(device).contiguous(memory_format=torch.channels_last)) if len(rows) else views
             yield rows, made.float().cpu(), bad
+
+
+@contextmanager
+def evaluating(backbone: nn.Module) -> Iterator[None]:
+    """The backbone in eval mode, each module put back into its own mode after."""
+    modes = [(module, module.training) for module in backbone.modules()]
+    backbone.eval()
+    try:
+        yield
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def frozen(backbone: nn.Module) -> Iterator[str]:
+    """`evaluating`, with the hash of all weights and batch-norm statistics before; they must be the same after.
+
+    A frozen evaluation that lets batch norm count the images it sees measures another network with each batch, and nobody
+    can tell from the figure.
+    """
+    before = state_hash(backbone)
+    with evaluating(backbone):
+        yield before
+    if state_hash(backbone) != before:
+        raise AssertionError("a frozen evaluation changed the backbone's weights or batch-norm statistics")
+
+
+def state_hash(module: nn.Module) -> str:
+    """16 hex digits of every parameter and buffer: names, types, shapes, values."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
 
 
 def extract(

@@ -43,6 +43,7 @@ class Finding:
             "details": self.details,
         }
         if self.correct is not None:
+            made["tested"] = len(self.correct)
             made["correct"] = base64.b64encode(np.packbits(self.correct).tobytes()).decode()
         return made
 

@@ -16,6 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from relssl.errors import ConfigError
+from relssl.evaluation.findings import Finding
+from relssl.evaluation.metrics import Bootstrap, accuracies, accuracy_intervals, ranks
+from relssl.protocols import KnnConfig
+
 # InstDisc and the papers' small sets use (200, 0.1), DINO and solo-learn (20, 0.07).
 SETTINGS = ((200, 0.1), (20, 0.07))
 
@@ -65,6 +70,43 @@ def knn_classify(
     return scores.to(queries.device)
 
 
+def knn(
+    bank: Tensor,
+    bank_labels: Tensor,
+    test: Tensor,
+    test_labels: Tensor,
+    *,
+    classes: int,
+    settings: KnnConfig,
+    bootstrap: Bootstrap,
+    seed: int,
+) -> list[Finding]:
+    """Weighted kNN at every k and temperature of the settings, from one pass over the bank; nothing is drawn but intervals.
+
+    Args:
+        bank, bank_labels, test, test_labels: features [N,F] and [M,F], int64 labels in 0..classes-1.
+        seed: for protocols that draw; kNN does not.
+
+    Raises:
+        ConfigError: for images with several labels. ValueError: as `knn_classify`.
+    """
+    if bank_labels.dim() > 1:
+        raise ConfigError("protocol: knn votes for one class, these images have several labels; use probe, lowshot or retrieval")
+    grid = [(k, temperature) for k in settings.k for temperature in settings.temperature]
+    findings: dict[tuple[int, float], Finding] = {}
+    for (k_asked, temperature), k, rank, truth in _ranks(bank, bank_labels, test, test_labels, classes, grid, cap=True):
+        notes = (f"k lowered from {k_asked} to {k}, the images of the bank",) if k < k_asked else ()
+        findings[k, temperature] = Finding(
+            {"k": k, "temperature": temperature},
+            "top1",
+            accuracies(rank, truth, classes),
+            accuracy_intervals(rank, truth, classes, bootstrap),
+            notes,
+            correct=(rank == 0).numpy(),
+        )
+    return list(findings.values())
+
+
 def knn_accuracy(
     bank: Tensor,
     bank_labels: Tensor,
@@ -76,7 +118,7 @@ def knn_accuracy(
     cap: bool = False,
     chunk: int = 1024,
     bank_chunk: int = 16384,
-) -> dict[str, Any]:
+) -> list[dict[str, Any]]:
     """How often the neighbours are right, for several (k, temperature) from one pass over the bank.
 
     Args:
@@ -86,13 +128,33 @@ def knn_accuracy(
         cap: lower a k beyond the bank to the bank's size instead of refusing it.
 
     Returns:
-        `bank` and `queries`, how many took part, and `results`, one dict for each setting, in order: `k` (the one used),
-        `k_asked`, `temperature`, and as shares in 0..1 `top1`, `top5` (right among the best min(5, C); where C > 5, a class
-        without a vote is not among them) and `mean_per_class` (the mean of the top-1 shares of the queries' classes).
+        One dict for each setting, in order: `k` (the one used), `k_asked`, `temperature`, and in percent `top1`, `top5` (right
+        among the best min(5, C); where C > 5, a class without a vote is not among them) and `mean_per_class` (the mean of the
+        top-1 shares of the queries' classes).
 
     Raises:
         ValueError: as `knn_classify`, or without a setting or a labelled query.
     """
+    found = _ranks(bank, bank_labels, queries, query_labels, classes, settings, cap=cap, chunk=chunk, bank_chunk=bank_chunk)
+    return [
+        {"k": k, "k_asked": asked[0], "temperature": asked[1], **accuracies(rank, truth, classes)}
+        for asked, k, rank, truth in found
+    ]
+
+
+def _ranks(
+    bank: Tensor,
+    bank_labels: Tensor,
+    queries: Tensor,
+    query_labels: Tensor,
+    classes: int,
+    settings: Sequence[tuple[int, float]],
+    *,
+    cap: bool,
+    chunk: int = 1024,
+    bank_chunk: int = 16384,
+) -> Iterator[tuple[tuple[int, float], int, Tensor, Tensor]]:
+    """For each setting: it, the k used, how many classes come before the true one [M], and the true ones [M]."""
     rows, labels = _labelled("bank", bank, bank_labels, classes)
     asked, truth = _labelled("query", queries, query_labels, classes)
     if not settings or not len(truth):
@@ -101,12 +163,10 @@ def knn_accuracy(
     _check(rows, labels, queries, used, [temperature for _, temperature in settings])
     similarity, index = _neighbours(rows, asked, max(used), chunk, bank_chunk)
     near = labels[index]
-    results = []
-    for k, (k_asked, temperature) in zip(used, settings, strict=True):
-        votes = _votes(similarity[:, :k], near[:, :k], temperature, classes, chunk)
+    for k, setting in zip(used, settings, strict=True):
+        votes = _votes(similarity[:, :k], near[:, :k], setting[1], classes, chunk)
         rank = torch.cat([_rank(part, own) for part, own in zip(votes, torch.split(truth, chunk), strict=True)])
-        results.append({"k": k, "k_asked": k_asked, "temperature": temperature, **_shares(rank, truth, classes)})
-    return {"bank": len(labels), "queries": len(truth), "results": results}
+        yield setting, k, rank, truth
 
 
 class _Rows:
@@ -230,16 +290,7 @@ def _votes(similarity: Tensor, labels: Tensor, temperature: float, classes: int,
 
 
 def _rank(scores: Tensor, truth: Tensor) -> Tensor:
-    """[m,C], [m] -> how many classes come before the true one."""
-    own = scores.gather(1, truth[:, None])
-    lower = torch.arange(scores.shape[1]) < truth[:, None]
-    rank = ((scores > own) | ((scores == own) & lower)).sum(dim=1)
-    return rank if scores.shape[1] <= 5 else rank.masked_fill(own[:, 0] == 0, scores.shape[1])
-
-
-def _shares(rank: Tensor, truth: Tensor, classes: int) -> dict[str, float]:
-    right = (rank == 0).double()
-    count = torch.bincount(truth, minlength=classes)
-    per_class = torch.bincount(truth, weights=right, minlength=classes)[count > 0] / count[count > 0]
-    top5 = (rank < min(5, classes)).double().mean()
-    return {"top1": float(right.mean()), "top5": float(top5), "mean_per_class": float(per_class.mean())}
+    """`ranks`, but that among more than five classes one without a vote comes last."""
+    rank = ranks(scores, truth)
+    voted = scores.gather(1, truth[:, None])[:, 0] > 0
+    return rank if scores.shape[1] <= 5 else torch.where(voted, rank, scores.shape[1])

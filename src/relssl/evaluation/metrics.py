@@ -80,9 +80,8 @@ def accuracy_intervals(rank: Tensor, truth: Tensor, classes: int, bootstrap: Boo
 def mean_interval(values: npt.ArrayLike, bootstrap: Bootstrap) -> Interval:
     """The interval of the mean of one value a test image, [M]."""
     values = np.asarray(values, np.float64)
-    generator, means = bootstrap.generator(), []
-    for _ in range(bootstrap.resamples):
-        means.append(values[generator.integers(0, len(values), len(values))].mean())
+    generator, count = bootstrap.generator(), len(values)
+    means = [values[generator.integers(0, count, count)].mean() for _ in range(bootstrap.resamples)]
     return percentiles(np.array(means))
 
 

@@ -1,217 +1,251 @@
-"""Evaluations, each number with the card that says how it was made."""
+"""Evaluations: a backbone, a labelled data set and some protocols in; figures out, each with the card that says how it was made."""
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from relssl.atomic import storing, write_json
 from relssl.config import Config
-from relssl.data.plain import describe
-from relssl.data.sources import Images, load
+from relssl.data.paths import shown
+from relssl.data.sources import Images
 from relssl.engine import Engine
 from relssl.errors import ConfigError, DataError
-from relssl.evaluation.features import extract, stream
-from relssl.evaluation.knn import SETTINGS, knn_accuracy
-from relssl.evaluation.vectors import write_vectors
-from relssl.schema import nearest_word
+from relssl.evaluation import kept
+from relssl.evaluation.card import card, split
+from relssl.evaluation.features import Features, evaluating, extract, frozen, require_varied, state_hash
+from relssl.evaluation.findings import Finding
+from relssl.evaluation.metrics import Bootstrap
+from relssl.evaluation.pairs import LabelledPair
+from relssl.evaluation.transfer import customary, transfer_table
+from relssl.protocols import Evaluation, read_settings
 from relssl.sections import EngineConfig
-from relssl.weights.runs import NETWORKS, from_checkpoint, load_backbone, load_run
+from relssl.weights.opening import Opened, Reading, open_backbones
 
-PROTOCOLS = ("knn",)
+# Protocols on features, and those that train on images: {name: (module, function)}.
+ON_FEATURES = {
+    "knn": ("relssl.evaluation.knn", "knn"),
+    "probe": ("relssl.evaluation.probe", "probe"),
+    "lowshot": ("relssl.evaluation.lowshot", "lowshot"),
+    "retrieval": ("relssl.evaluation.retrieval", "retrieval"),
+}
+ON_IMAGES = {
+    "linear": ("relssl.evaluation.linear", "linear"),
+    "finetune": ("relssl.evaluation.finetune", "finetune"),
+    "semi": ("relssl.evaluation.finetune", "semi"),
+}
+# Of these the backbone stays as it is.
+FROZEN = (*ON_FEATURES, "linear", "transfer")
 
-
-@dataclass(frozen=True)
-class LabelledPair:
-    """The two sides of an evaluation: images whose labels are known, and images to be labelled."""
-
-    bank: Images
-    test: Images
-
-    @staticmethod
-    def load(
-        data: str, root: str | None, at_most: tuple[int, int] | None = None, seed: int = 0, *, index: bool = True
-    ) -> LabelledPair:
-        """Both sides of a data set, cut to `at_most` (bank, test) images chosen by the seed; `index` as for `load`.
-
-        Raises:
-            DataError: if the data set has no labels or no test part.
-        """
-        sides = [load(data, root, split, index=index) for split in ("bank", "test")]
-        if at_most is not None and min(at_most) < 1:
-            raise ConfigError(f"images: must be at least 1 on each side, got {at_most[0]} and {at_most[1]}")
-        for side in sides:
-            if side.labels is None or (side.labels >= 0).sum() == 0:
-                raise DataError(f"{data}: has no labels to evaluate with; lay folders out as train/CLASS/ and val/CLASS/")
-        if at_most is not None:
-            sides = [choose(side, most, seed) for side, most in zip(sides, at_most, strict=True)]
-        return LabelledPair(*sides)
-
-
-def choose(images: Images, at_most: int, seed: int) -> Images:
-    """At most that many images, drawn without replacement by the seed and kept in their order."""
-    if len(images) <= at_most:
-        return images
-    rows = np.sort(np.random.Generator(np.random.PCG64(seed)).permutation(len(images))[:at_most])
-    return images.subset(rows)
-
-
-def knn(
-    backbone: nn.Module,
-    pair: LabelledPair,
-    config: Config,
-    device: torch.device,
-    autocast: AbstractContextManager[object] | None = None,
-    settings: Sequence[tuple[int, float]] = SETTINGS,
-) -> dict[str, Any]:
-    """Weighted kNN of the test images among the bank, on backbone features in eval mode, for each (k, temperature).
-
-    Returns:
-        {"k200-t0.1": {"top1": percent, ...}, "k20-t0.07": ...}; a k beyond the bank is cut to it and named so.
-    """
-    sides = []
-    for images in (pair.bank, pair.test):
-        found = extract(backbone, images, config, device, autocast)
-        assert images.labels is not None
-        sides.append((found.vectors, torch.from_numpy(images.labels[found.rows])))
-    return _score(sides, settings)
-
-
-def raw_pixel_knn(pair: LabelledPair, settings: Sequence[tuple[int, float]] = SETTINGS) -> dict[str, Any] | None:
-    """The same on the pixels themselves, for sets in memory: what no network at all would reach."""
-    sides = []
-    for images in (pair.bank, pair.test):
-        if images.pixels is None or images.labels is None:
-            return None
-        sides.append((images.pixels.flatten(1).float(), torch.from_numpy(images.labels)))
-    return _score(sides, settings)
-
-
-def _score(sides: list[tuple[Tensor, Tensor]], settings: Sequence[tuple[int, float]]) -> dict[str, Any]:
-    (bank, bank_labels), (test, test_labels) = sides
-    classes = int(max(bank_labels.max(), test_labels.max())) + 1
-    found = knn_accuracy(bank, bank_labels, test, test_labels, classes=classes, settings=settings, cap=True)
-    shares = ("top1", "top5", "mean_per_class")
-    return {
-        f"k{result['k']}-t{result['temperature']:g}": {name: round(100 * result[name], 4) for name in shares}
-        for result in found["results"]
-    }
-
-
-def card(pair: LabelledPair, config: Config, network: str, precision: str) -> dict[str, Any]:
-    """How a number was made: two numbers compare only if their cards match."""
-    return {
-        "protocol": "knn",
-        "network": network,
-        "layer": "backbone",
-        "batch_norm": "eval, the network's own running statistics",
-        "distance": "cosine, votes weighted by exp(similarity / T)",
-        "view": describe(config.views),
-        "precision": precision,
-        "bank": {"images": len(pair.bank), "fingerprint": pair.bank.fingerprint()},
-        "test": {"images": len(pair.test), "fingerprint": pair.test.fingerprint()},
-    }
+Say = Callable[[str], None]
+Record = dict[str, Any]
 
 
 def evaluate(
     source: str | Path,
     data: str | None = None,
     *,
-    protocol: str = "knn",
-    data_root: str | None = None,
-    images: tuple[int, int] | None = None,
-    device: str = "auto",
-    precision: str = "auto",
+    settings: Evaluation | None = None,
+    reading: Reading | None = None,
+    out: str | Path | None = None,
+    say: Say | None = None,
+    **overrides: Any,
 ) -> dict[str, Any]:
-    """What a run's student and teacher learned.
+    """What a backbone learned.
 
     Args:
-        source: a run folder, or an exported backbone.
-        data: data set with labels, default the run's own.
-        protocol: `knn`.
-        images: at most this many images (bank, test), chosen by seed 0; the card says how many.
+        source: a run folder, an exported file, another program's file, or a timm name; see `open_backbones`.
+        data: a data set with labels, default the run's own. For `transfer` several, joined by commas; for `detection` a folder
+            in COCO's or VOC's layout.
+        settings: all settings, instead of `overrides`.
+        reading: how to read another program's file.
+        out: JSON file for all results, besides those that are kept in a run folder.
+        say: told of progress, a line each; default: nobody.
+        overrides: settings by name: `protocol="knn,probe"`, `images=(5000, 1000)`, `linear={"epochs": 10}`.
 
     Returns:
-        {"results": {network: {"card": ..., setting: figures}}}; of a run also written to RUN/evaluations/.
+        {"source", "data", "results": [{"protocol", "network", "data", "setting", "main", "figures", "intervals", "notes",
+        "details", "seconds", "card"}, ...]}; of a run also written to RUN/evaluations/PROTOCOL-DATA.json.
 
     Raises:
-        ConfigError, DataError, CheckpointError: for an unknown protocol, data without labels, damaged weights.
+        ConfigError, DataError, CheckpointError, NumericError, StorageError: each with what to do about it.
     """
-    if protocol not in PROTOCOLS:
-        raise ConfigError(f"protocol: {protocol!r} is unknown; the nearest is {nearest_word(protocol, PROTOCOLS)}")
-    networks, config, folder = _networks(source)
-    if folder is not None:
-        with storing(folder / "evaluations"):  # before the work, not after it
-            (folder / "evaluations").mkdir(exist_ok=True)
-    engine = Engine(EngineConfig(device=device, precision=precision))
-    data = data or config.data
-    pair = LabelledPair.load(data, data_root or config.data_root, images, index=config.loader.index)
-    results: dict[str, Any] = {"source": str(source), "data": data, "results": {}}
-    for name, backbone in networks.items():
-        scores = knn(engine.place(backbone), pair, config, engine.device, engine.autocast())
-        results["results"][name] = {"card": card(pair, config, name, engine.precision), **scores}
-    if folder is not None:
-        write_json(folder / "evaluations" / f"{protocol}-{Path(data).name}.json", results | {"time": time.time()})
-    return results
+    asked = settings or read_settings(overrides)
+    if out is not None and not Path(out).absolute().parent.is_dir():
+        raise ConfigError(f"out: {Path(out).absolute().parent} is no folder")
+    opened = open_backbones(source, reading)
+    data = data or opened.config.data
+    if opened.folder is not None:
+        with storing(opened.folder / "evaluations"):  # before the work, not after it
+            (opened.folder / "evaluations").mkdir(exist_ok=True)
+    work = _Work(opened, _sees(opened.config, asked), asked, say or (lambda line: None))
+    answer: dict[str, Any] = {"source": opened.name, "data": _title(data), "results": []}
+    for protocol in asked.protocol:
+        records = list(work.run(protocol, data))
+        answer["results"] += records
+        if opened.folder is not None:
+            kept_at = opened.folder / "evaluations" / f"{protocol}-{_file_name(data)}.json"
+            write_json(kept_at, answer | {"results": records, "time": time.time()})
+    if out is not None:
+        write_json(Path(out), answer | {"time": time.time()})
+    return answer
 
 
-def _networks(source: str | Path) -> tuple[dict[str, nn.Module], Config, Path | None]:
-    """The backbones behind a run or an exported file, with the settings of their views."""
-    path = Path(source)
-    if path.suffix == ".safetensors":
-        backbone = load_backbone(path)
-        return {"backbone": backbone}, backbone.config, None  # type: ignore[return-value]
-    run = load_run(path)
-    checkpoint = run.checkpoint()
-    return {name: from_checkpoint(run.config, checkpoint, name) for name in NETWORKS}, run.config, run.folder
+def _sees(config: Config, settings: Evaluation) -> Config:
+    """The backbone's own settings, with the view's size and the readers that the evaluation asks for."""
+    loader = dataclasses.replace(config.loader, workers=settings.workers, cache=None)
+    views = config.views
+    if settings.size is not None:
+        views = dataclasses.replace(views, weak=dataclasses.replace(views.weak, size=settings.size))
+    return dataclasses.replace(config, loader=loader, views=views)
 
 
-def embed(
-    source: str | Path,
-    data: str,
-    out: str | Path,
-    *,
-    network: str | None = None,
-    split: str = "train",
-    data_root: str | None = None,
-    device: str = "auto",
-) -> dict[str, Any]:
-    """Write the backbone's feature of every image, with its name and label, to a .npz or .csv file.
+class _Work:
+    """One evaluation: what its protocols share."""
 
-    Args:
-        source: a run folder, or an exported backbone.
-        data: any data set, folder or list.
-        network: student (default) or teacher, of a run; an exported file holds one network.
-        split: train, bank or test, for sets that have them.
+    def __init__(self, opened: Opened, config: Config, settings: Evaluation, say: Say) -> None:
+        self.opened, self.config, self.settings, self.say = opened, config, settings, say
+        self.engine = Engine(EngineConfig(device=settings.device, precision=settings.precision))
+        self.bootstrap = Bootstrap(settings.resamples, settings.seed)
+        self.pairs: dict[str, tuple[LabelledPair, list[str]]] = {}
+        self.networks = self._networks()
 
-    Returns:
-        {"out", "images", "dim", "bad": [(file, reason)]}.
-    """
-    networks, config, _ = _networks(source)
-    wanted = network or next(iter(networks))
-    if wanted not in networks:
-        raise ConfigError(f"network: {source} holds {' and '.join(networks)}, not {wanted}")
-    backbone = networks[wanted]
-    engine = Engine(EngineConfig(device=device))
-    images = load(data, data_root or config.data_root, split, index=config.loader.index)
-    bad, count, dim = list(images.bad), 0, 0
+    def _networks(self) -> dict[str, nn.Module]:
+        held = self.opened.networks
+        if set(held) == {"backbone"}:
+            return held
+        if unknown := [name for name in self.settings.network if name not in held]:
+            raise ConfigError(f"network: {self.opened.name} holds {' and '.join(held)}, not {', '.join(unknown)}")
+        return {name: held[name] for name in held if name in self.settings.network}
 
-    def rows() -> Any:
-        nonlocal count, dim
-        for ids, vectors, faults in stream(engine.place(backbone), images, config, engine.device, engine.autocast()):
-            bad.extend(faults)
-            if len(ids):
-                count, dim = count + len(ids), vectors.shape[1]
-                yield ids, vectors.numpy()
+    def run(self, protocol: str, data: str) -> Iterator[Record]:
+        """The records of one protocol, network by network."""
+        if protocol == "transfer":
+            yield from self._transfer(data)
+            return
+        for name, backbone in self.networks.items():
+            start = time.monotonic()
+            self.say(f"{protocol}: {name} on {_title(data)}")
+            placed = self.engine.place(backbone)
+            with frozen(placed) if protocol in FROZEN else evaluating(placed):
+                common = card(protocol, name, state_hash(placed), self.opened.origin, self.config, self.settings, self.engine)
+                findings, notes, images = self._measure(protocol, placed, data)
+            yield from _records(protocol, name, data, findings, notes, common | images, time.monotonic() - start)
 
-    names = images.files if images.files is not None else [f"{images.name}/{split}/{row:06}" for row in range(len(images))]
-    write_vectors(Path(out), rows(), names, images.labels)
-    return {"out": str(out), "images": count, "dim": dim, "bad": bad}
+    def _measure(self, protocol: str, backbone: nn.Module, data: str) -> tuple[list[Finding], list[str], dict[str, Any]]:
+        """Findings, what any reader of them must know, and the card's part on the data."""
+        section = getattr(self.settings, protocol)
+        if protocol == "detection":
+            from relssl.evaluation.detection import detection
+
+            found = detection(
+                backbone, data, self.config, self.engine, settings=section, seed=self.settings.seed, say=self.say
+            )
+            return found, [], {"images": {"data": _title(data)}}
+        pair, notes = self._pair(data)
+        if protocol in ON_FEATURES:
+            found, more = self._on_features(_function(ON_FEATURES[protocol]), backbone, pair, section)
+            return found, notes + more, {"images": split(pair)}
+        run = _function(ON_IMAGES[protocol])
+        found = run(
+            backbone, pair, self.config, self.engine,
+            settings=section, bootstrap=self.bootstrap, seed=self.settings.seed, say=self.say,
+        )  # fmt: skip
+        return found, notes, {"images": split(pair)}
+
+    def _pair(self, data: str) -> tuple[LabelledPair, list[str]]:
+        if data not in self.pairs:
+            settings = self.settings
+            root = settings.data_root or self.config.data_root
+            pair = LabelledPair.load(data, root, settings.images, settings.seed, index=self.config.loader.index)
+            notes = pair.notes()
+            if self.opened.seen == pair.test.fingerprint():
+                notes.append("the test images are those that the run was pretrained on")
+            self.pairs = {data: (pair, notes)}  # one at a time: sets may be large
+        return self.pairs[data]
+
+    def _on_features(
+        self, run: Callable[..., list[Finding]], backbone: nn.Module, pair: LabelledPair, section: Any
+    ) -> tuple[list[Finding], list[str]]:
+        sides, notes = [], []
+        for side, images in (("bank", pair.bank), ("test", pair.test)):
+            found = self._features(backbone, images)
+            require_varied(found.vectors, f"{images.name}: the {side}'s")
+            if found.bad:
+                first = f"{shown(found.bad[0][0])}: {found.bad[0][1]}"
+                notes.append(f"{len(found.bad)} of {len(images)} {side} images cannot be read, the first is {first}")
+            sides += [found.vectors, _labels(images, found)]
+        found_all = run(
+            *sides, classes=pair.classes, settings=section, bootstrap=self.bootstrap, seed=self.settings.seed
+        )  # fmt: skip
+        return found_all, notes
+
+    def _features(self, backbone: nn.Module, images: Images) -> Features:
+        if self.settings.cache:
+            return kept.features(backbone, images, self.config, self.engine)
+        return extract(backbone, images, self.config, self.engine.device, self.engine.autocast())
+
+    def _transfer(self, data: str) -> Iterator[Record]:
+        """A probe on each of several data sets, told by its customary figure, and their mean."""
+        probe = _function(ON_FEATURES["probe"])
+        for name, backbone in self.networks.items():
+            start, placed = time.monotonic(), self.engine.place(backbone)
+            rows: dict[str, Finding] = {}
+            missing: dict[str, str] = {}
+            images: dict[str, Any] = {}
+            with frozen(placed) as weights:
+                common = card("transfer", name, weights, self.opened.origin, self.config, self.settings, self.engine)
+                for one in filter(None, data.split(",")):
+                    self.say(f"transfer: {name} on {_title(one)}")
+                    try:
+                        pair, notes = self._pair(one)
+                    except DataError as error:
+                        missing[_title(one)] = str(error)
+                        continue
+                    (found,), more = self._on_features(probe, placed, pair, self.settings.probe)
+                    rows[_title(one)] = dataclasses.replace(found, main=customary(one), notes=(*notes, *more, *found.notes))
+                    images[_title(one)] = split(pair)
+            if not rows:
+                raise DataError(*(f"{one}: {reason}" for one, reason in missing.items()))
+            for title, finding in transfer_table(rows, missing).items():
+                used = images.get(title, images)
+                yield from _records("transfer", name, title, [finding], [], common | {"images": used}, time.monotonic() - start)
+
+
+def _records(
+    protocol: str, network: str, data: str, findings: list[Finding], notes: list[str], common: dict[str, Any], seconds: float
+) -> Iterator[Record]:
+    for finding in findings:
+        plain = finding.plain()
+        plain["notes"] = [*notes, *plain["notes"]]
+        named = {"protocol": protocol, "network": network, "data": _title(data)}
+        settings = common["settings"] | finding.setting
+        yield named | plain | {"seconds": round(seconds, 2), "card": common | {"settings": settings}}
+
+
+def _labels(images: Images, found: Features) -> Tensor:
+    known = images.targets if images.targets is not None else images.labels
+    assert known is not None
+    return torch.from_numpy(known[found.rows])
+
+
+def _function(place: tuple[str, str]) -> Callable[..., list[Finding]]:
+    """Imported only when it is asked for: some need scikit-learn, which takes seconds."""
+    made: Callable[..., list[Finding]] = getattr(importlib.import_module(place[0]), place[1])
+    return made
+
+
+def _title(data: str) -> str:
+    """What to call a data set in results: a name as it is, a folder by its last part, nothing of this machine."""
+    return ",".join(shown(Path(one).name or one) for one in data.split(","))
+
+
+def _file_name(data: str) -> str:
+    return "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in _title(data))[:100]

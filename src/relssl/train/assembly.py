@@ -12,7 +12,7 @@ from relssl.data.shrinking import shrunken
 from relssl.data.sources import Images, load
 from relssl.engine import Engine
 from relssl.errors import DataError, Interrupted, RelsslError
-from relssl.evaluation.protocol import LabelledPair, choose
+from relssl.evaluation.pairs import LabelledPair, choose
 from relssl.train.journal import Display
 from relssl.train.online import OnlineKnn
 from relssl.train.signals import REASONS, StopRequest
@@ -106,4 +106,6 @@ def _online(config: Config) -> OnlineKnn | None:
         pair = LabelledPair.load(config.data, config.data_root, config.log.knn_images, config.seed, index=config.loader.index)
     except DataError:
         return None
+    if pair.bank.labels is None or pair.bank.labels.min() == pair.bank.labels.max():
+        return None  # several labels an image, or a single one for all: nothing to vote about
     return OnlineKnn(pair, config)

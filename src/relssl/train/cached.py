@@ -11,7 +11,7 @@ from PIL import Image
 
 from relssl.data.shrinking import place, shrunken
 from relssl.data.shrunk import Shrunk
-from relssl.evaluation.protocol import choose
+from relssl.evaluation.pairs import choose
 from relssl.train.journal import Display
 from relssl.train.trainer import Trainer
 

@@ -21,7 +21,7 @@ from relssl.data.sources import Images
 from relssl.data.workers import loader_workers
 from relssl.evaluation.features import extract
 from relssl.evaluation.knn import knn_accuracy
-from relssl.evaluation.protocol import choose
+from relssl.evaluation.pairs import choose
 from relssl.method.ressl import unwrapped
 from relssl.train.checkpoint import whole_state
 from relssl.train.folder import default_folder

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+import torch
+from torch import Tensor, nn
 
 from relssl.config import Config
+from relssl.data.sources import Images
 from relssl.engine import Engine
-from relssl.evaluation.protocol import LabelledPair, knn, raw_pixel_knn
+from relssl.evaluation.features import extract
+from relssl.evaluation.knn import knn_accuracy
+from relssl.evaluation.pairs import LabelledPair
 from relssl.method.ressl import ReSSL, unwrapped
 
 
@@ -18,19 +22,30 @@ class OnlineKnn:
 
     def measure(self, model: ReSSL, engine: Engine) -> dict[str, float]:
         """Top-1 in percent at `log.knn`: {"knn_top1": student, "knn_teacher_top1": teacher}."""
-        figures = {}
-        for name, encoder in (("knn_top1", unwrapped(model.student)), ("knn_teacher_top1", model.teacher)):
-            figures[name] = _main(
-                knn(encoder.backbone, self.pair, self.config, engine.device, engine.autocast(), [self.config.log.knn])
-            )
-        return figures
+        encoders = {"knn_top1": unwrapped(model.student), "knn_teacher_top1": model.teacher}
+        return {name: self._top1(encoder.backbone, engine) for name, encoder in encoders.items()}
 
     def baselines(self, model: ReSSL, engine: Engine) -> dict[str, float]:
         """The untrained networks, and for sets in memory the pixels themselves, "knn_raw_pixels"."""
-        pixels = raw_pixel_knn(self.pair, [self.config.log.knn])
-        return self.measure(model, engine) | ({} if pixels is None else {"knn_raw_pixels": _main(pixels)})
+        found = self.measure(model, engine)
+        bank, test = self.pair.bank, self.pair.test
+        if bank.pixels is not None and test.pixels is not None:
+            found["knn_raw_pixels"] = self._score(*(self._flat(side) for side in (bank, test)))
+        return found
 
+    def _top1(self, backbone: nn.Module, engine: Engine) -> float:
+        sides = []
+        for images in (self.pair.bank, self.pair.test):
+            found = extract(backbone, images, self.config, engine.device, engine.autocast())
+            assert images.labels is not None
+            sides.append((found.vectors, torch.from_numpy(images.labels[found.rows])))
+        return self._score(*sides)
 
-def _main(scores: dict[str, Any]) -> float:
-    """The top-1 of the one setting asked for."""
-    return float(next(iter(scores.values()))["top1"])
+    def _score(self, bank: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> float:
+        (found,) = knn_accuracy(*bank, *test, classes=self.pair.classes, settings=[self.config.log.knn], cap=True)
+        return float(round(found["top1"], 4))
+
+    @staticmethod
+    def _flat(images: Images) -> tuple[Tensor, Tensor]:
+        assert images.pixels is not None and images.labels is not None
+        return images.pixels.flatten(1).float(), torch.from_numpy(images.labels)

@@ -1,0 +1,92 @@
+"""The card of a number: everything that two numbers must share before they can be compared."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+from typing import Any
+
+from relssl import __version__
+from relssl.config import Config
+from relssl.data.plain import enlarged
+from relssl.data.sources import Images
+from relssl.engine import Engine
+from relssl.evaluation.pairs import LabelledPair, labels_hash
+from relssl.protocols import Evaluation
+
+# What may change a figure's digits. Python and the operating system do not.
+_PACKAGES = ("torch", "torchvision", "timm", "pillow", "numpy", "scikit-learn", "scipy")
+# Settings whose every value gives a finding of its own; the others are the same for all findings of a protocol.
+SWEPT = {
+    "knn": {"k", "temperature"},
+    "linear": {"lr"},
+    "semi": {"fractions"},
+    "lowshot": {"shots"},
+    "retrieval": {"at"},
+}
+# Who is measured, rather than how; a comparison does not ask for these to be equal.
+SUBJECT = ("source", "weights", "backbone")
+
+
+def card(
+    protocol: str, network: str, weights: str, origin: dict[str, Any], config: Config, settings: Evaluation, engine: Engine
+) -> dict[str, Any]:
+    """What all findings of one protocol on one network share, but for the data.
+
+    Args:
+        protocol, network: their names.
+        weights: hash of the network before the evaluation.
+        origin: where it comes from.
+        config: how it was made and what it sees.
+    """
+    trains = protocol in ("finetune", "semi", "detection")
+    section = getattr(settings, "probe" if protocol == "transfer" else protocol)
+    return {
+        "protocol": protocol,
+        "network": network,
+        "layer": "backbone",
+        "settings": {name: value for name, value in dataclasses.asdict(section).items() if name not in SWEPT.get(protocol, ())},
+        "view": view(config),
+        "batch_norm": "trained with the network" if trains else "eval mode; statistics hashed before and after, unchanged",
+        "precision": engine.precision,
+        "device": engine.device.type,
+        "seed": settings.seed,
+        "resamples": settings.resamples,
+        "versions": versions(),
+        "backbone": {"name": config.backbone, "args": config.backbone_args, "stem": config.encoder.stem},
+        "weights": weights,
+        "source": origin,
+    }
+
+
+def view(config: Config) -> dict[str, Any]:
+    """What the network sees of an image."""
+    return {
+        "size": config.views.weak.size,
+        "shorter_side": enlarged(config.views),
+        "crop": "centre",
+        "interpolation": "bilinear with antialias",
+        "mean": list(config.views.mean or ()),
+        "std": list(config.views.std or ()),
+    }
+
+
+def split(pair: LabelledPair) -> dict[str, Any]:
+    """Which images and labels were used."""
+    whole = pair.of or (len(pair.bank), len(pair.test))
+    return {"bank": _side(pair.bank, whole[0]), "test": _side(pair.test, whole[1]), "classes": pair.classes}
+
+
+def _side(images: Images, of: int) -> dict[str, Any]:
+    return {"data": images.name, "images": len(images), "of": of, "hash": labels_hash(images)}
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes a figure."""
+    found = {"relssl": __version__}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found

@@ -1,0 +1,143 @@
+"""Comparing two evaluations: refused, by the name of the field, unless both were made alike."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from relssl.errors import ConfigError, DataError
+from relssl.evaluation.card import SUBJECT
+from relssl.evaluation.findings import unpack
+from relssl.evaluation.metrics import Bootstrap, percentiles
+
+_MAX_BYTES = 256 << 20
+
+Record = dict[str, Any]
+
+
+def compare(
+    first: str | Path, second: str | Path, *, network: tuple[str, str] | None = None, allow: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+    """The difference of two evaluations, finding by finding.
+
+    Two findings compare only if their cards match in everything but who is measured: network, layer, settings, view, precision,
+    images, seed, versions.
+
+    Args:
+        first, second: JSON files as `evaluate` writes them, of RUN/evaluations or its `out`.
+        network: the network of the first and of the second, such as ("student", "backbone"); default: of equal names.
+        allow: fields of the card that may differ, such as "versions" or "view.mean"; a field allows those below it.
+
+    Returns:
+        For every pair: protocol, data, setting, network, figure, `first`, `second`, `difference` (second - first) and, where both
+        name the test images that they got right, `interval`: the 95 % bootstrap interval of the difference over the images;
+        `allowed`, the fields that differ.
+
+    Raises:
+        ConfigError: naming the fields that do not match, or if there is nothing to compare. DataError: for a damaged file.
+    """
+    sides = [_records(Path(path)) for path in (first, second)]
+    if network is not None:
+        sides = [[record for record in side if record["network"] == name] for side, name in zip(sides, network, strict=True)]
+        allow = (*allow, "network")
+    rows, faults = [], []
+    for mine in sides[0]:
+        other = _counterpart(mine, sides[1], by_network=network is None)
+        if other is None:
+            continue
+        differing = list(_differences(mine["card"], other["card"]))
+        if refused := [field for field in differing if not _allowed(field[0], allow)]:
+            faults += [f"{_name(mine)}: {field} differs: {_brief(a)} and {_brief(b)}" for field, a, b in refused]
+        else:
+            rows.append(_difference(mine, other) | {"allowed": [field for field, _, _ in differing]})
+    if faults:
+        unique = list(dict.fromkeys(faults))
+        raise ConfigError(*unique[:10], f"{second}: does not compare with {first}; --allow FIELD lets a field differ")
+    if not rows:
+        raise ConfigError(f"{second}: has no finding of the same protocol, data, network and setting as any of {first}; {_has(sides)}")
+    return rows
+
+
+def _records(path: Path) -> list[Record]:
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise ValueError("is too large for results")
+        records: list[Record] = json.loads(path.read_bytes())["results"]
+        for record in records:
+            if not all(isinstance(record[key], kind) for key, kind in _SHAPE.items()):
+                raise ValueError("a finding is malformed")
+            record["figures"][record["main"]]
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file") from error
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise DataError(f"{path}: is no result of `relssl evaluate` ({' '.join(str(error).split())[:100]})") from error
+    return records
+
+
+_SHAPE = {"protocol": str, "network": str, "data": str, "setting": dict, "main": str, "figures": dict, "card": dict}
+
+
+def _counterpart(mine: Record, others: list[Record], *, by_network: bool) -> Record | None:
+    """The finding of the same protocol, data and setting; the data may bear another name if nothing else fits."""
+    wanted = ("protocol", "setting", "network") if by_network else ("protocol", "setting")
+    alike = [other for other in others if all(other[key] == mine[key] for key in wanted)]
+    named = [other for other in alike if other["data"] == mine["data"]]
+    return next(iter(named or alike), None)
+
+
+def _differences(mine: Any, other: Any, field: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted field, its value here, its value there) of all that differs, except who is measured."""
+    if isinstance(mine, Mapping) and isinstance(other, Mapping):
+        for key in dict.fromkeys([*mine, *other]):
+            if field or key not in SUBJECT:
+                yield from _differences(mine.get(key), other.get(key), f"{field}.{key}" if field else str(key))
+    elif mine != other:
+        yield field, mine, other
+
+
+def _allowed(field: str, allow: Sequence[str]) -> bool:
+    return any(field == name or field.startswith(f"{name}.") for name in allow)
+
+
+def _difference(mine: Record, other: Record) -> dict[str, Any]:
+    main = mine["main"]
+    values = [float(record["figures"][main]) for record in (mine, other)]
+    row = {key: mine[key] for key in ("protocol", "data", "setting")}
+    row |= {"network": [mine["network"], other["network"]], "figure": main, "first": values[0], "second": values[1]}
+    row["difference"] = round(values[1] - values[0], 4)
+    if main == "top1" and "correct" in mine and "correct" in other:
+        row["interval"] = _paired(mine, other)
+    return row
+
+
+def _paired(mine: Record, other: Record) -> list[float] | None:
+    """The interval of the difference in percent when test images are drawn again: what both get right or wrong cancels."""
+    total = mine.get("tested")
+    images = [record["card"]["images"].get("test", {}).get("images") for record in (mine, other)]
+    if total is None or [other.get("tested"), *images] != [total] * 3:
+        return None  # unreadable images were left out, so the places do not tell which image is which
+    right = [unpack(record["correct"], total) for record in (mine, other)]
+    gained, lost = int((right[1] & ~right[0]).sum()), int((right[0] & ~right[1]).sum())
+    drawn = Bootstrap().generator().multinomial(total, np.array([gained, lost, total - gained - lost]) / total, size=10_000)
+    low, high = percentiles(100 * (drawn[:, 0] - drawn[:, 1]) / total)
+    return [round(low, 4), round(high, 4)]
+
+
+def _name(record: Record) -> str:
+    setting = " ".join(f"{key}={value}" for key, value in record["setting"].items())
+    return " ".join(filter(None, (record["protocol"], record["network"], setting)))
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _has(sides: list[list[Record]]) -> str:
+    """What each side holds, for a user who compared the wrong files."""
+    held = [", ".join(sorted({f"{r['protocol']} of {r['network']} on {r['data']}" for r in side})) or "nothing" for side in sides]
+    return f"the first holds {held[0]}; the second {held[1]}"

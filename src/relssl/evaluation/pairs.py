@@ -1,0 +1,126 @@
+"""The two sides of an evaluation: images whose labels are known, and images to be labelled."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+
+from relssl.data.identity import shared
+from relssl.data.sources import Images, load
+from relssl.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class LabelledPair:
+    """Both sides of a data set.
+
+    Attributes:
+        bank, test: labelled images.
+        of: how many labelled images the two sides had before they were cut.
+    """
+
+    bank: Images
+    test: Images
+    of: tuple[int, int] | None = None
+
+    @staticmethod
+    def load(
+        data: str, root: str | None, at_most: tuple[int, int] | None = None, seed: int = 0, *, index: bool = True
+    ) -> LabelledPair:
+        """Both sides of a data set, cut to `at_most` (bank, test) images chosen by the seed; `index` as for `sources.load`.
+
+        Images without a label are left out.
+
+        Raises:
+            DataError: if the data set has no labels or no test part.
+        """
+        if at_most is not None and min(at_most) < 1:
+            raise ConfigError(f"images: must be at least 1 on each side, got {at_most[0]} and {at_most[1]}")
+        sides = [_labelled(data, load(data, root, split, index=index)) for split in ("bank", "test")]
+        counts = (len(sides[0]), len(sides[1]))
+        if at_most is not None:
+            sides = [choose(side, most, seed) for side, most in zip(sides, at_most, strict=True)]
+        return LabelledPair(*sides, of=counts)
+
+    @property
+    def several(self) -> bool:
+        """Whether an image can have several labels."""
+        return self.bank.targets is not None
+
+    @property
+    def classes(self) -> int:
+        """How many classes there are."""
+        if self.bank.targets is not None:
+            return int(self.bank.targets.shape[1])
+        assert self.bank.labels is not None and self.test.labels is not None
+        named = len(self.bank.classes or ())
+        return max(named, int(self.bank.labels.max()) + 1, int(self.test.labels.max()) + 1)
+
+    def notes(self) -> list[str]:
+        """What a reader of any figure of this pair must know.
+
+        Raises:
+            DataError: if no figure would mean anything: a single class, test classes that the bank has not, or test images
+                that are all in the bank.
+        """
+        notes = self._cuts() + ([] if self.several else self._classes())
+        again = shared(self.bank, self.test)
+        if again == len(self.test):
+            raise DataError(f"{self.test.name}: all {again} test images are in the bank too; evaluate on images of their own")
+        if again:
+            notes.append(f"{again} of {len(self.test)} test images are in the bank too")
+        return notes
+
+    def _cuts(self) -> list[str]:
+        counts = ((len(self.bank), len(self.test)), self.of or ())
+        return [f"a subset: {n} of {whole} {side} images" for side, n, whole in zip(("bank", "test"), *counts) if n < whole]  # noqa: B905
+
+    def _classes(self) -> list[str]:
+        bank, test = self.bank, self.test
+        assert bank.labels is not None and test.labels is not None
+        if bank.classes and test.classes and bank.classes != test.classes:
+            raise DataError(f"{bank.name}: bank and test name their classes differently: {bank.classes[:3]}, {test.classes[:3]}")
+        there, asked = set(bank.labels.tolist()), set(test.labels.tolist())
+        if len(there) < 2:
+            raise DataError(f"{bank.name}: all bank images are of one class ({_named(bank, there)}); two or more are needed")
+        notes = []
+        if unknown := asked - there:
+            missing = f"{len(unknown)} classes of the test images have no bank image: {_named(test, unknown)}"
+            if self.of is None or (len(bank), len(test)) == self.of:
+                raise DataError(f"{bank.name}: {missing}; give both sides the same classes")
+            notes.append(missing)
+        if unasked := there - asked:
+            notes.append(f"{len(unasked)} classes have no test image: {_named(bank, unasked)}")
+        return notes
+
+
+def labels_hash(images: Images) -> str:
+    """16 hex digits of which image has which label, and of the images themselves."""
+    digest = hashlib.sha256(images.fingerprint().encode())
+    digest.update(np.ascontiguousarray(images.labels if images.targets is None else images.targets).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def choose(images: Images, at_most: int, seed: int) -> Images:
+    """At most that many images, drawn without replacement by the seed and kept in their order."""
+    if len(images) <= at_most:
+        return images
+    rows = np.sort(np.random.Generator(np.random.PCG64(seed)).permutation(len(images))[:at_most])
+    return images.subset(rows)
+
+
+def _labelled(data: str, images: Images) -> Images:
+    if images.targets is not None:
+        return images
+    rows = np.flatnonzero(images.labels >= 0) if images.labels is not None else np.empty(0, np.int64)
+    if not len(rows):
+        raise DataError(f"{data}: has no labels to evaluate with; lay folders out as train/CLASS/ and val/CLASS/")
+    return images if len(rows) == len(images) else images.subset(rows)
+
+
+def _named(images: Images, classes: set[int]) -> str:
+    """Up to five of the classes by name."""
+    names = [images.classes[place] if images.classes else str(place) for place in sorted(classes)]
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
