@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 from relssl.errors import ConfigError
 from relssl.evaluation.findings import Finding
 from relssl.evaluation.metrics import Bootstrap, accuracies, accuracy_intervals, ranks
+from relssl.evaluation.rows import Rows, full_precision
 from relssl.protocols import KnnConfig
 
 # InstDisc and the papers' small sets use (200, 0.1), DINO and solo-learn (20, 0.07).
@@ -61,7 +61,7 @@ def knn_classify(
     """
     rows, labels = _labelled("bank", bank, bank_labels, classes)
     _check(rows, labels, queries, [k], [temperature])
-    similarity, index = _neighbours(rows, _Rows("query", queries), k, chunk, bank_chunk)
+    similarity, index = _neighbours(rows, Rows("query", queries), k, chunk, bank_chunk)
     scores = torch.empty(len(queries), classes)
     for part, place in zip(
         _votes(similarity, labels[index], temperature, classes, chunk), torch.split(scores, chunk), strict=True
@@ -169,41 +169,7 @@ def _ranks(
         yield setting, k, rank, truth
 
 
-class _Rows:
-    """The rows of a feature matrix, or those at `kept`, without a copy of the whole."""
-
-    def __init__(self, name: str, features: Tensor, kept: Tensor | None = None) -> None:
-        if features.dim() != 2 or not features.shape[1] or features.is_complex():
-            raise ValueError(f"{name} features must be real and [rows, dimensions], got {features.dtype} {list(features.shape)}")
-        self.name, self.features, self.kept = name, features, kept
-        self.count = len(features) if kept is None else len(kept)
-
-    def chunks(self, size: int, device: torch.device) -> Iterator[tuple[int, Tensor]]:
-        """The place of the first row and up to `size` rows of unit norm, fp32, on `device`."""
-        if size < 1:
-            raise ValueError(f"chunk and bank_chunk must be at least 1, got {size}")
-        for start in range(0, self.count, size):
-            which = slice(start, start + size) if self.kept is None else self.kept[start : start + size]
-            rows = self.features[which].to(device)
-            finite = rows.isfinite().all(dim=1).cpu()
-            if not bool(finite.all()):
-                row = start + int((~finite).nonzero()[0])
-                raise ValueError(
-                    f"{self.name} features hold NaN or Inf, first in row {row if self.kept is None else self.kept[row]}"
-                )
-            yield start, _unit(rows)
-
-
-def _unit(rows: Tensor) -> Tensor:
-    """[n,D] -> fp32 of unit norm. Each row's largest entry is brought to 1 first, so that no square overflows or vanishes."""
-    rows = rows if rows.dtype == torch.float64 else rows.float()
-    largest = rows.abs().amax(dim=1, keepdim=True)
-    rows = (rows / torch.where(largest > 0, largest, 1)).float()
-    norm: Tensor = rows.norm(dim=1, keepdim=True)
-    return rows / norm.clamp_min(1.0)  # a row of zeros stays zero, and similar to nothing
-
-
-def _labelled(name: str, features: Tensor, labels: Tensor, classes: int) -> tuple[_Rows, Tensor]:
+def _labelled(name: str, features: Tensor, labels: Tensor, classes: int) -> tuple[Rows, Tensor]:
     """The rows that have a label, and their labels on the CPU."""
     if classes < 2:
         raise ValueError(f"kNN needs at least 2 classes, got {classes}")
@@ -214,10 +180,10 @@ def _labelled(name: str, features: Tensor, labels: Tensor, classes: int) -> tupl
     if len(labels) and not -1 <= int(labels.min()) <= int(labels.max()) < classes:
         raise ValueError(f"{name} labels must lie in -1..{classes - 1}, got {int(labels.min())}..{int(labels.max())}")
     kept = (labels >= 0).nonzero().flatten()
-    return _Rows(name, features, kept if len(kept) < len(labels) else None), labels[kept]
+    return Rows(name, features, kept if len(kept) < len(labels) else None), labels[kept]
 
 
-def _check(rows: _Rows, labels: Tensor, queries: Tensor, ks: list[int], temperatures: list[float]) -> None:
+def _check(rows: Rows, labels: Tensor, queries: Tensor, ks: list[int], temperatures: list[float]) -> None:
     if queries.shape[1:] != rows.features.shape[1:]:
         raise ValueError(f"queries {list(queries.shape)} do not fit a bank of {list(rows.features.shape)}")
     if not len(labels):
@@ -232,25 +198,13 @@ def _check(rows: _Rows, labels: Tensor, queries: Tensor, ks: list[int], temperat
         raise ValueError(f"all features of the bank are of the single class {int(labels[0])}, so kNN can only answer that")
 
 
-@contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
-    """Matrix products in true fp32: TF32 or bf16 would reorder near neighbours."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-def _neighbours(bank: _Rows, queries: _Rows, k: int, chunk: int, bank_chunk: int) -> tuple[Tensor, Tensor]:
+def _neighbours(bank: Rows, queries: Rows, k: int, chunk: int, bank_chunk: int) -> tuple[Tensor, Tensor]:
     """Similarities [M,k], falling, and places in the bank [M,k] of the nearest, on the CPU."""
     device = queries.features.device
     best = torch.full((queries.count, k), torch.iinfo(torch.int64).min, device=device)
-    with _full_precision(device):
-        for first, rows in bank.chunks(bank_chunk, device):
-            for start, part in queries.chunks(chunk, device):
+    with full_precision(device):
+        for first, rows in bank.units(bank_chunk, device):
+            for start, part in queries.units(chunk, device):
                 place = best[start : start + len(part)]
                 place.copy_(torch.cat([place, _nearest(part @ rows.T, first, k)], dim=1).topk(k, dim=1).values)
     return _similarity(best).cpu(), (_LOW - (best & _LOW)).cpu()
