@@ -70,7 +70,9 @@ def test_equal_cards_compare_whoever_is_measured(tmp_path: Path) -> None:
         ("settings.distance", "euclidean"),
     ],
 )
-def test_what_differs_is_named_and_can_be_allowed(field: str, value: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_differs_is_named_and_can_be_allowed(
+    field: str, value: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     card = copy.deepcopy(CARD)
     *path, leaf = field.split(".")
     place = card
@@ -92,7 +94,7 @@ def test_what_differs_is_named_and_can_be_allowed(field: str, value: Any, tmp_pa
 def test_networks_of_other_names_compare_only_when_named(tmp_path: Path) -> None:
     a = write(tmp_path / "a.json", record(answers(0.5, 0)), record(answers(0.5, 2), network="teacher"))
     b = write(tmp_path / "b.json", record(answers(0.6, 1), network="backbone"))
-    with pytest.raises(ConfigError, match="first holds knn of student on digits, knn of teacher.*second knn of backbone"):
+    with pytest.raises(ConfigError, match=r"first holds knn of student on digits, knn of teacher.*second knn of backbone"):
         compare(a, b)
     (row,) = compare(a, b, network=("teacher", "backbone"))
     assert row["network"] == ["teacher", "backbone"] and row["allowed"] == ["network"]

@@ -15,7 +15,9 @@ from relssl.errors import ConfigError, DataError
 from relssl.evaluation.pairs import LabelledPair, labels_hash
 
 
-def images(labels: list[int], seed: int = 0, classes: tuple[str, ...] | None = ("cat", "dog", "owl"), name: str = "pets") -> Images:
+def images(
+    labels: list[int], seed: int = 0, classes: tuple[str, ...] | None = ("cat", "dog", "owl"), name: str = "pets"
+) -> Images:
     pixels = torch.randint(256, (len(labels), 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
     return Images(name, pixels, None, np.array(labels, np.int64), classes)
 
@@ -51,7 +53,10 @@ def test_a_cut_says_so_and_its_missing_classes_are_noted() -> None:
         "1 classes of the test images have no bank image: owl",
         "1 classes have no test image: dog",
     ]
-    assert LabelledPair.load("digits", None, (40, 10)).of == (len(load("digits", None, "bank")), len(load("digits", None, "test")))
+    assert LabelledPair.load("digits", None, (40, 10)).of == (
+        len(load("digits", None, "bank")),
+        len(load("digits", None, "test")),
+    )
     with pytest.raises(ConfigError, match="at least 1"):
         LabelledPair.load("digits", None, (0, 10))
 

@@ -149,7 +149,12 @@ def _shown(value: Any) -> str:
 def _add_reading(parser: argparse.ArgumentParser) -> None:
     """How to read another program's file."""
     group = parser.add_argument_group("files of other programs")
-    group.add_argument("--from", dest="layout", metavar="LAYOUT", help="official, solo, moco, dino, torchvision or timm; default: told from the file")
+    group.add_argument(
+        "--from",
+        dest="layout",
+        metavar="LAYOUT",
+        help="official, solo, moco, dino, torchvision or timm; default: told from the file",
+    )
     group.add_argument("--backbone", help="timm name; default: told from the file, for ResNets")
     group.add_argument("--stem", help="first layers; default: told from the file, as far as it tells")
     group.add_argument("--allow", nargs="+", default=[], metavar="NAME", help="weights that may be missing or unexpected")

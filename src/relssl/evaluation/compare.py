@@ -58,7 +58,9 @@ def compare(
         unique = list(dict.fromkeys(faults))
         raise ConfigError(*unique[:10], f"{second}: does not compare with {first}; --allow FIELD lets a field differ")
     if not rows:
-        raise ConfigError(f"{second}: has no finding of the same protocol, data, network and setting as any of {first}; {_has(sides)}")
+        raise ConfigError(
+            f"{second}: has no finding of the same protocol, data, network and setting as any of {first}; {_has(sides)}"
+        )
     return rows
 
 

@@ -42,7 +42,7 @@ class LabelledPair:
         counts = (len(sides[0]), len(sides[1]))
         if at_most is not None:
             sides = [choose(side, most, seed) for side, most in zip(sides, at_most, strict=True)]
-        return LabelledPair(*sides, of=counts)
+        return LabelledPair(sides[0], sides[1], counts)
 
     @property
     def several(self) -> bool:
@@ -74,8 +74,9 @@ class LabelledPair:
         return notes
 
     def _cuts(self) -> list[str]:
-        counts = ((len(self.bank), len(self.test)), self.of or ())
-        return [f"a subset: {n} of {whole} {side} images" for side, n, whole in zip(("bank", "test"), *counts) if n < whole]  # noqa: B905
+        bank, test = self.of or (len(self.bank), len(self.test))
+        sides = (("bank", len(self.bank), bank), ("test", len(self.test), test))
+        return [f"a subset: {used} of {whole} {side} images" for side, used, whole in sides if used < whole]
 
     def _classes(self) -> list[str]:
         bank, test = self.bank, self.test

@@ -145,9 +145,7 @@ class _Work:
         if protocol == "detection":
             from relssl.evaluation.detection import detection
 
-            found = detection(
-                backbone, data, self.config, self.engine, settings=section, seed=self.settings.seed, say=self.say
-            )
+            found = detection(backbone, data, self.config, self.engine, settings=section, seed=self.settings.seed, say=self.say)
             return found, [], {"images": {"data": _title(data)}}
         pair, notes = self._pair(data)
         if protocol in ON_FEATURES:

@@ -79,7 +79,9 @@ def open_backbones(source: str | Path, reading: Reading | None = None) -> Opened
         backbone, report = load_foreign(path, **vars(reading))
         return _single(path.name, backbone, report.plain())
     if given := [name for name in reading.asked() if name != "size"]:
-        raise ConfigError(*(f"{'--from' if name == 'layout' else '--' + name}: {source} is no file of another program" for name in given))
+        raise ConfigError(
+            *(f"{'--from' if name == 'layout' else '--' + name}: {source} is no file of another program" for name in given)
+        )
     if path.is_dir():
         return _run(path)
     if path.is_file():
@@ -99,7 +101,12 @@ def _run(path: Path) -> Opened:
     run = load_run(path)
     checkpoint = run.checkpoint()
     networks = {name: from_checkpoint(run.config, checkpoint, name) for name in NETWORKS}
-    origin = {"kind": "run", "run": path.resolve().name, "checkpoint": checkpoint.name, "recipe": Path(run.config.recipe or "").name}
+    origin = {
+        "kind": "run",
+        "run": path.resolve().name,
+        "checkpoint": checkpoint.name,
+        "recipe": Path(run.config.recipe or "").name,
+    }
     return Opened(path.resolve().name, networks, run.config, path, origin, _pretrained_on(path))
 
 
