@@ -111,14 +111,15 @@ def test_unreadable_files_are_kept_with_their_reason(
     cut = (tmp_path / "20.png").read_bytes()[:-20]
     (tmp_path / "20.png").write_bytes(cut)
     images = load(str(tmp_path), None, "train")
-    made, again = (kept.features(tiny_net(), images, config, engine) for _ in range(2))
+    backbone = tiny_net()
+    made, again = (kept.features(backbone, images, config, engine) for _ in range(2))
     for found in (made, again):
         assert found.rows.tolist() == [0, 2] and len(found.vectors) == 2
         assert [file for file, _ in found.bad] == [str(tmp_path / "20.png")]
     for shade in (10, 30):
         (tmp_path / f"{shade}.png").write_bytes(cut)
     with pytest.raises(DataError, match="none of its 3 images"):
-        kept.features(tiny_net(), images, config, engine)
+        kept.features(backbone, images, config, engine)
     assert len(entries(root)) == 1
 
 
