@@ -57,6 +57,11 @@ class Config:
             return (self.views.strong,)
         return tuple(dataclasses.replace(self.views.strong, size=s, scale=(lo, hi)) for s, lo, hi in self.views.crops)
 
+    @property
+    def all_views(self) -> tuple[ViewConfig, ...]:
+        """What a loader makes of each image: the teacher's view, then the student's."""
+        return (self.views.weak, *self.strong_views)
+
 
 def resolve(overrides: Mapping[str, Any], config_file: str | Path | None = None) -> Config:
     """The settings of a run from dotted or nested `overrides` and an optional YAML file.
@@ -144,7 +149,7 @@ def check(config: Config) -> list[str]:
             bounds = getattr(view, key)
             if bounds is not None and bounds[0] > bounds[1]:
                 faults.append(f"views.{side}.{key}: the first bound must not exceed the second, got {list(bounds)}")
-    largest = max(view.size for view in (config.views.weak, *config.strong_views))
+    largest = max(view.size for view in config.all_views)
     if config.loader.cache is not None and config.loader.cache < largest:
         faults.append(
             f"loader.cache: {config.loader.cache} pixels are fewer than the largest view has ({largest}), which would only be "

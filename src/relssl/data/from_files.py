@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,7 @@ from relssl.data.transfer import send, synchronise
 from relssl.data.tuning import Choice, Tuning
 from relssl.data.workers import WorkerError, cores, hand_over, reset_signals, watch
 from relssl.errors import DataError
+from relssl.views import ViewConfig
 
 
 class Unreadable(DataError):
@@ -41,6 +42,9 @@ class FromFiles:
 
     With `loader.decoder` torchvision the files themselves travel, and are decoded there too.
 
+    Args:
+        views: as for `create_loader`.
+
     Attributes:
         photometric_here: whether colours, blur and RandAugment are left to the device; workers then crop, move and flip alone.
         choice: how many workers serve the run, with what was measured to find that; None until it is known, which with
@@ -48,11 +52,13 @@ class FromFiles:
         notice: one line that the user should be told once; None until there is one.
     """
 
-    def __init__(self, images: Images, config: Config, plan: Plan, device: torch.device) -> None:
+    def __init__(
+        self, images: Images, config: Config, plan: Plan, device: torch.device, views: Sequence[ViewConfig] | None = None
+    ) -> None:
         self.images, self.config, self.plan, self.device = images, config, plan, device
-        self.views = [config.views.weak, *config.strong_views]
+        self.views = list(views or config.all_views)
         self.choice: Choice | None = None
-        self.decoder = Decoder(images, config, device) if config.loader.decoder == "torchvision" else None
+        self.decoder = Decoder(images, config, device, self.views) if config.loader.decoder == "torchvision" else None
         wanted = config.loader.photometric
         by_itself = device.type == "cuda" or self.decoder is not None
         self.collate: Callable[[Any], Any] = collate if self.decoder is None else collate_files
@@ -105,8 +111,8 @@ class FromFiles:
     def samples(self) -> Views:
         """What a worker makes, sample by sample."""
         if self.decoder is not None:
-            return Bytes(self.images, self.config)
-        return Views(self.images, self.config, photometric=not self.photometric_here)
+            return Bytes(self.images, self.config, self.views)
+        return Views(self.images, self.config, photometric=not self.photometric_here, views=self.views)
 
     def batch(self, sample: Sample | Files) -> Batch:
         """What is left to do on the device for samples that workers have made and joined."""

@@ -86,8 +86,8 @@ class Files(NamedTuple):
 class Bytes(Views):
     """Samples as JPEG files where that is what they are, else as views without their photometric half."""
 
-    def __init__(self, images: Images, config: Config) -> None:
-        super().__init__(images, config, photometric=False)
+    def __init__(self, images: Images, config: Config, views: Sequence[ViewConfig] | None = None) -> None:
+        super().__init__(images, config, photometric=False, views=views)
 
     def sample(self, opened: Opened | Held, epoch: int, row: int, bad: list[Fault]) -> Jpeg | Sample:
         """The file, checked up to its header, or the views of what is for Pillow."""
@@ -127,6 +127,7 @@ class Decoder:
         images: what the files are of: one that is refused is read again by Pillow, or replaced as it says.
         config: the settings.
         device: where views are wanted.
+        views: as for `create_loader`.
 
     Attributes:
         notice: one line, once so many files are refused that it costs time; None until then.
@@ -135,8 +136,8 @@ class Decoder:
         ConfigError: if JPEGs cannot be decoded there.
     """
 
-    def __init__(self, images: Images, config: Config, device: torch.device) -> None:
-        self.pillow = Views(images, config, photometric=False)
+    def __init__(self, images: Images, config: Config, device: torch.device, views: Sequence[ViewConfig] | None = None) -> None:
+        self.pillow = Views(images, config, photometric=False, views=views)
         self.device, self.seed = device, config.seed
         self.seen = self.refused = 0
         self.notice: str | None = None

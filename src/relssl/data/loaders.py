@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from relssl.config import Config
@@ -10,10 +12,20 @@ from relssl.data.plan import Plan
 from relssl.data.resident import Resident
 from relssl.data.sources import Images
 from relssl.errors import ConfigError, DataError
+from relssl.views import ViewConfig
 
 
-def create_loader(images: Images, config: Config, plan: Plan, device: torch.device) -> Resident | FromFiles:
+def create_loader(
+    images: Images, config: Config, plan: Plan, device: torch.device, views: Sequence[ViewConfig] | None = None
+) -> Resident | FromFiles:
     """The loader that `loader.path` asks for.
+
+    Args:
+        images: what to read.
+        config: the settings.
+        plan: which samples each step sees.
+        device: where batches are wanted.
+        views: what to make of each image, the first as `Batch.weak` and the others as `Batch.strong`; None: the views of `config`.
 
     Raises:
         DataError: if there are fewer images than one batch.
@@ -30,5 +42,5 @@ def create_loader(images: Images, config: Config, plan: Plan, device: torch.devi
     if config.loader.cache is not None and images.pixels is not None:
         raise ConfigError(f"loader.cache: is for folders and lists of files, {images.name} is held in memory; use null")
     if path == "resident" or (path == "auto" and images.pixels is not None):
-        return Resident(images, config, plan, device)
-    return FromFiles(images, config, plan, device)
+        return Resident(images, config, plan, device, views)
+    return FromFiles(images, config, plan, device, views)

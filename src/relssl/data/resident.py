@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 
 import numpy as np
@@ -16,6 +16,7 @@ from relssl.data.draws import draw
 from relssl.data.plan import Plan
 from relssl.data.sources import Images
 from relssl.data.transfer import send
+from relssl.views import ViewConfig
 
 # Of one view of all the images of a stretch; a handful of such blocks lives at a time.
 _VIEW_BYTES = 256 << 20
@@ -26,13 +27,18 @@ class Resident:
 
     A GPU computes the views of one step faster than the host can ask for them, operation by operation; so those of several
     steps are made in one go.
+
+    Args:
+        views: as for `create_loader`.
     """
 
-    def __init__(self, images: Images, config: Config, plan: Plan, device: torch.device) -> None:
+    def __init__(
+        self, images: Images, config: Config, plan: Plan, device: torch.device, views: Sequence[ViewConfig] | None = None
+    ) -> None:
         assert images.pixels is not None
         self.plan, self.config, self.device = plan, config, device
         self.pixels = images.pixels.to(device)
-        self.views = [config.views.weak, *config.strong_views]
+        self.views = list(views or config.all_views)
         self.ahead = config.loader.views_ahead or (self._fitting(8) if device.type == "cuda" else 1)
 
     def _fitting(self, most: int) -> int:

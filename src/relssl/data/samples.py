@@ -19,6 +19,7 @@ from relssl.data.decode import REDUCTIONS, Opened
 from relssl.data.draws import draw
 from relssl.data.refusal import BadImage
 from relssl.data.sources import Images
+from relssl.views import ViewConfig
 
 _TRIES = 100
 
@@ -49,11 +50,12 @@ class Views(Dataset[Any]):
         images: what to read.
         config: the settings.
         photometric: whether views are made to the end; else what `batched.photometric` does is left out.
+        views: as for `create_loader`.
     """
 
-    def __init__(self, images: Images, config: Config, *, photometric: bool) -> None:
+    def __init__(self, images: Images, config: Config, *, photometric: bool, views: Sequence[ViewConfig] | None = None) -> None:
         self.images, self.config, self.apply = images, config, single.apply if photometric else single.geometric
-        self.views = [config.views.weak, *config.strong_views]
+        self.views = list(views or config.all_views)
 
     def __getitem__(self, request: Request) -> Any:
         """The sample, or the next one that can be read."""

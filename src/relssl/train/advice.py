@@ -71,7 +71,7 @@ def waiting_for_files(found: Estimate, config: Config) -> Advice | None:
         why = f"{waits:.0%} of a step is waiting for data, and each process has {cores} cores"
         return Advice("loader.workers", str(value), why, gain) if gain > 1.05 else None
     why = f"{waits:.0%} of a step is waiting for data, with no core left"
-    side = round(max(view.size for view in (config.views.weak, *config.strong_views)) * 8 / 7)
+    side = round(max(view.size for view in config.all_views) * 8 / 7)
     needs = found.images * side * round(side * _ASPECT) * 3
     if config.loader.cache is None and config.loader.decoder == "pillow" and needs <= found.disk.cache_free:
         why = f"{why}: decode once, and keep the images at that side, in about {size(needs)}"

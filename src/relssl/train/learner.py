@@ -12,9 +12,9 @@ from relssl.data.batch import Batch
 from relssl.data.plan import Plan
 from relssl.engine import Engine
 from relssl.method import ReSSL, create_encoder, health, schedules
+from relssl.optim import create_optimizer
 from relssl.train.choices import compile_networks, pick_loss_form
 from relssl.train.guard import PATIENCE, Guard
-from relssl.train.optim import create_optimizer
 
 
 @dataclass
