@@ -15,7 +15,10 @@ from relssl.errors import DataError
 from relssl.schema import nearest_word
 
 # Data sets known by name; a folder of the same name is meant by `./NAME`.
-NAMES = ("digits", "fashion-mnist", "cifar10", "cifar100", "stl10", "imagenet")
+NAMES = (
+    *("digits", "fashion-mnist", "cifar10", "cifar100", "stl10", "imagenet", "svhn"),
+    *("food101", "flowers102", "oxford-pets", "fgvc-aircraft", "dtd", "stanford-cars", "voc07"),
+)
 EXTENSIONS = frozenset(
     {"jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "pbm", "pnm", "jp2", "j2k", "avif"}
 )
@@ -24,12 +27,16 @@ LIST_SUFFIXES = (".txt", ".lst")
 
 @dataclass(frozen=True)
 class Listing:
-    """What a list file names: files, label of each as int64 [N] (-1 = none) with the classes' names, and unusable lines."""
+    """What a list names: files, label of each as int64 [N] (-1 = none) with the classes' names, and unusable lines.
+
+    Where images have several labels each, `targets` holds them instead: int8 [N, C], 1 yes, 0 no, -1 not told.
+    """
 
     files: Paths
     labels: np.ndarray | None
     classes: tuple[str, ...] | None
     bad: Bad
+    targets: np.ndarray | None = None
 
 
 def data_root(root: str | None) -> str:
@@ -80,6 +87,26 @@ def read_list(path: str) -> Listing:
             sizes.append(size)
             words.append(word.strip().decode("utf-8", "backslashreplace"))
     return Listing(Paths(folder, names, sizes), *_number(words), bad)
+
+
+def complete(name: str, folder: str, names: Sequence[bytes]) -> Paths:
+    """The files of an official list, each of which must be there, or a figure would not be that of the data set.
+
+    Args:
+        name: of the data set, for the message.
+        folder: what `names` are relative to.
+
+    Raises:
+        DataError: if any is missing or empty.
+    """
+    judged = [_judge_named(os.path.join(os.fsencode(folder), file)) for file in names]
+    bad = [(os.fsdecode(file), fault) for file, (_, fault) in zip(names, judged, strict=True) if fault]
+    if bad:
+        raise DataError(
+            f"{name}: {len(bad)} of {len(names)} images cannot be used, the first: {shown(bad[0][0])} {bad[0][1]}; "
+            f"remove {shown(folder)} and unpack it anew"
+        )
+    return Paths(folder, names, [size for size, _ in judged])
 
 
 def _judge_named(path: bytes) -> Judgement:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
-import socket
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from relssl.data import digits
-from relssl.data.files import class_folders, data_root, exists, locate, read_list, scan, split_folders
+from relssl.data import digits, transfer_sets
+from relssl.data.fetching import fetch
+from relssl.data.files import Listing, class_folders, data_root, exists, locate, read_list, scan, split_folders
 from relssl.data.paths import Paths, shown
 from relssl.data.shrunk import Shrunk
+from relssl.data.voc import is_voc, read_voc
 from relssl.data.walk import Bad
 from relssl.errors import ConfigError, DataError
 from relssl.schema import nearest_word
@@ -96,22 +96,30 @@ class Images:
 
 @dataclass(frozen=True)
 class _Named:
-    """A data set that torchvision reads: its class there, the folder it lies in below the root, and channel statistics.
+    """A small data set that torchvision reads: its class there, the folder it lies in below the root, channel statistics, source.
 
-    CIFAR's and STL-10's are the figures of the paper's code; Fashion-MNIST's are the mean and deviation of all training pixels.
+    CIFAR's and STL-10's are the figures of the paper's code; Fashion-MNIST's and SVHN's the mean and deviation of all training
+    pixels.
     """
 
     reader: str
     folder: str
     mean: Channels
     std: Channels
+    source: str
 
 
+_CIFAR = "https://www.cs.toronto.edu/~kriz/cifar.html"
 _NAMED = {
-    "fashion-mnist": _Named("FashionMNIST", "FashionMNIST/raw", (0.2860,) * 3, (0.3530,) * 3),
-    "cifar10": _Named("CIFAR10", "cifar-10-batches-py", (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
-    "cifar100": _Named("CIFAR100", "cifar-100-python", (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
-    "stl10": _Named("STL10", "stl10_binary", (0.4408, 0.4279, 0.3867), (0.2682, 0.2610, 0.2686)),
+    "fashion-mnist": _Named(
+        "FashionMNIST", "FashionMNIST/raw", (0.2860,) * 3, (0.3530,) * 3, "https://github.com/zalandoresearch/fashion-mnist"
+    ),
+    "cifar10": _Named("CIFAR10", "cifar-10-batches-py", (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), _CIFAR),
+    "cifar100": _Named("CIFAR100", "cifar-100-python", (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761), _CIFAR),
+    "stl10": _Named(
+        "STL10", "stl10_binary", (0.4408, 0.4279, 0.3867), (0.2682, 0.2610, 0.2686), "http://ai.stanford.edu/~acoates/stl10/"
+    ),
+    "svhn": _Named("SVHN", "", (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970), "http://ufldl.stanford.edu/housenumbers/"),
 }
 
 
@@ -119,7 +127,7 @@ def load(data: str, root: str | None, split: str, *, index: bool = True) -> Imag
     """The images that DATA names.
 
     Args:
-        data: a name (digits, fashion-mnist, cifar10, cifar100, stl10, imagenet), a folder, or a list file (.txt, .lst).
+        data: a name (`files.NAMES`), a folder, or a list file (.txt, .lst).
         root: where named data sets lie; None: $RELSSL_DATA, else ~/.cache/relssl.
         split: "train" (what pretraining uses), "bank" (training images with labels) or "test". The first two are one and
             the same but for stl10, whose `train` is its unlabelled part.
@@ -137,6 +145,8 @@ def load(data: str, root: str | None, split: str, *, index: bool = True) -> Imag
         return Images(data, torch.from_numpy(pixels), None, labels, names, digits.MEAN, digits.STD)
     if data in _NAMED:
         return _named(data, data_root(root), split)
+    if data in transfer_sets.NAMES:
+        return _listed(data, transfer_sets.read(data, data_root(root), split))
     exists(data, root)
     path = locate(data, root)
     images = _folder(data, path, split, index) if Path(path).is_dir() else _list(data, path, split)
@@ -147,7 +157,10 @@ def load(data: str, root: str | None, split: str, *, index: bool = True) -> Imag
 
 
 def _folder(data: str, path: str, split: str, index: bool) -> Images:
-    """All images of a split; labelled by the folders below it if every image lies in one and there are two or more."""
+    """All images of a split; labelled by VOC's lists, or the folders below it if every image lies in one and there are two or more."""
+    if is_voc(path):
+        listing, part = read_voc(path, split)
+        return _listed(f"{shown(data)} ({part})", listing)
     layout = split_folders(path)
     if layout is None:
         if split == "test":
@@ -173,8 +186,13 @@ def _labels(files: Paths, classes: tuple[str, ...]) -> np.ndarray | None:
 def _list(data: str, path: str, split: str) -> Images:
     if split == "test":
         raise DataError(f"{shown(data)}: a list file has no test images; use a folder with train/CLASS/ and val/CLASS/")
-    listing = read_list(path)
-    return Images(shown(data), files=listing.files, labels=listing.labels, classes=listing.classes, bad=listing.bad)
+    return _listed(shown(data), read_list(path))
+
+
+def _listed(name: str, listing: Listing) -> Images:
+    return Images(
+        name, files=listing.files, labels=listing.labels, classes=listing.classes, bad=listing.bad, targets=listing.targets
+    )
 
 
 def _named(name: str, root: str, split: str) -> Images:
@@ -182,11 +200,13 @@ def _named(name: str, root: str, split: str) -> Images:
     found = _fetch(name, root, split)
     if name == "stl10":
         labels, pixels = found.labels, _contiguous(found.data)
+    elif name == "svhn":
+        labels, pixels = found.labels, torch.from_numpy(np.ascontiguousarray(found.data))
     elif name == "fashion-mnist":
         labels, pixels = found.targets, found.data[:, None].expand(-1, 3, -1, -1).contiguous()
     else:
         labels, pixels = found.targets, torch.from_numpy(np.ascontiguousarray(found.data.transpose(0, 3, 1, 2)))
-    classes = tuple(getattr(found, "classes", ())) or None
+    classes = tuple("0123456789") if name == "svhn" else tuple(getattr(found, "classes", ())) or None
     return Images(name, pixels, None, np.asarray(labels, np.int64), classes, known.mean, known.std)
 
 
@@ -202,38 +222,10 @@ def _fetch(name: str, root: str, split: str) -> Any:
     """torchvision's data set, whose files it checks by their hashes; downloaded if they are not there."""
     import torchvision.datasets
 
-    reader = getattr(torchvision.datasets, _NAMED[name].reader)
+    known = _NAMED[name]
+    reader = getattr(torchvision.datasets, known.reader)
     part: dict[str, Any] = {"train": split != "test"}
-    if name == "stl10":
-        part = {"split": {"train": "unlabeled", "bank": "train", "test": "test"}[split]}
-    try:
-        return reader(root, download=False, **part)
-    except (RuntimeError, OSError):
-        pass
-    try:
-        with _one_at_a_time(root, name):
-            return reader(root, download=True, **part)
-    except (RuntimeError, OSError, EOFError, ValueError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        place, source = str(Path(root, _NAMED[name].folder)), getattr(reader, "url", None) or reader.mirrors[0]
-        raise DataError(
-            f"{name}: not complete in {shown(place)} and cannot be downloaded ({reason}); "
-            f"put the files of {source} there, or set data_root to where they are"
-        ) from error
-
-
-@contextlib.contextmanager
-def _one_at_a_time(root: str, name: str) -> Iterator[None]:
-    """Let one process of this machine download while the others wait, then find it done; and never wait for a dead server."""
-    Path(root).mkdir(parents=True, exist_ok=True)
-    timeout = socket.getdefaulttimeout()
-    with Path(root, f".{name}.lock").open("w") as lock:
-        with contextlib.suppress(ImportError, OSError):  # not on Windows, not on every network drive
-            import fcntl
-
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        socket.setdefaulttimeout(30)
-        try:
-            yield
-        finally:
-            socket.setdefaulttimeout(timeout)
+    if name in ("stl10", "svhn"):
+        part = {"split": {"train": "unlabeled" if name == "stl10" else "train", "bank": "train", "test": "test"}[split]}
+    place = os.path.join(root, known.folder)
+    return fetch(name, root, lambda download: reader(root, download=download, **part), place, known.source)
