@@ -9,7 +9,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,10 +25,8 @@ from relssl.errors import ConfigError, DataError, NumericError
 from relssl.evaluation.features import extract
 from relssl.evaluation.findings import Finding
 from relssl.evaluation.metrics import Bootstrap, accuracies, accuracy_intervals, ranks
+from relssl.evaluation.pairs import LabelledPair
 from relssl.views import ViewConfig
-
-if TYPE_CHECKING:
-    from relssl.evaluation.protocol import LabelledPair
 
 Labels = npt.NDArray[np.int64]
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,14 +28,12 @@ from relssl.errors import NumericError
 from relssl.evaluation.classifier import Batches, Labels, Trial, linear_classifier, trial
 from relssl.evaluation.findings import Finding
 from relssl.evaluation.metrics import Bootstrap
+from relssl.evaluation.pairs import LabelledPair
 from relssl.method.encoder import feature_width
 from relssl.method.schedules import learning_rate
 from relssl.optim import parameter_groups
 from relssl.protocols import FinetuneConfig, SemiConfig
 from relssl.sections import OptimizerConfig
-
-if TYPE_CHECKING:
-    from relssl.evaluation.protocol import LabelledPair
 
 Settings = FinetuneConfig | SemiConfig
 

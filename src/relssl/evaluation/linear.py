@@ -11,7 +11,7 @@ Legend: B images of a step, M test images, F features, C classes.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,11 +23,9 @@ from relssl.errors import NumericError
 from relssl.evaluation.classifier import Batches, PlainFeatures, Trial, linear_classifier, trial
 from relssl.evaluation.findings import Finding
 from relssl.evaluation.metrics import Bootstrap
+from relssl.evaluation.pairs import LabelledPair
 from relssl.method.schedules import learning_rate
 from relssl.protocols import LinearConfig
-
-if TYPE_CHECKING:
-    from relssl.evaluation.protocol import LabelledPair
 
 
 def linear(

@@ -24,7 +24,7 @@ from relssl.evaluation.features import Features, evaluating, extract, frozen, re
 from relssl.evaluation.findings import Finding
 from relssl.evaluation.metrics import Bootstrap
 from relssl.evaluation.pairs import LabelledPair
-from relssl.evaluation.transfer import customary, transfer_table
+from relssl.evaluation.transfer import transfer_table
 from relssl.protocols import Evaluation, read_settings
 from relssl.sections import EngineConfig
 from relssl.weights.opening import Opened, Reading, open_backbones
@@ -195,8 +195,7 @@ class _Work:
         probe = _function(ON_FEATURES["probe"])
         for name, backbone in self.networks.items():
             start, placed = time.monotonic(), self.engine.place(backbone)
-            rows: dict[str, Finding] = {}
-            missing: dict[str, str] = {}
+            outcomes: dict[str, Finding | str] = {}
             images: dict[str, Any] = {}
             with frozen(placed) as weights:
                 common = card("transfer", name, weights, self.opened.origin, self.config, self.settings, self.engine)
@@ -204,17 +203,14 @@ class _Work:
                     self.say(f"transfer: {name} on {_title(one)}")
                     try:
                         pair, notes = self._pair(one)
-                    except DataError as error:
-                        missing[_title(one)] = str(error)
+                        (found,), more = self._on_features(probe, placed, pair, self.settings.probe)
+                    except DataError as error:  # one set that is not at hand must not cost the others
+                        outcomes[_title(one)] = str(error)
                         continue
-                    (found,), more = self._on_features(probe, placed, pair, self.settings.probe)
-                    rows[_title(one)] = dataclasses.replace(found, main=customary(one), notes=(*notes, *more, *found.notes))
+                    outcomes[_title(one)] = dataclasses.replace(found, notes=(*notes, *more, *found.notes))
                     images[_title(one)] = split(pair)
-            if not rows:
-                raise DataError(*(f"{one}: {reason}" for one, reason in missing.items()))
-            for title, finding in transfer_table(rows, missing).items():
-                used = images.get(title, images)
-                yield from _records("transfer", name, title, [finding], [], common | {"images": used}, time.monotonic() - start)
+            seconds = time.monotonic() - start
+            yield from _records("transfer", name, data, [transfer_table(outcomes)], [], common | {"images": images}, seconds)
 
 
 def _records(
