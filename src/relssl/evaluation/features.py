@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from relssl.config import Config
 from relssl.data.plain import batches
 from relssl.data.sources import Images
-from relssl.errors import DataError
+from relssl.errors import DataError, NumericError
 
 
 @dataclass
@@ -102,3 +102,29 @@ def extract(
     if not vectors:
         raise DataError(f"{images.name}: none of its {len(images)} images can be read")
     return Features(torch.cat(vectors), np.concatenate(rows), bad)
+
+
+def require_varied(features: Tensor, name: str, *, chunk: int = 16384) -> None:
+    """Refuse features [N,F] that no protocol can use, a chunk at a time.
+
+    Features count as constant if no dimension's range exceeds a millionth of the largest magnitude: that is what rounding
+    leaves of one vector.
+
+    Args:
+        name: whose features they are, for the message, such as "bank".
+
+    Raises:
+        NumericError: if they hold NaN or Inf, or are all the same.
+    """
+    low, high = features.new_full((features.shape[1],), torch.inf), features.new_full((features.shape[1],), -torch.inf)
+    for start in range(0, len(features), chunk):
+        rows = features[start : start + chunk]
+        low, high = torch.minimum(low, rows.amin(dim=0)), torch.maximum(high, rows.amax(dim=0))
+        if not bool((low.isfinite() & high.isfinite()).all()):  # NaN passes through both
+            row = start + int((~rows.isfinite().all(dim=1)).nonzero()[0])
+            raise NumericError(f"{name} features hold NaN or Inf, first in row {row}; check the weights and their precision")
+    scale = torch.maximum(low.abs(), high.abs()).max()
+    if len(features) > 1 and bool((high.double() - low.double()).max() <= 1e-6 * scale.double()):
+        raise NumericError(
+            f"{name} features are constant over all {len(features)} images: the network has collapsed or is broken"
+        )

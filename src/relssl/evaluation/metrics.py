@@ -5,6 +5,7 @@ Legend: M test images, C classes.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor
 
 Interval = tuple[float, float]
 Floats = npt.NDArray[np.float64]
+_CELLS = 1 << 22  # images drawn at a time, over all resamples
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,74 @@ def mean_interval(values: npt.ArrayLike, bootstrap: Bootstrap) -> Interval:
     generator, count = bootstrap.generator(), len(values)
     means = [values[generator.integers(0, count, count)].mean() for _ in range(bootstrap.resamples)]
     return percentiles(np.array(means))
+
+
+def average_precision(scores: Tensor, targets: Tensor, *, interpolated: bool = False) -> Floats:
+    """Average precision of each class over the images that are told to be of it or not; [C] in 0..1.
+
+    Precision is taken at each distinct score, so equal scores count as one step, as in scikit-learn's
+    `average_precision_score`. Interpolated, precision at a recall is the best at that recall or beyond: the area that PASCAL VOC
+    measures since 2010, and with which VISSL and PCL report VOC07 (not the 11 points of 2007 itself).
+
+    Args:
+        scores: [M,C], higher for more likely; finite.
+        targets: int8 [M,C], 1 yes, 0 no, -1 not told.
+
+    Returns:
+        NaN for a class that no image is told to be of.
+    """
+    once = np.ones((1, len(scores)), np.int64)
+    return np.array([_precision(curve, once[:, curve.order], interpolated)[0] for curve in _curves(scores, targets)])
+
+
+def map_samples(scores: Tensor, targets: Tensor, bootstrap: Bootstrap, *, interpolated: bool = False) -> Floats:
+    """The mean of `average_precision` over the classes in each resample, [resamples] in 0..1.
+
+    A resample is the same for all classes and depends on nothing but the bootstrap and M, so those of several classifiers can be
+    averaged one by one. A class that a resample has no image of counts in none of its mean.
+    """
+    images = len(scores)
+    curves, found = list(_curves(scores, targets)), []
+    generator, step = bootstrap.generator(), max(1, _CELLS // images)
+    for start in range(0, bootstrap.resamples, step):
+        size = min(step, bootstrap.resamples - start)
+        drawn = generator.multinomial(images, np.full(images, 1 / images), size=size)
+        classes = np.stack([_precision(curve, drawn[:, curve.order], interpolated) for curve in curves])
+        told = ~np.isnan(classes)
+        found.append(np.where(told, classes, 0).sum(axis=0) / np.maximum(told.sum(axis=0), 1))
+    return np.concatenate(found)
+
+
+@dataclass(frozen=True)
+class _Curve:
+    """A class's told images by falling score."""
+
+    order: npt.NDArray[np.int64]  # places among all images
+    yes: Floats  # 1 for images of the class
+    ends: npt.NDArray[np.int64]  # the last of each run of equal scores
+
+
+def _curves(scores: Tensor, targets: Tensor) -> Iterator[_Curve]:
+    for column, target in zip(scores.cpu().numpy().T, targets.cpu().numpy().T, strict=True):
+        told = (target >= 0).nonzero()[0]
+        order = told[np.argsort(-column[told], kind="stable")]
+        ranked = column[order]
+        ends = np.append((np.diff(ranked) != 0).nonzero()[0], len(order) - 1) if len(order) else np.empty(0, np.int64)
+        yield _Curve(order, (target[order] > 0).astype(np.float64), ends)
+
+
+def _precision(curve: _Curve, counts: npt.NDArray[np.int64], interpolated: bool) -> Floats:
+    """Average precision [R] with the images of a curve taken `counts` [R,m] times each."""
+    if not len(curve.ends):
+        return np.full(len(counts), np.nan)
+    hits = np.cumsum(counts * curve.yes, axis=1)[:, curve.ends]
+    taken = np.cumsum(counts, axis=1)[:, curve.ends]
+    precision = hits / np.maximum(taken, 1)
+    if interpolated:
+        precision = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
+    gained = np.diff(hits, axis=1, prepend=0)
+    with np.errstate(invalid="ignore"):
+        return np.asarray((precision * gained).sum(axis=1) / hits[:, -1], np.float64)
 
 
 def percentiles(samples: Floats) -> Interval:

@@ -1,0 +1,153 @@
+"""Logistic regression by L-BFGS on features that may be larger than memory: they are read in chunks and never copied whole.
+
+Legend: N images, F feature dimensions, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from scipy.optimize import minimize
+from torch import Tensor
+
+from relssl.evaluation.rows import Rows, full_precision
+
+# scikit-learn's is 1e-4; with fp32 products the largest entry of the gradient comes down to some millionths.
+_GRADIENT = 1e-5
+_DECREASE = 1e-12
+# What counts as arrived where L-BFGS gives up because rounding hides any further decrease.
+_ARRIVED = 1e-4
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Mean and deviation of each dimension, fp64 [F]; the inverse of a deviation that is rounding alone is 0."""
+
+    mean: Tensor
+    inverse: Tensor
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A solution of `fit`.
+
+    Attributes:
+        flat: fp64 [C * F + C], weights on standardised features and biases, to start another fit from.
+        iterations: of L-BFGS.
+        gradient: largest magnitude of the gradient's entries at the end.
+        converged: whether that, or the decrease of the objective, is small enough.
+    """
+
+    flat: npt.NDArray[np.float64]
+    iterations: int
+    gradient: float
+    converged: bool
+
+
+def measure(rows: Rows, device: torch.device, chunk: int) -> Scale:
+    """Mean and deviation (of N, not N - 1) of each dimension, summed in fp64."""
+    total = torch.zeros(2, rows.features.shape[1], dtype=torch.float64, device=device)
+    first = next(rows.chunks(1, device))[1][0].double()  # sums of differences: squares of a large mean would drown the deviation
+    for _, part in rows.chunks(chunk, device):
+        off = part.double() - first
+        total += torch.stack([off.sum(dim=0), off.square().sum(dim=0)])
+    shift, square = total / rows.count
+    deviation = (square - shift.square()).clamp_min(0).sqrt()
+    mean = first + shift
+    varied = deviation > 1e-6 * mean.abs()
+    return Scale(mean, torch.where(varied, 1 / deviation.where(varied, 1), 0))
+
+
+def fit(
+    rows: Rows,
+    labels: Tensor,
+    classes: int,
+    strength: float,
+    scale: Scale,
+    *,
+    iterations: int,
+    start: npt.NDArray[np.float64] | None = None,
+    device: torch.device,
+    chunk: int,
+) -> Fit:
+    """Minimise mean cross-entropy + strength / 2 * |W|^2 over weights W [C,F] on standardised features and free biases [C].
+
+    With labels [N] the cross-entropy is that of a softmax over the classes; this is scikit-learn's `LogisticRegression` at
+    C = 1 / (strength * N) after a `StandardScaler` (for two classes, where scikit-learn has one row of weights and not two,
+    at C = 2 / (strength * N)). With int8 labels [N,C] it is the sum over the classes of the binary cross-entropy, each the
+    mean of its N_c told images: C regressions at once, each scikit-learn's at C = 1 / (strength * N_c).
+
+    Args:
+        labels: of the kept rows.
+        start: where to begin, as in `Fit.flat`; zeros if not given.
+    """
+    objective = _Objective(rows, labels, classes, strength, scale, device, chunk)
+    begin = np.zeros(classes * (rows.features.shape[1] + 1)) if start is None else start
+    # As in scikit-learn; `maxfun`, which counts all evaluations, must never end a fit before `iterations` does.
+    options = {"maxiter": iterations, "maxfun": 50 * iterations, "maxls": 50, "gtol": _GRADIENT, "ftol": _DECREASE}
+    with full_precision(device):
+        found = minimize(objective, begin, jac=True, method="L-BFGS-B", options=options)
+    gradient = float(np.abs(found.jac).max())
+    return Fit(found.x, int(found.nit), gradient, bool(found.success) or gradient <= _ARRIVED)
+
+
+def fold(flat: npt.NDArray[np.float64], classes: int, scale: Scale) -> tuple[Tensor, Tensor]:
+    """Weights fp32 [C,F] and biases fp32 [C] on features as they are, of those on standardised ones."""
+    weight, bias = _unpack(flat, classes, scale)
+    folded = weight * scale.inverse
+    return folded.float(), (bias - folded @ scale.mean).float()
+
+
+def _unpack(flat: npt.NDArray[np.float64], classes: int, scale: Scale) -> tuple[Tensor, Tensor]:
+    both = torch.from_numpy(flat).to(scale.mean.device)
+    return both[:-classes].view(classes, -1), both[-classes:]
+
+
+class _Objective:
+    """The objective and its gradient at a point, in one pass over the features."""
+
+    def __init__(
+        self, rows: Rows, labels: Tensor, classes: int, strength: float, scale: Scale, device: torch.device, chunk: int
+    ) -> None:
+        self.rows, self.labels, self.classes, self.strength, self.scale = rows, labels, classes, strength, scale
+        self.device, self.chunk = device, chunk
+        told = (labels >= 0).sum(dim=0) if labels.dim() == 2 else torch.tensor(len(labels))
+        self.told = told.clamp_min(1).to(device)
+        self.loss: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = _binary if labels.dim() == 2 else _softmax
+
+    def __call__(self, flat: npt.NDArray[np.float64]) -> tuple[float, npt.NDArray[np.float64]]:
+        weight, bias = _unpack(flat, self.classes, self.scale)
+        folded, offset = fold(flat, self.classes, self.scale)
+        loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        by_weight, by_bias = torch.zeros_like(weight), torch.zeros_like(bias)
+        for start, part in self.rows.chunks(self.chunk, self.device):
+            part = part.float()
+            own = self.labels[start : start + len(part)].to(self.device)
+            losses, slope = self.loss(torch.addmm(offset, part, folded.T), own)
+            loss += (losses.double().sum(dim=0) / self.told).sum()
+            slope = slope / self.told
+            by_weight += slope.T @ part
+            by_bias += slope.sum(dim=0)
+        # Through the standardisation, which the features themselves never went through.
+        by_weight = (by_weight - by_bias[:, None] * self.scale.mean) * self.scale.inverse + self.strength * weight
+        loss += self.strength / 2 * weight.square().sum()
+        return float(loss), torch.cat([by_weight.flatten(), by_bias]).cpu().numpy()
+
+
+def _softmax(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropies [n] and their slopes [n,C]."""
+    log = logits.log_softmax(dim=1)
+    slope = log.exp()
+    slope[torch.arange(len(labels), device=labels.device), labels] -= 1
+    return -log.gather(1, labels[:, None])[:, 0], slope
+
+
+def _binary(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Binary cross-entropies [n,C] and their slopes [n,C], 0 where a label is not told."""
+    told, yes = labels >= 0, labels.clamp_min(0).float()
+    losses = torch.nn.functional.binary_cross_entropy_with_logits(logits, yes, reduction="none")
+    return losses * told, (logits.sigmoid() - yes) * told
