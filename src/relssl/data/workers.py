@@ -57,6 +57,9 @@ def _share(joined: Any) -> None:
     elif isinstance(joined, (list, tuple)):
         for part in joined:
             _share(part)
+    elif isinstance(joined, dict):
+        for part in joined.values():
+            _share(part)
 
 
 def watch(loader: DataLoader[Any]) -> Iterator[Any]:
