@@ -13,8 +13,9 @@ class EncoderConfig:
 
     stem: str = setting(
         "standard",
-        "first layers: the backbone's own, or a 3x3 convolution of stride 1 without or with the max-pool",
-        choices=("standard", "small", "small-pool"),
+        "first layers: the backbone's own, or a 3x3 convolution of stride 1 without or with the max-pool; small-wide: without, "
+        "and padded by 2, as solo-learn's CIFAR networks are",
+        choices=("standard", "small", "small-pool", "small-wide"),
     )
     projector_hidden: int = setting(2048, "hidden width of the projector", ge=1, le=65536)
     dim: int = setting(128, "dimension D of the embeddings", ge=2, le=65536)

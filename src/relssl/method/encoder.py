@@ -89,7 +89,8 @@ def create_backbone(name: str, stem: str = "standard", args: Mapping[str, Any] |
     Args:
         name: timm's name, such as `resnet18` or `mobilenetv3_large_100`.
         stem: `standard`, or for small images `small` (first convolution 3x3 with stride 1, no max-pool: the papers'
-            CIFAR networks) or `small-pool` (max-pool kept: their STL-10 and Tiny-ImageNet networks).
+            CIFAR networks), `small-pool` (max-pool kept: their STL-10 and Tiny-ImageNet networks) or `small-wide` (as
+            `small` but padded by 2, which makes maps of 34x34 of 32x32 pixels: solo-learn's CIFAR networks).
         args: further arguments of `timm.create_model`.
 
     Raises:
@@ -103,15 +104,15 @@ def create_backbone(name: str, stem: str = "standard", args: Mapping[str, Any] |
     except Exception as error:  # whatever a network raises over arguments that do not suit it
         raise ConfigError(f"backbone_args: timm refuses {dict(args or {})} for {name}: {error}") from error
     if stem != "standard":
-        _shrink_stem(network, name, keep_pool=stem == "small-pool")
+        _shrink_stem(network, name, keep_pool=stem == "small-pool", padding=2 if stem == "small-wide" else 1)
     return network
 
 
-def _shrink_stem(network: nn.Module, name: str, keep_pool: bool) -> None:
+def _shrink_stem(network: nn.Module, name: str, keep_pool: bool, padding: int) -> None:
     path, first = next(((path, module) for path, module in network.named_modules() if isinstance(module, nn.Conv2d)), ("", None))
     if first is None or first.stride[0] < 2 or first.kernel_size[0] < 3 or first.kernel_size[0] == first.stride[0]:
         raise ConfigError(f"encoder.stem: {name} does not start with a strided convolution; use stem: standard")
-    small = nn.Conv2d(first.in_channels, first.out_channels, 3, stride=1, padding=1, bias=first.bias is not None)
+    small = nn.Conv2d(first.in_channels, first.out_channels, 3, stride=1, padding=padding, bias=first.bias is not None)
     nn.init.kaiming_normal_(small.weight, mode="fan_out", nonlinearity="relu")
     parent, _, leaf = path.rpartition(".")
     setattr(network.get_submodule(parent), leaf, small)
