@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from relssl.data import voc
+from relssl.data import voc_boxes
 from relssl.data.objects import SceneDraft, Scenes, counted, present
 from relssl.data.paths import shown
 from relssl.errors import DataError
@@ -43,13 +43,13 @@ def load(folder: str, *, masks: bool, max_pixels: int) -> tuple[Scenes, Scenes]:
         train, test = (_read(path, names, masks, max_pixels) for names in (_TRAIN, _TEST))
         _same_categories(train, test)
     else:
-        year = voc.find(path)
+        year = voc_boxes.find(path)
         if year is None:
             raise DataError(
                 f"{shown(folder)}: holds no boxes; detection needs COCO's layout (annotations/instances_train2017.json, "
                 "instances_val2017.json, train2017/, val2017/) or VOC's (Annotations, ImageSets/Main, JPEGImages)"
             )
-        train, test = voc.read(year, max_pixels)
+        train, test = voc_boxes.read(year, max_pixels)
     if masks and train.has_masks() and test.has_masks():
         train, test = train.with_masks(), test.with_masks()
     _usable(train, test)

@@ -34,13 +34,8 @@ def show(record: dict[str, Any]) -> None:
         record: {"source", "data", "results": [{"protocol", "network", "setting": {name: value}, "main", "figures": {name: percent},
             "intervals": {name: [low, high]}, "notes": [sentence], "details"}]}.
     """
-    console = Console(highlight=False)
-    console = console if console.is_terminal else Console(highlight=False, width=_WIDTH)
-    title = Text(f"{record['source']} on {record['data']}")
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-    for name, justify in (("protocol", "left"), ("network", "left"), ("setting", "left"), ("figure", "left"), ("%", "right")):
-        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
-    table.add_column("95 % interval", justify="right", no_wrap=True)
+    console = _console()
+    table = _table(f"{record['source']} on {record['data']}", ("protocol", "network", "setting", "figure"), ("%",))
     table.add_column("notes", overflow="fold")
     numbers: dict[str, int] = {}
     before = None
@@ -56,6 +51,42 @@ def show(record: dict[str, Any]) -> None:
         console.print()
     for note, number in numbers.items():
         console.print(Text(f"{number:>2}  {note}"), soft_wrap=True)
+
+
+def show_comparison(rows: list[dict[str, Any]]) -> None:
+    """Print what `compare` found, a line for each pair of findings.
+
+    Args:
+        rows: {"protocol", "network": [name, name], "setting", "figure", "first", "second", "difference", "interval"?, "allowed"}.
+    """
+    table = _table("second less first", ("protocol", "network", "setting", "figure"), ("first", "second", "difference"))
+    for row in rows:
+        names = " / ".join(dict.fromkeys(row["network"]))
+        setting = ", ".join(f"{name} {_plain(value)}" for name, value in row["setting"].items())
+        values = (f"{row['first']:.2f}", f"{row['second']:.2f}", f"{row['difference']:+.2f}", _range(row.get("interval")))
+        table.add_row(*(Text(cell) for cell in (row["protocol"], names, setting, row["figure"], *values)))
+    console = _console()
+    console.print(table)
+    if allowed := sorted({field for row in rows for field in row["allowed"]}):
+        console.print(Text(f"\nallowed to differ: {', '.join(allowed)}"))
+
+
+def _console() -> Console:
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=_WIDTH)
+
+
+def _table(title: str, words: tuple[str, ...], numbers: tuple[str, ...]) -> Table:
+    """A table with columns of text, then of numbers, then of intervals."""
+    table = Table(
+        title=Text(title), title_justify="left", title_style="bold", box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0)
+    )
+    for name in words:
+        table.add_column(name, overflow="fold")
+    for name in numbers:
+        table.add_column(name, justify="right", overflow="fold")
+    table.add_column("95 % interval", justify="right", no_wrap=True)
+    return table
 
 
 def _lines(result: dict[str, Any]) -> Iterator[_Line]:
