@@ -56,7 +56,7 @@ def probe(
         classes: C.
         seed: of the held-out part: a share of each class, of at least one image where it has two; of all images if they have
             several labels.
-        device: where to compute, the bank's if not given; features elsewhere go there chunk by chunk, once an evaluation.
+        device: where to compute, the test features' if not given; features elsewhere go there chunk by chunk, once an evaluation.
         chunk: images at a time.
 
     Returns:
@@ -68,7 +68,7 @@ def probe(
     notes = check_labels(bank_labels, test_labels, classes)
     require_varied(bank, "bank")
     require_varied(test, "test")
-    labels, where = bank_labels.cpu(), device or bank.device
+    labels, where = bank_labels.cpu(), device or test.device
     held, own = hold_out(labels, classes, settings.held_out, seed)
     notes += own
     whole = Rows("bank", bank)

@@ -173,13 +173,15 @@ class _Work:
         self, run: Callable[..., list[Finding]], backbone: nn.Module, pair: LabelledPair, section: Any
     ) -> tuple[list[Finding], list[str]]:
         sides, notes = [], []
+        # Where the test features lie, there is computed; MPS knows no fp64.
+        device = self.engine.device if self.engine.device.type == "cuda" else torch.device("cpu")
         for side, images in (("bank", pair.bank), ("test", pair.test)):
             found = self._features(backbone, images)
             require_varied(found.vectors, f"{images.name}: the {side}'s")
             if found.bad:
                 first = f"{shown(found.bad[0][0])}: {found.bad[0][1]}"
                 notes.append(f"{len(found.bad)} of {len(images)} {side} images cannot be read, the first is {first}")
-            sides += [found.vectors, _labels(images, found)]
+            sides += [found.vectors.to(device) if side == "test" else found.vectors, _labels(images, found)]
         found_all = run(
             *sides, classes=pair.classes, settings=section, bootstrap=self.bootstrap, seed=self.settings.seed
         )  # fmt: skip

@@ -1,0 +1,210 @@
+"""`relssl evaluate`: every protocol on one run, each figure with its card; what would mislead is refused or noted by name."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import relssl
+from relssl.cli import main
+from relssl.errors import ConfigError, DataError, NumericError
+from relssl.evaluation import features, kept
+from relssl.evaluation.compare import compare
+from relssl.protocols import read_settings
+from relssl.weights import store
+from small_runs import small_run
+
+QUICK: dict[str, Any] = {
+    "images": (240, 120),
+    "device": "cpu",
+    "precision": "fp32",
+    "resamples": 100,
+    "knn": {"k": (5, 20), "temperature": (0.1,)},
+    "probe": {"strengths": (0.01, 1.0)},
+    "linear": {"epochs": 2, "batch_size": 64},
+    "semi": {"fractions": (0.1, 0.5), "epochs": 1, "batch_size": 16},
+    "finetune": {"epochs": 1, "batch_size": 64},
+    "lowshot": {"shots": (1, 4), "draws": 2, "cost": (1.0,)},
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_run(tmp_path_factory.mktemp("runs") / "whole", epochs=1, optimizer={"warmup_epochs": 0}).folder
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RELSSL_CACHE", str(tmp_path / "cache"))
+
+
+def pictures(root: Path, sides: dict[str, dict[str, int]]) -> Path:
+    """A folder of noise: {side: {class: images}}."""
+    generator = np.random.Generator(np.random.PCG64(0))
+    for side, classes in sides.items():
+        for word, count in classes.items():
+            (root / side / word).mkdir(parents=True, exist_ok=True)
+            for i in range(count):
+                noise = generator.integers(0, 256, (40, 40, 3), dtype=np.uint8)
+                Image.fromarray(noise).save(root / side / word / f"{side}{i}.png")
+    return root
+
+
+PROTOCOLS = ("knn", "probe", "linear", "semi", "finetune", "lowshot", "retrieval", "transfer")
+
+
+def test_every_protocol_gives_figures_with_intervals_and_a_card(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "all.json"
+    found = relssl.evaluate(finished, "digits", protocol=PROTOCOLS, out=out, **QUICK)
+    assert json.loads(out.read_text())["results"] == json.loads(json.dumps(found["results"]))
+    assert {result["protocol"] for result in found["results"]} == set(PROTOCOLS)
+    for result in found["results"]:
+        assert result["network"] in ("student", "teacher")
+        assert result["main"] in result["figures"]
+        for name, (low, high) in result["intervals"].items():
+            assert low - 1e-3 <= result["figures"][name] <= high + 1e-3, (result["protocol"], name)
+        card = result["card"]
+        assert card["protocol"] == result["protocol"] and card["network"] == result["network"]
+        assert card["view"]["size"] == 32 and card["precision"] == "fp32" and card["versions"]["torch"] == torch.__version__
+        if result["protocol"] != "transfer":
+            assert card["images"]["bank"]["images"] == 240 and card["images"]["test"]["images"] == 120
+            assert any(note.startswith("a subset: 240 of") for note in result["notes"])
+        frozen = result["protocol"] not in ("semi", "finetune")
+        assert ("unchanged" in card["batch_norm"]) == frozen
+    for protocol in PROTOCOLS:
+        kept_there = json.loads((finished / f"evaluations/{protocol}-digits.json").read_text())
+        assert {result["protocol"] for result in kept_there["results"]} == {protocol}
+
+
+def test_one_pass_over_the_images_serves_all_protocols_on_features(finished: Path) -> None:
+    with patch.object(kept, "stream", wraps=features.stream) as streamed:
+        first = relssl.evaluate(finished, protocol="knn,probe,retrieval", network="student", **QUICK)
+        assert streamed.call_count == 2  # bank and test
+        again = relssl.evaluate(finished, protocol="knn,probe,retrieval", network="student", **QUICK)
+        assert streamed.call_count == 2
+    plain = relssl.evaluate(finished, protocol="knn,probe,retrieval", network="student", cache=False, **QUICK)
+
+    def figures(found: dict[str, Any]) -> list[Any]:
+        return [(result["protocol"], result["figures"], result["intervals"]) for result in found["results"]]
+
+    assert figures(first) == figures(again) == figures(plain)
+
+
+def test_exported_files_give_the_figures_of_their_run(finished: Path) -> None:
+    run = relssl.evaluate(finished, network="teacher", **QUICK)["results"]
+    file = relssl.evaluate(finished / "export/backbone-teacher.safetensors", **QUICK)["results"]
+    assert [result["figures"] for result in run] == [result["figures"] for result in file]
+    assert {result["card"]["weights"] for result in run} == {result["card"]["weights"] for result in file}
+
+
+def test_evaluations_compare_when_made_alike(finished: Path, tmp_path: Path) -> None:
+    a, b, c = (tmp_path / f"{name}.json" for name in "abc")
+    relssl.evaluate(finished, network="student", out=a, **QUICK)
+    relssl.evaluate(finished / "export/backbone.safetensors", out=b, **QUICK)
+    rows = compare(a, b, network=("student", "backbone"))
+    assert [row["difference"] for row in rows] == [0.0, 0.0] and [row["interval"] for row in rows] == [[0, 0], [0, 0]]
+    relssl.evaluate(finished, network="student", out=c, size=24, **QUICK)
+    with pytest.raises(ConfigError, match=r"view\.size differs: 32 and 24"):
+        compare(a, c)
+    assert main(["compare", str(a), str(c), "--allow", "view"]) == 0
+
+
+def test_a_set_of_transfer_that_is_not_at_hand_is_named(finished: Path, tmp_path: Path) -> None:
+    mine = pictures(tmp_path / "mine", {"train": {"cat": 6, "dog": 6}, "val": {"cat": 4, "dog": 4}})
+    found = relssl.evaluate(finished, f"{mine},{tmp_path / 'gone'}", protocol="transfer", network="student", **QUICK)
+    (result,) = found["results"]
+    rows = {row["data"]: row for row in result["details"]["rows"]}
+    assert rows.keys() == {"mine", "gone"} and "not_run" in rows["gone"]
+    assert result["figures"]["mean"] == result["figures"]["mine"] == rows["mine"]["value"]
+    assert str(tmp_path) not in json.dumps(found["data"])
+    with pytest.raises(DataError, match="ran on none"):
+        relssl.evaluate(finished, str(tmp_path / "gone"), protocol="transfer", **QUICK)
+
+
+def test_folders_with_faults_are_refused_or_noted(finished: Path, tmp_path: Path) -> None:
+    sides = {"train": {"cat": 4, "dog": 4}, "val": {"cat": 3, "dog": 3}}
+    quick = {key: value for key, value in QUICK.items() if key != "images"} | {"network": "student"}
+    good = pictures(tmp_path / "good", sides)
+    (good / "train/cat/broken.png").write_bytes(b"no")
+    (result, _) = relssl.evaluate(finished, str(good), **quick)["results"]
+    assert any(note.startswith("1 of 9 bank images cannot be read") for note in result["notes"])
+    assert (
+        "k lowered from 20 to 8, the images of the bank" in relssl.evaluate(finished, str(good), **quick)["results"][1]["notes"]
+    )
+    with pytest.raises(DataError, match=r"no bank image: owl"):
+        relssl.evaluate(finished, str(pictures(tmp_path / "b", sides | {"val": {"cat": 2, "dog": 2, "owl": 2}})), **quick)
+    flat = pictures(tmp_path / "c", {"": {"": 5}})
+    with pytest.raises(DataError, match="has no test images"):
+        relssl.evaluate(finished, str(flat), **quick)
+
+
+def test_images_of_pretraining_are_flagged(finished: Path) -> None:
+    seen = relssl.weights.opening._pretrained_on(finished)  # type: ignore[attr-defined]
+    assert seen
+    with patch("relssl.data.sources.Images.fingerprint", return_value=seen):
+        (result, *_) = relssl.evaluate(finished, **QUICK)["results"]
+    assert "the test images are those that the run was pretrained on" in result["notes"]
+
+
+def test_collapsed_and_broken_networks_are_refused(finished: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    file = tmp_path / "backbone.safetensors"
+    file.with_suffix(".yaml").write_bytes((finished / "export/backbone.yaml").read_bytes())
+    weights = load_file(finished / "export/backbone.safetensors")
+    for value, message in ((0.0, "constant"), (float("nan"), "NaN")):
+        save_file({k: torch.full_like(v, value) if v.is_floating_point() else v for k, v in weights.items()}, file)
+        for protocol in ("knn", "probe", "lowshot", "retrieval"):
+            with pytest.raises(NumericError, match=message):
+                relssl.evaluate(file, protocol=protocol, **QUICK)
+
+
+def test_settings_are_checked_before_anything_is_loaded(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as refused:
+        read_settings({"protocol": "knn,probes", "linear.scale": "0.5,0.2", "knn.k": "0"})
+    assert "knn.k" in str(refused.value)
+    with pytest.raises(ConfigError, match="'probes' is unknown; the nearest is probe"):
+        read_settings({"protocol": "knn,probes"})
+    code = (
+        "import sys; from relssl.cli import main; code = main(['evaluate', 'nowhere', '--protocol', 'probes']);"
+        "assert 'torch' not in sys.modules; sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr == "relssl: protocol: 'probes' is unknown; the nearest is probe\n"
+
+
+def test_what_is_no_source_is_refused_in_one_line(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", str(tmp_path / "nothing"), "digits"]) == 2
+    assert "is no run folder, no file of weights and no timm name" in capsys.readouterr().err
+    assert main(["evaluate", str(finished), "--from", "moco"]) == 2
+    assert "--from:" in capsys.readouterr().err
+    assert main(["evaluate", str(finished), "--network", "pupil", "--device", "cpu"]) == 2
+    assert "holds student and teacher, not pupil" in capsys.readouterr().err
+    assert main(["evaluate", str(finished), "--out", str(tmp_path / "no/such/a.json")]) == 2
+    assert "is no folder" in capsys.readouterr().err
+
+
+def test_the_command_prints_a_table_or_json(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["evaluate", str(finished), "--images", "200,100", "--device", "cpu", "--resamples", "100"]
+    assert main(arguments) == 0
+    printed = capsys.readouterr()
+    assert "95 % interval" in printed.out and "a subset: 200 of" in printed.out and "knn: student on digits" in printed.err
+    assert main([*arguments, "--json", "--knn.k", "7", "--knn.temperature", "0.5"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [result["setting"] for result in found["results"]] == [{"k": 7, "temperature": 0.5}] * 2
+
+
+def test_a_run_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
+    folder = small_run(tmp_path / "run", epochs=1, optimizer={"warmup_epochs": 0}).folder
+    for path in store.checkpoints(folder / "checkpoints"):
+        store.remove(path)
+    assert main(["evaluate", str(folder)]) == 4
