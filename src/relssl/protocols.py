@@ -72,8 +72,8 @@ class FinetuneConfig:
 class SemiConfig:
     """Fine-tuning on few labels.
 
-    A reconstruction: what the papers of this method did is not known. Between SwAV's rates for 1 % (0.02, classifier 5) and for 10 % (0.01, classifier
-    0.2), with SimCLR's optimizer and length (60 and 30 epochs; SwAV and Barlow Twins: 20).
+    A reconstruction: what the papers of this method did is not known. Between SwAV's rates for 1 % (0.02, classifier 5) and for
+    10 % (0.01, classifier 0.2), with SimCLR's optimizer and length (60 and 30 epochs; SwAV and Barlow Twins: 20).
     """
 
     fractions: tuple[float, ...] = setting(
