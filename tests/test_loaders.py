@@ -23,6 +23,7 @@ from relssl.data.resident import Resident
 from relssl.data.samples import Views
 from relssl.data.sources import Images, load
 from relssl.errors import ConfigError, DataError
+from relssl.views import ViewConfig
 
 CPU = torch.device("cpu")
 
@@ -111,6 +112,21 @@ def test_views_made_ahead_are_those_made_step_by_step(ahead: int) -> None:
     whole = batches(Resident(images, one, Plan(24, 6), CPU), 0, 5)
     for step in range(5):
         assert torch.equal(torch.cat([part[0] for part in parts[3 * step : 3 * step + 3]]), whole[step][0])
+
+
+@pytest.mark.parametrize("options", [{}, {"loader.photometric": "device"}, {"loader.decoder": "torchvision"}])
+def test_other_views_than_the_runs_can_be_asked_for(options: dict[str, Any], folder: Path) -> None:
+    view, plan = ViewConfig(size=20, scale=(0.3, 0.9), flip=0.5, grey=0.5), Plan(12, 6)
+    config = settings_for({"loader.workers": 0} | options)
+    alone = dataclasses.replace(config, views=dataclasses.replace(config.views, weak=view))
+    for file in folder.glob("*.png"):
+        Image.open(file).save(file.with_suffix(".jpg"))
+        file.unlink()
+    for images in (picture_images(12), load(str(folder), None, "train")):
+        asked = [part for (part,) in create_loader(images, config, plan, CPU, [view]).stream(0, 3)]
+        own = [part for (part,) in create_loader(images, alone, plan, CPU).stream(0, 3)]
+        assert all(part.strong == [] and part.weak.shape == (6, 3, 20, 20) for part in asked)
+        assert all(torch.equal(one.weak, two.weak) for one, two in zip(asked, own, strict=True))
 
 
 def test_files_and_resident_paths_show_the_same_views() -> None:

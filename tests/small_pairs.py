@@ -1,0 +1,74 @@
+"""Small labelled pairs and networks for protocols that train."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from relssl.config import Config, resolve
+from relssl.data.sources import Images
+from relssl.engine import Engine
+from relssl.evaluation.metrics import Bootstrap
+from relssl.evaluation.protocol import LabelledPair
+from relssl.sections import EngineConfig
+
+FAST = Bootstrap(resamples=100, seed=0)
+
+
+def engine() -> Engine:
+    return Engine(EngineConfig(device="cpu", precision="fp32", threads=1))
+
+
+def config(**changes: Any) -> Config:
+    """Views of 16 pixels, mirrored."""
+    small = {"data": "cifar10", "views.weak.size": 16, "views.strong.size": 16, "loader.workers": 0, "seed": 77}
+    made = resolve(small | changes)
+    return dataclasses.replace(made, views=dataclasses.replace(made.views, mean=(0.5,) * 3, std=(0.25,) * 3, margin=1.0))
+
+
+def coloured(count: int, seed: int, classes: int = 3) -> Images:
+    """Noise with a tint for each class, which a crop keeps: easily told apart."""
+    generator = np.random.default_rng(seed)
+    labels = np.arange(count) % classes
+    pixels = generator.integers(60, 120, (count, 3, 16, 16))
+    for channel in range(3):
+        pixels[labels == channel, channel] += 100
+    return Images("tints", torch.from_numpy(pixels.astype(np.uint8)), None, labels.astype(np.int64), ("red", "green", "blue"))
+
+
+def pair(bank: int = 50, test: int = 33) -> LabelledPair:
+    return LabelledPair(coloured(bank, 0), coloured(test, 1))
+
+
+def as_files(images: Images, folder: Path) -> Images:
+    """The same images as PNG files, named as ImageNet names them."""
+    assert images.pixels is not None and images.labels is not None
+    folder.mkdir()
+    files = []
+    for row, (pixels, label) in enumerate(zip(images.pixels, images.labels, strict=True)):
+        files.append(str(folder / f"n{label}_{row}.png"))
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(files[-1])
+    return dataclasses.replace(images, pixels=None, files=files)
+
+
+def network(width: int = 8, dropout: float = 0.0) -> nn.Module:
+    """[B, 3, 16, 16] -> [B, width], with batch norm, from the same weights each time."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(5)
+        made = nn.Sequential(
+            nn.Conv2d(3, width, 3, stride=2, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+        )
+        for images in torch.randn(4, 8, 3, 16, 16):  # running statistics of their own
+            made(images)
+    return made.eval()
