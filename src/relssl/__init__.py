@@ -13,7 +13,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from relssl.evaluation.protocol import embed, evaluate
+    from relssl.evaluation.embed import embed
+    from relssl.evaluation.protocol import evaluate
     from relssl.train.estimate import estimate
     from relssl.train.pretrain import pretrain, resume
     from relssl.weights.export import export
@@ -23,7 +24,7 @@ __version__ = "0.1.0"
 __all__ = ["embed", "estimate", "evaluate", "export", "load_backbone", "load_run", "pretrain", "resume"]
 
 _HOMES = {
-    "embed": "relssl.evaluation.protocol",
+    "embed": "relssl.evaluation.embed",
     "estimate": "relssl.train.estimate",
     "evaluate": "relssl.evaluation.protocol",
     "export": "relssl.weights.export",

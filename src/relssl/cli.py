@@ -90,7 +90,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, list[str]]:
     made = verb("embed", verbs.embed, "write the features of images to a file")
     made.add_argument("source", metavar="RUN|WEIGHTS", help="run folder or exported .safetensors")
     made.add_argument("data", metavar="DATA")
-    made.add_argument("--out", required=True, help="target .npz or .csv")
+    made.add_argument("--out", required=True, help="target .npz, .csv or .parquet")
     made.add_argument("--network", choices=("student", "teacher"), help="of a run; default: student")
     made.add_argument("--split", default="train", choices=("train", "bank", "test"))
     for made in (commands.choices["evaluate"], commands.choices["embed"]):

@@ -86,7 +86,7 @@ def evaluate(args: argparse.Namespace, _: dict[str, Any]) -> Any:
 
 
 def embed(args: argparse.Namespace, _: dict[str, Any]) -> Any:
-    from relssl.evaluation.protocol import embed
+    from relssl.evaluation.embed import embed
 
     found = embed(
         args.source, args.data, args.out, network=args.network, split=args.split, data_root=args.data_root, device=args.device

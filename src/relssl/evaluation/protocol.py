@@ -19,9 +19,8 @@ from relssl.data.plain import describe
 from relssl.data.sources import Images, load
 from relssl.engine import Engine
 from relssl.errors import ConfigError, DataError
-from relssl.evaluation.features import extract, stream
+from relssl.evaluation.features import extract
 from relssl.evaluation.knn import SETTINGS, knn_accuracy
-from relssl.evaluation.vectors import write_vectors
 from relssl.schema import nearest_word
 from relssl.sections import EngineConfig
 from relssl.weights.runs import NETWORKS, from_checkpoint, load_backbone, load_run
@@ -147,7 +146,7 @@ def evaluate(
     """
     if protocol not in PROTOCOLS:
         raise ConfigError(f"protocol: {protocol!r} is unknown; the nearest is {nearest_word(protocol, PROTOCOLS)}")
-    networks, config, folder = _networks(source)
+    networks, config, folder = networks_of(source)
     if folder is not None:
         with storing(folder / "evaluations"):  # before the work, not after it
             (folder / "evaluations").mkdir(exist_ok=True)
@@ -163,7 +162,7 @@ def evaluate(
     return results
 
 
-def _networks(source: str | Path) -> tuple[dict[str, nn.Module], Config, Path | None]:
+def networks_of(source: str | Path) -> tuple[dict[str, nn.Module], Config, Path | None]:
     """The backbones behind a run or an exported file, with the settings of their views."""
     path = Path(source)
     if path.suffix == ".safetensors":
@@ -172,46 +171,3 @@ def _networks(source: str | Path) -> tuple[dict[str, nn.Module], Config, Path | 
     run = load_run(path)
     checkpoint = run.checkpoint()
     return {name: from_checkpoint(run.config, checkpoint, name) for name in NETWORKS}, run.config, run.folder
-
-
-def embed(
-    source: str | Path,
-    data: str,
-    out: str | Path,
-    *,
-    network: str | None = None,
-    split: str = "train",
-    data_root: str | None = None,
-    device: str = "auto",
-) -> dict[str, Any]:
-    """Write the backbone's feature of every image, with its name and label, to a .npz or .csv file.
-
-    Args:
-        source: a run folder, or an exported backbone.
-        data: any data set, folder or list.
-        network: student (default) or teacher, of a run; an exported file holds one network.
-        split: train, bank or test, for sets that have them.
-
-    Returns:
-        {"out", "images", "dim", "bad": [(file, reason)]}.
-    """
-    networks, config, _ = _networks(source)
-    wanted = network or next(iter(networks))
-    if wanted not in networks:
-        raise ConfigError(f"network: {source} holds {' and '.join(networks)}, not {wanted}")
-    backbone = networks[wanted]
-    engine = Engine(EngineConfig(device=device))
-    images = load(data, data_root or config.data_root, split, index=config.loader.index)
-    bad, count, dim = list(images.bad), 0, 0
-
-    def rows() -> Any:
-        nonlocal count, dim
-        for ids, vectors, faults in stream(engine.place(backbone), images, config, engine.device, engine.autocast()):
-            bad.extend(faults)
-            if len(ids):
-                count, dim = count + len(ids), vectors.shape[1]
-                yield ids, vectors.numpy()
-
-    names = images.files if images.files is not None else [f"{images.name}/{split}/{row:06}" for row in range(len(images))]
-    write_vectors(Path(out), rows(), names, images.labels)
-    return {"out": str(out), "images": count, "dim": dim, "bad": bad}
