@@ -26,7 +26,7 @@ from relssl.data.arrays import read_arrays, write_arrays
 from relssl.data.files import EXTENSIONS, scan
 from relssl.data.sources import load
 from relssl.errors import DataError
-from relssl.evaluation.protocol import embed
+from relssl.evaluation.embed import embed
 from small_runs import small_run
 from test_files import plant, trapped  # noqa: F401  (a fixture)
 

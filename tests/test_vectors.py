@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import errno
 import os
+import sys
 import tracemalloc
 import zipfile
 from collections.abc import Iterator
@@ -15,7 +16,11 @@ import numpy as np
 import pytest
 
 from relssl.errors import ConfigError, DataError, NumericError, StorageError
+from relssl.evaluation import vectors as writers
 from relssl.evaluation.vectors import write_vectors
+
+pa = pytest.importorskip("pyarrow")
+parquet = pytest.importorskip("pyarrow.parquet")
 
 NAMES = [
     "a.png",
@@ -31,6 +36,7 @@ NAMES = [
     "größe",
     "x" * 90,
 ]
+KINDS = (".npz", ".csv", ".parquet")
 Batch = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]
 
 
@@ -72,6 +78,57 @@ def test_equal_vectors_give_equal_files_and_labels_are_optional(tmp_path: Path) 
         assert archive.testzip() is None and archive.namelist() == ["features.npy", "ids.npy", "names.npy"]
 
 
+@pytest.mark.parametrize("known", [0, 1, 2])
+def test_parquet_reads_back_in_row_groups(tmp_path: Path, known: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writers, "_GROUP", 15)  # five rows of three
+    labels, classes = [-1, 0, 1] * 4, ["cat", "d\udcffg"]
+    given = {"labels": labels} if known else {}
+    assert write_vectors(tmp_path / "v.parquet", _batches(), NAMES, **given, classes=classes if known == 2 else None) == 12
+    file = parquet.ParquetFile(tmp_path / "v.parquet")
+    assert [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)] == [5, 5, 2]
+    read = file.read()
+    file.close()
+    assert read.column_names == ["id", "name", *["label", "class"][:known], "features"]
+    assert read.schema.field("features").type == pa.list_(pa.float32(), 3) and read.schema.field("id").type == pa.int64()
+    ids, features = _whole(_batches())
+    assert read["id"].to_pylist() == ids.tolist()
+    assert read["features"].combine_chunks().flatten().to_numpy().tobytes() == features.tobytes()
+    assert read["name"].to_pylist() == [NAMES[i].encode("utf-8", "backslashreplace").decode() for i in ids]
+    if known:
+        assert read["label"].to_pylist() == [labels[i] for i in ids]
+    if known == 2:
+        assert read["class"].to_pylist() == [{-1: None, 0: "cat", 1: r"d\udcffg"}[labels[i]] for i in ids]
+    assert _names(tmp_path) == ["v.parquet"]
+
+
+def test_classes_beside_labels(tmp_path: Path) -> None:
+    labels, classes = [-1, 0, 1] * 4, ("cat", "=1,d\udcffg")
+    for suffix in KINDS[:2]:
+        write_vectors(tmp_path / f"v{suffix}", _batches(), NAMES, labels, classes)
+    with np.load(tmp_path / "v.npz", allow_pickle=False) as read:
+        assert tuple(read["classes"].tolist()) == classes and "labels" in read.files
+    with (tmp_path / "v.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file, strict=True))
+    assert list(rows[0]) == ["id", "name", "label", "class", "f0", "f1", "f2"]
+    words = {"-1": "", "0": "cat", "1": r"'=1,d\udcffg"}
+    assert [row["class"] for row in rows] == [words[row["label"]] for row in rows]
+    assert [int(row["label"]) for row in rows] == [labels[i] for i in _whole(_batches())[0]]
+
+
+@pytest.mark.parametrize(("labels", "text"), [(None, "no labels"), ([2] * 12, "labels up to 2")])
+def test_classes_that_do_not_fit_are_refused(tmp_path: Path, labels: list[int] | None, text: str) -> None:
+    with pytest.raises(ValueError, match=f"2 classes do not fit {text}"):
+        write_vectors(tmp_path / "v.npz", _batches(), NAMES, labels, ["a", "b"])
+
+
+def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.delitem(sys.modules, "pyarrow.parquet")
+    with pytest.raises(ConfigError, match=r"pip install 'relssl\[parquet\]'"):
+        writers.check_target(tmp_path / "v.parquet")
+    writers.check_target(tmp_path / "v.npz")
+
+
 @pytest.mark.parametrize("labelled", [True, False])
 def test_csv_reads_back_and_runs_no_formula(tmp_path: Path, labelled: bool) -> None:
     write_vectors(tmp_path / "v.csv", _batches(), NAMES, list(range(12)) if labelled else None)
@@ -87,14 +144,19 @@ def test_csv_reads_back_and_runs_no_formula(tmp_path: Path, labelled: bool) -> N
         assert not labelled or int(row[2]) == index
 
 
-@pytest.mark.parametrize("suffix", [".npz", ".csv"])
-def test_memory_does_not_grow_with_the_rows(tmp_path: Path, suffix: str) -> None:
+@pytest.mark.parametrize("suffix", KINDS)
+def test_memory_does_not_grow_with_the_rows(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writers, "_GROUP", 1 << 17)
     rows, batches = np.ones((500, 200), np.float32), 10  # 4 MB in all
 
     def peak(count: int) -> int:
         tracemalloc.start()
+        before = pa.default_memory_pool()
+        pool = pa.proxy_memory_pool(before)  # counts what pyarrow takes by itself
+        pa.set_memory_pool(pool)
         write_vectors(tmp_path / f"v{suffix}", ((np.arange(500), rows) for _ in range(count)), ["x"] * 500)
-        used = tracemalloc.get_traced_memory()[1]
+        used = tracemalloc.get_traced_memory()[1] + (pool.max_memory() or 0)
+        pa.set_memory_pool(before)
         tracemalloc.stop()
         return used
 
@@ -102,7 +164,7 @@ def test_memory_does_not_grow_with_the_rows(tmp_path: Path, suffix: str) -> None
     assert peak(batches) < 3 << 20
 
 
-@pytest.mark.parametrize("suffix", [".npz", ".csv"])
+@pytest.mark.parametrize("suffix", KINDS)
 @pytest.mark.parametrize("at", range(4))
 def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, at: int) -> None:
     path = tmp_path / f"v{suffix}"
@@ -122,13 +184,14 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
     assert (_names(tmp_path), path.read_bytes()) == ([path.name], b"old")
 
 
-def test_a_size_limit_in_the_archive_leaves_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("suffix", KINDS)
+def test_a_size_limit_in_the_archive_leaves_nothing(tmp_path: Path, suffix: str) -> None:
     resource = pytest.importorskip("resource")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (40_100, limits[1]))  # the features fit, the archive around them does not
     try:
         with pytest.raises(StorageError, match="File too large"):
-            write_vectors(tmp_path / "v.npz", [(np.arange(100), np.ones((100, 100)))], ["x"] * 100)
+            write_vectors(tmp_path / f"v{suffix}", [(np.arange(100), np.random.default_rng(0).random((100, 100)))], ["x"] * 100)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not _names(tmp_path)
@@ -167,13 +230,13 @@ def test_refusals_leave_nothing(tmp_path: Path, vectors: Any, labels: Any, error
     assert not _names(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["v.parquet", "v", "v.npz.gz"])
+@pytest.mark.parametrize("name", ["v.feather", "v", "v.npz.gz"])
 def test_other_formats_are_refused_before_any_work(tmp_path: Path, name: str) -> None:
     def never() -> Iterator[Batch]:
         raise AssertionError
         yield
 
-    with pytest.raises(ConfigError, match=r"known: \.csv, \.npz"):
+    with pytest.raises(ConfigError, match=r"known: \.csv, \.npz, \.parquet"):
         write_vectors(tmp_path / name, never(), NAMES)
     (tmp_path / "folder.npz").mkdir()
     for path in (tmp_path / "gone" / "v.npz", tmp_path / "folder.npz"):

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from relssl.evaluation.compare import compare
-    from relssl.evaluation.protocol import embed, evaluate
+    from relssl.evaluation.embed import embed
+    from relssl.evaluation.protocol import evaluate
     from relssl.train.estimate import estimate
     from relssl.train.pretrain import pretrain, resume
     from relssl.weights.export import export
@@ -25,7 +26,7 @@ __all__ = ["compare", "embed", "estimate", "evaluate", "export", "load_backbone"
 
 _HOMES = {
     "compare": "relssl.evaluation.compare",
-    "embed": "relssl.evaluation.protocol",
+    "embed": "relssl.evaluation.embed",
     "estimate": "relssl.train.estimate",
     "evaluate": "relssl.evaluation.protocol",
     "export": "relssl.weights.export",

@@ -77,7 +77,8 @@ def evaluate(args: argparse.Namespace, overrides: dict[str, Any]) -> Any:
     from relssl.report.evaluation import show
     from relssl.weights.opening import Reading
 
-    reading = Reading(args.layout, args.backbone, args.stem, allow=args.allow, size=settings.size)
+    network = settings.network[0] if len(settings.network) == 1 else None
+    reading = Reading(args.layout, args.backbone, args.stem, network, args.allow, settings.size)
     say = None if args.json else lambda line: print(line, file=sys.stderr, flush=True)
     found = evaluate(args.source, args.data, settings=settings, reading=reading, out=args.out, say=say)
     if not args.json:
@@ -99,11 +100,12 @@ def compare(args: argparse.Namespace, _: dict[str, Any]) -> Any:
 
 
 def embed(args: argparse.Namespace, _: dict[str, Any]) -> Any:
-    from relssl.evaluation.protocol import embed
+    from relssl.evaluation.embed import embed
+    from relssl.weights.opening import Reading
 
-    found = embed(
-        args.source, args.data, args.out, network=args.network, split=args.split, data_root=args.data_root, device=args.device
-    )
+    reading = Reading(args.layout, args.backbone, args.stem, args.network, args.allow, args.size)
+    options = {name: getattr(args, name) for name in ("network", "split", "data_root", "device")}
+    found = embed(args.source, args.data, args.out, reading=reading, **options)
     if not args.json:
         print(
             f"{found['images']} features of dimension {found['dim']} in {found['out']}; {len(found['bad'])} images could not be read"

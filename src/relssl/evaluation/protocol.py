@@ -85,7 +85,10 @@ def evaluate(
     if opened.folder is not None:
         with storing(opened.folder / "evaluations"):  # before the work, not after it
             (opened.folder / "evaluations").mkdir(exist_ok=True)
-    work = _Work(opened, _sees(opened.config, asked), asked, say or (lambda line: None))
+    # Readers are the evaluation's, not the run's: a cache of shrunk images would change what is seen.
+    config = opened.sees(asked.size)
+    config = dataclasses.replace(config, loader=dataclasses.replace(config.loader, workers=asked.workers, cache=None))
+    work = _Work(opened, config, asked, say or (lambda line: None))
     answer: dict[str, Any] = {"source": opened.name, "data": _title(data), "results": []}
     for protocol in asked.protocol:
         records = list(work.run(protocol, data))
@@ -96,15 +99,6 @@ def evaluate(
     if out is not None:
         write_json(Path(out), answer | {"time": time.time()})
     return answer
-
-
-def _sees(config: Config, settings: Evaluation) -> Config:
-    """The backbone's own settings, with the view's size and the readers that the evaluation asks for."""
-    loader = dataclasses.replace(config.loader, workers=settings.workers, cache=None)
-    views = config.views
-    if settings.size is not None:
-        views = dataclasses.replace(views, weak=dataclasses.replace(views.weak, size=settings.size))
-    return dataclasses.replace(config, loader=loader, views=views)
 
 
 class _Work:

@@ -1,4 +1,4 @@
-"""Embeddings as a file: `.npz` for programs, `.csv` for spreadsheets; whole or not there, and larger than memory if need be."""
+"""Embeddings as a file: .npz for programs, .csv for spreadsheets, .parquet for tables; whole or not there, larger than memory too."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -18,49 +19,105 @@ from relssl.errors import ConfigError, DataError, NumericError, StorageError
 
 _ROWS = 4096  # names at a time
 _CELLS = 1 << 18  # numbers at a time
+_GROUP = 1 << 22  # numbers in a row group of parquet
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What is known of the rows besides their features.
+
+    Attributes:
+        ids: int64 [N], their places in `names`.
+        width: D, the features' number of dimensions.
+        names: of all samples, by id.
+        labels: int [N], of the rows; or none.
+        classes: names of the labels; or none.
+    """
+
+    ids: NDArray[np.int64]
+    width: int
+    names: Sequence[str]
+    labels: NDArray[np.int64] | None
+    classes: tuple[str, ...] | None
+
+    def word(self, row: int) -> str:
+        """The class of a row, empty for label -1."""
+        assert self.labels is not None and self.classes is not None
+        return self.classes[self.labels[row]] if self.labels[row] >= 0 else ""
+
+    def parts(self, waiting: IO[bytes], cells: int) -> Iterator[tuple[range, NDArray[np.float32]]]:
+        """Some rows and their features [b,D], in order, about `cells` numbers at a time."""
+        step = max(1, cells // self.width)
+        for start in range(0, len(self.ids), step):
+            rows = range(start, min(start + step, len(self.ids)))
+            yield rows, np.frombuffer(waiting.read(4 * self.width * len(rows)), dtype="<f4").reshape(-1, self.width)
 
 
 def write_vectors(
-    path: Path, vectors: Iterable[tuple[ArrayLike, ArrayLike]], names: Sequence[str], labels: ArrayLike | None = None
+    path: Path,
+    vectors: Iterable[tuple[ArrayLike, ArrayLike]],
+    names: Sequence[str],
+    labels: ArrayLike | None = None,
+    classes: Sequence[str] | None = None,
 ) -> int:
-    """Write an embedding matrix with the names and labels of its rows, over whatever lies at `path`.
+    """Write an embedding matrix with the names, labels and classes of its rows, over whatever lies at `path`.
 
-    `.npz` holds `features` [N,D] float32, `ids` [N] int64, `names` [N] and, given labels, `labels` [N] int64; no pickle. `.csv`
-    has a header and the columns id, name, label (given labels), f0, f1, ...; numbers read back to the same float32. In its names
-    bytes that are no UTF-8 are written as backslash escapes, and a name that a spreadsheet would run as a formula gets a
-    leading '. Rows keep the order in which they come; they wait in an unnamed file beside `path`, not in memory.
+    `.npz` holds `features` [N,D] float32, `ids` [N] int64, `names` [N] and, where given, `labels` [N] int64 and `classes` [C], the
+    names of the labels; no pickle. `.csv` has a header and the columns id, name, label and class (where given), f0, f1, ...; numbers
+    read back to the same float32. A name that a spreadsheet would run as a formula gets a leading ' there. `.parquet` has the
+    columns id, name, label and class (where given), and features, a list of D float32. In its names and the csv's, bytes that are
+    no UTF-8 are written as backslash escapes. Rows keep the order in which they come; they wait in an unnamed file beside `path`,
+    not in memory.
 
     Args:
-        path: ends in .npz or .csv; its folder must exist.
+        path: ends in .npz, .csv or .parquet; its folder must exist.
         vectors: batches of ids [b], places in `names`, and features [b,D].
         names: of all samples, by id; may hold surrogate escapes and newlines.
-        labels: int, of all samples, by id.
+        labels: int, of all samples, by id; -1 = none.
+        classes: what the labels stand for; only with labels.
 
     Returns:
         N, the number of rows.
 
     Raises:
-        ConfigError: for another suffix. StorageError: if the file cannot be written. DataError: if there are no vectors.
-        NumericError: for features that are not finite. ValueError: for ids, features or labels that do not fit together.
+        ConfigError, StorageError: as `check_target`. StorageError: if the file cannot be written. DataError: if there are no
+        vectors. NumericError: for features that are not finite. ValueError: for ids, features, labels or classes that do not fit
+        together.
     """
-    kinds = {".csv": _write_csv, ".npz": _write_npz}
-    if path.suffix.lower() not in kinds:
-        raise ConfigError(
-            f"{path}: cannot write vectors as {path.suffix or 'a file without suffix'!r}; known: {', '.join(kinds)}"
-        )
-    if path.is_dir() or not path.parent.is_dir():
-        raise StorageError(f"{path}: {'is a folder' if path.is_dir() else 'its folder does not exist'}; choose another file")
+    check_target(path)
     known = None if labels is None else np.asarray(labels)
     if known is not None and (known.dtype.kind not in "iu" or known.shape != (len(names),)):
         raise ValueError(f"labels must be {len(names)} integers, one a name, got {known.dtype} {list(known.shape)}")
+    if classes is not None and (known is None or known.max(initial=-1) >= len(classes)):
+        raise ValueError(f"{len(classes)} classes do not fit {'no labels' if known is None else f'labels up to {known.max()}'}")
     with storing(path):
         waiting = tempfile.TemporaryFile(dir=path.parent)  # noqa: SIM115  (without a name it vanishes even when we are killed)
     with waiting:
         ids, width = _collect(path, waiting, vectors, names)
         waiting.seek(0)
+        rows = _Rows(ids, width, names, None if known is None else known[ids], None if classes is None else tuple(classes))
         with replacing(path, needed=4 * len(ids) * width) as file:
-            kinds[path.suffix.lower()](file, waiting, ids, width, names, None if known is None else known[ids])
+            _KINDS[path.suffix.lower()](file, waiting, rows)
     return len(ids)
+
+
+def check_target(path: Path) -> None:
+    """Refuse, before any work, what no vectors can be written to.
+
+    Raises:
+        ConfigError: for another suffix, or .parquet without pyarrow. StorageError: for a folder, or a file in no folder.
+    """
+    if path.suffix.lower() not in _KINDS:
+        raise ConfigError(
+            f"{path}: cannot write vectors as {path.suffix or 'a file without suffix'!r}; known: {', '.join(_KINDS)}"
+        )
+    if path.suffix.lower() == ".parquet":
+        try:
+            import pyarrow.parquet  # noqa: F401
+        except ImportError as error:
+            raise ConfigError(f"{path}: parquet needs pyarrow: pip install 'relssl[parquet]'") from error
+    if path.is_dir() or not path.parent.is_dir():
+        raise StorageError(f"{path}: {'is a folder' if path.is_dir() else 'its folder does not exist'}; choose another file")
 
 
 def _collect(
@@ -93,27 +150,25 @@ def _collect(
     return np.concatenate(parts), width
 
 
-def _write_npz(
-    file: BinaryIO,
-    waiting: IO[bytes],
-    ids: NDArray[np.int64],
-    width: int,
-    names: Sequence[str],
-    labels: NDArray[np.int64] | None,
-) -> None:
+def _write_npz(file: BinaryIO, waiting: IO[bytes], rows: _Rows) -> None:
     """What np.savez would write, but streamed: it wants whole arrays."""
+    ids, names = rows.ids, rows.names
     letters = max(1, max(len(names[i]) for i in ids))
     with zipfile.ZipFile(file, "w") as archive:
-        with _member(archive, "features", (len(ids), width), "<f4") as member:
+        with _member(archive, "features", (len(ids), rows.width), "<f4") as member:
             shutil.copyfileobj(waiting, member, 1 << 20)
         with _member(archive, "ids", ids.shape, "<i8") as member:
             member.write(ids.astype("<i8").tobytes())
         with _member(archive, "names", ids.shape, f"<U{letters}") as member:
             for start in range(0, len(ids), _ROWS):
                 member.write(np.array([names[i] for i in ids[start : start + _ROWS]], dtype=f"<U{letters}").tobytes())
-        if labels is not None:
+        if rows.labels is not None:
             with _member(archive, "labels", ids.shape, "<i8") as member:
-                member.write(labels.astype("<i8").tobytes())
+                member.write(rows.labels.astype("<i8").tobytes())
+        if rows.classes is not None:
+            words = np.array(rows.classes, dtype=f"<U{max(1, *map(len, rows.classes))}")
+            with _member(archive, "classes", words.shape, words.dtype.str) as member:
+                member.write(words.tobytes())
 
 
 @contextmanager
@@ -126,28 +181,52 @@ def _member(archive: zipfile.ZipFile, name: str, shape: tuple[int, ...], descr: 
         yield member
 
 
-def _write_csv(
-    file: BinaryIO,
-    waiting: IO[bytes],
-    ids: NDArray[np.int64],
-    width: int,
-    names: Sequence[str],
-    labels: NDArray[np.int64] | None,
-) -> None:
-    header = ["id", "name", *([] if labels is None else ["label"]), *(f"f{i}" for i in range(width))]
-    file.write((",".join(header) + "\n").encode())
-    step = max(1, _CELLS // width)
-    for start in range(0, len(ids), step):
-        some = ids[start : start + step]
-        features = np.frombuffer(waiting.read(4 * width * len(some)), dtype="<f4").reshape(-1, width)
-        for place, (index, row) in enumerate(zip(some, features, strict=True), start):
-            label = "" if labels is None else f"{labels[place]},"
+def _write_csv(file: BinaryIO, waiting: IO[bytes], rows: _Rows) -> None:
+    known = [*(["label"] if rows.labels is not None else []), *(["class"] if rows.classes is not None else [])]
+    file.write((",".join(["id", "name", *known, *(f"f{i}" for i in range(rows.width))]) + "\n").encode())
+    for some, features in rows.parts(waiting, _CELLS):
+        for place, row in zip(some, features, strict=True):
+            index = rows.ids[place]
+            cells = [str(index), _cell(rows.names[index])]
+            if rows.labels is not None:
+                cells.append(str(rows.labels[place]))
+            if rows.classes is not None:
+                cells.append(_cell(rows.word(place)))
             # str() of a float32 is the shortest text that reads back to it.
-            line = f"{index},{_cell(names[index])},{label}{','.join(map(str, row))}\n"
-            file.write(line.encode("utf-8", "backslashreplace"))
+            file.write(f"{','.join(cells)},{','.join(map(str, row))}\n".encode("utf-8", "backslashreplace"))
 
 
 def _cell(name: str) -> str:
     """A quoted cell that no spreadsheet takes for a formula."""
     guard = "'" if name.startswith(("=", "+", "-", "@", "\t", "\r")) else ""
     return '"' + guard + name.replace('"', '""') + '"'
+
+
+def _write_parquet(file: BinaryIO, waiting: IO[bytes], rows: _Rows) -> None:
+    """A row group for some rows at a time, so that neither we nor a reader need the whole in memory."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    columns = {"id": pa.int64(), "name": pa.string()}
+    columns |= {} if rows.labels is None else {"label": pa.int64()}
+    columns |= {} if rows.classes is None else {"class": pa.string()}
+    schema = pa.schema(columns | {"features": pa.list_(pa.float32(), rows.width)})
+    # Only the classes recur; a dictionary of the features would be as large as they are.
+    with parquet.ParquetWriter(file, schema, use_dictionary=["class"]) as writer:
+        for some, features in rows.parts(waiting, _GROUP):
+            ids = rows.ids[some.start : some.stop]
+            values: dict[str, Any] = {"id": ids, "name": [_text(rows.names[i]) for i in ids]}
+            if rows.labels is not None:
+                values["label"] = rows.labels[some.start : some.stop]
+            if rows.classes is not None:
+                values["class"] = [_text(rows.word(place)) or None for place in some]
+            values["features"] = pa.FixedSizeListArray.from_arrays(features.ravel(), rows.width)
+            writer.write_batch(pa.record_batch(values, schema=schema))
+
+
+def _text(name: str) -> str:
+    """A name as UTF-8 can hold it, other bytes as backslash escapes."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+_KINDS = {".csv": _write_csv, ".npz": _write_npz, ".parquet": _write_parquet}

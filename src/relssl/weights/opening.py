@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ from torch import nn
 
 from relssl.config import Config
 from relssl.errors import ConfigError
-from relssl.weights.foreign import is_timm_name, load_foreign, load_timm
 from relssl.weights.runs import NETWORKS, from_checkpoint, load_exported, load_run
 
 
@@ -36,9 +35,10 @@ class Reading:
     allow: Sequence[str] = ()
     size: int | None = None
 
-    def asked(self) -> list[str]:
-        """The options that were given."""
-        return [name for name, value in vars(self).items() if value not in (None, ())]
+    def misplaced(self) -> list[str]:
+        """The options that were given and mean nothing for a run, an exported file or a timm name."""
+        options = {"--from": self.layout, "--backbone": self.backbone, "--stem": self.stem, "--allow": self.allow}
+        return [name for name, value in options.items() if value]
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,13 @@ class Opened:
     origin: dict[str, Any] = field(default_factory=dict)
     seen: str | None = None
 
+    def sees(self, size: int | None) -> Config:
+        """The settings with another side of the view, if one is asked for."""
+        views = self.config.views
+        if size is None or size == views.weak.size:
+            return self.config
+        return replace(self.config, views=replace(views, weak=replace(views.weak, size=size)))
+
 
 def open_backbones(source: str | Path, reading: Reading | None = None) -> Opened:
     """The backbones that `source` names.
@@ -74,14 +81,14 @@ def open_backbones(source: str | Path, reading: Reading | None = None) -> Opened
         ConfigError: if it is none of these, or options are given that the kind of source has no use for.
         CheckpointError: if weights are damaged, or not all of them match.
     """
+    from relssl.weights.foreign import is_timm_name, load_foreign, load_timm
+
     reading, path = reading or Reading(), Path(source)
     if path.is_file() and not (path.suffix == ".safetensors" and path.with_suffix(".yaml").is_file()):
         backbone, report = load_foreign(path, **vars(reading))
         return _single(path.name, backbone, report.plain())
-    if given := [name for name in reading.asked() if name != "size"]:
-        raise ConfigError(
-            *(f"{'--from' if name == 'layout' else '--' + name}: {source} is no file of another program" for name in given)
-        )
+    if misplaced := reading.misplaced():
+        raise ConfigError(*(f"{option}: {source} is no file of another program" for option in misplaced))
     if path.is_dir():
         return _run(path)
     if path.is_file():
