@@ -81,10 +81,10 @@ def open_backbones(source: str | Path, reading: Reading | None = None) -> Opened
         ConfigError: if it is none of these, or options are given that the kind of source has no use for.
         CheckpointError: if weights are damaged, or not all of them match.
     """
-    from relssl.weights.foreign import is_timm_name, load_foreign, load_timm
-
     reading, path = reading or Reading(), Path(source)
     if path.is_file() and not (path.suffix == ".safetensors" and path.with_suffix(".yaml").is_file()):
+        from relssl.weights.foreign import load_foreign
+
         backbone, report = load_foreign(path, **vars(reading))
         return _single(path.name, backbone, report.plain())
     if misplaced := reading.misplaced():
@@ -93,6 +93,8 @@ def open_backbones(source: str | Path, reading: Reading | None = None) -> Opened
         return _run(path)
     if path.is_file():
         return _single(path.name, load_exported(path), {"kind": "exported", "file": path.name})
+    from relssl.weights.foreign import is_timm_name, load_timm
+
     if is_timm_name(str(source)):
         return _single(str(source), load_timm(str(source)), {"kind": "timm", "name": str(source)})
     raise ConfigError(f"{source}: is no run folder, no file of weights and no timm name")
