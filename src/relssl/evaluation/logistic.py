@@ -25,10 +25,14 @@ _ARRIVED = 1e-4
 
 @dataclass(frozen=True)
 class Scale:
-    """Mean and deviation of each dimension, fp64 [F]; the inverse of a deviation that is rounding alone is 0."""
+    """Mean fp32 [F] of each dimension, and fp64 [F] the inverse of its deviation, 0 where that is rounding alone."""
 
     mean: Tensor
     inverse: Tensor
+
+    def centred(self, part: Tensor) -> Tensor:
+        """Before any product: a mean far larger than the deviation would leave little of fp32 for what varies."""
+        return part.float() - self.mean
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ def measure(rows: Rows, device: torch.device, chunk: int) -> Scale:
     deviation = (square - shift.square()).clamp_min(0).sqrt()
     mean = first + shift
     varied = deviation > 1e-6 * mean.abs()
-    return Scale(mean, torch.where(varied, 1 / deviation.where(varied, 1), 0))
+    return Scale(mean.float(), torch.where(varied, 1 / deviation.where(varied, 1), 0))
 
 
 def fit(
@@ -95,15 +99,18 @@ def fit(
     return Fit(found.x, int(found.nit), gradient, bool(found.success) or gradient <= _ARRIVED)
 
 
-def fold(flat: npt.NDArray[np.float64], classes: int, scale: Scale) -> tuple[Tensor, Tensor]:
-    """Weights fp32 [C,F] and biases fp32 [C] on features as they are, of those on standardised ones."""
-    weight, bias = _unpack(flat, classes, scale)
-    folded = weight * scale.inverse
-    return folded.float(), (bias - folded @ scale.mean).float()
+def predict(rows: Rows, found: Fit, classes: int, scale: Scale, device: torch.device, chunk: int) -> Tensor:
+    """The logits, fp32 [n,C] on the CPU."""
+    weight, bias = unpack(found.flat, classes, device)
+    folded, offset = (weight * scale.inverse).float(), bias.float()
+    with full_precision(device):
+        parts = rows.chunks(chunk, device)
+        return torch.cat([torch.addmm(offset, scale.centred(part), folded.T).cpu() for _, part in parts])
 
 
-def _unpack(flat: npt.NDArray[np.float64], classes: int, scale: Scale) -> tuple[Tensor, Tensor]:
-    both = torch.from_numpy(flat).to(scale.mean.device)
+def unpack(flat: npt.NDArray[np.float64], classes: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Weights on standardised features fp64 [C,F], and biases fp64 [C]."""
+    both = torch.from_numpy(flat).to(device)
     return both[:-classes].view(classes, -1), both[-classes:]
 
 
@@ -120,20 +127,19 @@ class _Objective:
         self.loss: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = _binary if labels.dim() == 2 else _softmax
 
     def __call__(self, flat: npt.NDArray[np.float64]) -> tuple[float, npt.NDArray[np.float64]]:
-        weight, bias = _unpack(flat, self.classes, self.scale)
-        folded, offset = fold(flat, self.classes, self.scale)
+        weight, bias = unpack(flat, self.classes, self.device)
+        folded, offset = (weight * self.scale.inverse).float(), bias.float()
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         by_weight, by_bias = torch.zeros_like(weight), torch.zeros_like(bias)
         for start, part in self.rows.chunks(self.chunk, self.device):
-            part = part.float()
+            part = self.scale.centred(part)
             own = self.labels[start : start + len(part)].to(self.device)
             losses, slope = self.loss(torch.addmm(offset, part, folded.T), own)
             loss += (losses.double().sum(dim=0) / self.told).sum()
             slope = slope / self.told
             by_weight += slope.T @ part
             by_bias += slope.sum(dim=0)
-        # Through the standardisation, which the features themselves never went through.
-        by_weight = (by_weight - by_bias[:, None] * self.scale.mean) * self.scale.inverse + self.strength * weight
+        by_weight = by_weight * self.scale.inverse + self.strength * weight
         loss += self.strength / 2 * weight.square().sum()
         return float(loss), torch.cat([by_weight.flatten(), by_bias]).cpu().numpy()
 

@@ -39,7 +39,7 @@ def lowshot(
     settings: LowshotConfig,
     bootstrap: Bootstrap,
     seed: int,
-    chunk: int = 8192,
+    chunk: int = 4096,
 ) -> list[Finding]:
     """Train on n images of each class, classify the test images; for every n, over several draws.
 

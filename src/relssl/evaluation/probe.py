@@ -17,7 +17,7 @@ from torch import Tensor
 from relssl.evaluation.classes import check_labels, counts, named, places
 from relssl.evaluation.features import require_varied
 from relssl.evaluation.findings import Finding
-from relssl.evaluation.logistic import Fit, Scale, fit, fold, measure
+from relssl.evaluation.logistic import Scale, fit, measure, predict
 from relssl.evaluation.metrics import (
     Bootstrap,
     accuracies,
@@ -27,7 +27,7 @@ from relssl.evaluation.metrics import (
     percentiles,
     ranks,
 )
-from relssl.evaluation.rows import Rows, full_precision
+from relssl.evaluation.rows import Rows
 from relssl.protocols import ProbeConfig
 
 
@@ -42,7 +42,7 @@ def probe(
     bootstrap: Bootstrap,
     seed: int,
     device: torch.device | None = None,
-    chunk: int = 8192,
+    chunk: int = 4096,
 ) -> list[Finding]:
     """Choose the L2 penalty on a held-out part of the bank, fit on the whole bank, classify the test images.
 
@@ -82,7 +82,7 @@ def probe(
             f"The final fit had not converged after {final.iterations} iterations (largest slope {final.gradient:.1e}); "
             "raise probe.iterations."
         )
-    scores = _scores(Rows("test", test), final, classes, scale, where, chunk)
+    scores = predict(Rows("test", test), final, classes, scale, where, chunk)
     details = {"strength": chosen["strength"], "held_out": int(held.sum()), "tried": tried, "iterations": final.iterations}
     return [_finding(scores, test_labels.cpu(), classes, bootstrap, notes, details)]
 
@@ -117,7 +117,7 @@ def _path(
     for strength in strengths:
         found = fit(learnt, labels[kept], classes, strength, scale, start=start, **more)
         start = found.flat
-        scores, truth = _scores(asked, found, classes, scale, more["device"], more["chunk"]), labels[held]
+        scores, truth = predict(asked, found, classes, scale, more["device"], more["chunk"]), labels[held]
         figure = _map(scores, truth) if labels.dim() == 2 else accuracies(ranks(scores, truth), truth, classes)["top1"]
         name = "map" if labels.dim() == 2 else "top1"
         tried.append({"strength": strength, name: round(figure, 4), "iterations": found.iterations, "converged": found.converged})
@@ -134,13 +134,6 @@ def _choice_notes(strength: float, tried: list[dict[str, Any]], settings: ProbeC
     if strength in (min(settings.strengths), max(settings.strengths)):
         return [f"The penalty chosen, {strength:g}, is at the edge of probe.strengths; try more on that side."]
     return []
-
-
-def _scores(rows: Rows, found: Fit, classes: int, scale: Scale, device: torch.device, chunk: int) -> Tensor:
-    """[n,C] fp32 on the CPU."""
-    weight, bias = fold(found.flat, classes, scale)
-    with full_precision(device):
-        return torch.cat([torch.addmm(bias, part.float(), weight.T).cpu() for _, part in rows.chunks(chunk, device)])
 
 
 def _map(scores: Tensor, truth: Tensor) -> float:

@@ -21,9 +21,8 @@ from relssl.evaluation.metrics import Bootstrap, mean_interval
 from relssl.evaluation.rows import Rows, full_precision
 from relssl.protocols import RetrievalConfig
 
-# Similarities held, and sorted, at a time: 256 MiB, and as much for the sort of an eighth of them with its int64 places.
-_HELD = 1 << 26
-_SORTED = 1 << 23
+_HELD = 1 << 26  # similarities at a time: 256 MiB
+_SORTED = 1 << 22  # of those, what is ranked at a time: some 40 bytes each
 
 
 def retrieval(
@@ -95,7 +94,7 @@ def retrieval(
 
 
 def _sought(labels: Tensor, asked: Tensor, classes: int, itself: bool) -> Tensor:
-    """How many gallery images [N] (or [N,C]) are of the class of each query [M], itself aside; bool-like, [M]."""
+    """Whether the gallery has an image that shares a class with each query, the query itself aside; bool [M]."""
     if labels.dim() == 1:
         return torch.bincount(labels, minlength=classes)[asked] > int(itself)
     yes = (asked > 0).float()
@@ -118,7 +117,6 @@ def _rankings(
             similarity = torch.empty(len(some), count, device=device)
             for first, rows in gallery.units(gallery_chunk, device):
                 torch.matmul(some, rows.T, out=similarity[:, first : first + len(rows)])
-            similarity += 0.0  # -0.0 becomes 0.0, its equal
             if itself:
                 similarity.scatter_(1, places[:, None], -torch.inf)
             step = max(1, _SORTED // count)
