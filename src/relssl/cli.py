@@ -16,6 +16,7 @@ from relssl.errors import ConfigError, RelsslError
 from relssl.protocols import Evaluation
 from relssl.schema import leaves, nearest_word
 from relssl.views import VIEWS
+from relssl.weights.formats import FORMATS
 
 # The settings that each command takes as options.
 _SETTINGS: dict[str, Any] = {"pretrain": Config, "estimate": Config, "validate": Config, "evaluate": Evaluation}
@@ -105,11 +106,12 @@ def build_parser() -> tuple[argparse.ArgumentParser, list[str]]:
     made.add_argument("--data_root", help="where named data sets lie")
     made.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     _add_reading(made)
-    made = verb("export", verbs.export, "write a run's backbone for other programs")
-    made.add_argument("run_folder", metavar="RUN")
-    made.add_argument("--format", default="safetensors", help="safetensors, with timm's names")
-    made.add_argument("--network", default="student", choices=("student", "teacher"))
-    made.add_argument("--out", help="target file; default: in RUN/export")
+    made = verb("export", verbs.export, "write a backbone for other programs, and check what they will read")
+    made.add_argument("source", metavar="RUN|WEIGHTS", help="run folder or exported .safetensors")
+    formats = "; ".join(f"{name}: {format.about}" for name, format in FORMATS.items())
+    made.add_argument("--format", default="safetensors", metavar="FORMAT", help=f"{formats} (default: safetensors)")
+    made.add_argument("--network", choices=("student", "teacher"), help="of a run; default: student")
+    made.add_argument("--out", help="target file, or folder for hf; default: in RUN/export, or beside the file")
     verb("recipes", verbs.recipes, "list the recipes and where their settings come from")
     made = verb("validate", verbs.validate, "check settings without running anything")
     made.add_argument("--show", action="store_true", help="print all settings as YAML")

@@ -114,14 +114,19 @@ def embed(args: argparse.Namespace, _: dict[str, Any]) -> Any:
 
 
 def export(args: argparse.Namespace, _: dict[str, Any]) -> Any:
-    from relssl.weights.export import export, timm_lines
-    from relssl.weights.runs import load_run
+    from relssl.weights.formats import find_format
 
-    target = export(args.run_folder, format=args.format, network=args.network, out=args.out)
+    find_format(args.format)  # before torch is imported
+    from relssl.weights.export import export
+
+    made = export(args.source, format=args.format, network=args.network, out=args.out)
+    parity = made.parity
     if not args.json:
-        print(f"{target}\n\nLoad it with timm:\n")
-        print("\n".join("    " + line for line in timm_lines(load_run(args.run_folder).config, str(target))))
-    return {"out": str(target), "format": args.format, "network": args.network}
+        how = f"features differ by {parity.difference:.2g} at most, {parity.relative:.2g} of the largest"
+        print(f"{made.path}\nchecked on {parity.images}: {how}\n\nLoad it:\n")
+        print("\n".join("    " + line for line in made.lines))
+    facts = {"out": str(made.path), "files": [str(file) for file in made.files], "format": made.format, "network": made.network}
+    return facts | dataclasses.asdict(parity)
 
 
 def recipes(args: argparse.Namespace, _: dict[str, Any]) -> Any:

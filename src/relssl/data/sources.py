@@ -156,6 +156,11 @@ def load(data: str, root: str | None, split: str, *, index: bool = True) -> Imag
     return images
 
 
+def at_hand(data: str, root: str | None) -> bool:
+    """Whether `load` finds DATA without a download."""
+    return data not in _NAMED or Path(data_root(root), _NAMED[data].folder).exists()
+
+
 def _folder(data: str, path: str, split: str, index: bool) -> Images:
     """All images of a split; labelled by VOC's lists, or the folders below it if every image lies in one and there are two or more."""
     if is_voc(path):

@@ -1,106 +1,166 @@
-"""Handing a backbone over: a safetensors file with timm's names, and a card that says what it is and how to load it."""
+"""Handing a backbone over: written in a format, loaded back as its card says, compared with the source, and only then kept."""
 
 from __future__ import annotations
 
-import dataclasses
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from safetensors.torch import load_file, save
-
-from relssl.atomic import storing, write_file
-from relssl.config import Config, to_yaml
+from relssl.atomic import storing, sweep, sync_folder, temporary, write_file
+from relssl.config import to_yaml
+from relssl.data.sources import Images
 from relssl.errors import ConfigError
-from relssl.method.encoder import create_backbone
-from relssl.schema import nearest_word
-from relssl.weights.runs import NETWORKS, from_checkpoint, load_run
+from relssl.weights.card import card, public
+from relssl.weights.detectron import as_detectron2
+from relssl.weights.formats import FORMATS, find_format
+from relssl.weights.graphs import as_onnx, as_torch_export
+from relssl.weights.parity import Parity, compare, real_images
+from relssl.weights.statedicts import as_hf, as_safetensors, as_torchvision
+from relssl.weights.written import Source, Written, open_source
 
-FORMATS = ("safetensors",)
+_WRITERS = {
+    "safetensors": as_safetensors,
+    "timm": as_safetensors,
+    "torchvision": as_torchvision,
+    "hf": as_hf,
+    "onnx": as_onnx,
+    "torch-export": as_torch_export,
+    "detectron2": as_detectron2,
+}
+assert _WRITERS.keys() == FORMATS.keys()
 
 
-def export(run: str | Path, *, format: str = "safetensors", network: str = "student", out: str | Path | None = None) -> Path:
-    """Write a run's backbone and its card.
+@dataclass(frozen=True)
+class Exported:
+    """A backbone that was handed over.
+
+    Attributes:
+        path: the file, or the folder for Hugging Face.
+        files: all that was written, the card among them.
+        format, network: as asked; the network is `backbone` where a file does not say which it holds.
+        lines: Python that loads it without relssl.
+        parity: how close it is to the source.
+    """
+
+    path: Path
+    files: tuple[Path, ...]
+    format: str
+    network: str
+    lines: tuple[str, ...]
+    parity: Parity
+
+
+def export(
+    source: str | Path,
+    *,
+    format: str = "safetensors",
+    network: str | None = None,
+    out: str | Path | None = None,
+    images: Images | None = None,
+) -> Exported:
+    """Write a backbone and its card.
+
+    What was written is loaded back by the code that the card prints, and its features are compared with the source's on real
+    images; nothing stays on the disk unless they agree.
 
     Args:
-        run: a run folder.
-        format: `safetensors`, whose keys are timm's own.
-        network: student or teacher.
-        out: target file; default RUN/export/backbone.safetensors, for the teacher backbone-teacher.safetensors.
-
-    Returns:
-        The file written, after it has been read back and compared with the checkpoint bit for bit.
+        source: a run folder, or an exported or imported `.safetensors` file with its card beside it.
+        format: one of `formats.FORMATS`.
+        network: student (default) or teacher, of a run; a file holds one network.
+        out: target; default: in RUN/export, or beside the file.
+        images: what to compare on; default: the first of the run's data if it is on this machine, else the built-in digits.
 
     Raises:
-        ConfigError: for an unknown format or network.
-        CheckpointError: if the run's newest checkpoint is missing or damaged.
-        StorageError: if the file cannot be written.
+        ConfigError: for an unknown format or network, a package that is missing, a network that the format cannot hold.
+        CheckpointError: if weights are missing or damaged, or what was written does not agree with the source.
+        StorageError: if it cannot be written.
     """
-    if format not in FORMATS:
-        raise ConfigError(f"format: {format!r} is unknown; the nearest is {nearest_word(format, FORMATS)}")
-    if network not in NETWORKS:
-        raise ConfigError(f"network: must be student or teacher, got {network!r}")
-    loaded = load_run(run)
-    checkpoint = loaded.checkpoint()
-    target = Path(out) if out is not None else default_target(loaded.folder, network)
-    backbone = from_checkpoint(loaded.config, checkpoint, network)
-    weights = {name: value.contiguous() for name, value in backbone.state_dict().items()}
-    if target.suffix != ".safetensors" or target.stem == "config":
-        raise ConfigError(f"out: {target} must end in .safetensors, and its settings, beside it, must not replace a config.yaml")
+    find_format(format)
+    opened = open_source(source, network)
+    target = _target(Path(source), opened, format, out)
+    written = _WRITERS[format](opened)
     with storing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-    write_file(target, save(weights, metadata={"format": "pt"}))
-    # Paths of this machine are nobody else's business; the card keeps the rest of the configuration.
-    data, recipe = (Path(value or "folder").resolve().name or "folder" for value in (loaded.config.data, loaded.config.recipe))
-    settings = dataclasses.replace(loaded.config, out=None, data_root=None, data=data, recipe=recipe)
-    write_file(target.with_suffix(".yaml"), to_yaml(settings).encode())
-    write_file(target.with_suffix(".md"), card(settings, target, network, checkpoint.name).encode())
-    back = load_file(target)
-    if back.keys() != weights.keys() or not all(torch.equal(back[name], value) for name, value in weights.items()):
-        raise AssertionError(f"{target}: reads back different from what was written")
+    sweep(target.parent)
+    batch, what = real_images(opened.config, images)
+    unfinished = temporary(target.parent)
+    try:
+        _write(unfinished, _contents(opened, written, target))
+        parity = compare(opened.backbone, written, unfinished / target.name, batch, what)
+        _write(unfinished, _described(opened, written, parity, target))
+        files = _keep(unfinished, target)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return Exported(target, files, format, opened.network, tuple(written.snippets[0].lines(str(target))), parity)
+
+
+def default_target(folder: Path, network: str, format: str = "safetensors") -> Path:
+    """Where a run's own export of a network lies."""
+    return folder / "export" / _named("backbone" if network == "student" else f"backbone-{network}", format)
+
+
+def _named(stem: str, format: str) -> str:
+    suffix = FORMATS[format].suffix
+    return stem + suffix if suffix == ".safetensors" else f"{stem}-{format}{suffix}"
+
+
+def _target(source: Path, opened: Source, format: str, out: str | Path | None) -> Path:
+    """Where to write; ConfigError for a place that does not suit the format."""
+    suffix = FORMATS[format].suffix
+    if out is not None:
+        target = Path(out)
+    elif opened.folder is not None:
+        target = default_target(opened.folder, opened.network, format)
+    else:
+        target = source.with_name(_named(source.stem, format))
+    if suffix and target.suffix != suffix:
+        raise ConfigError(f"out: {target} must end in {suffix} for {format}")
+    if suffix == ".safetensors" and target.stem == "config":
+        raise ConfigError(f"out: {target}: its settings, beside it, would replace a config.yaml; choose another name")
+    if target.exists() and opened.folder is None and target.samefile(source):
+        raise ConfigError(f"out: {target} is the source itself; choose another name")
+    # A folder is replaced only by its like: anything else in the way may be a user's own.
+    if target.exists() and (target.is_dir() if suffix else not (target / "model.safetensors").is_file()):
+        raise ConfigError(f"out: {target} is in the way and is no earlier export; choose another name")
     return target
 
 
-def default_target(folder: Path, network: str) -> Path:
-    """Where a run's own export of a network lies."""
-    return folder / "export" / ("backbone.safetensors" if network == "student" else "backbone-teacher.safetensors")
+def _contents(opened: Source, written: Written, target: Path) -> dict[str, bytes]:
+    """What is needed to load, by name below the target's folder."""
+    if not isinstance(written.data, bytes):
+        return {f"{target.name}/{name}": data for name, data in written.data.items()}
+    files = {target.name: written.data}
+    if target.suffix == ".safetensors":
+        files[target.with_suffix(".yaml").name] = to_yaml(public(opened.config)).encode()
+    return files
 
 
-def card(config: Config, target: Path, network: str, checkpoint: str) -> str:
-    """What the file holds and how to load it, as Markdown."""
-    return f"""# {config.backbone}, pretrained with ReSSL
-
-{network.capitalize()} backbone of {checkpoint}, recipe `{config.recipe}`, {config.epochs} epochs on `{config.data}`, seed {config.seed}.
-Input: RGB, {config.views.weak.size} x {config.views.weak.size}, mean {list(config.views.mean or ())}, std {list(config.views.std or ())}.
-All settings are in `{target.with_suffix(".yaml").name}`; the weights are yours.
-
-With relssl:
-
-    import relssl
-    backbone = relssl.load_backbone("{target.name}")
-
-With timm alone:
-
-{_indent(timm_lines(config, target.name))}
-"""
+def _described(opened: Source, written: Written, parity: Parity, target: Path) -> dict[str, bytes]:
+    """The card, by name below the target's folder."""
+    settings = target.with_suffix(".yaml").name if target.suffix == ".safetensors" else None
+    name = target.with_suffix(".md").name if isinstance(written.data, bytes) else f"{target.name}/README.md"
+    return {name: card(opened, written, parity, target.name, settings).encode()}
 
 
-def timm_lines(config: Config, file: str) -> list[str]:
-    """Python that loads the file with timm and nothing of ours."""
-    args = "".join(f", {name}={value!r}" for name, value in config.backbone_args.items())
-    if config.encoder.stem == "standard":
-        return [
-            "import timm",
-            f'backbone = timm.create_model("{config.backbone}", num_classes=0{args}, checkpoint_path="{file}")',
-        ]
-    # timm cannot be asked for a small stem, so the two layers that differ are put in before the weights.
-    lines = ["import timm, torch", f'backbone = timm.create_model("{config.backbone}", num_classes=0{args})']
-    plain = dict(create_backbone(config.backbone, "standard", config.backbone_args).named_modules())
-    ours = dict(create_backbone(config.backbone, config.encoder.stem, config.backbone_args).named_modules())
-    for name, module in ours.items():
-        if type(module) in (torch.nn.Conv2d, torch.nn.Identity) and repr(module) != repr(plain.get(name)):
-            lines.append(f'backbone.set_submodule("{name}", torch.nn.{module!r})')
-    return [*lines, f'timm.models.load_checkpoint(backbone, "{file}")']
+def _write(folder: Path, files: Mapping[str, bytes]) -> None:
+    for name, data in files.items():
+        path = folder / name
+        with storing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, data)
 
 
-def _indent(lines: list[str]) -> str:
-    return "\n".join("    " + line for line in lines)
+def _keep(unfinished: Path, target: Path) -> tuple[Path, ...]:
+    """Move all that was written to its place, over an earlier export."""
+    with storing(target):
+        if (unfinished / target.name).is_dir() and target.exists():
+            # Folders cannot be replaced in one go: the old one waits where it is removed with the rest.
+            target.rename(unfinished / "before")
+        names = [entry.name for entry in unfinished.iterdir() if entry.name != "before"]
+        for name in names:
+            (unfinished / name).replace(target.parent / name)
+        sync_folder(target.parent)
+    if target.is_dir():
+        return tuple(sorted(target.iterdir()))
+    return tuple(sorted(target.parent / name for name in names))

@@ -1,0 +1,132 @@
+"""Whether what was written is what was meant: it is loaded by the lines the card prints, and its features are compared."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from relssl.config import Config
+from relssl.data.files import EXTENSIONS, NAMES, locate, split_folders
+from relssl.data.refusal import BadImage
+from relssl.data.samples import read_image
+from relssl.data.sources import Images, at_hand, load
+from relssl.data.walk import Notes, walk
+from relssl.errors import CheckpointError, DataError
+from relssl.weights.runs import transform
+from relssl.weights.written import Snippet, Written
+
+COUNT = 16  # images compared
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How close a file that was loaded back is to the network it was made of.
+
+    Attributes:
+        difference: the largest absolute difference of features, in fp32, over batches of all the images and of one.
+        relative: the same as a share of the largest feature.
+        images: which images, in words.
+        checked: titles of the snippets that were run.
+    """
+
+    difference: float
+    relative: float
+    images: str
+    checked: tuple[str, ...]
+
+
+def compare(backbone: nn.Module, written: Written, file: Path, images: Tensor, what: str) -> Parity:
+    """Load `file` by each of its snippets and compare the features of `images` [N, 3, S, S] with the backbone's.
+
+    Raises:
+        CheckpointError: if it does not load, or a feature differs by more than the format's tolerance.
+    """
+    batches = (images, images[:1])
+    with torch.no_grad():
+        wanted = [backbone(batch) for batch in batches]
+    largest, worst = float(wanted[0].abs().max()), 0.0
+    present = [snippet for snippet in written.snippets if snippet.needs is None or importlib.util.find_spec(snippet.needs)]
+    for snippet in present:
+        features = _features(snippet, file, batches)
+        if any(ours.shape != theirs.shape for ours, theirs in zip(wanted, features, strict=True)):
+            raise CheckpointError(f"{file.name}: loaded with {snippet.title} it gives {list(features[0].shape)} features")
+        difference = max(float((ours - theirs).abs().max()) for ours, theirs in zip(wanted, features, strict=True))
+        if not difference <= written.tolerance * largest:  # NaN is refused as well
+            raise CheckpointError(
+                f"{file.name}: loaded with {snippet.title} its features differ by {difference:.2g} from the backbone's, "
+                f"whose largest is {largest:.2g}; at most {written.tolerance:g} of that is allowed, so nothing is kept"
+            )
+        worst = max(worst, difference)
+    return Parity(worst, worst / largest if largest else 0.0, what, tuple(snippet.title for snippet in present))
+
+
+def _features(snippet: Snippet, file: Path, batches: Sequence[Tensor]) -> list[Tensor]:
+    """The features [N, F] of each batch, by the snippet's own code."""
+    scope: dict[str, Any] = {}
+    found = []
+    try:
+        # What other libraries warn of while they load is not about the file.
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            exec("\n".join(snippet.lines(str(file))), scope)
+            for batch in batches:
+                scope["images"] = batch.numpy() if snippet.arrays else batch
+                exec(snippet.use, scope)
+                found.append(torch.as_tensor(np.asarray(scope["features"])))
+    except Exception as error:  # whatever a library raises over a file that it cannot use
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{file.name}: does not load with {snippet.title}: {reason}") from error
+    return found
+
+
+def real_images(config: Config, given: Images | None = None) -> tuple[Tensor, str]:
+    """Up to 16 images through the plain view as [N, 3, S, S], and which they are in words.
+
+    Args:
+        given: images to take; None: those of the run's data if they lie on this machine, else drawn digits.
+    """
+    images = given if given is not None else _own(config)
+    views = [] if images is None else _views(images, config)
+    name = Path(config.data).name
+    if not views:
+        views, name = _views(load("digits", None, "test"), config), "the built-in digits"
+    return torch.stack(views), f"{len(views)} images of {name}"
+
+
+def _views(images: Images, config: Config) -> list[Tensor]:
+    view = transform(config)
+    views: list[Tensor] = []
+    for row in range(min(len(images), 4 * COUNT)):  # a few more than are needed, for files that cannot be read
+        with contextlib.suppress(BadImage):
+            views.append(view(read_image(images, row, config.loader.max_pixels)))
+        if len(views) == COUNT:
+            break
+    return views
+
+
+def _own(config: Config) -> Images | None:
+    """A few images of the run's data; None if they are not on this machine. Nothing is downloaded, no large folder read."""
+    data, root = config.data, config.data_root
+    if not at_hand(data, root):
+        return None
+    try:
+        in_memory = data in NAMES and data != "imagenet"
+        path = "" if in_memory else locate(data, root)
+        if in_memory or os.path.isfile(path):
+            return load(data, root, "train", index=config.loader.index)
+        folder = (split_folders(path) or {"train": path})["train"]
+        names = [name for name, _ in islice(walk(folder, EXTENSIONS, Notes()), 4 * COUNT)]
+        return Images(data, files=[os.path.join(folder, os.fsdecode(name)) for name in sorted(names)])
+    except DataError:
+        return None

@@ -1,0 +1,171 @@
+"""Backbones as tensors under names: timm's, torchvision's, and Hugging Face's folder."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from relssl.config import Config
+from relssl.data.plain import enlarged
+from relssl.errors import CheckpointError, ConfigError
+from relssl.method.encoder import create_backbone
+from relssl.weights.formats import unsuited
+from relssl.weights.twins import TWINS, bare, to_torchvision
+from relssl.weights.written import Snippet, Source, Written, quote
+
+_TWIN_TOLERANCE = 1e-4  # another implementation of the same function, in fp32
+
+
+def as_safetensors(source: Source) -> Written:
+    """timm's own names, in a file that timm's `checkpoint_path` takes."""
+    ours = Snippet("relssl", lambda file: ["import relssl", f"backbone = relssl.load_backbone({quote(file)})"])
+    return Written(_tensors(source), (Snippet("timm alone", lambda file: timm_lines(source.config, file)), ours))
+
+
+def _tensors(source: Source) -> bytes:
+    weights = {name: value.contiguous() for name, value in source.backbone.state_dict().items()}
+    data: bytes = save(weights, metadata={"format": "pt", "network": source.network, "origin": source.origin})
+    return data
+
+
+def timm_lines(config: Config, file: str) -> list[str]:
+    """Python that loads the file with timm and nothing of ours, as `backbone` and the `transform` of its images."""
+    view = ", ".join(f"{name}={value!r}" for name, value in _view(config).items())
+    transform = f"transform = timm.data.create_transform({config.views.weak.size}, {view})"
+    made, stem = f"timm.create_model({quote(config.backbone)}, num_classes=0{_arguments(config)}", _stem_lines(config)
+    if not stem:
+        return ["import timm, timm.data", f"backbone = {made}, checkpoint_path={quote(file)}).eval()", transform]
+    # timm cannot be asked for a small stem, so the layers that differ are put in before the weights.
+    load = f"timm.models.load_checkpoint(backbone, {quote(file)})"
+    return ["import timm, timm.data, torch", f"backbone = {made}).eval()", *stem, load, transform]
+
+
+def _arguments(config: Config) -> str:
+    return "".join(f", {name}={value!r}" for name, value in config.backbone_args.items())
+
+
+def _stem_lines(config: Config) -> list[str]:
+    """Python that gives `backbone` the layers of a small stem."""
+    return [f'backbone.set_submodule("{name}", torch.nn.{module!r})' for name, module in _stem(config).items()]
+
+
+def _stem(config: Config) -> dict[str, nn.Module]:
+    """The layers in which a small stem differs from the network's own."""
+    if config.encoder.stem == "standard":
+        return {}
+    plain = dict(create_backbone(config.backbone, "standard", config.backbone_args).named_modules())
+    ours = create_backbone(config.backbone, config.encoder.stem, config.backbone_args).named_modules()
+    kinds = (nn.Conv2d, nn.Identity)
+    return {name: module for name, module in ours if type(module) in kinds and repr(module) != repr(plain.get(name))}
+
+
+def _view(config: Config) -> dict[str, Any]:
+    """The plain view in timm's words. timm enlarges to the floor of size / crop_pct, which rounding must not take below ours."""
+    size, side = config.views.weak.size, enlarged(config.views)
+    share = size / side
+    if math.floor(size / share) < side:
+        share = math.nextafter(share, 0)
+    return {"crop_pct": share, "interpolation": "bilinear", "mean": config.views.mean, "std": config.views.std}
+
+
+def as_torchvision(source: Source) -> Written:
+    """torchvision's names, for a strict load into its network without the last layer."""
+    name, state, exact = _renamed(source)
+    network, classifier = bare(name)
+    for path, module in _stem(source.config).items():
+        network.set_submodule(path, module)
+    for key, value in network.state_dict().items():
+        value.copy_(state[key])
+    buffer = io.BytesIO()
+    torch.save(network.state_dict(), buffer)  # the network's own: torchvision's MNASNet asks for the version in it
+    mean, std = source.config.views.mean, source.config.views.std
+    steps = f"v.Resize({enlarged(source.config.views)}), v.CenterCrop({source.size}), v.ToTensor(), v.Normalize({mean}, {std})"
+
+    def lines(file: str) -> list[str]:
+        return [
+            "import torch, torchvision, torchvision.transforms as v",
+            f"backbone = torchvision.models.{name}().eval()",
+            f'backbone.set_submodule("{classifier}", torch.nn.Identity())',
+            *_stem_lines(source.config),
+            f"backbone.load_state_dict(torch.load({quote(file)}, weights_only=True))",
+            f"transform = v.Compose([{steps}])",
+        ]
+
+    return Written(buffer.getvalue(), (Snippet("torchvision", lines),), 0.0 if exact else _TWIN_TOLERANCE)
+
+
+def _renamed(source: Source) -> tuple[str, dict[str, Tensor], bool]:
+    """torchvision's name of the network, its weights there, and whether names and values stayed as they are."""
+    config, state = source.config, source.backbone.state_dict()
+    name = TWINS.get(config.backbone)
+    if name is None:
+        raise unsuited("torchvision", f"has no network that is known to equal {config.backbone}")
+    if config.encoder.stem != "standard":
+        theirs, same = bare(name)[0].state_dict(), set(_stem(config))
+        shapes = {key: value.shape for key, value in state.items() if key.rpartition(".")[0] not in same}
+        if theirs.keys() != state.keys() or any(theirs[key].shape != shape for key, shape in shapes.items()):
+            raise unsuited("torchvision", f"cannot take {config.backbone} with a {config.encoder.stem} stem")
+        return name, state, True
+    try:
+        name, moved = to_torchvision(source.backbone, config.backbone)
+    except (CheckpointError, ConfigError) as error:
+        raise unsuited("torchvision", f"cannot take this {config.backbone} ({error})") from error
+    return name, moved, moved.keys() == state.keys() and all(torch.equal(moved[key], state[key]) for key in state)
+
+
+def as_hf(source: Source) -> Written:
+    """Hugging Face's layout: timm's config.json and model.safetensors; the card becomes README.md."""
+    if source.config.encoder.stem != "standard":
+        raise unsuited("hf", f"cannot describe a {source.config.encoder.stem} stem, which timm cannot be asked for")
+    files = {"model.safetensors": _tensors(source), "config.json": _hf_config(source)}
+
+    def timm_folder(folder: str) -> list[str]:
+        made = f"timm.create_model({quote('local-dir:' + folder)}, pretrained=True, num_classes=0)"
+        view = "timm.data.resolve_model_data_config(backbone)"
+        return [
+            "import timm, timm.data",
+            f"backbone = {made}.eval()  # without pretrained=True the weights would be random",
+            f"transform = timm.data.create_transform(**{view})",
+        ]
+
+    def transformers_folder(folder: str) -> list[str]:
+        return [
+            "import transformers",
+            f"backbone = transformers.AutoModel.from_pretrained({quote(folder)}).eval()",
+            f"transform = transformers.AutoImageProcessor.from_pretrained({quote(folder)})",
+        ]
+
+    use = "features = backbone(pixel_values=images).pooler_output"
+    return Written(files, (Snippet("timm", timm_folder), Snippet("transformers", transformers_folder, use, needs="transformers")))
+
+
+def _hf_config(source: Source) -> bytes:
+    """config.json as timm writes it, about these weights: none of what it says of timm's own is taken over."""
+    config, known = source.config, source.backbone.pretrained_cfg
+    assert isinstance(known, dict)
+    described = {
+        "architecture": known["architecture"],
+        "num_classes": 0,
+        "num_features": source.backbone.num_features,
+        # No num_classes among these: transformers sets it itself and stumbles over another.
+        "model_args": config.backbone_args,
+        "pretrained_cfg": {
+            "tag": "ressl",
+            "custom_load": False,
+            "input_size": [3, source.size, source.size],
+            "fixed_input_size": known.get("fixed_input_size", False),
+            "crop_mode": "center",
+            **_view(config),
+            "num_classes": 0,
+            "pool_size": None,
+            "first_conv": known.get("first_conv"),
+            "classifier": known.get("classifier"),
+        },
+    }
+    return (json.dumps(described, indent=2) + "\n").encode()
