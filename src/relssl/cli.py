@@ -93,6 +93,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, list[str]]:
     made.add_argument("--out", required=True, help="target .npz, .csv or .parquet")
     made.add_argument("--network", choices=("student", "teacher"), help="of a run; default: student")
     made.add_argument("--split", default="train", choices=("train", "bank", "test"))
+    made.add_argument("--precision", default="fp32", choices=("auto", "fp32", "bf16"), help="of the network's arithmetic")
     for made in (commands.choices["evaluate"], commands.choices["embed"]):
         made.add_argument("--data_root", help="where named data sets lie")
         made.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))

@@ -88,9 +88,8 @@ def evaluate(args: argparse.Namespace, _: dict[str, Any]) -> Any:
 def embed(args: argparse.Namespace, _: dict[str, Any]) -> Any:
     from relssl.evaluation.embed import embed
 
-    found = embed(
-        args.source, args.data, args.out, network=args.network, split=args.split, data_root=args.data_root, device=args.device
-    )
+    options = {name: getattr(args, name) for name in ("network", "split", "data_root", "device", "precision")}
+    found = embed(args.source, args.data, args.out, **options)
     if not args.json:
         print(
             f"{found['images']} features of dimension {found['dim']} in {found['out']}; {len(found['bad'])} images could not be read"
