@@ -1,8 +1,8 @@
 """The data sets that transfer is customarily measured on, with the splits of Kornblith et al. 2019, table 1.
 
-"Do Better ImageNet Models Transfer Better?" trains its final classifiers on training and validation images together. torchvision reads
-the official lists; no image is decoded here. Of that table's sets SUN397 and Caltech-101 are left out, for torchvision does not read
-SUN397's official partitions and Caltech-101 has none, and Birdsnap, which can no longer be had.
+"Do Better ImageNet Models Transfer Better?" trains its final classifiers on training and validation images together. torchvision
+reads the official lists; no image is decoded here. Of that table's sets SUN397 and Caltech-101 are left out, for torchvision does
+not read SUN397's official partitions and Caltech-101 has none, and Birdsnap, which can no longer be had.
 """
 
 from __future__ import annotations
