@@ -157,7 +157,7 @@ def load(data: str, root: str | None, split: str, *, index: bool = True) -> Imag
 
 
 def _folder(data: str, path: str, split: str, index: bool) -> Images:
-    """All images of a split; labelled by VOC's lists, or by the folders below if every image lies in one and there are several."""
+    """All images of a split; labelled by VOC's lists, or by the folders below if each image lies in one of several."""
     if is_voc(path):
         listing, part = read_voc(path, split)
         return _listed(f"{shown(data)} ({part})", listing)

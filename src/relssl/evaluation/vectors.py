@@ -1,4 +1,4 @@
-"""Embeddings as a file: .npz for programs, .csv for spreadsheets, .parquet for both; whole or not there, larger than memory too."""
+"""Embeddings as a file: .npz for programs, .csv for spreadsheets, .parquet for both; whole or not there, and larger than memory."""
 
 from __future__ import annotations
 
