@@ -1,4 +1,4 @@
-"""Embeddings as a file: .npz for programs, .csv for spreadsheets, .parquet for both; whole or not there, and larger than memory."""
+"""Embeddings as a file: .npz for programs, .csv for spreadsheets, .parquet for both; whole or not at all, beyond memory too."""
 
 from __future__ import annotations
 
