@@ -225,7 +225,7 @@ def test_one_wrong_weight_is_found_and_the_earlier_export_stays(
     export(plain[0], format=format, out=target)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     monkeypatch.setitem(exporting._WRITERS, format, changed(exporting._WRITERS[format]))
-    with pytest.raises(CheckpointError, match="features differ by .* nothing is kept"):
+    with pytest.raises(CheckpointError, match=r"features differ by .* nothing is kept"):
         export(plain[0], format=format, out=target)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 

@@ -1,4 +1,4 @@
-"""The named sets of transfer: official lists in torchvision's layout, read in their order, with nothing missing and nothing decoded."""
+"""The named sets of transfer: official lists in torchvision's layout, read in order, nothing missing and nothing decoded."""
 
 from __future__ import annotations
 

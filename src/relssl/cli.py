@@ -105,6 +105,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, list[str]]:
     made.add_argument("--split", default="train", choices=("train", "bank", "test"))
     made.add_argument("--data_root", help="where named data sets lie")
     made.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
+    made.add_argument("--precision", default="fp32", choices=("auto", "fp32", "bf16"), help="of the network's arithmetic")
     _add_reading(made)
     made = verb("export", verbs.export, "write a backbone for other programs, and check what they will read")
     made.add_argument("source", metavar="RUN|WEIGHTS", help="run folder or exported .safetensors")

@@ -140,7 +140,11 @@ class Evaluation:
     seed: int = setting(0, "seed of subsets, draws, classifiers and intervals", ge=0)
     resamples: int = setting(1000, "bootstrap resamples of the 95 % intervals", ge=100, le=100_000)
     device: str = setting("auto", "where to run", choices=("auto", "cpu", "cuda", "mps"))
-    precision: str = setting("auto", "auto: bf16 where the hardware is fast at it, else fp32", choices=("auto", "fp32", "bf16"))
+    precision: str = setting(
+        "fp32",
+        "of the network's arithmetic; bf16 moves figures a little; auto: bf16 where it is fast",
+        choices=("auto", "fp32", "bf16"),
+    )
     workers: int | None = setting(None, "processes that read files; null: by the number of cores", ge=0, le=1024)
     cache: bool = setting(True, "keep features in $RELSSL_CACHE (default ~/.cache/relssl), and take them from there")
     knn: KnnConfig = setting(KnnConfig(), "knn")

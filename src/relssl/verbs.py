@@ -104,7 +104,7 @@ def embed(args: argparse.Namespace, _: dict[str, Any]) -> Any:
     from relssl.weights.opening import Reading
 
     reading = Reading(args.layout, args.backbone, args.stem, args.network, args.allow, args.size)
-    options = {name: getattr(args, name) for name in ("network", "split", "data_root", "device")}
+    options = {name: getattr(args, name) for name in ("network", "split", "data_root", "device", "precision")}
     found = embed(args.source, args.data, args.out, reading=reading, **options)
     if not args.json:
         print(

@@ -29,11 +29,15 @@ def fetch(name: str, root: str, read: Callable[[bool], T], place: str, source: s
     """
     try:
         return read(False)
+    except MemoryError:
+        raise
     except Exception:  # missing and damaged files make the readers raise all sorts of errors
         pass
     try:
         with _one_at_a_time(root, name):
             return read(True)
+    except MemoryError:
+        raise
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise DataError(

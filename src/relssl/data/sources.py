@@ -162,7 +162,7 @@ def at_hand(data: str, root: str | None) -> bool:
 
 
 def _folder(data: str, path: str, split: str, index: bool) -> Images:
-    """All images of a split; labelled by VOC's lists, or the folders below it if every image lies in one and there are two or more."""
+    """All images of a split; labelled by VOC's lists, or by the folders below if each image lies in one of several."""
     if is_voc(path):
         listing, part = read_voc(path, split)
         return _listed(f"{shown(data)} ({part})", listing)

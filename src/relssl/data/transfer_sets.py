@@ -1,8 +1,8 @@
 """The data sets that transfer is customarily measured on, with the splits of Kornblith et al. 2019, table 1.
 
-"Do Better ImageNet Models Transfer Better?" trains its final classifiers on training and validation images together. torchvision reads
-the official lists; no image is decoded here. Of that table's sets SUN397 and Caltech-101 are left out, for torchvision does not read
-SUN397's official partitions and Caltech-101 has none, and Birdsnap, which can no longer be had.
+"Do Better ImageNet Models Transfer Better?" trains its final classifiers on training and validation images together. torchvision
+reads the official lists; no image is decoded here. Of that table's sets SUN397 and Caltech-101 are left out, for torchvision does
+not read SUN397's official partitions and Caltech-101 has none, and Birdsnap, which can no longer be had.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from relssl.errors import DataError
 
 
 @dataclass(frozen=True)
-class TransferSet:
+class _Set:
     """A data set of files: torchvision's class, its folder below the root, the parts that make the bank, and where it is from."""
 
     reader: str
@@ -31,13 +31,13 @@ class TransferSet:
 
 _VGG = "https://www.robots.ox.ac.uk/~vgg/data"
 _SETS = {
-    "food101": TransferSet("Food101", "food-101", ("train",), "http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz"),
-    "flowers102": TransferSet("Flowers102", "flowers-102", ("train", "val"), f"{_VGG}/flowers/102/"),
-    "oxford-pets": TransferSet("OxfordIIITPet", "oxford-iiit-pet", ("trainval",), f"{_VGG}/pets/"),
-    "fgvc-aircraft": TransferSet("FGVCAircraft", "fgvc-aircraft-2013b", ("trainval",), f"{_VGG}/fgvc-aircraft/"),
-    "dtd": TransferSet("DTD", "dtd", ("train", "val"), f"{_VGG}/dtd/"),
+    "food101": _Set("Food101", "food-101", ("train",), "http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz"),
+    "flowers102": _Set("Flowers102", "flowers-102", ("train", "val"), f"{_VGG}/flowers/102/"),
+    "oxford-pets": _Set("OxfordIIITPet", "oxford-iiit-pet", ("trainval",), f"{_VGG}/pets/"),
+    "fgvc-aircraft": _Set("FGVCAircraft", "fgvc-aircraft-2013b", ("trainval",), f"{_VGG}/fgvc-aircraft/"),
+    "dtd": _Set("DTD", "dtd", ("train", "val"), f"{_VGG}/dtd/"),
     # Its home is gone; the thread tells of mirrors.
-    "stanford-cars": TransferSet("StanfordCars", "stanford_cars", ("train",), "https://github.com/pytorch/vision/issues/7545"),
+    "stanford-cars": _Set("StanfordCars", "stanford_cars", ("train",), "https://github.com/pytorch/vision/issues/7545"),
 }
 NAMES = (*_SETS, "voc07")
 
@@ -73,7 +73,7 @@ def read(name: str, root: str, split: str) -> Listing:
     return Listing(complete(name, folder, names), np.array(labels, np.int64), tuple(classes or ()), [])
 
 
-def _fetch(name: str, known: TransferSet, root: str, part: str, folder: str) -> Any:
+def _fetch(name: str, known: _Set, root: str, part: str, folder: str) -> Any:
     import torchvision.datasets
 
     reader = getattr(torchvision.datasets, known.reader)

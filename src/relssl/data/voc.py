@@ -1,7 +1,7 @@
 """PASCAL VOC's image classification: several labels an image, from a list for each class.
 
-The lists are ImageSets/Main/CLASS_PART.txt with an image and 1, 0 or -1 a line: of the class, only difficult to see as such, not of
-it (Everingham et al. 2010, "The PASCAL Visual Object Classes Challenge"). Difficult ones count neither way, as in the challenge.
+The lists are ImageSets/Main/CLASS_PART.txt with an image and 1, 0 or -1 a line: of the class, only difficult to see as such, not
+of it (Everingham et al. 2010, "The PASCAL Visual Object Classes Challenge"). Difficult ones count neither way, as there.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Transfer: one protocol on several data sets, each by its customary figure, as one table.
 
-The figures are those of Kornblith et al. 2019, "Do Better ImageNet Models Transfer Better?", table 1: accuracy, but the mean over the
-classes where these are of unequal size, and the mean average precision where images have several labels.
+The figures are those of Kornblith et al. 2019, "Do Better ImageNet Models Transfer Better?", table 1: accuracy, but the mean over
+the classes where these are of unequal size, and the mean average precision where images have several labels.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Embeddings as a file: .npz for programs, .csv for spreadsheets, .parquet for tables; whole or not there, larger than memory too."""
+"""Embeddings as a file: .npz for programs, .csv for spreadsheets, .parquet for both; whole or not at all, beyond memory too."""
 
 from __future__ import annotations
 
@@ -62,12 +62,12 @@ def write_vectors(
 ) -> int:
     """Write an embedding matrix with the names, labels and classes of its rows, over whatever lies at `path`.
 
-    `.npz` holds `features` [N,D] float32, `ids` [N] int64, `names` [N] and, where given, `labels` [N] int64 and `classes` [C], the
-    names of the labels; no pickle. `.csv` has a header and the columns id, name, label and class (where given), f0, f1, ...; numbers
-    read back to the same float32. A name that a spreadsheet would run as a formula gets a leading ' there. `.parquet` has the
-    columns id, name, label and class (where given), and features, a list of D float32. In its names and the csv's, bytes that are
-    no UTF-8 are written as backslash escapes. Rows keep the order in which they come; they wait in an unnamed file beside `path`,
-    not in memory.
+    `.npz` holds `features` [N,D] float32, `ids` [N] int64, `names` [N] and, where given, `labels` [N] int64 and `classes` [C],
+    the names of the labels; no pickle. `.csv` has a header and the columns id, name, label and class (where given), f0, f1, ...;
+    numbers read back to the same float32. A name that a spreadsheet would run as a formula gets a leading ' there. `.parquet` has
+    the columns id, name, label and class (where given), and features, a list of D float32. In its names and the csv's, bytes that
+    are no UTF-8 are written as backslash escapes. Rows keep the order in which they come; they wait in an unnamed file beside
+    `path`, not in memory.
 
     Args:
         path: ends in .npz, .csv or .parquet; its folder must exist.

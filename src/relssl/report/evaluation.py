@@ -31,8 +31,8 @@ def show(record: dict[str, Any]) -> None:
     """Print a record of `evaluate`: a line for each result, for transfer one for each data set; what to know of them below.
 
     Args:
-        record: {"source", "data", "results": [{"protocol", "network", "setting": {name: value}, "main", "figures": {name: percent},
-            "intervals": {name: [low, high]}, "notes": [sentence], "details"}]}.
+        record: {"source", "data", "results": [{"protocol", "network", "setting": {name: value}, "main", "figures": {name:
+            percent}, "intervals": {name: [low, high]}, "notes": [sentence], "details"}]}.
     """
     console = _console()
     table = _table(f"{record['source']} on {record['data']}", ("protocol", "network", "setting", "figure"), ("%",))
