@@ -37,7 +37,9 @@ class LinearConfig:
 
     schedule: str = setting("cosine", "cosine to 0 per step, or step: a tenth at 60 % and at 80 %", choices=("cosine", "step"))
     lr: tuple[float, ...] = setting(
-        (), "learning rates, each a classifier of its own; empty: the paper's, 30 for step, for cosine 1 in memory and 0.3 on files", gt=0
+        (),
+        "learning rates, each a classifier of its own; empty: the paper's, 30 for step, for cosine 1 in memory and 0.3 on files",
+        gt=0,
     )
     epochs: int = setting(100, "passes over the bank", ge=1)
     batch_size: int = setting(256, "images a step", ge=1)
@@ -64,7 +66,9 @@ class FinetuneConfig:
 class SemiConfig:
     """Fine-tuning on few labels."""
 
-    fractions: tuple[float, ...] = setting((0.01, 0.1), "shares of the bank whose labels are used, the same of each class", gt=0, le=1)
+    fractions: tuple[float, ...] = setting(
+        (0.01, 0.1), "shares of the bank whose labels are used, the same of each class", gt=0, le=1
+    )
     index: str | None = setting(
         None, "file with the labelled images instead, a line each: a name, or a position in the bank counted from 0"
     )
