@@ -101,6 +101,23 @@ def build_parser() -> tuple[argparse.ArgumentParser, list[str]]:
     made.add_argument("--format", default="safetensors", help="safetensors, with timm's names")
     made.add_argument("--network", default="student", choices=("student", "teacher"))
     made.add_argument("--out", help="target file; default: in RUN/export")
+    made = verb("import", verbs.import_weights, "turn another program's checkpoint into a backbone file")
+    made.add_argument("file", metavar="FILE", help="what it saved: .pth, .pth.tar, .ckpt, .safetensors")
+    made.add_argument(
+        "--from", dest="layout", metavar="LAYOUT", help="official, solo, moco, dino, torchvision or timm; default: by its names"
+    )
+    made.add_argument("--backbone", metavar="NAME", help="timm's name of the network; default: ResNets are recognised")
+    made.add_argument("--stem", help="standard, small, small-pool or small-wide; default: by the first convolution")
+    made.add_argument("--network", choices=("student", "teacher"), help="default: the one its authors evaluate")
+    made.add_argument(
+        "--allow",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="names that may be missing or unexpected (abc.* for many); untrained",
+    )
+    made.add_argument("--size", type=int, help="pixels of its images; default: 224, or 32 and 64 for small stems")
+    made.add_argument("--out", help="target .safetensors; default: beside FILE")
     verb("recipes", verbs.recipes, "list the recipes and where their settings come from")
     made = verb("validate", verbs.validate, "check settings without running anything")
     made.add_argument("--show", action="store_true", help="print all settings as YAML")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from torch import Tensor, nn
 
@@ -14,55 +15,16 @@ from relssl.config import Config, from_mapping
 from relssl.data.sources import IMAGENET_MEAN, IMAGENET_STD
 from relssl.errors import CheckpointError, ConfigError
 from relssl.method.encoder import create_backbone, feature_width
-from relssl.weights import layouts, pickles, twins
+from relssl.weights import layouts, pickles, resnets, twins
+from relssl.weights.account import LoadReport, account
 from relssl.weights.layouts import Found, State
 from relssl.weights.probe import dead, untrained
 from relssl.weights.runs import build
+from relssl.weights.tensorfile import one_line
 
 # What the code that trains small-stem networks of these layouts normalises CIFAR-10 by.
 _CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 _SIZES = {"standard": 224, "small": 32, "small-wide": 32, "small-pool": 64}
-
-
-@dataclass
-class LoadReport:
-    """How a file's names were accounted for.
-
-    Attributes:
-        file, layout, network, backbone, stem: what was read as what.
-        detected: whether the layout was found from the names rather than given.
-        matched, total: weights of the backbone that the file gave, of all it has.
-        left_out: names known to be something else (heads, queue, optimizer), and how many tensors each stands for.
-        missing, unexpected: names that did not match and were allowed.
-        notes: what was assumed, for people.
-    """
-
-    file: str
-    layout: str
-    detected: bool
-    network: str
-    backbone: str
-    stem: str
-    matched: int
-    total: int
-    left_out: dict[str, int] = field(default_factory=dict)
-    missing: list[str] = field(default_factory=list)
-    unexpected: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-    def facts(self) -> dict[str, Any]:
-        """As plain JSON-able values."""
-        return asdict(self)
-
-    def lines(self) -> list[str]:
-        """For people."""
-        left = ", ".join(f"{name} ({count})" for name, count in self.left_out.items()) or "nothing"
-        found = " (found from its names)" if self.detected else ""
-        return [
-            f"{self.file}: layout {self.layout}{found}, {self.network}, {self.backbone}, stem {self.stem}",
-            f"matched {self.matched} of {self.total}, missing {len(self.missing)}, unexpected {len(self.unexpected)}; left out: {left}",
-            *self.notes,
-        ]
 
 
 def load_foreign(
@@ -96,10 +58,12 @@ def load_foreign(
         CheckpointError: if the file cannot be read safely, is of no known layout, does not match the network exactly, or
             holds weights that look untrained.
     """
+    if stem not in (None, *_SIZES):
+        raise ConfigError(f"stem: must be one of {', '.join(_SIZES)}, got {stem!r}")
     state = layouts.opened(pickles.read(Path(path)), Path(path))
     chosen = layouts.find(layout, state) or _plain(state, backbone)
     found = layouts.split(state, chosen, network)
-    name = backbone or layouts.infer_resnet(found.weights)
+    name = backbone or resnets.infer_resnet(found.weights)
     if name is None:
         raise ConfigError(
             f"backbone: {path} is of layout {chosen.name}, but no ResNet known here; give timm's name of its network"
@@ -111,7 +75,7 @@ def load_foreign(
         report.notes.append("12 attention heads, as MoCo v3's small ViT has, where timm's has 6")
     with torch.random.fork_rng(devices=[]):
         fresh = create_backbone(name, stem, args)
-    weights = _account(state, found, _wanted(chosen.name, name, stem, fresh), allow, report)
+    weights = account(state, found, _wanted(chosen.name, name, stem, fresh), _heads(found, name, fresh), allow, report)
     if chosen.name == "torchvision" and stem == "standard":
         weights = twins.from_torchvision(weights, name)
     config = _config(report, args, size, getattr(fresh, "pretrained_cfg", {}))
@@ -129,7 +93,7 @@ def _plain(state: State, backbone: str | None) -> layouts.Layout:
     Raises:
         CheckpointError: if the names are neither's.
     """
-    name = backbone or layouts.infer_resnet(state.tensors)
+    name = backbone or resnets.infer_resnet(state.tensors)
     sought = f"its names fit no known layout: looked for {layouts.prefixes()}, and for the bare names of "
     if name is None:
         raise CheckpointError(
@@ -157,70 +121,14 @@ def _wanted(layout: str, name: str, stem: str, fresh: nn.Module) -> dict[str, Te
     return fresh.state_dict()
 
 
-def _heads(found: Found, name: str) -> tuple[str, ...]:
+def _heads(found: Found, name: str, fresh: nn.Module) -> tuple[str, ...]:
     """The classifier's prefix under plain names; the layout's own heads otherwise."""
     if found.layout.name == "torchvision":
         return (twins.bare(twins.TWINS[name])[1] + ".",)
     if found.layout.name == "timm":
-        classifier = create_backbone(name).pretrained_cfg.get("classifier") or ()  # type: ignore[union-attr, operator]
+        classifier = getattr(fresh, "pretrained_cfg", {}).get("classifier") or ()
         return tuple(f"{part}." for part in ((classifier,) if isinstance(classifier, str) else classifier))
     return found.layout.heads
-
-
-def _account(
-    state: State, found: Found, wanted: Mapping[str, Tensor], allow: Sequence[str], report: LoadReport
-) -> dict[str, Tensor]:
-    """The backbone's weights, complete; what is left out, missing and unexpected goes into the report.
-
-    Raises:
-        CheckpointError: naming what does not match and is not allowed.
-    """
-    heads, extra = _heads(found, report.backbone), []
-    for name in found.weights.keys() - wanted.keys():
-        head = next((part for part in heads if name.startswith(part)), None)
-        if head is None:
-            extra.append(found.names[name])
-        else:
-            report.left_out[found.prefix + head] = report.left_out.get(found.prefix + head, 0) + 1
-    absent = wanted.keys() - found.weights.keys()
-    # Files of before PyTorch 0.4.1 have no counters, and nothing reads them here.
-    counters = {name for name in absent if name.endswith("num_batches_tracked")}
-    if counters:
-        report.notes.append(f"{len(counters)} counters num_batches_tracked are not in the file and start at 0")
-    given = {name: value for name, value in found.weights.items() if name in wanted}
-    shapes = [
-        f"{found.names[name]} {list(value.shape)} for {list(wanted[name].shape)}"
-        for name, value in given.items()
-        if value.shape != wanted[name].shape
-    ]
-    missing = {name: state.shown(found.prefix + name) for name in absent - counters}
-    unexpected = sorted(extra + found.unknown)
-    report.matched, report.total = len(given) - len(shapes), len(wanted) - len(counters)
-    report.missing, report.unexpected = sorted(missing.values()), unexpected
-    _refuse(state.path, report, shapes, allow)
-    broken = [found.names[name] for name, value in given.items() if value.is_floating_point() and not value.isfinite().all()]
-    if broken:
-        raise CheckpointError(f"{state.path}: {len(broken)} weights hold values that are not finite: {', '.join(broken[:3])}")
-    return {name: given.get(name, value).to(value.dtype).clone() for name, value in wanted.items()}
-
-
-def _refuse(path: Path, report: LoadReport, shapes: Sequence[str], allow: Sequence[str]) -> None:
-    missing, unexpected = (_forbidden(names, allow) for names in (report.missing, report.unexpected))
-    lists = [
-        f"{kind} ({len(names)}): {', '.join(list(names)[:3])}{' ...' if len(names) > 3 else ''}"
-        for kind, names in (("missing", missing), ("unexpected", unexpected), ("other shape", sorted(shapes)))
-        if names
-    ]
-    if lists:
-        raise CheckpointError(
-            f"{path}: {report.matched} of {report.total} weights of {report.backbone} (stem {report.stem}) match layout "
-            f"{report.layout}, {report.network}; {'; '.join(lists)}"
-        )
-
-
-def _forbidden(names: Iterable[str], allow: Sequence[str]) -> list[str]:
-    starts = tuple(part.removesuffix("*") for part in allow if part.endswith((".", "*")))
-    return [name for name in names if name not in allow and not (starts and name.startswith(starts))]
 
 
 def _config(report: LoadReport, args: Mapping[str, Any], size: int | None, cfg: Mapping[str, Any]) -> Config:
@@ -236,8 +144,51 @@ def _config(report: LoadReport, args: Mapping[str, Any], size: int | None, cfg: 
     return neutral(report.backbone, args, report.stem, side, 1.0 if small else 256 / 224, mean, std)
 
 
+def load_timm(name: str) -> nn.Module:
+    """A network of timm's with the library's own pretrained weights, in eval mode; downloads them unless they are cached.
+
+    Args:
+        name: timm's name, with or without `timm:` before it and a tag behind it, such as `resnet50.a1_in1k`.
+
+    Returns:
+        The network as `load_backbone` gives it; size, mean, deviation, margin and interpolation are those timm states.
+
+    Raises:
+        ConfigError: if timm does not know the name, or has no weights for it.
+        CheckpointError: if they cannot be fetched.
+    """
+    name = name.removeprefix("timm:")
+    bare = name.partition(".")[0]
+    fresh = create_backbone(bare)  # an unknown name is told before anything is fetched
+    try:
+        cfg = timm.get_pretrained_cfg(name)
+    except Exception as error:  # timm's own types, for a tag it does not know
+        raise ConfigError(f"backbone: timm knows no weights {name!r} ({one_line(error)})") from error
+    if cfg is None or not cfg.has_weights:
+        raise ConfigError(f"backbone: timm has no pretrained weights for {name}")
+    try:
+        network = timm.create_model(name, pretrained=True, num_classes=0)
+    except Exception as error:  # whatever the network, the hub or the file raise
+        raise CheckpointError(f"{name}: its weights cannot be fetched ({one_line(error)}); is there a network?") from error
+    size = cfg.input_size[-1]
+    margin = math.floor(size / cfg.crop_pct) / size  # timm rounds down to whole pixels
+    config = neutral(bare, {}, "standard", size, margin, cfg.mean, cfg.std, cfg.interpolation)
+    made = build(config, network.state_dict(), Path(name))
+    fault = dead(made, config) or untrained(made, fresh)
+    if fault:
+        raise CheckpointError(f"{name}: looks untrained: {fault}")
+    return made
+
+
 def neutral(
-    backbone: str, args: Mapping[str, Any], stem: str, size: int, margin: float, mean: Sequence[float], std: Sequence[float]
+    backbone: str,
+    args: Mapping[str, Any],
+    stem: str,
+    size: int,
+    margin: float,
+    mean: Sequence[float],
+    std: Sequence[float],
+    interpolation: str = "bilinear",
 ) -> Config:
     """The configuration of a backbone that no run of ours made."""
     views = {"weak": {"name": "weak", "size": size}, "strong": {"name": "contrastive", "size": size}}
@@ -248,6 +199,6 @@ def neutral(
             "backbone": backbone,
             "backbone_args": dict(args),
             "encoder": {"stem": stem},
-            "views": {**views, "margin": margin, "mean": list(mean), "std": list(std)},
+            "views": {**views, "margin": margin, "mean": list(mean), "std": list(std), "interpolation": interpolation},
         }
     )

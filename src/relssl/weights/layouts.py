@@ -13,7 +13,6 @@ Each is as its own repository writes it:
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from relssl.errors import CheckpointError, ConfigError
 from relssl.schema import nearest_word
+from relssl.weights import resnets
 
 
 @dataclass(frozen=True)
@@ -228,53 +228,10 @@ def split(state: State, layout: Layout, network: str | None) -> Found:
             found.names[name.removeprefix(prefix)] = state.names[name]
         else:
             found.unknown.append(state.names[name])
-    _name_children(found)
+    found.weights, names, found.stem = resnets.named_children(found.weights)
+    found.names = {name: found.names[old] for name, old in names.items()}
     return found
 
 
 def _present(state: State, alternatives: Sequence[str]) -> str | None:
     return next((prefix for prefix in alternatives if any(name.startswith(prefix) for name in state.tensors)), None)
-
-
-def _name_children(found: Found) -> None:
-    """Give the children of a ResNet in an nn.Sequential their names; the max-pool, which has no weights, shows as a gap."""
-    layers = sorted({int(name.split(".")[0]) for name in found.weights if re.match(r"\d+\.\d+\.", name)})[:4]
-    if "0.weight" not in found.weights and not layers:
-        return
-    children = {0: "conv1", 1: "bn1"} | {number: f"layer{i + 1}" for i, number in enumerate(layers)}
-    for name in list(found.weights):
-        number, _, rest = name.partition(".")
-        if number.isdigit():
-            child = children.get(int(number), f"fc.{number}")
-            found.weights[f"{child}.{rest}"] = found.weights.pop(name)
-            found.names[f"{child}.{rest}"] = found.names.pop(name)
-    if layers and "conv1.weight" in found.weights and found.weights["conv1.weight"].shape[-1] == 3:
-        found.stem = "small" if layers[0] == 3 else "small-pool"
-
-
-_DEPTHS: dict[tuple[int, ...], tuple[str | None, str | None]] = {
-    (2, 2, 2, 2): ("resnet18", None),
-    (3, 4, 6, 3): ("resnet34", "50"),
-    (3, 4, 23, 3): (None, "101"),
-    (3, 8, 36, 3): (None, "152"),
-}
-# By [outputs, inputs of a group] of the middle convolution in the first stage.
-_WIDTHS = {
-    (64, 64): "resnet{}",
-    (128, 128): "wide_resnet{}_2",
-    (128, 4): "resnext{}_32x4d",
-    (256, 8): "resnext{}_32x8d",
-    (256, 4): "resnext{}_64x4d",
-}
-
-
-def infer_resnet(weights: Mapping[str, Tensor]) -> str | None:
-    """timm's name of a ResNet, by how many blocks its stages have and how wide they are; None if it is none of those known."""
-    counts = tuple(
-        len({name.split(".")[1] for name in weights if re.match(rf"layer{stage}\.\d+\.", name)}) for stage in (1, 2, 3, 4)
-    )
-    basic, deep = _DEPTHS.get(counts, (None, None))
-    if not any(re.fullmatch(r"layer\d\.\d+\.conv3\.weight", name) for name in weights):
-        return basic
-    middles = {tuple(value.shape[:2]) for name, value in weights.items() if re.fullmatch(r"layer1\.\d+\.conv2\.weight", name)}
-    return _WIDTHS[middle].format(deep) if deep and len(middles) == 1 and (middle := middles.pop()) in _WIDTHS else None
