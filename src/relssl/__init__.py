@@ -19,10 +19,22 @@ if TYPE_CHECKING:
     from relssl.train.estimate import estimate
     from relssl.train.pretrain import pretrain, resume
     from relssl.weights.export import export
+    from relssl.weights.importing import import_weights
     from relssl.weights.runs import load_backbone, load_run
 
 __version__ = "0.1.0"
-__all__ = ["compare", "embed", "estimate", "evaluate", "export", "load_backbone", "load_run", "pretrain", "resume"]
+__all__ = [
+    "compare",
+    "embed",
+    "estimate",
+    "evaluate",
+    "export",
+    "import_weights",
+    "load_backbone",
+    "load_run",
+    "pretrain",
+    "resume",
+]
 
 _HOMES = {
     "compare": "relssl.evaluation.compare",
@@ -30,6 +42,7 @@ _HOMES = {
     "estimate": "relssl.train.estimate",
     "evaluate": "relssl.evaluation.protocol",
     "export": "relssl.weights.export",
+    "import_weights": "relssl.weights.importing",
     "load_backbone": "relssl.weights.runs",
     "load_run": "relssl.weights.runs",
     "pretrain": "relssl.train.pretrain",

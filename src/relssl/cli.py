@@ -113,6 +113,12 @@ def build_parser() -> tuple[argparse.ArgumentParser, list[str]]:
     made.add_argument("--format", default="safetensors", metavar="FORMAT", help=f"{formats} (default: safetensors)")
     made.add_argument("--network", choices=("student", "teacher"), help="of a run; default: student")
     made.add_argument("--out", help="target file, or folder for hf; default: in RUN/export, or beside the file")
+    made = verb("import", verbs.import_weights, "turn another program's checkpoint into a backbone file")
+    made.add_argument("file", metavar="FILE", help="what it saved: .pth, .pth.tar, .ckpt, .safetensors")
+    made.add_argument("--network", choices=("student", "teacher"), help="default: the one its authors evaluate")
+    made.add_argument("--size", type=int, help="pixels of its images; default: 224, or 32 and 64 for small stems")
+    made.add_argument("--out", help="target .safetensors; default: beside FILE")
+    _add_reading(made)
     verb("recipes", verbs.recipes, "list the recipes and where their settings come from")
     made = verb("validate", verbs.validate, "check settings without running anything")
     made.add_argument("--show", action="store_true", help="print all settings as YAML")
@@ -153,16 +159,17 @@ def _shown(value: Any) -> str:
 
 def _add_reading(parser: argparse.ArgumentParser) -> None:
     """How to read another program's file."""
-    group = parser.add_argument_group("files of other programs")
-    group.add_argument(
-        "--from",
-        dest="layout",
-        metavar="LAYOUT",
-        help="official, solo, moco, dino, torchvision or timm; default: told from the file",
+    add = parser.add_argument_group("files of other programs").add_argument
+    add("--from", dest="layout", metavar="LAYOUT", help="official, solo, moco, dino, torchvision or timm; default: by its names")
+    add("--backbone", metavar="NAME", help="timm's name of the network; default: ResNets are recognised")
+    add("--stem", help="standard, small, small-pool or small-wide; default: by the first convolution")
+    add(
+        "--allow",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="names that may be missing or unexpected (abc.* for many); untrained",
     )
-    group.add_argument("--backbone", help="timm name; default: told from the file, for ResNets")
-    group.add_argument("--stem", help="first layers; default: told from the file, as far as it tells")
-    group.add_argument("--allow", nargs="+", default=[], metavar="NAME", help="weights that may be missing or unexpected")
 
 
 def _overrides(args: argparse.Namespace, unknown: list[str]) -> dict[str, Any]:

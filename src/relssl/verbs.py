@@ -129,6 +129,24 @@ def export(args: argparse.Namespace, _: dict[str, Any]) -> Any:
     return facts | dataclasses.asdict(parity)
 
 
+def import_weights(args: argparse.Namespace, _: dict[str, Any]) -> Any:
+    from relssl.weights.importing import import_weights
+
+    report = import_weights(
+        args.file,
+        out=args.out,
+        layout=args.layout,
+        backbone=args.backbone,
+        stem=args.stem,
+        network=args.network,
+        allow=args.allow,
+        size=args.size,
+    )
+    if not args.json:
+        print("\n".join([*report.lines(), f"written to {report.out}"]))
+    return report.facts()
+
+
 def recipes(args: argparse.Namespace, _: dict[str, Any]) -> Any:
     from relssl.recipes import listing
 

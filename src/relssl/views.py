@@ -90,4 +90,7 @@ class ViewsConfig:
         ge=1,
         le=4,
     )
+    interpolation: str = setting(
+        "bilinear", "plain view: how images are scaled, with antialiasing either way", choices=("bilinear", "bicubic")
+    )
     std: tuple[float, float, float] | None = setting(None, "channel deviations in 0..1; null: those of the data set", gt=0, le=1)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
+from torchvision.transforms.functional import InterpolationMode, center_crop, pil_to_tensor, resize
 
 from relssl.config import Config
 from relssl.data.batch import standardise
@@ -24,7 +24,7 @@ from relssl.views import ViewsConfig
 
 def describe(views: ViewsConfig) -> str:
     """The plain view in words, for protocol cards."""
-    return f"resize shorter side to {enlarged(views)}, centre crop {views.weak.size}, bilinear with antialias"
+    return f"resize shorter side to {enlarged(views)}, centre crop {views.weak.size}, {views.interpolation} with antialias"
 
 
 def enlarged(views: ViewsConfig) -> int:
@@ -35,7 +35,8 @@ def enlarged(views: ViewsConfig) -> int:
 
 def plain_view(image: Image.Image, views: ViewsConfig) -> Tensor:
     """The plain view of an RGB image as uint8 [3, S, S]."""
-    view: Tensor = pil_to_tensor(center_crop(resize(image, enlarged(views)), [views.weak.size] * 2))
+    scaled = resize(image, enlarged(views), InterpolationMode(views.interpolation))
+    view: Tensor = pil_to_tensor(center_crop(scaled, [views.weak.size] * 2))
     return view
 
 
@@ -46,7 +47,7 @@ def plain_batch(pixels: Tensor, views: ViewsConfig) -> Tensor:
     scale = enlarged(views) / min(height, width)
     target = (round(height * scale), round(width * scale))
     if target != (height, width):
-        images = F.interpolate(images, target, mode="bilinear", antialias=True).clamp(0, 1)
+        images = F.interpolate(images, target, mode=views.interpolation, antialias=True).clamp(0, 1)
     cropped: Tensor = center_crop(images, [views.weak.size] * 2)
     return cropped
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import timm
 from torch import nn
 
 from relssl.config import Config
@@ -86,16 +87,16 @@ def open_backbones(source: str | Path, reading: Reading | None = None) -> Opened
         from relssl.weights.foreign import load_foreign
 
         backbone, report = load_foreign(path, **vars(reading))
-        return _single(path.name, backbone, report.plain())
+        return _single(path.name, backbone, report.facts())
     if misplaced := reading.misplaced():
         raise ConfigError(*(f"{option}: {source} is no file of another program" for option in misplaced))
     if path.is_dir():
         return _run(path)
     if path.is_file():
         return _single(path.name, load_exported(path), {"kind": "exported", "file": path.name})
-    from relssl.weights.foreign import is_timm_name, load_timm
+    if timm.is_model(str(source).removeprefix("timm:").partition(".")[0]):
+        from relssl.weights.foreign import load_timm
 
-    if is_timm_name(str(source)):
         return _single(str(source), load_timm(str(source)), {"kind": "timm", "name": str(source)})
     raise ConfigError(f"{source}: is no run folder, no file of weights and no timm name")
 
