@@ -115,6 +115,7 @@ def test_the_same_call_gives_the_same_bits_and_disturbs_nothing() -> None:
     runs = [run(settings, backbone=backbone, seed=seed)[0][0] for seed in (3, 3, 4)]
     assert runs[0].plain() == runs[1].plain() and runs[0].details["loss"] != runs[2].details["loss"]
     assert torch.equal(before, torch.get_rng_state())
+    assert run(settings, backbone=backbone.train())[0][0].plain() == runs[0].plain()  # batch norm rests all the same
     assert all(torch.equal(value, state[name]) for name, value in backbone.state_dict().items())
     assert all(parameter.grad is None for parameter in backbone.parameters())
 

@@ -119,7 +119,7 @@ def test_other_views_than_the_runs_can_be_asked_for(options: dict[str, Any], fol
     view, plan = ViewConfig(size=20, scale=(0.3, 0.9), flip=0.5, grey=0.5), Plan(12, 6)
     config = settings_for({"loader.workers": 0} | options)
     alone = dataclasses.replace(config, views=dataclasses.replace(config.views, weak=view))
-    for file in folder.glob("*.png"):
+    for file in sorted(folder.glob("*.png"))[::2]:  # one decoder is for JPEGs alone
         Image.open(file).save(file.with_suffix(".jpg"))
         file.unlink()
     for images in (picture_images(12), load(str(folder), None, "train")):
