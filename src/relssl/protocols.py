@@ -123,6 +123,7 @@ class DetectionConfig:
     weight_decay: float = setting(1e-4, "weight decay", ge=0, le=1)
     min_size: int = setting(800, "shorter side of the images in pixels", ge=32)
     max_size: int = setting(1333, "longer side at most", ge=32)
+    regions: int = setting(512, "proposed regions an image that the heads learn from; fewer are faster", ge=8)
     frozen_stages: int = setting(2, "first stages of the backbone that stay as they are (stem and first: 2)", ge=0, le=5)
     norm: str = setting("frozen", "the backbone's batch norm", choices=("frozen", "train"))
     max_images: int | None = setting(None, "train on this many images at most, chosen by the seed", ge=1)

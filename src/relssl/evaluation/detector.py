@@ -25,7 +25,7 @@ from relssl.protocols import DetectionConfig
 
 _CHANNELS = 256  # of every level of the pyramid (Lin et al., section 3)
 _LEVELS = 4
-_TRIED = 256  # pixels a side of the image that strides are found with
+_TRIED = 128  # pixels a side of the image that strides are found with
 _ANCHOR = 8  # side of an anchor in strides of its level: 32 pixels at stride 4, as in the papers
 
 Autocast = Callable[[], AbstractContextManager[Any]]
@@ -87,6 +87,7 @@ def create_detector(
         "num_classes": classes + 1,
         "min_size": settings.min_size,
         "max_size": settings.max_size,
+        "box_batch_size_per_image": settings.regions,
         "image_mean": list(config.views.mean or ()),
         "image_std": list(config.views.std or ()),
         # The level made by pooling has twice the stride of the last.
@@ -103,9 +104,10 @@ def create_detector(
 
 @torch.no_grad()
 def pyramid_levels(network: nn.Module, name: str) -> list[Level]:
-    """(index, channels, stride) of the maps a pyramid is built on: the last of each stride, of at most four strides.
+    """(index, channels, stride) of the maps a pyramid is built on: the last of each stride, of the four largest strides.
 
-    Strides are found by trying, as a small stem changes what timm says of them.
+    Strides are found by trying, as a small stem changes what timm says of them. A map as large as the image is left out: it
+    would cost more than all others together.
 
     Raises:
         ConfigError: naming the network, if it has fewer than two strides.
@@ -122,9 +124,9 @@ def pyramid_levels(network: nn.Module, name: str) -> list[Level]:
     finally:
         network.train(training)
     last = {2 ** round(math.log2(_TRIED / each.shape[-1])): index for index, each in enumerate(maps)}
-    strides = sorted(last)[-_LEVELS:]
+    strides = sorted(stride for stride in last if stride > 1)[-_LEVELS:]
     if len(strides) < 2:
-        raise ConfigError(f"detection: all feature maps of {name} have stride {strides[0]}, of which no pyramid is built{other}")
+        raise ConfigError(f"detection: the feature maps of {name} are all of one size, of which no pyramid is built{other}")
     return [(last[stride], int(maps[last[stride]].shape[1]), stride) for stride in strides]
 
 
