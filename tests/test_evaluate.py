@@ -37,9 +37,15 @@ QUICK: dict[str, Any] = {
 }
 
 
+# oneDNN's fp32 backward of a 1x1 convolution of stride 2 with 8 channels corrupts the heap on two threads and odd batches.
+WIDE = {"layers": [1, 1, 1, 1], "channels": [16, 16, 16, 16], "zero_init_last": False}
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_run(tmp_path_factory.mktemp("runs") / "whole", epochs=1, optimizer={"warmup_epochs": 0}).folder
+    return small_run(
+        tmp_path_factory.mktemp("runs") / "whole", epochs=1, optimizer={"warmup_epochs": 0}, backbone_args=WIDE
+    ).folder
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +80,7 @@ def test_every_protocol_gives_figures_with_intervals_and_a_card(finished: Path, 
             assert low - 1e-3 <= result["figures"][name] <= high + 1e-3, (result["protocol"], name)
         card = result["card"]
         assert card["protocol"] == result["protocol"] and card["network"] == result["network"]
-        assert card["view"]["size"] == 32 and card["precision"] == "fp32" and card["versions"]["torch"] == torch.__version__
+        assert card["view"]["size"] == 32 and card["precision"] == "fp32" and torch.__version__.startswith(card["versions"]["torch"])
         if result["protocol"] != "transfer":
             assert card["images"]["bank"]["images"] == 240 and card["images"]["test"]["images"] == 120
             assert any(note.startswith("a subset: 240 of") for note in result["notes"])

@@ -60,7 +60,7 @@ def weights_file(folder: Path, backbone: str, stem: str) -> tuple[Path, nn.Modul
     network = create_backbone(backbone, stem)
     for name, value in network.state_dict().items():
         if "running" in name:
-            value.copy_(torch.rand_like(value) + 0.5)
+            value.copy_(torch.rand_like(value) * 0.2 + (0.9 if "var" in name else -0.1))
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: value.contiguous() for name, value in network.state_dict().items()}, folder / "source.safetensors")
     (folder / "source.yaml").write_text(to_yaml(settings(backbone, stem)))
@@ -113,7 +113,10 @@ def with_onnx(file: Path, which: str) -> Tensor:
 
 
 def with_torch(file: Path, which: str) -> Tensor:
-    """In a process that never imports timm or relssl."""
+    if which != "small":
+        loaded: nn.Module = torch.export.load(file).module()
+        return torch.cat([loaded(IMAGES[:1]), loaded(IMAGES[1:])])
+    # In a process that never imports timm or relssl.
     torch.save(IMAGES, file.with_name("images.pt"))
     code = (
         "import sys, torch; f = torch.export.load(sys.argv[1]).module(); x = torch.load(sys.argv[2]); "
@@ -186,9 +189,9 @@ def test_a_format_holds_the_backbone_for_programs_that_know_nothing_of_us(
     reader, tolerance = READERS[format]
     with torch.no_grad():
         wanted, found = network(IMAGES), reader(target, which)
-    assert found.shape == wanted.shape == (5, network.num_features)
+    assert found.shape == wanted.shape and wanted.std() > 1e-3
     assert (found - wanted).abs().max() <= tolerance * wanted.abs().max()
-    assert made.parity.relative <= tolerance and made.parity.images == "16 images of digits"
+    assert made.parity.relative <= (1e-5 if format == "hf" else tolerance) and made.parity.images == "16 images of digits"
     if "resnet" in NETWORKS[which][0] and format == "torchvision":
         assert made.parity.difference == 0
     assert made.path == target and all(path.exists() for path in made.files)
@@ -205,13 +208,13 @@ def test_transformers_reads_the_folder(plain: tuple[Path, nn.Module], tmp_path: 
         assert torch.equal(loaded(pixel_values=IMAGES).pooler_output, network(IMAGES))
 
 
-def changed(writer: Callable[[Source], Written]) -> Callable[[Source], Written]:
-    """A writer that gets one weight wrong, by a hundredth."""
+def changed(writer: Callable[[Source], Written], name: str) -> Callable[[Source], Written]:
+    """A writer that gets one filter wrong; but for graphs one that no feature shows, as the branch starts at zero."""
 
     def wrong(source: Source) -> Written:
         other = create_backbone(source.config.backbone, source.config.encoder.stem)
         other.load_state_dict(source.backbone.state_dict())
-        other.state_dict()["layer1.0.conv1.weight"][0].mul_(1.5)
+        other.state_dict()[name][0].mul_(1.5)
         return writer(dataclasses.replace(source, backbone=other.eval()))
 
     return wrong
@@ -223,9 +226,10 @@ def test_one_wrong_weight_is_found_and_the_earlier_export_stays(
 ) -> None:
     target = tmp_path / f"out{FORMATS[format].suffix}"
     export(plain[0], format=format, out=target)
+    name = "conv1.weight" if format == "torch-export" else "layer1.0.conv1.weight"
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    monkeypatch.setitem(exporting._WRITERS, format, changed(exporting._WRITERS[format]))
-    with pytest.raises(CheckpointError, match=r"features differ by .* nothing is kept"):
+    monkeypatch.setitem(exporting._WRITERS, format, changed(exporting._WRITERS[format], name))
+    with pytest.raises(CheckpointError, match=r"(features|weights) differ .* nothing is kept"):
         export(plain[0], format=format, out=target)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
@@ -256,7 +260,7 @@ def test_features_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
     file, network = weights_file(tmp_path, "resnet18", "standard")
     network.state_dict()["bn1.running_mean"].fill_(math.nan)
     save_file(network.state_dict(), file)
-    with pytest.raises(CheckpointError, match="differ by nan"):
+    with pytest.raises(CheckpointError, match="own features are not finite"):
         export(file, format="timm", out=tmp_path / "out.safetensors")
 
 

@@ -19,7 +19,7 @@ from relssl.data.plain import batches
 from relssl.data.sources import load
 from relssl.errors import CheckpointError, ConfigError, DataError
 from relssl.weights import store
-from relssl.weights.export import timm_lines
+from relssl.weights.statedicts import timm_lines
 from small_runs import small_run
 
 
@@ -63,7 +63,7 @@ def final(folder: Path) -> dict[str, torch.Tensor]:
 def test_a_small_stem_loads_with_the_lines_the_card_gives(finished: Path) -> None:
     file = finished / "export/backbone.safetensors"
     lines = timm_lines(relssl.load_run(finished).config, str(file))
-    assert len(lines) == 4 and all(line.split("(")[0] in (finished / "export/backbone.md").read_text() for line in lines)
+    assert len(lines) == 5 and all(line.split("(")[0] in (finished / "export/backbone.md").read_text() for line in lines)
     scope: dict[str, Any] = {}
     exec("\n".join(lines), scope)
     images = torch.rand(4, 3, 32, 32)

@@ -40,7 +40,8 @@ def as_onnx(source: Source) -> Written:
         return ["import onnxruntime", f"session = onnxruntime.InferenceSession({quote(file)})"]
 
     use = 'features = session.run(["features"], {"images": images})[0]'
-    return Written(_traced(source, "onnx", trace), (Snippet("ONNX Runtime", lines, use, arrays=True),), _TOLERANCE)
+    snippet = Snippet("ONNX Runtime", lines, use, arrays=True, tolerance=_TOLERANCE)
+    return Written(_traced(source, "onnx", trace), (snippet,), exact=False)
 
 
 def as_torch_export(source: Source) -> Written:
@@ -54,7 +55,7 @@ def as_torch_export(source: Source) -> Written:
     def lines(file: str) -> list[str]:
         return ["import torch", f"backbone = torch.export.load({quote(file)}).module()"]
 
-    return Written(_traced(source, "torch-export", trace), (Snippet("torch alone", lines),), _TOLERANCE)
+    return Written(_traced(source, "torch-export", trace), (Snippet("torch alone", lines, tolerance=_TOLERANCE),), exact=False)
 
 
 def _traced(source: Source, name: str, trace: Callable[[torch.Tensor, Any], bytes]) -> bytes:

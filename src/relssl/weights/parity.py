@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import math
 import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -56,23 +57,25 @@ def compare(backbone: nn.Module, written: Written, file: Path, images: Tensor, w
     with torch.no_grad():
         wanted = [backbone(batch) for batch in batches]
     largest, worst = float(wanted[0].abs().max()), 0.0
+    if not math.isfinite(largest):
+        raise CheckpointError(f"{file.name}: the backbone's own features are not finite on {what}, so nothing is kept")
     present = [snippet for snippet in written.snippets if snippet.needs is None or importlib.util.find_spec(snippet.needs)]
     for snippet in present:
-        features = _features(snippet, file, batches)
+        features = _features(snippet, file, batches, backbone if written.exact else None)
         if any(ours.shape != theirs.shape for ours, theirs in zip(wanted, features, strict=True)):
             raise CheckpointError(f"{file.name}: loaded with {snippet.title} it gives {list(features[0].shape)} features")
         difference = max(float((ours - theirs).abs().max()) for ours, theirs in zip(wanted, features, strict=True))
-        if not difference <= written.tolerance * largest:  # NaN is refused as well
+        if not difference <= snippet.tolerance * largest:  # so that NaN is refused as well
             raise CheckpointError(
                 f"{file.name}: loaded with {snippet.title} its features differ by {difference:.2g} from the backbone's, "
-                f"whose largest is {largest:.2g}; at most {written.tolerance:g} of that is allowed, so nothing is kept"
+                f"whose largest is {largest:.2g}; at most {snippet.tolerance:g} of that is allowed, so nothing is kept"
             )
         worst = max(worst, difference)
     return Parity(worst, worst / largest if largest else 0.0, what, tuple(snippet.title for snippet in present))
 
 
-def _features(snippet: Snippet, file: Path, batches: Sequence[Tensor]) -> list[Tensor]:
-    """The features [N, F] of each batch, by the snippet's own code."""
+def _features(snippet: Snippet, file: Path, batches: Sequence[Tensor], same: nn.Module | None) -> list[Tensor]:
+    """The features [N, F] of each batch, by the snippet's own code; what it loads must have the weights of `same`."""
     scope: dict[str, Any] = {}
     found = []
     try:
@@ -87,7 +90,17 @@ def _features(snippet: Snippet, file: Path, batches: Sequence[Tensor]) -> list[T
     except Exception as error:  # whatever a library raises over a file that it cannot use
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{file.name}: does not load with {snippet.title}: {reason}") from error
+    if same is not None and not _equal_weights(same, scope["backbone"]):
+        raise CheckpointError(
+            f"{file.name}: loaded with {snippet.title} its weights differ from the backbone's, so nothing is kept"
+        )
     return found
+
+
+def _equal_weights(ours: nn.Module, theirs: nn.Module) -> bool:
+    """Bit for bit, in order: features alone would miss a weight that these images do not use."""
+    pairs = zip_longest(ours.state_dict().values(), theirs.state_dict().values())
+    return all(one is not None and other is not None and torch.equal(one, other) for one, other in pairs)
 
 
 def real_images(config: Config, given: Images | None = None) -> tuple[Tensor, str]:

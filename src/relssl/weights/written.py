@@ -48,6 +48,7 @@ class Snippet:
         use: its last line, which sets `features` [N, F] from `images` [N, 3, S, S].
         arrays: `images` is a numpy array, not a tensor.
         needs: module that may be missing; then the code is printed and not run.
+        tolerance: how far features may be off, relative to the largest one; 0 where the same code runs the same weights.
     """
 
     title: str
@@ -55,6 +56,7 @@ class Snippet:
     use: str = "features = backbone(images)"
     arrays: bool = False
     needs: str | None = None
+    tolerance: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -64,13 +66,13 @@ class Written:
     Attributes:
         data: the file's bytes, or those of each file of a folder.
         snippets: the ways to load it.
-        tolerance: how far features may be off, relative to the largest one; 0 where the same code runs the same weights.
+        exact: the loaded network has the source's very weights, in its order.
         notes: more about loading it, as Markdown, given the file's name.
     """
 
     data: bytes | Mapping[str, bytes]
     snippets: tuple[Snippet, ...]
-    tolerance: float = 0.0
+    exact: bool = True
     notes: Callable[[str], str] | None = None
 
 
