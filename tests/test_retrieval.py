@@ -128,6 +128,14 @@ def test_queries_without_anything_to_find_are_left_out_and_counted() -> None:
         _retrieve(bank, labels, test[:6], alone, gallery="test")
 
 
+def test_an_image_is_not_its_own_answer() -> None:
+    test, _ = _random(4, 8, 2)
+    several = torch.tensor([[1, 0, 0], [1, 1, 0], [0, 0, 1], [0, 1, -1]], dtype=torch.int8)
+    finding = _retrieve(test, several, test, several, gallery="test", classes=3)
+    assert finding.details["queries"] == 3  # the third has a class of its own
+    assert 0 < finding.figures["map"] <= 100
+
+
 def test_k_beyond_the_gallery_is_said() -> None:
     bank, labels = _random(20, 8, 2)
     finding = _retrieve(bank, labels, bank[:5], labels[:5], settings=RetrievalConfig((1, 50), "bank"))
