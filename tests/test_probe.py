@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from relssl.errors import DataError, NumericError
+from relssl.errors import ConfigError, DataError, NumericError
 from relssl.evaluation.findings import Finding
 from relssl.evaluation.logistic import _Objective, fit, measure, predict, unpack
 from relssl.evaluation.metrics import Bootstrap, average_precision
@@ -204,6 +204,8 @@ def test_bad_input_is_refused_by_name() -> None:
     bank, labels, test, truth = _digits()
     with pytest.raises(DataError, match="all 1000 images of the bank are of the single class 4"):
         _probe(bank, torch.full_like(labels, 4), test, truth)
+    with pytest.raises(ConfigError, match=r"probe\.strengths"):
+        _probe(bank, labels, test, truth, settings=ProbeConfig(strengths=()))
     with pytest.raises(DataError, match="of no class"):
         _probe(bank, labels, test[:0], truth[:0])
     with pytest.raises(NumericError, match="test features are constant"):

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score
 
-from relssl.errors import DataError, NumericError
+from relssl.errors import ConfigError, DataError, NumericError
 from relssl.evaluation import retrieval as module
 from relssl.evaluation.findings import Finding
 from relssl.evaluation.metrics import Bootstrap, mean_interval
@@ -145,6 +145,8 @@ def test_k_beyond_the_gallery_is_said() -> None:
 
 def test_bad_features_are_refused() -> None:
     bank, labels = _random(20, 8, 2)
+    with pytest.raises(ConfigError, match=r"retrieval\.at"):
+        _retrieve(bank, labels, bank, labels, settings=RetrievalConfig(()))
     with pytest.raises(NumericError, match="bank features are constant"):
         _retrieve(torch.ones(20, 8), labels, bank, labels)
     with pytest.raises(NumericError, match="test features hold NaN or Inf, first in row 0"):
