@@ -11,7 +11,7 @@ from sklearn.datasets import load_digits
 from sklearn.preprocessing import normalize
 from sklearn.svm import LinearSVC
 
-from relssl.errors import DataError, NumericError
+from relssl.errors import ConfigError, DataError, NumericError
 from relssl.evaluation import lowshot as module
 from relssl.evaluation.findings import Finding
 from relssl.evaluation.lowshot import lowshot
@@ -192,5 +192,7 @@ def test_bad_input_is_refused_by_name() -> None:
     bank, labels, test, truth = _digits()
     with pytest.raises(DataError, match="single class 4"):
         _lowshot((bank, torch.full_like(labels, 4), test, truth), 2)
+    with pytest.raises(ConfigError, match="shots and cost"):
+        _lowshot((bank, labels, test, truth), 2, cost=())
     with pytest.raises(NumericError, match="bank features are constant"):
         _lowshot((torch.ones_like(bank), labels, test, truth), 2)

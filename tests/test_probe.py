@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from relssl.errors import DataError, NumericError
+from relssl.errors import ConfigError, DataError, NumericError
 from relssl.evaluation.findings import Finding
 from relssl.evaluation.logistic import _Objective, fit, measure, predict, unpack
 from relssl.evaluation.metrics import Bootstrap, average_precision
@@ -128,7 +128,7 @@ def test_map_of_several_labels_is_that_of_the_scores() -> None:
     assert any("class 3" in note for note in finding.notes)
 
 
-def test_the_penalty_is_the_best_on_held_out_images_and_the_strongest_of_equals() -> None:
+def test_the_penalty_is_the_best_on_held_out_images() -> None:
     bank, labels, test, truth = _digits()
     noise = torch.randn(1000, 40, generator=torch.Generator().manual_seed(1))  # the weakest penalty must lose
     bank, test = torch.cat([bank[:, ::4], noise], dim=1)[:300], torch.cat([test[:, ::4], noise[: len(test)]], dim=1)
@@ -141,7 +141,18 @@ def test_the_penalty_is_the_best_on_held_out_images_and_the_strongest_of_equals(
     scaler = StandardScaler().fit(bank)
     model = LogisticRegression(C=1 / (tried[0]["strength"] * int((~held).sum())), tol=1e-6, max_iter=5000)
     model.fit(scaler.transform(bank[~held]), labels[:300][~held])
+    rows = Rows("bank", bank, (~held).nonzero().flatten())
+    cold = fit(rows, labels[:300][~held], 10, 1e-6, measure(Rows("bank", bank), CPU, 100), chunk=100, **MORE)
+    assert tried[-1]["iterations"] < cold.iterations  # it began where the fit before had ended
     assert tried[0]["top1"] == pytest.approx(100 * model.score(scaler.transform(bank[held]), labels[:300][held]), abs=1e-3)
+
+
+def test_of_equal_penalties_the_strongest_is_taken() -> None:
+    labels = torch.arange(60) % 3
+    features = 10 * torch.eye(3)[labels] + torch.randn(60, 3)  # so far apart that every penalty is right
+    finding = _probe(features, labels, features, labels, classes=3)
+    assert {each["top1"] for each in finding.details["tried"]} == {100.0}
+    assert finding.details["strength"] == 1.0
 
 
 def test_held_out_images_are_a_share_of_each_class() -> None:
@@ -193,6 +204,8 @@ def test_bad_input_is_refused_by_name() -> None:
     bank, labels, test, truth = _digits()
     with pytest.raises(DataError, match="all 1000 images of the bank are of the single class 4"):
         _probe(bank, torch.full_like(labels, 4), test, truth)
+    with pytest.raises(ConfigError, match=r"probe\.strengths"):
+        _probe(bank, labels, test, truth, settings=ProbeConfig(strengths=()))
     with pytest.raises(DataError, match="of no class"):
         _probe(bank, labels, test[:0], truth[:0])
     with pytest.raises(NumericError, match="test features are constant"):

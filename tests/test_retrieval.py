@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score
 
-from relssl.errors import DataError, NumericError
+from relssl.errors import ConfigError, DataError, NumericError
 from relssl.evaluation import retrieval as module
 from relssl.evaluation.findings import Finding
 from relssl.evaluation.metrics import Bootstrap, mean_interval
@@ -128,6 +128,14 @@ def test_queries_without_anything_to_find_are_left_out_and_counted() -> None:
         _retrieve(bank, labels, test[:6], alone, gallery="test")
 
 
+def test_an_image_is_not_its_own_answer() -> None:
+    test, _ = _random(4, 8, 2)
+    several = torch.tensor([[1, 0, 0], [1, 1, 0], [0, 0, 1], [0, 1, -1]], dtype=torch.int8)
+    finding = _retrieve(test, several, test, several, gallery="test", classes=3)
+    assert finding.details["queries"] == 3  # the third has a class of its own
+    assert 0 < finding.figures["map"] <= 100
+
+
 def test_k_beyond_the_gallery_is_said() -> None:
     bank, labels = _random(20, 8, 2)
     finding = _retrieve(bank, labels, bank[:5], labels[:5], settings=RetrievalConfig((1, 50), "bank"))
@@ -137,6 +145,8 @@ def test_k_beyond_the_gallery_is_said() -> None:
 
 def test_bad_features_are_refused() -> None:
     bank, labels = _random(20, 8, 2)
+    with pytest.raises(ConfigError, match=r"retrieval\.at"):
+        _retrieve(bank, labels, bank, labels, settings=RetrievalConfig(()))
     with pytest.raises(NumericError, match="bank features are constant"):
         _retrieve(torch.ones(20, 8), labels, bank, labels)
     with pytest.raises(NumericError, match="test features hold NaN or Inf, first in row 0"):

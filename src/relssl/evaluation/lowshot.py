@@ -2,9 +2,9 @@
 
 After the low-shot benchmark of VISSL (Goyal et al. 2019) as PCL (Li et al. 2021, "Prototypical Contrastive Learning") reports
 it: features of unit norm, five independent draws. For images with several labels, as in VOC07, each class has a machine of its
-own from n images of the class and (C - 1) n others, those of the class weighing double, and the figure is the mean average
-precision with interpolated precision. Both papers quote the cost that does best on the test images; here it is chosen by
-cross-validation on the drawn images, so that figures are a little lower and honest.
+own from n images of the class and (C - 1) n others, those of the class weighing double, as VISSL draws them, and the figure is
+the mean average precision with interpolated precision. The code of both quotes the cost that does best on the test images; here
+it is chosen by cross-validation on the drawn images, which no test image has a say in.
 
 Legend: N bank images, M test images, F feature dimensions, C classes, n shots.
 """
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from relssl.errors import DataError
+from relssl.errors import ConfigError, DataError
 from relssl.evaluation.classes import check_labels, counts, named, places
 from relssl.evaluation.features import require_varied
 from relssl.evaluation.findings import Finding
@@ -44,8 +44,8 @@ def lowshot(
     """Train on n images of each class, classify the test images; for every n, over several draws.
 
     A draw puts the images of each class in an order of its own and n shots are its first n: draws are independent of each other,
-    the shots of a draw contain those of fewer. All images (n = 0, or no class has
-    more than n) are one draw. The drawn images are held in fp64.
+    the shots of a draw contain those of fewer. All images (n = 0, or no class has more than n) are one draw. The drawn images are
+    held in fp64. Where no cost can be chosen, as with one image a class, it is 1.
 
     Args:
         bank, test: [N,F] and [M,F] fp32; may be memory-mapped.
@@ -60,7 +60,10 @@ def lowshot(
 
     Raises:
         NumericError: for NaN, Inf or constant features. DataError: for a bank of one class, or without test labels.
+        ConfigError: without shots or costs.
     """
+    if not (settings.shots and settings.cost):
+        raise ConfigError("lowshot: shots and cost must not be empty; give at least one of each")
     notes = check_labels(bank_labels, test_labels, classes)
     require_varied(bank, "bank")
     require_varied(test, "test")

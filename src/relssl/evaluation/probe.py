@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from relssl.errors import ConfigError
 from relssl.evaluation.classes import check_labels, counts, named, places
 from relssl.evaluation.features import require_varied
 from relssl.evaluation.findings import Finding
@@ -64,7 +65,10 @@ def probe(
 
     Raises:
         NumericError: for NaN, Inf or constant features. DataError: for a bank of one class, or without test labels.
+        ConfigError: without a penalty.
     """
+    if not settings.strengths:
+        raise ConfigError("probe.strengths: is empty; give at least one penalty")
     notes = check_labels(bank_labels, test_labels, classes)
     require_varied(bank, "bank")
     require_varied(test, "test")

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from relssl.errors import DataError
+from relssl.errors import ConfigError, DataError
 from relssl.evaluation.features import require_varied
 from relssl.evaluation.findings import Finding
 from relssl.evaluation.metrics import Bootstrap, mean_interval
@@ -56,8 +56,11 @@ def retrieval(
         One finding, {"gallery": ...}: map and a recall_at_k for each k. Queries without any image to be found are left out.
 
     Raises:
-        NumericError: for NaN, Inf or constant features. DataError: if no query has an image to be found.
+        NumericError: for NaN, Inf or constant features. DataError: if no query has an image to be found. ConfigError: without
+            a k.
     """
+    if not settings.at:
+        raise ConfigError("retrieval.at: is empty; give at least one k")
     require_varied(test, "test")
     itself = settings.gallery == "test"
     if not itself:
