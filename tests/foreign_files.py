@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,8 +13,9 @@ import torchvision
 from torch import Tensor, nn
 
 
+@functools.lru_cache
 def resnet18(stem: str = "standard", seed: int = 0) -> nn.Module:
-    """torchvision's ResNet-18 without its last layer, as each of the programs builds it, in eval mode."""
+    """torchvision's ResNet-18 without its last layer, as each of the programs builds it, in eval mode; not to be changed."""
     torch.manual_seed(seed)
     network = torchvision.models.resnet18()
     network.fc = nn.Identity()

@@ -8,9 +8,12 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
+import timm.data
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -167,8 +170,15 @@ def test_dead_and_broken_weights_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match="the same for all images"):
         load_foreign(write(tmp_path / "dead.pth", content))
     content["layer1.0.conv1.weight"][0, 0, 0, 0] = torch.nan
-    with pytest.raises(CheckpointError, match=r"not finite: layer1.0.conv1.weight"):
+    with pytest.raises(CheckpointError, match=r"cannot be used: layer1.0.conv1.weight \(not finite\)"):
         load_foreign(write(tmp_path / "nan.pth", content))
+    for value, fault in ((torch.zeros(64, dtype=torch.int64), "int64 for"), (torch.zeros(64).to_sparse(), "no plain tensor")):
+        content["bn1.weight"] = value
+        with pytest.raises(CheckpointError, match=rf"bn1.weight .*{fault}"):
+            load_foreign(write(tmp_path / "kind.pth", content))
+    content["module.bn1.weight"] = torch.ones(64)
+    with pytest.raises(CheckpointError, match="both bn1.weight and module.bn1.weight"):
+        load_foreign(write(tmp_path / "two.pth", content))
 
 
 class Hostile:
@@ -230,7 +240,7 @@ def test_safetensors_with_timms_names_load(tmp_path):
     assert same(backbone, source) and report.layout == "timm" and report.left_out == {"classifier.": 1}
 
 
-@pytest.mark.parametrize("name", ["densenet121", "regnety_004", "mobilenetv3_small_100"])
+@pytest.mark.parametrize("name", ["mobilenetv2_100", "regnety_004", "mobilenetv3_small_100"])
 def test_twins_are_proven_both_ways(tmp_path, name):
     torch.manual_seed(0)
     ours = trained(timm.create_model(name, num_classes=0))
@@ -242,8 +252,7 @@ def test_twins_are_proven_both_ways(tmp_path, name):
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
     path = write(tmp_path / "tv.pth", {**state, f"{classifier}.bias": torch.zeros(3)})
     backbone, report = load_foreign(path, backbone=name)
-    assert report.layout == ("timm" if name.startswith("dense") else "torchvision")  # the names are the same
-    assert report.left_out == {f"{classifier}.": 1} and report.matched == len(state)
+    assert report.layout == "torchvision" and report.left_out == {f"{classifier}.": 1} and report.matched == len(state)
     with torch.no_grad():
         torch.testing.assert_close(backbone(images()), expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
 
@@ -308,6 +317,11 @@ def test_timms_own_weights(monkeypatch):
     assert same(backbone, source) and backbone.config.backbone == "resnet18"
     assert (views.weak.size, views.mean, views.interpolation) == (cfg.input_size[-1], cfg.mean, cfg.interpolation)
     assert round(views.weak.size * views.margin) == int(views.weak.size / cfg.crop_pct)
+
+    # Its images are made as timm makes them.
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 90, 3), np.uint8)).resize((450, 350))
+    theirs = timm.data.create_transform(**timm.data.resolve_data_config(cfg.to_dict()))
+    torch.testing.assert_close(backbone.transform(photo), theirs(photo), rtol=0, atol=1e-5)
 
     def offline(name, pretrained=False, **kw):
         if pretrained:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from relssl.errors import CheckpointError
@@ -97,10 +98,18 @@ def account(
     report.matched, report.total = len(given) - len(shapes), len(wanted) - len(counters)
     report.missing, report.unexpected = sorted(missing.values()), unexpected
     _refuse(state.path, report, shapes, allow)
-    broken = [found.names[name] for name, value in given.items() if value.is_floating_point() and not value.isfinite().all()]
+    broken = [f"{found.names[name]} ({fault})" for name, value in given.items() if (fault := _fault(value, wanted[name]))]
     if broken:
-        raise CheckpointError(f"{state.path}: {len(broken)} weights hold values that are not finite: {', '.join(broken[:3])}")
-    return {name: given.get(name, value).to(value.dtype).clone() for name, value in wanted.items()}
+        raise CheckpointError(f"{state.path}: {len(broken)} weights cannot be used: {', '.join(broken[:3])}")
+    return {name: given.get(name, value).detach().to(value.dtype).clone() for name, value in wanted.items()}
+
+
+def _fault(value: Tensor, wanted: Tensor) -> str | None:
+    if value.layout != torch.strided or value.is_quantized or value.is_meta or value.is_nested:
+        return "no plain tensor"
+    if value.is_floating_point() != wanted.is_floating_point() or value.is_complex():
+        return f"{value.dtype} for {wanted.dtype}"
+    return None if value.isfinite().all() else "not finite"
 
 
 def _refuse(path: Path, report: LoadReport, shapes: Sequence[str], allow: Sequence[str]) -> None:

@@ -124,7 +124,7 @@ def _wanted(layout: str, name: str, stem: str, fresh: nn.Module) -> dict[str, Te
 
 def _heads(found: Found, name: str, fresh: nn.Module) -> tuple[str, ...]:
     """The classifier's prefix under plain names; the layout's own heads otherwise."""
-    if found.layout.name == "torchvision":
+    if found.layout.name == "torchvision" and name in twins.TWINS:
         return (twins.bare(twins.TWINS[name])[1] + ".",)
     if found.layout.name == "timm":
         classifier = getattr(fresh, "pretrained_cfg", {}).get("classifier") or ()

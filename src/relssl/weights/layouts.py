@@ -125,20 +125,26 @@ def opened(raw: Mapping[str, Any], path: Path) -> State:
     """
     sides = [side for side in ("student", "teacher") if isinstance(raw.get(side), Mapping)]
     holder = next((key for key in ("state_dict", "model") if isinstance(raw.get(key), Mapping)), None)
-    named: dict[str, tuple[str, Any]] = {}
-    if sides:
-        for side in sides:
-            named |= {f"{side}.{_bare(key)}": (f"{side}.{key}", value) for key, value in raw[side].items()}
-    else:
-        named = {_bare(key): (str(key), value) for key, value in (raw[holder] if holder else raw).items()}
-    tensors = {name: value for name, (_, value) in named.items() if isinstance(value, Tensor)}
-    taken = {*sides, holder} if sides or holder else {key for key, value in raw.items() if isinstance(value, Tensor)}
-    rest = {str(key): _count(value) for key, value in raw.items() if key not in taken}
+    holders = [(f"{side}.", raw[side]) for side in sides] or [("", raw[holder] if holder else raw)]
+    tensors: dict[str, Tensor] = {}
+    names: dict[str, str] = {}
+    rest = {str(key): _count(value) for key, value in raw.items() if key not in (*sides, holder)} if sides or holder else {}
+    for side, inner in holders:
+        for key, value in inner.items():
+            name = f"{side}{_bare(key)}"
+            if not isinstance(value, Tensor):
+                rest[f"{side}{key}"] = _count(value)
+            elif value.is_nested:  # which has no shape to compare
+                raise CheckpointError(f"{path}: {side}{key} is a nested tensor, which no backbone has")
+            elif name in names:
+                raise CheckpointError(f"{path}: holds both {names[name]} and {side}{key}, two weights of one name")
+            else:
+                tensors[name], names[name] = value, f"{side}{key}"
     if not tensors:
         raise CheckpointError(
             f"{path}: holds no weights under state_dict, model, student, teacher or at its top; it holds {_some(raw)}"
         )
-    return State(path, tensors, {name: named[name][0] for name in tensors}, rest)
+    return State(path, tensors, names, rest)
 
 
 def _bare(name: Any) -> str:

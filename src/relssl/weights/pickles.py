@@ -73,7 +73,11 @@ def read(path: Path) -> Mapping[str, Any]:
         raise CheckpointError(f"{path}: is no file")
     if path.suffix == ".safetensors":
         return tensorfile.read(path)
-    if not zipfile.is_zipfile(path) and tarfile.is_tarfile(path):
+    try:
+        old = not zipfile.is_zipfile(path) and tarfile.is_tarfile(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+    if old:
         raise CheckpointError(f"{path}: is in torch's tar format of before 2018, which cannot be read safely; {_CONVERT}")
     raw = _unpickle(path)
     if not isinstance(raw, Mapping):
