@@ -80,7 +80,9 @@ def test_every_protocol_gives_figures_with_intervals_and_a_card(finished: Path, 
             assert low - 1e-3 <= result["figures"][name] <= high + 1e-3, (result["protocol"], name)
         card = result["card"]
         assert card["protocol"] == result["protocol"] and card["network"] == result["network"]
-        assert card["view"]["size"] == 32 and card["precision"] == "fp32" and torch.__version__.startswith(card["versions"]["torch"])
+        assert (
+            card["view"]["size"] == 32 and card["precision"] == "fp32" and torch.__version__.startswith(card["versions"]["torch"])
+        )
         if result["protocol"] != "transfer":
             assert card["images"]["bank"]["images"] == 240 and card["images"]["test"]["images"] == 120
             assert any(note.startswith("a subset: 240 of") for note in result["notes"])
@@ -149,7 +151,7 @@ def test_folders_with_faults_are_refused_or_noted(finished: Path, tmp_path: Path
     with pytest.raises(DataError, match=r"no bank image: owl"):
         relssl.evaluate(finished, str(pictures(tmp_path / "b", sides | {"val": {"cat": 2, "dog": 2, "owl": 2}})), **quick)
     flat = pictures(tmp_path / "c", {"": {"": 5}})
-    with pytest.raises(DataError, match="has no test images"):
+    with pytest.raises(DataError, match="has no labels to evaluate with"):
         relssl.evaluate(finished, str(flat), **quick)
 
 
@@ -157,7 +159,7 @@ def test_images_of_pretraining_are_flagged(finished: Path) -> None:
     seen = relssl.weights.opening._pretrained_on(finished)  # type: ignore[attr-defined]
     assert seen
     with patch("relssl.data.sources.Images.fingerprint", return_value=seen):
-        (result, *_) = relssl.evaluate(finished, **QUICK)["results"]
+        (result, *_) = relssl.evaluate(finished, cache=False, **QUICK)["results"]
     assert "the test images are those that the run was pretrained on" in result["notes"]
 
 

@@ -194,7 +194,8 @@ def _finding(
     if len(draws) > 1:
         mean[f"{main}_deviation"] = float(np.std([each[main] for each in figures], ddof=1))
     each = [{main: round(own[main], 4), "cost": draw.cost or PLAIN_COST} for own, draw in zip(figures, draws, strict=True)]
-    return Finding({"shots": shots}, main, mean, intervals, (*notes, *_remarks(draws)), {"draws": each}, right)
+    setting = {"shots": shots} | ({"average_precision": "interpolated"} if several else {})
+    return Finding(setting, main, mean, intervals, (*notes, *_remarks(draws)), {"draws": each}, right)
 
 
 def _remarks(draws: list[_Draw]) -> list[str]:

@@ -61,7 +61,7 @@ def probe(
         chunk: images at a time.
 
     Returns:
-        One finding: top1, top5 and mean_per_class, or map; `details` with the penalty chosen and how each one did.
+        One finding: top1, top5 and mean_per_class, or map (plain average precision, as scikit-learn's); `details` with the penalty chosen and how each one did.
 
     Raises:
         NumericError: for NaN, Inf or constant features. DataError: for a bank of one class, or without test labels.
@@ -152,7 +152,9 @@ def _finding(
         each = 100 * average_precision(scores, truth)
         details |= {"average_precision": [None if np.isnan(value) else round(float(value), 4) for value in each]}
         interval = percentiles(100 * map_samples(scores, truth, bootstrap))
-        return Finding({}, "map", {"map": _map(scores, truth)}, {"map": interval}, tuple(notes), details)
+        return Finding(
+            {"average_precision": "plain"}, "map", {"map": _map(scores, truth)}, {"map": interval}, tuple(notes), details
+        )
     rank = ranks(scores, truth)
     return Finding(
         {},
