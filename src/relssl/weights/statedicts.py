@@ -48,6 +48,9 @@ def timm_lines(config: Config, file: str) -> list[str]:
 
 
 def _arguments(config: Config) -> str:
+    # The lines are run, and a card that came with a file may say anything.
+    if strange := [name for name in config.backbone_args if not name.isidentifier()]:
+        raise ConfigError(f"backbone_args: {strange[0]!r} is no name of an argument")
     return "".join(f", {name}={value!r}" for name, value in config.backbone_args.items())
 
 
