@@ -177,7 +177,7 @@ def test_dead_and_broken_weights_are_refused(tmp_path):
         with pytest.raises(CheckpointError, match=rf"bn1.weight .*{fault}"):
             load_foreign(write(tmp_path / "kind.pth", content))
     content["module.bn1.weight"] = torch.ones(64)
-    with pytest.raises(CheckpointError, match="both bn1.weight and module.bn1.weight"):
+    with pytest.raises(CheckpointError, match=r"both bn1.weight and module.bn1.weight"):
         load_foreign(write(tmp_path / "two.pth", content))
 
 

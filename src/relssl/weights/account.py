@@ -48,7 +48,7 @@ class LoadReport:
 
     def lines(self) -> list[str]:
         """For people."""
-        left = ", ".join(f"{name} ({count})" for name, count in self.left_out.items()) or "nothing"
+        left = ", ".join(f"{name} ({count})" if count else name for name, count in self.left_out.items()) or "nothing"
         found = " (found from its names)" if self.detected else ""
         return [
             f"{self.file}: layout {self.layout}{found}, {self.network}, {self.backbone}, stem {self.stem}",
