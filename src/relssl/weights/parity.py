@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import io
 import math
 import os
 import warnings
@@ -79,8 +80,8 @@ def _features(snippet: Snippet, file: Path, batches: Sequence[Tensor], same: nn.
     scope: dict[str, Any] = {}
     found = []
     try:
-        # What other libraries warn of while they load is not about the file.
-        with torch.no_grad(), warnings.catch_warnings():
+        # What other libraries warn of while they load, and their progress bars, are not about the file.
+        with torch.no_grad(), warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             exec("\n".join(snippet.lines(str(file))), scope)
             for batch in batches:
