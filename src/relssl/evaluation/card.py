@@ -65,7 +65,7 @@ def view(config: Config) -> dict[str, Any]:
         "size": config.views.weak.size,
         "shorter_side": enlarged(config.views),
         "crop": "centre",
-        "interpolation": "bilinear with antialias",
+        "interpolation": f"{config.views.interpolation} with antialias",
         "mean": list(config.views.mean or ()),
         "std": list(config.views.std or ()),
     }

@@ -139,10 +139,12 @@ def _config(report: LoadReport, args: Mapping[str, Any], size: int | None, cfg: 
     small = report.stem != "standard"
     cifar = report.stem in ("small", "small-wide") and report.layout in _CIFAR10_STD
     mean, std = (_CIFAR10_MEAN, _CIFAR10_STD[report.layout]) if cifar else (IMAGENET_MEAN, IMAGENET_STD)
+    scaling = "bicubic" if report.layout == "dino" else "bilinear"  # as its authors' evaluations scale
     report.notes.append(
-        f"assumed: images of {side} pixels, normalised by {'CIFAR-10' if cifar else 'ImageNet'}'s mean and deviation, as the file does not say"
+        f"assumed, as the file does not say: images of {side} pixels, scaled {scaling}, normalised by "
+        f"{'CIFAR-10' if cifar else 'ImageNet'}'s mean and deviation"
     )
-    return neutral(report.backbone, args, report.stem, side, 1.0 if small else 256 / 224, mean, std)
+    return neutral(report.backbone, args, report.stem, side, 1.0 if small else 256 / 224, mean, std, scaling)
 
 
 def load_timm(name: str) -> nn.Module:

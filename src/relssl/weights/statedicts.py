@@ -75,7 +75,8 @@ def _view(config: Config) -> dict[str, Any]:
     share = size / side
     if math.floor(size / share) < side:
         share = math.nextafter(share, 0)
-    return {"crop_pct": share, "interpolation": "bilinear", "mean": config.views.mean, "std": config.views.std}
+    views = config.views
+    return {"crop_pct": share, "interpolation": views.interpolation, "mean": views.mean, "std": views.std}
 
 
 def as_torchvision(source: Source) -> Written:
@@ -88,8 +89,10 @@ def as_torchvision(source: Source) -> Written:
         value.copy_(state[key])
     buffer = io.BytesIO()
     torch.save(network.state_dict(), buffer)  # the network's own: torchvision's MNASNet asks for the version in it
-    mean, std = source.config.views.mean, source.config.views.std
-    steps = f"v.Resize({enlarged(source.config.views)}), v.CenterCrop({source.size}), v.ToTensor(), v.Normalize({mean}, {std})"
+    views = source.config.views
+    mean, std = views.mean, views.std
+    scale = f"v.Resize({enlarged(views)}, v.InterpolationMode.{views.interpolation.upper()})"
+    steps = f"{scale}, v.CenterCrop({source.size}), v.ToTensor(), v.Normalize({mean}, {std})"
 
     def lines(file: str) -> list[str]:
         return [
