@@ -1,4 +1,4 @@
-"""Fine-tuning on all and on few labels: against a plain loop in torch, from the seed alone, and the caller's network untouched."""
+"""Fine-tuning on all and on few labels: against a plain loop in torch, from the seed alone, the caller's network untouched."""
 
 from __future__ import annotations
 

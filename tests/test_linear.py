@@ -18,6 +18,7 @@ from relssl.data.batched import apply
 from relssl.data.draws import draw
 from relssl.data.plain import plain_batch
 from relssl.data.plan import Plan
+from relssl.engine import Engine
 from relssl.errors import ConfigError, DataError, NumericError
 from relssl.evaluation.classifier import linear_classifier
 from relssl.evaluation.findings import Finding
@@ -25,6 +26,7 @@ from relssl.evaluation.linear import linear, papers_choice, rate_share
 from relssl.evaluation.metrics import accuracies, ranks
 from relssl.evaluation.protocol import LabelledPair
 from relssl.protocols import LinearConfig
+from relssl.sections import EngineConfig
 from relssl.views import ViewConfig
 from small_pairs import FAST, as_files, coloured, config, engine, network, pair
 
@@ -190,6 +192,15 @@ def test_a_rate_that_diverges_is_told_and_the_others_go_on() -> None:
     assert math.isfinite(kept.details["loss"]) and kept.figures["top5"] == 100
     with pytest.raises(NumericError, match=r"at every learning rate \(1e\+10 in epoch 1\)"):
         run(LinearConfig(lr=(1e10,), epochs=3, batch_size=25), backbone=Huge())
+
+
+def test_the_classifier_is_fp32_whatever_the_backbones_precision() -> None:
+    half = Engine(EngineConfig(device="cpu", precision="bf16", threads=1))
+    data, settings = pair(), LinearConfig(epochs=4, batch_size=25)
+    arguments = {"settings": settings, "bootstrap": FAST, "seed": 3, "say": lambda line: None}
+    (found,) = linear(network(), data, config(), half, **arguments)  # type: ignore[arg-type]
+    (full,), _ = run(settings, data)
+    assert 0 < abs(found.details["loss"] - full.details["loss"]) < 0.02  # features are rounded, weights are not
 
 
 def test_features_that_are_nan_are_refused() -> None:

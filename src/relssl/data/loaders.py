@@ -25,7 +25,7 @@ def create_loader(
         config: the settings.
         plan: which samples each step sees.
         device: where batches are wanted.
-        views: what to make of each image, the first as `Batch.weak` and the others as `Batch.strong`; None: the views of `config`.
+        views: what to make of each image, the first as `Batch.weak`, the others as `Batch.strong`; None: the views of `config`.
 
     Raises:
         DataError: if there are fewer images than one batch.

@@ -137,8 +137,8 @@ def training_view(config: Config, scale: tuple[float, float]) -> ViewConfig:
 class Batches:
     """Views of labelled images, epoch after epoch in an order of its own each.
 
-    An epoch has as many steps as batches of `at_most` images would take, or a few more; all batches are alike. The few images that
-    cannot be shared out so sit out: since each epoch has another order, other ones each time, which favours none.
+    An epoch has as many steps as batches of `at_most` images would take, or a few more; all batches are alike. The few images
+    that cannot be shared out so sit out: since each epoch has another order, other ones each time, which favours none.
 
     Args:
         images: with labels.

@@ -3,8 +3,8 @@
 What the papers of this method did of either is not known; this is a reconstruction after its peers. SimCLR (Chen et al. 2020,
 appendix B.5) fine-tunes by SGD with Nesterov's momentum, without weight decay, on crops and flips alone, for 60 epochs on 1 % of
 the labels and 30 on 10 %; SwAV's code gives the backbone 0.02 and the classifier 5 on 1 %, 0.01 and 0.2 on 10 %, for 20 epochs of
-batches of 256; Barlow Twins' code 0.002 and 0.5 on 1 %, on a cosine. One set of rates for every share, near the mean of SwAV's,
-is ours.
+batches of 256; Barlow Twins' code 0.002 and 0.5 on 1 %, on a cosine. The defaults, one pair of rates for every share, are ours:
+0.02 and 0.5.
 """
 
 from __future__ import annotations

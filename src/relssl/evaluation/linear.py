@@ -1,9 +1,9 @@
 """The papers' linear protocol: a linear classifier trained by SGD on augmented images, the backbone frozen.
 
-Sources: the official code's `linear_eval.py` for ImageNet (cosine per step from 0.3, no Nesterov); for the small sets the authors'
-second code, known through those who adapted it (Nesterov; cosine from 1.0, the rate that the authors recommend there, or 30 and a
-tenth of it from 60 % and again from 80 % of the epochs). Both report the epoch that did best on the test images; here the figures
-are those of the last epoch, and the best one stands in the details.
+Sources: the official code's `linear_eval.py` for ImageNet (cosine per step from 0.3, no Nesterov); for the small sets the
+authors' second code, known through those who adapted it (Nesterov; cosine from 1.0, the rate that the authors recommend there,
+or 30 and a tenth of it from 60 % and again from 80 % of the epochs). Both report the epoch that did best on the test images; here
+the figures are those of the last epoch, and the best one stands in the details.
 
 Legend: B images of a step, M test images, F features, C classes.
 """
