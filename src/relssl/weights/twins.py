@@ -223,7 +223,7 @@ def _randomise(network: nn.Module) -> None:
     for value in network.state_dict().values():
         if value.is_floating_point() and value.numel() and bool((value == value.flatten()[0]).all()):
             drawn = torch.rand(value.shape, generator=generator)
-            value.copy_(drawn * 0.4 - 0.2 if value.flatten()[0] == 0 else drawn + 0.5)
+            value.copy_(drawn * 0.2 - 0.1 if value.flatten()[0] == 0 else drawn * 0.5 + 0.75)
 
 
 @torch.no_grad()
