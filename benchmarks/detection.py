@@ -24,7 +24,7 @@ from relssl.config import Config, resolve
 from relssl.data.coco import load
 from relssl.data.sources import IMAGENET_MEAN, IMAGENET_STD
 from relssl.engine import Engine
-from relssl.evaluation.detector import create_detector
+from relssl.evaluation.detector import create_detector, pyramid_levels
 from relssl.evaluation.detector_training import Plan, curve, measure, train
 from relssl.method.encoder import create_backbone
 from relssl.protocols import DetectionConfig
@@ -81,7 +81,8 @@ def learn(
     engine = Engine(EngineConfig(device="auto", precision="fp32"))
     train_set, test_set = load(folder, masks=masks, max_pixels=config.loader.max_pixels)
     plan = Plan.of(len(train_set), settings)
-    model, strides = create_detector(backbone, config, settings, len(train_set.classes), masks=masks, autocast=engine.autocast)
+    strides = [stride for _, _, stride in pyramid_levels(backbone, config.backbone)]
+    model = create_detector(backbone, config, settings, len(train_set.classes), masks=masks, autocast=engine.autocast)
     model = engine.place(model)
     print(f"{config.backbone}, strides {strides}, {plan.steps} steps on {engine.describe()}", flush=True)
     stops = {round(plan.steps * point / POINTS) for point in range(1, POINTS + 1)}

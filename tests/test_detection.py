@@ -28,8 +28,6 @@ from relssl.method.encoder import create_backbone
 from relssl.protocols import DetectionConfig
 from relssl.sections import EngineConfig
 
-pytest.importorskip("pycocotools")
-
 SIDE = 64
 MANY = 1 << 24
 NAME = "test_resnet"  # timm's smallest
@@ -59,7 +57,7 @@ def trained_looking(backbone: nn.Module) -> nn.Module:
 
 def detector(settings: DetectionConfig = SMALL) -> tuple[Any, nn.Module]:
     backbone = trained_looking(create_backbone(NAME))
-    return create_detector(backbone, config_of(), settings, 3, masks=False, autocast=nullcontext)[0], backbone
+    return create_detector(backbone, config_of(), settings, 3, masks=False, autocast=nullcontext), backbone
 
 
 @pytest.fixture
@@ -208,6 +206,9 @@ def first(content: dict[str, Any], **values: Any) -> None:
         ("train", lambda c: first(c, segmentation=[[1, 2, 3, 4]]), "a polygon needs three corners"),
         ("train", lambda c: first(c, segmentation={"size": [SIDE, SIDE], "counts": [1, 2]}), "do not add up"),
         ("train", lambda c: first(c, segmentation={"size": [9999, 1], "counts": "abc"}), "its mask is of size [9999, 1]"),
+        ("train", lambda c: first(c, segmentation={"size": [SIDE, SIDE], "counts": "abc"}), "is no run-length encoding"),
+        ("train", lambda c: first(c, segmentation={"size": [SIDE, SIDE], "counts": "00000"}), "do not add up"),
+        ("train", lambda c: first(c, segmentation={"size": [SIDE, SIDE], "counts": "\n"}), "is no run-length encoding"),
         ("train", lambda c: c["images"][1].update(file_name="gone.png"), "1 of its 3 images are not in"),
         ("train", lambda c: c["images"][1].update(file_name="../val/0000.png"), "must be a path below"),
         ("train", lambda c: c["images"][1].update(id=10), "id 10 occurs twice"),
@@ -279,6 +280,18 @@ def test_images_that_do_not_fit_their_boxes_are_refused(folder: Path) -> None:
         train[1]
 
 
+def test_the_fingerprint_is_that_of_the_annotations_not_of_the_place(folder: Path) -> None:
+    def prints(place: Path) -> list[str]:
+        return [split.fingerprint() for split in load(str(place), masks=True, max_pixels=MANY)]
+
+    known = prints(folder)
+    moved = folder.rename(folder.parent / "elsewhere")
+    assert prints(moved) == known
+    edit(moved, "train", lambda content: first(content, area=1.0))
+    edit(moved, "val", lambda content: content["images"].reverse())
+    assert not set(prints(moved)) & set(known)
+
+
 # The detector
 
 
@@ -311,6 +324,19 @@ def test_the_maps_are_the_backbones_own(name: str, stem: str, strides: list[int]
     torch.testing.assert_close(maps[-1], seen[0], rtol=1e-4, atol=1e-5)
     if name != "efficientnet_b0":  # whose features pass one more convolution
         torch.testing.assert_close(maps[-1], final, rtol=1e-4, atol=1e-5)
+
+
+def test_bf16_is_for_the_networks_and_maps_leave_in_fp32() -> None:
+    backbone = trained_looking(create_backbone(NAME))
+    pyramid = Pyramid(backbone, pyramid_levels(backbone, NAME), lambda: torch.autocast("cpu", torch.bfloat16))
+    images = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        rough = pyramid(images)
+        pyramid.autocast = nullcontext
+        exact = pyramid(images)
+    for name, level in exact.items():
+        error = (rough[name] - level).abs().max() / level.abs().max()
+        assert rough[name].dtype == torch.float32 and 1e-5 < error < 0.05
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "mixer_s32_224"])
@@ -471,8 +497,9 @@ def test_detection_learns_and_repeats(tmp_path: Path) -> None:
     points = learned.details["loss"]
     assert points[-1][0] == learned.details["steps"] == 40 and points[-1][1] < 0.7 * points[0][1]
     assert learned.details["images"] == {"training": 8, "without_objects": 0, "test": 8}
-    assert "3 classes, 8 images, 40 steps of 4" in lines[-11] and lines[-1].startswith("step 40 of 40: loss ")
-    assert run(0.5).details["loss"] == untrained.details["loss"] and run(0.5).figures == untrained.figures
+    assert "3 classes, 8 images, 40 steps of 4" in lines[-12] and lines[-2].startswith("step 40 of 40: loss ")
+    again = run(0.5)
+    assert again.details["loss"] == untrained.details["loss"] and again.figures == untrained.figures
     json.dumps(learned.plain())
 
 
@@ -519,8 +546,18 @@ def test_a_loss_that_is_not_finite_is_named_with_its_step(folder: Path) -> None:
 
 def test_what_is_missing_is_said_before_any_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def run(settings: DetectionConfig) -> None:
-        detection(nn.Identity(), str(tmp_path), config_of(), engine(), settings=settings, seed=0, say=lambda line: None)
+        detection(
+            create_backbone("vit_tiny_patch16_224"),
+            str(tmp_path),
+            config_of("vit_tiny_patch16_224"),
+            engine(),
+            settings=settings,
+            seed=0,
+            say=lambda line: None,
+        )
 
+    with pytest.raises(ConfigError, match="vit_tiny_patch16_224 does not take images of any size"):
+        run(DetectionConfig())
     with pytest.raises(ConfigError, match=r"detection.min_size: 800 must not exceed detection.max_size \(600\)"):
         run(DetectionConfig(max_size=600))
     there = importlib.util.find_spec

@@ -178,16 +178,37 @@ def _mask(outline: Any, size: tuple[int, int]) -> bytes | None:
         if [_whole(side) for side in outline["size"]] != [height, width]:
             raise ValueError(f"its mask is of size {outline['size']}, its image {[height, width]}")
         counts = outline["counts"]
-        if isinstance(counts, str):
-            return counts.encode("ascii")
-        if any(_whole(run) < 0 for run in counts) or sum(counts) != height * width:
+        runs = _runs(counts.encode("ascii")) if isinstance(counts, str) else [_whole(run) for run in counts]
+        if any(run < 0 for run in runs) or sum(runs) != height * width:  # of which pycocotools fills a part, and leaves the rest
             raise ValueError("the runs of its mask do not add up to the image's pixels")
-        return _bytes(coco.frPyObjects({"size": [height, width], "counts": counts}, height, width))
+        return _bytes(coco.frPyObjects({"size": [height, width], "counts": runs}, height, width))
     # A corner far outside would cost memory by its distance.
     polygons = [np.clip(np.array(part, np.float64).reshape(-1, 2), 0, [width, height]) for part in outline]
     if any(len(polygon) < 3 or not np.isfinite(polygon).all() for polygon in polygons):
         raise ValueError("a polygon needs three corners, each of two numbers")
     return _bytes(coco.merge(coco.frPyObjects([polygon.ravel().tolist() for polygon in polygons], height, width)))
+
+
+def _runs(text: bytes) -> list[int]:
+    """The runs in COCO's compressed form: numbers in groups of five bits from the lowest, the sixth bit saying that more follow.
+
+    The last group's highest bit is the sign; from the fourth number on, each is the difference to the one before the last.
+    """
+    runs: list[int] = []
+    value = shift = 0
+    for letter in text:
+        group = letter - 48
+        if not 0 <= group < 64 or shift > 60:
+            raise ValueError("its mask is no run-length encoding")
+        value |= (group & 31) << shift
+        shift += 5
+        if not group & 32:
+            value -= (group & 16) << (shift - 4)
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value = shift = 0
+    if shift:
+        raise ValueError("its mask is no run-length encoding")
+    return runs
 
 
 def _bytes(encoded: Mapping[str, Any]) -> bytes:

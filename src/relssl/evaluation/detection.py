@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from relssl.data.coco import load
 from relssl.data.objects import Scenes
 from relssl.engine import Engine
 from relssl.errors import ConfigError
-from relssl.evaluation.detector import create_detector
+from relssl.evaluation.detector import create_detector, pyramid_levels
 from relssl.evaluation.detector_training import Plan, curve, measure, train
 from relssl.evaluation.findings import Finding
 from relssl.protocols import DetectionConfig
@@ -55,26 +55,22 @@ def detection(
         NumericError: if the loss is not finite.
     """
     check(settings)
+    strides = [stride for _, _, stride in pyramid_levels(backbone, config.backbone)]
     train_set, test_set = load(folder, masks=settings.model != "faster-rcnn", max_pixels=config.loader.max_pixels)
     if settings.model == "mask-rcnn" and not train_set.masked:
         raise ConfigError(f"detection.model: mask-rcnn needs masks, {folder} has none in both parts; take faster-rcnn or auto")
     drawn = training_images(train_set, settings, seed)
-    plan, kind = Plan.of(len(drawn), settings), "mask-rcnn" if train_set.masked else "faster-rcnn"
+    classes, masks = len(train_set.classes), train_set.masked
+    plan, kind = Plan.of(len(drawn), settings), "mask-rcnn" if masks else "faster-rcnn"
+    where = f"{config.backbone}, maps of stride {', '.join(map(str, strides))}"
+    say(f"{kind} on {where}: {classes} classes, {len(drawn)} images, {plan.steps} steps of {plan.batch_size}")
     begun = time.monotonic()
     with torch.random.fork_rng(devices=[engine.device] if engine.device.type == "cuda" else []):
         torch.manual_seed(seed)
-        classes = len(train_set.classes)
-        model, strides = create_detector(backbone, config, settings, classes, masks=train_set.masked, autocast=engine.autocast)
-        model = engine.place(model)
-        where = f"{config.backbone}, maps of stride {', '.join(map(str, strides))}"
-        say(f"{kind} on {where}: {classes} classes, {len(drawn)} images, {plan.steps} steps of {plan.batch_size}")
-        losses: list[float] = []
-        often = max(1, plan.steps // 10)
-        for loss in train(model, drawn, config, engine, settings=settings, plan=plan, seed=seed):
-            losses.append(loss)
-            if len(losses) % often == 0:
-                say(f"step {len(losses)} of {plan.steps}: loss {np.mean(losses[-often:]):.4g}")
+        model = engine.place(create_detector(backbone, config, settings, classes, masks=masks, autocast=engine.autocast))
+        losses = _told(train(model, drawn, config, engine, settings=settings, plan=plan, seed=seed), plan.steps, say)
     trained = time.monotonic()
+    say(f"evaluating on {len(test_set)} images")
     found = measure(model, test_set, config, engine)
     details = {
         "precision": engine.precision,
@@ -90,6 +86,17 @@ def detection(
         Finding({"model": kind, "of": of}, main, figures, notes=notes, details={**details, "map_per_class": per_class})
         for of, (figures, per_class) in found.items()
     ]
+
+
+def _told(steps: Iterator[float], count: int, say: Callable[[str], None]) -> list[float]:
+    """The losses of a training, told of ten times."""
+    losses: list[float] = []
+    often = max(1, count // 10)
+    for loss in steps:
+        losses.append(loss)
+        if len(losses) % often == 0:
+            say(f"step {len(losses)} of {count}: loss {np.mean(losses[-often:]):.4g}")
+    return losses
 
 
 def check(settings: DetectionConfig) -> None:
@@ -124,6 +131,7 @@ def _counts(whole: Scenes, drawn: Scenes, test: Scenes) -> dict[str, Any]:
         "classes": len(whole.classes),
         "images": {"training": len(drawn), "without_objects": len(whole) - len(whole.for_training()), "test": len(test)},
         "objects": {"training": drawn.objects(), "test": test.objects()},
+        "fingerprints": {"training": drawn.fingerprint(), "test": test.fingerprint()},
         "dropped": {"training": whole.dropped, "test": test.dropped},
     }
 

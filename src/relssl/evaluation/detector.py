@@ -61,7 +61,7 @@ class Pyramid(nn.Module):
 
 def create_detector(
     backbone: nn.Module, config: Config, settings: DetectionConfig, classes: int, *, masks: bool, autocast: Autocast
-) -> tuple[nn.Module, list[int]]:
+) -> nn.Module:
     """A detector whose backbone starts as `backbone`, which itself is left as it is; the rest is drawn from torch's generator.
 
     Args:
@@ -72,12 +72,12 @@ def create_detector(
         autocast: the precision of backbone and pyramid.
 
     Returns:
-        torchvision's model, in training mode, and the strides of the maps that the pyramid is built on.
+        torchvision's model, in training mode.
 
     Raises:
         ConfigError: if the backbone has no maps of falling resolution, or takes images of one size only.
     """
-    network = copy.deepcopy(backbone).requires_grad_(True)
+    network = copy.deepcopy(backbone).cpu().requires_grad_(True)
     levels = pyramid_levels(network, config.backbone)
     freeze(network, config.backbone, settings.frozen_stages, all_norms=settings.norm == "frozen")
     strides = [stride for _, _, stride in levels]
@@ -99,7 +99,7 @@ def create_detector(
     if masks:
         arguments["mask_roi_pool"] = MultiScaleRoIAlign(names, output_size=14, sampling_ratio=2)
     model: nn.Module = (MaskRCNN if masks else FasterRCNN)(pyramid, **arguments)
-    return model.train(), strides
+    return model.train()
 
 
 @torch.no_grad()
@@ -115,9 +115,9 @@ def pyramid_levels(network: nn.Module, name: str) -> list[Level]:
     other = "; take a convolutional backbone such as resnet50, or one with stages such as convnext_tiny"
     if not hasattr(network, "forward_intermediates"):
         raise ConfigError(f"detection: {name} gives no feature maps{other}")
-    training = network.training
+    training, device = network.training, next(network.parameters()).device
     try:
-        maps = network.eval().forward_intermediates(torch.zeros(1, 3, _TRIED, _TRIED), intermediates_only=True)  # type: ignore[operator]
+        maps = network.eval().forward_intermediates(torch.zeros(1, 3, _TRIED, _TRIED, device=device), intermediates_only=True)  # type: ignore[operator]
     except Exception as error:  # whatever a network raises over a size that it was not made for
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(f"detection: {name} does not take images of any size ({reason}){other}") from error
