@@ -85,9 +85,10 @@ def evaluate(
     if opened.folder is not None:
         with storing(opened.folder / "evaluations"):  # before the work, not after it
             (opened.folder / "evaluations").mkdir(exist_ok=True)
-    # Readers are the evaluation's, not the run's: a cache of shrunk images would change what is seen.
+    # Readers and devices are the evaluation's, not the run's: a cache of shrunk images would change what is seen.
     config = opened.sees(asked.size)
-    config = dataclasses.replace(config, loader=dataclasses.replace(config.loader, workers=asked.workers, cache=None))
+    loader = dataclasses.replace(config.loader, workers=asked.workers, cache=None)
+    config = dataclasses.replace(config, loader=loader, engine=EngineConfig())
     work = _Work(opened, config, asked, say or (lambda line: None))
     answer: dict[str, Any] = {"source": opened.name, "data": _title(data), "results": []}
     for protocol in asked.protocol:
@@ -140,7 +141,7 @@ class _Work:
             from relssl.evaluation.detection import detection
 
             found = detection(backbone, data, self.config, self.engine, settings=section, seed=self.settings.seed, say=self.say)
-            return found, [], {"images": {"data": _title(data)}}
+            return found, [], {"images": {"data": _title(data)} | found[0].details["fingerprints"]}
         pair, notes = self._pair(data)
         if protocol in ON_FEATURES:
             found, more = self._on_features(_function(ON_FEATURES[protocol]), backbone, pair, section)

@@ -15,7 +15,7 @@ from relssl.config import Config, from_mapping
 from relssl.data.batch import standardise
 from relssl.data.plain import plain_view
 from relssl.errors import CheckpointError, ConfigError
-from relssl.method.encoder import create_backbone
+from relssl.method.encoder import create_backbone, feature_width
 from relssl.schema import read_yaml
 from relssl.weights import store
 
@@ -136,6 +136,8 @@ def build(config: Config, weights: dict[str, Any], origin: Path) -> nn.Module:
         raise CheckpointError(f"{origin}: {matched} of {len(wanted)} weights of {config.backbone} match; {'; '.join(lists)}")
     backbone.load_state_dict(weights)
     backbone.transform, backbone.config = transform(config), config  # type: ignore[assignment]
+    # timm's own figure is that before the layer which its MobileNetV3 ends with.
+    backbone.num_features = feature_width(backbone, config.views.weak.size)  # type: ignore[assignment]
     return backbone.eval()
 
 
