@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from relssl.data.identity import shared
+from relssl.data.paths import shown
 from relssl.data.sources import Images, load
 from relssl.errors import ConfigError, DataError
 
@@ -19,11 +20,13 @@ class LabelledPair:
     Attributes:
         bank, test: labelled images.
         of: how many labelled images the two sides had before they were cut.
+        uncut: fingerprint of the test side before it was cut; a run that was pretrained on those images names them by it.
     """
 
     bank: Images
     test: Images
     of: tuple[int, int] | None = None
+    uncut: str | None = None
 
     @staticmethod
     def load(
@@ -38,11 +41,13 @@ class LabelledPair:
         """
         if at_most is not None and min(at_most) < 1:
             raise ConfigError(f"images: must be at least 1 on each side, got {at_most[0]} and {at_most[1]}")
-        sides = [_labelled(data, load(data, root, split, index=index)) for split in ("bank", "test")]
+        bank = _labelled(data, load(data, root, "bank", index=index))
+        uncut = load(data, root, "test", index=index)
+        sides = [bank, _labelled(data, uncut)]
         counts = (len(sides[0]), len(sides[1]))
         if at_most is not None:
             sides = [choose(side, most, seed) for side, most in zip(sides, at_most, strict=True)]
-        return LabelledPair(sides[0], sides[1], counts)
+        return LabelledPair(sides[0], sides[1], counts, uncut.fingerprint())
 
     @property
     def several(self) -> bool:
@@ -117,7 +122,10 @@ def _labelled(data: str, images: Images) -> Images:
         return images
     rows = np.flatnonzero(images.labels >= 0) if images.labels is not None else np.empty(0, np.int64)
     if not len(rows):
-        raise DataError(f"{data}: has no labels to evaluate with; lay folders out as train/CLASS/ and val/CLASS/")
+        raise DataError(
+            f"{shown(data)}: has no labels to evaluate with; lay it out as train/CLASS/ and val/CLASS/ with two classes or more, "
+            "and no image outside of them"
+        )
     return images if len(rows) == len(images) else images.subset(rows)
 
 
