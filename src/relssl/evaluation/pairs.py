@@ -70,6 +70,12 @@ class LabelledPair:
             DataError: if no figure would mean anything: a single class, test classes that the bank has not, or test images
                 that are all in the bank.
         """
+        named, asked = self.bank.classes, self.test.classes
+        if named and asked and named != asked:
+            alone = sorted(set(named) ^ set(asked))[:3] or ["in another order"]
+            raise DataError(
+                f"{self.bank.name}: bank and test name their classes differently ({', '.join(alone)}); give both the same"
+            )
         notes = self._cuts() + ([] if self.several else self._classes())
         again = shared(self.bank, self.test)
         if again == len(self.test):
@@ -86,8 +92,6 @@ class LabelledPair:
     def _classes(self) -> list[str]:
         bank, test = self.bank, self.test
         assert bank.labels is not None and test.labels is not None
-        if bank.classes and test.classes and bank.classes != test.classes:
-            raise DataError(f"{bank.name}: bank and test name their classes differently: {bank.classes[:3]}, {test.classes[:3]}")
         there, asked = set(bank.labels.tolist()), set(test.labels.tolist())
         if len(there) < 2:
             raise DataError(f"{bank.name}: all bank images are of one class ({_named(bank, there)}); two or more are needed")
