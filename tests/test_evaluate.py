@@ -258,6 +258,15 @@ def test_the_command_prints_a_table_or_json(finished: Path, capsys: pytest.Captu
     assert [result["setting"] for result in found["results"]] == [{"k": 7, "temperature": 0.5}] * 2
 
 
+def test_a_run_that_is_not_complete_is_measured_with_a_note(finished: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    note = "the run is not complete; its newest checkpoint was measured, which the card names"
+    assert not any(note in result["notes"] for result in relssl.evaluate(run, **QUICK)["results"])
+    (run / "status.json").write_text(json.dumps({"state": "running"}))
+    results = relssl.evaluate(run, protocol="knn,transfer", **QUICK)["results"]
+    assert all(note in result["notes"] and result["card"]["source"]["checkpoint"] for result in results)
+
+
 def test_a_run_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
     folder = small_run(tmp_path / "run", epochs=1, optimizer={"warmup_epochs": 0}).folder
     for path in store.checkpoints(folder / "checkpoints"):

@@ -24,7 +24,7 @@ from relssl.evaluation.features import Features, evaluating, extract, frozen, re
 from relssl.evaluation.findings import Finding
 from relssl.evaluation.metrics import Bootstrap
 from relssl.evaluation.pairs import LabelledPair
-from relssl.evaluation.results import check_data, check_out, file_name, results_folder, title
+from relssl.evaluation.results import check_data, check_out, file_name, results_folder, title, unfinished
 from relssl.evaluation.transfer import transfer_table
 from relssl.protocols import Evaluation, read_settings
 from relssl.sections import EngineConfig
@@ -68,7 +68,7 @@ def evaluate(
             in COCO's or VOC's layout.
         settings: all settings, instead of `overrides`.
         reading: how to read another program's file.
-        out: JSON file for all results, besides those that are kept in a run folder; where that cannot be written, instead of them.
+        out: JSON file for all results, besides those that are kept in a run folder, or instead where that cannot be written.
         say: told of progress, a line each; default: nobody.
         done: given the answer so far after each protocol, so that an error in a later one costs nothing.
         overrides: settings by name: `protocol="knn,probe"`, `images=(5000, 1000)`, `linear={"epochs": 10}`.
@@ -113,6 +113,7 @@ class _Work:
         self.opened, self.config, self.settings, self.say = opened, config, settings, say
         self.engine = Engine(EngineConfig(device=settings.device, precision=settings.precision))
         self.bootstrap = Bootstrap(settings.resamples, settings.seed)
+        self.notes = [] if opened.folder is None else unfinished(opened.folder)
         self.pairs: dict[str, tuple[LabelledPair, list[str]]] = {}
         self.networks = self._networks()
 
@@ -136,7 +137,8 @@ class _Work:
             with frozen(placed) if protocol in FROZEN else evaluating(placed):
                 common = card(protocol, name, state_hash(placed), self.opened.origin, self.config, self.settings, self.engine)
                 findings, notes, images = self._measure(protocol, placed, data)
-            yield from _records(protocol, name, data, findings, notes, common | images, time.monotonic() - start)
+            seconds = time.monotonic() - start
+            yield from _records(protocol, name, data, findings, [*self.notes, *notes], common | images, seconds)
 
     def _measure(self, protocol: str, backbone: nn.Module, data: str) -> tuple[list[Finding], list[str], dict[str, Any]]:
         """Findings, what any reader of them must know, and the card's part on the data."""
@@ -211,7 +213,8 @@ class _Work:
                     outcomes[title(one)] = dataclasses.replace(found, notes=(*notes, *more, *found.notes))
                     images[title(one)] = split(pair)
             seconds = time.monotonic() - start
-            yield from _records("transfer", name, data, [transfer_table(outcomes)], [], common | {"images": images}, seconds)
+            table = [transfer_table(outcomes)]
+            yield from _records("transfer", name, data, table, self.notes, common | {"images": images}, seconds)
 
 
 def _records(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -51,6 +52,15 @@ def results_folder(run: Path, out: str | Path | None, say: Callable[[str], None]
 def _require_writable(folder: Path) -> None:
     if not os.access(folder, os.W_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+def unfinished(run: Path) -> list[str]:
+    """A note for a run that may still be at work, or was stopped."""
+    try:
+        state = json.loads((run / "status.json").read_bytes())["state"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return []
+    return [] if state == "complete" else ["the run is not complete; its newest checkpoint was measured, which the card names"]
 
 
 def title(data: str) -> str:
