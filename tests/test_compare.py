@@ -107,6 +107,39 @@ def test_images_that_were_left_out_leave_no_interval(tmp_path: Path) -> None:
     assert row["interval"] is None
 
 
+def test_a_field_that_differs_everywhere_is_told_once(tmp_path: Path) -> None:
+    other = CARD | {"precision": "bf16"}
+    sides = [[record(answers(0.5, 0), card, network) for network in ("student", "teacher")] for card in (CARD, other)]
+    a, b = write(tmp_path / "a.json", *sides[0]), write(tmp_path / "b.json", *sides[1])
+    with pytest.raises(ConfigError) as refused:
+        compare(a, b)
+    assert [fault.count("precision differs") for fault in refused.value.faults] == [1, 0]
+
+
+DAMAGES: list[dict[str, Any]] = [
+    {"figures": {"top1": None}},
+    {"correct": "AAAA"},
+    {"correct": "?"},
+    {"card": {}},
+    {"card": {"images": 3}},
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_results_are_refused(damage: dict[str, Any], tmp_path: Path) -> None:
+    good = write(tmp_path / "good.json", record(answers(0.5, 0)))
+    bad = write(tmp_path / "bad.json", record(answers(0.5, 0)) | damage)
+    with pytest.raises(DataError, match=r"bad\.json: is no result of"):
+        compare(good, bad)
+
+
+def test_findings_of_another_main_figure_do_not_compare(tmp_path: Path) -> None:
+    a = write(tmp_path / "a.json", record(answers(0.5, 0)))
+    b = write(tmp_path / "b.json", record(answers(0.5, 0)) | {"main": "map", "figures": {"map": 50.0}})
+    with pytest.raises(ConfigError, match="has no finding of the same"):
+        compare(a, b)
+
+
 @pytest.mark.parametrize("content", ["", "{}", "[1]", '{"results": [{"protocol": "knn"}]}', '{"results": 3}'])
 def test_what_is_no_result_is_refused(content: str, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(content)

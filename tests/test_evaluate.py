@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,8 @@ from PIL import Image
 
 import relssl
 from relssl.cli import main
-from relssl.errors import ConfigError, DataError, NumericError
+from relssl.data.sources import load
+from relssl.errors import ConfigError, DataError, NumericError, StorageError
 from relssl.evaluation import features, kept
 from relssl.evaluation.compare import compare
 from relssl.protocols import read_settings
@@ -155,11 +157,54 @@ def test_folders_with_faults_are_refused_or_noted(finished: Path, tmp_path: Path
         relssl.evaluate(finished, str(flat), **quick)
 
 
-def test_images_of_pretraining_are_flagged(finished: Path) -> None:
-    seen = relssl.weights.opening._pretrained_on(finished)  # type: ignore[attr-defined]
-    assert seen
-    with patch("relssl.data.sources.Images.fingerprint", return_value=seen):
-        (result, *_) = relssl.evaluate(finished, cache=False, **QUICK)["results"]
+def test_the_same_folder_elsewhere_compares(finished: Path, tmp_path: Path) -> None:
+    sides = {"train": {"cat": 6, "dog": 6}, "val": {"cat": 4, "dog": 4}}
+    for name in ("a", "b"):
+        relssl.evaluate(finished, str(pictures(tmp_path / name / "pets", sides)), out=tmp_path / f"{name}.json", **QUICK)
+    assert all(row["difference"] == 0 and row["allowed"] == [] for row in compare(tmp_path / "a.json", tmp_path / "b.json"))
+    assert str(tmp_path) not in (tmp_path / "a.json").read_text()
+    with pytest.raises(ConfigError, match="pets names more than one data set"):
+        relssl.evaluate(finished, f"{tmp_path / 'a/pets'},{tmp_path / 'b/pets'}", protocol="transfer", **QUICK)
+    with pytest.raises(ConfigError, match="knn takes one data set, got 2"):
+        relssl.evaluate(finished, "digits,cifar10", **QUICK)
+
+
+def test_a_bank_of_which_one_class_can_be_read_is_refused(finished: Path, tmp_path: Path) -> None:
+    pets = pictures(tmp_path / "pets", {"train": {"cat": 4, "dog": 4}, "val": {"cat": 3, "dog": 3}})
+    for file in (pets / "train/dog").iterdir():
+        file.write_bytes(b"no")
+    for protocol in ("knn", "probe", "lowshot", "retrieval"):
+        with pytest.raises(DataError, match="all 4 images of the bank are of the single class 0"):
+            relssl.evaluate(finished, str(pets), protocol=protocol, network="student", **QUICK)
+
+
+def test_an_error_in_a_later_protocol_costs_nothing(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, out = finished / "export/backbone.safetensors", tmp_path / "out.json"
+    pets = pictures(tmp_path / "pets", {"train": {"cat": 4, "dog": 4}, "val": {"cat": 3, "dog": 3}})
+    arguments = ["evaluate", str(file), str(pets), "--protocol", "knn,detection,probe", "--knn.k", "3", "--device", "cpu"]
+    assert main([*arguments, "--out", str(out), "--json"]) == 3
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {result["protocol"] for result in told["results"]} == {"knn"}
+    assert json.loads(out.read_text())["results"] == told["results"]
+    assert main(arguments) == 3 and "k 3" in capsys.readouterr().out
+
+
+def test_a_run_that_cannot_be_written_is_evaluated_into_a_file(finished: Path, tmp_path: Path) -> None:
+    run, out, said = shutil.copytree(finished, tmp_path / "run"), tmp_path / "out.json", list[str]()
+    shutil.rmtree(run / "evaluations", ignore_errors=True)
+    (run / "evaluations").write_text("in the way")
+    with pytest.raises(StorageError, match=r"evaluations: cannot be written .* or give --out FILE"):
+        relssl.evaluate(run, **QUICK)
+    relssl.evaluate(run, out=out, say=said.append, **QUICK)
+    assert json.loads(out.read_text())["results"] and "the results go to" in said[0]
+    with pytest.raises(ConfigError, match="is a folder; name a JSON file"):
+        relssl.evaluate(run, out=tmp_path, **QUICK)
+
+
+def test_images_of_pretraining_are_flagged_in_a_subset_too(finished: Path) -> None:
+    whole = load("digits", None, "test").fingerprint()
+    with patch("relssl.weights.opening._pretrained_on", return_value=whole):
+        (result, *_) = relssl.evaluate(finished, **QUICK)["results"]
     assert "the test images are those that the run was pretrained on" in result["notes"]
 
 
@@ -180,6 +225,8 @@ def test_settings_are_checked_before_anything_is_loaded(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as refused:
         read_settings({"protocol": "knn,probes", "linear.scale": "0.5,0.2", "knn.k": "0"})
     assert "knn.k" in str(refused.value)
+    with pytest.raises(ConfigError, match=r"knn\.k: is empty.*\n.*retrieval\.at: is empty"):
+        read_settings({"knn.k": "", "retrieval.at": ""})
     with pytest.raises(ConfigError, match="'probes' is unknown; the nearest is probe"):
         read_settings({"protocol": "knn,probes"})
     code = (
@@ -209,6 +256,15 @@ def test_the_command_prints_a_table_or_json(finished: Path, capsys: pytest.Captu
     assert main([*arguments, "--json", "--knn.k", "7", "--knn.temperature", "0.5"]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [result["setting"] for result in found["results"]] == [{"k": 7, "temperature": 0.5}] * 2
+
+
+def test_a_run_that_is_not_complete_is_measured_with_a_note(finished: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    note = "the run is not complete; its newest checkpoint was measured, which the card names"
+    assert not any(note in result["notes"] for result in relssl.evaluate(run, **QUICK)["results"])
+    (run / "status.json").write_text(json.dumps({"state": "running"}))
+    results = relssl.evaluate(run, protocol="knn,transfer", **QUICK)["results"]
+    assert all(note in result["notes"] and result["card"]["source"]["checkpoint"] for result in results)
 
 
 def test_a_run_without_a_checkpoint_is_refused(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,16 @@ def test_a_damaged_entry_is_made_anew(damage: str, root: Path, engine: Engine, c
     else:
         (entry / "rows.npy").write_bytes(b"\x93NUMPY")
     assert torch.equal(kept.features(backbone, digits(), config, engine).vectors, plain)
+
+
+def test_an_entry_that_another_process_removes_at_once_is_made_in_memory(
+    engine: Engine, config: Config, tiny_net: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone, images = tiny_net(), digits()
+    plain = extract(backbone, images, config, engine.device)
+    monkeypatch.setattr(kept, "_evict", lambda root, keep: shutil.rmtree(keep))
+    found = kept.features(backbone, images, config, engine)
+    assert torch.equal(found.vectors, plain.vectors) and (found.rows == plain.rows).all()
 
 
 def test_entries_longest_unused_go_first(

@@ -53,6 +53,17 @@ def test_a_rank_is_a_place_in_a_stable_sort(data: st.DataObject) -> None:
     assert torch.equal(ranks(scores, truth), (order == truth[:, None]).int().argmax(dim=1))
 
 
+@pytest.mark.parametrize("place", [(0, 0), (3, 1)])
+def test_scores_that_are_nan_are_refused(place: tuple[int, int]) -> None:
+    scores, truth = torch.zeros(5, 3), torch.tensor([0, 1, 2, 0, 1])
+    scores[place] = torch.nan
+    for measure in (lambda: ranks(scores, truth), lambda: average_precision(scores, torch.ones(5, 3, dtype=torch.int8))):
+        with pytest.raises(NumericError, match="hold NaN"):
+            measure()
+    scores[place] = -torch.inf  # what has no image is never said
+    assert len(ranks(scores, truth)) == 5
+
+
 def test_intervals_of_accuracies_are_those_of_a_plain_bootstrap() -> None:
     classes, images, resamples = 8, 150, 20_000
     scores, truth = _labelled(images, classes, seed=3)

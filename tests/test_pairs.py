@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,12 @@ def test_one_class_and_unknown_classes_are_refused_by_name() -> None:
         LabelledPair(images([0, 1]), images([0, 2], seed=1)).notes()
     with pytest.raises(DataError, match="name their classes differently"):
         LabelledPair(images([0, 1]), images([0, 1], seed=1, classes=("cat", "Dog", "owl"))).notes()
+    # Of several labels too: column by column, another class would be measured.
+    bank, test = (dataclasses.replace(images([0, 0], seed), labels=None, targets=np.eye(2, 3, dtype=np.int8)) for seed in (0, 1))
+    assert LabelledPair(bank, test).notes() == []
+    for classes, alone in ((("cat", "dog", "pig"), "owl, pig"), (("dog", "cat", "owl"), "in another order")):
+        with pytest.raises(DataError, match=rf"name their classes differently \({alone}\)"):
+            LabelledPair(bank, dataclasses.replace(test, classes=classes)).notes()
 
 
 def test_a_cut_says_so_and_its_missing_classes_are_noted() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 from relssl.errors import ConfigError
@@ -159,6 +160,10 @@ class Evaluation:
     detection: DetectionConfig = setting(DetectionConfig(), "detection")
 
 
+# Lists that a protocol cannot do without.
+_NEEDED = ("knn.k", "knn.temperature", "probe.strengths", "semi.fractions", "lowshot.shots", "lowshot.cost", "retrieval.at")
+
+
 def read_settings(overrides: Mapping[str, Any]) -> Evaluation:
     """Checked settings of dotted or nested overrides.
 
@@ -173,6 +178,7 @@ def read_settings(overrides: Mapping[str, Any]) -> Evaluation:
     ]
     if not made.protocol or not made.network:
         faults.append("protocol and network: name one at least")
+    faults += [f"{name}: is empty; give at least one value" for name in _NEEDED if not attrgetter(name)(made)]
     for section in ("linear", "finetune", "semi"):
         low, high = getattr(made, section).scale
         if low > high:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from relssl.config import resolve, to_yaml
-from relssl.errors import ConfigError
+from relssl.errors import ConfigError, RelsslError
 
 
 def _launched(overrides: dict[str, Any]) -> dict[str, Any]:
@@ -80,7 +81,15 @@ def evaluate(args: argparse.Namespace, overrides: dict[str, Any]) -> Any:
     network = settings.network[0] if len(settings.network) == 1 else None
     reading = Reading(args.layout, args.backbone, args.stem, network, args.allow, settings.size)
     say = None if args.json else lambda line: print(line, file=sys.stderr, flush=True)
-    found = evaluate(args.source, args.data, settings=settings, reading=reading, out=args.out, say=say)
+    so_far: list[dict[str, Any]] = []
+    try:
+        found = evaluate(
+            args.source, args.data, settings=settings, reading=reading, out=args.out, say=say, done=so_far.append
+        )  # fmt: skip
+    except (RelsslError, KeyboardInterrupt):
+        if so_far:  # what was found before is not lost
+            print(json.dumps(so_far[-1])) if args.json else show(so_far[-1])
+        raise
     if not args.json:
         show(found)
     return found

@@ -68,17 +68,18 @@ def view(config: Config) -> dict[str, Any]:
         "interpolation": f"{config.views.interpolation} with antialias",
         "mean": list(config.views.mean or ()),
         "std": list(config.views.std or ()),
+        "max_pixels": config.loader.max_pixels,
     }
 
 
 def split(pair: LabelledPair) -> dict[str, Any]:
-    """Which images and labels were used."""
+    """Which images and labels were used, by their content: the same folder elsewhere is the same."""
     whole = pair.of or (len(pair.bank), len(pair.test))
     return {"bank": _side(pair.bank, whole[0]), "test": _side(pair.test, whole[1]), "classes": pair.classes}
 
 
 def _side(images: Images, of: int) -> dict[str, Any]:
-    return {"data": images.name, "images": len(images), "of": of, "hash": labels_hash(images)}
+    return {"images": len(images), "of": of, "hash": labels_hash(images)}
 
 
 def versions() -> dict[str, str]:

@@ -38,7 +38,7 @@ def check_labels(bank: Tensor, test: Tensor, classes: int) -> list[str]:
     have, asked = counts(bank, classes), counts(test, classes)
     if bank.dim() == 1 and int((have > 0).sum()) < 2:
         kind = f"the single class {int(have.argmax())}" if len(bank) else "no class"
-        raise DataError(f"labels: all {len(bank)} images of the bank are of {kind}; a classifier needs at least 2 classes")
+        raise DataError(f"labels: all {len(bank)} images of the bank are of {kind}; at least 2 classes are needed")
     if not int(have.sum()) or not int(asked.sum()):
         raise DataError(f"labels: the {'test' if int(have.sum()) else 'bank'} images are of no class; nothing can be measured")
     notes = []

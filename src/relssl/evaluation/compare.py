@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from relssl.errors import ConfigError, DataError
 from relssl.evaluation.card import SUBJECT
@@ -44,19 +45,21 @@ def compare(
     if network is not None:
         sides = [[record for record in side if record["network"] == name] for side, name in zip(sides, network, strict=True)]
         allow = (*allow, "network")
-    rows, faults = [], []
+    rows: list[Record] = []
+    faults: dict[str, str] = {}  # what differs, and where first
     for mine in sides[0]:
         other = _counterpart(mine, sides[1], by_network=network is None)
         if other is None:
             continue
         differing = list(_differences(mine["card"], other["card"]))
         if refused := [field for field in differing if not _allowed(field[0], allow)]:
-            faults += [f"{_name(mine)}: {field} differs: {_brief(a)} and {_brief(b)}" for field, a, b in refused]
+            for field, a, b in refused:
+                faults.setdefault(f"{field} differs: {_brief(a)} and {_brief(b)}", _name(mine))
         else:
             rows.append(_difference(mine, other) | {"allowed": [field for field, _, _ in differing]})
     if faults:
-        unique = list(dict.fromkeys(faults))
-        raise ConfigError(*unique[:10], f"{second}: does not compare with {first}; --allow FIELD lets a field differ")
+        named = [f"{where}: {fault}" for fault, where in faults.items()]
+        raise ConfigError(*named[:10], f"{second}: does not compare with {first}; --allow FIELD lets a field differ")
     if not rows:
         raise ConfigError(
             f"{second}: has no finding of the same protocol, data, network and setting as any of {first}; {_has(sides)}"
@@ -72,10 +75,11 @@ def _records(path: Path) -> list[Record]:
         for record in records:
             if not all(isinstance(record[key], kind) for key, kind in _SHAPE.items()):
                 raise ValueError("a finding is malformed")
-            record["figures"][record["main"]]
+            float(record["figures"][record["main"]])
+            _answers(record)
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file") from error
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{path}: is no result of `relssl evaluate` ({' '.join(str(error).split())[:100]})") from error
     return records
 
@@ -84,8 +88,8 @@ _SHAPE = {"protocol": str, "network": str, "data": str, "setting": dict, "main":
 
 
 def _counterpart(mine: Record, others: list[Record], *, by_network: bool) -> Record | None:
-    """The finding of the same protocol, data and setting; the data may bear another name if nothing else fits."""
-    wanted = ("protocol", "setting", "network") if by_network else ("protocol", "setting")
+    """The finding of the same protocol, data, setting and figure; the data may bear another name if nothing else fits."""
+    wanted = ("protocol", "setting", "main", *(["network"] if by_network else []))
     alike = [other for other in others if all(other[key] == mine[key] for key in wanted)]
     named = [other for other in alike if other["data"] == mine["data"]]
     return next(iter(named or alike), None)
@@ -118,15 +122,20 @@ def _difference(mine: Record, other: Record) -> dict[str, Any]:
 
 def _paired(mine: Record, other: Record) -> list[float] | None:
     """The interval of the difference in percent when test images are drawn again: what both get right or wrong cancels."""
-    total = mine.get("tested")
-    images = [record["card"]["images"].get("test", {}).get("images") for record in (mine, other)]
-    if total is None or [other.get("tested"), *images] != [total] * 3:
-        return None  # unreadable images were left out, so the places do not tell which image is which
-    right = [unpack(record["correct"], total) for record in (mine, other)]
-    gained, lost = int((right[1] & ~right[0]).sum()), int((right[0] & ~right[1]).sum())
+    first, second = _answers(mine), _answers(other)
+    if first is None or second is None or len(first) != len(second):
+        return None
+    gained, lost, total = int((second & ~first).sum()), int((first & ~second).sum()), len(first)
     drawn = Bootstrap().generator().multinomial(total, np.array([gained, lost, total - gained - lost]) / total, size=10_000)
     low, high = percentiles(100 * (drawn[:, 0] - drawn[:, 1]) / total)
     return [round(low, 4), round(high, 4)]
+
+
+def _answers(record: Record) -> npt.NDArray[np.bool_] | None:
+    """Which test images were labelled right; None where some could not be read, so that places do not tell which is which."""
+    if "correct" not in record or record["tested"] != record["card"]["images"]["test"]["images"]:
+        return None
+    return unpack(record["correct"], record["tested"]) if record["tested"] else None
 
 
 def _name(record: Record) -> str:

@@ -26,7 +26,7 @@ from relssl.data.plain import describe
 from relssl.data.sources import Images
 from relssl.engine import Engine
 from relssl.errors import DataError
-from relssl.evaluation.features import Features, state_hash, stream
+from relssl.evaluation.features import Features, extract, state_hash, stream
 
 LAYOUT = 1
 # Bytes that all entries may take together.
@@ -50,7 +50,8 @@ def features(backbone: nn.Module, images: Images, config: Config, engine: Engine
         _make(place, backbone, images, config, engine)
         _evict(root, keep=place)
         found = _read(place)
-        assert found is not None, "what was just written cannot be read"
+    if found is None:  # another process needed the room, or a damaged entry cannot be replaced
+        return extract(backbone, images, config, engine.device, engine.autocast())
     with contextlib.suppress(OSError):
         os.utime(place)
     return found

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from relssl.errors import ConfigError
+from relssl.evaluation.classes import check_labels
 from relssl.evaluation.findings import Finding
 from relssl.evaluation.metrics import Bootstrap, accuracies, accuracy_intervals, ranks
 from relssl.evaluation.rows import Rows, full_precision
@@ -63,9 +64,8 @@ def knn_classify(
     _check(rows, labels, queries, [k], [temperature])
     similarity, index = _neighbours(rows, Rows("query", queries), k, chunk, bank_chunk)
     scores = torch.empty(len(queries), classes)
-    for part, place in zip(
-        _votes(similarity, labels[index], temperature, classes, chunk), torch.split(scores, chunk), strict=True
-    ):
+    votes = _votes(similarity, labels[index], temperature, classes, chunk)
+    for part, place in zip(votes, torch.split(scores, chunk), strict=True):
         place.copy_(part)
     return scores.to(queries.device)
 
@@ -88,14 +88,15 @@ def knn(
         seed: for protocols that draw; kNN does not.
 
     Raises:
-        ConfigError: for images with several labels. ValueError: as `knn_classify`.
+        ConfigError: for images with several labels. DataError: for a bank of one class. ValueError: as `knn_classify`.
     """
     if bank_labels.dim() > 1:
         raise ConfigError("protocol: knn votes for one class, these images have several labels; use probe, lowshot or retrieval")
+    unknown = check_labels(bank_labels, test_labels, classes)
     grid = [(k, temperature) for k in settings.k for temperature in settings.temperature]
     findings: dict[tuple[int, float], Finding] = {}
     for (k_asked, temperature), k, rank, truth in _ranks(bank, bank_labels, test, test_labels, classes, grid, cap=True):
-        notes = (f"k lowered from {k_asked} to {k}, the images of the bank",) if k < k_asked else ()
+        notes = (*unknown, f"k lowered from {k_asked} to {k}, the images of the bank") if k < k_asked else tuple(unknown)
         findings[k, temperature] = Finding(
             {"k": k, "temperature": temperature},
             "top1",
@@ -189,9 +190,8 @@ def _check(rows: Rows, labels: Tensor, queries: Tensor, ks: list[int], temperatu
     if not len(labels):
         raise ValueError("the bank has no labelled features")
     if min(ks) < 1 or max(ks) > rows.count:
-        raise ValueError(
-            f"k must lie in 1..{rows.count}, the labelled features of the bank, got {max(ks) if min(ks) > 0 else min(ks)}"
-        )
+        wrong = max(ks) if min(ks) > 0 else min(ks)
+        raise ValueError(f"k must lie in 1..{rows.count}, the labelled features of the bank, got {wrong}")
     if not all(t > 0 and math.isfinite(t) for t in temperatures):
         raise ValueError(f"the temperature must be above 0, got {min(temperatures)}")
     if int(labels.min()) == int(labels.max()):

@@ -13,6 +13,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from relssl.errors import NumericError
+
 Interval = tuple[float, float]
 Floats = npt.NDArray[np.float64]
 _CELLS = 1 << 22  # images drawn at a time, over all resamples
@@ -30,11 +32,21 @@ class Bootstrap:
 
 
 def ranks(scores: Tensor, truth: Tensor) -> Tensor:
-    """How many classes come before the true one: [M,C] scores, [M] int64 classes -> [M] int64; ties go to the lower class."""
+    """How many classes come before the true one: [M,C] scores, [M] int64 classes -> [M] int64; ties go to the lower class.
+
+    Raises:
+        NumericError: for NaN, which comes after nothing: every image would count as right.
+    """
+    _require_numbers(scores)
     own = scores.gather(1, truth[:, None])
     lower = torch.arange(scores.shape[1], device=scores.device) < truth[:, None]
     rank: Tensor = ((scores > own) | ((scores == own) & lower)).sum(dim=1)
     return rank
+
+
+def _require_numbers(scores: Tensor) -> None:
+    if bool(scores.isnan().any()):
+        raise NumericError("the scores of test images hold NaN; check the weights, the features and the learning rate")
 
 
 def accuracies(rank: Tensor, truth: Tensor, classes: int) -> dict[str, float]:
@@ -100,6 +112,9 @@ def average_precision(scores: Tensor, targets: Tensor, *, interpolated: bool = F
 
     Returns:
         NaN for a class that no image is told to be of.
+
+    Raises:
+        NumericError: for NaN scores.
     """
     once = np.ones((1, len(scores)), np.int64)
     return np.array([_precision(curve, once[:, curve.order], interpolated)[0] for curve in _curves(scores, targets)])
@@ -133,6 +148,7 @@ class _Curve:
 
 
 def _curves(scores: Tensor, targets: Tensor) -> Iterator[_Curve]:
+    _require_numbers(scores)
     for column, target in zip(scores.cpu().numpy().T, targets.cpu().numpy().T, strict=True):
         told = (target >= 0).nonzero()[0]
         order = told[np.argsort(-column[told], kind="stable")]

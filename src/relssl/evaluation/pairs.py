@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from relssl.data.identity import shared
+from relssl.data.paths import shown
 from relssl.data.sources import Images, load
 from relssl.errors import ConfigError, DataError
 
@@ -19,11 +20,13 @@ class LabelledPair:
     Attributes:
         bank, test: labelled images.
         of: how many labelled images the two sides had before they were cut.
+        uncut: fingerprint of the test side before it was cut; a run that was pretrained on those images names them by it.
     """
 
     bank: Images
     test: Images
     of: tuple[int, int] | None = None
+    uncut: str | None = None
 
     @staticmethod
     def load(
@@ -38,11 +41,13 @@ class LabelledPair:
         """
         if at_most is not None and min(at_most) < 1:
             raise ConfigError(f"images: must be at least 1 on each side, got {at_most[0]} and {at_most[1]}")
-        sides = [_labelled(data, load(data, root, split, index=index)) for split in ("bank", "test")]
+        bank = _labelled(data, load(data, root, "bank", index=index))
+        uncut = load(data, root, "test", index=index)
+        sides = [bank, _labelled(data, uncut)]
         counts = (len(sides[0]), len(sides[1]))
         if at_most is not None:
             sides = [choose(side, most, seed) for side, most in zip(sides, at_most, strict=True)]
-        return LabelledPair(sides[0], sides[1], counts)
+        return LabelledPair(sides[0], sides[1], counts, uncut.fingerprint())
 
     @property
     def several(self) -> bool:
@@ -65,6 +70,12 @@ class LabelledPair:
             DataError: if no figure would mean anything: a single class, test classes that the bank has not, or test images
                 that are all in the bank.
         """
+        named, asked = self.bank.classes, self.test.classes
+        if named and asked and named != asked:
+            alone = sorted(set(named) ^ set(asked))[:3] or ["in another order"]
+            raise DataError(
+                f"{self.bank.name}: bank and test name their classes differently ({', '.join(alone)}); give both the same"
+            )
         notes = self._cuts() + ([] if self.several else self._classes())
         again = shared(self.bank, self.test)
         if again == len(self.test):
@@ -81,8 +92,6 @@ class LabelledPair:
     def _classes(self) -> list[str]:
         bank, test = self.bank, self.test
         assert bank.labels is not None and test.labels is not None
-        if bank.classes and test.classes and bank.classes != test.classes:
-            raise DataError(f"{bank.name}: bank and test name their classes differently: {bank.classes[:3]}, {test.classes[:3]}")
         there, asked = set(bank.labels.tolist()), set(test.labels.tolist())
         if len(there) < 2:
             raise DataError(f"{bank.name}: all bank images are of one class ({_named(bank, there)}); two or more are needed")
@@ -117,7 +126,10 @@ def _labelled(data: str, images: Images) -> Images:
         return images
     rows = np.flatnonzero(images.labels >= 0) if images.labels is not None else np.empty(0, np.int64)
     if not len(rows):
-        raise DataError(f"{data}: has no labels to evaluate with; lay folders out as train/CLASS/ and val/CLASS/")
+        raise DataError(
+            f"{shown(data)}: has no labels to evaluate with; lay it out as train/CLASS/ and val/CLASS/ with two classes or more, "
+            "and no image outside of them"
+        )
     return images if len(rows) == len(images) else images.subset(rows)
 
 

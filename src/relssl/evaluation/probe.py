@@ -61,7 +61,8 @@ def probe(
         chunk: images at a time.
 
     Returns:
-        One finding: top1, top5 and mean_per_class, or map (plain average precision, as scikit-learn's); `details` with the penalty chosen and how each one did.
+        One finding: top1, top5 and mean_per_class, or map (plain average precision, as scikit-learn's); `details` with the penalty
+        chosen and how each one did.
 
     Raises:
         NumericError: for NaN, Inf or constant features. DataError: for a bank of one class, or without test labels.

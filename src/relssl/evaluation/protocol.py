@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from relssl.atomic import storing, write_json
+from relssl.atomic import write_json
 from relssl.config import Config
 from relssl.data.paths import shown
 from relssl.data.sources import Images
@@ -24,6 +24,7 @@ from relssl.evaluation.features import Features, evaluating, extract, frozen, re
 from relssl.evaluation.findings import Finding
 from relssl.evaluation.metrics import Bootstrap
 from relssl.evaluation.pairs import LabelledPair
+from relssl.evaluation.results import check_data, check_out, file_name, results_folder, title, unfinished
 from relssl.evaluation.transfer import transfer_table
 from relssl.protocols import Evaluation, read_settings
 from relssl.sections import EngineConfig
@@ -56,6 +57,7 @@ def evaluate(
     reading: Reading | None = None,
     out: str | Path | None = None,
     say: Say | None = None,
+    done: Callable[[Record], None] | None = None,
     **overrides: Any,
 ) -> dict[str, Any]:
     """What a backbone learned.
@@ -66,8 +68,9 @@ def evaluate(
             in COCO's or VOC's layout.
         settings: all settings, instead of `overrides`.
         reading: how to read another program's file.
-        out: JSON file for all results, besides those that are kept in a run folder.
+        out: JSON file for all results, besides those that are kept in a run folder, or instead where that cannot be written.
         say: told of progress, a line each; default: nobody.
+        done: given the answer so far after each protocol, so that an error in a later one costs nothing.
         overrides: settings by name: `protocol="knn,probe"`, `images=(5000, 1000)`, `linear={"epochs": 10}`.
 
     Returns:
@@ -78,27 +81,28 @@ def evaluate(
         ConfigError, DataError, CheckpointError, NumericError, StorageError: each with what to do about it.
     """
     asked = settings or read_settings(overrides)
-    if out is not None and not Path(out).absolute().parent.is_dir():
-        raise ConfigError(f"out: {Path(out).absolute().parent} is no folder")
+    say = say or (lambda line: None)
+    if out is not None:
+        check_out(Path(out))
     opened = open_backbones(source, reading)
     data = data or opened.config.data
-    if opened.folder is not None:
-        with storing(opened.folder / "evaluations"):  # before the work, not after it
-            (opened.folder / "evaluations").mkdir(exist_ok=True)
+    check_data(asked.protocol, data)
+    folder = opened.folder and results_folder(opened.folder, out, say)
     # Readers and devices are the evaluation's, not the run's: a cache of shrunk images would change what is seen.
     config = opened.sees(asked.size)
     loader = dataclasses.replace(config.loader, workers=asked.workers, cache=None)
     config = dataclasses.replace(config, loader=loader, engine=EngineConfig())
-    work = _Work(opened, config, asked, say or (lambda line: None))
-    answer: dict[str, Any] = {"source": opened.name, "data": _title(data), "results": []}
-    for protocol in asked.protocol:
+    work = _Work(opened, config, asked, say)
+    answer: dict[str, Any] = {"source": opened.name, "data": title(data), "results": []}
+    for protocol in dict.fromkeys(asked.protocol):
         records = list(work.run(protocol, data))
         answer["results"] += records
-        if opened.folder is not None:
-            kept_at = opened.folder / "evaluations" / f"{protocol}-{_file_name(data)}.json"
-            write_json(kept_at, answer | {"results": records, "time": time.time()})
-    if out is not None:
-        write_json(Path(out), answer | {"time": time.time()})
+        if folder is not None:
+            write_json(folder / f"{protocol}-{file_name(data)}.json", answer | {"results": records, "time": time.time()})
+        if out is not None:
+            write_json(Path(out), answer | {"time": time.time()})
+        if done is not None:
+            done(answer)
     return answer
 
 
@@ -109,6 +113,7 @@ class _Work:
         self.opened, self.config, self.settings, self.say = opened, config, settings, say
         self.engine = Engine(EngineConfig(device=settings.device, precision=settings.precision))
         self.bootstrap = Bootstrap(settings.resamples, settings.seed)
+        self.notes = [] if opened.folder is None else unfinished(opened.folder)
         self.pairs: dict[str, tuple[LabelledPair, list[str]]] = {}
         self.networks = self._networks()
 
@@ -127,12 +132,13 @@ class _Work:
             return
         for name, backbone in self.networks.items():
             start = time.monotonic()
-            self.say(f"{protocol}: {name} on {_title(data)}")
+            self.say(f"{protocol}: {name} on {title(data)}")
             placed = self.engine.place(backbone)
             with frozen(placed) if protocol in FROZEN else evaluating(placed):
                 common = card(protocol, name, state_hash(placed), self.opened.origin, self.config, self.settings, self.engine)
                 findings, notes, images = self._measure(protocol, placed, data)
-            yield from _records(protocol, name, data, findings, notes, common | images, time.monotonic() - start)
+            seconds = time.monotonic() - start
+            yield from _records(protocol, name, data, findings, [*self.notes, *notes], common | images, seconds)
 
     def _measure(self, protocol: str, backbone: nn.Module, data: str) -> tuple[list[Finding], list[str], dict[str, Any]]:
         """Findings, what any reader of them must know, and the card's part on the data."""
@@ -141,7 +147,7 @@ class _Work:
             from relssl.evaluation.detection import detection
 
             found = detection(backbone, data, self.config, self.engine, settings=section, seed=self.settings.seed, say=self.say)
-            return found, [], {"images": {"data": _title(data)} | found[0].details["fingerprints"]}
+            return found, [], {"images": found[0].details["fingerprints"]}
         pair, notes = self._pair(data)
         if protocol in ON_FEATURES:
             found, more = self._on_features(_function(ON_FEATURES[protocol]), backbone, pair, section)
@@ -159,7 +165,7 @@ class _Work:
             root = settings.data_root or self.config.data_root
             pair = LabelledPair.load(data, root, settings.images, settings.seed, index=self.config.loader.index)
             notes = pair.notes()
-            if self.opened.seen == pair.test.fingerprint():
+            if self.opened.seen is not None and self.opened.seen == pair.uncut:
                 notes.append("the test images are those that the run was pretrained on")
             self.pairs = {data: (pair, notes)}  # one at a time: sets may be large
         return self.pairs[data]
@@ -197,17 +203,18 @@ class _Work:
             with frozen(placed) as weights:
                 common = card("transfer", name, weights, self.opened.origin, self.config, self.settings, self.engine)
                 for one in filter(None, data.split(",")):
-                    self.say(f"transfer: {name} on {_title(one)}")
+                    self.say(f"transfer: {name} on {title(one)}")
                     try:
                         pair, notes = self._pair(one)
                         (found,), more = self._on_features(probe, placed, pair, self.settings.probe)
                     except DataError as error:  # one set that is not at hand must not cost the others
-                        outcomes[_title(one)] = str(error)
+                        outcomes[title(one)] = str(error)
                         continue
-                    outcomes[_title(one)] = dataclasses.replace(found, notes=(*notes, *more, *found.notes))
-                    images[_title(one)] = split(pair)
+                    outcomes[title(one)] = dataclasses.replace(found, notes=(*notes, *more, *found.notes))
+                    images[title(one)] = split(pair)
             seconds = time.monotonic() - start
-            yield from _records("transfer", name, data, [transfer_table(outcomes)], [], common | {"images": images}, seconds)
+            table = [transfer_table(outcomes)]
+            yield from _records("transfer", name, data, table, self.notes, common | {"images": images}, seconds)
 
 
 def _records(
@@ -216,7 +223,7 @@ def _records(
     for finding in findings:
         plain = finding.plain()
         plain["notes"] = [*notes, *plain["notes"]]
-        named = {"protocol": protocol, "network": network, "data": _title(data)}
+        named = {"protocol": protocol, "network": network, "data": title(data)}
         settings = common["settings"] | finding.setting
         yield named | plain | {"seconds": round(seconds, 2), "card": common | {"settings": settings}}
 
@@ -231,12 +238,3 @@ def _function(place: tuple[str, str]) -> Callable[..., list[Finding]]:
     """Imported only when it is asked for: some need scikit-learn, which takes seconds."""
     made: Callable[..., list[Finding]] = getattr(importlib.import_module(place[0]), place[1])
     return made
-
-
-def _title(data: str) -> str:
-    """What to call a data set in results: a name as it is, a folder by its last part, nothing of this machine."""
-    return ",".join(shown(Path(one).name or one) for one in data.split(","))
-
-
-def _file_name(data: str) -> str:
-    return "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in _title(data))[:100]

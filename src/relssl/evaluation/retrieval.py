@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from relssl.errors import ConfigError, DataError
+from relssl.evaluation.classes import check_labels
 from relssl.evaluation.features import require_varied
 from relssl.evaluation.findings import Finding
 from relssl.evaluation.metrics import Bootstrap, mean_interval
@@ -56,8 +57,8 @@ def retrieval(
         One finding, {"gallery": ...}: map and a recall_at_k for each k. Queries without any image to be found are left out.
 
     Raises:
-        NumericError: for NaN, Inf or constant features. DataError: if no query has an image to be found. ConfigError: without
-            a k.
+        NumericError: for NaN, Inf or constant features. DataError: if no query has an image to be found, or the gallery is of one
+            class. ConfigError: without a k.
     """
     if not settings.at:
         raise ConfigError("retrieval.at: is empty; give at least one k")
@@ -66,6 +67,7 @@ def retrieval(
     if not itself:
         require_varied(bank, "bank")
     gallery, labels = (test, test_labels) if itself else (bank, bank_labels)
+    check_labels(labels, test_labels, classes)  # of one class, whatever is found is right
     sought = _sought(labels.cpu(), test_labels.cpu(), classes, itself)
     asked = sought.nonzero().flatten()
     if not len(asked):
