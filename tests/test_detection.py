@@ -522,7 +522,7 @@ def test_detection_learns_and_repeats(tmp_path: Path) -> None:
 
 def test_mask_rcnn_gives_a_finding_for_boxes_and_one_for_masks(tmp_path: Path) -> None:
     shapes.write_coco(tmp_path / "set", train=3, test=1, side=SIDE)
-    settings = DetectionConfig(**{**vars(SMALL), "epochs": 0.5, "max_images": 2, "batch_size": 1})
+    settings = DetectionConfig(**{**vars(SMALL), "epochs": 1, "max_images": 2, "batch_size": 2})
     folder = tmp_path / "set"
     found = detection(create_backbone(NAME), str(folder), config_of(), engine(), settings=settings, seed=0, say=lambda line: None)
     assert [one.setting for one in found] == [{"model": "mask-rcnn", "of": "boxes"}, {"model": "mask-rcnn", "of": "masks"}]
