@@ -245,6 +245,16 @@ def test_missing_parts_are_named(folder: Path, voc: Path, tmp_path: Path) -> Non
         load(str(tmp_path / "nowhere"), masks=False, max_pixels=MANY)
 
 
+def test_an_image_listed_twice_is_refused(folder: Path, voc: Path) -> None:
+    edit(folder, "val", lambda content: content["images"][1].update(file_name="./0000.png"))
+    with pytest.raises(DataError, match=r"instances_val.json: names .*/val/0000.png 2 times; list each image once"):
+        load(str(folder), masks=False, max_pixels=MANY)
+    with (voc / "ImageSets" / "Main" / "test.txt").open("a") as opened:
+        opened.write("test_0\n")
+    with pytest.raises(DataError, match=r"names .*test_0.jpg 2 times"):
+        load(str(voc), masks=False, max_pixels=MANY)
+
+
 def test_parts_of_two_releases_are_not_mixed(folder: Path) -> None:
     for old, new in (("train", "train2017"), ("val", "val2014")):  # most of val2014 is in train2017, under other names
         (folder / old).rename(folder / new)

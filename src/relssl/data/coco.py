@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,8 +34,8 @@ def load(folder: str, *, masks: bool, max_pixels: int) -> tuple[Scenes, Scenes]:
         The two splits; their targets have masks if `masks` and both splits have any.
 
     Raises:
-        DataError: for a folder in neither layout, a missing part, image or category, malformed annotations, splits that share
-            images or differ in their categories, or a split without a single box.
+        DataError: for a folder in neither layout, a missing part, image or category, malformed annotations, an image listed twice, splits
+            that share images or differ in their categories, or a split without a single box.
     """
     path = os.path.expanduser(folder)
     if not os.path.isdir(path):
@@ -60,6 +61,10 @@ def _usable(train: Scenes, test: Scenes) -> None:
     for split in (train, test):
         if not len(split):
             raise DataError(f"{split.name}: has no images")
+        files = Counter(scene.file for scene in split.scenes)
+        if len(files) < len(split):
+            often = max(files, key=files.__getitem__)
+            raise DataError(f"{split.name}: names {shown(often)} {files[often]} times; list each image once, as it counts once")
         if not split.objects():
             lost = "".join(f", {count} dropped as {reason}" for reason, count in split.dropped.items())
             raise DataError(f"{split.name}: has no box that counts on any of its {len(split)} images{lost}")
@@ -155,7 +160,7 @@ def _images(file: str, entries: list[Any], pictures: str, max_pixels: int) -> di
         except (KeyError, TypeError, ValueError) as error:
             lacking = f"has no {error}" if isinstance(error, KeyError) else f"is malformed ({_brief(error)})"
             raise DataError(f"{shown(file)}: image {position} {lacking}") from error
-        drafts[number] = SceneDraft(os.path.join(pictures, name), size, max_pixels)
+        drafts[number] = SceneDraft(os.path.normpath(os.path.join(pictures, name)), size, max_pixels)
         names.append(name)
     present(pictures, names, file)
     return drafts
