@@ -209,6 +209,11 @@ def first(content: dict[str, Any], **values: Any) -> None:
         ("train", lambda c: first(c, segmentation={"size": [SIDE, SIDE], "counts": "abc"}), "is no run-length encoding"),
         ("train", lambda c: first(c, segmentation={"size": [SIDE, SIDE], "counts": "00000"}), "do not add up"),
         ("train", lambda c: first(c, segmentation={"size": [SIDE, SIDE], "counts": "\n"}), "is no run-length encoding"),
+        ("train", lambda c: first(c, bbox=[10**400, 0, 5, 5]), "annotation 0 is malformed"),
+        ("train", lambda c: first(c, iscrowd="0"), "iscrowd is '0', not 0 or 1"),
+        ("train", lambda c: first(c, segmentation=[[0, 0, SIDE, SIDE] * 20]), "a polygon is longer than an image of 64 x 64"),
+        ("train", lambda c: c["images"][0].update(width=10**9, height=10**9), "0000.png: its annotation says 1000000000 x"),
+        ("train", lambda c: c["images"][1].update(file_name=""), "must be a path below"),
         ("train", lambda c: c["images"][1].update(file_name="gone.png"), "1 of its 3 images are not in"),
         ("train", lambda c: c["images"][1].update(file_name="../val/0000.png"), "must be a path below"),
         ("train", lambda c: c["images"][1].update(id=10), "id 10 occurs twice"),
@@ -228,10 +233,8 @@ def test_malformed_annotations_are_named_in_one_line(
 
 def test_missing_parts_are_named(folder: Path, voc: Path, tmp_path: Path) -> None:
     (folder / "annotations" / "instances_val.json").rename(folder / "annotations" / "instances_test.json")
-    for place, message in ((folder, "instances_val2017.json: is missing (nor val2014, val); there is instances_test.json"),):
-        with pytest.raises(DataError, match="missing") as raised:
-            load(str(place), masks=False, max_pixels=MANY)
-        assert message in str(raised.value)
+    with pytest.raises(DataError, match=r"or train and val; has instances_test.json, instances_train.json$"):
+        load(str(folder), masks=False, max_pixels=MANY)
     (voc / "ImageSets" / "Main" / "test.txt").unlink()
     with pytest.raises(DataError, match=r"ImageSets/Main needs trainval.txt and test.txt.*and has trainval.txt"):
         load(str(voc), masks=False, max_pixels=MANY)
@@ -240,6 +243,30 @@ def test_missing_parts_are_named(folder: Path, voc: Path, tmp_path: Path) -> Non
         load(str(tmp_path / "empty"), masks=False, max_pixels=MANY)
     with pytest.raises(DataError, match="is no folder"):
         load(str(tmp_path / "nowhere"), masks=False, max_pixels=MANY)
+
+
+def test_an_image_listed_twice_is_refused(folder: Path, voc: Path) -> None:
+    edit(folder, "val", lambda content: content["images"][1].update(file_name="./0000.png"))
+    with pytest.raises(DataError, match=r"instances_val.json: names .*/val/0000.png 2 times; list each image once"):
+        load(str(folder), masks=False, max_pixels=MANY)
+    with (voc / "ImageSets" / "Main" / "test.txt").open("a") as opened:
+        opened.write("test_0\n")
+    with pytest.raises(DataError, match=r"names .*test_0.jpg 2 times"):
+        load(str(voc), masks=False, max_pixels=MANY)
+
+
+def test_parts_of_two_releases_are_not_mixed(folder: Path) -> None:
+    for old, new in (("train", "train2017"), ("val", "val2014")):  # most of val2014 is in train2017, under other names
+        (folder / old).rename(folder / new)
+        (folder / "annotations" / f"instances_{old}.json").rename(folder / "annotations" / f"instances_{new}.json")
+    with pytest.raises(DataError, match=r"of train2017 and val2017, or .*; has instances_train2017.json, insta"):
+        load(str(folder), masks=False, max_pixels=MANY)
+
+
+def test_sizes_above_the_limit_are_refused_before_training(folder: Path, voc: Path) -> None:
+    for place in (folder, voc):
+        with pytest.raises(DataError, match=r"its annotation says 64 x 64 pixels, more than loader.max_pixels \(4095\)"):
+            load(str(place), masks=False, max_pixels=SIDE * SIDE - 1)
 
 
 def test_evaluation_on_training_images_is_refused(voc: Path) -> None:
@@ -505,7 +532,7 @@ def test_detection_learns_and_repeats(tmp_path: Path) -> None:
 
 def test_mask_rcnn_gives_a_finding_for_boxes_and_one_for_masks(tmp_path: Path) -> None:
     shapes.write_coco(tmp_path / "set", train=3, test=1, side=SIDE)
-    settings = DetectionConfig(**{**vars(SMALL), "epochs": 0.5, "max_images": 2, "batch_size": 1})
+    settings = DetectionConfig(**{**vars(SMALL), "epochs": 1, "max_images": 2, "batch_size": 2})
     folder = tmp_path / "set"
     found = detection(create_backbone(NAME), str(folder), config_of(), engine(), settings=settings, seed=0, say=lambda line: None)
     assert [one.setting for one in found] == [{"model": "mask-rcnn", "of": "boxes"}, {"model": "mask-rcnn", "of": "masks"}]
@@ -560,6 +587,8 @@ def test_what_is_missing_is_said_before_any_work(monkeypatch: pytest.MonkeyPatch
         run(DetectionConfig())
     with pytest.raises(ConfigError, match=r"detection.min_size: 800 must not exceed detection.max_size \(600\)"):
         run(DetectionConfig(max_size=600))
+    with pytest.raises(ConfigError, match=r"detection.norm: train needs detection.batch_size of 2"):
+        run(DetectionConfig(norm="train", batch_size=1))
     there = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "pycocotools" else there(name))
     with pytest.raises(ConfigError, match=r"needs pycocotools; install with `pip install 'relssl\[detection\]'`"):

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import relssl
-from relssl.errors import ConfigError, StorageError
+from relssl.errors import ConfigError, DataError, StorageError
 from small_runs import small_run
 
 
@@ -43,6 +43,15 @@ def test_a_parquet_file_holds_what_the_network_says(network: str, finished: Path
     assert read["name"].to_pylist() == [str(files[3]), str(files[2])]
     assert (read["label"].to_pylist(), read["class"].to_pylist()) == ([0, 1], ["cat", "dog"])
     np.testing.assert_allclose(np.array(read["features"].to_pylist(), np.float32), expected.numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_images_of_which_none_can_be_read_are_named(finished: Path, tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    for name in ("1.png", "2.png"):
+        (tmp_path / "set" / name).write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"set: none of its 2 images can be read, the first is .*1.png: is none of JPEG"):
+        relssl.embed(finished, str(tmp_path / "set"), tmp_path / "v.npz", device="cpu")
+    assert not (tmp_path / "v.npz").exists()
 
 
 def test_several_labels_an_image_are_left_out(finished: Path, tmp_path: Path) -> None:

@@ -150,6 +150,13 @@ def test_an_index_file_chooses_the_images(tmp_path: Path) -> None:
         run(settings, files)
 
 
+def test_an_index_file_is_of_the_whole_bank(tmp_path: Path) -> None:
+    (tmp_path / "few.txt").write_text("0\n1\n3\n")
+    cut = dataclasses.replace(pair(24, 9), of=(48, 9))
+    with pytest.raises(ConfigError, match=r"semi.index: names images of the whole bank, of which `images` leaves 24"):
+        run(SemiConfig(index=str(tmp_path / "few.txt")), cut)
+
+
 def test_batches_hold_two_images_at_least() -> None:
     data = pair(6)
     (found,), _ = run(SemiConfig(fractions=(0.01,), epochs=1, batch_size=2), data)  # three images: one step of two

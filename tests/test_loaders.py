@@ -207,7 +207,7 @@ def test_too_few_images_and_impossible_paths_are_refused(folder: Path) -> None:
     for file in folder.iterdir():
         file.write_bytes(b"\x89PNG no")
     for workers in (0, 1):
-        with pytest.raises(DataError, match=r"^48 images cannot be read, the last is .*; see bad_samples.jsonl$"):
+        with pytest.raises(DataError, match=r"^48 images in a row cannot be read, the last is .*; replace them"):
             batches(FromFiles(images, settings_for({"loader.workers": workers}), Plan(12, 4), CPU), 0, 1)
 
 

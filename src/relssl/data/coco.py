@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,9 @@ from relssl.data.objects import SceneDraft, Scenes, counted, present
 from relssl.data.paths import shown
 from relssl.errors import DataError
 
-# How releases of COCO, and sets laid out like it, name their parts; the first that is there is taken.
-_TRAIN = ("train2017", "train2014", "train")
-_TEST = ("val2017", "val2014", "val")
+# How releases of COCO, and sets laid out like it, name their parts. Those of two releases must not be mixed: most images of
+# val2014 are in train2017 too, under other names.
+_PARTS = (("train2017", "val2017"), ("train2014", "val2014"), ("train", "val"))
 
 
 def load(folder: str, *, masks: bool, max_pixels: int) -> tuple[Scenes, Scenes]:
@@ -33,14 +34,14 @@ def load(folder: str, *, masks: bool, max_pixels: int) -> tuple[Scenes, Scenes]:
         The two splits; their targets have masks if `masks` and both splits have any.
 
     Raises:
-        DataError: for a folder in neither layout, a missing part, image or category, malformed annotations, splits that share
-            images or differ in their categories, or a split without a single box.
+        DataError: for a folder in neither layout, a missing part, image or category, malformed annotations, an image listed twice, splits
+            that share images or differ in their categories, or a split without a single box.
     """
     path = os.path.expanduser(folder)
     if not os.path.isdir(path):
         raise DataError(f"{shown(folder)}: is no folder; detection needs one in COCO's or VOC's layout")
     if os.path.isdir(os.path.join(path, "annotations")):
-        train, test = (_read(path, names, masks, max_pixels) for names in (_TRAIN, _TEST))
+        train, test = (_read(path, part, masks, max_pixels) for part in _parts(path))
         _same_categories(train, test)
     else:
         year = voc_boxes.find(path)
@@ -60,6 +61,10 @@ def _usable(train: Scenes, test: Scenes) -> None:
     for split in (train, test):
         if not len(split):
             raise DataError(f"{split.name}: has no images")
+        files = Counter(scene.file for scene in split.scenes)
+        if len(files) < len(split):
+            often = max(files, key=files.__getitem__)
+            raise DataError(f"{split.name}: names {shown(often)} {files[often]} times; list each image once, as it counts once")
         if not split.objects():
             lost = "".join(f", {count} dropped as {reason}" for reason, count in split.dropped.items())
             raise DataError(f"{split.name}: has no box that counts on any of its {len(split)} images{lost}")
@@ -80,13 +85,18 @@ def _same_categories(train: Scenes, test: Scenes) -> None:
             raise DataError(f"{test.name}: category {number} is {shown(name)}, in {train.name} it is {there}; number them alike")
 
 
-def _read(folder: str, parts: Sequence[str], masks: bool, max_pixels: int) -> Scenes:
-    part = next((part for part in parts if os.path.isfile(_json(folder, part))), None)
-    if part is None:
-        there = ", ".join(sorted(name for name in os.listdir(os.path.dirname(_json(folder, ""))) if name.endswith(".json")))
-        raise DataError(
-            f"{shown(_json(folder, parts[0]))}: is missing (nor {', '.join(parts[1:])}); there is {there or 'no json'}"
-        )
+def _parts(folder: str) -> tuple[str, str]:
+    """The first pair of parts of which both have their annotations."""
+    for pair in _PARTS:
+        if all(os.path.isfile(_json(folder, part)) for part in pair):
+            return pair
+    place = os.path.dirname(_json(folder, ""))
+    there = ", ".join(sorted(name for name in os.listdir(place) if name.endswith(".json")))
+    wanted = ", or ".join(" and ".join(pair) for pair in _PARTS)
+    raise DataError(f"{shown(place)}: needs instances_PART.json of {wanted}; has {there or 'no json'}")
+
+
+def _read(folder: str, part: str, masks: bool, max_pixels: int) -> Scenes:
     file = _json(folder, part)
     places = [os.path.join(folder, part), os.path.join(folder, "images", part)]
     pictures = next((place for place in places if os.path.isdir(place)), None)
@@ -94,14 +104,14 @@ def _read(folder: str, parts: Sequence[str], masks: bool, max_pixels: int) -> Sc
         raise DataError(f"{shown(places[0])}: is missing, the images of {shown(file)}")
     content = _content(file)
     categories = _categories(file, content["categories"])
-    drafts = _images(file, content["images"], pictures)
+    drafts = _images(file, content["images"], pictures, max_pixels)
     labels = {number: label for label, number in enumerate(categories, 1)}
     for position, entry in enumerate(content["annotations"]):
         try:
             _add(entry, drafts, labels, masks)
         except KeyError as error:
             raise DataError(f"{shown(file)}: annotation {position} has no {error}") from error
-        except (TypeError, ValueError, AttributeError) as error:
+        except (TypeError, ValueError, AttributeError, OverflowError) as error:
             raise DataError(f"{shown(file)}: annotation {position} is malformed ({_brief(error)})") from error
     dropped = counted({}, "without extent", sum(draft.dropped for draft in drafts.values()))
     scenes, names = [draft.scene() for draft in drafts.values()], tuple(categories.values())
@@ -137,20 +147,20 @@ def _categories(file: str, entries: list[Any]) -> dict[int, str]:
     return dict(sorted(found.items()))
 
 
-def _images(file: str, entries: list[Any], pictures: str) -> dict[int, SceneDraft]:
+def _images(file: str, entries: list[Any], pictures: str, max_pixels: int) -> dict[int, SceneDraft]:
     drafts: dict[int, SceneDraft] = {}
     names = []
     for position, entry in enumerate(entries):
         try:
             number, name, size = _whole(entry["id"]), entry["file_name"], (_whole(entry["height"]), _whole(entry["width"]))
-            if not isinstance(name, str) or os.path.isabs(name) or ".." in name.split("/") or "\0" in name:
+            if not isinstance(name, str) or not name or os.path.isabs(name) or ".." in name.split("/") or "\0" in name:
                 raise ValueError("file_name must be a path below the folder of the images")
             if min(size) < 1 or number in drafts:
                 raise ValueError(f"id {number} occurs twice" if number in drafts else f"its size is {size[1]} x {size[0]}")
         except (KeyError, TypeError, ValueError) as error:
             lacking = f"has no {error}" if isinstance(error, KeyError) else f"is malformed ({_brief(error)})"
             raise DataError(f"{shown(file)}: image {position} {lacking}") from error
-        drafts[number] = SceneDraft(os.path.join(pictures, name), size)
+        drafts[number] = SceneDraft(os.path.normpath(os.path.join(pictures, name)), size, max_pixels)
         names.append(name)
     present(pictures, names, file)
     return drafts
@@ -162,9 +172,11 @@ def _add(entry: Mapping[str, Any], drafts: dict[int, SceneDraft], labels: dict[i
         unknown = f"image_id {entry['image_id']!r}" if draft is None else f"category_id {entry['category_id']!r}"
         raise ValueError(f"{unknown} is not in the file")
     left, top, width, height = (float(number) for number in entry["bbox"])
-    crowd = bool(entry.get("iscrowd", 0))
+    crowd = entry.get("iscrowd") or 0
+    if crowd not in (0, 1):
+        raise ValueError(f"iscrowd is {crowd!r}, not 0 or 1")
     area, mask = float(entry.get("area") or 0), _mask(entry.get("segmentation"), draft.size) if masks else None
-    draft.add((left, top, left + width, top + height), label, ignored=crowd, area=area, mask=mask)
+    draft.add((left, top, left + width, top + height), label, ignored=crowd == 1, area=area, mask=mask)
 
 
 def _mask(outline: Any, size: tuple[int, int]) -> bytes | None:
@@ -186,6 +198,9 @@ def _mask(outline: Any, size: tuple[int, int]) -> bytes | None:
     polygons = [np.clip(np.array(part, np.float64).reshape(-1, 2), 0, [width, height]) for part in outline]
     if any(len(polygon) < 3 or not np.isfinite(polygon).all() for polygon in polygons):
         raise ValueError("a polygon needs three corners, each of two numbers")
+    room = height * width + 2 * (height + width)  # a longer outline covers pixels more than once, and costs memory by its length
+    if any(np.abs(polygon - np.roll(polygon, 1, axis=0)).sum() > room for polygon in polygons):
+        raise ValueError(f"a polygon is longer than an image of {width} x {height} has room for")
     return _bytes(coco.merge(coco.frPyObjects([polygon.ravel().tolist() for polygon in polygons], height, width)))
 
 

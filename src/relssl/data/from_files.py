@@ -31,9 +31,8 @@ class Unreadable(DataError):
     """So many unreadable images in a row that a batch cannot be filled."""
 
     def __init__(self, faults: list[Fault]) -> None:
-        super().__init__(
-            f"{len(faults)} images cannot be read, the last is {shown(faults[-1][0])} ({faults[-1][1]}); see bad_samples.jsonl"
-        )
+        last = f"the last is {shown(faults[-1][0])} ({faults[-1][1]})"
+        super().__init__(f"{len(faults)} images in a row cannot be read, {last}; replace them, or take them out of the data set")
         self.faults = faults
 
 

@@ -61,9 +61,18 @@ class SceneDraft:
 
     Args:
         file, size: as of Scene.
+        max_pixels: images that are said to have more are refused, for outlines in them cost memory by their size.
+
+    Raises:
+        DataError: if it is said to have more.
     """
 
-    def __init__(self, file: str, size: tuple[int, int]) -> None:
+    def __init__(self, file: str, size: tuple[int, int], max_pixels: int) -> None:
+        if size[0] * size[1] > max_pixels:
+            raise DataError(
+                f"{shown(file)}: its annotation says {size[1]} x {size[0]} pixels, more than loader.max_pixels ({max_pixels}); "
+                "correct the annotation, or take the image out"
+            )
         self.file, self.size, self.dropped = file, size, 0
         self._rows: list[tuple[list[float], int, float, bool, bytes | None]] = []
 

@@ -51,7 +51,7 @@ def read(folder: str, max_pixels: int) -> tuple[Scenes, Scenes]:
         DataError: naming the list, image or annotation that is missing or malformed, or a class met only in evaluation.
     """
     parts = _parts(folder)
-    found = {part: _annotations(folder, part) for part in parts}
+    found = {part: _annotations(folder, part, max_pixels) for part in parts}
     train, test = (found[part] for part in parts)
     classes = sorted({thing.name for _, things in train for thing in things})
     strange = sorted({thing.name for _, things in test for thing in things} - set(classes))
@@ -100,13 +100,13 @@ def _names(folder: str, part: str) -> list[str]:
     return names
 
 
-def _annotations(folder: str, part: str) -> list[tuple[SceneDraft, list[_Object]]]:
+def _annotations(folder: str, part: str, max_pixels: int) -> list[tuple[SceneDraft, list[_Object]]]:
     """The images of a part, without their boxes so far, and their objects."""
     names, pictures = _names(folder, part), os.path.join(folder, "JPEGImages")
     files = [f"{name}.jpg" for name in names]
     present(pictures, files, _list(folder, part))
-    parsed = [_parse(_annotation(folder, name)) for name in names]
-    return [(SceneDraft(os.path.join(pictures, file), size), things) for file, (size, things) in zip(files, parsed, strict=True)]
+    parsed = zip(files, (_parse(_annotation(folder, name)) for name in names), strict=True)
+    return [(SceneDraft(os.path.join(pictures, file), size, max_pixels), things) for file, (size, things) in parsed]
 
 
 def _parse(file: str) -> tuple[tuple[int, int], list[_Object]]:

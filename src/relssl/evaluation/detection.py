@@ -110,6 +110,8 @@ def check(settings: DetectionConfig) -> None:
         raise ConfigError(f"detection: needs {' and '.join(missing)}; install with `pip install 'relssl[detection]'`")
     if settings.min_size > settings.max_size:
         raise ConfigError(f"detection.min_size: {settings.min_size} must not exceed detection.max_size ({settings.max_size})")
+    if settings.norm == "train" and settings.batch_size < 2:  # the coarsest map may have a single pixel
+        raise ConfigError("detection.norm: train needs detection.batch_size of 2 or more; raise it, or take frozen")
 
 
 def training_images(split: Scenes, settings: DetectionConfig, seed: int) -> Scenes:

@@ -10,9 +10,10 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from relssl.data.paths import shown
 from relssl.data.sources import Images, load
 from relssl.engine import Engine
-from relssl.errors import ConfigError
+from relssl.errors import ConfigError, DataError
 from relssl.evaluation.features import stream
 from relssl.evaluation.vectors import check_target, write_vectors
 from relssl.sections import EngineConfig
@@ -71,6 +72,9 @@ def embed(
             if len(ids):
                 count, dim = count + len(ids), vectors.shape[1]
                 yield ids, vectors
+        if not count:
+            first = f"the first is {shown(bad[0][0])}: {bad[0][1]}"
+            raise DataError(f"{images.name}: none of its {len(images)} images can be read, {first}")
 
     classes = images.classes if images.labels is not None else None
     write_vectors(Path(out), rows(), _names(images, split), images.labels, classes)

@@ -25,7 +25,7 @@ from relssl.config import Config
 from relssl.data.sources import Images
 from relssl.data.subsets import fingerprint, from_index, stratified
 from relssl.engine import Engine
-from relssl.errors import NumericError
+from relssl.errors import ConfigError, NumericError
 from relssl.evaluation.classifier import Batches, Labels, Trial, linear_classifier, trial
 from relssl.evaluation.findings import Finding
 from relssl.evaluation.metrics import Bootstrap
@@ -95,6 +95,10 @@ def semi(
     """
     on, labels = trial("semi", pair, config, engine, bootstrap, seed, say)
     if settings.index is not None:
+        if pair.of is not None and len(pair.bank) < pair.of[0]:  # where the same positions are other images
+            raise ConfigError(
+                f"semi.index: names images of the whole bank, of which `images` leaves {len(pair.bank)}; drop one of them"
+            )
         name: dict[str, Any] = {"index": Path(settings.index).name}
         chosen = [("semi", name, from_index(settings.index, pair.bank))]
     else:
