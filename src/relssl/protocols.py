@@ -6,7 +6,7 @@ The defaults are the protocols as the papers state them; `docs/evaluation.md` na
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any
 
@@ -135,7 +135,9 @@ class DetectionConfig:
 class Evaluation:
     """An evaluation."""
 
-    protocol: tuple[str, ...] = setting(("knn",), f"one or several of {', '.join(PROTOCOLS)}")
+    protocol: tuple[str, ...] = setting(
+        ("knn",), f"one or several of {', '.join(PROTOCOLS)}; all: every one but detection, whose data is of another kind"
+    )
     network: tuple[str, ...] = setting(("student", "teacher"), "which networks of a run")
     data_root: str | None = setting(None, "where named data sets lie; null: the run's, else $RELSSL_DATA, else ~/.cache/relssl")
     images: tuple[int, int] | None = setting(None, "at most this many images of bank and test, chosen by the seed", ge=1)
@@ -171,6 +173,8 @@ def read_settings(overrides: Mapping[str, Any]) -> Evaluation:
         ConfigError: with a line for every fault, unknown protocols and networks among them.
     """
     made: Evaluation = build(Evaluation, nest(overrides))
+    if made.protocol == ("all",):
+        made = replace(made, protocol=tuple(name for name in PROTOCOLS if name != "detection"))
     faults = [
         f"protocol: {name!r} is unknown; the nearest is {nearest_word(name, PROTOCOLS)}"
         for name in made.protocol

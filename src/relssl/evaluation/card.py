@@ -16,6 +16,7 @@ from relssl.protocols import Evaluation
 
 # What may change a figure's digits. Python and the operating system do not.
 _PACKAGES = ("torch", "torchvision", "timm", "pillow", "numpy", "scikit-learn", "scipy")
+_OF_DETECTION = ("torchmetrics", "pycocotools")
 # Settings whose every value gives a finding of its own; the others are the same for all findings of a protocol.
 SWEPT = {
     "knn": {"k", "temperature"},
@@ -39,20 +40,19 @@ def card(
         origin: where it comes from.
         config: how it was made and what it sees.
     """
-    trains = protocol in ("finetune", "semi", "detection")
     section = getattr(settings, "probe" if protocol == "transfer" else protocol)
     return {
         "protocol": protocol,
         "network": network,
         "layer": "backbone",
         "settings": {name: value for name, value in dataclasses.asdict(section).items() if name not in SWEPT.get(protocol, ())},
-        "view": view(config),
-        "batch_norm": "trained with the network" if trains else "eval mode; statistics hashed before and after, unchanged",
+        "view": _scenes(config, settings) if protocol == "detection" else view(config),
+        "batch_norm": _norms(protocol, settings),
         "precision": engine.precision,
         "device": engine.device.type,
         "seed": settings.seed,
         "resamples": settings.resamples,
-        "versions": versions(),
+        "versions": versions(*(_OF_DETECTION if protocol == "detection" else ())),
         "backbone": {"name": config.backbone, "args": config.backbone_args, "stem": config.encoder.stem},
         "weights": weights,
         "source": origin,
@@ -72,6 +72,20 @@ def view(config: Config) -> dict[str, Any]:
     }
 
 
+def _scenes(config: Config, settings: Evaluation) -> dict[str, Any]:
+    """What a detector sees of an image."""
+    seen = {key: value for key, value in view(config).items() if key in ("mean", "std")}
+    return {"shorter_side": settings.detection.min_size, "longer_side": settings.detection.max_size, "crop": "none", **seen}
+
+
+def _norms(protocol: str, settings: Evaluation) -> str:
+    if protocol in ("finetune", "semi") or (protocol == "detection" and settings.detection.norm == "train"):
+        return "trained with the network"
+    if protocol == "detection":
+        return "statistics and weights frozen, the rest is trained"
+    return "eval mode; statistics hashed before and after, unchanged"
+
+
 def split(pair: LabelledPair) -> dict[str, Any]:
     """Which images and labels were used, by their content: the same folder elsewhere is the same."""
     whole = pair.of or (len(pair.bank), len(pair.test))
@@ -82,10 +96,10 @@ def _side(images: Images, of: int) -> dict[str, Any]:
     return {"images": len(images), "of": of, "hash": labels_hash(images)}
 
 
-def versions() -> dict[str, str]:
-    """Versions of what computes a figure."""
+def versions(*more: str) -> dict[str, str]:
+    """Versions of what computes a figure, and of `more` packages."""
     found = {"relssl": __version__}
-    for name in _PACKAGES:
+    for name in (*_PACKAGES, *more):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

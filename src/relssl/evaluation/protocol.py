@@ -75,7 +75,8 @@ def evaluate(
 
     Returns:
         {"source", "data", "results": [{"protocol", "network", "data", "setting", "main", "figures", "intervals", "notes",
-        "details", "seconds", "card"}, ...]}; of a run also written to RUN/evaluations/PROTOCOL-DATA.json.
+        "details", "seconds", "card"}, ...]}; of a run also written to RUN/evaluations/PROTOCOL-DATA.json, whose name tells a cut and a
+        size as well.
 
     Raises:
         ConfigError, DataError, CheckpointError, NumericError, StorageError: each with what to do about it.
@@ -86,7 +87,7 @@ def evaluate(
         check_out(Path(out))
     opened = open_backbones(source, reading)
     data = data or opened.config.data
-    check_data(asked.protocol, data)
+    check_data(asked, data)
     folder = opened.folder and results_folder(opened.folder, out, say)
     # Readers and devices are the evaluation's, not the run's: a cache of shrunk images would change what is seen.
     config = opened.sees(asked.size)
@@ -94,11 +95,13 @@ def evaluate(
     config = dataclasses.replace(config, loader=loader, engine=EngineConfig())
     work = _Work(opened, config, asked, say)
     answer: dict[str, Any] = {"source": opened.name, "data": title(data), "results": []}
+    if {*ON_FEATURES, *ON_IMAGES} & set(asked.protocol):
+        work.pair(data)  # whatever is wrong with the data is told before hours of another protocol
     for protocol in dict.fromkeys(asked.protocol):
         records = list(work.run(protocol, data))
         answer["results"] += records
         if folder is not None:
-            write_json(folder / f"{protocol}-{file_name(data)}.json", answer | {"results": records, "time": time.time()})
+            write_json(folder / file_name(protocol, data, asked), answer | {"results": records, "time": time.time()})
         if out is not None:
             write_json(Path(out), answer | {"time": time.time()})
         if done is not None:
@@ -148,7 +151,7 @@ class _Work:
 
             found = detection(backbone, data, self.config, self.engine, settings=section, seed=self.settings.seed, say=self.say)
             return found, [], {"images": found[0].details["fingerprints"]}
-        pair, notes = self._pair(data)
+        pair, notes = self.pair(data)
         if protocol in ON_FEATURES:
             found, more = self._on_features(_function(ON_FEATURES[protocol]), backbone, pair, section)
             return found, notes + more, {"images": split(pair)}
@@ -159,7 +162,8 @@ class _Work:
         )  # fmt: skip
         return found, notes, {"images": split(pair)}
 
-    def _pair(self, data: str) -> tuple[LabelledPair, list[str]]:
+    def pair(self, data: str) -> tuple[LabelledPair, list[str]]:
+        """Both sides of a data set, and what any reader of a figure on them must know."""
         if data not in self.pairs:
             settings = self.settings
             root = settings.data_root or self.config.data_root
@@ -205,7 +209,7 @@ class _Work:
                 for one in filter(None, data.split(",")):
                     self.say(f"transfer: {name} on {title(one)}")
                     try:
-                        pair, notes = self._pair(one)
+                        pair, notes = self.pair(one)
                         (found,), more = self._on_features(probe, placed, pair, self.settings.probe)
                     except DataError as error:  # one set that is not at hand must not cost the others
                         outcomes[title(one)] = str(error)

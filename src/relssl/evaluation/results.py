@@ -5,12 +5,13 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from relssl.atomic import storing
 from relssl.data.paths import shown
 from relssl.errors import ConfigError, StorageError
+from relssl.protocols import Evaluation
 
 
 def check_out(out: Path) -> None:
@@ -23,8 +24,12 @@ def check_out(out: Path) -> None:
         _require_writable(out.absolute().parent)
 
 
-def check_data(protocols: Sequence[str], data: str) -> None:
-    """Several data sets are for `transfer` alone, which names its rows after them."""
+def check_data(settings: Evaluation, data: str) -> None:
+    """Several data sets are for `transfer` alone, which names its rows after them; cuts of the data are not for `detection`."""
+    protocols = settings.protocol
+    for name, instead in (("images", "max_images"), ("size", "min_size")):
+        if "detection" in protocols and getattr(settings, name) is not None:
+            raise ConfigError(f"{name}: is not for detection; use detection.{instead}")
     names = [title(one) for one in data.split(",") if one]
     for protocol in protocols:
         if protocol != "transfer" and len(names) > 1 and not Path(data).exists():
@@ -68,5 +73,9 @@ def title(data: str) -> str:
     return ",".join(shown(Path(one).name or one) for one in data.split(","))
 
 
-def file_name(data: str) -> str:
-    return "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in title(data))[:100]
+def file_name(protocol: str, data: str, settings: Evaluation) -> str:
+    """The name of a protocol's results; a cut of the data or another size has one of its own, so that it replaces no full result."""
+    cut = "" if settings.images is None else f"-{settings.images[0]}-{settings.images[1]}"
+    size = "" if settings.size is None else f"-{settings.size}px"
+    plain = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in title(data))[:100]
+    return f"{protocol}-{plain}{cut}{size}.json"
