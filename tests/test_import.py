@@ -347,7 +347,7 @@ def test_exports_are_made_of_files_with_settings(tmp_path, capsys):
     assert main(["export", str(path), "--format", "timm"]) == 2
     assert f"`relssl import {path}`" in capsys.readouterr().err
     assert main(["export", str(tmp_path / "gone.safetensors"), "--format", "timm"]) == 2
-    assert "gone.safetensors: does not exist" in capsys.readouterr().err
+    assert "gone.safetensors: is no run folder and no file" in capsys.readouterr().err
     assert main(["import", str(path), "--size", "0"]) == 2
     assert "views.weak.size: must be >= 4" in capsys.readouterr().err
 

@@ -88,7 +88,7 @@ def _source(path: Path, network: str | None) -> Source:
             f"{path}: has no settings beside it; `relssl import {path}` makes a file of it that has, to export from"
         )
     if not path.exists():
-        raise ConfigError(f"{path}: does not exist; a run folder is needed, or an exported or imported .safetensors file")
+        raise ConfigError(f"{path}: is no run folder and no file that relssl exported or imported")
     opened = open_backbones(path, Reading(network=network))
     name, backbone = opened.one()
     if opened.folder is None:

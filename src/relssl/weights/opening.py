@@ -107,8 +107,6 @@ def open_backbones(source: str | Path, reading: Reading | None = None) -> Opened
         CheckpointError: if weights are damaged, or not all of them match.
     """
     reading, path = reading or Reading(), Path(source)
-    if reading.network not in (None, *NETWORKS):
-        raise ConfigError(f"network: must be student or teacher, got {reading.network!r}")
     if path.is_file() and not is_exported(path):
         from relssl.weights.foreign import load_foreign
 
@@ -153,6 +151,8 @@ def _single(name: str, backbone: nn.Module, origin: dict[str, Any]) -> Opened:
 
 
 def _run(path: Path, networks: Sequence[str]) -> Opened:
+    if unknown := [name for name in networks if name not in NETWORKS]:
+        raise ConfigError(f"network: {path.name} holds {' and '.join(NETWORKS)}, not {unknown[0]}")
     run = load_run(path)
     checkpoint = run.checkpoint()
     origin = {

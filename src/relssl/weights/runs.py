@@ -74,12 +74,20 @@ def load_run(path: str | Path) -> Run:
     """The run in a folder.
 
     Raises:
-        ConfigError: if the folder holds no run.
+        ConfigError: if the folder holds no run, or settings that this version does not know, naming file and setting.
     """
     folder = Path(path)
     if not (folder / "config.yaml").is_file():
         raise ConfigError(f"{folder}: is no run folder (it has no config.yaml)")
-    return Run(folder, from_mapping(read_yaml(folder / "config.yaml")))
+    return Run(folder, _settings(folder / "config.yaml"))
+
+
+def _settings(file: Path) -> Config:
+    stored = read_yaml(file)
+    try:
+        return from_mapping(stored)
+    except ConfigError as error:  # which knows the settings' names alone
+        raise ConfigError(*(f"{file}: {fault}" for fault in error.faults)) from error
 
 
 def from_checkpoint(config: Config, checkpoint: Path, networks: Sequence[str] = NETWORKS) -> dict[str, nn.Module]:
@@ -141,7 +149,7 @@ def load_exported(path: Path) -> nn.Module:
         ConfigError: if the settings cannot be used.
         CheckpointError: if weights are damaged or do not match the network exactly.
     """
-    config = from_mapping(read_yaml(settings_of(path)))
+    config = _settings(settings_of(path))
     # timm would open that file too, which some of its versions unpickle in full.
     if "checkpoint_path" in config.backbone_args:
         raise ConfigError(f"{settings_of(path)}: backbone_args: checkpoint_path is refused; the weights are those of {path.name}")
