@@ -288,6 +288,9 @@ def test_an_imported_file_is_a_backbone_file(tmp_path):
     assert "layout official" in text and "ImageNet's mean" in text and "trained is not known" in text
     assert "features differ from the backbone's by 0" in text and str(tmp_path) not in text
     import_weights(path)  # over its own file
+    path.rename(tmp_path / "moco.pth.tar")
+    assert import_weights(tmp_path / "moco.pth.tar").out == str(tmp_path / "moco.safetensors")
+    (tmp_path / "moco.pth.tar").rename(path)
     (tmp_path / "mine.yaml").write_text("precious")
     for taken in ("mine.safetensors", "config.safetensors", "x.pth"):
         with pytest.raises(ConfigError, match="out"):

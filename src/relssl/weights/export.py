@@ -17,6 +17,7 @@ from relssl.weights.formats import FORMATS, find_format
 from relssl.weights.graphs import as_onnx, as_torch_export
 from relssl.weights.opening import Reading, is_exported, open_backbones
 from relssl.weights.parity import Parity, compare, real_images
+from relssl.weights.runs import told
 from relssl.weights.statedicts import as_hf, as_safetensors, as_torchvision
 from relssl.weights.written import Source, Written
 
@@ -139,10 +140,16 @@ def _target(source: Path, opened: Source, format: str, out: str | Path | None) -
         raise ConfigError(f"out: {target}: its settings, beside it, would replace a config.yaml; choose another name")
     if target.exists() and opened.folder is None and target.samefile(source):
         raise ConfigError(f"out: {target} is the source itself; choose another name")
-    # What is in the way may be a user's own: a folder is replaced only by its like.
-    if target.exists() and not (target.is_file() if suffix else (target / "model.safetensors").is_file()):
+    # What is in the way may be a user's own: weights and folders are replaced only by their like.
+    if target.exists() and not _replaceable(target, suffix):
         raise ConfigError(f"out: {target} is in the way and is no earlier export; choose another name")
     return target
+
+
+def _replaceable(target: Path, suffix: str) -> bool:
+    if not suffix:
+        return (target / "model.safetensors").is_file()
+    return target.is_file() and (suffix != ".safetensors" or told(target) is not None)
 
 
 def _contents(opened: Source, written: Written, target: Path) -> dict[str, bytes]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from relssl.config import Config
-from relssl.errors import CheckpointError, ConfigError
+from relssl.errors import ConfigError
 from relssl.weights.account import LoadReport
 from relssl.weights.export import hand_over
 from relssl.weights.foreign import load_foreign
@@ -42,9 +42,9 @@ def import_weights(
         StorageError: if it cannot be.
     """
     path = Path(path)
-    if path.suffix == ".safetensors" and path.is_file() and told(path):
+    if told(path):
         raise ConfigError(f"{path}: was written by relssl and is used as it is; there is nothing to import")
-    target = Path(out) if out is not None else path.with_suffix(".safetensors")
+    target = Path(out) if out is not None else path.with_name(path.name.removesuffix(".tar")).with_suffix(".safetensors")
     _free(target)
     made, report = load_foreign(path, layout=layout, backbone=backbone, stem=stem, network=network, allow=allow, size=size)
     config = made.config
@@ -58,14 +58,5 @@ def _free(target: Path) -> None:
     if target.suffix != ".safetensors" or target.stem == "config":
         raise ConfigError(f"out: {target} must end in .safetensors, and its settings, beside it, must not replace a config.yaml")
     taken = [file for file in (target, settings_of(target), target.with_suffix(".md")) if file.exists()]
-    if taken and not _imported(target):
+    if taken and (told(target) or ("",))[0] != "backbone":
         raise ConfigError(f"out: {taken[0]} exists and was not written by relssl import; give another name with --out")
-
-
-def _imported(target: Path) -> bool:
-    """Whether this command wrote the file, by what its header tells."""
-    try:
-        found = told(target)
-    except CheckpointError:
-        return False
-    return found is not None and found[0] == "backbone"

@@ -132,12 +132,11 @@ def settings_of(path: Path) -> Path:
 
 
 def told(path: Path) -> tuple[str, str] | None:
-    """The network that a `.safetensors` file of ours says it holds, and where it came from; None for files of others.
-
-    Raises:
-        CheckpointError: if it is no such file.
-    """
-    held = tensorfile.metadata(path)
+    """The network that a `.safetensors` file of ours says it holds, and where it came from; None for any other file."""
+    try:
+        held = tensorfile.metadata(path) if path.is_file() else {}
+    except CheckpointError:
+        return None
     network, origin = held.get("network", ""), held.get("origin", "")
     return (network, origin) if network in (*NETWORKS, "backbone") and origin else None
 
