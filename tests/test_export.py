@@ -365,6 +365,11 @@ def test_targets_that_do_not_suit_are_refused(plain: tuple[Path, nn.Module], tmp
     with pytest.raises(ConfigError, match="no earlier export"):
         export(file, format="hf", out=tmp_path / "mine")
     assert [path.name for path in tmp_path.rglob("*")] == ["mine", "thesis.txt"]
+    save_file({"a": torch.zeros(1)}, tmp_path / "theirs.safetensors")
+    before = (tmp_path / "theirs.safetensors").read_bytes()
+    with pytest.raises(ConfigError, match="no earlier export"):
+        export(file, format="timm", out=tmp_path / "theirs.safetensors")
+    assert (tmp_path / "theirs.safetensors").read_bytes() == before
 
 
 def test_a_folder_replaces_its_like_and_has_a_card_for_the_hub(plain: tuple[Path, nn.Module], tmp_path: Path) -> None:

@@ -94,10 +94,26 @@ def test_weights_that_do_not_match_are_refused_with_counts(finished: Path, tmp_p
     ):
         relssl.load_backbone(file)
     file.write_bytes(b"\x80\x04\x95not a tensor")
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match="claims a header"):
         relssl.load_backbone(file)
-    with pytest.raises(ConfigError, match="student or teacher"):
+    with pytest.raises(ConfigError, match="holds student and teacher, not pupil"):
         relssl.load_backbone(finished, "pupil")
+
+
+def test_settings_of_another_version_are_refused_by_file_and_name(finished: Path, tmp_path: Path) -> None:
+    for name in ("config.yaml", "backbone.yaml"):
+        stored = finished / ("config.yaml" if name == "config.yaml" else "export/backbone.yaml")
+        (tmp_path / name).write_text(stored.read_text() + "warmth: 3\n")
+    (tmp_path / "backbone.safetensors").write_bytes((finished / "export/backbone.safetensors").read_bytes())
+    for source, file in ((tmp_path, "config.yaml"), (tmp_path / "backbone.safetensors", "backbone.yaml")):
+        with pytest.raises(ConfigError, match=rf"{file}: warmth: unknown key"):
+            relssl.load_backbone(source)
+
+
+def test_settings_that_an_older_run_did_not_have_are_the_defaults(finished: Path, tmp_path: Path) -> None:
+    stored = (finished / "config.yaml").read_text()
+    (tmp_path / "config.yaml").write_text("\n".join(line for line in stored.splitlines() if not line.startswith("compile:")))
+    assert "compile:" in stored and relssl.load_run(tmp_path).config == relssl.load_run(finished).config
 
 
 def test_evaluate_equals_scikit_learn_on_the_same_features(finished: Path) -> None:

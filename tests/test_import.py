@@ -18,12 +18,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import relssl
-from foreign_files import WRITERS, moco_v2, moco_v3, official, plain, resnet18, solo, trained, under
+from foreign_files import WRITERS, moco_v2, moco_v3, official, official_small, plain, resnet18, solo, trained, under
 from relssl.cli import main
 from relssl.errors import CheckpointError, ConfigError
 from relssl.weights import pickles, resnets, twins
 from relssl.weights.foreign import load_foreign, load_timm
 from relssl.weights.importing import import_weights
+from relssl.weights.opening import Reading, open_backbones
 
 
 def images(side: int = 64) -> Tensor:
@@ -53,7 +54,7 @@ def test_every_layout_loads_whole_and_computes_what_its_source_does(tmp_path, ki
     assert (report.layout, report.detected, report.backbone, report.stem) == (layout, True, "resnet18", stem)
     assert report.matched == report.total == len(student.state_dict())
     assert report.missing == report.unexpected == []
-    assert report.network == ("teacher" if kind == "dino" else "student")
+    assert report.network == {"dino": "teacher", "torchvision": "backbone"}.get(kind, "student")
     assert same(backbone, teacher if kind == "dino" else student)
     assert backbone.num_features == 512 and not backbone.training
     if kind != "torchvision":
@@ -111,7 +112,7 @@ def test_unknown_names_tell_what_was_looked_for(tmp_path):
         load_foreign(path, layout="sola")
     with pytest.raises(CheckpointError, match="holds no weights"):
         load_foreign(write(tmp_path / "weights.pth", {"epoch": 3}))
-    with pytest.raises(CheckpointError, match="holds no teacher"):
+    with pytest.raises(ConfigError, match="holds one network"):
         load_foreign(plain_file(tmp_path), network="teacher")
 
 
@@ -285,15 +286,91 @@ def test_an_imported_file_is_a_backbone_file(tmp_path):
     assert same(backbone, source) and backbone.config.views.weak.size == 224
     text = (tmp_path / "ressl-200.md").read_text()
     assert "layout official" in text and "ImageNet's mean" in text and "trained is not known" in text
+    assert "features differ from the backbone's by 0" in text and str(tmp_path) not in text
     import_weights(path)  # over its own file
+    path.rename(tmp_path / "moco.pth.tar")
+    assert import_weights(tmp_path / "moco.pth.tar").out == str(tmp_path / "moco.safetensors")
+    (tmp_path / "moco.pth.tar").rename(path)
     (tmp_path / "mine.yaml").write_text("precious")
     for taken in ("mine.safetensors", "config.safetensors", "x.pth"):
         with pytest.raises(ConfigError, match="out"):
             import_weights(path, out=tmp_path / taken)
     assert (tmp_path / "mine.yaml").read_text() == "precious"
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(ConfigError, match="not written by relssl import"):
-        import_weights(path, out=tmp_path / "other.safetensors")
+    (tmp_path / "text.safetensors").write_text("no tensors")
+    for taken in ("other", "text"):
+        with pytest.raises(ConfigError, match="not written by relssl import"):
+            import_weights(path, out=tmp_path / f"{taken}.safetensors")
+
+
+def test_a_file_of_ours_is_used_with_its_settings_or_not_at_all(tmp_path):
+    """Read by its names alone it would come back with another stem, size and mean."""
+    source = resnet18("small-wide")
+    file = tmp_path / "a.safetensors"
+    import_weights(write(tmp_path / "solo.ckpt", solo(source, source)), out=file)
+    settings = file.with_suffix(".yaml")
+    before = settings.read_bytes()
+    with pytest.raises(ConfigError, match="nothing to import"):
+        import_weights(file)
+    assert settings.read_bytes() == before
+    with pytest.raises(ConfigError, match="holds one network"):
+        open_backbones(file, Reading(network="teacher"))
+    with pytest.raises(ConfigError, match=r"--from: .*leave it out"):
+        open_backbones(file, Reading(layout="solo"))
+    settings.unlink()
+    for use in (open_backbones, relssl.load_backbone, relssl.export):
+        with pytest.raises(ConfigError, match=r"its settings a\.yaml, written with it, are needed"):
+            use(file)
+
+
+@pytest.mark.parametrize("kind", ["moco v2", "solo on CIFAR", "dino"])
+def test_an_import_gives_what_opening_the_file_gives(tmp_path, kind):
+    layout, stem, writer = WRITERS[kind]
+    path = write(tmp_path / "weights.pth", writer(resnet18(stem), resnet18(stem, seed=1)))
+    for network in (None, "student", "teacher"):
+        opened = open_backbones(path, Reading(layout, network=network, size=48))
+        report = import_weights(path, layout=layout, network=network, size=48)
+        held = open_backbones(report.out)
+        assert held.config == opened.config and same(held.one()[1], opened.one()[1])
+        assert opened.origin == {**report.facts(), "out": None}
+        assert held.origin == {"kind": "exported", "file": "weights.safetensors", "network": "backbone", "origin": "weights.pth"}
+
+
+def test_settings_that_name_another_file_of_weights_are_refused(tmp_path):
+    source = resnet18()
+    out = Path(str(import_weights(write(tmp_path / "moco.pth", moco_v2(source, source))).out))
+    settings = out.with_suffix(".yaml")
+    settings.write_text(settings.read_text().replace("backbone_args: {}", "backbone_args: {checkpoint_path: other.pth}"))
+    with pytest.raises(ConfigError, match=r"moco\.yaml: backbone_args: checkpoint_path is refused"):
+        relssl.load_backbone(out)
+
+
+def test_exports_are_made_of_files_with_settings(tmp_path, capsys):
+    path = plain_file(tmp_path)
+    assert main(["export", str(path), "--format", "timm"]) == 2
+    assert f"`relssl import {path}`" in capsys.readouterr().err
+    assert main(["export", str(tmp_path / "gone.safetensors"), "--format", "timm"]) == 2
+    assert "gone.safetensors: is no run folder and no file" in capsys.readouterr().err
+    assert main(["import", str(path), "--size", "0"]) == 2
+    assert "views.weak.size: must be >= 4" in capsys.readouterr().err
+
+
+def test_numbered_names_are_all_accounted_for(tmp_path):
+    source = resnet18("small")
+    content = {name: value for name, value in official_small(source, source)["model"].items() if name.startswith("net.")}
+    content["net.net.bn1.weight"] = torch.ones(64)
+    with pytest.raises(CheckpointError, match=r"1\.weight and bn1\.weight are both bn1\.weight"):
+        load_foreign(write(tmp_path / "two.pth", {"model": content}))
+    del content["net.net.bn1.weight"]
+    content["net.net.\u00b2.weight"] = torch.ones(1)  # a digit, but no number
+    with pytest.raises(CheckpointError, match="unexpected"):
+        load_foreign(write(tmp_path / "odd.pth", {"model": content}))
+
+
+@pytest.mark.parametrize("front", ["module._orig_mod.", "_orig_mod.module.", "_orig_mod."])
+def test_what_wrappers_put_in_front_is_taken_off_in_any_order(tmp_path, front):
+    source = resnet18()
+    assert same(load_foreign(write(tmp_path / "w.pth", under(front, source)))[0], source)
 
 
 def test_the_command_reports_counts(tmp_path, capsys):

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from relssl.train.pretrain import pretrain, resume
     from relssl.weights.export import export
     from relssl.weights.importing import import_weights
-    from relssl.weights.runs import load_backbone, load_run
+    from relssl.weights.opening import load_backbone
+    from relssl.weights.runs import load_run
 
 __version__ = "0.1.0"
 __all__ = [
@@ -43,7 +44,7 @@ _HOMES = {
     "evaluate": "relssl.evaluation.protocol",
     "export": "relssl.weights.export",
     "import_weights": "relssl.weights.importing",
-    "load_backbone": "relssl.weights.runs",
+    "load_backbone": "relssl.weights.opening",
     "load_run": "relssl.weights.runs",
     "pretrain": "relssl.train.pretrain",
     "resume": "relssl.train.pretrain",

@@ -108,7 +108,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, list[str]]:
     made.add_argument("--precision", default="fp32", choices=("auto", "fp32", "bf16"), help="of the network's arithmetic")
     _add_reading(made)
     made = verb("export", verbs.export, "write a backbone for other programs, and check what they will read")
-    made.add_argument("source", metavar="RUN|WEIGHTS", help="run folder or exported .safetensors")
+    made.add_argument("source", metavar="RUN|WEIGHTS", help="run folder, or exported or imported .safetensors")
     formats = "; ".join(f"{name}: {format.about}" for name, format in FORMATS.items())
     made.add_argument("--format", default="safetensors", metavar="FORMAT", help=f"{formats} (default: safetensors)")
     made.add_argument("--network", choices=("student", "teacher"), help="of a run; default: student")

@@ -46,7 +46,9 @@ def card(source: Source, written: Written, parity: Parity, file: str, settings: 
         f"Input: RGB, {source.size} x {source.size}, mean {list(config.views.mean or ())}, std {list(config.views.std or ())} "
         f"of values in 0..1; {describe(config.views)}.",
     ]
-    if settings:
+    if settings and source.network == "backbone":
+        parts.append(f"Where it was trained on images made otherwise, correct `{settings}`.")
+    elif settings:
         parts.append(f"All settings are in `{settings}`.")
     parts += ["## How to load it", *_loading(written, file)]
     parts.append(
@@ -61,7 +63,8 @@ def card(source: Source, written: Written, parity: Parity, file: str, settings: 
         ]
     parts += [
         "## Licence",
-        "The weights belong to whoever trained them, who decides how they may be used; the data may set limits of its own. "
+        ("Their source's applies to the weights. " if source.network == "backbone" else "")
+        + "The weights belong to whoever trained them, who decides how they may be used; the data may set limits of its own. "
         "relssl itself is Apache-2.0.",
         f"Made with {_versions()}.",
     ]
@@ -71,7 +74,8 @@ def card(source: Source, written: Written, parity: Parity, file: str, settings: 
 
 def _what(source: Source, config: Config) -> str:
     if source.network == "backbone":  # imported: our configuration says what it is, not how it was trained
-        return f"Backbone from `{source.origin}`."
+        lines = [f"Backbone from `{source.origin}`, imported; how it was trained is not known here.", *source.account]
+        return "\n- ".join(lines).replace("\n-", "\n\n-", 1)
     count = _count(source.folder)
     of = f"{count} images of " if count else ""
     return (

@@ -15,9 +15,11 @@ from relssl.weights.card import card, public
 from relssl.weights.detectron import as_detectron2
 from relssl.weights.formats import FORMATS, find_format
 from relssl.weights.graphs import as_onnx, as_torch_export
+from relssl.weights.opening import Reading, is_exported, open_backbones
 from relssl.weights.parity import Parity, compare, real_images
+from relssl.weights.runs import told
 from relssl.weights.statedicts import as_hf, as_safetensors, as_torchvision
-from relssl.weights.written import Source, Written, open_source
+from relssl.weights.written import Source, Written
 
 _WRITERS = {
     "safetensors": as_safetensors,
@@ -77,8 +79,26 @@ def export(
         StorageError: if it cannot be written.
     """
     find_format(format)
-    opened = open_source(source, network)
-    target = _target(Path(source), opened, format, out)
+    opened = _source(Path(source), network)
+    return hand_over(opened, _target(Path(source), opened, format, out), format, images)
+
+
+def _source(path: Path, network: str | None) -> Source:
+    if path.is_file() and not is_exported(path):
+        raise ConfigError(
+            f"{path}: has no settings beside it; `relssl import {path}` makes a file of it that has, to export from"
+        )
+    if not path.exists():
+        raise ConfigError(f"{path}: is no run folder and no file that relssl exported or imported")
+    opened = open_backbones(path, Reading(network=network))
+    name, backbone = opened.one()
+    if opened.folder is None:
+        return Source(backbone, opened.config, opened.origin["network"], opened.origin["origin"])
+    return Source(backbone, opened.config, name, opened.origin["checkpoint"], opened.folder)
+
+
+def hand_over(opened: Source, target: Path, format: str, images: Images | None = None) -> Exported:
+    """Write a backbone and its card to `target` and check them; arguments and errors are those of `export`."""
     written = _WRITERS[format](opened)
     with storing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -120,10 +140,16 @@ def _target(source: Path, opened: Source, format: str, out: str | Path | None) -
         raise ConfigError(f"out: {target}: its settings, beside it, would replace a config.yaml; choose another name")
     if target.exists() and opened.folder is None and target.samefile(source):
         raise ConfigError(f"out: {target} is the source itself; choose another name")
-    # A folder is replaced only by its like: anything else in the way may be a user's own.
-    if target.exists() and (target.is_dir() if suffix else not (target / "model.safetensors").is_file()):
+    # What is in the way may be a user's own: weights and folders are replaced only by their like.
+    if target.exists() and not _replaceable(target, suffix):
         raise ConfigError(f"out: {target} is in the way and is no earlier export; choose another name")
     return target
+
+
+def _replaceable(target: Path, suffix: str) -> bool:
+    if not suffix:
+        return (target / "model.safetensors").is_file()
+    return target.is_file() and (suffix != ".safetensors" or told(target) is not None)
 
 
 def _contents(opened: Source, written: Written, target: Path) -> dict[str, bytes]:

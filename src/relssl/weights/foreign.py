@@ -135,7 +135,7 @@ def _heads(found: Found, name: str, fresh: nn.Module) -> tuple[str, ...]:
 def _config(report: LoadReport, args: Mapping[str, Any], size: int | None, cfg: Mapping[str, Any]) -> Config:
     """A configuration that says how the backbone is built and what it sees; of training it says nothing."""
     fixed = cfg["input_size"][-1] if cfg.get("fixed_input_size") else None
-    side = size or (fixed if fixed and report.stem == "standard" else _SIZES[report.stem])
+    side = size if size is not None else fixed if fixed and report.stem == "standard" else _SIZES[report.stem]
     small = report.stem != "standard"
     cifar = report.stem in ("small", "small-wide") and report.layout in _CIFAR10_STD
     mean, std = (_CIFAR10_MEAN, _CIFAR10_STD[report.layout]) if cifar else (IMAGENET_MEAN, IMAGENET_STD)

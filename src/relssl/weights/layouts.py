@@ -13,6 +13,7 @@ Each is as its own repository writes it:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -149,7 +150,7 @@ def opened(raw: Mapping[str, Any], path: Path) -> State:
 
 def _bare(name: Any) -> str:
     """Without what data-parallel wrappers and torch.compile put in front."""
-    return str(name).removeprefix("module.").removeprefix("_orig_mod.")
+    return re.sub(r"^((module|_orig_mod)\.)+", "", str(name))
 
 
 def _count(value: Any) -> int:
@@ -209,9 +210,9 @@ def split(state: State, layout: Layout, network: str | None) -> Found:
     """
     if network not in (None, "student", "teacher"):
         raise ConfigError(f"network: must be student or teacher, got {network!r}")
+    if layout.name in PLAIN and network is not None:
+        raise ConfigError(f"network: {state.path} holds one network; leave the option out")
     held = {"student": _present(state, layout.student), "teacher": _present(state, layout.teacher)}
-    if layout.name in PLAIN:
-        held["teacher"] = None
     first = layout.default
     other = "teacher" if first == "student" else "student"
     chosen = network or (first if held[first] is not None else other)
@@ -222,7 +223,7 @@ def split(state: State, layout: Layout, network: str | None) -> Found:
             f"{state.path}: holds no {network or 'backbone'} of layout {layout.name} (looked for {sought}); it holds {_some(state.names.values())}"
         )
     aside = held["teacher" if chosen == "student" else "student"]
-    found = Found(layout, chosen, prefix, {}, {}, dict(state.left_out))
+    found = Found(layout, "backbone" if layout.name in PLAIN else chosen, prefix, {}, {}, dict(state.left_out))
     for name, value in state.tensors.items():
         group = next((part for part in layout.beside if name == part or (part.endswith(".") and name.startswith(part))), None)
         if group is None and aside is not None and name.startswith(aside):
@@ -234,7 +235,7 @@ def split(state: State, layout: Layout, network: str | None) -> Found:
             found.names[name.removeprefix(prefix)] = state.names[name]
         else:
             found.unknown.append(state.names[name])
-    found.weights, names, found.stem = resnets.named_children(found.weights)
+    found.weights, names, found.stem = resnets.named_children(found.weights, state.path)
     found.names = {name: found.names[old] for name, old in names.items()}
     return found
 

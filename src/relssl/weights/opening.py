@@ -13,18 +13,18 @@ from torch import nn
 
 from relssl.config import Config
 from relssl.errors import ConfigError
-from relssl.weights.runs import NETWORKS, from_checkpoint, load_exported, load_run
+from relssl.weights.runs import NETWORKS, from_checkpoint, load_exported, load_run, settings_of, told
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How to read weights of another program; a run and an exported file need none of it.
+    """How to read weights; all but `network` is about files of other programs.
 
     Attributes:
         layout: official, solo, moco, dino, torchvision or timm; None: told from the names in the file.
         backbone: timm name; None: told from names and shapes, for ResNets.
         stem: as `encoder.stem`; None: told from the shapes, as far as they tell.
-        network: student or teacher, of files that hold both; None: the one its authors evaluate.
+        network: student or teacher, of runs (None: both) and of files that hold both (None: the one their authors evaluate).
         allow: names of weights that may be missing or unexpected.
         size: side of the view in pixels; None: the layout's own.
     """
@@ -36,8 +36,8 @@ class Reading:
     allow: Sequence[str] = ()
     size: int | None = None
 
-    def misplaced(self) -> list[str]:
-        """The options that were given and mean nothing for a run, an exported file or a timm name."""
+    def only_foreign(self) -> list[str]:
+        """The options that were given and are about files of other programs alone."""
         options = {"--from": self.layout, "--backbone": self.backbone, "--stem": self.stem, "--allow": self.allow}
         return [name for name, value in options.items() if value]
 
@@ -48,7 +48,7 @@ class Opened:
 
     Attributes:
         name: what to call them in messages and results; no path of this machine.
-        networks: by name: student and teacher of a run, else one `backbone`.
+        networks: by name: student, teacher or both of a run, else one `backbone`.
         config: how they were made and what they see.
         folder: of a run.
         origin: where the weights come from, as plain JSON.
@@ -62,6 +62,10 @@ class Opened:
     origin: dict[str, Any] = field(default_factory=dict)
     seen: str | None = None
 
+    def one(self) -> tuple[str, nn.Module]:
+        """A single network and its name: the student, where there is a choice."""
+        return next(iter(self.networks.items()))
+
     def sees(self, size: int | None) -> Config:
         """The settings with another side of the view, if one is asked for."""
         views = self.config.views
@@ -70,35 +74,74 @@ class Opened:
         return replace(self.config, views=replace(views, weak=replace(views.weak, size=size)))
 
 
+def load_backbone(source: str | Path, network: str | None = None) -> nn.Module:
+    """A pretrained backbone, in eval mode.
+
+    Args:
+        source: a run folder; an exported or imported `.safetensors` file with its settings beside it; another program's file
+            whose layout can be told from its names; or a timm name.
+        network: student or teacher, of a run (default: student) or of a file that holds both (default: the one its authors
+            evaluate).
+
+    Returns:
+        The timm network without classifier: images [B, 3, S, S] to features [B, F]. It has `.num_features` and
+        `.transform`, which makes the normalised [3, S, S] tensor of a PIL image.
+
+    Raises:
+        ConfigError: if `source` is none of these, or does not hold `network`.
+        CheckpointError: if weights are damaged or do not match the network exactly.
+    """
+    return open_backbones(source, Reading(network=network)).one()[1]
+
+
 def open_backbones(source: str | Path, reading: Reading | None = None) -> Opened:
     """The backbones that `source` names.
 
     Args:
-        source: a run folder; a `.safetensors` file with its card beside it; any other file of weights; or a timm name, such
-            as `resnet50` or `timm:resnet50.a1_in1k`, for timm's own pretrained weights, which may be downloaded.
-        reading: how to read another program's file.
+        source: a run folder; a `.safetensors` file with its settings beside it; any other file of weights; or a timm name,
+            such as `resnet50` or `timm:resnet50.a1_in1k`, for timm's own pretrained weights, which may be downloaded.
+        reading: how to read it.
 
     Raises:
         ConfigError: if it is none of these, or options are given that the kind of source has no use for.
         CheckpointError: if weights are damaged, or not all of them match.
     """
     reading, path = reading or Reading(), Path(source)
-    if path.is_file() and not (path.suffix == ".safetensors" and path.with_suffix(".yaml").is_file()):
+    if path.is_file() and not is_exported(path):
         from relssl.weights.foreign import load_foreign
 
         backbone, report = load_foreign(path, **vars(reading))
         return _single(path.name, backbone, report.facts())
-    if misplaced := reading.misplaced():
-        raise ConfigError(*(f"{option}: {source} is no file of another program" for option in misplaced))
+    if given := reading.only_foreign():
+        raise ConfigError(*(f"{option}: is for files of other programs, which {source} is not; leave it out" for option in given))
     if path.is_dir():
-        return _run(path)
+        return _run(path, (reading.network,) if reading.network else NETWORKS)
+    if reading.network:
+        raise ConfigError(f"network: {source} holds one network; leave the option out")
     if path.is_file():
-        return _single(path.name, load_exported(path), {"kind": "exported", "file": path.name})
+        network, origin = told(path) or ("backbone", path.name)
+        facts = {"kind": "exported", "file": path.name, "network": network, "origin": origin}
+        return _single(path.name, load_exported(path), facts)
     if timm.is_model(str(source).removeprefix("timm:").partition(".")[0]):
         from relssl.weights.foreign import load_timm
 
         return _single(str(source), load_timm(str(source)), {"kind": "timm", "name": str(source)})
     raise ConfigError(f"{source}: is no run folder, no file of weights and no timm name")
+
+
+def is_exported(path: Path) -> bool:
+    """Whether an existing file is one of ours, with its settings beside it.
+
+    Raises:
+        ConfigError: if it is and they are missing: what the network sees cannot be told from weights.
+    """
+    if path.suffix != ".safetensors":
+        return False
+    if settings_of(path).is_file():
+        return True
+    if told(path):
+        raise ConfigError(f"{path}: its settings {settings_of(path).name}, written with it, are needed beside it")
+    return False
 
 
 def _single(name: str, backbone: nn.Module, origin: dict[str, Any]) -> Opened:
@@ -107,17 +150,19 @@ def _single(name: str, backbone: nn.Module, origin: dict[str, Any]) -> Opened:
     return Opened(name, {"backbone": backbone}, config, origin=origin)
 
 
-def _run(path: Path) -> Opened:
+def _run(path: Path, networks: Sequence[str]) -> Opened:
+    if unknown := [name for name in networks if name not in NETWORKS]:
+        raise ConfigError(f"network: {path.name} holds {' and '.join(NETWORKS)}, not {unknown[0]}")
     run = load_run(path)
     checkpoint = run.checkpoint()
-    networks = {name: from_checkpoint(run.config, checkpoint, name) for name in NETWORKS}
     origin = {
         "kind": "run",
         "run": path.resolve().name,
         "checkpoint": checkpoint.name,
         "recipe": Path(run.config.recipe or "").name,
     }
-    return Opened(path.resolve().name, networks, run.config, path, origin, _pretrained_on(path))
+    found = from_checkpoint(run.config, checkpoint, networks)
+    return Opened(path.resolve().name, found, run.config, path, origin, _pretrained_on(path))
 
 
 def _pretrained_on(run: Path) -> str | None:

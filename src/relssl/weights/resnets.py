@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
 from torch import Tensor
+
+from relssl.errors import CheckpointError
 
 _DEPTHS: dict[tuple[int, ...], tuple[str | None, str | None]] = {
     (2, 2, 2, 2): ("resnet18", None),
@@ -35,7 +38,7 @@ def infer_resnet(weights: Mapping[str, Tensor]) -> str | None:
     return _WIDTHS[middle].format(deep) if deep and len(middles) == 1 and (middle := middles.pop()) in _WIDTHS else None
 
 
-def named_children(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str], str | None]:
+def named_children(weights: Mapping[str, Tensor], path: Path) -> tuple[dict[str, Tensor], dict[str, str], str | None]:
     """Give the children of a ResNet that was put into an nn.Sequential their names again.
 
     MoCo's CIFAR demo, which the small-set code of ReSSL follows, drops the fully connected layer or appends it, and leaves out the
@@ -44,15 +47,21 @@ def named_children(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], di
     Returns:
         The weights by name, {name: what it was called}, and the stem that the numbers tell, or None. Names of another
         kind stay as they are.
+
+    Raises:
+        CheckpointError: if two weights come to one name.
     """
-    layers = sorted({int(name.split(".")[0]) for name in weights if re.match(r"\d+\.\d+\.", name)})[:4]
+    layers = sorted({int(name.split(".")[0]) for name in weights if re.match(r"[0-9]{1,2}\.[0-9]+\.", name)})[:4]
     if "0.weight" not in weights and not layers:
         return dict(weights), {name: name for name in weights}, None
-    children = {0: "conv1", 1: "bn1"} | {number: f"layer{i + 1}" for i, number in enumerate(layers)}
-    names = {}
+    children = {"0": "conv1", "1": "bn1"} | {str(number): f"layer{i + 1}" for i, number in enumerate(layers)}
+    names: dict[str, str] = {}
     for old in weights:
         number, _, rest = old.partition(".")
-        names[f"{children.get(int(number), f'fc.{number}')}.{rest}" if number.isdigit() else old] = old
+        new = f"{children.get(number, f'fc.{number}')}.{rest}" if number.isdecimal() else old
+        if new in names:
+            raise CheckpointError(f"{path}: {names[new]} and {old} are both {new}, two weights of one name")
+        names[new] = old
     named = {name: weights[old] for name, old in names.items()}
     first = named.get("conv1.weight")
     small = layers and first is not None and first.shape[-1] == 3

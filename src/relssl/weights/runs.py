@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from torch import nn
 
 from relssl.config import Config, from_mapping
@@ -17,7 +17,7 @@ from relssl.data.plain import plain_view
 from relssl.errors import CheckpointError, ConfigError
 from relssl.method.encoder import create_backbone, feature_width
 from relssl.schema import read_yaml
-from relssl.weights import store
+from relssl.weights import store, tensorfile
 
 NETWORKS = ("student", "teacher")
 
@@ -74,46 +74,31 @@ def load_run(path: str | Path) -> Run:
     """The run in a folder.
 
     Raises:
-        ConfigError: if the folder holds no run.
+        ConfigError: if the folder holds no run, or settings that this version does not know, naming file and setting.
     """
     folder = Path(path)
     if not (folder / "config.yaml").is_file():
         raise ConfigError(f"{folder}: is no run folder (it has no config.yaml)")
-    return Run(folder, from_mapping(read_yaml(folder / "config.yaml")))
+    return Run(folder, _settings(folder / "config.yaml"))
 
 
-def load_backbone(source: str | Path, network: str | None = None) -> nn.Module:
-    """A run's pretrained backbone, in eval mode.
-
-    Args:
-        source: a run folder, or an exported `.safetensors` file with its card beside it.
-        network: student (default) or teacher, of a run; an exported file holds one network.
-
-    Returns:
-        The timm network without classifier: images [B, 3, S, S] to features [B, F]. It has `.num_features` and
-        `.transform`, which makes the normalised [3, S, S] tensor of a PIL image.
-
-    Raises:
-        ConfigError: if `source` is neither, or `network` unknown.
-        CheckpointError: if weights are damaged or do not match the network exactly.
-    """
-    exported = Path(source).suffix == ".safetensors"
-    if network not in (None, *NETWORKS) or (exported and network is not None):
-        wanted = "nothing, an exported file holds one network" if exported else "student or teacher"
-        raise ConfigError(f"network: must be {wanted}, got {network!r}")
-    if exported:
-        return load_exported(Path(source))
-    run = load_run(source)
-    return from_checkpoint(run.config, run.checkpoint(), network or "student")
+def _settings(file: Path) -> Config:
+    stored = read_yaml(file)
+    try:
+        return from_mapping(stored)
+    except ConfigError as error:  # which knows the settings' names alone
+        raise ConfigError(*(f"{file}: {fault}" for fault in error.faults)) from error
 
 
-def from_checkpoint(config: Config, checkpoint: Path, network: str) -> nn.Module:
-    """The backbone of one network of one checkpoint, in eval mode."""
+def from_checkpoint(config: Config, checkpoint: Path, networks: Sequence[str] = NETWORKS) -> dict[str, nn.Module]:
+    """The backbones of a checkpoint by the name of their network, in eval mode."""
     tensors, _ = store.load(checkpoint)
-    prefix = f"{network}.backbone."
-    return build(
-        config, {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}, checkpoint
-    )
+    found = {}
+    for network in networks:
+        prefix = f"{network}.backbone."
+        weights = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+        found[network] = build(config, weights, checkpoint)
+    return found
 
 
 def build(config: Config, weights: dict[str, Any], origin: Path) -> nn.Module:
@@ -141,16 +126,33 @@ def build(config: Config, weights: dict[str, Any], origin: Path) -> nn.Module:
     return backbone.eval()
 
 
-def load_exported(path: Path) -> nn.Module:
-    """The backbone in an exported file, described by the card beside it."""
-    card = path.with_suffix(".yaml")
-    if not path.is_file() or not card.is_file():
-        raise ConfigError(f"{path}: needs the exported file and its card {card.name} beside it")
+def settings_of(path: Path) -> Path:
+    """Where the settings of an exported or imported file lie."""
+    return path.with_suffix(".yaml")
+
+
+def told(path: Path) -> tuple[str, str] | None:
+    """The network that a `.safetensors` file of ours says it holds, and where it came from; None for any other file."""
     try:
-        weights = load_file(path)
-    except Exception as error:  # safetensors raises its own type for whatever is wrong with a file
-        raise CheckpointError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from error
-    return build(from_mapping(read_yaml(card)), weights, path)
+        held = tensorfile.metadata(path) if path.is_file() else {}
+    except CheckpointError:
+        return None
+    network, origin = held.get("network", ""), held.get("origin", "")
+    return (network, origin) if network in (*NETWORKS, "backbone") and origin else None
+
+
+def load_exported(path: Path) -> nn.Module:
+    """The backbone in an exported or imported file, as the settings beside it describe it.
+
+    Raises:
+        ConfigError: if the settings cannot be used.
+        CheckpointError: if weights are damaged or do not match the network exactly.
+    """
+    config = _settings(settings_of(path))
+    # timm would open that file too, which some of its versions unpickle in full.
+    if "checkpoint_path" in config.backbone_args:
+        raise ConfigError(f"{settings_of(path)}: backbone_args: checkpoint_path is refused; the weights are those of {path.name}")
+    return build(config, tensorfile.read(path), path)
 
 
 def transform(config: Config) -> Any:

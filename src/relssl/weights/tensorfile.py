@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from relssl.errors import CheckpointError
 
@@ -45,6 +46,19 @@ def read(path: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: naming the file, whatever it holds; a crafted one takes neither much memory nor another exception.
     """
+    with _opened(path) as opened:
+        # Cloned out of the memory map: a file that vanishes or shrinks under a map kills the process.
+        return {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
+
+
+def metadata(path: Path) -> dict[str, str]:
+    """What the header of a safetensors file says beside its tensors; raises as `read` does."""
+    with _opened(path) as opened:
+        return opened.metadata() or {}
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     from safetensors import safe_open
 
     try:
@@ -53,8 +67,7 @@ def read(path: Path) -> dict[str, Tensor]:
         if length > MAX_JSON:
             raise CheckpointError(f"{path}: claims a header of {length} bytes, more than {MAX_JSON}")
         with safe_open(path, framework="pt") as opened:
-            # Cloned out of the memory map: a file that vanishes or shrinks under a map kills the process.
-            return {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
+            yield opened
     except CheckpointError:
         raise
     except Exception as error:  # whatever a crafted header makes the library or torch raise

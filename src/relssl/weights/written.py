@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import safe_open
 from torch import nn
 
 from relssl.config import Config
-from relssl.errors import ConfigError
-from relssl.weights.runs import NETWORKS, from_checkpoint, load_exported, load_run
 
 
 @dataclass(frozen=True)
@@ -21,9 +18,10 @@ class Source:
     Attributes:
         backbone: in eval mode, on the CPU.
         config: what it was made with.
-        network: student or teacher; `backbone` where that is not known.
+        network: student or teacher of a run of ours; `backbone` of anything else.
         origin: name of the checkpoint, or of the file, that the weights come from.
         folder: the run's, if it is one.
+        account: of an imported file, a line each: how it was read and what was assumed.
     """
 
     backbone: nn.Module
@@ -31,6 +29,7 @@ class Source:
     network: str
     origin: str
     folder: Path | None = None
+    account: Sequence[str] = ()
 
     @property
     def size(self) -> int:
@@ -74,42 +73,6 @@ class Written:
     snippets: tuple[Snippet, ...]
     exact: bool = True
     notes: Callable[[str], str] | None = None
-
-
-def open_source(path: str | Path, network: str | None) -> Source:
-    """The backbone of a run's newest checkpoint, or in an exported or imported `.safetensors` file.
-
-    Raises:
-        ConfigError: if the path is neither, or the network is unknown or asked of a file.
-        CheckpointError: if weights are damaged or do not match.
-    """
-    path = Path(path)
-    if path.suffix == ".safetensors":
-        if network is not None:
-            raise ConfigError(f"network: {path.name} holds one network; leave the option out")
-        backbone = load_exported(path)
-        held, origin = _told(path)
-        return Source(backbone, _config(backbone), held, origin)
-    if network not in (None, *NETWORKS):
-        raise ConfigError(f"network: must be student or teacher, got {network!r}")
-    run = load_run(path)
-    checkpoint = run.checkpoint()
-    backbone = from_checkpoint(run.config, checkpoint, network or "student")
-    return Source(backbone, run.config, network or "student", checkpoint.name, run.folder)
-
-
-def _config(backbone: nn.Module) -> Config:
-    config = backbone.config
-    assert isinstance(config, Config)
-    return config
-
-
-def _told(path: Path) -> tuple[str, str]:
-    """The network that a file says it holds and where that came from; files not written by an export say neither."""
-    with safe_open(path, "pt") as opened:
-        told = opened.metadata() or {}
-    network, origin = told.get("network", ""), told.get("origin", "")
-    return (network, origin) if network in NETWORKS and origin else ("backbone", path.name)
 
 
 def quote(text: str) -> str:
