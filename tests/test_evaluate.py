@@ -91,7 +91,7 @@ def test_every_protocol_gives_figures_with_intervals_and_a_card(finished: Path, 
         frozen = result["protocol"] not in ("semi", "finetune")
         assert ("unchanged" in card["batch_norm"]) == frozen
     for protocol in PROTOCOLS:
-        kept_there = json.loads((finished / f"evaluations/{protocol}-digits.json").read_text())
+        kept_there = json.loads((finished / f"evaluations/{protocol}-digits-240-120.json").read_text())
         assert {result["protocol"] for result in kept_there["results"]} == {protocol}
 
 

@@ -78,8 +78,7 @@ def evaluate(args: argparse.Namespace, overrides: dict[str, Any]) -> Any:
     from relssl.report.evaluation import show
     from relssl.weights.opening import Reading
 
-    network = settings.network[0] if len(settings.network) == 1 else None
-    reading = Reading(args.layout, args.backbone, args.stem, network, args.allow, settings.size)
+    reading = Reading(args.layout, args.backbone, args.stem, allow=args.allow)
     say = None if args.json else lambda line: print(line, file=sys.stderr, flush=True)
     so_far: list[dict[str, Any]] = []
     try:
@@ -112,7 +111,7 @@ def embed(args: argparse.Namespace, _: dict[str, Any]) -> Any:
     from relssl.evaluation.embed import embed
     from relssl.weights.opening import Reading
 
-    reading = Reading(args.layout, args.backbone, args.stem, args.network, args.allow, args.size)
+    reading = Reading(args.layout, args.backbone, args.stem, allow=args.allow, size=args.size)
     options = {name: getattr(args, name) for name in ("network", "split", "data_root", "device", "precision")}
     found = embed(args.source, args.data, args.out, reading=reading, **options)
     if not args.json:

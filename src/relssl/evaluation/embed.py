@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from relssl.data.paths import shown
 from relssl.data.sources import Images, load
 from relssl.engine import Engine
-from relssl.errors import ConfigError, DataError
+from relssl.errors import DataError
 from relssl.evaluation.features import stream
 from relssl.evaluation.vectors import check_target, write_vectors
 from relssl.sections import EngineConfig
@@ -41,7 +42,7 @@ def embed(
         source: a run folder, an exported file, another program's file, or a timm name; see `open_backbones`.
         data: any data set, folder or list.
         out: the file to write, as `vectors.write_vectors` describes; its folder must exist.
-        network: student (default) or teacher, of a run; other sources hold one network.
+        network: student or teacher, of a run (default: student) or of another program's file that holds both.
         split: train, bank or test, for sets that have them.
         precision: fp32; bf16, faster on much hardware, rounds the features by about one percent; auto: where it is faster.
         reading: how to read another program's file, and the size of the view.
@@ -55,12 +56,8 @@ def embed(
     """
     check_target(Path(out))
     reading = reading or Reading()
-    opened = open_backbones(source, reading)
-    networks, config = opened.networks, opened.sees(reading.size)
-    wanted = "backbone" if "backbone" in networks else network or "student"
-    if wanted not in networks:
-        raise ConfigError(f"network: {source} holds {' and '.join(networks)}, not {wanted}")
-    backbone = networks[wanted]
+    opened = open_backbones(source, replace(reading, network=network or reading.network))
+    config, (_, backbone) = opened.sees(reading.size), opened.one()
     engine = Engine(EngineConfig(device=device, precision=precision))
     images = load(data, data_root or config.data_root, split, index=config.loader.index)
     bad, count, dim = list(images.bad), 0, 0

@@ -85,7 +85,11 @@ def evaluate(
     say = say or (lambda line: None)
     if out is not None:
         check_out(Path(out))
-    opened = open_backbones(source, reading)
+    reading = reading or Reading()
+    network = asked.network[0] if len(asked.network) == 1 else reading.network
+    opened = open_backbones(source, dataclasses.replace(reading, network=network, size=asked.size or reading.size))
+    if data is None and opened.folder is None:
+        raise ConfigError(f"data: {opened.name} is no run, so name the labelled data to evaluate it on")
     data = data or opened.config.data
     check_data(asked, data)
     folder = opened.folder and results_folder(opened.folder, out, say)
