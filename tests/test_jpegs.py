@@ -145,7 +145,7 @@ def test_a_file_that_neither_reads_is_replaced(tmp_path: Path, monkeypatch: pyte
 
 def test_nothing_to_read_is_told_as_ever(tmp_path: Path) -> None:
     images = written(tmp_path, {f"{i}.jpg": lambda: b"\xff\xd8 no" for i in range(4)})
-    with pytest.raises(Unreadable, match="16 images cannot be read"):
+    with pytest.raises(Unreadable, match="16 images in a row cannot be read"):
         batches(images, settings("torchvision"), Plan(4, 4))
 
 

@@ -28,7 +28,7 @@ from relssl.evaluation.results import check_data, check_out, file_name, results_
 from relssl.evaluation.transfer import transfer_table
 from relssl.protocols import Evaluation, read_settings
 from relssl.sections import EngineConfig
-from relssl.weights.opening import Opened, Reading, open_backbones
+from relssl.weights.opening import NO_DATA, Opened, Reading, open_backbones
 
 # Protocols on features, and those that train on images: {name: (module, function)}.
 ON_FEATURES = {
@@ -88,9 +88,9 @@ def evaluate(
     reading = reading or Reading()
     network = asked.network[0] if len(asked.network) == 1 else reading.network
     opened = open_backbones(source, dataclasses.replace(reading, network=network, size=asked.size or reading.size))
-    if data is None and opened.folder is None:
-        raise ConfigError(f"data: {opened.name} is no run, so name the labelled data to evaluate it on")
     data = data or opened.config.data
+    if data == NO_DATA:
+        raise ConfigError(f"data: {opened.name} does not say what it was trained on; name the labelled data to evaluate it on")
     check_data(asked, data)
     folder = opened.folder and results_folder(opened.folder, out, say)
     # Readers and devices are the evaluation's, not the run's: a cache of shrunk images would change what is seen.

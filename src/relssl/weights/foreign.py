@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from relssl.method.encoder import create_backbone, feature_width
 from relssl.weights import layouts, pickles, resnets, twins
 from relssl.weights.account import LoadReport, account
 from relssl.weights.layouts import Found, State
+from relssl.weights.opening import NO_DATA
 from relssl.weights.probe import dead, untrained
 from relssl.weights.runs import build
 from relssl.weights.tensorfile import one_line
@@ -169,6 +171,7 @@ def load_timm(name: str) -> nn.Module:
         raise ConfigError(f"backbone: timm knows no weights {name!r} ({one_line(error)})") from error
     if cfg is None or not cfg.has_weights:
         raise ConfigError(f"backbone: timm has no pretrained weights for {name}")
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # which tells of each retry
     try:
         network = timm.create_model(name, pretrained=True, num_classes=0)
     except Exception as error:  # whatever the network, the hub or the file raise
@@ -197,7 +200,7 @@ def neutral(
     views = {"weak": {"name": "weak", "size": size}, "strong": {"name": "contrastive", "size": size}}
     return from_mapping(
         {
-            "data": "imported",
+            "data": NO_DATA,
             "recipe": "imported",
             "backbone": backbone,
             "backbone_args": dict(args),

@@ -15,6 +15,9 @@ from relssl.config import Config
 from relssl.errors import ConfigError
 from relssl.weights.runs import NETWORKS, from_checkpoint, load_exported, load_run, settings_of, told
 
+# What the settings of weights that no run of ours made say of their data.
+NO_DATA = "imported"
+
 
 @dataclass(frozen=True)
 class Reading:
