@@ -134,7 +134,10 @@ def test_the_penalty_is_the_best_on_held_out_images() -> None:
     bank, test = torch.cat([bank[:, ::4], noise], dim=1)[:300], torch.cat([test[:, ::4], noise[: len(test)]], dim=1)
     finding = _probe(bank, labels[:300], test, truth)
     tried = finding.details["tried"]
-    assert [each["strength"] for each in tried] == sorted(ProbeConfig().strengths, reverse=True)
+    whole, best = sorted(ProbeConfig().strengths, reverse=True), max(each["top1"] for each in tried)
+    assert [each["strength"] for each in tried] == whole[: len(tried)]
+    behind = len(tried) - 1 - next(place for place, each in enumerate(tried) if each["top1"] == best)
+    assert behind == 2 and len(tried) < len(whole)  # two in a row that are no better end the search
     assert finding.details["strength"] == max(tried, key=lambda each: each["top1"])["strength"]  # max takes the first
     held, _ = hold_out(labels[:300], 10, 0.2, 0)
     assert finding.details["held_out"] == int(held.sum())

@@ -1,17 +1,18 @@
-"""Logistic regression by L-BFGS on features that may be larger than memory: they are read in chunks and never copied whole.
+"""Logistic regression by L-BFGS on features that may be larger than memory: they are read in chunks, and kept if they are few.
 
 Legend: N images, F feature dimensions, C classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from scipy.optimize import minimize
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from relssl.evaluation.rows import Rows, full_precision
@@ -20,7 +21,9 @@ from relssl.evaluation.rows import Rows, full_precision
 _GRADIENT = 1e-5
 _DECREASE = 1e-12
 # What counts as arrived where L-BFGS gives up because rounding hides any further decrease.
-_ARRIVED = 1e-4
+ARRIVED = 1e-4
+# Bytes of centred features that are kept through a fit; more are centred anew in every pass.
+_HELD = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ def fit(
     *,
     iterations: int,
     start: npt.NDArray[np.float64] | None = None,
+    gradient: float = _GRADIENT,
     device: torch.device,
     chunk: int,
 ) -> Fit:
@@ -88,15 +92,17 @@ def fit(
     Args:
         labels: of the kept rows.
         start: where to begin, as in `Fit.flat`; zeros if not given.
+        gradient: the largest magnitude of the gradient's entries at which to stop.
     """
     objective = _Objective(rows, labels, classes, strength, scale, device, chunk)
     begin = np.zeros(classes * (rows.features.shape[1] + 1)) if start is None else start
     # As in scikit-learn; `maxfun`, which counts all evaluations, must never end a fit before `iterations` does.
-    options = {"maxiter": iterations, "maxfun": 50 * iterations, "maxls": 50, "gtol": _GRADIENT, "ftol": _DECREASE}
-    with full_precision(device):
+    options = {"maxiter": iterations, "maxfun": 50 * iterations, "maxls": 50, "gtol": gradient, "ftol": _DECREASE}
+    # scipy's own little products on many threads would take turns with torch's threads, and most of the time wait for them.
+    with full_precision(device), threadpool_limits(1, user_api="blas"):
         found = minimize(objective, begin, jac=True, method="L-BFGS-B", options=options)
-    gradient = float(np.abs(found.jac).max())
-    return Fit(found.x, int(found.nit), gradient, bool(found.success) or gradient <= _ARRIVED)
+    reached = float(np.abs(found.jac).max())
+    return Fit(found.x, int(found.nit), reached, bool(found.success) or reached <= ARRIVED)
 
 
 def predict(rows: Rows, found: Fit, classes: int, scale: Scale, device: torch.device, chunk: int) -> Tensor:
@@ -125,14 +131,18 @@ class _Objective:
         told = (labels >= 0).sum(dim=0) if labels.dim() == 2 else torch.tensor(len(labels))
         self.told = told.clamp_min(1).to(device)
         self.loss: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = _binary if labels.dim() == 2 else _softmax
+        self.held = list(self._read()) if 4 * rows.count * rows.features.shape[1] <= _HELD else None
+
+    def _read(self) -> Iterator[tuple[int, Tensor]]:
+        """The features a chunk at a time, centred."""
+        return ((start, self.scale.centred(part)) for start, part in self.rows.chunks(self.chunk, self.device))
 
     def __call__(self, flat: npt.NDArray[np.float64]) -> tuple[float, npt.NDArray[np.float64]]:
         weight, bias = unpack(flat, self.classes, self.device)
         folded, offset = (weight * self.scale.inverse).float(), bias.float()
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         by_weight, by_bias = torch.zeros_like(weight), torch.zeros_like(bias)
-        for start, part in self.rows.chunks(self.chunk, self.device):
-            part = self.scale.centred(part)
+        for start, part in self.held if self.held is not None else self._read():
             own = self.labels[start : start + len(part)].to(self.device)
             losses, slope = self.loss(torch.addmm(offset, part, folded.T), own)
             loss += (losses.double().sum(dim=0) / self.told).sum()

@@ -18,7 +18,7 @@ from relssl.errors import ConfigError
 from relssl.evaluation.classes import check_labels, counts, named, places
 from relssl.evaluation.features import require_varied
 from relssl.evaluation.findings import Finding
-from relssl.evaluation.logistic import Scale, fit, measure, predict
+from relssl.evaluation.logistic import ARRIVED, Scale, fit, measure, predict
 from relssl.evaluation.metrics import (
     Bootstrap,
     accuracies,
@@ -30,6 +30,9 @@ from relssl.evaluation.metrics import (
 )
 from relssl.evaluation.rows import Rows
 from relssl.protocols import ProbeConfig
+
+# Weaker penalties that may in a row be no better than the best.
+_PATIENCE = 2
 
 
 def probe(
@@ -48,7 +51,8 @@ def probe(
     """Choose the L2 penalty on a held-out part of the bank, fit on the whole bank, classify the test images.
 
     The penalties are tried from the strongest to the weakest, each fit beginning where the last ended; of those equally good on
-    the held-out images the strongest is taken. Mean and deviation are those of the whole bank throughout.
+    the held-out images the strongest is taken, and after two in a row that are no better no weaker one is tried. Mean and
+    deviation are those of the whole bank throughout.
 
     Args:
         bank, test: [N,F] and [M,F] fp32; may be memory-mapped.
@@ -120,14 +124,17 @@ def _path(
     best: dict[str, Any] = {"figure": -1.0}
     tried, start = [], None
     for strength in strengths:
-        found = fit(learnt, labels[kept], classes, strength, scale, start=start, **more)
+        found = fit(learnt, labels[kept], classes, strength, scale, start=start, gradient=ARRIVED, **more)
         start = found.flat
         scores, truth = predict(asked, found, classes, scale, more["device"], more["chunk"]), labels[held]
         figure = _map(scores, truth) if labels.dim() == 2 else accuracies(ranks(scores, truth), truth, classes)["top1"]
         name = "map" if labels.dim() == 2 else "top1"
         tried.append({"strength": strength, name: round(figure, 4), "iterations": found.iterations, "converged": found.converged})
         if figure > best["figure"]:
-            best = {"figure": figure, "strength": strength, "start": start}
+            best = {"figure": figure, "strength": strength, "start": start, "place": len(tried)}
+        elif len(tried) - best["place"] == _PATIENCE:
+            break  # weaker ones take ever longer, and fit the noise
+    del best["place"]
     return best, tried
 
 
