@@ -7,7 +7,7 @@ SEED ?= 0
 PEERS ?= .venv-peers
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint torture bench bench-peers clean
+.PHONY: demo test lint torture smoke results bench bench-peers clean
 
 demo: $(VENV)/ready
 	$(BIN)/relssl pretrain digits --seed $(SEED) --out $(OUT)
@@ -22,6 +22,12 @@ lint: $(VENV)/ready-dev
 
 torture: $(VENV)/ready-dev
 	$(BIN)/python -m pytest -m torture -s
+
+smoke: $(VENV)/ready
+	$(BIN)/relssl reproduce $(or $(TABLE),temperature) --scale smoke --runs runs/smoke-$(or $(TABLE),temperature) --out runs/smoke
+
+results:
+	$(PYTHON) docs/write_results.py
 
 bench: $(VENV)/ready
 	$(BIN)/python benchmarks/bench.py $(ARGS)

@@ -26,7 +26,7 @@ from relssl.data.sources import IMAGENET_MEAN, IMAGENET_STD
 from relssl.engine import Engine
 from relssl.evaluation.detector import create_detector, pyramid_levels
 from relssl.evaluation.detector_training import Plan, curve, measure, train
-from relssl.method.encoder import create_backbone
+from relssl.method.backbones import create_backbone
 from relssl.protocols import DetectionConfig
 from relssl.sections import EngineConfig
 from relssl.train.folder import environment

@@ -24,7 +24,7 @@ from conventional import Step, Transform
 from options import Options
 from pictures import Noise, write_folder
 from relssl.config import Config
-from relssl.method.encoder import create_backbone, feature_width
+from relssl.method.backbones import create_backbone, feature_width
 from rounds import Contender, Record, compare, peak, show, spread, times
 
 

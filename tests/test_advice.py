@@ -117,7 +117,7 @@ def test_one_fault_one_advice(found: Estimate, over: dict[str, Any], setting: st
         (figures(floor_multiple=6.0), {}),  # of a CPU no batch is too small
         (figures(bf16_gain=1.1), {"engine.precision": "fp32"}),
         (figures(shares=SHARES | {"loss": 0.4}), {"method.memory_size": 300}),  # half would be less than a batch
-        (gpu(0.95), {"batch_size": 6, "accumulate": 3}),  # parts of one image
+        (gpu(0.95), {"batch_size": 6, "accumulate": 3, "encoder.batch_norm_splits": 1}),  # parts of one image
         (gpu(0.3), {"accumulate": 4}),
         (figures(saving_seconds=50.0, evaluation_seconds=50.0, seconds=400.0), {}),  # under a minute
         (figures(evaluation_seconds=39_500.0), {"log.knn_every": 200}),

@@ -60,7 +60,8 @@ def reference(image: Tensor, config: ViewConfig, draws: Draws, row: int) -> Tens
         x = jitter(x, config, draws, row)
     if draws.grey[row]:
         x = F.rgb_to_grayscale(x, 3)
-    return blur(x, float(draws.sigma[row])) if draws.sigma[row] else x
+    x = blur(x, float(draws.sigma[row])) if draws.sigma[row] else x
+    return F.solarize(x, 0.5) if draws.solarize[row] else x
 
 
 def check(x: Tensor, config: ViewConfig, tolerance: float) -> Tensor:
@@ -148,6 +149,17 @@ def test_grey(probability):
 def test_blur(size, sigma):
     # Ours is cut at 4 deviations of the widest; what lies beyond weighs 6e-5.
     check(images(size, size), ViewConfig(size=size, blur=0.7, blur_sigma=sigma), 1e-4)
+
+
+@pytest.mark.parametrize("probability", [1.0, 0.3])
+def test_solarize(probability):
+    x, config = images(), ViewConfig(solarize=probability)
+    check(x, config, 1e-6)
+    applied = draws_for(config, x).solarize
+    levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(BATCH, 3, 16, 16)
+    expected = torch.where(torch.from_numpy(applied)[:, None, None, None], F.solarize(levels, 128), levels)
+    made = batched.apply(levels, ViewConfig(size=16, solarize=probability), draws_for(config, x))
+    assert torch.equal((made * 255).round().byte(), expected) and applied.any() and applied.all() == (probability == 1)
 
 
 @pytest.mark.parametrize("name", [name for name in VIEWS if name != "strong"])

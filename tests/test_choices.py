@@ -13,7 +13,7 @@ from relssl.config import resolve
 from relssl.data.sources import load
 from relssl.engine import Engine
 from relssl.errors import ConfigError
-from relssl.method.ressl import unwrapped
+from relssl.method.base import unwrapped
 from relssl.schema import merge, nest
 from relssl.train.assembly import complete_settings
 from relssl.train.trainer import Trainer
@@ -46,7 +46,7 @@ def test_a_compiler_that_fails_is_told_in_one_line_and_done_without(tmp_path: Pa
     for made in (plain, without):
         made.train_step(next(made.loader.stream(0, 1)))
     assert differing(state(plain), state(without)) == []
-    assert "embed" not in vars(unwrapped(without.model.student))
+    assert "heads" not in vars(unwrapped(without.model.student))
 
 
 def test_auto_does_not_compile_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,7 +59,7 @@ def test_auto_does_not_compile_on_a_cpu(tmp_path: Path, monkeypatch: pytest.Monk
 def test_compiled_networks_make_the_same_step(tmp_path: Path) -> None:
     plain, compiled = trainer(tmp_path / "a"), trainer(tmp_path / "b", compile="on")
     assert compiled.compiled is not None and "of the time without" in compiled.compiled
-    assert "embed" in vars(unwrapped(compiled.model.student))
+    assert "heads" in vars(unwrapped(compiled.model.student))
     assert differing(state(plain), state(compiled)) == []  # trying it out has left no trace
     for made in (plain, compiled):
         made.train_step(next(made.loader.stream(0, 1)))

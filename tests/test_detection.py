@@ -24,7 +24,7 @@ from relssl.errors import ConfigError, DataError, NumericError
 from relssl.evaluation.detection import detection
 from relssl.evaluation.detector import Pyramid, create_detector, freeze, pyramid_levels
 from relssl.evaluation.detector_training import Plan, curve, flipped, measure, train
-from relssl.method.encoder import create_backbone
+from relssl.method.backbones import create_backbone
 from relssl.protocols import DetectionConfig
 from relssl.sections import EngineConfig
 

@@ -14,7 +14,7 @@ from torchvision import transforms
 from relssl.data.draws import POOL, Draws, _mix, draw, uniforms
 from relssl.views import VIEWS, ViewConfig
 
-ALL = {**VIEWS["strong"], "affine": 0.7, "degrees": 20.0, "translate": 0.1, "zoom": (0.7, 1.3)}
+ALL = {**VIEWS["strong"], "solarize": 0.3, "affine": 0.7, "degrees": 20.0, "translate": 0.1, "zoom": (0.7, 1.3)}
 
 PINNED = [
     [0.9991198347610852, 0.21496686097442996, 0.8719938780976756],
@@ -119,6 +119,7 @@ OWNED = {
     "brightness": (0.0, ("factors",)),
     "grey": (0.0, ("grey",)),
     "blur": (0.0, ("sigma",)),
+    "solarize": (0.0, ("solarize",)),
 }
 
 
@@ -144,14 +145,14 @@ def test_fewer_randaugment_operations_are_the_first_of_more():
 def test_nothing_is_drawn_of_a_plain_view():
     draws = draw(ViewConfig(), 0, 0, np.arange(5), 0, (20, 30))
     np.testing.assert_array_equal(draws.crop, np.tile([0, 0, 20, 30], (5, 1)))
-    assert not (draws.affine | draws.flip | draws.jitter | draws.grey | (draws.sigma > 0)).any()
+    assert not (draws.affine | draws.flip | draws.jitter | draws.grey | (draws.sigma > 0) | draws.solarize).any()
     assert (draws.zoom == 1).all() and (draws.factors == 1).all() and (draws.hue == 0).all() and draws.ops.shape == (5, 0)
 
 
-@pytest.mark.parametrize("name, applied", [("flip", 0.5), ("jitter", 0.8), ("grey", 0.2), ("blur", 0.5)])
+@pytest.mark.parametrize("name, applied", [("flip", 0.5), ("jitter", 0.8), ("grey", 0.2), ("blur", 0.5), ("solarize", 0.3)])
 def test_probabilities(name, applied):
     count = 20_000
-    draws = draw(view(), 0, 0, np.arange(count), 1, (32, 32))
+    draws = draw(view(solarize=0.3), 0, 0, np.arange(count), 1, (32, 32))
     share = (draws.sigma > 0 if name == "blur" else getattr(draws, name)).mean()
     assert abs(share - applied) < 4 * np.sqrt(applied * (1 - applied) / count)
 

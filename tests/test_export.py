@@ -30,7 +30,7 @@ from relssl.config import Config, resolve, to_yaml
 from relssl.data.plain import enlarged
 from relssl.data.sources import at_hand
 from relssl.errors import CheckpointError, ConfigError
-from relssl.method.encoder import create_backbone
+from relssl.method.backbones import create_backbone
 from relssl.weights import export as exporting
 from relssl.weights.detectron import read, to_detectron
 from relssl.weights.export import export

@@ -24,7 +24,8 @@ from relssl.data.batch import Batch
 from relssl.data.sources import load
 from relssl.engine import Engine
 from relssl.errors import CheckpointError, ConfigError, DataError, Interrupted, LockedError, NumericError, StorageError
-from relssl.method.ressl import unwrapped
+from relssl.method.base import unwrapped
+from relssl.optim import PLAIN
 from relssl.schema import merge, nest
 from relssl.train.assembly import complete_settings
 from relssl.train.folder import RunFolder
@@ -203,7 +204,7 @@ def whole_state(made: Trainer) -> dict[str, torch.Tensor]:
 def test_a_non_finite_step_leaves_no_trace(tmp_path: Path, fused: bool) -> None:
     made = trainer(tmp_path)
     if not fused:
-        made.optimizer = torch.optim.SGD(made.parameters, lr=0.1, momentum=0.9, fused=False)
+        made.optimizer = torch.optim.SGD([{"params": made.parameters, **PLAIN}], lr=0.1, momentum=0.9, fused=False)
     stream: Iterator[list[Batch]] = made.loader.stream(0, 20)
     made.train_step(next(stream))
     before = whole_state(made)
@@ -411,3 +412,13 @@ def test_sigkill_then_resume_from_the_command_line(finished: Path, tmp_path: Pat
     assert main(["resume", str(folder)]) == 0
     assert differing(final_state(finished), final_state(folder)) == []
     assert repeatable_rows(finished) == repeatable_rows(folder)
+
+
+def test_one_crop_is_a_list_of_one(tmp_path: Path) -> None:
+    """The code of several crops with one of them makes the losses and the weights of the plain view, bit for bit."""
+    plain = small_run(tmp_path / "plain", **{"views.strong": {"name": "contrastive"}, "log.every": 1})
+    listed = small_run(
+        tmp_path / "listed", **{"views.strong": {"name": "contrastive"}, "views.crops": [[32, 0.2, 1.0]], "log.every": 1}
+    )
+    assert repeatable_rows(plain.folder) == repeatable_rows(listed.folder)
+    assert differing(final_state(plain.folder), final_state(listed.folder)) == []

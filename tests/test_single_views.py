@@ -45,6 +45,8 @@ CLOSE = {
     "hue": (ViewConfig(jitter=1.0, hue=0.1), 2.0),
     "grey": (ViewConfig(grey=1.0), 0.5),
     "blur": (ViewConfig(blur=1.0), 1.0),
+    "solarize": (ViewConfig(solarize=0.5), 0.5),
+    "byol-second": (view("byol-second"), 2.0),
     "weak": (view("weak"), 0.5),
     "contrastive": (view("contrastive"), 2.0),
     "digit-weak": (view("digit-weak"), 0.7),
@@ -86,6 +88,12 @@ def test_each_of_the_jitters_orders_is_torchvisions():
         for op in draws.order[row]:
             expected = operations[op](expected, factors[op])
         assert torch.equal(single.apply(image, config, draws, row), F.pil_to_tensor(expected))
+
+
+def test_solarize_is_torchvisions():
+    image = F.to_pil_image(photos(32, 32, batch=1)[0])
+    made = single.apply(image, ViewConfig(solarize=1.0), draw(ViewConfig(solarize=1.0), 0, 0, np.arange(1), 1, (32, 32)), 0)
+    assert torch.equal(made, F.pil_to_tensor(F.solarize(image, 128)))
 
 
 def test_an_untouched_image_keeps_its_bytes():

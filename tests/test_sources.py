@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import shutil
 import struct
 from pathlib import Path
 from urllib.error import URLError
@@ -12,7 +13,7 @@ import torch
 from torchvision import datasets
 
 from bad_images import jpeg
-from relssl.data import digits
+from relssl.data import digits, imagenet100, tiny_imagenet
 from relssl.data.sources import IMAGENET_MEAN, IMAGENET_STD, Images, load
 from relssl.errors import ConfigError, DataError
 
@@ -87,6 +88,78 @@ def test_imagenet_is_a_split_folder_below_the_root(classes, tmp_path_factory):
     assert load("imagenet", str(root), "test").labels.tolist() == [2, 1]
     with pytest.raises(DataError, match="imagenet: not found; put train/CLASS/"):
         load("imagenet", str(classes), "train")
+
+
+def test_imagenet100_is_100_classes_of_imagenet(tmp_path):
+    assert len(set(imagenet100.CLASSES)) == 100 and imagenet100.CLASSES[0] == "n01558993" and "n02869837" in imagenet100.CLASSES
+    chosen = imagenet100.CLASSES
+    folders = ["n00000001", *chosen[:50], "n01600000", *chosen[50:], "n99999999"]
+    plant(tmp_path, *(f"imagenet/train/{word}/{i}.jpg" for word in folders for i in range(2)))
+    plant(tmp_path, *(f"imagenet/val/{word}/v.jpg" for word in folders))
+    train, test = (load("imagenet100", str(tmp_path), split) for split in ("train", "test"))
+    assert train.labels.tolist() == [label for label in range(100) for _ in range(2)] and train.classes == test.classes == chosen
+    assert names(test, tmp_path) == [f"imagenet/val/{word}/v.jpg" for word in chosen] and test.labels.tolist() == list(range(100))
+    shutil.rmtree(tmp_path / "imagenet/train" / chosen[7])
+    with pytest.raises(DataError, match=f"no image of {chosen[7]}; 1 of the 100 classes"):
+        load("imagenet100", str(tmp_path), "train")
+    with pytest.raises(DataError, match=r"imagenet100: not found; put train/CLASS/"):
+        load("imagenet100", str(tmp_path / "imagenet"), "train")
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """Two classes of Tiny-ImageNet, in its layout."""
+    base = tmp_path / tiny_imagenet.FOLDER
+    plant(base, "wnids.txt", data=b"n02\nn01\n")
+    for word in ("n01", "n02"):
+        plant(base, *(f"train/{word}/images/{word}_{i}.JPEG" for i in range(2)))
+        plant(
+            base,
+            f"train/{word}/{word}_boxes.txt",
+            data=b"".join(b"%s_%d.JPEG\t0\t0\t63\t63\n" % (word.encode(), i) for i in (0, 1)),
+        )
+    plant(base, *(f"val/images/val_{i}.JPEG" for i in range(3)), "test/images/test_0.JPEG")
+    told = b"".join(b"val_%d.JPEG\t%s\t0\t0\t63\t63\n" % (i, word) for i, word in enumerate((b"n02", b"n01", b"n02")))
+    plant(base, "val/val_annotations.txt", data=told)
+    return tmp_path
+
+
+def test_tiny_imagenet(tiny):
+    base = tiny / tiny_imagenet.FOLDER
+    train, bank, test = (load("tiny-imagenet", str(tiny), split) for split in ("train", "bank", "test"))
+    assert names(train, base) == [f"train/{word}/images/{word}_{i}.JPEG" for word in ("n01", "n02") for i in (0, 1)]
+    assert train.labels.tolist() == bank.labels.tolist() == [0, 0, 1, 1] and train.classes == test.classes == ("n01", "n02")
+    assert names(test, base) == [f"val/images/val_{i}.JPEG" for i in range(3)] and test.labels.tolist() == [1, 0, 1]
+    assert train.mean == (0.4802, 0.4481, 0.3975) and train.std == (0.2302, 0.2265, 0.2262)
+
+
+def test_a_damaged_tiny_imagenet_is_refused(tiny):
+    base = tiny / tiny_imagenet.FOLDER
+    plant(base, "val/val_annotations.txt", data=b"val_0.JPEG\tn03\t0\t0\t63\t63\n")
+    with pytest.raises(DataError, match=r"n03 is none of the classes of wnids\.txt"):
+        load("tiny-imagenet", str(tiny), "test")
+    plant(base, "val/val_annotations.txt", data=b"val_0.JPEG\n")
+    with pytest.raises(DataError, match="needs lines of 6 words each"):
+        load("tiny-imagenet", str(tiny), "test")
+    (base / "train/n01/images/n01_1.JPEG").unlink()
+    with pytest.raises(DataError, match="1 of 4 images cannot be used"):
+        load("tiny-imagenet", str(tiny), "train")
+
+
+def test_tiny_imagenet_is_downloaded_whole_and_checked(tiny, tmp_path_factory, monkeypatch):
+    asked = []
+
+    def unpack(url: str, root: str, md5: str) -> None:
+        asked.append((url, md5))
+        shutil.copytree(tiny, root, dirs_exist_ok=True)
+
+    monkeypatch.setattr(datasets.utils, "download_and_extract_archive", unpack)
+    root = tmp_path_factory.mktemp("root")
+    assert len(load("tiny-imagenet", str(root), "train")) == 4 and len(load("tiny-imagenet", str(root), "test")) == 3
+    assert asked == [("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de")]
+    monkeypatch.setattr(datasets.utils, "download_and_extract_archive", lambda *_, **__: None)  # an archive of something else
+    with pytest.raises(DataError, match=r"tiny-imagenet: not complete in .*tiny-imagenet-200 and cannot be downloaded"):
+        load("tiny-imagenet", str(tiny / "elsewhere"), "train")
 
 
 def test_a_list_file(classes):
@@ -164,7 +237,7 @@ def test_cifar(name, folder, key, tmp_path, unhashed):
     assert train.mean[0] in (0.4914, 0.5071)
 
 
-def test_stl10_trains_on_its_unlabelled_part(tmp_path, unhashed):
+def test_stl10_trains_on_its_labelled_and_unlabelled_images(tmp_path, unhashed):
     upright = random_bytes(3, 3, 96, 96)
     stored = upright.transpose(0, 1, 3, 2).tobytes()
     for part, count in (("train", 2), ("test", 1), ("unlabeled", 3)):
@@ -172,8 +245,8 @@ def test_stl10_trains_on_its_unlabelled_part(tmp_path, unhashed):
         plant(tmp_path, f"stl10_binary/{part}_y.bin", data=bytes(range(1, count + 1)))
     plant(tmp_path, "stl10_binary/class_names.txt", data=b"airplane\nbird\ncar")
     train, bank, test = (load("stl10", str(tmp_path), split) for split in ("train", "bank", "test"))
-    np.testing.assert_array_equal(train.pixels.numpy(), upright)
-    assert train.pixels.is_contiguous() and train.labels.tolist() == [-1, -1, -1]
+    np.testing.assert_array_equal(train.pixels.numpy(), upright[[0, 1, 0, 1, 2]])
+    assert train.pixels.is_contiguous() and train.labels.tolist() == [0, 1, -1, -1, -1]
     assert bank.labels.tolist() == [0, 1] and test.labels.tolist() == [0] and bank.classes == ("airplane", "bird", "car")
 
 

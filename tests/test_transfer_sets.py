@@ -13,7 +13,7 @@ import torch
 from torchvision import datasets
 
 from relssl.data import sources, transfer_sets
-from relssl.data.files import NAMES
+from relssl.data.files import IMAGENETS, NAMES
 from relssl.data.sources import Images, load
 from relssl.errors import DataError
 
@@ -210,4 +210,6 @@ def test_svhn_lies_in_memory_with_zero_as_zero(tmp_path: Path) -> None:
 
 
 def test_every_name_is_known_everywhere() -> None:
-    assert set(NAMES) == {"digits", "imagenet", *sources._NAMED, *transfer_sets.NAMES} and len(set(NAMES)) == len(NAMES)
+    assert set(NAMES) == {"digits", "tiny-imagenet", *IMAGENETS, *sources._NAMED, *transfer_sets.NAMES} and len(
+        set(NAMES)
+    ) == len(NAMES)

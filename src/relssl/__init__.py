@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from relssl.evaluation.compare import compare
     from relssl.evaluation.embed import embed
     from relssl.evaluation.protocol import evaluate
+    from relssl.reproduction.reproduce import reproduce
     from relssl.train.estimate import estimate
     from relssl.train.pretrain import pretrain, resume
     from relssl.weights.export import export
@@ -34,6 +35,7 @@ __all__ = [
     "load_backbone",
     "load_run",
     "pretrain",
+    "reproduce",
     "resume",
 ]
 
@@ -47,6 +49,7 @@ _HOMES = {
     "load_backbone": "relssl.weights.opening",
     "load_run": "relssl.weights.runs",
     "pretrain": "relssl.train.pretrain",
+    "reproduce": "relssl.reproduction.reproduce",
     "resume": "relssl.train.pretrain",
 }
 

@@ -13,14 +13,19 @@ from typing import Any
 from relssl import __version__, verbs
 from relssl.config import Config
 from relssl.errors import ConfigError, RelsslError
+from relssl.methods import METHODS
 from relssl.protocols import Evaluation
 from relssl.schema import leaves, nearest_word
 from relssl.views import VIEWS
 from relssl.weights.formats import FORMATS
 
 # The settings that each command takes as options.
-_SETTINGS: dict[str, Any] = {"pretrain": Config, "estimate": Config, "validate": Config, "evaluate": Evaluation}
-_VIEWS = ("views.weak", "views.strong")
+_SETTINGS: dict[str, Any] = {
+    **dict.fromkeys(("pretrain", "estimate", "validate", "reproduce"), Config),
+    "evaluate": Evaluation,
+}
+# Sections that may be given by the name they start from.
+_NAMED = ("method", "views.weak", "views.strong")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -119,10 +124,21 @@ def build_parser() -> tuple[argparse.ArgumentParser, list[str]]:
     made.add_argument("--size", type=int, help="pixels of its images; default: 224, or 32 and 64 for small stems")
     made.add_argument("--out", help="target .safetensors; default: beside FILE")
     _add_reading(made)
-    verb("recipes", verbs.recipes, "list the recipes and where their settings come from")
+    made = verb("recipes", verbs.recipes, "list the recipes, or show the settings of one and where they come from")
+    made.add_argument("name", metavar="NAME", nargs="?", help="a recipe, to see its settings")
+    made = verb("backbones", verbs.backbones, "list networks with their parameters and GFLOPs")
+    made.add_argument(
+        "pattern", metavar="PATTERN", nargs="?", help="part of the name, or all of it with * and ?; searches them all"
+    )
+    made.add_argument("--family", help="what the name begins with, such as mobilenetv3")
+    made.add_argument("--max_params", type=float, default=float("inf"), metavar="M", help="at most this many million parameters")
+    made.add_argument("--max_gflops", type=float, default=float("inf"), metavar="G", help="at most this many GFLOPs")
+    made.add_argument("--size", type=int, default=224, help="side of the images in pixels (default: 224)")
+    made.add_argument("--all", action="store_true", help="all networks of timm and torchvision, not those named here alone")
     made = verb("validate", verbs.validate, "check settings without running anything")
     made.add_argument("--show", action="store_true", help="print all settings as YAML")
     _add_settings(made, "[--show] ")
+    _add_reproduce(verb("reproduce", verbs.reproduce, "rerun one of the paper's comparisons; without TABLE: list them"))
     return parser, list(commands.choices)
 
 
@@ -132,9 +148,33 @@ def _add_settings(parser: argparse.ArgumentParser, own: str = "") -> None:
         "data", metavar="DATA", nargs="?", help="name of a data set, folder of images or list file (default: digits)"
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings")
-    for name in _VIEWS:
-        parser.add_argument(f"--{name}", metavar="NAME", help=f"view recipe: {', '.join(VIEWS)}")
+    for name in _NAMED:
+        what, names = ("method", METHODS) if name == "method" else ("view recipe", VIEWS)
+        parser.add_argument(f"--{name}", metavar="NAME", help=f"{what}: {', '.join(names)}")
     _add_options(parser, Config, f"[DATA] [--config FILE] {own}")
+
+
+def _add_reproduce(parser: argparse.ArgumentParser) -> None:
+    """The options of a comparison; any setting may be given besides, for all of its runs."""
+    parser.usage = f"{parser.prog} [TABLE] [--scale SCALE] [--plan] [...] [--SETTING VALUE ...] [--json] [--debug]"
+    add = parser.add_argument
+    add("table", metavar="TABLE", nargs="?", help="which comparison")
+    add("--list", action="store_true", help="list the comparisons and their rows")
+    add("--scale", default="small", help="smoke: shows that it runs; small: for two CPU cores; paper: its own (default: small)")
+    add("--seeds", type=int, metavar="N", help="runs of each row (default: 1, at the small scale 3)")
+    add("--only", metavar="ROW,...", help="run these rows alone")
+    add("--plan", action="store_true", help="tell what would run and what it would take, and stop")
+    add("--runs", metavar="DIR", help="folder of the run folders (default: runs/reproduce/TABLE-SCALE)")
+    add("--out", dest="results", default="results", metavar="DIR", help="folder of TABLE-SCALE.json and .md (default: results)")
+    add(
+        "--time_limit",
+        dest="minutes",
+        type=float,
+        metavar="MINUTES",
+        help="for all runs together; then exit code 75, to go on later",
+    )
+    add("--epochs", metavar="N", help="a rehearsal of so many epochs, whose results say so")
+    add("--data_root", metavar="DIR", help="where named data sets lie")
 
 
 def _add_options(parser: argparse.ArgumentParser, settings: Any, usage: str) -> None:
@@ -176,7 +216,7 @@ def _overrides(args: argparse.Namespace, unknown: list[str]) -> dict[str, Any]:
     """The settings given on the command line as {dotted name: text}, unknown ones among them."""
     given = {}
     if args.verb in _SETTINGS:
-        known = {*leaves(_SETTINGS[args.verb]), *_VIEWS}
+        known = {*leaves(_SETTINGS[args.verb]), *_NAMED}
         given = {name: value for name, value in vars(args).items() if name in known and value is not None}
     words = iter(unknown)
     for word in words:
@@ -185,7 +225,7 @@ def _overrides(args: argparse.Namespace, unknown: list[str]) -> dict[str, Any]:
             raise ConfigError(f"{word!r}: not expected here; settings are given as --name value")
         given[name[2:]] = value if equals else next(words, "")
     # `--views.strong NAME` beside `--views.strong.blur 0`: both speak of one section.
-    for section in _VIEWS:
+    for section in _NAMED:
         if section in given:
             given[f"{section}.name"] = given.pop(section)
     return given

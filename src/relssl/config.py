@@ -15,7 +15,9 @@ import yaml
 
 from relssl import recipes
 from relssl.errors import ConfigError
-from relssl.schema import NULL, build, merge, nest, read_yaml, setting
+from relssl.methods import METHODS
+from relssl.recipes import layer, spell_out
+from relssl.schema import NULL, build, leaves, merge, nest, read_yaml, setting
 from relssl.sections import CheckpointConfig, EncoderConfig, EngineConfig, LoaderConfig, LogConfig, MethodConfig, OptimizerConfig
 from relssl.views import VIEWS, ViewConfig, ViewsConfig
 
@@ -28,8 +30,8 @@ class Config:
     recipe: str | None = setting(None, "named recipe or recipe file; null: the one named after the data, else `folder`")
     data_root: str | None = setting(None, "where named data sets lie; null: $RELSSL_DATA, else ~/.cache/relssl")
     out: str | None = setting(None, "run folder; null: runs/RECIPE-SEED")
-    backbone: str = setting("resnet18", "timm name of the network")
-    backbone_args: dict[str, Any] = setting({}, "arguments for timm.create_model, as {name: value}")
+    backbone: str = setting("resnet18", "the network: timm's name, or torchvision/ and torchvision's (see relssl backbones)")
+    backbone_args: dict[str, Any] = setting({}, "arguments for timm.create_model or torchvision's function, as {name: value}")
     compile: str = setting(
         "auto",
         "compile the networks with torch.compile, and on one GPU replay them as CUDA graphs; auto: on GPUs, if it turns out faster",
@@ -52,7 +54,9 @@ class Config:
 
     @property
     def strong_views(self) -> tuple[ViewConfig, ...]:
-        """The student's views, one each; a single crop is a list of one."""
+        """The student's views, one each; a single crop is a list of one. Supervised learning has the first view alone."""
+        if METHODS[self.method.name].labels:
+            return ()
         if not self.views.crops:
             return (self.views.strong,)
         return tuple(dataclasses.replace(self.views.strong, size=s, scale=(lo, hi)) for s, lo, hi in self.views.crops)
@@ -62,6 +66,27 @@ class Config:
         """What a loader makes of each image: the teacher's view, then the student's."""
         return (self.views.weak, *self.strong_views)
 
+    @property
+    def two_way(self) -> bool:
+        """Whether student and teacher see both views."""
+        fixed = METHODS[self.method.name].two_way
+        return self.method.symmetric if fixed is None else fixed
+
+    @property
+    def passes(self) -> int:
+        """Equal shares that a batch is computed in: parts one after another, each shared out among the devices."""
+        return self.accumulate * self.engine.devices * self.engine.nodes
+
+    @property
+    def norm_splits(self) -> int:
+        """Parts that a batch norm splits each share into: what `encoder.batch_norm_splits` asks for beyond the shares."""
+        return max(1, self.encoder.batch_norm_splits // self.passes)
+
+    @property
+    def networks(self) -> tuple[str, ...]:
+        """What the run trains: a student, and with most methods a teacher."""
+        return ("student", "teacher") if METHODS[self.method.name].teacher else ("student",)
+
 
 def resolve(overrides: Mapping[str, Any], config_file: str | Path | None = None) -> Config:
     """The settings of a run from dotted or nested `overrides` and an optional YAML file.
@@ -69,25 +94,26 @@ def resolve(overrides: Mapping[str, Any], config_file: str | Path | None = None)
     Raises:
         ConfigError: with one line for every fault found.
     """
-    over = _spell_views(nest(overrides))
+    over: dict[str, Any] = {}
+    for key, value in overrides.items():  # each spelled out by itself: `method` beside `method.symmetric` stays a method's name
+        over = merge(over, spell_out(nest({key: value})))
     if config_file is not None:
-        over = _layer(_spell_views(read_yaml(Path(config_file))), over)
+        over = layer(spell_out(read_yaml(Path(config_file))), over)
     asked = over.get("recipe")
     asked = None if asked is None or str(asked).lower() in NULL else asked
-    name = str(asked or recipes.for_data(str(over.get("data", "digits"))))
-    return from_mapping(_layer(_spell_views(recipes.read(name)), over | {"recipe": name}))
+    name = str(asked or recipes.for_run(str(over.get("data", "digits")), _method(over)))
+    return from_mapping(layer(recipes.read(name), over | {"recipe": name}))
 
 
-def _layer(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`base` with `over` on top; arguments that were meant for another backbone stay behind."""
-    if over.get("backbone", base.get("backbone")) != base.get("backbone"):
-        base = {key: value for key, value in base.items() if key != "backbone_args"}
-    return merge(base, over)
+def _method(raw: Mapping[str, Any]) -> str:
+    """The method that is asked for, known or not."""
+    section = raw.get("method")
+    return str(section.get("name", "ressl")) if isinstance(section, Mapping) else "ressl"
 
 
 def from_mapping(raw: Mapping[str, Any]) -> Config:
     """A checked Config of a nested mapping, such as a run's config.yaml."""
-    config: Config = build(Config, _expand_views(merge(_VIEWS_DEFAULT, _spell_views(raw))))
+    config: Config = build(Config, _expand_views(merge(_VIEWS_DEFAULT, spell_out(raw))))
     faults = check(config)
     if faults:
         raise ConfigError(*faults)
@@ -95,17 +121,6 @@ def from_mapping(raw: Mapping[str, Any]) -> Config:
 
 
 _VIEWS_DEFAULT = {"views": {"weak": {"name": "weak"}, "strong": {"name": "contrastive"}}}
-
-
-def _spell_views(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """`strong: contrastive` is short for `strong: {name: contrastive}`; spelled out, later layers can merge into it."""
-    views = raw.get("views")
-    if not isinstance(views, Mapping):
-        return dict(raw)
-    spelled = {
-        side: {"name": view} if isinstance(view, str) and side in ("weak", "strong") else view for side, view in views.items()
-    }
-    return {**raw, "views": spelled}
 
 
 def _expand_views(raw: dict[str, Any]) -> dict[str, Any]:
@@ -125,19 +140,25 @@ def _expand_views(raw: dict[str, Any]) -> dict[str, Any]:
 def check(config: Config) -> list[str]:
     """The faults that lie between settings, one line each."""
     method, faults = config.method, []
-    if method.teacher_temperature >= method.student_temperature:
+    traits = METHODS[method.name]
+    flattest = max(method.teacher_temperature, method.teacher_temperature_start or 0)
+    if traits.sharpened and flattest >= method.student_temperature and not method.allow_unsharpened:
         faults.append(
-            f"method.teacher_temperature: {method.teacher_temperature:g} must be below method.student_temperature "
-            f"({method.student_temperature:g}), or the teacher's relation is not sharper and training collapses"
+            f"method.teacher_temperature: {flattest:g} must be below method.student_temperature "
+            f"({method.student_temperature:g}), or the teacher's relation is not sharper and training collapses; "
+            "method.allow_unsharpened true runs it all the same"
         )
-    if config.batch_size % (config.accumulate * config.engine.devices * config.engine.nodes):
-        faults.append(
-            f"batch_size: {config.batch_size} must divide into accumulate x devices x nodes = "
-            f"{config.accumulate} x {config.engine.devices} x {config.engine.nodes} equal parts"
-        )
-    elif config.batch_size // (config.accumulate * config.engine.devices * config.engine.nodes) < 2:
-        faults.append(f"batch_size: {config.batch_size} leaves one image a part, too few for batch normalisation; raise it")
-    if method.memory_size < config.batch_size:
+    if method.symmetric and traits.two_way is not None:
+        symmetric = ", ".join(name for name, other in METHODS.items() if other.two_way is None)
+        faults.append(f"method.symmetric: is for {symmetric}; {method.name} {'is so' if traits.two_way else 'has one direction'}")
+    if config.two_way and config.views.crops:
+        faults.append(f"views.crops: {method.name} compares two views, views.weak and views.strong; leave views.crops empty")
+    if traits.predictor and config.encoder.predictor == "none":
+        faults.append(f"encoder.predictor: {method.name} collapses without one; needs mlp or residual")
+    if config.accumulate > 1 and traits.whole_batch:
+        faults.append(f"accumulate: must be 1 with {method.name}, whose negatives are the rest of the batch")
+    faults += _sharing(config)
+    if traits.memory and method.memory_size < config.batch_size:
         faults.append(f"method.memory_size: {method.memory_size} must be at least batch_size ({config.batch_size})")
     if config.loader.decoder == "torchvision" and config.loader.photometric == "worker":
         faults.append("loader.photometric: must be auto or device with loader.decoder torchvision, where workers see no pixels")
@@ -149,6 +170,7 @@ def check(config: Config) -> list[str]:
             bounds = getattr(view, key)
             if bounds is not None and bounds[0] > bounds[1]:
                 faults.append(f"views.{side}.{key}: the first bound must not exceed the second, got {list(bounds)}")
+    faults += _channel_faults(config)
     largest = max(view.size for view in config.all_views)
     if config.loader.cache is not None and config.loader.cache < largest:
         faults.append(
@@ -161,6 +183,52 @@ def check(config: Config) -> list[str]:
         if low > high or high > 1:
             faults.append(f"views.crops: scales must rise and end at 1 at most, got [{size}, {low:g}, {high:g}]")
     return faults
+
+
+def _sharing(config: Config) -> list[str]:
+    """The faults in how a batch is shared out."""
+    size, shares, splits = config.batch_size, config.passes, config.encoder.batch_norm_splits
+    if size % shares:
+        return [
+            f"batch_size: {size} must divide into accumulate x devices x nodes = "
+            f"{config.accumulate} x {config.engine.devices} x {config.engine.nodes} equal parts"
+        ]
+    if size // shares < 2:
+        return [f"batch_size: {size} leaves one image a part, too few for batch normalisation; raise it"]
+    name = "encoder.batch_norm_splits"
+    if splits > shares and size % splits:
+        return [f"{name}: {splits} must divide batch_size ({size}); change either"]
+    if splits > shares and splits % shares:
+        return [f"{name}: {splits} must be a multiple of accumulate x devices x nodes ({shares}), or not exceed it"]
+    if splits > shares and size // splits < 2:
+        return [f"{name}: {splits} of batch_size ({size}) leaves one image a part; needs {size // 2} at most"]
+    return []
+
+
+def differences(config: Config) -> dict[str, Any]:
+    """{dotted name: value} of the settings that are not what they would be without a recipe, in the order of Config's fields;
+    those of a view, that are not what its named view recipe says."""
+
+    def value(of: Any, name: str) -> Any:
+        for part in name.split("."):
+            of = getattr(of, part)
+        return of
+
+    sides = {side: {"name": value(config, f"views.{side}.name")} for side in ("weak", "strong")}
+    plain, named = from_mapping({}), from_mapping({"views": sides})
+    usual = {name: value(plain if name.endswith(".name") else named, name) for name in leaves(Config)}
+    return {name: value(config, name) for name in usual if value(config, name) != usual[name]}
+
+
+def _channel_faults(config: Config) -> list[str]:
+    channels = config.views.channels
+    if channels == 2:
+        return ["views.channels: must be 3, or 1 for grey views, got 2"]
+    asked = config.backbone_args.get("in_chans", channels)
+    if asked == channels:
+        return []
+    other = f"; set views.channels {asked}" if asked in (1, 3) else ", as images are read in colour or grey; leave it out"
+    return [f"backbone_args: in_chans {asked} does not fit views.channels {channels}{other}"]
 
 
 def to_yaml(config: Config) -> str:

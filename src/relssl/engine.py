@@ -103,9 +103,14 @@ class Engine:
             raise DistributedError(f"rank {self.rank} holds {len(rows)} rows of a step, needs {share}")
         if self.world == 1:
             return rows
-        parts = [torch.empty_like(rows) for _ in range(self.world)]
+        parts = [torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(self.world)]
         dist.all_gather(parts, rows.contiguous())
         return torch.cat(parts)
+
+    def gather_with_gradients(self, rows: Tensor) -> Tensor:
+        """The rows [B, ...] of every rank, in rank order; what flows back to a rank's rows is the sum over the ranks."""
+        made: Tensor = rows if self.world == 1 else _Gather.apply(rows, self.rank, self.world)
+        return made
 
     def all_of(self, items: list[Any]) -> list[Any]:
         """The items of every rank, in rank order."""
@@ -201,6 +206,21 @@ class Engine:
         ranks = f", {self.world} ranks" if self.world > 1 else ""
         threads = f", {self.threads} threads" if self.device.type == "cpu" else ""
         return f"{name}{ranks}{threads}, {self.precision}"
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, rank: int, world: int) -> Tensor:
+        ctx.rank = rank
+        parts = [torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(world)]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
+        whole = outer[0].contiguous()
+        dist.all_reduce(whole)
+        return whole.chunk(dist.get_world_size())[ctx.rank], None, None
 
 
 def fast_bf16(kind: str) -> bool:

@@ -138,7 +138,7 @@ class Evaluation:
     protocol: tuple[str, ...] = setting(
         ("knn",), f"one or several of {', '.join(PROTOCOLS)}; all: every one but detection, whose data is of another kind"
     )
-    network: tuple[str, ...] = setting(("student", "teacher"), "which networks of a run")
+    network: tuple[str, ...] | None = setting(None, "which networks of a run: student, teacher or both; null: all it has")
     data_root: str | None = setting(None, "where named data sets lie; null: the run's, else $RELSSL_DATA, else ~/.cache/relssl")
     images: tuple[int, int] | None = setting(None, "at most this many images of bank and test, chosen by the seed", ge=1)
     size: int | None = setting(None, "side of the view in pixels; null: the one pretraining used", ge=4, le=2048)
@@ -180,7 +180,7 @@ def read_settings(overrides: Mapping[str, Any]) -> Evaluation:
         for name in made.protocol
         if name not in PROTOCOLS
     ]
-    if not made.protocol or not made.network:
+    if not made.protocol or made.network == ():
         faults.append("protocol and network: name one at least")
     faults += [f"{name}: is empty; give at least one value" for name in _NEEDED if not attrgetter(name)(made)]
     for section in ("linear", "finetune", "semi"):

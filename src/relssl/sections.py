@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from relssl.methods import METHODS
 from relssl.schema import setting
 
 
@@ -19,7 +20,13 @@ class EncoderConfig:
     )
     projector_hidden: int = setting(2048, "hidden width of the projector", ge=1, le=65536)
     dim: int = setting(128, "dimension D of the embeddings", ge=2, le=65536)
-    projector_norm: str = setting("none", "normalisation of the projector's hidden layer", choices=("none", "batch"))
+    projector_layers: int = setting(2, "linear layers of the projector", ge=1, le=8)
+    projector_norm: str = setting("none", "normalisation of the projector's hidden layers", choices=("none", "batch"))
+    projector_output_norm: str = setting(
+        "none",
+        "normalisation of the projector's output: none, batch, or plain, which is batch without scale and shift",
+        choices=("none", "batch", "plain"),
+    )
     predictor: str = setting(
         "none",
         "the student's asymmetric head (TPAMI): none (NIPS), mlp, or residual, which starts as the identity",
@@ -27,12 +34,28 @@ class EncoderConfig:
     )
     predictor_hidden: int = setting(512, "hidden width of the predictor", ge=1, le=65536)
     predictor_norm: str = setting("batch", "normalisation of the predictor's hidden layer", choices=("none", "batch"))
+    batch_norm_splits: int = setting(
+        1,
+        "parts of the whole batch that the backbone's batch norms treat apart at least; devices and accumulated parts count as "
+        "such (the papers: 8)",
+        ge=1,
+        le=1024,
+    )
 
 
 @dataclass(frozen=True)
 class MethodConfig:
-    """ReSSL itself."""
+    """ReSSL itself, and what it is compared with."""
 
+    name: str = setting("ressl", "; ".join(f"{name}: {traits.about}" for name, traits in METHODS.items()), choices=tuple(METHODS))
+    symmetric: bool = setting(
+        False, "moco, sce: teacher and student see both views, each is matched to the other, and the first one's keys are kept"
+    )
+    shuffle: bool = setting(False, "the teacher's batch is shuffled over parts and ranks, so that batch norm tells it nothing")
+    positive_share: float = setting(
+        0.5, "sce: the positive's share of the target, the teacher's relation has the rest", ge=0, le=1
+    )
+    allow_unsharpened: bool = setting(False, "let the teacher's temperature reach the student's, for ablations: it collapses")
     memory_size: int = setting(4096, "past teacher embeddings K that relations are taken to", ge=2, le=1 << 24)
     student_temperature: float = setting(0.1, "softmax temperature of the student's relation", gt=0, le=10)
     teacher_temperature: float = setting(0.04, "softmax temperature of the teacher's relation; lower is sharper", gt=0, le=10)
@@ -52,15 +75,24 @@ class MethodConfig:
         "kernel; auto: tiled, on CUDA the faster of tiled and triton, on MPS plain",
         choices=("auto", "plain", "tiled", "triton"),
     )
-    info_nce_temperature: float = setting(0.1, "temperature of the InfoNCE loss", gt=0, le=10)
+    info_nce_temperature: float = setting(0.1, "temperature of the InfoNCE loss (moco and simclr: of their loss)", gt=0, le=10)
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """Stochastic gradient descent with a linear warm-up and a cosine to zero, per step."""
+    """A linear warm-up and a cosine to zero, per step."""
 
+    name: str = setting("sgd", "sgd, lars (large batches; timm's) or adamw (transformers)", choices=("sgd", "lars", "adamw"))
     lr: float = setting(0.06, "learning rate at its peak, for the whole batch as it is", gt=0, le=1000)
-    momentum: float = setting(0.9, "momentum of SGD", ge=0, lt=1)
+    lr_start: float = setting(0.0, "learning rate at the first step", ge=0, le=1000)
+    predictor_lr: float = setting(1.0, "the predictor's learning rate, in times the others'", gt=0, le=1000)
+    predictor_schedule: str = setting(
+        "same",
+        "same: the predictor's learning rate falls as the others'; constant: it stays (SimSiam)",
+        choices=("same", "constant"),
+    )
+    momentum: float = setting(0.9, "momentum of sgd and lars", ge=0, lt=1)
+    betas: tuple[float, float] = setting((0.9, 0.999), "decay rates of adamw's two moments", ge=0, lt=1)
     weight_decay: float = setting(5e-4, "weight decay", ge=0, le=1)
     decay: str = setting(
         "all",
@@ -68,7 +100,7 @@ class OptimizerConfig:
         "or official (the ImageNet code's rule by name, which lets downsampling norms decay)",
         choices=("all", "weights", "official"),
     )
-    warmup_epochs: float = setting(5.0, "epochs over which the learning rate rises from 0", ge=0)
+    warmup_epochs: float = setting(5.0, "epochs over which the learning rate rises from lr_start to lr", ge=0)
     clip: float | None = setting(None, "largest gradient norm; null: no clipping", gt=0)
 
 
@@ -119,7 +151,7 @@ class LoaderConfig:
     )
     photometric: str = setting(
         "auto",
-        "files path: jitter, grey, blur and RandAugment in workers, or in batches on the device; auto: there on CUDA",
+        "files path: jitter, grey, blur, solarize and RandAugment in workers, or in batches on the device; auto: there on CUDA",
         choices=("auto", "worker", "device"),
     )
     index: bool = setting(True, "keep what a scan of a folder found, and take it at the next start if no folder has changed")

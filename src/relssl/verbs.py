@@ -7,10 +7,11 @@ import dataclasses
 import json
 import os
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
-from relssl.config import resolve, to_yaml
+from relssl.config import differences, resolve, to_yaml
 from relssl.errors import ConfigError, RelsslError
 
 
@@ -65,8 +66,7 @@ def _tell(result: Any, as_json: bool) -> Any:
     if result is None:
         return None
     if not as_json:
-        config = load_run(result.folder).config
-        show(result, config.method.memory_size, config.encoder.dim)
+        show(result, load_run(result.folder).config)
     return facts(result)
 
 
@@ -156,13 +156,35 @@ def import_weights(args: argparse.Namespace, _: dict[str, Any]) -> Any:
 
 
 def recipes(args: argparse.Namespace, _: dict[str, Any]) -> Any:
-    from relssl.recipes import listing
+    from relssl.recipes import find, listing
 
-    found = listing()
+    if args.name is None:
+        found = listing()
+        if not args.json:
+            folder = ""
+            for recipe in found:
+                if folder != (folder := recipe.name.rpartition("/")[0]):
+                    print()
+                print(f"{recipe.name:22} {recipe.about}")
+            print("\n`relssl recipes NAME` shows the settings of one and where they come from")
+        return [vars(recipe) for recipe in found]
+    one = find(args.name)
+    settings = {name: value for name, value in differences(resolve({"recipe": one.name})).items() if name != "recipe"}
     if not args.json:
-        for recipe in found:
-            print(f"{recipe.name:14} {recipe.about}\n{'':14} source: {recipe.source}")
-    return [vars(recipe) for recipe in found]
+        print(f"{one.name}: {one.about}\n\n{textwrap.fill(one.source, 120)}\n\nwhat differs from the defaults:")
+        for name, value in settings.items():
+            print(f"  {name:30} {json.dumps(value)}")
+    return vars(one) | {"settings": settings}
+
+
+def backbones(args: argparse.Namespace, _: dict[str, Any]) -> Any:
+    if args.size < 4:
+        raise ConfigError(f"size: must be 4 pixels or more, got {args.size}")
+    from relssl.method.catalogue import find, within
+    from relssl.report.backbones import show
+
+    kept = within(find(args.pattern, args.family, args.all), args.size, args.max_params * 1e6, args.max_gflops)
+    return [dataclasses.asdict(each) for each in (kept if args.json else show(kept, args.size))]
 
 
 def validate(args: argparse.Namespace, overrides: dict[str, Any]) -> Any:
@@ -174,3 +196,45 @@ def validate(args: argparse.Namespace, overrides: dict[str, Any]) -> Any:
             f"valid: recipe {settings.recipe}, {settings.backbone} on {settings.data}, {settings.epochs} epochs of batch {settings.batch_size}"
         )
     return {"valid": True, "recipe": settings.recipe}
+
+
+def reproduce(args: argparse.Namespace, overrides: dict[str, Any]) -> Any:
+    from relssl.errors import FailedRuns
+    from relssl.reproduction import tables
+    from relssl.reproduction.reproduce import reproduce
+
+    if args.list or args.table is None:
+        return _list_tables([tables.read_table(args.table)] if args.table else list(map(tables.read_table, tables.names())), args)
+    only = [] if args.only is None else args.only.split(",")
+    found = reproduce(
+        args.table,
+        args.scale,
+        seeds=args.seeds,
+        only=only,
+        runs=args.runs,
+        out=args.results,
+        time_limit=args.minutes,
+        plan_only=args.plan,
+        say=lambda line: print(line, file=sys.stderr, flush=True),
+        **overrides,
+    )
+    # A row that was not asked for now, and failed before or in another process, is not this command's failure.
+    failed = [each for each in found.get("missing", ()) if each["exit_code"] and (not only or each["row"] in only)]
+    if not args.plan and not args.json:
+        print(Path(args.results) / f"{found['name']}.md")
+    if failed:
+        if args.json:
+            print(json.dumps(found))
+        raise FailedRuns(
+            f"{len(failed)} runs failed, the first is {failed[0]['row']}: {failed[0]['why']}", failed[0]["exit_code"]
+        )
+    return found
+
+
+def _list_tables(found: list[Any], args: argparse.Namespace) -> Any:
+    """Tables by name; of a single one its rows, too."""
+    for table in [] if args.json else found:
+        print(f"{table.name:18} {table.title}")
+        for row in table.rows if args.table else ():
+            print(f"  {row.name:24} {row.label}  ({', '.join(row.scales)})")
+    return [{"table": table.name, "title": table.title, "rows": [row.name for row in table.rows]} for table in found]

@@ -7,9 +7,24 @@ from typing import Any
 
 from relssl.schema import setting
 
+# Shares of red, green and blue in grey, as torchvision makes it.
+LUMA = (0.2989, 0.587, 0.114)
+
+_BYOL: dict[str, Any] = {
+    "scale": (0.08, 1.0),
+    "flip": 0.5,
+    "jitter": 0.8,
+    "brightness": 0.4,
+    "contrast": 0.4,
+    "saturation": 0.2,
+    "hue": 0.1,
+    "grey": 0.2,
+}
+
 # The view recipes by name. `weak`, `contrastive` and `strong` are the official code's target, MoCo v2 and strong
-# augmentations (NIPS paper, section 4; the RandAugment pool is FixMatch's). The digit views move the digit instead of the
-# colours, which handwriting has none of.
+# augmentations (NIPS paper, section 4; the RandAugment pool is FixMatch's). `byol-first` and `byol-second` are T and T' of Grill et
+# al. 2020, table 6; `simclr` is Chen et al. 2020, appendix A, at colour strength 1; `supervised` is what ImageNet classifiers
+# train on. The digit views move the digit instead of the colours, which handwriting has none of.
 VIEWS: dict[str, dict[str, Any]] = {
     "weak": {"scale": (0.2, 1.0), "flip": 0.5},
     "contrastive": {
@@ -35,6 +50,20 @@ VIEWS: dict[str, dict[str, Any]] = {
         "blur": 0.5,
         "randaugment": 5,
     },
+    "byol-first": {**_BYOL, "blur": 1.0},
+    "byol-second": {**_BYOL, "blur": 0.1, "solarize": 0.2},
+    "simclr": {
+        "scale": (0.08, 1.0),
+        "flip": 0.5,
+        "jitter": 0.8,
+        "brightness": 0.8,
+        "contrast": 0.8,
+        "saturation": 0.8,
+        "hue": 0.2,
+        "grey": 0.2,
+        "blur": 0.5,
+    },
+    "supervised": {"scale": (0.08, 1.0), "flip": 0.5},
     "digit-weak": {"affine": 1.0, "degrees": 5.0, "translate": 0.05, "zoom": (0.9, 1.1)},
     "digit-strong": {
         "affine": 1.0,
@@ -71,6 +100,7 @@ class ViewConfig:
     grey: float = setting(0.0, "probability of turning grey", ge=0, le=1)
     blur: float = setting(0.0, "probability of Gaussian blur", ge=0, le=1)
     blur_sigma: tuple[float, float] = setting((0.1, 2.0), "range of the blur's standard deviation, in pixels", gt=0, le=16)
+    solarize: float = setting(0.0, "probability of inverting what is brighter than half (levels from 128 of 255)", ge=0, le=1)
     randaugment: int = setting(0, "RandAugment operations drawn (FixMatch pool), each applied with probability 0.5", ge=0, le=14)
 
 
@@ -78,11 +108,15 @@ class ViewConfig:
 class ViewsConfig:
     """What the teacher and the student see."""
 
-    weak: ViewConfig = setting(ViewConfig(), "the teacher's view")
-    strong: ViewConfig = setting(ViewConfig(), "the student's views")
+    weak: ViewConfig = setting(
+        ViewConfig(), "the teacher's view; of methods with two equal views the first; supervised: the only one"
+    )
+    strong: ViewConfig = setting(ViewConfig(), "the student's views; of methods with two equal views the second")
     crops: tuple[tuple[int, float, float], ...] = setting(
         (), "student crops as [size, min scale, max scale], one view each; empty: one view as `strong` says", gt=0, le=2048
     )
+    channels: int = setting(3, "channels of the images that the networks see: 3, or 1, which turns all views grey", ge=1, le=3)
+    enlarge: bool = setting(False, "let views be larger than the images of a set in memory, which blows them up")
     mean: tuple[float, float, float] | None = setting(None, "channel means in 0..1; null: those of the data set", ge=0, le=1)
     margin: float | None = setting(
         None,
@@ -94,3 +128,15 @@ class ViewsConfig:
         "bilinear", "plain view: how images are scaled, with antialiasing either way", choices=("bilinear", "bicubic")
     )
     std: tuple[float, float, float] | None = setting(None, "channel deviations in 0..1; null: those of the data set", gt=0, le=1)
+
+    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Means and deviations of the channels that the networks see, in 0..1, once the data has filled them in.
+
+        Those of grey views are weighted as grey is made; of the deviation that is exact where the three channels vary together,
+        as in grey images, and a little too large elsewhere.
+        """
+        assert self.mean is not None and self.std is not None
+        if self.channels == 3:
+            return self.mean, self.std
+        mean, std = (sum(w * value for w, value in zip(LUMA, values, strict=True)) for values in (self.mean, self.std))
+        return (mean,), (std,)

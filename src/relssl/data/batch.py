@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from relssl.config import Config
@@ -16,8 +17,8 @@ class Batch:
 
     Attributes:
         ids: [B] int64, the samples' positions in the data set.
-        weak: [B, 3, H, W] the teacher's view, normalised, on the device.
-        strong: the student's views, each [B, 3, h, w].
+        weak: [B, C, H, W] the teacher's view, normalised, on the device.
+        strong: the student's views, each [B, C, h, w].
         bad: (file, reason) of images that could not be read and were replaced.
     """
 
@@ -28,6 +29,8 @@ class Batch:
 
 
 def standardise(images: Tensor, config: Config) -> Tensor:
-    """uint8 or 0..1 floats [B, 3, H, W] to zero mean and unit deviation by the run's channel statistics."""
-    assert config.views.mean is not None and config.views.std is not None
-    return batched.normalise(images, config.views.mean, config.views.std)
+    """uint8 or 0..1 floats [B, 3, H, W] to the channels [B, C, H, W] that the networks see, with zero mean and unit deviation by
+    the run's channel statistics."""
+    if config.views.channels == 1:
+        images = batched.luma(images / 255 if images.dtype == torch.uint8 else images)
+    return batched.normalise(images, *config.views.statistics())

@@ -20,7 +20,7 @@ from torch import Tensor
 from relssl.data import randaugment
 from relssl.data.draws import CONTRAST, HUE, SATURATION, Bools, Draws, Floats, Ints
 from relssl.data.transfer import send
-from relssl.views import ViewConfig
+from relssl.views import LUMA, ViewConfig
 
 
 @torch.no_grad()
@@ -52,7 +52,7 @@ def geometric(images: Tensor, view: ViewConfig, draws: Draws) -> Tensor:
 
 @torch.no_grad()
 def photometric(x: Tensor, view: ViewConfig, draws: Draws) -> Tensor:
-    """The second half of `apply`: jitter, grey, blur and RandAugment, whose own geometric operations come last.
+    """The second half of `apply`: jitter, grey, blur, solarize and RandAugment, whose own geometric operations come last.
 
     Args:
         x: [B,3,S,S] after `geometric` or `single.geometric`: float in 0..1, which is worked on in place, or uint8.
@@ -67,10 +67,12 @@ def photometric(x: Tensor, view: ViewConfig, draws: Draws) -> Tensor:
         if view.jitter:
             x = _on(x, draws.jitter, lambda part, rows: _jitter(part, view, draws.take(rows)))
         if view.grey:
-            x = _on(x, draws.grey, lambda part, rows: _luma(part).expand_as(part))
+            x = _on(x, draws.grey, lambda part, rows: luma(part).expand_as(part))
         if view.blur:
             radius = math.ceil(4 * view.blur_sigma[1])
             x = _on(x, draws.sigma > 0, lambda part, rows: _blur(part, draws.sigma[rows], radius))
+        if view.solarize:
+            x = _on(x, draws.solarize, lambda part, rows: torch.where(part < 0.5, part, 1 - part))
         if view.randaugment:
             x = randaugment.apply(x, draws)
     return x
@@ -80,15 +82,15 @@ def normalise(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """(x - mean) / std per channel.
 
     Args:
-        x: [B,3,S,S], float in 0..1 or uint8 as `single.apply` makes it.
-        mean, std: of the three channels, in 0..1.
+        x: [B,C,S,S], float in 0..1 or uint8 as `single.apply` makes it.
+        mean, std: of the C channels, in 0..1.
 
     Returns:
-        fp32 [B,3,S,S].
+        fp32 [B,C,S,S].
     """
     scale = 255.0 if x.dtype == torch.uint8 else 1.0
-    weight = _column(1.0 / (scale * np.asarray(std)), x).view(3, 1, 1)
-    return torch.addcmul(_column(-np.asarray(mean) / np.asarray(std), x).view(3, 1, 1), x.float(), weight)
+    weight = _column(1.0 / (scale * np.asarray(std)), x).view(-1, 1, 1)
+    return torch.addcmul(_column(-np.asarray(mean) / np.asarray(std), x).view(-1, 1, 1), x.float(), weight)
 
 
 def _column(values: npt.ArrayLike, like: Tensor) -> Tensor:
@@ -153,9 +155,10 @@ def _affine(x: Tensor, draws: Draws) -> Tensor:
     return F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
-def _luma(x: Tensor) -> Tensor:
+def luma(x: Tensor) -> Tensor:
     """ITU-R 601 luma [B,1,S,S] with torchvision's rounded weights."""
-    return (0.2989 * x[:, :1]).add_(x[:, 1:2], alpha=0.587).add_(x[:, 2:], alpha=0.114)
+    red, green, blue = LUMA
+    return (red * x[:, :1]).add_(x[:, 1:2], alpha=green).add_(x[:, 2:], alpha=blue)
 
 
 def _jitter(x: Tensor, view: ViewConfig, draws: Draws) -> Tensor:
@@ -171,7 +174,7 @@ def _jitter(x: Tensor, view: ViewConfig, draws: Draws) -> Tensor:
 
 def _blend(x: Tensor, turn: Ints, factor: Floats) -> Tensor:
     """factor * x + (1 - factor) * base, clamped, in place; base: brightness 0, contrast the mean luma, saturation the luma."""
-    grey = _luma(x)
+    grey = luma(x)
     mean = grey.mean(dim=(2, 3), keepdim=True)
     rest = 1.0 - factor
     towards_grey = _column(np.where(turn == SATURATION, rest, 0.0), x).view(-1, 1, 1, 1)

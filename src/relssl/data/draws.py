@@ -31,14 +31,15 @@ BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 _ATTEMPTS = 10  # of a crop that fits, as torchvision's RandomResizedCrop
 _ORDERS = np.array(list(itertools.permutations(range(4))), dtype=np.int64)
 
-# Columns of the uniform numbers. To add a parameter, append a column before _RANDAUGMENT's or after the last: never move one.
+# Columns of the uniform numbers. To add a parameter, append a column after the last: never move one.
 _CROP = 0  # area and ratio of each attempt, then top and left
 _AFFINE = _CROP + 2 * _ATTEMPTS + 2  # applied, angle, shift x, shift y, zoom
 _FLIP = _AFFINE + 5
 _JITTER = _FLIP + 1  # applied, order, brightness, contrast, saturation, hue
 _GREY = _JITTER + 6
 _BLUR = _GREY + 1  # applied, sigma
-_RANDAUGMENT = _BLUR + 2  # operation, applied, level, sign of each of n; last, because n varies
+_RANDAUGMENT = _BLUR + 2  # operation, applied, level, sign of each of n, which varies
+_SOLARIZE = _RANDAUGMENT + 4 * 14  # behind the most operations that RandAugment may have
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
@@ -62,6 +63,7 @@ class Draws:
     hue: Floats  # [B] share of the circle; 0 = unchanged
     grey: Bools  # [B]
     sigma: Floats  # [B] of the blur, in pixels; 0 = not blurred
+    solarize: Bools  # [B]
 
     def __len__(self) -> int:
         return len(self.flip)
@@ -116,17 +118,19 @@ def draw(view: ViewConfig, seed: int, epoch: int, ids: Ints, slot: int, sizes: I
         B rows of parameters.
     """
     ids = np.asarray(ids, dtype=np.int64)
-    u = uniforms(seed, epoch, ids, slot, _RANDAUGMENT + 4 * view.randaugment)
+    randaugment_end = _RANDAUGMENT + 4 * view.randaugment
+    u = uniforms(seed, epoch, ids, slot, _SOLARIZE + 1 if view.solarize else randaugment_end)
     height, width = np.broadcast_to(np.asarray(sizes, dtype=np.int64), (len(ids), 2)).T
     sigma = _between(u[:, _BLUR + 1], *view.blur_sigma)
     return Draws(
         crop=_crop(view, u[:, _CROP:_AFFINE], height, width),
         **_affine(view, u[:, _AFFINE:_FLIP]),
         flip=u[:, _FLIP] < view.flip,
-        **_randaugment(u[:, _RANDAUGMENT:].reshape(len(ids), view.randaugment, 4)),
+        **_randaugment(u[:, _RANDAUGMENT:randaugment_end].reshape(len(ids), view.randaugment, 4)),
         **_jitter(view, u[:, _JITTER:_GREY]),
         grey=u[:, _GREY] < view.grey,
         sigma=np.where(u[:, _BLUR] < view.blur, sigma, 0.0),
+        solarize=u[:, _SOLARIZE] < view.solarize if view.solarize else np.zeros(len(ids), np.bool_),
     )
 
 

@@ -16,9 +16,11 @@ from relssl.schema import nearest_word
 
 # Data sets known by name; a folder of the same name is meant by `./NAME`.
 NAMES = (
-    *("digits", "fashion-mnist", "cifar10", "cifar100", "stl10", "imagenet", "svhn"),
+    *("digits", "fashion-mnist", "cifar10", "cifar100", "stl10", "tiny-imagenet", "imagenet", "imagenet100", "svhn"),
     *("food101", "flowers102", "oxford-pets", "fgvc-aircraft", "dtd", "stanford-cars", "voc07"),
 )
+# Of these, the ones that lie in DATA_ROOT/imagenet, where nobody but the user can put them.
+IMAGENETS = ("imagenet", "imagenet100")
 EXTENSIONS = frozenset(
     {"jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "pbm", "pnm", "jp2", "j2k", "avif"}
 )
@@ -152,7 +154,7 @@ def exists(data: str, root: str | None) -> None:
     Raises:
         DataError: for a name that is not known, a path that does not exist, a folder without images, an empty list file.
     """
-    if data in NAMES and data != "imagenet":
+    if data in NAMES and data not in IMAGENETS:
         return
     path = locate(data, root)
     if os.path.isdir(path):
@@ -170,15 +172,15 @@ def exists(data: str, root: str | None) -> None:
 
 
 def locate(data: str, root: str | None) -> str:
-    """The path of a folder, a list file or the name `imagenet`.
+    """The path of a folder, a list file or the names of `IMAGENETS`.
 
     Raises:
         DataError: if there is nothing there; says where it was looked for and what name may have been meant.
     """
-    if data == "imagenet":
+    if data in IMAGENETS:
         path = os.path.join(data_root(root), "imagenet")
         if split_folders(path) is None:
-            raise DataError(f"imagenet: not found; put train/CLASS/ and val/CLASS/ below {shown(path)}, or set data_root")
+            raise DataError(f"{data}: not found; put train/CLASS/ and val/CLASS/ below {shown(path)}, or set data_root")
         return path
     path = os.path.expanduser(data)
     if "\0" not in path and os.path.exists(path):

@@ -24,7 +24,8 @@ from relssl.views import ViewsConfig
 
 def describe(views: ViewsConfig) -> str:
     """The plain view in words, for protocol cards."""
-    return f"resize shorter side to {enlarged(views)}, centre crop {views.weak.size}, {views.interpolation} with antialias"
+    grey = ", grey" if views.channels == 1 else ""
+    return f"resize shorter side to {enlarged(views)}, centre crop {views.weak.size}, {views.interpolation} with antialias{grey}"
 
 
 def enlarged(views: ViewsConfig) -> int:
@@ -53,7 +54,7 @@ def plain_batch(pixels: Tensor, views: ViewsConfig) -> Tensor:
 
 
 def batches(images: Images, config: Config, batch_size: int = 256) -> Iterator[tuple[np.ndarray, Tensor, list[tuple[str, str]]]]:
-    """(rows, normalised images [B, 3, S, S] on the CPU, unreadable files) over a data set, in its order."""
+    """(rows, normalised images [B, C, S, S] on the CPU, unreadable files) over a data set, in its order."""
     if images.pixels is not None:
         for start in range(0, len(images), batch_size):
             pixels = images.pixels[start : start + batch_size]

@@ -9,8 +9,9 @@ import numpy as np
 
 from relssl.data.draws import uniforms
 
-# Draws of the order use a slot of their own, far from those of views.
+# Draws of the order, and of the teacher's, use slots of their own, far from those of views.
 _ORDER_SLOT = 1 << 20
+_SHUFFLE_SLOT = _ORDER_SLOT + 1
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,13 @@ class Plan:
     def order(self, epoch: int) -> np.ndarray:
         """The epoch's permutation of the samples, [count] int64."""
         keys = uniforms(self.seed, epoch, np.arange(self.count), _ORDER_SLOT, 1)[:, 0]
+        return np.argsort(keys, kind="stable")
+
+    def shuffle(self, step: int, part: int) -> np.ndarray:
+        """The order in which a part of a step's batch goes through a teacher that sees it shuffled, [world * share] int64: the
+        same on all ranks, and for one rank that of many."""
+        rows = self.batch_size // self.parts
+        keys = uniforms(self.seed, step, part * rows + np.arange(rows), _SHUFFLE_SLOT, 1)[:, 0]
         return np.argsort(keys, kind="stable")
 
     def steps(self, start: int, stop: int) -> Iterator[tuple[int, list[np.ndarray]]]:

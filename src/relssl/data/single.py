@@ -35,7 +35,8 @@ def apply(image: Image.Image | Tensor, view: ViewConfig, draws: Draws, row: int,
         uint8 [3,S,S], so that it travels small and is normalised in batches on the device.
     """
     moved = _geometric(image, view, draws, row, reduction)
-    untouched = not (draws.jitter[row] or draws.grey[row] or draws.sigma[row] > 0 or draws.ops_applied[row].any())
+    coloured = draws.jitter[row] or draws.grey[row] or draws.sigma[row] > 0 or draws.solarize[row]
+    untouched = not (coloured or draws.ops_applied[row].any())
     return _pixels(moved if untouched else _photometric(_picture(moved), view, draws, row))
 
 
@@ -75,6 +76,8 @@ def _photometric(image: Image.Image, view: ViewConfig, draws: Draws, row: int) -
         image = F.rgb_to_grayscale(image, num_output_channels=3)
     if draws.sigma[row] > 0:
         image = image.filter(ImageFilter.GaussianBlur(radius=float(draws.sigma[row])))
+    if draws.solarize[row]:
+        image = F.solarize(image, 128)
     for op, applied, level in zip(draws.ops[row], draws.ops_applied[row], draws.levels[row], strict=True):
         if applied:
             image = randaugment.apply_pil(image, int(op), int(level))

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from relssl.data import digits, transfer_sets
+from relssl.data import digits, imagenet100, tiny_imagenet, transfer_sets
 from relssl.data.fetching import fetch
 from relssl.data.files import Listing, class_folders, data_root, exists, locate, read_list, scan, split_folders
 from relssl.data.paths import Paths, shown
@@ -38,7 +38,7 @@ class Images:
         name: for messages.
         pixels: uint8 [N, 3, H, W], contiguous, on the CPU; None for files.
         files: N paths, undecodable bytes in their names kept as surrogates; None for pixels.
-        labels: int64 [N], -1 = none; for reporting only, never for training.
+        labels: int64 [N], -1 = none; for reporting, and to train on for supervised learning alone.
         classes: what the labels stand for.
         mean, std: of the channels, for pixels scaled to 0..1.
         bad: (file, reason) of what the scan already found unusable; not counted in N.
@@ -81,6 +81,13 @@ class Images:
             targets=None if self.targets is None else self.targets[rows],
             shrunk=None,
         )
+
+    @property
+    def class_count(self) -> int:
+        """How many classes one label an image tells apart, those without an image among these included; 0 if one has no label."""
+        if self.labels is None or self.labels.min() < 0:
+            return 0
+        return max(len(self.classes or ()), int(self.labels.max()) + 1)
 
     def fingerprint(self) -> str:
         """16 hex digits of the SHA-256 of the pixels, or of the files' count, names and sizes; labels do not count."""
@@ -130,7 +137,7 @@ def load(data: str, root: str | None, split: str, *, index: bool = True) -> Imag
         data: a name (`files.NAMES`), a folder, or a list file (.txt, .lst).
         root: where named data sets lie; None: $RELSSL_DATA, else ~/.cache/relssl.
         split: "train" (what pretraining uses), "bank" (training images with labels) or "test". The first two are one and
-            the same but for stl10, whose `train` is its unlabelled part.
+            the same but for stl10, whose `train` holds its unlabelled images (label -1) as well.
         index: find the files of a folder by the index of an earlier scan, if that is still true.
 
     Raises:
@@ -147,18 +154,25 @@ def load(data: str, root: str | None, split: str, *, index: bool = True) -> Imag
         return _named(data, data_root(root), split)
     if data in transfer_sets.NAMES:
         return _listed(data, transfer_sets.read(data, data_root(root), split))
+    if data == "tiny-imagenet":
+        images = _listed(data, tiny_imagenet.read(data_root(root), split))
+        return replace(images, mean=tiny_imagenet.MEAN, std=tiny_imagenet.STD)
     exists(data, root)
     path = locate(data, root)
     images = _folder(data, path, split, index) if Path(path).is_dir() else _list(data, path, split)
     if len(images) == 0:
         first = f", the first: {shown(images.bad[0][0])} {images.bad[0][1]}" if images.bad else ""
         raise DataError(f"{images.name}: no usable image ({len(images.bad)} unusable{first})")
+    if data == "imagenet100":
+        rows, labels = imagenet100.select(images.labels, images.classes)
+        images = replace(images.subset(rows), labels=labels, classes=imagenet100.CLASSES)
     return images
 
 
 def at_hand(data: str, root: str | None) -> bool:
     """Whether `load` finds DATA without a download."""
-    return data not in _NAMED or Path(data_root(root), _NAMED[data].folder).exists()
+    folders = {name: known.folder for name, known in _NAMED.items()} | {"tiny-imagenet": tiny_imagenet.FOLDER}
+    return data not in folders or Path(data_root(root), folders[data]).exists()
 
 
 def _folder(data: str, path: str, split: str, index: bool) -> Images:
@@ -231,6 +245,7 @@ def _fetch(name: str, root: str, split: str) -> Any:
     reader = getattr(torchvision.datasets, known.reader)
     part: dict[str, Any] = {"train": split != "test"}
     if name in ("stl10", "svhn"):
-        part = {"split": {"train": "unlabeled" if name == "stl10" else "train", "bank": "train", "test": "test"}[split]}
+        whole = "train+unlabeled" if name == "stl10" else "train"  # what the papers pretrain on
+        part = {"split": {"train": whole, "bank": "train", "test": "test"}[split]}
     place = os.path.join(root, known.folder)
     return fetch(name, root, lambda download: reader(root, download=download, **part), place, known.source)

@@ -61,13 +61,14 @@ def card(
 
 def view(config: Config) -> dict[str, Any]:
     """What the network sees of an image."""
+    mean, std = config.views.statistics() if config.views.mean and config.views.std else ((), ())
     return {
         "size": config.views.weak.size,
         "shorter_side": enlarged(config.views),
         "crop": "centre",
         "interpolation": f"{config.views.interpolation} with antialias",
-        "mean": list(config.views.mean or ()),
-        "std": list(config.views.std or ()),
+        "mean": list(mean),
+        "std": list(std),
         "max_pixels": config.loader.max_pixels,
     }
 

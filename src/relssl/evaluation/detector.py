@@ -21,6 +21,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from relssl.config import Config
 from relssl.errors import ConfigError
+from relssl.method.backbones import channels_of
 from relssl.protocols import DetectionConfig
 
 _CHANNELS = 256  # of every level of the pyramid (Lin et al., section 3)
@@ -75,7 +76,7 @@ def create_detector(
         torchvision's model, in training mode.
 
     Raises:
-        ConfigError: if the backbone has no maps of falling resolution, or takes images of one size only.
+        ConfigError: if the backbone has no maps of falling resolution, takes images of one size only, or grey ones.
     """
     network = copy.deepcopy(backbone).cpu().requires_grad_(True)
     levels = pyramid_levels(network, config.backbone)
@@ -110,9 +111,11 @@ def pyramid_levels(network: nn.Module, name: str) -> list[Level]:
     would cost more than all others together.
 
     Raises:
-        ConfigError: naming the network, if it has fewer than two strides.
+        ConfigError: naming the network, if it has fewer than two strides or does not take colour images.
     """
     other = "; take a convolutional backbone such as resnet50, or one with stages such as convnext_tiny"
+    if channels_of(network) != 3:
+        raise ConfigError(f"detection: takes colour images, and {name} was made for {channels_of(network)} channels")
     if not hasattr(network, "forward_intermediates"):
         raise ConfigError(f"detection: {name} gives no feature maps{other}")
     training, device = network.training, next(network.parameters()).device

@@ -30,7 +30,7 @@ from relssl.evaluation.classifier import Batches, Labels, Trial, linear_classifi
 from relssl.evaluation.findings import Finding
 from relssl.evaluation.metrics import Bootstrap
 from relssl.evaluation.pairs import LabelledPair
-from relssl.method.encoder import feature_width
+from relssl.method.backbones import feature_width
 from relssl.method.schedules import learning_rate
 from relssl.optim import parameter_groups
 from relssl.protocols import FinetuneConfig, SemiConfig

@@ -86,7 +86,7 @@ def evaluate(
     if out is not None:
         check_out(Path(out))
     reading = reading or Reading()
-    network = asked.network[0] if len(asked.network) == 1 else reading.network
+    network = asked.network[0] if asked.network and len(asked.network) == 1 else reading.network
     opened = open_backbones(source, dataclasses.replace(reading, network=network, size=asked.size or reading.size))
     data = data or opened.config.data
     if data == NO_DATA:
@@ -125,12 +125,12 @@ class _Work:
         self.networks = self._networks()
 
     def _networks(self) -> dict[str, nn.Module]:
-        held = self.opened.networks
-        if set(held) == {"backbone"}:
+        held, asked = self.opened.networks, self.settings.network
+        if asked is None or set(held) == {"backbone"}:
             return held
-        if unknown := [name for name in self.settings.network if name not in held]:
+        if unknown := [name for name in asked if name not in held]:
             raise ConfigError(f"network: {self.opened.name} holds {' and '.join(held)}, not {', '.join(unknown)}")
-        return {name: held[name] for name in held if name in self.settings.network}
+        return {name: held[name] for name in held if name in asked}
 
     def run(self, protocol: str, data: str) -> Iterator[Record]:
         """The records of one protocol, network by network."""

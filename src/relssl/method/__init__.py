@@ -1,20 +1,43 @@
 """What the paper is, as building blocks: plain torch, no device, no rank, no I/O. Stable and importable on their own."""
 
-from relssl.method.encoder import Encoder, create_backbone, create_encoder
+from relssl.method.backbones import create_backbone
+from relssl.method.base import Method, Step
+from relssl.method.batchnorm import SplitBatchNorm2d, shuffled, split_batch_norms
+from relssl.method.byol import BYOL
+from relssl.method.creation import create_method, create_student
+from relssl.method.encoder import Encoder, create_encoder
 from relssl.method.health import health
 from relssl.method.memory import Memory
+from relssl.method.moco import MoCo
 from relssl.method.relation import info_nce, relation, relational_loss
-from relssl.method.ressl import ReSSL, Step
+from relssl.method.ressl import ReSSL
+from relssl.method.sce import SCE
+from relssl.method.simclr import SimCLR
+from relssl.method.simsiam import SimSiam
+from relssl.method.supervised import Classifier, Supervised
 
 __all__ = [
+    "BYOL",
+    "SCE",
+    "Classifier",
     "Encoder",
     "Memory",
+    "Method",
+    "MoCo",
     "ReSSL",
+    "SimCLR",
+    "SimSiam",
+    "SplitBatchNorm2d",
     "Step",
+    "Supervised",
     "create_backbone",
     "create_encoder",
+    "create_method",
+    "create_student",
     "health",
     "info_nce",
     "relation",
     "relational_loss",
+    "shuffled",
+    "split_batch_norms",
 ]

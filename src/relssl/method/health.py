@@ -46,8 +46,13 @@ def health(
         "teacher_neighbours": entropy.exp(),
         "kl": kl,
         "agreement": agreement,
-        "embedding_std": keys.float().std(dim=0, correction=0).mean() * math.sqrt(keys.shape[1]),
+        "embedding_std": spread(keys),
     }
+
+
+def spread(keys: Tensor) -> Tensor:
+    """`embedding_std` of keys [B, D]."""
+    return keys.float().std(dim=0, correction=0).mean() * math.sqrt(keys.shape[1])
 
 
 def _relations(queries: Tensor, keys: Tensor, memory: Tensor, student_temperature: float, teacher_temperature: float) -> Tensor:
@@ -71,12 +76,20 @@ def effective_rank(embeddings: Tensor) -> Tensor:
     return rank
 
 
-def verdict(figures: dict[str, float], memory_size: int, dim: int) -> str | None:
-    """The collapse that the figures show, with what to try; None when they look healthy."""
+def verdict(figures: dict[str, float], memory_size: int, dim: int, *, warms: bool = True) -> str | None:
+    """The collapse that the figures show, with what to try; None when they look healthy.
+
+    Args:
+        memory_size: K. dim: D, of the keys.
+        warms: whether the method has an InfoNCE warm-up that could be longer.
+    """
+    longer = ", lengthen method.warmup_share" if warms else ""
     if figures["embedding_std"] < 0.1:
-        return "collapsed: all embeddings point one way; lower optimizer.lr, lengthen method.warmup_share or drop the predictor"
-    if figures["teacher_neighbours"] > 0.9 * memory_size:
-        return "collapsed: the teacher's relation is uniform; lower method.teacher_temperature or lengthen method.warmup_share"
+        return f"collapsed: all embeddings point one way; lower optimizer.lr{longer}" + (
+            " or drop the predictor" if warms else ""
+        )
+    if figures.get("teacher_neighbours", 0) > 0.9 * memory_size:
+        return f"collapsed: the teacher's relation is uniform; lower method.teacher_temperature{longer}"
     if figures["effective_rank"] < min(4.0, 0.1 * dim):
-        return "collapsing: the embeddings use under 4 directions; lower optimizer.lr or lengthen method.warmup_share"
+        return f"collapsing: the embeddings use under {min(4.0, 0.1 * dim):g} directions; lower optimizer.lr{longer}"
     return None

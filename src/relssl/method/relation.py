@@ -7,7 +7,6 @@ NIPS = "ReSSL: Relational Self-Supervised Learning with Weak Augmentation" (2021
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -69,10 +68,14 @@ def info_nce(queries: Tensor, keys: Tensor, memory: Tensor, *, temperature: floa
     Returns:
         A scalar, the mean over views and samples. Gradient flows through `queries` alone.
     """
+    return -log_choice(queries, keys, memory, temperature)[..., 0].mean()
+
+
+def log_choice(queries: Tensor, keys: Tensor, memory: Tensor, temperature: float) -> Tensor:
+    """log of the softmax over a query's own key, which comes first, and the memory: [V, B, D], [B, D], [K, D] -> [V, B, 1 + K]."""
     negatives = logits(queries, memory.detach(), temperature)
     positives = (queries.to(negatives.dtype) * keys.detach().to(negatives.dtype)).sum(dim=-1, keepdim=True) / temperature
-    scores = torch.cat([positives, negatives], dim=-1).flatten(end_dim=-2)
-    return F.cross_entropy(scores, scores.new_zeros(len(scores), dtype=torch.long))
+    return torch.cat([positives, negatives], dim=-1).log_softmax(dim=-1)
 
 
 def objective(

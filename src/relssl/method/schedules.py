@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 
 
-def learning_rate(step: int, *, peak: float, warmup_steps: float, total_steps: int) -> float:
-    """Linear from 0 to `peak` over `warmup_steps`, then a half cosine to 0 at `total_steps` (official code).
+def learning_rate(step: int, *, peak: float, warmup_steps: float, total_steps: int, start: float = 0.0) -> float:
+    """Linear from `start` to `peak` over `warmup_steps`, then a half cosine to 0 at `total_steps` (official code).
 
     Args:
         step: 0 at the first step.
     """
     if step < warmup_steps:
-        return peak * step / warmup_steps
+        return start + (peak - start) * step / warmup_steps
     progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
     return peak * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 

@@ -18,17 +18,17 @@ _KINDS = {
     "transfer": "views to the device",
     "teacher": "teacher, forward",
     "student": "student, forward",
-    "loss": "loss over the memory",
+    "loss": "the loss",
     "backward": "student, backward",
     "health": "figures of logged steps",
-    "update": "student, memory and teacher updated",
+    "update": "what moves after a step",
     "rest": "the rest",
 }
 _LIMITS = {
     "data": "getting the images",
     "transfer": "moving views to the device",
     "networks": "the networks themselves",
-    "loss": "the loss over the memory",
+    "loss": "the loss and its similarities",
     "rest": "what lies between: updates, figures, Python",
 }
 
@@ -78,6 +78,8 @@ def _costs(found: Estimate) -> Table:
 def _step(found: Estimate) -> Table:
     table = Table(title="Where a step's time goes", title_justify="left", show_header=False, min_width=60)
     for name, share in found.shares.items():
+        if not share:  # of methods without a teacher, its passes
+            continue
         label = "making the views" if name == "data" and found.workers is None else _KINDS[name]
         table.add_row(label, f"{share:.0%}")
     table.add_section()

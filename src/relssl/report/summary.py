@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from relssl.config import Config
+from relssl.methods import METHODS
+
 if TYPE_CHECKING:
     from relssl.train.pretrain import Result
 
@@ -25,14 +28,14 @@ def facts(result: Result) -> dict[str, Any]:
         "knn_teacher": last.get("knn_teacher_top1"),
         "loss_start": trained[0]["loss"],
         "loss_end": last["loss"],
-        "health": {name: last[name] for name in HEALTH},
+        "health": {name: last[name] for name in HEALTH if name in last},
     }
 
 
 HEALTH = ("teacher_entropy", "teacher_neighbours", "kl", "agreement", "embedding_std", "effective_rank")
 
 
-def show(result: Result, memory_size: int, dim: int) -> None:
+def show(result: Result, config: Config) -> None:
     """Print the table: kNN where there are labels, the relations' health, where the weights lie, how to load them."""
     known = facts(result)
     console = Console(highlight=False)
@@ -44,11 +47,15 @@ def show(result: Result, memory_size: int, dim: int) -> None:
     health = known["health"]
     table.add_section()
     table.add_row("loss, first and last row", f"{_number(known['loss_start'], 3)} -> {_number(known['loss_end'], 3)}")
-    table.add_row("teacher's effective neighbours", f"{_number(health['teacher_neighbours'], 1)} of {memory_size}")
-    table.add_row("student's divergence from it", f"{_number(health['kl'], 3)} nats")
-    table.add_row("same nearest neighbour", f"{_number(health['agreement'], 2)} of samples")
+    if "teacher_neighbours" in health:  # methods without a memory have no relations
+        table.add_row(
+            "teacher's effective neighbours", f"{_number(health['teacher_neighbours'], 1)} of {config.method.memory_size}"
+        )
+        table.add_row("student's divergence from it", f"{_number(health['kl'], 3)} nats")
+        table.add_row("same nearest neighbour", f"{_number(health['agreement'], 2)} of samples")
     table.add_row("spread of the embeddings", f"{_number(health['embedding_std'], 2)} (1 is all round)")
-    table.add_row("effective rank", f"{_number(health['effective_rank'], 0)} of {dim}")
+    of = "" if METHODS[config.method.name].labels else f" of {config.encoder.dim}"
+    table.add_row("effective rank", f"{_number(health['effective_rank'], 0)}{of}")
     console.print(table)
     console.print(f"run folder  {known['folder']}\nweights     {known['backbone']}\n\nLoad them:\n", markup=False, soft_wrap=True)
     lines = (

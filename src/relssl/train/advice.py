@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from relssl.config import Config
+from relssl.methods import METHODS
 from relssl.train.choices import WORTH_COMPILING
 from relssl.units import size
 
@@ -44,7 +45,7 @@ def memory_nearly_full(found: Estimate, config: Config) -> Advice | None:
     """Above 90 %: parts of a batch need less at a time."""
     parts = 2 * config.accumulate
     share = config.batch_size / (parts * found.world)
-    if found.memory.share <= 0.9 or share < 2 or share != int(share):
+    if found.memory.share <= 0.9 or share < 2 or share != int(share) or METHODS[config.method.name].whole_batch:
         return None
     why = f"{found.memory.share:.0%} of the memory is taken; in more parts, each normalised by itself, a batch takes less"
     return Advice("accumulate", str(parts), why)
@@ -115,7 +116,7 @@ def small_batch(found: Estimate, config: Config) -> Advice | None:
 def large_memory(found: Estimate, config: Config) -> Advice | None:
     """The loss over the memory is over 20 % of a step."""
     share, half = found.shares["loss"], config.method.memory_size // 2
-    if share <= 0.2 or half < config.batch_size:
+    if share <= 0.2 or half < config.batch_size or not METHODS[config.method.name].memory:
         return None
     why = f"the loss over {config.method.memory_size} keys is {share:.0%} of a step; fewer change the relation"
     return Advice("method.memory_size", str(half), why, 1 / (1 - share / 2))

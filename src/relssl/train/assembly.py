@@ -11,8 +11,9 @@ from relssl.config import Config
 from relssl.data.shrinking import shrunken
 from relssl.data.sources import Images, load
 from relssl.engine import Engine
-from relssl.errors import DataError, Interrupted, RelsslError
+from relssl.errors import ConfigError, DataError, Interrupted, RelsslError
 from relssl.evaluation.pairs import LabelledPair, choose
+from relssl.methods import METHODS
 from relssl.train.journal import Display
 from relssl.train.online import OnlineKnn
 from relssl.train.signals import REASONS, StopRequest
@@ -22,8 +23,14 @@ Made = TypeVar("Made")
 
 
 def complete_settings(config: Config, images: Images) -> Config:
-    """The configuration with what only the data can say."""
+    """The configuration with what only the data can say.
+
+    Raises:
+        ConfigError: if a view is larger than the images of a set in memory.
+    """
     views = config.views
+    if images.pixels is not None and not views.enlarge:
+        _refuse_enlarging(config, min(images.pixels.shape[-2:]), images)
     views = dataclasses.replace(
         views,
         mean=views.mean or images.mean,
@@ -33,16 +40,38 @@ def complete_settings(config: Config, images: Images) -> Config:
     return dataclasses.replace(config, views=views)
 
 
+def _refuse_enlarging(config: Config, side: int, images: Images) -> None:
+    views = config.views
+    sizes = [("views.weak.size", views.weak.size)]
+    sizes += [("views.crops", size) for size, _, _ in views.crops] or [
+        ("views.strong.size", view.size) for view in config.strong_views
+    ]
+    faults = [
+        f"{name}: {size} is larger than the images of {images.name} ({side} x {side} pixels), which would only be blown up; "
+        "views.enlarge true does so all the same"
+        for name, size in sizes
+        if size > side
+    ]
+    if faults:
+        raise ConfigError(*faults)
+
+
 def build(config: Config, engine: Engine) -> Trainer:
     """A run that is ready for its first step and has no folder.
 
     Raises:
         ConfigError, DataError: if settings and data do not make a run.
     """
-    images = load(config.data, config.data_root, "train", index=config.loader.index)
+    labelled = METHODS[config.method.name].labels
+    images = load(config.data, config.data_root, "bank" if labelled else "train", index=config.loader.index)
     if config.max_images is not None:
         images = choose(images, config.max_images, config.seed)
     config = complete_settings(config, images)
+    if labelled and images.class_count < 2:
+        raise DataError(
+            f"{images.name}: {config.method.name} needs a label for each image, of two classes or more; take a labelled set, lay the "
+            "images out as train/CLASS/ and val/CLASS/, or take a method without labels"
+        )
     return Trainer(config, engine, images, _online(config) if engine.is_first else None)
 
 

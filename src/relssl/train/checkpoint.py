@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
 from relssl.engine import Engine
 from relssl.errors import CheckpointError, DistributedError
-from relssl.method.ressl import ReSSL, unwrapped
+from relssl.method.base import Method, unwrapped
 from relssl.weights import store, tree
 
 
-def save(folder: Path, step: int, model: ReSSL, optimizer: Optimizer, engine: Engine, facts: dict[str, Any]) -> Path | None:
+def save(folder: Path, step: int, model: Method, optimizer: Optimizer, engine: Engine, facts: dict[str, Any]) -> Path | None:
     """Save the state after `step` steps; every rank calls it, the first writes. Returns the checkpoint there."""
     whole = whole_state(model, optimizer, engine)
     hashes = agreed_hashes(model, engine)
@@ -30,18 +31,19 @@ def save(folder: Path, step: int, model: ReSSL, optimizer: Optimizer, engine: En
     return target
 
 
-def whole_state(model: ReSSL, optimizer: Optimizer, engine: Engine) -> dict[str, Any]:
+def whole_state(model: Method, optimizer: Optimizer, engine: Engine) -> dict[str, Any]:
     """All that a checkpoint holds, as a tree of tensors and numbers; every rank calls it, for its random generators."""
-    return {
-        "student": unwrapped(model.student).state_dict(),
-        "teacher": model.teacher.state_dict(),
-        "memory": model.memory.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "random": engine.random_state(),
-    }
+    whole = {name: part.state_dict() for name, part in _parts(model).items()}
+    return whole | {"optimizer": optimizer.state_dict(), "random": engine.random_state()}
 
 
-def agreed_hashes(model: ReSSL, engine: Engine) -> list[dict[str, str]]:
+def _parts(model: Method) -> dict[str, nn.Module]:
+    """What the method has of student, teacher and memory."""
+    parts = {"student": unwrapped(model.student), "teacher": model.teacher, "memory": model.memory}
+    return {name: part for name, part in parts.items() if part is not None}
+
+
+def agreed_hashes(model: Method, engine: Engine) -> list[dict[str, str]]:
     """Each rank's hashes of what has to be the same everywhere: student, teacher and memory. One process is not hashed.
 
     Batch-norm statistics are left out: each rank keeps those of its own share.
@@ -51,11 +53,7 @@ def agreed_hashes(model: ReSSL, engine: Engine) -> list[dict[str, str]]:
     """
     if engine.world == 1:
         return []
-    parts = {
-        "student": unwrapped(model.student).parameters(),
-        "teacher": model.teacher.parameters(),
-        "memory": model.memory.buffers(),
-    }
+    parts = {name: part.buffers() if name == "memory" else part.parameters() for name, part in _parts(model).items()}
     held = engine.all_of([{name: _digest(tensors) for name, tensors in parts.items()}])
     apart = [name for name in parts if len({rank[name] for rank in held}) > 1]
     if apart:
@@ -70,7 +68,7 @@ def _digest(tensors: Iterable[torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def restore(path: Path, model: ReSSL, optimizer: Optimizer, engine: Engine) -> tuple[dict[str, Any], list[str]]:
+def restore(path: Path, model: Method, optimizer: Optimizer, engine: Engine) -> tuple[dict[str, Any], list[str]]:
     """Load a checkpoint into a run just built.
 
     Returns:
@@ -82,9 +80,8 @@ def restore(path: Path, model: ReSSL, optimizer: Optimizer, engine: Engine) -> t
     tensors, meta = store.load(path)
     state = tree.unflatten(tensors, meta["tree"])
     try:
-        unwrapped(model.student).load_state_dict(state["student"])
-        model.teacher.load_state_dict(state["teacher"])
-        model.memory.load_state_dict(state["memory"])
+        for name, part in _parts(model).items():
+            part.load_state_dict(state[name])
         optimizer.load_state_dict(state["optimizer"])
         _lay_out(optimizer)
     except (KeyError, RuntimeError, ValueError) as error:

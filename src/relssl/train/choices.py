@@ -11,10 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from relssl.config import Config
+from relssl.data.batch import Batch
 from relssl.engine import Engine
 from relssl.errors import ConfigError
 from relssl.method.encoder import Encoder
-from relssl.method.ressl import OBJECTIVES, unwrapped
+from relssl.method.ressl import OBJECTIVES
+from relssl.methods import METHODS
 
 if TYPE_CHECKING:
     from relssl.train.learner import Learner
@@ -33,6 +35,8 @@ def pick_loss_form(config: Config, engine: Engine, share: int) -> str:
         ConfigError: if triton is asked for where it cannot run.
     """
     asked, kind = config.method.loss_form, engine.device.type
+    if not METHODS[config.method.name].tiled:
+        return "plain"
     if kind != "cuda" and asked == "triton":
         raise ConfigError("method.loss_form: triton needs a CUDA device; use tiled or auto")
     if asked in ("plain", "tiled") or kind != "cuda":
@@ -75,7 +79,7 @@ def compile_networks(learner: Learner) -> str | None:
         return None
     # Graphs are replayed on fixed memory; gradients of accumulated parts and DDP's buckets outlive a replay.
     graphs = engine.world == 1 and config.accumulate == 1
-    networks = [unwrapped(learner.model.student), learner.model.teacher]
+    networks = learner.networks
 
     def compiled() -> float:
         torch.compiler.reset()  # type: ignore[no-untyped-call]  # one cache serves all networks of a process
@@ -83,6 +87,7 @@ def compile_networks(learner: Learner) -> str | None:
             _compile(network, graphs)
         return _seconds(run, engine)
 
+    gather, learner.model.gather = learner.model.gather, lambda rows: rows
     learner.guard.watch()
     try:
         with torch.random.fork_rng([engine.device] if engine.device.type == "cuda" else []):
@@ -92,6 +97,7 @@ def compile_networks(learner: Learner) -> str | None:
                 after, fault = _tried(compiled, engine)
     finally:
         learner.guard.take_back()
+        learner.model.gather = gather
         learner.optimizer.zero_grad(set_to_none=True)
     if fault is not None:
         _undo(networks, engine)
@@ -116,14 +122,14 @@ def _tried(work: Callable[[], float], engine: Engine) -> tuple[float, str | None
 
 
 def _compile(network: Encoder, graphs: bool) -> None:
-    made = torch.compile(network.embed, dynamic=False, mode="reduce-overhead" if graphs else None)
+    made = torch.compile(network.heads, dynamic=False, mode="reduce-overhead" if graphs else None)
     # The embeddings leave the memory that the next replay writes to. Evaluation calls the backbone, which stays as it is.
-    network.__dict__["embed"] = lambda images: made(images).clone()
+    network.__dict__["heads"] = lambda images: tuple(part.clone() for part in made(images))
 
 
 def _undo(networks: list[Encoder], engine: Engine) -> None:
     for network in networks:
-        network.__dict__.pop("embed", None)
+        network.__dict__.pop("heads", None)
     torch.compiler.reset()  # type: ignore[no-untyped-call]  # with it goes the memory that graphs hold
     engine.release()
 
@@ -133,17 +139,18 @@ def _trial(learner: Learner) -> Callable[[], None]:
     config, engine, share = learner.config, learner.engine, learner.plan.share
 
     def noise(size: int) -> Tensor:
-        views: Tensor = engine.place(torch.rand(share, 3, size, size))
+        views: Tensor = engine.place(torch.rand(share, config.views.channels, size, size))
         return views
 
-    weak, strong = noise(config.views.weak.size), [noise(view.size) for view in config.strong_views]
+    part = Batch(torch.arange(share), noise(config.views.weak.size), [noise(view.size) for view in config.strong_views])
+    now = learner.settings_at(learner.total_steps - 1)
 
     def run() -> None:
         torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         # As a part that others follow: ranks exchange nothing, so that one that fails leaves none waiting.
         with engine.part(learner.model.student, last=False):
             with engine.autocast():
-                made = learner.model.step(weak, strong, student_temperature=0.1, teacher_temperature=0.04)
+                made = learner.look(part, now)
             engine.backward(made.loss)
         learner.optimizer.zero_grad(set_to_none=True)
 

@@ -22,7 +22,6 @@ from relssl.data.workers import loader_workers
 from relssl.evaluation.features import extract
 from relssl.evaluation.knn import knn_accuracy
 from relssl.evaluation.pairs import choose
-from relssl.method.ressl import unwrapped
 from relssl.train.checkpoint import whole_state
 from relssl.train.folder import default_folder
 from relssl.train.trainer import Trainer
@@ -87,8 +86,7 @@ def measure_saving(trainer: Trainer, cache: int = 0) -> tuple[Disk, float]:
     data = tensorfile.encode(tensors)
     hashlib.sha256(data).hexdigest()
     seconds = time.perf_counter() - begun
-    networks = (unwrapped(trainer.model.student).backbone, trainer.model.teacher.backbone)
-    exports = sum(tensor.nbytes for network in networks for tensor in network.state_dict().values())
+    exports = sum(tensor.nbytes for network in trainer.networks for tensor in network.backbone.state_dict().values())
     rows = trainer.total_steps // config.log.every + config.epochs
     held = min(config.checkpoint.keep, saves(config, trainer.steps_per_epoch)) + (trainer.online is not None) + 1
     logs = rows * (_ROW + _EVENTS * config.log.tensorboard)
@@ -133,7 +131,7 @@ def _evaluation(trainer: Trainer) -> float:
     """Seconds of one evaluation: features of both sides by both networks, and the search for neighbours."""
     assert trainer.online is not None
     pair, config, engine = trainer.online.pair, trainer.config, trainer.engine
-    backbone, size = trainer.model.teacher.backbone, config.views.weak.size
+    backbone, size = trainer.networks[-1].backbone, config.views.weak.size
     # For files, images of noise stand in: reading them is timed apart, as the loader's processes do it at the same time.
     sample = choose(pair.test, _FEATURES, 0)
     if sample.pixels is None:
@@ -148,7 +146,9 @@ def _evaluation(trainer: Trainer) -> float:
         workers = loader_workers(config)
         reading = _reading(pair.test, config)
         each = max(each, reading / workers) if workers else each + reading
-    return 2 * (each * (len(pair.bank) + len(pair.test)) + _search(len(pair.bank), len(pair.test), width, config))
+    return len(trainer.networks) * (
+        each * (len(pair.bank) + len(pair.test)) + _search(len(pair.bank), len(pair.test), width, config)
+    )
 
 
 def _reading(images: Images, config: Config) -> float:

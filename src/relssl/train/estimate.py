@@ -126,7 +126,7 @@ def estimate(
         raise ConfigError(f"steps: must be at least 1, got {steps}")
     made = settings or resolve(({} if data is None else {"data": data}) | overrides, config)
     engine = Engine(made.engine)
-    trainer = build(_timed(made), engine)
+    trainer = build(timed(made), engine)
     console = Console(stderr=True, quiet=quiet or not engine.is_first, highlight=False)
     try:
         trainer.compile()
@@ -142,7 +142,7 @@ def estimate(
     return dataclasses.replace(found, advice=advise(found, made)) if engine.is_first else None
 
 
-def _timed(config: Config) -> Config:
+def timed(config: Config) -> Config:
     """The run's settings but for what would disturb its timing: weights that move, and trials of other workers."""
     loader = dataclasses.replace(config.loader, workers=loader_workers(config), prefetch=config.loader.prefetch or PREFETCH)
     return dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, lr=_STILL), loader=loader)
@@ -163,7 +163,7 @@ def _measure(trainer: Trainer, steps: int, console: Console, cache: int) -> Esti
     # By the first rank's clock on all of them, as they exchange gradients each time.
     pieces = stages(trainer, engine.first_says(max(1, min(_REPEATS, int(_STAGES_SECONDS / middle)))))
     console.print("timing the device at its best, an evaluation and a checkpoint", markup=False, soft_wrap=True)
-    flops, rate = step_flops(config), attainable(engine)
+    flops, rate = step_flops(config, trainer.classes), attainable(engine)
     slow = engine.precision == "fp32" and fast_bf16(engine.device.type)
     disk, save_seconds = measure_saving(trainer, cache)
     extras = measure_extras(trainer, save_seconds)
@@ -223,7 +223,7 @@ def shares(timing: Timing, pieces: dict[str, float], log_every: int) -> dict[str
     """
     transfer = pieces.get("transfer", 0.0)  # which the wait for a loader of files ends with
     seconds = {"data": max(0.0, statistics.mean(timing.waits) - transfer), "transfer": transfer + pieces["layout"]}
-    seconds |= {name: pieces[name] for name in ("teacher", "student", "loss", "backward")}
+    seconds |= {name: pieces.get(name, 0.0) for name in ("teacher", "student", "loss", "backward")}
     seconds["health"] = pieces["health"] / log_every
     seconds["update"] = pieces["optimizer"] + pieces["push"] + pieces["follow"]
     whole = max(statistics.mean(timing.steps), sum(seconds.values()))

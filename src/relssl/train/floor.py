@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from relssl.config import Config
 from relssl.engine import Engine
-from relssl.method import create_encoder
+from relssl.method import create_student
+from relssl.method.catalogue import count_flops
+from relssl.methods import METHODS
 
 # Images [N, C, H, W] of 3x3 convolutions C -> C: the widths and sizes of residual networks.
 _CONVOLUTIONS = {
@@ -23,39 +25,50 @@ _CONVOLUTIONS = {
 _MATRIX = {"cpu": 2048, "cuda": 8192}
 
 
-def step_flops(config: Config) -> dict[str, int]:
+def step_flops(config: Config, classes: int = 0) -> dict[str, int]:
     """Floating-point operations of one optimizer step per image, two for a multiply-add.
 
     Counted on the run's own networks in convolutions, matrix products and attention; all that is done entry by entry is left
-    out. InfoNCE adds nothing, as its similarities are those of the relation.
+    out. ReSSL's InfoNCE adds nothing, as its similarities are those of the relation.
+
+    Args:
+        classes: of the labels, for supervised learning.
 
     Returns:
-        {"teacher": forward, "student": forward, "backward": of the student, "memory": similarities and their gradient}.
+        {"teacher": forward, 0 without one; "student": forward, "backward": of the student, "memory": similarities and their
+        gradient, to the memory or within the batch; 0 without either}.
 
     Raises:
         ConfigError: if the network cannot be built, or images of the views' sizes do not pass through it.
     """
+    # Split norms need whole batches, and cost nothing that is counted.
+    config = dataclasses.replace(config, encoder=dataclasses.replace(config.encoder, batch_norm_splits=1))
     with torch.random.fork_rng(devices=[]):  # networks are drawn, and others go on drawing afterwards
-        student = create_encoder(config)
-        teacher = student.teacher()
+        student = create_student(config, classes)
         # Two images, as batch norm has to have a spread to normalise by.
-        weak = torch.randn(2, 3, config.views.weak.size, config.views.weak.size)
-        strong = [torch.randn(2, 3, view.size, view.size) for view in config.strong_views]
+        weak, *strong = (torch.randn(2, config.views.channels, view.size, view.size) for view in config.all_views)
+        both = [weak, *strong]
+        seen = both if config.two_way or not strong else strong
+        taught = both if config.two_way else [weak]
         made: list[torch.Tensor] = []
-        with torch.no_grad():
-            teacher_flops = count_flops(lambda: teacher([weak]))
-        student_flops = count_flops(lambda: made.append(student(strong)))
+        teacher_flops = 0
+        if "teacher" in config.networks:
+            teacher = student.teacher()
+            with torch.no_grad():
+                teacher_flops = count_flops(lambda: teacher(taught))
+        student_flops = count_flops(lambda: made.append(student(seen)))
         backward_flops = count_flops(lambda: made[0].sum().backward())  # type: ignore[no-untyped-call]
-    products = 1 + 2 * len(strong)  # the keys, the queries and the queries' gradient, by the memory
-    memory = products * 2 * config.method.memory_size * config.encoder.dim
+    memory = _products(config, len(seen), len(taught)) * 2 * config.encoder.dim
     return {"teacher": teacher_flops // 2, "student": student_flops // 2, "backward": backward_flops // 2, "memory": memory}
 
 
-def count_flops(work: Callable[[], object]) -> int:
-    """Floating-point operations of what `work` does, two for a multiply-add."""
-    with FlopCounterMode(display=False) as counter:
-        work()
-    return int(counter.get_total_flops())
+def _products(config: Config, queries: int, keys: int) -> int:
+    """Inner products of embeddings that an image takes part in: similarities and their gradient."""
+    traits = METHODS[config.method.name]
+    if traits.whole_batch:
+        return 2 * queries * 2 * config.batch_size  # each query and its gradient, with two views of each image
+    # The queries and their gradient by the memory, and the keys where the teacher's relation is wanted.
+    return (2 * queries + keys * traits.sharpened) * config.method.memory_size * traits.memory
 
 
 def attainable(engine: Engine, precision: str | None = None, seconds: float = 1.0) -> float:

@@ -15,6 +15,7 @@ from typing import IO, Any
 from relssl.atomic import write_file, write_json
 from relssl.config import Config, to_yaml
 from relssl.errors import ConfigError, LockedError, StorageError
+from relssl.recipes import spoken
 from relssl.weights import store
 
 _PACKAGES = ("relssl", "torch", "torchvision", "timm", "lightning", "numpy", "scikit-learn", "safetensors", "Pillow")
@@ -34,8 +35,9 @@ def _is_blank(entry: Path) -> bool:
 
 
 def default_folder(config: Config) -> str:
-    """runs/RECIPE-SEED."""
-    return f"runs/{Path(config.recipe or 'run').stem}-{config.seed}"
+    """runs/RECIPE-SEED, nips/cifar10 as nips-cifar10."""
+    name = spoken(config.recipe) or "run"
+    return f"runs/{name.removesuffix('.yaml').removesuffix('.yml').replace('/', '-')}-{config.seed}"
 
 
 class RunFolder:

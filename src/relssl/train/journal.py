@@ -132,8 +132,11 @@ class Display:
 
 
 def _brief(row: dict[str, Any]) -> str:
-    words = [f"loss {row['loss']:.3f}", f"neighbours {row['teacher_neighbours']:.0f}", f"{row['images_per_second']:.0f} img/s"]
-    words.append(f"data wait {row['data_wait']:.0%}")
+    words = [f"loss {row['loss']:.3f}"]
+    if "teacher_neighbours" in row:
+        words.append(f"neighbours {row['teacher_neighbours']:.0f}")
+    words += [f"{row['images_per_second']:.0f} img/s", f"data wait {row['data_wait']:.0%}"]
     if "knn_top1" in row:
-        words.append(f"kNN {row['knn_top1']:.1f} % (teacher {row['knn_teacher_top1']:.1f} %)")
+        teacher = f" (teacher {row['knn_teacher_top1']:.1f} %)" if "knn_teacher_top1" in row else ""
+        words.append(f"kNN {row['knn_top1']:.1f} %{teacher}")
     return "  ".join(words)

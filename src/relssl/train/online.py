@@ -11,21 +11,23 @@ from relssl.engine import Engine
 from relssl.evaluation.features import extract
 from relssl.evaluation.knn import knn_accuracy
 from relssl.evaluation.pairs import LabelledPair
-from relssl.method.ressl import ReSSL, unwrapped
+from relssl.method.base import Method, unwrapped
 
 
 class OnlineKnn:
-    """Student and teacher on a labelled pair; labels reach nothing but this report."""
+    """Student and teacher on a labelled pair; these labels reach nothing but this report."""
 
     def __init__(self, pair: LabelledPair, config: Config) -> None:
         self.pair, self.config = pair, config
 
-    def measure(self, model: ReSSL, engine: Engine) -> dict[str, float]:
-        """Top-1 in percent at `log.knn`: {"knn_top1": student, "knn_teacher_top1": teacher}."""
-        encoders = {"knn_top1": unwrapped(model.student), "knn_teacher_top1": model.teacher}
-        return {name: self._top1(encoder.backbone, engine) for name, encoder in encoders.items()}
+    def measure(self, model: Method, engine: Engine) -> dict[str, float]:
+        """Top-1 in percent at `log.knn`: {"knn_top1": student, "knn_teacher_top1": teacher, if there is one}."""
+        found = {"knn_top1": self._top1(unwrapped(model.student).backbone, engine)}
+        if model.teacher is not None:
+            found["knn_teacher_top1"] = self._top1(model.teacher.backbone, engine)
+        return found
 
-    def baselines(self, model: ReSSL, engine: Engine) -> dict[str, float]:
+    def baselines(self, model: Method, engine: Engine) -> dict[str, float]:
         """The untrained networks, and for sets in memory the pixels themselves, "knn_raw_pixels"."""
         found = self.measure(model, engine)
         bank, test = self.pair.bank, self.pair.test

@@ -14,6 +14,7 @@ import torch
 from relssl.config import Config, resolve
 from relssl.engine import Engine
 from relssl.errors import ConfigError, DistributedError, Interrupted, RelsslError, StorageError
+from relssl.methods import METHODS
 from relssl.train.assembly import build, on_first, shrink
 from relssl.train.folder import RunFolder, default_folder, refuse_used
 from relssl.train.journal import Display, read_rows
@@ -21,7 +22,7 @@ from relssl.train.signals import StopRequest
 from relssl.train.trainer import Trainer
 from relssl.weights import store
 from relssl.weights.export import default_target, export
-from relssl.weights.runs import NETWORKS, load_run
+from relssl.weights.runs import load_run
 
 Made = TypeVar("Made")
 
@@ -49,7 +50,7 @@ def pretrain(
     quiet: bool = False,
     **overrides: Any,
 ) -> Result | None:
-    """Pretrain a backbone with ReSSL.
+    """Pretrain a backbone, with ReSSL or the method that `method` names.
 
     Args:
         data: name of a data set, folder of images or list file; default: what `config` or the recipe names, else digits.
@@ -72,12 +73,16 @@ def pretrain(
     return _run(dataclasses.replace(made, out=str(folder)), folder, engine, quiet, None, fresh=True)
 
 
-def resume(run: str | Path, *, checkpoint: str | None = None, quiet: bool = False) -> Result | None:
+def resume(
+    run: str | Path, *, checkpoint: str | None = None, quiet: bool = False, time_limit: float | None = None
+) -> Result | None:
     """Go on with a run exactly where it was saved.
 
     Args:
         run: a run folder.
         checkpoint: name of an older checkpoint to go on from, such as `step-00001200`; default the newest.
+        quiet: print nothing.
+        time_limit: minutes after which it saves and stops, infinite for never; default: the run's own setting.
 
     Returns:
         The finished run; at once if it had finished already.
@@ -91,7 +96,8 @@ def resume(run: str | Path, *, checkpoint: str | None = None, quiet: bool = Fals
         return _result(folder)
     saved = any((folder / "checkpoints").glob("step-*"))
     path = loaded.named(checkpoint) if checkpoint is not None else loaded.checkpoint() if saved else None
-    return _run(loaded.config, folder, Engine(loaded.config.engine), quiet, path, fresh=False)
+    config = loaded.config if time_limit is None else dataclasses.replace(loaded.config, time_limit=time_limit)
+    return _run(config, folder, Engine(config.engine), quiet, path, fresh=False)
 
 
 def _run(config: Config, path: Path, engine: Engine, quiet: bool, saved: Path | None, *, fresh: bool) -> Result | None:
@@ -127,8 +133,8 @@ def _introduce(trainer: Trainer, display: Display, inexact: list[str]) -> None:
     """Say what is about to run."""
     config, images, memory = trainer.config, trainer.images, trainer.config.method.memory_size
     what = f"{config.backbone} on {len(images)} images of {images.name}"
-    display.say(f"ReSSL: {what}, recipe {config.recipe}, {trainer.total_steps} steps, {trainer.engine.describe()}")
-    if memory > 0.5 * len(images):
+    display.say(f"{config.method.name}: {what}, recipe {config.recipe}, {trainer.total_steps} steps, {trainer.engine.describe()}")
+    if trainer.model.memory is not None and memory > 0.5 * len(images):
         display.say(f"note: the memory ({memory}) is over half of the data: samples meet old copies of themselves")
     if trainer.compiled:
         display.say(trainer.compiled)
@@ -173,8 +179,9 @@ def named(error: BaseException, trainer: Trainer) -> BaseException:
 
 
 def _too_large(config: Config) -> ConfigError:
+    parts = "" if METHODS[config.method.name].whole_batch else "raise accumulate to compute it in parts, "
     return ConfigError(
-        f"batch_size: {config.batch_size} does not fit the device's memory; lower it, raise accumulate to compute it in parts, "
+        f"batch_size: {config.batch_size} does not fit the device's memory; lower it, {parts}"
         "or set loader.path files to keep the images out of it"
     )
 
@@ -193,7 +200,7 @@ def _note_failure(folder: RunFolder, trainer: Trainer, error: BaseException) -> 
 
 def _finish(trainer: Trainer, folder: RunFolder) -> Result:
     few = trainer.images.subset(range(min(4, len(trainer.images))))  # enough to tell a wrong file, and quick
-    for network in NETWORKS:
+    for network in trainer.config.networks:
         export(folder.path, network=network, images=few)
     folder.status("complete", trainer.step, exit_code=0, last_checkpoint=store.step_folder(Path(), trainer.step).name)
     return _result(folder.path)

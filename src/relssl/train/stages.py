@@ -8,9 +8,10 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from relssl.data.batch import Batch
 from relssl.data.from_files import FromFiles
@@ -45,9 +46,9 @@ def stages(trainer: Trainer, repeats: int = 5) -> dict[str, float]:
         transfer: from files only, what workers made to the device, and what is left to do there: to normalise it, and as
             settings say to decode it, and to change its colours.
         layout: the views to channels last.
-        teacher, student: forward passes.
-        loss: relations to the memory, the loss and its gradient to the queries.
-        backward: of the student.
+        teacher, student: forward passes; without a teacher there is none of it.
+        loss: relations to the memory and the loss; computed in tiles, also its gradient to the queries.
+        backward: of the student, and else of the loss.
         optimizer, push, follow: the updates of student, memory and teacher.
         health: the figures of a step that is logged; other steps go without.
 
@@ -64,19 +65,42 @@ def stages(trainer: Trainer, repeats: int = 5) -> dict[str, float]:
 
 
 class _Clock:
-    """Adds up seconds by name; the device has done all of it when a clock is read."""
+    """Adds up seconds by name; the device has done all of it when a clock is read. What is timed within counts there alone."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.seconds: dict[str, float] = defaultdict(float)
+        self._within = 0.0  # seconds of what has been timed inside the present block
 
     @contextmanager
     def time(self, name: str) -> Iterator[None]:
+        outer, self._within = self._within, 0.0
         self.engine.synchronise()
         begun = time.perf_counter()
         yield
         self.engine.synchronise()
-        self.seconds[name] += time.perf_counter() - begun
+        taken = time.perf_counter() - begun
+        self.seconds[name] += taken - self._within
+        self._within = outer + taken
+
+    @contextmanager
+    def forward(self, network: nn.Module | None, name: str) -> Iterator[None]:
+        """Time each forward pass of the network meanwhile."""
+        open_blocks: list[Any] = []
+
+        def begin(*_: Any) -> None:
+            open_blocks.append(self.time(name))
+            open_blocks[-1].__enter__()
+
+        def end(*_: Any) -> None:
+            open_blocks.pop().__exit__(None, None, None)
+
+        hooks = [] if network is None else [network.register_forward_pre_hook(begin), network.register_forward_hook(end)]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
 
 def _parts(trainer: Trainer) -> list[Batch]:
@@ -96,6 +120,7 @@ def _step(trainer: Trainer, held: list[Batch] | None) -> dict[str, float]:
     made = []
     for number, part in enumerate(parts, start=1):
         with trainer.engine.part(trainer.model.student, last=number == len(parts)):
+            trainer.shuffle(number - 1)
             made.append(_passes(trainer, part, clock))
     queries = torch.cat([part for part, _ in made], dim=1)
     keys = torch.cat([part for _, part in made])
@@ -107,19 +132,13 @@ def _passes(trainer: Trainer, part: Batch, clock: _Clock) -> tuple[Tensor, Tenso
     """Both networks and the loss on one part; its queries [V, B, D] and keys [B, D]."""
     engine, model = trainer.engine, trainer.model
     with clock.time("layout"):
-        weak, strong = engine.place(part.weak), [engine.place(view) for view in part.strong]
-    with clock.time("teacher"), torch.no_grad(), engine.autocast():
-        keys = model.teacher([weak])
-    with clock.time("student"), engine.autocast():
-        queries = model.student(strong)
-    leaf = queries.detach().requires_grad_()
-    with clock.time("loss"):
-        with engine.autocast():
-            loss = model.objective(leaf, keys[0], model.memory.keys, **trainer.loss_settings(trainer.settings_at(trainer.step)))
-        loss.backward()  # type: ignore[no-untyped-call]
+        placed = Batch(part.ids, engine.place(part.weak), [engine.place(view) for view in part.strong])
+    networks = clock.forward(model.teacher, "teacher"), clock.forward(model.student, "student")
+    with networks[0], networks[1], clock.time("loss"), engine.autocast():  # the loss is what the networks leave of the step
+        made = trainer.look(placed, trainer.settings_at(trainer.step))
     with clock.time("backward"):
-        engine.backward((queries * leaf.grad).sum())
-    return queries.detach(), keys[0]
+        engine.backward(made.loss)
+    return made.queries, made.keys
 
 
 def _updates(trainer: Trainer, queries: Tensor, keys: Tensor, ids: Tensor, clock: _Clock) -> None:

@@ -13,8 +13,9 @@ from relssl.data.plan import Plan
 from relssl.data.sources import Images
 from relssl.engine import Engine
 from relssl.errors import CheckpointError, DataError, Interrupted, NumericError
+from relssl.method.base import unwrapped
 from relssl.method.health import effective_rank, verdict
-from relssl.method.ressl import unwrapped
+from relssl.methods import METHODS
 from relssl.train import checkpoint
 from relssl.train.folder import RunFolder
 from relssl.train.guard import PATIENCE
@@ -42,7 +43,8 @@ class Trainer(Learner):
     def __init__(self, config: Config, engine: Engine, images: Images, online: OnlineKnn | None) -> None:
         plan = Plan(len(images), config.batch_size, config.accumulate, engine.rank, engine.world, config.seed)
         self.loader = create_loader(images, config, plan, engine.device)
-        super().__init__(config, engine, plan)
+        labels, classes = (images.labels, images.class_count) if METHODS[config.method.name].labels else (None, 0)
+        super().__init__(config, engine, plan, labels, classes)
         self.folder: RunFolder | None = None
         self.online, self.warned = online, False
         self.said: set[str] = set()
@@ -126,9 +128,13 @@ class Trainer(Learner):
             )
         if figures.known is None or pace is None:
             return
-        rank, (speed, wait) = effective_rank(found.pop("keys")), pace
+        keys, (speed, wait) = found.pop("keys"), pace
         row: dict[str, Any] = {"step": figures.step, "epoch": epoch, "samples": figures.step * self.config.batch_size}
-        row |= figures.known | {name: float(value) for name, value in found.items()} | {"effective_rank": float(rank)}
+        row |= (
+            figures.known
+            | {name: float(value) for name, value in found.items()}
+            | {"effective_rank": float(effective_rank(keys))}
+        )
         row |= {"images_per_second": round(speed, 1), "data_wait": round(wait, 4)}
         if self._knn_due() and figures.step == self.step:
             if self.online is not None:
@@ -140,7 +146,8 @@ class Trainer(Learner):
             journal.write(row)
             self._tell_of_loader(display)
             display.row(row, epoch_ended=within == 0)
-            fault = verdict(row, self.config.method.memory_size, self.config.encoder.dim)
+            warms = "warmup_mix" in self.model.scheduled
+            fault = verdict(row, self.config.method.memory_size, keys.shape[1], warms=warms)
             if fault and not self.warned and epoch >= 1:
                 self.warned = True
                 display.say(f"warning: step {figures.step}: {fault}")
@@ -169,7 +176,7 @@ class Trainer(Learner):
 
     def choices(self) -> dict[str, Any]:
         """What a stopwatch may have decided; another decision rounds otherwise."""
-        return {"loss form": self.loss_form, "compiled": "embed" in vars(unwrapped(self.model.student))}
+        return {"loss form": self.loss_form, "compiled": "heads" in vars(unwrapped(self.model.student))}
 
     def redecided(self) -> list[str]:
         """What has been decided otherwise than when the checkpoint gone on from was saved."""

@@ -12,6 +12,8 @@ from typing import Any
 from relssl import __version__
 from relssl.config import Config
 from relssl.data.plain import describe
+from relssl.methods import METHODS, Traits
+from relssl.recipes import spoken
 from relssl.weights.parity import Parity
 from relssl.weights.written import Source, Written
 
@@ -24,33 +26,39 @@ tags:
 - timm
 - transformers
 - image-feature-extraction
-- self-supervised-learning
-- ressl
----
+{learned}---
 """
+
+
+def _front(source: Source) -> str:
+    method = source.config.method.name
+    ways = [method] if METHODS[method].labels else ["self-supervised-learning", method]
+    return _FRONT.format(learned="".join(f"- {way}\n" for way in ways))
 
 
 def public(config: Config) -> Config:
     """The configuration without paths: those of this machine are nobody else's business."""
-    data, recipe = (Path(value or "folder").resolve().name or "folder" for value in (config.data, config.recipe))
+    data, recipe = Path(config.data).resolve().name or "folder", spoken(config.recipe) or "folder"
     loader = dataclasses.replace(config.loader, cache_folder=None)
     return dataclasses.replace(config, out=None, data_root=None, data=data, recipe=recipe, loader=loader)
 
 
 def card(source: Source, written: Written, parity: Parity, file: str, settings: str | None) -> str:
     """The card of a file or folder `file`, as Markdown; `settings` names the file beside it that holds all settings."""
-    config = public(source.config)
+    config, channels = public(source.config), source.config.views.channels
+    mean, std = config.views.statistics() if config.views.mean and config.views.std else ((), ())
+    title = METHODS[config.method.name].title
     parts = [
-        f"# {config.backbone}" + (", pretrained with ReSSL" if source.network != "backbone" else ""),
+        f"# {config.backbone}" + (f", pretrained with {title}" if source.network != "backbone" else ""),
         _what(source, config),
-        f"Input: RGB, {source.size} x {source.size}, mean {list(config.views.mean or ())}, std {list(config.views.std or ())} "
+        f"Input: {'RGB' if channels == 3 else 'grey'}, {source.size} x {source.size}, mean {list(mean)}, std {list(std)} "
         f"of values in 0..1; {describe(config.views)}.",
     ]
     if settings and source.network == "backbone":
         parts.append(f"Where it was trained on images made otherwise, correct `{settings}`.")
     elif settings:
         parts.append(f"All settings are in `{settings}`.")
-    parts += ["## How to load it", *_loading(written, file)]
+    parts += ["## How to load it", *_loading(written, file, channels)]
     parts.append(
         f"Checked as it was written: on {parity.images}, the features differ from the backbone's by {parity.difference:.2g} "
         f"at most ({parity.relative:.2g} of the largest), together and one alone, loaded with {', '.join(parity.checked)}."
@@ -68,7 +76,7 @@ def card(source: Source, written: Written, parity: Parity, file: str, settings: 
         "relssl itself is Apache-2.0.",
         f"Made with {_versions()}.",
     ]
-    front = _FRONT if not isinstance(written.data, bytes) else ""
+    front = "" if isinstance(written.data, bytes) else _front(source)
     return front + "\n\n".join(parts) + "\n"
 
 
@@ -80,14 +88,20 @@ def _what(source: Source, config: Config) -> str:
     of = f"{count} images of " if count else ""
     return (
         f"{source.network.capitalize()} backbone of {source.origin}, recipe `{config.recipe}`, {config.epochs} epochs on "
-        f"{of}`{config.data}`, seed {config.seed}. No labels were used: ReSSL (arXiv 2107.09282) learns relations between images."
+        f"{of}`{config.data}`, seed {config.seed}. {_learned(METHODS[config.method.name])}"
     )
 
 
-def _loading(written: Written, file: str) -> list[str]:
+def _learned(traits: Traits) -> str:
+    if traits.labels:
+        return "It was trained on labels."
+    return f"No labels were used: {traits.title} ({traits.paper}), {traits.about}."
+
+
+def _loading(written: Written, file: str, channels: int) -> list[str]:
     parts = []
     for snippet in written.snippets:
-        lines = [*snippet.lines(file), f"{snippet.use}  # [N, 3, S, S] to [N, F]"]
+        lines = [*snippet.lines(file), f"{snippet.use}  # [N, {channels}, S, S] to [N, F]"]
         parts += [f"With {snippet.title}:", "\n".join("    " + line for line in lines)]
     return [*parts, written.notes(file)] if written.notes else parts
 

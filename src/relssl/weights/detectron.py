@@ -19,6 +19,7 @@ from torch import Tensor
 
 from relssl.config import Config
 from relssl.errors import CheckpointError
+from relssl.method.backbones import TORCHVISION
 from relssl.weights.formats import unsuited
 from relssl.weights.twins import TWINS, bare
 from relssl.weights.written import Snippet, Source, Written, quote
@@ -50,6 +51,8 @@ def as_detectron2(source: Source) -> Written:
 def _torchvision_resnet(source: Source) -> torchvision.models.ResNet:
     """torchvision's network of equal names and shapes, which detectron2's layout is told by."""
     config, name = source.config, TWINS.get(source.config.backbone, "")
+    if config.backbone.startswith(TORCHVISION):
+        raise unsuited("detectron2", f"is written of timm's ResNets, not of {config.backbone}")
     network = bare(name)[0] if "resne" in name and config.encoder.stem == "standard" else None
     shapes = {key: value.shape for key, value in source.backbone.state_dict().items()}
     if network is None or {key: value.shape for key, value in network.state_dict().items()} != shapes:

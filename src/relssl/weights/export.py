@@ -18,12 +18,12 @@ from relssl.weights.graphs import as_onnx, as_torch_export
 from relssl.weights.opening import Reading, is_exported, open_backbones
 from relssl.weights.parity import Parity, compare, real_images
 from relssl.weights.runs import told
-from relssl.weights.statedicts import as_hf, as_safetensors, as_torchvision
+from relssl.weights.statedicts import as_hf, as_safetensors, as_timm, as_torchvision
 from relssl.weights.written import Source, Written
 
 _WRITERS = {
     "safetensors": as_safetensors,
-    "timm": as_safetensors,
+    "timm": as_timm,
     "torchvision": as_torchvision,
     "hf": as_hf,
     "onnx": as_onnx,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from relssl.config import Config, from_mapping
 from relssl.data.sources import IMAGENET_MEAN, IMAGENET_STD
 from relssl.errors import CheckpointError, ConfigError
-from relssl.method.encoder import create_backbone, feature_width
+from relssl.method.backbones import TORCHVISION, create_backbone, feature_width
 from relssl.weights import layouts, pickles, resnets, twins
 from relssl.weights.account import LoadReport, account
 from relssl.weights.layouts import Found, State
@@ -79,7 +79,7 @@ def load_foreign(
     with torch.random.fork_rng(devices=[]):
         fresh = create_backbone(name, stem, args)
     weights = account(state, found, _wanted(chosen.name, name, stem, fresh), _heads(found, name, fresh), allow, report)
-    if chosen.name == "torchvision" and stem == "standard":
+    if chosen.name == "torchvision" and stem == "standard" and not name.startswith(TORCHVISION):
         weights = twins.from_torchvision(weights, name)
     config = _config(report, args, size, getattr(fresh, "pretrained_cfg", {}))
     made = build(config, weights, Path(path))
@@ -103,6 +103,8 @@ def _plain(state: State, backbone: str | None) -> layouts.Layout:
             f"{state.path}: {sought}a ResNet; they begin {', '.join(list(state.names.values())[:3])}; "
             "for another network with its own names give timm's name with --backbone"
         )
+    if name.startswith(TORCHVISION):
+        return layouts.LAYOUTS["torchvision"]
     ours = len(create_backbone(name).state_dict().keys() & state.tensors.keys())
     theirs = len(twins.bare(twins.TWINS[name])[0].state_dict().keys() & state.tensors.keys()) if name in twins.TWINS else 0
     if not ours and not theirs:
@@ -117,7 +119,7 @@ def _stem(found: Found) -> str:
 
 def _wanted(layout: str, name: str, stem: str, fresh: nn.Module) -> dict[str, Tensor]:
     """The weights a file has to give, under the layout's names."""
-    if layout == "torchvision" and stem == "standard":
+    if layout == "torchvision" and stem == "standard" and not name.startswith(TORCHVISION):
         if name not in twins.TWINS:
             raise ConfigError(f"backbone: torchvision's twin of {name!r} is not known; if the names are timm's, say --from timm")
         return twins.bare(twins.TWINS[name])[0].state_dict()
@@ -126,8 +128,9 @@ def _wanted(layout: str, name: str, stem: str, fresh: nn.Module) -> dict[str, Te
 
 def _heads(found: Found, name: str, fresh: nn.Module) -> tuple[str, ...]:
     """The classifier's prefix under plain names; the layout's own heads otherwise."""
-    if found.layout.name == "torchvision" and name in twins.TWINS:
-        return (twins.bare(twins.TWINS[name])[1] + ".",)
+    theirs = name.removeprefix(TORCHVISION) if name.startswith(TORCHVISION) else twins.TWINS.get(name)
+    if found.layout.name == "torchvision" and theirs is not None:
+        return (twins.bare(theirs)[1] + ".",)
     if found.layout.name == "timm":
         classifier = getattr(fresh, "pretrained_cfg", {}).get("classifier") or ()
         return tuple(f"{part}." for part in ((classifier,) if isinstance(classifier, str) else classifier))
@@ -138,6 +141,8 @@ def _config(report: LoadReport, args: Mapping[str, Any], size: int | None, cfg: 
     """A configuration that says how the backbone is built and what it sees; of training it says nothing."""
     fixed = cfg["input_size"][-1] if cfg.get("fixed_input_size") else None
     side = size if size is not None else fixed if fixed and report.stem == "standard" else _SIZES[report.stem]
+    if fixed and side != fixed:
+        args = {"img_size": fixed, **args}  # the file's position embeddings are those of the network's own size
     small = report.stem != "standard"
     cifar = report.stem in ("small", "small-wide") and report.layout in _CIFAR10_STD
     mean, std = (_CIFAR10_MEAN, _CIFAR10_STD[report.layout]) if cifar else (IMAGENET_MEAN, IMAGENET_STD)

@@ -26,8 +26,8 @@ class Format:
 
 
 FORMATS = {
-    "safetensors": Format("timm's names; read by relssl and timm", ".safetensors"),
-    "timm": Format("another word for safetensors", ".safetensors"),
+    "safetensors": Format("the network's own names; read by relssl and timm", ".safetensors"),
+    "timm": Format("safetensors of timm's networks alone", ".safetensors"),
     "torchvision": Format("state dict with torchvision's names", ".pth"),
     "hf": Format("folder in Hugging Face's layout, read by timm and transformers", ""),
     "onnx": Format("graph for any ONNX runtime", ".onnx", ("onnx", "onnxruntime", "onnxscript"), "onnx"),

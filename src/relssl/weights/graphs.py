@@ -17,7 +17,7 @@ _LARGEST_ONNX = 2**31 - (1 << 24)  # bytes: a protobuf message holds 2 GiB at mo
 
 
 def as_onnx(source: Source) -> Written:
-    """An ONNX graph in one file: `images` float32 [N, 3, S, S] to `features` float32 [N, F]."""
+    """An ONNX graph in one file: `images` float32 [N, C, S, S] to `features` float32 [N, F]."""
     held = sum(value.nbytes for value in source.backbone.state_dict().values())
     if held > _LARGEST_ONNX:
         raise ConfigError(f"format: onnx holds 2 GiB in one file, {source.config.backbone} takes {held} bytes; use torch-export")
@@ -64,7 +64,7 @@ def _traced(source: Source, name: str, trace: Callable[[torch.Tensor, Any], byte
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # about torch's own code; what comes of it is compared
         try:
-            return trace(torch.zeros(2, 3, source.size, source.size), shapes)
+            return trace(torch.zeros(2, source.config.views.channels, source.size, source.size), shapes)
         except Exception as error:  # whatever torch raises over a network that it cannot follow
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ConfigError(

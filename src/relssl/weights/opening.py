@@ -13,7 +13,8 @@ from torch import nn
 
 from relssl.config import Config
 from relssl.errors import ConfigError
-from relssl.weights.runs import NETWORKS, from_checkpoint, load_exported, load_run, settings_of, told
+from relssl.recipes import spoken
+from relssl.weights.runs import from_checkpoint, load_exported, load_run, settings_of, told
 
 # What the settings of weights that no run of ours made say of their data.
 NO_DATA = "imported"
@@ -27,7 +28,7 @@ class Reading:
         layout: official, solo, moco, dino, torchvision or timm; None: told from the names in the file.
         backbone: timm name; None: told from names and shapes, for ResNets.
         stem: as `encoder.stem`; None: told from the shapes, as far as they tell.
-        network: student or teacher, of runs (None: both) and of files that hold both (None: the one their authors evaluate).
+        network: student or teacher, of runs (None: all they have) and of files that hold both (None: the one their authors evaluate).
         allow: names of weights that may be missing or unexpected.
         size: side of the view in pixels; None: the layout's own.
     """
@@ -51,7 +52,7 @@ class Opened:
 
     Attributes:
         name: what to call them in messages and results; no path of this machine.
-        networks: by name: student, teacher or both of a run, else one `backbone`.
+        networks: by name: student, teacher or both of a run, as far as it has them, else one `backbone`.
         config: how they were made and what they see.
         folder: of a run.
         origin: where the weights come from, as plain JSON.
@@ -87,8 +88,8 @@ def load_backbone(source: str | Path, network: str | None = None) -> nn.Module:
             evaluate).
 
     Returns:
-        The timm network without classifier: images [B, 3, S, S] to features [B, F]. It has `.num_features` and
-        `.transform`, which makes the normalised [3, S, S] tensor of a PIL image.
+        The network without classifier: images [B, C, S, S] to features [B, F]. It has `.num_features` and `.transform`,
+        which makes the normalised [C, S, S] tensor of a PIL image; C is 3, or 1 if it was trained on grey views.
 
     Raises:
         ConfigError: if `source` is none of these, or does not hold `network`.
@@ -118,7 +119,7 @@ def open_backbones(source: str | Path, reading: Reading | None = None) -> Opened
     if given := reading.only_foreign():
         raise ConfigError(*(f"{option}: is for files of other programs, which {source} is not; leave it out" for option in given))
     if path.is_dir():
-        return _run(path, (reading.network,) if reading.network else NETWORKS)
+        return _run(path, reading.network)
     if reading.network:
         raise ConfigError(f"network: {source} holds one network; leave the option out")
     if path.is_file():
@@ -153,18 +154,20 @@ def _single(name: str, backbone: nn.Module, origin: dict[str, Any]) -> Opened:
     return Opened(name, {"backbone": backbone}, config, origin=origin)
 
 
-def _run(path: Path, networks: Sequence[str]) -> Opened:
-    if unknown := [name for name in networks if name not in NETWORKS]:
-        raise ConfigError(f"network: {path.name} holds {' and '.join(NETWORKS)}, not {unknown[0]}")
+def _run(path: Path, network: str | None) -> Opened:
     run = load_run(path)
+    networks = run.config.networks
+    if network is not None and network not in networks:
+        why = "" if "teacher" in networks else f" ({run.config.method.name} has no teacher)"
+        raise ConfigError(f"network: {path.name} holds {' and '.join(networks)}, not {network}{why}")
     checkpoint = run.checkpoint()
     origin = {
         "kind": "run",
         "run": path.resolve().name,
         "checkpoint": checkpoint.name,
-        "recipe": Path(run.config.recipe or "").name,
+        "recipe": spoken(run.config.recipe),
     }
-    found = from_checkpoint(run.config, checkpoint, networks)
+    found = from_checkpoint(run.config, checkpoint, networks if network is None else (network,))
     return Opened(path.resolve().name, found, run.config, path, origin, _pretrained_on(path))
 
 

@@ -49,7 +49,7 @@ class Parity:
 
 
 def compare(backbone: nn.Module, written: Written, file: Path, images: Tensor, what: str) -> Parity:
-    """Load `file` by each of its snippets and compare the features of `images` [N, 3, S, S] with the backbone's.
+    """Load `file` by each of its snippets and compare the features of `images` [N, C, S, S] with the backbone's.
 
     Raises:
         CheckpointError: if it does not load, or a feature differs by more than the format's tolerance.
@@ -105,7 +105,7 @@ def _equal_weights(ours: nn.Module, theirs: nn.Module) -> bool:
 
 
 def real_images(config: Config, given: Images | None = None) -> tuple[Tensor, str]:
-    """Up to 16 images through the plain view as [N, 3, S, S], and which they are in words.
+    """Up to 16 images through the plain view as [N, C, S, S], and which they are in words.
 
     Args:
         given: images to take; None: those of the run's data if they lie on this machine, else drawn digits.

@@ -15,7 +15,7 @@ from relssl.config import Config, from_mapping
 from relssl.data.batch import standardise
 from relssl.data.plain import plain_view
 from relssl.errors import CheckpointError, ConfigError
-from relssl.method.encoder import create_backbone, feature_width
+from relssl.method.backbones import feature_width, run_backbone
 from relssl.schema import read_yaml
 from relssl.weights import store, tensorfile
 
@@ -90,8 +90,8 @@ def _settings(file: Path) -> Config:
         raise ConfigError(*(f"{file}: {fault}" for fault in error.faults)) from error
 
 
-def from_checkpoint(config: Config, checkpoint: Path, networks: Sequence[str] = NETWORKS) -> dict[str, nn.Module]:
-    """The backbones of a checkpoint by the name of their network, in eval mode."""
+def from_checkpoint(config: Config, checkpoint: Path, networks: Sequence[str]) -> dict[str, nn.Module]:
+    """The backbones of a checkpoint by the name of their network (of those that `config.networks` says), in eval mode."""
     tensors, _ = store.load(checkpoint)
     found = {}
     for network in networks:
@@ -107,7 +107,7 @@ def build(config: Config, weights: dict[str, Any], origin: Path) -> nn.Module:
     Raises:
         CheckpointError: naming how many names match and which do not.
     """
-    backbone = create_backbone(config.backbone, config.encoder.stem, config.backbone_args)
+    backbone = run_backbone(config)
     wanted = backbone.state_dict()
     missing, extra = sorted(wanted.keys() - weights.keys()), sorted(weights.keys() - wanted.keys())
     shapes = [name for name in wanted.keys() & weights.keys() if wanted[name].shape != weights[name].shape]
@@ -156,7 +156,7 @@ def load_exported(path: Path) -> nn.Module:
 
 
 def transform(config: Config) -> Any:
-    """PIL image -> the normalised evaluation view [3, S, S] of a run."""
+    """PIL image -> the normalised evaluation view [C, S, S] of a run."""
 
     def view(image: Image.Image) -> torch.Tensor:
         return standardise(plain_view(image.convert("RGB"), config.views)[None], config)[0]

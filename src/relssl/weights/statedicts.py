@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from relssl.config import Config
 from relssl.data.plain import enlarged
 from relssl.errors import CheckpointError, ConfigError
-from relssl.method.encoder import create_backbone
+from relssl.method.backbones import TORCHVISION, create_backbone, run_arguments, run_backbone
 from relssl.weights.formats import unsuited
 from relssl.weights.twins import TWINS, bare, to_torchvision
 from relssl.weights.written import Snippet, Source, Written, quote
@@ -24,9 +24,23 @@ _MAPPED_TOLERANCE = 1e-5  # transformers leaves weights where the file was mappe
 
 
 def as_safetensors(source: Source) -> Written:
-    """timm's own names, in a file that timm's `checkpoint_path` takes."""
+    """The network's own names; those of timm's networks in a file that timm's `checkpoint_path` takes."""
     ours = Snippet("relssl", lambda file: ["import relssl", f"backbone = relssl.load_backbone({quote(file)})"])
+    if source.config.backbone.startswith(TORCHVISION):
+        load = "safetensors.torch.load_file({})"
+        return Written(_tensors(source), (Snippet("torchvision", lambda file: _torchvision_lines(source, file, load)), ours))
     return Written(_tensors(source), (Snippet("timm alone", lambda file: timm_lines(source.config, file)), ours))
+
+
+def as_timm(source: Source) -> Written:
+    """`as_safetensors` of what timm itself can read."""
+    return as_safetensors(_timms(source, "timm"))
+
+
+def _timms(source: Source, format: str) -> Source:
+    if source.config.backbone.startswith(TORCHVISION):
+        raise unsuited(format, f"is read by timm, which does not know {source.config.backbone}")
+    return source
 
 
 def _tensors(source: Source) -> bytes:
@@ -39,19 +53,28 @@ def timm_lines(config: Config, file: str) -> list[str]:
     """Python that loads the file with timm and nothing of ours, as `backbone` and the `transform` of its images."""
     view = ", ".join(f"{name}={value!r}" for name, value in _view(config).items())
     transform = f"transform = timm.data.create_transform({config.views.weak.size}, {view})"
+    if config.views.channels == 1:
+        transform = transform.replace("= ", "= torchvision.transforms.Compose([torchvision.transforms.Grayscale(), ", 1) + "])"
+    imports = "import timm, timm.data" + (", torchvision" if config.views.channels == 1 else "")
     made, stem = f"timm.create_model({quote(config.backbone)}, num_classes=0{_arguments(config)}", _stem_lines(config)
     if not stem:
-        return ["import timm, timm.data", f"backbone = {made}, checkpoint_path={quote(file)}).eval()", transform]
+        return [imports, f"backbone = {made}, checkpoint_path={quote(file)}).eval()", transform]
     # timm cannot be asked for a small stem, so the layers that differ are put in before the weights.
     load = f"timm.models.load_checkpoint(backbone, {quote(file)})"
-    return ["import timm, timm.data, torch", f"backbone = {made}).eval()", *stem, load, transform]
+    return [f"{imports}, torch", f"backbone = {made}).eval()", *stem, load, transform]
 
 
 def _arguments(config: Config) -> str:
     # The lines are run, and a card that came with a file may say anything.
     if strange := [name for name in config.backbone_args if not name.isidentifier()]:
         raise ConfigError(f"backbone_args: {strange[0]!r} is no name of an argument")
-    return "".join(f", {name}={value!r}" for name, value in config.backbone_args.items())
+    return "".join(f", {name}={value!r}" for name, value in _library_arguments(config).items())
+
+
+def _library_arguments(config: Config) -> dict[str, Any]:
+    """The arguments that the network's library is given; the channels of torchvision's networks are not among them."""
+    theirs = config.backbone.startswith(TORCHVISION)
+    return {name: value for name, value in run_arguments(config).items() if not (theirs and name == "in_chans")}
 
 
 def _stem_lines(config: Config) -> list[str]:
@@ -60,11 +83,13 @@ def _stem_lines(config: Config) -> list[str]:
 
 
 def _stem(config: Config) -> dict[str, nn.Module]:
-    """The layers in which a small stem differs from the network's own."""
-    if config.encoder.stem == "standard":
+    """The first layers that differ from the network's own: a small stem, or another number of channels in torchvision's."""
+    args = _library_arguments(config)
+    if config.encoder.stem == "standard" and args == run_arguments(config):
         return {}
-    plain = dict(create_backbone(config.backbone, "standard", config.backbone_args).named_modules())
-    ours = create_backbone(config.backbone, config.encoder.stem, config.backbone_args).named_modules()
+    with torch.random.fork_rng(devices=[]):
+        plain = dict(create_backbone(config.backbone, args=args, size=config.views.weak.size).named_modules())
+        ours = run_backbone(config).named_modules()
     kinds = (nn.Conv2d, nn.Identity)
     return {name: module for name, module in ours if type(module) in kinds and repr(module) != repr(plain.get(name))}
 
@@ -76,41 +101,55 @@ def _view(config: Config) -> dict[str, Any]:
     if math.floor(size / share) < side:
         share = math.nextafter(share, 0)
     views = config.views
-    return {"crop_pct": share, "interpolation": views.interpolation, "mean": views.mean, "std": views.std}
+    mean, std = views.statistics()
+    return {"crop_pct": share, "interpolation": views.interpolation, "mean": mean, "std": std}
 
 
 def as_torchvision(source: Source) -> Written:
     """torchvision's names, for a strict load into its network without the last layer."""
     name, state, exact = _renamed(source)
-    network, classifier = bare(name)
+    native = source.config.backbone.startswith(TORCHVISION)
+    network, _ = bare(name, _library_arguments(source.config) if native else None)
     for path, module in _stem(source.config).items():
         network.set_submodule(path, module)
     for key, value in network.state_dict().items():
         value.copy_(state[key])
     buffer = io.BytesIO()
     torch.save(network.state_dict(), buffer)  # the network's own: torchvision's MNASNet asks for the version in it
-    views = source.config.views
-    mean, std = views.mean, views.std
-    scale = f"v.Resize({enlarged(views)}, v.InterpolationMode.{views.interpolation.upper()})"
-    steps = f"{scale}, v.CenterCrop({source.size}), v.ToTensor(), v.Normalize({mean}, {std})"
 
     def lines(file: str) -> list[str]:
-        return [
-            "import torch, torchvision, torchvision.transforms as v",
-            f"backbone = torchvision.models.{name}().eval()",
-            f'backbone.set_submodule("{classifier}", torch.nn.Identity())',
-            *_stem_lines(source.config),
-            f"backbone.load_state_dict(torch.load({quote(file)}, weights_only=True))",
-            f"transform = v.Compose([{steps}])",
-        ]
+        return _torchvision_lines(source, file, "torch.load({}, weights_only=True)")
 
     tolerance = 0.0 if exact else _TWIN_TOLERANCE
     return Written(buffer.getvalue(), (Snippet("torchvision", lines, tolerance=tolerance),), exact)
 
 
+def _torchvision_lines(source: Source, file: str, load: str) -> list[str]:
+    """Python that loads the file with torchvision, as `backbone` and the `transform` of its images; `load` reads it, `{}` in it
+    stands for the file."""
+    views, name = source.config.views, source.config.backbone
+    native = name.startswith(TORCHVISION)
+    name, given = (name.removeprefix(TORCHVISION), _arguments(source.config)[2:]) if native else (TWINS[name], "")
+    _, classifier = bare(name, _library_arguments(source.config) if native else None)
+    scale = f"v.Resize({enlarged(views)}, v.InterpolationMode.{views.interpolation.upper()})"
+    grey = "v.Grayscale(), " if views.channels == 1 else ""
+    mean, std = views.statistics()
+    steps = f"{grey}{scale}, v.CenterCrop({source.size}), v.ToTensor(), v.Normalize({mean}, {std})"
+    return [
+        "import " + ("safetensors.torch, " if "safetensors" in load else "") + "torch, torchvision, torchvision.transforms as v",
+        f"backbone = torchvision.models.{name}({given}).eval()",
+        f'backbone.set_submodule("{classifier}", torch.nn.Identity())',
+        *_stem_lines(source.config),
+        f"backbone.load_state_dict({load.format(quote(file))})",
+        f"transform = v.Compose([{steps}])",
+    ]
+
+
 def _renamed(source: Source) -> tuple[str, dict[str, Tensor], bool]:
     """torchvision's name of the network, its weights there, and whether names and values stayed as they are."""
     config, state = source.config, source.backbone.state_dict()
+    if config.backbone.startswith(TORCHVISION):
+        return config.backbone.removeprefix(TORCHVISION), state, True
     name = TWINS.get(config.backbone)
     if name is None:
         raise unsuited("torchvision", f"has no network that is known to equal {config.backbone}")
@@ -129,6 +168,9 @@ def _renamed(source: Source) -> tuple[str, dict[str, Tensor], bool]:
 
 def as_hf(source: Source) -> Written:
     """Hugging Face's layout: timm's config.json and model.safetensors; the card becomes README.md."""
+    _timms(source, "hf")
+    if source.config.views.channels != 3:
+        raise unsuited("hf", f"is read with colour images, and {source.config.backbone} was trained on grey ones")
     if source.config.encoder.stem != "standard":
         raise unsuited("hf", f"cannot describe a {source.config.encoder.stem} stem, which timm cannot be asked for")
     files = {"model.safetensors": _tensors(source), "config.json": _hf_config(source)}
@@ -163,7 +205,7 @@ def _hf_config(source: Source) -> bytes:
         "num_classes": 0,
         "num_features": source.backbone.num_features,
         # No num_classes among these: transformers sets it itself and stumbles over another.
-        "model_args": config.backbone_args,
+        "model_args": run_arguments(config),
         "pretrained_cfg": {
             "tag": "ressl",
             "custom_load": False,

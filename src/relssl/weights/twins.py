@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from relssl.data import digits
 from relssl.errors import CheckpointError, ConfigError
+from relssl.method.backbones import drop_classifier
 from relssl.schema import nearest_word
 
 TOLERANCE = 1e-4  # largest difference of outputs, relative to the largest output, in fp32
@@ -102,13 +103,11 @@ def from_torchvision(weights: Mapping[str, Tensor], timm_name: str) -> dict[str,
     return _move(source, _timm(timm_name), back, f"torchvision's {name} to timm's {timm_name}")
 
 
-def bare(name: str) -> tuple[nn.Module, str]:
-    """torchvision's network without its last linear layer, in eval mode with random weights, and that layer's name."""
+def bare(name: str, args: Mapping[str, Any] | None = None) -> tuple[nn.Module, str]:
+    """torchvision's network without its last layer, in eval mode with random weights, and that layer's name."""
     with torch.random.fork_rng(devices=[]):
-        network: nn.Module = torchvision.models.get_model(name, weights=None)
-    classifier = [path for path, module in network.named_modules() if isinstance(module, nn.Linear)][-1]
-    network.set_submodule(classifier, nn.Identity())
-    return network.eval(), classifier
+        network: nn.Module = torchvision.models.get_model(name, weights=None, **(args or {}))
+    return network.eval(), drop_classifier(network)
 
 
 @functools.lru_cache

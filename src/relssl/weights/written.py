@@ -44,7 +44,7 @@ class Snippet:
     Attributes:
         title: with what it is loaded.
         lines: the code, given the path of what was written.
-        use: its last line, which sets `features` [N, F] from `images` [N, 3, S, S].
+        use: its last line, which sets `features` [N, F] from `images` [N, C, S, S].
         arrays: `images` is a numpy array, not a tensor.
         needs: module that may be missing; then the code is printed and not run.
         tolerance: how far features may be off, relative to the largest one; 0 where the same code runs the same weights.

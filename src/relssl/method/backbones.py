@@ -1,0 +1,237 @@
+"""Backbones: networks of timm and torchvision without their classifiers, for images of any size and number of channels."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import timm
+import torch
+import torchvision
+from torch import nn
+
+from relssl.config import Config
+from relssl.errors import ConfigError
+from relssl.schema import nearest_word
+
+# What names of torchvision's networks begin with; all others are timm's.
+TORCHVISION = "torchvision/"
+_CLASSES = 1000  # outputs of torchvision's classifiers
+# Without the classifiers halfway, which these two give beside the last one while they train.
+_SINGLE = {"aux_logits": False, "init_weights": True}
+_TORCHVISION_ARGS: dict[str, dict[str, Any]] = {"googlenet": _SINGLE, "inception_v3": _SINGLE}
+
+
+def run_backbone(config: Config) -> nn.Module:
+    """The backbone of a run, as `create_backbone` makes it of the run's settings."""
+    return create_backbone(config.backbone, config.encoder.stem, _own_arguments(config), config.views.weak.size)
+
+
+def run_arguments(config: Config) -> dict[str, Any]:
+    """All arguments that a run's backbone is created with: its own, and those that its image size and channels ask for."""
+    return arguments(config.backbone, _own_arguments(config), config.views.weak.size)
+
+
+def _own_arguments(config: Config) -> dict[str, Any]:
+    channels = config.views.channels
+    return ({} if channels == 3 else {"in_chans": channels}) | config.backbone_args
+
+
+def create_backbone(
+    name: str, stem: str = "standard", args: Mapping[str, Any] | None = None, size: int | None = None
+) -> nn.Module:
+    """A randomly initialised network without its classifier: images [N, C, H, W] to features [N, F].
+
+    Args:
+        name: timm's name, such as `resnet18` or `mobilenetv3_large_100`, or `torchvision/` and the name of a classification
+            network there, such as `torchvision/shufflenet_v2_x1_0`.
+        stem: `standard`, or for small images `small` (first convolution 3x3 with stride 1, no max-pool: the papers'
+            CIFAR networks), `small-pool` (max-pool kept: their STL-10 and Tiny-ImageNet networks) or `small-wide` (as
+            `small` but padded by 2, which makes maps of 34x34 of 32x32 pixels: solo-learn's CIFAR networks).
+        args: further arguments of `timm.create_model` or of torchvision's function; `in_chans` is the number of channels C
+            with either.
+        size: side of the images in pixels, for networks that are tied to one. Unless `args` say otherwise, position
+            embeddings have its shape, and where the network can it interpolates them for images of other sizes. None: the
+            network's own.
+
+    Raises:
+        ConfigError: if the name or the arguments are unknown, or the network has no stem that can be made small.
+    """
+    given = arguments(name, args or {}, size)
+    library = "torchvision" if name.startswith(TORCHVISION) else "timm"
+    if not known(name):
+        raise ConfigError(f"backbone: {library} knows no {name!r}; the nearest is {nearest_word(name, names())}")
+    try:
+        network = _torchvision(name, given) if library == "torchvision" else _timm(name, given)
+    except Exception as error:  # whatever a network raises over arguments that do not suit it
+        if (side := given.get("image_size")) and (reason := _undivided(int(name.rpartition("_")[2]), side)):
+            raise ConfigError(f"backbone: images of {side} pixels {reason}") from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"backbone_args: {library} refuses {given} for {name}: {reason}") from error
+    if stem != "standard":
+        _shrink_stem(network, name, keep_pool=stem == "small-pool", padding=2 if stem == "small-wide" else 1)
+    # Its first convolution need not have as many: some networks fold pixels into channels before it.
+    network.in_chans = int(given.get("in_chans", 3))  # type: ignore[assignment]
+    return network
+
+
+def known(name: str) -> bool:
+    """Whether a network has this name."""
+    if name.startswith(TORCHVISION):
+        return name.removeprefix(TORCHVISION) in _torchvision_names()
+    found: bool = timm.is_model(name)
+    return found
+
+
+def names() -> list[str]:
+    """The names of all networks, timm's first."""
+    return [*timm.list_models(), *(TORCHVISION + name for name in _torchvision_names())]
+
+
+@functools.lru_cache
+def _torchvision_names() -> tuple[str, ...]:
+    return tuple(torchvision.models.list_models(module=torchvision.models))
+
+
+def arguments(name: str, args: Mapping[str, Any], size: int | None) -> dict[str, Any]:
+    """`args` and what the network needs beside them to take images of `size` pixels a side, and of others if it can."""
+    if name.startswith(TORCHVISION):
+        bare = name.removeprefix(TORCHVISION)
+        sized = {"image_size": size} if bare.startswith("vit_") and size is not None else {}
+        return _TORCHVISION_ARGS.get(bare, {}) | sized | dict(args)
+    flags = _size_flags(name) if size is not None else None
+    if flags is None:
+        return dict(args)
+    # Whoever speaks of flexible sizes and not of the size means the network's own.
+    return flags | ({} if flags.keys() & args.keys() else {"img_size": size}) | dict(args)
+
+
+@functools.lru_cache
+def _size_flags(name: str) -> dict[str, bool] | None:
+    """The arguments that make a timm network take several sizes, beside img_size; None: it takes any, or is tied to its own."""
+    cfg = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    if cfg is None or not cfg.fixed_input_size:
+        return None
+    ways: tuple[dict[str, bool], ...] = ({"dynamic_img_size": True}, {})
+    for flags in ways:
+        try:
+            with torch.device("meta"):  # without memory, and without drawing random numbers
+                timm.create_model(name, num_classes=0, img_size=cfg.input_size[-1], **flags)
+        except Exception:  # networks say in many ways that they do not know an argument
+            continue
+        return flags
+    return None
+
+
+def _timm(name: str, args: Mapping[str, Any]) -> nn.Module:
+    network: nn.Module = timm.create_model(name, pretrained=False, num_classes=0, **args)
+    return network
+
+
+def _torchvision(name: str, args: Mapping[str, Any]) -> nn.Module:
+    others = {key: value for key, value in args.items() if key != "in_chans"}
+    network: nn.Module = torchvision.models.get_model(name.removeprefix(TORCHVISION), weights=None, **others)
+    drop_classifier(network)
+    channels = int(args.get("in_chans", 3))
+    if channels != 3:
+        path, first = _first_convolution(network)
+        assert first is not None
+        shape: Any = {"kernel_size": first.kernel_size, "stride": first.stride, "padding": first.padding}
+        network.set_submodule(path, _convolution(channels, first, **shape))
+    return network
+
+
+def drop_classifier(network: nn.Module) -> str:
+    """Take the last layer of one of torchvision's networks out, and the dropout in front of it; returns the layer's name."""
+    layers = list(network.named_modules())
+    outputs = [getattr(layer, "out_features", getattr(layer, "out_channels", None)) for _, layer in layers]
+    place = max(i for i, count in enumerate(outputs) if count == _CLASSES)
+    path: str = layers[place][0]
+    before = layers[place - 1]
+    network.set_submodule(path, nn.Identity())
+    if isinstance(before[1], nn.Dropout):
+        network.set_submodule(before[0], nn.Identity())
+    return path
+
+
+def stem_fault(network: nn.Module) -> str | None:
+    """Why a network's first layers cannot be made small; None: they can."""
+    _, first = _first_convolution(network)
+    if first is not None and first.kernel_size[0] > 1 and first.kernel_size[0] == first.stride[0]:
+        return f"cuts images into patches of {first.kernel_size[0]}; use stem: standard and a smaller patch (timm: patch_size)"
+    if first is None or first.stride[0] < 2 or first.kernel_size[0] < 3:
+        return "does not start with a strided convolution; use stem: standard"
+    return None
+
+
+def _shrink_stem(network: nn.Module, name: str, keep_pool: bool, padding: int) -> None:
+    path, first = _first_convolution(network)
+    if fault := stem_fault(network):
+        raise ConfigError(f"encoder.stem: {name} {fault}")
+    assert first is not None
+    network.set_submodule(path, _convolution(first.in_channels, first, kernel_size=3, stride=1, padding=padding))
+    if not keep_pool and (pool := _stem_pool(network)):
+        network.set_submodule(pool, nn.Identity())
+
+
+def _first_convolution(network: nn.Module) -> tuple[str, nn.Conv2d | None]:
+    return next(((path, module) for path, module in network.named_modules() if isinstance(module, nn.Conv2d)), ("", None))
+
+
+def _stem_pool(network: nn.Module) -> str | None:
+    """The name of the max-pool behind the stem: what ResNets call so, or one that comes before the second convolution."""
+    if hasattr(network, "maxpool"):
+        return "maxpool"
+    layers = [(path, type(module)) for path, module in network.named_modules() if isinstance(module, (nn.Conv2d, nn.MaxPool2d))]
+    return layers[1][0] if len(layers) > 1 and layers[1][1] is nn.MaxPool2d else None
+
+
+def _convolution(channels: int, like: nn.Conv2d, **shape: Any) -> nn.Conv2d:
+    made = nn.Conv2d(channels, like.out_channels, bias=like.bias is not None, **shape)
+    nn.init.kaiming_normal_(made.weight, mode="fan_out", nonlinearity="relu")
+    return made
+
+
+def channels_of(backbone: nn.Module) -> int:
+    """The channels C of the images that a backbone takes: as it was created, else those of its first convolution."""
+    first = _first_convolution(backbone)[1]
+    return int(getattr(backbone, "in_chans", 3 if first is None else first.in_channels))  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def feature_width(backbone: nn.Module, size: int) -> int:
+    """The number of features the backbone gives for images of side `size`, by trying it.
+
+    Raises:
+        ConfigError: if images of that size do not pass, or the output is not one vector an image.
+    """
+    training = backbone.training
+    device = next((parameter.device for parameter in backbone.parameters()), None)
+    try:
+        features = backbone.eval()(torch.zeros(2, channels_of(backbone), size, size, device=device))
+    except Exception as error:  # whatever a network raises, the user needs to hear that this size does not fit
+        reason = (
+            _undivided(patch_of(backbone), size)
+            or f"do not pass through it: {(str(error) or type(error).__name__).splitlines()[0]}"
+        )
+        raise ConfigError(f"backbone: images of {size} pixels {reason}") from error
+    finally:
+        backbone.train(training)
+    if features.ndim != 2:
+        raise ConfigError(f"backbone: gives {list(features.shape)} for 2 images, needs one vector an image")
+    return int(features.shape[1])
+
+
+def patch_of(backbone: nn.Module) -> int:
+    """The side of the patches that a network cuts images into; 1 if it cuts none."""
+    found: Any = getattr(getattr(backbone, "patch_embed", backbone), "patch_size", 1)
+    return int(found[0] if isinstance(found, (tuple, list)) else found)
+
+
+def _undivided(patch: int, size: int) -> str | None:
+    """What is wrong with a size that is no multiple of the patches; None: nothing."""
+    if size % patch == 0:
+        return None
+    near = [side for side in (size // patch * patch, (size // patch + 1) * patch) if side]
+    return f"do not divide into its patches of {patch}; the nearest that do: {' and '.join(map(str, near))}"

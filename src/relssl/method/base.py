@@ -1,0 +1,147 @@
+"""What all methods share: a student, and where they have them a teacher that follows it and a memory of its keys."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from relssl.method.encoder import Encoder
+from relssl.method.memory import Memory
+
+
+@dataclass
+class Step:
+    """What one step, or one accumulated part of it, computed.
+
+    Attributes:
+        loss: scalar with the gradient's graph.
+        queries: [V, B, D] the student's embeddings, detached.
+        keys: [B, D] what they are compared with: of a method with a teacher its embeddings of `weak`, which the memory is given.
+    """
+
+    loss: Tensor
+    queries: Tensor
+    keys: Tensor
+
+
+class Method(nn.Module):
+    """A method is a subclass with a `step`: views of B samples to a loss.
+
+    One optimizer step of training is
+
+        step(...)  once for each accumulated part, then backward
+        push(...)  the step's keys, after its loss has seen the memory without them
+        follow()   the teacher moves towards the student the optimizer has just changed
+
+    The papers write the teacher's update at the head of the next step. Nothing happens in between, and at the very
+    first step teacher and student are equal, so every loss is the same; done here, a step that turns out non-finite
+    can be dropped whole, with teacher and memory as they were.
+
+    Args:
+        student: the encoder to train.
+        taught: whether a teacher, the student's frozen copy without the predictor, follows it.
+        memory_size: K, how many of the teacher's keys [D] are kept; 0: none.
+        generator: source of the memory's first, random keys.
+
+    Attributes:
+        shuffle: how the teacher sees one view, (teacher, [B, C, H, W]) -> [B, D], where its batch is shuffled; None: as it is.
+        gather: rows [B, ...] of this rank -> [N, ...] of all ranks in their order, with gradients; of one process, the same.
+    """
+
+    # Names of the settings that `step` takes: constants of `method`, and what its schedules say of a step.
+    constants: ClassVar[tuple[str, ...]] = ()
+    scheduled: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(
+        self,
+        student: Encoder,
+        *,
+        taught: bool = False,
+        memory_size: int = 0,
+        dim: int = 0,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        self.student: nn.Module = student
+        self.teacher = student.teacher() if taught else None
+        self.memory = Memory(memory_size, dim, generator) if memory_size else None
+        self.shuffle: Callable[[nn.Module, Tensor], Tensor] | None = None
+        self.gather: Callable[[Tensor], Tensor] = _own
+
+    def step(self, *views: Any, **settings: Any) -> Step:
+        """step(weak, strong, **settings): views to a loss.
+
+        Args:
+            weak: [B, C, H, W], the teacher's view of each sample, or the first of two equal ones.
+            strong: V views [B, C, h, w] of the same samples; a single crop is a list of one.
+            settings: those named in `constants` and `scheduled`; labels [B] for a method that is told them.
+        """
+        raise NotImplementedError
+
+    @property
+    def past(self) -> Tensor:
+        """The memory's keys [K, D], from before this step: no sample meets itself."""
+        assert self.memory is not None
+        return self.memory.keys
+
+    @torch.no_grad()
+    def keys(self, views: Sequence[Tensor]) -> Tensor:
+        """The teacher's embeddings of T views, [T, B, D]."""
+        assert self.teacher is not None
+        if self.shuffle is None:
+            keys: Tensor = self.teacher(views)
+            return keys
+        return torch.stack([self.shuffle(self.teacher, view) for view in views])
+
+    def matched(self, weak: Tensor, strong: Sequence[Tensor], symmetric: bool) -> list[tuple[Tensor, Tensor]]:
+        """The student's queries [V, B, D] of one view with the teacher's keys [B, D] of another that they are to match.
+
+        Each network makes one pass over all that it sees of one size.
+
+        Args:
+            symmetric: the second direction as well: of two views, weak and strong, each is matched to the other.
+
+        Returns:
+            Of `strong` with `weak`; if symmetric, then also of `weak` with `strong`.
+        """
+        assert len(strong) == 1 or not symmetric
+        views = [*strong, weak] if symmetric else strong
+        keys = self.keys([weak, *strong] if symmetric else [weak])  # [T, B, D]
+        queries = self.student(views)  # [V, B, D]
+        return [(queries[:1], keys[0]), (queries[1:], keys[1])] if symmetric else [(queries, keys[0])]
+
+    def push(self, keys: Tensor, ids: Tensor, when: Tensor | None = None) -> None:
+        """Put the step's keys [N, D] and sample ids [N], of all ranks and parts, into the memory, if `when` [] says so."""
+        if self.memory is not None:
+            self.memory.push(keys, ids, when)
+
+    @torch.no_grad()
+    def follow(self, momentum: float, when: Tensor | None = None) -> None:
+        """teacher <- momentum * teacher + (1 - momentum) * student, parameters only and in fp32.
+
+        Batch-norm statistics are not averaged: the teacher runs in training mode and keeps its own (official code).
+
+        Args:
+            when: a truth value on the device [], read there: no step waits for it. None: yes.
+        """
+        if self.teacher is None:
+            return
+        student = dict(unwrapped(self.student).named_parameters())
+        teacher = dict(self.teacher.named_parameters())
+        share = 1 - momentum if when is None else [when * (1 - momentum)] * len(teacher)
+        torch._foreach_lerp_(list(teacher.values()), [student[name] for name in teacher], share)  # type: ignore[arg-type]
+
+
+def unwrapped(student: nn.Module) -> Encoder:
+    """The encoder inside an engine's wrappers (Fabric's, DDP's)."""
+    while not isinstance(student, Encoder):
+        student = student.module  # type: ignore[assignment]
+    return student
+
+
+def _own(rows: Tensor) -> Tensor:
+    return rows

@@ -1,0 +1,32 @@
+"""BYOL (Grill et al., NeurIPS 2020, arXiv 2006.07733): from one view the student predicts the teacher's embedding of the other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from relssl.method.base import Method, Step
+from relssl.method.encoder import Encoder
+
+
+class BYOL(Method):
+    """Bootstrap your own latent; no negatives, no memory.
+
+    Args:
+        student: an encoder with a predictor, which the teacher is without.
+    """
+
+    def __init__(self, student: Encoder) -> None:
+        super().__init__(student, taught=True)
+
+    def step(self, weak: Tensor, strong: Sequence[Tensor]) -> Step:
+        """|prediction - embedding|^2 = 2 - 2 cos of both directions, added up (their eq. 2 and Algorithm 1), 0 to 8.
+
+        Args:
+            weak, strong: two views [B, C, H, W] of each sample, the second in a list.
+        """
+        matched = self.matched(weak, strong, symmetric=True)
+        losses = [2 - 2 * (queries * keys).sum(dim=-1).mean() for queries, keys in matched]
+        return Step(torch.stack(losses).sum(), torch.cat([queries for queries, _ in matched]).detach(), matched[0][1])

@@ -1,0 +1,60 @@
+"""MoCo v2 (He et al. 2020; Chen et al., arXiv 2003.04297): each query picks its own key out of itself and the memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from relssl.method.base import Method, Step
+from relssl.method.encoder import Encoder
+from relssl.method.ressl import OBJECTIVES
+
+
+class MoCo(Method):
+    """Momentum contrast.
+
+    Args:
+        student, memory_size, dim, generator, loss_form: as for ReSSL.
+        symmetric: teacher and student see both views, and each is matched to the other; the first view's keys are kept
+            (as those who symmetrise MoCo v2 for small images do).
+    """
+
+    constants = ("info_nce_temperature",)
+
+    def __init__(
+        self,
+        student: Encoder,
+        memory_size: int,
+        dim: int,
+        generator: torch.Generator | None = None,
+        loss_form: str = "plain",
+        symmetric: bool = False,
+    ) -> None:
+        super().__init__(student, taught=True, memory_size=memory_size, dim=dim, generator=generator)
+        self.objective, self.symmetric = OBJECTIVES[loss_form], symmetric
+
+    def step(self, weak: Tensor, strong: Sequence[Tensor], *, info_nce_temperature: float) -> Step:
+        """The InfoNCE loss of V queries, or the mean of both views' against each other.
+
+        Args:
+            weak: [B, C, H, W], the teacher's view; in MoCo v2 as strongly augmented as the student's.
+            strong: V views [B, C, h, w] of the same samples; of a symmetric loss one.
+            info_nce_temperature: 0.2 in MoCo v2.
+        """
+        matched = self.matched(weak, strong, self.symmetric)
+        losses = [self.loss(queries, keys, info_nce_temperature) for queries, keys in matched]
+        return Step(torch.stack(losses).mean(), torch.cat([queries for queries, _ in matched]).detach(), matched[0][1])
+
+    def loss(self, queries: Tensor, keys: Tensor, temperature: float) -> Tensor:
+        """InfoNCE of queries [V, B, D] against keys [B, D]: ReSSL's objective with nothing but its InfoNCE part."""
+        return self.objective(
+            queries,
+            keys,
+            self.past,
+            student_temperature=temperature,
+            teacher_temperature=temperature,
+            warmup_mix=1.0,
+            info_nce_temperature=temperature,
+        )

@@ -1,0 +1,92 @@
+"""SCE, similarity contrastive estimation (Denize et al., WACV 2023, arXiv 2111.14585): InfoNCE whose target is soft."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from relssl.method.base import Method, Step
+from relssl.method.encoder import Encoder
+from relssl.method.relation import log_choice, relation
+
+
+class SCE(Method):
+    """A student's choice among its own key and the memory, matched to a mixture of that key and the teacher's relation.
+
+    Args:
+        student, memory_size, dim, generator: as for ReSSL.
+        symmetric: as for MoCo.
+    """
+
+    constants = ("student_temperature", "positive_share")
+    scheduled = ("teacher_temperature",)
+
+    def __init__(
+        self,
+        student: Encoder,
+        memory_size: int,
+        dim: int,
+        generator: torch.Generator | None = None,
+        symmetric: bool = False,
+    ) -> None:
+        super().__init__(student, taught=True, memory_size=memory_size, dim=dim, generator=generator)
+        self.symmetric = symmetric
+
+    def step(
+        self,
+        weak: Tensor,
+        strong: Sequence[Tensor],
+        *,
+        student_temperature: float,
+        teacher_temperature: float,
+        positive_share: float = 0.5,
+    ) -> Step:
+        """The loss of V queries, or the mean of both views' against each other.
+
+        Args:
+            weak: [B, C, H, W], the teacher's view.
+            strong: V views [B, C, h, w] of the same samples; of a symmetric loss one.
+            positive_share: lambda, 0 to 1.
+        """
+        matched = self.matched(weak, strong, self.symmetric)
+        losses = [
+            similarity_contrast(
+                queries,
+                keys,
+                self.past,
+                student_temperature=student_temperature,
+                teacher_temperature=teacher_temperature,
+                positive_share=positive_share,
+            )
+            for queries, keys in matched
+        ]
+        return Step(torch.stack(losses).mean(), torch.cat([queries for queries, _ in matched]).detach(), matched[0][1])
+
+
+def similarity_contrast(
+    queries: Tensor,
+    keys: Tensor,
+    memory: Tensor,
+    *,
+    student_temperature: float,
+    teacher_temperature: float,
+    positive_share: float,
+) -> Tensor:
+    """SCE's loss (its eq. 4 to 7): cross-entropy to positive_share x [own key] + (1 - positive_share) x [teacher's relation].
+
+    The relation is taken to the memory alone, as the paper writes it. The authors' code gives the own key a similarity of 0 there
+    and so a part of the relation, which is next to nothing once some keys are near.
+
+    Args:
+        queries: [V, B, D]. keys: [B, D], the positives. memory: [K, D].
+        positive_share: lambda, 0 to 1.
+
+    Returns:
+        A scalar, the mean over views and samples. Gradient flows through `queries` alone.
+    """
+    log_choices = log_choice(queries, keys, memory, student_temperature)  # [V, B, 1 + K]
+    target = relation(keys.detach(), memory.detach(), teacher_temperature)  # [B, K]
+    related = (target * log_choices[..., 1:]).sum(dim=-1)
+    return -(positive_share * log_choices[..., 0] + (1 - positive_share) * related).mean()

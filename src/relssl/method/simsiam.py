@@ -1,0 +1,25 @@
+"""SimSiam (Chen & He, CVPR 2021, arXiv 2011.10566): from one view the student predicts its own embedding of the other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from relssl.method.base import Method, Step
+
+
+class SimSiam(Method):
+    """A simple Siamese network: BYOL without the teacher. What keeps it from collapsing is that no gradient enters what is
+    predicted."""
+
+    def step(self, weak: Tensor, strong: Sequence[Tensor]) -> Step:
+        """Minus the cosine of prediction and embedding, the mean of both directions (their eq. 4), -1 to 1.
+
+        Args:
+            weak, strong: two views [B, C, H, W] of each sample, the second in a list.
+        """
+        predictions, embeddings = self.student([weak, *strong], projections=True)  # [2, B, D] each
+        embeddings = embeddings.detach()
+        loss = -(predictions * embeddings.flip(0)).sum(dim=-1).mean()
+        return Step(loss, predictions.detach(), embeddings[0])

@@ -1,0 +1,54 @@
+"""Supervised learning: what labels would have given the same network, as an upper mark."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from relssl.method.base import Method, Step
+from relssl.method.encoder import Encoder
+
+
+class Classifier(Encoder):
+    """Images to the logits of `classes`: an encoder whose projector is one linear layer, and whose output is not normalised.
+
+    Args:
+        backbone, num_features: as for Encoder.
+        classes: C, at least 2.
+    """
+
+    def __init__(self, backbone: nn.Module, num_features: int, classes: int) -> None:
+        super().__init__(backbone, num_features, dim=classes, projector_layers=1)
+
+    def heads(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """[N, C, H, W] -> logits [N, C], at least fp32, twice the same tensor."""
+        logits = self.projector(self.backbone(images))
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return logits, logits
+
+
+class Supervised(Method):
+    """Cross-entropy to the labels.
+
+    Args:
+        student: the network to train.
+    """
+
+    def __init__(self, student: Classifier) -> None:
+        super().__init__(student)
+
+    def step(self, weak: Tensor, strong: Sequence[Tensor], *, labels: Tensor) -> Step:
+        """The mean cross-entropy. Its queries and keys are the logits at unit length, whose spread tells of the network's health.
+
+        Args:
+            weak: [B, C, H, W], the only view.
+            strong: none.
+            labels: int64 [B], 0 to C - 1.
+        """
+        assert not strong
+        logits = self.student([weak])  # [1, B, C]
+        directions = F.normalize(logits.detach(), dim=-1)
+        return Step(F.cross_entropy(logits[0], labels), directions, directions[0])

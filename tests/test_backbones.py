@@ -1,0 +1,394 @@
+"""Every named family trains a step of ReSSL; figures are the published ones; sizes, channels and names are held to."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torchvision
+from PIL import Image
+from torchvision.transforms.functional import rgb_to_grayscale
+
+import relssl
+from relssl.cli import main
+from relssl.config import from_mapping, resolve
+from relssl.data.batch import standardise
+from relssl.data.batched import normalise
+from relssl.errors import CheckpointError, ConfigError
+from relssl.method import Encoder, ReSSL, create_encoder
+from relssl.method.backbones import channels_of, create_backbone, feature_width, run_arguments, run_backbone
+from relssl.method.catalogue import NAMED, find, measure
+from relssl.weights.export import export
+from relssl.weights.opening import Reading, open_backbones
+from small_runs import differing, final_state, small_run
+
+SIZES = (64, 56, 48, 40, 32)  # of five crops: the paper's, as far as they go at a small scale
+FAMILIES = [name for name in NAMED if name not in ("resnet34", "regnety_016")]
+# The patches of 16 that divide only two of the sizes are halved, and deep networks cut short, so that the test is quick.
+ARGS: dict[str, dict[str, Any]] = {
+    "vit_small_patch16_224": {"patch_size": 8, "depth": 3},
+    "convnext_tiny": {"depths": [1, 1, 2, 1]},
+    "resnet50": {"layers": [1, 1, 1, 1]},
+}
+TINY_VIT: dict[str, Any] = {"backbone": "vit_tiny_patch16_224", "backbone_args": {"depth": 1, "embed_dim": 24, "num_heads": 2}}
+
+
+def step(network: torch.nn.Module, sizes: tuple[int, ...]) -> torch.Tensor:
+    """A step on noise; the gradient of the network's first weights."""
+    encoder = Encoder(network, feature_width(network, sizes[0]), projector_hidden=16, dim=8)
+    model, channels = ReSSL(encoder, 16, 8), channels_of(network)
+    weak, strong = torch.rand(2, channels, sizes[0], sizes[0]), [torch.rand(2, channels, size, size) for size in sizes]
+    made = model.step(weak, strong, student_temperature=0.1, teacher_temperature=0.04)
+    made.loss.backward()
+    model.push(made.keys, torch.arange(2))
+    assert made.queries.shape == (len(sizes), 2, 8) and made.loss.isfinite() and (model.memory.ids >= 0).sum() == 2
+    gradient = next(module.weight for module in network.modules() if isinstance(module, torch.nn.Conv2d)).grad
+    assert gradient is not None
+    return gradient
+
+
+@pytest.mark.parametrize("sizes", [SIZES[:1], SIZES], ids=["one-crop", "five-crop"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_trains_a_step(name: str, sizes: tuple[int, ...]) -> None:
+    stem = "standard" if len(sizes) == 1 or name in ("convnext_tiny", "vit_small_patch16_224") else "small-pool"
+    gradient = step(create_backbone(name, stem, ARGS.get(name), sizes[0]), sizes)
+    assert gradient.isfinite().all() and gradient.abs().sum() > 0
+
+
+# Published: torchvision's model pages for ResNets, MobileNetV3, EfficientNets, ShuffleNetV2, RegNet and ConvNeXt, with classifiers
+# of 1000 classes; MobileNetV2's and DeiT's papers.
+@pytest.mark.parametrize(
+    ("name", "parameters", "gflops"),
+    [
+        ("resnet18", 11_689_512, 1.81),
+        ("resnet34", 21_797_672, 3.66),
+        ("resnet50", 25_557_032, 4.09),
+        ("efficientnet_b0", 5_288_548, 0.39),
+        ("mobilenetv2_100", 3_504_872, 0.30),
+        ("mobilenetv3_large_100", 5_483_032, 0.22),
+        ("mobilenetv3_small_100", 2_542_856, 0.06),
+        ("torchvision/shufflenet_v2_x1_0", 2_278_604, 0.14),
+        ("torchvision/regnet_y_400mf", 4_344_144, 0.40),
+        ("convnext_tiny", 28_589_128, 4.46),
+        ("vit_small_patch16_224", 22_050_664, 4.6),
+    ],
+)
+def test_figures_are_the_published_ones(name: str, parameters: int, gflops: float) -> None:
+    found = measure(name)
+    assert found.features is not None and found.gflops is not None
+    assert found.parameters + 1000 * found.features + 1000 == parameters
+    # Half a unit of the last digit that is published, for the smallest networks.
+    assert found.gflops == pytest.approx(gflops, rel=0.03, abs=0.005)
+
+
+def test_measuring_is_the_network_itself_and_draws_nothing() -> None:
+    before = torch.get_rng_state()
+    found = measure("torchvision/regnet_y_400mf", 64), measure("vit_tiny_patch16_224", 64), measure("vit_tiny_patch16_224", 50)
+    assert torch.equal(before, torch.get_rng_state())
+    real = create_backbone("vit_tiny_patch16_224", size=64)
+    assert found[1].parameters == sum(parameter.numel() for parameter in real.parameters()) and found[1].smallest == 16
+    assert found[0].smallest == 4 and found[0].small_stem and not found[1].small_stem
+    assert found[2].gflops is None and found[2].features is None and found[2].parameters > 5e6
+    # A convolution of stride 1 instead of 2 makes the rest four times as much, of a max-pool's as much again.
+    plain, small = measure("resnet18", 32).gflops, measure("resnet18", 32, "small").gflops
+    assert plain is not None and small is not None and 15 < small / plain < 17
+
+
+def test_torchvisions_networks_are_its_own_without_the_classifier() -> None:
+    torch.manual_seed(1)
+    ours = create_backbone("torchvision/mobilenet_v3_small")
+    torch.manual_seed(1)
+    theirs = torchvision.models.mobilenet_v3_small()
+    theirs.classifier[2], theirs.classifier[3] = torch.nn.Identity(), torch.nn.Identity()
+    images = torch.rand(2, 3, 64, 64)
+    # In training mode: no dropout is left in front of the features.
+    assert torch.equal(ours.train()(images), theirs.train()(images)) and feature_width(ours, 64) == 1024
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "size"),
+    [("squeezenet1_1", 512, 32), ("googlenet", 1024, 32), ("densenet121", 1024, 32), ("swin_t", 768, 64), ("vit_b_16", 768, 32)],
+)
+def test_torchvisions_other_classifiers_are_found_too(name: str, width: int, size: int) -> None:
+    assert measure(f"torchvision/{name}", size).features == width
+
+
+@pytest.mark.parametrize(
+    ("name", "first"),
+    [
+        ("efficientnet_b0", "conv_stem"),
+        ("mobilenetv2_100", "conv_stem"),
+        ("mobilenetv3_small_100", "conv_stem"),
+        ("regnety_004", "stem.conv"),
+        ("torchvision/shufflenet_v2_x1_0", "conv1.0"),
+        ("torchvision/mobilenet_v2", "features.0.0"),
+    ],
+)
+def test_small_stems_of_mobile_networks_keep_the_resolution(name: str, first: str) -> None:
+    with torch.device("meta"):
+        plain, small = create_backbone(name).get_submodule(first), create_backbone(name, "small").get_submodule(first)
+    assert isinstance(plain, torch.nn.Conv2d) and isinstance(small, torch.nn.Conv2d)
+    assert plain.stride == (2, 2) and small.stride == (1, 1) and small.weight.shape == plain.weight.shape
+    assert small(torch.zeros(1, 3, 32, 32, device="meta")).shape[-2:] == (32, 32)
+
+
+@pytest.mark.parametrize(("name", "pool"), [("torchvision/shufflenet_v2_x1_0", "maxpool"), ("densenet121", "features.pool0")])
+def test_a_small_stem_has_no_max_pool_wherever_it_lies(name: str, pool: str) -> None:
+    with torch.device("meta"):
+        found = [type(create_backbone(name, stem).get_submodule(pool)) for stem in ("small", "small-pool")]
+    assert found == [torch.nn.Identity, torch.nn.MaxPool2d]
+
+
+def test_position_embeddings_have_the_runs_size_and_are_interpolated() -> None:
+    config = resolve({"data": "digits", **TINY_VIT, "encoder.stem": "standard", "views.weak.size": 64})
+    config = from_mapping({**_plain(config), "views": {"weak": {"size": 64}, "crops": [[64, 0.2, 1.0], [32, 0.1, 0.5]]}})
+    backbone = create_encoder(config).backbone.eval()
+    assert backbone.pos_embed.shape == (1, 1 + 4 * 4, 24)
+    # At another size the network is the one whose embeddings are those interpolated by timm's own function.
+    other = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32, depth=1, embed_dim=24, num_heads=2).eval()
+    weights = backbone.state_dict()
+    weights["pos_embed"] = timm.layers.resample_abs_pos_embed(weights["pos_embed"], [2, 2], num_prefix_tokens=1)
+    other.load_state_dict(weights)
+    images = torch.rand(2, 3, 32, 32)
+    torch.testing.assert_close(backbone(images), other(images))
+
+
+def _plain(config: relssl.config.Config) -> dict[str, Any]:
+    return {"backbone": config.backbone, "backbone_args": config.backbone_args, "encoder": {"stem": "standard"}}
+
+
+def test_arguments_that_are_given_stay() -> None:
+    given = {"img_size": 96, "depth": 1}
+    network = create_backbone("vit_tiny_patch16_224", args=given, size=32)
+    assert network.pos_embed.shape[1] == 1 + 36 and feature_width(network, 32) == 192
+    own = create_backbone("vit_tiny_patch16_224", args={"dynamic_img_size": True, "depth": 1}, size=32)
+    assert own.pos_embed.shape[1] == 1 + 14 * 14
+
+
+def test_windows_take_several_sizes_too() -> None:
+    network = create_backbone("swin_tiny_patch4_window7_224", args={"depths": [1, 1, 1, 1], "embed_dim": 24}, size=64)
+    assert step(network, (64, 32)).abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "stem", "args", "size", "message"),
+    [
+        ("resnot18", "standard", {}, None, "timm knows no 'resnot18'; the nearest is resnet18"),
+        ("shufflenet_v2_x1_0", "standard", {}, None, "the nearest is torchvision/shufflenet_v2_x1_0"),
+        (
+            "torchvision/resnet81",
+            "standard",
+            {},
+            None,
+            "torchvision knows no 'torchvision/resnet81'; the nearest is torchvision/",
+        ),
+        ("torchvision/fasterrcnn_resnet50_fpn", "standard", {}, None, "torchvision knows no"),
+        ("torchvision/resnet18", "standard", {"depth": 3}, None, "torchvision refuses {'depth': 3} for torchvision/resnet18"),
+        ("torchvision/vit_b_16", "standard", {}, 50, "50 pixels do not divide into its patches of 16; .* 48 and 64"),
+        ("vit_tiny_patch16_224", "small", {}, 32, "cuts images into patches of 16; use stem: standard and a smaller patch"),
+        ("convnext_atto", "small", {}, 32, "into patches of 4; use stem: standard and a smaller patch"),
+        ("torchvision/vgg11", "small", {}, 32, "does not start with a strided convolution"),
+    ],
+)
+def test_what_cannot_be_made_is_refused(name: str, stem: str, args: dict[str, Any], size: int | None, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        create_backbone(name, stem, args, size)
+
+
+def test_sizes_that_do_not_pass_are_refused_with_those_that_do() -> None:
+    network = create_backbone("vit_tiny_patch16_224", args={"depth": 1}, size=32)
+    with pytest.raises(
+        ConfigError, match="images of 40 pixels do not divide into its patches of 16; the nearest that do: 32 and 48"
+    ):
+        feature_width(network, 40)
+    with pytest.raises(ConfigError, match=r"images of 8 pixels .* the nearest that do: 16$"):
+        feature_width(network, 8)
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+@pytest.mark.parametrize("name", ["resnet18", "tresnet_m", "vit_tiny_patch16_224", "torchvision/shufflenet_v2_x1_0"])
+def test_any_number_of_channels_passes_the_building_blocks(name: str, channels: int) -> None:
+    small = {"depth": 1} if name.startswith("vit") else {}
+    network = create_backbone(name, args={"in_chans": channels, **small}, size=32)
+    assert channels_of(network) == channels and step(network, (32,)).abs().sum() > 0
+
+
+def test_a_network_of_ones_own_tells_its_channels() -> None:
+    assert channels_of(torch.nn.Sequential(torch.nn.Conv2d(5, 8, 3))) == 5 and channels_of(torch.nn.Linear(4, 4)) == 3
+
+
+def test_grey_views_are_torchvisions_grey_normalised() -> None:
+    config = resolve({"data": "digits", "views.channels": 1, "views.mean": "0.2,0.3,0.4", "views.std": "0.1,0.2,0.3"})
+    images = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
+    mean, std = 0.2989 * 0.2 + 0.587 * 0.3 + 0.114 * 0.4, 0.2989 * 0.1 + 0.587 * 0.2 + 0.114 * 0.3
+    expected = (rgb_to_grayscale(images.double() / 255) - mean) / std
+    for given in (images, images.float() / 255):
+        made = standardise(given, config)
+        assert made.shape == (4, 1, 8, 8)
+        torch.testing.assert_close(made.double(), expected, rtol=1e-5, atol=1e-5)
+    colour = resolve({"data": "digits", "views.mean": "0.2,0.3,0.4", "views.std": "0.1,0.2,0.3"})
+    assert torch.equal(standardise(images, colour), normalise(images, (0.2, 0.3, 0.4), (0.1, 0.2, 0.3)))
+
+
+@pytest.mark.parametrize(
+    ("over", "message"),
+    [
+        ({"views.channels": 2}, "views.channels: must be 3, or 1"),
+        ({"views.channels": 4}, "views.channels: must be >= 1 and <= 3, got 4"),
+        ({"backbone_args": {"in_chans": 1}}, "in_chans 1 does not fit views.channels 3; set views.channels 1"),
+        ({"backbone_args": {"in_chans": 4}}, "in_chans 4 does not fit views.channels 3, as images are read in colour or grey"),
+        (
+            {"views.channels": 1, "backbone_args": {"in_chans": 3}},
+            "in_chans 3 does not fit views.channels 1; set views.channels 3",
+        ),
+    ],
+)
+def test_channels_that_do_not_fit_are_refused(over: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        resolve({"data": "cifar10", **over})
+
+
+@pytest.fixture(scope="module")
+def grey_shuffle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one of torchvision's networks on grey views."""
+    out = tmp_path_factory.mktemp("runs") / "grey"
+    return small_run(out, **_shuffle(), epochs=2, max_images=64).folder
+
+
+def _shuffle() -> dict[str, Any]:
+    return {"backbone": "torchvision/shufflenet_v2_x0_5", "backbone_args": {}, "encoder.stem": "small", "views.channels": 1}
+
+
+def test_a_run_of_a_torchvision_network_on_grey_views(grey_shuffle: Path, tmp_path: Path) -> None:
+    backbone = relssl.load_backbone(grey_shuffle)
+    view = backbone.transform(Image.new("RGB", (40, 50), (10, 20, 30)))
+    assert view.shape == (1, 32, 32) and backbone(view[None]).shape == (1, 1024) == (1, backbone.num_features)
+    again = relssl.load_backbone(grey_shuffle / "export/backbone.safetensors")
+    assert torch.equal(backbone(view[None]), again(view[None]))
+    card = (grey_shuffle / "export/backbone.md").read_text()
+    assert "Input: grey, 32 x 32" in card and "torchvision.models.shufflenet_v2_x0_5()" in card and "[N, 1, S, S]" in card
+    found = relssl.evaluate(grey_shuffle, "digits", protocol="knn", images=[64, 32], out=tmp_path / "knn.json")
+    assert found["results"]
+    Image.new("RGB", (40, 40), (200, 10, 90)).save(tmp_path / "one.png")
+    embedded = relssl.embed(grey_shuffle, str(tmp_path), tmp_path / "features.npz")
+    assert embedded["dim"] == 1024 and embedded["images"] == 1
+
+
+def test_it_is_resumed_exactly(grey_shuffle: Path, tmp_path: Path) -> None:
+    first = small_run(tmp_path / "run", **_shuffle(), epochs=2, max_images=64, checkpoint={"every": 1, "keep": 3})
+    second = sorted((first.folder / "checkpoints").iterdir())[1]
+    relssl.resume(first.folder, checkpoint=second.name)
+    assert not differing(final_state(first.folder), final_state(grey_shuffle))
+
+
+@pytest.mark.parametrize("format", ["safetensors", "torchvision", "torch-export"])
+def test_it_is_exported_and_loaded_back(grey_shuffle: Path, tmp_path: Path, format: str) -> None:
+    suffix = {"safetensors": ".safetensors", "torchvision": ".pth", "torch-export": ".pt2"}[format]
+    made = export(grey_shuffle, format=format, out=tmp_path / f"backbone{suffix}")
+    assert made.parity.relative < 1e-4 and (format == "torch-export" or made.parity.difference == 0)
+
+
+@pytest.mark.parametrize("format", ["timm", "hf", "detectron2"])
+def test_formats_of_other_libraries_refuse_it(grey_shuffle: Path, tmp_path: Path, format: str) -> None:
+    with pytest.raises(ConfigError, match=f"format: {format} .*torchvision/shufflenet_v2_x0_5"):
+        export(grey_shuffle, format=format, out=tmp_path / {"timm": "a.safetensors", "hf": "a", "detectron2": "a.pkl"}[format])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_transformers_size_and_channels_go_with_it(tmp_path: Path) -> None:
+    over = {**TINY_VIT, "encoder.stem": "standard", "views.channels": 1, "views.crops": [[32, 0.2, 1.0], [16, 0.1, 0.5]]}
+    run = small_run(
+        tmp_path / "run", **over, epochs=1, max_images=64, optimizer={"name": "adamw", "lr": 1e-3, "warmup_epochs": 0}
+    )
+    config = relssl.load_run(run.folder).config
+    expected = {"dynamic_img_size": True, "img_size": 32, "in_chans": 1, **TINY_VIT["backbone_args"]}
+    assert run_arguments(config) == expected and config.backbone_args == TINY_VIT["backbone_args"]
+    assert run_backbone(config).pos_embed.shape[1] == 1 + 2 * 2
+    made = export(run.folder, format="timm", out=tmp_path / "vit.safetensors")
+    assert made.parity.difference == 0 and "img_size=32" in made.lines[1] and "in_chans=1" in made.lines[1]
+    scope: dict[str, Any] = {}
+    exec("\n".join(made.lines), scope)
+    image = Image.effect_noise((32, 32), 80).convert("RGB")
+    ours = relssl.load_backbone(run.folder)
+    torch.testing.assert_close(scope["transform"](image), ours.transform(image), rtol=0, atol=0.02)  # grey rounded to 8 bits
+    # Evaluated at another size, the network made for 32 pixels interpolates.
+    opened = open_backbones(run.folder, Reading())
+    assert feature_width(opened.one()[1], opened.sees(48).views.weak.size) == 24
+    with pytest.raises(ConfigError, match="hf is read with colour images"):
+        export(run.folder, format="hf", out=tmp_path / "hf")
+    with pytest.raises(ConfigError, match="detection: takes colour images"):
+        relssl.evaluate(run.folder, "coco", protocol="detection")
+
+
+def test_a_transformer_of_another_size_in_hugging_faces_layout(tmp_path: Path) -> None:
+    run = small_run(
+        tmp_path / "run", **TINY_VIT, **{"encoder.stem": "standard"}, epochs=1, max_images=64, optimizer={"warmup_epochs": 0}
+    )
+    made = export(run.folder, format="hf", out=tmp_path / "hf")
+    assert made.parity.difference < 1e-4
+    assert json.loads((tmp_path / "hf/config.json").read_text())["model_args"]["img_size"] == 32
+
+
+def test_torchvisions_own_files_are_read(tmp_path: Path) -> None:
+    torch.manual_seed(2)
+    theirs = torchvision.models.shufflenet_v2_x0_5()
+    for name, value in theirs.state_dict().items():
+        if "running" in name:
+            value.add_(torch.rand_like(value) * 0.1)
+        elif value.is_floating_point():
+            value.mul_(1.3).add_(torch.randn_like(value) * 0.02)
+    torch.save(theirs.state_dict(), tmp_path / "shuffle.pth")
+    opened = open_backbones(tmp_path / "shuffle.pth", Reading(backbone="torchvision/shufflenet_v2_x0_5", size=64))
+    theirs.fc = torch.nn.Identity()
+    images = torch.rand(2, 3, 64, 64)
+    assert torch.equal(opened.one()[1](images), theirs.eval()(images))
+    with pytest.raises(CheckpointError, match="match"):
+        open_backbones(tmp_path / "shuffle.pth", Reading(backbone="torchvision/shufflenet_v2_x1_0"))
+
+
+def test_a_foreign_transformer_seen_at_another_size_keeps_its_embeddings(tmp_path: Path) -> None:
+    torch.manual_seed(2)
+    theirs = timm.create_model("vit_tiny_patch16_224", num_classes=0, dynamic_img_size=True).eval()
+    for value in theirs.state_dict().values():
+        value.mul_(1.3).add_(0.01)
+    torch.save(theirs.state_dict(), tmp_path / "vit.pth")
+    backbone = open_backbones(tmp_path / "vit.pth", Reading(backbone="vit_tiny_patch16_224", size=64)).one()[1]
+    images = torch.rand(2, 3, 64, 64)
+    assert torch.equal(backbone(images), theirs(images))
+
+
+def test_the_list_of_backbones(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["backbones", "--family", "mobilenet", "--max_params", "3", "--size", "64"]) == 0
+    told = capsys.readouterr().out
+    assert "mobilenetv2_100" in told and "mobilenetv3_small_100" in told and "mobilenetv3_large_100" not in told
+    assert "each counted once, of an image of 64 x 64" in told
+    assert main(["backbones", "torchvision/mobilenet_v3*", "--max_gflops", "0.1", "--json"]) == 0
+    (only,) = json.loads(capsys.readouterr().out)
+    assert only["name"] == "torchvision/mobilenet_v3_small" and only["small_stem"] and only["smallest"] == 4
+    assert main(["backbones", "--family", "resnet", "--max_params", "0.1"]) == 0 and "none that small" in capsys.readouterr().out
+
+
+def test_finding_networks() -> None:
+    assert find() == list(NAMED)
+    assert find(family="mobilenetv3") == ["mobilenetv3_large_100", "mobilenetv3_small_100"]
+    assert find(family="shufflenetv2") == ["torchvision/shufflenet_v2_x1_0"]
+    assert len(find(everything=True)) > 1000 and "torchvision/swin_t" in find("swin_t") and find("resnet1?") == ["resnet18"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["resnot"], "no network is called 'resnot'; the nearest is resnet"),
+        (["--family", "swin"], "--family: swin is not among the networks listed by default; --all searches them all"),
+        (["--family", "mobilnetv2"], "--family: no network begins with 'mobilnetv2'; the nearest is mobilenetv2"),
+        (["--size", "0"], "size: must be 4 pixels or more, got 0"),
+    ],
+)
+def test_what_is_not_found_is_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["backbones", *words]) == 2
+    told = capsys.readouterr().err.strip()
+    assert message in told and len(told.splitlines()) == 1

@@ -1,0 +1,277 @@
+"""Split batch norm against BatchNorm2d on each part; a shuffled teacher batch against permutations by hand."""
+
+from __future__ import annotations
+
+import copy
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from relssl.config import resolve
+from relssl.data.plan import Plan
+from relssl.engine import Engine
+from relssl.errors import ConfigError
+from relssl.method.batchnorm import SplitBatchNorm2d, shuffled, split_batch_norms
+from relssl.method.encoder import create_encoder
+from relssl.schema import merge
+from relssl.train.assembly import build
+from small_runs import NORMLESS, SMALL, final_state, small_run
+
+
+def norms(splits: int, channels: int = 5) -> tuple[SplitBatchNorm2d, nn.BatchNorm2d]:
+    """A split norm and a plain one with the same parameters and statistics."""
+    plain = nn.BatchNorm2d(channels, eps=1e-3, momentum=0.3)
+    for tensor in (plain.weight, plain.bias, plain.running_mean, plain.running_var):
+        assert tensor is not None
+        nn.init.uniform_(tensor, 0.5, 2.0)
+    split = SplitBatchNorm2d(channels, splits, eps=1e-3, momentum=0.3)
+    split.load_state_dict(plain.state_dict())
+    return split, plain
+
+
+@pytest.mark.parametrize("splits", [1, 2, 4])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_each_part_is_normalised_as_by_a_batch_norm_of_its_own(splits: int, layout: torch.memory_format) -> None:
+    split, plain = (norm.double() for norm in norms(splits))
+    before = copy.deepcopy(plain)
+    images = torch.randn(8, 5, 3, 4, dtype=torch.float64).contiguous(memory_format=layout)
+    ours, theirs = (images.clone(memory_format=torch.preserve_format).requires_grad_() for _ in range(2))
+    weights = torch.randn(8, 5, 3, 4, dtype=torch.float64)
+
+    found = split(ours)
+    (found * weights).sum().backward()
+    parts, means, variances = [], [], []
+    for part in theirs.chunk(splits):
+        plain.running_mean, plain.running_var = before.running_mean.clone(), before.running_var.clone()
+        parts.append(plain(part))
+        means.append(plain.running_mean)
+        variances.append(plain.running_var)
+    expected = torch.cat(parts)
+    (expected * weights).sum().backward()
+
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(ours.grad, theirs.grad)
+    torch.testing.assert_close(split.weight.grad, plain.weight.grad)
+    torch.testing.assert_close(split.bias.grad, plain.bias.grad)
+    torch.testing.assert_close(split.running_mean, torch.stack(means).mean(0))
+    torch.testing.assert_close(split.running_var, torch.stack(variances).mean(0))
+    assert split.num_batches_tracked == 1 and found.is_contiguous(memory_format=layout)
+
+
+def test_evaluation_and_state_dict_are_the_plain_ones() -> None:
+    split, plain = norms(4)
+    images = torch.randn(7, 5, 2, 2)  # divides by nothing: no matter in evaluation
+    assert torch.equal(split.eval()(images), plain.eval()(images))
+    assert split.state_dict().keys() == plain.state_dict().keys()
+
+
+def test_a_batch_that_does_not_divide_is_refused_and_leaves_no_trace() -> None:
+    split, _ = norms(4)
+    before = copy.deepcopy(split.state_dict())
+    with pytest.raises(ValueError, match="batch of 6 does not divide into 4"):
+        split(torch.randn(6, 5, 2, 2))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in split.state_dict().items())
+
+
+def test_under_bf16_statistics_are_fp32() -> None:
+    split, _ = norms(2)
+    twin = copy.deepcopy(split)
+    images = (torch.randn(64, 5, 8, 8) + 8).bfloat16().contiguous(memory_format=torch.channels_last)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = split(images)
+    expected = twin(images.float())
+    assert found.dtype == torch.bfloat16 and found.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(found.float(), expected, rtol=1e-2, atol=2e-2)
+    torch.testing.assert_close(split.running_mean, twin.running_mean, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv3_small_050", "efficientnet_lite0"])
+def test_a_networks_norms_are_split_in_place(name: str) -> None:
+    plain = timm.create_model(name, num_classes=0)
+    split = copy.deepcopy(plain)
+    split_batch_norms(split, 2)
+    assert list(split.state_dict()) == list(plain.state_dict()) and list(dict(split.named_parameters())) == list(
+        dict(plain.named_parameters())
+    )
+    count = sum(isinstance(module, nn.BatchNorm2d) for module in plain.modules())
+    assert sum(isinstance(module, SplitBatchNorm2d) for module in split.modules()) == count > 0
+    images = torch.randn(4, 3, 64, 64)
+    torch.testing.assert_close(split.eval()(images), plain.eval()(images))  # activations are still there
+    plain.train(), split.train()
+    # Two equal halves have the statistics of the whole.
+    torch.testing.assert_close(split(images[:2].repeat(2, 1, 1, 1)), plain(images[:2].repeat(2, 1, 1, 1)), rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(split(images), plain(images), rtol=1e-2, atol=1e-2)
+
+
+def test_one_part_changes_nothing_and_other_norms_are_refused_by_name() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Flatten(), nn.BatchNorm1d(4))
+    before = list(network.children())
+    split_batch_norms(network, 1)
+    assert list(network.children()) == before
+    with pytest.raises(ConfigError, match=r"encoder.batch_norm_splits: 3 is BatchNorm1d.*cannot be split"):
+        split_batch_norms(network, 2)
+    with pytest.raises(ConfigError, match="0 is BatchNorm2d"):
+        split_batch_norms(nn.Sequential(nn.BatchNorm2d(4, affine=False)), 2)
+    normless = nn.Sequential(nn.Conv2d(3, 4, 1), nn.LayerNorm(4))
+    split_batch_norms(normless, 8)
+    assert [type(module) for module in normless] == [nn.Conv2d, nn.LayerNorm]
+
+
+def splits_of(**over: Any) -> list[int]:
+    encoder = create_encoder(resolve({**SMALL, **over}))
+    return [module.splits for module in encoder.backbone.modules() if isinstance(module, SplitBatchNorm2d)]
+
+
+def test_the_encoder_splits_what_devices_and_parts_do_not() -> None:
+    eight = {"recipe": "digits", "encoder": {**SMALL["encoder"], "batch_norm_splits": 8}}
+    assert set(splits_of(**eight)) == {8} and splits_of(recipe="digits") == []
+    assert set(splits_of(**eight, accumulate=2)) == {4}
+    assert set(splits_of(**eight, accumulate=2, engine={"devices": 2})) == {2}
+    assert splits_of(**eight, engine={"devices": 8}) == [] == splits_of(**eight, engine={"devices": 16})
+
+
+@pytest.mark.parametrize(
+    ("over", "message"),
+    [
+        ({"encoder.batch_norm_splits": 3}, r"encoder.batch_norm_splits: 3 must divide batch_size \(256\)"),
+        ({"encoder.batch_norm_splits": 16, "engine.devices": 32}, None),
+        (
+            {"encoder.batch_norm_splits": 8, "batch_size": 192, "accumulate": 3},
+            r"be a multiple of accumulate x devices x nodes \(3\)",
+        ),
+        ({"encoder.batch_norm_splits": 256}, "leaves one image a part; needs 128 at most"),
+        ({"encoder.batch_norm_splits": 128}, None),
+    ],
+)
+def test_splits_must_fit_the_batch(over: dict[str, Any], message: str | None) -> None:
+    if message is None:
+        assert resolve({"recipe": "folder", **over}).norm_splits in (1, 128)
+        return
+    with pytest.raises(ConfigError, match=message):
+        resolve({"recipe": "folder", **over})
+
+
+def test_a_run_with_split_norms_is_taken_by_plain_networks(tmp_path: Path) -> None:
+    from relssl.weights.opening import load_backbone
+
+    small_run(tmp_path / "run", **{"encoder.batch_norm_splits": 4, "epochs": 1, "max_images": 96})
+    state = final_state(tmp_path / "run")
+    plain = load_backbone(tmp_path / "run")
+    assert not any(isinstance(module, SplitBatchNorm2d) for module in plain.modules())
+    assert all(torch.equal(tensor, state[f"student.backbone.{name}"]) for name, tensor in plain.state_dict().items())
+
+
+# The shuffled batch
+
+
+def normless(images: Tensor) -> Tensor:
+    return images.flatten(1).cumsum(1)
+
+
+@given(st.integers(1, 4), st.integers(1, 6), st.integers(0, 1000))
+@settings(max_examples=30, deadline=None)
+def test_without_batch_norm_shuffling_changes_nothing(world: int, share: int, step: int) -> None:
+    order = torch.from_numpy(Plan(1000, world * share, rank=0, world=world, seed=3).shuffle(step, 0))
+    whole = torch.randn(world * share, 3, 2, 2)
+    for rank in range(world):
+        assert torch.equal(by_hand(normless, whole, order, world)[rank], normless(whole).chunk(world)[rank])
+
+
+def by_hand(network: Any, whole: Tensor, order: Tensor, world: int) -> list[Tensor]:
+    """What `shuffled` gives each of several ranks, the exchange played by one process."""
+    passed = [network(whole[part]) for part in order.chunk(world)]
+    found = []
+    for rank, share in enumerate(whole.chunk(world)):
+        answers = iter((whole, torch.cat(passed)))
+        found.append(
+            shuffled(lambda rows, rank=rank: passed[rank], share, order, rank, lambda rows, answers=answers: next(answers))
+        )
+    return found
+
+
+def test_a_batch_norm_sees_the_permuted_parts() -> None:
+    split, _ = norms(2, channels=3)
+    images, order = torch.randn(4, 3, 2, 2), torch.tensor([2, 0, 3, 1])
+    found = shuffled(copy.deepcopy(split), images, order, 0, lambda rows: rows)
+    permuted = split(torch.stack([images[2], images[0], images[3], images[1]]))
+    # Image 0 went second, 1 last, 2 first, 3 third.
+    torch.testing.assert_close(found, torch.stack([permuted[1], permuted[3], permuted[0], permuted[2]]))
+    assert not torch.allclose(found, split(images)) and not found.requires_grad
+
+
+def test_the_memory_layout_of_the_images_is_kept() -> None:
+    seen = []
+    images = torch.randn(4, 3, 5, 5).contiguous(memory_format=torch.channels_last)
+
+    def network(taken: Tensor) -> Tensor:
+        seen.append(taken.is_contiguous(memory_format=torch.channels_last))
+        return taken.mean((2, 3))
+
+    shuffled(network, images, torch.tensor([3, 1, 0, 2]), 0, lambda rows: rows.contiguous())
+    assert seen == [True]
+
+
+def test_the_order_is_a_permutation_that_ranks_share_and_steps_do_not() -> None:
+    one, two = Plan(100, 24, parts=2, seed=5), Plan(100, 24, parts=2, rank=1, world=2, seed=5)
+    orders = [one.shuffle(step, part) for step in range(3) for part in range(2)]
+    assert all(sorted(order) == list(range(12)) for order in orders)
+    assert len({tuple(order) for order in orders}) == 6
+    np.testing.assert_array_equal(orders[3], two.shuffle(1, 1))
+    assert (Plan(100, 24, parts=2, seed=6).shuffle(0, 0) != orders[0]).any()
+
+
+def rank_main(rank: int, port: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    whole = torch.randn(8, 3, 2, 2, generator=torch.Generator().manual_seed(1))
+    order = torch.from_numpy(Plan(100, 8, rank=rank, world=2, seed=9).shuffle(4, 0))
+
+    def gather(rows: Tensor) -> Tensor:
+        parts = [torch.empty_like(rows) for _ in range(2)]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    torch.save(shuffled(nn.BatchNorm2d(3), whole.chunk(2)[rank], order, rank, gather), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_two_ranks_are_one_process_with_split_norms(tmp_path: Path) -> None:
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        port = held.getsockname()[1]
+    # Forked, as loader workers are: a fresh process would import for seconds.
+    mp.start_processes(rank_main, (port, str(tmp_path)), nprocs=2, start_method="fork")
+    whole = torch.randn(8, 3, 2, 2, generator=torch.Generator().manual_seed(1))
+    order = torch.from_numpy(Plan(100, 8, seed=9).shuffle(4, 0))
+    expected = shuffled(SplitBatchNorm2d(3, 2), whole, order, 0, lambda rows: rows)
+    torch.testing.assert_close(torch.cat([torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]), expected)
+
+
+def test_a_run_shuffles_its_teachers_batch(tmp_path: Path) -> None:
+    """Without batch norm that changes nothing; with split ones the teacher's keys, and those alone at the first step."""
+
+    def first_step(out: Path, shuffle: bool, **settings: Any) -> tuple[Tensor, Tensor]:
+        base = {key: value for key, value in SMALL.items() if key != "backbone_args" or key not in settings}
+        config = resolve(merge(merge(base, settings), {"out": str(out), "method": {"shuffle": shuffle}, "log": {"knn_every": 0}}))
+        made = build(config, Engine(config.engine))
+        made.train_step(next(made.loader.stream(0, 1)))
+        return made.model.memory.keys[:32].clone(), next(made.model.teacher.parameters()).clone()
+
+    plain, mixed = (first_step(tmp_path, shuffle, **NORMLESS) for shuffle in (False, True))
+    torch.testing.assert_close(mixed[0], plain[0], rtol=1e-5, atol=1e-6)
+    split = {"encoder": {"batch_norm_splits": 8}, "engine": {"precision": "fp32"}}
+    plain, mixed = (first_step(tmp_path, shuffle, **split) for shuffle in (False, True))
+    assert float((mixed[0] - plain[0]).norm()) > 1e-2
