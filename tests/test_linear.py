@@ -170,11 +170,11 @@ def test_schedules_are_the_papers() -> None:
 
 
 def test_what_is_left_open_is_the_papers_choice() -> None:
-    assert papers_choice(LinearConfig(), in_memory=True) == ((1.0,), True)
-    assert papers_choice(LinearConfig(), in_memory=False) == ((0.3,), False)
-    assert papers_choice(LinearConfig(schedule="step"), in_memory=True) == ((30.0,), True)
-    assert papers_choice(LinearConfig(lr=(2.0, 1.0), nesterov=True), in_memory=False) == ((2.0, 1.0), True)
-    assert papers_choice(LinearConfig(momentum=0), in_memory=True) == ((1.0,), False)
+    assert papers_choice(LinearConfig(), small=True) == ((1.0,), True)
+    assert papers_choice(LinearConfig(), small=False) == ((0.3,), False)
+    assert papers_choice(LinearConfig(schedule="step"), small=True) == ((30.0,), True)
+    assert papers_choice(LinearConfig(lr=(2.0, 1.0), nesterov=True), small=False) == ((2.0, 1.0), True)
+    assert papers_choice(LinearConfig(momentum=0), small=True) == ((1.0,), False)
 
 
 class Huge(nn.Module):

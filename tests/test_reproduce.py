@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import relssl
-from relssl import cli, recipes
+from relssl import cli
 from relssl.config import resolve
 from relssl.errors import CheckpointError, ConfigError, Interrupted
 from relssl.reproduction import outcome as outcomes
@@ -67,15 +67,6 @@ def run_tiny(**options: Any) -> dict[str, Any]:
     return relssl.reproduce("tiny", "smoke", **({"only": RESSL_ONLY} | options))
 
 
-def _pending_methods(table: tables.Table, scale: str) -> set[str]:
-    """Recipes of other methods that a table needs and that are not there yet."""
-    wanted = set()
-    for row in table.at(scale):
-        method = row.settings.get("method", {}).get("name", "ressl")
-        wanted.add(str(row.settings.get("recipe", "cifar10" if method == "ressl" else f"{method}/cifar10")))
-    return wanted - set(recipes.names())
-
-
 @pytest.mark.parametrize("scale", tables.SCALES)
 @pytest.mark.parametrize("name", tables.names())
 def test_shipped_tables_make_plans_whose_commands_say_the_same(name: str, scale: str) -> None:
@@ -84,8 +75,6 @@ def test_shipped_tables_make_plans_whose_commands_say_the_same(name: str, scale:
     assert len(rows) == len(table.rows) and table.reference in rows and table.at(scale)
     assert all(set(each.rows) <= rows and each.kind in ("above", "collapse", "sound") for each in table.expected)
     assert all(number.sure in tables.SURE and 0 <= number.value <= 100 for row in table.rows for number in row.paper)
-    if pending := _pending_methods(table, scale):
-        pytest.skip(f"recipes to come: {', '.join(sorted(pending))}")
     for run in planning.plan(table, tables.read_scale(scale), seeds=2)[:: max(1, len(rows) // 3)]:
         first, second = (shlex.split(line)[1:] for line in run.commands())
         parser, _ = cli.build_parser()

@@ -218,8 +218,12 @@ def reproduce(args: argparse.Namespace, overrides: dict[str, Any]) -> Any:
         say=lambda line: print(line, file=sys.stderr, flush=True),
         **overrides,
     )
-    # A row that was not asked for now, and failed before or in another process, is not this command's failure.
-    failed = [each for each in found.get("missing", ()) if each["exit_code"] and (not only or each["row"] in only)]
+    # A run that was not asked for now, and failed before or in another process, is not this command's failure.
+    failed = [
+        each
+        for each in found.get("missing", ())
+        if each["exit_code"] and (not only or each["row"] in only) and (args.seeds is None or each["seed"] < args.seeds)
+    ]
     if not args.plan and not args.json:
         print(Path(args.results) / f"{found['name']}.md")
     if failed:

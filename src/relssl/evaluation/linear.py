@@ -27,6 +27,9 @@ from relssl.evaluation.pairs import LabelledPair
 from relssl.method.schedules import learning_rate
 from relssl.protocols import LinearConfig
 
+# The largest view, in pixels a side, of what the papers call small and medium sets.
+_SMALL = 64
+
 
 def linear(
     backbone: nn.Module,
@@ -63,7 +66,7 @@ def linear(
     engine.place(backbone).eval()
     seen = on.plain_features(backbone)
     batches = Batches(pair.bank, on, settings.epochs, settings.batch_size, 1, settings.scale)
-    rates, nesterov = papers_choice(settings, pair.bank.pixels is not None)
+    rates, nesterov = papers_choice(settings, config.views.weak.size <= _SMALL)
     trained = [_Classifier(rate, seen, on, settings, nesterov) for rate in rates]
     for step, views, labels in batches:
         share = rate_share(step, batches.steps_per_epoch, settings)
@@ -81,10 +84,11 @@ def linear(
     return [each.finding(batches, nesterov, _choice_note(rates)) for each in trained]
 
 
-def papers_choice(settings: LinearConfig, in_memory: bool) -> tuple[tuple[float, ...], bool]:
-    """Learning rates, and whether momentum is Nesterov's: the settings', or where they leave it open the papers'."""
-    usual = 30.0 if settings.schedule == "step" else 1.0 if in_memory else 0.3
-    nesterov = in_memory if settings.nesterov is None else settings.nesterov
+def papers_choice(settings: LinearConfig, small: bool) -> tuple[tuple[float, ...], bool]:
+    """Learning rates, and whether momentum is Nesterov's: the settings', or where they leave it open the papers', who have
+    others for their small sets, of up to 64 pixels."""
+    usual = 30.0 if settings.schedule == "step" else 1.0 if small else 0.3
+    nesterov = small if settings.nesterov is None else settings.nesterov
     return settings.lr or (usual,), nesterov and settings.momentum > 0  # which without momentum is none
 
 

@@ -125,7 +125,9 @@ def _size_flags(name: str) -> dict[str, bool] | None:
 
 
 def _timm(name: str, args: Mapping[str, Any]) -> nn.Module:
-    network: nn.Module = timm.create_model(name, pretrained=False, num_classes=0, **args)
+    # The papers' ResNets start with all branches alive, timm's do not.
+    start = {"zero_init_last": False} if timm.models.is_model_in_modules(name, ["resnet"]) else {}
+    network: nn.Module = timm.create_model(name, pretrained=False, num_classes=0, **(start | dict(args)))
     return network
 
 

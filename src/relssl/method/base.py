@@ -19,7 +19,7 @@ class Step:
 
     Attributes:
         loss: scalar with the gradient's graph.
-        queries: [V, B, D] the student's embeddings, detached.
+        queries: [V, B, D] the student's embeddings that are matched to the keys, detached.
         keys: [B, D] what they are compared with: of a method with a teacher its embeddings of `weak`, which the memory is given.
     """
 

@@ -29,4 +29,4 @@ class BYOL(Method):
         """
         matched = self.matched(weak, strong, symmetric=True)
         losses = [2 - 2 * (queries * keys).sum(dim=-1).mean() for queries, keys in matched]
-        return Step(torch.stack(losses).sum(), torch.cat([queries for queries, _ in matched]).detach(), matched[0][1])
+        return Step(torch.stack(losses).sum(), matched[0][0].detach(), matched[0][1])

@@ -45,7 +45,7 @@ class MoCo(Method):
         """
         matched = self.matched(weak, strong, self.symmetric)
         losses = [self.loss(queries, keys, info_nce_temperature) for queries, keys in matched]
-        return Step(torch.stack(losses).mean(), torch.cat([queries for queries, _ in matched]).detach(), matched[0][1])
+        return Step(torch.stack(losses).mean(), matched[0][0].detach(), matched[0][1])
 
     def loss(self, queries: Tensor, keys: Tensor, temperature: float) -> Tensor:
         """InfoNCE of queries [V, B, D] against keys [B, D]: ReSSL's objective with nothing but its InfoNCE part."""

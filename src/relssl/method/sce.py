@@ -62,7 +62,7 @@ class SCE(Method):
             )
             for queries, keys in matched
         ]
-        return Step(torch.stack(losses).mean(), torch.cat([queries for queries, _ in matched]).detach(), matched[0][1])
+        return Step(torch.stack(losses).mean(), matched[0][0].detach(), matched[0][1])
 
 
 def similarity_contrast(

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from relssl.errors import DataError, RelsslError
+from relssl.methods import METHODS
 from relssl.reproduction.plan import Run, state
 
 # Steps that are timed, and seconds after which no further one begins.
@@ -98,7 +99,7 @@ def _works(runs: Sequence[Run], say: Callable[[str], None]) -> dict[str, Work | 
     return found
 
 
-def _images(data: str, root: str | None, at_most: tuple[int, int] | None, seed: int) -> tuple[int, int, int]:
+def _images(data: str, root: str | None, side: str, at_most: tuple[int, int] | None, seed: int) -> tuple[int, int, int]:
     """How many images there are to train on, and on the two sides of an evaluation; nothing is downloaded to know it."""
     from relssl.data.sources import at_hand, load
     from relssl.evaluation.pairs import LabelledPair
@@ -106,7 +107,7 @@ def _images(data: str, root: str | None, at_most: tuple[int, int] | None, seed: 
     if not at_hand(data, root):
         raise DataError(f"{data} is not under data_root, and no plan downloads it; its runs do")
     pair = LabelledPair.load(data, root, at_most, seed)
-    return len(load(data, root, "train")), len(pair.bank), len(pair.test)
+    return len(load(data, root, side)), len(pair.bank), len(pair.test)
 
 
 def work(run: Run, images: Callable[..., tuple[int, int, int]] = _images) -> Work:
@@ -115,7 +116,8 @@ def work(run: Run, images: Callable[..., tuple[int, int, int]] = _images) -> Wor
 
     config, asked = run.config, run.evaluation
     flops = step_flops(config)
-    there, bank, test = images(config.data, config.data_root, asked.images, asked.seed)
+    side = "bank" if METHODS[config.method.name].labels else "train"
+    there, bank, test = images(config.data, config.data_root, side, asked.images, asked.seed)
     count = min(there, config.max_images or there)
     # A classifier trained on augmented images passes them through the frozen network again in each epoch.
     passes = 1 + (asked.linear.epochs if "linear" in asked.protocol else 0)

@@ -151,12 +151,20 @@ def above(first: Values, second: Values) -> dict[str, Any]:
 def order(
     table: Table, scale: str, data: Mapping[str, str], rows: Mapping[str, Mapping[int, Mapping[str, Any]]]
 ) -> dict[str, list[str]]:
-    """Rows with a number of the paper's own, best first: in the paper's order and in ours by each figure."""
+    """Rows with a number of the paper's own, best first: in the paper's order and in ours by each figure, each data set by itself."""
+    sets = list(dict.fromkeys(data.values()))
+    orders = {one: _order(table, scale, {row: name for row, name in data.items() if name == one}, rows) for one in sets}
+    return {(f"{one}, {by}" if len(sets) > 1 else by): best for one, each in orders.items() for by, best in each.items()}
+
+
+def _order(
+    table: Table, scale: str, data: Mapping[str, str], rows: Mapping[str, Mapping[int, Mapping[str, Any]]]
+) -> dict[str, list[str]]:
     paper = {
         row.name: number.value
         for row in table.at(scale)
         for number in row.paper
-        if number.figure == "linear" and number.by == "the paper" and rows.get(row.name) and number.data == data[row.name]
+        if number.figure == "linear" and number.by == "the paper" and rows.get(row.name) and number.data == data.get(row.name)
     }
     if len(paper) < 2:
         return {}

@@ -90,7 +90,7 @@ class Study:
             "rehearsal": self.rehearsal,
             "overrides": _plain(self.overrides),
             "reference": reference,
-            "rows": [self._row(row, found, reference, data[row.name]) for row in rows],
+            "rows": [self._row(row, found, reference, data) for row in rows],
             "order": order(self.table, self.scale.name, data, found),
             "expected": [verdict(each, found) for each in self.table.expected if set(each.rows) <= names],
             "runs": [
@@ -105,7 +105,9 @@ class Study:
             ],
         }
 
-    def _row(self, row: Row, found: Mapping[str, Mapping[int, Any]], reference: str, data: str) -> dict[str, Any]:
+    def _row(self, row: Row, found: Mapping[str, Mapping[int, Any]], reference: str, data: Mapping[str, str]) -> dict[str, Any]:
+        # Figures of one data set say nothing beside those of another.
+        beside = row.name != reference and data[row.name] == data.get(reference)
         own = found.get(row.name, {})
         figures = by_figure(own)
         ends = {name: {seed: one["ends"][name] for seed, one in own.items() if name in one["ends"]} for name in _ends(own)}
@@ -113,10 +115,10 @@ class Study:
             "row": row.name,
             "label": row.label,
             "settings": row.settings,
-            "data": data,
-            "paper": against_paper(row, data, figures, self._as_published()),
+            "data": data[row.name],
+            "paper": against_paper(row, data[row.name], figures, self._as_published()),
             "ours": {name: spread(values) for name, values in figures.items()},
-            "beside_reference": paired(figures, by_figure(found.get(reference, {}))) if row.name != reference else {},
+            "beside_reference": paired(figures, by_figure(found.get(reference, {}))) if beside else {},
             "ends": {name: spread(values) for name, values in ends.items()},
             "collapsed": [seed for seed, one in own.items() if one["collapsed"]],
         }
