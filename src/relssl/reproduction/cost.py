@@ -122,7 +122,7 @@ def work(run: Run, images: Callable[..., tuple[int, int, int]] = _images) -> Wor
     # A classifier trained on augmented images passes them through the frozen network again in each epoch.
     passes = 1 + (asked.linear.epochs if "linear" in asked.protocol else 0)
     views = 1 + len(config.strong_views) if config.two_way else max(1, len(config.strong_views))
-    features = len(asked.network) * flops["student"] / views * (passes * bank + test)
+    features = len(asked.network or config.networks) * flops["student"] / views * (passes * bank + test)
     steps = config.epochs * (count // config.batch_size)
     return Work(float(sum(flops.values()) * steps * config.batch_size), float(features))
 
