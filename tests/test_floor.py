@@ -24,7 +24,7 @@ def test_a_small_network_counts_as_by_hand(tiny_net: type[nn.Module]) -> None:
 
 
 def test_resnet18_of_the_papers_counts_as_by_hand() -> None:
-    config = resolve({"recipe": "cifar10", "encoder.dim": 256, "method.memory_size": 65536})
+    config = resolve({"recipe": "nips/cifar10", "encoder.dim": 256, "method.memory_size": 65536})
     stem, layer1 = 2 * 27 * 64 * 32**2, 4 * 2 * 9 * 64 * 64 * 32**2
     # Each later stage: one convolution that halves the size, its shortcut, and three that keep it.
     later = 3 * (2 * 9 * 64 * 128 * 16**2 + 2 * 64 * 128 * 16**2 + 3 * 2 * 9 * 128 * 128 * 16**2)

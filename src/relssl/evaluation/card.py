@@ -11,6 +11,7 @@ from relssl.config import Config
 from relssl.data.plain import enlarged
 from relssl.data.sources import Images
 from relssl.engine import Engine
+from relssl.evaluation.classifier import training_view
 from relssl.evaluation.pairs import LabelledPair, labels_hash
 from relssl.protocols import Evaluation
 
@@ -46,7 +47,7 @@ def card(
         "network": network,
         "layer": "backbone",
         "settings": {name: value for name, value in dataclasses.asdict(section).items() if name not in SWEPT.get(protocol, ())},
-        "view": _scenes(config, settings) if protocol == "detection" else view(config),
+        "view": _scenes(config, settings) if protocol == "detection" else view(config) | _mirrored(protocol, config),
         "batch_norm": _norms(protocol, settings),
         "precision": engine.precision,
         "device": engine.device.type,
@@ -71,6 +72,12 @@ def view(config: Config) -> dict[str, Any]:
         "std": list(std),
         "max_pixels": config.loader.max_pixels,
     }
+
+
+def _mirrored(protocol: str, config: Config) -> dict[str, Any]:
+    """Whether a classifier that is trained on images sees them mirrored too."""
+    trains = protocol in ("linear", "finetune", "semi")
+    return {"flip_in_training": training_view(config, (1.0, 1.0)).flip} if trains else {}
 
 
 def _scenes(config: Config, settings: Evaluation) -> dict[str, Any]:

@@ -110,7 +110,10 @@ def semi(
     for title, setting, rows in chosen:
         count = np.bincount(labels[rows], minlength=on.classes)
         details = {"split": fingerprint(rows), "per_class": [int(count.min()), int(count.max())]}
-        task = _Task("semi", title, setting, pair.bank.subset(rows), _missing(count, pair.bank), details)
+        notes = _missing(count, pair.bank)
+        if settings.index is None and len(rows) > 1.5 * setting["fraction"] * len(labels):
+            notes = (*notes, f"{len(rows)} of {len(labels)} images, as each class gives one at least")
+        task = _Task("semi", title, setting, pair.bank.subset(rows), notes, details)
         findings.append(_measured(task, on, backbone, settings))
     return findings
 

@@ -157,8 +157,8 @@ class _Work:
             return found, [], {"images": found[0].details["fingerprints"]}
         pair, notes = self.pair(data)
         if protocol in ON_FEATURES:
-            found, more = self._on_features(_function(ON_FEATURES[protocol]), backbone, pair, section)
-            return found, notes + more, {"images": split(pair)}
+            found, more, used = self._on_features(_function(ON_FEATURES[protocol]), backbone, pair, section)
+            return found, notes + more, {"images": used}
         run = _function(ON_IMAGES[protocol])
         found = run(
             backbone, pair, self.config, self.engine,
@@ -180,8 +180,9 @@ class _Work:
 
     def _on_features(
         self, run: Callable[..., list[Finding]], backbone: nn.Module, pair: LabelledPair, section: Any
-    ) -> tuple[list[Finding], list[str]]:
-        sides, notes = [], []
+    ) -> tuple[list[Finding], list[str], dict[str, Any]]:
+        """Findings, notes, and the card's part on the data."""
+        sides, notes, used = [], [], split(pair)
         # Where the test features lie, there is computed; MPS knows no fp64.
         device = self.engine.device if self.engine.device.type == "cuda" else torch.device("cpu")
         for side, images in (("bank", pair.bank), ("test", pair.test)):
@@ -190,11 +191,12 @@ class _Work:
             if found.bad:
                 first = f"{shown(found.bad[0][0])}: {found.bad[0][1]}"
                 notes.append(f"{len(found.bad)} of {len(images)} {side} images cannot be read, the first is {first}")
+                used[side]["read"] = len(images) - len(found.bad)
             sides += [found.vectors.to(device) if side == "test" else found.vectors, _labels(images, found)]
         found_all = run(
             *sides, classes=pair.classes, settings=section, bootstrap=self.bootstrap, seed=self.settings.seed
         )  # fmt: skip
-        return found_all, notes
+        return found_all, notes, used
 
     def _features(self, backbone: nn.Module, images: Images) -> Features:
         if self.settings.cache:
@@ -214,12 +216,12 @@ class _Work:
                     self.say(f"transfer: {name} on {title(one)}")
                     try:
                         pair, notes = self.pair(one)
-                        (found,), more = self._on_features(probe, placed, pair, self.settings.probe)
+                        (found,), more, used = self._on_features(probe, placed, pair, self.settings.probe)
                     except DataError as error:  # one set that is not at hand must not cost the others
                         outcomes[title(one)] = str(error)
                         continue
                     outcomes[title(one)] = dataclasses.replace(found, notes=(*notes, *more, *found.notes))
-                    images[title(one)] = split(pair)
+                    images[title(one)] = used
             seconds = time.monotonic() - start
             table = [transfer_table(outcomes)]
             yield from _records("transfer", name, data, table, self.notes, common | {"images": images}, seconds)
@@ -232,7 +234,9 @@ def _records(
         plain = finding.plain()
         plain["notes"] = [*notes, *plain["notes"]]
         named = {"protocol": protocol, "network": network, "data": title(data)}
-        settings = common["settings"] | finding.setting
+        # Which labelled images were trained on, where a protocol takes a part of them.
+        parts = {key: finding.details[key] for key in ("split",) if key in finding.details}
+        settings = common["settings"] | finding.setting | parts
         yield named | plain | {"seconds": round(seconds, 2), "card": common | {"settings": settings}}
 
 

@@ -74,8 +74,10 @@ def title(data: str) -> str:
 
 
 def file_name(protocol: str, data: str, settings: Evaluation) -> str:
-    """The name of a protocol's results; a cut of the data or another size has one of its own, so that it replaces no full result."""
+    """The name of a protocol's results; a cut of the data, another size, or the paper's other
+    schedule has one of its own, so that it replaces no full result."""
     cut = "" if settings.images is None else f"-{settings.images[0]}-{settings.images[1]}"
     size = "" if settings.size is None else f"-{settings.size}px"
     plain = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in title(data))[:100]
-    return f"{protocol}-{plain}{cut}{size}.json"
+    schedule = "-step" if protocol == "linear" and settings.linear.schedule == "step" else ""
+    return f"{protocol}-{plain}{cut}{size}{schedule}.json"

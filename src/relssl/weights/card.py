@@ -122,7 +122,7 @@ def results(source: Source) -> list[tuple[str, str]]:
     for path in sorted((source.folder / "evaluations").glob("*.json")):
         found = _json(path)
         if isinstance(found, Mapping):
-            rows += _evaluated(found, source.network)
+            rows += _evaluated(found, source)
     return rows
 
 
@@ -151,12 +151,14 @@ def _while_training(source: Source, path: Path) -> list[tuple[str, str]]:
     return [*rows, ("the same, raw pixels", f"{raw:.2f} %")] if isinstance(raw, (int, float)) else rows
 
 
-def _evaluated(found: Mapping[str, Any], network: str) -> list[tuple[str, str]]:
-    """The main figures of one evaluation; what is not understood is left out."""
+def _evaluated(found: Mapping[str, Any], source: Source) -> list[tuple[str, str]]:
+    """The main figures of one evaluation of these weights; those of another checkpoint, and what is not understood, are left out."""
     listed, rows = found.get("results"), []
     data = Path(str(found.get("data", ""))).name
     for one in listed if isinstance(listed, list) else []:
-        if not isinstance(one, Mapping) or one.get("network") != network or not isinstance(one.get("figures"), Mapping):
+        if not isinstance(one, Mapping) or one.get("network") != source.network or not isinstance(one.get("figures"), Mapping):
+            continue
+        if _checkpoint(one) not in (None, source.origin):
             continue
         main = one.get("main")
         value, interval = one["figures"].get(main), (one.get("intervals") or {}).get(main)
@@ -164,8 +166,17 @@ def _evaluated(found: Mapping[str, Any], network: str) -> list[tuple[str, str]]:
             setting = ", ".join(f"{name} {part}" for name, part in (one.get("setting") or {}).items())
             where = f" on {data}" if data else ""
             spread = f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else ""
-            rows.append((f"{one.get('protocol')} {main}{where}" + (f", {setting}" if setting else ""), f"{value:.2f}{spread}"))
+            said = "; ".join(map(str, one.get("notes") or ()))
+            what = f"{one.get('protocol')} {main}{where}" + (f", {setting}" if setting else "") + (f" ({said})" if said else "")
+            rows.append((what, f"{value:.2f}{spread}"))
     return rows
+
+
+def _checkpoint(record: Mapping[str, Any]) -> Any:
+    """The checkpoint that a result is of, if it says so."""
+    of = record.get("card")
+    origin = of.get("source") if isinstance(of, Mapping) else None
+    return origin.get("checkpoint") if isinstance(origin, Mapping) else None
 
 
 def _json(path: Path) -> Any:

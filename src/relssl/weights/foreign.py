@@ -77,6 +77,7 @@ def load_foreign(
     if args:
         report.notes.append("12 attention heads, as MoCo v3's small ViT has, where timm's has 6")
     with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # what is allowed to be missing is the same in every process
         fresh = create_backbone(name, stem, args)
     weights = account(state, found, _wanted(chosen.name, name, stem, fresh), _heads(found, name, fresh), allow, report)
     if chosen.name == "torchvision" and stem == "standard" and not name.startswith(TORCHVISION):
