@@ -9,6 +9,7 @@ import pytest
 from relssl import recipes
 from relssl.config import Config, differences, resolve
 from relssl.methods import METHODS
+from relssl.schema import leaves
 
 BASELINES = [name for name in METHODS if name != "ressl"]
 SMALL_SETS = ("cifar10", "cifar100", "stl10", "tiny-imagenet")
@@ -47,6 +48,16 @@ def test_small_sets_differ_from_ressl_in_what_is_the_methods_own(method: str, da
     equal = method in ("moco", "simclr", "byol", "simsiam")  # both views are alike
     assert config.views.weak == (config.views.strong if equal else ours.views.weak)
     assert config.all_views == ((config.views.weak,) if method == "supervised" else (config.views.weak, config.views.strong))
+
+
+@pytest.mark.parametrize("method", BASELINES)
+def test_fashion_mnist_is_as_cifar10_without_colour(method: str) -> None:
+    config, cifar = resolve({"method": method, "data": "fashion-mnist"}), resolve({"method": method, "data": "cifar10"})
+    changed = {name for name in leaves(Config) if value(config, name) != value(cifar, name)}
+    colours = {f"views.{side}.{name}" for side in ("weak", "strong") for name in ("saturation", "hue", "grey")}
+    assert config.recipe == f"{method}/fashion-mnist"
+    assert changed <= {"data", "recipe", "epochs", "views.enlarge"} | colours
+    assert all(value(config, name) == 0 for name in colours)
 
 
 PUBLISHED: dict[str, dict[str, Any]] = {

@@ -90,6 +90,8 @@ def test_every_protocol_gives_figures_with_intervals_and_a_card(finished: Path, 
             assert any(note.startswith("a subset: 240 of") for note in result["notes"])
         frozen = result["protocol"] not in ("semi", "finetune")
         assert ("unchanged" in card["batch_norm"]) == frozen
+        assert card["view"].get("flip_in_training") == (0.0 if result["protocol"] in ("linear", "semi", "finetune") else None)
+        assert ("split" in card["settings"]) == (result["protocol"] == "semi")
     for protocol in PROTOCOLS:
         kept_there = json.loads((finished / f"evaluations/{protocol}-digits-240-120.json").read_text())
         assert {result["protocol"] for result in kept_there["results"]} == {protocol}
@@ -147,6 +149,7 @@ def test_folders_with_faults_are_refused_or_noted(finished: Path, tmp_path: Path
     (good / "train/cat/broken.png").write_bytes(b"no")
     (result, _) = relssl.evaluate(finished, str(good), **quick)["results"]
     assert any(note.startswith("1 of 9 bank images cannot be read") for note in result["notes"])
+    assert result["card"]["images"]["bank"]["read"] == 8 and "read" not in result["card"]["images"]["test"]
     assert (
         "k lowered from 20 to 8, the images of the bank" in relssl.evaluate(finished, str(good), **quick)["results"][1]["notes"]
     )

@@ -411,7 +411,9 @@ def test_the_card_tells_results_and_nothing_of_the_machine(run: Path) -> None:
         "protocol": "probe", "network": "student", "setting": {"penalty": 0.1}, "main": "top1",
         "figures": {"top1": 71.234, "top5": 99.0}, "intervals": {"top1": [70.0, 72.5]},
     }  # fmt: skip
-    listed = [found, {**found, "network": "teacher"}, {**found, "figures": None}, "?"]
+    older = {"figures": {"top1": 12.345}, "card": {"source": {"checkpoint": "step-00000005"}}}
+    of_these = {"figures": {"top1": 56.789}, "card": {"source": {"checkpoint": "step-00000010"}}, "notes": ["a subset"]}
+    listed = [found, found | {"network": "teacher"}, found | {"figures": None}, "?", found | older, found | of_these]
     (run / "evaluations").mkdir(exist_ok=True)
     (run / "evaluations/probe-digits.json").write_text(json.dumps({"data": "/home/me/digits", "results": listed}))
     (run / "evaluations/old.json").write_text(json.dumps({"results": {"student": {"k20-t0.07": {"top1": 1.0}}}}))
@@ -421,6 +423,8 @@ def test_the_card_tells_results_and_nothing_of_the_machine(run: Path) -> None:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert f"at the end | {rows[-1]['knn_top1']:.2f} % |" in text and f"untrained | {rows[0]['knn_top1']:.2f} % |" in text
     assert text.count("| probe top1 on digits, penalty 0.1 | 71.23 [70.00, 72.50] |") == 1
+    assert "12.35" not in text and "12.34" not in text
+    assert "| probe top1 on digits, penalty 0.1 (a subset) | 56.79 [70.00, 72.50] |" in text
     assert "320 images of `digits`" in text and "seed 0" in text and "recipe `digits`" in text
     stored = (run / "export/backbone.yaml").read_text()
     for private in ("secret", "/home", str(Path.home())):

@@ -93,6 +93,20 @@ def test_names_can_be_allowed(tmp_path):
             load_foreign(path, allow=allow)
     report = load_foreign(path, allow=("layer4.1.bn2.bias", "extra."))[1]
     assert (report.missing, report.unexpected, report.matched) == (["layer4.1.bn2.bias"], ["extra.scale", "extra.shift"], 119)
+    opened = open_backbones(path, Reading(allow=("layer4.1.bn2.bias", "extra.")))
+    assert opened.notes == (
+        "1 of 120 weights are not in weights.pth and fresh, layer4.1.bn2.bias the first",
+        "2 names in weights.pth were left out, extra.scale the first",
+    )
+    assert open_backbones(plain_file(tmp_path)).notes == ()
+
+
+def test_what_is_missing_is_the_same_fresh_weight_each_time(tmp_path):
+    content = plain(resnet18(), resnet18())
+    del content["layer4.1.conv2.weight"]
+    path = write(tmp_path / "weights.pth", content)
+    first, second = (load_foreign(path, allow=("layer4.1.conv2.weight",))[0] for _ in range(2))
+    assert torch.equal(first.layer4[1].conv2.weight, second.layer4[1].conv2.weight)
 
 
 def test_another_architecture_is_refused_with_shapes(tmp_path):

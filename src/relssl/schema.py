@@ -134,6 +134,8 @@ def coerce(value: Any, kind: Any) -> Any:
 def _coerce_tuple(value: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
     if isinstance(value, str):
         value = _parse_flow(value if value.startswith("[") else f"[{value}]")
+    if args[-1] is Ellipsis and isinstance(value, (int, float)):
+        value = [value]  # one of several
     if not isinstance(value, (list, tuple)):
         raise ValueError(f"needs a list, got {show(value)}")
     if len(args) == 2 and args[1] is Ellipsis:

@@ -115,9 +115,8 @@ def embed(args: argparse.Namespace, _: dict[str, Any]) -> Any:
     options = {name: getattr(args, name) for name in ("network", "split", "data_root", "device", "precision")}
     found = embed(args.source, args.data, args.out, reading=reading, **options)
     if not args.json:
-        print(
-            f"{found['images']} features of dimension {found['dim']} in {found['out']}; {len(found['bad'])} images could not be read"
-        )
+        written = f"{found['images']} features of dimension {found['dim']} in {found['out']}"
+        print("\n".join([f"{written}; {len(found['bad'])} images could not be read", *found["notes"]]))
     return found
 
 

@@ -48,7 +48,7 @@ def embed(
         reading: how to read another program's file, and the size of the view.
 
     Returns:
-        {"out", "images", "dim", "bad": [(file, reason)]}.
+        {"out", "images", "dim", "bad": [(file, reason)], "notes": what to know of the weights}.
 
     Raises:
         ConfigError: for another kind of file, an unknown network, or .parquet without pyarrow.
@@ -75,7 +75,7 @@ def embed(
 
     classes = images.classes if images.labels is not None else None
     write_vectors(Path(out), rows(), _names(images, split), images.labels, classes)
-    return {"out": str(out), "images": count, "dim": dim, "bad": bad}
+    return {"out": str(out), "images": count, "dim": dim, "bad": bad, "notes": list(opened.notes)}
 
 
 def _names(images: Images, split: str) -> Sequence[str]:

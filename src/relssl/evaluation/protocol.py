@@ -120,7 +120,7 @@ class _Work:
         self.opened, self.config, self.settings, self.say = opened, config, settings, say
         self.engine = Engine(EngineConfig(device=settings.device, precision=settings.precision))
         self.bootstrap = Bootstrap(settings.resamples, settings.seed)
-        self.notes = [] if opened.folder is None else unfinished(opened.folder)
+        self.notes = [*opened.notes, *([] if opened.folder is None else unfinished(opened.folder))]
         self.pairs: dict[str, tuple[LabelledPair, list[str]]] = {}
         self.networks = self._networks()
 

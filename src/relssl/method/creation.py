@@ -9,7 +9,7 @@ import torch
 from relssl.config import Config
 from relssl.method.base import Method
 from relssl.method.byol import BYOL
-from relssl.method.encoder import Encoder, create_encoder
+from relssl.method.encoder import Encoder, create_encoder, training_backbone
 from relssl.method.moco import MoCo
 from relssl.method.ressl import ReSSL
 from relssl.method.sce import SCE
@@ -53,7 +53,5 @@ def create_method(config: Config, generator: torch.Generator | None = None, loss
 
 def create_student(config: Config, classes: int = 0) -> Encoder:
     """The network that a run trains: an encoder, or for methods that train on labels a classifier of `classes`."""
-    encoder = create_encoder(config)
-    if not METHODS[config.method.name].labels:
-        return encoder
-    return Classifier(encoder.backbone, encoder.num_features, classes)
+    labels = METHODS[config.method.name].labels
+    return Classifier(*training_backbone(config), classes) if labels else create_encoder(config)

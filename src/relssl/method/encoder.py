@@ -115,16 +115,23 @@ def mlp(widths: Sequence[int], norm: str, output_norm: str = "none") -> nn.Seque
     return nn.Sequential(*layers)
 
 
+def training_backbone(config: Config) -> tuple[nn.Module, int]:
+    """The backbone that a run trains, its batch norms split as the run has it, and the number of its features.
+
+    Raises:
+        ConfigError: if it cannot be built, or images of the views' sizes do not pass through it.
+    """
+    backbone = run_backbone(config)
+    split_batch_norms(backbone, config.norm_splits)
+    widths = {size: feature_width(backbone, size) for size in {view.size for view in config.all_views}}  # every size has to pass
+    return backbone, widths[config.views.weak.size]
+
+
 def create_encoder(config: Config) -> Encoder:
     """The student of a run, drawn from torch's global random state."""
     settings = config.encoder
-    backbone = run_backbone(config)
-    split_batch_norms(backbone, config.norm_splits)
-    for size in {view.size for view in config.strong_views} - {config.views.weak.size}:
-        feature_width(backbone, size)  # every size has to pass
     return Encoder(
-        backbone,
-        feature_width(backbone, config.views.weak.size),
+        *training_backbone(config),
         projector_hidden=settings.projector_hidden,
         dim=settings.dim,
         projector_layers=settings.projector_layers,

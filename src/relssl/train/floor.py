@@ -25,14 +25,14 @@ _CONVOLUTIONS = {
 _MATRIX = {"cpu": 2048, "cuda": 8192}
 
 
-def step_flops(config: Config, classes: int = 0) -> dict[str, int]:
+def step_flops(config: Config, classes: int = 1) -> dict[str, int]:
     """Floating-point operations of one optimizer step per image, two for a multiply-add.
 
     Counted on the run's own networks in convolutions, matrix products and attention; all that is done entry by entry is left
     out. ReSSL's InfoNCE adds nothing, as its similarities are those of the relation.
 
     Args:
-        classes: of the labels, for supervised learning.
+        classes: of the labels, for supervised learning; where they are not known, 1 leaves out next to nothing.
 
     Returns:
         {"teacher": forward, 0 without one; "student": forward, "backward": of the student, "memory": similarities and their

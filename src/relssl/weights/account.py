@@ -46,6 +46,17 @@ class LoadReport:
         """As plain JSON-able values."""
         return asdict(self)
 
+    def gaps(self) -> list[str]:
+        """What was allowed and every figure of these weights has to say."""
+        found = []
+        if self.missing:
+            found.append(
+                f"{len(self.missing)} of {self.total} weights are not in {self.file} and fresh, {self.missing[0]} the first"
+            )
+        if self.unexpected:
+            found.append(f"{len(self.unexpected)} names in {self.file} were left out, {self.unexpected[0]} the first")
+        return found
+
     def lines(self) -> list[str]:
         """For people."""
         left = ", ".join(f"{name} ({count})" if count else name for name, count in self.left_out.items()) or "nothing"

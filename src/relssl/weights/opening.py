@@ -57,6 +57,7 @@ class Opened:
         folder: of a run.
         origin: where the weights come from, as plain JSON.
         seen: fingerprint of the images that the run was pretrained on, if it is known.
+        notes: what every figure of these weights has to say, such as those that were allowed to be missing.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Opened:
     folder: Path | None = None
     origin: dict[str, Any] = field(default_factory=dict)
     seen: str | None = None
+    notes: tuple[str, ...] = ()
 
     def one(self) -> tuple[str, nn.Module]:
         """A single network and its name: the student, where there is a choice."""
@@ -115,7 +117,7 @@ def open_backbones(source: str | Path, reading: Reading | None = None) -> Opened
         from relssl.weights.foreign import load_foreign
 
         backbone, report = load_foreign(path, **vars(reading))
-        return _single(path.name, backbone, report.facts())
+        return replace(_single(path.name, backbone, report.facts()), notes=tuple(report.gaps()))
     if given := reading.only_foreign():
         raise ConfigError(*(f"{option}: is for files of other programs, which {source} is not; leave it out" for option in given))
     if path.is_dir():
