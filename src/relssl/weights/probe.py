@@ -22,8 +22,8 @@ def untrained(backbone: nn.Module, fresh: nn.Module) -> str | None:
     Args:
         backbone, fresh: the same network, `fresh` newly initialised.
 
-    It does if all weights that start out constant (norms' weights, biases) still are, or all running
-    statistics of batch norms, or every larger tensor is spread as in a fresh network, within the sampling error.
+    It does if all weights that start out constant (norms' weights, biases) still have that value, or all running
+    statistics of batch norms have, or every larger tensor is spread as in a fresh network, within the sampling error.
     """
     pairs = [
         (name, value, fresh.state_dict()[name]) for name, value in backbone.state_dict().items() if value.is_floating_point()
@@ -31,13 +31,17 @@ def untrained(backbone: nn.Module, fresh: nn.Module) -> str | None:
     for what, statistics in (("batch-norm statistics", True), ("norms and biases", False)):
         chosen = [(value, old) for name, value, old in pairs if old.ndim == 1 and ("running_" in name) == statistics]
         start = [(value, old) for value, old in chosen if bool((old == old[0]).all())]
-        # One value, not the fresh one's: some start the last norm of a branch at 0, others at 1.
-        if start and all(bool((value == value[0]).all()) for value, _ in start):
+        if start and all(_unmoved(value, old) for value, old in start):
             return f"its {what} all have the values they start with"
     large = [(value, old) for _, value, old in pairs if old.ndim > 1 and old.numel() >= 4096]
     if large and all(_alike(value, old) for value, old in large):
         return f"its {len(large)} large weights are all spread as in a fresh network"
     return None
+
+
+def _unmoved(value: Tensor, fresh: Tensor) -> bool:
+    # Some start the last norm of a branch at 0, others at 1.
+    return torch.equal(value, fresh) or any(torch.equal(value, torch.full_like(value, start)) for start in (0.0, 1.0))
 
 
 def _alike(value: Tensor, fresh: Tensor) -> bool:
