@@ -90,22 +90,22 @@ def test_names_can_be_allowed(tmp_path):
     path = write(tmp_path / "weights.pth", content)
     for allow in ((), ("extra.*",), ("layer4.1.bn2.bias", "extra.scale"), ("extr",)):
         with pytest.raises(CheckpointError, match=r"missing|unexpected"):
-            load_foreign(path, allow=allow)
-    report = load_foreign(path, allow=("layer4.1.bn2.bias", "extra."))[1]
+            load_foreign(path, allow=allow, size=48)
+    report = load_foreign(path, allow=("layer4.1.bn2.bias", "extra."), size=48)[1]
     assert (report.missing, report.unexpected, report.matched) == (["layer4.1.bn2.bias"], ["extra.scale", "extra.shift"], 119)
-    opened = open_backbones(path, Reading(allow=("layer4.1.bn2.bias", "extra.")))
+    opened = open_backbones(path, Reading(allow=("layer4.1.bn2.bias", "extra."), size=48))
     assert opened.notes == (
         "1 of 120 weights are not in weights.pth and fresh, layer4.1.bn2.bias the first",
         "2 names in weights.pth were left out, extra.scale the first",
     )
-    assert open_backbones(plain_file(tmp_path)).notes == ()
+    assert open_backbones(plain_file(tmp_path), Reading(size=48)).notes == ()
 
 
 def test_what_is_missing_is_the_same_fresh_weight_each_time(tmp_path):
     content = plain(resnet18(), resnet18())
     del content["layer4.1.conv2.weight"]
     path = write(tmp_path / "weights.pth", content)
-    first, second = (load_foreign(path, allow=("layer4.1.conv2.weight",))[0] for _ in range(2))
+    first, second = (load_foreign(path, allow=("layer4.1.conv2.weight",), size=48)[0] for _ in range(2))
     assert torch.equal(first.layer4[1].conv2.weight, second.layer4[1].conv2.weight)
 
 
@@ -164,18 +164,18 @@ def test_fresh_weights_are_refused(tmp_path):
     fresh = timm.create_model("resnet18", num_classes=0)
     path = write(tmp_path / "fresh.pth", fresh.state_dict())
     with pytest.raises(CheckpointError, match="looks untrained: its batch-norm statistics"):
-        load_foreign(path)
-    assert same(load_foreign(path, allow=("untrained",))[0], fresh.eval())
+        load_foreign(path, size=48)
+    assert same(load_foreign(path, size=48, allow=("untrained",))[0], fresh.eval())
     # Images have passed, nothing was learned.
     fresh.train()(images())
     with pytest.raises(CheckpointError, match="looks untrained: its norms and biases"):
-        load_foreign(write(path, fresh.state_dict()))
+        load_foreign(write(path, fresh.state_dict()), size=48)
     # Nor does noise on norms and biases make up for weights that never moved.
     for value in fresh.state_dict().values():
         if value.ndim == 1:
             value.add_(0.1 * torch.rand(value.shape))
     with pytest.raises(CheckpointError, match=r"spread as in a fresh network"):
-        load_foreign(write(path, fresh.state_dict()))
+        load_foreign(write(path, fresh.state_dict()), size=48)
 
 
 def test_dead_and_broken_weights_are_refused(tmp_path):
@@ -301,9 +301,9 @@ def test_an_imported_file_is_a_backbone_file(tmp_path):
     text = (tmp_path / "ressl-200.md").read_text()
     assert "layout official" in text and "ImageNet's mean" in text and "trained is not known" in text
     assert "features differ from the backbone's by 0" in text and str(tmp_path) not in text
-    import_weights(path)  # over its own file
+    import_weights(path, size=48)  # over its own file
     path.rename(tmp_path / "moco.pth.tar")
-    assert import_weights(tmp_path / "moco.pth.tar").out == str(tmp_path / "moco.safetensors")
+    assert import_weights(tmp_path / "moco.pth.tar", size=48).out == str(tmp_path / "moco.safetensors")
     (tmp_path / "moco.pth.tar").rename(path)
     (tmp_path / "mine.yaml").write_text("precious")
     for taken in ("mine.safetensors", "config.safetensors", "x.pth"):
@@ -341,9 +341,10 @@ def test_a_file_of_ours_is_used_with_its_settings_or_not_at_all(tmp_path):
 def test_an_import_gives_what_opening_the_file_gives(tmp_path, kind):
     layout, stem, writer = WRITERS[kind]
     path = write(tmp_path / "weights.pth", writer(resnet18(stem), resnet18(stem, seed=1)))
+    size = 48 if stem == "standard" else 20
     for network in (None, "student", "teacher"):
-        opened = open_backbones(path, Reading(layout, network=network, size=48))
-        report = import_weights(path, layout=layout, network=network, size=48)
+        opened = open_backbones(path, Reading(layout, network=network, size=size))
+        report = import_weights(path, layout=layout, network=network, size=size)
         held = open_backbones(report.out)
         assert held.config == opened.config and same(held.one()[1], opened.one()[1])
         assert opened.origin == {**report.facts(), "out": None}
@@ -389,9 +390,11 @@ def test_what_wrappers_put_in_front_is_taken_off_in_any_order(tmp_path, front):
 
 def test_the_command_reports_counts(tmp_path, capsys):
     path = str(plain_file(tmp_path))
-    assert main(["import", path, "--from", "torchvision"]) == 0
+    assert main(["import", path, "--from", "torchvision", "--size", "48"]) == 0
     assert "matched 120 of 120, missing 0, unexpected 0; left out: fc. (2)" in capsys.readouterr().out
-    assert main(["import", path, "--from", "torchvision", "--out", str(tmp_path / "b.safetensors"), "--json"]) == 0
+    assert (
+        main(["import", path, "--from", "torchvision", "--size", "48", "--out", str(tmp_path / "b.safetensors"), "--json"]) == 0
+    )
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (found["matched"], found["layout"], found["left_out"]) == (120, "torchvision", {"fc.": 2})
     assert main(["import", path, "--from", "solo"]) == 4

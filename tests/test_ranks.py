@@ -66,7 +66,7 @@ def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
 
 
 def test_sigterm_to_one_rank_stops_both_and_resume_is_exact(tmp_path: Path) -> None:
-    settings = merge(SMALL, {"epochs": 4, "log": {"knn_every": 0}, "checkpoint": {"every_steps": 5}})
+    settings = merge(SMALL, {"epochs": 2, "log": {"knn_every": 0}, "checkpoint": {"every_steps": 5}})
     whole = start(tmp_path / "whole", settings)
     told = finish(whole)
     assert whole.returncode == 0, told
@@ -77,7 +77,7 @@ def test_sigterm_to_one_rank_stops_both_and_resume_is_exact(tmp_path: Path) -> N
     finish(cut)
     assert json.loads((tmp_path / "cut/status.json").read_text())["exit_code"] == 143
     last = store.checkpoints(tmp_path / "cut/checkpoints")[-1].name
-    assert "step-00000005" <= last < "step-00000040"
+    assert "step-00000005" <= last < "step-00000020"
     again = start(tmp_path / "cut", settings, "resume", str(tmp_path / "cut"))
     told = finish(again)
     assert again.returncode == 0, told

@@ -207,7 +207,7 @@ def test_bases_alone_are_no_recipes(capsys: pytest.CaptureFixture[str]) -> None:
 def test_recipes_are_listed_in_groups_and_shown_whole(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recipes"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[:-2] if line] == recipes.names() and max(map(len, lines)) < 140
+    assert [line.split()[0] for line in lines[:-2] if line] == list(recipes.names()) and max(map(len, lines)) < 140
     assert lines[lines.index("") + 1].startswith("byol/") and "" in lines[1:-2]
     assert main(["recipes", "nips/imagenet-5crop", "--json"]) == 0
     shown = json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -9,6 +9,8 @@ integer arithmetic, so versions of numpy, scikit-learn or Pillow do not change a
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 
 SIDE = 32  # pixels of the canvas
@@ -35,13 +37,20 @@ def load(split: str) -> tuple[np.ndarray, np.ndarray]:
     Returns:
         Pixels uint8 [N, 3, 32, 32], grey in three equal channels, and labels int64 [N]; copies of an original are adjacent.
     """
+    drawn, labels = _drawn(split == "train")
+    return np.repeat(drawn[:, None], 3, axis=1), np.repeat(labels, COPIES)
+
+
+@functools.cache  # a run asks for the same side more than once: to train on, and as the bank of its evaluations
+def _drawn(training: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Drawings uint8 [COPIES * N, 32, 32], and the labels of their N originals."""
     from sklearn.datasets import load_digits
 
     originals, labels = load_digits(return_X_y=True)
     train, test = split_originals(labels)
-    rows = train if split == "train" else test
-    drawn = draw(originals.reshape(-1, _SOURCE, _SOURCE).astype(np.int32)[rows], np.random.PCG64([SEED, split == "train"]))
-    return np.repeat(drawn[:, None], 3, axis=1), np.repeat(labels[rows].astype(np.int64), COPIES)
+    rows = train if training else test
+    drawn = draw(originals.reshape(-1, _SOURCE, _SOURCE).astype(np.int32)[rows], np.random.PCG64([SEED, training]))
+    return drawn, labels[rows].astype(np.int64)
 
 
 def split_originals(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

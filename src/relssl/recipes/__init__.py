@@ -7,6 +7,7 @@ begins with _ is only there to be a base, and no recipe.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,12 +30,13 @@ class Recipe:
     source: str
 
 
-def names() -> list[str]:
+@functools.cache
+def names() -> tuple[str, ...]:
     """The names of the recipes that come with the package."""
     found = sorted(
         path.relative_to(_FOLDER).with_suffix("").as_posix() for path in _FOLDER.rglob("*.yaml") if path.name[0] != "_"
     )
-    return sorted(found, key=lambda name: name.rpartition("/")[0])  # those without a folder first
+    return tuple(sorted(found, key=lambda name: name.rpartition("/")[0]))  # those without a folder first
 
 
 def spoken(name: str | None) -> str:
@@ -54,7 +56,7 @@ def listing() -> list[Recipe]:
     """All recipes with what they say of themselves."""
     found = []
     for name in names():
-        raw = read_yaml(_FOLDER / f"{name}.yaml")
+        raw = _shipped(name)
         found.append(Recipe(name, " ".join(raw["about"].split()), " ".join(raw["source"].split())))
     return found
 
@@ -75,13 +77,19 @@ def read(name: str) -> dict[str, Any]:
     return _read(name, ())
 
 
+@functools.cache
+def _shipped(name: str) -> dict[str, Any]:
+    """The text of a recipe of the package; layers are laid over it and leave it as it is."""
+    return read_yaml(_FOLDER / f"{name}.yaml")
+
+
 def _read(name: str, above: tuple[str, ...]) -> dict[str, Any]:
     if name in above:
         raise ConfigError(f"recipe: {' is based on '.join((*above, name))}, which never ends")
     if name.endswith((".yaml", ".yml")):
         raw = read_yaml(Path(name))
     elif name in (*names(), *_PARTS):
-        raw = read_yaml(_FOLDER / f"{name}.yaml")
+        raw = _shipped(name)
     else:
         raise _unknown(name)
     bases = raw.get("base", [])
