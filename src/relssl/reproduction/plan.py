@@ -73,7 +73,8 @@ def plan(
         only: names of the rows that are wanted, default: all; of the others, those that cannot be set up are left out.
         seeds: 0..seeds-1 are run; default: the scale's. Others that have been run before are in the plan as well.
         runs: folder of the run folders; default: runs/reproduce/TABLE-SCALE.
-        overrides: dotted settings for all runs; with `epochs` among them the plan is a rehearsal.
+        overrides: dotted settings for all runs; with `epochs` among them the plan is a rehearsal,
+            whose evaluations are as short, and see as few images as `max_images` leaves.
 
     Raises:
         ConfigError: for settings that cannot be used, that the rows differ in, or other than those a run was started with.
@@ -148,6 +149,8 @@ def _run(table: Table, scale: Scale, row: Row, seed: int, where: Path, over: dic
     asked = merge(scale.evaluation, {"network": ["student"], "device": config.engine.device})
     if "epochs" in over and "linear" in asked["protocol"]:
         asked = merge(asked, {"linear": {"epochs": config.epochs}})
+    if "epochs" in over and "max_images" in over:
+        asked = merge(asked, {"images": [config.max_images, config.max_images]})
     return Run(row, seed, given, config, read_settings(asked), folder)
 
 
