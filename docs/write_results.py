@@ -15,7 +15,7 @@ from pathlib import Path
 
 _HERE = Path(__file__).parent
 # The order of the page. A fragment that is not named here comes after these, by its name; tables of `reproduce` follow `digits`.
-_ORDER = ("header", "digits", "TABLES", "cifar10-5000", "folder", "speed", "evaluation", "exactness", "start-up")
+_ORDER = ("header", "digits", "TABLES", "predictor", "cifar10-5000", "folder", "speed", "evaluation", "exactness", "start-up")
 _SCALES = ("paper", "small")
 
 
