@@ -102,7 +102,7 @@ def test_a_rehearsal_keeps_the_warm_ups_share_and_has_a_name_of_its_own() -> Non
     assert run.evaluation.linear.epochs == 2 and run.folder.parent.name == "temperature-paper-rehearsal"
     assert run.evaluation.images is None
     (run, *_) = planning.plan(table, scale, overrides={"epochs": 2, "max_images": 512})
-    assert run.config.max_images == 512 and run.evaluation.images == (512, 512)
+    assert run.config.max_images == 512 and run.evaluation.images == run.config.log.knn_images == (512, 512)
     (run, *_) = planning.plan(table, scale, overrides={"epochs": 2, "optimizer.warmup_epochs": 1})
     assert run.config.optimizer.warmup_epochs == 1
 

@@ -141,6 +141,8 @@ def _run(table: Table, scale: Scale, row: Row, seed: int, where: Path, over: dic
     try:
         if "epochs" in over:
             given = merge(given, _shorter(given, over["epochs"]))
+            if "max_images" in over:
+                given = merge(given, {"log": {"knn_images": [over["max_images"]] * 2}})
         given = layer(layer(given, over), {"seed": seed, "out": str(folder)})
         config = resolve(given)
     except ConfigError as error:
