@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from options import Options
-from relssl.cores import available_cores
-from relssl.train.folder import environment
+from relssl.engine import available_cores
+from relssl.train.run_folder import environment
 
 PARTS = ("small", "files", "stages", "loss", "growth")
 # Measured only when asked for, as they need what is not installed with the package.

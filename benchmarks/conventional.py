@@ -22,10 +22,10 @@ from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 
 from pictures import Source, images_of
-from relssl.config import Config, resolve
-from relssl.data.sources import Images
+from relssl.data.named import Images
 from relssl.method import create_encoder
-from relssl.train.assembly import complete_settings
+from relssl.settings.run import Config, resolve
+from relssl.train.pretrain import complete_settings
 from rounds import Work
 
 Transform = Callable[[Any], Any]

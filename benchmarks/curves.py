@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from relssl.train.journal import read_rows
+from relssl.train.run_folder import read_rows
 
 COLUMNS = {
     "step": "{:.0f}",

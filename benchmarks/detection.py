@@ -20,16 +20,14 @@ from torch import nn
 
 import relssl
 import shapes
-from relssl.config import Config, resolve
-from relssl.data.coco import load
-from relssl.data.sources import IMAGENET_MEAN, IMAGENET_STD
+from relssl.data.boxes import load
+from relssl.data.named import IMAGENET_MEAN, IMAGENET_STD
 from relssl.engine import Engine
-from relssl.evaluation.detector import create_detector, pyramid_levels
-from relssl.evaluation.detector_training import Plan, curve, measure, train
+from relssl.evaluation.detection import Plan, create_detector, curve, measure, pyramid_levels, train
 from relssl.method.backbones import create_backbone
-from relssl.protocols import DetectionConfig
-from relssl.sections import EngineConfig
-from relssl.train.folder import environment
+from relssl.settings.evaluation import DetectionConfig
+from relssl.settings.run import Config, EngineConfig, resolve
+from relssl.train.run_folder import environment
 
 SIDE = 96
 POINTS = 4

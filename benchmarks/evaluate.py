@@ -29,12 +29,12 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from bench import any_failed
-from relssl.cores import available_cores
+from relssl.engine import available_cores
 from relssl.evaluation.knn import knn_classify
 from relssl.evaluation.metrics import Bootstrap
 from relssl.evaluation.probe import hold_out, probe
-from relssl.protocols import ProbeConfig
-from relssl.train.folder import environment
+from relssl.settings.evaluation import ProbeConfig
+from relssl.train.run_folder import environment
 from rounds import Contender, Work, compare, show, spread, times
 
 PARTS = ("knn", "probe")

@@ -27,8 +27,8 @@ import small
 from options import Options
 from pictures import Noise
 from processes import alone
-from relssl.cores import available_cores
-from relssl.train.folder import environment
+from relssl.engine import available_cores
+from relssl.train.run_folder import environment
 from rounds import Contender, Record, compare, left, peak, show, spread
 from traces import trace
 from whole_run import whole_run

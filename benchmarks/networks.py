@@ -21,8 +21,7 @@ from typing import Any
 import torch
 
 from relssl.method import Encoder, ReSSL
-from relssl.method.backbones import create_backbone, feature_width
-from relssl.method.catalogue import NAMED, measure
+from relssl.method.backbones import NAMED, create_backbone, feature_width, measure
 
 SHARES = (1, 192 / 224, 160 / 224, 128 / 224, 96 / 224)
 PATCH = 16  # sides are multiples of it, as transformers need

@@ -7,16 +7,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from pictures import Source, images_of
-from relssl.config import Config, resolve
-from relssl.data.loaders import create_loader
-from relssl.data.plan import Plan
-from relssl.data.shrinking import shrunken
-from relssl.data.sources import Images
+from relssl.data.cache import shrunken
+from relssl.data.loader import Plan, create_loader
+from relssl.data.named import Images
 from relssl.engine import Engine
-from relssl.train.assembly import complete_settings
-from relssl.train.floor import attainable, step_flops
-from relssl.train.journal import Display
-from relssl.train.trainer import Trainer
+from relssl.settings.run import Config, resolve
+from relssl.train.estimate import attainable, step_flops
+from relssl.train.loop import Trainer
+from relssl.train.pretrain import complete_settings
+from relssl.train.run_folder import Display
 from rounds import Work
 
 Settings = Mapping[str, Any]

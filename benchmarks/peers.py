@@ -23,8 +23,8 @@ import small
 from conventional import Step, Transform
 from options import Options
 from pictures import Noise, write_folder
-from relssl.config import Config
 from relssl.method.backbones import create_backbone, feature_width
+from relssl.settings.run import Config
 from rounds import Contender, Record, compare, peak, show, spread, times
 
 

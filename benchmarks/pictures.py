@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from relssl.data.sources import Images, load
+from relssl.data.named import Images, load
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,8 @@ import torch
 from relssl.errors import ConfigError
 from relssl.weights.export import export
 from relssl.weights.formats import FORMATS
-from relssl.weights.opening import load_backbone
+from relssl.weights.opening import load_backbone, load_run
 from relssl.weights.parity import real_images
-from relssl.weights.runs import load_run
 
 # detectron2's own names, turned back by hand: the file is a pickle of arrays that this script has just written.
 _DETECTRON2 = """

@@ -20,13 +20,11 @@ import small
 from options import Options
 from pictures import Noise, Source, images_of, write_folder
 from processes import alone
-from relssl.config import resolve
 from relssl.data import batched, single
 from relssl.data.decode import decode
 from relssl.data.draws import draw
-from relssl.train.stages import stages
-from relssl.train.timing import time_steps
-from relssl.views import ViewConfig
+from relssl.settings.run import ViewConfig, resolve
+from relssl.train.estimate import stages, time_steps
 from rounds import show
 
 MEMORIES = (4096, 16384, 65536, 131072)

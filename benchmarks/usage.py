@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from relssl.train.memory import host_memory
+from relssl.train.estimate import host_memory
 
 MIB = 1 << 20
 

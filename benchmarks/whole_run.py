@@ -15,15 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from relssl.config import resolve
 from relssl.engine import Engine
 from relssl.evaluation.features import extract
 from relssl.evaluation.pairs import LabelledPair
+from relssl.settings.run import resolve
+from relssl.train.loop import Trainer
 from relssl.train.online import OnlineKnn
 from relssl.train.pretrain import pretrain
-from relssl.train.trainer import Trainer
-from relssl.weights.opening import load_backbone
-from relssl.weights.runs import NETWORKS, load_run
+from relssl.weights.opening import NETWORKS, load_backbone, load_run
 
 # What a run's time is split by: the functions that spend it. What is left of `fit` is the training itself.
 PARTS = {(Trainer, "fit"): "fit", (Trainer, "save"): "saving", (OnlineKnn, "baselines"): "evaluation"} | {

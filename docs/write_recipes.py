@@ -7,10 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from relssl import recipes
-from relssl.config import Config, differences, resolve
-from relssl.methods import METHODS
-from relssl.schema import leaves
+from relssl.settings import recipes
+from relssl.settings.reading import leaves
+from relssl.settings.run import METHODS, Config, differences, resolve
 
 PAGE = Path(__file__).parent / "recipes.md"
 _MARK = "<!-- What follows is written by docs/write_recipes.py. -->\n"

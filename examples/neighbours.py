@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 import relssl
 from relssl.data import batched
 from relssl.data.draws import draw
-from relssl.data.sources import load
+from relssl.data.named import load
 from relssl.evaluation.features import extract
 
 ZOOM, GAP, NEAREST = 2, 4, 8

@@ -11,12 +11,11 @@ import torch
 from PIL import Image
 from torch import nn
 
-from relssl.config import Config, resolve
-from relssl.data.sources import Images
+from relssl.data.named import Images
 from relssl.engine import Engine
+from relssl.evaluation.evaluate import LabelledPair
 from relssl.evaluation.metrics import Bootstrap
-from relssl.evaluation.protocol import LabelledPair
-from relssl.sections import EngineConfig
+from relssl.settings.run import Config, EngineConfig, resolve
 
 FAST = Bootstrap(resamples=100, seed=0)
 

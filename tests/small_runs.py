@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from relssl.train.journal import TIMINGS, read_rows
 from relssl.train.pretrain import Result, pretrain
+from relssl.train.run_folder import TIMINGS, read_rows
 from relssl.weights import store
 
 SMALL: dict[str, Any] = {
@@ -33,8 +33,8 @@ NORMLESS: dict[str, Any] = {
 
 
 def small_run(out: Path, **overrides: Any) -> Result:
-    from relssl.config import resolve
-    from relssl.schema import merge, nest
+    from relssl.settings.reading import merge, nest
+    from relssl.settings.run import resolve
 
     over = nest(overrides)
     base = {key: value for key, value in SMALL.items() if key != "backbone_args" or key not in over}

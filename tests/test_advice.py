@@ -7,13 +7,9 @@ from typing import Any
 
 import pytest
 
-from relssl.config import resolve
-from relssl.report.estimate import advice_lines
-from relssl.train.advice import Advice, advise
-from relssl.train.costs import Disk, Extras
-from relssl.train.estimate import Estimate, limit, shares
-from relssl.train.memory import Memory
-from relssl.train.timing import Timing
+from relssl.report.tables import advice_lines
+from relssl.settings.run import resolve
+from relssl.train.estimate import Advice, Disk, Estimate, Extras, Memory, Timing, advise, limit, shares
 from relssl.units import duration, size
 
 GB = 10**9

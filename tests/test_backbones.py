@@ -15,13 +15,12 @@ from torchvision.transforms.functional import rgb_to_grayscale
 
 import relssl
 from relssl.cli import main
-from relssl.config import from_mapping, resolve
-from relssl.data.batch import standardise
 from relssl.data.batched import normalise
+from relssl.data.loader import standardise
 from relssl.errors import CheckpointError, ConfigError
 from relssl.method import Encoder, ReSSL, create_encoder
-from relssl.method.backbones import channels_of, create_backbone, feature_width, run_arguments, run_backbone
-from relssl.method.catalogue import NAMED, find, measure
+from relssl.method.backbones import NAMED, channels_of, create_backbone, feature_width, find, measure, run_arguments, run_backbone
+from relssl.settings.run import from_mapping, resolve
 from relssl.weights.export import export
 from relssl.weights.opening import Reading, open_backbones
 from small_runs import differing, final_state, small_run

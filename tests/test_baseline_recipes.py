@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 
-from relssl import recipes
-from relssl.config import Config, differences, resolve
-from relssl.methods import METHODS
-from relssl.schema import leaves
+from relssl.settings import recipes
+from relssl.settings.reading import leaves
+from relssl.settings.run import METHODS, Config, differences, resolve
 
 BASELINES = [name for name in METHODS if name != "ressl"]
 SMALL_SETS = ("cifar10", "cifar100", "stl10", "tiny-imagenet")

@@ -14,17 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import relssl
-from relssl.config import resolve
-from relssl.data.sources import Images, load
+from relssl.data.named import Images, load
 from relssl.engine import Engine
 from relssl.errors import ConfigError, DataError
 from relssl.evaluation.pairs import choose
 from relssl.method import BYOL, SCE, Classifier, Encoder, Method, MoCo, SimCLR, SimSiam, Step, Supervised
-from relssl.report.estimate import show
-from relssl.schema import merge, nest
-from relssl.train.assembly import build, complete_settings
-from relssl.train.floor import step_flops
-from relssl.train.trainer import Trainer
+from relssl.report.tables import show_estimate
+from relssl.settings.reading import merge, nest
+from relssl.settings.run import resolve
+from relssl.train.estimate import step_flops
+from relssl.train.loop import Trainer
+from relssl.train.pretrain import build, complete_settings
 from small_runs import NORMLESS, SMALL, differing, final_state, repeatable_rows, small_run
 from test_ranks import finish, start
 
@@ -331,6 +331,6 @@ def test_an_estimate_without_teacher_and_memory(capsys: pytest.CaptureFixture[st
     )
     assert found is not None and found.shares["teacher"] == 0 and sum(found.shares.values()) == pytest.approx(1)
     assert {advice.setting for advice in found.advice}.isdisjoint({"accumulate", "method.memory_size"})
-    show(found)
+    show_estimate(found)
     told = capsys.readouterr().out
     assert "student, forward" in told and "teacher" not in told

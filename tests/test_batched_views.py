@@ -10,9 +10,9 @@ import torchvision.transforms.functional as F
 from PIL import Image
 from torch import Tensor
 
-from relssl.data import batched, randaugment
+from relssl.data import batched, ops
 from relssl.data.draws import POOL, Draws, draw
-from relssl.views import VIEWS, ViewConfig
+from relssl.settings.run import VIEWS, ViewConfig
 
 BATCH = 24
 
@@ -251,7 +251,7 @@ def test_randaugment_equals_pillow(op, side, kind):
         x[0, 0], x[1] = 77, 0
     config, draws = forced(x, op)
     ours = (batched.apply(x, config, draws) * 255).round()
-    theirs = [F.pil_to_tensor(randaugment.apply_pil(pil(x[i]), op, int(draws.levels[i, 0]))) for i in range(len(x))]
+    theirs = [F.pil_to_tensor(ops.apply_pil(pil(x[i]), op, int(draws.levels[i, 0]))) for i in range(len(x))]
     difference = (ours - torch.stack(theirs)).abs()
     # Pillow keeps autocontrast's table in floating point, whose whole numbers may fall a level short.
     assert difference.max() <= (1 if POOL[op] == "autocontrast" else 0)
@@ -265,5 +265,5 @@ def test_randaugment_in_a_row_equals_pillow():
     for row in range(len(x)):
         image = pil(x[row])
         for op, applied, level in zip(draws.ops[row], draws.ops_applied[row], draws.levels[row], strict=True):
-            image = randaugment.apply_pil(image, int(op), int(level)) if applied else image
+            image = ops.apply_pil(image, int(op), int(level)) if applied else image
         assert (ours[row] - F.pil_to_tensor(image)).abs().mean() < 1

@@ -18,14 +18,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from relssl.config import resolve
-from relssl.data.plan import Plan
+from relssl.data.loader import Plan
 from relssl.engine import Engine
 from relssl.errors import ConfigError
 from relssl.method.batchnorm import SplitBatchNorm2d, shuffled, split_batch_norms
 from relssl.method.encoder import create_encoder
-from relssl.schema import merge
-from relssl.train.assembly import build
+from relssl.settings.reading import merge
+from relssl.settings.run import resolve
+from relssl.train.pretrain import build
 from small_runs import NORMLESS, SMALL, final_state, small_run
 
 

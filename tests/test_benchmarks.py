@@ -27,7 +27,7 @@ import whole_run
 from options import Options
 from pictures import picture, write_folder
 from processes import Failed, alone
-from relssl.config import resolve
+from relssl.settings.run import resolve
 from rounds import Contender, Work, compare, spread, times
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from relssl.config import resolve
-from relssl.data.sources import load
+from relssl.data.named import load
 from relssl.engine import Engine
 from relssl.errors import ConfigError
 from relssl.method.base import unwrapped
-from relssl.schema import merge, nest
-from relssl.train.assembly import complete_settings
-from relssl.train.trainer import Trainer
+from relssl.settings.reading import merge, nest
+from relssl.settings.run import resolve
+from relssl.train.loop import Trainer
+from relssl.train.pretrain import complete_settings
 from small_runs import SMALL, differing
 
 
@@ -71,7 +71,7 @@ def test_compiled_networks_make_the_same_step(tmp_path: Path) -> None:
 
 
 def test_what_a_stopwatch_decided_is_saved_and_a_change_is_told(tmp_path: Path) -> None:
-    from relssl.train.folder import RunFolder
+    from relssl.train.run_folder import RunFolder
 
     made = trainer(tmp_path / "a", **{"method.loss_form": "plain"})
     made.folder = RunFolder(tmp_path / "a")

@@ -12,8 +12,8 @@ import pytest
 
 from relssl.cli import main
 from relssl.errors import ConfigError, DataError
-from relssl.evaluation.compare import compare
 from relssl.evaluation.findings import Finding, unpack
+from relssl.evaluation.result import compare
 
 CARD: dict[str, Any] = {
     "protocol": "knn",

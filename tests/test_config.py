@@ -11,10 +11,10 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
-from relssl import recipes
-from relssl.config import Config, from_mapping, resolve, to_yaml
 from relssl.errors import ConfigError
-from relssl.schema import leaves, read_yaml
+from relssl.settings import recipes
+from relssl.settings.reading import leaves, read_yaml
+from relssl.settings.run import Config, from_mapping, resolve, to_yaml
 
 LEAVES = leaves(Config)
 

@@ -13,8 +13,7 @@ import pytest
 from PIL import Image, ImageOps, features
 
 from bad_images import CONTENTS, HEIGHT, LOAD, MAX_PIXELS, WIDTH, alpha_picture, jpeg, oriented, picture, png, png_16bit, save
-from relssl.data.decode import Opened, decode
-from relssl.data.refusal import BadImage
+from relssl.data.decode import BadImage, Opened, decode
 
 WHOLE_CORPUS = """
 import json, os, resource, sys

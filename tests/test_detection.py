@@ -16,17 +16,24 @@ from PIL import Image, ImageDraw
 from torch import nn
 
 import shapes
-from relssl.config import Config, resolve
-from relssl.data.coco import load
-from relssl.data.objects import Scenes
+from relssl.data.boxes import Scenes, load
 from relssl.engine import Engine
 from relssl.errors import ConfigError, DataError, NumericError
-from relssl.evaluation.detection import detection
-from relssl.evaluation.detector import Pyramid, create_detector, freeze, pyramid_levels
-from relssl.evaluation.detector_training import Plan, curve, flipped, measure, train
+from relssl.evaluation.detection import (
+    Plan,
+    Pyramid,
+    create_detector,
+    curve,
+    detection,
+    flipped,
+    freeze,
+    measure,
+    pyramid_levels,
+    train,
+)
 from relssl.method.backbones import create_backbone
-from relssl.protocols import DetectionConfig
-from relssl.sections import EngineConfig
+from relssl.settings.evaluation import DetectionConfig
+from relssl.settings.run import Config, EngineConfig, resolve
 
 SIDE = 64
 MANY = 1 << 24

@@ -12,7 +12,7 @@ from scipy import stats
 from torchvision import transforms
 
 from relssl.data.draws import POOL, Draws, _mix, draw, uniforms
-from relssl.views import VIEWS, ViewConfig
+from relssl.settings.run import VIEWS, ViewConfig
 
 ALL = {**VIEWS["strong"], "solarize": 0.3, "affine": 0.7, "degrees": 20.0, "translate": 0.1, "zoom": (0.7, 1.3)}
 

@@ -18,19 +18,18 @@ import torch
 
 import relssl
 from relssl.cli import main
-from relssl.config import resolve, to_yaml
-from relssl.cores import available_cores
-from relssl.data.shrinking import shrunken
-from relssl.data.tuning import Tuning
-from relssl.engine import Engine
+from relssl.data.cache import shrunken
+from relssl.data.workers import Tuning
+from relssl.engine import Engine, available_cores
 from relssl.errors import ConfigError, RelsslError
 from relssl.evaluation.pairs import choose
-from relssl.schema import merge, nest
-from relssl.train import cached, costs, memory
+from relssl.settings.reading import merge, nest
+from relssl.settings.run import resolve, to_yaml
+from relssl.train import estimate
 from relssl.train import estimate as estimating
-from relssl.train.assembly import build
 from relssl.train.estimate import Estimate
-from relssl.train.journal import Display
+from relssl.train.pretrain import build
+from relssl.train.run_folder import Display
 from small_runs import SMALL, small_run
 from test_stages import files, folder, train, trainer
 
@@ -129,7 +128,7 @@ def test_a_batch_beyond_the_memory_is_told_as_such(monkeypatch: pytest.MonkeyPat
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("out of memory")
 
-    monkeypatch.setattr("relssl.train.trainer.Trainer.train_step", full)
+    monkeypatch.setattr("relssl.train.loop.Trainer.train_step", full)
     with pytest.raises(RelsslError, match="batch_size: 32 does not fit the device's memory"):
         relssl.estimate(**SMALL, quiet=True)
 
@@ -181,8 +180,8 @@ def test_saves_and_evaluations_are_those_of_training(over: dict[str, Any]) -> No
         run.step = step
         expected["saves"] += run._due()
         expected["evaluations"] += run._knn_due()
-    assert costs.saves(run.config, run.steps_per_epoch) == expected["saves"]
-    found = costs.measure_extras(run, 0.25)
+    assert estimate.saves(run.config, run.steps_per_epoch) == expected["saves"]
+    found = estimate.measure_extras(run, 0.25)
     assert (found.saves, found.save_seconds) == (expected["saves"], 0.25)
     assert found.evaluations == (expected["evaluations"] if run.online else 0)
 
@@ -193,7 +192,7 @@ def test_the_disk_a_run_needs_is_what_it_takes(tmp_path: Path) -> None:
     run = build(config, Engine(config.engine))
     for parts in run.loader.stream(0, 1):
         run.train_step(parts)
-    disk, _ = costs.measure_saving(run)
+    disk, _ = estimate.measure_saving(run)
     newest = made / "checkpoints" / "step-00000020"
     assert disk.checkpoint == pytest.approx(sum(file.stat().st_size for file in newest.iterdir()), rel=0.05)
     exported = sum(file.stat().st_size for file in (made / "export").glob("*.safetensors"))
@@ -207,30 +206,30 @@ def test_an_evaluation_of_files_counts_their_reading(folder: Path, monkeypatch: 
     run = files(folder)
     pair = type("Pair", (), {"bank": run.images, "test": choose(run.images, 5, 0)})
     run.online = type("Online", (), {"pair": pair})  # type: ignore[assignment]
-    monkeypatch.setattr(costs, "_search", lambda *_: 0.0)
-    monkeypatch.setattr(costs, "_reading", lambda *_: 1e6)
+    monkeypatch.setattr(estimate, "_search", lambda *_: 0.0)
+    monkeypatch.setattr(estimate, "_reading", lambda *_: 1e6)
     # 12 + 5 images, two networks, no process beside this one.
-    assert costs._evaluation(run) == pytest.approx(2 * 17 * 1e6, rel=0.01)
+    assert estimate._evaluation(run) == pytest.approx(2 * 17 * 1e6, rel=0.01)
 
 
 def test_reading_skips_what_cannot_be_read(folder: Path) -> None:
     run = files(folder)
-    assert costs._reading(run.images, run.config) > 0
+    assert estimate._reading(run.images, run.config) > 0
 
 
 def test_a_cache_is_not_made_for_an_estimate(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cached, "_SAMPLE", 4)
+    monkeypatch.setattr(estimate, "_SAMPLE", 4)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     caches = tmp_path / "caches"
     run = files(folder, **{"loader.cache": 16, "loader.cache_folder": str(caches)})
     before = sorted(tmp_path.iterdir())
-    with cached.stand_in(run) as needed:
+    with estimate.stand_in(run) as needed:
         train(run, 3)  # reads all the positions
-        assert isinstance(run.images.shrunk, cached.Repeated) and len(run.images.shrunk) == 12
+        assert isinstance(run.images.shrunk, estimate.Repeated) and len(run.images.shrunk) == 12
         few = run.images.shrunk.total
         assert 0 < few <= 4 * 3 * 16 * 20 and needed == few * 12 // 4
     assert sorted(tmp_path.iterdir()) == before
-    disk, _ = costs.measure_saving(run, needed)
+    disk, _ = estimate.measure_saving(run, needed)
     assert disk.cache == needed and 0 < disk.cache_free < disk.free + 1
 
 
@@ -240,7 +239,7 @@ def test_a_cache_that_is_there_is_read_as_it_is(folder: Path, tmp_path: Path) ->
     with Display(1, 0, show=False) as silent:
         made = shrunken(run.images, run.config, silent)
     before = {file: file.stat().st_mtime_ns for file in caches.rglob("*")}
-    with cached.stand_in(run) as needed:
+    with estimate.stand_in(run) as needed:
         train(run, 1)
         assert needed == 0 and run.images.shrunk is not None and run.images.shrunk.folder == made.folder
     assert {file: file.stat().st_mtime_ns for file in caches.rglob("*")} == before
@@ -272,16 +271,16 @@ def test_memory_of_a_gpu_is_what_is_reserved(monkeypatch: pytest.MonkeyPatch) ->
     here: Any = SimpleNamespace(device=torch.device("cpu"))
     there: Any = SimpleNamespace(device=torch.device("cuda"))
     small = torch.zeros(1 << 24).add_(1)  # 64 MiB that are really there
-    found = memory.peak_memory(there, 2)
+    found = estimate.peak_memory(there, 2)
     assert (found.device_used, found.device_total, found.share) == (72, 80, 0.9)
-    found = memory.peak_memory(here, 1)
+    found = estimate.peak_memory(here, 1)
     assert found.device_total == 0 and small.nbytes < found.used < found.total and found.share == found.used / found.total
 
 
 def test_memory_of_the_machine_is_that_of_all_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "host_memory", lambda field: 7 if field == "VmHWM" else 0)
+    monkeypatch.setattr(estimate, "host_memory", lambda field: 7 if field == "VmHWM" else 0)
     here: Any = SimpleNamespace(device=torch.device("cpu"))
-    assert memory.peak_memory(here, 4).used == 28
+    assert estimate.peak_memory(here, 4).used == 28
 
 
 def test_a_process_does_not_inherit_its_parents_peak() -> None:

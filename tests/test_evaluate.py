@@ -17,11 +17,11 @@ from PIL import Image
 
 import relssl
 from relssl.cli import main
-from relssl.data.sources import load
+from relssl.data.named import load
 from relssl.errors import ConfigError, DataError, NumericError, StorageError
-from relssl.evaluation import features, kept
-from relssl.evaluation.compare import compare
-from relssl.protocols import read_settings
+from relssl.evaluation import features
+from relssl.evaluation.result import compare
+from relssl.settings.evaluation import read_settings
 from relssl.weights import store
 from small_runs import small_run
 
@@ -98,7 +98,7 @@ def test_every_protocol_gives_figures_with_intervals_and_a_card(finished: Path, 
 
 
 def test_one_pass_over_the_images_serves_all_protocols_on_features(finished: Path) -> None:
-    with patch.object(kept, "stream", wraps=features.stream) as streamed:
+    with patch.object(features, "stream", wraps=features.stream) as streamed:
         first = relssl.evaluate(finished, protocol="knn,probe,retrieval", network="student", **QUICK)
         assert streamed.call_count == 2  # bank and test
         again = relssl.evaluate(finished, protocol="knn,probe,retrieval", network="student", **QUICK)

@@ -26,18 +26,16 @@ from torch import Tensor, nn
 
 import relssl
 from relssl.cli import main
-from relssl.config import Config, resolve, to_yaml
+from relssl.data.named import at_hand
 from relssl.data.plain import enlarged
-from relssl.data.sources import at_hand
 from relssl.errors import CheckpointError, ConfigError
 from relssl.method.backbones import create_backbone
+from relssl.settings.run import Config, resolve, to_yaml
 from relssl.weights import export as exporting
-from relssl.weights.detectron import read, to_detectron
 from relssl.weights.export import export
 from relssl.weights.formats import FORMATS
 from relssl.weights.parity import real_images
-from relssl.weights.statedicts import _view, timm_lines
-from relssl.weights.written import Source, Written
+from relssl.weights.writers import Source, Written, _view, read, timm_lines, to_detectron
 from small_runs import small_run
 
 SIZE = 32

@@ -16,9 +16,8 @@ from hypothesis import strategies as st
 
 from bad_images import NAMES, jpeg
 from relssl.data.decode import decode
-from relssl.data.files import NAMES as SETS
-from relssl.data.files import data_root, exists, read_list, scan, split_folders
-from relssl.data.paths import Paths, shown
+from relssl.data.folder import NAMES as SETS
+from relssl.data.folder import Paths, data_root, exists, read_list, scan, shown, split_folders
 from relssl.errors import DataError
 
 

@@ -13,20 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from relssl.data.batch import standardise
 from relssl.data.batched import apply
 from relssl.data.draws import draw
+from relssl.data.loader import Plan, standardise
 from relssl.data.plain import plain_batch
-from relssl.data.plan import Plan
 from relssl.data.subsets import fingerprint, stratified
 from relssl.errors import ConfigError, DataError, NumericError
-from relssl.evaluation.classifier import linear_classifier
+from relssl.evaluation.evaluate import LabelledPair
 from relssl.evaluation.findings import Finding
-from relssl.evaluation.finetune import finetune, semi
+from relssl.evaluation.heads import finetune, linear_classifier, semi
 from relssl.evaluation.metrics import accuracies, ranks
-from relssl.evaluation.protocol import LabelledPair
-from relssl.protocols import FinetuneConfig, SemiConfig
-from relssl.views import ViewConfig
+from relssl.settings.evaluation import FinetuneConfig, SemiConfig
+from relssl.settings.run import ViewConfig
 from small_pairs import FAST, as_files, coloured, config, engine, network, pair
 
 TUNE = FinetuneConfig(epochs=3, batch_size=16, lr=0.05, head_lr=0.5, weight_decay=0.01)

@@ -11,13 +11,12 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from relssl.config import resolve
-from relssl.data.sources import load
+from relssl.data.named import load
 from relssl.engine import Engine
-from relssl.schema import merge, nest
-from relssl.train.assembly import complete_settings
-from relssl.train.guard import Guard
-from relssl.train.trainer import Trainer
+from relssl.settings.reading import merge, nest
+from relssl.settings.run import resolve
+from relssl.train.loop import Guard, Trainer
+from relssl.train.pretrain import complete_settings
 from small_runs import SMALL
 
 CPU = torch.device("cpu")

@@ -15,11 +15,11 @@ from sklearn.neighbors import KNeighborsClassifier
 
 import relssl
 from relssl.cli import main
+from relssl.data.named import load
 from relssl.data.plain import batches
-from relssl.data.sources import load
 from relssl.errors import CheckpointError, ConfigError, DataError
 from relssl.weights import store
-from relssl.weights.statedicts import timm_lines
+from relssl.weights.writers import timm_lines
 from small_runs import small_run
 
 

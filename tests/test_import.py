@@ -21,9 +21,9 @@ import relssl
 from foreign_files import WRITERS, moco_v2, moco_v3, official, official_small, plain, resnet18, solo, trained, under
 from relssl.cli import main
 from relssl.errors import CheckpointError, ConfigError
-from relssl.weights import pickles, resnets, twins
+from relssl.weights import foreign, twins
+from relssl.weights.export import import_weights
 from relssl.weights.foreign import load_foreign, load_timm
-from relssl.weights.importing import import_weights
 from relssl.weights.opening import Reading, open_backbones
 
 
@@ -135,7 +135,7 @@ def test_unknown_names_tell_what_was_looked_for(tmp_path):
 )
 def test_resnets_are_told_by_their_weights(name):
     with torch.device("meta"):
-        assert resnets.infer_resnet(timm.create_model(name).state_dict()) == name
+        assert foreign.infer_resnet(timm.create_model(name).state_dict()) == name
 
 
 def test_stems_differ_in_what_they_compute(tmp_path):
@@ -221,16 +221,16 @@ def test_damaged_files_are_one_line(tmp_path):
     for content in (b"", b"hello", b"PK\x03\x04 nothing", pickle.dumps({"a": 1}), whole[:-200], whole[: len(whole) // 2]):
         path.write_bytes(content)
         with pytest.raises(CheckpointError) as caught:
-            pickles.read(path)
+            foreign.read(path)
         assert "\n" not in str(caught.value) and str(path) in str(caught.value)
     with tarfile.open(path, "w") as old:
         old.addfile(tarfile.TarInfo("storages"), io.BytesIO())
     with pytest.raises(CheckpointError, match="tar format"):
-        pickles.read(path)
+        foreign.read(path)
     with pytest.raises(CheckpointError, match="is no file"):
-        pickles.read(tmp_path / "absent.pth")
+        foreign.read(tmp_path / "absent.pth")
     with pytest.raises(CheckpointError, match="holds a list"):
-        pickles.read(write(path, [1, 2]))
+        foreign.read(write(path, [1, 2]))
 
 
 def test_a_tensor_that_claims_more_than_the_file_holds_is_refused_by_its_shape(tmp_path):

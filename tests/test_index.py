@@ -21,10 +21,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from bad_images import jpeg
-from relssl.data import index, walk
-from relssl.data.arrays import read_arrays, write_arrays
-from relssl.data.files import EXTENSIONS, scan
-from relssl.data.sources import load
+from relssl.data import folder
+from relssl.data.folder import EXTENSIONS, read_arrays, scan, write_arrays
+from relssl.data.named import load
 from relssl.errors import DataError
 from relssl.evaluation.embed import embed
 from small_runs import small_run
@@ -37,8 +36,8 @@ TICK = 0.03  # seconds, well above the clock ticks of the file systems that test
 def _eager(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     """An empty cache; indexes of the smallest folders, trusted as soon as the clock has ticked, by their stamps alone."""
     monkeypatch.setenv("RELSSL_CACHE", str(tmp_path_factory.mktemp("cache")))
-    monkeypatch.setattr(index, "_SETTLED_NS", int(TICK * 0.7e9))
-    monkeypatch.setattr(index, "_SAMPLE", 0)
+    monkeypatch.setattr(folder, "_SETTLED_NS", int(TICK * 0.7e9))
+    monkeypatch.setattr(folder, "_SAMPLE", 0)
 
 
 @pytest.fixture
@@ -46,21 +45,21 @@ def walks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The folders that were really walked."""
     walked: list[str] = []
 
-    def survey(folder: str, extensions: frozenset[str]) -> walk.Tree:
+    def survey(folder: str, extensions: frozenset[str]) -> folder.Tree:
         walked.append(folder)
-        return walk.survey(folder, extensions)
+        return folder.survey(folder, extensions)
 
-    monkeypatch.setattr(index, "survey", survey)
+    monkeypatch.setattr(folder, "survey", survey)
     return walked
 
 
 def found(folder: Path, index: bool = True) -> tuple[Any, ...]:
-    files, bad = scan(str(folder), index=index)
+    files, bad = scan(str(folder), index=folder)
     return list(files), files.sizes.tolist(), files.fingerprint(), bad
 
 
 def kept() -> list[Path]:
-    return sorted((index.cache_root() / "index").glob("*"))
+    return sorted((folder.cache_root() / "index").glob("*"))
 
 
 @pytest.fixture
@@ -153,21 +152,21 @@ def test_times_that_are_set_back_hide_nothing(tree: Path) -> None:
 
 
 def test_a_folder_that_has_just_changed_is_not_trusted(tree: Path, walks: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(index, "_SETTLED_NS", 3600 * 10**9)
+    monkeypatch.setattr(folder, "_SETTLED_NS", 3600 * 10**9)
     found(tree), found(tree)
     assert kept() == [] and len(walks) == 2
 
 
 def test_files_written_over_are_noticed_in_a_sample(tree: Path, walks: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(index, "_SAMPLE", 3)  # of five: the first, the middle and the last
+    monkeypatch.setattr(folder, "_SAMPLE", 3)  # of five: the first, the middle and the last
     first = found(tree)
     assert found(tree) == first and len(walks) == 1
     (tree / "a/deep/3.jpg").write_bytes(b"another size")
     assert found(tree) == first and len(walks) == 1
     (tree / "b/2.jpg").write_bytes(b"another size")
     assert found(tree) == found(tree, index=False) != first
-    monkeypatch.setattr(index, "_SAMPLE", 5)
-    shutil.rmtree(index.cache_root() / "index")
+    monkeypatch.setattr(folder, "_SAMPLE", 5)
+    shutil.rmtree(folder.cache_root() / "index")
     found(tree)
     assert kept() == []  # so small a folder is scanned as fast as checked
 
@@ -223,7 +222,7 @@ def test_a_write_that_fails_leaves_nothing_behind(tree: Path, monkeypatch: pytes
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("relssl.data.arrays.write_all", full)
+    monkeypatch.setattr("relssl.data.folder.write_all", full)
     assert found(tree) == plain and kept() == []
 
 
@@ -256,7 +255,7 @@ def test_runs_and_embeddings_use_it_unless_told_not_to(tmp_path: Path, walks: li
 
 
 def test_only_the_indexes_used_last_are_kept(tmp_path: Path, walks: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(index, "_KEPT", 3)
+    monkeypatch.setattr(folder, "_KEPT", 3)
     for number in range(3):
         plant(tmp_path / str(number), "a.jpg")
     time.sleep(TICK)

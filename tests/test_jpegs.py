@@ -13,14 +13,12 @@ from PIL import Image
 from torch import Tensor
 
 from bad_images import CONTENTS, jpeg, oriented, picture, save
-from relssl.config import Config, resolve
-from relssl.data import jpegs
-from relssl.data.decode import Opened
-from relssl.data.from_files import FromFiles, Unreadable
-from relssl.data.plan import Plan
-from relssl.data.refusal import BadImage
-from relssl.data.sources import Images, load
+from relssl.data import loader
+from relssl.data.decode import BadImage, Opened
+from relssl.data.loader import FromFiles, Plan, Unreadable
+from relssl.data.named import Images, load
 from relssl.errors import ConfigError
+from relssl.settings.run import Config, resolve
 
 CPU = torch.device("cpu")
 BROKEN = {"03_cut.jpg": lambda: jpeg()[:300], "07_text.jpg": lambda: b"no image", "08_damaged.jpg": CONTENTS["jpeg_cut_50"][2]}
@@ -102,16 +100,16 @@ def test_a_file_that_is_refused_is_read_by_pillow_or_replaced(tmp_path: Path, mo
     images = written(tmp_path, {f"{i}.jpg": lambda i=i: jpeg(picture().resize((40 + i, 40))) for i in range(6)})  # type: ignore[misc]
     plan, config = Plan(6, 6), settings("pillow", photometric="device", reduced_decode=False)
     [(expected, _)] = batches(images, config, plan, 1)
-    decode, calls = jpegs.Decoder._call, []
+    decode, calls = loader.Decoder._call, []
 
-    def choosy(self: jpegs.Decoder, files: list[Tensor]) -> list[Tensor]:
+    def choosy(self: loader.Decoder, files: list[Tensor]) -> list[Tensor]:
         calls.append(len(files))
         found = decode(self, files)
         if any(image.shape[-1] in (42, 44) for image in found):
             raise RuntimeError("cannot")
         return [image[:, :-1] if image.shape[-1] == 43 else image for image in found]  # and one of another size than it says
 
-    monkeypatch.setattr(jpegs.Decoder, "_call", choosy)
+    monkeypatch.setattr(loader.Decoder, "_call", choosy)
     [(found, bad)] = batches(images, settings("torchvision"), plan, 1)
     assert calls[:3] == [1, 6, 3] and max(calls[2:]) == 3 and 1 in calls[3:]  # the probe, all, then halves of halves
     assert torch.equal(expected[0], found[0]) and not bad
@@ -120,14 +118,14 @@ def test_a_file_that_is_refused_is_read_by_pillow_or_replaced(tmp_path: Path, mo
 
 def test_a_file_that_neither_reads_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images, plan = written(tmp_path, {f"{i}.jpg": jpeg for i in range(6)}), Plan(6, 6)
-    decode, rgb = jpegs.Decoder._call, Opened.rgb
+    decode, rgb = loader.Decoder._call, Opened.rgb
 
     def broken(self: Opened, reduction: int = 1) -> Image.Image:
         if self._path.endswith("4.jpg"):
             raise BadImage("is broken inside")
         return rgb(self, reduction)
 
-    def refused(self: jpegs.Decoder, files: list[Tensor]) -> list[Tensor]:
+    def refused(self: loader.Decoder, files: list[Tensor]) -> list[Tensor]:
         if len(files) > 1 or len(files[0]) == len(content):
             raise RuntimeError("cannot")
         return decode(self, files)
@@ -135,7 +133,7 @@ def test_a_file_that_neither_reads_is_replaced(tmp_path: Path, monkeypatch: pyte
     content = jpeg(picture().resize((50, 50)))
     (tmp_path / "4.jpg").write_bytes(content)
     monkeypatch.setattr(Opened, "rgb", broken)
-    monkeypatch.setattr(jpegs.Decoder, "_call", refused)
+    monkeypatch.setattr(loader.Decoder, "_call", refused)
     [(expected, faults)] = batches(images, settings("pillow", photometric="device", reduced_decode=False), plan, 1)
     [(found, bad)] = batches(images, settings("torchvision"), plan, 1)
     assert torch.equal(expected[0], found[0]) and sorted(found[0].tolist()) == [0, 1, 2, 3, 5, 5]
@@ -150,12 +148,12 @@ def test_nothing_to_read_is_told_as_ever(tmp_path: Path) -> None:
 
 
 def test_large_pictures_are_decoded_a_few_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert list(jpegs._chunks(np.array([[1, 1]]))) == [range(1)]
+    assert list(loader._chunks(np.array([[1, 1]]))) == [range(1)]
     images = written(tmp_path, {f"{i}.jpg": jpeg for i in range(7)})
     whole = batches(images, settings("torchvision"), Plan(7, 7), 1)
-    monkeypatch.setattr(jpegs, "_AT_ONCE", 2 * 48 * 32 + 1)
-    assert list(jpegs._chunks(np.array([[48, 32]] * 7))) == [range(0, 2), range(2, 4), range(4, 6), range(6, 7)]
-    assert list(jpegs._chunks(np.array([[999, 999], [1, 1], [999, 999]]))) == [range(0, 1), range(1, 2), range(2, 3)]
+    monkeypatch.setattr(loader, "_AT_ONCE", 2 * 48 * 32 + 1)
+    assert list(loader._chunks(np.array([[48, 32]] * 7))) == [range(0, 2), range(2, 4), range(4, 6), range(6, 7)]
+    assert list(loader._chunks(np.array([[999, 999], [1, 1], [999, 999]]))) == [range(0, 1), range(1, 2), range(2, 3)]
     for a, b in zip(whole[0][0], batches(images, settings("torchvision"), Plan(7, 7), 1)[0][0], strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
 

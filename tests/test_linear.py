@@ -12,22 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from relssl.config import Config
-from relssl.data.batch import standardise
 from relssl.data.batched import apply
 from relssl.data.draws import draw
+from relssl.data.loader import Plan, standardise
 from relssl.data.plain import plain_batch
-from relssl.data.plan import Plan
 from relssl.engine import Engine
 from relssl.errors import ConfigError, DataError, NumericError
-from relssl.evaluation.classifier import linear_classifier
+from relssl.evaluation.evaluate import LabelledPair
 from relssl.evaluation.findings import Finding
-from relssl.evaluation.linear import linear, papers_choice, rate_share
+from relssl.evaluation.heads import linear, linear_classifier, papers_choice, rate_share
 from relssl.evaluation.metrics import accuracies, ranks
-from relssl.evaluation.protocol import LabelledPair
-from relssl.protocols import LinearConfig
-from relssl.sections import EngineConfig
-from relssl.views import ViewConfig
+from relssl.settings.evaluation import LinearConfig
+from relssl.settings.run import Config, EngineConfig, ViewConfig
 from small_pairs import FAST, as_files, coloured, config, engine, network, pair
 
 
@@ -84,7 +80,7 @@ def test_training_equals_a_plain_loop(nesterov: bool, monkeypatch: pytest.Monkey
         heads.append(linear_classifier(*args))
         return heads[-1]
 
-    monkeypatch.setattr("relssl.evaluation.linear.linear_classifier", kept)
+    monkeypatch.setattr("relssl.evaluation.heads.linear_classifier", kept)
     settings = LinearConfig(lr=(0.7, 0.1), epochs=4, batch_size=16, nesterov=nesterov, weight_decay=1e-3)
     data = pair()
     found, _ = run(settings, data)

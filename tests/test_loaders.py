@@ -15,15 +15,10 @@ from hypothesis import given, settings
 from PIL import Image
 from torch.utils.data import get_worker_info
 
-from relssl.config import Config, resolve
-from relssl.data.from_files import FromFiles
-from relssl.data.loaders import create_loader
-from relssl.data.plan import Plan
-from relssl.data.resident import Resident
-from relssl.data.samples import Views
-from relssl.data.sources import Images, load
+from relssl.data.loader import FromFiles, Plan, Resident, Views, create_loader
+from relssl.data.named import Images, load
 from relssl.errors import ConfigError, DataError
-from relssl.views import ViewConfig
+from relssl.settings.run import Config, ViewConfig, resolve
 
 CPU = torch.device("cpu")
 
@@ -212,7 +207,7 @@ def test_too_few_images_and_impossible_paths_are_refused(folder: Path) -> None:
 
 
 def test_measuring_the_workers_changes_no_batch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("relssl.data.from_files.cores", lambda config: 2)
+    monkeypatch.setattr("relssl.data.loader.cores", lambda config: 2)
     images, plan = load(str(folder), None, "train"), Plan(12, 4, parts=2, seed=5)
     small = {"views.weak": {"name": "weak", "size": 8}, "views.strong": {"name": "weak", "size": 8}}
     given, measured = settings_for(small | {"loader.workers": 0}), settings_for(small)
@@ -227,7 +222,7 @@ def test_measuring_the_workers_changes_no_batch(folder: Path, monkeypatch: pytes
 
 
 def test_a_trial_whose_workers_die_costs_no_step(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("relssl.data.from_files.cores", lambda config: 2)
+    monkeypatch.setattr("relssl.data.loader.cores", lambda config: 2)
     images, plan = load(str(folder), None, "train"), Plan(12, 4, parts=2, seed=5)
     small = {"views.weak": {"name": "weak", "size": 8}, "views.strong": {"name": "weak", "size": 8}}
     expected = batches(FromFiles(images, settings_for(small | {"loader.workers": 0}), plan, CPU), 7, 210)

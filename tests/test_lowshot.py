@@ -15,9 +15,8 @@ from relssl.errors import ConfigError, DataError, NumericError
 from relssl.evaluation import lowshot as module
 from relssl.evaluation.findings import Finding
 from relssl.evaluation.lowshot import lowshot
-from relssl.evaluation.metrics import Bootstrap, average_precision
-from relssl.evaluation.svm import Problem, choose_cost, deal, train
-from relssl.protocols import LowshotConfig
+from relssl.evaluation.metrics import Bootstrap, Problem, average_precision, choose_cost, deal, train
+from relssl.settings.evaluation import LowshotConfig
 
 Sides = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 

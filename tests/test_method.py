@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 
-from relssl.config import resolve
 from relssl.method import (
     Encoder,
     Memory,
@@ -25,6 +24,7 @@ from relssl.method import (
     schedules,
 )
 from relssl.method.health import effective_rank, verdict
+from relssl.settings.run import resolve
 
 
 def unit(*shape: int) -> torch.Tensor:

@@ -8,13 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from relssl.config import resolve
 from relssl.method import Encoder
-from relssl.optim import create_optimizer, parameter_groups
-from relssl.schema import merge
-from relssl.sections import OptimizerConfig
-from relssl.train.assembly import build
-from relssl.train.trainer import Trainer
+from relssl.method.optim import create_optimizer, parameter_groups
+from relssl.settings.reading import merge
+from relssl.settings.run import OptimizerConfig, resolve
+from relssl.train.loop import Trainer
+from relssl.train.pretrain import build
 from small_runs import SMALL, differing, final_state, small_run
 
 

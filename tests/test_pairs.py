@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from relssl.data.identity import identity, shared
-from relssl.data.sources import Images, load
+from relssl.data.named import Images, load
+from relssl.data.subsets import identity, shared
 from relssl.errors import ConfigError, DataError
 from relssl.evaluation.pairs import LabelledPair, labels_hash
 

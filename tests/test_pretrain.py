@@ -19,18 +19,17 @@ from PIL import Image
 
 import relssl
 from relssl.cli import main
-from relssl.config import resolve
-from relssl.data.batch import Batch
-from relssl.data.sources import load
+from relssl.data.loader import Batch
+from relssl.data.named import load
 from relssl.engine import Engine
 from relssl.errors import CheckpointError, ConfigError, DataError, Interrupted, LockedError, NumericError, StorageError
 from relssl.method.base import unwrapped
-from relssl.optim import PLAIN
-from relssl.schema import merge, nest
-from relssl.train.assembly import complete_settings
-from relssl.train.folder import RunFolder
-from relssl.train.journal import Display
-from relssl.train.trainer import Trainer
+from relssl.method.optim import PLAIN
+from relssl.settings.reading import merge, nest
+from relssl.settings.run import resolve
+from relssl.train.loop import Trainer
+from relssl.train.pretrain import complete_settings
+from relssl.train.run_folder import Display, RunFolder
 from relssl.weights import store
 from small_runs import NORMLESS, SMALL, differing, final_state, repeatable_rows, small_run
 
@@ -277,7 +276,7 @@ def test_a_full_disk_under_the_metrics_is_a_storage_error(tmp_path: Path, monkey
     def full(self: Any, row: Any) -> None:
         raise OSError(28, "No space left on device", str(tmp_path / "run/metrics.jsonl"))
 
-    monkeypatch.setattr("relssl.train.journal.Journal.write", full)
+    monkeypatch.setattr("relssl.train.run_folder.Journal.write", full)
     with pytest.raises(StorageError, match=r"metrics.jsonl: cannot be written \(No space left on device\)"):
         small_run(tmp_path / "run")
 

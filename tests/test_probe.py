@@ -14,12 +14,11 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from relssl.errors import ConfigError, DataError, NumericError
+from relssl.evaluation.features import Rows
 from relssl.evaluation.findings import Finding
-from relssl.evaluation.logistic import _Objective, fit, measure, predict, unpack
 from relssl.evaluation.metrics import Bootstrap, average_precision
-from relssl.evaluation.probe import hold_out, probe
-from relssl.evaluation.rows import Rows
-from relssl.protocols import ProbeConfig
+from relssl.evaluation.probe import _Objective, fit, hold_out, measure, predict, probe, unpack
+from relssl.settings.evaluation import ProbeConfig
 
 CPU = torch.device("cpu")
 MORE: dict[str, Any] = {"device": CPU, "iterations": 2000}

@@ -16,8 +16,8 @@ import pytest
 import torch
 from PIL import Image
 
-from relssl.config import resolve, to_yaml
-from relssl.schema import merge
+from relssl.settings.reading import merge
+from relssl.settings.run import resolve, to_yaml
 from relssl.train.checkpoint import agreed_hashes
 from relssl.weights import store
 from small_runs import NORMLESS, SMALL, differing, final_state, repeatable_rows, small_run

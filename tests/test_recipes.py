@@ -13,15 +13,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from relssl import recipes
 from relssl.cli import main
-from relssl.config import Config, differences, from_mapping, resolve
-from relssl.data.sources import Images
+from relssl.data.named import Images
 from relssl.errors import ConfigError
-from relssl.recipes import layer, spell_out
-from relssl.schema import leaves, merge, nest
-from relssl.train.assembly import complete_settings
-from relssl.train.folder import default_folder
+from relssl.settings import recipes
+from relssl.settings.reading import leaves, merge, nest
+from relssl.settings.recipes import layer, spell_out
+from relssl.settings.run import Config, differences, from_mapping, resolve
+from relssl.train.pretrain import complete_settings
+from relssl.train.run_folder import default_folder
 from relssl.weights.card import public
 
 ROOT = Path(__file__).parent.parent

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from relssl.data.files import NAMES
+from relssl.data.folder import NAMES
 from relssl.errors import DataError
+from relssl.evaluation.evaluate import METRICS, customary, transfer_table
 from relssl.evaluation.findings import Finding
-from relssl.evaluation.transfer import METRICS, customary, transfer_table
-from relssl.report.evaluation import show
+from relssl.report.tables import show_evaluation
 
 # Kornblith et al. 2019, table 1; the others by their own customs.
 KORNBLITH = {
@@ -87,7 +87,7 @@ def test_the_table_of_all_protocols(capsys: pytest.CaptureFixture[str]) -> None:
     plain = Finding({"strength": 1e-05}, "top1", {"top1": 70.0})
     transfer = transfer_table({"cifar10": finding(top1=90.0), "dtd": "no network", "oxford-pets": finding(mean_per_class=80.0)})
     rows = [("knn", "student", knn), ("knn", "teacher", knn), ("probe", "student", plain), ("transfer", "student", transfer)]
-    show({"source": "runs/[red]a", "data": "cifar10,dtd", "results": [result(*row) for row in rows]})
+    show_evaluation({"source": "runs/[red]a", "data": "cifar10,dtd", "results": [result(*row) for row in rows]})
     out = capsys.readouterr().out
     lines = [" ".join(line.split()) for line in out.splitlines()]
     assert lines[0] == "runs/[red]a on cifar10,dtd"
@@ -103,5 +103,5 @@ def test_the_table_of_all_protocols(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_table_without_notes_or_results_has_no_footnotes(capsys: pytest.CaptureFixture[str]) -> None:
-    show({"source": "a", "data": "digits", "results": [result("knn", "student", Finding({}, "top1", {"top1": 1.0}))]})
+    show_evaluation({"source": "a", "data": "digits", "results": [result("knn", "student", Finding({}, "top1", {"top1": 1.0}))]})
     assert capsys.readouterr().out.splitlines()[-1].split() == ["knn", "student", "top1", "1.00"]

@@ -14,17 +14,17 @@ import pytest
 
 import relssl
 from relssl import cli
-from relssl.config import resolve
 from relssl.errors import CheckpointError, ConfigError, Interrupted
-from relssl.reproduction import outcome as outcomes
 from relssl.reproduction import plan as planning
+from relssl.reproduction import results as outcomes
 from relssl.reproduction import tables
-from relssl.reproduction.page import page
+from relssl.reproduction.results import page
 from relssl.reproduction.study import Study
 from relssl.reproduction.tables import Expectation, Number, Row
+from relssl.settings.run import resolve
 from relssl.train import pretrain as pretraining
-from relssl.train.journal import TIMINGS, read_rows
-from relssl.train.trainer import Trainer
+from relssl.train.loop import Trainer
+from relssl.train.run_folder import TIMINGS, read_rows
 
 TINY = """
 title: A tiny table
@@ -51,14 +51,14 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "scales").symlink_to(tables._FOLDER / "scales")
     (folder / "tiny.yaml").write_text(TINY)
     monkeypatch.setattr(tables, "_FOLDER", folder)
-    monkeypatch.setattr("relssl.reproduction.cost.cost", _no_cost)
+    monkeypatch.setattr("relssl.reproduction.reproduce.cost", _no_cost)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 def _no_cost(runs: Any, *_: Any) -> Any:
     """What is measured is tested apart; here it would only take time."""
-    from relssl.reproduction.cost import Cost
+    from relssl.reproduction.reproduce import Cost
 
     return Cost({run.row.name: 60.0 for run in runs}, "made up")
 
@@ -148,7 +148,7 @@ def test_runs_that_are_done_are_skipped_and_others_refused(tiny: Path, monkeypat
     assert found["rows"][0]["paper"][0]["difference"] is None  # this is not the paper's setting
 
     monkeypatch.setattr(pretraining, "_run", _never)
-    monkeypatch.setattr("relssl.evaluation.protocol.evaluate", _never)
+    monkeypatch.setattr("relssl.evaluation.evaluate.evaluate", _never)
     assert run_tiny() == found
     again = tiny / "runs/reproduce/tiny-smoke/k64-1"  # another seed's run, of which this command is not asked
     shutil.copytree(again.with_name("k64-0"), again)
@@ -202,7 +202,7 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
 def test_a_stop_outside_of_training_loses_no_run(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patched:
-        patched.setattr("relssl.evaluation.protocol.evaluate", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
+        patched.setattr("relssl.evaluation.evaluate.evaluate", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
         with pytest.raises(Interrupted) as stopped:
             run_tiny(only=["k64"])
     assert stopped.value.exit_code == 143 and signal.getsignal(signal.SIGTERM) == before
@@ -261,9 +261,9 @@ def test_the_papers_other_sets_are_its_own_setting_too(tmp_path: Path) -> None:
 
 
 def test_a_plan_downloads_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from relssl.reproduction.cost import cost
+    from relssl.reproduction.reproduce import cost
 
-    monkeypatch.setattr("relssl.data.sources.load", _never)
+    monkeypatch.setattr("relssl.data.named.load", _never)
     over = {"data_root": str(tmp_path / "none")}
     runs = planning.plan(tables.read_table("temperature"), tables.read_scale("small"), seeds=1, runs=tmp_path, overrides=over)
     said: list[str] = []

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from relssl import atomic
+from relssl import files
 from relssl.errors import StorageError
 from relssl.weights import store
 
@@ -57,7 +57,7 @@ def test_sweep_takes_only_what_dead_processes_left(tmp_path: Path) -> None:
     token = "0" * 8
     dead = [f".relssl-{gone.pid}-{token}-{token}.tmp", f".relssl-{os.getpid()}-{token}-{token}.tmp"]  # ours before a restart
     kept = [
-        atomic.temporary(tmp_path).name, f".relssl-{os.getppid()}-{token}-{token}.tmp", f".relssl-{gone.pid}-{token}.tmp",
+        files.temporary(tmp_path).name, f".relssl-{os.getppid()}-{token}-{token}.tmp", f".relssl-{gone.pid}-{token}.tmp",
         ".mine.tmp", f".relssl-9999999999-{token}-{token}.tmp", "a.json",
     ]  # fmt: skip
     for name in dead + kept:
@@ -65,7 +65,7 @@ def test_sweep_takes_only_what_dead_processes_left(tmp_path: Path) -> None:
         (tmp_path / name / "x").touch()
     (tmp_path / f".relssl-{gone.pid}-{token}-{'1' * 8}.tmp").touch()
     (tmp_path / f".relssl-{gone.pid}-{token}-{'2' * 8}.tmp").symlink_to(tmp_path)
-    atomic.sweep(tmp_path)
+    files.sweep(tmp_path)
     assert _names(tmp_path) == sorted([*kept, f".relssl-{gone.pid}-{token}-{'2' * 8}.tmp"])
 
 

@@ -16,7 +16,7 @@ from relssl.evaluation import retrieval as module
 from relssl.evaluation.findings import Finding
 from relssl.evaluation.metrics import Bootstrap, mean_interval
 from relssl.evaluation.retrieval import retrieval
-from relssl.protocols import RetrievalConfig
+from relssl.settings.evaluation import RetrievalConfig
 
 
 def _random(images: int, dims: int, classes: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

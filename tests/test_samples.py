@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from relssl.config import Config, resolve
 from relssl.data.decode import Opened
-from relssl.data.samples import Views
-from relssl.data.sources import Images, load
+from relssl.data.loader import Views
+from relssl.data.named import Images, load
+from relssl.settings.run import Config, resolve
 
 
 def textured(height: int, width: int, seed: int) -> Image.Image:

@@ -22,27 +22,22 @@ import torch
 from PIL import Image
 
 from bad_images import SKIP
-from relssl.config import Config, resolve
+from relssl.data import cache
 from relssl.data import decode as decoding
-from relssl.data import shrinking
-from relssl.data.decode import decode
-from relssl.data.from_files import FromFiles
-from relssl.data.index import cache_root
-from relssl.data.loaders import create_loader
+from relssl.data.cache import place, shrink, shrunken
+from relssl.data.decode import BadImage, decode
+from relssl.data.folder import cache_root
+from relssl.data.loader import FromFiles, Plan, create_loader, read_image
+from relssl.data.named import Images, load
 from relssl.data.plain import batches as plain_batches
-from relssl.data.plan import Plan
-from relssl.data.refusal import BadImage
-from relssl.data.samples import read_image
-from relssl.data.shrinking import place, shrink, shrunken
 from relssl.data.shrunk import PIXELS, TABLE, Shrunk
-from relssl.data.sources import Images, load
 from relssl.engine import Engine
 from relssl.errors import ConfigError, DataError, Interrupted, StorageError
-from relssl.schema import merge
-from relssl.train.assembly import build
-from relssl.train.assembly import shrink as shrink_images
-from relssl.train.journal import Display
-from relssl.train.pretrain import resume
+from relssl.settings.reading import merge
+from relssl.settings.run import Config, resolve
+from relssl.train.pretrain import build, resume
+from relssl.train.pretrain import shrink as shrink_images
+from relssl.train.run_folder import Display
 from relssl.train.signals import StopRequest
 from small_runs import SMALL, differing, final_state, repeatable_rows, small_run
 from test_loaders import batches, equal
@@ -159,7 +154,7 @@ def test_a_second_run_finds_it_at_once_and_says_what_it_costs(images: Images, co
     size = os.path.getsize(first.folder / PIXELS)
     assert told.lines[0].startswith("shrinking to 40 pixels, about 0.1 MB: 0 of 20") and told.steps == [8, 16, 20]
     assert told.lines[-1] == (f"cache: 20 images in {size / 1e6:.1f} MB, {first.folder}; shorter sides are 40 pixels at most")
-    monkeypatch.setattr(shrinking, "_make", None)
+    monkeypatch.setattr(cache, "_make", None)
     again = shrunken(images, config, told)
     assert pixels_of(again) == pixels_of(first) and size == again.total
     assert len(pickle.dumps(again)) < 3000  # workers are not sent the pixels
@@ -203,7 +198,7 @@ class Killed(Exception):
 @pytest.fixture
 def half_made(folder: Path, images: Images, config: Config, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What a build that broke off behind its second batch has left; the sixth image cannot be read."""
-    watch = shrinking.watch
+    watch = cache.watch
     (folder / "05.png").write_bytes(b"<html>")
 
     def breaking(loader: Any) -> Iterator[Any]:
@@ -213,8 +208,8 @@ def half_made(folder: Path, images: Images, config: Config, monkeypatch: pytest.
             yield batch
 
     with monkeypatch.context() as patched:
-        patched.setattr(shrinking, "_SAVE_EVERY", 0)
-        patched.setattr(shrinking, "watch", breaking)
+        patched.setattr(cache, "_SAVE_EVERY", 0)
+        patched.setattr(cache, "watch", breaking)
         with pytest.raises(Killed):
             shrunken(images, config, Told())
     return place(images, config)
@@ -352,7 +347,7 @@ def test_a_disk_without_room_is_told_before_anything_is_written(images: Images, 
 def test_a_disk_that_fills_up_is_a_storage_error_and_the_build_can_go_on(
     images: Images, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_all, written = shrinking.write_all, []
+    write_all, written = cache.write_all, []
 
     def fill_up(descriptor: int, data: memoryview) -> None:
         written.append(data)
@@ -362,8 +357,8 @@ def test_a_disk_that_fills_up_is_a_storage_error_and_the_build_can_go_on(
         write_all(descriptor, data)
 
     with monkeypatch.context() as patched:
-        patched.setattr(shrinking, "_SAVE_EVERY", 0)
-        patched.setattr(shrinking, "write_all", fill_up)
+        patched.setattr(cache, "_SAVE_EVERY", 0)
+        patched.setattr(cache, "write_all", fill_up)
         with pytest.raises(StorageError, match=r"pixels: cannot be written .No space left on device.: .* free some space"):
             shrunken(images, config, Told())
     assert len(Shrunk.open(place(images, config))) == 8
@@ -392,7 +387,7 @@ def test_a_file_system_without_locks_does(
 
 
 def test_two_that_want_the_same_agree(images: Images, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    make, made, going, go = shrinking._make, [], threading.Event(), threading.Event()
+    make, made, going, go = cache._make, [], threading.Event(), threading.Event()
 
     def slowly(*args: Any) -> Shrunk:
         made.append(args)
@@ -400,7 +395,7 @@ def test_two_that_want_the_same_agree(images: Images, config: Config, monkeypatc
         assert go.wait(60)
         return make(*args)
 
-    monkeypatch.setattr(shrinking, "_make", slowly)
+    monkeypatch.setattr(cache, "_make", slowly)
     tellers = [Told(), Told()]
     threads = [threading.Thread(target=shrunken, args=(images, config, told)) for told in tellers]
     threads[0].start()

@@ -10,7 +10,7 @@ from torchvision.transforms import functional as F
 
 from relssl.data import batched, single
 from relssl.data.draws import Draws, draw
-from relssl.views import VIEWS, ViewConfig
+from relssl.settings.run import VIEWS, ViewConfig
 
 
 def view(name: str = "weak", **changes: object) -> ViewConfig:

@@ -12,14 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
-from relssl.config import resolve
 from relssl.engine import Engine
-from relssl.schema import merge, nest
-from relssl.train import stages as module
-from relssl.train.assembly import build
-from relssl.train.stages import STAGES, stages
-from relssl.train.timing import _Marks, _turns, time_steps
-from relssl.train.trainer import Trainer
+from relssl.settings.reading import merge, nest
+from relssl.settings.run import resolve
+from relssl.train import estimate as module
+from relssl.train.estimate import STAGES, _Marks, _turns, stages, time_steps
+from relssl.train.loop import Trainer
+from relssl.train.pretrain import build
 from small_runs import SMALL
 
 ALWAYS = set(STAGES) - {"load", "views", "transfer"}

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from relssl import atomic
+from relssl import files
 from relssl.errors import StorageError
 from relssl.weights import store
 
@@ -123,11 +123,11 @@ def test_a_failed_save_leaves_nothing(saved: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(("name", "at"), [("open", 0), ("write", 0), ("fsync", 0), ("replace", 0)])
 def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, at: int) -> None:
     path = tmp_path / "status.json"
-    atomic.write_file(path, b"old")
+    files.write_file(path, b"old")
     with monkeypatch.context() as patch:
         _fail(patch, name, at, errno.ENOSPC)
         with pytest.raises(StorageError, match=r"status\.json.*3 bytes needed, \d+ bytes free"):
-            atomic.write_file(path, b"new")
+            files.write_file(path, b"new")
     assert (_names(tmp_path), path.read_bytes()) == (["status.json"], b"old")
 
 
@@ -138,7 +138,7 @@ def test_a_size_limit_is_a_full_disk(saved: Path) -> None:
         with pytest.raises(StorageError, match=r"File too large.*free some space"):
             store.save(saved.with_name("step-00000008"), {"a": torch.zeros(50_000)}, {})
         with pytest.raises(StorageError, match="80000 bytes needed"):
-            atomic.write_file(saved.parent / "big", bytes(80_000))
+            files.write_file(saved.parent / "big", bytes(80_000))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert _names(saved.parent) == [saved.name]
@@ -146,7 +146,7 @@ def test_a_size_limit_is_a_full_disk(saved: Path) -> None:
 
 def test_a_vanished_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"gone/x.*No such file"):
-        atomic.write_file(tmp_path / "gone" / "x", b"")
+        files.write_file(tmp_path / "gone" / "x", b"")
     with pytest.raises(StorageError, match=r"gone/x.*No such file"):
         store.save(tmp_path / "gone" / "x", {}, {})
 
@@ -156,7 +156,7 @@ def test_written_files_follow_the_umask_and_replace_links(tmp_path: Path) -> Non
     (tmp_path / "a").symlink_to(tmp_path / "victim")
     before = os.umask(0o027)
     try:
-        atomic.write_file(tmp_path / "a", b"x" * 3)
+        files.write_file(tmp_path / "a", b"x" * 3)
     finally:
         os.umask(before)
     assert (tmp_path / "a").lstat().st_mode & 0o177777 == 0o100640
@@ -165,13 +165,11 @@ def test_written_files_follow_the_umask_and_replace_links(tmp_path: Path) -> Non
 
 def test_json_floats_are_exact_and_nan_is_null(tmp_path: Path) -> None:
     values = [0.1, 1e-320, 1.7976931348623157e308, -0.0, 2**200, "ü\udc80\n", True, None, {"1": ()}]
-    atomic.write_json(
-        tmp_path / "a.json", {"v": values, "t": torch.tensor(2), "n": [math.nan, -math.inf, torch.tensor(math.nan)]}
-    )
+    files.write_json(tmp_path / "a.json", {"v": values, "t": torch.tensor(2), "n": [math.nan, -math.inf, torch.tensor(math.nan)]})
     read = json.loads((tmp_path / "a.json").read_bytes())
     assert read == {"v": [*values[:-1], {"1": []}], "t": 2, "n": [None, None, None]}
     with pytest.raises(TypeError):
-        atomic.write_json(tmp_path / "b.json", {"a": {1}})
+        files.write_json(tmp_path / "b.json", {"a": {1}})
     assert _names(tmp_path) == ["a.json"]
 
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from relssl.data.paths import Paths
-from relssl.data.sources import Images, load
+from relssl.data.folder import Paths
+from relssl.data.named import Images, load
 from relssl.data.subsets import fingerprint, from_index, stratified
 from relssl.errors import DataError
 

@@ -118,8 +118,8 @@ def test_health_in_tiles_equals_health_at_once(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_every_form_is_one_of_the_settings() -> None:
-    from relssl.config import Config
-    from relssl.schema import leaves
+    from relssl.settings.reading import leaves
+    from relssl.settings.run import Config
 
     choices = leaves(Config)["method.loss_form"][1].metadata["choices"]
     assert set(OBJECTIVES) == set(choices) - {"auto"}

@@ -12,9 +12,9 @@ import scipy.io
 import torch
 from torchvision import datasets
 
-from relssl.data import sources, transfer_sets
-from relssl.data.files import IMAGENETS, NAMES
-from relssl.data.sources import Images, load
+from relssl.data import named
+from relssl.data.folder import IMAGENETS, NAMES
+from relssl.data.named import Images, load
 from relssl.errors import DataError
 
 Expected = dict[str, list[tuple[str, int]]]
@@ -210,6 +210,4 @@ def test_svhn_lies_in_memory_with_zero_as_zero(tmp_path: Path) -> None:
 
 
 def test_every_name_is_known_everywhere() -> None:
-    assert set(NAMES) == {"digits", "tiny-imagenet", *IMAGENETS, *sources._NAMED, *transfer_sets.NAMES} and len(
-        set(NAMES)
-    ) == len(NAMES)
+    assert set(NAMES) == {"digits", "tiny-imagenet", *IMAGENETS, *named._NAMED, *named.NAMES} and len(set(NAMES)) == len(NAMES)

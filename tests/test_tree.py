@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from relssl.errors import CheckpointError
-from relssl.weights import store, tree
+from relssl.weights import store
 
 LEAVES = st.one_of(
     st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), st.text(max_size=5),
@@ -44,9 +44,9 @@ def _equal(a: Any, b: Any) -> bool:
 @settings(max_examples=300, deadline=None)
 @given(TREES)
 def test_flatten_round_trip_is_exact(state: Any) -> None:
-    tensors, rest = tree.flatten(state)
+    tensors, rest = store.flatten(state)
     rest = json.loads(json.dumps(rest, allow_nan=False))
-    assert _equal(tree.unflatten(tensors, rest), state)
+    assert _equal(store.unflatten(tensors, rest), state)
     assert "__metadata__" not in tensors
 
 
@@ -57,11 +57,11 @@ def test_an_optimizer_survives_a_checkpoint(tmp_path: Path) -> None:
     model(torch.ones(1, 3)).sum().backward()
     optimizer.step()
     state = {"optimizer": optimizer.state_dict(), "model": dict(model.state_dict()), "best": -math.inf, "mean": math.nan}
-    tensors, rest = tree.flatten(state)
+    tensors, rest = store.flatten(state)
     store.save(tmp_path / "a", tensors, {"rest": rest})
     stored, meta = store.load(tmp_path / "a")
     assert {"optimizer.state.0.exp_avg", "model.weight"} <= stored.keys()
-    back = tree.unflatten(stored, meta["rest"])
+    back = store.unflatten(stored, meta["rest"])
     assert math.isnan(back.pop("mean"))
     assert math.isnan(state.pop("mean"))  # type: ignore[arg-type]
     assert _equal(back, state)
@@ -73,9 +73,9 @@ def test_an_optimizer_survives_a_checkpoint(tmp_path: Path) -> None:
 )
 def test_a_malformed_rest_is_refused(rest: Any) -> None:
     with pytest.raises(CheckpointError):
-        tree.unflatten({}, rest)
+        store.unflatten({}, rest)
 
 
 def test_what_cannot_be_flattened_is_named() -> None:
     with pytest.raises(TypeError, match=r"state\.3: a set"):
-        tree.flatten({"state": {3: {1}}})
+        store.flatten({"state": {3: {1}}})

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from relssl.data.tuning import Choice, Trial, Tuning, best, candidates
-from relssl.sections import LoaderConfig
+from relssl.data.workers import Choice, Trial, Tuning, best, candidates
+from relssl.settings.run import LoaderConfig
 
 
 def tried(*figures: tuple[int, int, float]) -> list[Trial]:

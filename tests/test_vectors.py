@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from relssl.errors import ConfigError, DataError, NumericError, StorageError
-from relssl.evaluation import vectors as writers
-from relssl.evaluation.vectors import write_vectors
+from relssl.evaluation import embed as writers
+from relssl.evaluation.embed import write_vectors
 
 pa = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from torchvision import datasets
 
-from relssl.data.sources import Images, load
+from relssl.data.named import Images, load
 from relssl.errors import DataError
 
 TRAINVAL = {"cat": [("000005", 1), ("000007", -1), ("000009", 0)], "potted_plant": [("000005", -1), ("000007", 1), ("000009", 1)]}

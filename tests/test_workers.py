@@ -11,10 +11,9 @@ import pytest
 import torch
 
 from bad_images import jpeg
-from relssl.data import from_files, plain, shrinking
-from relssl.data.from_files import FromFiles
-from relssl.data.plan import Plan
-from relssl.data.sources import Images, load
+from relssl.data import cache, loader, plain
+from relssl.data.loader import FromFiles, Plan
+from relssl.data.named import Images, load
 from relssl.errors import DataError
 from test_shrunk import Told, settings_for
 
@@ -51,7 +50,7 @@ USES: dict[str, Callable[[Images, Path, str], object]] = {
         ).stream(0, 2)
     ),
     "evaluate": lambda images, root, _: list(plain.batches(images, settings_for(root, **{"loader.workers": 1}))),
-    "shrink": lambda images, root, _: shrinking.shrunken(images, settings_for(root, **{"loader.workers": 1}), Told()),
+    "shrink": lambda images, root, _: cache.shrunken(images, settings_for(root, **{"loader.workers": 1}), Told()),
 }
 CPU = torch.device("cpu")
 
@@ -62,7 +61,7 @@ CPU = torch.device("cpu")
 def test_full_shared_memory_is_one_line(
     use: str, decoder: str, images: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (from_files, plain, shrinking):
+    for module in (loader, plain, cache):
         monkeypatch.setattr(module, "reset_signals", no_room)
     with pytest.raises(DataError, match=r"no memory left \(.*unable to.*\); try loader.workers 0, .* more shared memory"):
         USES[use](images, tmp_path, decoder)

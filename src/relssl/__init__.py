@@ -13,16 +13,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from relssl.evaluation.compare import compare
     from relssl.evaluation.embed import embed
-    from relssl.evaluation.protocol import evaluate
+    from relssl.evaluation.evaluate import evaluate
+    from relssl.evaluation.result import compare
     from relssl.reproduction.reproduce import reproduce
     from relssl.train.estimate import estimate
     from relssl.train.pretrain import pretrain, resume
-    from relssl.weights.export import export
-    from relssl.weights.importing import import_weights
-    from relssl.weights.opening import load_backbone
-    from relssl.weights.runs import load_run
+    from relssl.weights.export import export, import_weights
+    from relssl.weights.opening import load_backbone, load_run
 
 __version__ = "0.1.0"
 __all__ = [
@@ -40,14 +38,14 @@ __all__ = [
 ]
 
 _HOMES = {
-    "compare": "relssl.evaluation.compare",
+    "compare": "relssl.evaluation.result",
     "embed": "relssl.evaluation.embed",
     "estimate": "relssl.train.estimate",
-    "evaluate": "relssl.evaluation.protocol",
+    "evaluate": "relssl.evaluation.evaluate",
     "export": "relssl.weights.export",
-    "import_weights": "relssl.weights.importing",
+    "import_weights": "relssl.weights.export",
     "load_backbone": "relssl.weights.opening",
-    "load_run": "relssl.weights.runs",
+    "load_run": "relssl.weights.opening",
     "pretrain": "relssl.train.pretrain",
     "reproduce": "relssl.reproduction.reproduce",
     "resume": "relssl.train.pretrain",

@@ -11,12 +11,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from relssl import __version__, verbs
-from relssl.config import Config
 from relssl.errors import ConfigError, RelsslError
-from relssl.methods import METHODS
-from relssl.protocols import Evaluation
-from relssl.schema import leaves, nearest_word
-from relssl.views import VIEWS
+from relssl.settings.evaluation import Evaluation
+from relssl.settings.reading import leaves, nearest_word
+from relssl.settings.run import METHODS, VIEWS, Config
 from relssl.weights.formats import FORMATS
 
 # The settings that each command takes as options.

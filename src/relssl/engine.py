@@ -18,10 +18,27 @@ from lightning.fabric import Fabric
 from lightning.fabric.strategies import DDPStrategy
 from torch import Tensor, nn
 
-from relssl.cores import available_cores
-from relssl.data.transfer import synchronise
 from relssl.errors import ConfigError, DistributedError
-from relssl.sections import EngineConfig
+from relssl.settings.run import EngineConfig
+
+
+def available_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def send(values: Tensor, device: torch.device) -> Tensor:
+    """A tensor on the device; to a GPU from page-locked memory, as the copy would wait for its other work otherwise."""
+    host = device.type == "cuda" and values.device.type == "cpu"
+    return (values.pin_memory() if host else values).to(device, non_blocking=True)
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until the device has done all that was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 class Engine:

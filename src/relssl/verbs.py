@@ -11,8 +11,8 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from relssl.config import differences, resolve, to_yaml
 from relssl.errors import ConfigError, RelsslError
+from relssl.settings.run import differences, resolve, to_yaml
 
 
 def _launched(overrides: dict[str, Any]) -> dict[str, Any]:
@@ -25,8 +25,8 @@ def _launched(overrides: dict[str, Any]) -> dict[str, Any]:
 
 
 def pretrain(args: argparse.Namespace, overrides: dict[str, Any]) -> Any:
-    from relssl.data.files import exists
-    from relssl.train.folder import default_folder, refuse_used
+    from relssl.data.folder import exists
+    from relssl.train.run_folder import default_folder, refuse_used
 
     settings = resolve(_launched(overrides), args.config)
     exists(settings.data, settings.data_root)
@@ -38,18 +38,18 @@ def pretrain(args: argparse.Namespace, overrides: dict[str, Any]) -> Any:
 
 
 def estimate(args: argparse.Namespace, overrides: dict[str, Any]) -> Any:
-    from relssl.data.files import exists
+    from relssl.data.folder import exists
 
     settings = resolve(_launched(overrides), args.config)
     exists(settings.data, settings.data_root)
-    from relssl.report.estimate import show
+    from relssl.report.tables import show_estimate
     from relssl.train.estimate import estimate
 
     found = estimate(settings=settings, steps=args.steps)
     if found is None:
         return None
     if not args.json:
-        show(found)
+        show_estimate(found)
     return dataclasses.asdict(found)
 
 
@@ -60,22 +60,22 @@ def resume(args: argparse.Namespace, _: dict[str, Any]) -> Any:
 
 
 def _tell(result: Any, as_json: bool) -> Any:
-    from relssl.report.summary import facts, show
-    from relssl.weights.runs import load_run
+    from relssl.report.tables import facts, show_summary
+    from relssl.weights.opening import load_run
 
     if result is None:
         return None
     if not as_json:
-        show(result, load_run(result.folder).config)
+        show_summary(result, load_run(result.folder).config)
     return facts(result)
 
 
 def evaluate(args: argparse.Namespace, overrides: dict[str, Any]) -> Any:
-    from relssl.protocols import read_settings
+    from relssl.settings.evaluation import read_settings
 
     settings = read_settings(overrides)
-    from relssl.evaluation.protocol import evaluate
-    from relssl.report.evaluation import show
+    from relssl.evaluation.evaluate import evaluate
+    from relssl.report.tables import show_evaluation
     from relssl.weights.opening import Reading
 
     reading = Reading(args.layout, args.backbone, args.stem, allow=args.allow)
@@ -87,16 +87,16 @@ def evaluate(args: argparse.Namespace, overrides: dict[str, Any]) -> Any:
         )  # fmt: skip
     except (RelsslError, KeyboardInterrupt):
         if so_far:  # what was found before is not lost
-            print(json.dumps(so_far[-1])) if args.json else show(so_far[-1])
+            print(json.dumps(so_far[-1])) if args.json else show_evaluation(so_far[-1])
         raise
     if not args.json:
-        show(found)
+        show_evaluation(found)
     return found
 
 
 def compare(args: argparse.Namespace, _: dict[str, Any]) -> Any:
-    from relssl.evaluation.compare import compare
-    from relssl.report.evaluation import show_comparison
+    from relssl.evaluation.result import compare
+    from relssl.report.tables import show_comparison
 
     names = tuple(args.network.split(",")) if args.network else None
     if names is not None and len(names) > 2:
@@ -137,7 +137,7 @@ def export(args: argparse.Namespace, _: dict[str, Any]) -> Any:
 
 
 def import_weights(args: argparse.Namespace, _: dict[str, Any]) -> Any:
-    from relssl.weights.importing import import_weights
+    from relssl.weights.export import import_weights
 
     report = import_weights(
         args.file,
@@ -155,7 +155,7 @@ def import_weights(args: argparse.Namespace, _: dict[str, Any]) -> Any:
 
 
 def recipes(args: argparse.Namespace, _: dict[str, Any]) -> Any:
-    from relssl.recipes import find, listing
+    from relssl.settings.recipes import find, listing
 
     if args.name is None:
         found = listing()
@@ -179,11 +179,11 @@ def recipes(args: argparse.Namespace, _: dict[str, Any]) -> Any:
 def backbones(args: argparse.Namespace, _: dict[str, Any]) -> Any:
     if args.size < 4:
         raise ConfigError(f"size: must be 4 pixels or more, got {args.size}")
-    from relssl.method.catalogue import find, within
-    from relssl.report.backbones import show
+    from relssl.method.backbones import find, within
+    from relssl.report.tables import show as show_backbones
 
     kept = within(find(args.pattern, args.family, args.all), args.size, args.max_params * 1e6, args.max_gflops)
-    return [dataclasses.asdict(each) for each in (kept if args.json else show(kept, args.size))]
+    return [dataclasses.asdict(each) for each in (kept if args.json else show_backbones(kept, args.size))]
 
 
 def validate(args: argparse.Namespace, overrides: dict[str, Any]) -> Any:

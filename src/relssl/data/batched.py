@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from relssl.data import randaugment
+from relssl.data import ops
 from relssl.data.draws import CONTRAST, HUE, SATURATION, Bools, Draws, Floats, Ints
-from relssl.data.transfer import send
-from relssl.views import LUMA, ViewConfig
+from relssl.engine import send
+from relssl.settings.run import LUMA, ViewConfig
 
 
 @torch.no_grad()
@@ -74,7 +74,7 @@ def photometric(x: Tensor, view: ViewConfig, draws: Draws) -> Tensor:
         if view.solarize:
             x = _on(x, draws.solarize, lambda part, rows: torch.where(part < 0.5, part, 1 - part))
         if view.randaugment:
-            x = randaugment.apply(x, draws)
+            x = ops.apply(x, draws)
     return x
 
 

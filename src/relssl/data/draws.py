@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from relssl.views import ViewConfig
+from relssl.settings.run import ViewConfig
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]

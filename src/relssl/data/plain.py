@@ -13,13 +13,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import InterpolationMode, center_crop, pil_to_tensor, resize
 
-from relssl.config import Config
-from relssl.data.batch import standardise
-from relssl.data.refusal import BadImage
-from relssl.data.samples import read_image
-from relssl.data.sources import Images
+from relssl.data.decode import BadImage
+from relssl.data.loader import read_image, standardise
+from relssl.data.named import Images
 from relssl.data.workers import hand_over, loader_workers, reset_signals, watch
-from relssl.views import ViewsConfig
+from relssl.settings.run import Config, ViewsConfig
 
 
 def describe(views: ViewsConfig) -> str:

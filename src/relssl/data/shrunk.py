@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from relssl.data.arrays import read_arrays, write_arrays
-from relssl.data.refusal import BadImage
+from relssl.data.decode import BadImage
+from relssl.data.folder import read_arrays, write_arrays
 
 LAYOUT = "shrunk 1"
 PIXELS, TABLE = "pixels", "table"

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.transforms import InterpolationMode
 
-from relssl.data import randaugment
+from relssl.data import ops
 from relssl.data.draws import BRIGHTNESS, CONTRAST, HUE, SATURATION, Draws, Floats, Ints
-from relssl.views import ViewConfig
+from relssl.settings.run import ViewConfig
 
 
 def apply(image: Image.Image | Tensor, view: ViewConfig, draws: Draws, row: int, reduction: int = 1) -> Tensor:
@@ -80,7 +80,7 @@ def _photometric(image: Image.Image, view: ViewConfig, draws: Draws, row: int) -
         image = F.solarize(image, 128)
     for op, applied, level in zip(draws.ops[row], draws.ops_applied[row], draws.levels[row], strict=True):
         if applied:
-            image = randaugment.apply_pil(image, int(op), int(level))
+            image = ops.apply_pil(image, int(op), int(level))
     return image
 
 

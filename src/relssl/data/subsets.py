@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import posixpath
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
 from relssl.data.draws import uniforms
-from relssl.data.paths import shown
-from relssl.data.sources import Images
+from relssl.data.folder import Paths, shown
+from relssl.data.named import Images
 from relssl.errors import DataError
 
 Rows = npt.NDArray[np.int64]
@@ -112,3 +114,63 @@ def _refuse(path: str, images: Images, fault: str, lines: Sequence[str]) -> None
             f"{shown(path)}: {shown(lines[0])} {fault} of the {len(images)} {kind} of {images.name}; "
             f"{len(lines)} such line{'s' if len(lines) > 1 else ''}; correct the file"
         )
+
+
+# Files whose beginnings count, and how much of each.
+_SAMPLE = 64
+_BEGINNING = 1 << 20
+
+
+def identity(images: Images) -> str:
+    """16 hex digits of a set for caches: its fingerprint, and the beginnings of a sample of its files.
+
+    Uncompressed images of two sets may agree in names and sizes, which are all that the fingerprint of files looks at.
+    """
+    digest = hashlib.sha256(images.fingerprint().encode())
+    if images.files is not None:
+        for row in spread(0, len(images), _SAMPLE):
+            digest.update(_beginning(images.files[row]))
+    return digest.hexdigest()[:16]
+
+
+def spread(start: int, stop: int, count: int) -> list[int]:
+    """At most `count` of the positions from `start` to `stop`, evenly spread."""
+    return [int(row) for row in np.linspace(start, stop - 1, min(count, stop - start)).astype(np.int64)]
+
+
+def shared(bank: Images, test: Images) -> int:
+    """How many of the test images are in the bank too: the same pixels; of files, the same name, size and beginning."""
+    if bank.pixels is not None and test.pixels is not None:
+        known = set(_pixel_hashes(bank.pixels))
+        return sum(mark in known for mark in _pixel_hashes(test.pixels))
+    if bank.files is None or test.files is None:
+        return 0
+    # The larger side is gone through without being held.
+    asked: dict[bytes, list[int]] = {}
+    for row, mark in enumerate(_file_marks(test.files)):
+        asked.setdefault(mark, []).append(row)
+    found = set()
+    for row, mark in enumerate(_file_marks(bank.files)):
+        for other in asked.get(mark, ()):
+            if other not in found and _beginning(bank.files[row]) == _beginning(test.files[other]):
+                found.add(other)
+    return len(found)
+
+
+def _pixel_hashes(pixels: Tensor) -> Iterator[bytes]:
+    return (hashlib.blake2b(image.data, digest_size=12).digest() for image in pixels.numpy())
+
+
+def _file_marks(files: Sequence[str]) -> Iterator[bytes]:
+    """Base name and size of each file."""
+    held = files if isinstance(files, Paths) else Paths.of(files)
+    for name, size in zip(held.names(), held.sizes.tolist(), strict=True):
+        yield name.rpartition(b"/")[2] + b"/%d" % size
+
+
+def _beginning(file: str) -> bytes:
+    try:
+        with open(file, "rb") as opened:
+            return hashlib.sha256(opened.read(_BEGINNING)).digest()
+    except OSError:
+        return b"unreadable " + os.fsencode(file)

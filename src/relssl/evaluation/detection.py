@@ -2,24 +2,324 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
+import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from timm.utils.model import freeze_batch_norm_2d
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision.models.detection import FasterRCNN, MaskRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from relssl.config import Config
-from relssl.data.coco import load
-from relssl.data.objects import Scenes
+from relssl.data.boxes import Scenes, Target, load
+from relssl.data.workers import hand_over, loader_workers, reset_signals, watch
 from relssl.engine import Engine
-from relssl.errors import ConfigError
-from relssl.evaluation.detector import create_detector, pyramid_levels
-from relssl.evaluation.detector_training import Plan, curve, measure, train
+from relssl.errors import ConfigError, DataError, NumericError
 from relssl.evaluation.findings import Finding
-from relssl.protocols import DetectionConfig
+from relssl.method.backbones import channels_of
+from relssl.settings.evaluation import DetectionConfig
+from relssl.settings.run import Config
+
+_CHANNELS = 256  # of every level of the pyramid (Lin et al., section 3)
+_LEVELS = 4
+_TRIED = 128  # pixels a side of the image that strides are found with
+_ANCHOR = 8  # side of an anchor in strides of its level: 32 pixels at stride 4, as in the papers
+
+Autocast = Callable[[], AbstractContextManager[Any]]
+Level = tuple[int, int, int]
+
+
+class Pyramid(nn.Module):
+    """Images [B, 3, H, W] to fp32 maps {"0": [B, 256, H/s0, W/s0], ..., "pool": half of the last}.
+
+    Args:
+        network: a timm network; what lies behind its last map is taken off.
+        levels: (index, channels, stride) of its maps, as of `pyramid_levels`.
+        autocast: the precision of the networks; boxes are always computed in fp32, as their edges need it.
+    """
+
+    def __init__(self, network: Any, levels: list[Level], autocast: Autocast) -> None:
+        super().__init__()
+        self.indices = network.prune_intermediate_layers([index for index, _, _ in levels], prune_norm=True)
+        self.network, self.autocast = network, autocast
+        self.fpn = FeaturePyramidNetwork([channels for _, channels, _ in levels], _CHANNELS, extra_blocks=LastLevelMaxPool())
+        self.out_channels = _CHANNELS
+
+    def maps(self, images: Tensor) -> list[Tensor]:
+        """The network's own, finest first."""
+        found: list[Tensor] = self.network.forward_intermediates(images, indices=self.indices, intermediates_only=True)
+        return found
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        with self.autocast():
+            levels = self.fpn({str(level): each for level, each in enumerate(self.maps(images))})
+        return {name: level.float() for name, level in levels.items()}
+
+
+def create_detector(
+    backbone: nn.Module, config: Config, settings: DetectionConfig, classes: int, *, masks: bool, autocast: Autocast
+) -> nn.Module:
+    """A detector whose backbone starts as `backbone`, which itself is left as it is; the rest is drawn from torch's generator.
+
+    Args:
+        backbone: timm network without classifier.
+        config: the backbone's own.
+        classes: C, without the background.
+        masks: Mask R-CNN instead of Faster R-CNN.
+        autocast: the precision of backbone and pyramid.
+
+    Returns:
+        torchvision's model, in training mode.
+
+    Raises:
+        ConfigError: if the backbone has no maps of falling resolution, takes images of one size only, or grey ones.
+    """
+    network = copy.deepcopy(backbone).cpu().requires_grad_(True)
+    levels = pyramid_levels(network, config.backbone)
+    freeze(network, config.backbone, settings.frozen_stages, all_norms=settings.norm == "frozen")
+    strides = [stride for _, _, stride in levels]
+    pyramid = Pyramid(network, levels, autocast)
+    names = [str(level) for level in range(len(levels))]
+    arguments: dict[str, Any] = {
+        "num_classes": classes + 1,
+        "min_size": settings.min_size,
+        "max_size": settings.max_size,
+        "box_batch_size_per_image": settings.regions,
+        "image_mean": list(config.views.mean or ()),
+        "image_std": list(config.views.std or ()),
+        # The level made by pooling has twice the stride of the last.
+        "rpn_anchor_generator": AnchorGenerator(
+            tuple((_ANCHOR * stride,) for stride in [*strides, 2 * strides[-1]]), ((0.5, 1.0, 2.0),) * (len(strides) + 1)
+        ),
+        "box_roi_pool": MultiScaleRoIAlign(names, output_size=7, sampling_ratio=2),
+    }
+    if masks:
+        arguments["mask_roi_pool"] = MultiScaleRoIAlign(names, output_size=14, sampling_ratio=2)
+    model: nn.Module = (MaskRCNN if masks else FasterRCNN)(pyramid, **arguments)
+    return model.train()
+
+
+@torch.no_grad()
+def pyramid_levels(network: nn.Module, name: str) -> list[Level]:
+    """(index, channels, stride) of the maps a pyramid is built on: the last of each stride, of the four largest strides.
+
+    Strides are found by trying, as a small stem changes what timm says of them. A map as large as the image is left out: it
+    would cost more than all others together.
+
+    Raises:
+        ConfigError: naming the network, if it has fewer than two strides or does not take colour images.
+    """
+    other = "; take a convolutional backbone such as resnet50, or one with stages such as convnext_tiny"
+    if channels_of(network) != 3:
+        raise ConfigError(f"detection: takes colour images, and {name} was made for {channels_of(network)} channels")
+    if not hasattr(network, "forward_intermediates"):
+        raise ConfigError(f"detection: {name} gives no feature maps{other}")
+    training, device = network.training, next(network.parameters()).device
+    try:
+        maps = network.eval().forward_intermediates(torch.zeros(1, 3, _TRIED, _TRIED, device=device), intermediates_only=True)  # type: ignore[operator]
+    except Exception as error:  # whatever a network raises over a size that it was not made for
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(f"detection: {name} does not take images of any size ({reason}){other}") from error
+    finally:
+        network.train(training)
+    last = {2 ** round(math.log2(_TRIED / each.shape[-1])): index for index, each in enumerate(maps)}
+    strides = sorted(stride for stride in last if stride > 1)[-_LEVELS:]
+    if len(strides) < 2:
+        raise ConfigError(f"detection: the feature maps of {name} are all of one size, of which no pyramid is built{other}")
+    return [(last[stride], int(maps[last[stride]].shape[1]), stride) for stride in strides]
+
+
+def freeze(network: nn.Module, name: str, stages: int, *, all_norms: bool) -> None:
+    """Fix the first stages, and batch norm in them or everywhere, which then is a constant scale and shift.
+
+    Stage n ends with timm's last map of stride 2^n or less, by the network's usual stem; where there is none, the stem alone
+    is fixed.
+
+    Raises:
+        ConfigError: if the stages of the network called `name` are no modules of their own.
+    """
+    first = _first(network, name, stages)
+    for path in first:
+        for parameter in network.get_submodule(path).parameters(recurse=False):
+            parameter.requires_grad_(False)
+    norms = [path for path, module in network.named_modules() if isinstance(module, nn.BatchNorm2d)]
+    for path in norms if all_norms else [path for path in norms if path in first]:
+        network.set_submodule(path, freeze_batch_norm_2d(network.get_submodule(path)))
+
+
+def _first(network: nn.Module, name: str, stages: int) -> list[str]:
+    """The modules of the first stages, in the order in which timm's networks build and run them."""
+    if stages == 0:
+        return []
+    known: Any = network.feature_info
+    ends = [(entry["module"], entry["reduction"]) for entry in (known if isinstance(known, list) else known.info)]
+    paths = [path for path, _ in network.named_modules()]
+    if not {path for path, _ in ends} <= set(paths):
+        raise ConfigError(f"detection.frozen_stages: the stages of {name} cannot be told apart; set it to 0")
+    reached = [path for path, reduction in ends if reduction <= 2**stages]
+    if not reached:
+        return paths[: paths.index(ends[0][0])]
+    inside = [position for position, path in enumerate(paths) if path == reached[-1] or path.startswith(f"{reached[-1]}.")]
+    return paths[: inside[-1] + 1]
+
+
+MOMENTUM = 0.9
+_POINTS = 100  # of the loss curve
+_FIGURES = ("map", "map_50", "map_75", "map_small", "map_medium", "map_large")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long is trained: steps of batch_size images, the learning rate rising over the first `warmup`."""
+
+    steps: int
+    batch_size: int
+    warmup: int
+
+    @staticmethod
+    def of(images: int, settings: DetectionConfig) -> Plan:
+        """For that many images; a warm-up longer than a third of the run is cut to it, or the peak would never be reached."""
+        steps = max(1, round(settings.epochs * images / settings.batch_size))
+        return Plan(steps, settings.batch_size, min(settings.warmup_steps, steps // 3))
+
+    def factor(self, step: int) -> float:
+        """Share of the peak learning rate at a step, 0 the first: a linear rise, then tenths from 2/3 and 11/12 on.
+
+        The drops are those of MMDetection's 1x schedule: after 8 and 11 of 12 epochs.
+        """
+        drops = (3 * step >= 2 * self.steps) + (12 * step >= 11 * self.steps)
+        return float(min(1.0, (step + 1) / max(1, self.warmup)) * 0.1**drops)
+
+
+def train(
+    model: nn.Module, images: Scenes, config: Config, engine: Engine, *, settings: DetectionConfig, plan: Plan, seed: int
+) -> Iterator[float]:
+    """Train torchvision's model, yielding the loss of each step after it.
+
+    Raises:
+        NumericError: naming the first step whose loss is not finite; that step changes no weight.
+        DataError: if an image cannot be read.
+    """
+    generator = np.random.Generator(np.random.PCG64(seed))
+    wanted = plan.steps * plan.batch_size
+    order = np.concatenate([generator.permutation(len(images)) for _ in range(-(-wanted // len(images)))])[:wanted]
+    flips = generator.random(wanted) < 0.5
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=settings.lr, momentum=MOMENTUM, weight_decay=settings.weight_decay)
+    for step, batch in enumerate(_batches(images, order.tolist(), plan.batch_size, config)):
+        model.train()
+        first = step * plan.batch_size
+        pairs = [flipped(*pair) if flips[first + place] else pair for place, pair in enumerate(batch)]
+        pictures, targets = zip(*(_placed(image, target, engine.device) for image, target in pairs), strict=True)
+        for group in optimizer.param_groups:
+            group["lr"] = settings.lr * plan.factor(step)
+        parts = model(list(pictures), list(targets))
+        loss: Tensor = torch.stack(list(parts.values())).sum()
+        value = loss.item()
+        if not math.isfinite(value):
+            named = ", ".join(f"{name} {part.item():g}" for name, part in parts.items())
+            raise NumericError(f"detection: the loss is {value} at step {step + 1} of {plan.steps} ({named}); lower detection.lr")
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        yield value
+
+
+def flipped(image: Tensor, target: Target) -> tuple[Tensor, Target]:
+    """The mirror image, left for right."""
+    left, top, right, bottom = target["boxes"].unbind(1)
+    width = image.shape[-1]
+    mirrored = {**target, "boxes": torch.stack([width - right, top, width - left, bottom], dim=1)}
+    if "masks" in target:
+        mirrored["masks"] = target["masks"].flip(-1)
+    return image.flip(-1), mirrored
+
+
+@torch.no_grad()
+def measure(
+    model: nn.Module, images: Scenes, config: Config, engine: Engine
+) -> dict[str, tuple[dict[str, float], dict[str, float]]]:
+    """COCO's average precision of a detector, by pycocotools.
+
+    Returns:
+        By "boxes" and, if the images are masked, "masks": figures in percent as of `detection`, and map by class.
+    """
+    from torchmetrics.detection import MeanAveragePrecision
+
+    kinds = {"bbox": "boxes", "segm": "masks"} if images.masked else {"bbox": "boxes"}
+    metric = MeanAveragePrecision(iou_type=tuple(kinds), class_metrics=True, backend="pycocotools")
+    model.eval()
+    for batch in _batches(images, list(range(len(images))), 1, config):
+        for image, target in batch:
+            picture, _ = _placed(image, {}, engine.device)
+            found = {name: value.cpu() for name, value in model([picture])[0].items()}
+            if images.masked:
+                found["masks"] = found["masks"][:, 0] > 0.5
+                target["masks"] = target["masks"].bool()
+            metric.update([found], [target])
+    computed = metric.compute()
+    results = {}
+    for kind, of in kinds.items():
+        prefix = f"{kind}_" if len(kinds) > 1 else ""
+        figures = {name: 100 * float(computed[prefix + name]) for name in _FIGURES}
+        labels, values = computed["classes"].reshape(-1).tolist(), computed[f"{prefix}map_per_class"].reshape(-1).tolist()
+        # Of sizes and classes that the test images have none of, pycocotools says -1.
+        per_class = {images.classes[label - 1]: round(100 * v, 4) for label, v in zip(labels, values, strict=True) if v >= 0}
+        results[of] = {name: value for name, value in figures.items() if value >= 0}, per_class
+    return results
+
+
+def curve(losses: list[float]) -> list[list[float]]:
+    """[step, mean loss since the point before] of at most 100 points."""
+    ends = sorted({round(len(losses) * point / _POINTS) for point in range(1, _POINTS + 1)} - {0})
+    starts = [0, *ends[:-1]]
+    return [[end, round(float(np.mean(losses[start:end])), 5)] for start, end in zip(starts, ends, strict=True)]
+
+
+class _Readable(Dataset[tuple[Tensor, Target] | str]):
+    """What cannot be read as a line of text: an error that passes through a worker would come out with its traceback."""
+
+    def __init__(self, images: Scenes) -> None:
+        self.images = images
+
+    def __getitem__(self, row: int) -> tuple[Tensor, Target] | str:
+        try:
+            return self.images[row]
+        except DataError as error:
+            return str(error)
+
+
+def _batches(images: Scenes, order: list[int], batch_size: int, config: Config) -> Iterator[list[tuple[Tensor, Target]]]:
+    loader = DataLoader(
+        _Readable(images),
+        batch_size=batch_size,
+        sampler=order,
+        num_workers=loader_workers(config),
+        collate_fn=partial(hand_over, list),
+        worker_init_fn=reset_signals,
+        generator=torch.Generator(),  # what workers are seeded with, drawn from nobody else's
+    )
+    for batch in watch(loader):
+        for item in batch:
+            if isinstance(item, str):
+                raise DataError(item)
+        yield batch
+
+
+def _placed(image: Tensor, target: Target, device: torch.device) -> tuple[Tensor, Target]:
+    """On the device, the image in 0..1."""
+    return image.to(device).float() / 255, {name: value.to(device) for name, value in target.items()}
 
 
 def detection(

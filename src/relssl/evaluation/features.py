@@ -2,19 +2,86 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
+import os
+import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from relssl.config import Config
-from relssl.data.plain import batches
-from relssl.data.sources import Images
+from relssl.data.folder import cache_root
+from relssl.data.named import Images
+from relssl.data.plain import batches, describe
+from relssl.data.subsets import identity
+from relssl.engine import Engine
 from relssl.errors import DataError, NumericError
+from relssl.files import storing, sweep, temporary, to_json, write_all
+from relssl.settings.run import Config
+
+
+class Rows:
+    """The rows of a feature matrix [N,D] of any real dtype, or those at `kept`, without a copy of the whole.
+
+    Attributes:
+        name: whose they are, for errors.
+        features: [N,D].
+        kept: int64 places of the rows that take part, or None for all.
+        count: rows that take part.
+    """
+
+    def __init__(self, name: str, features: Tensor, kept: Tensor | None = None) -> None:
+        if features.dim() != 2 or not features.shape[1] or features.is_complex():
+            raise ValueError(f"{name} features must be real and [rows, dimensions], got {features.dtype} {list(features.shape)}")
+        self.name, self.features, self.kept = name, features, kept
+        self.count = len(features) if kept is None else len(kept)
+
+    def chunks(self, size: int, device: torch.device) -> Iterator[tuple[int, Tensor]]:
+        """The place of the first row and up to `size` rows as they are, on `device`."""
+        if size < 1:
+            raise ValueError(f"chunk and bank_chunk must be at least 1, got {size}")
+        for start in range(0, self.count, size):
+            which = slice(start, start + size) if self.kept is None else self.kept[start : start + size]
+            yield start, self.features[which].to(device)
+
+    def units(self, size: int, device: torch.device) -> Iterator[tuple[int, Tensor]]:
+        """The same, fp32 and of unit norm; ValueError for NaN or Inf."""
+        for start, rows in self.chunks(size, device):
+            finite = rows.isfinite().all(dim=1).cpu()
+            if not bool(finite.all()):
+                row = start + int((~finite).nonzero()[0])
+                raise ValueError(
+                    f"{self.name} features hold NaN or Inf, first in row {row if self.kept is None else self.kept[row]}"
+                )
+            yield start, unit(rows)
+
+
+def unit(rows: Tensor) -> Tensor:
+    """[n,D] -> fp32 of unit norm. Each row's largest entry is brought to 1 first, so that no square overflows or vanishes."""
+    rows = rows if rows.dtype == torch.float64 else rows.float()
+    largest = rows.abs().amax(dim=1, keepdim=True)
+    rows = (rows / torch.where(largest > 0, largest, 1)).float()
+    norm: Tensor = rows.norm(dim=1, keepdim=True)
+    return rows / norm.clamp_min(1.0)  # a row of zeros stays zero, and similar to nothing
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Matrix products in true fp32, without gradients: TF32 or bf16 would reorder near neighbours."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @dataclass
@@ -128,3 +195,107 @@ def require_varied(features: Tensor, name: str, *, chunk: int = 16384) -> None:
         raise NumericError(
             f"{name} features are constant over all {len(features)} images: the network has collapsed or is broken"
         )
+
+
+LAYOUT = 1
+# Bytes that all entries may take together.
+LIMIT = 20 << 30
+
+
+def features(backbone: nn.Module, images: Images, config: Config, engine: Engine) -> Features:
+    """The features of a data set: from the disk if they were made before, else made and kept.
+
+    Raises:
+        DataError: if no image can be read.
+        StorageError: if the cache cannot be written; `$RELSSL_CACHE` says where it lies.
+    """
+    root = cache_root() / "features"
+    place = root / key(backbone, images, config, engine)
+    found = _read(place)
+    if found is None:
+        with storing(root):
+            root.mkdir(parents=True, exist_ok=True)
+        sweep(root)
+        _make(place, backbone, images, config, engine)
+        _evict(root, keep=place)
+        found = _read(place)
+    if found is None:  # another process needed the room, or a damaged entry cannot be replaced
+        return extract(backbone, images, config, engine.device, engine.autocast())
+    with contextlib.suppress(OSError):
+        os.utime(place)
+    return found
+
+
+def key(backbone: nn.Module, images: Images, config: Config, engine: Engine) -> str:
+    """32 hex digits of the weights, the network, the images, their view, and what computes."""
+    parts = {
+        "layout": LAYOUT,
+        "weights": state_hash(backbone),
+        "network": repr(backbone),  # two networks may have equal weights and differ in a stride
+        "images": identity(images),
+        "view": [describe(config.views), config.views.mean, config.views.std, config.loader.max_pixels],
+        "compute": [engine.precision, engine.device.type, torch.__version__, engine.threads],
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _make(place: Path, backbone: nn.Module, images: Images, config: Config, engine: Engine) -> None:
+    unfinished = temporary(place.parent)
+    rows: list[np.ndarray] = []
+    bad: list[tuple[str, str]] = []
+    width = 0
+    with storing(place):
+        unfinished.mkdir(mode=0o700)
+        try:
+            with (unfinished / "vectors.f32").open("wb") as file:
+                for some, made, faults in stream(backbone, images, config, engine.device, engine.autocast()):
+                    bad += faults
+                    if len(some):
+                        rows.append(some)
+                        width = made.shape[1]
+                        write_all(file.fileno(), made.contiguous().numpy().data.cast("B"))
+            if not rows:
+                raise DataError(f"{images.name}: none of its {len(images)} images can be read")
+            np.save(unfinished / "rows.npy", np.concatenate(rows))
+            (unfinished / "about.json").write_bytes(to_json({"width": width, "bad": [list(fault) for fault in bad]}))
+            try:
+                unfinished.rename(place)
+            except OSError:
+                if not place.exists():  # else another process was faster, and its entry is as good
+                    raise
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _read(place: Path) -> Features | None:
+    try:
+        about: dict[str, Any] = json.loads((place / "about.json").read_bytes())
+        rows = np.load(place / "rows.npy", allow_pickle=False)
+        shape = (len(rows), int(about["width"]))
+        if (place / "vectors.f32").stat().st_size != 4 * shape[0] * shape[1]:
+            raise ValueError("cut short")
+        # Copy on write: torch wants memory that could be written, and the file must never be.
+        vectors = torch.from_numpy(np.memmap(place / "vectors.f32", np.float32, "c", shape=shape))
+        return Features(vectors, rows, [(str(file), str(reason)) for file, reason in about["bad"]])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, LookupError, TypeError):
+        shutil.rmtree(place, ignore_errors=True)  # damaged: made anew
+        return None
+
+
+def _evict(root: Path, keep: Path) -> None:
+    """Remove the entries that were not used for longest until the rest fit the limit."""
+    entries = []
+    for entry in os.scandir(root):
+        if entry.is_dir(follow_symlinks=False):
+            with contextlib.suppress(OSError):
+                size = sum(file.stat().st_size for file in os.scandir(entry.path))
+                entries.append((entry.stat().st_mtime, size, Path(entry.path)))
+    total = sum(size for _, size, _ in entries)
+    for _, size, path in sorted(entries):
+        if total <= LIMIT:
+            return
+        if path != keep:
+            shutil.rmtree(path, ignore_errors=True)
+            total -= size

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from relssl.errors import ConfigError
-from relssl.evaluation.classes import check_labels
+from relssl.evaluation.features import Rows, full_precision
 from relssl.evaluation.findings import Finding
 from relssl.evaluation.metrics import Bootstrap, accuracies, accuracy_intervals, ranks
-from relssl.evaluation.rows import Rows, full_precision
-from relssl.protocols import KnnConfig
+from relssl.evaluation.pairs import check_labels
+from relssl.settings.evaluation import KnnConfig
 
 # InstDisc and the papers' small sets use (200, 0.1), DINO and solo-learn (20, 0.07).
 SETTINGS = ((200, 0.1), (20, 0.07))

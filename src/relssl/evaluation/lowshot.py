@@ -18,13 +18,28 @@ import torch
 from torch import Tensor
 
 from relssl.errors import ConfigError, DataError
-from relssl.evaluation.classes import check_labels, counts, named, places
-from relssl.evaluation.features import require_varied
+from relssl.evaluation.features import Rows, full_precision, require_varied, unit
 from relssl.evaluation.findings import Finding
-from relssl.evaluation.metrics import Bootstrap, accuracies, average_precision, map_samples, mean_interval, percentiles, ranks
-from relssl.evaluation.rows import Rows, full_precision, unit
-from relssl.evaluation.svm import ITERATIONS, PLAIN_COST, Floats, Ints, Machine, Problem, Score, choose_cost, train
-from relssl.protocols import LowshotConfig
+from relssl.evaluation.metrics import (
+    ITERATIONS,
+    PLAIN_COST,
+    Bootstrap,
+    Floats_svm,
+    Ints,
+    Machine,
+    Problem,
+    Score,
+    accuracies,
+    average_precision,
+    choose_cost,
+    map_samples,
+    mean_interval,
+    percentiles,
+    ranks,
+    train,
+)
+from relssl.evaluation.pairs import check_labels, counts, named, places
+from relssl.settings.evaluation import LowshotConfig
 
 _TWICE = {0: 1.0, 1: 2.0}
 
@@ -143,7 +158,7 @@ def _several(bank: Tensor, labels: Tensor, classes: int, order: Ints, shots: int
     return _Draw(weight, bias, cost, stuck)
 
 
-def _gather(bank: Tensor, rows: Ints) -> Floats:
+def _gather(bank: Tensor, rows: Ints) -> Floats_svm:
     """Some rows of the bank, fp64 of unit norm."""
     return np.asarray(unit(bank[torch.from_numpy(rows)]).double().cpu().numpy())
 

@@ -8,10 +8,10 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from relssl.atomic import storing
-from relssl.data.paths import shown
+from relssl.data.folder import shown
 from relssl.errors import ConfigError, StorageError
-from relssl.protocols import Evaluation
+from relssl.files import storing
+from relssl.settings.evaluation import Evaluation
 
 
 def check_out(out: Path) -> None:

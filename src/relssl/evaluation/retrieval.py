@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 
 from relssl.errors import ConfigError, DataError
-from relssl.evaluation.classes import check_labels
-from relssl.evaluation.features import require_varied
+from relssl.evaluation.features import Rows, full_precision, require_varied
 from relssl.evaluation.findings import Finding
 from relssl.evaluation.metrics import Bootstrap, mean_interval
-from relssl.evaluation.rows import Rows, full_precision
-from relssl.protocols import RetrievalConfig
+from relssl.evaluation.pairs import check_labels
+from relssl.settings.evaluation import RetrievalConfig
 
 _HELD = 1 << 26  # similarities at a time: 256 MiB
 _SORTED = 1 << 22  # of those, what is ranked at a time: some 40 bytes each

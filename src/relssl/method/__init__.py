@@ -4,7 +4,7 @@ from relssl.method.backbones import create_backbone
 from relssl.method.base import Method, Step
 from relssl.method.batchnorm import SplitBatchNorm2d, shuffled, split_batch_norms
 from relssl.method.byol import BYOL
-from relssl.method.creation import create_method, create_student
+from relssl.method.create import create_method, create_student
 from relssl.method.encoder import Encoder, create_encoder
 from relssl.method.health import health
 from relssl.method.memory import Memory

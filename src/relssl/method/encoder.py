@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from relssl.config import Config
 from relssl.method.backbones import feature_width, run_backbone
 from relssl.method.batchnorm import split_batch_norms
+from relssl.settings.run import Config
 
 
 class Encoder(nn.Module):

@@ -12,12 +12,12 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from relssl.config import Config, from_mapping, resolve
 from relssl.errors import ConfigError
-from relssl.protocols import Evaluation, read_settings
-from relssl.recipes import layer
 from relssl.reproduction.tables import Row, Scale, Table, known
-from relssl.schema import leaves, merge, nearest, nest, read_yaml
+from relssl.settings.evaluation import Evaluation, read_settings
+from relssl.settings.reading import leaves, merge, nearest, nest, read_yaml
+from relssl.settings.recipes import layer
+from relssl.settings.run import Config, from_mapping, resolve
 
 # Settings that do not change what a run learns, or are filled in once the data is known.
 _APART = ("out", "time_limit", "data_root")

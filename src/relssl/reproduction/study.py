@@ -7,11 +7,10 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from relssl.atomic import storing, write_file, write_json
 from relssl.errors import ConfigError
-from relssl.reproduction.outcome import against_paper, by_figure, order, outcome, paired, spread, verdict
-from relssl.reproduction.page import page
+from relssl.files import storing, write_file, write_json
 from relssl.reproduction.plan import Run, flat, noted, plan, state, title
+from relssl.reproduction.results import against_paper, by_figure, order, outcome, page, paired, spread, verdict
 from relssl.reproduction.tables import Row, Scale, Table
 
 # Overrides that leave a setting the paper's own: where and how fast it runs, and what is logged.

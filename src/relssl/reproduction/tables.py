@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from relssl.errors import ConfigError
-from relssl.schema import nearest_word, nest, read_yaml
+from relssl.settings.reading import nearest_word, nest, read_yaml
 
 _FOLDER = Path(__file__).parent / "tables"
 SCALES = ("smoke", "small", "paper")

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from relssl.engine import Engine
 from relssl.errors import CheckpointError, DistributedError
 from relssl.method.base import Method, unwrapped
-from relssl.weights import store, tree
+from relssl.weights import store
 
 
 def save(folder: Path, step: int, model: Method, optimizer: Optimizer, engine: Engine, facts: dict[str, Any]) -> Path | None:
@@ -23,7 +23,7 @@ def save(folder: Path, step: int, model: Method, optimizer: Optimizer, engine: E
     hashes = agreed_hashes(model, engine)
     if not engine.is_first:
         return None
-    tensors, rest = tree.flatten(whole)
+    tensors, rest = store.flatten(whole)
     target = store.step_folder(folder, step)
     meta = {"step": step, "threads": engine.threads, "world": engine.world, "precision": engine.precision}
     meta |= {"hashes": hashes, "tree": rest}
@@ -78,7 +78,7 @@ def restore(path: Path, model: Method, optimizer: Optimizer, engine: Engine) -> 
         CheckpointError: if it is damaged, or its tensors do not match this configuration's.
     """
     tensors, meta = store.load(path)
-    state = tree.unflatten(tensors, meta["tree"])
+    state = store.unflatten(tensors, meta["tree"])
     try:
         for name, part in _parts(model).items():
             part.load_state_dict(state[name])

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from relssl.config import Config
-from relssl.data.sources import Images
+from relssl.data.named import Images
 from relssl.engine import Engine
 from relssl.evaluation.features import extract
 from relssl.evaluation.knn import knn_accuracy
 from relssl.evaluation.pairs import LabelledPair
 from relssl.method.base import Method, unwrapped
+from relssl.settings.run import Config
 
 
 class OnlineKnn:

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from relssl import __version__
-from relssl.config import Config
 from relssl.data.plain import describe
-from relssl.methods import METHODS, Traits
-from relssl.recipes import spoken
+from relssl.settings.recipes import spoken
+from relssl.settings.run import METHODS, Config, Traits
 from relssl.weights.parity import Parity
-from relssl.weights.written import Source, Written
+from relssl.weights.writers import Source, Written
 
 _FRONT = """---
 library_name: timm

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from relssl.atomic import storing, sweep, sync_folder, temporary, write_file
-from relssl.config import to_yaml
-from relssl.data.sources import Images
+from relssl.data.named import Images
 from relssl.errors import ConfigError
+from relssl.files import storing, sweep, sync_folder, temporary, write_file
+from relssl.settings.run import Config, to_yaml
 from relssl.weights.card import card, public
-from relssl.weights.detectron import as_detectron2
+from relssl.weights.foreign import LoadReport, load_foreign
 from relssl.weights.formats import FORMATS, find_format
-from relssl.weights.graphs import as_onnx, as_torch_export
-from relssl.weights.opening import Reading, is_exported, open_backbones
+from relssl.weights.opening import Reading, is_exported, open_backbones, settings_of, told
 from relssl.weights.parity import Parity, compare, real_images
-from relssl.weights.runs import told
-from relssl.weights.statedicts import as_hf, as_safetensors, as_timm, as_torchvision
-from relssl.weights.written import Source, Written
+from relssl.weights.writers import (
+    Source,
+    Written,
+    as_detectron2,
+    as_hf,
+    as_onnx,
+    as_safetensors,
+    as_timm,
+    as_torch_export,
+    as_torchvision,
+)
 
 _WRITERS = {
     "safetensors": as_safetensors,
@@ -190,3 +197,51 @@ def _keep(unfinished: Path, target: Path) -> tuple[Path, ...]:
     if target.is_dir():
         return tuple(sorted(target.iterdir()))
     return tuple(sorted(target.parent / name for name in names))
+
+
+def import_weights(
+    path: str | Path,
+    *,
+    out: str | Path | None = None,
+    layout: str | None = None,
+    backbone: str | None = None,
+    stem: str | None = None,
+    network: str | None = None,
+    allow: Sequence[str] = (),
+    size: int | None = None,
+) -> LoadReport:
+    """Write the backbone in a foreign file as OUT.safetensors, its settings as OUT.yaml and a card as OUT.md.
+
+    It is checked as an export is, and exported like one.
+
+    Args:
+        out: ends in .safetensors; default: beside the file, under its name. An older file there is replaced only if this
+            function wrote it.
+        path, layout, backbone, stem, network, allow, size: as of `load_foreign`.
+
+    Returns:
+        The account of the file's names; its `out` is the file written, which `relssl.load_backbone` opens.
+
+    Raises:
+        ConfigError, CheckpointError: as `load_foreign`, and if OUT must not be written.
+        StorageError: if it cannot be.
+    """
+    path = Path(path)
+    if told(path):
+        raise ConfigError(f"{path}: was written by relssl and is used as it is; there is nothing to import")
+    target = Path(out) if out is not None else path.with_name(path.name.removesuffix(".tar")).with_suffix(".safetensors")
+    _free(target)
+    made, report = load_foreign(path, layout=layout, backbone=backbone, stem=stem, network=network, allow=allow, size=size)
+    config = made.config
+    assert isinstance(config, Config)
+    hand_over(Source(made, config, "backbone", report.file, account=report.lines()), target, "safetensors")
+    report.out = str(target)
+    return report
+
+
+def _free(target: Path) -> None:
+    if target.suffix != ".safetensors" or target.stem == "config":
+        raise ConfigError(f"out: {target} must end in .safetensors, and its settings, beside it, must not replace a config.yaml")
+    taken = [file for file in (target, settings_of(target), target.with_suffix(".md")) if file.exists()]
+    if taken and (told(target) or ("",))[0] != "backbone":
+        raise ConfigError(f"out: {taken[0]} exists and was not written by relssl import; give another name with --out")

@@ -6,7 +6,7 @@ import importlib.util
 from dataclasses import dataclass
 
 from relssl.errors import ConfigError
-from relssl.schema import nearest_word
+from relssl.settings.reading import nearest_word
 
 
 @dataclass(frozen=True)

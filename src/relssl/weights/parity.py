@@ -18,15 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from relssl.config import Config
-from relssl.data.files import EXTENSIONS, NAMES, locate, split_folders
-from relssl.data.refusal import BadImage
-from relssl.data.samples import read_image
-from relssl.data.sources import Images, at_hand, load
-from relssl.data.walk import Notes, walk
+from relssl.data.decode import BadImage
+from relssl.data.folder import EXTENSIONS, NAMES, Notes, locate, split_folders, walk
+from relssl.data.loader import read_image
+from relssl.data.named import Images, at_hand, load
 from relssl.errors import CheckpointError, DataError
-from relssl.weights.runs import transform
-from relssl.weights.written import Snippet, Written
+from relssl.settings.run import Config
+from relssl.weights.opening import transform
+from relssl.weights.writers import Snippet, Written
 
 COUNT = 16  # images compared
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -16,13 +17,160 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from relssl.atomic import storing, sweep, sync_folder, temporary, to_json, write_all
 from relssl.errors import CheckpointError, StorageError
-from relssl.weights import tensorfile
-from relssl.weights.tensorfile import MAX_JSON
+from relssl.files import storing, sweep, sync_folder, temporary, to_json, write_all
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+MAX_JSON = 8 << 20  # bytes of JSON that are ever read from a file, such as this header: parsed, they take about 25 times as much
+
+
+def encode(tensors: Mapping[str, Tensor]) -> bytes:
+    """The tensors as the content of a safetensors file.
+
+    Raises:
+        ValueError: naming the tensors when they cannot be stored.
+    """
+    import torch
+    from safetensors.torch import save
+
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_complex() or name == "__metadata__":
+            raise ValueError(f"tensor {name!r} ({tensor.dtype}, {tensor.layout}, {tensor.device}) cannot be stored")
+    try:
+        # Cloned, as the library refuses tensors that share memory.
+        data: bytes = save({name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()})
+    except Exception as error:  # the library's own types, for names and dtypes it does not know
+        raise ValueError(
+            f"the tensors {', '.join(map(repr, list(tensors)[:3]))} ... cannot be stored ({one_line(error)})"
+        ) from error
+    length = int.from_bytes(data[:8], "little")
+    if length > MAX_JSON:
+        raise ValueError(f"{len(tensors)} tensors need a header of {length} bytes, more than {MAX_JSON}")
+    return data
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, on the CPU and owning their memory.
+
+    Raises:
+        CheckpointError: naming the file, whatever it holds; a crafted one takes neither much memory nor another exception.
+    """
+    with _opened(path) as opened:
+        # Cloned out of the memory map: a file that vanishes or shrinks under a map kills the process.
+        return {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
+
+
+def metadata(path: Path) -> dict[str, str]:
+    """What the header of a safetensors file says beside its tensors; raises as `read` does."""
+    with _opened(path) as opened:
+        return opened.metadata() or {}
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    from safetensors import safe_open
+
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+        if length > MAX_JSON:
+            raise CheckpointError(f"{path}: claims a header of {length} bytes, more than {MAX_JSON}")
+        with safe_open(path, framework="pt") as opened:
+            yield opened
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever a crafted header makes the library or torch raise
+        raise CheckpointError(f"{path}: not a valid safetensors file ({one_line(error)})") from error
+
+
+def one_line(error: BaseException) -> str:
+    """The text of a foreign error, fit for one line of ours."""
+    return " ".join(str(error).split())[:200]
+
+
+def flatten(tree: Any) -> tuple[dict[str, Tensor], Any]:
+    """Take the tensors out of nested dicts, lists and tuples, such as `optimizer.state_dict()`.
+
+    Returns:
+        The tensors by a readable, unique name, and the rest as JSON that keeps the type of keys, tuples and non-finite floats.
+
+    Raises:
+        TypeError: for anything else than tensors, str, bool, int, float and None, naming where it lies.
+    """
+    tensors: dict[str, Tensor] = {}
+    return tensors, _flatten(tree, "", tensors)
+
+
+def _flatten(node: Any, where: str, tensors: dict[str, Tensor]) -> Any:
+    from torch import Tensor
+
+    if isinstance(node, Tensor):
+        name = _unique(where.encode("utf-8", "backslashreplace").decode() or "value", tensors)
+        tensors[name] = node
+        return {"$tensor": name}
+    if isinstance(node, Mapping):
+        pairs = [(key, _flatten(value, f"{where}.{key}" if where else str(key), tensors)) for key, value in node.items()]
+        if all(type(key) is str and not key.startswith("$") for key, _ in pairs):
+            return dict(pairs)
+        return {"$dict": [[_scalar(key, where), value] for key, value in pairs]}
+    if isinstance(node, (list, tuple)):
+        items = [_flatten(value, f"{where}.{i}" if where else str(i), tensors) for i, value in enumerate(node)]
+        return items if isinstance(node, list) else {"$tuple": items}
+    return _scalar(node, where)
+
+
+def _unique(name: str, taken: Mapping[str, Tensor]) -> str:
+    """Keys such as 1 and "1", or "a.b" and "b" within "a", lead to one name; the later ones are numbered."""
+    unique, count = name, 1
+    while unique in taken or unique == "__metadata__":  # which safetensors keeps for itself
+        count += 1
+        unique = f"{name}~{count}"
+    return unique
+
+
+def _scalar(node: Any, where: str) -> Any:
+    if isinstance(node, float):
+        return float(node) if math.isfinite(node) else {"$float": str(float(node))}
+    if node is None or isinstance(node, (str, bool, int)):
+        return node
+    raise TypeError(f"{where or 'the state'}: a {type(node).__name__} cannot be stored; turn it into a tensor or a number")
+
+
+def unflatten(tensors: Mapping[str, Tensor], rest: Any) -> Any:
+    """The tree that `flatten` took apart.
+
+    Raises:
+        CheckpointError: if a tensor is missing or `rest` was not made by `flatten`.
+    """
+    try:
+        return _unflatten(tensors, rest)
+    except KeyError as error:
+        raise CheckpointError(f"tensor {error} is missing from the state") from error
+    except (TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"the state is malformed ({one_line(error)})") from error
+
+
+def _unflatten(tensors: Mapping[str, Tensor], node: Any) -> Any:
+    if isinstance(node, list):
+        return [_unflatten(tensors, item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    if len(node) != 1 or not next(iter(node)).startswith("$"):
+        return {key: _unflatten(tensors, value) for key, value in node.items()}
+    ((tag, value),) = node.items()
+    if tag == "$tensor":
+        return tensors[value]
+    if tag == "$float":
+        return float(value)
+    if tag == "$tuple":
+        return tuple(_unflatten(tensors, item) for item in value)
+    if tag == "$dict":
+        return {_unflatten(tensors, key): _unflatten(tensors, item) for key, item in value}
+    raise ValueError(f"unknown tag {tag}")
+
 
 VERSION = 1
 TENSORS, META, SUMS = "state.safetensors", "state.json", "SHA256SUMS"
@@ -42,7 +190,7 @@ def save(folder: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -
         StorageError: if the folder exists or cannot be written; nothing unfinished is left behind.
         ValueError: for a tensor or meta that cannot be stored, named.
     """
-    data = tensorfile.encode(tensors)
+    data = encode(tensors)
     described = to_json({"version": VERSION, "meta": meta})
     if len(described) > MAX_JSON:
         raise ValueError(f"{folder}: meta takes {len(described)} bytes as JSON, more than {MAX_JSON}; store arrays as tensors")
@@ -90,7 +238,7 @@ def verify(folder: Path) -> None:
         CheckpointError: naming the folder, the file and whether it is missing, truncated or changed.
     """
     for name, (size, digest) in _read_manifest(folder).items():
-        with _opened(folder, name) as file:
+        with _opened_store(folder, name) as file:
             found = os.fstat(file.fileno()).st_size
             if found < size:
                 raise CheckpointError(f"{folder}: {name} is truncated: {found} of {size} bytes")
@@ -106,7 +254,7 @@ def _digest(file: BinaryIO) -> str:
 
 
 @contextlib.contextmanager
-def _opened(folder: Path, name: str) -> Iterator[BinaryIO]:
+def _opened_store(folder: Path, name: str) -> Iterator[BinaryIO]:
     """A regular file of the checkpoint: a link could lead anywhere and a pipe would wait for ever."""
     try:
         flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
@@ -121,7 +269,7 @@ def _opened(folder: Path, name: str) -> Iterator[BinaryIO]:
 
 
 def _read_small(folder: Path, name: str) -> bytes:
-    with _opened(folder, name) as file:
+    with _opened_store(folder, name) as file:
         data = file.read(MAX_JSON + 1)
     if len(data) > MAX_JSON:
         raise CheckpointError(f"{folder}: {name} has more than {MAX_JSON} bytes")
@@ -157,10 +305,10 @@ def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if type(version) is not int or version < 1 or not isinstance(meta, dict):
             raise ValueError("version or meta is of the wrong type")
     except (ValueError, TypeError, LookupError, RecursionError) as error:
-        raise CheckpointError(f"{folder}: {META} describes no checkpoint ({tensorfile.one_line(error)})") from error
+        raise CheckpointError(f"{folder}: {META} describes no checkpoint ({one_line(error)})") from error
     if version > VERSION:
         raise CheckpointError(f"{folder}: written by version {version}, this reads up to {VERSION}; upgrade relssl")
-    return tensorfile.read(folder / TENSORS), meta
+    return read(folder / TENSORS), meta
 
 
 def _refuse_constant(name: str) -> Any:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from relssl.data import digits
 from relssl.errors import CheckpointError, ConfigError
 from relssl.method.backbones import drop_classifier
-from relssl.schema import nearest_word
+from relssl.settings.reading import nearest_word
 
 TOLERANCE = 1e-4  # largest difference of outputs, relative to the largest output, in fp32
 SIDE = 64  # pixels of the images of a comparison, where the network takes any size

@@ -1,0 +1,180 @@
+"""RandAugment's operations as FixMatch defines them (Sohn et al. 2020, table 12), for one PIL image and for a batch of tensors.
+
+The magnitudes are those of FixMatch's usual PyTorch code, which the strong views of ReSSL's official code follow: level v of 10,
+brightness, color, contrast and sharpness by 0.9 v / 10 + 0.05; posterize to 4 + int(4 v / 10) bits; solarize from
+256 - int(256 v / 10); rotate by 3 v degrees; shear by 0.3 v / 10; translate by int(0.3 v / 10 * side); the last three either way.
+The cutout that FixMatch adds at the end is not part of the pool. The operations are 8-bit ones, with nearest neighbours and
+truncation, so the tensors hold whole numbers 0..255 and follow Pillow to the level.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageEnhance, ImageOps
+from torch import Tensor
+
+from relssl.data.draws import POOL, Draws, Floats, Ints
+from relssl.engine import send
+
+_ENHANCERS = {
+    "brightness": ImageEnhance.Brightness,
+    "color": ImageEnhance.Color,
+    "contrast": ImageEnhance.Contrast,
+    "sharpness": ImageEnhance.Sharpness,
+}
+
+
+def apply_pil(image: Image.Image, op: int, level: int) -> Image.Image:
+    """Apply operation POOL[op] at `level` (1..9, signed) to a square RGB image."""
+    name = POOL[op]
+    if name in _ENHANCERS:
+        return _ENHANCERS[name](image).enhance(_factor(level))
+    if name == "autocontrast":
+        return ImageOps.autocontrast(image)
+    if name == "equalize":
+        return ImageOps.equalize(image)
+    if name == "posterize":
+        return ImageOps.posterize(image, _bits(level))
+    if name == "solarize":
+        return ImageOps.solarize(image, _threshold(level))
+    if name == "identity":
+        return image
+    return image.transform(image.size, Image.Transform.AFFINE, _matrix(name, level, image.width))
+
+
+def apply(x: Tensor, draws: Draws) -> Tensor:
+    """Apply each sample's drawn operations, in turn, in place; x fp32 [B,3,S,S] in 0..1, on any device."""
+    touched = np.flatnonzero(draws.ops_applied.any(axis=1))
+    if len(touched) == 0:
+        return x
+    index = _index(touched, x)
+    pixels = (x.index_select(0, index) * 255).round_()
+    draws = draws.take(touched)
+    for turn in range(draws.ops.shape[1]):
+        for op, name in enumerate(POOL):
+            rows = np.flatnonzero((draws.ops[:, turn] == op) & draws.ops_applied[:, turn])
+            if len(rows) and name != "identity":
+                part = _index(rows, x)
+                pixels.index_copy_(0, part, _apply(name, pixels.index_select(0, part), draws.levels[rows, turn]))
+    return x.index_copy_(0, index, pixels.div_(255))
+
+
+def _apply(name: str, x: Tensor, levels: Ints) -> Tensor:
+    """One operation on whole numbers 0..255 [B,3,S,S], each sample at its own level."""
+    if name in _BASES:
+        return _blend(x, _BASES[name](x), levels)
+    if name == "autocontrast":
+        return _autocontrast(x)
+    if name == "equalize":
+        return _equalize(x)
+    if name == "posterize":
+        return x - x.remainder(_column([2 ** (8 - _bits(level)) for level in levels], x))
+    if name == "solarize":
+        return torch.where(x < _column([_threshold(level) for level in levels], x), x, 255 - x)
+    return _warp(x, np.array([_matrix(name, level, x.shape[-1]) for level in levels]))
+
+
+def _factor(level: int) -> float:
+    return 0.9 * abs(level) / 10 + 0.05
+
+
+def _bits(level: int) -> int:
+    return 4 + int(4 * abs(level) / 10)
+
+
+def _threshold(level: int) -> int:
+    return 256 - int(256 * abs(level) / 10)
+
+
+def _matrix(name: str, level: int, side: int) -> tuple[float, float, float, float, float, float]:
+    """Pillow's affine data: target (x, y) takes its pixel from (a x + b y + c, d x + e y + f)."""
+    share = 0.3 * level / 10
+    if name == "shear_x":
+        return (1, share, 0, 0, 1, 0)
+    if name == "shear_y":
+        return (1, 0, 0, share, 1, 0)
+    if name == "translate_x":
+        return (1, 0, int(share * side), 0, 1, 0)
+    if name == "translate_y":
+        return (1, 0, 0, 0, 1, int(share * side))
+    assert name == "rotate", name
+    cos, sin, centre = math.cos(math.radians(3 * level)), math.sin(math.radians(3 * level)), side / 2
+    return (cos, -sin, centre - centre * (cos - sin), sin, cos, centre - centre * (sin + cos))
+
+
+def _index(rows: Ints, like: Tensor) -> Tensor:
+    return send(torch.as_tensor(rows), like.device)
+
+
+def _column(values: Sequence[float], like: Tensor) -> Tensor:
+    """One number a sample as [B,1,1,1] on `like`'s device."""
+    return send(torch.tensor(values, dtype=like.dtype), like.device).view(-1, 1, 1, 1)
+
+
+def _blend(x: Tensor, base: Tensor, levels: Ints) -> Tensor:
+    """Pillow's Image.blend, which truncates."""
+    return (base + _column([_factor(level) for level in levels], x) * (x - base)).floor_()
+
+
+def _luma(x: Tensor) -> Tensor:
+    """Pillow's conversion to L [B,1,S,S]: 16-bit fixed point, whose whole numbers fp32 holds exactly."""
+    luma = 19595 * x[:, :1] + 38470 * x[:, 1:2] + 7471 * x[:, 2:] + 32768
+    return luma.div_(65536).floor_()
+
+
+def _mean_luma(x: Tensor) -> Tensor:
+    return _luma(x).mean(dim=(2, 3), keepdim=True).add_(0.5).floor_()
+
+
+def _smooth(x: Tensor) -> Tensor:
+    """Pillow's SMOOTH filter, which leaves the outermost pixels as they are."""
+    kernel = torch.ones(3, 1, 3, 3, dtype=x.dtype, device=x.device)
+    kernel[:, :, 1, 1] = 5
+    smooth = x.clone()
+    smooth[:, :, 1:-1, 1:-1] = F.conv2d(x, kernel, groups=3).div_(13).add_(0.5).floor_()
+    return smooth
+
+
+_BASES: dict[str, Callable[[Tensor], Tensor]] = {
+    "brightness": torch.zeros_like,
+    "color": _luma,
+    "contrast": _mean_luma,
+    "sharpness": _smooth,
+}
+
+
+def _autocontrast(x: Tensor) -> Tensor:
+    """Stretch each channel to 0..255. Pillow's table, kept in floating point, may come out one level lower."""
+    low, high = x.amin(dim=(2, 3), keepdim=True), x.amax(dim=(2, 3), keepdim=True)
+    return torch.where(high > low, ((x - low) * 255 / (high - low).clamp(min=1)).floor_(), x)
+
+
+def _equalize(x: Tensor) -> Tensor:
+    """Pillow's equalize: each channel through the running sum of its histogram, in whole numbers."""
+    flat = x.long().flatten(2).flatten(0, 1)
+    histogram = torch.zeros(len(flat), 256, dtype=torch.long, device=x.device).scatter_add_(1, flat, torch.ones_like(flat))
+    last = histogram.gather(1, flat.amax(dim=1, keepdim=True))
+    step = (flat.shape[1] - last) // 255
+    before = histogram.cumsum(1) - histogram
+    table = (before + step // 2) // step.clamp(min=1)
+    return torch.where(step > 0, table.clamp_(max=255).gather(1, flat), flat).view(x.shape).to(x.dtype)
+
+
+def _warp(x: Tensor, matrices: Floats) -> Tensor:
+    """Nearest-neighbour affine over black, [B,6] as `_matrix`; in Pillow's 16-bit fixed point, so that ties fall the same way."""
+    side = x.shape[-1]
+    matrices = matrices.astype(np.float64)
+    matrices[:, [2, 5]] += 0.5 * (matrices[:, [0, 3]] + matrices[:, [1, 4]])  # pixels are taken at their centres
+    a, b, c, d, e, f = _index(np.floor(matrices * 65536 + 0.5).astype(np.int64), x).view(-1, 6, 1, 1).unbind(1)
+    across = torch.arange(side, device=x.device)
+    down = across[:, None]
+    column, row = (c + a * across + b * down) >> 16, (f + d * across + e * down) >> 16
+    inside = (column >= 0) & (column < side) & (row >= 0) & (row < side)
+    source = (row.clamp(0, side - 1) * side + column.clamp(0, side - 1)).flatten(1)
+    moved = x.flatten(2).gather(2, source[:, None].expand(-1, x.shape[1], -1)).view(x.shape)
+    return moved * inside[:, None]

@@ -1,0 +1,275 @@
+"""The run folder: made once, never overwritten silently, written by one process at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from relssl.errors import ConfigError, LockedError, StorageError
+from relssl.files import write_file, write_json
+from relssl.settings.recipes import spoken
+from relssl.settings.run import Config, to_yaml
+from relssl.weights import store
+
+_PACKAGES = ("relssl", "torch", "torchvision", "timm", "lightning", "numpy", "scikit-learn", "safetensors", "Pillow")
+
+
+def refuse_used(folder: Path) -> None:
+    """ConfigError if `folder` holds anything already; needs no torch, so it is asked before start-up."""
+    if (folder / "config.yaml").exists():
+        raise ConfigError(f"out: {folder} holds a run; go on with `relssl resume {folder}` or give another --out")
+    # A run that was killed before it could say what it is has left its lock and an empty folder, and nothing to lose.
+    if folder.exists() and not (folder.is_dir() and all(_is_blank(entry) for entry in folder.iterdir())):
+        raise ConfigError(f"out: {folder} exists and is not empty; give another --out")
+
+
+def _is_blank(entry: Path) -> bool:
+    return entry.name == ".lock" or (entry.name == "checkpoints" and entry.is_dir() and not any(entry.iterdir()))
+
+
+def default_folder(config: Config) -> str:
+    """runs/RECIPE-SEED, nips/cifar10 as nips-cifar10."""
+    name = spoken(config.recipe) or "run"
+    return f"runs/{name.removesuffix('.yaml').removesuffix('.yml').replace('/', '-')}-{config.seed}"
+
+
+class RunFolder:
+    """A run's files, for the one process that writes them.
+
+    Raises:
+        LockedError: if another process holds the folder.
+        StorageError: if it cannot be written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self._listed: set[str] | None = None
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(path / ".lock")
+        except OSError as error:
+            raise StorageError(f"{path}: cannot be written ({error.strerror}); give another --out") from error
+
+    def describe(self, config: Config, facts: dict[str, Any]) -> None:
+        """Write what the run is: its whole configuration and where it runs."""
+        write_file(self.path / "config.yaml", to_yaml(config).encode())
+        write_json(self.path / "environment.json", environment() | facts)
+
+    def status(self, state: str, step: int, **facts: Any) -> None:
+        """Say in status.json where the run stands; state is running, complete, interrupted or failed."""
+        write_json(self.path / "status.json", {"state": state, "step": step, "exit_code": None, "error": None} | facts)
+
+    def give_up_after(self, step: int) -> None:
+        """Remove checkpoints later than `step`: going on from an older one gives their future up."""
+        for path in store.checkpoints(self.checkpoints):
+            if path.name > store.step_folder(self.checkpoints, step).name:
+                store.remove(path)
+
+    def bad_samples(self, faults: list[tuple[str, str]]) -> None:
+        """List images that could not be read, each file once: one object a line with the file and the reason."""
+        path = self.path / "bad_samples.jsonl"
+        if self._listed is None:
+            lines = path.read_text().splitlines() if path.exists() else []
+            self._listed = {json.loads(line)["file"] for line in lines}
+        new = {name: reason for name, reason in faults if name not in self._listed}
+        if new:
+            self._listed |= new.keys()
+            with path.open("a") as file:
+                file.writelines(json.dumps({"file": name, "reason": reason}) + "\n" for name, reason in new.items())
+
+    def close(self) -> None:
+        """Let others write the folder."""
+        self._lock.close()
+
+
+def _lock(path: Path) -> IO[str]:
+    # A lock of the operating system goes with its process, however that ends: no stale lock needs breaking.
+    file = path.open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        file.close()
+        raise LockedError(f"{path.parent}: is being written by {holder}; wait for it or stop it") from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}")
+    file.flush()
+    return file
+
+
+def environment() -> dict[str, Any]:
+    """Versions, hardware and source revision, for the run's record; no user names, paths or variables."""
+    versions = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return {
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "versions": versions,
+        "git": _revision(),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _revision() -> str | None:
+    """The commit of the package's own source tree, when it is run from one."""
+    source = Path(__file__).resolve().parents[3]
+    if not (source / ".git").exists():
+        return None
+    asked = subprocess.run(["git", "-C", str(source), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return asked.stdout.strip() or None
+
+
+# What differs from run to run on the same machine; everything else in a row repeats bit for bit.
+TIMINGS = ("images_per_second", "data_wait")
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl; a last line cut short by a crash is left out."""
+    rows = []
+    lines = path.read_text().splitlines() if path.exists() else []
+    for line in lines:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+class Journal:
+    """Rows of figures, one a logged step.
+
+    A resumed run first drops the rows that lie after the checkpoint it starts from, so the file reads as if the run had
+    never stopped.
+    """
+
+    def __init__(self, folder: Path, start: int, tensorboard: bool) -> None:
+        path = folder / "metrics.jsonl"
+        kept = [row for row in read_rows(path) if start > 0 and row["step"] <= start]
+        if path.exists():
+            write_file(path, "".join(_line(row) for row in kept).encode())
+        self._file = path.open("a")
+        self._board = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # a second of imports that not every run needs
+
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)  # type: ignore[no-untyped-call]
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append one row; it has reached the operating system when this returns."""
+        self._file.write(_line(row))
+        self._file.flush()
+        if self._board is not None:
+            for name, value in row.items():
+                if name != "step" and isinstance(value, (int, float)):
+                    self._board.add_scalar(name, value, row["step"])  # type: ignore[no-untyped-call]
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()  # type: ignore[no-untyped-call]
+
+
+def _line(row: dict[str, Any]) -> str:
+    finite = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()}
+    return json.dumps(finite) + "\n"
+
+
+class Display:
+    """The console: a live bar on a terminal, a line an epoch elsewhere."""
+
+    def __init__(self, total: int, start: int, show: bool) -> None:
+        self._console = Console(stderr=True, quiet=not show, highlight=False)
+        self._live = self._console.is_terminal and show
+        self._progress = Progress(
+            BarColumn(bar_width=10),  # narrow, so that 80 columns hold the figures as well
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[figures]}"),
+            console=self._console,
+            disable=not self._live,
+        )
+        self._task = self._progress.add_task("steps", total=total, completed=start, figures="")
+
+    def __enter__(self) -> Display:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def say(self, line: str) -> None:
+        """Print a line above the bar."""
+        self._console.print(line, markup=False, soft_wrap=True)
+
+    @contextlib.contextmanager
+    def chore(self, what: str, done: int, total: int) -> Iterator[Callable[[int], None]]:
+        """Show what comes before the steps: a bar in the place of theirs, elsewhere a line at its start and each tenth.
+
+        Args:
+            what: a few words for it.
+            done, total: how many of how many are done already; what is yielded is called with how many are done now.
+        """
+        self._progress.update(self._task, visible=False)
+        task = self._progress.add_task("chore", total=total, completed=done, figures=what)
+        told = 10 * done // total
+        if not self._live:
+            self.say(f"{what}: {done} of {total}")
+
+        def advance(now: int) -> None:
+            nonlocal told
+            self._progress.update(task, completed=now)
+            if not self._live and 10 * now // total > told:
+                told = 10 * now // total
+                self.say(f"{what}: {now} of {total}")
+
+        try:
+            yield advance
+        finally:
+            self._progress.remove_task(task)
+            self._progress.update(self._task, visible=True)
+
+    def row(self, row: dict[str, Any], epoch_ended: bool) -> None:
+        """Show a row's main figures."""
+        self._progress.update(self._task, completed=row["step"], figures=_brief(row))
+        if epoch_ended and (not self._live or "knn_top1" in row):
+            self.say(f"epoch {row['epoch']:>4}  {_brief(row)}")
+
+
+def _brief(row: dict[str, Any]) -> str:
+    words = [f"loss {row['loss']:.3f}"]
+    if "teacher_neighbours" in row:
+        words.append(f"neighbours {row['teacher_neighbours']:.0f}")
+    words += [f"{row['images_per_second']:.0f} img/s", f"data wait {row['data_wait']:.0%}"]
+    if "knn_top1" in row:
+        teacher = f" (teacher {row['knn_teacher_top1']:.1f} %)" if "knn_teacher_top1" in row else ""
+        words.append(f"kNN {row['knn_top1']:.1f} %{teacher}")
+    return "  ".join(words)
