@@ -622,7 +622,7 @@ def _passes(trainer: Trainer, part: Batch, clock: _Clock) -> tuple[Tensor, Tenso
     with networks[0], networks[1], clock.time("loss"), engine.autocast():  # the loss is what the networks leave of the step
         made = trainer.look(placed, trainer.settings_at(trainer.step))
     with clock.time("backward"):
-        engine.backward(made.loss)
+        made.loss.backward()  # type: ignore[no-untyped-call]
     return made.queries, made.keys
 
 
@@ -963,6 +963,11 @@ def estimate(
         raise ConfigError(f"steps: must be at least 1, got {steps}")
     made = settings or resolve(({} if data is None else {"data": data}) | overrides, config)
     engine = Engine(made.engine)
+    with engine.running():
+        return _estimate(made, engine, steps, quiet)
+
+
+def _estimate(made: Config, engine: Engine, steps: int, quiet: bool) -> Estimate | None:
     trainer = build(timed(made), engine)
     console = Console(stderr=True, quiet=quiet or not engine.is_first, highlight=False)
     try:
@@ -998,7 +1003,7 @@ def _measure(trainer: Trainer, steps: int, console: Console, cache: int) -> Esti
     console.print("timing the stages of a step", markup=False, soft_wrap=True)
     low, middle, high = np.quantile(timing.steps, [0.1, 0.5, 0.9]).tolist()
     # By the first rank's clock on all of them, as they exchange gradients each time.
-    pieces = stages(trainer, engine.first_says(max(1, min(_REPEATS, int(_STAGES_SECONDS / middle)))))
+    pieces = stages(trainer, engine.broadcast(max(1, min(_REPEATS, int(_STAGES_SECONDS / middle)))))
     console.print("timing the device at its best, an evaluation and a checkpoint", markup=False, soft_wrap=True)
     flops, rate = step_flops(config, trainer.classes), attainable(engine)
     slow = engine.precision == "fp32" and fast_bf16(engine.device.type)
