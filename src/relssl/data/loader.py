@@ -50,14 +50,6 @@ class Batch:
     bad: list[tuple[str, str]] = field(default_factory=list)
 
 
-def standardise(images: Tensor, config: Config) -> Tensor:
-    """uint8 or 0..1 floats [B, 3, H, W] to the channels [B, C, H, W] that the networks see, with zero mean and unit deviation by
-    the run's channel statistics."""
-    if config.views.channels == 1:
-        images = batched.luma(images / 255 if images.dtype == torch.uint8 else images)
-    return batched.normalise(images, *config.views.statistics())
-
-
 # Draws of the order, and of the teacher's, use slots of their own, far from those of views.
 _ORDER_SLOT = 1 << 20
 _SHUFFLE_SLOT = _ORDER_SLOT + 1
@@ -510,7 +502,7 @@ class Resident:
         made = []
         for slot, view in enumerate(self.views):
             draws = draw(view, self.plan.seed, epoch, rows, slot, size)
-            made.append(standardise(batched.apply(images, view, draws), self.config))
+            made.append(batched.normalise(batched.apply(images, view, draws), *self.config.views.statistics()))
         return made
 
 
@@ -611,7 +603,7 @@ class FromFiles:
         moved = [send(view, self.device) for view in sample.views]
         if self.photometric_here:
             moved = self._photometric(moved, sample.epoch, sample.row.numpy())
-        moved = [standardise(view, self.config) for view in moved]
+        moved = [batched.normalise(view, *self.config.views.statistics()) for view in moved]
         return Batch(send(sample.row, self.device), moved[0], moved[1:], sample.bad)
 
     def _photometric(self, views: list[torch.Tensor], epoch: int, rows: np.ndarray) -> list[torch.Tensor]:

@@ -148,9 +148,11 @@ def _measure(run: Run, say: Callable[[str], None]) -> float | None:
 
     quick = dataclasses.replace(timed(run.config), log=dataclasses.replace(run.config.log, knn_every=0))
     try:
-        trainer = build(quick, Engine(quick.engine))
-        trainer.compile()
-        steps = time_steps(trainer, _STEPS, limit=_SECONDS).steps
+        engine = Engine(quick.engine)
+        with engine.running():
+            trainer = build(quick, engine)
+            trainer.compile()
+            steps = time_steps(trainer, _STEPS, limit=_SECONDS).steps
     except (RelsslError, RuntimeError, ValueError) as error:
         say(f"{run.row.name}: time unknown: {str(error).splitlines()[0]}")
         return None

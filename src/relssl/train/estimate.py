@@ -32,7 +32,7 @@ from relssl.data.cache import place, root, shrunken
 from relssl.data.decode import BadImage
 from relssl.data.loader import Batch, Files, FromFiles, Resident, Sample, read_image
 from relssl.data.named import Images
-from relssl.data.plain import plain_view
+from relssl.data.plain import PlainView, plain_view
 from relssl.data.shrunk import Shrunk
 from relssl.data.workers import PREFETCH, loader_workers
 from relssl.engine import Engine, available_cores, fast_bf16
@@ -228,10 +228,10 @@ def _evaluation(trainer: Trainer) -> float:
 
 def _reading(images: Images, config: Config) -> float:
     """Seconds to read one image and make its plain view, on one core."""
-    read, begun = 0, time.perf_counter()
+    view, read, begun = PlainView.of(config.views), 0, time.perf_counter()
     for row in range(min(_READ, len(images))):
         try:
-            plain_view(read_image(images, row, config.loader.max_pixels), config.views)
+            plain_view(read_image(images, row, config.loader.max_pixels), view)
             read += 1
         except BadImage:
             continue
@@ -623,7 +623,7 @@ def _passes(trainer: Trainer, part: Batch, clock: _Clock) -> tuple[Tensor, Tenso
     with networks[0], networks[1], clock.time("loss"), engine.autocast():  # the loss is what the networks leave of the step
         made = trainer.look(placed, trainer.settings_at(trainer.step))
     with clock.time("backward"):
-        engine.backward(made.loss)
+        made.loss.backward()  # type: ignore[no-untyped-call]
     return made.queries, made.keys
 
 
@@ -964,6 +964,11 @@ def estimate(
         raise ConfigError(f"steps: must be at least 1, got {steps}")
     made = settings or resolve(({} if data is None else {"data": data}) | overrides, config)
     engine = Engine(made.engine)
+    with engine.running():
+        return _estimate(made, engine, steps, quiet)
+
+
+def _estimate(made: Config, engine: Engine, steps: int, quiet: bool) -> Estimate | None:
     trainer = build(timed(made), engine)
     console = Console(stderr=True, quiet=quiet or not engine.is_first, highlight=False)
     try:
@@ -999,7 +1004,7 @@ def _measure(trainer: Trainer, steps: int, console: Console, cache: int) -> Esti
     console.print("timing the stages of a step", markup=False, soft_wrap=True)
     low, middle, high = np.quantile(timing.steps, [0.1, 0.5, 0.9]).tolist()
     # By the first rank's clock on all of them, as they exchange gradients each time.
-    pieces = stages(trainer, engine.first_says(max(1, min(_REPEATS, int(_STAGES_SECONDS / middle)))))
+    pieces = stages(trainer, engine.broadcast(max(1, min(_REPEATS, int(_STAGES_SECONDS / middle)))))
     console.print("timing the device at its best, an evaluation and a checkpoint", markup=False, soft_wrap=True)
     flops, rate = step_flops(config, trainer.classes), attainable(engine)
     slow = engine.precision == "fp32" and fast_bf16(engine.device.type)

@@ -128,7 +128,7 @@ def on_first(engine: Engine, make: Callable[[], Made]) -> Made | None:
         except RelsslError as error:
             fault = error
     engine.wait()  # patiently: to shrink a million images takes hours
-    fault = engine.first_says(fault)
+    fault = engine.broadcast(fault)
     if fault is not None:
         raise fault
     return made
@@ -190,7 +190,8 @@ def pretrain(
     folder = Path(made.out or default_folder(made))
     engine = Engine(made.engine)
     on_first(engine, lambda: refuse_used(folder))
-    return _run(dataclasses.replace(made, out=str(folder)), folder, engine, quiet, None, fresh=True)
+    with engine.running():
+        return _run(dataclasses.replace(made, out=str(folder)), folder, engine, quiet, None, fresh=True)
 
 
 def resume(
@@ -217,7 +218,9 @@ def resume(
     saved = any((folder / "checkpoints").glob("step-*"))
     path = loaded.named(checkpoint) if checkpoint is not None else loaded.checkpoint() if saved else None
     config = loaded.config if time_limit is None else dataclasses.replace(loaded.config, time_limit=time_limit)
-    return _run(config, folder, Engine(config.engine), quiet, path, fresh=False)
+    engine = Engine(config.engine)
+    with engine.running():
+        return _run(config, folder, engine, quiet, path, fresh=False)
 
 
 def _run(config: Config, path: Path, engine: Engine, quiet: bool, saved: Path | None, *, fresh: bool) -> Result | None:

@@ -13,8 +13,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from relssl.data.loader import standardise
-from relssl.data.plain import plain_view
+from relssl.data.plain import PlainView, plain_view
 from relssl.errors import CheckpointError, ConfigError
 from relssl.method.backbones import feature_width, run_backbone
 from relssl.settings.reading import read_yaml
@@ -160,11 +159,12 @@ def load_exported(path: Path) -> nn.Module:
 
 def transform(config: Config) -> Any:
     """PIL image -> the normalised evaluation view [C, S, S] of a run."""
+    view = PlainView.of(config.views)
 
-    def view(image: Image.Image) -> torch.Tensor:
-        return standardise(plain_view(image.convert("RGB"), config.views)[None], config)[0]
+    def transformed(image: Image.Image) -> torch.Tensor:
+        return view.normalise(plain_view(image.convert("RGB"), view)[None])[0]
 
-    return view
+    return transformed
 
 
 # What the settings of weights that no run of ours made say of their data.
