@@ -26,7 +26,7 @@ from relssl.data.boxes import Scenes, Target, load
 from relssl.data.workers import hand_over, loader_workers, reset_signals, watch
 from relssl.engine import Engine
 from relssl.errors import ConfigError, DataError, NumericError
-from relssl.evaluation.findings import Finding
+from relssl.evaluation.result import Finding
 from relssl.method.backbones import channels_of
 from relssl.settings.evaluation import DetectionConfig
 from relssl.settings.run import Config

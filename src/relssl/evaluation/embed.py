@@ -119,7 +119,9 @@ def check_target(path: Path) -> None:
         ConfigError: for another suffix, or .parquet without pyarrow. StorageError: for a folder, or a file in no folder.
     """
     if path.suffix.lower() not in (".csv", ".npz", ".parquet"):
-        raise ConfigError(f"{path}: cannot write vectors as {path.suffix or 'a file without suffix'!r}; use .csv, .npz or .parquet")
+        raise ConfigError(
+            f"{path}: cannot write vectors as {path.suffix or 'a file without suffix'!r}; use .csv, .npz or .parquet"
+        )
     if path.suffix.lower() == ".parquet":
         try:
             import pyarrow.parquet  # noqa: F401
@@ -135,7 +137,9 @@ def _write_csv(file: BinaryIO, columns: Columns, features: NDArray[np.float32]) 
     writer.writerow([*columns, *(f"f{place}" for place in range(features.shape[1]))])
     for *cells, row in zip(*columns.values(), features, strict=True):
         # No spreadsheet takes a cell for a formula; str() of a float32 is the shortest text that reads back to it.
-        safe = ["'" + cell if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell for cell in cells]
+        safe = [
+            "'" + cell if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell for cell in cells
+        ]
         writer.writerow([*safe, *row])
     text.flush()
     text.detach()

@@ -125,9 +125,7 @@ def _votes(similarity: Tensor, labels: Tensor, temperature: float, classes: int)
         yield scores / scores.sum(dim=1, keepdim=True)
 
 
-def neighbours(
-    bank: Tensor, queries: Tensor, k: int, *, chunk: int = 1024, bank_chunk: int = 16384
-) -> tuple[Tensor, Tensor]:
+def neighbours(bank: Tensor, queries: Tensor, k: int, *, chunk: int = 1024, bank_chunk: int = 16384) -> tuple[Tensor, Tensor]:
     """Find the nearest bank features by cosine similarity.
 
     Ties go to the lower index. That holds for similarities that are equal in fp32; those of identical features can differ in the

@@ -106,9 +106,13 @@ def lowshot(
         orders = [np.random.Generator(np.random.PCG64([seed, draw])).permutation(len(labels)) for draw in range(settings.draws)]
         if not shots or (labels.dim() == 1 and shots >= int(count.max())):
             orders = [np.arange(len(labels))]  # every draw would take them all
-        draws = [_draw(bank, drawn_rows(labels.numpy(), classes, order, shots), labels.numpy(), classes, settings) for order in orders]
+        draws = [
+            _draw(bank, drawn_rows(labels.numpy(), classes, order, shots), labels.numpy(), classes, settings) for order in orders
+        ]
         remarks = _remarks(labels, count, shots, draws)
-        findings.append(_finding(shots, draws, [_scores(test, draw) for draw in draws], test_labels.cpu(), bootstrap, notes + remarks))
+        findings.append(
+            _finding(shots, draws, [_scores(test, draw) for draw in draws], test_labels.cpu(), bootstrap, notes + remarks)
+        )
     return findings
 
 

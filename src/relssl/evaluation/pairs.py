@@ -121,7 +121,9 @@ class LabelledPair:
         if bank.labels is not None and test.labels is not None:
             known, wanted = set(bank.labels.tolist()), set(test.labels.tolist())
             if len(known) < 2:
-                raise DataError(f"{bank.name}: all bank images are of one class ({listed(known, bank.classes)}); give two or more")
+                raise DataError(
+                    f"{bank.name}: all bank images are of one class ({listed(known, bank.classes)}); give two or more"
+                )
             if unknown := wanted - known:
                 missing = f"{len(unknown)} classes of the test images have no bank image: {listed(unknown, test.classes)}"
                 if (len(bank), len(test)) == of:

@@ -267,7 +267,9 @@ def compare(
         named = [f"{where}: {fault}" for fault, where in faults.items()]
         raise ConfigError(*named[:10], f"{second}: does not compare with {first}; --allow FIELD lets a field differ")
     if not rows:
-        has = [", ".join(sorted({f"{r['protocol']} of {r['network']} on {r['data']}" for r in side})) or "nothing" for side in sides]
+        has = [
+            ", ".join(sorted({f"{r['protocol']} of {r['network']} on {r['data']}" for r in side})) or "nothing" for side in sides
+        ]
         raise ConfigError(
             f"{second}: has no finding of the same protocol, data, network and setting as any of {first}; "
             f"the first holds {has[0]}; the second {has[1]}"
