@@ -15,8 +15,7 @@ from torch import nn
 
 from relssl.data.batched import apply
 from relssl.data.draws import draw
-from relssl.data.loader import Plan, standardise
-from relssl.data.plain import plain_batch
+from relssl.data.loader import Plan
 from relssl.data.subsets import fingerprint, stratified
 from relssl.errors import ConfigError, DataError, NumericError
 from relssl.evaluation.evaluate import LabelledPair
@@ -25,7 +24,7 @@ from relssl.evaluation.heads import finetune, linear_classifier, semi
 from relssl.evaluation.metrics import accuracies, ranks
 from relssl.settings.evaluation import FinetuneConfig, SemiConfig
 from relssl.settings.run import ViewConfig
-from small_pairs import FAST, as_files, coloured, config, engine, network, pair
+from small_pairs import FAST, as_files, coloured, engine, network, pair, reader
 
 TUNE = FinetuneConfig(epochs=3, batch_size=16, lr=0.05, head_lr=0.5, weight_decay=0.01)
 
@@ -34,7 +33,7 @@ def run(
     settings: FinetuneConfig | SemiConfig, data: LabelledPair | None = None, backbone: nn.Module | None = None, seed: int = 3
 ) -> tuple[list[Finding], list[str]]:
     said: list[str] = []
-    arguments = (backbone or network(), data or pair(), config(), engine())
+    arguments = (backbone or network(), data or pair(), reader(), engine())
     others = {"bootstrap": FAST, "seed": seed, "say": said.append}
     if isinstance(settings, SemiConfig):
         return semi(*arguments, settings=settings, **others), said  # type: ignore[arg-type]
@@ -60,7 +59,7 @@ def by_hand(data: LabelledPair, seed: int) -> tuple[nn.Module, nn.Module, float]
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / 12)))
     for epoch, (rows,) in plan.steps(0, 12):
         views = apply(bank.pixels[rows], view, draw(view, seed, epoch, rows, 0, (16, 16)))
-        loss = F.cross_entropy(head(tuned(standardise(views, config()))), torch.from_numpy(bank.labels[rows]))
+        loss = F.cross_entropy(head(tuned(reader().view.normalise(views))), torch.from_numpy(bank.labels[rows]))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -75,8 +74,9 @@ def test_training_equals_a_plain_loop() -> None:
     assert found.details["loss"] == pytest.approx(loss, rel=1e-4)
     assert data.test.pixels is not None and data.test.labels is not None
     truth = torch.from_numpy(data.test.labels)
+    view = reader().view
     with torch.no_grad():
-        scores = head(tuned(standardise(plain_batch(data.test.pixels, config().views), config())))
+        scores = head(tuned(view.normalise(view.crop_batch(data.test.pixels))))
     assert found.figures == accuracies(ranks(scores, truth), truth, 3) and found.setting == {}
     assert said == [f"finetune: epoch {epoch} of 3, loss {said[epoch - 1].split()[-1]}" for epoch in (1, 2, 3)]
     assert said[-1].endswith(f"{loss:.3f}") and found.details["steps"] == 12

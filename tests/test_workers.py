@@ -14,6 +14,7 @@ from bad_images import jpeg
 from relssl.data import cache, loader, plain
 from relssl.data.loader import FromFiles, Plan
 from relssl.data.named import Images, load
+from relssl.data.plain import PlainView, Reader
 from relssl.errors import DataError
 from test_shrunk import Told, settings_for
 
@@ -49,7 +50,7 @@ USES: dict[str, Callable[[Images, Path, str], object]] = {
             images, settings_for(root, **{"loader.workers": 1, "loader.cache": None, "loader.decoder": decoder}), Plan(8, 4), CPU
         ).stream(0, 2)
     ),
-    "evaluate": lambda images, root, _: list(plain.batches(images, settings_for(root, **{"loader.workers": 1}))),
+    "evaluate": lambda images, root, _: list(Reader(PlainView.of(settings_for(root).views), 1).batches(images)),
     "shrink": lambda images, root, _: cache.shrunken(images, settings_for(root, **{"loader.workers": 1}), Told()),
 }
 CPU = torch.device("cpu")

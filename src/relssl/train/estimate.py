@@ -32,7 +32,7 @@ from relssl.data.cache import place, root, shrunken
 from relssl.data.decode import BadImage
 from relssl.data.loader import Batch, Files, FromFiles, Resident, Sample, read_image
 from relssl.data.named import Images
-from relssl.data.plain import plain_view
+from relssl.data.plain import PlainView, Reader
 from relssl.data.shrunk import Shrunk
 from relssl.data.workers import PREFETCH, loader_workers
 from relssl.engine import Engine, available_cores, fast_bf16
@@ -214,7 +214,7 @@ def _evaluation(trainer: Trainer) -> float:
     seconds, width = [], 0
     for _ in range(2):  # the first chooses kernels
         begun = time.perf_counter()
-        width = extract(backbone, sample, config, engine.device, engine.autocast()).vectors.shape[1]
+        width = extract(backbone, sample, Reader(PlainView.of(config.views)), engine.device, engine.autocast()).vectors.shape[1]
         seconds.append(time.perf_counter() - begun)
     each = min(seconds) / len(sample)
     if pair.test.files is not None:
@@ -228,10 +228,10 @@ def _evaluation(trainer: Trainer) -> float:
 
 def _reading(images: Images, config: Config) -> float:
     """Seconds to read one image and make its plain view, on one core."""
-    read, begun = 0, time.perf_counter()
+    view, read, begun = PlainView.of(config.views), 0, time.perf_counter()
     for row in range(min(_READ, len(images))):
         try:
-            plain_view(read_image(images, row, config.loader.max_pixels), config.views)
+            view.crop(read_image(images, row, config.loader.max_pixels))
             read += 1
         except BadImage:
             continue
