@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from bad_images import NAMES, jpeg
 from relssl.data.decode import decode
 from relssl.data.folder import NAMES as SETS
-from relssl.data.folder import Paths, data_root, exists, read_list, scan, shown, split_folders
+from relssl.data.folder import Files, data_root, exists, read_list, scan, shown, split_folders
 from relssl.errors import DataError
 
 
@@ -242,7 +242,7 @@ def test_a_list_of_any_bytes_is_survived(tmp_path):
     st.randoms(),
 )
 def test_paths_are_a_sequence_of_what_was_put_in(names, random):
-    paths = Paths("/top", names, range(len(names)))
+    paths = Files("/top", names, range(len(names)))
     wanted = [os.fsdecode(b"/top/" + name) for name in names]
     assert list(paths) == wanted and len(paths) == len(names)
     assert list(paths[::-2]) == wanted[::-2]
@@ -255,13 +255,13 @@ def test_paths_are_a_sequence_of_what_was_put_in(names, random):
 
 
 def test_the_fingerprint_sees_names_sizes_order_and_count():
-    base = Paths("/a", [b"one", b"two"], [1, 2])
-    assert Paths("/elsewhere", [b"one", b"two"], [1, 2]).fingerprint() == base.fingerprint()
+    base = Files("/a", [b"one", b"two"], [1, 2])
+    assert Files("/elsewhere", [b"one", b"two"], [1, 2]).fingerprint() == base.fingerprint()
     others = [
-        Paths("/a", [b"one", b"twx"], [1, 2]),
-        Paths("/a", [b"one", b"two"], [1, 3]),
-        Paths("/a", [b"two", b"one"], [2, 1]),
-        Paths("/a", [b"on", b"etwo"], [1, 2]),
+        Files("/a", [b"one", b"twx"], [1, 2]),
+        Files("/a", [b"one", b"two"], [1, 3]),
+        Files("/a", [b"two", b"one"], [2, 1]),
+        Files("/a", [b"on", b"etwo"], [1, 2]),
         base[:1],
     ]
     assert len({paths.fingerprint() for paths in [base, *others]}) == 6
@@ -324,5 +324,5 @@ def test_the_root_of_named_sets(monkeypatch):
 
 
 def test_checking_imports_no_torch():
-    code = "import sys; from relssl.data.files import exists; exists('digits', None); print('torch' in sys.modules, 'PIL' in sys.modules)"
+    code = "import sys; from relssl.data.folder import exists; exists('digits', None); print('torch' in sys.modules, 'PIL' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False False\n"

@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import InterpolationMode, center_crop, pil_to_tensor, resize
 
 from relssl.data.decode import BadImage
-from relssl.data.loader import read_image, standardise
-from relssl.data.named import Images
+from relssl.data.images import Images, Pixels
+from relssl.data.loader import standardise
 from relssl.data.workers import hand_over, loader_workers, reset_signals, watch
 from relssl.settings.run import Config, ViewsConfig
 
@@ -53,9 +53,9 @@ def plain_batch(pixels: Tensor, views: ViewsConfig) -> Tensor:
 
 def batches(images: Images, config: Config, batch_size: int = 256) -> Iterator[tuple[np.ndarray, Tensor, list[tuple[str, str]]]]:
     """(rows, normalised images [B, C, S, S] on the CPU, unreadable files) over a data set, in its order."""
-    if images.pixels is not None:
+    if isinstance(images.source, Pixels):
         for start in range(0, len(images), batch_size):
-            pixels = images.pixels[start : start + batch_size]
+            pixels = images.source.tensor[start : start + batch_size]
             yield np.arange(start, start + len(pixels)), standardise(plain_batch(pixels, config.views), config), []
         return
     loader = DataLoader(
@@ -81,9 +81,8 @@ class _Plain(Dataset[tuple[int, Tensor | None, tuple[str, str] | None]]):
         return len(self.images)
 
     def __getitem__(self, row: int) -> tuple[int, Tensor | None, tuple[str, str] | None]:
-        assert self.images.files is not None
         try:
-            image = read_image(self.images, row, self.config.loader.max_pixels)
+            image = self.images.read(row, self.config.loader.max_pixels)
         except BadImage as fault:
-            return row, None, (self.images.files[row], str(fault))
+            return row, None, (self.images.source.name(row), str(fault))
         return row, plain_view(image, self.config.views), None

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from relssl.data import digits
+from relssl.data.images import IMAGENET_MEAN, IMAGENET_STD
 from relssl.data.loader import standardise
-from relssl.data.named import IMAGENET_MEAN, IMAGENET_STD
 from relssl.data.plain import plain_batch
 from relssl.errors import CheckpointError, ConfigError
 from relssl.method.backbones import TORCHVISION, create_backbone, feature_width
