@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from relssl.data.loader import Plan
 from relssl.engine import Engine
 from relssl.errors import ConfigError
+from relssl.method import create_student
 from relssl.method.batchnorm import SplitBatchNorm2d, shuffled, split_batch_norms
-from relssl.method.encoder import create_encoder
 from relssl.settings.reading import merge
 from relssl.settings.run import resolve
 from relssl.train.pretrain import build
@@ -129,7 +129,7 @@ def test_one_part_changes_nothing_and_other_norms_are_refused_by_name() -> None:
 
 
 def splits_of(**over: Any) -> list[int]:
-    encoder = create_encoder(resolve({**SMALL, **over}))
+    encoder = create_student(resolve({**SMALL, **over}))
     return [module.splits for module in encoder.backbone.modules() if isinstance(module, SplitBatchNorm2d)]
 
 

@@ -141,7 +141,8 @@ def test_photographs_are_decoded_at_a_reduced_size_unless_that_is_off(tmp_path: 
     paint(tmp_path / "photos/large.jpg", 0, (900, 640))
     images = load(str(tmp_path / "photos"), None, "train")
     reduced, whole = (
-        shrunken(images, settings_for(tmp_path, **{"loader.reduced_decode": how}), Told())[0] for how in (True, False)
+        shrunken(images, settings_for(tmp_path, **{"loader.reduced_decode": how}), Told()).open(0, 10**6).rgb()
+        for how in (True, False)
     )
     assert whole.tobytes() == shrink(images.read(0, 10**6), SIDE).tobytes()
     assert reduced.size == whole.size == (56, SIDE)
@@ -252,9 +253,8 @@ def test_what_is_damaged_is_made_again(fault: str, images: Images, config: Confi
 
 KILL = """
 import os, signal, sys
-from relssl.data import decode as decoding
-from relssl.data import shrinking
-from relssl.data.sources import load
+from relssl.data import cache as shrinking
+from relssl.data.named import load
 import test_shrunk
 shrinking._SAVE_EVERY = 0
 apply, shrunk = shrinking.shrink, []

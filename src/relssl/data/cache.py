@@ -12,7 +12,7 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -104,16 +104,16 @@ def shrink(image: Image.Image, side: int) -> Image.Image:
 class _Small(Dataset[Outcome]):
     """Each image shrunk, or why it cannot be read."""
 
-    def __init__(self, files: Sequence[str], loader: LoaderConfig) -> None:
+    def __init__(self, files: Files, loader: LoaderConfig) -> None:
         assert loader.cache is not None
         self.files, self.loader, self.side = files, loader, loader.cache
 
     def __getitem__(self, row: int) -> Outcome:
         try:
-            with Opened(self.files[row], self.loader.max_pixels) as opened:
+            with Opened(self.files.name(row), self.loader.max_pixels) as opened:
                 return np.asarray(shrink(opened.rgb(self._reduction(opened)), self.side))
         except BadImage as fault:
-            return fault if fault.lasting else BadImage(f"{shown(self.files[row])}: {fault}", lasting=False)
+            return fault if fault.lasting else BadImage(f"{shown(self.files.name(row))}: {fault}", lasting=False)
 
     def _reduction(self, opened: Opened) -> int:
         """By how much to reduce while decoding: the filter still gets twice the side, as in Pillow's own thumbnails."""

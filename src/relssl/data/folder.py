@@ -9,7 +9,6 @@ import stat
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import overload
 
 import numpy as np
 
@@ -18,7 +17,7 @@ from relssl.errors import DataError
 from relssl.settings.reading import nearest_word
 
 
-class Files(Sequence[str]):
+class Files:
     """The paths of N image files below one folder, with their sizes: a source of images that are read when they are wanted.
 
     The names lie in one block of bytes, not as N strings: loader workers share it with their parent, where counting the
@@ -46,21 +45,12 @@ class Files(Sequence[str]):
     def __len__(self) -> int:
         return len(self.sizes)
 
-    @overload
-    def __getitem__(self, row: int) -> str: ...
-    @overload
-    def __getitem__(self, row: slice) -> Files: ...
-    def __getitem__(self, row: int | slice) -> str | Files:
-        if isinstance(row, slice):
-            return self.take(np.arange(*row.indices(len(self))))
-        if not -len(self) <= row < len(self):
-            raise IndexError(row)
-        row %= len(self)
-        return os.fsdecode(os.path.join(self.folder, self._block[self._ends[row] : self._ends[row + 1]]))
+    def __iter__(self) -> Iterator[str]:
+        return map(self.name, range(len(self)))
 
     def name(self, row: int) -> str:
-        """Return the path of one file."""
-        return self[row]
+        """Return the path of one file, of the rows 0..N-1."""
+        return os.fsdecode(os.path.join(self.folder, self._block[self._ends[row] : self._ends[row + 1]]))
 
     def names(self) -> Iterator[bytes]:
         """Yield the path of each file, relative to the folder."""
@@ -80,7 +70,7 @@ class Files(Sequence[str]):
 
     def open(self, row: int, max_pixels: int) -> Opened:
         """Open one image, whose pixels are still to be read; BadImage if it cannot be, or has more pixels than `max_pixels`."""
-        return Opened(self[row], max_pixels)
+        return Opened(self.name(row), max_pixels)
 
 
 def shown(path: str) -> str:

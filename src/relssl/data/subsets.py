@@ -155,7 +155,7 @@ def shared(bank: Images, test: Images) -> int:
     found = set()
     for row, mark in enumerate(_file_marks(bank.source)):
         for other in asked.get(mark, ()):
-            if other not in found and _beginning(bank.source[row]) == _beginning(test.source[other]):
+            if other not in found and _beginning(bank.source.name(row)) == _beginning(test.source.name(other)):
                 found.add(other)
     return len(found)
 
