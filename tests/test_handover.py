@@ -16,7 +16,7 @@ from sklearn.neighbors import KNeighborsClassifier
 import relssl
 from relssl.cli import main
 from relssl.data.named import load
-from relssl.data.plain import batches
+from relssl.data.plain import PlainView, batches
 from relssl.errors import CheckpointError, ConfigError, DataError
 from relssl.weights import store
 from relssl.weights.writers import timm_lines
@@ -74,9 +74,10 @@ def test_a_small_stem_loads_with_the_lines_the_card_gives(finished: Path) -> Non
 def test_a_loaded_backbone_knows_its_width_and_its_view(finished: Path) -> None:
     backbone = relssl.load_backbone(finished)
     images = load("digits", None, "test").subset(range(4))
-    view = backbone.transform(images.read(0, 10**6))
-    _, batch, _ = next(iter(batches(images, relssl.load_run(finished).config)))
-    torch.testing.assert_close(view, batch[0])
+    transformed = backbone.transform(images.read(0, 10**6))
+    view = PlainView.of(relssl.load_run(finished).config.views)
+    _, batch, _ = next(iter(batches(images, view, workers=0, max_pixels=10**6)))
+    torch.testing.assert_close(transformed, batch[0])
     assert backbone(batch).shape == (4, backbone.num_features)
 
 
