@@ -414,8 +414,8 @@ def test_two_that_want_the_same_agree(images: Images, config: Config, monkeypatc
 
 
 def test_a_subset_and_evaluation_look_at_the_files(images: Images, config: Config) -> None:
-    cached = dataclasses.replace(images, shrunk=shrunken(images, config, Told()))
-    assert cached.subset([1, 2]).shrunk is None and cached.fingerprint() == images.fingerprint()
+    cached = dataclasses.replace(images, source=shrunken(images, config, Told()))
+    assert isinstance(cached.subset([1, 2]).source, Files) and cached.fingerprint() == images.fingerprint()
     view = PlainView.of(config.views)
     a, b = (
         next(plain_batches(each, view, workers=0, max_pixels=10**6))[1] for each in (images, load(images.name, None, "train"))
