@@ -21,7 +21,7 @@ from torch import nn
 import relssl
 import shapes
 from relssl.data.boxes import load
-from relssl.data.named import IMAGENET_MEAN, IMAGENET_STD
+from relssl.data.images import IMAGENET_MEAN, IMAGENET_STD
 from relssl.data.plain import PlainView
 from relssl.data.workers import loader_workers
 from relssl.engine import Engine
@@ -67,7 +67,7 @@ def main() -> None:
 def backbone_of(run: Path | None, fresh: bool) -> tuple[nn.Module, BackboneSpec]:
     """The network to start from, and what it is."""
     if run is None:
-        view = PlainView(224, 256 / 224, "bilinear", 3, IMAGENET_MEAN, IMAGENET_STD)
+        view = PlainView(224, 256 / 224, "bilinear", IMAGENET_MEAN, IMAGENET_STD)
         return create_backbone("resnet18"), BackboneSpec("resnet18", {}, "standard", view)
     backbone = relssl.load_backbone(run)
     spec = backbone.spec

@@ -43,7 +43,7 @@ NAME = "test_resnet"  # timm's smallest
 SMALL = DetectionConfig(min_size=SIDE, max_size=SIDE, regions=16, batch_size=4, lr=0.01, frozen_stages=0, norm="train")
 
 
-VIEW = PlainView(224, 256 / 224, "bilinear", 3, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+VIEW = PlainView(224, 256 / 224, "bilinear", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 def spec(name: str = NAME) -> BackboneSpec:

@@ -13,7 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from relssl.data.named import Images, load
+from relssl.data.images import Images
+from relssl.data.named import load
 from relssl.data.plain import PlainView, Reader
 from relssl.engine import Engine
 from relssl.errors import DataError
@@ -35,7 +36,7 @@ def engine() -> Engine:
 
 @pytest.fixture
 def reader() -> Reader:
-    return Reader(PlainView(32, 1.0, "bilinear", 3, (0.5,) * 3, (0.25,) * 3))
+    return Reader(PlainView(32, 1.0, "bilinear", (0.5,) * 3, (0.25,) * 3))
 
 
 def digits(count: int = 50) -> Images:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from relssl.data.folder import NAMES, shown
-from relssl.data.named import Images
+from relssl.data.images import Images
 from relssl.data.plain import Reader
 from relssl.engine import Engine
 from relssl.errors import ConfigError, DataError
@@ -30,7 +30,6 @@ from relssl.evaluation.result import card, split
 from relssl.evaluation.results import check_data, check_out, file_name, results_folder, title, unfinished
 from relssl.files import write_json
 from relssl.settings.evaluation import Evaluation, read_settings
-from relssl.settings.run import EngineConfig
 from relssl.weights.opening import Opened, Reading, open_backbones
 
 _UNEQUAL = ("flowers102", "oxford-pets", "fgvc-aircraft")
@@ -179,7 +178,7 @@ class _Work:
 
     def __init__(self, opened: Opened, reader: Reader, settings: Evaluation, say: Say) -> None:
         self.opened, self.reader, self.settings, self.say = opened, reader, settings, say
-        self.engine = Engine(EngineConfig(device=settings.device, precision=settings.precision))
+        self.engine = Engine.local(settings.device, settings.precision)
         self.bootstrap = Bootstrap(settings.resamples, settings.seed)
         self.notes = [*opened.notes, *([] if opened.folder is None else unfinished(opened.folder))]
         self.pairs: dict[str, tuple[LabelledPair, list[str]]] = {}

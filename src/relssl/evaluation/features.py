@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from relssl.data.folder import cache_root
-from relssl.data.named import Images
+from relssl.data.images import Images
 from relssl.data.plain import Reader
 from relssl.data.subsets import identity
 from relssl.engine import Engine
@@ -232,7 +232,7 @@ def key(backbone: nn.Module, images: Images, reader: Reader, engine: Engine) -> 
         "weights": state_hash(backbone),
         "network": repr(backbone),  # two networks may have equal weights and differ in a stride
         "images": identity(images),
-        "view": [reader.view.describe(), reader.view.mean, reader.view.std, reader.max_pixels],
+        "view": [str(reader.view), reader.view.mean, reader.view.std, reader.max_pixels],
         "compute": [engine.precision, engine.device.type, torch.__version__, engine.threads],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]

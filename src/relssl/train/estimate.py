@@ -24,15 +24,15 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from rich.console import Console
 from torch import Tensor, nn
 
+from relssl.data import folder
 from relssl.data.cache import place, root, shrunken
-from relssl.data.decode import BadImage
-from relssl.data.loader import Batch, Files, FromFiles, Resident, Sample, read_image
-from relssl.data.named import Images
-from relssl.data.plain import PlainView, Reader
+from relssl.data.decode import BadImage, Decoded
+from relssl.data.images import Images, Pixels
+from relssl.data.loader import Batch, Files, FromFiles, Resident, Sample
+from relssl.data.plain import PlainView, Reader, plain_view
 from relssl.data.shrunk import Shrunk
 from relssl.data.workers import PREFETCH, loader_workers
 from relssl.engine import Engine, available_cores, fast_bf16
@@ -43,7 +43,7 @@ from relssl.evaluation.pairs import choose
 from relssl.files import to_json
 from relssl.method import create_student
 from relssl.method.backbones import count_flops
-from relssl.settings.run import METHODS, Config, resolve
+from relssl.settings.run import METHODS, Config, derive, resolve
 from relssl.train.checkpoint import whole_state
 from relssl.train.loop import WORTH_COMPILING, Trainer
 from relssl.train.pretrain import build, named
@@ -209,15 +209,15 @@ def _evaluation(trainer: Trainer) -> float:
     backbone, size = trainer.networks[-1].backbone, config.views.weak.size
     # For files, images of noise stand in: reading them is timed apart, as the loader's processes do it at the same time.
     sample = choose(pair.test, _FEATURES, 0)
-    if sample.pixels is None:
-        sample = Images("noise", pixels=torch.randint(256, (_FEATURES, 3, size, size), dtype=torch.uint8))
+    if not sample.in_memory:
+        sample = Images("noise", Pixels(torch.randint(256, (_FEATURES, 3, size, size), dtype=torch.uint8)))
     seconds, width = [], 0
     for _ in range(2):  # the first chooses kernels
         begun = time.perf_counter()
         width = extract(backbone, sample, Reader(PlainView.of(config.views)), engine.device, engine.autocast()).vectors.shape[1]
         seconds.append(time.perf_counter() - begun)
     each = min(seconds) / len(sample)
-    if pair.test.files is not None:
+    if not pair.test.in_memory:
         workers = loader_workers(config)
         reading = _reading(pair.test, config)
         each = max(each, reading / workers) if workers else each + reading
@@ -231,7 +231,7 @@ def _reading(images: Images, config: Config) -> float:
     view, read, begun = PlainView.of(config.views), 0, time.perf_counter()
     for row in range(min(_READ, len(images))):
         try:
-            view.crop(read_image(images, row, config.loader.max_pixels))
+            plain_view(images.read(row, config.loader.max_pixels), view)
             read += 1
         except BadImage:
             continue
@@ -273,18 +273,19 @@ def step_flops(config: Config, classes: int = 1) -> dict[str, int]:
     Raises:
         ConfigError: if the network cannot be built, or images of the views' sizes do not pass through it.
     """
+    derived = derive(config)
     # Split norms need whole batches, and cost nothing that is counted.
     config = dataclasses.replace(config, encoder=dataclasses.replace(config.encoder, batch_norm_splits=1))
     with torch.random.fork_rng(devices=[]):  # networks are drawn, and others go on drawing afterwards
         student = create_student(config, classes)
         # Two images, as batch norm has to have a spread to normalise by.
-        weak, *strong = (torch.randn(2, config.views.channels, view.size, view.size) for view in config.all_views)
+        weak, *strong = (torch.randn(2, config.views.channels, view.size, view.size) for view in derived.views)
         both = [weak, *strong]
-        seen = both if config.two_way or not strong else strong
-        taught = both if config.two_way else [weak]
+        seen = both if derived.two_way or not strong else strong
+        taught = both if derived.two_way else [weak]
         made: list[torch.Tensor] = []
         teacher_flops = 0
-        if "teacher" in config.networks:
+        if "teacher" in derived.networks:
             teacher = student.teacher()
             with torch.no_grad():
                 teacher_flops = count_flops(lambda: teacher(taught))
@@ -360,17 +361,16 @@ _SAMPLE = 256
 
 
 class Repeated(Shrunk):
-    """A few shrunk images over and over, in the place of `count`."""
+    """A few shrunk images over and over, in the place of all files."""
 
-    def __init__(self, few: Shrunk, count: int) -> None:
-        super().__init__(few.folder, few.sizes, few.bad)
-        self.count = count
+    def __init__(self, few: Shrunk, files: folder.Files) -> None:
+        super().__init__(few.folder, files, few.sizes, few.bad)
 
     def __len__(self) -> int:
-        return self.count
+        return len(self.files)
 
-    def __getitem__(self, position: int) -> Image.Image:
-        return super().__getitem__(position % len(self.sizes))
+    def open(self, row: int, max_pixels: int) -> Decoded:
+        return super().open(row % len(self.sizes), max_pixels)
 
 
 @contextmanager
@@ -389,16 +389,17 @@ def stand_in(trainer: Trainer) -> Iterator[int]:
     if config.loader.cache is None:
         yield 0
         return
-    there = Shrunk.open(place(images, config))
+    assert isinstance(images.source, folder.Files)
+    there = Shrunk.load(place(images, config), images.source)
     if not trainer.engine.largest(int(len(there) < len(images))):
-        trainer.read(dataclasses.replace(images, shrunk=there))
+        trainer.read(dataclasses.replace(images, source=there))
         yield 0
         return
-    with tempfile.TemporaryDirectory(prefix="relssl-") as folder, Display(1, 0, show=False) as silent:
+    with tempfile.TemporaryDirectory(prefix="relssl-") as scratch, Display(1, 0, show=False) as silent:
         # By this process alone, as its neighbours do the same at this time.
-        loader = dataclasses.replace(config.loader, cache_folder=folder, workers=0)
+        loader = dataclasses.replace(config.loader, cache_folder=scratch, workers=0)
         few = shrunken(choose(images, _SAMPLE, config.seed), dataclasses.replace(config, loader=loader), silent)
-        trainer.read(dataclasses.replace(images, shrunk=Repeated(few, len(images))))
+        trainer.read(dataclasses.replace(images, source=Repeated(few, images.source)))
         yield few.total * (len(images) - len(there)) // len(few)
 
 
@@ -622,7 +623,7 @@ def _passes(trainer: Trainer, part: Batch, clock: _Clock) -> tuple[Tensor, Tenso
     with networks[0], networks[1], clock.time("loss"), engine.autocast():  # the loss is what the networks leave of the step
         made = trainer.look(placed, trainer.settings_at(trainer.step))
     with clock.time("backward"):
-        engine.backward(made.loss)
+        made.loss.backward()  # type: ignore[no-untyped-call]
     return made.queries, made.keys
 
 
@@ -741,7 +742,7 @@ def waiting_for_files(found: Estimate, config: Config) -> Advice | None:
         why = f"{waits:.0%} of a step is waiting for data, and each process has {cores} cores"
         return Advice("loader.workers", str(value), why, gain) if gain > 1.05 else None
     why = f"{waits:.0%} of a step is waiting for data, with no core left"
-    side = round(max(view.size for view in config.all_views) * 8 / 7)
+    side = round(max(view.size for view in derive(config).views) * 8 / 7)
     needs = found.images * side * round(side * _ASPECT) * 3
     if config.loader.cache is None and config.loader.decoder == "pillow" and needs <= found.disk.cache_free:
         why = f"{why}: decode once, and keep the images at that side, in about {size(needs)}"
@@ -963,6 +964,11 @@ def estimate(
         raise ConfigError(f"steps: must be at least 1, got {steps}")
     made = settings or resolve(({} if data is None else {"data": data}) | overrides, config)
     engine = Engine(made.engine)
+    with engine.running():
+        return _estimate(made, engine, steps, quiet)
+
+
+def _estimate(made: Config, engine: Engine, steps: int, quiet: bool) -> Estimate | None:
     trainer = build(timed(made), engine)
     console = Console(stderr=True, quiet=quiet or not engine.is_first, highlight=False)
     try:
@@ -998,7 +1004,7 @@ def _measure(trainer: Trainer, steps: int, console: Console, cache: int) -> Esti
     console.print("timing the stages of a step", markup=False, soft_wrap=True)
     low, middle, high = np.quantile(timing.steps, [0.1, 0.5, 0.9]).tolist()
     # By the first rank's clock on all of them, as they exchange gradients each time.
-    pieces = stages(trainer, engine.first_says(max(1, min(_REPEATS, int(_STAGES_SECONDS / middle)))))
+    pieces = stages(trainer, engine.broadcast(max(1, min(_REPEATS, int(_STAGES_SECONDS / middle)))))
     console.print("timing the device at its best, an evaluation and a checkpoint", markup=False, soft_wrap=True)
     flops, rate = step_flops(config, trainer.classes), attainable(engine)
     slow = engine.precision == "fp32" and fast_bf16(engine.device.type)

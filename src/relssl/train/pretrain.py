@@ -13,11 +13,12 @@ from typing import Any, TypeVar
 import torch
 
 from relssl.data.cache import shrunken
-from relssl.data.named import Images, load
+from relssl.data.images import Images, Pixels
+from relssl.data.named import load
 from relssl.engine import Engine
 from relssl.errors import ConfigError, DataError, DistributedError, Interrupted, RelsslError, StorageError
 from relssl.evaluation.pairs import LabelledPair, choose
-from relssl.settings.run import METHODS, Config, resolve
+from relssl.settings.run import METHODS, Config, derive, resolve
 from relssl.train.loop import Trainer
 from relssl.train.online import OnlineKnn
 from relssl.train.run_folder import Display, RunFolder, default_folder, read_rows, refuse_used
@@ -36,13 +37,13 @@ def complete_settings(config: Config, images: Images) -> Config:
         ConfigError: if a view is larger than the images of a set in memory.
     """
     views = config.views
-    if images.pixels is not None and not views.enlarge:
-        _refuse_enlarging(config, min(images.pixels.shape[-2:]), images)
+    if isinstance(images.source, Pixels) and not views.enlarge:
+        _refuse_enlarging(config, min(images.source.tensor.shape[-2:]), images)
     views = dataclasses.replace(
         views,
         mean=views.mean or images.mean,
         std=views.std or images.std,
-        margin=views.margin or (1.0 if images.pixels is not None else 256 / 224),
+        margin=views.margin or (1.0 if images.in_memory else 256 / 224),
     )
     return dataclasses.replace(config, views=views)
 
@@ -51,7 +52,7 @@ def _refuse_enlarging(config: Config, side: int, images: Images) -> None:
     views = config.views
     sizes = [("views.weak.size", views.weak.size)]
     sizes += [("views.crops", size) for size, _, _ in views.crops] or [
-        ("views.strong.size", view.size) for view in config.strong_views
+        ("views.strong.size", view.size) for view in derive(config).strong
     ]
     faults = [
         f"{name}: {size} is larger than the images of {images.name} ({side} x {side} pixels), which would only be blown up; "
@@ -70,7 +71,7 @@ def build(config: Config, engine: Engine) -> Trainer:
         ConfigError, DataError: if settings and data do not make a run.
     """
     labelled = METHODS[config.method.name].labels
-    images = load(config.data, config.data_root, "bank" if labelled else "train", index=config.loader.index)
+    images = load(config.data, config.data_root, "bank" if labelled else "train")
     if config.max_images is not None:
         images = choose(images, config.max_images, config.seed)
     config = complete_settings(config, images)
@@ -96,7 +97,7 @@ def shrink(trainer: Trainer, display: Display, stop: StopRequest) -> None:
     if made is None:
         made = shrunken(images, config, teller)  # made once more by machines that have a disk of their own
     engine.wait()
-    trainer.read(dataclasses.replace(images, shrunk=made))
+    trainer.read(dataclasses.replace(images, source=made))
 
 
 class _Stoppable:
@@ -128,7 +129,7 @@ def on_first(engine: Engine, make: Callable[[], Made]) -> Made | None:
         except RelsslError as error:
             fault = error
     engine.wait()  # patiently: to shrink a million images takes hours
-    fault = engine.first_says(fault)
+    fault = engine.broadcast(fault)
     if fault is not None:
         raise fault
     return made
@@ -139,7 +140,7 @@ def _online(config: Config) -> OnlineKnn | None:
     if config.log.knn_every == 0:
         return None
     try:
-        pair = LabelledPair.load(config.data, config.data_root, config.log.knn_images, config.seed, index=config.loader.index)
+        pair = LabelledPair.load(config.data, config.data_root, config.log.knn_images, config.seed)
     except DataError:
         return None
     if pair.bank.labels is None or pair.bank.labels.min() == pair.bank.labels.max():
@@ -190,7 +191,8 @@ def pretrain(
     folder = Path(made.out or default_folder(made))
     engine = Engine(made.engine)
     on_first(engine, lambda: refuse_used(folder))
-    return _run(dataclasses.replace(made, out=str(folder)), folder, engine, quiet, None, fresh=True)
+    with engine.running():
+        return _run(dataclasses.replace(made, out=str(folder)), folder, engine, quiet, None, fresh=True)
 
 
 def resume(
@@ -217,7 +219,9 @@ def resume(
     saved = any((folder / "checkpoints").glob("step-*"))
     path = loaded.named(checkpoint) if checkpoint is not None else loaded.checkpoint() if saved else None
     config = loaded.config if time_limit is None else dataclasses.replace(loaded.config, time_limit=time_limit)
-    return _run(config, folder, Engine(config.engine), quiet, path, fresh=False)
+    engine = Engine(config.engine)
+    with engine.running():
+        return _run(config, folder, engine, quiet, path, fresh=False)
 
 
 def _run(config: Config, path: Path, engine: Engine, quiet: bool, saved: Path | None, *, fresh: bool) -> Result | None:
@@ -320,7 +324,7 @@ def _note_failure(folder: RunFolder, trainer: Trainer, error: BaseException) -> 
 
 def _finish(trainer: Trainer, folder: RunFolder) -> Result:
     few = trainer.images.subset(range(min(4, len(trainer.images))))  # enough to tell a wrong file, and quick
-    for network in trainer.config.networks:
+    for network in derive(trainer.config).networks:
         export(folder.path, network=network, images=few)
     folder.status("complete", trainer.step, exit_code=0, last_checkpoint=store.step_folder(Path(), trainer.step).name)
     return _result(folder.path)

@@ -50,7 +50,7 @@ def card(source: Source, written: Written, parity: Parity, file: str, settings: 
         f"# {source.spec.name}" + (f", pretrained with {title}" if source.network != "backbone" else ""),
         _what(source, config),
         f"Input: {'RGB' if channels == 3 else 'grey'}, {source.size} x {source.size}, mean {list(view.mean)}, std {list(view.std)} "
-        f"of values in 0..1; {view.describe()}.",
+        f"of values in 0..1; {view}.",
     ]
     if settings and source.network == "backbone":
         parts.append(f"Where it was trained on images made otherwise, correct `{settings}`.")

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from relssl.data import digits
-from relssl.data.named import IMAGENET_MEAN, IMAGENET_STD
-from relssl.data.plain import PlainView
+from relssl.data.images import IMAGENET_MEAN, IMAGENET_STD
+from relssl.data.plain import PlainView, plain_batch
 from relssl.errors import CheckpointError, ConfigError
 from relssl.method.backbones import TORCHVISION, create_backbone
 from relssl.settings.reading import nearest_word
@@ -567,7 +567,7 @@ def _images() -> Tensor:
 @torch.no_grad()
 def dead(backbone: nn.Module, view: PlainView) -> str | None:
     """What is wrong with the features of a few images (the embedded digits), or None: not finite, or the same for all."""
-    features = backbone.eval()(view.normalise(view.crop_batch(_images()))).float()
+    features = backbone.eval()(view.normalise(plain_batch(_images(), view))).float()
     if not bool(features.isfinite().all()):
         return "its features are not finite"
     if bool(features.std(0).max() <= 1e-6 * features.abs().max()):
@@ -704,7 +704,7 @@ def _spec(report: LoadReport, args: Mapping[str, Any], size: int | None, cfg: Ma
         f"assumed, as the file does not say: images of {side} pixels, scaled {scaling}, normalised by "
         f"{'CIFAR-10' if cifar else 'ImageNet'}'s mean and deviation"
     )
-    view = PlainView(side, 1.0 if small else 256 / 224, scaling, 3, mean, std)
+    view = PlainView(side, 1.0 if small else 256 / 224, scaling, mean, std)
     return BackboneSpec(report.backbone, args, report.stem, view)
 
 
@@ -737,7 +737,7 @@ def load_timm(name: str) -> nn.Module:
         raise CheckpointError(f"{name}: its weights cannot be fetched ({one_line(error)}); is there a network?") from error
     size = cfg.input_size[-1]
     margin = math.floor(size / cfg.crop_pct) / size  # timm rounds down to whole pixels
-    view = PlainView(size, margin, cfg.interpolation, 3, tuple(cfg.mean), tuple(cfg.std))
+    view = PlainView(size, margin, cfg.interpolation, tuple(cfg.mean), tuple(cfg.std))
     made = BackboneSpec(bare, {}, "standard", view).load(network.state_dict(), Path(name))
     fault = dead(made, view) or untrained(made, fresh)
     if fault:

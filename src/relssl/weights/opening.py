@@ -16,7 +16,7 @@ from relssl.data.workers import loader_workers
 from relssl.errors import CheckpointError, ConfigError
 from relssl.settings.reading import read_yaml
 from relssl.settings.recipes import spoken
-from relssl.settings.run import Config, LoaderConfig, from_mapping
+from relssl.settings.run import Config, LoaderConfig, derive, from_mapping
 from relssl.weights import store
 from relssl.weights.spec import NO_DATA, BackboneSpec
 
@@ -265,7 +265,7 @@ def _exported(path: Path) -> Opened:
 
 def _run(path: Path, network: str | None) -> Opened:
     run = load_run(path)
-    networks, title = run.config.networks, path.resolve().name
+    networks, title = derive(run.config).networks, path.resolve().name
     if network is not None and network not in networks:
         why = "" if "teacher" in networks else f" ({run.config.method.name} has no teacher)"
         raise ConfigError(f"network: {path.name} holds {' and '.join(networks)}, not {network}{why}")
