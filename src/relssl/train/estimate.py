@@ -455,6 +455,14 @@ def time_steps(trainer: Trainer, steps: int, limit: float = 60.0) -> Timing:
     return Timing([wait + work for wait, work in zip(waits, works, strict=True)], waits, bad)
 
 
+def step_seconds(config: Config) -> float:
+    """Return the median seconds of a few steps of a run."""
+    quick = dataclasses.replace(timed(config), log=dataclasses.replace(config.log, knn_every=0))
+    trainer = build(quick, Engine(quick.engine))
+    trainer.compile()
+    return statistics.median(time_steps(trainer, 5, limit=20.0).steps)
+
+
 def _warm_up(trainer: Trainer) -> None:
     (parts,) = trainer.loader.stream(trainer.step, trainer.step + 1)
     begun = time.perf_counter()
