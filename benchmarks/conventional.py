@@ -23,7 +23,7 @@ from torchvision.transforms import v2
 
 from pictures import Source, images_of
 from relssl.data.named import Images
-from relssl.method import create_encoder
+from relssl.method import create_student
 from relssl.settings.run import Config, resolve
 from relssl.train.pretrain import complete_settings
 from rounds import Work
@@ -149,7 +149,7 @@ def forever(loader: DataLoader[Any]) -> Iterator[Any]:
 def conventional_step(config: Config, device: torch.device, precision: str) -> Step:
     """A function that makes one conventional step."""
     method, optimizer = config.method, config.optimizer
-    student, teacher = create_encoder(config).to(device), create_encoder(config).to(device)
+    student, teacher = create_student(config).to(device), create_student(config).to(device)
     teacher.load_state_dict(student.state_dict())
     sgd = torch.optim.SGD(student.parameters(), lr=optimizer.lr, momentum=optimizer.momentum, weight_decay=optimizer.weight_decay)
     memory = F.normalize(torch.randn(method.memory_size, config.encoder.dim), dim=1).to(device)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 import relssl
 from relssl.cli import main
 from relssl.data.named import at_hand
-from relssl.data.plain import enlarged
+from relssl.data.plain import PlainView
 from relssl.errors import CheckpointError, ConfigError
 from relssl.method.backbones import create_backbone
 from relssl.settings.run import Config, resolve, to_yaml
@@ -281,7 +281,7 @@ def test_timm_enlarges_as_we_do_whatever_the_size() -> None:
         for size in range(4, 500):
             views = dataclasses.replace(config.views, margin=margin, weak=dataclasses.replace(config.views.weak, size=size))
             share = _view(dataclasses.replace(config, views=views))["crop_pct"]
-            assert math.floor(size / share) == enlarged(views)
+            assert math.floor(size / share) == PlainView.of(views).shorter_side
 
 
 def test_detectron_names_are_those_of_mocos_converter() -> None:

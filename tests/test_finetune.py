@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from relssl.data.batched import apply
+from relssl.data.batched import apply, normalise
 from relssl.data.draws import draw
-from relssl.data.loader import Plan, standardise
-from relssl.data.plain import plain_batch
+from relssl.data.loader import Plan
+from relssl.data.plain import PlainView, plain_batch
 from relssl.data.subsets import fingerprint, stratified
 from relssl.errors import ConfigError, DataError, NumericError
 from relssl.evaluation.evaluate import LabelledPair
@@ -60,7 +60,7 @@ def by_hand(data: LabelledPair, seed: int) -> tuple[nn.Module, nn.Module, float]
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / 12)))
     for epoch, (rows,) in plan.steps(0, 12):
         views = apply(bank.pixels[rows], view, draw(view, seed, epoch, rows, 0, (16, 16)))
-        loss = F.cross_entropy(head(tuned(standardise(views, config()))), torch.from_numpy(bank.labels[rows]))
+        loss = F.cross_entropy(head(tuned(normalise(views, *config().views.statistics()))), torch.from_numpy(bank.labels[rows]))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -75,8 +75,9 @@ def test_training_equals_a_plain_loop() -> None:
     assert found.details["loss"] == pytest.approx(loss, rel=1e-4)
     assert data.test.pixels is not None and data.test.labels is not None
     truth = torch.from_numpy(data.test.labels)
+    view = PlainView.of(config().views)
     with torch.no_grad():
-        scores = head(tuned(standardise(plain_batch(data.test.pixels, config().views), config())))
+        scores = head(tuned(view.normalise(plain_batch(data.test.pixels, view))))
     assert found.figures == accuracies(ranks(scores, truth), truth, 3) and found.setting == {}
     assert said == [f"finetune: epoch {epoch} of 3, loss {said[epoch - 1].split()[-1]}" for epoch in (1, 2, 3)]
     assert said[-1].endswith(f"{loss:.3f}") and found.details["steps"] == 12

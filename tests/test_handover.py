@@ -16,7 +16,7 @@ from sklearn.neighbors import KNeighborsClassifier
 import relssl
 from relssl.cli import main
 from relssl.data.named import load
-from relssl.data.plain import batches
+from relssl.data.plain import PlainView, batches
 from relssl.errors import CheckpointError, ConfigError, DataError
 from relssl.weights import store
 from relssl.weights.writers import timm_lines
@@ -75,9 +75,10 @@ def test_a_loaded_backbone_knows_its_width_and_its_view(finished: Path) -> None:
     backbone = relssl.load_backbone(finished)
     images = load("digits", None, "test").subset(range(4))
     assert images.pixels is not None
-    view = backbone.transform(Image.fromarray(images.pixels[0].permute(1, 2, 0).numpy()))
-    _, batch, _ = next(iter(batches(images, relssl.load_run(finished).config)))
-    torch.testing.assert_close(view, batch[0])
+    transformed = backbone.transform(Image.fromarray(images.pixels[0].permute(1, 2, 0).numpy()))
+    view = PlainView.of(relssl.load_run(finished).config.views)
+    _, batch, _ = next(iter(batches(images, view, workers=0, max_pixels=10**6)))
+    torch.testing.assert_close(transformed, batch[0])
     assert backbone(batch).shape == (4, backbone.num_features)
 
 

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from relssl.data.batched import apply
+from relssl.data.batched import apply, normalise
 from relssl.data.draws import draw
-from relssl.data.loader import Plan, standardise
-from relssl.data.plain import plain_batch
+from relssl.data.loader import Plan
+from relssl.data.plain import PlainView, plain_batch
 from relssl.engine import Engine
 from relssl.errors import ConfigError, DataError, NumericError
 from relssl.evaluation.evaluate import LabelledPair
@@ -60,7 +60,7 @@ def by_hand(settings: LinearConfig, rate: float, seed: int, data: LabelledPair, 
     for step, (epoch, (rows,)) in enumerate(plan.steps(0, total)):
         views = apply(bank.pixels[rows], view, draw(view, seed, epoch, rows, 0, (16, 16)))
         with torch.no_grad():
-            features = backbone(standardise(views, config)).double()
+            features = backbone(normalise(views, *config.views.statistics())).double()
         loss = F.cross_entropy(head(features), torch.from_numpy(bank.labels[rows]))
         gradients = torch.autograd.grad(loss, list(head.parameters()))
         lr = rate * 0.5 * (1 + math.cos(math.pi * step / total))
@@ -85,7 +85,8 @@ def test_training_equals_a_plain_loop(nesterov: bool, monkeypatch: pytest.Monkey
     data = pair()
     found, _ = run(settings, data)
     assert data.test.pixels is not None and data.test.labels is not None
-    seen, truth = standardise(plain_batch(data.test.pixels, config().views), config()), torch.from_numpy(data.test.labels)
+    view = PlainView.of(config().views)
+    seen, truth = view.normalise(plain_batch(data.test.pixels, view)), torch.from_numpy(data.test.labels)
     for finding, head, rate in zip(found, heads, settings.lr, strict=True):
         expected = by_hand(settings, rate, 3, data, config(), nesterov)
         for one, two in zip(head.parameters(), expected.parameters(), strict=True):

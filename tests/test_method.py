@@ -16,7 +16,7 @@ from relssl.method import (
     Memory,
     ReSSL,
     create_backbone,
-    create_encoder,
+    create_student,
     health,
     info_nce,
     relation,
@@ -170,7 +170,7 @@ def test_wrong_backbones_are_refused_by_name(args: tuple, message: str) -> None:
 
 
 def test_encoder_of_a_config_has_the_papers_heads() -> None:
-    encoder = create_encoder(resolve({"recipe": "nips/cifar10"}))
+    encoder = create_student(resolve({"recipe": "nips/cifar10"}))
     first, _, last = encoder.projector
     assert (first.in_features, first.out_features, last.out_features) == (512, 2048, 128)
     assert first.bias is not None and last.bias is not None

@@ -29,6 +29,7 @@ from relssl.data.decode import BadImage, decode
 from relssl.data.folder import cache_root
 from relssl.data.loader import FromFiles, Plan, create_loader, read_image
 from relssl.data.named import Images, load
+from relssl.data.plain import PlainView
 from relssl.data.plain import batches as plain_batches
 from relssl.data.shrunk import PIXELS, TABLE, Shrunk
 from relssl.engine import Engine
@@ -413,7 +414,10 @@ def test_two_that_want_the_same_agree(images: Images, config: Config, monkeypatc
 def test_a_subset_and_evaluation_look_at_the_files(images: Images, config: Config) -> None:
     cached = dataclasses.replace(images, shrunk=shrunken(images, config, Told()))
     assert cached.subset([1, 2]).shrunk is None and cached.fingerprint() == images.fingerprint()
-    a, b = (next(plain_batches(each, config))[1] for each in (images, load(images.name, None, "train")))
+    view = PlainView.of(config.views)
+    a, b = (
+        next(plain_batches(each, view, workers=0, max_pixels=10**6))[1] for each in (images, load(images.name, None, "train"))
+    )
     assert torch.equal(a, b)
 
 

@@ -49,7 +49,9 @@ USES: dict[str, Callable[[Images, Path, str], object]] = {
             images, settings_for(root, **{"loader.workers": 1, "loader.cache": None, "loader.decoder": decoder}), Plan(8, 4), CPU
         ).stream(0, 2)
     ),
-    "evaluate": lambda images, root, _: list(plain.batches(images, settings_for(root, **{"loader.workers": 1}))),
+    "evaluate": lambda images, root, _: list(
+        plain.batches(images, plain.PlainView.of(settings_for(root).views), workers=1, max_pixels=10**6)
+    ),
     "shrink": lambda images, root, _: cache.shrunken(images, settings_for(root, **{"loader.workers": 1}), Told()),
 }
 CPU = torch.device("cpu")

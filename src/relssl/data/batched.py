@@ -79,15 +79,17 @@ def photometric(x: Tensor, view: ViewConfig, draws: Draws) -> Tensor:
 
 
 def normalise(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """(x - mean) / std per channel.
+    """Normalise each channel: (x - mean) / std.
 
     Args:
-        x: [B,C,S,S], float in 0..1 or uint8 as `single.apply` makes it.
-        mean, std: of the C channels, in 0..1.
+        x: [B,C,S,S], float in 0..1 or uint8.
+        mean, std: of the C channels, in 0..1; those of one channel turn colours grey first.
 
     Returns:
         fp32 [B,C,S,S].
     """
+    if len(mean) == 1 and x.shape[1] == 3:
+        x = luma(x / 255 if x.dtype == torch.uint8 else x)
     scale = 255.0 if x.dtype == torch.uint8 else 1.0
     weight = _column(1.0 / (scale * np.asarray(std)), x).view(-1, 1, 1)
     return torch.addcmul(_column(-np.asarray(mean) / np.asarray(std), x).view(-1, 1, 1), x.float(), weight)

@@ -30,7 +30,7 @@ from relssl.data.named import Images
 from relssl.data.workers import Choice, Tuning, WorkerError, cores, hand_over, reset_signals, watch
 from relssl.engine import send, synchronise
 from relssl.errors import ConfigError, DataError
-from relssl.settings.run import Config, ViewConfig
+from relssl.settings.run import Config, ViewConfig, derive
 
 
 @dataclass
@@ -48,14 +48,6 @@ class Batch:
     weak: Tensor
     strong: list[Tensor]
     bad: list[tuple[str, str]] = field(default_factory=list)
-
-
-def standardise(images: Tensor, config: Config) -> Tensor:
-    """uint8 or 0..1 floats [B, 3, H, W] to the channels [B, C, H, W] that the networks see, with zero mean and unit deviation by
-    the run's channel statistics."""
-    if config.views.channels == 1:
-        images = batched.luma(images / 255 if images.dtype == torch.uint8 else images)
-    return batched.normalise(images, *config.views.statistics())
 
 
 # Draws of the order, and of the teacher's, use slots of their own, far from those of views.
@@ -146,7 +138,7 @@ class Views(Dataset[Any]):
 
     def __init__(self, images: Images, config: Config, *, photometric: bool, views: Sequence[ViewConfig] | None = None) -> None:
         self.images, self.config, self.apply = images, config, single.apply if photometric else single.geometric
-        self.views = list(views or config.all_views)
+        self.views = list(views or derive(config).views)
 
     def __getitem__(self, request: Request) -> Any:
         """The sample, or the next one that can be read."""
@@ -469,7 +461,7 @@ class Resident:
         assert images.pixels is not None
         self.plan, self.config, self.device = plan, config, device
         self.pixels = images.pixels.to(device)
-        self.views = list(views or config.all_views)
+        self.views = list(views or derive(config).views)
         self.ahead = config.loader.views_ahead or (self._fitting(8) if device.type == "cuda" else 1)
 
     def _fitting(self, most: int) -> int:
@@ -510,7 +502,7 @@ class Resident:
         made = []
         for slot, view in enumerate(self.views):
             draws = draw(view, self.plan.seed, epoch, rows, slot, size)
-            made.append(standardise(batched.apply(images, view, draws), self.config))
+            made.append(batched.normalise(batched.apply(images, view, draws), *self.config.views.statistics()))
         return made
 
 
@@ -542,7 +534,7 @@ class FromFiles:
         self, images: Images, config: Config, plan: Plan, device: torch.device, views: Sequence[ViewConfig] | None = None
     ) -> None:
         self.images, self.config, self.plan, self.device = images, config, plan, device
-        self.views = list(views or config.all_views)
+        self.views = list(views or derive(config).views)
         self.choice: Choice | None = None
         self.decoder = Decoder(images, config, device, self.views) if config.loader.decoder == "torchvision" else None
         wanted = config.loader.photometric
@@ -611,7 +603,7 @@ class FromFiles:
         moved = [send(view, self.device) for view in sample.views]
         if self.photometric_here:
             moved = self._photometric(moved, sample.epoch, sample.row.numpy())
-        moved = [standardise(view, self.config) for view in moved]
+        moved = [batched.normalise(view, *self.config.views.statistics()) for view in moved]
         return Batch(send(sample.row, self.device), moved[0], moved[1:], sample.bad)
 
     def _photometric(self, views: list[torch.Tensor], epoch: int, rows: np.ndarray) -> list[torch.Tensor]:

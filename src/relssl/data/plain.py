@@ -1,8 +1,9 @@
-"""The plain view: what a network sees of an image when it is evaluated rather than trained."""
+"""The plain view: the deterministic view of an image on which a network is evaluated."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -13,69 +14,111 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import InterpolationMode, center_crop, pil_to_tensor, resize
 
+from relssl.data.batched import normalise
 from relssl.data.decode import BadImage
-from relssl.data.loader import read_image, standardise
+from relssl.data.loader import read_image
 from relssl.data.named import Images
-from relssl.data.workers import hand_over, loader_workers, reset_signals, watch
-from relssl.settings.run import Config, ViewsConfig
+from relssl.data.workers import hand_over, reset_signals, watch
+from relssl.settings.run import ViewsConfig
 
 
-def describe(views: ViewsConfig) -> str:
-    """The plain view in words, for protocol cards."""
-    grey = ", grey" if views.channels == 1 else ""
-    return f"resize shorter side to {enlarged(views)}, centre crop {views.weak.size}, {views.interpolation} with antialias{grey}"
+@dataclass(frozen=True)
+class PlainView:
+    """Scaling with antialiasing, a centre crop, and normalisation.
+
+    Attributes:
+        size: side of the view in pixels.
+        margin: shorter side before the centre crop, in sizes.
+        interpolation: bilinear or bicubic.
+        mean, std: of each channel that the network sees, in 0..1; those of a single one make the view grey.
+    """
+
+    size: int
+    margin: float
+    interpolation: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def of(cls, views: ViewsConfig, size: int | None = None) -> PlainView:
+        """Return the plain view of a run whose data has filled in its statistics; `size` replaces that of its weak view."""
+        assert views.margin is not None
+        return cls(size or views.weak.size, views.margin, views.interpolation, *views.statistics())
+
+    @property
+    def channels(self) -> int:
+        """Channels that the network sees: 3, or 1 for grey."""
+        return len(self.mean)
+
+    @property
+    def shorter_side(self) -> int:
+        """The shorter side, in pixels, before the centre crop."""
+        return round(self.size * self.margin)
+
+    def __str__(self) -> str:
+        """The view in words, for protocol cards."""
+        grey = ", grey" if self.channels == 1 else ""
+        return f"resize shorter side to {self.shorter_side}, centre crop {self.size}, {self.interpolation} with antialias{grey}"
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Normalise images of the view's size: uint8, or floats in 0..1, [B,3,S,S] to fp32 [B,channels,S,S]."""
+        return normalise(images, self.mean, self.std)
 
 
-def enlarged(views: ViewsConfig) -> int:
-    """The shorter side, in pixels, before the centre crop."""
-    assert views.margin is not None
-    return round(views.weak.size * views.margin)
+def plain_view(image: Image.Image, view: PlainView) -> Tensor:
+    """Return the plain view of an RGB image, not yet normalised, as uint8 [3,S,S]."""
+    scaled = resize(image, view.shorter_side, InterpolationMode(view.interpolation))
+    pixels: Tensor = pil_to_tensor(center_crop(scaled, [view.size] * 2))
+    return pixels
 
 
-def plain_view(image: Image.Image, views: ViewsConfig) -> Tensor:
-    """The plain view of an RGB image as uint8 [3, S, S]."""
-    scaled = resize(image, enlarged(views), InterpolationMode(views.interpolation))
-    view: Tensor = pil_to_tensor(center_crop(scaled, [views.weak.size] * 2))
-    return view
-
-
-def plain_batch(pixels: Tensor, views: ViewsConfig) -> Tensor:
-    """The plain views of uint8 images [B, 3, H, W] as floats 0..1 [B, 3, S, S]."""
+def plain_batch(pixels: Tensor, view: PlainView) -> Tensor:
+    """Return the plain views of uint8 images [B,3,H,W], not yet normalised, as floats in 0..1 [B,3,S,S]."""
     images = pixels.float() / 255
     height, width = images.shape[-2:]
-    scale = enlarged(views) / min(height, width)
+    scale = view.shorter_side / min(height, width)
     target = (round(height * scale), round(width * scale))
     if target != (height, width):
-        images = F.interpolate(images, target, mode=views.interpolation, antialias=True).clamp(0, 1)
-    cropped: Tensor = center_crop(images, [views.weak.size] * 2)
+        images = F.interpolate(images, target, mode=view.interpolation, antialias=True).clamp(0, 1)
+    cropped: Tensor = center_crop(images, [view.size] * 2)
     return cropped
 
 
-def batches(images: Images, config: Config, batch_size: int = 256) -> Iterator[tuple[np.ndarray, Tensor, list[tuple[str, str]]]]:
-    """(rows, normalised images [B, C, S, S] on the CPU, unreadable files) over a data set, in its order."""
+def batches(
+    images: Images, view: PlainView, *, workers: int, max_pixels: int, batch_size: int = 256
+) -> Iterator[tuple[np.ndarray, Tensor, list[tuple[str, str]]]]:
+    """Yield (rows, normalised views [B,C,S,S] on the CPU, unreadable files) over a data set, in its order.
+
+    Args:
+        images: what to read.
+        view: what to make of each image.
+        workers: loader processes, for files.
+        max_pixels: files with larger images count as unreadable.
+        batch_size: images at a time.
+    """
     if images.pixels is not None:
         for start in range(0, len(images), batch_size):
             pixels = images.pixels[start : start + batch_size]
-            yield np.arange(start, start + len(pixels)), standardise(plain_batch(pixels, config.views), config), []
+            yield np.arange(start, start + len(pixels)), view.normalise(plain_batch(pixels, view)), []
         return
     loader = DataLoader(
-        _Plain(images, config),
+        _Plain(images, view, max_pixels),
         batch_size=batch_size,
-        num_workers=loader_workers(config),
+        num_workers=workers,
         collate_fn=partial(hand_over, list),
         worker_init_fn=reset_signals,
         generator=torch.Generator(),  # evaluating draws nothing from the run's own
     )
     for samples in watch(loader):
-        good = [(row, view) for row, view, _ in samples if view is not None]
+        readable = [(row, pixels) for row, pixels, _ in samples if pixels is not None]
         bad = [fault for _, _, fault in samples if fault is not None]
-        views = torch.stack([view for _, view in good]) if good else torch.empty(0, 3, 1, 1)
-        yield np.array([row for row, _ in good], np.int64), standardise(views, config), bad
+        pixels = torch.stack([pixels for _, pixels in readable]) if readable else torch.empty(0, 3, 1, 1)
+        yield np.array([row for row, _ in readable], np.int64), view.normalise(pixels), bad
 
 
 class _Plain(Dataset[tuple[int, Tensor | None, tuple[str, str] | None]]):
-    def __init__(self, images: Images, config: Config) -> None:
-        self.images, self.config = images, config
+    def __init__(self, images: Images, view: PlainView, max_pixels: int) -> None:
+        self.images, self.view, self.max_pixels = images, view, max_pixels
 
     def __len__(self) -> int:
         return len(self.images)
@@ -83,7 +126,6 @@ class _Plain(Dataset[tuple[int, Tensor | None, tuple[str, str] | None]]):
     def __getitem__(self, row: int) -> tuple[int, Tensor | None, tuple[str, str] | None]:
         assert self.images.files is not None
         try:
-            image = read_image(self.images, row, self.config.loader.max_pixels)
+            return row, plain_view(read_image(self.images, row, self.max_pixels), self.view), None
         except BadImage as fault:
             return row, None, (self.images.files[row], str(fault))
-        return row, plain_view(image, self.config.views), None

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from relssl.data.folder import cache_root
 from relssl.data.named import Images
-from relssl.data.plain import batches, describe
+from relssl.data.plain import PlainView, batches
 from relssl.data.subsets import identity
+from relssl.data.workers import loader_workers
 from relssl.engine import Engine
 from relssl.errors import DataError, NumericError
 from relssl.files import storing, sweep, temporary, to_json, write_all
@@ -109,7 +110,9 @@ def stream(
     The backbone runs in eval mode and is put back as it was, so measuring never changes what is measured.
     """
     with evaluating(backbone):
-        for rows, views, bad in batches(images, config):
+        for rows, views, bad in batches(
+            images, PlainView.of(config.views), workers=loader_workers(config), max_pixels=config.loader.max_pixels
+        ):
             with autocast or nullcontext():
                 made = backbone(views.to(device).contiguous(memory_format=torch.channels_last)) if len(rows) else views
             yield rows, made.float().cpu(), bad
@@ -233,7 +236,7 @@ def key(backbone: nn.Module, images: Images, config: Config, engine: Engine) -> 
         "weights": state_hash(backbone),
         "network": repr(backbone),  # two networks may have equal weights and differ in a stride
         "images": identity(images),
-        "view": [describe(config.views), config.views.mean, config.views.std, config.loader.max_pixels],
+        "view": [str(PlainView.of(config.views)), config.views.mean, config.views.std, config.loader.max_pixels],
         "compute": [engine.precision, engine.device.type, torch.__version__, engine.threads],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]

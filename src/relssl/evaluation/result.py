@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from relssl import __version__
 from relssl.data.named import Images
-from relssl.data.plain import enlarged
+from relssl.data.plain import PlainView
 from relssl.engine import Engine
 from relssl.errors import ConfigError, DataError
 from relssl.evaluation.findings import unpack
@@ -71,14 +71,14 @@ def card(
 
 def view(config: Config) -> dict[str, Any]:
     """What the network sees of an image."""
-    mean, std = config.views.statistics() if config.views.mean and config.views.std else ((), ())
+    view = PlainView.of(config.views)
     return {
-        "size": config.views.weak.size,
-        "shorter_side": enlarged(config.views),
+        "size": view.size,
+        "shorter_side": view.shorter_side,
         "crop": "centre",
-        "interpolation": f"{config.views.interpolation} with antialias",
-        "mean": list(mean),
-        "std": list(std),
+        "interpolation": f"{view.interpolation} with antialias",
+        "mean": list(view.mean),
+        "std": list(view.std),
         "max_pixels": config.loader.max_pixels,
     }
 

@@ -5,7 +5,7 @@ from relssl.method.base import Method, Step
 from relssl.method.batchnorm import SplitBatchNorm2d, shuffled, split_batch_norms
 from relssl.method.byol import BYOL
 from relssl.method.create import create_method, create_student
-from relssl.method.encoder import Encoder, create_encoder
+from relssl.method.encoder import Encoder
 from relssl.method.health import health
 from relssl.method.memory import Memory
 from relssl.method.moco import MoCo
@@ -31,7 +31,6 @@ __all__ = [
     "Step",
     "Supervised",
     "create_backbone",
-    "create_encoder",
     "create_method",
     "create_student",
     "health",

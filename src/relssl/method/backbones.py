@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import fnmatch
 import functools
 import re
@@ -28,12 +29,12 @@ _TORCHVISION_ARGS: dict[str, dict[str, Any]] = {"googlenet": _SINGLE, "inception
 
 
 def run_backbone(config: Config) -> nn.Module:
-    """The backbone of a run, as `create_backbone` makes it of the run's settings."""
+    """Create the backbone that a run's settings describe."""
     return create_backbone(config.backbone, config.encoder.stem, _own_arguments(config), config.views.weak.size)
 
 
 def run_arguments(config: Config) -> dict[str, Any]:
-    """All arguments that a run's backbone is created with: its own, and those that its image size and channels ask for."""
+    """Return all arguments that a run's backbone is created with: its own, and those that its image size and channels ask for."""
     return arguments(config.backbone, _own_arguments(config), config.views.weak.size)
 
 
@@ -45,7 +46,7 @@ def _own_arguments(config: Config) -> dict[str, Any]:
 def create_backbone(
     name: str, stem: str = "standard", args: Mapping[str, Any] | None = None, size: int | None = None
 ) -> nn.Module:
-    """A randomly initialised network without its classifier: images [N, C, H, W] to features [N, F].
+    """Create a randomly initialised network without its classifier: images [N, C, H, W] to features [N, F].
 
     Args:
         name: timm's name, such as `resnet18` or `mobilenetv3_large_100`, or `torchvision/` and the name of a classification
@@ -62,34 +63,33 @@ def create_backbone(
     Raises:
         ConfigError: if the name or the arguments are unknown, or the network has no stem that can be made small.
     """
-    given = arguments(name, args or {}, size)
+    everything = arguments(name, args or {}, size)
     library = "torchvision" if name.startswith(TORCHVISION) else "timm"
     if not known(name):
         raise ConfigError(f"backbone: {library} knows no {name!r}; the nearest is {nearest_word(name, names())}")
     try:
-        network = _torchvision(name, given) if library == "torchvision" else _timm(name, given)
+        network = _torchvision(name, everything) if library == "torchvision" else _timm(name, everything)
     except Exception as error:  # whatever a network raises over arguments that do not suit it
-        if (side := given.get("image_size")) and (reason := _undivided(int(name.rpartition("_")[2]), side)):
+        if (side := everything.get("image_size")) and (reason := _undivided(int(name.rpartition("_")[2]), side)):
             raise ConfigError(f"backbone: images of {side} pixels {reason}") from error
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ConfigError(f"backbone_args: {library} refuses {given} for {name}: {reason}") from error
+        raise ConfigError(f"backbone_args: {library} refuses {everything} for {name}: {reason}") from error
     if stem != "standard":
         _shrink_stem(network, name, keep_pool=stem == "small-pool", padding=2 if stem == "small-wide" else 1)
     # Its first convolution need not have as many: some networks fold pixels into channels before it.
-    network.in_chans = int(given.get("in_chans", 3))  # type: ignore[assignment]
+    network.in_chans = int(everything.get("in_chans", 3))  # type: ignore[assignment]
     return network
 
 
 def known(name: str) -> bool:
-    """Whether a network has this name."""
+    """Return true if a network has this name."""
     if name.startswith(TORCHVISION):
         return name.removeprefix(TORCHVISION) in _torchvision_names()
-    found: bool = timm.is_model(name)
-    return found
+    return bool(timm.is_model(name))
 
 
 def names() -> list[str]:
-    """The names of all networks, timm's first."""
+    """List the names of all networks, timm's first."""
     return [*timm.list_models(), *(TORCHVISION + name for name in _torchvision_names())]
 
 
@@ -99,7 +99,7 @@ def _torchvision_names() -> tuple[str, ...]:
 
 
 def arguments(name: str, args: Mapping[str, Any], size: int | None) -> dict[str, Any]:
-    """`args` and what the network needs beside them to take images of `size` pixels a side, and of others if it can."""
+    """Return `args` and what the network needs besides to take images of `size` pixels a side, and of others if it can."""
     if name.startswith(TORCHVISION):
         bare = name.removeprefix(TORCHVISION)
         sized = {"image_size": size} if bare.startswith("vit_") and size is not None else {}
@@ -162,7 +162,7 @@ def drop_classifier(network: nn.Module) -> str:
 
 
 def stem_fault(network: nn.Module) -> str | None:
-    """Why a network's first layers cannot be made small; None: they can."""
+    """Say why a network's first layers cannot be made small; None: they can."""
     _, first = _first_convolution(network)
     if first is not None and first.kernel_size[0] > 1 and first.kernel_size[0] == first.stride[0]:
         return f"cuts images into patches of {first.kernel_size[0]}; use stem: standard and a smaller patch (timm: patch_size)"
@@ -194,20 +194,20 @@ def _stem_pool(network: nn.Module) -> str | None:
 
 
 def _convolution(channels: int, like: nn.Conv2d, **shape: Any) -> nn.Conv2d:
-    made = nn.Conv2d(channels, like.out_channels, bias=like.bias is not None, **shape)
-    nn.init.kaiming_normal_(made.weight, mode="fan_out", nonlinearity="relu")
-    return made
+    convolution = nn.Conv2d(channels, like.out_channels, bias=like.bias is not None, **shape)
+    nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
+    return convolution
 
 
 def channels_of(backbone: nn.Module) -> int:
-    """The channels C of the images that a backbone takes: as it was created, else those of its first convolution."""
+    """Return the channels C of the images that a backbone takes: as it was created, else those of its first convolution."""
     first = _first_convolution(backbone)[1]
     return int(getattr(backbone, "in_chans", 3 if first is None else first.in_channels))  # type: ignore[arg-type]
 
 
 @torch.no_grad()
 def feature_width(backbone: nn.Module, size: int) -> int:
-    """The number of features the backbone gives for images of side `size`, by trying it.
+    """Count the features that the backbone gives for images of side `size`, by trying it.
 
     Raises:
         ConfigError: if images of that size do not pass, or the output is not one vector an image.
@@ -230,13 +230,13 @@ def feature_width(backbone: nn.Module, size: int) -> int:
 
 
 def patch_of(backbone: nn.Module) -> int:
-    """The side of the patches that a network cuts images into; 1 if it cuts none."""
-    found: Any = getattr(getattr(backbone, "patch_embed", backbone), "patch_size", 1)
-    return int(found[0] if isinstance(found, (tuple, list)) else found)
+    """Return the side of the patches that a network cuts images into; 1 if it cuts none."""
+    size: Any = getattr(getattr(backbone, "patch_embed", backbone), "patch_size", 1)
+    return int(size[0] if isinstance(size, (tuple, list)) else size)
 
 
 def _undivided(patch: int, size: int) -> str | None:
-    """What is wrong with a size that is no multiple of the patches; None: nothing."""
+    """The fault of a size that is no multiple of the patches; None: there is none."""
     if size % patch == 0:
         return None
     near = [side for side in (size // patch * patch, (size // patch + 1) * patch) if side]
@@ -258,13 +258,12 @@ class Network:
 
     Attributes:
         name: as `backbone` takes it.
-        parameters: without the classifier, made for images of the size that was asked for.
-        gflops: 10^9 multiply-adds, each counted once as papers do, of one image through the network; None: images of that size
-            do not pass. Norms, activations and pooling are left out.
+        parameters: without the classifier, for images of the given size.
+        gflops: 10^9 multiply-adds, each counted once as papers do, of one image through convolutions and products; None: images
+            of that size do not pass.
         features: width F of its output; None as above.
-        small_stem: whether `encoder.stem` may be other than standard.
-        smallest: pixels of the smallest image that passes, a side, 4 being the smallest view; None: none up to the
-            size that was asked for.
+        small_stem: true if `encoder.stem` may be other than standard.
+        smallest: side in pixels of the smallest image that passes; None: none up to the given size.
     """
 
     name: str
@@ -276,11 +275,11 @@ class Network:
 
 
 def find(pattern: str | None = None, family: str | None = None, everything: bool = False) -> list[str]:
-    """Names of networks.
+    """List names of networks.
 
     Args:
         pattern: part of the name, or all of it with `*` and `?`; None: any.
-        family: what the name begins with, underscores aside, such as `mobilenetv3`; None: any.
+        family: beginning of the name, underscores aside, such as `mobilenetv3`; None: any.
         everything: search all of timm and torchvision, as with a pattern, rather than `NAMED`.
 
     Raises:
@@ -288,46 +287,42 @@ def find(pattern: str | None = None, family: str | None = None, everything: bool
     """
     pool = names() if everything or pattern else list(NAMED)
     if pattern:
-        wanted = pattern if set("*?[") & set(pattern) else f"*{pattern}*"
-        pool = [name for name in pool if fnmatch.fnmatchcase(name, wanted)]
+        glob = pattern if set("*?[") & set(pattern) else f"*{pattern}*"
+        pool = [name for name in pool if fnmatch.fnmatchcase(name, glob)]
         if not pool:
             raise ConfigError(f"backbones: no network is called {pattern!r}; the nearest is {nearest_word(pattern, names())}")
-    found = [name for name in pool if family is None or _begins(name, family)]
-    if not found:
-        assert family is not None
-        if not (everything or pattern) and any(_begins(name, family) for name in names()):
+    matches = [name for name in pool if family is None or _begins(name, family)]
+    if family is not None and not matches:
+        if any(_begins(name, family) for name in names()):
             raise ConfigError(f"--family: {family} is not among the networks listed by default; --all searches them all")
-        families = {
-            match[0] for name in pool if (match := re.match("[a-z]+?(_?v[0-9])?(?![a-z])", name.removeprefix(TORCHVISION)))
-        }
-        raise ConfigError(f"--family: no network begins with {family!r}; the nearest is {nearest_word(family, sorted(families))}")
-    return found
+        families = sorted({re.split("[_0-9]*$|_(?!v[0-9])", name.removeprefix(TORCHVISION))[0] for name in pool})
+        raise ConfigError(f"--family: no network begins with {family!r}; the nearest is {nearest_word(family, families)}")
+    return matches
 
 
 def _begins(name: str, family: str) -> bool:
     return name.removeprefix(TORCHVISION).replace("_", "").startswith(family.replace("_", ""))
 
 
+def within(names: Iterable[str], size: int, max_params: float, max_gflops: float) -> Iterator[Network]:
+    """Yield the figures of the networks that have at most so many parameters and multiply-adds, one by one."""
+    for name in names:
+        network = _figures(name, size, "standard")
+        if network.parameters <= max_params and (network.gflops or 0) <= max_gflops:
+            yield replace(network, smallest=_smallest(name, size, "standard"))
+
+
 def measure(name: str, size: int = 224, stem: str = "standard") -> Network:
-    """The figures of a network for images of `size` pixels a side.
+    """Measure a network for images of `size` pixels a side.
 
     Raises:
         ConfigError: for an unknown name, or a network whose stem cannot be made small.
     """
-    return replace(figures(name, size, stem), smallest=smallest(name, size, stem))
+    return replace(_figures(name, size, stem), smallest=_smallest(name, size, stem))
 
 
-def within(names: Iterable[str], size: int, max_params: float, max_gflops: float) -> Iterator[Network]:
-    """The figures of those networks that have at most so many parameters and GFLOPs, one by one; those through which images of
-    `size` pixels do not pass are told by their parameters alone."""
-    for name in names:
-        found = figures(name, size)
-        if found.parameters <= max_params and (found.gflops or 0) <= max_gflops:
-            yield replace(found, smallest=smallest(name, size))
-
-
-def figures(name: str, size: int, stem: str = "standard") -> Network:
-    """All of `measure` but for the smallest image, which takes longest to find."""
+def _figures(name: str, size: int, stem: str) -> Network:
+    """All of `measure` but the smallest image, which takes longest to find."""
     gflops = features = None
     try:
         network = _weightless(name, size, stem)
@@ -344,32 +339,25 @@ def figures(name: str, size: int, stem: str = "standard") -> Network:
 
 
 def count_flops(work: Callable[[], object]) -> int:
-    """Floating-point operations of what `work` does, two for a multiply-add."""
+    """Count the floating-point operations of convolutions and products in `work`, two for a multiply-add."""
     with FlopCounterMode(display=False) as counter:
         work()
     return int(counter.get_total_flops())
 
 
-def smallest(name: str, size: int, stem: str = "standard") -> int | None:
-    """The smallest side up to `size` that passes, found by halving: where one passes, larger ones mostly do."""
+def _smallest(name: str, size: int, stem: str) -> int | None:
+    """The smallest side up to `size` that passes, by halving: where one passes, larger ones mostly do."""
+
+    def passes(side: int) -> bool:
+        try:
+            return feature_width(_weightless(name, side, stem), side) > 0
+        except ConfigError:
+            return False
+
     step = patch_of(_weightless(name, None, stem))
-    low, high = -(-_LEAST // step), size // step
-    if _passes(name, stem, low * step):
-        return low * step
-    if not _passes(name, stem, high * step):
-        return None
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if _passes(name, stem, middle * step) else (middle, high)
-    return high * step
-
-
-def _passes(name: str, stem: str, size: int) -> bool:
-    try:
-        feature_width(_weightless(name, size, stem), size)
-    except ConfigError:
-        return False
-    return True
+    sides = range(-(-_LEAST // step) * step, size + 1, step)
+    position = bisect.bisect_left(sides, True, key=passes)
+    return sides[position] if position < len(sides) else None
 
 
 def _weightless(name: str, size: int | None, stem: str) -> nn.Module:

@@ -11,10 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from relssl.method.backbones import feature_width, run_backbone
-from relssl.method.batchnorm import split_batch_norms
-from relssl.settings.run import Config
-
 
 class Encoder(nn.Module):
     """Views to unit-norm embeddings.
@@ -56,7 +52,7 @@ class Encoder(nn.Module):
                 nn.init.zeros_(parameter)
 
     def heads(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """[N, C, H, W] -> after the predictor [N, D] and before it [N, D], one tensor if there is none; unit norm, fp32."""
+        """Embed images [N, C, H, W]: after the predictor [N, D] and before it [N, D], one tensor if there is none; unit norm, fp32."""
         projected = self.projector(self.backbone(images))
         projection = _unit(projected)
         if self.predictor is None:
@@ -65,27 +61,28 @@ class Encoder(nn.Module):
         return _unit(projected + predicted if self.residual else predicted), projection
 
     def embed(self, images: Tensor) -> Tensor:
-        """[N, C, H, W] -> [N, D], unit norm, fp32."""
+        """Embed images: [N, C, H, W] -> [N, D], unit norm, fp32."""
         return self.heads(images)[0]
 
     def forward(self, views: Sequence[Tensor], projections: bool = False) -> Any:
-        """V views [B, C, H, W], of one size or several -> [V, B, D]; views of one size share a forward pass.
+        """Embed V views [B, C, H, W], of one size or several: [V, B, D]. Views of one size share a forward pass.
 
         Args:
-            projections: give (what the predictor makes, what it is given) instead, each [V, B, D].
+            projections: return (embeddings, what the predictor was given) instead, each [V, B, D].
         """
         sizes = [view.shape[-2:] for view in views]
-        found: dict[int, tuple[Tensor, Tensor]] = {}
+        embeddings: list[Any] = [None] * len(views)
+        inputs: list[Any] = [None] * len(views)
         for size in dict.fromkeys(sizes):
             members = [i for i, other in enumerate(sizes) if other == size]
             images = torch.cat([views[i] for i in members]) if len(members) > 1 else views[members[0]]
             after, before = (part.chunk(len(members)) for part in self.heads(images))
-            found |= dict(zip(members, zip(after, before, strict=True), strict=True))
-        made = [torch.stack([found[i][which] for i in range(len(views))]) for which in range(1 + projections)]
-        return tuple(made) if projections else made[0]
+            for i, embedding, projection in zip(members, after, before, strict=True):
+                embeddings[i], inputs[i] = embedding, projection
+        return (torch.stack(embeddings), torch.stack(inputs)) if projections else torch.stack(embeddings)
 
     def teacher(self) -> Encoder:
-        """A frozen copy without the predictor."""
+        """Copy the encoder without its predictor, frozen."""
         twin = copy.deepcopy(self)
         twin.predictor = None
         return twin.requires_grad_(False)
@@ -97,7 +94,7 @@ def _unit(embeddings: Tensor) -> Tensor:
 
 
 def mlp(widths: Sequence[int], norm: str, output_norm: str = "none") -> nn.Sequential:
-    """Linear layers from width to width, with a norm or none and ReLU in between, and a norm or none after the last.
+    """Stack linear layers from width to width, with a norm or none and ReLU in between, and a norm or none after the last.
 
     Args:
         norm, output_norm: none, batch, or plain: batch norm without scale and shift.
@@ -113,31 +110,3 @@ def mlp(widths: Sequence[int], norm: str, output_norm: str = "none") -> nn.Seque
         if not last:
             layers.append(nn.ReLU(inplace=True))
     return nn.Sequential(*layers)
-
-
-def training_backbone(config: Config) -> tuple[nn.Module, int]:
-    """The backbone that a run trains, its batch norms split as the run has it, and the number of its features.
-
-    Raises:
-        ConfigError: if it cannot be built, or images of the views' sizes do not pass through it.
-    """
-    backbone = run_backbone(config)
-    split_batch_norms(backbone, config.norm_splits)
-    widths = {size: feature_width(backbone, size) for size in {view.size for view in config.all_views}}  # every size has to pass
-    return backbone, widths[config.views.weak.size]
-
-
-def create_encoder(config: Config) -> Encoder:
-    """The student of a run, drawn from torch's global random state."""
-    settings = config.encoder
-    return Encoder(
-        *training_backbone(config),
-        projector_hidden=settings.projector_hidden,
-        dim=settings.dim,
-        projector_layers=settings.projector_layers,
-        projector_norm=settings.projector_norm,
-        projector_output_norm=settings.projector_output_norm,
-        predictor=settings.predictor,
-        predictor_hidden=settings.predictor_hidden,
-        predictor_norm=settings.predictor_norm,
-    )

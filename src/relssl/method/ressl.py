@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,11 +13,7 @@ from relssl.method.relation import objective
 from relssl.method.tiled import tiled_objective
 
 # The forms of one and the same loss.
-OBJECTIVES: dict[str, Callable[..., Tensor]] = {
-    "plain": objective,
-    "tiled": tiled_objective,
-    "triton": partial(tiled_objective, fused=True),
-}
+OBJECTIVES: dict[str, Callable[..., Tensor]] = {"plain": objective, "tiled": tiled_objective}
 
 
 class ReSSL(Method):
@@ -29,8 +24,7 @@ class ReSSL(Method):
         memory_size: K.
         dim: D, the dimension of the student's embeddings.
         generator: source of the memory's first, random keys.
-        loss_form: one of OBJECTIVES, all of which give the same loss: plain; tiled, in less memory and time; triton, tiled with
-            a kernel for GPUs.
+        loss_form: one of OBJECTIVES, all of which give the same loss: plain, or tiled, in less memory and time.
     """
 
     constants = ("student_temperature", "info_nce_temperature")

@@ -34,34 +34,16 @@ class SCE(Method):
         super().__init__(student, taught=True, memory_size=memory_size, dim=dim, generator=generator)
         self.symmetric = symmetric
 
-    def step(
-        self,
-        weak: Tensor,
-        strong: Sequence[Tensor],
-        *,
-        student_temperature: float,
-        teacher_temperature: float,
-        positive_share: float = 0.5,
-    ) -> Step:
+    def step(self, weak: Tensor, strong: Sequence[Tensor], **settings: float) -> Step:
         """The loss of V queries, or the mean of both views' against each other.
 
         Args:
             weak: [B, C, H, W], the teacher's view.
             strong: V views [B, C, h, w] of the same samples; of a symmetric loss one.
-            positive_share: lambda, 0 to 1.
+            settings: as for `similarity_contrast`.
         """
         matched = self.matched(weak, strong, self.symmetric)
-        losses = [
-            similarity_contrast(
-                queries,
-                keys,
-                self.past,
-                student_temperature=student_temperature,
-                teacher_temperature=teacher_temperature,
-                positive_share=positive_share,
-            )
-            for queries, keys in matched
-        ]
+        losses = [similarity_contrast(queries, keys, self.past, **settings) for queries, keys in matched]
         return Step(torch.stack(losses).mean(), matched[0][0].detach(), matched[0][1])
 
 
@@ -72,9 +54,9 @@ def similarity_contrast(
     *,
     student_temperature: float,
     teacher_temperature: float,
-    positive_share: float,
+    positive_share: float = 0.5,
 ) -> Tensor:
-    """SCE's loss (its eq. 4 to 7): cross-entropy to positive_share x [own key] + (1 - positive_share) x [teacher's relation].
+    """Compute SCE's loss (its eq. 4 to 7): cross-entropy to positive_share x [own key] + (1 - positive_share) x [teacher's relation].
 
     The relation is taken to the memory alone, as the paper writes it. The authors' code gives the own key a similarity of 0 there
     and so a part of the relation, which is next to nothing once some keys are near.

@@ -26,19 +26,17 @@ def tiled_objective(
     warmup_mix: float = 0.0,
     info_nce_temperature: float = 0.1,
     rows: int | None = None,
-    fused: bool = False,
 ) -> Tensor:
     """`relation.objective`, computed in tiles.
 
     Args:
         rows: samples in a tile; None: as many as fit a few dozen megabytes.
-        fused: turn a tile's similarities into loss and gradient weights with one Triton kernel.
     """
     if rows is None:
         sample = (len(queries) + 1) * len(memory) * 4
         rows = max(8, _TILE_BYTES.get(queries.device.type, 64 << 20) // sample)
     temperatures = (student_temperature, teacher_temperature, info_nce_temperature)
-    loss: Tensor = _Objective.apply(queries, keys.detach(), memory.detach(), temperatures, warmup_mix, rows, fused)
+    loss: Tensor = _Objective.apply(queries, keys.detach(), memory.detach(), temperatures, warmup_mix, rows)
     return loss
 
 
@@ -52,7 +50,6 @@ class _Objective(torch.autograd.Function):
         temperatures: tuple[float, float, float],
         mix: float,
         rows: int,
-        fused: bool,
     ) -> Tensor:
         ctx.count = queries.shape[0] * queries.shape[1]
         with torch.autocast(queries.device.type, enabled=False):
@@ -60,7 +57,7 @@ class _Objective(torch.autograd.Function):
             q, k, m = queries.to(wide), keys.to(wide), memory.to(wide)
             gradient = torch.zeros_like(q)
             losses = [
-                _tile(q[:, i : i + rows], k[i : i + rows], m, temperatures, mix, gradient[:, i : i + rows], fused)
+                _tile(q[:, i : i + rows], k[i : i + rows], m, temperatures, mix, gradient[:, i : i + rows])
                 for i in range(0, len(k), rows)
             ]
         ctx.save_for_backward(gradient.to(queries.dtype))
@@ -70,7 +67,7 @@ class _Objective(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * (outer[0] / ctx.count), None, None, None, None, None, None
+        return gradient * (outer[0] / ctx.count), None, None, None, None, None
 
 
 def _tile(
@@ -80,7 +77,6 @@ def _tile(
     temperatures: tuple[float, float, float],
     mix: float,
     gradient: Tensor,
-    fused: bool,
 ) -> Tensor:
     """The summed loss of queries [V, R, D] against keys [R, D]; its gradient is added to `gradient` [V, R, D]."""
     t_student, t_teacher, t_nce = temperatures
@@ -99,7 +95,7 @@ def _tile(
         negatives.mul_((among - every).exp()[..., None])  # shares among all, the positive included
         gradient.add_((positive - every).expm1()[..., None] * k, alpha=mix / t_nce)
     if mix < 1:
-        loss = loss + (1 - mix) * (_fused_relate_ if fused else _relate_)(weights, target).sum()
+        loss = loss + (1 - mix) * _relate_(weights, target).sum()
         if mix > 0:
             weights.add_(negatives, alpha=mix / t_nce / scale)
     else:
@@ -118,13 +114,6 @@ def _relate_(student: Tensor, target: Tensor) -> Tensor:
     return cross
 
 
-def _fused_relate_(student: Tensor, target: Tensor) -> Tensor:
-    from relssl.method.fused import relate_  # Triton is not everywhere
-
-    cross: Tensor = relate_(student, target)
-    return cross
-
-
 def _softmax_(logits: Tensor) -> Tensor:
     """Softmax over the last dimension, in place; returns the logsumexp."""
     peak = logits.amax(dim=-1)
@@ -136,8 +125,8 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     """left [N, D] @ right [K, D].T. On CPUs through oneDNN where this torch has a way to it: its fp32 product is up to three times
     as fast as the one that `@` picks."""
     if left.device.type == "cpu" and left.dtype == torch.float32 and _ONEDNN is not None:
-        made: Tensor = _ONEDNN(left, right, None, "none", [], "")
-        return made
+        product: Tensor = _ONEDNN(left, right, None, "none", [], "")
+        return product
     return left @ right.T
 
 

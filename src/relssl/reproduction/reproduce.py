@@ -18,7 +18,7 @@ from relssl.files import storing, write_json
 from relssl.reproduction.plan import Plan, Run, plain, plan, read_json
 from relssl.reproduction.results import options, outcome, typed, write_results
 from relssl.reproduction.tables import read_scale, read_table
-from relssl.settings.run import METHODS, Config
+from relssl.settings.run import Config, derive
 from relssl.train.signals import REASONS, TIME_LIMIT
 from relssl.units import duration
 
@@ -228,15 +228,15 @@ def _operations(run: Run) -> tuple[float, float]:
     from relssl.data.named import at_hand, load
     from relssl.train.estimate import step_flops
 
-    config, flops = run.config, step_flops(run.config)
+    config, derived, flops = run.config, derive(run.config), step_flops(run.config)
     if not at_hand(config.data, config.data_root):
         raise DataError(f"{config.data} is not under data_root, and no plan downloads it; its runs do")
-    images = len(load(config.data, config.data_root, "bank" if METHODS[config.method.name].labels else "train"))
+    images = len(load(config.data, config.data_root, "bank" if derived.traits.labels else "train"))
     steps = config.epochs * (min(images, config.max_images or images) // config.batch_size)
     # A classifier trained on augmented images passes them through the frozen network again in each epoch.
     passes = 1 + (run.evaluation.linear.epochs if "linear" in run.evaluation.protocol else 0)
     evaluated = min(images, (run.evaluation.images or (images,))[0])
-    views = 1 + len(config.strong_views) if config.two_way else max(1, len(config.strong_views))
+    views = len(derived.views) if derived.two_way else max(1, len(derived.strong))
     return float(sum(flops.values()) * steps * config.batch_size), passes * evaluated * flops["student"] / views
 
 

@@ -32,7 +32,7 @@ from relssl.data.cache import place, root, shrunken
 from relssl.data.decode import BadImage
 from relssl.data.loader import Batch, Files, FromFiles, Resident, Sample, read_image
 from relssl.data.named import Images
-from relssl.data.plain import plain_view
+from relssl.data.plain import PlainView, plain_view
 from relssl.data.shrunk import Shrunk
 from relssl.data.workers import PREFETCH, loader_workers
 from relssl.engine import Engine, available_cores, fast_bf16
@@ -43,7 +43,7 @@ from relssl.evaluation.pairs import choose
 from relssl.files import to_json
 from relssl.method import create_student
 from relssl.method.backbones import count_flops
-from relssl.settings.run import METHODS, Config, resolve
+from relssl.settings.run import METHODS, Config, derive, resolve
 from relssl.train.checkpoint import whole_state
 from relssl.train.loop import WORTH_COMPILING, Trainer
 from relssl.train.pretrain import build, named
@@ -228,10 +228,10 @@ def _evaluation(trainer: Trainer) -> float:
 
 def _reading(images: Images, config: Config) -> float:
     """Seconds to read one image and make its plain view, on one core."""
-    read, begun = 0, time.perf_counter()
+    view, read, begun = PlainView.of(config.views), 0, time.perf_counter()
     for row in range(min(_READ, len(images))):
         try:
-            plain_view(read_image(images, row, config.loader.max_pixels), config.views)
+            plain_view(read_image(images, row, config.loader.max_pixels), view)
             read += 1
         except BadImage:
             continue
@@ -273,18 +273,19 @@ def step_flops(config: Config, classes: int = 1) -> dict[str, int]:
     Raises:
         ConfigError: if the network cannot be built, or images of the views' sizes do not pass through it.
     """
+    derived = derive(config)
     # Split norms need whole batches, and cost nothing that is counted.
     config = dataclasses.replace(config, encoder=dataclasses.replace(config.encoder, batch_norm_splits=1))
     with torch.random.fork_rng(devices=[]):  # networks are drawn, and others go on drawing afterwards
         student = create_student(config, classes)
         # Two images, as batch norm has to have a spread to normalise by.
-        weak, *strong = (torch.randn(2, config.views.channels, view.size, view.size) for view in config.all_views)
+        weak, *strong = (torch.randn(2, config.views.channels, view.size, view.size) for view in derived.views)
         both = [weak, *strong]
-        seen = both if config.two_way or not strong else strong
-        taught = both if config.two_way else [weak]
+        seen = both if derived.two_way or not strong else strong
+        taught = both if derived.two_way else [weak]
         made: list[torch.Tensor] = []
         teacher_flops = 0
-        if "teacher" in config.networks:
+        if "teacher" in derived.networks:
             teacher = student.teacher()
             with torch.no_grad():
                 teacher_flops = count_flops(lambda: teacher(taught))
@@ -458,9 +459,11 @@ def time_steps(trainer: Trainer, steps: int, limit: float = 60.0) -> Timing:
 def step_seconds(config: Config) -> float:
     """Return the median seconds of a few steps of a run."""
     quick = dataclasses.replace(timed(config), log=dataclasses.replace(config.log, knn_every=0))
-    trainer = build(quick, Engine(quick.engine))
-    trainer.compile()
-    return statistics.median(time_steps(trainer, 5, limit=20.0).steps)
+    engine = Engine(quick.engine)
+    with engine.running():
+        trainer = build(quick, engine)
+        trainer.compile()
+        return statistics.median(time_steps(trainer, 5, limit=20.0).steps)
 
 
 def _warm_up(trainer: Trainer) -> None:
@@ -630,7 +633,7 @@ def _passes(trainer: Trainer, part: Batch, clock: _Clock) -> tuple[Tensor, Tenso
     with networks[0], networks[1], clock.time("loss"), engine.autocast():  # the loss is what the networks leave of the step
         made = trainer.look(placed, trainer.settings_at(trainer.step))
     with clock.time("backward"):
-        engine.backward(made.loss)
+        made.loss.backward()  # type: ignore[no-untyped-call]
     return made.queries, made.keys
 
 
@@ -749,7 +752,7 @@ def waiting_for_files(found: Estimate, config: Config) -> Advice | None:
         why = f"{waits:.0%} of a step is waiting for data, and each process has {cores} cores"
         return Advice("loader.workers", str(value), why, gain) if gain > 1.05 else None
     why = f"{waits:.0%} of a step is waiting for data, with no core left"
-    side = round(max(view.size for view in config.all_views) * 8 / 7)
+    side = round(max(view.size for view in derive(config).views) * 8 / 7)
     needs = found.images * side * round(side * _ASPECT) * 3
     if config.loader.cache is None and config.loader.decoder == "pillow" and needs <= found.disk.cache_free:
         why = f"{why}: decode once, and keep the images at that side, in about {size(needs)}"
@@ -971,6 +974,11 @@ def estimate(
         raise ConfigError(f"steps: must be at least 1, got {steps}")
     made = settings or resolve(({} if data is None else {"data": data}) | overrides, config)
     engine = Engine(made.engine)
+    with engine.running():
+        return _estimate(made, engine, steps, quiet)
+
+
+def _estimate(made: Config, engine: Engine, steps: int, quiet: bool) -> Estimate | None:
     trainer = build(timed(made), engine)
     console = Console(stderr=True, quiet=quiet or not engine.is_first, highlight=False)
     try:
@@ -1006,7 +1014,7 @@ def _measure(trainer: Trainer, steps: int, console: Console, cache: int) -> Esti
     console.print("timing the stages of a step", markup=False, soft_wrap=True)
     low, middle, high = np.quantile(timing.steps, [0.1, 0.5, 0.9]).tolist()
     # By the first rank's clock on all of them, as they exchange gradients each time.
-    pieces = stages(trainer, engine.first_says(max(1, min(_REPEATS, int(_STAGES_SECONDS / middle)))))
+    pieces = stages(trainer, engine.broadcast(max(1, min(_REPEATS, int(_STAGES_SECONDS / middle)))))
     console.print("timing the device at its best, an evaluation and a checkpoint", markup=False, soft_wrap=True)
     flops, rate = step_flops(config, trainer.classes), attainable(engine)
     slow = engine.precision == "fp32" and fast_bf16(engine.device.type)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from relssl import __version__
-from relssl.data.plain import describe
+from relssl.data.plain import PlainView
 from relssl.settings.recipes import spoken
 from relssl.settings.run import METHODS, Config, Traits
 from relssl.weights.parity import Parity
@@ -51,7 +51,7 @@ def card(source: Source, written: Written, parity: Parity, file: str, settings: 
         f"# {config.backbone}" + (f", pretrained with {title}" if source.network != "backbone" else ""),
         _what(source, config),
         f"Input: {'RGB' if channels == 3 else 'grey'}, {source.size} x {source.size}, mean {list(mean)}, std {list(std)} "
-        f"of values in 0..1; {describe(config.views)}.",
+        f"of values in 0..1; {PlainView.of(config.views)}.",
     ]
     if settings and source.network == "backbone":
         parts.append(f"Where it was trained on images made otherwise, correct `{settings}`.")

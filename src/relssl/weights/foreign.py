@@ -20,9 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from relssl.data import digits
-from relssl.data.loader import standardise
 from relssl.data.named import IMAGENET_MEAN, IMAGENET_STD
-from relssl.data.plain import plain_batch
+from relssl.data.plain import PlainView, plain_batch
 from relssl.errors import CheckpointError, ConfigError
 from relssl.method.backbones import TORCHVISION, create_backbone, feature_width
 from relssl.settings.reading import nearest_word
@@ -569,7 +568,8 @@ def _images() -> Tensor:
 @torch.no_grad()
 def dead(backbone: nn.Module, config: Config) -> str | None:
     """What is wrong with the features of a few images (the embedded digits), or None: not finite, or the same for all."""
-    features = backbone.eval()(standardise(plain_batch(_images(), config.views), config)).float()
+    view = PlainView.of(config.views)
+    features = backbone.eval()(view.normalise(plain_batch(_images(), view))).float()
     if not bool(features.isfinite().all()):
         return "its features are not finite"
     if bool(features.std(0).max() <= 1e-6 * features.abs().max()):

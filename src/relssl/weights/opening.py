@@ -13,13 +13,12 @@ import torch
 from PIL import Image
 from torch import nn
 
-from relssl.data.loader import standardise
-from relssl.data.plain import plain_view
+from relssl.data.plain import PlainView, plain_view
 from relssl.errors import CheckpointError, ConfigError
 from relssl.method.backbones import feature_width, run_backbone
 from relssl.settings.reading import read_yaml
 from relssl.settings.recipes import spoken
-from relssl.settings.run import Config, from_mapping
+from relssl.settings.run import Config, derive, from_mapping
 from relssl.weights import store
 
 NETWORKS = ("student", "teacher")
@@ -160,11 +159,12 @@ def load_exported(path: Path) -> nn.Module:
 
 def transform(config: Config) -> Any:
     """PIL image -> the normalised evaluation view [C, S, S] of a run."""
+    view = PlainView.of(config.views)
 
-    def view(image: Image.Image) -> torch.Tensor:
-        return standardise(plain_view(image.convert("RGB"), config.views)[None], config)[0]
+    def transformed(image: Image.Image) -> torch.Tensor:
+        return view.normalise(plain_view(image.convert("RGB"), view)[None])[0]
 
-    return view
+    return transformed
 
 
 # What the settings of weights that no run of ours made say of their data.
@@ -309,7 +309,7 @@ def _single(name: str, backbone: nn.Module, origin: dict[str, Any]) -> Opened:
 
 def _run(path: Path, network: str | None) -> Opened:
     run = load_run(path)
-    networks = run.config.networks
+    networks = derive(run.config).networks
     if network is not None and network not in networks:
         why = "" if "teacher" in networks else f" ({run.config.method.name} has no teacher)"
         raise ConfigError(f"network: {path.name} holds {' and '.join(networks)}, not {network}{why}")

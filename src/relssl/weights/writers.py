@@ -19,7 +19,7 @@ import torchvision
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from relssl.data.plain import enlarged
+from relssl.data.plain import PlainView
 from relssl.errors import CheckpointError, ConfigError
 from relssl.method.backbones import TORCHVISION, create_backbone, run_arguments, run_backbone
 from relssl.settings.run import Config
@@ -356,13 +356,11 @@ def _stem(config: Config) -> dict[str, nn.Module]:
 
 def _view(config: Config) -> dict[str, Any]:
     """The plain view in timm's words. timm enlarges to the floor of size / crop_pct, which rounding must not take below ours."""
-    size, side = config.views.weak.size, enlarged(config.views)
-    share = size / side
-    if math.floor(size / share) < side:
+    view = PlainView.of(config.views)
+    share = view.size / view.shorter_side
+    if math.floor(view.size / share) < view.shorter_side:
         share = math.nextafter(share, 0)
-    views = config.views
-    mean, std = views.statistics()
-    return {"crop_pct": share, "interpolation": views.interpolation, "mean": mean, "std": std}
+    return {"crop_pct": share, "interpolation": view.interpolation, "mean": view.mean, "std": view.std}
 
 
 def as_torchvision(source: Source) -> Written:
@@ -387,14 +385,13 @@ def as_torchvision(source: Source) -> Written:
 def _torchvision_lines(source: Source, file: str, load: str) -> list[str]:
     """Python that loads the file with torchvision, as `backbone` and the `transform` of its images; `load` reads it, `{}` in it
     stands for the file."""
-    views, name = source.config.views, source.config.backbone
+    view, name = PlainView.of(source.config.views), source.config.backbone
     native = name.startswith(TORCHVISION)
     name, given = (name.removeprefix(TORCHVISION), _arguments(source.config)[2:]) if native else (TWINS[name], "")
     _, classifier = bare(name, _library_arguments(source.config) if native else None)
-    scale = f"v.Resize({enlarged(views)}, v.InterpolationMode.{views.interpolation.upper()})"
-    grey = "v.Grayscale(), " if views.channels == 1 else ""
-    mean, std = views.statistics()
-    steps = f"{grey}{scale}, v.CenterCrop({source.size}), v.ToTensor(), v.Normalize({mean}, {std})"
+    scale = f"v.Resize({view.shorter_side}, v.InterpolationMode.{view.interpolation.upper()})"
+    grey = "v.Grayscale(), " if view.channels == 1 else ""
+    steps = f"{grey}{scale}, v.CenterCrop({source.size}), v.ToTensor(), v.Normalize({view.mean}, {view.std})"
     return [
         "import " + ("safetensors.torch, " if "safetensors" in load else "") + "torch, torchvision, torchvision.transforms as v",
         f"backbone = torchvision.models.{name}({given}).eval()",
