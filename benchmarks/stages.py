@@ -23,7 +23,7 @@ from processes import alone
 from relssl.data import batched, single
 from relssl.data.decode import decode
 from relssl.data.draws import draw
-from relssl.settings.run import ViewConfig, resolve
+from relssl.settings.run import ViewConfig, derive, resolve
 from relssl.train.estimate import stages, time_steps
 from rounds import show
 
@@ -69,7 +69,7 @@ def views(settings: dict[str, Any], folder: str, count: int, repeats: int) -> li
     """Rows of (source, way, milliseconds an image) for both views of images of 32 pixels in memory, and of files."""
     torch.set_num_threads(1)
     config, rows = resolve(settings), np.arange(count)
-    sides = [config.views.weak, *config.strong_views]
+    sides = [config.views.weak, *derive(config).strong]
     in_memory = [dataclasses.replace(view, size=32) for view in sides]
     noise, files = images_of(Noise(count, 32)).pixels, images_of(folder).files
     assert noise is not None and files is not None

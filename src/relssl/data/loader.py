@@ -30,7 +30,7 @@ from relssl.data.named import Images
 from relssl.data.workers import Choice, Tuning, WorkerError, cores, hand_over, reset_signals, watch
 from relssl.engine import send, synchronise
 from relssl.errors import ConfigError, DataError
-from relssl.settings.run import Config, ViewConfig
+from relssl.settings.run import Config, ViewConfig, derive
 
 
 @dataclass
@@ -138,7 +138,7 @@ class Views(Dataset[Any]):
 
     def __init__(self, images: Images, config: Config, *, photometric: bool, views: Sequence[ViewConfig] | None = None) -> None:
         self.images, self.config, self.apply = images, config, single.apply if photometric else single.geometric
-        self.views = list(views or config.all_views)
+        self.views = list(views or derive(config).views)
 
     def __getitem__(self, request: Request) -> Any:
         """The sample, or the next one that can be read."""
@@ -461,7 +461,7 @@ class Resident:
         assert images.pixels is not None
         self.plan, self.config, self.device = plan, config, device
         self.pixels = images.pixels.to(device)
-        self.views = list(views or config.all_views)
+        self.views = list(views or derive(config).views)
         self.ahead = config.loader.views_ahead or (self._fitting(8) if device.type == "cuda" else 1)
 
     def _fitting(self, most: int) -> int:
@@ -534,7 +534,7 @@ class FromFiles:
         self, images: Images, config: Config, plan: Plan, device: torch.device, views: Sequence[ViewConfig] | None = None
     ) -> None:
         self.images, self.config, self.plan, self.device = images, config, plan, device
-        self.views = list(views or config.all_views)
+        self.views = list(views or derive(config).views)
         self.choice: Choice | None = None
         self.decoder = Decoder(images, config, device, self.views) if config.loader.decoder == "torchvision" else None
         wanted = config.loader.photometric

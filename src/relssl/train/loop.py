@@ -24,7 +24,7 @@ from relssl.method.encoder import Encoder
 from relssl.method.health import effective_rank, spread, verdict
 from relssl.method.optim import create_optimizer
 from relssl.method.ressl import OBJECTIVES
-from relssl.settings.run import METHODS, Config
+from relssl.settings.run import METHODS, Config, derive
 from relssl.train import checkpoint
 from relssl.train.online import OnlineKnn
 from relssl.train.run_folder import Display, Journal, RunFolder
@@ -148,7 +148,7 @@ def pick_loss_form(config: Config, engine: Engine, share: int) -> str:
         return {"auto": "tiled" if kind == "cpu" else "plain"}.get(asked, asked)
     if asked == "auto" and config.engine.deterministic:
         return "tiled"
-    dim, views = config.encoder.dim, len(config.strong_views)
+    dim, views = config.encoder.dim, len(derive(config).strong)
     queries, keys = _directions(engine, views, share, dim), _directions(engine, share, dim)
     memory = _directions(engine, config.method.memory_size, dim)
 
@@ -246,7 +246,7 @@ def _trial(learner: Learner) -> Callable[[], None]:
         views: Tensor = engine.place(torch.rand(share, config.views.channels, size, size))
         return views
 
-    part = Batch(torch.arange(share), noise(config.views.weak.size), [noise(view.size) for view in config.strong_views])
+    part = Batch(torch.arange(share), noise(config.views.weak.size), [noise(view.size) for view in derive(config).strong])
     now = learner.settings_at(learner.total_steps - 1)
 
     def run() -> None:
