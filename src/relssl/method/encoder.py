@@ -40,7 +40,7 @@ class Encoder(nn.Module):
         predictor_norm: str = "batch",
     ) -> None:
         super().__init__()
-        self.compiled_heads: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
+        self.compiled_heads: Callable[[Tensor], tuple[Tensor, ...]] | None = None
         self.backbone, self.num_features = backbone, num_features
         hidden = [projector_hidden] * (projector_layers - 1)
         self.projector = mlp([num_features, *hidden, dim], projector_norm, projector_output_norm)
