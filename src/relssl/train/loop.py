@@ -19,8 +19,8 @@ from relssl.engine import Engine, send
 from relssl.errors import CheckpointError, DataError, Interrupted, NumericError
 from relssl.method import create_method, health, schedules
 from relssl.method.base import ALONE, Step, World, unwrapped
+from relssl.method.create import create_run_optimizer
 from relssl.method.health import effective_rank, spread, verdict
-from relssl.method.optim import create_optimizer
 from relssl.settings.run import METHODS, Config, derive
 from relssl.train import checkpoint
 from relssl.train.online import OnlineKnn
@@ -286,7 +286,7 @@ class Learner:
         self.model.train()
         self.labels = None if labels is None else torch.from_numpy(labels).to(engine.device)
         self.parameters = list(encoder.parameters())
-        self.optimizer = create_optimizer(encoder, config.optimizer)
+        self.optimizer = create_run_optimizer(config, encoder)
         self.networks = [encoder] if self.model.teacher is None else [encoder, self.model.teacher]
         self.guard = Guard(self.networks, engine.device)
         # From here on randomness inside the networks (dropout, stochastic depth) differs between ranks.
