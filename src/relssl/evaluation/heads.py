@@ -70,7 +70,7 @@ class Trial:
         Raises:
             NumericError: if features are NaN or infinite.
         """
-        found = extract(backbone, self.test, self.reader, self.engine.device, self.engine.autocast())
+        found = extract(backbone, self.test, self.reader, self.engine)
         if not bool(found.vectors.isfinite().all()):
             raise NumericError(f"{self.test.name}: the network's features of test images are NaN or infinite")
         note = (f"{len(found.bad)} test images could not be read and are left out",) if found.bad else ()
