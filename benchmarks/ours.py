@@ -66,7 +66,8 @@ def loading(settings: Settings, source: Source) -> Work:
     config = complete_settings(resolve(settings), images)
     engine, images = Engine(config.engine), _shrunk(images, config)
     plan = Plan(len(images), config.batch_size, seed=config.seed)
-    loader, at = create_loader(images, config, plan, engine.device), 0
+    statistics = config.views.statistics()
+    loader, at = create_loader(images, config.all_views, plan, engine.device, statistics, config.loader), 0
 
     def run(count: int) -> None:
         nonlocal at

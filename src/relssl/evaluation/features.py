@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from relssl.data.folder import cache_root
+from relssl.data.loader import worker_count
 from relssl.data.named import Images
 from relssl.data.plain import PlainView, batches
 from relssl.data.subsets import identity
-from relssl.data.workers import loader_workers
 from relssl.engine import Engine
 from relssl.errors import DataError, NumericError
 from relssl.files import storing, sweep, temporary, to_json, write_all
@@ -111,7 +111,10 @@ def stream(
     """
     with evaluating(backbone):
         for rows, views, bad in batches(
-            images, PlainView.of(config.views), workers=loader_workers(config), max_pixels=config.loader.max_pixels
+            images,
+            PlainView.of(config.views),
+            workers=worker_count(config.loader.workers, config.engine.devices),
+            max_pixels=config.loader.max_pixels,
         ):
             with autocast or nullcontext():
                 made = backbone(views.to(device).contiguous(memory_format=torch.channels_last)) if len(rows) else views

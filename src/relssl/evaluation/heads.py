@@ -183,10 +183,10 @@ class Batches:
         # The run's settings of its own images need not fit these, which may lie in memory instead of in files.
         given, engine = self.trial.config, self.trial.engine
         loader = dataclasses.replace(given.loader, path="auto", cache=None)
-        config = dataclasses.replace(given, loader=loader, seed=self.trial.seed)
-        view = training_view(config, self.scale)
+        view = training_view(given, self.scale)
         labels = torch.from_numpy(self.images.labels).to(engine.device)
-        stream = create_loader(self.images, config, self.plan, engine.device, [view]).stream(0, self.steps)
+        statistics, devices = given.views.statistics(), given.engine.devices
+        stream = create_loader(self.images, [view], self.plan, engine.device, statistics, loader, devices).stream(0, self.steps)
         for step, (batch,) in enumerate(stream):
             self.unreadable.update(file for file, _ in batch.bad)
             yield step, engine.place(batch.weak), labels[batch.ids]
