@@ -8,7 +8,7 @@ import pytest
 
 from relssl.settings import recipes
 from relssl.settings.reading import leaves
-from relssl.settings.run import METHODS, Config, differences, resolve
+from relssl.settings.run import METHODS, Config, derive, differences, resolve
 
 BASELINES = [name for name in METHODS if name != "ressl"]
 SMALL_SETS = ("cifar10", "cifar100", "stl10", "tiny-imagenet")
@@ -46,7 +46,7 @@ def test_small_sets_differ_from_ressl_in_what_is_the_methods_own(method: str, da
     assert (config.epochs, config.backbone, config.encoder.stem) == (200, "resnet18", ours.encoder.stem)
     equal = method in ("moco", "simclr", "byol", "simsiam")  # both views are alike
     assert config.views.weak == (config.views.strong if equal else ours.views.weak)
-    assert config.all_views == ((config.views.weak,) if method == "supervised" else (config.views.weak, config.views.strong))
+    assert derive(config).views == ((config.views.weak,) if method == "supervised" else (config.views.weak, config.views.strong))
 
 
 @pytest.mark.parametrize("method", BASELINES)

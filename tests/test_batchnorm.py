@@ -24,7 +24,7 @@ from relssl.errors import ConfigError
 from relssl.method import create_student
 from relssl.method.batchnorm import SplitBatchNorm2d, shuffled, split_batch_norms
 from relssl.settings.reading import merge
-from relssl.settings.run import resolve
+from relssl.settings.run import derive, resolve
 from relssl.train.pretrain import build
 from small_runs import NORMLESS, SMALL, final_state, small_run
 
@@ -156,7 +156,7 @@ def test_the_encoder_splits_what_devices_and_parts_do_not() -> None:
 )
 def test_splits_must_fit_the_batch(over: dict[str, Any], message: str | None) -> None:
     if message is None:
-        assert resolve({"recipe": "folder", **over}).norm_splits in (1, 128)
+        assert derive(resolve({"recipe": "folder", **over})).norm_splits in (1, 128)
         return
     with pytest.raises(ConfigError, match=message):
         resolve({"recipe": "folder", **over})

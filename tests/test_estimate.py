@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 import torch
+from relssl.data.workers import Tuning
 
 import relssl
 from relssl.cli import main
 from relssl.data.cache import shrunken
-from relssl.data.workers import Tuning
 from relssl.engine import Engine, available_cores
 from relssl.errors import ConfigError, RelsslError
 from relssl.evaluation.pairs import choose
@@ -258,7 +258,7 @@ def test_ranks_repeat_the_stages_as_often_as_the_first_says(monkeypatch: pytest.
         asked.append(repeats)
         raise ConfigError("seen")
 
-    monkeypatch.setattr(Engine, "first_says", lambda self, value: 4)
+    monkeypatch.setattr(Engine, "broadcast", lambda self, value: 4)
     monkeypatch.setattr(estimating, "stages", stages)
     with pytest.raises(ConfigError, match="seen"):
         relssl.estimate(**SMALL, steps=1, quiet=True)

@@ -116,7 +116,7 @@ def test_ranks_that_drifted_apart_are_not_saved() -> None:
         def __init__(self) -> None:
             self.rank, self.world = 0, 2
 
-        def all_of(self, items: list[Any]) -> list[Any]:
+        def gather_items(self, items: list[Any]) -> list[Any]:
             return [*items, items[0] | {"memory": "another"}]
 
     model = ReSSL(Encoder(torch.nn.Flatten(), 12, projector_hidden=8, dim=4), memory_size=16, dim=4)

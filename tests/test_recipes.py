@@ -19,7 +19,7 @@ from relssl.errors import ConfigError
 from relssl.settings import recipes
 from relssl.settings.reading import leaves, merge, nest
 from relssl.settings.recipes import layer, spell_out
-from relssl.settings.run import Config, differences, from_mapping, resolve
+from relssl.settings.run import Config, derive, differences, from_mapping, resolve
 from relssl.train.pretrain import complete_settings
 from relssl.train.run_folder import default_folder
 from relssl.weights.card import public
@@ -67,7 +67,7 @@ def test_the_authors_runs(name: str) -> None:
     wanted = {setting: row[SETS.index(name)] for setting, row in PAPER.items()} | SAME
     wanted |= {"encoder.predictor": "none", "method.warmup": "none"}
     assert {setting: value(config, setting) for setting in wanted} == wanted
-    assert len(config.strong_views) == 1
+    assert len(derive(config).strong) == 1
 
 
 @pytest.mark.parametrize("name", [*SETS, "imagenet-5crop", "imagenet-2x"])
@@ -94,7 +94,7 @@ def _has(raw: Any, name: str) -> bool:
 def test_several_crops() -> None:
     five, two = (resolve({"recipe": f"nips/imagenet-{kind}"}) for kind in ("5crop", "2x"))
     assert five.views.crops == FIVE and two.views.crops == ((224, 0.2, 1.0),) * 2
-    assert all(view.blur == 0.5 for view in (*five.strong_views, *two.strong_views))
+    assert all(view.blur == 0.5 for view in (*derive(five).strong, *derive(two).strong))
     plain = differences(resolve({"recipe": "nips/imagenet"}))
     for config in (five, two):
         assert {name for name, value in differences(config).items() if plain.get(name) != value} == {"recipe", "views.crops"}
@@ -241,7 +241,7 @@ def test_views_are_not_larger_than_images_in_memory(over: dict[str, Any]) -> Non
     assert complete_settings(resolve({"data": "cifar10", "views.enlarge": True, **over}), images).views.margin == 1.0
     assert complete_settings(resolve({"data": "cifar10"}), images).views.mean == images.mean
     files = Images("files", files=["a.jpg"], labels=np.array([0]))
-    assert complete_settings(resolve({"data": "cifar10", **over}), files).all_views[-1].size in (32, 33)
+    assert derive(complete_settings(resolve({"data": "cifar10", **over}), files)).views[-1].size in (32, 33)
 
 
 def test_the_table_of_recipes_is_up_to_date() -> None:

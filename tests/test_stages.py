@@ -91,7 +91,7 @@ def test_the_pieces_make_the_gradients_of_a_step(step: int) -> None:
         teacher_temperature=now["teacher_temperature"],
         warmup_mix=now["warmup_mix"],
     )
-    run.engine.backward(made.loss)
+    made.loss.backward()
     expected = [parameter.grad.clone() for parameter in run.parameters if parameter.grad is not None]
     run.optimizer.zero_grad(set_to_none=True)
     queries, keys = module._passes(run, part, module._Clock(run.engine))

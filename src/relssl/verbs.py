@@ -32,8 +32,10 @@ def pretrain(args: argparse.Namespace, overrides: dict[str, Any]) -> Any:
     exists(settings.data, settings.data_root)
     if os.environ.get("LOCAL_RANK", "0") == "0":
         refuse_used(Path(settings.out or default_folder(settings)))
+    from relssl.engine import prepare_process
     from relssl.train.pretrain import pretrain
 
+    prepare_process()
     return _tell(pretrain(settings=settings), args.json)
 
 
@@ -42,9 +44,11 @@ def estimate(args: argparse.Namespace, overrides: dict[str, Any]) -> Any:
 
     settings = resolve(_launched(overrides), args.config)
     exists(settings.data, settings.data_root)
+    from relssl.engine import prepare_process
     from relssl.report.tables import show_estimate
     from relssl.train.estimate import estimate
 
+    prepare_process()
     found = estimate(settings=settings, steps=args.steps)
     if found is None:
         return None
@@ -54,8 +58,10 @@ def estimate(args: argparse.Namespace, overrides: dict[str, Any]) -> Any:
 
 
 def resume(args: argparse.Namespace, _: dict[str, Any]) -> Any:
+    from relssl.engine import prepare_process
     from relssl.train.pretrain import resume
 
+    prepare_process()
     return _tell(resume(args.run_folder, checkpoint=args.checkpoint), args.json)
 
 
@@ -74,10 +80,12 @@ def evaluate(args: argparse.Namespace, overrides: dict[str, Any]) -> Any:
     from relssl.settings.evaluation import read_settings
 
     settings = read_settings(overrides)
+    from relssl.engine import prepare_process
     from relssl.evaluation.evaluate import evaluate
     from relssl.report.tables import show_evaluation
     from relssl.weights.opening import Reading
 
+    prepare_process()
     reading = Reading(args.layout, args.backbone, args.stem, allow=args.allow)
     say = None if args.json else lambda line: print(line, file=sys.stderr, flush=True)
     so_far: list[dict[str, Any]] = []
@@ -108,9 +116,11 @@ def compare(args: argparse.Namespace, _: dict[str, Any]) -> Any:
 
 
 def embed(args: argparse.Namespace, _: dict[str, Any]) -> Any:
+    from relssl.engine import prepare_process
     from relssl.evaluation.embed import embed
     from relssl.weights.opening import Reading
 
+    prepare_process()
     reading = Reading(args.layout, args.backbone, args.stem, allow=args.allow, size=args.size)
     options = {name: getattr(args, name) for name in ("network", "split", "data_root", "device", "precision")}
     found = embed(args.source, args.data, args.out, reading=reading, **options)
@@ -205,6 +215,9 @@ def reproduce(args: argparse.Namespace, overrides: dict[str, Any]) -> Any:
     if args.list or args.table is None:
         return _list_tables([tables.read_table(args.table)] if args.table else list(map(tables.read_table, tables.names())), args)
     only = [] if args.only is None else args.only.split(",")
+    from relssl.engine import prepare_process
+
+    prepare_process()
     found = reproduce(
         args.table,
         args.scale,

@@ -22,7 +22,6 @@ from relssl.engine import Engine
 from relssl.errors import ConfigError, DataError, NumericError, StorageError
 from relssl.evaluation.features import stream
 from relssl.files import replacing, storing, write_all
-from relssl.settings.run import EngineConfig
 from relssl.weights.opening import Reading, open_backbones
 
 _ROWS = 4096  # names at a time
@@ -277,7 +276,7 @@ def embed(
     reading = reading or Reading()
     opened = open_backbones(source, replace(reading, network=network or reading.network))
     config, (_, backbone) = opened.sees(reading.size), opened.one()
-    engine = Engine(EngineConfig(device=device, precision=precision))
+    engine = Engine.local(device, precision)
     images = load(data, data_root or config.data_root, split, index=config.loader.index)
     bad, count, dim = list(images.bad), 0, 0
 

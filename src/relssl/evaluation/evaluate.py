@@ -182,7 +182,7 @@ class _Work:
 
     def __init__(self, opened: Opened, config: Config, settings: Evaluation, say: Say) -> None:
         self.opened, self.config, self.settings, self.say = opened, config, settings, say
-        self.engine = Engine(EngineConfig(device=settings.device, precision=settings.precision))
+        self.engine = Engine.local(settings.device, settings.precision)
         self.bootstrap = Bootstrap(settings.resamples, settings.seed)
         self.notes = [*opened.notes, *([] if opened.folder is None else unfinished(opened.folder))]
         self.pairs: dict[str, tuple[LabelledPair, list[str]]] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
@@ -10,15 +11,9 @@ from torch import nn
 from relssl.method.backbones import feature_width, run_backbone
 from relssl.method.base import Method
 from relssl.method.batchnorm import split_batch_norms
-from relssl.method.byol import BYOL
 from relssl.method.encoder import Encoder
-from relssl.method.moco import MoCo
-from relssl.method.ressl import ReSSL
-from relssl.method.sce import SCE
-from relssl.method.simclr import SimCLR
-from relssl.method.simsiam import SimSiam
-from relssl.method.supervised import Classifier, Supervised
-from relssl.settings.run import METHODS, Config
+from relssl.method.supervised import Classifier
+from relssl.settings.run import METHODS, Config, derive
 
 
 def create_method(config: Config, generator: torch.Generator | None = None, loss_form: str = "plain", classes: int = 0) -> Method:
@@ -33,24 +28,21 @@ def create_method(config: Config, generator: torch.Generator | None = None, loss
     Raises:
         ConfigError: if the network cannot be built, or images of the views' sizes do not pass through it.
     """
-    method, student = config.method, create_student(config, classes)
-    memory: dict[str, Any] = {"memory_size": method.memory_size, "dim": config.encoder.dim, "generator": generator}
-    match method.name:
-        case "moco":
-            return MoCo(student, **memory, loss_form=loss_form, symmetric=method.symmetric)
-        case "sce":
-            return SCE(student, **memory, symmetric=method.symmetric)
-        case "simclr":
-            return SimCLR(student)
-        case "byol":
-            return BYOL(student)
-        case "simsiam":
-            return SimSiam(student)
-        case "supervised":
-            assert isinstance(student, Classifier)
-            return Supervised(student)
-        case _:
-            return ReSSL(student, **memory, loss_form=loss_form)
+    method, traits = config.method, METHODS[config.method.name]
+    module = importlib.import_module(f"relssl.method.{method.name}")
+    kind = next(
+        each
+        for each in vars(module).values()
+        if isinstance(each, type) and each.__module__ == module.__name__ and issubclass(each, Method)
+    )
+    settings: dict[str, Any] = {}
+    if traits.memory:
+        settings |= {"memory_size": method.memory_size, "dim": config.encoder.dim, "generator": generator}
+    if traits.tiled:
+        settings["loss_form"] = loss_form
+    if traits.two_way is None:
+        settings["symmetric"] = method.symmetric
+    return kind(create_student(config, classes), **settings)
 
 
 def create_student(config: Config, classes: int = 0) -> Encoder:
@@ -75,7 +67,7 @@ def create_student(config: Config, classes: int = 0) -> Encoder:
 
 def _backbone(config: Config) -> tuple[nn.Module, int]:
     """The backbone, its batch norms split as the run has it, and the number of its features; every view's size has to pass."""
-    backbone = run_backbone(config)
-    split_batch_norms(backbone, config.norm_splits)
-    widths = {size: feature_width(backbone, size) for size in {view.size for view in config.all_views}}
+    backbone, derived = run_backbone(config), derive(config)
+    split_batch_norms(backbone, derived.norm_splits)
+    widths = {size: feature_width(backbone, size) for size in {view.size for view in derived.views}}
     return backbone, widths[config.views.weak.size]

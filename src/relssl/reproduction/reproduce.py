@@ -21,7 +21,7 @@ from relssl.reproduction.plan import Run, choose, noted, plain, state
 from relssl.reproduction.results import outcome
 from relssl.reproduction.study import Study
 from relssl.reproduction.tables import read_scale, read_table
-from relssl.settings.run import METHODS
+from relssl.settings.run import METHODS, derive
 from relssl.train.signals import REASONS, TIME_LIMIT
 from relssl.units import duration
 
@@ -127,14 +127,15 @@ def work(run: Run, images: Callable[..., tuple[int, int, int]] = _images) -> Wor
     from relssl.train.estimate import step_flops
 
     config, asked = run.config, run.evaluation
+    derived = derive(config)
     flops = step_flops(config)
     side = "bank" if METHODS[config.method.name].labels else "train"
     there, bank, test = images(config.data, config.data_root, side, asked.images, asked.seed)
     count = min(there, config.max_images or there)
     # A classifier trained on augmented images passes them through the frozen network again in each epoch.
     passes = 1 + (asked.linear.epochs if "linear" in asked.protocol else 0)
-    views = 1 + len(config.strong_views) if config.two_way else max(1, len(config.strong_views))
-    features = len(asked.network or config.networks) * flops["student"] / views * (passes * bank + test)
+    views = 1 + len(derived.strong) if derived.two_way else max(1, len(derived.strong))
+    features = len(asked.network or derived.networks) * flops["student"] / views * (passes * bank + test)
     steps = config.epochs * (count // config.batch_size)
     return Work(float(sum(flops.values()) * steps * config.batch_size), float(features))
 
@@ -147,9 +148,11 @@ def _measure(run: Run, say: Callable[[str], None]) -> float | None:
 
     quick = dataclasses.replace(timed(run.config), log=dataclasses.replace(run.config.log, knn_every=0))
     try:
-        trainer = build(quick, Engine(quick.engine))
-        trainer.compile()
-        steps = time_steps(trainer, _STEPS, limit=_SECONDS).steps
+        engine = Engine(quick.engine)
+        with engine.running():
+            trainer = build(quick, engine)
+            trainer.compile()
+            steps = time_steps(trainer, _STEPS, limit=_SECONDS).steps
     except (RelsslError, RuntimeError, ValueError) as error:
         say(f"{run.row.name}: time unknown: {str(error).splitlines()[0]}")
         return None

@@ -442,40 +442,48 @@ class Config:
     log: LogConfig = setting(LogConfig(), "log")
     checkpoint: CheckpointConfig = setting(CheckpointConfig(), "checkpoint")
 
-    @property
-    def strong_views(self) -> tuple[ViewConfig, ...]:
-        """The student's views, one each; a single crop is a list of one. Supervised learning has the first view alone."""
-        if METHODS[self.method.name].labels:
-            return ()
-        if not self.views.crops:
-            return (self.views.strong,)
-        return tuple(dataclasses.replace(self.views.strong, size=s, scale=(lo, hi)) for s, lo, hi in self.views.crops)
 
-    @property
-    def all_views(self) -> tuple[ViewConfig, ...]:
-        """What a loader makes of each image: the teacher's view, then the student's."""
-        return (self.views.weak, *self.strong_views)
+@dataclass(frozen=True)
+class Derived:
+    """What follows from the settings of a run.
 
-    @property
-    def two_way(self) -> bool:
-        """Whether student and teacher see both views."""
-        fixed = METHODS[self.method.name].two_way
-        return self.method.symmetric if fixed is None else fixed
+    Attributes:
+        traits: those of its method.
+        views: what a loader makes of each image: the teacher's view, then the student's.
+        strong: the student's views, one each; a single crop is a list of one. Supervised learning has the first view alone.
+        two_way: whether student and teacher see both views.
+        passes: equal parts that a batch is computed in: accumulated one after another, each shared out among the devices.
+        share: images in each of these parts.
+        norm_splits: parts that a batch norm splits each share into, as `encoder.batch_norm_splits` wants beyond the passes.
+        networks: what is trained: a student, and with most methods a teacher.
+    """
 
-    @property
-    def passes(self) -> int:
-        """Equal shares that a batch is computed in: parts one after another, each shared out among the devices."""
-        return self.accumulate * self.engine.devices * self.engine.nodes
+    traits: Traits
+    views: tuple[ViewConfig, ...]
+    strong: tuple[ViewConfig, ...]
+    two_way: bool
+    passes: int
+    share: int
+    norm_splits: int
+    networks: tuple[str, ...]
 
-    @property
-    def norm_splits(self) -> int:
-        """Parts that a batch norm splits each share into: what `encoder.batch_norm_splits` asks for beyond the shares."""
-        return max(1, self.encoder.batch_norm_splits // self.passes)
 
-    @property
-    def networks(self) -> tuple[str, ...]:
-        """What the run trains: a student, and with most methods a teacher."""
-        return ("student", "teacher") if METHODS[self.method.name].teacher else ("student",)
+def derive(config: Config) -> Derived:
+    """Compute what follows from the settings of a run."""
+    traits, views = METHODS[config.method.name], config.views
+    strong = tuple(dataclasses.replace(views.strong, size=size, scale=(low, high)) for size, low, high in views.crops)
+    strong = () if traits.labels else strong or (views.strong,)
+    passes = config.accumulate * config.engine.devices * config.engine.nodes
+    return Derived(
+        traits=traits,
+        views=(views.weak, *strong),
+        strong=strong,
+        two_way=config.method.symmetric if traits.two_way is None else traits.two_way,
+        passes=passes,
+        share=config.batch_size // passes,
+        norm_splits=max(1, config.encoder.batch_norm_splits // passes),
+        networks=("student", "teacher") if traits.teacher else ("student",),
+    )
 
 
 def resolve(overrides: Mapping[str, Any], config_file: str | Path | None = None) -> Config:
@@ -530,7 +538,8 @@ def _expand_views(raw: dict[str, Any]) -> dict[str, Any]:
 def check(config: Config) -> list[str]:
     """The faults that lie between settings, one line each."""
     method, faults = config.method, []
-    traits = METHODS[method.name]
+    derived = derive(config)
+    traits = derived.traits
     flattest = max(method.teacher_temperature, method.teacher_temperature_start or 0)
     if traits.sharpened and flattest >= method.student_temperature and not method.allow_unsharpened:
         faults.append(
@@ -541,13 +550,13 @@ def check(config: Config) -> list[str]:
     if method.symmetric and traits.two_way is not None:
         symmetric = ", ".join(name for name, other in METHODS.items() if other.two_way is None)
         faults.append(f"method.symmetric: is for {symmetric}; {method.name} {'is so' if traits.two_way else 'has one direction'}")
-    if config.two_way and config.views.crops:
+    if derived.two_way and config.views.crops:
         faults.append(f"views.crops: {method.name} compares two views, views.weak and views.strong; leave views.crops empty")
     if traits.predictor and config.encoder.predictor == "none":
         faults.append(f"encoder.predictor: {method.name} collapses without one; needs mlp or residual")
     if config.accumulate > 1 and traits.whole_batch:
         faults.append(f"accumulate: must be 1 with {method.name}, whose negatives are the rest of the batch")
-    faults += _sharing(config)
+    faults += _sharing(config, derived.passes)
     if traits.memory and method.memory_size < config.batch_size:
         faults.append(f"method.memory_size: {method.memory_size} must be at least batch_size ({config.batch_size})")
     if config.loader.decoder == "torchvision" and config.loader.photometric == "worker":
@@ -561,7 +570,7 @@ def check(config: Config) -> list[str]:
             if bounds is not None and bounds[0] > bounds[1]:
                 faults.append(f"views.{side}.{key}: the first bound must not exceed the second, got {list(bounds)}")
     faults += _channel_faults(config)
-    largest = max(view.size for view in config.all_views)
+    largest = max(view.size for view in derived.views)
     if config.loader.cache is not None and config.loader.cache < largest:
         faults.append(
             f"loader.cache: {config.loader.cache} pixels are fewer than the largest view has ({largest}), which would only be "
@@ -575,9 +584,9 @@ def check(config: Config) -> list[str]:
     return faults
 
 
-def _sharing(config: Config) -> list[str]:
+def _sharing(config: Config, shares: int) -> list[str]:
     """The faults in how a batch is shared out."""
-    size, shares, splits = config.batch_size, config.passes, config.encoder.batch_norm_splits
+    size, splits = config.batch_size, config.encoder.batch_norm_splits
     if size % shares:
         return [
             f"batch_size: {size} must divide into accumulate x devices x nodes = "

@@ -54,7 +54,7 @@ def agreed_hashes(model: Method, engine: Engine) -> list[dict[str, str]]:
     if engine.world == 1:
         return []
     parts = {name: part.buffers() if name == "memory" else part.parameters() for name, part in _parts(model).items()}
-    held = engine.all_of([{name: _digest(tensors) for name, tensors in parts.items()}])
+    held = engine.gather_items([{name: _digest(tensors) for name, tensors in parts.items()}])
     apart = [name for name in parts if len({rank[name] for rank in held}) > 1]
     if apart:
         raise DistributedError(f"the ranks' {' and '.join(apart)} differ; the last checkpoint is good, resume from it")

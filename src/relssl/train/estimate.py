@@ -42,7 +42,7 @@ from relssl.evaluation.pairs import choose
 from relssl.files import to_json
 from relssl.method import create_student
 from relssl.method.backbones import count_flops
-from relssl.settings.run import METHODS, Config, resolve
+from relssl.settings.run import METHODS, Config, derive, resolve
 from relssl.train.checkpoint import whole_state
 from relssl.train.loop import WORTH_COMPILING, Trainer
 from relssl.train.pretrain import build, named
@@ -272,18 +272,19 @@ def step_flops(config: Config, classes: int = 1) -> dict[str, int]:
     Raises:
         ConfigError: if the network cannot be built, or images of the views' sizes do not pass through it.
     """
+    derived = derive(config)
     # Split norms need whole batches, and cost nothing that is counted.
     config = dataclasses.replace(config, encoder=dataclasses.replace(config.encoder, batch_norm_splits=1))
     with torch.random.fork_rng(devices=[]):  # networks are drawn, and others go on drawing afterwards
         student = create_student(config, classes)
         # Two images, as batch norm has to have a spread to normalise by.
-        weak, *strong = (torch.randn(2, config.views.channels, view.size, view.size) for view in config.all_views)
+        weak, *strong = (torch.randn(2, config.views.channels, view.size, view.size) for view in derived.views)
         both = [weak, *strong]
-        seen = both if config.two_way or not strong else strong
-        taught = both if config.two_way else [weak]
+        seen = both if derived.two_way or not strong else strong
+        taught = both if derived.two_way else [weak]
         made: list[torch.Tensor] = []
         teacher_flops = 0
-        if "teacher" in config.networks:
+        if "teacher" in derived.networks:
             teacher = student.teacher()
             with torch.no_grad():
                 teacher_flops = count_flops(lambda: teacher(taught))
@@ -621,7 +622,7 @@ def _passes(trainer: Trainer, part: Batch, clock: _Clock) -> tuple[Tensor, Tenso
     with networks[0], networks[1], clock.time("loss"), engine.autocast():  # the loss is what the networks leave of the step
         made = trainer.look(placed, trainer.settings_at(trainer.step))
     with clock.time("backward"):
-        engine.backward(made.loss)
+        made.loss.backward()  # type: ignore[no-untyped-call]
     return made.queries, made.keys
 
 
@@ -740,7 +741,7 @@ def waiting_for_files(found: Estimate, config: Config) -> Advice | None:
         why = f"{waits:.0%} of a step is waiting for data, and each process has {cores} cores"
         return Advice("loader.workers", str(value), why, gain) if gain > 1.05 else None
     why = f"{waits:.0%} of a step is waiting for data, with no core left"
-    side = round(max(view.size for view in config.all_views) * 8 / 7)
+    side = round(max(view.size for view in derive(config).views) * 8 / 7)
     needs = found.images * side * round(side * _ASPECT) * 3
     if config.loader.cache is None and needs <= found.disk.cache_free:
         why = f"{why}: decode once, and keep the images at that side, in about {size(needs)}"
@@ -962,6 +963,11 @@ def estimate(
         raise ConfigError(f"steps: must be at least 1, got {steps}")
     made = settings or resolve(({} if data is None else {"data": data}) | overrides, config)
     engine = Engine(made.engine)
+    with engine.running():
+        return _estimate(made, engine, steps, quiet)
+
+
+def _estimate(made: Config, engine: Engine, steps: int, quiet: bool) -> Estimate | None:
     trainer = build(timed(made), engine)
     console = Console(stderr=True, quiet=quiet or not engine.is_first, highlight=False)
     try:
@@ -996,7 +1002,7 @@ def _measure(trainer: Trainer, steps: int, console: Console, cache: int) -> Esti
     console.print("timing the stages of a step", markup=False, soft_wrap=True)
     low, middle, high = np.quantile(timing.steps, [0.1, 0.5, 0.9]).tolist()
     # By the first rank's clock on all of them, as they exchange gradients each time.
-    pieces = stages(trainer, engine.first_says(max(1, min(_REPEATS, int(_STAGES_SECONDS / middle)))))
+    pieces = stages(trainer, engine.broadcast(max(1, min(_REPEATS, int(_STAGES_SECONDS / middle)))))
     console.print("timing the device at its best, an evaluation and a checkpoint", markup=False, soft_wrap=True)
     flops, rate = step_flops(config, trainer.classes), attainable(engine)
     slow = engine.precision == "fp32" and fast_bf16(engine.device.type)

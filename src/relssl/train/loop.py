@@ -24,7 +24,7 @@ from relssl.method.encoder import Encoder
 from relssl.method.health import effective_rank, spread, verdict
 from relssl.method.optim import create_optimizer
 from relssl.method.ressl import OBJECTIVES
-from relssl.settings.run import METHODS, Config
+from relssl.settings.run import METHODS, Config, derive
 from relssl.train import checkpoint
 from relssl.train.online import OnlineKnn
 from relssl.train.run_folder import Display, Journal, RunFolder
@@ -148,7 +148,7 @@ def pick_loss_form(config: Config, engine: Engine, share: int) -> str:
         return {"auto": "tiled" if kind == "cpu" else "plain"}.get(asked, asked)
     if asked == "auto" and config.engine.deterministic:
         return "tiled"
-    dim, views = config.encoder.dim, len(config.strong_views)
+    dim, views = config.encoder.dim, len(derive(config).strong)
     queries, keys = _directions(engine, views, share, dim), _directions(engine, share, dim)
     memory = _directions(engine, config.method.memory_size, dim)
 
@@ -157,7 +157,7 @@ def pick_loss_form(config: Config, engine: Engine, share: int) -> str:
             loss = OBJECTIVES[form](
                 queries.detach().requires_grad_(), keys, memory, student_temperature=0.1, teacher_temperature=0.04
             )
-            engine.backward(loss)
+            loss.backward()  # type: ignore[no-untyped-call]
 
         return run
 
@@ -236,7 +236,6 @@ def _undo(networks: list[Encoder], engine: Engine) -> None:
     for network in networks:
         network.__dict__.pop("heads", None)
     torch.compiler.reset()  # type: ignore[no-untyped-call]  # with it goes the memory that graphs hold
-    engine.release()
 
 
 def _trial(learner: Learner) -> Callable[[], None]:
@@ -247,7 +246,7 @@ def _trial(learner: Learner) -> Callable[[], None]:
         views: Tensor = engine.place(torch.rand(share, config.views.channels, size, size))
         return views
 
-    part = Batch(torch.arange(share), noise(config.views.weak.size), [noise(view.size) for view in config.strong_views])
+    part = Batch(torch.arange(share), noise(config.views.weak.size), [noise(view.size) for view in derive(config).strong])
     now = learner.settings_at(learner.total_steps - 1)
 
     def run() -> None:
@@ -256,7 +255,7 @@ def _trial(learner: Learner) -> Callable[[], None]:
         with engine.part(learner.model.student, last=False):
             with engine.autocast():
                 made = learner.look(part, now)
-            engine.backward(made.loss)
+            made.loss.backward()  # type: ignore[no-untyped-call]
         learner.optimizer.zero_grad(set_to_none=True)
 
     return run
@@ -328,7 +327,7 @@ class Learner:
         self.model = create_method(config, memory_source, self.loss_form, classes)
         encoder = unwrapped(self.model.student)
         self.model.student = engine.setup(encoder)
-        self.model.gather = engine.gather_with_gradients
+        self.model.gather = partial(engine.gather, share=self.plan.share)
         for part in (self.model.teacher, self.model.memory):
             if part is not None:
                 engine.place(part)
@@ -359,7 +358,7 @@ class Learner:
                 with self.engine.autocast():
                     made = self.look(part, now)
                 # Outside autocast, which would round the loss's fp32 products to bf16 on the way back.
-                self.engine.backward(made.loss / len(parts))
+                (made.loss / len(parts)).backward()  # type: ignore[no-untyped-call]
             losses.append(made.loss.detach())
             done.append(made)
         loss = self.engine.mean(torch.stack(losses).mean())
@@ -458,7 +457,7 @@ class Learner:
 
 def _loader(images: Images, config: Config, plan: Plan, engine: Engine) -> Resident | FromFiles:
     statistics = config.views.statistics()
-    return create_loader(images, config.all_views, plan, engine.device, statistics, config.loader, config.engine.devices)
+    return create_loader(images, derive(config).views, plan, engine.device, statistics, config.loader, config.engine.devices)
 
 
 class Trainer(Learner):
@@ -628,7 +627,7 @@ class Trainer(Learner):
         """Record images that could not be read; too many of them stop the run."""
         if self.images.files is None:
             return
-        found = self.engine.all_of([fault for part in parts for fault in part.bad])
+        found = self.engine.gather_items([fault for part in parts for fault in part.bad])
         self.unreadable |= {name for name, _ in found}
         if self.folder is not None:
             self.folder.bad_samples(found)

@@ -17,7 +17,7 @@ from relssl.data.named import Images, load
 from relssl.engine import Engine
 from relssl.errors import ConfigError, DataError, DistributedError, Interrupted, RelsslError, StorageError
 from relssl.evaluation.pairs import LabelledPair, choose
-from relssl.settings.run import METHODS, Config, resolve
+from relssl.settings.run import METHODS, Config, derive, resolve
 from relssl.train.loop import Trainer
 from relssl.train.online import OnlineKnn
 from relssl.train.run_folder import Display, RunFolder, default_folder, read_rows, refuse_used
@@ -51,7 +51,7 @@ def _refuse_enlarging(config: Config, side: int, images: Images) -> None:
     views = config.views
     sizes = [("views.weak.size", views.weak.size)]
     sizes += [("views.crops", size) for size, _, _ in views.crops] or [
-        ("views.strong.size", view.size) for view in config.strong_views
+        ("views.strong.size", view.size) for view in derive(config).strong
     ]
     faults = [
         f"{name}: {size} is larger than the images of {images.name} ({side} x {side} pixels), which would only be blown up; "
@@ -128,7 +128,7 @@ def on_first(engine: Engine, make: Callable[[], Made]) -> Made | None:
         except RelsslError as error:
             fault = error
     engine.wait()  # patiently: to shrink a million images takes hours
-    fault = engine.first_says(fault)
+    fault = engine.broadcast(fault)
     if fault is not None:
         raise fault
     return made
@@ -190,7 +190,8 @@ def pretrain(
     folder = Path(made.out or default_folder(made))
     engine = Engine(made.engine)
     on_first(engine, lambda: refuse_used(folder))
-    return _run(dataclasses.replace(made, out=str(folder)), folder, engine, quiet, None, fresh=True)
+    with engine.running():
+        return _run(dataclasses.replace(made, out=str(folder)), folder, engine, quiet, None, fresh=True)
 
 
 def resume(
@@ -217,7 +218,9 @@ def resume(
     saved = any((folder / "checkpoints").glob("step-*"))
     path = loaded.named(checkpoint) if checkpoint is not None else loaded.checkpoint() if saved else None
     config = loaded.config if time_limit is None else dataclasses.replace(loaded.config, time_limit=time_limit)
-    return _run(config, folder, Engine(config.engine), quiet, path, fresh=False)
+    engine = Engine(config.engine)
+    with engine.running():
+        return _run(config, folder, engine, quiet, path, fresh=False)
 
 
 def _run(config: Config, path: Path, engine: Engine, quiet: bool, saved: Path | None, *, fresh: bool) -> Result | None:
@@ -320,7 +323,7 @@ def _note_failure(folder: RunFolder, trainer: Trainer, error: BaseException) -> 
 
 def _finish(trainer: Trainer, folder: RunFolder) -> Result:
     few = trainer.images.subset(range(min(4, len(trainer.images))))  # enough to tell a wrong file, and quick
-    for network in trainer.config.networks:
+    for network in derive(trainer.config).networks:
         export(folder.path, network=network, images=few)
     folder.status("complete", trainer.step, exit_code=0, last_checkpoint=store.step_folder(Path(), trainer.step).name)
     return _result(folder.path)

@@ -18,7 +18,7 @@ from relssl.errors import CheckpointError, ConfigError
 from relssl.method.backbones import feature_width, run_backbone
 from relssl.settings.reading import read_yaml
 from relssl.settings.recipes import spoken
-from relssl.settings.run import Config, from_mapping
+from relssl.settings.run import Config, derive, from_mapping
 from relssl.weights import store
 
 NETWORKS = ("student", "teacher")
@@ -309,7 +309,7 @@ def _single(name: str, backbone: nn.Module, origin: dict[str, Any]) -> Opened:
 
 def _run(path: Path, network: str | None) -> Opened:
     run = load_run(path)
-    networks = run.config.networks
+    networks = derive(run.config).networks
     if network is not None and network not in networks:
         why = "" if "teacher" in networks else f" ({run.config.method.name} has no teacher)"
         raise ConfigError(f"network: {path.name} holds {' and '.join(networks)}, not {network}{why}")
