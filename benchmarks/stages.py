@@ -20,8 +20,8 @@ from options import Options
 from pictures import Noise, Source, images_of, write_folder
 from processes import alone
 from relssl.data import batched
-from relssl.data.decode import decode
 from relssl.data.draws import draw
+from relssl.data.images import Pixels
 from relssl.data.loader import Crops
 from relssl.settings.run import derive, resolve
 from relssl.train.estimate import stages, time_steps
@@ -71,10 +71,10 @@ def views(settings: dict[str, Any], folder: str, count: int, repeats: int) -> li
     config, rows = resolve(settings), np.arange(count)
     sides = [config.views.weak, *derive(config).strong]
     in_memory = [dataclasses.replace(view, size=32) for view in sides]
-    noise, photos = images_of(Noise(count, 32)).pixels, images_of(folder)
-    files = photos.files
-    assert noise is not None and files is not None
-    crops = Crops(photos, sides, 0, config.loader.max_pixels, config.loader.reduced_decode)
+    held, files = images_of(Noise(count, 32)).source, images_of(folder)
+    assert isinstance(held, Pixels)
+    noise = held.tensor
+    crops = Crops(files, sides, 0, config.loader.max_pixels, config.loader.reduced_decode)
 
     def at_once() -> None:
         for slot, view in enumerate(in_memory):
@@ -82,7 +82,7 @@ def views(settings: dict[str, Any], folder: str, count: int, repeats: int) -> li
 
     ways: list[tuple[str, str, Callable[[], object]]] = [
         ("32 pixels", "all at once", at_once),
-        ("file", "decode", lambda: [decode(files[row], config.loader.max_pixels) for row in range(count)]),
+        ("file", "decode", lambda: [files.read(row, config.loader.max_pixels) for row in range(count)]),
         ("file", "decode and crop", lambda: [crops[0, row] for row in range(count)]),
     ]
     return [[source, way, f"{1000 * _median(work, repeats) / count:.3f}"] for source, way, work in ways]

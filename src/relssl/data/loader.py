@@ -7,7 +7,6 @@ import math
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -22,10 +21,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from torchvision.transforms.functional import pil_to_tensor
 
 from relssl.data import batched
-from relssl.data.decode import REDUCTIONS, BadImage, Opened
+from relssl.data.decode import BadImage, Decoded, Opened
 from relssl.data.draws import Ints, Slot, draw, draw_crops, uniforms
 from relssl.data.folder import shown
-from relssl.data.named import Images
+from relssl.data.images import Images, Pixels
 from relssl.engine import available_cores, send
 from relssl.errors import ConfigError, DataError
 from relssl.settings.run import LoaderConfig, ViewConfig
@@ -129,11 +128,11 @@ def create_loader(
             f"{images.name}: {plan.count} usable images, batch is {plan.batch_size}; "
             f"lower batch_size to {max(2, plan.count)} or less, or add images"
         )
-    if settings.path == "resident" and images.pixels is None:
+    if settings.path == "resident" and not images.in_memory:
         raise ConfigError("loader.path: resident is for data sets held in memory; use files for folders and lists")
-    if settings.cache is not None and images.pixels is not None:
+    if settings.cache is not None and images.in_memory:
         raise ConfigError(f"loader.cache: is for folders and lists of files, {images.name} is held in memory; use null")
-    if settings.path == "resident" or (settings.path == "auto" and images.pixels is not None):
+    if settings.path == "resident" or (settings.path == "auto" and images.in_memory):
         return Resident(images, views, plan, device, statistics, settings.views_ahead)
     workers = worker_count(settings.workers, processes)
     return FromFiles(images, views, plan, device, statistics, settings, workers)
@@ -184,9 +183,9 @@ class Resident:
         statistics: Statistics,
         ahead: int | None = None,
     ) -> None:
-        assert images.pixels is not None
+        assert isinstance(images.source, Pixels)
         self.plan, self.device, self.views, self.statistics = plan, device, list(views), statistics
-        self.pixels = images.pixels.to(device)
+        self.pixels = images.source.tensor.to(device)
         self.ahead = ahead or (self._fitting(8) if device.type == "cuda" else 1)
 
     def _fitting(self, most: int) -> int:
@@ -326,13 +325,13 @@ class Crops(Dataset[Sample]):
         for offset in range(min(_TRIES, len(self.images))):
             position = (row + offset) % len(self.images)
             try:
-                with open_image(self.images, position, self.max_pixels) as opened:
+                with self.images.source.open(position, self.max_pixels) as opened:
                     return Sample(epoch, position, self._crops(opened, epoch, position), bad)
             except BadImage as fault:
-                bad.append((str(self.images.files and self.images.files[position]), str(fault)))
+                bad.append((self.images.source.name(position), str(fault)))
         return Sample(epoch, row, [], bad)
 
-    def _crops(self, opened: Opened | InMemory, epoch: int, row: int) -> list[Tensor]:
+    def _crops(self, opened: Opened | Decoded, epoch: int, row: int) -> list[Tensor]:
         """Decode an image once for all views, as small as the largest reduction at which no crop has fewer pixels than its view."""
         ids = np.array([row])
         boxes = [draw_crops(view, self.seed, epoch, ids, slot, opened.size)[0] for slot, view in enumerate(self.views)]
@@ -361,38 +360,6 @@ def crop_reduced(image: Image.Image, box: np.ndarray, size: int) -> Tensor:
     inside = (left - x, top - y, right - x, bottom - y)
     pixels: Tensor = pil_to_tensor(part.resize((size, size), Image.Resampling.BILINEAR, inside))
     return pixels
-
-
-class InMemory:
-    """Pixels that are decoded already, in the place of an opened file."""
-
-    reductions = REDUCTIONS[:1]
-
-    def __init__(self, image: Image.Image) -> None:
-        self.image, self.size = image, (image.height, image.width)
-
-    def rgb(self, reduction: int = 1) -> Image.Image:
-        """Return the image."""
-        return self.image
-
-
-@contextmanager
-def open_image(images: Images, position: int, max_pixels: int) -> Iterator[Opened | InMemory]:
-    """Open the image at a position, its size known and its pixels still to be read; BadImage if its file cannot be."""
-    if images.files is None:
-        assert images.pixels is not None
-        yield InMemory(Image.fromarray(images.pixels[position].permute(1, 2, 0).cpu().numpy()))
-    elif images.shrunk is not None:
-        yield InMemory(images.shrunk[position])
-    else:
-        with Opened(images.files[position], max_pixels) as opened:
-            yield opened
-
-
-def read_image(images: Images, position: int, max_pixels: int) -> Image.Image:
-    """Read the RGB image at a position, whole; BadImage if its file cannot be read."""
-    with open_image(images, position, max_pixels) as opened:
-        return opened.rgb()
 
 
 def collate(samples: Sequence[Sample]) -> Sample:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from relssl.data.named import Images
+from relssl.data.images import Images, Pixels
+from relssl.data.loader import worker_count
+from relssl.data.plain import PlainView, Reader
 from relssl.engine import Engine
 from relssl.evaluation.features import extract
 from relssl.evaluation.knn import knn_accuracy
@@ -31,14 +33,17 @@ class OnlineKnn:
         """The untrained networks, and for sets in memory the pixels themselves, "knn_raw_pixels"."""
         found = self.measure(model, engine)
         bank, test = self.pair.bank, self.pair.test
-        if bank.pixels is not None and test.pixels is not None:
+        if bank.in_memory and test.in_memory:
             found["knn_raw_pixels"] = self._score(*(self._flat(side) for side in (bank, test)))
         return found
 
     def _top1(self, backbone: nn.Module, engine: Engine) -> float:
-        sides = []
+        config, sides = self.config, []
+        reader = Reader(
+            PlainView.of(config.views), worker_count(config.loader.workers, config.engine.devices), config.loader.max_pixels
+        )
         for images in (self.pair.bank, self.pair.test):
-            found = extract(backbone, images, self.config, engine.device, engine.autocast())
+            found = extract(backbone, images, reader, engine.device, engine.autocast())
             assert images.labels is not None
             sides.append((found.vectors, torch.from_numpy(images.labels[found.rows])))
         return self._score(*sides)
@@ -49,5 +54,5 @@ class OnlineKnn:
 
     @staticmethod
     def _flat(images: Images) -> tuple[Tensor, Tensor]:
-        assert images.pixels is not None and images.labels is not None
-        return images.pixels.flatten(1).float(), torch.from_numpy(images.labels)
+        assert isinstance(images.source, Pixels) and images.labels is not None
+        return images.source.tensor.flatten(1).float(), torch.from_numpy(images.labels)
