@@ -26,8 +26,8 @@ from relssl.data import cache
 from relssl.data import decode as decoding
 from relssl.data.cache import place, shrink, shrunken
 from relssl.data.decode import BadImage, decode
-from relssl.data.folder import Files, cache_root
-from relssl.data.images import Images
+from relssl.data.folder import cache_root
+from relssl.data.images import Files, Images
 from relssl.data.loader import FromFiles, Plan, create_loader
 from relssl.data.named import load
 from relssl.data.plain import PlainView, Reader
