@@ -194,9 +194,9 @@ def test_too_few_images_and_impossible_paths_are_refused(folder: Path) -> None:
     images = load(str(folder), None, "train")
     with pytest.raises(DataError, match="lower batch_size to 12 or less"):
         loader_of(images, Plan(12, 64))
-    with pytest.raises(ConfigError, match="loader.path"):
+    with pytest.raises(ConfigError, match=r"loader\.path"):
         loader_of(images, Plan(12, 4), path="resident")
-    with pytest.raises(ConfigError, match="loader.cache"):
+    with pytest.raises(ConfigError, match=r"loader\.cache"):
         loader_of(pixels(), Plan(12, 4), cache=40)
     for file in folder.iterdir():
         file.write_bytes(b"\x89PNG no")
@@ -276,6 +276,6 @@ def _no_wait_without_end() -> Iterator[None]:
 @pytest.mark.usefixtures("_no_wait_without_end")
 @pytest.mark.parametrize("how", ["dies", "no memory"])
 def test_a_worker_that_cannot_go_on_is_one_line_that_names_the_setting(how: str) -> None:
-    with pytest.raises(DataError, match="try loader.workers 0") as told:
+    with pytest.raises(DataError, match=r"try loader\.workers 0") as told:
         list(read_batches(Failing(how), torch.stack, 1, batch_size=2))
     assert told.value.exit_code == 3 and "\n" not in str(told.value)
