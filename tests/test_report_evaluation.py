@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from relssl.data.folder import NAMES
+from relssl.data.named import SETS
 from relssl.errors import DataError
 from relssl.evaluation.evaluate import CUSTOMARY, transfer_table
 from relssl.evaluation.result import Finding
@@ -23,7 +23,7 @@ def result(protocol: str, network: str, found: Finding) -> dict[str, Any]:
 
 
 def test_customary_figures_are_those_of_kornblith() -> None:
-    assert {"fgvc-aircraft", "oxford-pets", "flowers102"} == set(CUSTOMARY) < set(NAMES)
+    assert {"fgvc-aircraft", "oxford-pets", "flowers102"} == set(CUSTOMARY) < set(SETS)
     assert set(CUSTOMARY.values()) == {"mean_per_class"}  # of the other sets, the probe's main figure: top1, or map for voc07
 
 
