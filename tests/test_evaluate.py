@@ -199,7 +199,7 @@ def test_a_run_that_cannot_be_written_is_evaluated_into_a_file(finished: Path, t
         relssl.evaluate(run, **QUICK)
     relssl.evaluate(run, out=out, say=said.append, **QUICK)
     assert json.loads(out.read_text())["results"] and "the results go to" in said[0]
-    with pytest.raises(ConfigError, match="out: .* must be a JSON file"):
+    with pytest.raises(ConfigError, match="must be a JSON file"):
         relssl.evaluate(run, out=tmp_path, **QUICK)
 
 
