@@ -17,7 +17,7 @@ from relssl.data.plain import PlainView, plain_view
 from relssl.errors import CheckpointError, ConfigError
 from relssl.method.backbones import feature_width, run_backbone
 from relssl.settings.reading import read_yaml
-from relssl.settings.recipes import spoken
+from relssl.settings.recipes import public_name
 from relssl.settings.run import Config, derive, from_mapping
 from relssl.weights import store
 
@@ -318,7 +318,7 @@ def _run(path: Path, network: str | None) -> Opened:
         "kind": "run",
         "run": path.resolve().name,
         "checkpoint": checkpoint.name,
-        "recipe": spoken(run.config.recipe),
+        "recipe": public_name(run.config.recipe),
     }
     found = from_checkpoint(run.config, checkpoint, networks if network is None else (network,))
     return Opened(path.resolve().name, found, run.config, path, origin, _pretrained_on(path))
