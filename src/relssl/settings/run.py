@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import yaml
 from pydantic import Field
@@ -109,12 +109,14 @@ Pixels = Annotated[int, Field(ge=1, le=2048)]
 Zoom = Annotated[float, Field(gt=0, le=10)]
 Sigma = Annotated[float, Field(gt=0, le=16)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
-Device = Literal["auto", "cpu", "cuda", "mps"]
-Precision = Literal["auto", "fp32", "bf16"]
-if TYPE_CHECKING:
-    MethodName = ViewName = str
+if TYPE_CHECKING:  # callers hold these as text from elsewhere; what they may be is checked as settings are read
+    MethodName: TypeAlias = str
+    ViewName: TypeAlias = str
+    Device: TypeAlias = str
+    Precision: TypeAlias = str
 else:
     MethodName, ViewName = Literal[tuple(METHODS)], Literal[tuple(VIEWS)]
+    Device, Precision = Literal["auto", "cpu", "cuda", "mps"], Literal["auto", "fp32", "bf16"]
 
 
 @dataclass(frozen=True, config=STRICT)
