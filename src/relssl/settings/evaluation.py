@@ -142,16 +142,16 @@ class Evaluation:
     protocol: tuple[str, ...] = setting(
         ("knn",), f"one or several of {', '.join(PROTOCOLS)}; all: every one but detection, whose data is of another kind"
     )
-    network: tuple[str, ...] | None = setting(
-        None, "which networks of a run: student, teacher or both; null: all it has"
-    )
+    network: tuple[str, ...] | None = setting(None, "which networks of a run: student, teacher or both; null: all it has")
     data_root: Text | None = setting(None, "where named data sets lie; null: the run's, else $RELSSL_DATA, else ~/.cache/relssl")
     images: tuple[Count, Count] | None = setting(None, "at most this many images of bank and test, chosen by the seed")
     size: int | None = setting(None, "side of the view in pixels; null: the one pretraining used", ge=4, le=2048)
     seed: Natural = setting(0, "seed of subsets, draws, classifiers and intervals")
     resamples: int = setting(1000, "bootstrap resamples of the 95 % intervals", ge=100, le=100_000)
     device: Device = setting("auto", "where to run")
-    precision: Precision = setting("fp32", "of the network's arithmetic; bf16 moves figures a little; auto: bf16 where it is fast")
+    precision: Precision = setting(
+        "fp32", "of the network's arithmetic; bf16 moves figures a little; auto: bf16 where it is fast"
+    )
     workers: int | None = setting(None, "processes that read files; null: by the number of cores", ge=0, le=1024)
     cache: bool = setting(True, "keep features in $RELSSL_CACHE (default ~/.cache/relssl), and take them from there")
     knn: KnnConfig = KnnConfig()
@@ -165,7 +165,16 @@ class Evaluation:
 
 
 # Lists that a protocol cannot do without.
-_NEEDED = ("protocol", "knn.k", "knn.temperature", "probe.strengths", "semi.fractions", "lowshot.shots", "lowshot.cost", "retrieval.at")
+_NEEDED = (
+    "protocol",
+    "knn.k",
+    "knn.temperature",
+    "probe.strengths",
+    "semi.fractions",
+    "lowshot.shots",
+    "lowshot.cost",
+    "retrieval.at",
+)
 
 
 def read_settings(overrides: Mapping[str, Any]) -> Evaluation:

@@ -97,7 +97,7 @@ def _build(cls: Any, raw: Mapping[str, Any], prefix: str, known: Mapping[str, Fi
         settings = cls(**values)
     except ValidationError as error:
         for fault in error.errors(include_url=False, include_context=False):
-            key, value = fault["loc"][0], fault["input"]
+            key, value = str(fault["loc"][0]), fault["input"]
             words = _WORDS.get(fault["type"]) or fault["msg"].replace("Input should", "must")
             name, options = f"{prefix}{key}", choices(cls.__pydantic_fields__[key])
             guess = f" (nearest: {nearest_word(value, options)})" if options and isinstance(value, str) else ""
