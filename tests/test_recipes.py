@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import runpy
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from relssl.cli import main
-from relssl.data.named import Images
+from relssl.data.folder import Files
+from relssl.data.images import Images, Pixels
 from relssl.errors import ConfigError
 from relssl.settings import recipes
 from relssl.settings.reading import leaves, merge, nest
@@ -24,7 +24,6 @@ from relssl.train.pretrain import complete_settings
 from relssl.train.run_folder import default_folder
 from relssl.weights.card import public
 
-ROOT = Path(__file__).parent.parent
 SETS = ("cifar10", "cifar100", "stl10", "tiny-imagenet", "imagenet")
 # The settings of the authors' runs for SETS, from the paper and its code.
 PAPER: dict[str, tuple[Any, ...]] = {
@@ -234,16 +233,11 @@ def test_a_recipe_in_a_folder_keeps_its_name_where_files_lose_their_paths() -> N
     "over", [{"views.weak.size": 33}, {"views.strong.size": 33}, {"views.crops": [[32, 0.2, 1], [33, 0.2, 1]]}]
 )
 def test_views_are_not_larger_than_images_in_memory(over: dict[str, Any]) -> None:
-    images = Images("small", pixels=torch.zeros(4, 3, 32, 40, dtype=torch.uint8))
+    images = Images("small", Pixels(torch.zeros(4, 3, 32, 40, dtype=torch.uint8)))
     name = next(iter(over))
     with pytest.raises(ConfigError, match=rf"^{name}: 33 is larger than the images of small \(32 x 32 pixels\)"):
         complete_settings(resolve({"data": "cifar10", **over}), images)
     assert complete_settings(resolve({"data": "cifar10", "views.enlarge": True, **over}), images).views.margin == 1.0
     assert complete_settings(resolve({"data": "cifar10"}), images).views.mean == images.mean
-    files = Images("files", files=["a.jpg"], labels=np.array([0]))
+    files = Images("files", Files.of(["a.jpg"]), np.array([0]))
     assert derive(complete_settings(resolve({"data": "cifar10", **over}), files)).views[-1].size in (32, 33)
-
-
-def test_the_table_of_recipes_is_up_to_date() -> None:
-    page = (ROOT / "docs/recipes.md").read_text(encoding="utf-8")
-    assert runpy.run_path(str(ROOT / "docs/write_recipes.py"))["renewed"](page) == page, "run python docs/write_recipes.py"

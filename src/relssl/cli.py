@@ -293,6 +293,7 @@ def validate(args: argparse.Namespace, overrides: Overrides) -> Outcome:
 )
 def reproduce(args: argparse.Namespace, overrides: Overrides) -> Outcome:
     from relssl.reproduction import tables
+    from relssl.reproduction.plan import plan
 
     if args.list or args.table is None:
         listed = [tables.read_table(name) for name in ([args.table] if args.table else tables.names())]
@@ -302,11 +303,13 @@ def reproduce(args: argparse.Namespace, overrides: Overrides) -> Outcome:
             lines += [f"  {row.name:24} {row.label}  ({', '.join(row.scales)})" for row in table.rows if args.table]
         facts = [{"table": table.name, "title": table.title, "rows": [row.name for row in table.rows]} for table in listed]
         return facts, "\n".join(lines)
-    if not args.plan:
-        _prepare()
+    rows = _pick(args, "seeds", "only", "runs")
+    # Faults come to light before torch is imported.
+    plan(tables.read_table(args.table), tables.read_scale(args.scale), overrides=overrides, **rows)
+    _prepare()
     from relssl.reproduction.reproduce import reproduce
 
-    options = {"plan_only": args.plan, "out": args.results, "time_limit": args.minutes, **_pick(args, "seeds", "only", "runs")}
+    options = {"plan_only": args.plan, "out": args.results, "time_limit": args.minutes, **rows}
     results = reproduce(args.table, args.scale, say=_say, **options, **overrides)
     page = "" if args.plan else str(Path(args.results) / f"{results['name']}.md")
     # A run outside of this request, which failed before or in another process, is not this command's failure.

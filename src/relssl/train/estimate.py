@@ -24,14 +24,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from rich.console import Console
 from torch import Tensor, nn
 
+from relssl.data import folder
 from relssl.data.cache import place, root, shrunken
-from relssl.data.decode import BadImage
-from relssl.data.loader import Batch, Files, FromFiles, Resident, Sample, read_image
-from relssl.data.named import Images
+from relssl.data.decode import BadImage, Decoded
+from relssl.data.images import Images, Pixels
+from relssl.data.loader import Batch, Files, FromFiles, Resident, Sample
 from relssl.data.plain import PlainView, plain_view
 from relssl.data.shrunk import Shrunk
 from relssl.data.workers import PREFETCH, loader_workers
@@ -43,6 +43,7 @@ from relssl.evaluation.pairs import choose
 from relssl.files import to_json
 from relssl.method import create_student
 from relssl.method.backbones import count_flops
+from relssl.method.base import World
 from relssl.settings.run import METHODS, Config, derive, resolve
 from relssl.train.checkpoint import whole_state
 from relssl.train.loop import WORTH_COMPILING, Trainer
@@ -209,15 +210,15 @@ def _evaluation(trainer: Trainer) -> float:
     backbone, size = trainer.networks[-1].backbone, config.views.weak.size
     # For files, images of noise stand in: reading them is timed apart, as the loader's processes do it at the same time.
     sample = choose(pair.test, _FEATURES, 0)
-    if sample.pixels is None:
-        sample = Images("noise", pixels=torch.randint(256, (_FEATURES, 3, size, size), dtype=torch.uint8))
+    if not sample.in_memory:
+        sample = Images("noise", Pixels(torch.randint(256, (_FEATURES, 3, size, size), dtype=torch.uint8)))
     seconds, width = [], 0
     for _ in range(2):  # the first chooses kernels
         begun = time.perf_counter()
         width = extract(backbone, sample, config, engine.device, engine.autocast()).vectors.shape[1]
         seconds.append(time.perf_counter() - begun)
     each = min(seconds) / len(sample)
-    if pair.test.files is not None:
+    if not pair.test.in_memory:
         workers = loader_workers(config)
         reading = _reading(pair.test, config)
         each = max(each, reading / workers) if workers else each + reading
@@ -231,7 +232,7 @@ def _reading(images: Images, config: Config) -> float:
     view, read, begun = PlainView.of(config.views), 0, time.perf_counter()
     for row in range(min(_READ, len(images))):
         try:
-            plain_view(read_image(images, row, config.loader.max_pixels), view)
+            plain_view(images.read(row, config.loader.max_pixels), view)
             read += 1
         except BadImage:
             continue
@@ -361,17 +362,16 @@ _SAMPLE = 256
 
 
 class Repeated(Shrunk):
-    """A few shrunk images over and over, in the place of `count`."""
+    """A few shrunk images over and over, in the place of all files."""
 
-    def __init__(self, few: Shrunk, count: int) -> None:
-        super().__init__(few.folder, few.sizes, few.bad)
-        self.count = count
+    def __init__(self, few: Shrunk, files: folder.Files) -> None:
+        super().__init__(few.folder, files, few.sizes, few.bad)
 
     def __len__(self) -> int:
-        return self.count
+        return len(self.files)
 
-    def __getitem__(self, position: int) -> Image.Image:
-        return super().__getitem__(position % len(self.sizes))
+    def open(self, row: int, max_pixels: int) -> Decoded:
+        return super().open(row % len(self.sizes), max_pixels)
 
 
 @contextmanager
@@ -390,16 +390,17 @@ def stand_in(trainer: Trainer) -> Iterator[int]:
     if config.loader.cache is None:
         yield 0
         return
-    there = Shrunk.open(place(images, config))
+    assert isinstance(images.source, folder.Files)
+    there = Shrunk.load(place(images, config), images.source)
     if not trainer.engine.largest(int(len(there) < len(images))):
-        trainer.read(dataclasses.replace(images, shrunk=there))
+        trainer.read(dataclasses.replace(images, source=there))
         yield 0
         return
-    with tempfile.TemporaryDirectory(prefix="relssl-") as folder, Display(1, 0, show=False) as silent:
+    with tempfile.TemporaryDirectory(prefix="relssl-") as scratch, Display(1, 0, show=False) as silent:
         # By this process alone, as its neighbours do the same at this time.
-        loader = dataclasses.replace(config.loader, cache_folder=folder, workers=0)
+        loader = dataclasses.replace(config.loader, cache_folder=scratch, workers=0)
         few = shrunken(choose(images, _SAMPLE, config.seed), dataclasses.replace(config, loader=loader), silent)
-        trainer.read(dataclasses.replace(images, shrunk=Repeated(few, len(images))))
+        trainer.read(dataclasses.replace(images, source=Repeated(few, images.source)))
         yield few.total * (len(images) - len(there)) // len(few)
 
 
@@ -454,6 +455,16 @@ def time_steps(trainer: Trainer, steps: int, limit: float = 60.0) -> Timing:
     spans = marks.spans()
     waits, works = spans[::2], spans[1::2]
     return Timing([wait + work for wait, work in zip(waits, works, strict=True)], waits, bad)
+
+
+def step_seconds(config: Config) -> float:
+    """Return the median seconds of a few steps of a run."""
+    quick = dataclasses.replace(timed(config), log=dataclasses.replace(config.log, knn_every=0))
+    engine = Engine(quick.engine)
+    with engine.running():
+        trainer = build(quick, engine)
+        trainer.compile()
+        return statistics.median(time_steps(trainer, 5, limit=20.0).steps)
 
 
 def _warm_up(trainer: Trainer) -> None:
@@ -606,22 +617,21 @@ def _step(trainer: Trainer, held: list[Batch] | None) -> dict[str, float]:
     made = []
     for number, part in enumerate(parts, start=1):
         with trainer.engine.part(trainer.model.student, last=number == len(parts)):
-            trainer.shuffle(number - 1)
-            made.append(_passes(trainer, part, clock))
+            made.append(_passes(trainer, part, trainer.world(number - 1), clock))
     queries = torch.cat([part for part, _ in made], dim=1)
     keys = torch.cat([part for _, part in made])
     _updates(trainer, queries, keys, torch.cat([part.ids for part in parts]), clock)
     return clock.seconds
 
 
-def _passes(trainer: Trainer, part: Batch, clock: _Clock) -> tuple[Tensor, Tensor]:
+def _passes(trainer: Trainer, part: Batch, world: World, clock: _Clock) -> tuple[Tensor, Tensor]:
     """Both networks and the loss on one part; its queries [V, B, D] and keys [B, D]."""
     engine, model = trainer.engine, trainer.model
     with clock.time("layout"):
         placed = Batch(part.ids, engine.place(part.weak), [engine.place(view) for view in part.strong])
     networks = clock.forward(model.teacher, "teacher"), clock.forward(model.student, "student")
     with networks[0], networks[1], clock.time("loss"), engine.autocast():  # the loss is what the networks leave of the step
-        made = trainer.look(placed, trainer.settings_at(trainer.step))
+        made = trainer.look(placed, trainer.settings_at(trainer.step), world)
     with clock.time("backward"):
         made.loss.backward()  # type: ignore[no-untyped-call]
     return made.queries, made.keys
