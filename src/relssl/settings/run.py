@@ -304,7 +304,6 @@ class LoaderConfig:
         "auto",
         "files path: jitter, grey, blur, solarize and RandAugment in workers, or in batches on the device; auto: there on CUDA",
     )
-    index: bool = setting(True, "keep what a scan of a folder found, and take it at the next start if no folder has changed")
     cache: int | None = setting(
         None,
         "files path: decode all images once, shrink their shorter sides to this many pixels and train on those; null: on the files",
@@ -440,7 +439,7 @@ def from_mapping(raw: Mapping[str, Any]) -> Config:
 def without_retired(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of a file without those that are no more."""
     rest = dict(raw)
-    for name in RETIRED:
+    for name in RETIRED.keys() - leaves(Config).keys():
         section, key, *value = re.split("[. ]", name)
         inner = rest.get(section)
         if isinstance(inner, Mapping) and key in inner and value in ([], [inner[key]]):
