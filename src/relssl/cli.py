@@ -245,6 +245,19 @@ def recipes_(args: argparse.Namespace, _: Overrides) -> Outcome:
 
 
 @verb(
+    "print the images of a folder as a list file, which is read at once: relssl list FOLDER > FILE",
+    option("folder", metavar="FOLDER"),
+)
+def list_(args: argparse.Namespace, _: Overrides) -> Outcome:
+    from relssl.data.folder import list_lines, shown
+
+    lines, bad = list_lines(args.folder)
+    if bad:
+        _say(f"relssl: {len(bad)} files are left out, the first: {shown(bad[0][0])} {bad[0][1]}")
+    return {"images": len(lines), "bad": bad}, lambda: sys.stdout.buffer.writelines(line + b"\n" for line in lines)
+
+
+@verb(
     "list networks with their parameters and GFLOPs",
     option("pattern", "part of the name, or all of it with * and ?; searches them all", metavar="PATTERN", nargs="?"),
     option("--family", "what the name begins with, such as mobilenetv3"),
@@ -327,7 +340,7 @@ def reproduce(args: argparse.Namespace, overrides: Overrides) -> Outcome:
 
 def _run_settings(args: argparse.Namespace, overrides: Overrides) -> Config:
     """The settings of a run whose data exists; under torchrun the launcher has already decided how many processes there are."""
-    from relssl.data.folder import exists
+    from relssl.data.named import exists
 
     local, world = os.environ.get("LOCAL_WORLD_SIZE"), os.environ.get("WORLD_SIZE")
     if local and world:

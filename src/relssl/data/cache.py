@@ -24,8 +24,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from relssl.data.decode import BadImage, Opened
-from relssl.data.folder import Files, cache_root, shown
-from relssl.data.images import Images
+from relssl.data.folder import cache_root, shown
+from relssl.data.images import Files, Images
 from relssl.data.shrunk import LAYOUT, PIXELS, Shrunk
 from relssl.data.subsets import identity, spread
 from relssl.data.workers import hand_over, loader_workers, reset_signals, watch

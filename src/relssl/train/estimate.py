@@ -27,12 +27,12 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
-from relssl.data import folder
 from relssl.data.cache import place, root, shrunken
 from relssl.data.decode import BadImage, Decoded
+from relssl.data.images import Files as ImageFiles
 from relssl.data.images import Images, Pixels
 from relssl.data.loader import Batch, Files, FromFiles, Resident, Sample
-from relssl.data.plain import PlainView, plain_view
+from relssl.data.plain import PlainView, Reader, plain_view
 from relssl.data.shrunk import Shrunk
 from relssl.data.workers import PREFETCH, loader_workers
 from relssl.engine import Engine, available_cores, fast_bf16
@@ -215,7 +215,7 @@ def _evaluation(trainer: Trainer) -> float:
     seconds, width = [], 0
     for _ in range(2):  # the first chooses kernels
         begun = time.perf_counter()
-        width = extract(backbone, sample, config, engine.device, engine.autocast()).vectors.shape[1]
+        width = extract(backbone, sample, Reader(PlainView.of(config.views)), engine.device, engine.autocast()).vectors.shape[1]
         seconds.append(time.perf_counter() - begun)
     each = min(seconds) / len(sample)
     if not pair.test.in_memory:
@@ -364,7 +364,7 @@ _SAMPLE = 256
 class Repeated(Shrunk):
     """A few shrunk images over and over, in the place of all files."""
 
-    def __init__(self, few: Shrunk, files: folder.Files) -> None:
+    def __init__(self, few: Shrunk, files: ImageFiles) -> None:
         super().__init__(few.folder, files, few.sizes, few.bad)
 
     def __len__(self) -> int:
@@ -390,7 +390,7 @@ def stand_in(trainer: Trainer) -> Iterator[int]:
     if config.loader.cache is None:
         yield 0
         return
-    assert isinstance(images.source, folder.Files)
+    assert isinstance(images.source, ImageFiles)
     there = Shrunk.load(place(images, config), images.source)
     if not trainer.engine.largest(int(len(there) < len(images))):
         trainer.read(dataclasses.replace(images, source=there))
