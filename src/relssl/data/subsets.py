@@ -12,14 +12,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from relssl.data.draws import uniforms
+from relssl.data.draws import Slot, uniforms
 from relssl.data.folder import shown
 from relssl.data.images import Files, Images, Pixels
 from relssl.errors import DataError
 
 Rows = npt.NDArray[np.int64]
 
-_SUBSET_SLOT = (1 << 20) + 2  # of `uniforms`
 _SAMPLE = 64  # files whose beginnings count,
 _BEGINNING = 1 << 20  # and bytes of each
 
@@ -46,7 +45,7 @@ def stratified(labels: Rows, *, fraction: float | None = None, per_class: int | 
         raise ValueError("give either a fraction or a number per class")
     if (fraction is not None and not 0 < fraction <= 1) or (per_class is not None and per_class < 1):
         raise ValueError(f"fraction must be above 0 and at most 1, per_class at least 1, got {fraction} and {per_class}")
-    lots = uniforms(seed, 0, np.arange(len(labels)), _SUBSET_SLOT, 1)[:, 0]
+    lots = uniforms(seed, 0, np.arange(len(labels)), Slot.SUBSET, 1)[:, 0]
     drawn = [np.empty(0, np.int64)]
     for word in np.unique(labels[labels >= 0]):
         rows = np.flatnonzero(labels == word)
