@@ -36,7 +36,7 @@ from relssl.data.plain import PlainView, Reader, plain_view
 from relssl.data.shrunk import Shrunk
 from relssl.engine import Engine, available_cores, fast_bf16
 from relssl.errors import ConfigError
-from relssl.evaluation.features import extract
+from relssl.evaluation.features import LabelledFeatures, extract
 from relssl.evaluation.knn import knn_accuracy
 from relssl.evaluation.pairs import choose
 from relssl.files import to_json
@@ -244,7 +244,8 @@ def _search(bank: int, queries: int, width: int, config: Config) -> float:
     features = torch.randn(some + few, width)
     labels = torch.arange(some + few) % 2
     begun = time.perf_counter()
-    knn_accuracy(features[:some], labels[:some], features[some:], labels[some:], classes=2, settings=[config.log.knn])
+    sides = LabelledFeatures(features[:some], labels[:some], features[some:], labels[some:], classes=2)
+    knn_accuracy(sides, [config.log.knn])
     return (time.perf_counter() - begun) * bank / some * queries / few
 
 
