@@ -11,7 +11,7 @@ import torch
 from relssl.method import Encoder
 from relssl.method.optim import create_optimizer, parameter_groups
 from relssl.settings.reading import merge
-from relssl.settings.run import OptimizerConfig, resolve
+from relssl.settings.run import resolve
 from relssl.train.loop import Trainer
 from relssl.train.pretrain import build
 from small_runs import SMALL, differing, final_state, small_run
@@ -25,7 +25,7 @@ def encoder(predictor: str = "mlp") -> Encoder:
 
 def test_the_predictor_has_groups_of_its_own() -> None:
     student = encoder()
-    groups = parameter_groups(student, OptimizerConfig(decay="weights", predictor_lr=10, predictor_schedule="constant"))
+    groups = parameter_groups(student, decay="weights", weight_decay=5e-4, predictor_lr=10, predictor_constant=True)
     names = {id(parameter): name for name, parameter in student.named_parameters()}
     found = {
         (group["times"], group["constant"], group["weight_decay"] > 0): {names[id(parameter)] for parameter in group["params"]}
@@ -40,22 +40,22 @@ def test_the_predictor_has_groups_of_its_own() -> None:
 
 
 def test_without_a_predictor_nothing_has_another_rate() -> None:
-    groups = parameter_groups(encoder("none"), OptimizerConfig(predictor_lr=10, predictor_schedule="constant"))
+    groups = parameter_groups(encoder("none"), decay="all", weight_decay=5e-4, predictor_lr=10, predictor_constant=True)
     assert [(group["times"], group["constant"]) for group in groups] == [(1.0, False)]
 
 
 @pytest.mark.parametrize(("name", "kind"), [("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW)])
 def test_torchs_optimizers_are_fused_on_a_cpu(name: str, kind: type) -> None:
-    made = create_optimizer(encoder(), OptimizerConfig(name=name, betas=(0.8, 0.9)))
-    assert type(made) is kind and made.defaults["fused"]
-    assert name == "sgd" or made.defaults["betas"] == (0.8, 0.9)
+    groups = parameter_groups(encoder(), decay="all", weight_decay=5e-4)
+    optimizer = create_optimizer(groups, name, lr=0.1, betas=(0.8, 0.9))
+    assert type(optimizer) is kind and optimizer.defaults["fused"]
+    assert name == "sgd" or optimizer.defaults["betas"] == (0.8, 0.9)
 
 
 def test_lars_adapts_what_decays_and_nothing_else() -> None:
     """One step against You et al.'s formula, in float64."""
     student = encoder("none").double()
-    config = OptimizerConfig(name="lars", lr=0.5, momentum=0.0, weight_decay=1e-2, decay="weights")
-    optimizer = create_optimizer(student, config)
+    optimizer = create_optimizer(parameter_groups(student, decay="weights", weight_decay=1e-2), "lars", lr=0.5, momentum=0.0)
     student([torch.randn(5, 3, 2, 2, dtype=torch.float64)]).square().mul(torch.arange(4)).sum().backward()
     expected = {}
     for name, parameter in student.named_parameters():

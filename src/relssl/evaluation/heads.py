@@ -33,7 +33,7 @@ from relssl.method.backbones import feature_width
 from relssl.method.optim import parameter_groups
 from relssl.method.schedules import learning_rate
 from relssl.settings.evaluation import FinetuneConfig, LinearConfig, SemiConfig
-from relssl.settings.run import Config, OptimizerConfig, ViewConfig
+from relssl.settings.run import Config, ViewConfig
 
 Labels = npt.NDArray[np.int64]
 
@@ -526,11 +526,10 @@ def _train(task: _Task, on: Trial, network: nn.Module, head: nn.Module, batches:
 
 def _optimizer(network: nn.Module, head: nn.Module, settings: Settings) -> torch.optim.SGD:
     """Two learning rates; weights decay, norms and biases do not."""
-    decay = OptimizerConfig(weight_decay=settings.weight_decay, decay="weights")
     groups = [
         group | {"peak": peak}
         for module, peak in ((network, settings.lr), (head, settings.head_lr))
-        for group in parameter_groups(module, decay)
+        for group in parameter_groups(module, decay="weights", weight_decay=settings.weight_decay)
     ]
     return torch.optim.SGD(groups, settings.lr, settings.momentum, nesterov=settings.momentum > 0)
 

@@ -73,7 +73,7 @@ class SplitBatchNormAct2d(SplitBatchNorm2d):
 
 
 def split_batch_norms(network: nn.Module, splits: int) -> None:
-    """Let each batch norm of a network, in place, split its batches; names and values in the state dict stay. 1 changes nothing.
+    """Make each batch norm of a network, in place, split its batches; names and values in the state dict stay. 1 changes nothing.
 
     A network without batch norms has nothing to split and is left as it is.
 
@@ -89,24 +89,24 @@ def split_batch_norms(network: nn.Module, splits: int) -> None:
 
 def _split(norm: _BatchNorm, path: str, splits: int) -> SplitBatchNorm2d:
     usual = norm.affine and norm.track_running_stats and norm.momentum is not None
-    made: SplitBatchNorm2d
+    split: SplitBatchNorm2d
     if usual and type(norm) is BatchNormAct2d:
-        made = SplitBatchNormAct2d(norm, splits)
+        split = SplitBatchNormAct2d(norm, splits)
     elif usual and type(norm) is nn.BatchNorm2d:
-        made = SplitBatchNorm2d(norm.num_features, splits, norm.eps, norm.momentum or 0.0)
+        split = SplitBatchNorm2d(norm.num_features, splits, norm.eps, norm.momentum or 0.0)
     else:
         raise ConfigError(f"encoder.batch_norm_splits: {path} is {norm}, which cannot be split; needs 1 with this backbone")
-    made.weight, made.bias = norm.weight, norm.bias
+    split.weight, split.bias = norm.weight, norm.bias
     for name, buffer in norm.named_buffers(recurse=False):
-        made.register_buffer(name, buffer)
-    return made.train(norm.training)
+        split.register_buffer(name, buffer)
+    return split.train(norm.training)
 
 
 @torch.no_grad()
 def shuffled(
     network: Callable[[Tensor], Tensor], images: Tensor, order: Tensor, rank: int, gather: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """What `network` makes of this rank's images, having seen them among others: the batch of all ranks is shuffled for it.
+    """Pass this rank's images through `network` among others' images: the batch of all ranks is shuffled for it.
 
     The rows that rank r passes are order[r * B : (r + 1) * B] of the joined batch; results go back to where their images came from.
 

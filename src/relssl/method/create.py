@@ -12,6 +12,7 @@ from relssl.method.backbones import feature_width, run_backbone
 from relssl.method.base import Method
 from relssl.method.batchnorm import split_batch_norms
 from relssl.method.encoder import Encoder
+from relssl.method.optim import create_optimizer, parameter_groups
 from relssl.method.supervised import Classifier
 from relssl.settings.run import METHODS, Config, derive
 
@@ -71,3 +72,16 @@ def _backbone(config: Config) -> tuple[nn.Module, int]:
     split_batch_norms(backbone, derived.norm_splits)
     widths = {size: feature_width(backbone, size) for size in {view.size for view in derived.views}}
     return backbone, widths[config.views.weak.size]
+
+
+def create_run_optimizer(config: Config, student: nn.Module) -> torch.optim.Optimizer:
+    """Create the optimizer of a run over its student's parameters."""
+    settings = config.optimizer
+    groups = parameter_groups(
+        student,
+        decay=settings.decay,
+        weight_decay=settings.weight_decay,
+        predictor_lr=settings.predictor_lr,
+        predictor_constant=settings.predictor_schedule == "constant",
+    )
+    return create_optimizer(groups, settings.name, lr=settings.lr, momentum=settings.momentum, betas=settings.betas)

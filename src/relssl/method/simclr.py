@@ -27,12 +27,12 @@ class SimCLR(Method):
         """
         embeddings = self.student([weak, *strong])  # [2, B, D]
         everyone = self.gather(embeddings.transpose(0, 1)).transpose(0, 1)  # [2, N, D]
-        made = embeddings.detach()
-        return Step(nt_xent(everyone, info_nce_temperature), made, made[0])
+        loss = nt_xent(everyone, info_nce_temperature)
+        return Step(loss, embeddings.detach(), embeddings[0].detach())
 
 
 def nt_xent(embeddings: Tensor, temperature: float) -> Tensor:
-    """NT-Xent (their eq. 1): cross-entropy of each embedding's choice of its partner among all others of the batch.
+    """Compute NT-Xent (their eq. 1): cross-entropy of each embedding's choice of its partner among all others of the batch.
 
     Args:
         embeddings: [2, N, D], unit norm, of two views of N samples.

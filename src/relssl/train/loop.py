@@ -20,9 +20,9 @@ from relssl.engine import Engine, send
 from relssl.errors import CheckpointError, ConfigError, DataError, Interrupted, NumericError
 from relssl.method import create_method, health, schedules, shuffled
 from relssl.method.base import Step, unwrapped
+from relssl.method.create import create_run_optimizer
 from relssl.method.encoder import Encoder
 from relssl.method.health import effective_rank, spread, verdict
-from relssl.method.optim import create_optimizer
 from relssl.method.ressl import OBJECTIVES
 from relssl.settings.run import METHODS, Config, derive
 from relssl.train import checkpoint
@@ -334,7 +334,7 @@ class Learner:
         self.model.train()
         self.labels = None if labels is None else torch.from_numpy(labels).to(engine.device)
         self.parameters = list(encoder.parameters())
-        self.optimizer = create_optimizer(encoder, config.optimizer)
+        self.optimizer = create_run_optimizer(config, encoder)
         self.networks = [encoder] if self.model.teacher is None else [encoder, self.model.teacher]
         self.guard = Guard(self.networks, engine.device)
         # From here on randomness inside the networks (dropout, stochastic depth) differs between ranks.
