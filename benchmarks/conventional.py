@@ -22,7 +22,7 @@ from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 
 from pictures import Source, images_of
-from relssl.data.named import Images
+from relssl.data.images import Images, Pixels
 from relssl.method import create_student
 from relssl.settings.run import Config, resolve
 from relssl.train.pretrain import complete_settings
@@ -76,11 +76,10 @@ class TwoViews(Dataset[tuple[Tensor, Tensor]]):
         return self.weak(image), self.strong(image)
 
     def _read(self, row: int) -> Any:
-        if self.images.files is not None:
-            file = self.images.files[row]
+        if not isinstance(self.images.source, Pixels):
+            file = self.images.source.name(row)
             return decode_image(file, ImageReadMode.RGB) if self.as_tensors else Image.open(file).convert("RGB")
-        assert self.images.pixels is not None
-        pixels = self.images.pixels[row]
+        pixels = self.images.source.tensor[row]
         return pixels if self.as_tensors else Image.fromarray(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()))
 
 

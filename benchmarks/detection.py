@@ -21,7 +21,7 @@ from torch import nn
 import relssl
 import shapes
 from relssl.data.boxes import load
-from relssl.data.named import IMAGENET_MEAN, IMAGENET_STD
+from relssl.data.images import IMAGENET_MEAN, IMAGENET_STD
 from relssl.engine import Engine
 from relssl.evaluation.detection import Plan, create_detector, curve, measure, pyramid_levels, train
 from relssl.method.backbones import create_backbone

@@ -8,8 +8,8 @@ from typing import Any
 
 from pictures import Source, images_of
 from relssl.data.cache import shrunken
+from relssl.data.images import Images
 from relssl.data.loader import Plan, create_loader
-from relssl.data.named import Images
 from relssl.engine import Engine
 from relssl.settings.run import Config, resolve
 from relssl.train.estimate import attainable, step_flops
@@ -83,4 +83,4 @@ def _shrunk(images: Images, config: Config) -> Images:
     if config.loader.cache is None:
         return images
     with Display(1, 0, show=False) as display:
-        return dataclasses.replace(images, shrunk=shrunken(images, config, display))
+        return dataclasses.replace(images, source=shrunken(images, config, display))

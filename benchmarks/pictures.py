@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from relssl.data.named import Images, load
+from relssl.data.images import Images, Pixels
+from relssl.data.named import load
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ def images_of(source: Source) -> Images:
         return load(source, None, "train")
     shape = (source.count, 3, source.size, source.size)
     pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
-    return Images("random images", pixels=pixels, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+    return Images("random images", Pixels(pixels), mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 
 
 def picture(width: int, height: int, seed: int) -> Image.Image:

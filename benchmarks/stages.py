@@ -21,8 +21,8 @@ from options import Options
 from pictures import Noise, Source, images_of, write_folder
 from processes import alone
 from relssl.data import batched, single
-from relssl.data.decode import decode
 from relssl.data.draws import draw
+from relssl.data.images import Pixels
 from relssl.settings.run import ViewConfig, derive, resolve
 from relssl.train.estimate import stages, time_steps
 from rounds import show
@@ -71,10 +71,11 @@ def views(settings: dict[str, Any], folder: str, count: int, repeats: int) -> li
     config, rows = resolve(settings), np.arange(count)
     sides = [config.views.weak, *derive(config).strong]
     in_memory = [dataclasses.replace(view, size=32) for view in sides]
-    noise, files = images_of(Noise(count, 32)).pixels, images_of(folder).files
-    assert noise is not None and files is not None
+    held, files = images_of(Noise(count, 32)).source, images_of(folder)
+    assert isinstance(held, Pixels)
+    noise = held.tensor
     small_images = [to_pil_image(image) for image in noise]
-    decoded = [decode(files[row], config.loader.max_pixels) for row in range(count)]
+    decoded = [files.read(row, config.loader.max_pixels) for row in range(count)]
 
     def one_by_one(pictures: list[Any], wanted: list[ViewConfig]) -> None:
         for row, image in enumerate(pictures):
@@ -89,7 +90,7 @@ def views(settings: dict[str, Any], folder: str, count: int, repeats: int) -> li
     ways: list[tuple[str, str, Callable[[], object]]] = [
         ("32 pixels", "one by one, Pillow", lambda: one_by_one(small_images, in_memory)),
         ("32 pixels", "all at once", at_once),
-        ("file", "decode", lambda: [decode(files[row], config.loader.max_pixels) for row in range(count)]),
+        ("file", "decode", lambda: [files.read(row, config.loader.max_pixels) for row in range(count)]),
         ("file", "one by one, Pillow", lambda: one_by_one(decoded, sides)),
     ]
     return [[source, way, f"{1000 * _median(work, repeats) / count:.3f}"] for source, way, work in ways]

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from relssl.data.named import Images
+from relssl.data.folder import Files
+from relssl.data.images import Images, Pixels
 from relssl.engine import Engine
 from relssl.evaluation.evaluate import LabelledPair
 from relssl.evaluation.metrics import Bootstrap
@@ -38,7 +39,7 @@ def coloured(count: int, seed: int, classes: int = 3) -> Images:
     pixels = generator.integers(60, 120, (count, 3, 16, 16))
     for channel in range(3):
         pixels[labels == channel, channel] += 100
-    return Images("tints", torch.from_numpy(pixels.astype(np.uint8)), None, labels.astype(np.int64), ("red", "green", "blue"))
+    return Images("tints", Pixels(torch.from_numpy(pixels.astype(np.uint8))), labels.astype(np.int64), ("red", "green", "blue"))
 
 
 def pair(bank: int = 50, test: int = 33) -> LabelledPair:
@@ -47,13 +48,13 @@ def pair(bank: int = 50, test: int = 33) -> LabelledPair:
 
 def as_files(images: Images, folder: Path) -> Images:
     """The same images as PNG files, named as ImageNet names them."""
-    assert images.pixels is not None and images.labels is not None
+    assert isinstance(images.source, Pixels) and images.labels is not None
     folder.mkdir()
     files = []
-    for row, (pixels, label) in enumerate(zip(images.pixels, images.labels, strict=True)):
+    for row, (pixels, label) in enumerate(zip(images.source.tensor, images.labels, strict=True)):
         files.append(str(folder / f"n{label}_{row}.png"))
         Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(files[-1])
-    return dataclasses.replace(images, pixels=None, files=files)
+    return dataclasses.replace(images, source=Files.of(files))
 
 
 def network(width: int = 8, dropout: float = 0.0) -> nn.Module:

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import relssl
-from relssl.data.named import Images, load
+from relssl.data.images import Images, Pixels
+from relssl.data.named import load
 from relssl.engine import Engine
 from relssl.errors import ConfigError, DataError
 from relssl.evaluation.pairs import choose
@@ -282,8 +283,8 @@ def test_supervised_learning_wants_labels(tmp_path: Path) -> None:
         build(config, Engine(config.engine))
     assert refused.value.exit_code == 3 and "\n" not in str(refused.value)
     pixels, labels = torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, -1, 1]).numpy()
-    assert Images("some", pixels, labels=labels).class_count == 0  # of which one has none
-    assert Images("some", pixels, labels=labels + 1).class_count == 3
+    assert Images("some", Pixels(pixels), labels=labels).class_count == 0  # of which one has none
+    assert Images("some", Pixels(pixels), labels=labels + 1).class_count == 3
 
 
 def test_a_few_of_the_labelled_images_keep_all_classes_and_their_own_labels() -> None:

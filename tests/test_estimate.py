@@ -225,8 +225,8 @@ def test_a_cache_is_not_made_for_an_estimate(folder: Path, tmp_path: Path, monke
     before = sorted(tmp_path.iterdir())
     with estimate.stand_in(run) as needed:
         train(run, 3)  # reads all the positions
-        assert isinstance(run.images.shrunk, estimate.Repeated) and len(run.images.shrunk) == 12
-        few = run.images.shrunk.total
+        assert isinstance(run.images.source, estimate.Repeated) and len(run.images.source) == 12
+        few = run.images.source.total
         assert 0 < few <= 4 * 3 * 16 * 20 and needed == few * 12 // 4
     assert sorted(tmp_path.iterdir()) == before
     disk, _ = estimate.measure_saving(run, needed)
@@ -241,7 +241,7 @@ def test_a_cache_that_is_there_is_read_as_it_is(folder: Path, tmp_path: Path) ->
     before = {file: file.stat().st_mtime_ns for file in caches.rglob("*")}
     with estimate.stand_in(run) as needed:
         train(run, 1)
-        assert needed == 0 and run.images.shrunk is not None and run.images.shrunk.folder == made.folder
+        assert needed == 0 and run.images.source.folder == made.folder
     assert {file: file.stat().st_mtime_ns for file in caches.rglob("*")} == before
 
 

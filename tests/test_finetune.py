@@ -15,6 +15,7 @@ from torch import nn
 
 from relssl.data.batched import apply, normalise
 from relssl.data.draws import draw
+from relssl.data.images import Pixels
 from relssl.data.loader import Plan
 from relssl.data.plain import PlainView, plain_batch
 from relssl.data.subsets import fingerprint, stratified
@@ -44,7 +45,7 @@ def run(
 def by_hand(data: LabelledPair, seed: int) -> tuple[nn.Module, nn.Module, float]:
     """The same views in the same order; what decays and which rate is whose written out by name."""
     bank, view = data.bank, ViewConfig(size=16, scale=TUNE.scale, flip=0.5)
-    assert bank.pixels is not None and bank.labels is not None
+    assert isinstance(bank.source, Pixels) and bank.labels is not None
     tuned, head = network().train(), linear_classifier(8, 3, seed)
     optimizer = torch.optim.SGD(
         [
@@ -59,7 +60,7 @@ def by_hand(data: LabelledPair, seed: int) -> tuple[nn.Module, nn.Module, float]
     plan = Plan(len(bank), 12, seed=seed)  # 50 images in 4 steps of at most 16
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / 12)))
     for epoch, (rows,) in plan.steps(0, 12):
-        views = apply(bank.pixels[rows], view, draw(view, seed, epoch, rows, 0, (16, 16)))
+        views = apply(bank.source.tensor[rows], view, draw(view, seed, epoch, rows, 0, (16, 16)))
         loss = F.cross_entropy(head(tuned(normalise(views, *config().views.statistics()))), torch.from_numpy(bank.labels[rows]))
         optimizer.zero_grad()
         loss.backward()
@@ -73,11 +74,11 @@ def test_training_equals_a_plain_loop() -> None:
     (found,), said = run(TUNE, data)
     tuned, head, loss = by_hand(data, 3)
     assert found.details["loss"] == pytest.approx(loss, rel=1e-4)
-    assert data.test.pixels is not None and data.test.labels is not None
+    assert isinstance(data.test.source, Pixels) and data.test.labels is not None
     truth = torch.from_numpy(data.test.labels)
     view = PlainView.of(config().views)
     with torch.no_grad():
-        scores = head(tuned(view.normalise(plain_batch(data.test.pixels, view))))
+        scores = head(tuned(view.normalise(plain_batch(data.test.source.tensor, view))))
     assert found.figures == accuracies(ranks(scores, truth), truth, 3) and found.setting == {}
     assert said == [f"finetune: epoch {epoch} of 3, loss {said[epoch - 1].split()[-1]}" for epoch in (1, 2, 3)]
     assert said[-1].endswith(f"{loss:.3f}") and found.details["steps"] == 12

@@ -13,7 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from relssl.data.named import Images, load
+from relssl.data.images import Images
+from relssl.data.named import load
 from relssl.engine import Engine
 from relssl.errors import DataError
 from relssl.evaluation import features

@@ -14,6 +14,7 @@ from torch import nn
 
 from relssl.data.batched import apply, normalise
 from relssl.data.draws import draw
+from relssl.data.images import Pixels
 from relssl.data.loader import Plan
 from relssl.data.plain import PlainView, plain_batch
 from relssl.engine import Engine
@@ -51,14 +52,14 @@ def run(
 def by_hand(settings: LinearConfig, rate: float, seed: int, data: LabelledPair, config: Config, nesterov: bool) -> nn.Linear:
     """The same views in the same order, with momentum written out (Sutskever et al. as torch has it) and float64 weights."""
     backbone, bank = network(), data.bank
-    assert bank.pixels is not None and bank.labels is not None
+    assert isinstance(bank.source, Pixels) and bank.labels is not None
     view = ViewConfig(size=16, scale=settings.scale, flip=0.5)
     plan = Plan(len(bank), len(bank) // math.ceil(len(bank) / settings.batch_size), seed=seed)
     head = linear_classifier(8, 3, seed).double()
     speed = {name: torch.zeros_like(value) for name, value in head.named_parameters()}
     total = settings.epochs * plan.steps_per_epoch
     for step, (epoch, (rows,)) in enumerate(plan.steps(0, total)):
-        views = apply(bank.pixels[rows], view, draw(view, seed, epoch, rows, 0, (16, 16)))
+        views = apply(bank.source.tensor[rows], view, draw(view, seed, epoch, rows, 0, (16, 16)))
         with torch.no_grad():
             features = backbone(normalise(views, *config.views.statistics())).double()
         loss = F.cross_entropy(head(features), torch.from_numpy(bank.labels[rows]))
@@ -84,9 +85,9 @@ def test_training_equals_a_plain_loop(nesterov: bool, monkeypatch: pytest.Monkey
     settings = LinearConfig(lr=(0.7, 0.1), epochs=4, batch_size=16, nesterov=nesterov, weight_decay=1e-3)
     data = pair()
     found, _ = run(settings, data)
-    assert data.test.pixels is not None and data.test.labels is not None
+    assert data.test.source.tensor is not None and data.test.labels is not None
     view = PlainView.of(config().views)
-    seen, truth = view.normalise(plain_batch(data.test.pixels, view)), torch.from_numpy(data.test.labels)
+    seen, truth = view.normalise(plain_batch(data.test.source.tensor, view)), torch.from_numpy(data.test.labels)
     for finding, head, rate in zip(found, heads, settings.lr, strict=True):
         expected = by_hand(settings, rate, 3, data, config(), nesterov)
         for one, two in zip(head.parameters(), expected.parameters(), strict=True):
@@ -145,8 +146,8 @@ def test_files_train_as_pixels_do(tmp_path: Path) -> None:
     files = LabelledPair(as_files(data.bank, tmp_path / "bank"), as_files(data.test, tmp_path / "test"))
     read = run(settings, files, given=config(**{"loader.resize": "pillow"}))[0][0]
     assert read.figures == held.figures and read.details["loss"] == pytest.approx(held.details["loss"], abs=0.01)
-    Path(str(files.bank.files[3])).write_bytes(b"no image")  # type: ignore[index]
-    Path(str(files.test.files[0])).write_bytes(b"no image")  # type: ignore[index]
+    Path(files.bank.source.name(3)).write_bytes(b"no image")
+    Path(files.test.source.name(0)).write_bytes(b"no image")
     (broken,) = run(settings, files)[0]
     assert broken.notes == (
         "1 training images could not be read, the next ones took their places",

@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from PIL import Image
 from torch.utils.data import get_worker_info
 
+from relssl.data.images import Images
 from relssl.data.loader import FromFiles, Plan, Resident, Views, create_loader
-from relssl.data.named import Images, load
+from relssl.data.named import load
 from relssl.errors import ConfigError, DataError
 from relssl.settings.run import Config, ViewConfig, resolve
 

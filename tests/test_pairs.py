@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from relssl.data.named import Images, load
+from relssl.data.images import Images, Pixels
+from relssl.data.named import load
 from relssl.data.subsets import identity, shared
 from relssl.errors import ConfigError, DataError
 from relssl.evaluation.pairs import LabelledPair, labels_hash
@@ -20,7 +21,7 @@ def images(
     labels: list[int], seed: int = 0, classes: tuple[str, ...] | None = ("cat", "dog", "owl"), name: str = "pets"
 ) -> Images:
     pixels = torch.randint(256, (len(labels), 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
-    return Images(name, pixels, None, np.array(labels, np.int64), classes)
+    return Images(name, Pixels(pixels), np.array(labels, np.int64), classes)
 
 
 def folder(path: Path, splits: dict[str, dict[str, list[int]]]) -> Path:
@@ -72,8 +73,8 @@ def test_test_images_that_are_bank_images_are_refused_or_counted() -> None:
     bank = images([0, 1, 2, 0, 1])
     with pytest.raises(DataError, match="all 3 test images are in the bank too"):
         LabelledPair(bank, bank.subset([4, 0, 2])).notes()
-    mixed = torch.cat([images([0, 1], seed=2).pixels, bank.pixels[3:4]])  # type: ignore[index, list-item]
-    pair = LabelledPair(bank, Images("pets", mixed, None, np.array([0, 1, 2]), bank.classes))
+    mixed = torch.cat([side.source.tensor for side in (images([0, 1], seed=2), bank.subset([3]))])  # type: ignore[attr-defined]
+    pair = LabelledPair(bank, Images("pets", Pixels(mixed), np.array([0, 1, 2]), bank.classes))
     assert pair.notes() == ["1 of 3 test images are in the bank too"]
 
 

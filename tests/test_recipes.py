@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from relssl.cli import main
-from relssl.data.named import Images
+from relssl.data.folder import Files
+from relssl.data.images import Images, Pixels
 from relssl.errors import ConfigError
 from relssl.settings import recipes
 from relssl.settings.reading import leaves, merge, nest
@@ -234,13 +235,13 @@ def test_a_recipe_in_a_folder_keeps_its_name_where_files_lose_their_paths() -> N
     "over", [{"views.weak.size": 33}, {"views.strong.size": 33}, {"views.crops": [[32, 0.2, 1], [33, 0.2, 1]]}]
 )
 def test_views_are_not_larger_than_images_in_memory(over: dict[str, Any]) -> None:
-    images = Images("small", pixels=torch.zeros(4, 3, 32, 40, dtype=torch.uint8))
+    images = Images("small", Pixels(torch.zeros(4, 3, 32, 40, dtype=torch.uint8)))
     name = next(iter(over))
     with pytest.raises(ConfigError, match=rf"^{name}: 33 is larger than the images of small \(32 x 32 pixels\)"):
         complete_settings(resolve({"data": "cifar10", **over}), images)
     assert complete_settings(resolve({"data": "cifar10", "views.enlarge": True, **over}), images).views.margin == 1.0
     assert complete_settings(resolve({"data": "cifar10"}), images).views.mean == images.mean
-    files = Images("files", files=["a.jpg"], labels=np.array([0]))
+    files = Images("files", Files.of(["a.jpg"]), np.array([0]))
     assert derive(complete_settings(resolve({"data": "cifar10", **over}), files)).views[-1].size in (32, 33)
 
 

@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from relssl.data.decode import Opened
+from relssl.data.images import Images
 from relssl.data.loader import Views
-from relssl.data.named import Images, load
+from relssl.data.named import load
 from relssl.settings.run import Config, resolve
 
 
@@ -58,7 +59,7 @@ def test_views_of_reduced_images_differ_by_what_decoders_round(folder: Path) -> 
     reduced = samples(images, settings())
     differences = np.array([np.abs(a - b).mean() for a, b in zip(whole, reduced, strict=True)])
     for number, difference in enumerate(differences):
-        name = Path(images.files[number % len(images)]).name  # type: ignore[index]
+        name = Path(images.source.name(number % len(images))).name
         # Too small a picture, or one that is no JPEG, is decoded whole.
         assert (difference == 0) == (name in ("2.jpg", "whole.png")), name
     assert differences.mean() < 1 and differences.max() < 3

@@ -26,9 +26,10 @@ from relssl.data import cache
 from relssl.data import decode as decoding
 from relssl.data.cache import place, shrink, shrunken
 from relssl.data.decode import BadImage, decode
-from relssl.data.folder import cache_root
-from relssl.data.loader import FromFiles, Plan, create_loader, read_image
-from relssl.data.named import Images, load
+from relssl.data.folder import Files, cache_root
+from relssl.data.images import Images
+from relssl.data.loader import FromFiles, Plan, create_loader
+from relssl.data.named import load
 from relssl.data.plain import PlainView
 from relssl.data.plain import batches as plain_batches
 from relssl.data.shrunk import PIXELS, TABLE, Shrunk
@@ -99,7 +100,7 @@ def settings_for(root: Path, **more: Any) -> Config:
 
 
 def pixels_of(shrunk: Shrunk) -> list[bytes]:
-    return [shrunk[row].tobytes() for row in range(len(shrunk)) if row not in shrunk.bad]
+    return [shrunk.open(row, 10**6).rgb().tobytes() for row in range(len(shrunk)) if row not in shrunk.bad]
 
 
 def shrunk_by_hand(path: Path) -> Image.Image:
@@ -118,7 +119,7 @@ def test_views_equal_those_of_images_shrunk_beforehand(workers: int, folder: Pat
         shrunk_by_hand(path).save(tmp_path / "small" / path.name)
     config = settings_for(tmp_path, **{"loader.workers": workers})
     plain = load(str(tmp_path / "small"), None, "train")
-    cached = dataclasses.replace(images, shrunk=shrunken(images, config, Told()))
+    cached = dataclasses.replace(images, source=shrunken(images, config, Told()))
     plan = Plan(COUNT, 10, seed=3)
     shown = batches(FromFiles(cached, config, plan, CPU), 0, 5)
     assert equal(shown, batches(FromFiles(plain, config, plan, CPU), 0, 5))
@@ -128,8 +129,8 @@ def test_views_equal_those_of_images_shrunk_beforehand(workers: int, folder: Pat
 def test_small_images_are_the_originals_and_others_have_the_side_asked_for(images: Images, config: Config) -> None:
     shrunk = shrunken(images, config, Told())
     for row in range(COUNT):
-        original = read_image(images, row, 10**6)
-        made = shrunk[row]
+        original = images.read(row, 10**6)
+        made = shrunk.open(row, 10**6).rgb()
         assert made.mode == "RGB" and min(made.size) == min(SIDE, *original.size)
         assert abs(made.width / made.height - original.width / original.height) < 0.03
         if row % 4 == 3:
@@ -141,9 +142,10 @@ def test_photographs_are_decoded_at_a_reduced_size_unless_that_is_off(tmp_path: 
     paint(tmp_path / "photos/large.jpg", 0, (900, 640))
     images = load(str(tmp_path / "photos"), None, "train")
     reduced, whole = (
-        shrunken(images, settings_for(tmp_path, **{"loader.reduced_decode": how}), Told())[0] for how in (True, False)
+        shrunken(images, settings_for(tmp_path, **{"loader.reduced_decode": how}), Told()).open(0, 10**6).rgb()
+        for how in (True, False)
     )
-    assert whole.tobytes() == shrink(read_image(images, 0, 10**6), SIDE).tobytes()
+    assert whole.tobytes() == shrink(images.read(0, 10**6), SIDE).tobytes()
     assert reduced.size == whole.size == (56, SIDE)
     difference = np.abs(np.asarray(reduced, np.int16) - np.asarray(whole, np.int16))
     assert 0 < difference.mean() < 2 and difference.max() < 20
@@ -223,7 +225,7 @@ def whole_of(images: Images, root: Path) -> list[bytes]:
 def test_a_build_that_broke_off_goes_on_where_its_table_ends(
     half_made: Path, images: Images, config: Config, tmp_path: Path
 ) -> None:
-    assert len(Shrunk.open(half_made)) == 16
+    assert len(Shrunk.load(half_made, images.source)) == 16
     with (half_made / PIXELS).open("ab") as file:
         file.write(b"half an image that no table names")
     told = Told()
@@ -246,15 +248,14 @@ def test_what_is_damaged_is_made_again(fault: str, images: Images, config: Confi
         pixels.unlink()
     else:
         table.write_bytes(b"something else")
-    assert len(Shrunk.open(first.folder)) == 0
+    assert len(Shrunk.load(first.folder, images.source)) == 0
     assert pixels_of(shrunken(images, config, Told())) == whole_of(images, tmp_path)
 
 
 KILL = """
 import os, signal, sys
-from relssl.data import decode as decoding
-from relssl.data import shrinking
-from relssl.data.sources import load
+from relssl.data import cache as shrinking
+from relssl.data.named import load
 import test_shrunk
 shrinking._SAVE_EVERY = 0
 apply, shrunk = shrinking.shrink, []
@@ -276,7 +277,7 @@ def test_a_killed_build_is_never_a_wrong_cache(folder: Path, images: Images, con
         check=False,
     )
     assert done.returncode == -signal.SIGKILL
-    assert len(Shrunk.open(place(images, config))) == 8
+    assert len(Shrunk.load(place(images, config), images.source)) == 8
     assert pixels_of(shrunken(images, config, Told())) == whole_of(images, tmp_path)
 
 
@@ -286,17 +287,18 @@ def test_unreadable_images_are_remembered_with_their_reasons(folder: Path, tmp_p
         extension, make = SKIP[kind]
         (folder / f"{number:02}-bad.{extension}").write_bytes(make())
     images, config = load(str(folder), None, "train"), settings_for(tmp_path)
-    cached = dataclasses.replace(images, shrunk=shrunken(images, config, Told()))
-    assert cached.files is not None and len(cached.shrunk.bad) == len(kinds)  # type: ignore[union-attr]
-    reopened = dataclasses.replace(images, shrunk=shrunken(images, config, Told()))
-    for row, file in enumerate(cached.files):
+    cached = dataclasses.replace(images, source=shrunken(images, config, Told()))
+    assert len(cached.source.bad) == len(kinds)  # type: ignore[attr-defined]
+    reopened = dataclasses.replace(images, source=shrunken(images, config, Told()))
+    for row in range(len(images)):
+        file = images.source.name(row)
         if "-bad" not in file:
-            assert reopened.shrunk[row].tobytes() == shrunk_by_hand(Path(file)).tobytes()  # type: ignore[index]
+            assert reopened.read(row, 10**6).tobytes() == shrunk_by_hand(Path(file)).tobytes()
             continue
         with pytest.raises(BadImage) as by_decoding:
             decode(file, config.loader.max_pixels)
         with pytest.raises(BadImage) as by_cache:
-            read_image(reopened, row, config.loader.max_pixels)
+            reopened.read(row, config.loader.max_pixels)
         assert str(by_cache.value) == str(by_decoding.value)
     plan = Plan(len(images), len(images))
     (plain,), (seen,) = (next(FromFiles(each, config, plan, CPU).stream(0, 1)) for each in (images, cached))
@@ -320,7 +322,7 @@ def test_a_fault_that_may_pass_is_not_kept(
         patched.setattr(decoding, "open_regular", failing)
         with pytest.raises(DataError, match=r"^\S*/13.png: .*; that may pass, .* the next start goes on here"):
             shrunken(images, config, Told())
-    kept = Shrunk.open(place(images, config))
+    kept = Shrunk.load(place(images, config), images.source)
     assert len(kept) == 8 and not kept.bad
     assert pixels_of(shrunken(images, config, Told())) == whole_of(images, tmp_path)
 
@@ -362,7 +364,7 @@ def test_a_disk_that_fills_up_is_a_storage_error_and_the_build_can_go_on(
         patched.setattr(cache, "write_all", fill_up)
         with pytest.raises(StorageError, match=r"pixels: cannot be written .No space left on device.: .* free some space"):
             shrunken(images, config, Told())
-    assert len(Shrunk.open(place(images, config))) == 8
+    assert len(Shrunk.load(place(images, config), images.source)) == 8
     assert pixels_of(shrunken(images, config, Told())) == whole_of(images, tmp_path)
 
 
@@ -412,8 +414,8 @@ def test_two_that_want_the_same_agree(images: Images, config: Config, monkeypatc
 
 
 def test_a_subset_and_evaluation_look_at_the_files(images: Images, config: Config) -> None:
-    cached = dataclasses.replace(images, shrunk=shrunken(images, config, Told()))
-    assert cached.subset([1, 2]).shrunk is None and cached.fingerprint() == images.fingerprint()
+    cached = dataclasses.replace(images, source=shrunken(images, config, Told()))
+    assert isinstance(cached.subset([1, 2]).source, Files) and cached.fingerprint() == images.fingerprint()
     view = PlainView.of(config.views)
     a, b = (
         next(plain_batches(each, view, workers=0, max_pixels=10**6))[1] for each in (images, load(images.name, None, "train"))
@@ -452,7 +454,7 @@ def test_a_run_on_shrunk_images_resumes_exactly(folder: Path, tmp_path: Path, mo
     resume(tmp_path / "whole", checkpoint="step-00000003", quiet=True)
     assert differing(whole, final_state(tmp_path / "whole")) == [] and rows == repeatable_rows(tmp_path / "whole")
     kept = list((tmp_path / "kept").iterdir())
-    assert len(kept) == 1 and len(Shrunk.open(kept[0])) == 18
+    assert len(kept) == 1 and len(Shrunk.load(kept[0], Files(str(folder), [], []))) == 18
     settings["loader"] = {"workers": 1}
     small_run(tmp_path / "files", **settings)
     assert differing(whole, final_state(tmp_path / "files")) != []
@@ -474,6 +476,6 @@ def test_a_build_ends_when_the_run_is_asked_to_stop_and_goes_on_later(folder: Pa
         with pytest.raises(Interrupted, match="stopped by SIGTERM while images were shrunk; go on with `relssl resume") as caught:
             shrink_images(run, display, Asked(None))
         assert caught.value.exit_code == pickle.loads(pickle.dumps(caught.value)).exit_code == 143
-        assert run.images.shrunk is None
+        assert isinstance(run.images.source, Files)
         shrink_images(run, display, StopRequest(None))
-    assert run.images.shrunk is not None and len(run.images.shrunk) == COUNT
+    assert isinstance(run.images.source, Shrunk) and len(run.images) == COUNT

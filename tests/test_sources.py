@@ -14,7 +14,8 @@ from torchvision import datasets
 
 from bad_images import jpeg
 from relssl.data import digits, named
-from relssl.data.named import IMAGENET_MEAN, IMAGENET_STD, Images, load
+from relssl.data.images import IMAGENET_MEAN, IMAGENET_STD, Images, Pixels
+from relssl.data.named import load
 from relssl.errors import ConfigError, DataError
 
 
@@ -25,8 +26,8 @@ def plant(root: Path, *names: str, data: bytes | None = None) -> None:
 
 
 def names(images: Images, root: Path) -> list[str]:
-    assert images.files is not None and images.pixels is None
-    return [os.path.relpath(file, root) for file in images.files]
+    assert not images.in_memory
+    return [os.path.relpath(images.source.name(row), root) for row in range(len(images))]
 
 
 def random_bytes(*shape: int) -> np.ndarray:
@@ -42,7 +43,7 @@ def classes(tmp_path):
 def test_digits():
     train, bank, test = (load("digits", None, split) for split in ("train", "bank", "test"))
     assert (len(train), len(bank), len(test)) == (5748, 5748, 1440)
-    assert train.pixels.dtype == torch.uint8 and train.pixels.shape[1:] == (3, 32, 32) and train.pixels.is_contiguous()
+    assert train.in_memory and train.source.tensor.shape[1:] == (3, 32, 32)
     assert train.fingerprint() == bank.fingerprint() != test.fingerprint()
     assert train.labels.dtype == np.int64 and train.classes == tuple("0123456789")
     assert (train.mean, train.std, train.bad) == (digits.MEAN, digits.STD, [])
@@ -190,18 +191,16 @@ def test_subset_keeps_everything_in_step(classes):
     assert names(part, classes) == ["train/dog/3.jpg", "train/cat/1.jpg"] and part.labels.tolist() == [1, 0]
     assert len(part) == 2 and part.fingerprint() != images.fingerprint()
     assert images.subset(range(3)).fingerprint() == images.fingerprint()
-    plain = Images("list", files=list(images.files))
-    assert plain.subset([1]).files == [images.files[1]] and plain.labels is None
-    held = Images("held", pixels=torch.arange(24, dtype=torch.uint8).reshape(2, 3, 2, 2), labels=np.array([7, 8]))
-    assert held.subset([1]).pixels.flatten().tolist() == list(range(12, 24)) and held.subset([1]).labels.tolist() == [8]
+    held = Images("held", Pixels(torch.arange(24, dtype=torch.uint8).reshape(2, 3, 2, 2)), np.array([7, 8]))
+    assert held.subset([1]).source.tensor.flatten().tolist() == list(range(12, 24)) and held.subset([1]).labels.tolist() == [8]
 
 
 def test_fingerprints_follow_the_content():
     pixels = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
     changed = pixels.clone()
     changed[1, 2, 3, 3] = 1
-    prints = [Images("a", pixels=p).fingerprint() for p in (pixels, changed, pixels.reshape(2, 3, 2, 8))]
-    assert len(set(prints)) == 3 and Images("b", pixels=pixels.clone(), labels=np.array([0, 1])).fingerprint() == prints[0]
+    prints = [Images("a", Pixels(p)).fingerprint() for p in (pixels, changed, pixels.reshape(2, 3, 2, 8))]
+    assert len(set(prints)) == 3 and Images("b", Pixels(pixels.clone()), labels=np.array([0, 1])).fingerprint() == prints[0]
 
 
 def test_the_same_folder_elsewhere_has_the_same_fingerprint(classes, tmp_path_factory):
@@ -231,8 +230,8 @@ def test_cifar(name, folder, key, tmp_path, unhashed):
     plant(tmp_path, f"{folder}/{reader.meta['filename']}", data=pickle.dumps({reader.meta["key"]: ["a", "b", "c", "d"]}))
     test, train = load(name, str(tmp_path), "test"), load(name, str(tmp_path), "train")
     assert len(test) == 4 and len(train) == 4 * len(reader.train_list)
-    np.testing.assert_array_equal(test.pixels.numpy(), images)
-    assert test.pixels.is_contiguous() and test.labels.tolist() == [3, 1, 2, 0] and test.classes == ("a", "b", "c", "d")
+    np.testing.assert_array_equal(test.source.tensor.numpy(), images)
+    assert test.source.tensor.is_contiguous() and test.labels.tolist() == [3, 1, 2, 0] and test.classes == ("a", "b", "c", "d")
     assert train.fingerprint() == load(name, str(tmp_path), "bank").fingerprint()
     assert train.mean[0] in (0.4914, 0.5071)
 
@@ -245,8 +244,8 @@ def test_stl10_trains_on_its_labelled_and_unlabelled_images(tmp_path, unhashed):
         plant(tmp_path, f"stl10_binary/{part}_y.bin", data=bytes(range(1, count + 1)))
     plant(tmp_path, "stl10_binary/class_names.txt", data=b"airplane\nbird\ncar")
     train, bank, test = (load("stl10", str(tmp_path), split) for split in ("train", "bank", "test"))
-    np.testing.assert_array_equal(train.pixels.numpy(), upright[[0, 1, 0, 1, 2]])
-    assert train.pixels.is_contiguous() and train.labels.tolist() == [0, 1, -1, -1, -1]
+    np.testing.assert_array_equal(train.source.tensor.numpy(), upright[[0, 1, 0, 1, 2]])
+    assert train.source.tensor.is_contiguous() and train.labels.tolist() == [0, 1, -1, -1, -1]
     assert bank.labels.tolist() == [0, 1] and test.labels.tolist() == [0] and bank.classes == ("airplane", "bird", "car")
 
 
@@ -257,9 +256,9 @@ def test_fashion_mnist_becomes_three_equal_channels(tmp_path):
         plant(raw, f"{part}-images-idx3-ubyte", data=struct.pack(">IIII", 0x803, 3, 28, 28) + images.tobytes())
         plant(raw, f"{part}-labels-idx1-ubyte", data=struct.pack(">II", 0x801, 3) + bytes([9, 0, 4]))
     found = load("fashion-mnist", str(tmp_path), "test")
-    assert found.pixels.shape == (3, 3, 28, 28) and found.pixels.is_contiguous()
+    assert found.source.tensor.shape == (3, 3, 28, 28) and found.source.tensor.is_contiguous()
     for channel in range(3):
-        np.testing.assert_array_equal(found.pixels[:, channel].numpy(), images)
+        np.testing.assert_array_equal(found.source.tensor[:, channel].numpy(), images)
     assert found.labels.tolist() == [9, 0, 4] and len(found.classes) == 10
 
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from relssl.data.folder import Paths
-from relssl.data.named import Images, load
+from relssl.data.folder import Files
+from relssl.data.images import Images
+from relssl.data.named import load
 from relssl.data.subsets import fingerprint, from_index, stratified
 from relssl.errors import DataError
 
@@ -59,10 +60,9 @@ def test_what_cannot_be_drawn_is_refused() -> None:
 NAMES = [b"train/dog/n1_10.JPEG", b"train/dog/n1_11.JPEG", b"train/cat/n2_10.JPEG", b"train/cat/same.png", b"train/dog/same.png"]
 
 
-@pytest.fixture(params=["list", "paths"])
-def files(request: pytest.FixtureRequest) -> Images:
-    paths = Paths("/data", NAMES, [1] * len(NAMES))
-    return Images("pets", files=list(paths) if request.param == "list" else paths, labels=np.array([0, 0, 1, 1, 0]))
+@pytest.fixture
+def files() -> Images:
+    return Images("pets", Files("/data", NAMES, [1] * len(NAMES)), np.array([0, 0, 1, 1, 0]))
 
 
 def write(folder: Path, *lines: str) -> str:

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.io
-import torch
 from torchvision import datasets
 
 from relssl.data import named
 from relssl.data.folder import IMAGENETS, NAMES
-from relssl.data.named import Images, load
+from relssl.data.images import Images, Pixels
+from relssl.data.named import load
 from relssl.errors import DataError
 
 Expected = dict[str, list[tuple[str, int]]]
@@ -128,8 +128,8 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def rows(found: Images, base: Path) -> list[tuple[str, int]]:
-    assert found.files is not None and found.labels is not None and found.labels.dtype == np.int64
-    return [(str(Path(file).relative_to(base)), int(label)) for file, label in zip(found.files, found.labels, strict=True)]
+    assert found.labels is not None and found.labels.dtype == np.int64
+    return [(str(Path(file).relative_to(base)), int(label)) for file, label in zip(found.source, found.labels, strict=True)]
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -203,8 +203,8 @@ def test_svhn_lies_in_memory_with_zero_as_zero(tmp_path: Path) -> None:
     for part, labels in (("train", [10, 1, 9, 2]), ("test", [3, 10, 4, 5])):
         scipy.io.savemat(tmp_path / f"{part}_32x32.mat", {"X": pixels, "y": np.array(labels, np.uint8)[:, None]})
     bank, test = (load("svhn", str(tmp_path), split) for split in ("bank", "test"))
-    assert bank.pixels is not None and bank.pixels.dtype == torch.uint8
-    np.testing.assert_array_equal(bank.pixels.numpy(), pixels.transpose(3, 2, 0, 1))
+    assert isinstance(bank.source, Pixels)
+    np.testing.assert_array_equal(bank.source.tensor.numpy(), pixels.transpose(3, 2, 0, 1))
     assert bank.labels is not None and test.labels is not None and bank.labels.dtype == np.int64
     assert bank.labels.tolist() == [0, 1, 9, 2] and test.labels.tolist() == [3, 0, 4, 5] and bank.classes == tuple("0123456789")
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from torchvision import datasets
 
-from relssl.data.named import Images, load
+from relssl.data.images import Images
+from relssl.data.named import load
 from relssl.errors import DataError
 
 TRAINVAL = {"cat": [("000005", 1), ("000007", -1), ("000009", 0)], "potted_plant": [("000005", -1), ("000007", 1), ("000009", 1)]}
@@ -29,8 +30,8 @@ def write(folder: Path, part: str, lists: dict[str, list[tuple[str, int]]]) -> N
 
 
 def names(found: Images) -> list[str]:
-    assert found.files is not None and found.labels is None
-    return [Path(file).name for file in found.files]
+    assert found.labels is None
+    return [Path(found.source.name(row)).name for row in range(len(found))]
 
 
 @pytest.fixture

@@ -12,8 +12,9 @@ import torch
 
 from bad_images import jpeg
 from relssl.data import cache, loader, plain
+from relssl.data.images import Images
 from relssl.data.loader import FromFiles, Plan
-from relssl.data.named import Images, load
+from relssl.data.named import load
 from relssl.errors import DataError
 from test_shrunk import Told, settings_for
 

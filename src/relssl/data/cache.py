@@ -12,7 +12,7 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -24,8 +24,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from relssl.data.decode import BadImage, Opened
-from relssl.data.folder import cache_root, shown
-from relssl.data.named import Images
+from relssl.data.folder import Files, cache_root, shown
+from relssl.data.images import Images
 from relssl.data.shrunk import LAYOUT, PIXELS, Shrunk
 from relssl.data.subsets import identity, spread
 from relssl.data.workers import hand_over, loader_workers, reset_signals, watch
@@ -63,15 +63,15 @@ def shrunken(images: Images, config: Config, teller: Teller) -> Shrunk:
         StorageError: if the disk has no room, or cannot be written.
         DataError: if a worker process dies, or a file cannot be read for a reason that may pass; the next call goes on there.
     """
-    assert images.files is not None and config.loader.cache is not None
-    folder = place(images, config)
-    found = Shrunk.open(folder)
+    assert isinstance(images.source, Files) and config.loader.cache is not None
+    folder, files = place(images, config), images.source
+    found = Shrunk.load(folder, files)
     if len(found) < len(images):
         with _placed(), _locked(folder, teller):
-            found = Shrunk.open(folder)  # another process may have made it meanwhile
+            found = Shrunk.load(folder, files)  # another process may have made it meanwhile
             if len(found) < len(images):
                 sweep(folder)
-                found = _make(images, config, found, teller)
+                found = _make(config, found, teller)
     teller.say(
         f"cache: {len(images)} images in {size(found.total)}, {shown(str(folder))}; shorter sides are "
         f"{config.loader.cache} pixels at most"
@@ -81,7 +81,6 @@ def shrunken(images: Images, config: Config, teller: Teller) -> Shrunk:
 
 def place(images: Images, config: Config) -> Path:
     """The folder of a cache; another one for other images, another side or what else decides about the pixels."""
-    assert images.files is not None
     loader = config.loader
     key = f"{LAYOUT} {identity(images)} {loader.cache} {loader.max_pixels} {loader.reduced_decode}"
     return root(config) / f"shrunk-{loader.cache}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
@@ -105,16 +104,16 @@ def shrink(image: Image.Image, side: int) -> Image.Image:
 class _Small(Dataset[Outcome]):
     """Each image shrunk, or why it cannot be read."""
 
-    def __init__(self, files: Sequence[str], loader: LoaderConfig) -> None:
+    def __init__(self, files: Files, loader: LoaderConfig) -> None:
         assert loader.cache is not None
         self.files, self.loader, self.side = files, loader, loader.cache
 
     def __getitem__(self, row: int) -> Outcome:
         try:
-            with Opened(self.files[row], self.loader.max_pixels) as opened:
+            with Opened(self.files.name(row), self.loader.max_pixels) as opened:
                 return np.asarray(shrink(opened.rgb(self._reduction(opened)), self.side))
         except BadImage as fault:
-            return fault if fault.lasting else BadImage(f"{shown(self.files[row])}: {fault}", lasting=False)
+            return fault if fault.lasting else BadImage(f"{shown(self.files.name(row))}: {fault}", lasting=False)
 
     def _reduction(self, opened: Opened) -> int:
         """By how much to reduce while decoding: the filter still gets twice the side, as in Pillow's own thumbnails."""
@@ -157,11 +156,10 @@ def _locked(folder: Path, teller: Teller) -> Iterator[None]:
         yield
 
 
-def _make(images: Images, config: Config, found: Shrunk, teller: Teller) -> Shrunk:
+def _make(config: Config, found: Shrunk, teller: Teller) -> Shrunk:
     """Append what is missing."""
-    loader, count = config.loader, len(images)
-    assert images.files is not None
-    small, start = _Small(images.files, loader), len(found)
+    loader, count = config.loader, len(found.files)
+    small, start = _Small(found.files, loader), len(found)
     needed = _require_room(small, found, count)
     batches = DataLoader(
         small,
@@ -205,7 +203,7 @@ def _append(found: Shrunk, batches: Iterator[Any], needed: int, advance: Callabl
     def save() -> Shrunk:
         with storing(path, needed):
             os.fsync(file)
-        made = Shrunk(found.folder, np.array(sizes, np.int32).reshape(-1, 2), bad)
+        made = Shrunk(found.folder, found.files, np.array(sizes, np.int32).reshape(-1, 2), bad)
         made.save()
         return made
 

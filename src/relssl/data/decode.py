@@ -188,6 +188,29 @@ class Opened:
             raise fault(error) from error
 
 
+class Decoded:
+    """An image whose pixels are at hand, in the place of `Opened`."""
+
+    turn, reductions = 1, REDUCTIONS[:1]
+
+    def __init__(self, image: Image.Image) -> None:
+        self.image, self.size = image, (image.height, image.width)
+
+    def rgb(self, reduction: int = 1) -> Image.Image:
+        """The image."""
+        return self.image
+
+    def jpeg(self) -> bytes | None:
+        """None: it is no file."""
+        return None
+
+    def __enter__(self) -> Decoded:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+
 def decode(path: str, max_pixels: int) -> Image.Image:
     """Read an image as 8-bit RGB, upright; see `Opened`.
 

@@ -1,79 +1,26 @@
-"""Named arrays in one file that is read whole as it was written, or not at all; no pickle."""
+"""The image files that a folder or a list file names, and what DATA may be; no torch."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import itertools
-import json
-import math
 import os
 import stat
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, overload
 
 import numpy as np
 
-from relssl.errors import DataError, StorageError
-from relssl.files import replacing, sweep, write_all
+from relssl.data.decode import Opened
+from relssl.errors import DataError
 from relssl.settings.reading import nearest_word
 
-# Followed by the SHA-256 of the rest: 8 bytes of length, a header in JSON, then the arrays one after another.
-_MAGIC = b"relssl arrays 1\n"
 
+class Files:
+    """The paths of N image files below one folder, with their sizes: a source of images that are read when they are wanted.
 
-def write_arrays(path: Path, kind: str, facts: Mapping[str, Any], arrays: Mapping[str, np.ndarray], mode: int = 0o644) -> None:
-    """Write arrays and JSON facts to `path`, over whatever lies there.
-
-    Args:
-        kind: what the file is and the version of its layout; only a reader that asks for the same gets it.
-        mode: permissions of the file.
-
-    Raises:
-        StorageError: if it cannot be written; an older file is still there then.
-    """
-    packed = {name: np.ascontiguousarray(array, array.dtype.newbyteorder("<")) for name, array in arrays.items()}
-    layout = {name: [array.dtype.str, list(array.shape)] for name, array in packed.items()}
-    header = json.dumps({"kind": kind, "facts": facts, "arrays": layout}).encode("ascii")
-    parts = [memoryview(len(header).to_bytes(8, "little") + header)]
-    parts += [array.reshape(-1).view(np.uint8).data for array in packed.values()]
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    with replacing(path, sum(map(len, parts)), mode) as file:
-        for part in [memoryview(_MAGIC + digest.digest()), *parts]:
-            write_all(file.fileno(), part)
-
-
-def read_arrays(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
-    """The facts and arrays of a file, read-only; None if there is none, it is damaged, or of another kind."""
-    try:
-        with path.open("rb") as file:
-            if file.read(len(_MAGIC)) != _MAGIC:
-                return None
-            digest, start = file.read(32), file.tell()
-            if hashlib.file_digest(file, "sha256").digest() != digest:
-                return None
-            file.seek(start)
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-            if header["kind"] != kind:
-                return None
-            arrays = {}
-            for name, (kept, shape) in header["arrays"].items():
-                dtype = np.dtype(kept)
-                arrays[name] = np.frombuffer(file.read(dtype.itemsize * math.prod(shape)), dtype).reshape(shape)
-            return header["facts"], arrays
-    except OSError:
-        return None
-
-
-class Paths(Sequence[str]):
-    """The paths of N files below one folder, with their sizes.
-
-    They are held in one block of bytes, not as N strings: loader workers share it with their parent, where counting the
+    The names lie in one block of bytes, not as N strings: loader workers share it with their parent, where counting the
     references of a million strings would copy them into each worker. Names that are no text keep their bytes
     (`surrogateescape`), so every file can be opened again.
 
@@ -90,55 +37,40 @@ class Paths(Sequence[str]):
         self._ends = np.cumsum([0, *map(len, names)], dtype=np.int64)
 
     @classmethod
-    def from_arrays(cls, folder: str, arrays: Mapping[str, np.ndarray]) -> Paths:
-        """The paths that `to_arrays` gave, below any folder."""
-        made = cls(folder, [], [])
-        made.sizes, made._ends, made._block = arrays["sizes"], arrays["ends"], arrays["names"].tobytes()
-        return made
-
-    @classmethod
-    def of(cls, files: Sequence[str]) -> Paths:
-        """Files anywhere, whose sizes are looked up; OSError if one is gone."""
-        return cls("", [os.fsencode(file) for file in files], [os.stat(file).st_size for file in files])
-
-    def to_arrays(self) -> dict[str, np.ndarray]:
-        """All but the folder: the "names" joined, uint8, where they end, "ends" int64 [N+1], and "sizes" int64 [N]."""
-        return {"names": np.frombuffer(self._block, np.uint8), "ends": self._ends, "sizes": self.sizes}
+    def of(cls, paths: Iterable[str]) -> Files:
+        """Return files anywhere, whose sizes are looked up; one that is gone counts as empty."""
+        names = [os.fsencode(path) for path in paths]
+        return cls("", names, [os.path.getsize(name) if os.path.exists(name) else 0 for name in names])
 
     def __len__(self) -> int:
         return len(self.sizes)
 
+    def __iter__(self) -> Iterator[str]:
+        return map(self.name, range(len(self)))
+
+    def name(self, row: int) -> str:
+        """Return the path of one file, of the rows 0..N-1."""
+        return os.fsdecode(os.path.join(self.folder, self._block[self._ends[row] : self._ends[row + 1]]))
+
     def names(self) -> Iterator[bytes]:
-        """The names of all files, relative to the folder."""
+        """Yield the path of each file, relative to the folder."""
         return (self._block[start:end] for start, end in itertools.pairwise(self._ends.tolist()))
 
-    def name(self, index: int) -> bytes:
-        """The name of one file, relative to the folder."""
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        index %= len(self)
-        return self._block[self._ends[index] : self._ends[index + 1]]
-
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> Paths: ...
-    def __getitem__(self, index: int | slice) -> str | Paths:
-        if isinstance(index, slice):
-            return self.take(range(*index.indices(len(self))))
-        return os.fsdecode(os.path.join(self.folder, self.name(index)))
-
-    def take(self, indices: Sequence[int] | np.ndarray) -> Paths:
-        """The files at these positions, in this order."""
-        rows = [int(index) for index in indices]
-        return Paths(os.fsdecode(self.folder), [self.name(row) for row in rows], [int(self.sizes[row]) for row in rows])
+    def take(self, rows: np.ndarray) -> Files:
+        """Return the files at these positions, int64 [M], in this order."""
+        ends = zip(self._ends[rows].tolist(), self._ends[rows + 1].tolist(), strict=True)
+        return Files(os.fsdecode(self.folder), [self._block[start:end] for start, end in ends], self.sizes[rows].tolist())
 
     def fingerprint(self) -> str:
-        """16 hex digits that change with the count, order, names or sizes of the files, but not with where the folder lies."""
+        """Compute 16 hex digits that change with the count, order, names or sizes of the files, but not with where the folder lies."""
         digest = hashlib.sha256(f"files {len(self)} ".encode())
         for part in (self._ends.astype("<i8").tobytes(), self._block, self.sizes.astype("<i8").tobytes()):
             digest.update(part)
         return digest.hexdigest()[:16]
+
+    def open(self, row: int, max_pixels: int) -> Opened:
+        """Open one image, whose pixels are still to be read; BadImage if it cannot be, or has more pixels than `max_pixels`."""
+        return Opened(self.name(row), max_pixels)
 
 
 def shown(path: str) -> str:
@@ -177,7 +109,7 @@ class Notes:
 class Tree:
     """The usable files below a folder, by the bytes of their names, and what else was met."""
 
-    files: Paths
+    files: Files
     notes: Notes
 
 
@@ -189,7 +121,7 @@ def survey(folder: str, extensions: frozenset[str]) -> Tree:
     """
     notes = Notes()
     found = sorted(walk(folder, extensions, notes))
-    return Tree(Paths(folder, [name for name, _ in found], [size for _, size in found]), notes)
+    return Tree(Files(folder, [name for name, _ in found], [size for _, size in found]), notes)
 
 
 def walk(folder: str, extensions: frozenset[str], notes: Notes) -> Iterator[tuple[bytes, int]]:
@@ -279,118 +211,9 @@ def judge_stat(facts: os.stat_result) -> Judgement:
     return facts.st_size, None if facts.st_size else "is empty"
 
 
-_KIND = "index 1"
-_KEPT = 32
-# Files whose size is looked at before an index is believed; a folder of no more than that is scanned as fast.
-_SAMPLE = 1000
-# Clocks of file systems tick as coarsely as two seconds: in a folder that changed less than this before it was listed, one
-# more change might leave the same stamp.
-_SETTLED_NS = 5_000_000_000
-
-
 def cache_root() -> Path:
-    """The folder of what can be made again: $RELSSL_CACHE, else ~/.cache/relssl."""
+    """Return the folder of what can be computed again: $RELSSL_CACHE, else ~/.cache/relssl."""
     return Path(os.environ.get("RELSSL_CACHE") or "~/.cache/relssl").expanduser()
-
-
-def indexed(folder: str, extensions: frozenset[str]) -> Tree:
-    """What `survey` gives, from the index where that is still true; one that cannot be read or written does without a word.
-
-    Raises:
-        DataError: if the folder itself cannot be read.
-    """
-    known = _path(folder, extensions)
-    tree = _recall(known, folder)
-    if tree is None:
-        begun = time.time_ns()
-        tree = survey(folder, extensions)
-        if _trusted(tree, begun):
-            with contextlib.suppress(StorageError, OSError):
-                _remember(known, tree)
-    return tree
-
-
-def _path(folder: str, extensions: frozenset[str]) -> Path:
-    """One file a folder, so that a new index replaces the old."""
-    asked = b"\0".join([os.path.realpath(os.fsencode(folder)), *sorted(extension.encode() for extension in extensions)])
-    return cache_root() / "index" / f"{hashlib.sha256(asked).hexdigest()[:32]}.index"
-
-
-def _trusted(tree: Tree, begun: int) -> bool:
-    """Whether a later look at the stamps would show every change, and the files are too many to scan each time."""
-    settled = all(max(modified, changed) < begun - _SETTLED_NS for _, _, modified, changed in tree.notes.folders.values())
-    return settled and not tree.notes.closed and len(tree.files) > _SAMPLE
-
-
-def _remember(path: Path, tree: Tree) -> None:
-    notes, folder = tree.notes, os.fsdecode(tree.files.folder)
-    reasons = sorted({fault for _, fault in notes.doubtful.values() if fault})
-    number = {reason: position for position, reason in enumerate(reasons)} | {None: -1}
-    names = {
-        "files": tree.files,
-        "doubtful": Paths(folder, list(notes.doubtful), [size for size, _ in notes.doubtful.values()]),
-        "folders": Paths(folder, list(notes.folders), [0] * len(notes.folders)),
-    }
-    arrays = {f"{part}.{name}": array for part, paths in names.items() for name, array in paths.to_arrays().items()}
-    arrays["doubtful.reasons"] = np.array([number[fault] for _, fault in notes.doubtful.values()], np.int64)
-    arrays["folders.stamps"] = np.array(list(notes.folders.values()), np.uint64).reshape(-1, 4)
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    write_arrays(path, _KIND, {"reasons": reasons}, arrays, mode=0o600)  # names of files are nobody else's business
-    sweep(path.parent)
-    _prune(path.parent)
-
-
-def _prune(folder: Path) -> None:
-    """Remove all indexes but those used last; another process may do so at the same time."""
-    ages = []
-    for path in folder.glob("*.index"):
-        with contextlib.suppress(OSError):
-            ages.append((path.stat().st_mtime_ns, path))
-    for _, path in sorted(ages)[:-_KEPT]:
-        path.unlink(missing_ok=True)
-
-
-def _recall(path: Path, folder: str) -> Tree | None:
-    """The tree of an index, if nothing has changed since."""
-    found = read_arrays(path, _KIND)
-    if found is None:
-        return None
-    facts, arrays = found
-    parts: dict[str, dict[str, np.ndarray]] = {"files": {}, "doubtful": {}, "folders": {}}
-    for name, array in arrays.items():
-        part, _, own = name.partition(".")
-        parts[part][own] = array
-    files, doubtful, folders = (Paths.from_arrays(folder, held) for held in parts.values())
-    reasons = [*facts["reasons"], None]  # -1 is the last
-    faults = [reasons[number] for number in parts["doubtful"]["reasons"]]
-    judged = zip(doubtful.sizes.tolist(), faults, strict=True)
-    stamps: list[Stamp] = [(a, b, c, d) for a, b, c, d in parts["folders"]["stamps"].tolist()]
-    notes = Notes(dict(zip(folders.names(), stamps, strict=True)), dict(zip(doubtful.names(), judged, strict=True)))
-    tree = Tree(files, notes)
-    if not _is_unchanged(tree):
-        return None
-    with contextlib.suppress(OSError):
-        os.utime(path)  # used last
-    return tree
-
-
-def _is_unchanged(tree: Tree) -> bool:
-    root, files = tree.files.folder, tree.files
-    try:
-        for below, known in tree.notes.folders.items():
-            if stamp(os.path.join(root, below) if below else root) != known:
-                return False
-        inside = inside_of(root)
-        for name, judgement in tree.notes.doubtful.items():
-            if judge(os.path.join(root, name), inside) != judgement:
-                return False
-        for row in np.linspace(0, len(files) - 1, min(_SAMPLE, len(files))).astype(np.int64).tolist():
-            facts = os.stat(os.path.join(root, files.name(row)))
-            if not stat.S_ISREG(facts.st_mode) or facts.st_size != files.sizes[row]:
-                return False
-    except OSError:
-        return False
-    return True
 
 
 # Data sets known by name; a folder of the same name is meant by `./NAME`.
@@ -413,7 +236,7 @@ class Listing:
     Where images have several labels each, `targets` holds them instead: int8 [N, C], 1 yes, 0 no, -1 not told.
     """
 
-    files: Paths
+    files: Files
     labels: np.ndarray | None
     classes: tuple[str, ...] | None
     bad: Bad
@@ -425,18 +248,15 @@ def data_root(root: str | None) -> str:
     return os.path.expanduser(root or os.environ.get("RELSSL_DATA") or "~/.cache/relssl")
 
 
-def scan(folder: str, extensions: frozenset[str] = EXTENSIONS, *, index: bool = False) -> tuple[Paths, Bad]:
+def scan(folder: str, extensions: frozenset[str] = EXTENSIONS) -> tuple[Files, Bad]:
     """All image files below a folder, by the bytes of their path below it, and (path, reason) of what only looks like one.
 
     Links to folders are not followed, links to files only to inside the folder. Hidden files and folders are passed over.
 
-    Args:
-        index: take what an earlier scan found if the folders have not changed since, and keep what this one finds.
-
     Raises:
         DataError: if the folder itself cannot be read.
     """
-    tree = (indexed if index else survey)(folder, extensions)
+    tree = survey(folder, extensions)
     return tree.files, tree.notes.bad(folder)
 
 
@@ -467,10 +287,10 @@ def read_list(path: str) -> Listing:
             names.append(name)
             sizes.append(size)
             words.append(word.strip().decode("utf-8", "backslashreplace"))
-    return Listing(Paths(folder, names, sizes), *_number(words), bad)
+    return Listing(Files(folder, names, sizes), *_number(words), bad)
 
 
-def complete(name: str, folder: str, names: Sequence[bytes]) -> Paths:
+def complete(name: str, folder: str, names: Sequence[bytes]) -> Files:
     """The files of an official list, each of which must be there, or a figure would not be that of the data set.
 
     Args:
@@ -487,7 +307,7 @@ def complete(name: str, folder: str, names: Sequence[bytes]) -> Paths:
             f"{name}: {len(bad)} of {len(names)} images cannot be used, the first: {shown(bad[0][0])} {bad[0][1]}; "
             f"remove {shown(folder)} and unpack it anew"
         )
-    return Paths(folder, names, [size for size, _ in judged])
+    return Files(folder, names, [size for size, _ in judged])
 
 
 def _judge_named(path: bytes) -> Judgement:

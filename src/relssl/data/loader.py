@@ -7,7 +7,6 @@ import io
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -23,10 +22,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms.functional import pil_to_tensor
 
 from relssl.data import batched, single
-from relssl.data.decode import REDUCTIONS, BadImage, Opened
+from relssl.data.decode import BadImage, Decoded, Opened
 from relssl.data.draws import Draws, Ints, draw, uniforms
 from relssl.data.folder import shown
-from relssl.data.named import Images
+from relssl.data.images import Images, Pixels
 from relssl.data.workers import Choice, Tuning, WorkerError, cores, hand_over, reset_signals, watch
 from relssl.engine import send, synchronise
 from relssl.errors import ConfigError, DataError
@@ -146,13 +145,13 @@ class Views(Dataset[Any]):
         bad: list[Fault] = []
         for position in positions(self.images, row):
             try:
-                with open_image(self.images, position, self.config.loader.max_pixels) as opened:
+                with self.images.source.open(position, self.config.loader.max_pixels) as opened:
                     return self.sample(opened, epoch, position, bad)
             except BadImage as fault:
-                bad.append(named(self.images, position, fault))
+                bad.append((self.images.source.name(position), str(fault)))
         return Sample(epoch, row, [], bad)
 
-    def sample(self, opened: Opened | Held, epoch: int, row: int, bad: list[Fault]) -> Any:
+    def sample(self, opened: Opened | Decoded, epoch: int, row: int, bad: list[Fault]) -> Any:
         """The sample of an opened image, which is decoded once for all views, as small as the largest of their crops allows."""
         draws = [draw(view, self.config.seed, epoch, np.array([row]), slot, opened.size) for slot, view in enumerate(self.views)]
         drawn = list(zip(self.views, draws, strict=True))
@@ -167,47 +166,6 @@ class Views(Dataset[Any]):
 def positions(images: Images, row: int) -> Iterator[int]:
     """Where to look for a sample: at `row`, then at the ones behind it, a rule that no worker or rank count changes."""
     return ((row + offset) % len(images) for offset in range(min(_TRIES, len(images))))
-
-
-def named(images: Images, position: int, fault: BadImage) -> Fault:
-    """The file at a position and what is wrong with it."""
-    return str(images.files and images.files[position]), str(fault)
-
-
-class Held:
-    """Pixels that are decoded already, in the place of an opened file."""
-
-    turn, reductions = 1, REDUCTIONS[:1]
-
-    def __init__(self, image: Image.Image) -> None:
-        self.image, self.size = image, (image.height, image.width)
-
-    def rgb(self, reduction: int = 1) -> Image.Image:
-        """The image."""
-        return self.image
-
-    def jpeg(self) -> bytes | None:
-        """None: it is no file."""
-        return None
-
-
-@contextmanager
-def open_image(images: Images, position: int, max_pixels: int) -> Iterator[Opened | Held]:
-    """The image at a position, its size known and its pixels still to be read; BadImage if its file cannot be."""
-    if images.files is None:
-        assert images.pixels is not None
-        yield Held(Image.fromarray(images.pixels[position].permute(1, 2, 0).cpu().numpy()))
-    elif images.shrunk is not None:
-        yield Held(images.shrunk[position])
-    else:
-        with Opened(images.files[position], max_pixels) as opened:
-            yield opened
-
-
-def read_image(images: Images, position: int, max_pixels: int) -> Image.Image:
-    """The RGB image at a position, whole; BadImage if its file cannot be read."""
-    with open_image(images, position, max_pixels) as opened:
-        return opened.rgb()
 
 
 def collate(samples: Sequence[Sample]) -> Sample:
@@ -282,7 +240,7 @@ class Bytes(Views):
     def __init__(self, images: Images, config: Config, views: Sequence[ViewConfig] | None = None) -> None:
         super().__init__(images, config, photometric=False, views=views)
 
-    def sample(self, opened: Opened | Held, epoch: int, row: int, bad: list[Fault]) -> Jpeg | Sample:
+    def sample(self, opened: Opened | Decoded, epoch: int, row: int, bad: list[Fault]) -> Jpeg | Sample:
         """The file, checked up to its header, or the views of what is for Pillow."""
         found = opened.jpeg()
         if found is None:
@@ -458,9 +416,9 @@ class Resident:
     def __init__(
         self, images: Images, config: Config, plan: Plan, device: torch.device, views: Sequence[ViewConfig] | None = None
     ) -> None:
-        assert images.pixels is not None
+        assert isinstance(images.source, Pixels)
         self.plan, self.config, self.device = plan, config, device
-        self.pixels = images.pixels.to(device)
+        self.pixels = images.source.tensor.to(device)
         self.views = list(views or derive(config).views)
         self.ahead = config.loader.views_ahead or (self._fitting(8) if device.type == "cuda" else 1)
 
@@ -650,10 +608,10 @@ def create_loader(
             f"lower batch_size to {max(2, plan.count)} or less, or add images"
         )
     path = config.loader.path
-    if path == "resident" and images.pixels is None:
+    if path == "resident" and not images.in_memory:
         raise ConfigError("loader.path: resident is for data sets held in memory; use files for folders and lists")
-    if config.loader.cache is not None and images.pixels is not None:
+    if config.loader.cache is not None and images.in_memory:
         raise ConfigError(f"loader.cache: is for folders and lists of files, {images.name} is held in memory; use null")
-    if path == "resident" or (path == "auto" and images.pixels is not None):
+    if path == "resident" or (path == "auto" and images.in_memory):
         return Resident(images, config, plan, device, views)
     return FromFiles(images, config, plan, device, views)

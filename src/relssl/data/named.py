@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import socket
-from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,9 +15,8 @@ import torch
 
 from relssl.data import digits
 from relssl.data.folder import (
-    Bad,
+    Files,
     Listing,
-    Paths,
     class_folders,
     complete,
     data_root,
@@ -30,7 +27,7 @@ from relssl.data.folder import (
     shown,
     split_folders,
 )
-from relssl.data.shrunk import Shrunk
+from relssl.data.images import Channels, Images, Pixels
 from relssl.errors import ConfigError, DataError
 from relssl.settings.reading import nearest_word
 
@@ -335,82 +332,7 @@ def _listed(found: Any) -> tuple[list[str], list[int]]:
     return [os.fspath(path) for path in found._images], list(found._labels)
 
 
-Channels = tuple[float, float, float]
-
 SPLITS = ("train", "bank", "test")
-IMAGENET_MEAN: Channels = (0.485, 0.456, 0.406)
-IMAGENET_STD: Channels = (0.229, 0.224, 0.225)
-
-
-@dataclass(frozen=True, eq=False)
-class Images:
-    """A set of images, either in memory or as files.
-
-    Attributes:
-        name: for messages.
-        pixels: uint8 [N, 3, H, W], contiguous, on the CPU; None for files.
-        files: N paths, undecodable bytes in their names kept as surrogates; None for pixels.
-        labels: int64 [N], -1 = none; for reporting, and to train on for supervised learning alone.
-        classes: what the labels stand for.
-        mean, std: of the channels, for pixels scaled to 0..1.
-        bad: (file, reason) of what the scan already found unusable; not counted in N.
-        shrunk: the files' images, decoded and made smaller beforehand, to be read in place of the files; None for the files.
-        targets: int8 [N, C] of images with several labels each: 1 yes, 0 no, -1 not told; `labels` is then None.
-    """
-
-    name: str
-    pixels: torch.Tensor | None = None
-    files: Sequence[str] | None = None
-    labels: np.ndarray | None = None
-    classes: tuple[str, ...] | None = None
-    mean: Channels = IMAGENET_MEAN
-    std: Channels = IMAGENET_STD
-    bad: Bad = field(default_factory=list)
-    shrunk: Shrunk | None = None
-    targets: np.ndarray | None = None
-
-    def __post_init__(self) -> None:
-        assert (self.pixels is None) != (self.files is None)
-        assert self.pixels is None or (self.pixels.dtype == torch.uint8 and self.pixels.is_contiguous())
-        assert self.shrunk is None or (self.files is not None and len(self.shrunk) == len(self))
-        assert self.labels is None or (self.labels.dtype == np.int64 and len(self.labels) == len(self))
-        assert self.targets is None or (self.targets.dtype == np.int8 and len(self.targets) == len(self) and self.labels is None)
-
-    def __len__(self) -> int:
-        return len(self.pixels) if self.pixels is not None else len(self.files or ())
-
-    def subset(self, indices: Sequence[int] | np.ndarray) -> Images:
-        """The images at these positions, in this order; of files, the files themselves."""
-        rows = np.asarray(indices, np.int64)
-        files = self.files
-        if files is not None:
-            files = files.take(rows) if isinstance(files, Paths) else [files[row] for row in rows]
-        return replace(
-            self,
-            pixels=None if self.pixels is None else self.pixels[torch.from_numpy(rows)],
-            files=files,
-            labels=None if self.labels is None else self.labels[rows],
-            targets=None if self.targets is None else self.targets[rows],
-            shrunk=None,
-        )
-
-    @property
-    def class_count(self) -> int:
-        """How many classes one label an image tells apart, those without an image among these included; 0 if one has no label."""
-        if self.labels is None or self.labels.min() < 0:
-            return 0
-        return max(len(self.classes or ()), int(self.labels.max()) + 1)
-
-    def fingerprint(self) -> str:
-        """16 hex digits of the SHA-256 of the pixels, or of the files' count, names and sizes; labels do not count."""
-        if self.pixels is not None:
-            digest = hashlib.sha256(f"pixels {tuple(self.pixels.shape)} ".encode())
-            digest.update(self.pixels.numpy().data)
-            return digest.hexdigest()[:16]
-        files = self.files or ()
-        if not isinstance(files, Paths):
-            files = Paths.of(files)
-        return files.fingerprint()
 
 
 @dataclass(frozen=True)
@@ -442,7 +364,7 @@ _NAMED = {
 }
 
 
-def load(data: str, root: str | None, split: str, *, index: bool = True) -> Images:
+def load(data: str, root: str | None, split: str) -> Images:
     """The images that DATA names.
 
     Args:
@@ -450,7 +372,6 @@ def load(data: str, root: str | None, split: str, *, index: bool = True) -> Imag
         root: where named data sets lie; None: $RELSSL_DATA, else ~/.cache/relssl.
         split: "train" (what pretraining uses), "bank" (training images with labels) or "test". The first two are one and
             the same but for stl10, whose `train` holds its unlabelled images (label -1) as well.
-        index: find the files of a folder by the index of an earlier scan, if that is still true.
 
     Raises:
         DataError: if it is missing and cannot be downloaded, holds no image, or has no such part.
@@ -461,7 +382,7 @@ def load(data: str, root: str | None, split: str, *, index: bool = True) -> Imag
     if data == "digits":
         pixels, labels = digits.load("test" if split == "test" else "train")
         names = tuple("0123456789")
-        return Images(data, torch.from_numpy(pixels), None, labels, names, digits.MEAN, digits.STD)
+        return Images(data, Pixels(torch.from_numpy(pixels), f"{data}/{split}"), labels, names, digits.MEAN, digits.STD)
     if data in _NAMED:
         return _named(data, data_root(root), split)
     if data in NAMES:
@@ -471,7 +392,7 @@ def load(data: str, root: str | None, split: str, *, index: bool = True) -> Imag
         return replace(images, mean=MEAN, std=STD)
     exists(data, root)
     path = locate(data, root)
-    images = _folder(data, path, split, index) if Path(path).is_dir() else _list(data, path, split)
+    images = _folder(data, path, split) if Path(path).is_dir() else _list(data, path, split)
     if len(images) == 0:
         first = f", the first: {shown(images.bad[0][0])} {images.bad[0][1]}" if images.bad else ""
         raise DataError(f"{images.name}: no usable image ({len(images.bad)} unusable{first})")
@@ -487,7 +408,7 @@ def at_hand(data: str, root: str | None) -> bool:
     return data not in folders or Path(data_root(root), folders[data]).exists()
 
 
-def _folder(data: str, path: str, split: str, index: bool) -> Images:
+def _folder(data: str, path: str, split: str) -> Images:
     """All images of a split; labelled by VOC's lists, or by the folders below if each image lies in one of several."""
     if is_voc(path):
         listing, part = read_voc(path, split)
@@ -496,21 +417,21 @@ def _folder(data: str, path: str, split: str, index: bool) -> Images:
     if layout is None:
         if split == "test":
             raise DataError(f"{shown(data)}: has no test images; lay it out as train/CLASS/ and val/CLASS/ (or test/CLASS/)")
-        files, bad = scan(path, index=index)
-        return Images(shown(data), files=files, bad=bad)
-    files, bad = scan(layout[split], index=index)
+        files, bad = scan(path)
+        return Images(shown(data), files, bad=bad)
+    files, bad = scan(layout[split])
     # Training classes come first, so that a class met only in testing does not renumber them.
     classes = tuple(dict.fromkeys(class_folders(layout["train"]) + class_folders(layout["test"])))
     labels = _labels(files, classes)
-    return Images(shown(data), files=files, labels=labels, classes=None if labels is None else classes, bad=bad)
+    return Images(shown(data), files, labels, None if labels is None else classes, bad=bad)
 
 
-def _labels(files: Paths, classes: tuple[str, ...]) -> np.ndarray | None:
+def _labels(files: Files, classes: tuple[str, ...]) -> np.ndarray | None:
     """The class folder that each file lies in; the files of one are neighbours, since the names are sorted."""
-    labels = np.full(len(files), -1, np.int64)
-    for position, word in enumerate(classes):
-        top, rows = os.fsencode(word), range(len(files))
-        labels[bisect_left(rows, top + b"/", key=files.name) : bisect_left(rows, top + b"0", key=files.name)] = position
+    rank = {os.fsencode(word): position for position, word in enumerate(classes)}
+    labels = np.array(
+        [rank.get(top, -1) if below else -1 for top, below, _ in (name.partition(b"/") for name in files.names())], np.int64
+    )
     return labels if len(classes) > 1 and (labels >= 0).all() else None
 
 
@@ -521,9 +442,7 @@ def _list(data: str, path: str, split: str) -> Images:
 
 
 def _listed_sources(name: str, listing: Listing) -> Images:
-    return Images(
-        name, files=listing.files, labels=listing.labels, classes=listing.classes, bad=listing.bad, targets=listing.targets
-    )
+    return Images(name, listing.files, listing.labels, listing.classes, bad=listing.bad, targets=listing.targets)
 
 
 def _named(name: str, root: str, split: str) -> Images:
@@ -538,7 +457,8 @@ def _named(name: str, root: str, split: str) -> Images:
     else:
         labels, pixels = found.targets, torch.from_numpy(np.ascontiguousarray(found.data.transpose(0, 3, 1, 2)))
     classes = tuple("0123456789") if name == "svhn" else tuple(getattr(found, "classes", ())) or None
-    return Images(name, pixels, None, np.asarray(labels, np.int64), classes, known.mean, known.std)
+    source = Pixels(pixels, f"{name}/{split}")
+    return Images(name, source, np.asarray(labels, np.int64), classes, known.mean, known.std)
 
 
 def _contiguous(images: np.ndarray) -> torch.Tensor:

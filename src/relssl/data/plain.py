@@ -16,8 +16,7 @@ from torchvision.transforms.functional import InterpolationMode, center_crop, pi
 
 from relssl.data.batched import normalise
 from relssl.data.decode import BadImage
-from relssl.data.loader import read_image
-from relssl.data.named import Images
+from relssl.data.images import Images, Pixels
 from relssl.data.workers import hand_over, reset_signals, watch
 from relssl.settings.run import ViewsConfig
 
@@ -96,9 +95,9 @@ def batches(
         max_pixels: files with larger images count as unreadable.
         batch_size: images at a time.
     """
-    if images.pixels is not None:
+    if isinstance(images.source, Pixels):
         for start in range(0, len(images), batch_size):
-            pixels = images.pixels[start : start + batch_size]
+            pixels = images.source.tensor[start : start + batch_size]
             yield np.arange(start, start + len(pixels)), view.normalise(plain_batch(pixels, view)), []
         return
     loader = DataLoader(
@@ -124,8 +123,7 @@ class _Plain(Dataset[tuple[int, Tensor | None, tuple[str, str] | None]]):
         return len(self.images)
 
     def __getitem__(self, row: int) -> tuple[int, Tensor | None, tuple[str, str] | None]:
-        assert self.images.files is not None
         try:
-            return row, plain_view(read_image(self.images, row, self.max_pixels), self.view), None
+            return row, plain_view(self.images.read(row, self.max_pixels), self.view), None
         except BadImage as fault:
-            return row, None, (self.images.files[row], str(fault))
+            return row, None, (self.images.source.name(row), str(fault))

@@ -14,8 +14,8 @@ import numpy.typing as npt
 from torch import Tensor
 
 from relssl.data.draws import uniforms
-from relssl.data.folder import Paths, shown
-from relssl.data.named import Images
+from relssl.data.folder import Files, shown
+from relssl.data.images import Images, Pixels
 from relssl.errors import DataError
 
 Rows = npt.NDArray[np.int64]
@@ -75,7 +75,10 @@ def from_index(path: str, images: Images) -> Rows:
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     if not lines:
         raise DataError(f"{shown(path)}: names no image; give one a line, by name or position")
-    named = _named([line for line in lines if not _is_position(line)], images.files or ())
+    named = _named(
+        [line for line in lines if not _is_position(line)],
+        () if images.in_memory else [images.source.name(row) for row in range(len(images))],
+    )
     found = {line: [int(line)] if _is_position(line) and int(line) < len(images) else named.get(line, []) for line in lines}
     _refuse(path, images, "names none", [line for line in lines if not found[line]])
     _refuse(path, images, "names several", [line for line in lines if len(found[line]) > 1])
@@ -109,7 +112,7 @@ def _named(wanted: Iterable[str], files: Sequence[str]) -> dict[str, list[int]]:
 
 def _refuse(path: str, images: Images, fault: str, lines: Sequence[str]) -> None:
     if lines:
-        kind = "images" if images.files is not None else "images (which are in memory and have positions alone)"
+        kind = "images" if not images.in_memory else "images (which are in memory and have positions alone)"
         raise DataError(
             f"{shown(path)}: {shown(lines[0])} {fault} of the {len(images)} {kind} of {images.name}; "
             f"{len(lines)} such line{'s' if len(lines) > 1 else ''}; correct the file"
@@ -127,9 +130,9 @@ def identity(images: Images) -> str:
     Uncompressed images of two sets may agree in names and sizes, which are all that the fingerprint of files looks at.
     """
     digest = hashlib.sha256(images.fingerprint().encode())
-    if images.files is not None:
+    if not images.in_memory:
         for row in spread(0, len(images), _SAMPLE):
-            digest.update(_beginning(images.files[row]))
+            digest.update(_beginning(images.source.name(row)))
     return digest.hexdigest()[:16]
 
 
@@ -140,19 +143,19 @@ def spread(start: int, stop: int, count: int) -> list[int]:
 
 def shared(bank: Images, test: Images) -> int:
     """How many of the test images are in the bank too: the same pixels; of files, the same name, size and beginning."""
-    if bank.pixels is not None and test.pixels is not None:
-        known = set(_pixel_hashes(bank.pixels))
-        return sum(mark in known for mark in _pixel_hashes(test.pixels))
-    if bank.files is None or test.files is None:
+    if isinstance(bank.source, Pixels) and isinstance(test.source, Pixels):
+        known = set(_pixel_hashes(bank.source.tensor))
+        return sum(mark in known for mark in _pixel_hashes(test.source.tensor))
+    if not isinstance(bank.source, Files) or not isinstance(test.source, Files):
         return 0
     # The larger side is gone through without being held.
     asked: dict[bytes, list[int]] = {}
-    for row, mark in enumerate(_file_marks(test.files)):
+    for row, mark in enumerate(_file_marks(test.source)):
         asked.setdefault(mark, []).append(row)
     found = set()
-    for row, mark in enumerate(_file_marks(bank.files)):
+    for row, mark in enumerate(_file_marks(bank.source)):
         for other in asked.get(mark, ()):
-            if other not in found and _beginning(bank.files[row]) == _beginning(test.files[other]):
+            if other not in found and _beginning(bank.source.name(row)) == _beginning(test.source.name(other)):
                 found.add(other)
     return len(found)
 
@@ -161,10 +164,9 @@ def _pixel_hashes(pixels: Tensor) -> Iterator[bytes]:
     return (hashlib.blake2b(image.data, digest_size=12).digest() for image in pixels.numpy())
 
 
-def _file_marks(files: Sequence[str]) -> Iterator[bytes]:
+def _file_marks(files: Files) -> Iterator[bytes]:
     """Base name and size of each file."""
-    held = files if isinstance(files, Paths) else Paths.of(files)
-    for name, size in zip(held.names(), held.sizes.tolist(), strict=True):
+    for name, size in zip(files.names(), files.sizes.tolist(), strict=True):
         yield name.rpartition(b"/")[2] + b"/%d" % size
 
 

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from relssl.data.folder import shown
-from relssl.data.named import Images, load
+from relssl.data.named import load
 from relssl.engine import Engine
 from relssl.errors import ConfigError, DataError, NumericError, StorageError
 from relssl.evaluation.features import stream
@@ -277,7 +277,7 @@ def embed(
     opened = open_backbones(source, replace(reading, network=network or reading.network))
     config, (_, backbone) = opened.sees(reading.size), opened.one()
     engine = Engine.local(device, precision)
-    images = load(data, data_root or config.data_root, split, index=config.loader.index)
+    images = load(data, data_root or config.data_root, split)
     bad, count, dim = list(images.bad), 0, 0
 
     def rows() -> Iterator[tuple[npt.NDArray[np.int64], Tensor]]:
@@ -292,10 +292,6 @@ def embed(
             raise DataError(f"{images.name}: none of its {len(images)} images can be read, {first}")
 
     classes = images.classes if images.labels is not None else None
-    write_vectors(Path(out), rows(), _names(images, split), images.labels, classes)
+    names = [images.source.name(row) for row in range(len(images))]
+    write_vectors(Path(out), rows(), names, images.labels, classes)
     return {"out": str(out), "images": count, "dim": dim, "bad": bad, "notes": list(opened.notes)}
-
-
-def _names(images: Images, split: str) -> Sequence[str]:
-    """The files' paths; pixels in memory are named by their place in the data set."""
-    return images.files if images.files is not None else [f"{images.name}/{split}/{row:06}" for row in range(len(images))]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from relssl.data.folder import NAMES, shown
-from relssl.data.named import Images
+from relssl.data.images import Images
 from relssl.engine import Engine
 from relssl.errors import ConfigError, DataError
 from relssl.evaluation import features
@@ -235,7 +235,7 @@ class _Work:
         if data not in self.pairs:
             settings = self.settings
             root = settings.data_root or self.config.data_root
-            pair = LabelledPair.load(data, root, settings.images, settings.seed, index=self.config.loader.index)
+            pair = LabelledPair.load(data, root, settings.images, settings.seed)
             notes = pair.notes()
             if self.opened.seen is not None and self.opened.seen == pair.uncut:
                 notes.append("the test images are those that the run was pretrained on")

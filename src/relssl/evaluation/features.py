@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from relssl.data.folder import cache_root
-from relssl.data.named import Images
+from relssl.data.images import Images
 from relssl.data.plain import PlainView, batches
 from relssl.data.subsets import identity
 from relssl.data.workers import loader_workers

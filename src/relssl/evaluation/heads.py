@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from relssl.data.images import Images
 from relssl.data.loader import Plan, create_loader
-from relssl.data.named import Images
 from relssl.data.subsets import fingerprint, from_index, stratified
 from relssl.engine import Engine
 from relssl.errors import ConfigError, DataError, NumericError

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from relssl.data.folder import shown
-from relssl.data.named import Images, load
+from relssl.data.images import Images
+from relssl.data.named import load
 from relssl.data.subsets import shared
 from relssl.errors import ConfigError, DataError
 
@@ -72,10 +73,8 @@ class LabelledPair:
     uncut: str | None = None
 
     @staticmethod
-    def load(
-        data: str, root: str | None, at_most: tuple[int, int] | None = None, seed: int = 0, *, index: bool = True
-    ) -> LabelledPair:
-        """Both sides of a data set, cut to `at_most` (bank, test) images chosen by the seed; `index` as for `sources.load`.
+    def load(data: str, root: str | None, at_most: tuple[int, int] | None = None, seed: int = 0) -> LabelledPair:
+        """Both sides of a data set, cut to `at_most` (bank, test) images chosen by the seed.
 
         Images without a label are left out.
 
@@ -84,8 +83,8 @@ class LabelledPair:
         """
         if at_most is not None and min(at_most) < 1:
             raise ConfigError(f"images: must be at least 1 on each side, got {at_most[0]} and {at_most[1]}")
-        bank = _labelled(data, load(data, root, "bank", index=index))
-        uncut = load(data, root, "test", index=index)
+        bank = _labelled(data, load(data, root, "bank"))
+        uncut = load(data, root, "test")
         sides = [bank, _labelled(data, uncut)]
         counts = (len(sides[0]), len(sides[1]))
         if at_most is not None:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from relssl import __version__
-from relssl.data.named import Images
+from relssl.data.images import Images
 from relssl.data.plain import PlainView
 from relssl.engine import Engine
 from relssl.errors import ConfigError, DataError

@@ -24,14 +24,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from rich.console import Console
 from torch import Tensor, nn
 
+from relssl.data import folder
 from relssl.data.cache import place, root, shrunken
-from relssl.data.decode import BadImage
-from relssl.data.loader import Batch, Files, FromFiles, Resident, Sample, read_image
-from relssl.data.named import Images
+from relssl.data.decode import BadImage, Decoded
+from relssl.data.images import Images, Pixels
+from relssl.data.loader import Batch, Files, FromFiles, Resident, Sample
 from relssl.data.plain import PlainView, plain_view
 from relssl.data.shrunk import Shrunk
 from relssl.data.workers import PREFETCH, loader_workers
@@ -209,15 +209,15 @@ def _evaluation(trainer: Trainer) -> float:
     backbone, size = trainer.networks[-1].backbone, config.views.weak.size
     # For files, images of noise stand in: reading them is timed apart, as the loader's processes do it at the same time.
     sample = choose(pair.test, _FEATURES, 0)
-    if sample.pixels is None:
-        sample = Images("noise", pixels=torch.randint(256, (_FEATURES, 3, size, size), dtype=torch.uint8))
+    if not sample.in_memory:
+        sample = Images("noise", Pixels(torch.randint(256, (_FEATURES, 3, size, size), dtype=torch.uint8)))
     seconds, width = [], 0
     for _ in range(2):  # the first chooses kernels
         begun = time.perf_counter()
         width = extract(backbone, sample, config, engine.device, engine.autocast()).vectors.shape[1]
         seconds.append(time.perf_counter() - begun)
     each = min(seconds) / len(sample)
-    if pair.test.files is not None:
+    if not pair.test.in_memory:
         workers = loader_workers(config)
         reading = _reading(pair.test, config)
         each = max(each, reading / workers) if workers else each + reading
@@ -231,7 +231,7 @@ def _reading(images: Images, config: Config) -> float:
     view, read, begun = PlainView.of(config.views), 0, time.perf_counter()
     for row in range(min(_READ, len(images))):
         try:
-            plain_view(read_image(images, row, config.loader.max_pixels), view)
+            plain_view(images.read(row, config.loader.max_pixels), view)
             read += 1
         except BadImage:
             continue
@@ -361,17 +361,16 @@ _SAMPLE = 256
 
 
 class Repeated(Shrunk):
-    """A few shrunk images over and over, in the place of `count`."""
+    """A few shrunk images over and over, in the place of all files."""
 
-    def __init__(self, few: Shrunk, count: int) -> None:
-        super().__init__(few.folder, few.sizes, few.bad)
-        self.count = count
+    def __init__(self, few: Shrunk, files: folder.Files) -> None:
+        super().__init__(few.folder, files, few.sizes, few.bad)
 
     def __len__(self) -> int:
-        return self.count
+        return len(self.files)
 
-    def __getitem__(self, position: int) -> Image.Image:
-        return super().__getitem__(position % len(self.sizes))
+    def open(self, row: int, max_pixels: int) -> Decoded:
+        return super().open(row % len(self.sizes), max_pixels)
 
 
 @contextmanager
@@ -390,16 +389,17 @@ def stand_in(trainer: Trainer) -> Iterator[int]:
     if config.loader.cache is None:
         yield 0
         return
-    there = Shrunk.open(place(images, config))
+    assert isinstance(images.source, folder.Files)
+    there = Shrunk.load(place(images, config), images.source)
     if not trainer.engine.largest(int(len(there) < len(images))):
-        trainer.read(dataclasses.replace(images, shrunk=there))
+        trainer.read(dataclasses.replace(images, source=there))
         yield 0
         return
-    with tempfile.TemporaryDirectory(prefix="relssl-") as folder, Display(1, 0, show=False) as silent:
+    with tempfile.TemporaryDirectory(prefix="relssl-") as scratch, Display(1, 0, show=False) as silent:
         # By this process alone, as its neighbours do the same at this time.
-        loader = dataclasses.replace(config.loader, cache_folder=folder, workers=0)
+        loader = dataclasses.replace(config.loader, cache_folder=scratch, workers=0)
         few = shrunken(choose(images, _SAMPLE, config.seed), dataclasses.replace(config, loader=loader), silent)
-        trainer.read(dataclasses.replace(images, shrunk=Repeated(few, len(images))))
+        trainer.read(dataclasses.replace(images, source=Repeated(few, images.source)))
         yield few.total * (len(images) - len(there)) // len(few)
 
 

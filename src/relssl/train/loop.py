@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from relssl.data.images import Images
 from relssl.data.loader import Batch, FromFiles, Plan, Unreadable, create_loader
-from relssl.data.named import Images
 from relssl.engine import Engine, send
 from relssl.errors import CheckpointError, ConfigError, DataError, Interrupted, NumericError
 from relssl.method import create_method, health, schedules, shuffled
@@ -632,7 +632,7 @@ class Trainer(Learner):
 
     def _note_bad(self, parts: list[Batch]) -> None:
         """Record images that could not be read; too many of them stop the run."""
-        if self.images.files is None:
+        if self.images.in_memory:
             return
         found = self.engine.gather_items([fault for part in parts for fault in part.bad])
         self.unreadable |= {name for name, _ in found}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from relssl.data.named import Images
+from relssl.data.images import Images, Pixels
 from relssl.engine import Engine
 from relssl.evaluation.features import extract
 from relssl.evaluation.knn import knn_accuracy
@@ -31,7 +31,7 @@ class OnlineKnn:
         """The untrained networks, and for sets in memory the pixels themselves, "knn_raw_pixels"."""
         found = self.measure(model, engine)
         bank, test = self.pair.bank, self.pair.test
-        if bank.pixels is not None and test.pixels is not None:
+        if bank.in_memory and test.in_memory:
             found["knn_raw_pixels"] = self._score(*(self._flat(side) for side in (bank, test)))
         return found
 
@@ -49,5 +49,5 @@ class OnlineKnn:
 
     @staticmethod
     def _flat(images: Images) -> tuple[Tensor, Tensor]:
-        assert images.pixels is not None and images.labels is not None
-        return images.pixels.flatten(1).float(), torch.from_numpy(images.labels)
+        assert isinstance(images.source, Pixels) and images.labels is not None
+        return images.source.tensor.flatten(1).float(), torch.from_numpy(images.labels)

@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 import torch
 
 from relssl.data.cache import shrunken
-from relssl.data.named import Images, load
+from relssl.data.images import Images, Pixels
+from relssl.data.named import load
 from relssl.engine import Engine
 from relssl.errors import ConfigError, DataError, DistributedError, Interrupted, RelsslError, StorageError
 from relssl.evaluation.pairs import LabelledPair, choose
@@ -36,13 +37,13 @@ def complete_settings(config: Config, images: Images) -> Config:
         ConfigError: if a view is larger than the images of a set in memory.
     """
     views = config.views
-    if images.pixels is not None and not views.enlarge:
-        _refuse_enlarging(config, min(images.pixels.shape[-2:]), images)
+    if isinstance(images.source, Pixels) and not views.enlarge:
+        _refuse_enlarging(config, min(images.source.tensor.shape[-2:]), images)
     views = dataclasses.replace(
         views,
         mean=views.mean or images.mean,
         std=views.std or images.std,
-        margin=views.margin or (1.0 if images.pixels is not None else 256 / 224),
+        margin=views.margin or (1.0 if images.in_memory else 256 / 224),
     )
     return dataclasses.replace(config, views=views)
 
@@ -70,7 +71,7 @@ def build(config: Config, engine: Engine) -> Trainer:
         ConfigError, DataError: if settings and data do not make a run.
     """
     labelled = METHODS[config.method.name].labels
-    images = load(config.data, config.data_root, "bank" if labelled else "train", index=config.loader.index)
+    images = load(config.data, config.data_root, "bank" if labelled else "train")
     if config.max_images is not None:
         images = choose(images, config.max_images, config.seed)
     config = complete_settings(config, images)
@@ -96,7 +97,7 @@ def shrink(trainer: Trainer, display: Display, stop: StopRequest) -> None:
     if made is None:
         made = shrunken(images, config, teller)  # made once more by machines that have a disk of their own
     engine.wait()
-    trainer.read(dataclasses.replace(images, shrunk=made))
+    trainer.read(dataclasses.replace(images, source=made))
 
 
 class _Stoppable:
@@ -139,7 +140,7 @@ def _online(config: Config) -> OnlineKnn | None:
     if config.log.knn_every == 0:
         return None
     try:
-        pair = LabelledPair.load(config.data, config.data_root, config.log.knn_images, config.seed, index=config.loader.index)
+        pair = LabelledPair.load(config.data, config.data_root, config.log.knn_images, config.seed)
     except DataError:
         return None
     if pair.bank.labels is None or pair.bank.labels.min() == pair.bank.labels.max():

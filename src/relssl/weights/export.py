@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from relssl.data.named import Images
+from relssl.data.images import Images
 from relssl.errors import ConfigError
 from relssl.files import storing, sweep, sync_folder, temporary, write_file
 from relssl.settings.run import Config, to_yaml

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from relssl.data import digits
-from relssl.data.named import IMAGENET_MEAN, IMAGENET_STD
+from relssl.data.images import IMAGENET_MEAN, IMAGENET_STD
 from relssl.data.plain import PlainView, plain_batch
 from relssl.errors import CheckpointError, ConfigError
 from relssl.method.backbones import TORCHVISION, create_backbone, feature_width

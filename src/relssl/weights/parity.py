@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from relssl.data.decode import BadImage
-from relssl.data.folder import EXTENSIONS, NAMES, Notes, locate, split_folders, walk
-from relssl.data.loader import read_image
-from relssl.data.named import Images, at_hand, load
+from relssl.data.folder import EXTENSIONS, NAMES, Files, Notes, locate, split_folders, walk
+from relssl.data.images import Images
+from relssl.data.named import at_hand, load
 from relssl.errors import CheckpointError, DataError
 from relssl.settings.run import Config
 from relssl.weights.opening import transform
@@ -122,7 +122,7 @@ def _views(images: Images, config: Config) -> list[Tensor]:
     views: list[Tensor] = []
     for row in range(min(len(images), 4 * COUNT)):  # a few more than are needed, for files that cannot be read
         with contextlib.suppress(BadImage):
-            views.append(view(read_image(images, row, config.loader.max_pixels)))
+            views.append(view(images.read(row, config.loader.max_pixels)))
         if len(views) == COUNT:
             break
     return views
@@ -137,9 +137,9 @@ def _own(config: Config) -> Images | None:
         in_memory = data in NAMES and data != "imagenet"
         path = "" if in_memory else locate(data, root)
         if in_memory or os.path.isfile(path):
-            return load(data, root, "train", index=config.loader.index)
+            return load(data, root, "train")
         folder = (split_folders(path) or {"train": path})["train"]
         names = [name for name, _ in islice(walk(folder, EXTENSIONS, Notes()), 4 * COUNT)]
-        return Images(data, files=[os.path.join(folder, os.fsdecode(name)) for name in sorted(names)])
+        return Images(data, Files.of(os.path.join(folder, os.fsdecode(name)) for name in sorted(names)))
     except DataError:
         return None
