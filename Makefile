@@ -7,7 +7,7 @@ SEED ?= 0
 PEERS ?= .venv-peers
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint torture smoke results bench bench-peers clean
+.PHONY: demo test lint torture smoke docs-pages bench bench-peers clean
 
 demo: $(VENV)/ready
 	$(BIN)/relssl pretrain digits --seed $(SEED) --out $(OUT)
@@ -26,8 +26,8 @@ torture: $(VENV)/ready-dev
 smoke: $(VENV)/ready
 	$(BIN)/relssl reproduce $(or $(TABLE),temperature) --scale smoke --runs runs/smoke-$(or $(TABLE),temperature) --out runs/smoke
 
-results:
-	$(PYTHON) docs/write_results.py
+docs-pages: $(VENV)/ready
+	$(BIN)/python docs/render.py
 
 bench: $(VENV)/ready
 	$(BIN)/python benchmarks/bench.py $(ARGS)

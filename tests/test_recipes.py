@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import runpy
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,6 @@ from relssl.train.pretrain import complete_settings
 from relssl.train.run_folder import default_folder
 from relssl.weights.card import public
 
-ROOT = Path(__file__).parent.parent
 SETS = ("cifar10", "cifar100", "stl10", "tiny-imagenet", "imagenet")
 # The settings of the authors' runs for SETS, from the paper and its code.
 PAPER: dict[str, tuple[Any, ...]] = {
@@ -243,8 +241,3 @@ def test_views_are_not_larger_than_images_in_memory(over: dict[str, Any]) -> Non
     assert complete_settings(resolve({"data": "cifar10"}), images).views.mean == images.mean
     files = Images("files", Files.of(["a.jpg"]), np.array([0]))
     assert derive(complete_settings(resolve({"data": "cifar10", **over}), files)).views[-1].size in (32, 33)
-
-
-def test_the_table_of_recipes_is_up_to_date() -> None:
-    page = (ROOT / "docs/recipes.md").read_text(encoding="utf-8")
-    assert runpy.run_path(str(ROOT / "docs/write_recipes.py"))["renewed"](page) == page, "run python docs/write_recipes.py"

@@ -94,7 +94,7 @@ def test_the_pieces_make_the_gradients_of_a_step(step: int) -> None:
     made.loss.backward()
     expected = [parameter.grad.clone() for parameter in run.parameters if parameter.grad is not None]
     run.optimizer.zero_grad(set_to_none=True)
-    queries, keys = module._passes(run, part, module._Clock(run.engine))
+    queries, keys = module._passes(run, part, run.world(0), module._Clock(run.engine))
     actual = [parameter.grad for parameter in run.parameters if parameter.grad is not None]
     assert len(actual) == len(expected) > 0
     for one, other in zip(expected, actual, strict=True):

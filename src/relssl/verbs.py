@@ -210,11 +210,15 @@ def validate(args: argparse.Namespace, overrides: dict[str, Any]) -> Any:
 def reproduce(args: argparse.Namespace, overrides: dict[str, Any]) -> Any:
     from relssl.errors import FailedRuns
     from relssl.reproduction import tables
+    from relssl.reproduction.plan import plan
     from relssl.reproduction.reproduce import reproduce
 
     if args.list or args.table is None:
         return _list_tables([tables.read_table(args.table)] if args.table else list(map(tables.read_table, tables.names())), args)
     only = [] if args.only is None else args.only.split(",")
+    # Faults come to light before torch is imported.
+    table, scale = tables.read_table(args.table), tables.read_scale(args.scale)
+    plan(table, scale, seeds=args.seeds, only=only, runs=args.runs, overrides=overrides)
     from relssl.engine import prepare_process
 
     prepare_process()

@@ -1,7 +1,7 @@
 """What the paper is, as building blocks: plain torch, no device, no rank, no I/O. Stable and importable on their own."""
 
 from relssl.method.backbones import create_backbone
-from relssl.method.base import Method, Step
+from relssl.method.base import Method, Step, World
 from relssl.method.batchnorm import SplitBatchNorm2d, shuffled, split_batch_norms
 from relssl.method.byol import BYOL
 from relssl.method.create import create_method, create_student
@@ -30,6 +30,7 @@ __all__ = [
     "SplitBatchNorm2d",
     "Step",
     "Supervised",
+    "World",
     "create_backbone",
     "create_method",
     "create_student",

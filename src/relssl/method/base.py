@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from relssl.method.batchnorm import shuffled
 from relssl.method.encoder import Encoder
 from relssl.method.memory import Memory
 
@@ -26,6 +27,28 @@ class Step:
     loss: Tensor
     queries: Tensor
     keys: Tensor
+
+
+def _own(rows: Tensor) -> Tensor:
+    return rows
+
+
+@dataclass(frozen=True)
+class World:
+    """The R processes that share a batch out, each with B of its samples, and how the teacher sees it. By default one process alone.
+
+    Attributes:
+        rank: this process, 0 to R - 1.
+        gather: joins the rows [B, ...] of all processes in rank order, [R B, ...]; gradients flow back to where rows came from.
+        order: int64 [R B], the permutation in which the batch passes through the teacher (see `shuffled`); None: as it is.
+    """
+
+    rank: int = 0
+    gather: Callable[[Tensor], Tensor] = _own
+    order: Tensor | None = None
+
+
+ALONE = World()
 
 
 class Method(nn.Module):
@@ -46,10 +69,6 @@ class Method(nn.Module):
         taught: whether a teacher, the student's frozen copy without the predictor, follows it.
         memory_size: K, how many of the teacher's keys [D] are kept; 0: none.
         generator: source of the memory's first, random keys.
-
-    Attributes:
-        shuffle: how the teacher sees one view, (teacher, [B, C, H, W]) -> [B, D], where its batch is shuffled; None: as it is.
-        gather: rows [B, ...] of this rank -> [N, ...] of all ranks in their order, with gradients; of one process, the same.
     """
 
     # Names of the settings that `step` takes: constants of `method`, and what its schedules say of a step.
@@ -69,15 +88,14 @@ class Method(nn.Module):
         self.student: nn.Module = student
         self.teacher = student.teacher() if taught else None
         self.memory = Memory(memory_size, dim, generator) if memory_size else None
-        self.shuffle: Callable[[nn.Module, Tensor], Tensor] | None = None
-        self.gather: Callable[[Tensor], Tensor] = _own
 
     def step(self, *views: Any, **settings: Any) -> Step:
-        """step(weak, strong, **settings): views to a loss.
+        """step(weak, strong, world, **settings): views to a loss.
 
         Args:
             weak: [B, C, H, W], the teacher's view of each sample, or the first of two equal ones.
             strong: V views [B, C, h, w] of the same samples; a single crop is a list of one.
+            world: the processes that share the batch out.
             settings: those named in `constants` and `scheduled`; labels [B] for a method that is told them.
         """
         raise NotImplementedError
@@ -89,15 +107,16 @@ class Method(nn.Module):
         return self.memory.keys
 
     @torch.no_grad()
-    def keys(self, views: Sequence[Tensor]) -> Tensor:
+    def keys(self, views: Sequence[Tensor], world: World = ALONE) -> Tensor:
         """The teacher's embeddings of T views, [T, B, D]."""
         assert self.teacher is not None
-        if self.shuffle is None:
-            keys: Tensor = self.teacher(views)
+        teacher, order = self.teacher, world.order
+        if order is None:
+            keys: Tensor = teacher(views)
             return keys
-        return torch.stack([self.shuffle(self.teacher, view) for view in views])
+        return torch.stack([shuffled(lambda x: teacher([x])[0], view, order, world.rank, world.gather) for view in views])
 
-    def matched(self, weak: Tensor, strong: Sequence[Tensor], symmetric: bool) -> list[tuple[Tensor, Tensor]]:
+    def matched(self, weak: Tensor, strong: Sequence[Tensor], world: World, symmetric: bool) -> list[tuple[Tensor, Tensor]]:
         """The student's queries [V, B, D] of one view with the teacher's keys [B, D] of another that they are to match.
 
         Each network makes one pass over all that it sees of one size.
@@ -110,7 +129,7 @@ class Method(nn.Module):
         """
         assert len(strong) == 1 or not symmetric
         views = [*strong, weak] if symmetric else strong
-        keys = self.keys([weak, *strong] if symmetric else [weak])  # [T, B, D]
+        keys = self.keys([weak, *strong] if symmetric else [weak], world)  # [T, B, D]
         queries = self.student(views)  # [V, B, D]
         return [(queries[:1], keys[0]), (queries[1:], keys[1])] if symmetric else [(queries, keys[0])]
 
@@ -141,7 +160,3 @@ def unwrapped(student: nn.Module) -> Encoder:
     while not isinstance(student, Encoder):
         student = student.module  # type: ignore[assignment]
     return student
-
-
-def _own(rows: Tensor) -> Tensor:
-    return rows

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from relssl.method.base import Method, Step
+from relssl.method.base import ALONE, Method, Step, World
 from relssl.method.encoder import Encoder
 
 
@@ -21,12 +21,12 @@ class BYOL(Method):
     def __init__(self, student: Encoder) -> None:
         super().__init__(student, taught=True)
 
-    def step(self, weak: Tensor, strong: Sequence[Tensor]) -> Step:
+    def step(self, weak: Tensor, strong: Sequence[Tensor], world: World = ALONE) -> Step:
         """|prediction - embedding|^2 = 2 - 2 cos of both directions, added up (their eq. 2 and Algorithm 1), 0 to 8.
 
         Args:
             weak, strong: two views [B, C, H, W] of each sample, the second in a list.
         """
-        matched = self.matched(weak, strong, symmetric=True)
+        matched = self.matched(weak, strong, world, symmetric=True)
         losses = [2 - 2 * (queries * keys).sum(dim=-1).mean() for queries, keys in matched]
         return Step(torch.stack(losses).sum(), matched[0][0].detach(), matched[0][1])

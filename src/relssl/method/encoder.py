@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -40,6 +40,7 @@ class Encoder(nn.Module):
         predictor_norm: str = "batch",
     ) -> None:
         super().__init__()
+        self.compiled_heads: Callable[[Tensor], tuple[Tensor, ...]] | None = None
         self.backbone, self.num_features = backbone, num_features
         hidden = [projector_hidden] * (projector_layers - 1)
         self.projector = mlp([num_features, *hidden, dim], projector_norm, projector_output_norm)
@@ -60,6 +61,12 @@ class Encoder(nn.Module):
         predicted = self.predictor(projected)
         return _unit(projected + predicted if self.residual else predicted), projection
 
+    def compile_heads(self, graphs: bool) -> None:
+        """Let `forward` go through compiled `heads`, with CUDA graphs or without. Evaluation calls the backbone, which stays as it is."""
+        compiled = torch.compile(self.heads, dynamic=False, mode="reduce-overhead" if graphs else None)
+        # Embeddings leave the memory that the next replay of a graph writes to.
+        self.compiled_heads = lambda images: tuple(part.clone() for part in compiled(images))
+
     def embed(self, images: Tensor) -> Tensor:
         """Embed images: [N, C, H, W] -> [N, D], unit norm, fp32."""
         return self.heads(images)[0]
@@ -76,7 +83,7 @@ class Encoder(nn.Module):
         for size in dict.fromkeys(sizes):
             members = [i for i, other in enumerate(sizes) if other == size]
             images = torch.cat([views[i] for i in members]) if len(members) > 1 else views[members[0]]
-            after, before = (part.chunk(len(members)) for part in self.heads(images))
+            after, before = (part.chunk(len(members)) for part in (self.compiled_heads or self.heads)(images))
             for i, embedding, projection in zip(members, after, before, strict=True):
                 embeddings[i], inputs[i] = embedding, projection
         return (torch.stack(embeddings), torch.stack(inputs)) if projections else torch.stack(embeddings)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from relssl.method.base import Method, Step
+from relssl.method.base import ALONE, Method, Step, World
 from relssl.method.encoder import Encoder
 from relssl.method.ressl import OBJECTIVES
 
@@ -35,15 +35,16 @@ class MoCo(Method):
         super().__init__(student, taught=True, memory_size=memory_size, dim=dim, generator=generator)
         self.objective, self.symmetric = OBJECTIVES[loss_form], symmetric
 
-    def step(self, weak: Tensor, strong: Sequence[Tensor], *, info_nce_temperature: float) -> Step:
+    def step(self, weak: Tensor, strong: Sequence[Tensor], world: World = ALONE, *, info_nce_temperature: float) -> Step:
         """The InfoNCE loss of V queries, or the mean of both views' against each other.
 
         Args:
             weak: [B, C, H, W], the teacher's view; in MoCo v2 as strongly augmented as the student's.
             strong: V views [B, C, h, w] of the same samples; of a symmetric loss one.
+            world: the processes that share the batch out.
             info_nce_temperature: 0.2 in MoCo v2.
         """
-        matched = self.matched(weak, strong, self.symmetric)
+        matched = self.matched(weak, strong, world, self.symmetric)
         losses = [self.loss(queries, keys, info_nce_temperature) for queries, keys in matched]
         return Step(torch.stack(losses).mean(), matched[0][0].detach(), matched[0][1])
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from relssl.method.base import Method, Step
+from relssl.method.base import ALONE, Method, Step, World
 from relssl.method.encoder import Encoder
 from relssl.method.relation import objective
 from relssl.method.tiled import tiled_objective
@@ -47,6 +47,7 @@ class ReSSL(Method):
         self,
         weak: Tensor,
         strong: Sequence[Tensor],
+        world: World = ALONE,
         *,
         student_temperature: float,
         teacher_temperature: float,
@@ -58,9 +59,10 @@ class ReSSL(Method):
         Args:
             weak: [B, C, H, W], one weak view of each sample.
             strong: V views [B, C, h, w] of the same samples; a single crop is a list of one.
+            world: the processes that share the batch out.
             warmup_mix: share of InfoNCE in the loss, 0 to 1.
         """
-        keys = self.keys([weak])[0]  # [B, D]
+        keys = self.keys([weak], world)[0]  # [B, D]
         queries = self.student(strong)  # [V, B, D]
         memory = self.past  # [K, D], from before this step: no sample meets itself
 

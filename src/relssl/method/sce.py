@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from relssl.method.base import Method, Step
+from relssl.method.base import ALONE, Method, Step, World
 from relssl.method.encoder import Encoder
 from relssl.method.relation import log_choice, relation
 
@@ -34,15 +34,16 @@ class SCE(Method):
         super().__init__(student, taught=True, memory_size=memory_size, dim=dim, generator=generator)
         self.symmetric = symmetric
 
-    def step(self, weak: Tensor, strong: Sequence[Tensor], **settings: float) -> Step:
+    def step(self, weak: Tensor, strong: Sequence[Tensor], world: World = ALONE, **settings: float) -> Step:
         """The loss of V queries, or the mean of both views' against each other.
 
         Args:
             weak: [B, C, H, W], the teacher's view.
             strong: V views [B, C, h, w] of the same samples; of a symmetric loss one.
+            world: the processes that share the batch out.
             settings: as for `similarity_contrast`.
         """
-        matched = self.matched(weak, strong, self.symmetric)
+        matched = self.matched(weak, strong, world, self.symmetric)
         losses = [similarity_contrast(queries, keys, self.past, **settings) for queries, keys in matched]
         return Step(torch.stack(losses).mean(), matched[0][0].detach(), matched[0][1])
 

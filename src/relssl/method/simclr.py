@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from relssl.method.base import Method, Step
+from relssl.method.base import ALONE, Method, Step, World
 from relssl.method.relation import logits
 
 
@@ -17,16 +17,16 @@ class SimCLR(Method):
 
     constants = ("info_nce_temperature",)
 
-    def step(self, weak: Tensor, strong: Sequence[Tensor], *, info_nce_temperature: float) -> Step:
+    def step(self, weak: Tensor, strong: Sequence[Tensor], world: World = ALONE, *, info_nce_temperature: float) -> Step:
         """The NT-Xent loss of both views.
 
-        Every rank computes it of all ranks' embeddings, whose gradients `gather` sends back to where they are from.
+        Every rank computes it of all ranks' embeddings, whose gradients `world.gather` sends back to where they are from.
 
         Args:
             weak, strong: two views [B, C, H, W] of each sample, the second in a list.
         """
         embeddings = self.student([weak, *strong])  # [2, B, D]
-        everyone = self.gather(embeddings.transpose(0, 1)).transpose(0, 1)  # [2, N, D]
+        everyone = world.gather(embeddings.transpose(0, 1)).transpose(0, 1)  # [2, N, D]
         loss = nt_xent(everyone, info_nce_temperature)
         return Step(loss, embeddings.detach(), embeddings[0].detach())
 

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from relssl.method.base import Method, Step
+from relssl.method.base import ALONE, Method, Step, World
 
 
 class SimSiam(Method):
     """A simple Siamese network: BYOL without the teacher. What keeps it from collapsing is that no gradient enters what is
     predicted."""
 
-    def step(self, weak: Tensor, strong: Sequence[Tensor]) -> Step:
+    def step(self, weak: Tensor, strong: Sequence[Tensor], world: World = ALONE) -> Step:
         """Minus the cosine of prediction and embedding, the mean of both directions (their eq. 4), -1 to 1.
 
         Args:

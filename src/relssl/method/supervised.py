@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from relssl.method.base import Method, Step
+from relssl.method.base import ALONE, Method, Step, World
 from relssl.method.encoder import Encoder
 
 
@@ -40,7 +40,7 @@ class Supervised(Method):
     def __init__(self, student: Classifier) -> None:
         super().__init__(student)
 
-    def step(self, weak: Tensor, strong: Sequence[Tensor], *, labels: Tensor) -> Step:
+    def step(self, weak: Tensor, strong: Sequence[Tensor], world: World = ALONE, *, labels: Tensor) -> Step:
         """The mean cross-entropy. Its queries and keys are the logits at unit length, whose spread tells of the network's health.
 
         Args:

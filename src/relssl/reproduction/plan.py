@@ -15,15 +15,15 @@ from typing import Any
 from relssl.errors import ConfigError
 from relssl.reproduction.tables import Row, Scale, Table, known
 from relssl.settings.evaluation import Evaluation, read_settings
-from relssl.settings.reading import leaves, merge, nearest, nest, read_yaml
+from relssl.settings.reading import leaves, merge, nest, read_yaml
 from relssl.settings.recipes import layer
 from relssl.settings.run import Config, from_mapping, resolve
 
-# Settings that do not change what a run learns, or are filled in once the data is known.
-_APART = ("out", "time_limit", "data_root")
-_OF_DATA = ("views.mean", "views.std", "views.margin")
+# Settings that do not change what a run learns, and those that the data fills in.
+_NEUTRAL = ("out", "time_limit", "data_root")
+_FROM_DATA = ("views.mean", "views.std", "views.margin")
 # Settings that are the plan's own.
-_OWN = {"out": "--out and --runs name the folders", "seed": "use --seeds N", "time_limit": "it is for all runs together"}
+_RESERVED = {"out": "--out and --runs name the folders", "seed": "use --seeds N", "time_limit": "it is for all runs together"}
 
 
 @dataclass(frozen=True)
@@ -31,31 +31,66 @@ class Run:
     """A row with one seed.
 
     Attributes:
-        given: the nested settings it was resolved from, all that its command has to say.
-        folder: where it lies; what it came to is noted beside it, in `FOLDER.json`.
+        settings: the nested settings it was resolved from, which its command spells out.
+        folder: its run folder.
+        note: the file beside it that holds its results: {"evaluation", "results", ...}, or {"error", ...}.
     """
 
     row: Row
     seed: int
-    given: dict[str, Any]
+    settings: dict[str, Any]
     config: Config
     evaluation: Evaluation
     folder: Path
 
     @property
     def note(self) -> Path:
-        """The file that says what the run came to."""
         return self.folder.with_name(f"{self.folder.name}.json")
 
+    def state(self) -> str:
+        """Return new, begun, trained (not evaluated as the plan wants it) or done."""
+        if not (self.folder / "config.yaml").exists():
+            return "new"
+        if read_json(self.folder / "status.json").get("state") != "complete":
+            return "begun"
+        note = read_json(self.note)
+        return "done" if note.get("evaluation") == plain(self.evaluation) and "results" in note else "trained"
+
     def commands(self) -> list[str]:
-        """The two commands that give the same numbers."""
-        names = ["recipe", *(name for name in flat(self.given, leaves(Config)) if name not in ("data", "recipe"))]
-        run = ["relssl", "pretrain", self.config.data, *_words({name: attrgetter(name)(self.config) for name in names})]
+        """Return the two commands, of training and of evaluation, that give the same numbers."""
+        names = ["recipe", *(name for name in flat(self.settings, leaves(Config)) if name not in ("data", "recipe"))]
+        train = {name: attrgetter(name)(self.config) for name in names}
         usual = flat(dataclasses.asdict(Evaluation()))
-        asked = flat(dataclasses.asdict(self.evaluation))
-        differing = {name: value for name, value in asked.items() if value != usual[name]}
-        evaluate = ["relssl", "evaluate", str(self.folder), *_words(differing)]
-        return [shlex.join(run), shlex.join(evaluate)]
+        own = {name: value for name, value in flat(dataclasses.asdict(self.evaluation)).items() if value != usual[name]}
+        commands = {f"pretrain {shlex.quote(self.config.data)}": train, f"evaluate {shlex.quote(str(self.folder))}": own}
+        return [
+            " ".join(["relssl", verb, *(f"--{name} {shlex.quote(_typed(value))}" for name, value in settings.items())])
+            for verb, settings in commands.items()
+        ]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A table at a scale.
+
+    Attributes:
+        name: of the results, TABLE-SCALE or TABLE-SCALE-rehearsal; a rehearsal's runs are shorter than the scale has them.
+        overrides: settings of all runs, by dotted name.
+        runs: those of all rows that can be set up, row by row within each seed, so that a plan that is stopped has compared all rows
+            on the first seeds.
+        chosen: those that are to be run.
+    """
+
+    name: str
+    table: Table
+    scale: Scale
+    overrides: dict[str, Any]
+    runs: list[Run]
+    chosen: list[Run]
+
+    @property
+    def rehearsal(self) -> bool:
+        return "epochs" in self.overrides
 
 
 def plan(
@@ -64,17 +99,17 @@ def plan(
     *,
     seeds: int | None = None,
     only: Collection[str] = (),
-    runs: Path | None = None,
+    runs: str | Path | None = None,
     overrides: Mapping[str, Any] | None = None,
-) -> list[Run]:
-    """All runs of a table, row by row within each seed, so that a plan that is stopped has compared all rows on the first seeds.
+) -> Plan:
+    """Plan all runs of a table.
 
     Args:
-        only: names of the rows that are wanted, default: all; of the others, those that cannot be set up are left out.
-        seeds: 0..seeds-1 are run; default: the scale's. Others that have been run before are in the plan as well.
+        seeds: 0..seeds-1 are chosen; default: the scale's. Others that were run before are in the plan as well.
+        only: names of the rows that are chosen, default: all; of the others, those that cannot be set up are left out.
         runs: folder of the run folders; default: runs/reproduce/TABLE-SCALE.
-        overrides: dotted settings for all runs; with `epochs` among them the plan is a rehearsal,
-            whose evaluations are as short, and see as few images as `max_images` leaves.
+        overrides: settings of all runs; with `epochs` among them the plan is a rehearsal, whose evaluations are as short, and see as
+            few images as `max_images` leaves.
 
     Raises:
         ConfigError: for settings that cannot be used, that the rows differ in, or other than those a run was started with.
@@ -84,86 +119,68 @@ def plan(
     if count < 1:
         raise ConfigError(f"seeds: must be at least 1, got {count}")
     rows = table.at(scale.name)
-    _check_overrides(over, rows, table)
-    where = runs or Path("runs/reproduce") / title(table, scale, over)
-    wanted, made = choose(rows, only), list[Run]()
-    for seed in sorted({*range(count), *_noted_seeds(where, rows)}):
+    names = [row.name for row in rows]
+    wanted = {known("only", name, names) for name in only} or set(names)
+    varied = {name for row in rows for name in flat(row.settings, leaves(Config))}
+    faults = [f"{name}: cannot be given for all runs; {why}" for name, why in _RESERVED.items() if name in over]
+    faults += [
+        f"{name}: is what the rows of {table.name} differ in; leave it out"
+        for name in over
+        if any(f"{other}.".startswith(f"{name}.") for other in varied)
+    ]
+    if faults:
+        raise ConfigError(*faults)
+    name = f"{table.name}-{scale.name}" + ("-rehearsal" if "epochs" in over else "")
+    folder = Path(runs or f"runs/reproduce/{name}")
+    # Seeds that have a note are in the plan, so that asking for fewer later takes nothing away from the results.
+    notes = (re.fullmatch("(.+)-([0-9]{1,6})", path.stem) for path in folder.glob("*.json"))
+    earlier = {int(note[2]) for note in notes if note and note[1] in names}
+    planned = []
+    for seed in sorted({*range(count), *earlier}):
         for row in rows:
             try:
-                run = _run(table, scale, row, seed, where, nest(over))
+                run = _run(table, scale, row, seed, folder, over)
             except ConfigError:
                 if row.name in wanted:
                     raise
                 continue
             if seed < count or run.note.exists():
-                made.append(run)
-    for run in made:
-        _refuse_other(run)
-    return made
+                _refuse_other_settings(run)
+                planned.append(run)
+    chosen = [run for run in planned if run.row.name in wanted and run.seed < count]
+    return Plan(name, table, scale, over, planned, chosen)
 
 
-def _noted_seeds(where: Path, rows: tuple[Row, ...]) -> set[int]:
-    """Seeds of which a run has been noted, so that asking for fewer later takes nothing away from the results."""
-    ends = (path.stem.rpartition("-") for path in where.glob("*-*.json"))
-    names = {row.name for row in rows}
-    return {int(seed) for row, _, seed in ends if row in names and re.fullmatch("[0-9]{1,6}", seed)}
-
-
-def title(table: Table, scale: Scale, overrides: Collection[str]) -> str:
-    """What the results are called: TABLE-SCALE, of a rehearsal TABLE-SCALE-rehearsal."""
-    return f"{table.name}-{scale.name}" + ("-rehearsal" if "epochs" in overrides else "")
-
-
-def choose(rows: tuple[Row, ...], only: Collection[str]) -> set[str]:
-    """The names of the rows that are asked for, all if none is; ConfigError names the nearest of an unknown one."""
-    names = [row.name for row in rows]
-    return {known("only", name, names) for name in only} or set(names)
-
-
-def _check_overrides(over: Mapping[str, Any], rows: tuple[Row, ...], table: Table) -> None:
-    settings = leaves(Config)
-    varied = {name for row in rows for name in flat(row.settings, settings)}
-    faults = [f"{name}: cannot be given for all runs; {why}" for name, why in _OWN.items() if name in over]
-    for name in over:
-        if not any(leaf == name or leaf.startswith(f"{name}.") for leaf in settings):
-            faults.append(f"{name}: unknown key; the nearest is {nearest(name, settings)}")
-        elif any(other == name or other.startswith(f"{name}.") for other in varied):
-            faults.append(f"{name}: is what the rows of {table.name} differ in; leave it out")
-    if faults:
-        raise ConfigError(*faults)
-
-
-def _run(table: Table, scale: Scale, row: Row, seed: int, where: Path, over: dict[str, Any]) -> Run:
-    folder = where / f"{row.name}-{seed}"
-    given: dict[str, Any] = {}
-    for settings in (scale.settings, table.scales[scale.name], row.settings):
-        given = layer(given, settings)
+def _run(table: Table, scale: Scale, row: Row, seed: int, folder: Path, over: Mapping[str, Any]) -> Run:
+    settings: dict[str, Any] = {}
+    for above in (scale.settings, table.scales[scale.name], row.settings):
+        settings = layer(settings, above)
+    out = folder / f"{row.name}-{seed}"
     try:
         if "epochs" in over:
-            given = merge(given, _shorter(given, over["epochs"]))
-            if "max_images" in over:
-                given = merge(given, {"log": {"knn_images": [over["max_images"]] * 2}})
-        given = layer(layer(given, over), {"seed": seed, "out": str(folder)})
-        config = resolve(given)
+            settings = merge(settings, _shorter(settings, over))
+        settings = layer(layer(settings, nest(over)), {"seed": seed, "out": str(out)})
+        config = resolve(settings)
     except ConfigError as error:
         raise ConfigError(*(f"{table.name}, {row.name}: {fault}" for fault in error.faults)) from error
     # The figures that are compared are the student's, which every method has.
-    asked = merge(scale.evaluation, {"network": ["student"], "device": config.engine.device})
-    if "epochs" in over and "linear" in asked["protocol"]:
-        asked = merge(asked, {"linear": {"epochs": config.epochs}})
+    evaluation = merge(scale.evaluation, {"network": ["student"], "device": config.engine.device})
+    if "epochs" in over and "linear" in evaluation["protocol"]:
+        evaluation = merge(evaluation, {"linear": {"epochs": config.epochs}})
     if "epochs" in over and "max_images" in over:
-        asked = merge(asked, {"images": [config.max_images, config.max_images]})
-    return Run(row, seed, given, config, read_settings(asked), folder)
+        evaluation = merge(evaluation, {"images": [config.max_images, config.max_images]})
+    return Run(row, seed, settings, config, read_settings(evaluation), out)
 
 
-def _shorter(given: dict[str, Any], epochs: Any) -> dict[str, Any]:
-    """The learning rate's warm-up keeps its share of a rehearsal."""
-    whole = resolve(given)
-    fewer = resolve(merge(given, {"epochs": epochs, "optimizer": {"warmup_epochs": 0}})).epochs
-    return {"optimizer": {"warmup_epochs": round(whole.optimizer.warmup_epochs / whole.epochs * fewer, 6)}}
+def _shorter(settings: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a rehearsal's settings: the learning rate's warm-up keeps its share, and kNN sees as few images as training."""
+    whole = resolve(settings)
+    epochs = resolve(merge(settings, {"epochs": over["epochs"], "optimizer": {"warmup_epochs": 0}})).epochs
+    shorter: dict[str, Any] = {"optimizer": {"warmup_epochs": round(whole.optimizer.warmup_epochs / whole.epochs * epochs, 6)}}
+    return shorter | ({"log": {"knn_images": [over["max_images"]] * 2}} if "max_images" in over else {})
 
 
-def _refuse_other(run: Run) -> None:
+def _refuse_other_settings(run: Run) -> None:
     """Refuse a folder that holds a run of other settings: its figures are not this row's."""
     file = run.folder / "config.yaml"
     if not file.exists():
@@ -172,65 +189,36 @@ def _refuse_other(run: Run) -> None:
         stored = from_mapping(read_yaml(file))
     except ConfigError as error:
         raise ConfigError(f"{run.folder}: its config.yaml cannot be used ({error.faults[0]}); move the folder away") from error
-    names = [name for name in leaves(Config) if name not in _APART and not _alike(name, run.config, stored)]
-    if names:
-        was, now = attrgetter(names[0])(stored), attrgetter(names[0])(run.config)
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        raise ConfigError(
-            f"{run.folder}: holds a run of other settings ({names[0]}: {was} there, {now} now{more}); "
-            "give another --runs and --out, or move it away"
-        )
+    for name in leaves(Config):
+        there, here = attrgetter(name)(stored), attrgetter(name)(run.config)
+        if there != here and name not in _NEUTRAL and not (name in _FROM_DATA and here is None):
+            raise ConfigError(
+                f"{run.folder}: holds a run of other settings ({name}: {there} there, {here} now); "
+                "give another --runs and --out, or move it away"
+            )
 
 
-def _alike(name: str, planned: Config, stored: Config) -> bool:
-    now = attrgetter(name)(planned)
-    return bool(now == attrgetter(name)(stored) or (name in _OF_DATA and now is None))
+def plain(settings: Evaluation) -> Any:
+    """Return settings as they read back from JSON."""
+    return json.loads(json.dumps(dataclasses.asdict(settings)))
 
 
-def state(run: Run) -> str:
-    """Where a run stands: new, begun, trained (not evaluated as is asked) or done."""
-    if not (run.folder / "config.yaml").exists():
-        return "new"
-    if _read(run.folder / "status.json").get("state") != "complete":
-        return "begun"
-    note = _read(run.note)
-    return "done" if note.get("evaluation") == plain(run.evaluation) and "results" in note else "trained"
-
-
-def noted(run: Run) -> dict[str, Any]:
-    """What stands in the run's note: {"evaluation", "results", ...}, {"error", ...} or nothing."""
-    return _read(run.note)
-
-
-def plain(settings: Evaluation) -> dict[str, Any]:
-    """Settings as they read back from JSON."""
-    made: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(settings)))
-    return made
-
-
-def _read(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a file, empty if there is none."""
     try:
-        found = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def flat(tree: Mapping[str, Any], whole: Collection[str] = (), prefix: str = "") -> dict[str, Any]:
-    """{"optimizer": {"lr": 1}} -> {"optimizer.lr": 1}; what is named in `whole` stays one."""
-    made: dict[str, Any] = {}
+    """Turn {"optimizer": {"lr": 1}} into {"optimizer.lr": 1}; mappings named in `whole` stay as they are."""
+    named: dict[str, Any] = {}
     for key, value in tree.items():
         name = prefix + key
-        if isinstance(value, Mapping) and name not in whole:
-            made |= flat(value, whole, name + ".")
-        else:
-            made[name] = value
-    return made
-
-
-def _words(settings: Mapping[str, Any]) -> list[str]:
-    """Options as they are typed."""
-    return [word for name, value in settings.items() for word in (f"--{name}", _typed(value))]
+        named |= flat(value, whole, name + ".") if isinstance(value, Mapping) and name not in whole else {name: value}
+    return named
 
 
 def _typed(value: Any) -> str:

@@ -3,251 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import signal
 import statistics
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from relssl.errors import ConfigError, DataError, Interrupted, LockedError, RelsslError, StorageError
-from relssl.files import write_json
-from relssl.reproduction.plan import Run, choose, noted, plain, state
-from relssl.reproduction.results import outcome
-from relssl.reproduction.study import Study
+from relssl.files import storing, write_json
+from relssl.reproduction.plan import Plan, Run, plain, plan, read_json
+from relssl.reproduction.results import options, outcome, typed, write_results
 from relssl.reproduction.tables import read_scale, read_table
-from relssl.settings.run import METHODS, derive
+from relssl.settings.run import Config, derive
 from relssl.train.signals import REASONS, TIME_LIMIT
 from relssl.units import duration
 
-# Steps that are timed, and seconds after which no further one begins.
-_STEPS, _SECONDS = 5, 20.0
-
-
-@dataclass(frozen=True)
-class Work:
-    """Operations of one run: of its training steps, and of making features for its evaluation."""
-
-    training: float
-    evaluation: float
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What is still to do.
-
-    Attributes:
-        seconds: of all runs of a row that are not done, by the row's name; None where the row cannot be set up.
-        basis: where the figures come from, in words.
-    """
-
-    seconds: dict[str, float | None]
-    basis: str
-
-    @property
-    def total(self) -> float:
-        """Seconds of all rows that are known."""
-        return sum(value for value in self.seconds.values() if value is not None)
-
-
-def cost(runs: Sequence[Run], outcomes: Mapping[tuple[str, int], Mapping[str, Any]], say: Callable[[str], None]) -> Cost:
-    """The cost of the runs that are not done.
-
-    Reading and making views is in the timed steps; a probe's own time is only known from runs that are done.
-
-    Args:
-        outcomes: of runs that are done, by row and seed.
-        say: told of rows that cannot be set up, a line each.
-    """
-    work = _works(runs, say)
-    done = [run for run in runs if (run.row.name, run.seed) in outcomes and work.get(run.row.name)]
-    trained = [_pace(work[run.row.name], outcomes[run.row.name, run.seed]) for run in done]
-    if trained:
-        rate = statistics.fmean(trained)
-        after = [outcomes[run.row.name, run.seed]["evaluation_seconds"] for run in done]
-        evaluation: float | None = statistics.fmean(after)
-        basis = f"from {len(done)} runs that are done"
-    else:
-        first = next((run for run in runs if work.get(run.row.name)), None)
-        measured = _measure(first, say) if first else None
-        if first is None or measured is None:
-            return Cost({run.row.name: None for run in runs}, "as no row can be set up here")
-        rate, evaluation = measured, None
-        basis = f"from a few steps of {first.row.name}, the other rows by their operations; without the probe's own time"
-    seconds: dict[str, float | None] = {}
-    for run in runs:
-        each, name = work[run.row.name], run.row.name
-        if each is None:
-            seconds[name] = None
-            continue
-        training = 0.0 if state(run) in ("trained", "done") else each.training / rate
-        features = 0.0 if state(run) == "done" else each.evaluation / rate if evaluation is None else evaluation
-        seconds[name] = (seconds.get(name) or 0.0) + training + features
-    return Cost(seconds, basis)
-
-
-def _pace(work: Work | None, outcome: Mapping[str, Any]) -> float:
-    """Operations a second of a run that is done."""
-    assert work is not None
-    return work.training / float(outcome["training_seconds"])
-
-
-def _works(runs: Sequence[Run], say: Callable[[str], None]) -> dict[str, Work | None]:
-    """The work of a run of each row; None for a row that cannot be set up, whose run will say the same."""
-    images = functools.cache(_images)  # the rows mostly share their data
-    found: dict[str, Work | None] = {}
-    for run in runs:
-        if run.row.name not in found:
-            try:
-                found[run.row.name] = work(run, images)
-            except (RelsslError, RuntimeError, ValueError) as error:
-                say(f"{run.row.name}: time unknown: {str(error).splitlines()[0]}")
-                found[run.row.name] = None
-    return found
-
-
-def _images(data: str, root: str | None, side: str, at_most: tuple[int, int] | None, seed: int) -> tuple[int, int, int]:
-    """How many images there are to train on, and on the two sides of an evaluation; nothing is downloaded to know it."""
-    from relssl.data.named import at_hand, load
-    from relssl.evaluation.pairs import LabelledPair
-
-    if not at_hand(data, root):
-        raise DataError(f"{data} is not under data_root, and no plan downloads it; its runs do")
-    pair = LabelledPair.load(data, root, at_most, seed)
-    return len(load(data, root, side)), len(pair.bank), len(pair.test)
-
-
-def work(run: Run, images: Callable[..., tuple[int, int, int]] = _images) -> Work:
-    """The operations of a run, two for a multiply-add."""
-    from relssl.train.estimate import step_flops
-
-    config, asked = run.config, run.evaluation
-    derived = derive(config)
-    flops = step_flops(config)
-    side = "bank" if METHODS[config.method.name].labels else "train"
-    there, bank, test = images(config.data, config.data_root, side, asked.images, asked.seed)
-    count = min(there, config.max_images or there)
-    # A classifier trained on augmented images passes them through the frozen network again in each epoch.
-    passes = 1 + (asked.linear.epochs if "linear" in asked.protocol else 0)
-    views = 1 + len(derived.strong) if derived.two_way else max(1, len(derived.strong))
-    features = len(asked.network or derived.networks) * flops["student"] / views * (passes * bank + test)
-    steps = config.epochs * (count // config.batch_size)
-    return Work(float(sum(flops.values()) * steps * config.batch_size), float(features))
-
-
-def _measure(run: Run, say: Callable[[str], None]) -> float | None:
-    """Operations a second in a few steps of a run; None if it cannot be set up."""
-    from relssl.engine import Engine
-    from relssl.train.estimate import step_flops, time_steps, timed
-    from relssl.train.pretrain import build
-
-    quick = dataclasses.replace(timed(run.config), log=dataclasses.replace(run.config.log, knn_every=0))
-    try:
-        engine = Engine(quick.engine)
-        with engine.running():
-            trainer = build(quick, engine)
-            trainer.compile()
-            steps = time_steps(trainer, _STEPS, limit=_SECONDS).steps
-    except (RelsslError, RuntimeError, ValueError) as error:
-        say(f"{run.row.name}: time unknown: {str(error).splitlines()[0]}")
-        return None
-    # The median, as a busy machine stalls now and then.
-    return sum(step_flops(run.config).values()) * run.config.batch_size / statistics.median(steps)
-
-
-# What stays of an evaluation's record; its card and which images were right are in RUN/evaluations.
-_KEPT = ("protocol", "network", "data", "setting", "main", "figures", "intervals", "notes", "seconds")
-
-
-class Asked(KeyboardInterrupt):
-    """A signal between steps, where nothing has to be saved; no handler of errors takes it for one."""
-
-    def __init__(self, code: int) -> None:
-        self.code = code
-
-
-class Watch:
-    """Ends what goes on outside of training at SIGINT and SIGTERM, and knows how much time is left.
-
-    Training listens for itself, as it saves first; its handlers take the place of these meanwhile.
-
-    Args:
-        minutes: for everything together; None: no limit.
-    """
-
-    def __init__(self, minutes: float | None) -> None:
-        self._end = math.inf if minutes is None else time.monotonic() + 60 * minutes
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> Watch:
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    @staticmethod
-    def _receive(number: int, frame: FrameType | None) -> None:
-        raise Asked(128 + number)
-
-    def minutes(self) -> float:
-        """What is left, infinite without a limit.
-
-        Raises:
-            Interrupted: if nothing is.
-        """
-        left = (self._end - time.monotonic()) / 60
-        if left <= 0:
-            raise Interrupted(REASONS[TIME_LIMIT], TIME_LIMIT)
-        return left
-
-
-def perform(run: Run, watch: Watch) -> None:
-    """Bring a run to its end from wherever it stands, and write its note.
-
-    A failure of this row alone is noted as {"error": {"kind", "message", "exit_code"}} and raised no further.
-
-    Raises:
-        Interrupted, Asked: when asked to stop; the run goes on from there the next time.
-        StorageError, LockedError: which the next row would meet as well.
-    """
-    try:
-        found = _perform(run, watch)
-    except (Interrupted, StorageError, LockedError):
-        raise
-    except Exception as error:
-        known = isinstance(error, RelsslError)
-        message = str(error) if known else f"{type(error).__name__}: {error}"
-        found = {
-            "error": {"kind": getattr(error, "kind", "bug"), "message": message, "exit_code": getattr(error, "exit_code", 1)}
-        }
-    run.note.parent.mkdir(parents=True, exist_ok=True)
-    write_json(run.note, {"row": run.row.name, "seed": run.seed} | found)
-
-
-def _perform(run: Run, watch: Watch) -> dict[str, Any]:
-    from relssl.evaluation.evaluate import evaluate
-    from relssl.train.pretrain import pretrain, resume
-
-    left = watch.minutes()
-    if state(run) == "new":
-        # The limit is this command's, not the run's: only what is left of it is written down.
-        limited = None if math.isinf(left) else left
-        pretrain(settings=dataclasses.replace(run.config, time_limit=limited), quiet=True)
-    else:
-        resume(run.folder, quiet=True, time_limit=left)
-    watch.minutes()
-    found = evaluate(run.folder, settings=run.evaluation)
-    results = [{name: record[name] for name in _KEPT} for record in found["results"]]
-    return {"evaluation": plain(run.evaluation), "results": results}
-
+# What a note holds of an evaluation's record; its card and which images were right are in RUN/evaluations.
+_NOTED = ("protocol", "network", "data", "setting", "main", "figures", "intervals", "notes", "seconds")
 
 Say = Callable[[str], None]
 
@@ -271,15 +47,15 @@ def reproduce(
     folders of the plan.
 
     Args:
-        table, scale: names; `relssl reproduce` lists them.
-        seeds: 0..seeds-1 are run; default: the scale's. Results tell of others what is there.
-        only: names of the rows to run; results tell of the others what is there.
+        table, scale: names, which `relssl reproduce` lists; a table may be a YAML file of one's own.
+        seeds: 0..seeds-1 are run; default: the scale's. Results include others that were run before.
+        only: names of the rows to run; results include the others that were run before.
         runs: folder of the run folders; default: runs/reproduce/TABLE-SCALE.
         out: folder of the results.
         time_limit: minutes for all runs together; a run's evaluation that has begun is finished first.
         plan_only: run nothing and write nothing; the answer then is {"table", "scale", "rows": [{"row", "label", "runs", "done",
             "seconds"}, ...], "seconds", "basis"}, seconds of what is left to do.
-        say: told of progress, a line each; default: nobody.
+        say: called with lines on the progress.
         overrides: settings for all runs, by name; `epochs` makes it a rehearsal, whose results say so and have a name of their own.
 
     Returns:
@@ -287,82 +63,194 @@ def reproduce(
 
     Raises:
         ConfigError: for unknown names, settings that cannot be used, and folders that hold something else.
-        Interrupted: on a signal or at the time limit, after what was found so far is written.
+        Interrupted: on a signal or at the time limit, after the results so far are written.
         StorageError, LockedError: if a folder cannot be written, or another process writes it.
     """
-    study = Study(read_table(table), read_scale(scale), seeds, only, runs, Path(out), overrides)
-    chosen = choose(study.table.at(scale), only)
+    planned = plan(read_table(table), read_scale(scale), seeds=seeds, only=only, runs=runs, overrides=overrides)
     if time_limit is not None and not time_limit > 0:
         raise ConfigError(f"time_limit: must be above 0 minutes, got {time_limit:g}")
-    count = study.scale.seeds if seeds is None else seeds
-    asked = [run for run in study.runs if run.row.name in chosen and run.seed < count]
     if not plan_only:
-        study.check_out()
-    costs = _plan(study, asked, say or (lambda line: None), measure=plan_only or any(state(run) != "done" for run in asked))
+        _check_out(planned, Path(out))
+    done = sum(run.state() == "done" for run in planned.chosen)
+    rows = len({run.row.name for run in planned.chosen})
+    tell = say or (lambda line: None)
+    tell(f"{planned.name}: {rows} rows, {len(planned.chosen)} runs, {done} of them done")
+    if planned.scale.name == "smoke" or planned.rehearsal:
+        tell("its numbers mean nothing: runs are cut short to show that everything works")
     if plan_only:
-        return costs
-    _work(study, asked, time_limit, say or (lambda line: None))
-    return study.write()
+        return _costs(planned, tell)
+    if say is not None and done < len(planned.chosen):
+        _costs(planned, say)
+    _perform_all(planned, Path(out), math.inf if time_limit is None else time.monotonic() + 60 * time_limit, tell)
+    return write_results(planned, Path(out))
 
 
-def _plan(study: Study, asked: Sequence[Run], say: Say, *, measure: bool) -> dict[str, Any]:
-    """Tell what will run and what it will cost."""
-    done = [run for run in asked if state(run) == "done"]
-    rows = list(dict.fromkeys(run.row.name for run in asked))
-    say(f"{study.name}: {len(rows)} rows, {len(asked)} runs, {len(done)} of them done")
-    if study.scale.name == "smoke" or study.rehearsal:
-        say("its numbers mean nothing: runs are cut short to show that everything works")
-    if not measure:
-        return {}
-    pass
-
-    found = {(row, seed): one for row, seeds in study.outcomes().items() for seed, one in seeds.items()}
-    costs = cost(asked, found, say)
-    listed = []
-    for name in rows:
-        own = [run for run in asked if run.row.name == name]
-        ended, seconds = sum(run in done for run in own), costs.seconds[name]
-        time = "unknown" if seconds is None else "nothing" if ended == len(own) else f"about {duration(seconds)}"
-        say(f"  {name:22} {len(own) - ended} of {len(own)} runs to do, {time}  ({own[0].row.label})")
-        listed.append({"row": name, "label": own[0].row.label, "runs": len(own), "done": ended, "seconds": seconds})
-    known = [value for value in costs.seconds.values() if value is not None]
-    say(f"{f'about {duration(costs.total)}' if known else 'unknown time'} in all, {costs.basis}")
-    return {
-        "table": study.table.name,
-        "scale": study.scale.name,
-        "rows": listed,
-        "seconds": costs.total,
-        "basis": costs.basis,
-    }
+def _check_out(planned: Plan, out: Path) -> None:
+    """Refuse to write over results of other settings, and make the folder."""
+    file = out / f"{planned.name}.json"
+    there, here = read_json(file).get("overrides"), typed(planned.overrides)
+    if there is not None and there != here:
+        words = f"{options(there) or 'none'} there, {options(here) or 'none'} now"
+        raise ConfigError(f"{file}: holds results of other settings ({words}); give another --out")
+    with storing(file):
+        out.mkdir(parents=True, exist_ok=True)
 
 
-def _work(study: Study, asked: Sequence[Run], minutes: float | None, say: Say) -> None:
-    """Do what is not done, one run after another; results are written after each, and when it ends early."""
-    pass
-
-    for run in study.runs:
-        if run not in asked:
-            study.told[run.row.name, run.seed] = "not asked for"
+def _perform_all(planned: Plan, out: Path, end: float, say: Say) -> None:
+    """Do what is not done, one run after another, until the time `end`; results are written after each, and when it ends early."""
     try:
-        with Watch(minutes) as watch:
-            for run in asked:
-                if state(run) != "done":
-                    perform(run, watch)
-                    study.write()
-                    say(_told(run))
-    except (Interrupted, Asked) as error:
-        code = error.code if isinstance(error, Asked) else error.exit_code
-        study.write()
-        left = sum(state(run) != "done" for run in asked)
-        raise Interrupted(
-            f"{study.name}: stopped with {left} of {len(asked)} runs to do; the same command goes on", code
-        ) from None
+        with _signals_raise():
+            for run in planned.chosen:
+                if run.state() != "done":
+                    perform(run, end)
+                    write_results(planned, out)
+                    say(f"{run.row.name} seed {run.seed}: {_summary(run)}")
+    except (Interrupted, _Signal) as error:
+        code = error.code if isinstance(error, _Signal) else error.exit_code
+        write_results(planned, out)
+        left = sum(run.state() != "done" for run in planned.chosen)
+        what = f"{planned.name}: stopped with {left} of {len(planned.chosen)} runs to do; the same command goes on"
+        raise Interrupted(what, code) from None
 
 
-def _told(run: Run) -> str:
-    found, note = outcome(run), noted(run)
-    if found is None:
-        return f"{run.row.name} seed {run.seed}: failed: {note['error']['message'].splitlines()[0]}"
-    figures = ", ".join(f"{name} {value:.1f}" for name, value in found["figures"].items())
-    seconds = found["training_seconds"] + found["evaluation_seconds"]
-    return f"{run.row.name} seed {run.seed}: {figures}{', collapsed' if found['collapsed'] else ''} ({duration(seconds)})"
+class _Signal(KeyboardInterrupt):
+    """A signal outside of training, where nothing has to be saved; no handler of errors takes it for one."""
+
+    def __init__(self, code: int) -> None:
+        self.code = code
+
+
+@contextmanager
+def _signals_raise() -> Iterator[None]:
+    """Let SIGINT and SIGTERM raise `_Signal` meanwhile; training has its own handlers, as it saves first."""
+
+    def stop(number: int, _: object) -> None:
+        raise _Signal(128 + number)
+
+    main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM) if main}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def perform(run: Run, end: float) -> None:
+    """Bring a run to its end from wherever it stands, and write its note.
+
+    A failure of this row alone is noted as {"error": {"kind", "message", "exit_code"}} and raised no further.
+
+    Raises:
+        Interrupted: at the time `end` of `time.monotonic`, or on a signal; the run goes on from there the next time.
+        StorageError, LockedError: which the next row would meet as well.
+    """
+    try:
+        note = _perform(run, end)
+    except (Interrupted, StorageError, LockedError):
+        raise
+    except Exception as error:
+        message = str(error) if isinstance(error, RelsslError) else f"{type(error).__name__}: {error}"
+        kind, code = getattr(error, "kind", "bug"), getattr(error, "exit_code", 1)
+        note = {"error": {"kind": kind, "message": message, "exit_code": code}}
+    run.note.parent.mkdir(parents=True, exist_ok=True)
+    write_json(run.note, {"row": run.row.name, "seed": run.seed} | note)
+
+
+def _perform(run: Run, end: float) -> dict[str, Any]:
+    left = _minutes(end)
+    from relssl.evaluation.evaluate import evaluate
+    from relssl.train.pretrain import pretrain, resume
+
+    if run.state() == "new":
+        # The limit is this command's, not the run's: only what is left of it is written down.
+        pretrain(settings=dataclasses.replace(run.config, time_limit=None if math.isinf(left) else left), quiet=True)
+    else:
+        resume(run.folder, quiet=True, time_limit=left)
+    _minutes(end)
+    record = evaluate(run.folder, settings=run.evaluation)
+    results = [{name: result[name] for name in _NOTED} for result in record["results"]]
+    return {"evaluation": plain(run.evaluation), "results": results}
+
+
+def _minutes(end: float) -> float:
+    if (left := (end - time.monotonic()) / 60) <= 0:
+        raise Interrupted(REASONS[TIME_LIMIT], TIME_LIMIT)
+    return left
+
+
+def _summary(run: Run) -> str:
+    result = outcome(run)
+    if result is None:
+        return f"failed: {read_json(run.note)['error']['message'].splitlines()[0]}"
+    figures = ", ".join(f"{name} {value:.1f}" for name, value in result["figures"].items())
+    seconds = result["training_seconds"] + result["evaluation_seconds"]
+    return f"{figures}{', collapsed' if result['collapsed'] else ''} ({duration(seconds)})"
+
+
+def _costs(planned: Plan, say: Say) -> dict[str, Any]:
+    """Tell what is left to do and how long it takes: rows by their operations, at the pace of finished runs or of a few steps."""
+    rows: dict[str, list[Run]] = {}
+    for run in planned.chosen:
+        rows.setdefault(run.row.name, []).append(run)
+    work: dict[str, tuple[float, float]] = {}
+    for name, (first, *_) in rows.items():
+        with _telling(name, say):
+            work[name] = _operations(first)
+    finished = [(work[run.row.name][0], one) for run in planned.chosen if run.row.name in work and (one := outcome(run))]
+    rate, evaluation, basis = 0.0, None, "as no row can be set up here"
+    if finished:
+        rate = statistics.fmean(training / one["training_seconds"] for training, one in finished)
+        evaluation = statistics.fmean(one["evaluation_seconds"] for _, one in finished)
+        basis = f"from {len(finished)} runs that are done"
+    elif work:
+        name = next(iter(work))
+        with _telling(name, say):
+            rate = _pace(rows[name][0].config)
+            basis = f"from a few steps of {name}, the other rows by their operations; without the probe's own time"
+    costs, total = [], 0.0
+    for name, runs in rows.items():
+        states, seconds = [run.state() for run in runs], None
+        done = states.count("done")
+        if name in work and rate:
+            training, features = work[name][0] / rate, work[name][1] / rate if evaluation is None else evaluation
+            seconds = (len(runs) - done) * features + (len(runs) - done - states.count("trained")) * training
+            total += seconds
+        left = "unknown" if seconds is None else f"about {duration(seconds)}" if done < len(runs) else "nothing"
+        say(f"  {name:22} {len(runs) - done} of {len(runs)} runs to do, {left}  ({runs[0].row.label})")
+        costs.append({"row": name, "label": runs[0].row.label, "runs": len(runs), "done": done, "seconds": seconds})
+    say(f"{f'about {duration(total)}' if rate else 'unknown time'} in all, {basis}")
+    return {"table": planned.table.name, "scale": planned.scale.name, "rows": costs, "seconds": total, "basis": basis}
+
+
+def _operations(run: Run) -> tuple[float, float]:
+    """Return the operations of a run's training and of the features for its evaluation, two for a multiply-add."""
+    from relssl.data.named import at_hand, load
+    from relssl.train.estimate import step_flops
+
+    config, derived, flops = run.config, derive(run.config), step_flops(run.config)
+    if not at_hand(config.data, config.data_root):
+        raise DataError(f"{config.data} is not under data_root, and no plan downloads it; its runs do")
+    images = len(load(config.data, config.data_root, "bank" if derived.traits.labels else "train"))
+    steps = config.epochs * (min(images, config.max_images or images) // config.batch_size)
+    # A classifier trained on augmented images passes them through the frozen network again in each epoch.
+    passes = 1 + (run.evaluation.linear.epochs if "linear" in run.evaluation.protocol else 0)
+    evaluated = min(images, (run.evaluation.images or (images,))[0])
+    views = len(derived.views) if derived.two_way else max(1, len(derived.strong))
+    return float(sum(flops.values()) * steps * config.batch_size), passes * evaluated * flops["student"] / views
+
+
+def _pace(config: Config) -> float:
+    """Return the operations a second in a few steps of a run."""
+    from relssl.train.estimate import step_flops, step_seconds
+
+    return sum(step_flops(config).values()) * config.batch_size / step_seconds(config)
+
+
+@contextmanager
+def _telling(name: str, say: Say) -> Iterator[None]:
+    """Say why a row cannot be set up; its run will fail with the same."""
+    try:
+        yield
+    except (RelsslError, RuntimeError, ValueError) as error:
+        say(f"{name}: time unknown: {str(error).splitlines()[0]}")

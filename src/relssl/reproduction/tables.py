@@ -6,7 +6,7 @@ at each, the table what is its own there.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,50 +14,29 @@ from typing import Any
 from relssl.errors import ConfigError
 from relssl.settings.reading import nearest_word, nest, read_yaml
 
-_FOLDER = Path(__file__).parent / "tables"
+FOLDER = Path(__file__).parent / "tables"
 SCALES = ("smoke", "small", "paper")
-# How sure a number is that stands for the paper's, from best to worst.
+# How sure a published number is: read in its source, quoted by a third party, or recalled and not checked; from best to worst.
 SURE = ("read", "third party", "recalled, high", "recalled, medium", "recalled, low")
-# Figures that papers report, and ours that they are compared with: (protocol, network).
-REPORTED = {"linear": ("linear", "student"), "knn": ("knn", "student")}
-
-
-@dataclass(frozen=True)
-class Number:
-    """A published figure.
-
-    Attributes:
-        data: the data set it was measured on.
-        figure: a key of `REPORTED`; `value` is in percent.
-        sure: one of `SURE`: read in its source, in a third party that quotes it, or recalled and not checked.
-        by: whose it is.
-    """
-
-    data: str
-    figure: str
-    value: float
-    sure: str
-    by: str
+# Figures that papers report, and ours that they are compared with.
+REPORTED = {"linear": "linear student", "knn": "knn student"}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table: a run's settings, but for what the scale gives; `name` is for folders and options."""
+    """One line of a table.
+
+    Attributes:
+        name: for folders and options; `label`: for people.
+        settings: those of its runs besides the scale's.
+        paper: published numbers, {"data", "figure": a key of `REPORTED`, "value": percent, "sure": one of `SURE`, "by"}.
+    """
 
     name: str
     label: str
     settings: dict[str, Any]
     scales: tuple[str, ...]
-    paper: tuple[Number, ...]
-
-
-@dataclass(frozen=True)
-class Expectation:
-    """What the paper leads one to expect: `kind` is above (two rows, the better first), collapse or sound (one row)."""
-
-    says: str
-    kind: str
-    rows: tuple[str, ...]
+    paper: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -65,9 +44,10 @@ class Table:
     """A comparison.
 
     Attributes:
-        shows: what it is about; `source`: where its numbers come from.
         reference: name of the row that others are paired with, where the scale has it.
         scales: the table's own settings at each scale.
+        expected: what the paper leads one to expect, {"says", "kind", "rows"}; the kind is above (two rows, the better one
+            first), collapse or sound (one row).
     """
 
     name: str
@@ -77,16 +57,16 @@ class Table:
     reference: str
     scales: dict[str, dict[str, Any]]
     rows: tuple[Row, ...]
-    expected: tuple[Expectation, ...]
+    expected: list[dict[str, Any]]
 
     def at(self, scale: str) -> tuple[Row, ...]:
-        """The rows at a scale."""
+        """Return the rows at a scale."""
         return tuple(row for row in self.rows if scale in row.scales)
 
 
 @dataclass(frozen=True)
 class Scale:
-    """What all tables share at one size: settings of runs and of their evaluation, and how many seeds unless told otherwise."""
+    """What all tables share at one size: the settings of runs and of their evaluation, and the usual number of seeds."""
 
     name: str
     about: str
@@ -96,16 +76,12 @@ class Scale:
 
 
 def names() -> list[str]:
-    """The names of all tables."""
-    return sorted(path.stem for path in _FOLDER.glob("*.yaml"))
+    """Return the names of all tables."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
 def known(what: str, word: str, words: Iterable[str]) -> str:
-    """`word`, if it is one of `words`.
-
-    Raises:
-        ConfigError: naming the nearest, and all.
-    """
+    """Return `word` if it is one of `words`, else raise a ConfigError that names the nearest, and all."""
     words = list(words)
     if word not in words:
         raise ConfigError(f"{what}: {word!r} is unknown; the nearest is {nearest_word(word, words)} (all: {', '.join(words)})")
@@ -113,37 +89,48 @@ def known(what: str, word: str, words: Iterable[str]) -> str:
 
 
 def read_table(name: str) -> Table:
-    """A table by its name; ConfigError names the nearest."""
-    raw = read_yaml(_FOLDER / f"{known('table', name, names())}.yaml")
+    """Read a table by its name, or a YAML file of one's own; a ConfigError names the nearest of an unknown name."""
+    path = Path(name) if name.endswith(".yaml") else FOLDER / f"{known('table', name, names())}.yaml"
+    raw = read_yaml(path)
     return Table(
-        name=name,
-        title=raw["title"],
-        shows=" ".join(raw["shows"].split()),
-        source=" ".join(raw["source"].split()),
-        reference=raw["reference"],
-        scales={scale: nest(settings or {}) for scale, settings in raw["scales"].items()},
-        rows=tuple(map(_row, raw["rows"])),
-        expected=tuple(map(_expectation, raw["expected"])),
+        path.stem,
+        raw["title"],
+        " ".join(raw["shows"].split()),
+        " ".join(raw["source"].split()),
+        raw["reference"],
+        {scale: nest(settings or {}) for scale, settings in raw["scales"].items()},
+        tuple(
+            Row(
+                row["name"], row["label"], nest(row["settings"]), tuple(row.get("scales", SCALES)), _numbers(row.get("paper", []))
+            )
+            for row in raw["rows"]
+        ),
+        [_expectation(**entry) for entry in raw["expected"]],
     )
 
 
 def read_scale(name: str) -> Scale:
-    """A scale by its name; ConfigError names the nearest."""
-    raw = read_yaml(_FOLDER / "scales" / f"{known('scale', name, SCALES)}.yaml")
+    """Read a scale by its name; a ConfigError names the nearest."""
+    raw = read_yaml(FOLDER / "scales" / f"{known('scale', name, SCALES)}.yaml")
     return Scale(name, raw["about"], int(raw["seeds"]), nest(raw["settings"]), raw["evaluation"])
 
 
-def _row(raw: Mapping[str, Any]) -> Row:
-    numbers = [
-        Number(said["data"], figure, float(said[figure]), said["sure"], said.get("by", "the paper"))
-        for said in raw.get("paper", [])
-        for figure in REPORTED
-        if figure in said
+def _numbers(paper: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return an entry for each figure."""
+    return [
+        {
+            "data": entry["data"],
+            "figure": name,
+            "value": float(entry[name]),
+            "sure": entry["sure"],
+            "by": entry.get("by", "the paper"),
+        }
+        for entry in paper
+        for name in REPORTED
+        if name in entry
     ]
-    return Row(raw["name"], raw["label"], nest(raw["settings"]), tuple(raw.get("scales", SCALES)), tuple(numbers))
 
 
-def _expectation(raw: Mapping[str, Any]) -> Expectation:
-    (kind,) = raw.keys() - {"says"}
-    rows = raw[kind]
-    return Expectation(raw["says"], kind, (rows,) if isinstance(rows, str) else tuple(rows))
+def _expectation(says: str, **judged: Any) -> dict[str, Any]:
+    ((kind, rows),) = judged.items()
+    return {"says": says, "kind": kind, "rows": [rows] if isinstance(rows, str) else rows}

@@ -43,6 +43,7 @@ from relssl.evaluation.pairs import choose
 from relssl.files import to_json
 from relssl.method import create_student
 from relssl.method.backbones import count_flops
+from relssl.method.base import World
 from relssl.settings.run import METHODS, Config, derive, resolve
 from relssl.train.checkpoint import whole_state
 from relssl.train.loop import WORTH_COMPILING, Trainer
@@ -456,6 +457,16 @@ def time_steps(trainer: Trainer, steps: int, limit: float = 60.0) -> Timing:
     return Timing([wait + work for wait, work in zip(waits, works, strict=True)], waits, bad)
 
 
+def step_seconds(config: Config) -> float:
+    """Return the median seconds of a few steps of a run."""
+    quick = dataclasses.replace(timed(config), log=dataclasses.replace(config.log, knn_every=0))
+    engine = Engine(quick.engine)
+    with engine.running():
+        trainer = build(quick, engine)
+        trainer.compile()
+        return statistics.median(time_steps(trainer, 5, limit=20.0).steps)
+
+
 def _warm_up(trainer: Trainer) -> None:
     (parts,) = trainer.loader.stream(trainer.step, trainer.step + 1)
     begun = time.perf_counter()
@@ -606,22 +617,21 @@ def _step(trainer: Trainer, held: list[Batch] | None) -> dict[str, float]:
     made = []
     for number, part in enumerate(parts, start=1):
         with trainer.engine.part(trainer.model.student, last=number == len(parts)):
-            trainer.shuffle(number - 1)
-            made.append(_passes(trainer, part, clock))
+            made.append(_passes(trainer, part, trainer.world(number - 1), clock))
     queries = torch.cat([part for part, _ in made], dim=1)
     keys = torch.cat([part for _, part in made])
     _updates(trainer, queries, keys, torch.cat([part.ids for part in parts]), clock)
     return clock.seconds
 
 
-def _passes(trainer: Trainer, part: Batch, clock: _Clock) -> tuple[Tensor, Tensor]:
+def _passes(trainer: Trainer, part: Batch, world: World, clock: _Clock) -> tuple[Tensor, Tensor]:
     """Both networks and the loss on one part; its queries [V, B, D] and keys [B, D]."""
     engine, model = trainer.engine, trainer.model
     with clock.time("layout"):
         placed = Batch(part.ids, engine.place(part.weak), [engine.place(view) for view in part.strong])
     networks = clock.forward(model.teacher, "teacher"), clock.forward(model.student, "student")
     with networks[0], networks[1], clock.time("loss"), engine.autocast():  # the loss is what the networks leave of the step
-        made = trainer.look(placed, trainer.settings_at(trainer.step))
+        made = trainer.look(placed, trainer.settings_at(trainer.step), world)
     with clock.time("backward"):
         made.loss.backward()  # type: ignore[no-untyped-call]
     return made.queries, made.keys

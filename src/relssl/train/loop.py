@@ -11,19 +11,16 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from relssl.data.images import Images
 from relssl.data.loader import Batch, FromFiles, Plan, Unreadable, create_loader
 from relssl.engine import Engine, send
-from relssl.errors import CheckpointError, ConfigError, DataError, Interrupted, NumericError
-from relssl.method import create_method, health, schedules, shuffled
-from relssl.method.base import Step, unwrapped
+from relssl.errors import CheckpointError, DataError, Interrupted, NumericError
+from relssl.method import create_method, health, schedules
+from relssl.method.base import ALONE, Step, World, unwrapped
 from relssl.method.create import create_run_optimizer
-from relssl.method.encoder import Encoder
 from relssl.method.health import effective_rank, spread, verdict
-from relssl.method.ressl import OBJECTIVES
 from relssl.settings.run import METHODS, Config, derive
 from relssl.train import checkpoint
 from relssl.train.online import OnlineKnn
@@ -130,43 +127,11 @@ def _join(networks: Sequence[nn.Module]) -> list[Tensor]:
 WORTH_COMPILING = 2000
 
 
-def pick_loss_form(config: Config, engine: Engine, share: int) -> str:
-    """The form of the loss: the one asked for, tiled on CPUs, plain on MPS, the faster of tiled and triton on CUDA.
-
-    Args:
-        share: samples of one part on one device.
-
-    Raises:
-        ConfigError: if triton is asked for where it cannot run.
-    """
-    asked, kind = config.method.loss_form, engine.device.type
-    if not METHODS[config.method.name].tiled:
-        return "plain"
-    if kind != "cuda" and asked == "triton":
-        raise ConfigError("method.loss_form: triton needs a CUDA device; use tiled or auto")
-    if asked in ("plain", "tiled") or kind != "cuda":
-        return {"auto": "tiled" if kind == "cpu" else "plain"}.get(asked, asked)
-    if asked == "auto" and config.engine.deterministic:
-        return "tiled"
-    dim, views = config.encoder.dim, len(derive(config).strong)
-    queries, keys = _directions(engine, views, share, dim), _directions(engine, share, dim)
-    memory = _directions(engine, config.method.memory_size, dim)
-
-    def step(form: str) -> Callable[[], None]:
-        def run() -> None:
-            loss = OBJECTIVES[form](
-                queries.detach().requires_grad_(), keys, memory, student_temperature=0.1, teacher_temperature=0.04
-            )
-            loss.backward()  # type: ignore[no-untyped-call]
-
-        return run
-
-    fused, fault = _tried(lambda: _seconds(step("triton"), engine), engine)
-    if asked == "triton" and fault is not None:
-        raise ConfigError(f"method.loss_form: triton cannot run here ({fault}); use tiled or auto")
-    tiled = _seconds(step("tiled"), engine)
-    slower = engine.largest(int(fault is not None or fused > tiled))  # one form for all ranks
-    return "tiled" if slower and asked == "auto" else "triton"
+def pick_loss_form(config: Config, engine: Engine) -> str:
+    """Pick the form of the loss: the one that is asked for, else tiled, but plain on MPS."""
+    if config.method.loss_form in ("plain", "tiled"):
+        return config.method.loss_form
+    return "plain" if engine.device.type == "mps" else "tiled"
 
 
 def compile_networks(learner: Learner) -> str | None:
@@ -189,10 +154,9 @@ def compile_networks(learner: Learner) -> str | None:
     def compiled() -> float:
         torch.compiler.reset()  # type: ignore[no-untyped-call]  # one cache serves all networks of a process
         for network in networks:
-            _compile(network, graphs)
+            network.compile_heads(graphs)
         return _seconds(run, engine)
 
-    gather, learner.model.gather = learner.model.gather, lambda rows: rows
     learner.guard.watch()
     try:
         with torch.random.fork_rng([engine.device] if engine.device.type == "cuda" else []):
@@ -202,13 +166,12 @@ def compile_networks(learner: Learner) -> str | None:
                 after, fault = _tried(compiled, engine)
     finally:
         learner.guard.take_back()
-        learner.model.gather = gather
         learner.optimizer.zero_grad(set_to_none=True)
     if fault is not None:
-        _undo(networks, engine)
+        _undo(networks)
         return f"compile: not possible here ({fault}); going on without"
     if config.compile == "auto" and engine.largest(int(after > before)):
-        _undo(networks, engine)
+        _undo(networks)
         return f"compile: does not pay here ({after / before:.2f} times the time of a step without); going on without"
     learner.replays = graphs
     return f"compile: networks' passes take {after / before:.2f} of the time without"
@@ -226,15 +189,9 @@ def _tried(work: Callable[[], float], engine: Engine) -> tuple[float, str | None
     return found, None
 
 
-def _compile(network: Encoder, graphs: bool) -> None:
-    made = torch.compile(network.heads, dynamic=False, mode="reduce-overhead" if graphs else None)
-    # The embeddings leave the memory that the next replay writes to. Evaluation calls the backbone, which stays as it is.
-    network.__dict__["heads"] = lambda images: tuple(part.clone() for part in made(images))
-
-
-def _undo(networks: list[Encoder], engine: Engine) -> None:
+def _undo(networks: list[Any]) -> None:
     for network in networks:
-        network.__dict__.pop("heads", None)
+        network.compiled_heads = None
     torch.compiler.reset()  # type: ignore[no-untyped-call]  # with it goes the memory that graphs hold
 
 
@@ -259,10 +216,6 @@ def _trial(learner: Learner) -> Callable[[], None]:
         learner.optimizer.zero_grad(set_to_none=True)
 
     return run
-
-
-def _directions(engine: Engine, *shape: int) -> Any:
-    return F.normalize(torch.rand(*shape, device=engine.device) - 0.5, dim=-1)
 
 
 def _seconds(run: Callable[[], None], engine: Engine) -> float:
@@ -321,13 +274,12 @@ class Learner:
         self.steps_per_epoch = self.plan.steps_per_epoch
         self.total_steps = config.epochs * self.steps_per_epoch
         # Every rank builds the same networks and memory from the same seed; they stay equal by moving alike.
-        self.loss_form = pick_loss_form(config, engine, self.plan.share)
+        self.loss_form = pick_loss_form(config, engine)
         torch.manual_seed(config.seed)
         memory_source = torch.Generator().manual_seed(config.seed)
         self.model = create_method(config, memory_source, self.loss_form, classes)
         encoder = unwrapped(self.model.student)
         self.model.student = engine.setup(encoder)
-        self.model.gather = partial(engine.gather, share=self.plan.share)
         for part in (self.model.teacher, self.model.memory):
             if part is not None:
                 engine.place(part)
@@ -353,10 +305,9 @@ class Learner:
         losses, done = [], []
         for number, part in enumerate(parts):
             last = number == len(parts) - 1
-            self.shuffle(number)
             with self.engine.part(self.model.student, last):
                 with self.engine.autocast():
-                    made = self.look(part, now)
+                    made = self.look(part, now, self.world(number))
                 # Outside autocast, which would round the loss's fp32 products to bf16 on the way back.
                 (made.loss / len(parts)).backward()  # type: ignore[no-untyped-call]
             losses.append(made.loss.detach())
@@ -378,23 +329,18 @@ class Learner:
             return None
         return Figures(self.step, now if logged else None, self.engine.fetch(told | {"streak": self.guard.longest()}))
 
-    def look(self, part: Batch, now: dict[str, float]) -> Step:
+    def look(self, part: Batch, now: dict[str, float], world: World = ALONE) -> Step:
         """The method's step up to the loss, on one part of a batch."""
         labels = {} if self.labels is None else {"labels": self.labels[part.ids.to(self.labels.device)]}
         strong = [self.engine.place(view) for view in part.strong]
-        return self.model.step(self.engine.place(part.weak), strong, **self.step_settings(now), **labels)
+        return self.model.step(self.engine.place(part.weak), strong, world, **self.step_settings(now), **labels)
 
-    def shuffle(self, number: int) -> None:
-        """Let the teacher see the part `number` of this step shuffled over all ranks, if the settings say so."""
-        if not self.config.method.shuffle:
-            return
-        order = send(torch.from_numpy(self.plan.shuffle(self.step, number)), self.engine.device)
-        gather = partial(self.engine.gather, share=self.plan.share)
-
-        def asked(teacher: torch.nn.Module, view: torch.Tensor) -> torch.Tensor:
-            return shuffled(lambda images: teacher([images])[0], view, order, self.engine.rank, gather)
-
-        self.model.shuffle = asked
+    def world(self, number: int) -> World:
+        """The ranks, and the order in which the teacher sees part `number` of this step, shuffled over all of them or as it is."""
+        order = None
+        if self.config.method.shuffle:
+            order = send(torch.from_numpy(self.plan.shuffle(self.step, number)), self.engine.device)
+        return World(self.engine.rank, partial(self.engine.gather, share=self.plan.share), order)
 
     def health(self, queries: torch.Tensor, keys: torch.Tensor, now: dict[str, float]) -> dict[str, torch.Tensor]:
         """The figures of the relations of queries [V, B, D] and keys [B, D], at the settings of the step; without a memory there
@@ -604,7 +550,7 @@ class Trainer(Learner):
 
     def choices(self) -> dict[str, Any]:
         """What a stopwatch may have decided; another decision rounds otherwise."""
-        return {"loss form": self.loss_form, "compiled": "heads" in vars(unwrapped(self.model.student))}
+        return {"loss form": self.loss_form, "compiled": unwrapped(self.model.student).compiled_heads is not None}
 
     def redecided(self) -> list[str]:
         """What has been decided otherwise than when the checkpoint gone on from was saved."""
