@@ -15,11 +15,12 @@ from PIL import Image
 
 from relssl.data.images import Images
 from relssl.data.named import load
+from relssl.data.plain import PlainView, Reader
 from relssl.engine import Engine
 from relssl.errors import DataError
 from relssl.evaluation import features
 from relssl.evaluation.features import evaluating, extract, frozen, state_hash
-from relssl.settings.run import Config, EngineConfig, resolve
+from relssl.settings.run import EngineConfig
 
 
 @pytest.fixture(autouse=True)
@@ -34,8 +35,8 @@ def engine() -> Engine:
 
 
 @pytest.fixture
-def config() -> Config:
-    return resolve({"data": "digits", "views.mean": [0.5, 0.5, 0.5], "views.std": [0.25, 0.25, 0.25], "views.margin": 1})
+def reader() -> Reader:
+    return Reader(PlainView(32, 1.0, "bilinear", (0.5,) * 3, (0.25,) * 3))
 
 
 def digits(count: int = 50) -> Images:
@@ -46,40 +47,40 @@ def entries(root: Path) -> list[Path]:
     return sorted(root.iterdir()) if root.exists() else []
 
 
-def test_kept_features_are_those_made_in_memory(root: Path, engine: Engine, config: Config, tiny_net: Any) -> None:
+def test_kept_features_are_those_made_in_memory(root: Path, engine: Engine, reader: Reader, tiny_net: Any) -> None:
     backbone, images = tiny_net(), digits(300)
-    plain = extract(backbone, images, config, engine.device)
-    first = features.features(backbone, images, config, engine)
+    plain = extract(backbone, images, reader, engine.device)
+    first = features.features(backbone, images, reader, engine)
     (entry,) = entries(root)
     written = (entry / "vectors.f32").stat().st_mtime_ns
-    second = features.features(backbone, images, config, engine)
+    second = features.features(backbone, images, reader, engine)
     for found in (first, second):
         assert torch.equal(found.vectors, plain.vectors) and (found.rows == plain.rows).all() and found.bad == []
     assert entries(root) == [entry] and (entry / "vectors.f32").stat().st_mtime_ns == written
     # A map that may be written in memory, and never reaches the file.
     first.vectors.zero_()
-    assert torch.equal(features.features(backbone, images, config, engine).vectors, plain.vectors)
+    assert torch.equal(features.features(backbone, images, reader, engine).vectors, plain.vectors)
 
 
-def test_whatever_decides_about_the_numbers_makes_a_new_entry(root: Path, engine: Engine, config: Config, tiny_net: Any) -> None:
+def test_whatever_decides_about_the_numbers_makes_a_new_entry(root: Path, engine: Engine, reader: Reader, tiny_net: Any) -> None:
     backbone = tiny_net()
-    keys = [features.key(backbone, digits(), config, engine)]
-    keys.append(features.key(backbone, digits(49), config, engine))
-    other = dataclasses.replace(config, views=dataclasses.replace(config.views, mean=(0.4, 0.5, 0.5)))
+    keys = [features.key(backbone, digits(), reader, engine)]
+    keys.append(features.key(backbone, digits(49), reader, engine))
+    other = Reader(dataclasses.replace(reader.view, mean=(0.4, 0.5, 0.5)))
     keys.append(features.key(backbone, digits(), other, engine))
-    keys.append(features.key(backbone, digits(), config, Engine(EngineConfig(device="cpu", precision="bf16", threads=1))))
+    keys.append(features.key(backbone, digits(), reader, Engine(EngineConfig(device="cpu", precision="bf16", threads=1))))
     with torch.no_grad():
         backbone.norm.running_mean += 1e-3  # batch-norm statistics count as well
-    keys.append(features.key(backbone, digits(), config, engine))
+    keys.append(features.key(backbone, digits(), reader, engine))
     backbone.conv.stride = (1, 1)  # the same weights, another network
-    keys.append(features.key(backbone, digits(), config, engine))
+    keys.append(features.key(backbone, digits(), reader, engine))
     assert len(set(keys)) == len(keys)
 
 
 @pytest.mark.parametrize("damage", ["cut", "about", "rows"])
-def test_a_damaged_entry_is_made_anew(damage: str, root: Path, engine: Engine, config: Config, tiny_net: Any) -> None:
+def test_a_damaged_entry_is_made_anew(damage: str, root: Path, engine: Engine, reader: Reader, tiny_net: Any) -> None:
     backbone = tiny_net()
-    plain = features.features(backbone, digits(), config, engine).vectors.clone()
+    plain = features.features(backbone, digits(), reader, engine).vectors.clone()
     (entry,) = entries(root)
     if damage == "cut":
         os.truncate(entry / "vectors.f32", 100)
@@ -87,35 +88,35 @@ def test_a_damaged_entry_is_made_anew(damage: str, root: Path, engine: Engine, c
         (entry / "about.json").write_text("{")
     else:
         (entry / "rows.npy").write_bytes(b"\x93NUMPY")
-    assert torch.equal(features.features(backbone, digits(), config, engine).vectors, plain)
+    assert torch.equal(features.features(backbone, digits(), reader, engine).vectors, plain)
 
 
 def test_an_entry_that_another_process_removes_at_once_is_made_in_memory(
-    engine: Engine, config: Config, tiny_net: Any, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, reader: Reader, tiny_net: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backbone, images = tiny_net(), digits()
-    plain = extract(backbone, images, config, engine.device)
+    plain = extract(backbone, images, reader, engine.device)
     monkeypatch.setattr(features, "_evict", lambda root, keep: shutil.rmtree(keep))
-    found = features.features(backbone, images, config, engine)
+    found = features.features(backbone, images, reader, engine)
     assert torch.equal(found.vectors, plain.vectors) and (found.rows == plain.rows).all()
 
 
 def test_entries_longest_unused_go_first(
-    root: Path, engine: Engine, config: Config, tiny_net: Any, monkeypatch: pytest.MonkeyPatch
+    root: Path, engine: Engine, reader: Reader, tiny_net: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backbone = tiny_net()
     for count, day in ((40, 3), (41, 1), (42, 2)):
-        features.features(backbone, digits(count), config, engine)
-        os.utime(root / features.key(backbone, digits(count), config, engine), (day, day))
+        features.features(backbone, digits(count), reader, engine)
+        os.utime(root / features.key(backbone, digits(count), reader, engine), (day, day))
     size = sum(file.stat().st_size for entry in entries(root) for file in entry.iterdir())
     monkeypatch.setattr(features, "LIMIT", size + 500)
-    features.features(backbone, digits(43), config, engine)
+    features.features(backbone, digits(43), reader, engine)
     left = {entry.name for entry in entries(root)}
-    assert left == {features.key(backbone, digits(count), config, engine) for count in (40, 42, 43)}
+    assert left == {features.key(backbone, digits(count), reader, engine) for count in (40, 42, 43)}
 
 
 def test_unreadable_files_are_kept_with_their_reason(
-    tmp_path: Path, root: Path, engine: Engine, config: Config, tiny_net: Any
+    tmp_path: Path, root: Path, engine: Engine, reader: Reader, tiny_net: Any
 ) -> None:
     for shade in (10, 20, 30):
         Image.fromarray(np.full((40, 40, 3), shade, np.uint8)).save(tmp_path / f"{shade}.png")
@@ -123,14 +124,14 @@ def test_unreadable_files_are_kept_with_their_reason(
     (tmp_path / "20.png").write_bytes(cut)
     images = load(str(tmp_path), None, "train")
     backbone = tiny_net()
-    made, again = (features.features(backbone, images, config, engine) for _ in range(2))
+    made, again = (features.features(backbone, images, reader, engine) for _ in range(2))
     for found in (made, again):
         assert found.rows.tolist() == [0, 2] and len(found.vectors) == 2
         assert [file for file, _ in found.bad] == [str(tmp_path / "20.png")]
     for shade in (10, 30):
         (tmp_path / f"{shade}.png").write_bytes(cut)
     with pytest.raises(DataError, match="none of its 3 images"):
-        features.features(backbone, images, config, engine)
+        features.features(backbone, images, reader, engine)
     assert len(entries(root)) == 1
 
 

@@ -30,8 +30,7 @@ from relssl.data.folder import Files, cache_root
 from relssl.data.images import Images
 from relssl.data.loader import FromFiles, Plan, create_loader
 from relssl.data.named import load
-from relssl.data.plain import PlainView
-from relssl.data.plain import batches as plain_batches
+from relssl.data.plain import PlainView, Reader
 from relssl.data.shrunk import PIXELS, TABLE, Shrunk
 from relssl.engine import Engine
 from relssl.errors import ConfigError, DataError, Interrupted, StorageError
@@ -416,10 +415,7 @@ def test_two_that_want_the_same_agree(images: Images, config: Config, monkeypatc
 def test_a_subset_and_evaluation_look_at_the_files(images: Images, config: Config) -> None:
     cached = dataclasses.replace(images, source=shrunken(images, config, Told()))
     assert isinstance(cached.subset([1, 2]).source, Files) and cached.fingerprint() == images.fingerprint()
-    view = PlainView.of(config.views)
-    a, b = (
-        next(plain_batches(each, view, workers=0, max_pixels=10**6))[1] for each in (images, load(images.name, None, "train"))
-    )
+    a, b = (next(Reader(PlainView.of(config.views)).batches(each))[1] for each in (images, load(images.name, None, "train")))
     assert torch.equal(a, b)
 
 

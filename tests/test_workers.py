@@ -15,6 +15,7 @@ from relssl.data import cache, loader, plain
 from relssl.data.images import Images
 from relssl.data.loader import FromFiles, Plan
 from relssl.data.named import load
+from relssl.data.plain import PlainView, Reader
 from relssl.errors import DataError
 from test_shrunk import Told, settings_for
 
@@ -50,9 +51,7 @@ USES: dict[str, Callable[[Images, Path, str], object]] = {
             images, settings_for(root, **{"loader.workers": 1, "loader.cache": None, "loader.decoder": decoder}), Plan(8, 4), CPU
         ).stream(0, 2)
     ),
-    "evaluate": lambda images, root, _: list(
-        plain.batches(images, plain.PlainView.of(settings_for(root).views), workers=1, max_pixels=10**6)
-    ),
+    "evaluate": lambda images, root, _: list(Reader(PlainView.of(settings_for(root).views), 1).batches(images)),
     "shrink": lambda images, root, _: cache.shrunken(images, settings_for(root, **{"loader.workers": 1}), Told()),
 }
 CPU = torch.device("cpu")

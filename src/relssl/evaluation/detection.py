@@ -26,13 +26,14 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from relssl.data.boxes import Scenes, Target, load
-from relssl.data.workers import hand_over, loader_workers, reset_signals, watch
+from relssl.data.plain import Reader
+from relssl.data.workers import hand_over, reset_signals, watch
 from relssl.engine import Engine
 from relssl.errors import ConfigError, DataError, NumericError
 from relssl.evaluation.findings import Finding
 from relssl.method.backbones import channels_of
 from relssl.settings.evaluation import DetectionConfig
-from relssl.settings.run import Config
+from relssl.weights.spec import BackboneSpec
 
 MOMENTUM = 0.9
 _CHANNELS = 256  # of every level of the pyramid (Lin et al., section 3)
@@ -71,13 +72,13 @@ class Pyramid(nn.Module):
 
 
 def create_detector(
-    backbone: nn.Module, config: Config, settings: DetectionConfig, classes: int, *, masks: bool, autocast: Autocast
+    backbone: nn.Module, spec: BackboneSpec, settings: DetectionConfig, classes: int, *, masks: bool, autocast: Autocast
 ) -> nn.Module:
     """Return torchvision's model, in training mode, on a copy of the backbone; the rest is drawn from torch's generator.
 
     Args:
         backbone: timm network without classifier.
-        config: the backbone's own.
+        spec: what it is.
         classes: C, without the background.
         masks: Mask R-CNN instead of Faster R-CNN.
         autocast: the precision of backbone and pyramid.
@@ -86,8 +87,8 @@ def create_detector(
         ConfigError: if the backbone has no maps of falling resolution, takes images of one size only, or grey ones.
     """
     network = copy.deepcopy(backbone).cpu().requires_grad_(True)
-    levels = pyramid_levels(network, config.backbone)
-    freeze(network, config.backbone, settings.frozen_stages, all_norms=settings.norm == "frozen")
+    levels = pyramid_levels(network, spec.name)
+    freeze(network, spec.name, settings.frozen_stages, all_norms=settings.norm == "frozen")
     # The level made by pooling has twice the stride of the last.
     strides = [stride for _, _, stride in levels] + [2 * levels[-1][2]]
     names = [str(level) for level in range(len(levels))]
@@ -96,8 +97,8 @@ def create_detector(
         "min_size": settings.min_size,
         "max_size": settings.max_size,
         "box_batch_size_per_image": settings.regions,
-        "image_mean": list(config.views.mean or ()),
-        "image_std": list(config.views.std or ()),
+        "image_mean": list(spec.view.mean),
+        "image_std": list(spec.view.std),
         "rpn_anchor_generator": AnchorGenerator(
             tuple((_ANCHOR * stride,) for stride in strides), ((0.5, 1.0, 2.0),) * len(strides)
         ),
@@ -182,7 +183,7 @@ def rate_share(step: int, steps: int, warmup: int) -> float:
 
 
 def train(
-    model: nn.Module, images: Scenes, config: Config, engine: Engine, *, settings: DetectionConfig, seed: int
+    model: nn.Module, images: Scenes, workers: int, engine: Engine, *, settings: DetectionConfig, seed: int
 ) -> Iterator[float]:
     """Train torchvision's model, yielding the loss of each step after it.
 
@@ -196,7 +197,7 @@ def train(
     flips = (generator.random(steps * size) < 0.5).reshape(steps, size)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=settings.lr, momentum=MOMENTUM, weight_decay=settings.weight_decay)
-    for step, batch in enumerate(_batches(images, order.tolist(), size, config, engine)):
+    for step, batch in enumerate(_batches(images, order.tolist(), size, workers, engine)):
         model.train()
         samples = [mirror(*sample) if flip else sample for sample, flip in zip(batch, flips[step], strict=True)]
         optimizer.param_groups[0]["lr"] = settings.lr * rate_share(step, steps, warmup)
@@ -224,7 +225,7 @@ def mirror(image: Tensor, target: Target) -> Sample:
 
 @torch.no_grad()
 def measure(
-    model: nn.Module, images: Scenes, config: Config, engine: Engine
+    model: nn.Module, images: Scenes, workers: int, engine: Engine
 ) -> dict[str, tuple[dict[str, float], dict[str, float]]]:
     """Compute COCO's average precision of a detector, by pycocotools.
 
@@ -236,7 +237,7 @@ def measure(
     kinds = {"bbox": "boxes", "segm": "masks"} if images.masked else {"bbox": "boxes"}
     metric = MeanAveragePrecision(iou_type=tuple(kinds), class_metrics=True, backend="pycocotools")
     model.eval()
-    for ((image, target),) in _batches(images, list(range(len(images))), 1, config, engine):
+    for ((image, target),) in _batches(images, list(range(len(images))), 1, workers, engine):
         objects = {name: value.cpu() for name, value in model([image])[0].items()}
         truth = {name: value.cpu() for name, value in target.items()}
         if images.masked:
@@ -261,12 +262,12 @@ def curve(losses: list[float]) -> list[list[float]]:
     return [[end, round(float(np.mean(losses[start:end])), 5)] for start, end in zip([0, *ends], ends, strict=False)]
 
 
-def _batches(images: Scenes, order: list[int], batch_size: int, config: Config, engine: Engine) -> Iterator[list[Sample]]:
+def _batches(images: Scenes, order: list[int], batch_size: int, workers: int, engine: Engine) -> Iterator[list[Sample]]:
     """Yield images in this order, on the device, in 0..1, with their targets."""
     loader = DataLoader(
         order,  # type: ignore[arg-type]
         batch_size=batch_size,
-        num_workers=loader_workers(config),
+        num_workers=workers,
         collate_fn=partial(hand_over, partial(_read, images)),
         worker_init_fn=reset_signals,
         generator=torch.Generator(),  # what workers are seeded with, drawn from nobody else's
@@ -291,7 +292,8 @@ def _read(images: Scenes, rows: list[int]) -> list[Sample] | str:
 def detection(
     backbone: nn.Module,
     folder: str,
-    config: Config,
+    spec: BackboneSpec,
+    reader: Reader,
     engine: Engine,
     *,
     settings: DetectionConfig,
@@ -306,7 +308,7 @@ def detection(
     Args:
         backbone: timm network without classifier; left as it is.
         folder: a data set in COCO's or VOC's layout.
-        config: the backbone's own: channel statistics and loader.
+        spec, reader: what the backbone is, and how images are read.
         seed: of heads, order, flips, the regions that are trained on, and of `max_images`.
         say: takes lines of progress.
 
@@ -321,8 +323,8 @@ def detection(
         NumericError: if the loss is not finite.
     """
     check(settings)
-    strides = [stride for _, _, stride in pyramid_levels(backbone, config.backbone)]
-    whole, test = load(folder, masks=settings.model != "faster-rcnn", max_pixels=config.loader.max_pixels)
+    strides = [stride for _, _, stride in pyramid_levels(backbone, spec.name)]
+    whole, test = load(folder, masks=settings.model != "faster-rcnn", max_pixels=reader.max_pixels)
     if settings.model == "mask-rcnn" and not whole.masked:
         raise ConfigError(f"detection.model: mask-rcnn needs masks, {folder} has none in both parts; take faster-rcnn or auto")
     # Images without an object teach torchvision's losses nothing but background, and are left out as its own recipes do.
@@ -330,19 +332,19 @@ def detection(
     rows = np.random.Generator(np.random.PCG64(seed)).permutation(len(useful))[: settings.max_images]
     drawn = replace(useful, scenes=[useful.scenes[row] for row in np.sort(rows)])
     (steps, warmup), kind = length(len(drawn), settings), "mask-rcnn" if whole.masked else "faster-rcnn"
-    where = f"{config.backbone}, maps of stride {', '.join(map(str, strides))}"
+    where = f"{spec.name}, maps of stride {', '.join(map(str, strides))}"
     say(f"{kind} on {where}: {len(whole.classes)} classes, {len(drawn)} images, {steps} steps of {settings.batch_size}")
     start, losses, often = time.monotonic(), list[float](), max(1, steps // 10)
     with torch.random.fork_rng(devices=[engine.device] if engine.device.type == "cuda" else []):
         torch.manual_seed(seed)
-        model = create_detector(backbone, config, settings, len(whole.classes), masks=whole.masked, autocast=engine.autocast)
-        for loss in train(engine.place(model), drawn, config, engine, settings=settings, seed=seed):
+        model = create_detector(backbone, spec, settings, len(whole.classes), masks=whole.masked, autocast=engine.autocast)
+        for loss in train(engine.place(model), drawn, reader.workers, engine, settings=settings, seed=seed):
             losses.append(loss)
             if len(losses) % often == 0:
                 say(f"step {len(losses)} of {steps}: loss {np.mean(losses[-often:]):.4g}")
     trained = time.monotonic()
     say(f"evaluating on {len(test)} images")
-    results = measure(model, test, config, engine)
+    results = measure(model, test, reader.workers, engine)
     details = {
         "precision": engine.precision,
         "strides": strides,

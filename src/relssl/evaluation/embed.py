@@ -275,14 +275,14 @@ def embed(
     check_target(Path(out))
     reading = reading or Reading()
     opened = open_backbones(source, replace(reading, network=network or reading.network))
-    config, (_, backbone) = opened.sees(reading.size), opened.one()
+    reader, (_, backbone) = opened.reader(reading.size), opened.one()
     engine = Engine.local(device, precision)
-    images = load(data, data_root or config.data_root, split)
+    images = load(data, data_root or opened.data_root, split)
     bad, count, dim = list(images.bad), 0, 0
 
     def rows() -> Iterator[tuple[npt.NDArray[np.int64], Tensor]]:
         nonlocal count, dim
-        for ids, vectors, faults in stream(engine.place(backbone), images, config, engine.device, engine.autocast()):
+        for ids, vectors, faults in stream(engine.place(backbone), images, reader, engine.device, engine.autocast()):
             bad.extend(faults)
             if len(ids):
                 count, dim = count + len(ids), vectors.shape[1]

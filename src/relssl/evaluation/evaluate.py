@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from relssl.data.folder import NAMES, shown
 from relssl.data.images import Images
+from relssl.data.plain import Reader
 from relssl.engine import Engine
 from relssl.errors import ConfigError, DataError
 from relssl.evaluation import features
@@ -29,8 +30,7 @@ from relssl.evaluation.result import card, split
 from relssl.evaluation.results import check_data, check_out, file_name, results_folder, title, unfinished
 from relssl.files import write_json
 from relssl.settings.evaluation import Evaluation, read_settings
-from relssl.settings.run import Config, EngineConfig
-from relssl.weights.opening import NO_DATA, Opened, Reading, open_backbones
+from relssl.weights.opening import Opened, Reading, open_backbones
 
 _UNEQUAL = ("flowers102", "oxford-pets", "fgvc-aircraft")
 METRICS: dict[str, str] = {name: "mean_per_class" if name in _UNEQUAL else "top1" for name in NAMES} | {"voc07": "map"}
@@ -152,16 +152,12 @@ def evaluate(
     reading = reading or Reading()
     network = asked.network[0] if asked.network and len(asked.network) == 1 else reading.network
     opened = open_backbones(source, dataclasses.replace(reading, network=network, size=asked.size or reading.size))
-    data = data or opened.config.data
-    if data == NO_DATA:
+    data = data or opened.data
+    if data is None:
         raise ConfigError(f"data: {opened.name} does not say what it was trained on; name the labelled data to evaluate it on")
     check_data(asked, data)
     folder = opened.folder and results_folder(opened.folder, out, say)
-    # Readers and devices are the evaluation's, not the run's: a cache of shrunk images would change what is seen.
-    config = opened.sees(asked.size)
-    loader = dataclasses.replace(config.loader, workers=asked.workers, cache=None)
-    config = dataclasses.replace(config, loader=loader, engine=EngineConfig())
-    work = _Work(opened, config, asked, say)
+    work = _Work(opened, opened.reader(asked.size, asked.workers), asked, say)
     answer: dict[str, Any] = {"source": opened.name, "data": title(data), "results": []}
     if {*ON_FEATURES, *ON_IMAGES} & set(asked.protocol):
         work.pair(data)  # whatever is wrong with the data is told before hours of another protocol
@@ -180,8 +176,8 @@ def evaluate(
 class _Work:
     """One evaluation: what its protocols share."""
 
-    def __init__(self, opened: Opened, config: Config, settings: Evaluation, say: Say) -> None:
-        self.opened, self.config, self.settings, self.say = opened, config, settings, say
+    def __init__(self, opened: Opened, reader: Reader, settings: Evaluation, say: Say) -> None:
+        self.opened, self.reader, self.settings, self.say = opened, reader, settings, say
         self.engine = Engine.local(settings.device, settings.precision)
         self.bootstrap = Bootstrap(settings.resamples, settings.seed)
         self.notes = [*opened.notes, *([] if opened.folder is None else unfinished(opened.folder))]
@@ -206,10 +202,14 @@ class _Work:
             self.say(f"{protocol}: {name} on {title(data)}")
             placed = self.engine.place(backbone)
             with frozen(placed) if protocol in FROZEN else evaluating(placed):
-                common = card(protocol, name, state_hash(placed), self.opened.origin, self.config, self.settings, self.engine)
+                common = self._card(protocol, name, state_hash(placed))
                 findings, notes, images = self._measure(protocol, placed, data)
             seconds = time.monotonic() - start
             yield from _records(protocol, name, data, findings, [*self.notes, *notes], common | images, seconds)
+
+    def _card(self, protocol: str, network: str, weights: str) -> dict[str, Any]:
+        opened = self.opened
+        return card(protocol, network, weights, opened.origin, opened.spec, self.reader, self.settings, self.engine)
 
     def _measure(self, protocol: str, backbone: nn.Module, data: str) -> tuple[list[Finding], list[str], dict[str, Any]]:
         """Findings, what any reader of them must know, and the card's part on the data."""
@@ -217,7 +217,10 @@ class _Work:
         if protocol == "detection":
             from relssl.evaluation.detection import detection
 
-            found = detection(backbone, data, self.config, self.engine, settings=section, seed=self.settings.seed, say=self.say)
+            found = detection(
+                backbone, data, self.opened.spec, self.reader, self.engine,
+                settings=section, seed=self.settings.seed, say=self.say,
+            )  # fmt: skip
             return found, [], {"images": found[0].details["fingerprints"]}
         pair, notes = self.pair(data)
         if protocol in ON_FEATURES:
@@ -225,7 +228,7 @@ class _Work:
             return found, notes + more, {"images": used}
         run = _function(ON_IMAGES[protocol])
         found = run(
-            backbone, pair, self.config, self.engine,
+            backbone, pair, self.reader, self.engine,
             settings=section, bootstrap=self.bootstrap, seed=self.settings.seed, say=self.say,
         )  # fmt: skip
         return found, notes, {"images": split(pair)}
@@ -234,7 +237,7 @@ class _Work:
         """Both sides of a data set, and what any reader of a figure on them must know."""
         if data not in self.pairs:
             settings = self.settings
-            root = settings.data_root or self.config.data_root
+            root = settings.data_root or self.opened.data_root
             pair = LabelledPair.load(data, root, settings.images, settings.seed)
             notes = pair.notes()
             if self.opened.seen is not None and self.opened.seen == pair.uncut:
@@ -264,8 +267,8 @@ class _Work:
 
     def _features(self, backbone: nn.Module, images: Images) -> Features:
         if self.settings.cache:
-            return features.features(backbone, images, self.config, self.engine)
-        return extract(backbone, images, self.config, self.engine.device, self.engine.autocast())
+            return features.features(backbone, images, self.reader, self.engine)
+        return extract(backbone, images, self.reader, self.engine.device, self.engine.autocast())
 
     def _transfer(self, data: str) -> Iterator[Record]:
         """A probe on each of several data sets, told by its customary figure, and their mean."""
@@ -275,7 +278,7 @@ class _Work:
             outcomes: dict[str, Finding | str] = {}
             images: dict[str, Any] = {}
             with frozen(placed) as weights:
-                common = card("transfer", name, weights, self.opened.origin, self.config, self.settings, self.engine)
+                common = self._card("transfer", name, weights)
                 for one in filter(None, data.split(",")):
                     self.say(f"transfer: {name} on {title(one)}")
                     try:

@@ -19,13 +19,11 @@ from torch import Tensor, nn
 
 from relssl.data.folder import cache_root
 from relssl.data.images import Images
-from relssl.data.plain import PlainView, batches
+from relssl.data.plain import Reader
 from relssl.data.subsets import identity
-from relssl.data.workers import loader_workers
 from relssl.engine import Engine
 from relssl.errors import DataError, NumericError
 from relssl.files import storing, sweep, temporary, to_json, write_all
-from relssl.settings.run import Config
 
 
 class Rows:
@@ -101,7 +99,7 @@ class Features:
 def stream(
     backbone: nn.Module,
     images: Images,
-    config: Config,
+    reader: Reader,
     device: torch.device,
     autocast: AbstractContextManager[object] | None = None,
 ) -> Iterator[tuple[np.ndarray, Tensor, list[tuple[str, str]]]]:
@@ -110,9 +108,7 @@ def stream(
     The backbone runs in eval mode and is put back as it was, so measuring never changes what is measured.
     """
     with evaluating(backbone):
-        for rows, views, bad in batches(
-            images, PlainView.of(config.views), workers=loader_workers(config), max_pixels=config.loader.max_pixels
-        ):
+        for rows, views, bad in reader.batches(images):
             with autocast or nullcontext():
                 made = backbone(views.to(device).contiguous(memory_format=torch.channels_last)) if len(rows) else views
             yield rows, made.float().cpu(), bad
@@ -156,7 +152,7 @@ def state_hash(module: nn.Module) -> str:
 def extract(
     backbone: nn.Module,
     images: Images,
-    config: Config,
+    reader: Reader,
     device: torch.device,
     autocast: AbstractContextManager[object] | None = None,
 ) -> Features:
@@ -164,7 +160,7 @@ def extract(
     vectors: list[Tensor] = []
     rows: list[np.ndarray] = []
     bad: list[tuple[str, str]] = []
-    for some, made, faults in stream(backbone, images, config, device, autocast):
+    for some, made, faults in stream(backbone, images, reader, device, autocast):
         bad += faults
         if len(some):
             rows.append(some)
@@ -205,7 +201,7 @@ LAYOUT = 1
 LIMIT = 20 << 30
 
 
-def features(backbone: nn.Module, images: Images, config: Config, engine: Engine) -> Features:
+def features(backbone: nn.Module, images: Images, reader: Reader, engine: Engine) -> Features:
     """The features of a data set: from the disk if they were made before, else made and kept.
 
     Raises:
@@ -213,36 +209,36 @@ def features(backbone: nn.Module, images: Images, config: Config, engine: Engine
         StorageError: if the cache cannot be written; `$RELSSL_CACHE` says where it lies.
     """
     root = cache_root() / "features"
-    place = root / key(backbone, images, config, engine)
+    place = root / key(backbone, images, reader, engine)
     found = _read(place)
     if found is None:
         with storing(root):
             root.mkdir(parents=True, exist_ok=True)
         sweep(root)
-        _make(place, backbone, images, config, engine)
+        _make(place, backbone, images, reader, engine)
         _evict(root, keep=place)
         found = _read(place)
     if found is None:  # another process needed the room, or a damaged entry cannot be replaced
-        return extract(backbone, images, config, engine.device, engine.autocast())
+        return extract(backbone, images, reader, engine.device, engine.autocast())
     with contextlib.suppress(OSError):
         os.utime(place)
     return found
 
 
-def key(backbone: nn.Module, images: Images, config: Config, engine: Engine) -> str:
+def key(backbone: nn.Module, images: Images, reader: Reader, engine: Engine) -> str:
     """32 hex digits of the weights, the network, the images, their view, and what computes."""
     parts = {
         "layout": LAYOUT,
         "weights": state_hash(backbone),
         "network": repr(backbone),  # two networks may have equal weights and differ in a stride
         "images": identity(images),
-        "view": [str(PlainView.of(config.views)), config.views.mean, config.views.std, config.loader.max_pixels],
+        "view": [str(reader.view), reader.view.mean, reader.view.std, reader.max_pixels],
         "compute": [engine.precision, engine.device.type, torch.__version__, engine.threads],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _make(place: Path, backbone: nn.Module, images: Images, config: Config, engine: Engine) -> None:
+def _make(place: Path, backbone: nn.Module, images: Images, reader: Reader, engine: Engine) -> None:
     unfinished = temporary(place.parent)
     rows: list[np.ndarray] = []
     bad: list[tuple[str, str]] = []
@@ -251,7 +247,7 @@ def _make(place: Path, backbone: nn.Module, images: Images, config: Config, engi
         unfinished.mkdir(mode=0o700)
         try:
             with (unfinished / "vectors.f32").open("wb") as file:
-                for some, made, faults in stream(backbone, images, config, engine.device, engine.autocast()):
+                for some, made, faults in stream(backbone, images, reader, engine.device, engine.autocast()):
                     bad += faults
                     if len(some):
                         rows.append(some)

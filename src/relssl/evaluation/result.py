@@ -14,15 +14,14 @@ import numpy.typing as npt
 
 from relssl import __version__
 from relssl.data.images import Images
-from relssl.data.plain import PlainView
+from relssl.data.plain import Reader
 from relssl.engine import Engine
 from relssl.errors import ConfigError, DataError
 from relssl.evaluation.findings import unpack
-from relssl.evaluation.heads import training_view
 from relssl.evaluation.metrics import Bootstrap, percentiles
 from relssl.evaluation.pairs import LabelledPair, labels_hash
 from relssl.settings.evaluation import Evaluation
-from relssl.settings.run import Config
+from relssl.weights.spec import BackboneSpec
 
 # What may change a figure's digits. Python and the operating system do not.
 _PACKAGES = ("torch", "torchvision", "timm", "pillow", "numpy", "scikit-learn", "scipy")
@@ -40,7 +39,14 @@ SUBJECT = ("source", "weights", "backbone")
 
 
 def card(
-    protocol: str, network: str, weights: str, origin: dict[str, Any], config: Config, settings: Evaluation, engine: Engine
+    protocol: str,
+    network: str,
+    weights: str,
+    origin: dict[str, Any],
+    spec: BackboneSpec,
+    reader: Reader,
+    settings: Evaluation,
+    engine: Engine,
 ) -> dict[str, Any]:
     """What all findings of one protocol on one network share, but for the data.
 
@@ -48,7 +54,7 @@ def card(
         protocol, network: their names.
         weights: hash of the network before the evaluation.
         origin: where it comes from.
-        config: how it was made and what it sees.
+        spec, reader: what it is, and how images are read for it.
     """
     section = getattr(settings, "probe" if protocol == "transfer" else protocol)
     return {
@@ -56,42 +62,41 @@ def card(
         "network": network,
         "layer": "backbone",
         "settings": {name: value for name, value in dataclasses.asdict(section).items() if name not in SWEPT.get(protocol, ())},
-        "view": _scenes(config, settings) if protocol == "detection" else view(config) | _mirrored(protocol, config),
+        "view": _scenes(reader, settings) if protocol == "detection" else view(reader) | _mirrored(protocol, reader),
         "batch_norm": _norms(protocol, settings),
         "precision": engine.precision,
         "device": engine.device.type,
         "seed": settings.seed,
         "resamples": settings.resamples,
         "versions": versions(*(_OF_DETECTION if protocol == "detection" else ())),
-        "backbone": {"name": config.backbone, "args": config.backbone_args, "stem": config.encoder.stem},
+        "backbone": {"name": spec.name, "args": dict(spec.arguments), "stem": spec.stem},
         "weights": weights,
         "source": origin,
     }
 
 
-def view(config: Config) -> dict[str, Any]:
+def view(reader: Reader) -> dict[str, Any]:
     """What the network sees of an image."""
-    view = PlainView.of(config.views)
     return {
-        "size": view.size,
-        "shorter_side": view.shorter_side,
+        "size": reader.view.size,
+        "shorter_side": reader.view.shorter_side,
         "crop": "centre",
-        "interpolation": f"{view.interpolation} with antialias",
-        "mean": list(view.mean),
-        "std": list(view.std),
-        "max_pixels": config.loader.max_pixels,
+        "interpolation": f"{reader.view.interpolation} with antialias",
+        "mean": list(reader.view.mean),
+        "std": list(reader.view.std),
+        "max_pixels": reader.max_pixels,
     }
 
 
-def _mirrored(protocol: str, config: Config) -> dict[str, Any]:
+def _mirrored(protocol: str, reader: Reader) -> dict[str, Any]:
     """Whether a classifier that is trained on images sees them mirrored too."""
     trains = protocol in ("linear", "finetune", "semi")
-    return {"flip_in_training": training_view(config, (1.0, 1.0)).flip} if trains else {}
+    return {"flip_in_training": 0.5 if reader.mirrored else 0.0} if trains else {}
 
 
-def _scenes(config: Config, settings: Evaluation) -> dict[str, Any]:
+def _scenes(reader: Reader, settings: Evaluation) -> dict[str, Any]:
     """What a detector sees of an image."""
-    seen = {key: value for key, value in view(config).items() if key in ("mean", "std")}
+    seen = {key: value for key, value in view(reader).items() if key in ("mean", "std")}
     return {"shorter_side": settings.detection.min_size, "longer_side": settings.detection.max_size, "crop": "none", **seen}
 
 

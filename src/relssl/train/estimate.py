@@ -32,7 +32,7 @@ from relssl.data.cache import place, root, shrunken
 from relssl.data.decode import BadImage, Decoded
 from relssl.data.images import Images, Pixels
 from relssl.data.loader import Batch, Files, FromFiles, Resident, Sample
-from relssl.data.plain import PlainView, plain_view
+from relssl.data.plain import PlainView, Reader, plain_view
 from relssl.data.shrunk import Shrunk
 from relssl.data.workers import PREFETCH, loader_workers
 from relssl.engine import Engine, available_cores, fast_bf16
@@ -215,7 +215,7 @@ def _evaluation(trainer: Trainer) -> float:
     seconds, width = [], 0
     for _ in range(2):  # the first chooses kernels
         begun = time.perf_counter()
-        width = extract(backbone, sample, config, engine.device, engine.autocast()).vectors.shape[1]
+        width = extract(backbone, sample, Reader(PlainView.of(config.views)), engine.device, engine.autocast()).vectors.shape[1]
         seconds.append(time.perf_counter() - begun)
     each = min(seconds) / len(sample)
     if not pair.test.in_memory:

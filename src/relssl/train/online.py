@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from relssl.data.images import Images, Pixels
+from relssl.data.plain import PlainView, Reader
+from relssl.data.workers import loader_workers
 from relssl.engine import Engine
 from relssl.evaluation.features import extract
 from relssl.evaluation.knn import knn_accuracy
@@ -36,9 +38,10 @@ class OnlineKnn:
         return found
 
     def _top1(self, backbone: nn.Module, engine: Engine) -> float:
-        sides = []
+        config, sides = self.config, []
+        reader = Reader(PlainView.of(config.views), loader_workers(config), config.loader.max_pixels)
         for images in (self.pair.bank, self.pair.test):
-            found = extract(backbone, images, self.config, engine.device, engine.autocast())
+            found = extract(backbone, images, reader, engine.device, engine.autocast())
             assert images.labels is not None
             sides.append((found.vectors, torch.from_numpy(images.labels[found.rows])))
         return self._score(*sides)
