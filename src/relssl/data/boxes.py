@@ -232,10 +232,10 @@ def _read_instances(
                 raise ValueError(f"its category {number} is {name}, in training it is {known.get(number)}; number them alike")
         categories = known or categories
         for position, entry in enumerate(content["images"]):
-            place, name = f"image {position}", os.path.normpath(entry["file_name"])
+            place, path = f"image {position}", os.path.normpath(os.path.join(pictures, entry["file_name"]))
             if entry["id"] in images:
                 raise ValueError(f"id {entry['id']} occurs twice")
-            images[entry["id"]] = (os.path.join(pictures, name), _size(entry["width"], entry["height"], max_pixels), [])
+            images[entry["id"]] = (path, _size(entry["width"], entry["height"], max_pixels), [])
         for position, entry in enumerate(content["annotations"]):
             place = f"annotation {position}"
             if entry["image_id"] not in images or entry["category_id"] not in categories:
