@@ -12,7 +12,7 @@ import pytest
 
 from relssl.cli import main
 from relssl.errors import ConfigError, DataError
-from relssl.evaluation.findings import Finding, unpack
+from relssl.evaluation.result import Finding, unpack
 from relssl.evaluation.result import compare
 
 CARD: dict[str, Any] = {

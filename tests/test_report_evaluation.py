@@ -10,7 +10,7 @@ import pytest
 from relssl.data.folder import NAMES
 from relssl.errors import DataError
 from relssl.evaluation.evaluate import METRICS, customary, transfer_table
-from relssl.evaluation.findings import Finding
+from relssl.evaluation.result import Finding
 from relssl.report.tables import show_evaluation
 
 # Kornblith et al. 2019, table 1; the others by their own customs.
