@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 import torch
+from relssl.data.workers import Tuning
 
 import relssl
 from relssl.cli import main
 from relssl.data.cache import shrunken
-from relssl.data.workers import Tuning
 from relssl.engine import Engine, available_cores
 from relssl.errors import ConfigError, RelsslError
 from relssl.evaluation.pairs import choose

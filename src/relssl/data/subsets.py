@@ -13,15 +13,12 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from relssl.data.draws import uniforms
+from relssl.data.draws import Slot, uniforms
 from relssl.data.folder import Files, shown
 from relssl.data.images import Images, Pixels
 from relssl.errors import DataError
 
 Rows = npt.NDArray[np.int64]
-
-# Draws of subsets use a slot of their own, next to that of the order of training.
-_SUBSET_SLOT = (1 << 20) + 1
 
 
 def stratified(labels: Rows, *, fraction: float | None = None, per_class: int | None = None, seed: int = 0) -> Rows:
@@ -46,7 +43,7 @@ def stratified(labels: Rows, *, fraction: float | None = None, per_class: int | 
         raise ValueError("give either a fraction or a number per class")
     if (fraction is not None and not 0 < fraction <= 1) or (per_class is not None and per_class < 1):
         raise ValueError(f"fraction must be above 0 and at most 1, per_class at least 1, got {fraction} and {per_class}")
-    lots = uniforms(seed, 0, np.arange(len(labels)), _SUBSET_SLOT, 1)[:, 0]
+    lots = uniforms(seed, 0, np.arange(len(labels)), Slot.SUBSET, 1)[:, 0]
     drawn = []
     for word in np.unique(labels[labels >= 0]):
         rows = np.flatnonzero(labels == word)

@@ -19,15 +19,14 @@ import numpy as np
 import torch
 from timm.utils.model import freeze_batch_norm_2d
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from relssl.data.boxes import Scenes, Target, load
+from relssl.data.loader import read_batches
 from relssl.data.plain import Reader
-from relssl.data.workers import hand_over, reset_signals, watch
 from relssl.engine import Engine
 from relssl.errors import ConfigError, DataError, NumericError
 from relssl.evaluation.result import Finding
@@ -264,15 +263,7 @@ def curve(losses: list[float]) -> list[list[float]]:
 
 def _batches(images: Scenes, order: list[int], batch_size: int, workers: int, engine: Engine) -> Iterator[list[Sample]]:
     """Yield images in this order, on the device, in 0..1, with their targets."""
-    loader = DataLoader(
-        order,  # type: ignore[arg-type]
-        batch_size=batch_size,
-        num_workers=workers,
-        collate_fn=partial(hand_over, partial(_read, images)),
-        worker_init_fn=reset_signals,
-        generator=torch.Generator(),  # what workers are seeded with, drawn from nobody else's
-    )
-    for batch in watch(loader):
+    for batch in read_batches(order, partial(_read, images), workers, batch_size=batch_size):  # type: ignore[arg-type]
         if isinstance(batch, str):
             raise DataError(batch)
         yield [
