@@ -12,8 +12,7 @@ import pytest
 
 from relssl.cli import main
 from relssl.errors import ConfigError, DataError
-from relssl.evaluation.result import Finding, unpack
-from relssl.evaluation.result import compare
+from relssl.evaluation.result import Finding, compare, unpack
 
 CARD: dict[str, Any] = {
     "protocol": "knn",

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-
 from relssl.data.workers import Choice, Trial, Tuning, best, candidates
+
 from relssl.settings.run import LoaderConfig
 
 

@@ -359,7 +359,8 @@ def _parse(file: str, max_pixels: int) -> tuple[Size, list[Entry]]:
     entries: list[Entry] = []
     try:
         root = ElementTree.parse(file).getroot()
-        size = _size(*(float(root.findtext(f"size/{side}", "missing")) for side in ("width", "height")), max_pixels)
+        width, height = (float(root.findtext(f"size/{side}", "missing")) for side in ("width", "height"))
+        size = _size(width, height, max_pixels)
         for element in root.iterfind("object"):
             edges = [float(element.findtext(f"bndbox/{edge}", "missing")) for edge in ("xmin", "ymin", "xmax", "ymax")]
             if not (word := element.findtext("name", "").strip()):
