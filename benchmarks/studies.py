@@ -1,11 +1,10 @@
-"""Studies worth repeating: the forms of the loss, how a step's time grows, what the named networks cost, the curve of a run.
+"""Studies worth repeating: how a step's time grows, what the named networks cost, the curve of a run.
 
-    python benchmarks/studies.py loss|growth [--rounds 3] [--out FILE]
+    python benchmarks/studies.py growth [--rounds 3] [--out FILE]
     python benchmarks/studies.py networks [--size 224] [--batch 8] [--crops 1] [--networks NAME ...] [--out results/networks.json]
     python benchmarks/studies.py curves --metrics RUN/metrics.jsonl [--steps 0 19 209 418]
 
-`loss`: `conventional` is the field's form, softmax times log-softmax over a clone of the memory; `plain` is the paper's formula;
-`tiled` computes loss and gradient together, a few samples at a time. `networks`: a step of ReSSL on noise, over 4096 keys, in fp32.
+`networks`: a step of ReSSL on noise, over 4096 keys, in fp32.
 """
 
 from __future__ import annotations
@@ -15,26 +14,19 @@ import json
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from bench import TINY, training
-from conventional import Noise, conventional_loss
+from conventional import Noise
 from relssl.engine import available_cores
 from relssl.method import Encoder, ReSSL
 from relssl.method.backbones import NAMED, create_backbone, feature_width, measure
-from relssl.method.ressl import OBJECTIVES
 from relssl.train.run_folder import environment, read_rows
-from turns import Contender, Record, Work, compare, show, show_records, spread, times
+from turns import Contender, Record, Work, compare, show, show_records
 
-# (K keys in the memory, D dimensions, B samples, V views)
-SHAPES = ((4096, 128, 256, 1), (65536, 128, 256, 1), (131072, 512, 256, 1), (131072, 512, 256, 5))
-Shape = tuple[int, int, int, int]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHARES = (1, 192 / 224, 160 / 224, 128 / 224, 96 / 224)  # of the first view's side: the official five crops
 PATCH = 16  # sides are multiples of it, as transformers need
@@ -51,68 +43,6 @@ COLUMNS = {
     "embedding_std": "{:.2f}",
     "effective_rank": "{:.0f}",
 }
-
-
-def form(name: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Return a form of the loss at the papers' temperatures: queries [V, B, D], keys [B, D], memory [K, D] to a scalar."""
-    if name == "conventional":
-        return partial(conventional_loss, student=0.1, teacher=0.04)
-    return partial(OBJECTIVES[name], student_temperature=0.1, teacher_temperature=0.04)
-
-
-def embeddings(shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw queries with a gradient, keys near them, and a memory, on the device."""
-    size, dim, batch, views = shape
-    generator = torch.Generator().manual_seed(0)
-    memory, keys = (F.normalize(torch.randn(rows, dim, generator=generator), dim=1) for rows in (size, batch))
-    noise = torch.randn(views, batch, dim, generator=generator) / dim**0.5
-    queries = F.normalize(keys + noise, dim=-1).to(DEVICE).requires_grad_()
-    return queries, keys.to(DEVICE), memory.to(DEVICE)
-
-
-def loss_work(name: str, shape: Shape, threads: int) -> Work:
-    """Return loss and gradient at a shape as work, with their relative errors against the plain form in float64."""
-    torch.set_num_threads(threads)
-    loss, (queries, keys, memory) = form(name), embeddings(shape)
-    facts: dict[str, float] = {}
-
-    def run(count: int) -> None:
-        for _ in range(count):
-            queries.grad = None
-            loss(queries, keys, memory).backward()  # type: ignore[no-untyped-call]
-        if queries.is_cuda:
-            torch.cuda.synchronize()
-
-    if shape[0] <= SHAPES[0][0]:  # float64 needs memory, and an error shows at any size
-        exact = queries.detach().double().requires_grad_()
-        truth = form("plain")(exact, keys.double(), memory.double())
-        truth.backward()  # type: ignore[no-untyped-call]
-        run(1)
-        assert exact.grad is not None and queries.grad is not None
-        facts["gradient"] = float((queries.grad.double() - exact.grad).norm() / exact.grad.norm())
-        facts["loss"] = abs(loss(queries, keys, memory).item() / truth.item() - 1)
-    return Work(run, shape[2], facts)
-
-
-def study_loss(args: argparse.Namespace) -> Record:
-    """Compare the forms of the loss at each shape."""
-    results: Record = {}
-    rows = list[list[object]]()
-    for shape in ((64, 8, 16, 1), (64, 8, 16, 2)) if args.tiny else SHAPES:
-        size, dim, batch, views = shape
-        names = ["conventional", *OBJECTIVES]
-        contenders = [Contender(name, loss_work, {"name": name, "shape": shape, "threads": args.threads}) for name in names]
-        # About as many products as one call at the papers' small sizes takes, at least one.
-        records = compare(contenders, args.rounds, 1 if args.tiny else min(16, max(1, 2**31 // (size * dim * batch * views))))
-        results[f"{size}x{dim} B{batch} V{views}"] = records
-        for name, record in records.items():
-            before, most = record.get("memory_mib", (0, 0))
-            faster, facts = spread(times(records, name, "conventional")), record.get("facts", {})
-            milliseconds = [1000 * seconds for seconds in record.get("seconds_per_unit", ())]
-            rows.append([f"{size} x {dim}, {batch}, {views}", name, spread(milliseconds, 1), faster, most - before, facts])
-    heads = ["K x D, B, V", "form", "ms", "times as fast", "MiB on top", "errors"]
-    show("Loss over the memory, forward and backward", heads, rows)
-    return results
 
 
 def study_growth(args: argparse.Namespace) -> Record:
@@ -189,7 +119,6 @@ def study_curves(args: argparse.Namespace) -> list[Record]:
 
 
 STUDIES: dict[str, Callable[[argparse.Namespace], Any]] = {
-    "loss": study_loss,
     "growth": study_growth,
     "networks": study_networks,
     "curves": study_curves,

@@ -11,7 +11,8 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
@@ -29,17 +30,14 @@ from relssl.errors import DataError
 
 Target = dict[str, Any]
 Size = tuple[int, int]
-# Edges left, top, right, bottom, the category by number or name, area (0: that of the box), crowd or difficult, run-length mask.
+# Edges left, top, right, bottom; category by number or name; area (0: that of the box); crowd or difficult; run-length mask.
 Entry = tuple[tuple[float, float, float, float], int | str, float, bool, bytes | None]
 
 _OBJECT = np.dtype([("boxes", "f4", 4), ("labels", "i8"), ("area", "f4"), ("iscrowd", "i8"), ("masks", "O")])
-# Pixels below which a side is nothing: boxes of no width divide by zero in a detector.
-_THINNEST = 0.01
+_THINNEST = 0.01  # pixels below which a side is nothing: boxes of no width divide by zero in a detector
 # How releases of COCO, and sets laid out like it, name their parts. Those of two releases must not be mixed: most images of
 # val2014 are in train2017 too, under other names.
 _COCO_PARTS = (("train2017", "val2017"), ("train2014", "val2014"), ("train", "val"))
-# What a file of any content can raise while it is read.
-_FAULTS = (OSError, KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, ElementTree.ParseError)
 
 
 class Scene(NamedTuple):
@@ -133,7 +131,7 @@ def load(folder: str, *, masks: bool, max_pixels: int) -> tuple[Scenes, Scenes]:
     """Return what to train on and what to evaluate on, of a folder in COCO's or in VOC's layout.
 
     Args:
-        folder: of COCO's layout, a VOC year, or a folder that holds one year.
+        folder: in COCO's layout, a VOC year, or a folder that holds one year.
         masks: read the masks too, where both splits have any; needs pycocotools.
         max_pixels: images with more pixels are refused.
 
@@ -153,8 +151,7 @@ def load(folder: str, *, masks: bool, max_pixels: int) -> tuple[Scenes, Scenes]:
         if twice := [file for file, times in files.items() if times > 1]:
             raise DataError(f"{split.name}: names {shown(twice[0])} {files[twice[0]]} times; list each image once")
         if not split.objects():
-            lost = "".join(f", {count} dropped as {reason}" for reason, count in split.dropped.items())
-            raise DataError(f"{split.name}: has no box that counts on any of its {len(split)} images{lost}")
+            raise DataError(f"{split.name}: has no box that counts on any of its {len(split)} images; left out: {split.dropped}")
     if both := {scene.file for scene in train.scenes} & {scene.file for scene in test.scenes}:
         raise DataError(
             f"{test.name}: {len(both)} of its {len(test)} images are trained on as well, such as {shown(min(both))}; "
@@ -166,10 +163,10 @@ def load(folder: str, *, masks: bool, max_pixels: int) -> tuple[Scenes, Scenes]:
 def _split(
     name: str, layout: str, images: Sequence[tuple[str, Size, list[Entry]]], categories: Mapping[Any, str], max_pixels: int
 ) -> Scenes:
-    """The split of images (file, size, objects): boxes are cut at the images' edges, and those without extent left out.
+    """Return the split of images (file, size, entries): boxes are cut at the images' edges, and those without extent left out.
 
     Args:
-        categories: names by number or name, in the order of the labels.
+        categories: their names, in the order of the labels.
     """
     labels, scenes, lost = {category: label for label, category in enumerate(categories, 1)}, [], 0
     for file, (height, width), entries in images:
@@ -184,18 +181,23 @@ def _split(
     return Scenes(name, layout, scenes, tuple(categories.values()), max_pixels, {"without extent": lost} if lost else {})
 
 
+@contextmanager
+def _reading(file: str, place: Sequence[str] = ("it",)) -> Iterator[None]:
+    """Turn whatever a file of any content raises while it is read into a DataError of one line that names the last `place`."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{shown(file)}: cannot be read: {error.strerror}") from error
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, ElementTree.ParseError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())[:120]
+        raise DataError(f"{shown(file)}: {place[-1]} is malformed ({reason}); correct it, or take it out") from error
+
+
 def _size(width: float, height: float, max_pixels: int) -> Size:
-    """(height, width) of an annotation; more pixels than may be are refused before outlines take memory by them."""
+    """Return (height, width) of an annotation; larger images are refused before their outlines take memory by the pixels."""
     if min(width, height) < 1 or width * height > max_pixels or width % 1 or height % 1:
         raise ValueError(f"its size is {width:g} x {height:g}, loader.max_pixels is {max_pixels}")
     return int(height), int(width)
-
-
-def _malformed(file: str, place: str, error: Exception) -> DataError:
-    if isinstance(error, OSError):
-        return DataError(f"{shown(file)}: cannot be read: {error.strerror}")
-    reason = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())[:120]
-    return DataError(f"{shown(file)}: {place} is malformed ({reason}); correct it, or take it out")
 
 
 def _read_coco(folder: str, masks: bool, max_pixels: int) -> tuple[Scenes, Scenes]:
@@ -205,9 +207,9 @@ def _read_coco(folder: str, masks: bool, max_pixels: int) -> tuple[Scenes, Scene
         if {f"instances_{train}.json", f"instances_{test}.json"} <= there:
             split, categories = _read_instances(folder, train, masks, max_pixels, None)
             return split, _read_instances(folder, test, masks, max_pixels, categories)[0]
-    wanted = ", or ".join(" and ".join(pair) for pair in _COCO_PARTS)
     raise DataError(
-        f"{shown(folder)}: annotations/ needs instances_PART.json of {wanted}; has {', '.join(sorted(there)) or 'no json'}"
+        f"{shown(folder)}: annotations/ needs instances_PART.json of {', or '.join(map(' and '.join, _COCO_PARTS))}; has "
+        f"{', '.join(sorted(there)) or 'no json'}"
     )
 
 
@@ -218,12 +220,12 @@ def _read_instances(
 
     Categories that only training has are allowed, as they are merely never met.
     """
-    file, place = os.path.join(folder, "annotations", f"instances_{part}.json"), "it"
-    pictures = os.path.join(folder, part)
-    if not os.path.isdir(pictures):
-        pictures = os.path.join(folder, "images", part)
+    file, place = os.path.join(folder, "annotations", f"instances_{part}.json"), ["it"]
+    pictures = next(
+        (way for way in (os.path.join(folder, part), os.path.join(folder, "images", part)) if os.path.isdir(way)), folder
+    )
     images: dict[int, tuple[str, Size, list[Entry]]] = {}
-    try:
+    with _reading(file, place):
         with open(file, "rb") as opened:
             content = json.load(opened)
         categories = dict(sorted((int(entry["id"]), str(entry["name"])) for entry in content["categories"]))
@@ -232,23 +234,20 @@ def _read_instances(
                 raise ValueError(f"its category {number} is {name}, in training it is {known.get(number)}; number them alike")
         categories = known or categories
         for position, entry in enumerate(content["images"]):
-            place, path = f"image {position}", os.path.normpath(os.path.join(pictures, entry["file_name"]))
+            place[0] = f"image {position}"
             if entry["id"] in images:
                 raise ValueError(f"id {entry['id']} occurs twice")
+            path = os.path.normpath(os.path.join(pictures, entry["file_name"]))
             images[entry["id"]] = (path, _size(entry["width"], entry["height"], max_pixels), [])
         for position, entry in enumerate(content["annotations"]):
-            place = f"annotation {position}"
-            if entry["image_id"] not in images or entry["category_id"] not in categories:
-                raise ValueError("its image_id or category_id is not in the file")
-            if (crowd := entry.get("iscrowd") or 0) not in (0, 1):
-                raise ValueError(f"iscrowd is {crowd!r}, not 0 or 1")
+            place[0] = f"annotation {position}"
+            if entry["category_id"] not in categories or (crowd := entry.get("iscrowd") or 0) not in (0, 1):
+                raise ValueError("its category_id is not in the file, or iscrowd not 0 or 1")
             _, size, entries = images[entry["image_id"]]
             left, top, width, height = map(float, entry["bbox"])
             mask = _mask(entry.get("segmentation"), size) if masks else None
             edges, area = (left, top, left + width, top + height), float(entry.get("area") or 0)
             entries.append((edges, entry["category_id"], area, crowd == 1, mask))
-    except _FAULTS as error:
-        raise _malformed(file, place, error) from error
     return _split(shown(file), "coco", list(images.values()), categories, max_pixels), categories
 
 
@@ -307,9 +306,9 @@ def _voc_year(folder: str) -> str:
     if len(years) == 1:
         return years[0]
     raise DataError(
-        f"{shown(folder)}: holds {f'{len(years)} years; name one of them, such as {shown(years[0])}' if years else 'no boxes'}; detection "
-        "needs a folder in COCO's layout (annotations/instances_train2017.json, instances_val2017.json, train2017/, val2017/) or in "
-        "VOC's (Annotations, ImageSets/Main, JPEGImages)"
+        f"{shown(folder)}: holds {f'{len(years)} years; name one of them, such as {shown(years[0])}' if years else 'no boxes'}; "
+        "detection needs a folder in COCO's layout (annotations/instances_train2017.json, instances_val2017.json, train2017/, "
+        "val2017/) or in VOC's (Annotations, ImageSets/Main, JPEGImages)"
     )
 
 
@@ -318,8 +317,12 @@ def _read_voc(folder: str, max_pixels: int) -> tuple[Scenes, Scenes]:
 
     Difficult objects are ignored. The classes are those of the training images, by name.
     """
-    lists = {part: os.path.join(folder, "ImageSets", "Main", f"{part}.txt") for part in ("trainval", "train", "val", "test")}
-    names = {part: _names(file) for part, file in lists.items() if os.path.isfile(file)}
+    names: dict[str, list[str]] = {}
+    for part in ("trainval", "train", "val", "test"):
+        file = os.path.join(folder, "ImageSets", "Main", f"{part}.txt")
+        if os.path.isfile(file):
+            with _reading(file), open(file, encoding="utf-8") as opened:
+                names[part] = [line.split()[0] for line in opened if line.strip()]
     tested = any(os.path.isfile(os.path.join(folder, "Annotations", f"{name}.xml")) for name in names.get("test", ())[:1])
     parts = ("trainval" if tested and "trainval" in names else "train", "test" if tested else "val")
     if not set(parts) <= set(names):
@@ -327,37 +330,18 @@ def _read_voc(folder: str, max_pixels: int) -> tuple[Scenes, Scenes]:
             f"{shown(folder)}: no images to train and to evaluate on; ImageSets/Main needs trainval.txt and test.txt, or train.txt "
             f"and val.txt, and has {', '.join(f'{part}.txt' for part in sorted(names)) or 'none'}"
         )
-    sides = [
-        [
-            (
-                os.path.join(folder, "JPEGImages", f"{name}.jpg"),
-                *_parse(os.path.join(folder, "Annotations", f"{name}.xml"), max_pixels),
-            )
-            for name in names[part]
-        ]
-        for part in parts
-    ]
+    sides = [[_parse(folder, name, max_pixels) for name in names[part]] for part in parts]
     known, met = (sorted({str(category) for *_, entries in side for _, category, *_ in entries}) for side in sides)
     if strange := sorted(set(met) - set(known)):
         raise DataError(f"{shown(folder)}: {parts[1]} has objects of the class {shown(strange[0])}, {parts[0]} has none")
-    classes = {word: word for word in known}
-    titles = [f"{shown(folder)} ({part})" for part in parts]
+    titles, classes = [f"{shown(folder)} ({part})" for part in parts], {word: word for word in known}
     return _split(titles[0], "voc", sides[0], classes, max_pixels), _split(titles[1], "voc", sides[1], classes, max_pixels)
 
 
-def _names(file: str) -> list[str]:
-    """Return the images that a list names, the first word of each line."""
-    try:
-        with open(file, encoding="utf-8") as opened:
-            return [line.split()[0] for line in opened if line.strip()]
-    except _FAULTS as error:
-        raise _malformed(file, "it", error) from error
-
-
-def _parse(file: str, max_pixels: int) -> tuple[Size, list[Entry]]:
-    """Return the size and the objects of an annotation; expat fetches no other file, and refuses entities that grow."""
-    entries: list[Entry] = []
-    try:
+def _parse(folder: str, name: str, max_pixels: int) -> tuple[str, Size, list[Entry]]:
+    """Return an image's path, size and objects; expat fetches no other file, and refuses entities that grow."""
+    entries, file = list[Entry](), os.path.join(folder, "Annotations", f"{name}.xml")
+    with _reading(file):
         root = ElementTree.parse(file).getroot()
         width, height = (float(root.findtext(f"size/{side}", "missing")) for side in ("width", "height"))
         size = _size(width, height, max_pixels)
@@ -367,6 +351,4 @@ def _parse(file: str, max_pixels: int) -> tuple[Size, list[Entry]]:
                 raise ValueError("an object has no name")
             box = (edges[0] - 1, edges[1] - 1, edges[2], edges[3])
             entries.append((box, word, 0, element.findtext("difficult", "").strip() == "1", None))
-    except _FAULTS as error:
-        raise _malformed(file, "it", error) from error
-    return size, entries
+    return os.path.join(folder, "JPEGImages", f"{name}.jpg"), size, entries
