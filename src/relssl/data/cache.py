@@ -23,8 +23,8 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from relssl.data.decode import BadImage, Opened
-from relssl.data.folder import Files, cache_root, shown
-from relssl.data.images import Images
+from relssl.data.folder import cache_root, shown
+from relssl.data.images import Files, Images
 from relssl.data.loader import read_batches, worker_count
 from relssl.data.shrunk import LAYOUT, PIXELS, Shrunk
 from relssl.data.subsets import identity, spread

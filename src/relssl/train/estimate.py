@@ -27,9 +27,9 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
-from relssl.data import folder
 from relssl.data.cache import place, root, shrunken
 from relssl.data.decode import BadImage, Decoded
+from relssl.data.images import Files as ImageFiles
 from relssl.data.images import Images, Pixels
 from relssl.data.loader import Batch, FromFiles, Resident, Sample, collate, worker_count
 from relssl.data.plain import PlainView, Reader, plain_view
@@ -363,7 +363,7 @@ _SAMPLE = 256
 class Repeated(Shrunk):
     """A few shrunk images over and over, in the place of all files."""
 
-    def __init__(self, few: Shrunk, files: folder.Files) -> None:
+    def __init__(self, few: Shrunk, files: ImageFiles) -> None:
         super().__init__(few.folder, files, few.sizes, few.bad)
 
     def __len__(self) -> int:
@@ -389,7 +389,7 @@ def stand_in(trainer: Trainer) -> Iterator[int]:
     if config.loader.cache is None:
         yield 0
         return
-    assert isinstance(images.source, folder.Files)
+    assert isinstance(images.source, ImageFiles)
     there = Shrunk.load(place(images, config), images.source)
     if not trainer.engine.largest(int(len(there) < len(images))):
         trainer.read(dataclasses.replace(images, source=there))
