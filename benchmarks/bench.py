@@ -1,11 +1,12 @@
 """Training steps and loaders beside the conventional pipeline: prints tables, writes JSON.
 
-    python benchmarks/bench.py [--only small,files] [--rounds 3] [--images FOLDER] [--out FILE]
+    python benchmarks/bench.py [--only small,files,loss] [--rounds 3] [--images FOLDER] [--out FILE]
 
 `small`: whole steps on CIFAR-shaped images, ResNet-18 with a 3x3 stem, in fp32 and bf16, and of the floor, the rate at which this
 device could do a step's products were there nothing else. `files`: photographs at 224 pixels, those of a folder, or JPEGs made
 here: 500 x 375, as in ImageNet, and 3000 x 2000, as cameras give; the loader alone and whole steps. Images per second of a core
-count the processor time of all of a contender's processes, so they do not depend on how many cores were free. `peers`: beside
+count the processor time of all of a contender's processes, so they do not depend on how many cores were free. `loss`: the loss and
+its gradient over the memory. `peers`: beside
 lightly, which `make bench-peers` installs.
 
 For figures worth quoting the machine has to be quiet: absolute speeds drift with whatever else it does, ratios within a turn do not.
@@ -15,11 +16,14 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import json
+import math
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,8 +36,10 @@ from torch import Tensor, nn
 
 import conventional
 from conventional import Noise, images_of
+from relssl.data.cache import shrunken
 from relssl.engine import Engine, available_cores, fast_bf16
 from relssl.method.backbones import create_backbone, feature_width
+from relssl.method.ressl import OBJECTIVES
 from relssl.settings.run import Config, resolve
 from relssl.train.estimate import attainable, step_flops
 from relssl.train.pretrain import complete_settings
@@ -82,12 +88,25 @@ def floor(settings: Mapping[str, Any], source: Noise | str, seconds: float) -> W
     return Work(run, config.batch_size, {"precision": engine.precision, "flop_per_image": flops})
 
 
+class Quiet:
+    """Takes the place of a console."""
+
+    def say(self, line: str) -> None:
+        pass
+
+    @contextmanager
+    def chore(self, what: str, done: int, total: int) -> Iterator[Callable[[int], None]]:
+        yield lambda count: None
+
+
 def loading(settings: Mapping[str, Any], source: str) -> Work:
     """Return our views alone as work. Each turn starts and ends its loader, so that no worker runs ahead while others are measured."""
     from relssl.train.loop import Trainer
 
     images = images_of(source)
     config = complete_settings(resolve(settings), images)
+    if config.loader.cache is not None:  # before anything is timed
+        images = dataclasses.replace(images, source=shrunken(images, config, Quiet()))
     trainer, start = Trainer(config, Engine(config.engine), images, None), 0
 
     def run(count: int) -> None:
@@ -145,8 +164,10 @@ def measure_files(args: argparse.Namespace) -> Settings:
                 Contender(label, conventional.loading, shared | {"style": style, "workers": args.workers})
                 for label, style in STYLES.items()
             ]
-            whole = {"settings": shared["settings"] | {"loader.reduced_decode": False}, "source": source}
-            contenders += [Contender("relssl", loading, shared), Contender("relssl, decoding at full size", loading, whole)]
+            caching = {"loader.cache": 256, "loader.cache_folder": str(Path(folder, "cache"))}
+            for label, change in (("", {}), (", decoding at full size", {"loader.reduced_decode": False}), (", cache", caching)):
+                own = shared | {"settings": shared["settings"] | change}
+                contenders.append(Contender(f"relssl{label}", loading, own))
             records = compare(contenders, args.rounds, units=1 if args.tiny else 16 if batch > 8 else 8)
             show_records(f"Files, loader alone: {name}, {args.workers} workers", records, list(STYLES), "images_per_core_second")
             results[f"loader, {name}"] = records
@@ -158,6 +179,44 @@ def measure_files(args: argparse.Namespace) -> Settings:
         records = compare([*contenders, Contender("relssl", training, own)], args.rounds, units=1 if args.tiny else 4)
         show_records(f"Files, training steps: {name}, ResNet-18, {precision}", records, list(STYLES))
         results[f"steps, {name}"] = records
+    return results
+
+
+def loss_work(form: str, shape: tuple[int, int, int, int], threads: int) -> Work:
+    """Return the loss and its gradient as work, in a form, over K keys of D dimensions, for B samples and V views."""
+    torch.set_num_threads(threads)
+    size, dim, batch, views = shape
+    generator, device = torch.Generator().manual_seed(0), "cuda" if torch.cuda.is_available() else "cpu"
+    rows = (torch.randn(count, dim, generator=generator) for count in (size, batch, views * batch))
+    memory, keys, queries = (F.normalize(each, dim=1).to(device) for each in rows)
+    queries = queries.view(views, batch, dim).requires_grad_()
+    loss: Any = partial(conventional.conventional_loss, student=0.1, teacher=0.04)
+    if form != "conventional":
+        loss = partial(OBJECTIVES[form], student_temperature=0.1, teacher_temperature=0.04)
+
+    def run(count: int) -> None:
+        for _ in range(count):
+            queries.grad = None
+            loss(queries, keys, memory).backward()
+        if queries.is_cuda:
+            torch.cuda.synchronize()
+
+    return Work(run, batch)
+
+
+def measure_loss(args: argparse.Namespace) -> Settings:
+    """Compare the forms of the loss over the memory, forward and backward: plain is the paper's formula, tiled ours."""
+    results: Settings = {}
+    shapes = (
+        ((64, 8, 16, 2),) if args.tiny else ((4096, 128, 256, 1), (65536, 128, 256, 1), *((131072, 512, 256, v) for v in (1, 5)))
+    )
+    for shape in shapes:
+        forms = ["conventional", *OBJECTIVES]
+        contenders = [Contender(form, loss_work, {"form": form, "shape": shape, "threads": args.threads}) for form in forms]
+        # About as many products as one call at the papers' small sizes takes, at least one.
+        records = compare(contenders, args.rounds, 1 if args.tiny else min(16, max(1, 2**31 // math.prod(shape))))
+        show_records("Loss over the memory: K {}, D {}, B {}, V {}".format(*shape), records, ["conventional", "plain"])
+        results["{}x{} B{} V{}".format(*shape)] = records
     return results
 
 
@@ -258,14 +317,14 @@ def measure_peers(args: argparse.Namespace) -> Settings:
     return {"steps": steps, "views": views}
 
 
-MEASURES = {"small": measure_small, "files": measure_files, "peers": measure_peers}
+MEASURES = {"small": measure_small, "files": measure_files, "loss": measure_loss, "peers": measure_peers}
 
 
 def main() -> None:
     """Measure the parts asked for; one that fails does not lose the others."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cores, device = available_cores(), "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--only", default="small,files", help="parts, separated by commas (default: all but peers)")
+    parser.add_argument("--only", default="small,files,loss", help="parts, separated by commas (default: all but peers)")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each contender (default: 3)")
     parser.add_argument("--threads", type=int, default=cores, help="threads of a training process (default: the cores)")
     parser.add_argument("--workers", type=int, default=cores, help="loader processes of each contender (default: the cores)")

@@ -84,7 +84,7 @@ def script(name: str, *arguments: str) -> str:
 
 def test_bench_runs(tmp_path: Path) -> None:
     out = tmp_path / "bench.json"
-    script("bench.py", "--only", "small,files", "--tiny", "--workers", "1", "--threads", "1", "--out", str(out))
+    script("bench.py", "--only", "small,files,loss", "--tiny", "--workers", "1", "--threads", "1", "--out", str(out))
     found: dict[str, Any] = json.loads(out.read_text())
     steps = found["files"]["steps, 100 x 75"]
     assert steps["relssl"]["images_per_second"][0] > 0
