@@ -122,8 +122,9 @@ def cached(backbone: nn.Module, images: Images, reader: Reader, engine: Engine, 
     folder = cache_root() / "features"
     path = folder / f"{cache_key(backbone, images, reader, engine)}.npz"
     try:
-        with np.load(path, allow_pickle=False) as file:
-            features = Features(torch.from_numpy(file["vectors"]), file["rows"], [(str(a), str(b)) for a, b in file["bad"]])
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            bad = [(str(name), str(reason)) for name, reason in arrays["bad"]]
+            features = Features(torch.from_numpy(arrays["vectors"]), arrays["rows"], bad)
         with suppress(OSError):
             os.utime(path)
         return features
@@ -133,8 +134,8 @@ def cached(backbone: nn.Module, images: Images, reader: Reader, engine: Engine, 
         folder.mkdir(parents=True, exist_ok=True)
     sweep(folder)
     with replacing(path, needed=features.vectors.nbytes) as target:
-        bad = np.array(features.bad or np.empty((0, 2)), dtype=str)
-        np.savez(target, vectors=features.vectors.numpy(), rows=features.rows, bad=bad)
+        faults = np.array(features.bad or np.empty((0, 2)), dtype=str)
+        np.savez(target, vectors=features.vectors.numpy(), rows=features.rows, bad=faults)
     _evict(folder, limit, path)
     return features
 
@@ -178,7 +179,7 @@ def require_varied(features: Tensor, name: str, *, chunk: int = 16384) -> None:
         NumericError: if they hold NaN or Inf, or are all the same; `name` says whose they are, such as "bank".
     """
     low, high = features.new_full((features.shape[1],), torch.inf), features.new_full((features.shape[1],), -torch.inf)
-    for start, rows in zip(range(0, len(features), chunk), features.split(chunk), strict=True):
+    for start, rows in zip(range(0, len(features), chunk), torch.split(features, chunk), strict=True):
         low, high = torch.minimum(low, rows.amin(dim=0)), torch.maximum(high, rows.amax(dim=0))
         if not bool((low.isfinite() & high.isfinite()).all()):  # NaN passes through both
             row = start + int((~rows.isfinite().all(dim=1)).nonzero()[0])

@@ -105,7 +105,9 @@ def _grid(
     near = labels.cpu()[index]
     for k, (_, temperature) in zip(used, settings, strict=True):
         parts = []
-        for scores, own in zip(_votes(similarity[:, :k], near[:, :k], temperature, classes), truth.split(_VOTERS), strict=True):
+        for scores, own in zip(
+            _votes(similarity[:, :k], near[:, :k], temperature, classes), torch.split(truth, _VOTERS), strict=True
+        ):
             rank = ranks(scores, own)
             voted = scores.gather(1, own[:, None])[:, 0] > 0
             # Among more than five classes, one without a vote comes last.
@@ -118,7 +120,7 @@ _VOTERS = 4096  # queries whose votes are counted at a time
 
 def _votes(similarity: Tensor, labels: Tensor, temperature: float, classes: int) -> Iterator[Tensor]:
     """Yield fp64 shares of the vote [m,C], some queries at a time. On the CPU, where the sum has one order."""
-    for near, own in zip(similarity.split(_VOTERS), labels.split(_VOTERS), strict=True):
+    for near, own in zip(torch.split(similarity, _VOTERS), torch.split(labels, _VOTERS), strict=True):
         near = near.double()
         weights = ((near - near[:, :1]) / temperature).exp()  # the first is the largest: no overflow, and no sum of zero
         scores = torch.zeros(len(near), classes, dtype=torch.float64).scatter_add_(1, own, weights)
@@ -148,9 +150,9 @@ def neighbours(bank: Tensor, queries: Tensor, k: int, *, chunk: int = 1024, bank
     device = queries.device
     best = torch.full((len(queries), k), torch.iinfo(torch.int64).min, device=device)
     with full_precision(device):
-        for first, rows in zip(range(0, len(bank), bank_chunk), bank.split(bank_chunk), strict=True):
+        for first, rows in zip(range(0, len(bank), bank_chunk), torch.split(bank, bank_chunk), strict=True):
             rows = _finite_unit(rows.to(device))
-            for part, place in zip(queries.split(chunk), best.split(chunk), strict=True):
+            for part, place in zip(torch.split(queries, chunk), torch.split(best, chunk), strict=True):
                 nearest = _nearest(_finite_unit(part) @ rows.T, first, k)
                 place.copy_(torch.cat([place, nearest], dim=1).topk(k, dim=1).values)
     bits = best >> 32
@@ -172,7 +174,7 @@ def _nearest(similarity: Tensor, first: int, k: int) -> Tensor:
     # topk picks any of the equal values at its end; only in rows where there are more than fit do all keys have to be compared.
     tied = ((similarity >= values[:, -1:]).sum(dim=1) > k).nonzero().flatten()
     columns = torch.arange(first, first + similarity.shape[1], device=similarity.device)
-    for rows in tied.split(64):  # a few at a time: keys take several times the memory
+    for rows in torch.split(tied, 64):  # a few at a time: keys take several times the memory
         keys[rows] = _keys(similarity[rows], columns).topk(k, dim=1).values
     return keys
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -202,7 +202,7 @@ def _scores(test: Tensor, draw: Draw) -> Tensor:
     """Return the scores [M,C], fp32 on the CPU."""
     weight, bias = draw.weight.to(test.device), draw.bias.to(test.device)
     with full_precision(test.device):
-        return torch.cat([torch.addmm(bias, unit(rows), weight.T).cpu() for rows in test.split(_TEST_ROWS)])
+        return torch.cat([torch.addmm(bias, unit(rows), weight.T).cpu() for rows in torch.split(test, _TEST_ROWS)])
 
 
 def _remarks(labels: Tensor, count: Tensor, shots: int, draws: list[Draw]) -> list[str]:
@@ -221,7 +221,8 @@ def _remarks(labels: Tensor, count: Tensor, shots: int, draws: list[Draw]) -> li
 def _finding(
     shots: int, draws: list[Draw], scores: list[Tensor], truth: Tensor, bootstrap: Bootstrap, notes: list[str]
 ) -> Finding:
-    setting, classes, right = {"shots": shots}, len(draws[0].bias), None
+    setting: dict[str, Any] = {"shots": shots}
+    classes, right = len(draws[0].bias), None
     figures: list[dict[str, float]]
     if truth.dim() == 2:
         setting |= {"average_precision": "interpolated"}

@@ -85,11 +85,12 @@ class LabelledPair:
         """
         if at_most is not None and min(at_most) < 1:
             raise ConfigError(f"images: must be at least 1 on each side, got {at_most[0]} and {at_most[1]}")
-        whole = [load(data, root, part) for part in ("bank", "test")]
-        bank, test = (_labelled(data, images) for images in whole)
+        bank = labelled(data, load(data, root, "bank"))
+        uncut = load(data, root, "test")
+        test = labelled(data, uncut)
         of = (len(bank), len(test))
         most = at_most or of
-        return LabelledPair(choose(bank, most[0], seed), choose(test, most[1], seed), of, whole[1].fingerprint())
+        return LabelledPair(choose(bank, most[0], seed), choose(test, most[1], seed), of, uncut.fingerprint())
 
     @property
     def several(self) -> bool:
@@ -151,7 +152,7 @@ def choose(images: Images, at_most: int, seed: int) -> Images:
     return images.subset(np.sort(np.random.Generator(np.random.PCG64(seed)).permutation(len(images))[:at_most]))
 
 
-def _labelled(data: str, images: Images) -> Images:
+def labelled(data: str, images: Images) -> Images:
     """Leave out the images without a label."""
     if images.targets is not None:
         return images

@@ -96,7 +96,7 @@ def probe(
             break  # weaker ones take ever longer, and fit the noise
     final = fit(rows, labels, classes, strength, settings.iterations, start=start)
     notes += own_notes + _notes(strength, strengths, tried, final)
-    scores = torch.cat([predict(standardise(part, mean, deviation), final.weight) for part in test.split(_ROWS)])
+    scores = torch.cat([predict(standardise(part, mean, deviation), final.weight) for part in torch.split(test, _ROWS)])
     details = {"strength": strength, "held_out": int(out.sum()), "tried": tried, "iterations": final.iterations}
     return [_finding(scores, test_labels.cpu(), classes, bootstrap, notes, details)]
 
@@ -137,24 +137,23 @@ def fit(
         history_size=10,
         line_search_fn="strong_wolfe",
     )
+    parts: list[tuple[Tensor, ...]] = list(zip(torch.split(rows, _ROWS), torch.split(labels, _ROWS), strict=True))
     if labels.dim() == 2:
         shares = (labels >= 0) / (labels >= 0).sum(dim=0).clamp_min(1)
-        parts = list(zip(rows.split(_ROWS), labels.clamp_min(0).float().split(_ROWS), shares.split(_ROWS), strict=True))
-    else:
-        parts = [(*pair, None) for pair in zip(rows.split(_ROWS), labels.split(_ROWS), strict=True)]
+        triples = zip(parts, torch.split(shares, _ROWS), strict=True)
+        parts = [(features, own.clamp_min(0).float(), share) for (features, own), share in triples]
 
     def objective() -> float:
         """Add up loss and gradient in fp64, from products in fp32."""
         point = weight.detach()
         flat = point.float().requires_grad_()
         total = strength / 2 * float(point[:, :-1].square().sum())
-        for features, own, share in parts:
+        for features, own, *share in parts:
             logits = torch.addmm(flat[:, -1], features, flat[:, :-1].T)
-            if share is None:
-                loss = F.cross_entropy(logits, own, reduction="none").sum(dtype=torch.float64) / len(rows)
+            if share:
+                loss = F.binary_cross_entropy_with_logits(logits, own, share[0], reduction="none").sum(dtype=torch.float64)
             else:
-                losses = F.binary_cross_entropy_with_logits(logits, own, share, reduction="none")
-                loss = losses.sum(dtype=torch.float64)
+                loss = F.cross_entropy(logits, own, reduction="none").sum(dtype=torch.float64) / len(rows)
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
         assert flat.grad is not None
@@ -163,7 +162,7 @@ def fit(
         return total
 
     with full_precision(rows.device), torch.enable_grad():
-        optimizer.step(objective)
+        optimizer.step(objective)  # type: ignore[no-untyped-call]
         objective()  # the line search may have looked elsewhere last
     assert weight.grad is not None
     return Fit(weight.detach(), optimizer.state[weight]["n_iter"], float(weight.grad.abs().max()))
@@ -183,7 +182,7 @@ def hold_out(labels: Tensor, classes: int, share: float, seed: int) -> tuple[Ten
     groups: Sequence[Tensor] = [torch.arange(len(labels))]
     if labels.dim() == 1:
         count = class_counts(labels, classes)
-        groups = labels.argsort(stable=True).split(count.tolist())
+        groups = torch.split(labels.argsort(stable=True), count.tolist())
         if single := places(count == 1):
             notes.append(f"With a single bank image each, {numbered(single)} took no part in choosing the penalty.")
     for rows in groups:

@@ -62,10 +62,10 @@ def retrieval(
     hits, precision = [], []
     rank = torch.arange(1, len(gallery) + 1, device=test.device, dtype=torch.float64)
     with full_precision(test.device):
-        for rows in torch.arange(len(test), device=test.device).split(max(1, min(1024, cells // len(gallery)))):
+        for rows in torch.split(torch.arange(len(test), device=test.device), max(1, min(1024, cells // len(gallery)))):
             similarity = unit(test[rows]) @ gallery.T
             step = max(1, cells // 16 // len(gallery))
-            for near, own in zip(similarity.split(step), rows.split(step), strict=True):
+            for near, own in zip(torch.split(similarity, step), torch.split(rows, step), strict=True):
                 alike = _alike(truth[own], labels)
                 if itself:  # a query comes last in its own ranking, as not of its class
                     near.scatter_(1, own[:, None], -torch.inf)
