@@ -1,6 +1,6 @@
 """All measurements of speed and memory in one command: prints tables, writes JSON.
 
-    python benchmarks/bench.py [--only small,files,stages,loss,growth] [--rounds 3] [--images FOLDER] [--out FILE]
+    python benchmarks/bench.py [--only small,files,loss,growth] [--rounds 3] [--images FOLDER] [--out FILE]
 
 Every contender runs in a process of its own and they take turns; ratios are taken within each turn. For figures worth quoting
 the machine has to be quiet: absolute speeds drift with whatever else it does.
@@ -23,7 +23,7 @@ from options import Options
 from relssl.engine import available_cores
 from relssl.train.run_folder import environment
 
-PARTS = ("small", "files", "stages", "loss", "growth")
+PARTS = ("small", "files", "loss", "growth")
 # Measured only when asked for, as they need what is not installed with the package.
 EXTRA = ("peers",)
 

@@ -22,12 +22,15 @@ import relssl
 import shapes
 from relssl.data.boxes import load
 from relssl.data.images import IMAGENET_MEAN, IMAGENET_STD
+from relssl.data.loader import worker_count
+from relssl.data.plain import PlainView
 from relssl.engine import Engine
 from relssl.evaluation.detection import Plan, create_detector, curve, measure, pyramid_levels, train
 from relssl.method.backbones import create_backbone
 from relssl.settings.evaluation import DetectionConfig
-from relssl.settings.run import Config, EngineConfig, resolve
+from relssl.settings.run import EngineConfig, LoaderConfig
 from relssl.train.run_folder import environment
+from relssl.weights.spec import BackboneSpec
 
 SIDE = 96
 POINTS = 4
@@ -47,42 +50,43 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/detection.json"))
     args = parser.parse_args()
     torch.manual_seed(args.seed)
-    backbone, config = backbone_of(args.run, args.fresh)
+    backbone, spec = backbone_of(args.run, args.fresh)
     settings = DetectionConfig(
         epochs=args.epochs, batch_size=4, lr=args.lr, min_size=SIDE, max_size=SIDE, regions=32, frozen_stages=0, norm="train"
     )
     with tempfile.TemporaryDirectory() as folder:
         shapes.write_coco(Path(folder, "shapes"), train=args.train, test=args.test, side=SIDE, seed=args.seed)
-        found = learn(backbone, config, str(Path(folder, "shapes")), settings, masks=args.masks, seed=args.seed)
+        found = learn(backbone, spec, str(Path(folder, "shapes")), settings, masks=args.masks, seed=args.seed)
     source = "random weights" if args.run is None or args.fresh else args.run.name
-    record = {"machine": environment(), "backbone": config.backbone, "weights": source, "settings": vars(settings), **found}
+    record = {"machine": environment(), "backbone": spec.name, "weights": source, "settings": vars(settings), **found}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(record, indent=1) + "\n")
     print(f"written to {args.out}")
 
 
-def backbone_of(run: Path | None, fresh: bool) -> tuple[nn.Module, Config]:
-    """The network to start from, and its settings."""
+def backbone_of(run: Path | None, fresh: bool) -> tuple[nn.Module, BackboneSpec]:
+    """The network to start from, and what it is."""
     if run is None:
-        views = {"views.mean": list(IMAGENET_MEAN), "views.std": list(IMAGENET_STD)}
-        config = resolve({"recipe": "folder", "backbone": "resnet18", **views})
-        return create_backbone("resnet18"), config
+        view = PlainView(224, 256 / 224, "bilinear", IMAGENET_MEAN, IMAGENET_STD)
+        return create_backbone("resnet18"), BackboneSpec("resnet18", {}, "standard", view)
     backbone = relssl.load_backbone(run)
-    config: Config = backbone.config  # type: ignore[assignment, no-redef]
-    return (create_backbone(config.backbone, config.encoder.stem, config.backbone_args) if fresh else backbone), config
+    spec = backbone.spec
+    assert isinstance(spec, BackboneSpec)
+    return (spec.create() if fresh else backbone), spec
 
 
 def learn(
-    backbone: nn.Module, config: Config, folder: str, settings: DetectionConfig, *, masks: bool, seed: int
+    backbone: nn.Module, spec: BackboneSpec, folder: str, settings: DetectionConfig, *, masks: bool, seed: int
 ) -> dict[str, Any]:
     """The figures at each point, printed as they come; seconds are those of training alone."""
     engine = Engine(EngineConfig(device="auto", precision="fp32"))
-    train_set, test_set = load(folder, masks=masks, max_pixels=config.loader.max_pixels)
+    workers = worker_count(None)
+    train_set, test_set = load(folder, masks=masks, max_pixels=LoaderConfig().max_pixels)
     plan = Plan.of(len(train_set), settings)
-    strides = [stride for _, _, stride in pyramid_levels(backbone, config.backbone)]
-    model = create_detector(backbone, config, settings, len(train_set.classes), masks=masks, autocast=engine.autocast)
+    strides = [stride for _, _, stride in pyramid_levels(backbone, spec.name)]
+    model = create_detector(backbone, spec, settings, len(train_set.classes), masks=masks, autocast=engine.autocast)
     model = engine.place(model)
-    print(f"{config.backbone}, strides {strides}, {plan.steps} steps on {engine.describe()}", flush=True)
+    print(f"{spec.name}, strides {strides}, {plan.steps} steps on {engine.describe()}", flush=True)
     stops = {round(plan.steps * point / POINTS) for point in range(1, POINTS + 1)}
     rows: list[dict[str, Any]] = []
     losses: list[float] = []
@@ -91,7 +95,7 @@ def learn(
     def note() -> None:
         figures = {
             f"{of} {name}": round(value, 2)
-            for of, (some, _) in measure(model, test_set, config, engine).items()
+            for of, (some, _) in measure(model, test_set, workers, engine).items()
             for name, value in some.items()
         }
         rows.append({"step": len(losses), "seconds": round(seconds, 1), **figures})
@@ -99,7 +103,7 @@ def learn(
 
     note()
     begun = time.perf_counter()
-    for loss in train(model, train_set, config, engine, settings=settings, plan=plan, seed=seed):
+    for loss in train(model, train_set, workers, engine, settings=settings, plan=plan, seed=seed):
         losses.append(loss)
         if len(losses) in stops:
             seconds += time.perf_counter() - begun

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from relssl.data.plain import PlainView
 from relssl.errors import ConfigError
 from relssl.weights.export import export
 from relssl.weights.formats import FORMATS
@@ -57,7 +58,7 @@ numpy.savez({features!r}, all=made[0], one=made[1])
 def round_trip(run: Path, network: str, format: str, folder: Path) -> dict[str, Any]:
     """One format of one network."""
     backbone, config = load_backbone(run, network), load_run(run).config
-    images, what = real_images(config)
+    images, what = real_images(PlainView.of(config.views), config)
     begun = time.perf_counter()
     try:
         made = export(run, format=format, network=network, out=folder / f"backbone-{format}{FORMATS[format].suffix}")

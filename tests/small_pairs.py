@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from relssl.data.folder import Files
-from relssl.data.images import Images, Pixels
+from relssl.data.images import Files, Images, Pixels
+from relssl.data.plain import PlainView, Reader
 from relssl.engine import Engine
 from relssl.evaluation.evaluate import LabelledPair
 from relssl.evaluation.metrics import Bootstrap
@@ -30,6 +30,12 @@ def config(**changes: Any) -> Config:
     small = {"data": "cifar10", "views.weak.size": 16, "views.strong.size": 16, "loader.workers": 0, "seed": 77}
     made = resolve(small | changes)
     return dataclasses.replace(made, views=dataclasses.replace(made.views, mean=(0.5,) * 3, std=(0.25,) * 3, margin=1.0))
+
+
+def reader(**changes: Any) -> Reader:
+    """The same as an evaluation has it."""
+    settings = config(**changes)
+    return Reader(PlainView.of(settings.views), mirrored=settings.views.weak.flip > 0)
 
 
 def coloured(count: int, seed: int, classes: int = 3) -> Images:

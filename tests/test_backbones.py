@@ -295,7 +295,7 @@ def test_a_transformers_size_and_channels_go_with_it(tmp_path: Path) -> None:
     torch.testing.assert_close(scope["transform"](image), ours.transform(image), rtol=0, atol=0.02)  # grey rounded to 8 bits
     # Evaluated at another size, the network made for 32 pixels interpolates.
     opened = open_backbones(run.folder, Reading())
-    assert feature_width(opened.one()[1], opened.sees(48).views.weak.size) == 24
+    assert feature_width(opened.one()[1], opened.reader(48).view.size) == 24
     with pytest.raises(ConfigError, match="hf is read with colour images"):
         export(run.folder, format="hf", out=tmp_path / "hf")
     with pytest.raises(ConfigError, match="detection: takes colour images"):

@@ -18,7 +18,6 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
 import bench
-import files
 import gpu
 import loss
 import peers
@@ -27,7 +26,6 @@ import whole_run
 from options import Options
 from pictures import picture, write_folder
 from processes import Failed, alone
-from relssl.settings.run import resolve
 from rounds import Contender, Work, compare, spread, times
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -123,11 +121,6 @@ def test_a_contender_that_failed_is_told_by_the_exit_code(
     assert bench.run(["loss"], Options(1, 1, 0, None, None, tiny=True), tmp_path / "out.json") == code
 
 
-def test_the_loaders_of_a_comparison_try_no_workers() -> None:
-    loader = resolve(files.settings(Options(1, 1, 2, None, None, tiny=True), 8)).loader
-    assert loader.workers == loader.prefetch == 2
-
-
 def set_threads(count: int) -> int:
     torch.set_num_threads(count)
     return torch.get_num_threads()
@@ -207,9 +200,9 @@ def test_without_lightly_it_is_said_how_to_get_it(monkeypatch: pytest.MonkeyPatc
 
 def test_bench_runs(tmp_path: Path) -> None:
     out = tmp_path / "bench.json"
-    tell = script("bench.py", "--only", "files,stages,loss", "--tiny", "--workers", "1", "--threads", "1", "--out", str(out))
+    tell = script("bench.py", "--only", "files,loss", "--tiny", "--workers", "1", "--threads", "1", "--out", str(out))
     found = json.loads(out.read_text())
-    assert found.keys() == {"machine", "options", "files", "stages", "loss"} and not failures(found), tell
+    assert found.keys() == {"machine", "options", "files", "loss"} and not failures(found), tell
     steps = found["files"]["steps, 100 x 75"]
     assert steps["relssl"]["images_per_second"][0] > 0
     assert steps["conventional, Pillow"]["times"]["conventional, Pillow"] == [1.0]

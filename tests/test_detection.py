@@ -17,6 +17,7 @@ from torch import nn
 
 import shapes
 from relssl.data.boxes import Scenes, load
+from relssl.data.plain import PlainView, Reader
 from relssl.engine import Engine
 from relssl.errors import ConfigError, DataError, NumericError
 from relssl.evaluation.detection import (
@@ -33,7 +34,8 @@ from relssl.evaluation.detection import (
 )
 from relssl.method.backbones import create_backbone
 from relssl.settings.evaluation import DetectionConfig
-from relssl.settings.run import Config, EngineConfig, resolve
+from relssl.settings.run import EngineConfig
+from relssl.weights.spec import BackboneSpec
 
 SIDE = 64
 MANY = 1 << 24
@@ -41,9 +43,11 @@ NAME = "test_resnet"  # timm's smallest
 SMALL = DetectionConfig(min_size=SIDE, max_size=SIDE, regions=16, batch_size=4, lr=0.01, frozen_stages=0, norm="train")
 
 
-def config_of(name: str = NAME, **more: Any) -> Config:
-    values = {"backbone": name, "views.mean": [0.485, 0.456, 0.406], "views.std": [0.229, 0.224, 0.225], "loader.workers": 0}
-    return resolve(values | more)
+VIEW = PlainView(224, 256 / 224, "bilinear", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def spec(name: str = NAME) -> BackboneSpec:
+    return BackboneSpec(name, {}, "standard", VIEW)
 
 
 def engine() -> Engine:
@@ -64,7 +68,7 @@ def trained_looking(backbone: nn.Module) -> nn.Module:
 
 def detector(settings: DetectionConfig = SMALL) -> tuple[Any, nn.Module]:
     backbone = trained_looking(create_backbone(NAME))
-    return create_detector(backbone, config_of(), settings, 3, masks=False, autocast=nullcontext), backbone
+    return create_detector(backbone, spec(), settings, 3, masks=False, autocast=nullcontext), backbone
 
 
 @pytest.fixture
@@ -413,7 +417,7 @@ def test_what_is_frozen_does_not_move_and_the_backbone_given_is_left_alone(folde
     given = {name: value.clone() for name, value in backbone.state_dict().items()}
     before = {name: value.clone() for name, value in model.state_dict().items()}
     split, _ = load(str(folder), masks=False, max_pixels=MANY)
-    assert len(list(train(model, split, config_of(), engine(), settings=SMALL, plan=Plan(3, 2, 0), seed=0))) == 3
+    assert len(list(train(model, split, 0, engine(), settings=SMALL, plan=Plan(3, 2, 0), seed=0))) == 3
     moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     network = {name.removeprefix("backbone.network.") for name in moved if name.startswith("backbone.network.")}
     assert network and all(name.startswith(("layer2.", "layer3.", "layer4.")) and "bn" not in name for name in network)
@@ -484,13 +488,13 @@ def told(split: Scenes, *, shrink: float = 1.0) -> list[dict[str, torch.Tensor]]
 
 def test_measure_by_hand(folder: Path) -> None:
     _, test = load(str(folder), masks=True, max_pixels=MANY)
-    perfect = measure(Answers(told(test)), test, config_of(), engine())
+    perfect = measure(Answers(told(test)), test, 0, engine())
     for figures, per_class in perfect.values():
         assert figures["map"] == figures["map_50"] == figures["map_75"] == pytest.approx(100)
         assert "map_large" not in figures  # there are none
         assert set(per_class.values()) == {100.0} and set(per_class) <= set(test.classes)
     # Boxes of 0.72 of the width overlap by 0.72: right at 0.50, 0.55, ..., 0.70, five of ten thresholds.
-    narrow = measure(Answers(told(test, shrink=0.72)), test, config_of(), engine())
+    narrow = measure(Answers(told(test, shrink=0.72)), test, 0, engine())
     assert narrow["boxes"][0]["map"] == pytest.approx(50) and narrow["boxes"][0]["map_75"] == 0
     assert narrow["masks"][0]["map"] == pytest.approx(100)
 
@@ -499,10 +503,10 @@ def test_crowds_are_neither_hit_nor_missed(folder: Path) -> None:
     edit(folder, "val", lambda content: first(content, iscrowd=1))
     _, test = load(str(folder), masks=True, max_pixels=MANY)
     answers = told(test)
-    figures, _ = measure(Answers(answers), test, config_of(), engine())["boxes"]
+    figures, _ = measure(Answers(answers), test, 0, engine())["boxes"]
     assert figures["map"] == pytest.approx(100)
     answers[0] = {name: value[1:] for name, value in answers[0].items()}
-    figures, _ = measure(Answers(answers), test, config_of(), engine())["boxes"]
+    figures, _ = measure(Answers(answers), test, 0, engine())["boxes"]
     assert figures["map"] == pytest.approx(100)
 
 
@@ -521,7 +525,7 @@ def test_detection_learns_and_repeats(tmp_path: Path) -> None:
     def run(epochs: float) -> Any:
         settings = DetectionConfig(**{**vars(SMALL), "epochs": epochs, "model": "faster-rcnn"})
         state = torch.get_rng_state()
-        (found,) = detection(backbone, str(folder), config_of(), engine(), settings=settings, seed=0, say=lines.append)
+        (found,) = detection(backbone, str(folder), spec(), Reader(VIEW), engine(), settings=settings, seed=0, say=lines.append)
         assert torch.equal(torch.get_rng_state(), state)  # draws from nobody else's
         return found
 
@@ -541,7 +545,9 @@ def test_mask_rcnn_gives_a_finding_for_boxes_and_one_for_masks(tmp_path: Path) -
     shapes.write_coco(tmp_path / "set", train=3, test=1, side=SIDE)
     settings = DetectionConfig(**{**vars(SMALL), "epochs": 1, "max_images": 2, "batch_size": 2})
     folder = tmp_path / "set"
-    found = detection(create_backbone(NAME), str(folder), config_of(), engine(), settings=settings, seed=0, say=lambda line: None)
+    found = detection(
+        create_backbone(NAME), str(folder), spec(), Reader(VIEW), engine(), settings=settings, seed=0, say=lambda line: None
+    )
     assert [one.setting for one in found] == [{"model": "mask-rcnn", "of": "boxes"}, {"model": "mask-rcnn", "of": "masks"}]
     assert all(math.isfinite(one.figures["map"]) for one in found)
     assert "Of 3 training images 2 were used, chosen by the seed." in found[0].notes
@@ -549,11 +555,15 @@ def test_mask_rcnn_gives_a_finding_for_boxes_and_one_for_masks(tmp_path: Path) -
 
 def test_voc_quotes_its_customary_figure(voc: Path) -> None:
     settings = DetectionConfig(**{**vars(SMALL), "epochs": 1.0, "batch_size": 2})
-    (found,) = detection(create_backbone(NAME), str(voc), config_of(), engine(), settings=settings, seed=0, say=lambda line: None)
+    (found,) = detection(
+        create_backbone(NAME), str(voc), spec(), Reader(VIEW), engine(), settings=settings, seed=0, say=lambda line: None
+    )
     assert found.main == "map_50" and "11 of VOC2007's own rule" in found.notes[-1]
     settings = DetectionConfig(model="mask-rcnn")
     with pytest.raises(ConfigError, match="mask-rcnn needs masks"):
-        detection(create_backbone(NAME), str(voc), config_of(), engine(), settings=settings, seed=0, say=lambda line: None)
+        detection(
+            create_backbone(NAME), str(voc), spec(), Reader(VIEW), engine(), settings=settings, seed=0, say=lambda line: None
+        )
 
 
 def test_workers_change_nothing_and_broken_images_are_named_through_them(folder: Path) -> None:
@@ -562,8 +572,7 @@ def test_workers_change_nothing_and_broken_images_are_named_through_them(folder:
     def losses(workers: int) -> list[float]:
         torch.manual_seed(0)
         model, _ = detector()
-        config = config_of(**{"loader.workers": workers})
-        return list(train(model, split, config, engine(), settings=SMALL, plan=Plan(2, 1, 0), seed=0))
+        return list(train(model, split, workers, engine(), settings=SMALL, plan=Plan(2, 1, 0), seed=0))
 
     assert losses(0) == losses(2)
     for image in (folder / "train").iterdir():
@@ -575,7 +584,9 @@ def test_workers_change_nothing_and_broken_images_are_named_through_them(folder:
 def test_a_loss_that_is_not_finite_is_named_with_its_step(folder: Path) -> None:
     settings = DetectionConfig(**{**vars(SMALL), "epochs": 4.0, "lr": 1e9, "warmup_steps": 0, "model": "faster-rcnn"})
     with pytest.raises(NumericError, match=r"the loss is (nan|inf) at step \d+ of 3 .*lower detection.lr"):
-        detection(create_backbone(NAME), str(folder), config_of(), engine(), settings=settings, seed=0, say=lambda line: None)
+        detection(
+            create_backbone(NAME), str(folder), spec(), Reader(VIEW), engine(), settings=settings, seed=0, say=lambda line: None
+        )
 
 
 def test_what_is_missing_is_said_before_any_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -583,7 +594,8 @@ def test_what_is_missing_is_said_before_any_work(monkeypatch: pytest.MonkeyPatch
         detection(
             create_backbone("vit_tiny_patch16_224"),
             str(tmp_path),
-            config_of("vit_tiny_patch16_224"),
+            spec("vit_tiny_patch16_224"),
+            Reader(VIEW),
             engine(),
             settings=settings,
             seed=0,

@@ -25,7 +25,7 @@ from relssl.data.cache import shrunken
 from relssl.engine import Engine, available_cores
 from relssl.errors import ConfigError
 from relssl.method.backbones import count_flops
-from relssl.report.tables import advice_lines
+from relssl.report.tables import advice_lines, show_estimate
 from relssl.settings.reading import merge, nest
 from relssl.settings.run import EngineConfig, resolve, to_yaml
 from relssl.train.estimate import (
@@ -213,6 +213,13 @@ def test_a_cache_is_read_where_it_is_and_not_made(folder: Path, tmp_path: Path) 
     written = {file: file.stat().st_mtime_ns for file in caches.rglob("*")}
     assert estimate(settings).disk.cache == 0
     assert {file: file.stat().st_mtime_ns for file in caches.rglob("*")} == written
+
+
+def test_methods_without_teacher_and_memory_have_no_share_of_them(capsys: pytest.CaptureFixture[str]) -> None:
+    run = estimate(small(**{"recipe": "digits", "log.knn_every": 0, "method.name": "simclr"}))
+    assert run.shares["teacher"] == 0 and sum(run.shares.values()) == pytest.approx(1)
+    show_estimate(run)
+    assert "teacher, forward" not in capsys.readouterr().out
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on fewer cores

@@ -35,6 +35,7 @@ from relssl.weights import export as exporting
 from relssl.weights.export import export
 from relssl.weights.formats import FORMATS
 from relssl.weights.parity import real_images
+from relssl.weights.spec import BackboneSpec
 from relssl.weights.writers import Source, Written, _view, read, timm_lines, to_detectron
 from small_runs import small_run
 
@@ -213,7 +214,7 @@ def changed(writer: Callable[[Source], Written], name: str) -> Callable[[Source]
     """A writer that gets one layer wrong; but for graphs one that no feature shows, as the branch starts at zero."""
 
     def wrong(source: Source) -> Written:
-        other = create_backbone(source.config.backbone, source.config.encoder.stem)
+        other = create_backbone(source.spec.name, source.spec.stem)
         other.load_state_dict(source.backbone.state_dict())
         other.state_dict()[name].mul_(1.01)
         return writer(dataclasses.replace(source, backbone=other.eval()))
@@ -276,12 +277,11 @@ def test_the_transforms_of_the_lines_are_the_plain_view(plain: tuple[Path, nn.Mo
 
 
 def test_timm_enlarges_as_we_do_whatever_the_size() -> None:
-    config = settings("resnet18", "standard")
+    spec = BackboneSpec.of(settings("resnet18", "standard"))
     for margin in (1.0, 256 / 224, 1.1, 4 / 3):
         for size in range(4, 500):
-            views = dataclasses.replace(config.views, margin=margin, weak=dataclasses.replace(config.views.weak, size=size))
-            share = _view(dataclasses.replace(config, views=views))["crop_pct"]
-            assert math.floor(size / share) == PlainView.of(views).shorter_side
+            view = dataclasses.replace(spec.view, margin=margin, size=size)
+            assert math.floor(size / _view(dataclasses.replace(spec, view=view))["crop_pct"]) == view.shorter_side
 
 
 def test_detectron_names_are_those_of_mocos_converter() -> None:
@@ -436,7 +436,9 @@ def test_lines_survive_odd_file_names(plain: tuple[Path, nn.Module], tmp_path: P
     exec("\n".join(made.lines), scope)
     with torch.no_grad():
         assert torch.equal(scope["backbone"](IMAGES), plain[1](IMAGES))
-    assert timm_lines(settings("resnet18", "standard"), "a.safetensors")[1].endswith('checkpoint_path="a.safetensors").eval()')
+    assert timm_lines(BackboneSpec.of(settings("resnet18", "standard")), "a.safetensors")[1].endswith(
+        'checkpoint_path="a.safetensors").eval()'
+    )
 
 
 def test_images_are_the_runs_own_if_they_are_at_hand(tmp_path: Path) -> None:
@@ -444,11 +446,12 @@ def test_images_are_the_runs_own_if_they_are_at_hand(tmp_path: Path) -> None:
         Image.fromarray(np.full((40, 60, 3), 10 * number, np.uint8)).save(tmp_path / f"{number:02}.png")
     (tmp_path / "03.png").write_bytes(b"no image")
     config = dataclasses.replace(settings("resnet18", "standard"), data=str(tmp_path))
-    images, what = real_images(config)
+    view = PlainView.of(config.views)
+    images, what = real_images(view, config)
     assert images.shape == (16, 3, SIZE, SIZE) and what == f"16 images of {tmp_path.name}"
     assert images[0, 0, 0, 0] == pytest.approx(-0.25)
-    _, what = real_images(dataclasses.replace(config, data=str(tmp_path / "gone")))
+    _, what = real_images(view, dataclasses.replace(config, data=str(tmp_path / "gone")))
     assert what == "16 images of the built-in digits"
     assert not at_hand("cifar10", str(tmp_path)) and at_hand("digits", None)
-    _, what = real_images(dataclasses.replace(config, data="cifar10", data_root=str(tmp_path)))
+    _, what = real_images(view, dataclasses.replace(config, data="cifar10", data_root=str(tmp_path)))
     assert what == "16 images of the built-in digits"

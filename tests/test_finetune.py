@@ -13,20 +13,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from relssl.data.batched import apply, normalise
+from relssl.data.batched import apply
 from relssl.data.draws import draw
 from relssl.data.images import Pixels
 from relssl.data.loader import Plan
-from relssl.data.plain import PlainView, plain_batch
+from relssl.data.plain import plain_batch
 from relssl.data.subsets import fingerprint, stratified
 from relssl.errors import ConfigError, DataError, NumericError
 from relssl.evaluation.evaluate import LabelledPair
-from relssl.evaluation.findings import Finding
 from relssl.evaluation.heads import finetune, linear_classifier, semi
 from relssl.evaluation.metrics import accuracies, ranks
+from relssl.evaluation.result import Finding
 from relssl.settings.evaluation import FinetuneConfig, SemiConfig
 from relssl.settings.run import ViewConfig
-from small_pairs import FAST, as_files, coloured, config, engine, network, pair
+from small_pairs import FAST, as_files, coloured, engine, network, pair, reader
 
 TUNE = FinetuneConfig(epochs=3, batch_size=16, lr=0.05, head_lr=0.5, weight_decay=0.01)
 
@@ -35,7 +35,7 @@ def run(
     settings: FinetuneConfig | SemiConfig, data: LabelledPair | None = None, backbone: nn.Module | None = None, seed: int = 3
 ) -> tuple[list[Finding], list[str]]:
     said: list[str] = []
-    arguments = (backbone or network(), data or pair(), config(), engine())
+    arguments = (backbone or network(), data or pair(), reader(), engine())
     others = {"bootstrap": FAST, "seed": seed, "say": said.append}
     if isinstance(settings, SemiConfig):
         return semi(*arguments, settings=settings, **others), said  # type: ignore[arg-type]
@@ -61,7 +61,7 @@ def by_hand(data: LabelledPair, seed: int) -> tuple[nn.Module, nn.Module, float]
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / 12)))
     for epoch, (rows,) in plan.steps(0, 12):
         views = apply(bank.source.tensor[rows], view, draw(view, seed, epoch, rows, 0, (16, 16)))
-        loss = F.cross_entropy(head(tuned(normalise(views, *config().views.statistics()))), torch.from_numpy(bank.labels[rows]))
+        loss = F.cross_entropy(head(tuned(reader().view.normalise(views))), torch.from_numpy(bank.labels[rows]))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -76,7 +76,7 @@ def test_training_equals_a_plain_loop() -> None:
     assert found.details["loss"] == pytest.approx(loss, rel=1e-4)
     assert isinstance(data.test.source, Pixels) and data.test.labels is not None
     truth = torch.from_numpy(data.test.labels)
-    view = PlainView.of(config().views)
+    view = reader().view
     with torch.no_grad():
         scores = head(tuned(view.normalise(plain_batch(data.test.source.tensor, view))))
     assert found.figures == accuracies(ranks(scores, truth), truth, 3) and found.setting == {}

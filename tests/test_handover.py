@@ -16,9 +16,11 @@ from sklearn.neighbors import KNeighborsClassifier
 import relssl
 from relssl.cli import main
 from relssl.data.named import load
-from relssl.data.plain import PlainView, batches
+from relssl.data.plain import Reader
+from relssl.engine import Engine
 from relssl.errors import CheckpointError, ConfigError, DataError
 from relssl.weights import store
+from relssl.weights.spec import BackboneSpec
 from relssl.weights.writers import timm_lines
 from small_runs import small_run
 
@@ -62,7 +64,7 @@ def final(folder: Path) -> dict[str, torch.Tensor]:
 
 def test_a_small_stem_loads_with_the_lines_the_card_gives(finished: Path) -> None:
     file = finished / "export/backbone.safetensors"
-    lines = timm_lines(relssl.load_run(finished).config, str(file))
+    lines = timm_lines(BackboneSpec.of(relssl.load_run(finished).config), str(file))
     assert len(lines) == 5 and all(line.split("(")[0] in (finished / "export/backbone.md").read_text() for line in lines)
     scope: dict[str, Any] = {}
     exec("\n".join(lines), scope)
@@ -75,8 +77,7 @@ def test_a_loaded_backbone_knows_its_width_and_its_view(finished: Path) -> None:
     backbone = relssl.load_backbone(finished)
     images = load("digits", None, "test").subset(range(4))
     transformed = backbone.transform(images.read(0, 10**6))
-    view = PlainView.of(relssl.load_run(finished).config.views)
-    _, batch, _ = next(iter(batches(images, view, workers=0, max_pixels=10**6)))
+    _, batch, _ = next(Reader(backbone.spec.view).batches(images))
     torch.testing.assert_close(transformed, batch[0])
     assert backbone(batch).shape == (4, backbone.num_features)
 
@@ -121,9 +122,12 @@ def test_evaluate_equals_scikit_learn_on_the_same_features(finished: Path) -> No
     from relssl.evaluation.pairs import LabelledPair
 
     found = relssl.evaluate(finished, images=(300, 300), network="teacher", device="cpu", precision="fp32")["results"]
-    pair, run = LabelledPair.load("digits", None, (300, 300)), relssl.load_run(finished)
+    pair = LabelledPair.load("digits", None, (300, 300))
     backbone = relssl.load_backbone(finished, "teacher")
-    bank, test = (extract(backbone, side, run.config, torch.device("cpu")).vectors.numpy() for side in (pair.bank, pair.test))
+    bank, test = (
+        extract(backbone, side, Reader(backbone.spec.view), Engine.local("cpu", "fp32")).vectors.numpy()
+        for side in (pair.bank, pair.test)
+    )
     assert len(found) == 8
     for result in found:
         k, temperature = result["setting"]["k"], result["setting"]["temperature"]
@@ -137,7 +141,7 @@ def test_measuring_changes_nothing(finished: Path) -> None:
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
     from relssl.evaluation.features import extract
 
-    extract(backbone, load("digits", None, "test").subset(range(40)), relssl.load_run(finished).config, torch.device("cpu"))
+    extract(backbone, load("digits", None, "test").subset(range(40)), Reader(backbone.spec.view), Engine.local("cpu", "fp32"))
     assert backbone.training
     assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
 

@@ -144,7 +144,7 @@ def test_stems_differ_in_what_they_compute(tmp_path):
         maps = [load_foreign(path, stem=stem)[0].conv1(images(32)).shape[-1] for stem in (None, "small")]
     assert maps == [34, 32]
     backbone, _ = load_foreign(path, stem="small-pool", size=96)
-    assert backbone.config.views.weak.size == 96 and isinstance(backbone.maxpool, nn.MaxPool2d)
+    assert backbone.spec.view.size == 96 and isinstance(backbone.maxpool, nn.MaxPool2d)
 
 
 def test_a_small_vit_of_moco_v3_has_twelve_heads(tmp_path):
@@ -297,7 +297,7 @@ def test_an_imported_file_is_a_backbone_file(tmp_path):
     report = import_weights(path)
     assert report.out == str(tmp_path / "ressl-200.safetensors")
     backbone = relssl.load_backbone(report.out)
-    assert same(backbone, source) and backbone.config.views.weak.size == 224
+    assert same(backbone, source) and backbone.spec.view.size == 224
     text = (tmp_path / "ressl-200.md").read_text()
     assert "layout official" in text and "ImageNet's mean" in text and "trained is not known" in text
     assert "features differ from the backbone's by 0" in text and str(tmp_path) not in text
@@ -346,7 +346,7 @@ def test_an_import_gives_what_opening_the_file_gives(tmp_path, kind):
         opened = open_backbones(path, Reading(layout, network=network, size=size))
         report = import_weights(path, layout=layout, network=network, size=size)
         held = open_backbones(report.out)
-        assert held.config == opened.config and same(held.one()[1], opened.one()[1])
+        assert held.spec == opened.spec and same(held.one()[1], opened.one()[1])
         assert opened.origin == {**report.facts(), "out": None}
         assert held.origin == {"kind": "exported", "file": "weights.safetensors", "network": "backbone", "origin": "weights.pth"}
 
@@ -367,7 +367,7 @@ def test_exports_are_made_of_files_with_settings(tmp_path, capsys):
     assert main(["export", str(tmp_path / "gone.safetensors"), "--format", "timm"]) == 2
     assert "gone.safetensors: is no run folder and no file" in capsys.readouterr().err
     assert main(["import", str(path), "--size", "0"]) == 2
-    assert "views.weak.size: must be >= 4" in capsys.readouterr().err
+    assert "size: must be 4 pixels" in capsys.readouterr().err
 
 
 def test_numbered_names_are_all_accounted_for(tmp_path):
@@ -407,10 +407,10 @@ def test_timms_own_weights(monkeypatch):
     create = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained=False, **kw: source if pretrained else create(name, **kw))
     backbone = load_timm("timm:resnet18.a1_in1k")
-    views, cfg = backbone.config.views, timm.get_pretrained_cfg("resnet18.a1_in1k")
-    assert same(backbone, source) and backbone.config.backbone == "resnet18"
-    assert (views.weak.size, views.mean, views.interpolation) == (cfg.input_size[-1], cfg.mean, cfg.interpolation)
-    assert round(views.weak.size * views.margin) == int(views.weak.size / cfg.crop_pct)
+    views, cfg = backbone.spec.view, timm.get_pretrained_cfg("resnet18.a1_in1k")
+    assert same(backbone, source) and backbone.spec.name == "resnet18"
+    assert (views.size, views.mean, views.interpolation) == (cfg.input_size[-1], cfg.mean, cfg.interpolation)
+    assert round(views.size * views.margin) == int(views.size / cfg.crop_pct)
 
     # Its images are made as timm makes them.
     photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 90, 3), np.uint8)).resize((450, 350))

@@ -12,34 +12,34 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from relssl.data.batched import apply, normalise
+from relssl.data.batched import apply
 from relssl.data.draws import draw
 from relssl.data.images import Pixels
 from relssl.data.loader import Plan
-from relssl.data.plain import PlainView, plain_batch
+from relssl.data.plain import Reader, plain_batch
 from relssl.engine import Engine
 from relssl.errors import ConfigError, DataError, NumericError
 from relssl.evaluation.evaluate import LabelledPair
-from relssl.evaluation.findings import Finding
 from relssl.evaluation.heads import linear, linear_classifier, papers_choice, rate_share
 from relssl.evaluation.metrics import accuracies, ranks
+from relssl.evaluation.result import Finding
 from relssl.settings.evaluation import LinearConfig
-from relssl.settings.run import Config, EngineConfig, ViewConfig
-from small_pairs import FAST, as_files, coloured, config, engine, network, pair
+from relssl.settings.run import EngineConfig, ViewConfig
+from small_pairs import FAST, as_files, coloured, engine, network, pair, reader
 
 
 def run(
     settings: LinearConfig,
     data: LabelledPair | None = None,
     backbone: nn.Module | None = None,
-    given: Config | None = None,
+    given: Reader | None = None,
     seed: int = 3,
 ) -> tuple[list[Finding], list[str]]:
     said: list[str] = []
     found = linear(
         backbone or network(),
         data or pair(),
-        given or config(),
+        given or reader(),
         engine(),
         settings=settings,
         bootstrap=FAST,
@@ -49,7 +49,7 @@ def run(
     return found, said
 
 
-def by_hand(settings: LinearConfig, rate: float, seed: int, data: LabelledPair, config: Config, nesterov: bool) -> nn.Linear:
+def by_hand(settings: LinearConfig, rate: float, seed: int, data: LabelledPair, seen: Reader, nesterov: bool) -> nn.Linear:
     """The same views in the same order, with momentum written out (Sutskever et al. as torch has it) and float64 weights."""
     backbone, bank = network(), data.bank
     assert isinstance(bank.source, Pixels) and bank.labels is not None
@@ -61,7 +61,7 @@ def by_hand(settings: LinearConfig, rate: float, seed: int, data: LabelledPair, 
     for step, (epoch, (rows,)) in enumerate(plan.steps(0, total)):
         views = apply(bank.source.tensor[rows], view, draw(view, seed, epoch, rows, 0, (16, 16)))
         with torch.no_grad():
-            features = backbone(normalise(views, *config.views.statistics())).double()
+            features = backbone(seen.view.normalise(views)).double()
         loss = F.cross_entropy(head(features), torch.from_numpy(bank.labels[rows]))
         gradients = torch.autograd.grad(loss, list(head.parameters()))
         lr = rate * 0.5 * (1 + math.cos(math.pi * step / total))
@@ -85,11 +85,10 @@ def test_training_equals_a_plain_loop(nesterov: bool, monkeypatch: pytest.Monkey
     settings = LinearConfig(lr=(0.7, 0.1), epochs=4, batch_size=16, nesterov=nesterov, weight_decay=1e-3)
     data = pair()
     found, _ = run(settings, data)
-    assert data.test.source.tensor is not None and data.test.labels is not None
-    view = PlainView.of(config().views)
-    seen, truth = view.normalise(plain_batch(data.test.source.tensor, view)), torch.from_numpy(data.test.labels)
+    view, truth = reader().view, torch.from_numpy(data.test.labels)
+    seen = view.normalise(plain_batch(data.test.source.tensor, view))
     for finding, head, rate in zip(found, heads, settings.lr, strict=True):
-        expected = by_hand(settings, rate, 3, data, config(), nesterov)
+        expected = by_hand(settings, rate, 3, data, reader(), nesterov)
         for one, two in zip(head.parameters(), expected.parameters(), strict=True):
             torch.testing.assert_close(one.double(), two, rtol=1e-4, atol=1e-5)
         with torch.no_grad():
@@ -144,7 +143,7 @@ def test_files_train_as_pixels_do(tmp_path: Path) -> None:
     data, settings = pair(24, 12), LinearConfig(lr=(0.5,), epochs=2, batch_size=12, nesterov=True)
     held = run(settings, data)[0][0]
     files = LabelledPair(as_files(data.bank, tmp_path / "bank"), as_files(data.test, tmp_path / "test"))
-    read = run(settings, files, given=config(**{"loader.resize": "pillow"}))[0][0]
+    read = run(settings, files)[0][0]
     assert read.figures == held.figures and read.details["loss"] == pytest.approx(held.details["loss"], abs=0.01)
     Path(files.bank.source.name(3)).write_bytes(b"no image")
     Path(files.test.source.name(0)).write_bytes(b"no image")
@@ -196,7 +195,7 @@ def test_the_classifier_is_fp32_whatever_the_backbones_precision() -> None:
     half = Engine(EngineConfig(device="cpu", precision="bf16", threads=1))
     data, settings = pair(), LinearConfig(epochs=4, batch_size=25)
     arguments = {"settings": settings, "bootstrap": FAST, "seed": 3, "say": lambda line: None}
-    (found,) = linear(network(), data, config(), half, **arguments)  # type: ignore[arg-type]
+    (found,) = linear(network(), data, reader(), half, **arguments)  # type: ignore[arg-type]
     (full,), _ = run(settings, data)
     assert 0 < abs(found.details["loss"] - full.details["loss"]) < 0.02  # features are rounded, weights are not
 
@@ -220,8 +219,7 @@ def test_images_that_cannot_be_used_are_refused_by_name() -> None:
         run(LinearConfig(), LabelledPair(coloured(50, 0, classes=1), data.test))
 
 
-def test_digits_are_not_mirrored_and_the_runs_loader_need_not_fit() -> None:
-    upright = config(**{"views.weak.flip": 0.0})
-    (one,), (two,) = (run(LinearConfig(lr=(0.5,), epochs=1), given=each)[0] for each in (upright, config()))
+def test_digits_are_not_mirrored() -> None:
+    upright = reader(**{"views.weak.flip": 0.0})
+    (one,), (two,) = (run(LinearConfig(lr=(0.5,), epochs=1), given=each)[0] for each in (upright, reader()))
     assert one.details["loss"] != two.details["loss"]
-    run(LinearConfig(epochs=1), given=config(**{"loader.cache": 32}))

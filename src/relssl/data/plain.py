@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.transforms.functional import InterpolationMode, center_crop, pil_to_tensor, resize
 
 from relssl.data.batched import normalise
 from relssl.data.decode import BadImage
 from relssl.data.images import Images, Pixels
-from relssl.data.workers import hand_over, reset_signals, watch
-from relssl.settings.run import ViewsConfig
+from relssl.data.loader import read_batches
+from relssl.errors import ConfigError
+from relssl.settings.run import LoaderConfig, ViewsConfig
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,13 @@ class PlainView:
 
     @classmethod
     def of(cls, views: ViewsConfig, size: int | None = None) -> PlainView:
-        """Return the plain view of a run whose data has filled in its statistics; `size` replaces that of its weak view."""
+        """Return the plain view of a run whose data has filled in its statistics; `size` replaces that of its weak view.
+
+        Raises:
+            ConfigError: if the margin or the statistics are null.
+        """
+        if empty := [name for name in ("margin", "mean", "std") if getattr(views, name) is None]:
+            raise ConfigError(*(f"views.{name}: is null; what the network sees is not known without it" for name in empty))
         assert views.margin is not None
         return cls(size or views.weak.size, views.margin, views.interpolation, *views.statistics())
 
@@ -62,6 +68,32 @@ class PlainView:
     def normalise(self, images: Tensor) -> Tensor:
         """Normalise images of the view's size: uint8, or floats in 0..1, [B,3,S,S] to fp32 [B,channels,S,S]."""
         return normalise(images, self.mean, self.std)
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """Return the normalised view [C,S,S] of any PIL image."""
+        return self.normalise(plain_view(image.convert("RGB"), self)[None])[0]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How an evaluation reads images.
+
+    Attributes:
+        view: what the network sees of each.
+        workers: loader processes, for files.
+        max_pixels: files with larger images count as unreadable.
+        mirrored: whether classifiers that are trained on images see them mirrored, too: not where pretraining never mirrors, as
+            with digits.
+    """
+
+    view: PlainView
+    workers: int = 0
+    max_pixels: int = LoaderConfig().max_pixels
+    mirrored: bool = True
+
+    def batches(self, images: Images) -> Iterator[tuple[np.ndarray, Tensor, list[tuple[str, str]]]]:
+        """Yield what `batches` does."""
+        return batches(images, self.view, workers=self.workers, max_pixels=self.max_pixels)
 
 
 def plain_view(image: Image.Image, view: PlainView) -> Tensor:
@@ -100,15 +132,7 @@ def batches(
             pixels = images.source.tensor[start : start + batch_size]
             yield np.arange(start, start + len(pixels)), view.normalise(plain_batch(pixels, view)), []
         return
-    loader = DataLoader(
-        _Plain(images, view, max_pixels),
-        batch_size=batch_size,
-        num_workers=workers,
-        collate_fn=partial(hand_over, list),
-        worker_init_fn=reset_signals,
-        generator=torch.Generator(),  # evaluating draws nothing from the run's own
-    )
-    for samples in watch(loader):
+    for samples in read_batches(_Plain(images, view, max_pixels), list, workers, batch_size=batch_size):
         readable = [(row, pixels) for row, pixels, _ in samples if pixels is not None]
         bad = [fault for _, _, fault in samples if fault is not None]
         pixels = torch.stack([pixels for _, pixels in readable]) if readable else torch.empty(0, 3, 1, 1)

@@ -9,27 +9,27 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from timm.utils.model import freeze_batch_norm_2d
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from relssl.data.boxes import Scenes, Target, load
-from relssl.data.workers import hand_over, loader_workers, reset_signals, watch
+from relssl.data.loader import read_batches
+from relssl.data.plain import Reader
 from relssl.engine import Engine
 from relssl.errors import ConfigError, DataError, NumericError
-from relssl.evaluation.findings import Finding
+from relssl.evaluation.result import Finding
 from relssl.method.backbones import channels_of
 from relssl.settings.evaluation import DetectionConfig
-from relssl.settings.run import Config
+from relssl.weights.spec import BackboneSpec
 
 _CHANNELS = 256  # of every level of the pyramid (Lin et al., section 3)
 _LEVELS = 4
@@ -68,13 +68,13 @@ class Pyramid(nn.Module):
 
 
 def create_detector(
-    backbone: nn.Module, config: Config, settings: DetectionConfig, classes: int, *, masks: bool, autocast: Autocast
+    backbone: nn.Module, spec: BackboneSpec, settings: DetectionConfig, classes: int, *, masks: bool, autocast: Autocast
 ) -> nn.Module:
     """A detector whose backbone starts as `backbone`, which itself is left as it is; the rest is drawn from torch's generator.
 
     Args:
         backbone: timm network without classifier.
-        config: the backbone's own.
+        spec: what it is.
         classes: C, without the background.
         masks: Mask R-CNN instead of Faster R-CNN.
         autocast: the precision of backbone and pyramid.
@@ -86,8 +86,8 @@ def create_detector(
         ConfigError: if the backbone has no maps of falling resolution, takes images of one size only, or grey ones.
     """
     network = copy.deepcopy(backbone).cpu().requires_grad_(True)
-    levels = pyramid_levels(network, config.backbone)
-    freeze(network, config.backbone, settings.frozen_stages, all_norms=settings.norm == "frozen")
+    levels = pyramid_levels(network, spec.name)
+    freeze(network, spec.name, settings.frozen_stages, all_norms=settings.norm == "frozen")
     strides = [stride for _, _, stride in levels]
     pyramid = Pyramid(network, levels, autocast)
     names = [str(level) for level in range(len(levels))]
@@ -96,8 +96,8 @@ def create_detector(
         "min_size": settings.min_size,
         "max_size": settings.max_size,
         "box_batch_size_per_image": settings.regions,
-        "image_mean": list(config.views.mean or ()),
-        "image_std": list(config.views.std or ()),
+        "image_mean": list(spec.view.mean),
+        "image_std": list(spec.view.std),
         # The level made by pooling has twice the stride of the last.
         "rpn_anchor_generator": AnchorGenerator(
             tuple((_ANCHOR * stride,) for stride in [*strides, 2 * strides[-1]]), ((0.5, 1.0, 2.0),) * (len(strides) + 1)
@@ -203,7 +203,7 @@ class Plan:
 
 
 def train(
-    model: nn.Module, images: Scenes, config: Config, engine: Engine, *, settings: DetectionConfig, plan: Plan, seed: int
+    model: nn.Module, images: Scenes, workers: int, engine: Engine, *, settings: DetectionConfig, plan: Plan, seed: int
 ) -> Iterator[float]:
     """Train torchvision's model, yielding the loss of each step after it.
 
@@ -217,7 +217,7 @@ def train(
     flips = generator.random(wanted) < 0.5
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=settings.lr, momentum=MOMENTUM, weight_decay=settings.weight_decay)
-    for step, batch in enumerate(_batches(images, order.tolist(), plan.batch_size, config)):
+    for step, batch in enumerate(_batches(images, order.tolist(), plan.batch_size, workers)):
         model.train()
         first = step * plan.batch_size
         pairs = [flipped(*pair) if flips[first + place] else pair for place, pair in enumerate(batch)]
@@ -248,7 +248,7 @@ def flipped(image: Tensor, target: Target) -> tuple[Tensor, Target]:
 
 @torch.no_grad()
 def measure(
-    model: nn.Module, images: Scenes, config: Config, engine: Engine
+    model: nn.Module, images: Scenes, workers: int, engine: Engine
 ) -> dict[str, tuple[dict[str, float], dict[str, float]]]:
     """COCO's average precision of a detector, by pycocotools.
 
@@ -260,7 +260,7 @@ def measure(
     kinds = {"bbox": "boxes", "segm": "masks"} if images.masked else {"bbox": "boxes"}
     metric = MeanAveragePrecision(iou_type=tuple(kinds), class_metrics=True, backend="pycocotools")
     model.eval()
-    for batch in _batches(images, list(range(len(images))), 1, config):
+    for batch in _batches(images, list(range(len(images))), 1, workers):
         for image, target in batch:
             picture, _ = _placed(image, {}, engine.device)
             found = {name: value.cpu() for name, value in model([picture])[0].items()}
@@ -300,17 +300,8 @@ class _Readable(Dataset[tuple[Tensor, Target] | str]):
             return str(error)
 
 
-def _batches(images: Scenes, order: list[int], batch_size: int, config: Config) -> Iterator[list[tuple[Tensor, Target]]]:
-    loader = DataLoader(
-        _Readable(images),
-        batch_size=batch_size,
-        sampler=order,
-        num_workers=loader_workers(config),
-        collate_fn=partial(hand_over, list),
-        worker_init_fn=reset_signals,
-        generator=torch.Generator(),  # what workers are seeded with, drawn from nobody else's
-    )
-    for batch in watch(loader):
+def _batches(images: Scenes, order: list[int], batch_size: int, workers: int) -> Iterator[list[tuple[Tensor, Target]]]:
+    for batch in read_batches(_Readable(images), list, workers, batch_size=batch_size, sampler=order):
         for item in batch:
             if isinstance(item, str):
                 raise DataError(item)
@@ -325,7 +316,8 @@ def _placed(image: Tensor, target: Target, device: torch.device) -> tuple[Tensor
 def detection(
     backbone: nn.Module,
     folder: str,
-    config: Config,
+    spec: BackboneSpec,
+    reader: Reader,
     engine: Engine,
     *,
     settings: DetectionConfig,
@@ -340,7 +332,7 @@ def detection(
     Args:
         backbone: timm network without classifier; left as it is.
         folder: a data set in COCO's or VOC's layout.
-        config: the backbone's own: channel statistics and loader.
+        spec, reader: what it is, and how images are read.
         seed: of heads, order, flips, the regions that are trained on, and of `max_images`.
         say: takes lines of progress.
 
@@ -355,23 +347,23 @@ def detection(
         NumericError: if the loss is not finite.
     """
     check(settings)
-    strides = [stride for _, _, stride in pyramid_levels(backbone, config.backbone)]
-    train_set, test_set = load(folder, masks=settings.model != "faster-rcnn", max_pixels=config.loader.max_pixels)
+    strides = [stride for _, _, stride in pyramid_levels(backbone, spec.name)]
+    train_set, test_set = load(folder, masks=settings.model != "faster-rcnn", max_pixels=reader.max_pixels)
     if settings.model == "mask-rcnn" and not train_set.masked:
         raise ConfigError(f"detection.model: mask-rcnn needs masks, {folder} has none in both parts; take faster-rcnn or auto")
     drawn = training_images(train_set, settings, seed)
     classes, masks = len(train_set.classes), train_set.masked
     plan, kind = Plan.of(len(drawn), settings), "mask-rcnn" if masks else "faster-rcnn"
-    where = f"{config.backbone}, maps of stride {', '.join(map(str, strides))}"
+    where = f"{spec.name}, maps of stride {', '.join(map(str, strides))}"
     say(f"{kind} on {where}: {classes} classes, {len(drawn)} images, {plan.steps} steps of {plan.batch_size}")
     begun = time.monotonic()
     with torch.random.fork_rng(devices=[engine.device] if engine.device.type == "cuda" else []):
         torch.manual_seed(seed)
-        model = engine.place(create_detector(backbone, config, settings, classes, masks=masks, autocast=engine.autocast))
-        losses = _told(train(model, drawn, config, engine, settings=settings, plan=plan, seed=seed), plan.steps, say)
+        model = engine.place(create_detector(backbone, spec, settings, classes, masks=masks, autocast=engine.autocast))
+        losses = _told(train(model, drawn, reader.workers, engine, settings=settings, plan=plan, seed=seed), plan.steps, say)
     trained = time.monotonic()
     say(f"evaluating on {len(test_set)} images")
-    found = measure(model, test_set, config, engine)
+    found = measure(model, test_set, reader.workers, engine)
     details = {
         "precision": engine.precision,
         "strides": strides,

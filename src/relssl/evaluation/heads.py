@@ -6,7 +6,6 @@ Legend: B images of a step, M test images, F features, C classes.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,18 +21,19 @@ from torch import Tensor, nn
 
 from relssl.data.images import Images
 from relssl.data.loader import Plan, create_loader
+from relssl.data.plain import Reader
 from relssl.data.subsets import fingerprint, from_index, stratified
 from relssl.engine import Engine
 from relssl.errors import ConfigError, DataError, NumericError
 from relssl.evaluation.features import extract
-from relssl.evaluation.findings import Finding
 from relssl.evaluation.metrics import Bootstrap, accuracies, accuracy_intervals, ranks
 from relssl.evaluation.pairs import LabelledPair
+from relssl.evaluation.result import Finding
 from relssl.method.backbones import feature_width
 from relssl.method.optim import parameter_groups
 from relssl.method.schedules import learning_rate
 from relssl.settings.evaluation import FinetuneConfig, LinearConfig, SemiConfig
-from relssl.settings.run import Config, ViewConfig
+from relssl.settings.run import LoaderConfig, ViewConfig
 
 Labels = npt.NDArray[np.int64]
 
@@ -47,7 +47,7 @@ class Trial:
     Attributes:
         test: images to be labelled, and `truth` int64 [M], what they are.
         classes: C, the highest label of bank and test, and one.
-        config: the backbone's own settings.
+        reader: how images are read, and what the backbone sees of them.
         engine: device, and the precision of backbones; classifiers are fp32.
         bootstrap: of the intervals.
         seed: of weights, order and views.
@@ -57,7 +57,7 @@ class Trial:
     test: Images
     truth: Labels
     classes: int
-    config: Config
+    reader: Reader
     engine: Engine
     bootstrap: Bootstrap
     seed: int
@@ -70,7 +70,7 @@ class Trial:
         Raises:
             NumericError: if features are NaN or infinite.
         """
-        found = extract(backbone, self.test, self.config, self.engine.device, self.engine.autocast())
+        found = extract(backbone, self.test, self.reader, self.engine)
         if not bool(found.vectors.isfinite().all()):
             raise NumericError(f"{self.test.name}: the network's features of test images are NaN or infinite")
         note = (f"{len(found.bad)} test images could not be read and are left out",) if found.bad else ()
@@ -109,7 +109,7 @@ class PlainFeatures:
 def trial(
     protocol: str,
     pair: LabelledPair,
-    config: Config,
+    reader: Reader,
     engine: Engine,
     bootstrap: Bootstrap,
     seed: int,
@@ -128,16 +128,15 @@ def trial(
     if len(np.unique(pair.bank.labels)) < 2:
         raise DataError(f"{pair.bank.name}: its {len(pair.bank)} images are of a single class, {protocol} needs two or more")
     classes = int(max(pair.bank.labels.max(), pair.test.labels.max())) + 1
-    return Trial(pair.test, pair.test.labels, classes, config, engine, bootstrap, seed, say), pair.bank.labels
+    return Trial(pair.test, pair.test.labels, classes, reader, engine, bootstrap, seed, say), pair.bank.labels
 
 
-def training_view(config: Config, scale: tuple[float, float]) -> ViewConfig:
+def training_view(reader: Reader, scale: tuple[float, float]) -> ViewConfig:
     """A random crop and a flip, the view on which the papers train classifiers.
 
     Images that pretraining never mirrors, such as digits, are not mirrored here.
     """
-    weak = config.views.weak
-    return ViewConfig(size=weak.size, scale=scale, flip=0.5 if weak.flip > 0 else 0.0)
+    return ViewConfig(size=reader.view.size, scale=scale, flip=0.5 if reader.mirrored else 0.0)
 
 
 @dataclass
@@ -180,13 +179,14 @@ class Batches:
 
     def __iter__(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         """(step, normalised views [B, 3, S, S], labels [B] int64), on the device, by one set of workers to the end."""
-        # The run's settings of its own images need not fit these, which may lie in memory instead of in files.
-        given, engine = self.trial.config, self.trial.engine
-        loader = dataclasses.replace(given.loader, path="auto", cache=None)
-        config = dataclasses.replace(given, loader=loader, seed=self.trial.seed)
-        view = training_view(config, self.scale)
+        reader, engine = self.trial.reader, self.trial.engine
+        statistics, settings = (
+            (reader.view.mean, reader.view.std),
+            LoaderConfig(workers=reader.workers, max_pixels=reader.max_pixels),
+        )
+        views = [training_view(reader, self.scale)]
         labels = torch.from_numpy(self.images.labels).to(engine.device)
-        stream = create_loader(self.images, config, self.plan, engine.device, [view]).stream(0, self.steps)
+        stream = create_loader(self.images, views, self.plan, engine.device, statistics, settings).stream(0, self.steps)
         for step, (batch,) in enumerate(stream):
             self.unreadable.update(file for file, _ in batch.bad)
             yield step, engine.place(batch.weak), labels[batch.ids]
@@ -233,7 +233,7 @@ _SMALL = 64
 def linear(
     backbone: nn.Module,
     pair: LabelledPair,
-    config: Config,
+    reader: Reader,
     engine: Engine,
     *,
     settings: LinearConfig,
@@ -246,7 +246,7 @@ def linear(
     Args:
         backbone: [B, 3, S, S] -> [B, F]; put on the engine's device and into eval mode, and left there.
         pair: what is trained and tested on, one label an image.
-        config: the backbone's own, for the size and the statistics of the views, and the loader.
+        reader: how images are read, and what the backbone sees of them.
         engine: device, and the precision of the backbone; classifiers are fp32.
         settings: the protocol's.
         bootstrap: of the intervals.
@@ -261,11 +261,11 @@ def linear(
         ConfigError, DataError: for images that cannot be used so.
         NumericError: if no classifier's loss, or no feature, stays finite.
     """
-    on, _ = trial("linear", pair, config, engine, bootstrap, seed, say)
+    on, _ = trial("linear", pair, reader, engine, bootstrap, seed, say)
     engine.place(backbone).eval()
     seen = on.plain_features(backbone)
     batches = Batches(pair.bank, on, settings.epochs, settings.batch_size, 1, settings.scale)
-    rates, nesterov = papers_choice(settings, config.views.weak.size <= _SMALL)
+    rates, nesterov = papers_choice(settings, reader.view.size <= _SMALL)
     trained = [_Classifier(rate, seen, on, settings, nesterov) for rate in rates]
     for step, views, labels in batches:
         share = rate_share(step, batches.steps_per_epoch, settings)
@@ -384,7 +384,7 @@ Settings = FinetuneConfig | SemiConfig
 def finetune(
     backbone: nn.Module,
     pair: LabelledPair,
-    config: Config,
+    reader: Reader,
     engine: Engine,
     *,
     settings: FinetuneConfig,
@@ -397,7 +397,7 @@ def finetune(
     Args:
         backbone: [B, 3, S, S] -> [B, F]; a copy of it is trained.
         pair: what is trained and tested on, one label an image.
-        config: the backbone's own, for the size and the statistics of the views, and the loader.
+        reader: how images are read, and what the backbone sees of them.
         engine: device, and the precision of the backbone; classifier and loss are fp32.
         settings: the protocol's.
         bootstrap: of the intervals.
@@ -412,14 +412,14 @@ def finetune(
         ConfigError, DataError: for images that cannot be used so.
         NumericError: if the loss stops being finite.
     """
-    on, _ = trial("finetune", pair, config, engine, bootstrap, seed, say)
+    on, _ = trial("finetune", pair, reader, engine, bootstrap, seed, say)
     return [_measured(_Task("finetune", "finetune", {}, pair.bank), on, backbone, settings)]
 
 
 def semi(
     backbone: nn.Module,
     pair: LabelledPair,
-    config: Config,
+    reader: Reader,
     engine: Engine,
     *,
     settings: SemiConfig,
@@ -435,7 +435,7 @@ def semi(
     Raises:
         ConfigError, DataError, NumericError: as `finetune`, and for a file that names other images.
     """
-    on, labels = trial("semi", pair, config, engine, bootstrap, seed, say)
+    on, labels = trial("semi", pair, reader, engine, bootstrap, seed, say)
     if settings.index is not None:
         if pair.of is not None and len(pair.bank) < pair.of[0]:  # where the same positions are other images
             raise ConfigError(
@@ -485,7 +485,7 @@ def _measured(task: _Task, on: Trial, backbone: nn.Module, settings: Settings) -
     """Train, then label the plain views of the test images."""
     batches = Batches(task.images, on, settings.epochs, settings.batch_size, 2, settings.scale)
     network = copy.deepcopy(backbone).cpu()
-    width = feature_width(network, on.config.views.weak.size)
+    width = feature_width(network, on.reader.view.size)
     network = on.engine.place(network).train()
     if not any(parameter.requires_grad for parameter in network.parameters()):
         network.requires_grad_(True)  # of others, what is fixed is meant to be, such as position codes

@@ -27,12 +27,10 @@ from rich.console import Console
 
 from relssl.data.cache import place, root, shrunken
 from relssl.data.decode import BadImage, Decoded
-from relssl.data.folder import Files
-from relssl.data.images import Images
+from relssl.data.images import Files, Images
 from relssl.data.loader import Batch, FromFiles, Resident
 from relssl.data.plain import PlainView, plain_view
 from relssl.data.shrunk import Shrunk
-from relssl.data.workers import loader_workers
 from relssl.engine import Engine, available_cores, fast_bf16
 from relssl.errors import ConfigError
 from relssl.evaluation.pairs import choose
@@ -214,9 +212,8 @@ def step_seconds(config: Config, steps: int = 5) -> float:
 def _set_up(config: Config, engine: Engine) -> Iterator[Trainer]:
     """A run in its middle, whose weights stand still; what goes wrong with it is told as in training."""
     still = dataclasses.replace(config.optimizer, lr=_STILL)
-    loader = dataclasses.replace(config.loader, workers=loader_workers(config))
     with engine.running():
-        trainer = build(dataclasses.replace(config, optimizer=still, loader=loader), engine)
+        trainer = build(dataclasses.replace(config, optimizer=still), engine)
         try:
             trainer.compile()
             trainer.step = trainer.total_steps // 2
@@ -259,7 +256,7 @@ def _measure(trainer: Trainer, steps: int, cache: int) -> tuple[Estimate, float]
         world=engine.world,
         cores=available_cores(),
         threads=engine.threads,
-        workers=loader_workers(config) if isinstance(trainer.loader, FromFiles) else None,
+        workers=trainer.loader.workers if isinstance(trainer.loader, FromFiles) else None,
         steps_timed=len(timing.steps),
         step_seconds=middle,
         step_low=low,
@@ -314,7 +311,7 @@ def time_steps(trainer: Trainer, steps: int, limit: float = 60.0) -> Timing:
         trainer.train_step(parts)
         if over(_WARM_SECONDS):
             break
-    turns = loader.ahead if isinstance(loader, Resident) else math.ceil(loader_workers(trainer.config) / trainer.plan.parts)
+    turns = loader.ahead if isinstance(loader, Resident) else math.ceil(loader.workers / trainer.plan.parts)
     turns = max(1, engine.largest(turns))  # machines may differ in their cores
     count = turns * math.ceil(steps / turns)
     stream = loader.stream(trainer.step, trainer.step + turns + count)
@@ -452,7 +449,7 @@ def _evaluation(trainer: Trainer, forward: float, reading: float, rate: float) -
     """
     if trainer.online is None:
         return 0.0
-    bank, test, workers = len(trainer.online.pair.bank), len(trainer.online.pair.test), loader_workers(trainer.config)
+    bank, test, workers = len(trainer.online.pair.bank), len(trainer.online.pair.test), getattr(trainer.loader, "workers", 0)
     each = max(forward, reading / workers) if workers else forward + reading
     search = 2 * bank * test * getattr(trainer.networks[0].backbone, "num_features", 2048) / rate
     return len(trainer.networks) * (each * (bank + test) + search)

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from relssl.data.images import Images, Pixels
+from relssl.data.loader import worker_count
+from relssl.data.plain import PlainView, Reader
 from relssl.engine import Engine
 from relssl.evaluation.features import extract
 from relssl.evaluation.knn import knn_accuracy
@@ -36,15 +38,18 @@ class OnlineKnn:
         return found
 
     def _top1(self, backbone: nn.Module, engine: Engine) -> float:
-        sides = []
+        config, sides = self.config, []
+        reader = Reader(
+            PlainView.of(config.views), worker_count(config.loader.workers, config.engine.devices), config.loader.max_pixels
+        )
         for images in (self.pair.bank, self.pair.test):
-            found = extract(backbone, images, self.config, engine.device, engine.autocast())
+            found = extract(backbone, images, reader, engine)
             assert images.labels is not None
             sides.append((found.vectors, torch.from_numpy(images.labels[found.rows])))
         return self._score(*sides)
 
     def _score(self, bank: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> float:
-        (found,) = knn_accuracy(*bank, *test, classes=self.pair.classes, settings=[self.config.log.knn], cap=True)
+        (found,) = knn_accuracy(*bank, *test, classes=self.pair.classes, settings=[self.config.log.knn])
         return float(round(found["top1"], 4))
 
     @staticmethod

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from relssl import __version__
-from relssl.data.plain import PlainView
-from relssl.settings.recipes import spoken
+from relssl.settings.recipes import public_name
 from relssl.settings.run import METHODS, Config, Traits
 from relssl.weights.parity import Parity
 from relssl.weights.writers import Source, Written
@@ -30,28 +29,28 @@ tags:
 
 
 def _front(source: Source) -> str:
-    method = source.config.method.name
-    ways = [method] if METHODS[method].labels else ["self-supervised-learning", method]
+    method = source.config.method.name if source.config else ""
+    ways = [] if not method else [method] if METHODS[method].labels else ["self-supervised-learning", method]
     return _FRONT.format(learned="".join(f"- {way}\n" for way in ways))
 
 
 def public(config: Config) -> Config:
     """The configuration without paths: those of this machine are nobody else's business."""
-    data, recipe = Path(config.data).resolve().name or "folder", spoken(config.recipe) or "folder"
+    data, recipe = Path(config.data).resolve().name or "folder", public_name(config.recipe) or "folder"
     loader = dataclasses.replace(config.loader, cache_folder=None)
     return dataclasses.replace(config, out=None, data_root=None, data=data, recipe=recipe, loader=loader)
 
 
 def card(source: Source, written: Written, parity: Parity, file: str, settings: str | None) -> str:
     """The card of a file or folder `file`, as Markdown; `settings` names the file beside it that holds all settings."""
-    config, channels = public(source.config), source.config.views.channels
-    mean, std = config.views.statistics() if config.views.mean and config.views.std else ((), ())
-    title = METHODS[config.method.name].title
+    view, channels = source.spec.view, source.spec.view.channels
+    config = source.config and public(source.config)
+    title = METHODS[config.method.name].title if config else ""
     parts = [
-        f"# {config.backbone}" + (f", pretrained with {title}" if source.network != "backbone" else ""),
+        f"# {source.spec.name}" + (f", pretrained with {title}" if source.network != "backbone" else ""),
         _what(source, config),
-        f"Input: {'RGB' if channels == 3 else 'grey'}, {source.size} x {source.size}, mean {list(mean)}, std {list(std)} "
-        f"of values in 0..1; {PlainView.of(config.views)}.",
+        f"Input: {'RGB' if channels == 3 else 'grey'}, {source.size} x {source.size}, mean {list(view.mean)}, std {list(view.std)} "
+        f"of values in 0..1; {view}.",
     ]
     if settings and source.network == "backbone":
         parts.append(f"Where it was trained on images made otherwise, correct `{settings}`.")
@@ -79,8 +78,8 @@ def card(source: Source, written: Written, parity: Parity, file: str, settings: 
     return front + "\n\n".join(parts) + "\n"
 
 
-def _what(source: Source, config: Config) -> str:
-    if source.network == "backbone":  # imported: our configuration says what it is, not how it was trained
+def _what(source: Source, config: Config | None) -> str:
+    if source.network == "backbone" or config is None:
         lines = [f"Backbone from `{source.origin}`, imported; how it was trained is not known here.", *source.account]
         return "\n- ".join(lines).replace("\n-", "\n\n-", 1)
     count = _count(source.folder)
@@ -141,6 +140,7 @@ def _while_training(source: Source, path: Path) -> list[tuple[str, str]]:
             measured.append(row)
     if not measured:
         return []
+    assert source.config is not None
     k, temperature = source.config.log.knn
     what = f"kNN top-1 while training, k {k:g}, T {temperature:g}"
     rows = [(f"{what}, at the end" if len(measured) > 1 else what, f"{measured[-1][column]:.2f} %")]

@@ -10,12 +10,13 @@ from pathlib import Path
 from relssl.data.images import Images
 from relssl.errors import ConfigError
 from relssl.files import storing, sweep, sync_folder, temporary, write_file
-from relssl.settings.run import Config, to_yaml
+from relssl.settings.run import to_yaml
 from relssl.weights.card import card, public
 from relssl.weights.foreign import LoadReport, load_foreign
 from relssl.weights.formats import FORMATS, find_format
-from relssl.weights.opening import Reading, is_exported, open_backbones, settings_of, told
+from relssl.weights.opening import Reading, is_exported, open_backbones, provenance, settings_of
 from relssl.weights.parity import Parity, compare, real_images
+from relssl.weights.spec import BackboneSpec
 from relssl.weights.writers import (
     Source,
     Written,
@@ -100,8 +101,8 @@ def _source(path: Path, network: str | None) -> Source:
     opened = open_backbones(path, Reading(network=network))
     name, backbone = opened.one()
     if opened.folder is None:
-        return Source(backbone, opened.config, opened.origin["network"], opened.origin["origin"])
-    return Source(backbone, opened.config, name, opened.origin["checkpoint"], opened.folder)
+        return Source(backbone, opened.spec, opened.origin["network"], opened.origin["origin"], opened.config)
+    return Source(backbone, opened.spec, name, opened.origin["checkpoint"], opened.config, opened.folder)
 
 
 def hand_over(opened: Source, target: Path, format: str, images: Images | None = None) -> Exported:
@@ -110,7 +111,7 @@ def hand_over(opened: Source, target: Path, format: str, images: Images | None =
     with storing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
     sweep(target.parent)
-    batch, what = real_images(opened.config, images)
+    batch, what = real_images(opened.spec.view, opened.config, images)
     unfinished = temporary(target.parent)
     try:
         _write(unfinished, _contents(opened, written, target))
@@ -156,7 +157,7 @@ def _target(source: Path, opened: Source, format: str, out: str | Path | None) -
 def _replaceable(target: Path, suffix: str) -> bool:
     if not suffix:
         return (target / "model.safetensors").is_file()
-    return target.is_file() and (suffix != ".safetensors" or told(target) is not None)
+    return target.is_file() and (suffix != ".safetensors" or provenance(target) is not None)
 
 
 def _contents(opened: Source, written: Written, target: Path) -> dict[str, bytes]:
@@ -165,7 +166,9 @@ def _contents(opened: Source, written: Written, target: Path) -> dict[str, bytes
         return {f"{target.name}/{name}": data for name, data in written.data.items()}
     files = {target.name: written.data}
     if target.suffix == ".safetensors":
-        files[target.with_suffix(".yaml").name] = to_yaml(public(opened.config)).encode()
+        files[target.with_suffix(".yaml").name] = (
+            to_yaml(public(opened.config)) if opened.config else opened.spec.to_yaml()
+        ).encode()
     return files
 
 
@@ -227,14 +230,14 @@ def import_weights(
         StorageError: if it cannot be.
     """
     path = Path(path)
-    if told(path):
+    if provenance(path):
         raise ConfigError(f"{path}: was written by relssl and is used as it is; there is nothing to import")
     target = Path(out) if out is not None else path.with_name(path.name.removesuffix(".tar")).with_suffix(".safetensors")
     _free(target)
     made, report = load_foreign(path, layout=layout, backbone=backbone, stem=stem, network=network, allow=allow, size=size)
-    config = made.config
-    assert isinstance(config, Config)
-    hand_over(Source(made, config, "backbone", report.file, account=report.lines()), target, "safetensors")
+    spec = made.spec
+    assert isinstance(spec, BackboneSpec)
+    hand_over(Source(made, spec, "backbone", report.file, account=report.lines()), target, "safetensors")
     report.out = str(target)
     return report
 
@@ -243,5 +246,5 @@ def _free(target: Path) -> None:
     if target.suffix != ".safetensors" or target.stem == "config":
         raise ConfigError(f"out: {target} must end in .safetensors, and its settings, beside it, must not replace a config.yaml")
     taken = [file for file in (target, settings_of(target), target.with_suffix(".md")) if file.exists()]
-    if taken and (told(target) or ("",))[0] != "backbone":
+    if taken and (provenance(target) or ("",))[0] != "backbone":
         raise ConfigError(f"out: {taken[0]} exists and was not written by relssl import; give another name with --out")

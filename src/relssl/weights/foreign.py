@@ -23,11 +23,10 @@ from relssl.data import digits
 from relssl.data.images import IMAGENET_MEAN, IMAGENET_STD
 from relssl.data.plain import PlainView, plain_batch
 from relssl.errors import CheckpointError, ConfigError
-from relssl.method.backbones import TORCHVISION, create_backbone, feature_width
+from relssl.method.backbones import TORCHVISION, create_backbone
 from relssl.settings.reading import nearest_word
-from relssl.settings.run import Config, from_mapping
 from relssl.weights import store, twins
-from relssl.weights.opening import NO_DATA, build
+from relssl.weights.spec import BackboneSpec
 from relssl.weights.store import one_line
 
 _DEPTHS: dict[tuple[int, ...], tuple[str | None, str | None]] = {
@@ -566,9 +565,8 @@ def _images() -> Tensor:
 
 
 @torch.no_grad()
-def dead(backbone: nn.Module, config: Config) -> str | None:
+def dead(backbone: nn.Module, view: PlainView) -> str | None:
     """What is wrong with the features of a few images (the embedded digits), or None: not finite, or the same for all."""
-    view = PlainView.of(config.views)
     features = backbone.eval()(view.normalise(plain_batch(_images(), view))).float()
     if not bool(features.isfinite().all()):
         return "its features are not finite"
@@ -607,7 +605,7 @@ def load_foreign(
         size: pixels of its images; None: 224, 32 for small stems, 64 for small-pool.
 
     Returns:
-        The network as `load_backbone` gives it, with `.num_features`, `.transform` and `.config`, and the account.
+        The network as `load_backbone` gives it, with `.num_features`, `.transform` and `.spec`, and the account.
 
     Raises:
         ConfigError: for an argument that is unknown or does not fit.
@@ -616,6 +614,8 @@ def load_foreign(
     """
     if stem not in (None, *_SIZES):
         raise ConfigError(f"stem: must be one of {', '.join(_SIZES)}, got {stem!r}")
+    if size is not None and size < 4:
+        raise ConfigError(f"size: must be 4 pixels or more, got {size}")
     state = opened(read(Path(path)), Path(path))
     chosen = find(layout, state) or _plain(state, backbone)
     found = split(state, chosen, network)
@@ -635,10 +635,9 @@ def load_foreign(
     weights = account(state, found, _wanted(chosen.name, name, stem, fresh), _heads(found, name, fresh), allow, report)
     if chosen.name == "torchvision" and stem == "standard" and not name.startswith(TORCHVISION):
         weights = twins.from_torchvision(weights, name)
-    config = _config(report, args, size, getattr(fresh, "pretrained_cfg", {}))
-    made = build(config, weights, Path(path))
-    feature_width(made, config.views.weak.size)
-    fault = dead(made, config) or untrained(made, fresh)
+    spec = _spec(report, args, size, getattr(fresh, "pretrained_cfg", {}))
+    made = spec.load(weights, Path(path))
+    fault = dead(made, spec.view) or untrained(made, fresh)
     if fault and "untrained" not in allow:
         raise CheckpointError(f"{path}: the {report.network} looks untrained: {fault}; --allow untrained loads it all the same")
     return made, report
@@ -691,8 +690,8 @@ def _heads(found: Found, name: str, fresh: nn.Module) -> tuple[str, ...]:
     return found.layout.heads
 
 
-def _config(report: LoadReport, args: Mapping[str, Any], size: int | None, cfg: Mapping[str, Any]) -> Config:
-    """A configuration that says how the backbone is built and what it sees; of training it says nothing."""
+def _spec(report: LoadReport, args: Mapping[str, Any], size: int | None, cfg: Mapping[str, Any]) -> BackboneSpec:
+    """How the backbone is built and what it sees."""
     fixed = cfg["input_size"][-1] if cfg.get("fixed_input_size") else None
     side = size if size is not None else fixed if fixed and report.stem == "standard" else _SIZES[report.stem]
     if fixed and side != fixed:
@@ -705,7 +704,8 @@ def _config(report: LoadReport, args: Mapping[str, Any], size: int | None, cfg: 
         f"assumed, as the file does not say: images of {side} pixels, scaled {scaling}, normalised by "
         f"{'CIFAR-10' if cifar else 'ImageNet'}'s mean and deviation"
     )
-    return neutral(report.backbone, args, report.stem, side, 1.0 if small else 256 / 224, mean, std, scaling)
+    view = PlainView(side, 1.0 if small else 256 / 224, scaling, mean, std)
+    return BackboneSpec(report.backbone, args, report.stem, view)
 
 
 def load_timm(name: str) -> nn.Module:
@@ -737,33 +737,9 @@ def load_timm(name: str) -> nn.Module:
         raise CheckpointError(f"{name}: its weights cannot be fetched ({one_line(error)}); is there a network?") from error
     size = cfg.input_size[-1]
     margin = math.floor(size / cfg.crop_pct) / size  # timm rounds down to whole pixels
-    config = neutral(bare, {}, "standard", size, margin, cfg.mean, cfg.std, cfg.interpolation)
-    made = build(config, network.state_dict(), Path(name))
-    fault = dead(made, config) or untrained(made, fresh)
+    view = PlainView(size, margin, cfg.interpolation, tuple(cfg.mean), tuple(cfg.std))
+    made = BackboneSpec(bare, {}, "standard", view).load(network.state_dict(), Path(name))
+    fault = dead(made, view) or untrained(made, fresh)
     if fault:
         raise CheckpointError(f"{name}: looks untrained: {fault}")
     return made
-
-
-def neutral(
-    backbone: str,
-    args: Mapping[str, Any],
-    stem: str,
-    size: int,
-    margin: float,
-    mean: Sequence[float],
-    std: Sequence[float],
-    interpolation: str = "bilinear",
-) -> Config:
-    """The configuration of a backbone that no run of ours made."""
-    views = {"weak": {"name": "weak", "size": size}, "strong": {"name": "contrastive", "size": size}}
-    return from_mapping(
-        {
-            "data": NO_DATA,
-            "recipe": "imported",
-            "backbone": backbone,
-            "backbone_args": dict(args),
-            "encoder": {"stem": stem},
-            "views": {**views, "margin": margin, "mean": list(mean), "std": list(std), "interpolation": interpolation},
-        }
-    )

@@ -246,6 +246,15 @@ def verify(folder: Path) -> None:
                 raise CheckpointError(f"{folder}: {name} does not match its hash; restore it or use another checkpoint")
 
 
+def is_whole(folder: Path) -> bool:
+    """Return whether a checkpoint verifies."""
+    try:
+        verify(folder)
+    except CheckpointError:
+        return False
+    return True
+
+
 def _digest(file: BinaryIO) -> str:
     digest = hashlib.sha256()
     while block := file.read(1 << 20):

@@ -19,11 +19,11 @@ import torchvision
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from relssl.data.plain import PlainView
 from relssl.errors import CheckpointError, ConfigError
-from relssl.method.backbones import TORCHVISION, create_backbone, run_arguments, run_backbone
+from relssl.method.backbones import TORCHVISION, create_backbone
 from relssl.settings.run import Config
 from relssl.weights.formats import unsuited
+from relssl.weights.spec import BackboneSpec
 from relssl.weights.twins import TWINS, bare, to_torchvision
 
 
@@ -33,24 +33,26 @@ class Source:
 
     Attributes:
         backbone: in eval mode, on the CPU.
-        config: what it was made with.
+        spec: what it is.
         network: student or teacher of a run of ours; `backbone` of anything else.
         origin: name of the checkpoint, or of the file, that the weights come from.
+        config: settings of the run that trained it, if one of ours did.
         folder: the run's, if it is one.
         account: of an imported file, a line each: how it was read and what was assumed.
     """
 
     backbone: nn.Module
-    config: Config
+    spec: BackboneSpec
     network: str
     origin: str
+    config: Config | None = None
     folder: Path | None = None
     account: Sequence[str] = ()
 
     @property
     def size(self) -> int:
         """Side of the images in pixels."""
-        return self.config.views.weak.size
+        return self.spec.view.size
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ def as_onnx(source: Source) -> Written:
     """An ONNX graph in one file: `images` float32 [N, C, S, S] to `features` float32 [N, F]."""
     held = sum(value.nbytes for value in source.backbone.state_dict().values())
     if held > _LARGEST_ONNX:
-        raise ConfigError(f"format: onnx holds 2 GiB in one file, {source.config.backbone} takes {held} bytes; use torch-export")
+        raise ConfigError(f"format: onnx holds 2 GiB in one file, {source.spec.name} takes {held} bytes; use torch-export")
 
     def trace(images: torch.Tensor, shapes: Any) -> bytes:
         program = torch.onnx.export(
@@ -148,11 +150,11 @@ def _traced(source: Source, name: str, trace: Callable[[torch.Tensor, Any], byte
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # about torch's own code; what comes of it is compared
         try:
-            return trace(torch.zeros(2, source.config.views.channels, source.size, source.size), shapes)
+            return trace(torch.zeros(2, source.spec.view.channels, source.size, source.size), shapes)
         except Exception as error:  # whatever torch raises over a network that it cannot follow
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ConfigError(
-                f"format: {name}: torch cannot trace {source.config.backbone} ({reason}); use safetensors or timm"
+                f"format: {name}: torch cannot trace {source.spec.name} ({reason}); use safetensors or timm"
             ) from error
 
 
@@ -167,13 +169,13 @@ def as_detectron2(source: Source) -> Written:
     def lines(file: str) -> list[str]:
         return [
             "import timm",
-            "from relssl.weights.detectron import read",
-            f"backbone = timm.create_model({quote(source.config.backbone)}, num_classes=0).eval()",
+            "from relssl.weights.writers import read",
+            f"backbone = timm.create_model({quote(source.spec.name)}, num_classes=0).eval()",
             f"backbone.load_state_dict(read({quote(file)}))",
         ]
 
     def notes(file: str) -> str:
-        settings = _settings(source.config, network, file)
+        settings = _settings(source.spec, network, file)
         return f"In detectron2's configuration (images are RGB, in 0..255):\n\n{settings}"
 
     return Written(buffer.getvalue(), (Snippet("timm, to look into the file without detectron2", lines),), notes=notes)
@@ -181,22 +183,22 @@ def as_detectron2(source: Source) -> Written:
 
 def _torchvision_resnet(source: Source) -> torchvision.models.ResNet:
     """torchvision's network of equal names and shapes, which detectron2's layout is told by."""
-    config, name = source.config, TWINS.get(source.config.backbone, "")
-    if config.backbone.startswith(TORCHVISION):
-        raise unsuited("detectron2", f"is written of timm's ResNets, not of {config.backbone}")
-    network = bare(name)[0] if "resne" in name and config.encoder.stem == "standard" else None
+    spec, name = source.spec, TWINS.get(source.spec.name, "")
+    if spec.name.startswith(TORCHVISION):
+        raise unsuited("detectron2", f"is written of timm's ResNets, not of {spec.name}")
+    network = bare(name)[0] if "resne" in name and spec.stem == "standard" else None
     shapes = {key: value.shape for key, value in source.backbone.state_dict().items()}
     if network is None or {key: value.shape for key, value in network.state_dict().items()} != shapes:
-        what = f"{config.backbone} with {config.encoder.stem} stem" + (" and backbone_args" if config.backbone_args else "")
+        what = f"{spec.name} with {spec.stem} stem" + (" and backbone_args" if spec.arguments else "")
         raise unsuited("detectron2", f"takes ResNets as torchvision has them, not {what}")
     assert isinstance(network, torchvision.models.ResNet)
     return network
 
 
-def _settings(config: Config, network: torchvision.models.ResNet, file: str) -> str:
+def _settings(spec: BackboneSpec, network: torchvision.models.ResNet, file: str) -> str:
     """YAML of detectron2's configuration, indented as code."""
-    depth, out = re.findall(r"\d+", config.backbone)[0], network.layer1[0].conv1.in_channels * (4 if _bottleneck(network) else 1)
-    mean, std = ([round(255 * value, 3) for value in channels or ()] for channels in (config.views.mean, config.views.std))
+    depth, out = re.findall(r"\d+", spec.name)[0], network.layer1[0].conv1.in_channels * (4 if _bottleneck(network) else 1)
+    mean, std = ([round(255 * value, 3) for value in channels] for channels in (spec.view.mean, spec.view.std))
     lines = [
         "MODEL:",
         f"  WEIGHTS: {file}",
@@ -286,10 +288,10 @@ _MAPPED_TOLERANCE = 1e-5  # transformers leaves weights where the file was mappe
 def as_safetensors(source: Source) -> Written:
     """The network's own names; those of timm's networks in a file that timm's `checkpoint_path` takes."""
     ours = Snippet("relssl", lambda file: ["import relssl", f"backbone = relssl.load_backbone({quote(file)})"])
-    if source.config.backbone.startswith(TORCHVISION):
+    if source.spec.name.startswith(TORCHVISION):
         load = "safetensors.torch.load_file({})"
         return Written(_tensors(source), (Snippet("torchvision", lambda file: _torchvision_lines(source, file, load)), ours))
-    return Written(_tensors(source), (Snippet("timm alone", lambda file: timm_lines(source.config, file)), ours))
+    return Written(_tensors(source), (Snippet("timm alone", lambda file: timm_lines(source.spec, file)), ours))
 
 
 def as_timm(source: Source) -> Written:
@@ -298,8 +300,8 @@ def as_timm(source: Source) -> Written:
 
 
 def _timms(source: Source, format: str) -> Source:
-    if source.config.backbone.startswith(TORCHVISION):
-        raise unsuited(format, f"is read by timm, which does not know {source.config.backbone}")
+    if source.spec.name.startswith(TORCHVISION):
+        raise unsuited(format, f"is read by timm, which does not know {source.spec.name}")
     return source
 
 
@@ -309,14 +311,14 @@ def _tensors(source: Source) -> bytes:
     return data
 
 
-def timm_lines(config: Config, file: str) -> list[str]:
+def timm_lines(spec: BackboneSpec, file: str) -> list[str]:
     """Python that loads the file with timm and nothing of ours, as `backbone` and the `transform` of its images."""
-    view = ", ".join(f"{name}={value!r}" for name, value in _view(config).items())
-    transform = f"transform = timm.data.create_transform({config.views.weak.size}, {view})"
-    if config.views.channels == 1:
+    view = ", ".join(f"{name}={value!r}" for name, value in _view(spec).items())
+    transform = f"transform = timm.data.create_transform({spec.view.size}, {view})"
+    if spec.view.channels == 1:
         transform = transform.replace("= ", "= torchvision.transforms.Compose([torchvision.transforms.Grayscale(), ", 1) + "])"
-    imports = "import timm, timm.data" + (", torchvision" if config.views.channels == 1 else "")
-    made, stem = f"timm.create_model({quote(config.backbone)}, num_classes=0{_arguments(config)}", _stem_lines(config)
+    imports = "import timm, timm.data" + (", torchvision" if spec.view.channels == 1 else "")
+    made, stem = f"timm.create_model({quote(spec.name)}, num_classes=0{_arguments(spec)}", _stem_lines(spec)
     if not stem:
         return [imports, f"backbone = {made}, checkpoint_path={quote(file)}).eval()", transform]
     # timm cannot be asked for a small stem, so the layers that differ are put in before the weights.
@@ -324,51 +326,52 @@ def timm_lines(config: Config, file: str) -> list[str]:
     return [f"{imports}, torch", f"backbone = {made}).eval()", *stem, load, transform]
 
 
-def _arguments(config: Config) -> str:
+def _arguments(spec: BackboneSpec) -> str:
     # The lines are run, and a card that came with a file may say anything.
-    if strange := [name for name in config.backbone_args if not name.isidentifier()]:
+    if strange := [name for name in spec.arguments if not name.isidentifier()]:
         raise ConfigError(f"backbone_args: {strange[0]!r} is no name of an argument")
-    return "".join(f", {name}={value!r}" for name, value in _library_arguments(config).items())
+    return "".join(f", {name}={value!r}" for name, value in _library_arguments(spec).items())
 
 
-def _library_arguments(config: Config) -> dict[str, Any]:
+def _library_arguments(spec: BackboneSpec) -> dict[str, Any]:
     """The arguments that the network's library is given; the channels of torchvision's networks are not among them."""
-    theirs = config.backbone.startswith(TORCHVISION)
-    return {name: value for name, value in run_arguments(config).items() if not (theirs and name == "in_chans")}
+    theirs = spec.name.startswith(TORCHVISION)
+    return {name: value for name, value in spec.all_arguments().items() if not (theirs and name == "in_chans")}
 
 
-def _stem_lines(config: Config) -> list[str]:
+def _stem_lines(spec: BackboneSpec) -> list[str]:
     """Python that gives `backbone` the layers of a small stem."""
-    return [f'backbone.set_submodule("{name}", torch.nn.{module!r})' for name, module in _stem(config).items()]
+    return [f'backbone.set_submodule("{name}", torch.nn.{module!r})' for name, module in _stem(spec).items()]
 
 
-def _stem(config: Config) -> dict[str, nn.Module]:
+def _stem(spec: BackboneSpec) -> dict[str, nn.Module]:
     """The first layers that differ from the network's own: a small stem, or another number of channels in torchvision's."""
-    args = _library_arguments(config)
-    if config.encoder.stem == "standard" and args == run_arguments(config):
+    args = _library_arguments(spec)
+    if spec.stem == "standard" and args == spec.all_arguments():
         return {}
     with torch.random.fork_rng(devices=[]):
-        plain = dict(create_backbone(config.backbone, args=args, size=config.views.weak.size).named_modules())
-        ours = run_backbone(config).named_modules()
+        plain = dict(create_backbone(spec.name, args=args, size=spec.view.size).named_modules())
+        ours = spec.create().named_modules()
     kinds = (nn.Conv2d, nn.Identity)
     return {name: module for name, module in ours if type(module) in kinds and repr(module) != repr(plain.get(name))}
 
 
-def _view(config: Config) -> dict[str, Any]:
+def _view(spec: BackboneSpec) -> dict[str, Any]:
     """The plain view in timm's words. timm enlarges to the floor of size / crop_pct, which rounding must not take below ours."""
-    view = PlainView.of(config.views)
-    share = view.size / view.shorter_side
-    if math.floor(view.size / share) < view.shorter_side:
+    size, side = spec.view.size, spec.view.shorter_side
+    share = size / side
+    if math.floor(size / share) < side:
         share = math.nextafter(share, 0)
-    return {"crop_pct": share, "interpolation": view.interpolation, "mean": view.mean, "std": view.std}
+    views = spec.view
+    return {"crop_pct": share, "interpolation": views.interpolation, "mean": views.mean, "std": views.std}
 
 
 def as_torchvision(source: Source) -> Written:
     """torchvision's names, for a strict load into its network without the last layer."""
     name, state, exact = _renamed(source)
-    native = source.config.backbone.startswith(TORCHVISION)
-    network, _ = bare(name, _library_arguments(source.config) if native else None)
-    for path, module in _stem(source.config).items():
+    native = source.spec.name.startswith(TORCHVISION)
+    network, _ = bare(name, _library_arguments(source.spec) if native else None)
+    for path, module in _stem(source.spec).items():
         network.set_submodule(path, module)
     for key, value in network.state_dict().items():
         value.copy_(state[key])
@@ -385,18 +388,19 @@ def as_torchvision(source: Source) -> Written:
 def _torchvision_lines(source: Source, file: str, load: str) -> list[str]:
     """Python that loads the file with torchvision, as `backbone` and the `transform` of its images; `load` reads it, `{}` in it
     stands for the file."""
-    view, name = PlainView.of(source.config.views), source.config.backbone
+    views, name = source.spec.view, source.spec.name
     native = name.startswith(TORCHVISION)
-    name, given = (name.removeprefix(TORCHVISION), _arguments(source.config)[2:]) if native else (TWINS[name], "")
-    _, classifier = bare(name, _library_arguments(source.config) if native else None)
-    scale = f"v.Resize({view.shorter_side}, v.InterpolationMode.{view.interpolation.upper()})"
-    grey = "v.Grayscale(), " if view.channels == 1 else ""
-    steps = f"{grey}{scale}, v.CenterCrop({source.size}), v.ToTensor(), v.Normalize({view.mean}, {view.std})"
+    name, given = (name.removeprefix(TORCHVISION), _arguments(source.spec)[2:]) if native else (TWINS[name], "")
+    _, classifier = bare(name, _library_arguments(source.spec) if native else None)
+    scale = f"v.Resize({views.shorter_side}, v.InterpolationMode.{views.interpolation.upper()})"
+    grey = "v.Grayscale(), " if views.channels == 1 else ""
+    mean, std = views.mean, views.std
+    steps = f"{grey}{scale}, v.CenterCrop({source.size}), v.ToTensor(), v.Normalize({mean}, {std})"
     return [
         "import " + ("safetensors.torch, " if "safetensors" in load else "") + "torch, torchvision, torchvision.transforms as v",
         f"backbone = torchvision.models.{name}({given}).eval()",
         f'backbone.set_submodule("{classifier}", torch.nn.Identity())',
-        *_stem_lines(source.config),
+        *_stem_lines(source.spec),
         f"backbone.load_state_dict({load.format(quote(file))})",
         f"transform = v.Compose([{steps}])",
     ]
@@ -404,32 +408,32 @@ def _torchvision_lines(source: Source, file: str, load: str) -> list[str]:
 
 def _renamed(source: Source) -> tuple[str, dict[str, Tensor], bool]:
     """torchvision's name of the network, its weights there, and whether names and values stayed as they are."""
-    config, state = source.config, source.backbone.state_dict()
-    if config.backbone.startswith(TORCHVISION):
-        return config.backbone.removeprefix(TORCHVISION), state, True
-    name = TWINS.get(config.backbone)
+    spec, state = source.spec, source.backbone.state_dict()
+    if spec.name.startswith(TORCHVISION):
+        return spec.name.removeprefix(TORCHVISION), state, True
+    name = TWINS.get(spec.name)
     if name is None:
-        raise unsuited("torchvision", f"has no network that is known to equal {config.backbone}")
-    if config.encoder.stem != "standard":
-        theirs, same = bare(name)[0].state_dict(), set(_stem(config))
+        raise unsuited("torchvision", f"has no network that is known to equal {spec.name}")
+    if spec.stem != "standard":
+        theirs, same = bare(name)[0].state_dict(), set(_stem(spec))
         shapes = {key: value.shape for key, value in state.items() if key.rpartition(".")[0] not in same}
         if theirs.keys() != state.keys() or any(theirs[key].shape != shape for key, shape in shapes.items()):
-            raise unsuited("torchvision", f"cannot take {config.backbone} with a {config.encoder.stem} stem")
+            raise unsuited("torchvision", f"cannot take {spec.name} with a {spec.stem} stem")
         return name, state, True
     try:
-        name, moved = to_torchvision(source.backbone, config.backbone)
+        name, moved = to_torchvision(source.backbone, spec.name)
     except (CheckpointError, ConfigError) as error:
-        raise unsuited("torchvision", f"cannot take this {config.backbone} ({error})") from error
+        raise unsuited("torchvision", f"cannot take this {spec.name} ({error})") from error
     return name, moved, moved.keys() == state.keys() and all(torch.equal(moved[key], state[key]) for key in state)
 
 
 def as_hf(source: Source) -> Written:
     """Hugging Face's layout: timm's config.json and model.safetensors; the card becomes README.md."""
     _timms(source, "hf")
-    if source.config.views.channels != 3:
-        raise unsuited("hf", f"is read with colour images, and {source.config.backbone} was trained on grey ones")
-    if source.config.encoder.stem != "standard":
-        raise unsuited("hf", f"cannot describe a {source.config.encoder.stem} stem, which timm cannot be asked for")
+    if source.spec.view.channels != 3:
+        raise unsuited("hf", f"is read with colour images, and {source.spec.name} was trained on grey ones")
+    if source.spec.stem != "standard":
+        raise unsuited("hf", f"cannot describe a {source.spec.stem} stem, which timm cannot be asked for")
     files = {"model.safetensors": _tensors(source), "config.json": _hf_config(source)}
 
     def timm_folder(folder: str) -> list[str]:
@@ -455,21 +459,21 @@ def as_hf(source: Source) -> Written:
 
 def _hf_config(source: Source) -> bytes:
     """config.json as timm writes it, about these weights: none of what it says of timm's own is taken over."""
-    config, known = source.config, source.backbone.pretrained_cfg
+    spec, known = source.spec, source.backbone.pretrained_cfg
     assert isinstance(known, dict)
     described = {
         "architecture": known["architecture"],
         "num_classes": 0,
         "num_features": source.backbone.num_features,
         # No num_classes among these: transformers sets it itself and stumbles over another.
-        "model_args": run_arguments(config),
+        "model_args": spec.all_arguments(),
         "pretrained_cfg": {
             "tag": "ressl",
             "custom_load": False,
             "input_size": [3, source.size, source.size],
             "fixed_input_size": known.get("fixed_input_size", False),
             "crop_mode": "center",
-            **_view(config),
+            **_view(spec),
             "num_classes": 0,
             "pool_size": None,
             "first_conv": known.get("first_conv"),

@@ -1,0 +1,103 @@
+"""What a backbone is: enough to build the network and to make the images it sees, and nothing of how it was trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import Tensor, nn
+
+from relssl.data.plain import PlainView
+from relssl.errors import CheckpointError
+from relssl.method.backbones import arguments, create_backbone, feature_width
+from relssl.settings.run import Config
+
+# What the settings of weights that no run of ours trained name as their data.
+NO_DATA = "imported"
+
+
+@dataclass(frozen=True)
+class BackboneSpec:
+    """A network and what it sees.
+
+    Attributes:
+        name: timm's name, or `torchvision/` and torchvision's.
+        arguments: what the user passes to timm.create_model or to torchvision's function.
+        stem: as `encoder.stem`.
+        view: the images it sees when it is evaluated.
+    """
+
+    name: str
+    arguments: Mapping[str, Any]
+    stem: str
+    view: PlainView
+
+    @staticmethod
+    def of(config: Config) -> BackboneSpec:
+        """Return the backbone of a run, or of the settings beside an exported or imported file.
+
+        Raises:
+            ConfigError: if the settings leave a part of the view open.
+        """
+        return BackboneSpec(config.backbone, config.backbone_args, config.encoder.stem, PlainView.of(config.views))
+
+    def all_arguments(self) -> dict[str, Any]:
+        """Return the arguments it is created with: its own, and those that its image size and channels ask for."""
+        channels = {} if self.view.channels == 3 else {"in_chans": self.view.channels}
+        return arguments(self.name, channels | dict(self.arguments), self.view.size)
+
+    def create(self) -> nn.Module:
+        """Build the network with random weights; raises as `create_backbone`."""
+        return create_backbone(self.name, self.stem, self.all_arguments(), self.view.size)
+
+    def load(self, weights: Mapping[str, Tensor], origin: Path) -> nn.Module:
+        """Build the network with these weights, all of them and nothing else, in eval mode.
+
+        Returns:
+            The network, with `.num_features`, `.transform` (PIL image to normalised [C, S, S]) and `.spec`.
+
+        Raises:
+            CheckpointError: naming how many weights match and which do not.
+        """
+        network = self.create()
+        if faults := mismatches(network.state_dict(), weights):
+            shared = [name for name, value in network.state_dict().items() if name in weights]
+            matched = len(shared) - len(faults.get("other shape", ()))
+            lists = "; ".join(f"{kind}: {', '.join(names[:3])}" for kind, names in faults.items())
+            raise CheckpointError(f"{origin}: {matched} of {len(network.state_dict())} weights of {self.name} match; {lists}")
+        network.load_state_dict(dict(weights))
+        network.transform, network.spec = self.view, self  # type: ignore[assignment]
+        # timm's own figure is that before the layer which its MobileNetV3 ends with.
+        network.num_features = feature_width(network, self.view.size)  # type: ignore[assignment]
+        return network.eval()
+
+    def to_yaml(self) -> str:
+        """Write it under the names that a run's settings have, for the file beside imported weights."""
+        view = self.view
+        described = {
+            "data": NO_DATA,
+            "recipe": "imported",
+            "backbone": self.name,
+            "backbone_args": dict(self.arguments),
+            "encoder": {"stem": self.stem},
+            "views": {
+                "weak": {"name": "weak", "size": view.size},
+                "strong": {"name": "contrastive", "size": view.size},
+                "channels": view.channels,
+                "mean": list(view.mean),
+                "std": list(view.std),
+                "margin": view.margin,
+                "interpolation": view.interpolation,
+            },
+        }
+        return yaml.safe_dump(described, sort_keys=False, width=120, default_flow_style=None)
+
+
+def mismatches(wanted: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """Return the names that are missing, unexpected or of another shape, by kind; empty if all match."""
+    shapes = [name for name in wanted if name in weights and wanted[name].shape != weights[name].shape]
+    kinds = {"missing": wanted.keys() - weights.keys(), "unexpected": weights.keys() - wanted.keys(), "other shape": shapes}
+    return {kind: sorted(names) for kind, names in kinds.items() if names}
