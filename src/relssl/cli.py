@@ -85,6 +85,10 @@ def build_parser() -> tuple[argparse.ArgumentParser, list[str]]:
     made = verb("estimate", verbs.estimate, "time a few steps of a run: what the whole would take, and what to change")
     made.add_argument("--steps", type=int, default=20, help="steps that are timed (default: 20)")
     _add_settings(made, "[--steps N] ")
+    made = verb(
+        "list", verbs.list_images, "print the images of a folder as a list file, which is read at once: relssl list FOLDER > FILE"
+    )
+    made.add_argument("folder", metavar="FOLDER")
     made = verb("resume", verbs.resume, "go on with a run exactly where it was saved")
     made.add_argument("run_folder", metavar="RUN")
     made.add_argument("--checkpoint", help="name of an older checkpoint to go on from")

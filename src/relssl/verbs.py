@@ -25,7 +25,7 @@ def _launched(overrides: dict[str, Any]) -> dict[str, Any]:
 
 
 def pretrain(args: argparse.Namespace, overrides: dict[str, Any]) -> Any:
-    from relssl.data.folder import exists
+    from relssl.data.named import exists
     from relssl.train.run_folder import default_folder, refuse_used
 
     settings = resolve(_launched(overrides), args.config)
@@ -40,7 +40,7 @@ def pretrain(args: argparse.Namespace, overrides: dict[str, Any]) -> Any:
 
 
 def estimate(args: argparse.Namespace, overrides: dict[str, Any]) -> Any:
-    from relssl.data.folder import exists
+    from relssl.data.named import exists
 
     settings = resolve(_launched(overrides), args.config)
     exists(settings.data, settings.data_root)
@@ -55,6 +55,18 @@ def estimate(args: argparse.Namespace, overrides: dict[str, Any]) -> Any:
     if not args.json:
         show_estimate(found)
     return dataclasses.asdict(found)
+
+
+def list_images(args: argparse.Namespace, _: dict[str, Any]) -> Any:
+    from relssl.data.folder import list_lines, shown
+
+    lines, bad = list_lines(args.folder)
+    if not args.json:
+        sys.stdout.buffer.write(b"".join(line + b"\n" for line in lines))
+        sys.stdout.flush()
+    if bad:
+        print(f"relssl: {len(bad)} files are left out, the first: {shown(bad[0][0])} {bad[0][1]}", file=sys.stderr)
+    return {"images": len(lines), "bad": bad}
 
 
 def resume(args: argparse.Namespace, _: dict[str, Any]) -> Any:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from relssl.data.images import Images
-from relssl.data.loader import Batch, FromFiles, Plan, Unreadable, create_loader
+from relssl.data.loader import Batch, FromFiles, Plan, Resident, Unreadable, create_loader
 from relssl.engine import Engine, send
 from relssl.errors import CheckpointError, DataError, Interrupted, NumericError
 from relssl.method import create_method, health, schedules
@@ -401,6 +401,11 @@ class Learner:
         }
 
 
+def _loader(images: Images, config: Config, plan: Plan, engine: Engine) -> Resident | FromFiles:
+    statistics, views = config.views.statistics(), derive(config).views
+    return create_loader(images, views, plan, engine.device, statistics, config.loader, config.engine.devices)
+
+
 class Trainer(Learner):
     """Pretrains one student: steps on a data set, with what is told and saved on the way.
 
@@ -416,12 +421,11 @@ class Trainer(Learner):
 
     def __init__(self, config: Config, engine: Engine, images: Images, online: OnlineKnn | None) -> None:
         plan = Plan(len(images), config.batch_size, config.accumulate, engine.rank, engine.world, config.seed)
-        self.loader = create_loader(images, config, plan, engine.device)
+        self.loader = _loader(images, config, plan, engine)
         labels, classes = (images.labels, images.class_count) if METHODS[config.method.name].labels else (None, 0)
         super().__init__(config, engine, plan, labels, classes)
         self.folder: RunFolder | None = None
         self.online, self.warned = online, False
-        self.said: set[str] = set()
         self.best: dict[str, Any] | None = None
         self.images, self.fingerprint, self.unreadable = images, images.fingerprint(), set[str]()
         self._decided: dict[str, Any] = {}
@@ -430,7 +434,7 @@ class Trainer(Learner):
         """Train on the same images, read another way."""
         assert images.fingerprint() == self.fingerprint
         self.images = images
-        self.loader = create_loader(images, self.config, self.plan, self.engine.device)
+        self.loader = _loader(images, self.config, self.plan, self.engine)
 
     def restore(self, path: Path) -> list[str]:
         """Go on from a checkpoint; returns why the run will not repeat bit for bit, if so."""
@@ -518,23 +522,12 @@ class Trainer(Learner):
             self.engine.wait()
         if journal is not None:
             journal.write(row)
-            self._tell_of_loader(display)
             display.row(row, epoch_ended=within == 0)
             warms = "warmup_mix" in self.model.scheduled
             fault = verdict(row, self.config.method.memory_size, keys.shape[1], warms=warms)
             if fault and not self.warned and epoch >= 1:
                 self.warned = True
                 display.say(f"warning: step {figures.step}: {fault}")
-
-    def _tell_of_loader(self, display: Display) -> None:
-        """Say, once each, how many workers were chosen and what the loader has noticed."""
-        if not isinstance(self.loader, FromFiles):
-            return
-        choice = f"loader: {self.loader.choice}" if self.loader.choice is not None else None
-        for line in (choice, self.loader.notice):
-            if line is not None and line not in self.said:
-                self.said.add(line)
-                display.say(line)
 
     def _knn_due(self) -> bool:
         epoch, within = divmod(self.step, self.steps_per_epoch)
