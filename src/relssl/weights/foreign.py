@@ -117,11 +117,14 @@ class LoadReport:
 
     def gaps(self) -> list[str]:
         """List what was allowed and belongs beside every figure of these weights."""
-        missing, unexpected = self.missing, self.unexpected
-        notes = [f"{len(missing)} of {self.total} weights are not in {self.file} and stay fresh, such as {missing[0]}"] * bool(
-            missing
-        )
-        return notes + [f"{len(unexpected)} names in {self.file} were left out, such as {unexpected[0]}"] * bool(unexpected)
+        notes = []
+        if self.missing:
+            notes.append(
+                f"{len(self.missing)} of {self.total} weights are not in {self.file} and fresh, {self.missing[0]} the first"
+            )
+        if self.unexpected:
+            notes.append(f"{len(self.unexpected)} names in {self.file} were left out, {self.unexpected[0]} the first")
+        return notes
 
     def leave_out(self, name: str) -> None:
         """Count a tensor that belongs to something else."""
