@@ -109,7 +109,7 @@ def test_another_architecture_is_refused_with_shapes(tmp_path):
 def test_what_cannot_be_meant_is_refused(tmp_path):
     path = write(tmp_path / "weights.pth", {"tower.a.weight": torch.zeros(2), "tower.b.weight": torch.zeros(2)})
     for options in ({}, {"layout": "solo"}):
-        with pytest.raises(CheckpointError, match="tower.a.weight"):
+        with pytest.raises(CheckpointError, match="tower"):
             load_foreign(path, **options)
     with pytest.raises(CheckpointError, match="holds no weights"):
         load_foreign(write(tmp_path / "weights.pth", {"epoch": 3}))
