@@ -43,11 +43,10 @@ from relssl.evaluation.pairs import choose
 from relssl.files import to_json
 from relssl.method import create_student
 from relssl.method.backbones import count_flops
-from relssl.method.base import World
 from relssl.settings.run import METHODS, Config, derive, resolve
 from relssl.train.checkpoint import whole_state
-from relssl.train.loop import WORTH_COMPILING, Trainer
-from relssl.train.pretrain import build, named
+from relssl.train.loop import Run, forward, move_student, relations, scheduled, train_step
+from relssl.train.pretrain import WORTH_COMPILING, build, compile_networks, explained, read
 from relssl.train.run_folder import Display, default_folder
 from relssl.units import size
 from relssl.weights import store
@@ -150,7 +149,7 @@ class Extras:
     save_seconds: float
 
 
-def measure_saving(trainer: Trainer, cache: int = 0) -> tuple[Disk, float]:
+def measure_saving(trainer: Run, cache: int = 0) -> tuple[Disk, float]:
     """The disk a run needs, and the seconds it takes to make a checkpoint's bytes and their hash. Nothing is written.
 
     Args:
@@ -158,13 +157,13 @@ def measure_saving(trainer: Trainer, cache: int = 0) -> tuple[Disk, float]:
     """
     config = trainer.config
     begun = time.perf_counter()
-    tensors, rest = store.flatten(whole_state(trainer.model, trainer.optimizer, trainer.engine))
+    tensors, rest = store.flatten(whole_state(trainer.state, trainer.engine))
     data = store.encode(tensors)
     hashlib.sha256(data).hexdigest()
     seconds = time.perf_counter() - begun
     exports = sum(tensor.nbytes for network in trainer.networks for tensor in network.backbone.state_dict().values())
     rows = trainer.total_steps // config.log.every + config.epochs
-    held = min(config.checkpoint.keep, saves(config, trainer.steps_per_epoch)) + (trainer.online is not None) + 1
+    held = min(config.checkpoint.keep, saves(config, trainer.plan.steps_per_epoch)) + (trainer.online is not None) + 1
     logs = rows * (_ROW + _EVENTS * config.log.tensorboard)
     out, caches = _existing(Path(config.out or default_folder(config))), _existing(root(config))
     disk = Disk(len(data) + len(to_json(rest)), held, exports, logs, shutil.disk_usage(out).free, cache, 0)
@@ -194,16 +193,16 @@ def _evaluated(config: Config) -> list[int]:
     return sorted({*range(every, config.epochs + 1, every), config.epochs}) if every else []
 
 
-def measure_extras(trainer: Trainer, save_seconds: float) -> Extras:
+def measure_extras(trainer: Run, save_seconds: float) -> Extras:
     """Evaluations, timed on a few images, and checkpoints."""
-    written = saves(trainer.config, trainer.steps_per_epoch)
+    written = saves(trainer.config, trainer.plan.steps_per_epoch)
     if trainer.online is None:
         return Extras(0, 0.0, written, save_seconds)
     count = len(_evaluated(trainer.config)) + 1  # and one before the first step
     return Extras(count, _evaluation(trainer), written, save_seconds)
 
 
-def _evaluation(trainer: Trainer) -> float:
+def _evaluation(trainer: Run) -> float:
     """Seconds of one evaluation: features of both sides by both networks, and the search for neighbours."""
     assert trainer.online is not None
     pair, config, engine = trainer.online.pair, trainer.config, trainer.engine
@@ -375,7 +374,7 @@ class Repeated(Shrunk):
 
 
 @contextmanager
-def stand_in(trainer: Trainer) -> Iterator[int]:
+def stand_in(trainer: Run) -> Iterator[int]:
     """Within, the trainer reads shrunk images, if they are asked for: those of an earlier run, or a few that stand for all.
 
     Every rank has to call it.
@@ -393,14 +392,14 @@ def stand_in(trainer: Trainer) -> Iterator[int]:
     assert isinstance(images.source, folder.Files)
     there = Shrunk.load(place(images, config), images.source)
     if not trainer.engine.largest(int(len(there) < len(images))):
-        trainer.read(dataclasses.replace(images, source=there))
+        read(trainer, dataclasses.replace(images, source=there))
         yield 0
         return
     with tempfile.TemporaryDirectory(prefix="relssl-") as scratch, Display(1, 0, show=False) as silent:
         # By this process alone, as its neighbours do the same at this time.
         loader = dataclasses.replace(config.loader, cache_folder=scratch, workers=0)
         few = shrunken(choose(images, _SAMPLE, config.seed), dataclasses.replace(config, loader=loader), silent)
-        trainer.read(dataclasses.replace(images, source=Repeated(few, images.source)))
+        read(trainer, dataclasses.replace(images, source=Repeated(few, images.source)))
         yield few.total * (len(images) - len(there)) // len(few)
 
 
@@ -425,7 +424,7 @@ class Timing:
     bad: list[tuple[str, str]] = field(default_factory=list)
 
 
-def time_steps(trainer: Trainer, steps: int, limit: float = 60.0) -> Timing:
+def time_steps(trainer: Run, steps: int, limit: float = 60.0) -> Timing:
     """Train some steps and time them. Every rank has to call it; the trainer is that many steps further afterwards.
 
     Args:
@@ -436,18 +435,18 @@ def time_steps(trainer: Trainer, steps: int, limit: float = 60.0) -> Timing:
     _warm_up(trainer)
     turns = _turns(trainer)
     wanted = turns * math.ceil(steps / turns)
-    stream = trainer.loader.stream(trainer.step, trainer.step + turns + wanted)
+    stream = trainer.loader.stream(trainer.state.step, trainer.state.step + turns + wanted)
     begun = time.perf_counter()
     # The first batches had their start-up to wait for, or lay ready.
     for parts in itertools.islice(stream, turns):
-        trainer.train_step(parts)
+        train_step(trainer, parts)
         if _over(trainer, begun, _WARM_SECONDS):
             break
     marks, bad, begun = _Marks(trainer.engine), [], time.perf_counter()
     marks.set()
     for done, parts in enumerate(itertools.islice(stream, wanted), start=1):
         marks.set()
-        trainer.train_step(parts)
+        train_step(trainer, parts)
         marks.set()
         bad += [fault for part in parts for fault in part.bad]
         if done >= _LEAST and _over(trainer, begun, limit):
@@ -463,25 +462,25 @@ def step_seconds(config: Config) -> float:
     engine = Engine(quick.engine)
     with engine.running():
         trainer = build(quick, engine)
-        trainer.compile()
+        compile_networks(trainer)
         return statistics.median(time_steps(trainer, 5, limit=20.0).steps)
 
 
-def _warm_up(trainer: Trainer) -> None:
-    (parts,) = trainer.loader.stream(trainer.step, trainer.step + 1)
+def _warm_up(trainer: Run) -> None:
+    (parts,) = trainer.loader.stream(trainer.state.step, trainer.state.step + 1)
     begun = time.perf_counter()
     for _ in range(_WARM):
-        trainer.train_step(parts)
+        train_step(trainer, parts)
         if _over(trainer, begun, _WARM_SECONDS):
             break
 
 
-def workers(trainer: Trainer) -> int | None:
+def workers(trainer: Run) -> int | None:
     """The loader's processes; None if images are in memory."""
     return loader_workers(trainer.config) if isinstance(trainer.loader, FromFiles) else None
 
 
-def _turns(trainer: Trainer) -> int:
+def _turns(trainer: Run) -> int:
     """Steps in which each of the loader's processes delivers once, or whose views are made in one go; the same on all ranks."""
     if isinstance(trainer.loader, Resident):
         return trainer.loader.ahead
@@ -489,7 +488,7 @@ def _turns(trainer: Trainer) -> int:
     return trainer.engine.largest(max(1, math.ceil((workers(trainer) or 0) / trainer.plan.parts)))
 
 
-def _over(trainer: Trainer, begun: float, seconds: float) -> bool:
+def _over(trainer: Run, begun: float, seconds: float) -> bool:
     """Whether the time is up on any rank: all have to make the same steps."""
     return bool(trainer.engine.largest(int(time.perf_counter() - begun > seconds)))
 
@@ -527,7 +526,7 @@ STAGES = (
 _SAMPLE_stages = 32
 
 
-def stages(trainer: Trainer, repeats: int = 5) -> dict[str, float]:
+def stages(trainer: Run, repeats: int = 5) -> dict[str, float]:
     """Seconds of each stage of one optimizer step, all accumulated parts together, on this rank.
 
     Every rank has to call it. The run is left as it was: networks, memory, optimizer and random generators.
@@ -600,74 +599,74 @@ class _Clock:
                 hook.remove()
 
 
-def _parts(trainer: Trainer) -> list[Batch]:
+def _parts(trainer: Run) -> list[Batch]:
     """The batch of the present step."""
-    (parts,) = trainer.loader.stream(trainer.step, trainer.step + 1)
+    (parts,) = trainer.loader.stream(trainer.state.step, trainer.state.step + 1)
     return parts
 
 
-def _step(trainer: Trainer, held: list[Batch] | None) -> dict[str, float]:
+def _step(trainer: Run, held: list[Batch] | None) -> dict[str, float]:
     """One optimizer step in pieces, on the batch `held` or a new one."""
     clock, parts = _Clock(trainer.engine), held
     if parts is None:
         with clock.time("views"):
             parts = _parts(trainer)
         if isinstance(trainer.loader, Resident):
-            clock.seconds["views"] /= trainer.loader.stretch(trainer.step)  # all of which were made
+            clock.seconds["views"] /= trainer.loader.stretch(trainer.state.step)  # all of which were made
     made = []
     for number, part in enumerate(parts, start=1):
-        with trainer.engine.part(trainer.model.student, last=number == len(parts)):
-            made.append(_passes(trainer, part, trainer.world(number - 1), clock))
+        with trainer.engine.part(trainer.state.model.student, last=number == len(parts)):
+            made.append(_passes(trainer, part, number - 1, clock))
     queries = torch.cat([part for part, _ in made], dim=1)
     keys = torch.cat([part for _, part in made])
     _updates(trainer, queries, keys, torch.cat([part.ids for part in parts]), clock)
     return clock.seconds
 
 
-def _passes(trainer: Trainer, part: Batch, world: World, clock: _Clock) -> tuple[Tensor, Tensor]:
+def _passes(trainer: Run, part: Batch, number: int, clock: _Clock) -> tuple[Tensor, Tensor]:
     """Both networks and the loss on one part; its queries [V, B, D] and keys [B, D]."""
-    engine, model = trainer.engine, trainer.model
+    engine, model = trainer.engine, trainer.state.model
     with clock.time("layout"):
         placed = Batch(part.ids, engine.place(part.weak), [engine.place(view) for view in part.strong])
     networks = clock.forward(model.teacher, "teacher"), clock.forward(model.student, "student")
     with networks[0], networks[1], clock.time("loss"), engine.autocast():  # the loss is what the networks leave of the step
-        made = trainer.look(placed, trainer.settings_at(trainer.step), world)
+        made = forward(trainer, placed, number)
     with clock.time("backward"):
         made.loss.backward()  # type: ignore[no-untyped-call]
     return made.queries, made.keys
 
 
-def _updates(trainer: Trainer, queries: Tensor, keys: Tensor, ids: Tensor, clock: _Clock) -> None:
+def _updates(trainer: Run, queries: Tensor, keys: Tensor, ids: Tensor, clock: _Clock) -> None:
     """What follows the backward pass: on queries [V, B, D], keys [B, D] and ids [B] of this rank."""
-    now, good = trainer.settings_at(trainer.step), torch.ones((), dtype=torch.bool, device=keys.device)
+    now, good = scheduled(trainer, trainer.state.step), torch.ones((), dtype=torch.bool, device=keys.device)
     with clock.time("health"):
-        trainer.health(queries, keys, now)
+        relations(trainer, queries, keys, now)
     with clock.time("optimizer"):
-        trainer.move_student(good)
+        move_student(trainer.state.optimizer, good)
     with clock.time("push"):
-        trainer.model.push(keys, ids, good)
+        trainer.state.model.push(keys, ids, good)
     with clock.time("follow"):
-        trainer.model.follow(now["teacher_momentum"], good)
+        trainer.state.model.follow(now["teacher_momentum"], good)
 
 
 @contextmanager
-def _unchanged(trainer: Trainer) -> Iterator[None]:
+def _unchanged(trainer: Run) -> Iterator[None]:
     """The run's tensors and generators are put back afterwards."""
-    tensors = [*trainer.model.parameters(), *trainer.model.buffers()]
+    tensors = [*trainer.state.model.parameters(), *trainer.state.model.buffers()]
     before = [tensor.detach().clone() for tensor in tensors]
-    moments, generators = copy.deepcopy(trainer.optimizer.state_dict()), trainer.engine.random_state()
+    moments, generators = copy.deepcopy(trainer.state.optimizer.state_dict()), trainer.engine.random_state()
     try:
         yield
     finally:
         with torch.no_grad():
             for tensor, value in zip(tensors, before, strict=True):
                 tensor.copy_(value)
-        trainer.optimizer.zero_grad(set_to_none=True)
-        trainer.optimizer.load_state_dict(moments)
+        trainer.state.optimizer.zero_grad(set_to_none=True)
+        trainer.state.optimizer.load_state_dict(moments)
         trainer.engine.restore_random_state(generators)
 
 
-def _loading(trainer: Trainer, repeats: int) -> dict[str, float]:
+def _loading(trainer: Run, repeats: int) -> dict[str, float]:
     """What the loader's processes do for a step's images, on one core, and what is left to the device."""
     loader, share, clock = trainer.loader, trainer.plan.share, _Clock(trainer.engine)
     assert isinstance(loader, FromFiles)
@@ -982,13 +981,13 @@ def _estimate(made: Config, engine: Engine, steps: int, quiet: bool) -> Estimate
     trainer = build(timed(made), engine)
     console = Console(stderr=True, quiet=quiet or not engine.is_first, highlight=False)
     try:
-        trainer.compile()
+        compile_networks(trainer)
         # In the middle, as whether InfoNCE is part of the loss there holds for most of the run.
-        trainer.step = trainer.total_steps // 2
+        trainer.state.step = trainer.total_steps // 2
         with stand_in(trainer) as cache:
             found = _measure(trainer, steps, console, cache)
     except Exception as error:
-        known = named(error, trainer)
+        known = explained(error, trainer)
         if known is error:
             raise
         raise known from error
@@ -1001,7 +1000,7 @@ def timed(config: Config) -> Config:
     return dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, lr=_STILL), loader=loader)
 
 
-def _measure(trainer: Trainer, steps: int, console: Console, cache: int) -> Estimate:
+def _measure(trainer: Run, steps: int, console: Console, cache: int) -> Estimate:
     """All figures but the advice; every rank measures its own. `cache`: bytes of shrunk images still to be written."""
     config, engine = trainer.config, trainer.engine
     console.print(
@@ -1050,7 +1049,7 @@ def _measure(trainer: Trainer, steps: int, console: Console, cache: int) -> Esti
     )
 
 
-def _about(trainer: Trainer) -> dict[str, Any]:
+def _about(trainer: Run) -> dict[str, Any]:
     """The run and the machine."""
     config, engine = trainer.config, trainer.engine
     return {
