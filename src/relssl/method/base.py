@@ -1,4 +1,4 @@
-"""What all methods share: a student, and where they have them a teacher that follows it and a memory of its keys."""
+"""Base of all methods: a student, and for most a teacher that follows it and a memory of the teacher's keys."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from relssl.method.memory import Memory
 
 @dataclass
 class Step:
-    """What one step, or one accumulated part of it, computed.
+    """The outcome of one step, or of one accumulated part of it.
 
     Attributes:
         loss: scalar with the gradient's graph.
-        queries: [V, B, D] the student's embeddings that are matched to the keys, detached.
-        keys: [B, D] what they are compared with: of a method with a teacher its embeddings of `weak`, which the memory is given.
+        queries: [V, B, D], the student's embeddings that are matched to the keys, detached.
+        keys: [B, D], what they are matched to; with a teacher, its embeddings of `weak`, which go into the memory.
     """
 
     loss: Tensor
@@ -52,21 +52,21 @@ ALONE = World()
 
 
 class Method(nn.Module):
-    """A method is a subclass with a `step`: views of B samples to a loss.
+    """Student, teacher and memory; a subclass adds a `step` from views of B samples to a loss.
 
     One optimizer step of training is
 
         step(...)  once for each accumulated part, then backward
         push(...)  the step's keys, after its loss has seen the memory without them
-        follow()   the teacher moves towards the student the optimizer has just changed
+        follow()   the teacher moves towards the student that the optimizer has just changed
 
-    The papers write the teacher's update at the head of the next step. Nothing happens in between, and at the very
-    first step teacher and student are equal, so every loss is the same; done here, a step that turns out non-finite
-    can be dropped whole, with teacher and memory as they were.
+    The papers put the teacher's update at the head of the next step. Nothing happens in between, and at the very
+    first step teacher and student are equal, so every loss is the same; at the end of a step, one that turns out
+    non-finite can be dropped whole, with teacher and memory as they were.
 
     Args:
         student: the encoder to train.
-        taught: whether a teacher, the student's frozen copy without the predictor, follows it.
+        teacher: true if a teacher, the student's frozen copy without the predictor, follows it.
         memory_size: K, how many of the teacher's keys [D] are kept; 0: none.
         generator: source of the memory's first, random keys.
     """
@@ -79,14 +79,14 @@ class Method(nn.Module):
         self,
         student: Encoder,
         *,
-        taught: bool = False,
+        teacher: bool = False,
         memory_size: int = 0,
         dim: int = 0,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         self.student: nn.Module = student
-        self.teacher = student.teacher() if taught else None
+        self.teacher = student.teacher() if teacher else None
         self.memory = Memory(memory_size, dim, generator) if memory_size else None
 
     def step(self, *views: Any, **settings: Any) -> Step:

@@ -19,7 +19,7 @@ class BYOL(Method):
     """
 
     def __init__(self, student: Encoder) -> None:
-        super().__init__(student, taught=True)
+        super().__init__(student, teacher=True)
 
     def step(self, weak: Tensor, strong: Sequence[Tensor], world: World = ALONE) -> Step:
         """|prediction - embedding|^2 = 2 - 2 cos of both directions, added up (their eq. 2 and Algorithm 1), 0 to 8.

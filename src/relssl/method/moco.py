@@ -32,7 +32,7 @@ class MoCo(Method):
         loss_form: str = "plain",
         symmetric: bool = False,
     ) -> None:
-        super().__init__(student, taught=True, memory_size=memory_size, dim=dim, generator=generator)
+        super().__init__(student, teacher=True, memory_size=memory_size, dim=dim, generator=generator)
         self.objective, self.symmetric = OBJECTIVES[loss_form], symmetric
 
     def step(self, weak: Tensor, strong: Sequence[Tensor], world: World = ALONE, *, info_nce_temperature: float) -> Step:

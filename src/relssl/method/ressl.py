@@ -40,7 +40,7 @@ class ReSSL(Method):
     ) -> None:
         if loss_form not in OBJECTIVES:
             raise ValueError(f"loss_form must be one of {', '.join(OBJECTIVES)}, got {loss_form!r}")
-        super().__init__(student, taught=True, memory_size=memory_size, dim=dim, generator=generator)
+        super().__init__(student, teacher=True, memory_size=memory_size, dim=dim, generator=generator)
         self.objective = OBJECTIVES[loss_form]
 
     def step(

@@ -31,7 +31,7 @@ class SCE(Method):
         generator: torch.Generator | None = None,
         symmetric: bool = False,
     ) -> None:
-        super().__init__(student, taught=True, memory_size=memory_size, dim=dim, generator=generator)
+        super().__init__(student, teacher=True, memory_size=memory_size, dim=dim, generator=generator)
         self.symmetric = symmetric
 
     def step(self, weak: Tensor, strong: Sequence[Tensor], world: World = ALONE, **settings: float) -> Step:
