@@ -13,20 +13,20 @@ from relssl.data.loader import Plan, create_loader
 from relssl.engine import Engine
 from relssl.settings.run import Config, resolve
 from relssl.train.estimate import attainable, step_flops
-from relssl.train.loop import Trainer
-from relssl.train.pretrain import complete_settings
+from relssl.train.loop import Run, create_run, train_step
+from relssl.train.pretrain import compile_networks, complete_settings
 from relssl.train.run_folder import Display
 from rounds import Work
 
 Settings = Mapping[str, Any]
 
 
-def trainer(settings: Settings, source: Source) -> Trainer:
+def trainer(settings: Settings, source: Source) -> Run:
     """A run that writes nothing, with its networks on the device."""
     images = images_of(source)
     config = complete_settings(resolve(settings), images)
-    made = Trainer(config, Engine(config.engine), images, None)
-    made.compile()
+    made = create_run(config, Engine(config.engine), images)
+    compile_networks(made)
     return made
 
 
@@ -37,10 +37,10 @@ def training(settings: Settings, source: Source) -> Work:
 
     def run(count: int) -> None:
         for _ in range(count):
-            made.train_step(next(stream))
+            train_step(made, next(stream))
         made.engine.synchronise()
 
-    return Work(run, made.config.batch_size, {"precision": made.engine.precision, "compile": made.compiled})
+    return Work(run, made.config.batch_size, {"precision": made.engine.precision, "graphs": made.graphs})
 
 
 def floor(settings: Settings, source: Source, seconds: float) -> Work:

@@ -21,13 +21,14 @@ from relssl.engine import Engine
 from relssl.evaluation.features import extract
 from relssl.evaluation.pairs import LabelledPair
 from relssl.settings.run import resolve
-from relssl.train.loop import Trainer
+from relssl.train import loop
+from relssl.train import pretrain as starting
 from relssl.train.online import OnlineKnn
 from relssl.train.pretrain import pretrain
 from relssl.weights.opening import NETWORKS, load_backbone, load_run
 
 # What a run's time is split by: the functions that spend it. What is left of `fit` is the training itself.
-PARTS = {(Trainer, "fit"): "fit", (Trainer, "save"): "saving", (OnlineKnn, "baselines"): "evaluation"} | {
+PARTS = {(starting, "train"): "fit", (loop, "save"): "saving", (OnlineKnn, "baselines"): "evaluation"} | {
     (OnlineKnn, "measure"): "evaluation"
 }
 
@@ -55,7 +56,7 @@ class Split:
             self.seconds[name] += _now() - begun
             self._open.remove(name)
 
-    def watch(self, owner: type, method: str, name: str) -> Any:
+    def watch(self, owner: Any, method: str, name: str) -> Any:
         """Within this context, count each call of a method."""
         original = getattr(owner, method)
 
@@ -116,13 +117,13 @@ def whole_run(settings: Mapping[str, Any], sides: tuple[int, int] | None = None)
 
 def note_compiling(told: list[str | None]) -> Any:
     """Within this context, keep what each run that is set up has to tell of compiling its networks."""
-    original = Trainer.compile
+    original = starting.compile_networks
 
-    def noted(trainer: Trainer) -> None:
-        original(trainer)
-        told.append(trainer.compiled)
+    def noted(run: loop.Run) -> str | None:
+        told.append(original(run))
+        return told[-1]
 
-    return patch.object(Trainer, "compile", noted)
+    return patch.object(starting, "compile_networks", noted)
 
 
 def linear(run: Path, sides: tuple[int, int] | None) -> dict[str, float]:

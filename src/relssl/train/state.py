@@ -68,7 +68,7 @@ class _Copies:
         self.buffers, sizes = buffers, [buffer.numel() for buffer in buffers]
         self.block_before, self.block_after = (buffers[0].new_empty(sum(sizes)) for _ in range(2))
         self.before, self.after = (
-            [part.view(buffer.shape) for part, buffer in zip(block.split(sizes), buffers, strict=True)]
+            [part.view(buffer.shape) for part, buffer in zip(torch.split(block, sizes), buffers, strict=True)]
             for block in (self.block_before, self.block_after)
         )
 
