@@ -28,6 +28,7 @@ from relssl.settings.run import resolve, to_yaml
 from relssl.train import estimate
 from relssl.train import estimate as estimating
 from relssl.train.estimate import Estimate
+from relssl.train.loop import knn_due, save_due, train_step
 from relssl.train.pretrain import build
 from relssl.train.run_folder import Display
 from small_runs import SMALL, small_run
@@ -128,7 +129,7 @@ def test_a_batch_beyond_the_memory_is_told_as_such(monkeypatch: pytest.MonkeyPat
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("out of memory")
 
-    monkeypatch.setattr("relssl.train.loop.Trainer.train_step", full)
+    monkeypatch.setattr("relssl.train.estimate.train_step", full)
     with pytest.raises(RelsslError, match="batch_size: 32 does not fit the device's memory"):
         relssl.estimate(**SMALL, quiet=True)
 
@@ -177,10 +178,10 @@ def test_saves_and_evaluations_are_those_of_training(over: dict[str, Any]) -> No
     run = trainer(**over)
     expected = {"saves": 0, "evaluations": 1}  # the one before the first step
     for step in range(1, run.total_steps + 1):
-        run.step = step
-        expected["saves"] += run._due()
-        expected["evaluations"] += run._knn_due()
-    assert estimate.saves(run.config, run.steps_per_epoch) == expected["saves"]
+        run.state.step = step
+        expected["saves"] += save_due(run)
+        expected["evaluations"] += knn_due(run)
+    assert estimate.saves(run.config, run.plan.steps_per_epoch) == expected["saves"]
     found = estimate.measure_extras(run, 0.25)
     assert (found.saves, found.save_seconds) == (expected["saves"], 0.25)
     assert found.evaluations == (expected["evaluations"] if run.online else 0)
@@ -191,7 +192,7 @@ def test_the_disk_a_run_needs_is_what_it_takes(tmp_path: Path) -> None:
     config = resolve(merge(SMALL, {"checkpoint": {"every": 1}}))
     run = build(config, Engine(config.engine))
     for parts in run.loader.stream(0, 1):
-        run.train_step(parts)
+        train_step(run, parts)
     disk, _ = estimate.measure_saving(run)
     newest = made / "checkpoints" / "step-00000020"
     assert disk.checkpoint == pytest.approx(sum(file.stat().st_size for file in newest.iterdir()), rel=0.05)

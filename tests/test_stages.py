@@ -17,14 +17,14 @@ from relssl.settings.reading import merge, nest
 from relssl.settings.run import resolve
 from relssl.train import estimate as module
 from relssl.train.estimate import STAGES, _Marks, _turns, stages, time_steps
-from relssl.train.loop import Trainer
+from relssl.train.loop import Run, scheduled, train_step
 from relssl.train.pretrain import build
 from small_runs import SMALL
 
 ALWAYS = set(STAGES) - {"load", "views", "transfer"}
 
 
-def trainer(**over: Any) -> Trainer:
+def trainer(**over: Any) -> Run:
     config = resolve(merge(SMALL, nest(over)))
     return build(config, Engine(config.engine))
 
@@ -39,15 +39,15 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def files(folder: Path, **over: Any) -> Trainer:
+def files(folder: Path, **over: Any) -> Run:
     views = {side: {"size": 16} for side in ("weak", "strong")}
     batch = {"batch_size": 4, "max_images": None, "recipe": "folder", "loader.workers": 0, "views": views}
     return trainer(data=str(folder), **batch | over)
 
 
-def train(run: Trainer, steps: int) -> None:
-    for parts in run.loader.stream(run.step, run.step + steps):
-        run.train_step(parts)
+def train(run: Run, steps: int) -> None:
+    for parts in run.loader.stream(run.state.step, run.state.step + steps):
+        train_step(run, parts)
 
 
 @pytest.mark.parametrize("over", [{}, {"accumulate": 2, "engine.precision": "bf16"}])
@@ -59,10 +59,10 @@ def test_training_goes_on_as_if_nothing_had_been_timed(over: dict[str, Any]) -> 
     assert set(found) == ALWAYS | {"views"} and all(seconds > 0 for seconds in found.values())
     for run in (timed, plain):
         train(run, 3)
-    assert timed.step == plain.step == 6
-    expected, actual = plain.model.state_dict(), timed.model.state_dict()
+    assert timed.state.step == plain.state.step == 6
+    expected, actual = plain.state.model.state_dict(), timed.state.model.state_dict()
     assert [name for name in expected if not torch.equal(expected[name], actual[name])] == []
-    moments = zip(plain.optimizer.state.values(), timed.optimizer.state.values(), strict=True)
+    moments = zip(plain.state.optimizer.state.values(), timed.state.optimizer.state.values(), strict=True)
     for one, other in moments:
         assert torch.equal(one["momentum_buffer"], other["momentum_buffer"])
         assert one["momentum_buffer"].stride() == other["momentum_buffer"].stride()
@@ -72,19 +72,19 @@ def test_timing_before_the_first_step_leaves_the_optimizer_without_momentum() ->
     run = trainer()
     random = torch.get_rng_state()
     stages(run, repeats=1)
-    assert all(not state["momentum_buffer"].any() for state in run.optimizer.state.values())
+    assert all(not state["momentum_buffer"].any() for state in run.state.optimizer.state.values())
     assert torch.equal(torch.get_rng_state(), random)
-    assert all(parameter.grad is None for parameter in run.parameters)
+    assert all(parameter.grad is None for parameter in run.networks[0].parameters())
 
 
 @pytest.mark.parametrize("step", [4, 18])  # with InfoNCE in the loss, and without
 def test_the_pieces_make_the_gradients_of_a_step(step: int) -> None:
     run = trainer(**{"engine.precision": "fp32", "method.warmup": "linear"})
-    run.step = step
-    now = run.settings_at(step)
+    run.state.step = step
+    now = scheduled(run, step)
     assert (now["warmup_mix"] > 0) == (step == 4)
     (part,) = module._parts(run)
-    made = run.model.step(
+    made = run.state.model.step(
         part.weak,
         part.strong,
         student_temperature=0.1,
@@ -92,10 +92,10 @@ def test_the_pieces_make_the_gradients_of_a_step(step: int) -> None:
         warmup_mix=now["warmup_mix"],
     )
     made.loss.backward()
-    expected = [parameter.grad.clone() for parameter in run.parameters if parameter.grad is not None]
-    run.optimizer.zero_grad(set_to_none=True)
-    queries, keys = module._passes(run, part, run.world(0), module._Clock(run.engine))
-    actual = [parameter.grad for parameter in run.parameters if parameter.grad is not None]
+    expected = [parameter.grad.clone() for parameter in run.networks[0].parameters() if parameter.grad is not None]
+    run.state.optimizer.zero_grad(set_to_none=True)
+    queries, keys = module._passes(run, part, 0, module._Clock(run.engine))
+    actual = [parameter.grad for parameter in run.networks[0].parameters() if parameter.grad is not None]
     assert len(actual) == len(expected) > 0
     for one, other in zip(expected, actual, strict=True):
         torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-6)
@@ -112,14 +112,14 @@ def test_steps_are_timed_through_the_loader_and_repeat_epochs(folder: Path) -> N
     run = files(folder, epochs=1, **{"optimizer.warmup_epochs": 0.5})
     timing = time_steps(run, 7)
     # Three steps to warm up and one to settle come first; the epoch has three.
-    assert len(timing.steps) == len(timing.waits) == 7 and run.step == 3 + 1 + 7
+    assert len(timing.steps) == len(timing.waits) == 7 and run.state.step == 3 + 1 + 7
     assert all(0 < wait < step for wait, step in zip(timing.waits, timing.steps, strict=True))
     assert {Path(name).name for name, _ in timing.bad} == {"11.jpg"}
 
 
 def test_slow_steps_are_cut_short() -> None:
     run = trainer()
-    assert len(time_steps(run, 50, limit=0.0).steps) == 3 and run.step == 3 + 1 + 3
+    assert len(time_steps(run, 50, limit=0.0).steps) == 3 and run.state.step == 3 + 1 + 3
 
 
 def test_each_loader_process_delivers_as_often(folder: Path) -> None:
@@ -165,7 +165,7 @@ def test_views_of_several_steps_are_shared_out_among_them(monkeypatch: pytest.Mo
     monkeypatch.setattr(run.loader, "_views", slowly)
     monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     assert stages(run, repeats=1)["views"] == 2.0
-    run.step = 9  # an epoch has ten, so that its last stretch has two
+    run.state.step = 9  # an epoch has ten, so that its last stretch has two
     assert stages(run, repeats=1)["views"] == 4.0
 
 
@@ -184,7 +184,7 @@ def test_parts_exchange_gradients_with_the_last_as_in_training(monkeypatch: pyte
     run, lasts = trainer(accumulate=2), list[bool]()
 
     def part(student: torch.nn.Module, last: bool) -> Any:
-        assert student is run.model.student
+        assert student is run.state.model.student
         lasts.append(last)
         return nullcontext()
 

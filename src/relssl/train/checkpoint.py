@@ -17,21 +17,21 @@ from relssl.train.state import State
 from relssl.weights import store
 
 
-def save(folder: Path, state: State, engine: Engine, origin: dict[str, Any]) -> Path | None:
+def save(folder: Path | None, state: State, engine: Engine, origin: dict[str, Any]) -> Path | None:
     """Save the state; every rank calls it, the first writes.
 
     Args:
-        folder: of the run's checkpoints.
+        folder: of the run's checkpoints; None on ranks that do not write.
         origin: what a run that goes on from here has to agree with: {"steps_per_epoch", "data", "choices"}.
 
     Returns:
-        The checkpoint; None on the other ranks.
+        The checkpoint; None without a folder.
 
     Raises:
         DistributedError: if ranks have drifted apart; such a state is never saved.
     """
     tree, hashes = whole_state(state, engine), agreed_hashes(state.model, engine)
-    if not engine.is_first:
+    if folder is None:
         return None
     tensors, rest = store.flatten(tree)
     facts = {"step": state.step, "best": state.best, "unreadable": sorted(state.unreadable)}

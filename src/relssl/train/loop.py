@@ -395,7 +395,7 @@ def origin(run: Run) -> dict[str, Any]:
 def save(run: Run) -> None:
     """Save the state and let go of the oldest checkpoints; every rank calls it."""
     folder, state = run.folder, run.state
-    target = checkpoint.save(folder.checkpoints if folder else Path(), state, run.engine, origin(run))
+    target = checkpoint.save(folder and folder.checkpoints, state, run.engine, origin(run))
     if folder is not None and target is not None:
         store.prune(folder.checkpoints, run.config.checkpoint.keep, (state.best["checkpoint"],) if state.best else ())
         folder.status("running", state.step, last_checkpoint=target.name)
