@@ -22,13 +22,13 @@ import relssl
 import shapes
 from relssl.data.boxes import load
 from relssl.data.images import IMAGENET_MEAN, IMAGENET_STD
+from relssl.data.loader import worker_count
 from relssl.data.plain import PlainView
-from relssl.data.workers import loader_workers
 from relssl.engine import Engine
 from relssl.evaluation.detection import Plan, create_detector, curve, measure, pyramid_levels, train
 from relssl.method.backbones import create_backbone
 from relssl.settings.evaluation import DetectionConfig
-from relssl.settings.run import Config, EngineConfig, LoaderConfig
+from relssl.settings.run import EngineConfig, LoaderConfig
 from relssl.train.run_folder import environment
 from relssl.weights.spec import BackboneSpec
 
@@ -80,7 +80,7 @@ def learn(
 ) -> dict[str, Any]:
     """The figures at each point, printed as they come; seconds are those of training alone."""
     engine = Engine(EngineConfig(device="auto", precision="fp32"))
-    workers = loader_workers(Config())
+    workers = worker_count(None)
     train_set, test_set = load(folder, masks=masks, max_pixels=LoaderConfig().max_pixels)
     plan = Plan.of(len(train_set), settings)
     strides = [stride for _, _, stride in pyramid_levels(backbone, spec.name)]

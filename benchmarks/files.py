@@ -22,9 +22,6 @@ from small import TINY
 # Each fast path of ours with its switch turned the other way.
 SWITCHES: dict[str, Any] = {
     "loader.reduced_decode": False,
-    "loader.resize": "pillow",
-    "loader.photometric": "device",
-    "loader.decoder": "torchvision",
     "loader.cache": 256,
 }
 BASES = {"conventional, Pillow": conventional.pillow, "conventional, tensors": conventional.tensors}
@@ -41,7 +38,6 @@ def settings(options: Options, batch: int) -> dict[str, Any]:
         **size,
         "batch_size": batch,
         "loader.workers": options.workers,
-        "loader.prefetch": 2,  # else steps would be trials of it, unlike those of the other contenders
     }
 
 

@@ -11,7 +11,7 @@ from relssl.data.cache import shrunken
 from relssl.data.images import Images
 from relssl.data.loader import Plan, create_loader
 from relssl.engine import Engine
-from relssl.settings.run import Config, resolve
+from relssl.settings.run import Config, derive, resolve
 from relssl.train.estimate import attainable, step_flops
 from relssl.train.loop import Run, create_run, train_step
 from relssl.train.pretrain import compile_networks, complete_settings
@@ -66,7 +66,8 @@ def loading(settings: Settings, source: Source) -> Work:
     config = complete_settings(resolve(settings), images)
     engine, images = Engine(config.engine), _shrunk(images, config)
     plan = Plan(len(images), config.batch_size, seed=config.seed)
-    loader, at = create_loader(images, config, plan, engine.device), 0
+    statistics = config.views.statistics()
+    loader, at = create_loader(images, derive(config).views, plan, engine.device, statistics, config.loader), 0
 
     def run(count: int) -> None:
         nonlocal at

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torchvision.transforms.functional import to_pil_image
 
 import files
 import ours
@@ -20,10 +19,11 @@ import small
 from options import Options
 from pictures import Noise, Source, images_of, write_folder
 from processes import alone
-from relssl.data import batched, single
+from relssl.data import batched
 from relssl.data.draws import draw
 from relssl.data.images import Pixels
-from relssl.settings.run import ViewConfig, derive, resolve
+from relssl.data.loader import Crops
+from relssl.settings.run import derive, resolve
 from relssl.train.estimate import stages, time_steps
 from rounds import show
 
@@ -74,24 +74,16 @@ def views(settings: dict[str, Any], folder: str, count: int, repeats: int) -> li
     held, files = images_of(Noise(count, 32)).source, images_of(folder)
     assert isinstance(held, Pixels)
     noise = held.tensor
-    small_images = [to_pil_image(image) for image in noise]
-    decoded = [files.read(row, config.loader.max_pixels) for row in range(count)]
-
-    def one_by_one(pictures: list[Any], wanted: list[ViewConfig]) -> None:
-        for row, image in enumerate(pictures):
-            for slot, view in enumerate(wanted):
-                drawn = draw(view, 0, 0, rows[row : row + 1], slot, (image.height, image.width))
-                single.apply(image, view, drawn, 0)
+    crops = Crops(files, sides, 0, config.loader.max_pixels, config.loader.reduced_decode)
 
     def at_once() -> None:
         for slot, view in enumerate(in_memory):
             batched.apply(noise, view, draw(view, 0, 0, rows, slot, (32, 32)))
 
     ways: list[tuple[str, str, Callable[[], object]]] = [
-        ("32 pixels", "one by one, Pillow", lambda: one_by_one(small_images, in_memory)),
         ("32 pixels", "all at once", at_once),
         ("file", "decode", lambda: [files.read(row, config.loader.max_pixels) for row in range(count)]),
-        ("file", "one by one, Pillow", lambda: one_by_one(decoded, sides)),
+        ("file", "decode and crop", lambda: [crops[0, row] for row in range(count)]),
     ]
     return [[source, way, f"{1000 * _median(work, repeats) / count:.3f}"] for source, way, work in ways]
 

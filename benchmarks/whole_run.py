@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from relssl.data.loader import worker_count
 from relssl.data.plain import PlainView, Reader
-from relssl.data.workers import loader_workers
 from relssl.engine import Engine
 from relssl.evaluation.features import extract
 from relssl.evaluation.pairs import LabelledPair
@@ -131,7 +131,9 @@ def linear(run: Path, sides: tuple[int, int] | None) -> dict[str, float]:
     config = load_run(run).config
     engine, pair = Engine(config.engine), LabelledPair.load(config.data, config.data_root, sides)
     found = {}
-    reader = Reader(PlainView.of(config.views), loader_workers(config), config.loader.max_pixels)
+    reader = Reader(
+        PlainView.of(config.views), worker_count(config.loader.workers, config.engine.devices), config.loader.max_pixels
+    )
     for network in NETWORKS:
         backbone = engine.place(load_backbone(run, network))
         features, labels = [], []

@@ -11,8 +11,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from relssl.data.folder import Files
-from relssl.data.images import Images, Pixels
+from relssl.data.images import Files, Images, Pixels
 from relssl.data.plain import PlainView, Reader
 from relssl.engine import Engine
 from relssl.evaluation.evaluate import LabelledPair

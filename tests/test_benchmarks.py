@@ -18,7 +18,6 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
 import bench
-import files
 import gpu
 import loss
 import peers
@@ -27,7 +26,6 @@ import whole_run
 from options import Options
 from pictures import picture, write_folder
 from processes import Failed, alone
-from relssl.settings.run import resolve
 from rounds import Contender, Work, compare, spread, times
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -121,11 +119,6 @@ def test_a_contender_that_failed_is_told_by_the_exit_code(
 ) -> None:
     monkeypatch.setattr(loss, "measure", lambda options: found)
     assert bench.run(["loss"], Options(1, 1, 0, None, None, tiny=True), tmp_path / "out.json") == code
-
-
-def test_the_loaders_of_a_comparison_try_no_workers() -> None:
-    loader = resolve(files.settings(Options(1, 1, 2, None, None, tiny=True), 8)).loader
-    assert loader.workers == loader.prefetch == 2
 
 
 def set_threads(count: int) -> int:

@@ -85,7 +85,7 @@ def test_a_digit_is_drawn_whole_and_on_the_canvas(sides):
 def test_untilted_full_size_drawing_equals_bilinear_interpolation():
     original = load_digits().images[:1].astype(np.int32)
     size, angle, centre = np.array([16.0]), np.array([0.0]), np.array([[16.0], [16.0]])
-    drawn = digits._sample(original, *digits._source_positions(size, angle, centre))[0]
+    drawn = digits.sample(original, *digits.positions(size, angle, centre))[0]
     # Twice the size: each canvas pixel lies a quarter of a source pixel from the nearest centre.
     padded = np.pad(original[0].astype(float), 1)
     along = np.repeat(padded, 2, axis=0)

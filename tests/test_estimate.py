@@ -19,7 +19,6 @@ import torch
 import relssl
 from relssl.cli import main
 from relssl.data.cache import shrunken
-from relssl.data.workers import Tuning
 from relssl.engine import Engine, available_cores
 from relssl.errors import ConfigError, RelsslError
 from relssl.evaluation.pairs import choose
@@ -244,12 +243,6 @@ def test_a_cache_that_is_there_is_read_as_it_is(folder: Path, tmp_path: Path) ->
         train(run, 1)
         assert needed == 0 and run.images.source.folder == made.folder
     assert {file: file.stat().st_mtime_ns for file in caches.rglob("*")} == before
-
-
-def test_no_workers_are_tried_while_steps_are_timed() -> None:
-    """Else `--steps 300` would be a mixture of several loaders' steps."""
-    loader = estimating.timed(resolve({"recipe": "folder", "data": "photos"})).loader
-    assert list(Tuning(loader, 8, 1, 100_000).trials()) == []
 
 
 def test_ranks_repeat_the_stages_as_often_as_the_first_says(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from bad_images import NAMES, jpeg
 from relssl.data.decode import decode
-from relssl.data.folder import NAMES as SETS
-from relssl.data.folder import Files, data_root, exists, read_list, scan, shown, split_folders
+from relssl.data.folder import read_list, scan, shown, split_folders
+from relssl.data.images import Files
+from relssl.data.named import SETS, data_root, exists
 from relssl.errors import DataError
 
 
@@ -73,7 +74,7 @@ def test_any_name_survives(kind, tmp_path):
     assert shown(files.name(0)).isprintable()
     if not {b"\n", b"\t"} & {NAMES[kind][at : at + 1] for at in range(len(NAMES[kind]))}:
         (tmp_path / "list.txt").write_bytes(b"./" + NAMES[kind] + b"\n")
-        assert os.fsencode(read_list(str(tmp_path / "list.txt")).files.name(0)).endswith(b"/./" + NAMES[kind])
+        assert os.fsencode(read_list(str(tmp_path / "list.txt")).source.name(0)).endswith(b"/./" + NAMES[kind])
 
 
 def test_hidden_files_and_junk_are_passed_over(tmp_path):
@@ -162,7 +163,7 @@ def test_the_folder_itself_may_be_a_link(trapped, tmp_path):
 def test_a_list_may_name_what_a_scan_leaves_out(trapped):
     (trapped / "list.lst").write_text("out.jpg\npipe.jpg\nsocket.jpg\nbroken.jpg\nsub\nempty.jpg\nzero.jpg\n")
     listing = read_list(str(trapped / "list.lst"))
-    assert below(trapped, listing.files) == ["out.jpg"]
+    assert below(trapped, listing.source) == ["out.jpg"]
     assert [file for file, _ in listing.bad] == ["pipe.jpg", "socket.jpg", "broken.jpg", "sub", "empty.jpg", "zero.jpg"]
 
 
@@ -217,7 +218,7 @@ def test_list_files(tmp_path):
     ]
     (tmp_path / "list.txt").write_text("\n".join(lines), newline="")
     found = read_list(str(tmp_path / "list.txt"))
-    assert below(tmp_path, found.files) == ["a.jpg", "sub/b c.png", "a.jpg", "noext", "#1.jpg"]
+    assert below(tmp_path, found.source) == ["a.jpg", "sub/b c.png", "a.jpg", "noext", "#1.jpg"]
     assert found.labels.tolist() == [0, 1, 0, -1, -1] and found.classes == ("cat", "dog")
     assert found.bad == [("gone.jpg", "cannot be read: No such file or directory")]
 
@@ -234,7 +235,7 @@ def test_lists_without_and_with_numeric_labels(tmp_path):
 def test_a_list_of_any_bytes_is_survived(tmp_path):
     (tmp_path / "list.txt").write_bytes(bytes(range(256)) * 50 + b"x\0y\n" + b"n" * 5000)
     found = read_list(str(tmp_path / "list.txt"))
-    assert len(found.files) == 0 and all(reason for _, reason in found.bad)
+    assert len(found.source) == 0 and all(reason for _, reason in found.bad)
 
 
 @given(
@@ -321,5 +322,5 @@ def test_the_root_of_named_sets(monkeypatch):
 
 
 def test_checking_imports_no_torch():
-    code = "import sys; from relssl.data.folder import exists; exists('digits', None); print('torch' in sys.modules)"
+    code = "import sys; from relssl.data.named import exists; exists('digits', None); print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

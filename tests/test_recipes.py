@@ -13,8 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from relssl.cli import main
-from relssl.data.folder import Files
-from relssl.data.images import Images, Pixels
+from relssl.data.images import Files, Images, Pixels
 from relssl.errors import ConfigError
 from relssl.settings import recipes
 from relssl.settings.reading import leaves, merge, nest

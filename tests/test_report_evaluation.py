@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from relssl.data.folder import NAMES
+from relssl.data.named import SETS
 from relssl.errors import DataError
 from relssl.evaluation.evaluate import METRICS, customary, transfer_table
 from relssl.evaluation.findings import Finding
@@ -30,10 +30,10 @@ def result(protocol: str, network: str, found: Finding) -> dict[str, Any]:
 
 
 def test_customary_figures() -> None:
-    assert set(METRICS) == set(NAMES)
+    assert set(METRICS) == set(SETS)
     for metric, names in KORNBLITH.items():
         assert {customary(name) for name in names} == {metric}
-    assert {customary(name) for name in set(NAMES) - set().union(*KORNBLITH.values())} == {"top1"}
+    assert {customary(name) for name in set(SETS) - set().union(*KORNBLITH.values())} == {"top1"}
     assert customary("./flowers102") == "top1"
 
 

@@ -26,16 +26,16 @@ from relssl.data import cache
 from relssl.data import decode as decoding
 from relssl.data.cache import place, shrink, shrunken
 from relssl.data.decode import BadImage, decode
-from relssl.data.folder import Files, cache_root
-from relssl.data.images import Images
-from relssl.data.loader import FromFiles, Plan, create_loader
+from relssl.data.folder import cache_root
+from relssl.data.images import Files, Images
+from relssl.data.loader import FromFiles, Plan, Resident, create_loader
 from relssl.data.named import load
 from relssl.data.plain import PlainView, Reader
 from relssl.data.shrunk import PIXELS, TABLE, Shrunk
 from relssl.engine import Engine
 from relssl.errors import ConfigError, DataError, Interrupted, StorageError
 from relssl.settings.reading import merge
-from relssl.settings.run import Config, resolve
+from relssl.settings.run import Config, derive, resolve
 from relssl.train.pretrain import build, resume
 from relssl.train.pretrain import shrink as shrink_images
 from relssl.train.run_folder import Display
@@ -98,6 +98,10 @@ def settings_for(root: Path, **more: Any) -> Config:
     return dataclasses.replace(config, views=dataclasses.replace(config.views, mean=(0.5,) * 3, std=(0.25,) * 3, margin=1.0))
 
 
+def reader(images: Images, config: Config, plan: Plan) -> Resident | FromFiles:
+    return create_loader(images, derive(config).views, plan, CPU, config.views.statistics(), config.loader)
+
+
 def pixels_of(shrunk: Shrunk) -> list[bytes]:
     return [shrunk.open(row, 10**6).rgb().tobytes() for row in range(len(shrunk)) if row not in shrunk.bad]
 
@@ -111,7 +115,7 @@ def shrunk_by_hand(path: Path) -> Image.Image:
     return image.resize(size, Image.Resampling.LANCZOS)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, 1])
 def test_views_equal_those_of_images_shrunk_beforehand(workers: int, folder: Path, images: Images, tmp_path: Path) -> None:
     (tmp_path / "small").mkdir()
     for path in folder.iterdir():
@@ -120,9 +124,9 @@ def test_views_equal_those_of_images_shrunk_beforehand(workers: int, folder: Pat
     plain = load(str(tmp_path / "small"), None, "train")
     cached = dataclasses.replace(images, source=shrunken(images, config, Told()))
     plan = Plan(COUNT, 10, seed=3)
-    shown = batches(FromFiles(cached, config, plan, CPU), 0, 5)
-    assert equal(shown, batches(FromFiles(plain, config, plan, CPU), 0, 5))
-    assert not equal(shown, batches(FromFiles(images, config, plan, CPU), 0, 5))
+    shown = batches(reader(cached, config, plan), 0, 5)
+    assert equal(shown, batches(reader(plain, config, plan), 0, 5))
+    assert not equal(shown, batches(reader(images, config, plan), 0, 5))
 
 
 def test_small_images_are_the_originals_and_others_have_the_side_asked_for(images: Images, config: Config) -> None:
@@ -200,18 +204,18 @@ class Killed(Exception):
 @pytest.fixture
 def half_made(folder: Path, images: Images, config: Config, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What a build that broke off behind its second batch has left; the sixth image cannot be read."""
-    watch = cache.watch
+    read_batches = cache.read_batches
     (folder / "05.png").write_bytes(b"<html>")
 
-    def breaking(loader: Any) -> Iterator[Any]:
-        for number, batch in enumerate(watch(loader)):
+    def breaking(*arguments: Any, **more: Any) -> Iterator[Any]:
+        for number, batch in enumerate(read_batches(*arguments, **more)):
             if number == 2:
                 raise Killed
             yield batch
 
     with monkeypatch.context() as patched:
         patched.setattr(cache, "_SAVE_EVERY", 0)
-        patched.setattr(cache, "watch", breaking)
+        patched.setattr(cache, "read_batches", breaking)
         with pytest.raises(Killed):
             shrunken(images, config, Told())
     return place(images, config)
@@ -300,7 +304,7 @@ def test_unreadable_images_are_remembered_with_their_reasons(folder: Path, tmp_p
             reopened.read(row, config.loader.max_pixels)
         assert str(by_cache.value) == str(by_decoding.value)
     plan = Plan(len(images), len(images))
-    (plain,), (seen,) = (next(FromFiles(each, config, plan, CPU).stream(0, 1)) for each in (images, cached))
+    (plain,), (seen,) = (next(reader(each, config, plan).stream(0, 1)) for each in (images, cached))
     assert torch.equal(plain.ids, seen.ids) and plain.bad == seen.bad and len(seen.bad) >= len(kinds)
 
 
@@ -424,12 +428,8 @@ def test_settings_that_cannot_be_meant_are_refused(config: Config) -> None:
         settings_for(Path(), **{"loader.cache": 31})
     with pytest.raises(ConfigError, match=r"largest view has \(48\)"):
         settings_for(Path(), **{"views.crops": [[48, 0.2, 1], [16, 0.1, 0.2]]})
-    with pytest.raises(
-        ConfigError, match=r"loader.decoder: torchvision has nothing to decode beside loader.cache; leave one out"
-    ):
-        settings_for(Path(), **{"loader.decoder": "torchvision"})
     with pytest.raises(ConfigError, match=r"loader.cache: is for folders and lists of files, digits is held in memory"):
-        create_loader(load("digits", None, "test"), config, Plan(100, 10), CPU)
+        reader(load("digits", None, "test"), config, Plan(100, 10))
 
 
 def test_a_run_on_shrunk_images_resumes_exactly(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

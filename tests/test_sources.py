@@ -92,8 +92,8 @@ def test_imagenet_is_a_split_folder_below_the_root(classes, tmp_path_factory):
 
 
 def test_imagenet100_is_100_classes_of_imagenet(tmp_path):
-    assert len(set(named.CLASSES)) == 100 and named.CLASSES[0] == "n01558993" and "n02869837" in named.CLASSES
-    chosen = named.CLASSES
+    assert len(set(named.IMAGENET100)) == 100 and named.IMAGENET100[0] == "n01558993" and "n02869837" in named.IMAGENET100
+    chosen = named.IMAGENET100
     folders = ["n00000001", *chosen[:50], "n01600000", *chosen[50:], "n99999999"]
     plant(tmp_path, *(f"imagenet/train/{word}/{i}.jpg" for word in folders for i in range(2)))
     plant(tmp_path, *(f"imagenet/val/{word}/v.jpg" for word in folders))
@@ -110,7 +110,7 @@ def test_imagenet100_is_100_classes_of_imagenet(tmp_path):
 @pytest.fixture
 def tiny(tmp_path):
     """Two classes of Tiny-ImageNet, in its layout."""
-    base = tmp_path / named.FOLDER
+    base = tmp_path / "tiny-imagenet-200"
     plant(base, "wnids.txt", data=b"n02\nn01\n")
     for word in ("n01", "n02"):
         plant(base, *(f"train/{word}/images/{word}_{i}.JPEG" for i in range(2)))
@@ -126,7 +126,7 @@ def tiny(tmp_path):
 
 
 def test_tiny_imagenet(tiny):
-    base = tiny / named.FOLDER
+    base = tiny / "tiny-imagenet-200"
     train, bank, test = (load("tiny-imagenet", str(tiny), split) for split in ("train", "bank", "test"))
     assert names(train, base) == [f"train/{word}/images/{word}_{i}.JPEG" for word in ("n01", "n02") for i in (0, 1)]
     assert train.labels.tolist() == bank.labels.tolist() == [0, 0, 1, 1] and train.classes == test.classes == ("n01", "n02")
@@ -135,7 +135,7 @@ def test_tiny_imagenet(tiny):
 
 
 def test_a_damaged_tiny_imagenet_is_refused(tiny):
-    base = tiny / named.FOLDER
+    base = tiny / "tiny-imagenet-200"
     plant(base, "val/val_annotations.txt", data=b"val_0.JPEG\tn03\t0\t0\t63\t63\n")
     with pytest.raises(DataError, match=r"n03 is none of the classes of wnids\.txt"):
         load("tiny-imagenet", str(tiny), "test")

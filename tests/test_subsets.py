@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from relssl.data.folder import Files
-from relssl.data.images import Images
+from relssl.data.images import Files, Images
 from relssl.data.named import load
 from relssl.data.subsets import fingerprint, from_index, stratified
 from relssl.errors import DataError

@@ -11,8 +11,6 @@ import pytest
 import scipy.io
 from torchvision import datasets
 
-from relssl.data import named
-from relssl.data.folder import IMAGENETS, NAMES
 from relssl.data.images import Images, Pixels
 from relssl.data.named import load
 from relssl.errors import DataError
@@ -207,7 +205,3 @@ def test_svhn_lies_in_memory_with_zero_as_zero(tmp_path: Path) -> None:
     np.testing.assert_array_equal(bank.source.tensor.numpy(), pixels.transpose(3, 2, 0, 1))
     assert bank.labels is not None and test.labels is not None and bank.labels.dtype == np.int64
     assert bank.labels.tolist() == [0, 1, 9, 2] and test.labels.tolist() == [3, 0, 4, 5] and bank.classes == tuple("0123456789")
-
-
-def test_every_name_is_known_everywhere() -> None:
-    assert set(NAMES) == {"digits", "tiny-imagenet", *IMAGENETS, *named._NAMED, *named.NAMES} and len(set(NAMES)) == len(NAMES)

@@ -1,9 +1,9 @@
-"""Views of a whole uint8 batch at once, on its device, each sample with its own parameters; the fast path for images in memory.
+"""Views of a whole batch at once, on its device, each sample with its own parameters.
 
-Every operation equals torchvision's functional one on float tensors with the same parameters (the blur equals the paper's
-Gaussian), so a batched view differs from `single`'s view of the same sample by what 8 bits round off. Parameters live on the
-host: which samples an operation touches is decided there, and nothing waits for the device. All in fp32, also under autocast;
-only TF32, where the caller has switched it on, reaches the matrix products of crop and blur (a quarter of an 8-bit level).
+Every operation equals torchvision's functional one on float tensors with the same parameters; the blur equals the paper's
+Gaussian. Parameters live on the host: which samples an operation touches is decided there, and nothing waits for the device.
+All in fp32, also under autocast; only TF32, where the caller has switched it on, reaches the matrix products of crop and blur
+(a quarter of an 8-bit level).
 """
 
 from __future__ import annotations
@@ -35,35 +35,14 @@ def apply(images: Tensor, view: ViewConfig, draws: Draws) -> Tensor:
     Returns:
         fp32 [B,3,S,S] in 0..1 on the images' device, in memory of its own.
     """
-    return photometric(geometric(images, view, draws), view, draws)
-
-
-@torch.no_grad()
-def geometric(images: Tensor, view: ViewConfig, draws: Draws) -> Tensor:
-    """The first half of `apply`: crop, affine and flip; the result is fp32 [B,3,S,S] in 0..1 and owns its memory."""
     if len(images) != len(draws):
         raise ValueError(f"images and draws must have one row a sample, got {len(images)} and {len(draws)}")
     with torch.autocast(images.device.type, enabled=False):
         # The flip costs nothing inside the crop's or the affine's own resampling.
         moves = view.affine > 0
         x = _crop(images, view, draws, None if moves else draws.flip)
-        return _affine(x, draws) if moves else x
-
-
-@torch.no_grad()
-def photometric(x: Tensor, view: ViewConfig, draws: Draws) -> Tensor:
-    """The second half of `apply`: jitter, grey, blur, solarize and RandAugment, whose own geometric operations come last.
-
-    Args:
-        x: [B,3,S,S] after `geometric` or `single.geometric`: float in 0..1, which is worked on in place, or uint8.
-        view, draws: as for `apply`; the draws' crops are not looked at.
-
-    Returns:
-        fp32 [B,3,S,S] in 0..1.
-    """
-    if x.dtype == torch.uint8:
-        x = x.float().div_(255)
-    with torch.autocast(x.device.type, enabled=False):
+        if moves:
+            x = _affine(x, draws)
         if view.jitter:
             x = _on(x, draws.jitter, lambda part, rows: _jitter(part, view, draws.take(rows)))
         if view.grey:

@@ -14,21 +14,20 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from relssl.data.decode import BadImage, Opened
-from relssl.data.folder import Files, cache_root, shown
-from relssl.data.images import Images
+from relssl.data.folder import cache_root, shown
+from relssl.data.images import Files, Images
+from relssl.data.loader import read_batches, worker_count
 from relssl.data.shrunk import LAYOUT, PIXELS, Shrunk
 from relssl.data.subsets import identity, spread
-from relssl.data.workers import hand_over, loader_workers, reset_signals, watch
 from relssl.errors import DataError, StorageError
 from relssl.files import storing, sweep, write_all
 from relssl.settings.run import Config, LoaderConfig
@@ -161,18 +160,11 @@ def _make(config: Config, found: Shrunk, teller: Teller) -> Shrunk:
     loader, count = config.loader, len(found.files)
     small, start = _Small(found.files, loader), len(found)
     needed = _require_room(small, found, count)
-    batches = DataLoader(
-        small,
-        batch_size=_BATCH,
-        sampler=range(start, count),
-        num_workers=loader_workers(config) * config.engine.devices,  # those of all ranks, which wait
-        collate_fn=partial(hand_over, _join),
-        worker_init_fn=reset_signals,
-        generator=torch.Generator(),  # the run's own randomness stays as it is
-    )
+    workers = worker_count(loader.workers, config.engine.devices) * config.engine.devices  # those of all ranks, which wait
+    batches = read_batches(small, _join, workers, batch_size=_BATCH, sampler=range(start, count))
     what = f"shrinking to {loader.cache} pixels, about {size(needed)}"
     with teller.chore(what, start, count) as advance:
-        made = _append(found, watch(batches), needed, advance)
+        made = _append(found, batches, needed, advance)
     if len(made) < count or (made.folder / PIXELS).stat().st_size != made.total:
         raise StorageError(f"{made.folder}: is not what was written to it; remove it and check the disk")
     return made

@@ -1,8 +1,8 @@
 """The random parameters of views: a pure function of (seed, epoch, sample id, view slot); who computes a view never changes it.
 
-Both paths read the same `Draws`: `batched` applies them to tensors on the device, `single` to one PIL image. The random numbers
-come from a counter, not from a generator with a state: number `column` of a sample is hash(seed, epoch, slot, id, column). Each
-parameter owns its column, so switching one operation off leaves the draws of all others as they were. No torch here.
+The random numbers come from a counter, not from a generator with a state: number `column` of a sample is hash(seed, epoch, slot,
+id, column). Each parameter owns its column, so switching one operation off leaves the draws of all others as they were. No torch
+here.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,15 @@ _GREY = _JITTER + 6
 _BLUR = _GREY + 1  # applied, sigma
 _RANDAUGMENT = _BLUR + 2  # operation, applied, level, sign of each of n, which varies
 _SOLARIZE = _RANDAUGMENT + 4 * 14  # behind the most operations that RandAugment may have
+
+
+class Slot(IntEnum):
+    """Who draws, where it is no view; view number n has slot n, the weak one 0."""
+
+    ORDER = 1 << 20  # of the samples of an epoch
+    SHUFFLE = ORDER + 1  # of the rows that go through a teacher
+    SUBSET = ORDER + 2  # of the images of a class
+
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
@@ -84,7 +94,7 @@ def uniforms(seed: int, epoch: int, ids: Ints, slot: int, count: int) -> Floats:
         seed: seed of the run.
         epoch: epoch.
         ids: [B] int64 sample ids.
-        slot: index of the view: 0 the weak one, 1.. the strong ones.
+        slot: who draws: a view's number or one of `Slot`.
         count: numbers per sample; a smaller count is a prefix of a larger one.
 
     Returns:
@@ -132,6 +142,12 @@ def draw(view: ViewConfig, seed: int, epoch: int, ids: Ints, slot: int, sizes: I
         sigma=np.where(u[:, _BLUR] < view.blur, sigma, 0.0),
         solarize=u[:, _SOLARIZE] < view.solarize if view.solarize else np.zeros(len(ids), np.bool_),
     )
+
+
+def draw_crops(view: ViewConfig, seed: int, epoch: int, ids: Ints, slot: int, sizes: Ints | tuple[int, int]) -> Ints:
+    """Draw the crops [B,4] of `draw` alone: all that depends on the images' sizes."""
+    height, width = np.broadcast_to(np.asarray(sizes, dtype=np.int64), (len(ids), 2)).T
+    return _crop(view, uniforms(seed, epoch, ids, slot, _AFFINE)[:, _CROP:], height, width)
 
 
 def _between(u: Floats, low: float | Floats, high: float | Floats) -> Floats:

@@ -1,214 +1,22 @@
-"""The image files that a folder or a list file names, and what DATA may be; no torch."""
+"""The image files of a folder or a list file: every image once, whatever its name, and nothing else."""
 
 from __future__ import annotations
 
-import hashlib
-import itertools
 import os
 import stat
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from relssl.data.decode import Opened
+from relssl.data.images import Fault, Files, Images
 from relssl.errors import DataError
-from relssl.settings.reading import nearest_word
 
-
-class Files:
-    """The paths of N image files below one folder, with their sizes: a source of images that are read when they are wanted.
-
-    The names lie in one block of bytes, not as N strings: loader workers share it with their parent, where counting the
-    references of a million strings would copy them into each worker. Names that are no text keep their bytes
-    (`surrogateescape`), so every file can be opened again.
-
-    Args:
-        folder: what the names are relative to.
-        names: path of each file below `folder`, or absolute.
-        sizes: bytes of each file.
-    """
-
-    def __init__(self, folder: str, names: Sequence[bytes], sizes: Sequence[int]) -> None:
-        self.folder = os.fsencode(folder)
-        self.sizes = np.array(sizes, np.int64)
-        self._block = b"".join(names)
-        self._ends = np.cumsum([0, *map(len, names)], dtype=np.int64)
-
-    @classmethod
-    def of(cls, paths: Iterable[str]) -> Files:
-        """Return files anywhere, whose sizes are looked up; one that is gone counts as empty."""
-        names = [os.fsencode(path) for path in paths]
-        return cls("", names, [os.path.getsize(name) if os.path.exists(name) else 0 for name in names])
-
-    def __len__(self) -> int:
-        return len(self.sizes)
-
-    def __iter__(self) -> Iterator[str]:
-        return map(self.name, range(len(self)))
-
-    def name(self, row: int) -> str:
-        """Return the path of one file, of the rows 0..N-1."""
-        return os.fsdecode(os.path.join(self.folder, self._block[self._ends[row] : self._ends[row + 1]]))
-
-    def names(self) -> Iterator[bytes]:
-        """Yield the path of each file, relative to the folder."""
-        return (self._block[start:end] for start, end in itertools.pairwise(self._ends.tolist()))
-
-    def take(self, rows: np.ndarray) -> Files:
-        """Return the files at these positions, int64 [M], in this order."""
-        ends = zip(self._ends[rows].tolist(), self._ends[rows + 1].tolist(), strict=True)
-        return Files(os.fsdecode(self.folder), [self._block[start:end] for start, end in ends], self.sizes[rows].tolist())
-
-    def fingerprint(self) -> str:
-        """Compute 16 hex digits that change with the count, order, names or sizes of the files, but not with where the folder lies."""
-        digest = hashlib.sha256(f"files {len(self)} ".encode())
-        for part in (self._ends.astype("<i8").tobytes(), self._block, self.sizes.astype("<i8").tobytes()):
-            digest.update(part)
-        return digest.hexdigest()[:16]
-
-    def open(self, row: int, max_pixels: int) -> Opened:
-        """Open one image, whose pixels are still to be read; BadImage if it cannot be, or has more pixels than `max_pixels`."""
-        return Opened(self.name(row), max_pixels)
-
-
-def shown(path: str) -> str:
-    """A path for a message: as it is if that is one line of plain text, else with escapes."""
-    return path if path.isprintable() else ascii(path)
-
-
-Bad = list[tuple[str, str]]
-Judgement = tuple[int, str | None]
-Stamp = tuple[int, int, int, int]
-
+EXTENSIONS = frozenset(
+    b"jpg jpeg jpe jfif png webp gif bmp tif tiff ppm pgm pbm pnm jp2 j2k avif".split()  # of the formats that `decode` reads
+)
+LIST_SUFFIXES = (".txt", ".lst")
 _KINDS = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
-
-
-@dataclass
-class Notes:
-    """What a walk met besides usable files; names are bytes, relative to the folder walked.
-
-    Attributes:
-        folders: stamp of each folder walked, taken before it was listed; b"" is the folder itself, others end with a slash.
-        doubtful: judgement of each link, and of each other file that cannot be an image.
-        closed: reason why a folder cannot be read.
-    """
-
-    folders: dict[bytes, Stamp] = field(default_factory=dict)
-    doubtful: dict[bytes, Judgement] = field(default_factory=dict)
-    closed: dict[bytes, str] = field(default_factory=dict)
-
-    def bad(self, folder: str) -> Bad:
-        """(path, reason) of all that cannot be used, by the bytes of the paths."""
-        faults = self.closed | {name: fault for name, (_, fault) in self.doubtful.items() if fault}
-        return [(os.fsdecode(os.path.join(os.fsencode(folder), name)), faults[name]) for name in sorted(faults)]
-
-
-@dataclass(frozen=True)
-class Tree:
-    """The usable files below a folder, by the bytes of their names, and what else was met."""
-
-    files: Files
-    notes: Notes
-
-
-def survey(folder: str, extensions: frozenset[str]) -> Tree:
-    """Walk a folder to its end.
-
-    Raises:
-        DataError: if the folder itself cannot be read.
-    """
-    notes = Notes()
-    found = sorted(walk(folder, extensions, notes))
-    return Tree(Files(folder, [name for name, _ in found], [size for _, size in found]), notes)
-
-
-def walk(folder: str, extensions: frozenset[str], notes: Notes) -> Iterator[tuple[bytes, int]]:
-    """(name below the folder, size) of each usable file, in no order; in bytes, for names need not be text.
-
-    Links to folders are not followed, links to files only to inside the folder. Hidden files and folders are passed over.
-
-    Raises:
-        DataError: if the folder itself cannot be read.
-    """
-    wanted = {extension.encode() for extension in extensions}
-    root = os.fsencode(folder)
-    inside = inside_of(root)
-    pending = [b""]
-    while pending:
-        below = pending.pop()
-        for entry in _entries(root, below, notes):
-            if is_hidden(entry.name):
-                continue
-            if entry.is_dir(follow_symlinks=False):
-                pending.append(below + entry.name + b"/")
-            elif b"." in entry.name and entry.name.rpartition(b".")[2].lower() in wanted:
-                size, fault = judgement = judge(entry.path, inside)
-                if fault or not size or entry.is_symlink():
-                    notes.doubtful[below + entry.name] = judgement
-                if size and not fault:
-                    yield below + entry.name, size
-
-
-def _entries(root: bytes, below: bytes, notes: Notes) -> Iterator[os.DirEntry[bytes]]:
-    """What is in one folder, one by one, for it may hold a million files of which the caller wants the first."""
-    place = os.path.join(root, below) if below else root
-    try:
-        notes.folders[below] = stamp(place)
-        with os.scandir(place) as listed:
-            yield from listed
-    except OSError as error:
-        if not below:
-            raise DataError(f"{shown(os.fsdecode(root))}: cannot be read: {error.strerror}") from error
-        notes.closed[below] = f"folder cannot be read: {error.strerror}"
-
-
-def is_hidden(name: bytes) -> bool:
-    """`.name`, which also covers the `._name` companions that macOS leaves; `..name` is only an odd name."""
-    return name.startswith(b".") and not name.startswith(b"..")
-
-
-def inside_of(root: bytes) -> bytes:
-    """What the real path of everything inside a folder begins with."""
-    return os.path.join(os.path.realpath(root), b"")
-
-
-def stamp(folder: bytes) -> Stamp:
-    """Device, inode, and times in ns of a folder, all as unsigned 64 bits: it changes when an entry comes, goes or is renamed.
-
-    The change time is in it because the modification time can be set back, as archive programs do.
-    """
-    facts = os.stat(folder)
-    device, inode, modified, changed = (
-        value & 0xFFFF_FFFF_FFFF_FFFF for value in (facts.st_dev, facts.st_ino, facts.st_mtime_ns, facts.st_ctime_ns)
-    )
-    return device, inode, modified, changed
-
-
-def judge(path: bytes, inside: bytes) -> Judgement:
-    """(size, None) of a usable file, (0, None) of a link to a folder, (size, reason) of all that cannot be an image."""
-    linked = False
-    try:
-        facts = os.lstat(path)
-        linked = stat.S_ISLNK(facts.st_mode)
-        if not linked:
-            return judge_stat(facts)
-        facts = os.stat(path)
-    except OSError as error:
-        return 0, "is a broken link" if linked else f"cannot be read: {error.strerror}"
-    if stat.S_ISDIR(facts.st_mode):
-        return 0, None
-    if stat.S_ISREG(facts.st_mode) and not os.path.realpath(path).startswith(inside):
-        return 0, "is a link to outside the folder; copy the file, or name it in a list file"
-    return judge_stat(facts)
-
-
-def judge_stat(facts: os.stat_result) -> Judgement:
-    """The same by what the file system says of a file, links already followed."""
-    if not stat.S_ISREG(facts.st_mode):
-        return 0, f"is {_KINDS.get(stat.S_IFMT(facts.st_mode), 'a folder')}, not a file"
-    return facts.st_size, None if facts.st_size else "is empty"
 
 
 def cache_root() -> Path:
@@ -216,55 +24,101 @@ def cache_root() -> Path:
     return Path(os.environ.get("RELSSL_CACHE") or "~/.cache/relssl").expanduser()
 
 
-# Data sets known by name; a folder of the same name is meant by `./NAME`.
-NAMES = (
-    *("digits", "fashion-mnist", "cifar10", "cifar100", "stl10", "tiny-imagenet", "imagenet", "imagenet100", "svhn"),
-    *("food101", "flowers102", "oxford-pets", "fgvc-aircraft", "dtd", "stanford-cars", "voc07"),
-)
-# Of these, the ones that lie in DATA_ROOT/imagenet, where nobody but the user can put them.
-IMAGENETS = ("imagenet", "imagenet100")
-EXTENSIONS = frozenset(
-    {"jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "pbm", "pnm", "jp2", "j2k", "avif"}
-)
-LIST_SUFFIXES = (".txt", ".lst")
+def shown(path: str) -> str:
+    """Return a path for a message: as it is if that is one line of plain text, else with escapes."""
+    return path if path.isprintable() else ascii(path)
 
 
-@dataclass(frozen=True)
-class Listing:
-    """What a list names: files, label of each as int64 [N] (-1 = none) with the classes' names, and unusable lines.
-
-    Where images have several labels each, `targets` holds them instead: int8 [N, C], 1 yes, 0 no, -1 not told.
-    """
-
-    files: Files
-    labels: np.ndarray | None
-    classes: tuple[str, ...] | None
-    bad: Bad
-    targets: np.ndarray | None = None
-
-
-def data_root(root: str | None) -> str:
-    """The folder of the named data sets: `root`, else $RELSSL_DATA, else ~/.cache/relssl."""
-    return os.path.expanduser(root or os.environ.get("RELSSL_DATA") or "~/.cache/relssl")
-
-
-def scan(folder: str, extensions: frozenset[str] = EXTENSIONS) -> tuple[Files, Bad]:
-    """All image files below a folder, by the bytes of their path below it, and (path, reason) of what only looks like one.
+def scan(folder: str) -> tuple[Files, list[Fault]]:
+    """List all image files below a folder, and the (path, reason) of those that only look like one, by the bytes of their paths.
 
     Links to folders are not followed, links to files only to inside the folder. Hidden files and folders are passed over.
 
     Raises:
         DataError: if the folder itself cannot be read.
     """
-    tree = survey(folder, extensions)
-    return tree.files, tree.notes.bad(folder)
+    faults: dict[bytes, str] = {}
+    entries = sorted(walk(folder, faults))
+    bad = [(os.fsdecode(os.path.join(os.fsencode(folder), name)), faults[name]) for name in sorted(faults)]
+    return Files(folder, [name for name, _ in entries], [size for _, size in entries]), bad
 
 
-def read_list(path: str) -> Listing:
+def walk(folder: str, faults: dict[bytes, str]) -> Iterator[tuple[bytes, int]]:
+    """Yield (name below the folder, bytes) of each usable image file as `scan` lists them, in no order.
+
+    Args:
+        folder: where to begin.
+        faults: takes up the name of all that cannot be used, with the reason.
+
+    Raises:
+        DataError: if the folder itself cannot be read.
+    """
+    root = os.fsencode(folder)
+    inside = os.path.join(os.path.realpath(root), b"")
+    pending = [b""]
+    while pending:
+        below = pending.pop()
+        try:
+            # One by one, for a folder may hold a million files of which the caller wants the first.
+            with os.scandir(os.path.join(root, below) if below else root) as entries:
+                for entry in entries:
+                    if _is_hidden(entry.name):
+                        continue
+                    if entry.is_dir(follow_symlinks=False):
+                        pending.append(below + entry.name + b"/")
+                    elif b"." in entry.name and entry.name.rpartition(b".")[2].lower() in EXTENSIONS:
+                        size, fault = _judge(entry, inside)
+                        if fault:
+                            faults[below + entry.name] = fault
+                        elif size:
+                            yield below + entry.name, size
+        except OSError as error:
+            if not below:
+                raise DataError(f"{shown(folder)}: cannot be read: {error.strerror}") from error
+            faults[below] = f"folder cannot be read: {error.strerror}"
+
+
+def _is_hidden(name: bytes) -> bool:
+    """`.name`, and so the `._name` companions that macOS leaves; `..name` is only an odd name."""
+    return name.startswith(b".") and not name.startswith(b"..")
+
+
+def _judge(entry: os.DirEntry[bytes], inside: bytes) -> tuple[int, str | None]:
+    """(bytes, None) of a usable file, (0, None) of a link to a folder, (0, reason) of what cannot be an image."""
+    linked = entry.is_symlink()
+    try:
+        status = entry.stat()
+    except OSError as error:
+        return 0, "is a broken link" if linked else f"cannot be read: {error.strerror}"
+    if linked and stat.S_ISDIR(status.st_mode):
+        return 0, None
+    if linked and stat.S_ISREG(status.st_mode) and not os.path.realpath(entry.path).startswith(inside):
+        return 0, "is a link to outside the folder; copy the file, or name it in a list file"
+    return _judge_status(status)
+
+
+def _judge_status(status: os.stat_result) -> tuple[int, str | None]:
+    if not stat.S_ISREG(status.st_mode):
+        return 0, f"is {_KINDS.get(stat.S_IFMT(status.st_mode), 'a folder')}, not a file"
+    return status.st_size, None if status.st_size else "is empty"
+
+
+def _judge_path(path: bytes) -> tuple[int, str | None]:
+    """The same of a file that a list names, links followed wherever they lead."""
+    try:
+        return _judge_status(os.stat(path))
+    except OSError as error:
+        return 0, f"cannot be read: {error.strerror}"
+    except ValueError:
+        return 0, "cannot be read: the name holds a zero byte"
+
+
+def read_list(path: str) -> Images:
     """Read a list file: a path a line, absolute or relative to the list's folder, then optionally a tab and a label.
 
-    Blank lines and lines that begin with # are passed over. Lines may hold any bytes; a file may be named more than once,
-    have any extension and lie anywhere: what is written down is meant.
+    A third column is the size of the file in bytes; such a line is believed, which spares a look at the file. Blank lines and
+    lines that begin with # are passed over. Lines may hold any bytes; a file may be named more than once, have any extension
+    and lie anywhere: what is written down is meant.
 
     Raises:
         DataError: if the list cannot be read.
@@ -275,23 +129,37 @@ def read_list(path: str) -> Listing:
     except OSError as error:
         raise DataError(f"{shown(path)}: cannot be read: {error.strerror}") from error
     folder = os.path.dirname(path) or "."
-    names, sizes, words, bad = [], [], [], Bad()
+    names: list[bytes] = []
+    sizes: list[int] = []
+    words: list[str] = []
+    bad: list[Fault] = []
     for line in lines:
-        name, _, word = line.removesuffix(b"\r").partition(b"\t")
+        name, word, size, *_ = (*line.removesuffix(b"\r").split(b"\t"), b"", b"")
         if not name.strip() or name.startswith(b"#"):
             continue
-        size, fault = _judge_named(os.path.join(os.fsencode(folder), name))
+        count, fault = (int(size), None) if size.isdigit() else _judge_path(os.path.join(os.fsencode(folder), name))
         if fault:
             bad.append((os.fsdecode(name), fault))
         else:
             names.append(name)
-            sizes.append(size)
+            sizes.append(count)
             words.append(word.strip().decode("utf-8", "backslashreplace"))
-    return Listing(Files(folder, names, sizes), *_number(words), bad)
+    return Images(shown(path), Files(folder, names, sizes), *_number(words), bad=bad)
+
+
+def _number(words: Sequence[str]) -> tuple[np.ndarray | None, tuple[str, ...] | None]:
+    """Labels, and the classes that they count, from the words of a label column; whole numbers are ordered as such."""
+    distinct = set(words) - {""}
+    if not distinct:
+        return None, None
+    numeric = all(word.isascii() and word.isdigit() and len(word) < 19 for word in distinct)
+    classes = tuple(sorted(distinct, key=lambda word: (int(word), word) if numeric else (0, word)))
+    rank = {word: position for position, word in enumerate(classes)} | {"": -1}
+    return np.array([rank[word] for word in words], np.int64), classes
 
 
 def complete(name: str, folder: str, names: Sequence[bytes]) -> Files:
-    """The files of an official list, each of which must be there, or a figure would not be that of the data set.
+    """Return the files of an official list, each of which must be there, or a figure would not be that of the data set.
 
     Args:
         name: of the data set, for the message.
@@ -300,7 +168,7 @@ def complete(name: str, folder: str, names: Sequence[bytes]) -> Files:
     Raises:
         DataError: if any is missing or empty.
     """
-    judged = [_judge_named(os.path.join(os.fsencode(folder), file)) for file in names]
+    judged = [_judge_path(os.path.join(os.fsencode(folder), file)) for file in names]
     bad = [(os.fsdecode(file), fault) for file, (_, fault) in zip(names, judged, strict=True) if fault]
     if bad:
         raise DataError(
@@ -310,28 +178,8 @@ def complete(name: str, folder: str, names: Sequence[bytes]) -> Files:
     return Files(folder, names, [size for size, _ in judged])
 
 
-def _judge_named(path: bytes) -> Judgement:
-    try:
-        return judge_stat(os.stat(path))
-    except OSError as error:
-        return 0, f"cannot be read: {error.strerror}"
-    except ValueError:
-        return 0, "cannot be read: the name holds a zero byte"
-
-
-def _number(words: Sequence[str]) -> tuple[np.ndarray | None, tuple[str, ...] | None]:
-    """Labels from the words of a label column; whole numbers are ordered as such."""
-    found = set(words) - {""}
-    if not found:
-        return None, None
-    numeric = all(word.isascii() and word.isdigit() and len(word) < 19 for word in found)
-    classes = tuple(sorted(found, key=lambda word: (int(word), word) if numeric else (0, word)))
-    rank = {word: position for position, word in enumerate(classes)} | {"": -1}
-    return np.array([rank[word] for word in words], np.int64), classes
-
-
 def split_folders(folder: str) -> dict[str, str] | None:
-    """The subfolder of each of "train", "bank" and "test", if there are train/ and val/, or train/ and test/; else None."""
+    """Return the subfolder of each of "train", "bank" and "test", if there are train/ and val/, or train/ and test/; else None."""
     train = os.path.join(folder, "train")
     for name in ("val", "test"):
         test = os.path.join(folder, name)
@@ -341,50 +189,63 @@ def split_folders(folder: str) -> dict[str, str] | None:
 
 
 def class_folders(folder: str) -> list[str]:
-    """Names of the folders right below, sorted by their bytes."""
+    """List the names of the folders right below, sorted by their bytes."""
     with os.scandir(os.fsencode(folder)) as entries:
         names = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
-    return [os.fsdecode(name) for name in sorted(names) if not is_hidden(name)]
+    return [os.fsdecode(name) for name in sorted(names) if not _is_hidden(name)]
 
 
-def exists(data: str, root: str | None) -> None:
-    """Check that DATA can be what it names, before anything slow is imported; images are not read.
-
-    Raises:
-        DataError: for a name that is not known, a path that does not exist, a folder without images, an empty list file.
-    """
-    if data in NAMES and data not in IMAGENETS:
-        return
-    path = locate(data, root)
-    if os.path.isdir(path):
-        layout = split_folders(path)
-        for folder in sorted(set(layout.values())) if layout else [path]:
-            notes = Notes()
-            if next(walk(folder, EXTENSIONS, notes), None) is None:
-                bad = notes.bad(folder)
-                reason = f" ({len(bad)} cannot be used; {shown(bad[0][0])} {bad[0][1]})" if bad else ""
-                raise DataError(f"{shown(folder)}: holds no images{reason}; needs files such as .jpg or .png")
-    elif os.path.splitext(path)[1].lower() not in LIST_SUFFIXES or not os.path.isfile(path):
-        raise DataError(f"{shown(path)}: is neither a folder of images nor a list file ({' or '.join(LIST_SUFFIXES)})")
-    elif os.path.getsize(path) == 0:
-        raise DataError(f"{shown(path)}: is an empty list; needs the path of an image on each line")
+def class_labels(files: Files, classes: Sequence[str]) -> np.ndarray | None:
+    """Return the class folder that each file lies in, int64 [N]; None if a file lies in none, or there is but one."""
+    rank = {os.fsencode(word): position for position, word in enumerate(classes)}
+    parts = (name.partition(b"/") for name in files.names())
+    labels = np.array([rank.get(top, -1) if slash else -1 for top, slash, _ in parts], np.int64)
+    return labels if len(classes) > 1 and (labels >= 0).all() else None
 
 
-def locate(data: str, root: str | None) -> str:
-    """The path of a folder, a list file or the names of `IMAGENETS`.
+def read_folder(folder: str, split: str) -> Images:
+    """Read the images of one split of a folder; labelled by the folders below if each image lies in one of several.
+
+    A folder without `split_folders` is pretrained on as a whole, and its folders are no classes.
 
     Raises:
-        DataError: if there is nothing there; says where it was looked for and what name may have been meant.
+        DataError: for the test images of a folder that has none.
     """
-    if data in IMAGENETS:
-        path = os.path.join(data_root(root), "imagenet")
-        if split_folders(path) is None:
-            raise DataError(f"{data}: not found; put train/CLASS/ and val/CLASS/ below {shown(path)}, or set data_root")
-        return path
-    path = os.path.expanduser(data)
-    if "\0" not in path and os.path.exists(path):
-        return path
-    if any(separator in data for separator in (os.sep, os.altsep) if separator) or data.lower().endswith(LIST_SUFFIXES):
-        raise DataError(f"{shown(data)}: no such folder or list file (looked in {shown(os.getcwd())})")
-    guess = nearest_word(data, NAMES)
-    raise DataError(f"{shown(data)}: neither a folder nor a known data set; the nearest is {guess} (known: {', '.join(NAMES)})")
+    layout = split_folders(folder)
+    if layout is None:
+        if split == "test":
+            raise DataError(f"{shown(folder)}: has no test images; lay it out as train/CLASS/ and val/CLASS/ (or test/CLASS/)")
+        files, bad = scan(folder)
+        return Images(shown(folder), files, bad=bad)
+    files, bad = scan(layout[split])
+    # Training classes come first, so that a class met only in testing does not renumber them.
+    classes = tuple(dict.fromkeys(class_folders(layout["train"]) + class_folders(layout["test"])))
+    labels = class_labels(files, classes)
+    return Images(shown(folder), files, labels, None if labels is None else classes, bad=bad)
+
+
+def list_lines(folder: str) -> tuple[list[bytes], list[Fault]]:
+    """Return a folder's images as the lines of a list file, which stands in its place for pretraining, and what cannot be used.
+
+    Each line holds the absolute path, the class folder or nothing, and the size in bytes, so that reading the list takes no
+    look at the files. Of a folder with train/ and val/ (or test/) it is the training images.
+
+    Raises:
+        DataError: if the folder cannot be read, or holds no image.
+    """
+    path = os.path.abspath(os.path.expanduser(folder))
+    side = (split_folders(path) or {"train": path})["train"]
+    files, bad = scan(side)
+    classes = class_folders(side)
+    labels = class_labels(files, classes)
+    lines = []
+    for row, (name, size) in enumerate(zip(files, files.sizes.tolist(), strict=True)):
+        word = "" if labels is None else classes[labels[row]]
+        line = os.fsencode(f"{name}\t{word}\t{size}")
+        if line.count(b"\t") == 2 and b"\n" not in line and b"\r" not in line:
+            lines.append(line)
+        else:
+            bad.append((name, "has a tab or a line break in its name"))
+    if not lines:
+        raise DataError(f"{shown(folder)}: holds no images that can be listed ({len(bad)} cannot be used)")
+    return lines, bad

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import itertools
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-import torch
 from PIL import Image
 
 from relssl.data.decode import Decoded, Opened
-from relssl.data.folder import Bad
+
+if TYPE_CHECKING:  # DATA is checked before torch is imported
+    from torch import Tensor
 
 Channels = tuple[float, float, float]
+Fault = tuple[str, str]  # the name of an image, and why it cannot be used
 
 IMAGENET_MEAN: Channels = (0.485, 0.456, 0.406)
 IMAGENET_STD: Channels = (0.229, 0.224, 0.225)
 
 
 class Source(Protocol):
-    """The pixels of N images, wherever they lie: `Pixels`, `folder.Files` or `shrunk.Shrunk`."""
+    """The pixels of N images, wherever they lie: `Pixels`, `Files` or `shrunk.Shrunk`."""
 
     def __len__(self) -> int: ...
 
@@ -35,14 +39,10 @@ class Source(Protocol):
         """Return the name of one image, by which messages and tables speak of it; of files, the path."""
 
     def open(self, row: int, max_pixels: int) -> Opened | Decoded:
-        """Open one image, as a context manager: its `size` is then known, `rgb` reads its pixels.
-
-        Args:
-            row: position of the image.
-            max_pixels: refuse files with more pixels than this before they are decoded.
+        """Open one image, as a context manager: its `size` is then known, and `rgb` reads its pixels.
 
         Raises:
-            BadImage: if it cannot be read; its message is the reason, without the name.
+            BadImage: if it cannot be read, or has more than `max_pixels` pixels; the message is the reason, without the name.
         """
 
 
@@ -55,32 +55,81 @@ class Pixels:
         title: what the name of each image begins with; its position follows.
     """
 
-    tensor: torch.Tensor
+    tensor: Tensor
     title: str = "image"
 
     def __post_init__(self) -> None:
-        assert self.tensor.dtype == torch.uint8 and self.tensor.is_contiguous()
+        assert str(self.tensor.dtype) == "torch.uint8" and self.tensor.is_contiguous()
 
     def __len__(self) -> int:
         return len(self.tensor)
 
     def take(self, rows: np.ndarray) -> Pixels:
-        """Return a copy of the images at these positions."""
-        return Pixels(self.tensor[torch.from_numpy(rows)], self.title)
+        return Pixels(self.tensor[rows], self.title)
 
     def fingerprint(self) -> str:
-        """Compute 16 hex digits of the SHA-256 of shape and values."""
         digest = hashlib.sha256(f"pixels {tuple(self.tensor.shape)} ".encode())
         digest.update(self.tensor.numpy().data)
         return digest.hexdigest()[:16]
 
     def name(self, row: int) -> str:
-        """Return the title and the position."""
         return f"{self.title}/{row:06}"
 
     def open(self, row: int, max_pixels: int) -> Decoded:
-        """Return one image as Pillow has it."""
         return Decoded(Image.fromarray(self.tensor[row].permute(1, 2, 0).numpy()))
+
+
+class Files:
+    """The paths of N image files below one folder, with their sizes.
+
+    The names lie in one block of bytes, not as N strings: loader workers share it with their parent, where counting the
+    references of a million strings would copy them into each worker. Names that are no text keep their bytes
+    (`surrogateescape`), so every file can be opened again.
+
+    Args:
+        folder: what the names are relative to.
+        names: path of each file below `folder`, or absolute.
+        sizes: bytes of each file.
+    """
+
+    def __init__(self, folder: str, names: Sequence[bytes], sizes: Sequence[int]) -> None:
+        self.folder = os.fsencode(folder)
+        self.sizes = np.array(sizes, np.int64)
+        self._block = b"".join(names)
+        self._ends = np.cumsum([0, *map(len, names)], dtype=np.int64)
+
+    @classmethod
+    def of(cls, paths: Iterable[str]) -> Files:
+        """Return files anywhere, whose sizes are looked up; one that is missing counts as empty."""
+        names = [os.fsencode(path) for path in paths]
+        return cls("", names, [os.path.getsize(name) if os.path.exists(name) else 0 for name in names])
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __iter__(self) -> Iterator[str]:
+        return map(self.name, range(len(self)))
+
+    def name(self, row: int) -> str:
+        return os.fsdecode(os.path.join(self.folder, self._block[self._ends[row] : self._ends[row + 1]]))
+
+    def names(self) -> Iterator[bytes]:
+        """Yield the path of each file, relative to the folder."""
+        return (self._block[start:end] for start, end in itertools.pairwise(self._ends.tolist()))
+
+    def take(self, rows: np.ndarray) -> Files:
+        ends = zip(self._ends[rows].tolist(), self._ends[rows + 1].tolist(), strict=True)
+        return Files(os.fsdecode(self.folder), [self._block[start:end] for start, end in ends], self.sizes[rows].tolist())
+
+    def fingerprint(self) -> str:
+        """Compute 16 hex digits of names, order and sizes; where the folder lies does not count."""
+        digest = hashlib.sha256(f"files {len(self)} ".encode())
+        for part in (self._ends.astype("<i8").tobytes(), self._block, self.sizes.astype("<i8").tobytes()):
+            digest.update(part)
+        return digest.hexdigest()[:16]
+
+    def open(self, row: int, max_pixels: int) -> Opened:
+        return Opened(self.name(row), max_pixels)
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +152,7 @@ class Images:
     classes: tuple[str, ...] | None = None
     mean: Channels = IMAGENET_MEAN
     std: Channels = IMAGENET_STD
-    bad: Bad = field(default_factory=list)
+    bad: list[Fault] = field(default_factory=list)
     targets: np.ndarray | None = None
 
     def __post_init__(self) -> None:
@@ -120,7 +169,7 @@ class Images:
 
     @property
     def class_count(self) -> int:
-        """Number of classes that one label an image tells apart, those without an image included; 0 if an image has no label."""
+        """The number of classes, those without an image included; 0 if not every image has one label."""
         if self.labels is None or self.labels.min() < 0:
             return 0
         return max(len(self.classes or ()), int(self.labels.max()) + 1)
@@ -132,7 +181,7 @@ class Images:
         return replace(self, source=self.source.take(rows), labels=labels, targets=targets)
 
     def read(self, row: int, max_pixels: int) -> Image.Image:
-        """Return one image whole, upright 8-bit RGB; BadImage if its file cannot be read."""
+        """Return one image whole, 8-bit RGB; BadImage if it cannot be read."""
         with self.source.open(row, max_pixels) as opened:
             return opened.rgb()
 

@@ -1,4 +1,4 @@
-"""Data sets that torchvision reads: as they lie on the disk, else downloaded once."""
+"""What DATA may name: a data set of the table here, as it lies on the disk, else downloaded once, or a folder, or a list file."""
 
 from __future__ import annotations
 
@@ -7,45 +7,158 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import torch
 
 from relssl.data import digits
-from relssl.data.folder import (
-    Files,
-    Listing,
-    class_folders,
-    complete,
-    data_root,
-    exists,
-    locate,
-    read_list,
-    scan,
-    shown,
-    split_folders,
-)
-from relssl.data.images import Channels, Images, Pixels
+from relssl.data.folder import LIST_SUFFIXES, complete, read_folder, read_list, shown, split_folders, walk
+from relssl.data.images import IMAGENET_MEAN, IMAGENET_STD, Channels, Files, Images, Pixels
 from relssl.errors import ConfigError, DataError
 from relssl.settings.reading import nearest_word
 
 T = TypeVar("T")
+SPLITS = ("train", "bank", "test")
 
 
-def fetch(name: str, root: str, read: Callable[[bool], T], place: str, source: str) -> T:
-    """What `read(False)` gives, or where that fails, `read(True)`, which downloads first.
+@dataclass(frozen=True)
+class NamedSet:
+    """A data set known by its name.
+
+    Attributes:
+        read: returns its images for the name, the root of data sets, and one of `SPLITS`.
+        reader: the class of torchvision.datasets that knows its files.
+        folder: where they lie below the root.
+        source: where they can be had; empty for what is never downloaded.
+        parts: what the reader takes for train, bank and test, one value each, or several whose images are joined.
+        mean, std: channel statistics. CIFAR's, STL-10's and Tiny-ImageNet's are those of the paper's code; Fashion-MNIST's and
+            SVHN's are of all training pixels.
+    """
+
+    read: Callable[[str, str, str], Images]
+    reader: str = ""
+    folder: str = ""
+    source: str = ""
+    parts: tuple[tuple[Any, ...], ...] = ()
+    mean: Channels = IMAGENET_MEAN
+    std: Channels = IMAGENET_STD
+
+
+def load(data: str, root: str | None, split: str) -> Images:
+    """Return the images that DATA names.
 
     Args:
-        name: of the data set.
-        root: where named data sets lie.
-        read: makes torchvision's data set, given whether it may download; torchvision checks what it downloads by its hash.
-        place: where below `root` the files belong.
-        source: where they can be had.
+        data: a name of `SETS`, a folder, or a list file (.txt, .lst).
+        root: where named data sets lie; None: $RELSSL_DATA, else ~/.cache/relssl.
+        split: "train" (what pretraining uses), "bank" (training images with labels) or "test". The first two are one and
+            the same but for stl10, whose `train` holds its unlabelled images (label -1) as well.
 
     Raises:
-        DataError: if the files are not complete and cannot be downloaded.
+        DataError: if it is missing and cannot be downloaded, holds no image, or has no such part.
+        ConfigError: for another split.
+    """
+    if split not in SPLITS:
+        raise ConfigError(f"split: must be one of {', '.join(SPLITS)}, got {split!r} (nearest: {nearest_word(split, SPLITS)})")
+    exists(data, root)
+    if data in SETS:
+        images = SETS[data].read(data, data_root(root), split)
+    elif os.path.isdir(path := locate(data)):
+        images = read_voc(path, split) if is_voc(path) else read_folder(path, split)
+    elif split == "test":
+        raise DataError(f"{shown(data)}: a list file has no test images; use a folder with train/CLASS/ and val/CLASS/")
+    else:
+        images = read_list(path)
+    if len(images) == 0:
+        first = f", the first: {shown(images.bad[0][0])} {images.bad[0][1]}" if images.bad else ""
+        raise DataError(f"{images.name}: no usable image ({len(images.bad)} unusable{first})")
+    return images
+
+
+def sample(data: str, root: str | None, count: int) -> Images | None:
+    """Return a few of the images that DATA names, at most `count` of a folder, if they lie on this machine; else None.
+
+    Nothing is downloaded, and no large folder is read to its end.
+    """
+    if not at_hand(data, root):
+        return None
+    try:
+        path = _path(data, root)
+        if path is None or not os.path.isdir(path):
+            return load(data, root, "train")
+        folder = (split_folders(path) or {"train": path})["train"]
+        names = sorted(name for name, _ in islice(walk(folder, {}), count))
+        return Images(data, Files.of(os.path.join(folder, os.fsdecode(name)) for name in names)) if names else None
+    except DataError:
+        return None
+
+
+def at_hand(data: str, root: str | None) -> bool:
+    """Whether `load` finds DATA without a download."""
+    return data not in SETS or not SETS[data].source or Path(data_root(root), SETS[data].folder).exists()
+
+
+def data_root(root: str | None) -> str:
+    """Return the folder of the named data sets: `root`, else $RELSSL_DATA, else ~/.cache/relssl."""
+    return os.path.expanduser(root or os.environ.get("RELSSL_DATA") or "~/.cache/relssl")
+
+
+def exists(data: str, root: str | None) -> None:
+    """Check that DATA can be what it names, before anything slow is imported; images are not read.
+
+    Raises:
+        DataError: for a name that is not known, a path that does not exist, a folder without images, an empty list file.
+    """
+    path = _path(data, root)
+    if path is None:
+        return
+    if os.path.isdir(path):
+        for folder in sorted(set((split_folders(path) or {"train": path}).values())):
+            faults: dict[bytes, str] = {}
+            if next(walk(folder, faults), None) is None:
+                name, fault = min(faults.items(), default=(b"", ""))
+                reason = f" ({len(faults)} cannot be used; {shown(os.fsdecode(name))} {fault})" if faults else ""
+                raise DataError(f"{shown(folder)}: holds no images{reason}; needs files such as .jpg or .png")
+    elif os.path.splitext(path)[1].lower() not in LIST_SUFFIXES or not os.path.isfile(path):
+        raise DataError(f"{shown(path)}: is neither a folder of images nor a list file ({' or '.join(LIST_SUFFIXES)})")
+    elif os.path.getsize(path) == 0:
+        raise DataError(f"{shown(path)}: is an empty list; needs the path of an image on each line")
+
+
+def _path(data: str, root: str | None) -> str | None:
+    """The folder or list file that DATA names; None for a set that `load` may download or draw."""
+    if data not in SETS:
+        return locate(data)
+    if SETS[data].read is not _read_imagenet:
+        return None
+    path = os.path.join(data_root(root), "imagenet")
+    if split_folders(path) is None:
+        raise DataError(f"{data}: not found; put train/CLASS/ and val/CLASS/ below {shown(path)}, or set data_root")
+    return path
+
+
+def locate(data: str) -> str:
+    """Return the path of a folder or a list file.
+
+    Raises:
+        DataError: if there is nothing there; says where it was looked for and what name may have been meant.
+    """
+    path = os.path.expanduser(data)
+    if "\0" not in path and os.path.exists(path):
+        return path
+    if any(separator in data for separator in (os.sep, os.altsep) if separator) or data.lower().endswith(LIST_SUFFIXES):
+        raise DataError(f"{shown(data)}: no such folder or list file (looked in {shown(os.getcwd())})")
+    guess, known = nearest_word(data, SETS), ", ".join(SETS)
+    raise DataError(f"{shown(data)}: neither a folder nor a known data set; the nearest is {guess} (known: {known})")
+
+
+def fetch(name: str, root: str, read: Callable[[bool], T]) -> T:
+    """Return `read(False)`, or where that fails, `read(True)`, which downloads first; torchvision checks that by its hash.
+
+    Raises:
+        DataError: if the files are not complete and cannot be downloaded; says where they belong.
     """
     try:
         return read(False)
@@ -61,14 +174,14 @@ def fetch(name: str, root: str, read: Callable[[bool], T], place: str, source: s
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise DataError(
-            f"{name}: not complete in {shown(place)} and cannot be downloaded ({reason}); "
-            f"put the files of {source} there, or set data_root to where they are"
+            f"{name}: not complete in {shown(os.path.join(root, SETS[name].folder))} and cannot be downloaded ({reason}); "
+            f"put the files of {SETS[name].source} there, or set data_root to where they are"
         ) from error
 
 
 @contextlib.contextmanager
 def _one_at_a_time(root: str, name: str) -> Iterator[None]:
-    """Let one process of this machine download while the others wait, then find it done; and never wait for a dead server."""
+    """Let one process of this machine download while the others wait, and never wait for a dead server."""
     Path(root).mkdir(parents=True, exist_ok=True)
     timeout = socket.getdefaulttimeout()
     with Path(root, f".{name}.lock").open("w") as lock:
@@ -83,87 +196,115 @@ def _one_at_a_time(root: str, name: str) -> Iterator[None]:
             socket.setdefaulttimeout(timeout)
 
 
-# HobbitLong/CMC, imagenet100.txt, sorted.
-_WORDS = """
-n01558993 n01692333 n01729322 n01735189 n01749939 n01773797 n01820546 n01855672 n01978455 n01980166
-n01983481 n02009229 n02018207 n02085620 n02086240 n02086910 n02087046 n02089867 n02089973 n02090622
-n02091831 n02093428 n02099849 n02100583 n02104029 n02105505 n02106550 n02107142 n02108089 n02109047
-n02113799 n02113978 n02114855 n02116738 n02119022 n02123045 n02138441 n02172182 n02231487 n02259212
-n02326432 n02396427 n02483362 n02488291 n02701002 n02788148 n02804414 n02859443 n02869837 n02877765
-n02974003 n03017168 n03032252 n03062245 n03085013 n03259280 n03379051 n03424325 n03492542 n03494278
-n03530642 n03584829 n03594734 n03637318 n03642806 n03764736 n03775546 n03777754 n03785016 n03787032
-n03794056 n03837869 n03891251 n03903868 n03930630 n03947888 n04026417 n04067472 n04099969 n04111531
-n04127249 n04136333 n04229816 n04238763 n04336792 n04418357 n04429376 n04435653 n04485082 n04493381
-n04517823 n04589890 n04592741 n07714571 n07715103 n07753275 n07831146 n07836838 n13037406 n13040303
-"""
-CLASSES = tuple(_WORDS.split())
+def _torchvision(name: str, root: str, split: str, **options: Any) -> list[Any]:
+    """torchvision's data sets of the parts of a split."""
+    import torchvision.datasets
+
+    one = SETS[name]
+    reader = getattr(torchvision.datasets, one.reader)
+
+    def read(part: Any, download: bool) -> Any:
+        return reader(root, **{"train" if one.parts == _BOOL else "split": part}, download=download, **options)
+
+    return [fetch(name, root, partial(read, part)) for part in one.parts[SPLITS.index(split)]]
 
 
-def select(labels: np.ndarray | None, classes: tuple[str, ...] | None) -> tuple[np.ndarray, np.ndarray]:
-    """Which of ImageNet's images belong to ImageNet-100: their positions [M], and their labels [M] int64 as positions in CLASSES.
+def _read_digits(name: str, root: str, split: str) -> Images:
+    import torch
 
-    Args:
-        labels: int64 [N] of all images, as positions in `classes`; None if not every image lies in a class's folder.
-        classes: names of the class folders.
+    pixels, labels = digits.load("test" if split == "test" else "train")
+    source = Pixels(torch.from_numpy(pixels), f"{name}/{split}")
+    return Images(name, source, labels, tuple("0123456789"), digits.MEAN, digits.STD)
 
-    Raises:
-        DataError: if some of the classes have no image.
-    """
-    if labels is None or classes is None:
+
+def _read_pixels(name: str, root: str, split: str) -> Images:
+    """A set that torchvision holds in memory, as uint8 [N, 3, H, W]."""
+    import torch
+
+    (dataset,) = _torchvision(name, root, split)
+    pixels = np.asarray(dataset.data)
+    if pixels.ndim == 3:
+        pixels = np.repeat(pixels[:, None], 3, axis=1)
+    elif pixels.shape[-1] == 3:
+        pixels = pixels.transpose(0, 3, 1, 2)
+    elif name == "stl10":  # a transposed view, turned in place: a copy would double 2.8 GB
+        stored = pixels.transpose(0, 1, 3, 2)
+        for start in range(0, len(pixels), 1000):
+            stored[start : start + 1000] = pixels[start : start + 1000].copy()
+        pixels = stored
+    labels = np.asarray(dataset.labels if hasattr(dataset, "labels") else dataset.targets, np.int64)
+    classes = tuple(getattr(dataset, "classes", "0123456789"))
+    source = Pixels(torch.from_numpy(np.ascontiguousarray(pixels)), f"{name}/{split}")
+    return Images(name, source, labels, classes, SETS[name].mean, SETS[name].std)
+
+
+def _read_files(name: str, root: str, split: str) -> Images:
+    """A set of files in the order of its official lists; its training and validation images are both train and bank."""
+    folder = os.path.join(root, SETS[name].folder)
+    pets = name == "oxford-pets"
+    datasets = _torchvision(name, root, split, **({} if pets else {"loader": os.fspath}))  # a path in place of an image
+    if len({tuple(dataset.classes) for dataset in datasets}) > 1:  # torchvision numbers the classes that it meets in each part
+        raise DataError(f"{name}: its parts {' and '.join(SETS[name].parts[1])} have other classes; get {shown(folder)} anew")
+    pairs: list[tuple[Any, Any]] = []
+    for dataset in datasets:  # the reader of the pets offers no way to its lists but these
+        pairs += zip(dataset._images, dataset._labels, strict=True) if pets else (dataset[row] for row in range(len(dataset)))
+    files = complete(name, folder, [os.fsencode(os.path.relpath(path, folder)) for path, _ in pairs])
+    return Images(name, files, np.array([label for _, label in pairs], np.int64), tuple(map(str, datasets[0].classes)))
+
+
+def _read_imagenet(name: str, root: str, split: str) -> Images:
+    """ImageNet, or those of its images that belong to ImageNet-100."""
+    images = replace(read_folder(os.path.join(root, "imagenet"), split), name=name)
+    if name == "imagenet":
+        return images
+    if images.labels is None or images.classes is None:
         raise DataError("imagenet100: every image in imagenet/ must lie in the folder of its class, imagenet/train/CLASS/")
-    there = {classes[label] for label in np.unique(labels)}
-    if missing := [word for word in CLASSES if word not in there]:
+    there = {images.classes[label] for label in np.unique(images.labels)}
+    if missing := [word for word in IMAGENET100 if word not in there]:
         raise DataError(f"imagenet100: imagenet/ has no image of {missing[0]}; {len(missing)} of the 100 classes are missing")
-    rank = np.array([CLASSES.index(word) if word in CLASSES else -1 for word in classes], np.int64)
-    rows = np.flatnonzero(rank[labels] >= 0)
-    return rows, rank[labels[rows]]
+    rank = np.array([IMAGENET100.index(word) if word in IMAGENET100 else -1 for word in images.classes], np.int64)
+    rows = np.flatnonzero(rank[images.labels] >= 0)
+    return replace(images.subset(rows), labels=rank[images.labels[rows]], classes=IMAGENET100)
 
 
-FOLDER = "tiny-imagenet-200"
-# The figures of the paper's small-set code.
-MEAN, STD = (0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262)
-_SOURCE = f"http://cs231n.stanford.edu/{FOLDER}.zip"
-_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
+_WORDS = """
+n01558993 n01692333 n01729322 n01735189 n01749939 n01773797 n01820546 n01855672 n01978455 n01980166 n01983481 n02009229 n02018207
+n02085620 n02086240 n02086910 n02087046 n02089867 n02089973 n02090622 n02091831 n02093428 n02099849 n02100583 n02104029 n02105505
+n02106550 n02107142 n02108089 n02109047 n02113799 n02113978 n02114855 n02116738 n02119022 n02123045 n02138441 n02172182 n02231487
+n02259212 n02326432 n02396427 n02483362 n02488291 n02701002 n02788148 n02804414 n02859443 n02869837 n02877765 n02974003 n03017168
+n03032252 n03062245 n03085013 n03259280 n03379051 n03424325 n03492542 n03494278 n03530642 n03584829 n03594734 n03637318 n03642806
+n03764736 n03775546 n03777754 n03785016 n03787032 n03794056 n03837869 n03891251 n03903868 n03930630 n03947888 n04026417 n04067472
+n04099969 n04111531 n04127249 n04136333 n04229816 n04238763 n04336792 n04418357 n04429376 n04435653 n04485082 n04493381 n04517823
+n04589890 n04592741 n07714571 n07715103 n07753275 n07831146 n07836838 n13037406 n13040303
+"""  # HobbitLong/CMC, imagenet100.txt, sorted
+IMAGENET100 = tuple(_WORDS.split())
 
 
-def read(root: str, split: str) -> Listing:
-    """The images of a split: the training images as train and bank, the validation images (its test labels are secret) as test.
+def _read_tiny_imagenet(name: str, root: str, split: str) -> Images:
+    """The training images as train and bank, the validation images (the labels of its test images are secret) as test."""
+    one = SETS[name]
+    folder = os.path.join(root, one.folder)
 
-    Raises:
-        DataError: if it is missing and cannot be downloaded, damaged, or not complete.
-    """
-    folder = os.path.join(root, FOLDER)
-
-    def found(download: bool) -> None:
+    def read(download: bool) -> None:
         if download:
             from torchvision.datasets.utils import download_and_extract_archive
 
-            download_and_extract_archive(_SOURCE, root, md5=_MD5)
-        for name in ("wnids.txt", "train", "val/val_annotations.txt"):
-            os.stat(os.path.join(folder, name))
+            download_and_extract_archive(one.source, root, md5="90528d7ca1a48142e341f4ef8d21d0de")
+        for file in ("wnids.txt", "train", "val/val_annotations.txt"):
+            os.stat(os.path.join(folder, file))
 
-    fetch("tiny-imagenet", root, found, folder, _SOURCE)
+    fetch(name, root, read)
     classes = tuple(sorted(word for (word,) in _rows(os.path.join(folder, "wnids.txt"), 1)))
-    told = _validation(folder) if split == "test" else _training(folder, classes)
-    rank = {word: position for position, word in enumerate(classes)}
-    if strange := sorted({word for _, word in told} - rank.keys()):
+    if split == "test":
+        pairs = [(f"val/images/{row[0]}", row[1]) for row in _rows(os.path.join(folder, "val", "val_annotations.txt"), 6)]
+    else:  # the list of each class's boxes names its images
+        boxes = ((word, _rows(os.path.join(folder, "train", word, f"{word}_boxes.txt"), 5)) for word in classes)
+        pairs = [(f"train/{word}/images/{row[0]}", word) for word, rows in boxes for row in rows]
+    if strange := sorted({word for _, word in pairs} - set(classes)):
         raise DataError(f"{shown(folder)}: {shown(strange[0])} is none of the classes of wnids.txt; unpack it anew")
-    files = complete("tiny-imagenet", folder, [os.fsencode(file) for file, _ in told])
-    return Listing(files, np.array([rank[word] for _, word in told], np.int64), classes, [])
-
-
-def _training(folder: str, classes: tuple[str, ...]) -> list[tuple[str, str]]:
-    """(file, class) of the training images, which the list of each class's boxes names."""
-    told = []
-    for word in classes:
-        rows = _rows(os.path.join(folder, "train", word, f"{word}_boxes.txt"), 5)
-        told += [(f"train/{word}/images/{row[0]}", word) for row in rows]
-    return told
-
-
-def _validation(folder: str) -> list[tuple[str, str]]:
-    rows = _rows(os.path.join(folder, "val", "val_annotations.txt"), 6)
-    return [(f"val/images/{row[0]}", row[1]) for row in rows]
+    files = complete(name, folder, [os.fsencode(file) for file, _ in pairs])
+    rank = {word: position for position, word in enumerate(classes)}
+    return Images(name, files, np.array([rank[word] for _, word in pairs], np.int64), classes, one.mean, one.std)
 
 
 def _rows(path: str, columns: int) -> list[list[str]]:
@@ -173,55 +314,46 @@ def _rows(path: str, columns: int) -> list[list[str]]:
             rows = [line.split() for line in lines if line.strip()]
     except OSError as error:
         raise DataError(f"{shown(path)}: cannot be read: {error.strerror}") from error
-    if not rows or any(len(row) != columns for row in rows):
-        raise DataError(f"{shown(path)}: needs lines of {columns} word{'s' if columns > 1 else ''} each; unpack the set anew")
+    if any(len(row) != columns for row in rows):
+        raise DataError(f"{shown(path)}: needs lines of {columns} word{'s' if columns > 1 else ''} each; get the set anew")
     return rows
-
-
-_TOLD = {"1": 1, "-1": 0, "0": -1}
-_SOURCE_voc = "http://host.robots.ox.ac.uk/pascal/VOC/voc2007/"
 
 
 def is_voc(folder: str) -> bool:
     """Whether a folder is that of a VOC year: JPEGImages/ and lists of classes in ImageSets/Main/."""
-    return os.path.isdir(os.path.join(folder, "JPEGImages")) and bool(_parts(folder))
+    return os.path.isdir(os.path.join(folder, "JPEGImages")) and bool(_voc_parts(folder))
 
 
-def voc07(root: str, split: str) -> Listing:
-    """VOC2007 below `root`: `trainval`, 5,011 images, as train and bank, and `test`, 4,952 images.
+def read_voc(folder: str, split: str) -> Images:
+    """Read the images of a split of a VOC folder; the name says which of the folder's parts that is.
 
-    Raises:
-        DataError: if it is missing and cannot be downloaded, or damaged.
-    """
-    import torchvision.datasets
-
-    part = "test" if split == "test" else "trainval"
-    folder = os.path.join(root, "VOCdevkit", "VOC2007")
-
-    def found(download: bool) -> object:
-        return torchvision.datasets.VOCDetection(root, year="2007", image_set=part, download=download)
-
-    fetch("voc07", root, found, folder, _SOURCE_voc)
-    return _read("voc07", folder, part)
-
-
-def read_voc(folder: str, split: str) -> tuple[Listing, str]:
-    """The images of a split of a VOC folder, and which of the folder's parts that is.
-
-    Tested is on `test` after `trainval`; on `val` after `train` where the labels of `test` were never told, as for VOC2012.
+    Tested is on `test` after `trainval`; on `val` after `train` where the labels of `test` were never published, as for VOC2012.
 
     Raises:
         DataError: if there is no such part, a list is damaged or does not fit the others, or images are missing.
     """
-    parts = _parts(folder)
-    known = ("trainval", "test") if "test" in parts or not {"train", "val"} <= parts.keys() else ("train", "val")
-    part = known[split == "test"]
+    parts = _voc_parts(folder)
+    train, test = ("trainval", "test") if "test" in parts or not {"train", "val"} <= parts.keys() else ("train", "val")
+    part = test if split == "test" else train
     if part not in parts:
         raise DataError(f"{shown(folder)}: has no lists ImageSets/Main/CLASS_{part}.txt, nor those of both train and val")
-    return _read(shown(folder), folder, part), part
+    return replace(_read_voc_part(shown(folder), folder, part), name=f"{shown(folder)} ({part})")
 
 
-def _parts(folder: str) -> dict[str, list[str]]:
+def _read_voc07(name: str, root: str, split: str) -> Images:
+    """VOC2007: `trainval`, 5,011 images, as train and bank, and `test`, 4,952 images."""
+    import torchvision.datasets
+
+    part, folder = "test" if split == "test" else "trainval", os.path.join(root, SETS[name].folder)
+
+    def read(download: bool) -> Any:
+        return torchvision.datasets.VOCDetection(root, year="2007", image_set=part, download=download)
+
+    fetch(name, root, read)
+    return _read_voc_part(name, folder, part)
+
+
+def _voc_parts(folder: str) -> dict[str, list[str]]:
     """The classes, sorted, that have a list for each of the parts."""
     parts: dict[str, list[str]] = {}
     main = os.path.join(folder, "ImageSets", "Main")
@@ -232,252 +364,59 @@ def _parts(folder: str) -> dict[str, list[str]]:
     return {part: sorted(words) for part, words in parts.items()}
 
 
-def _read(name: str, folder: str, part: str) -> Listing:
-    classes = _parts(folder).get(part, [])
-    lists = [_column(os.path.join(folder, "ImageSets", "Main", f"{word}_{part}.txt")) for word in classes]
-    if not lists or not lists[0]:
-        raise DataError(f"{name}: {shown(folder)} has no images in ImageSets/Main/CLASS_{part}.txt")
-    images = list(lists[0])
-    for word, column in zip(classes, lists, strict=True):
-        if list(column) != images:
+def _read_voc_part(name: str, folder: str, part: str) -> Images:
+    classes = _voc_parts(folder).get(part, [])
+    columns: list[dict[str, int]] = []  # by class: the sign of each image
+    for word in classes:
+        path = os.path.join(folder, "ImageSets", "Main", f"{word}_{part}.txt")
+        rows = _rows(path, 2)
+        column = {image: {"1": 1, "-1": 0, "0": -1}.get(sign, 2) for image, sign in rows}
+        if len(column) < len(rows) or 2 in column.values():
+            raise DataError(f"{shown(path)}: must name each image once, with 1, 0 or -1; get the folder anew")
+        if columns and list(column) != list(columns[0]):
             raise DataError(f"{name}: the lists of {classes[0]} and {word} for {part} name other images; get the folder anew")
-    files = complete(name, os.path.join(folder, "JPEGImages"), [os.fsencode(f"{image}.jpg") for image in images])
-    targets = np.array([list(column.values()) for column in lists], np.int8).T
-    return Listing(files, None, tuple(classes), [], np.ascontiguousarray(targets))
+        columns.append(column)
+    if not columns or not columns[0]:
+        raise DataError(f"{name}: {shown(folder)} has no images in ImageSets/Main/CLASS_{part}.txt")
+    files = complete(name, os.path.join(folder, "JPEGImages"), [os.fsencode(f"{image}.jpg") for image in columns[0]])
+    targets = np.ascontiguousarray(np.array([list(column.values()) for column in columns], np.int8).T)
+    return Images(name, files, classes=tuple(classes), targets=targets)
 
 
-def _column(path: str) -> dict[str, int]:
-    """What one class's list says of each image."""
-    told: dict[str, int] = {}
-    try:
-        with open(path, encoding="utf-8", errors="surrogateescape") as lines:
-            for number, line in enumerate(lines, 1):
-                words = line.split()
-                if len(words) != 2 or words[1] not in _TOLD or words[0] in told:
-                    raise DataError(f"{shown(path)}, line {number}: must be a new image and 1, 0 or -1, got {line.strip()!a}")
-                told[words[0]] = _TOLD[words[1]]
-    except OSError as error:
-        raise DataError(f"{shown(path)}: cannot be read: {error.strerror}") from error
-    return told
+# What readers take for train, bank and test.
+_BOOL = ((True,), (True,), (False,))
+_TRAIN, _TRAINVAL = (("train",), ("train",), ("test",)), (("trainval",), ("trainval",), ("test",))
+_BOTH, _STL10 = (("train", "val"), ("train", "val"), ("test",)), (("train+unlabeled",), ("train",), ("test",))
 
+_FASHION = "https://github.com/zalandoresearch/fashion-mnist"
+_CIFAR, _STL = "https://www.cs.toronto.edu/~kriz/cifar.html", "http://ai.stanford.edu/~acoates/stl10/"
+_TINY, _SVHN = "http://cs231n.stanford.edu/tiny-imagenet-200.zip", "http://ufldl.stanford.edu/housenumbers/"
+_VGG, _FOOD = "https://www.robots.ox.ac.uk/~vgg/data", "http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz"
+_CARS = "https://github.com/pytorch/vision/issues/7545"  # its home is gone; the thread tells of mirrors
+_VOC = "http://host.robots.ox.ac.uk/pascal/VOC/voc2007/"
 
-@dataclass(frozen=True)
-class _Set:
-    """A data set of files: torchvision's class, its folder below the root, the parts that make the bank, and where it is from."""
-
-    reader: str
-    folder: str
-    bank: tuple[str, ...]
-    source: str
-
-
-_VGG = "https://www.robots.ox.ac.uk/~vgg/data"
-_SETS = {
-    "food101": _Set("Food101", "food-101", ("train",), "http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz"),
-    "flowers102": _Set("Flowers102", "flowers-102", ("train", "val"), f"{_VGG}/flowers/102/"),
-    "oxford-pets": _Set("OxfordIIITPet", "oxford-iiit-pet", ("trainval",), f"{_VGG}/pets/"),
-    "fgvc-aircraft": _Set("FGVCAircraft", "fgvc-aircraft-2013b", ("trainval",), f"{_VGG}/fgvc-aircraft/"),
-    "dtd": _Set("DTD", "dtd", ("train", "val"), f"{_VGG}/dtd/"),
-    # Its home is gone; the thread tells of mirrors.
-    "stanford-cars": _Set("StanfordCars", "stanford_cars", ("train",), "https://github.com/pytorch/vision/issues/7545"),
-}
-NAMES = (*_SETS, "voc07")
-
-
-def read_transfer_sets(name: str, root: str, split: str) -> Listing:
-    """The images of a data set in the order of its official lists; its training and validation images are both train and bank.
-
-    Args:
-        name: one of `NAMES`.
-        root: where named data sets lie.
-        split: train, bank or test.
-
-    Raises:
-        DataError: if it is missing and cannot be downloaded, damaged, or not complete.
-    """
-    if name == "voc07":
-        return voc07(root, split)
-    known = _SETS[name]
-    folder = os.path.join(root, known.folder)
-    files: list[str] = []
-    labels: list[int] = []
-    classes: list[str] | None = None
-    for part in ("test",) if split == "test" else known.bank:
-        found = _fetch(name, known, root, part, folder)
-        words = [str(word) for word in found.classes]
-        if classes not in (None, words):  # torchvision numbers the classes that it meets in each part
-            raise DataError(f"{name}: its parts {' and '.join(known.bank)} have other classes; get {folder} anew")
-        classes = words
-        some, told = _listed(found)
-        files += some
-        labels += told
-    names = [os.fsencode(os.path.relpath(file, folder)) for file in files]
-    return Listing(complete(name, folder, names), np.array(labels, np.int64), tuple(classes or ()), [])
-
-
-def _fetch(name: str, known: _Set, root: str, part: str, folder: str) -> Any:
-    import torchvision.datasets
-
-    reader = getattr(torchvision.datasets, known.reader)
-    options: dict[str, Any] = {} if name == "oxford-pets" else {"loader": os.fspath}  # a path in place of an image
-    return fetch(name, root, lambda download: reader(root, split=part, download=download, **options), folder, known.source)
-
-
-def _listed(found: Any) -> tuple[list[str], list[int]]:
-    """Path and class of each image."""
-    if hasattr(found, "loader"):
-        pairs = [found[row] for row in range(len(found))]
-        return [path for path, _ in pairs], [int(label) for _, label in pairs]
-    # The reader of the pets offers no way to its lists but these.
-    return [os.fspath(path) for path in found._images], list(found._labels)
-
-
-SPLITS = ("train", "bank", "test")
-
-
-@dataclass(frozen=True)
-class _Named:
-    """A small data set that torchvision reads: its class there, the folder it lies in below the root, channel statistics, source.
-
-    CIFAR's and STL-10's are the figures of the paper's code; Fashion-MNIST's and SVHN's the mean and deviation of all training
-    pixels.
-    """
-
-    reader: str
-    folder: str
-    mean: Channels
-    std: Channels
-    source: str
-
-
-_CIFAR = "https://www.cs.toronto.edu/~kriz/cifar.html"
-_NAMED = {
-    "fashion-mnist": _Named(
-        "FashionMNIST", "FashionMNIST/raw", (0.2860,) * 3, (0.3530,) * 3, "https://github.com/zalandoresearch/fashion-mnist"
+# A folder of the same name is meant by `./NAME`.
+SETS = {
+    "digits": NamedSet(_read_digits),
+    "fashion-mnist": NamedSet(_read_pixels, "FashionMNIST", "FashionMNIST/raw", _FASHION, _BOOL, (0.2860,) * 3, (0.3530,) * 3),
+    "cifar10": NamedSet(
+        _read_pixels, "CIFAR10", "cifar-10-batches-py", _CIFAR, _BOOL, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
     ),
-    "cifar10": _Named("CIFAR10", "cifar-10-batches-py", (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), _CIFAR),
-    "cifar100": _Named("CIFAR100", "cifar-100-python", (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761), _CIFAR),
-    "stl10": _Named(
-        "STL10", "stl10_binary", (0.4408, 0.4279, 0.3867), (0.2682, 0.2610, 0.2686), "http://ai.stanford.edu/~acoates/stl10/"
+    "cifar100": NamedSet(
+        _read_pixels, "CIFAR100", "cifar-100-python", _CIFAR, _BOOL, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
     ),
-    "svhn": _Named("SVHN", "", (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970), "http://ufldl.stanford.edu/housenumbers/"),
+    "stl10": NamedSet(_read_pixels, "STL10", "stl10_binary", _STL, _STL10, (0.4408, 0.4279, 0.3867), (0.2682, 0.2610, 0.2686)),
+    "tiny-imagenet": NamedSet(
+        _read_tiny_imagenet, "", "tiny-imagenet-200", _TINY, (), (0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262)
+    ),
+    "imagenet": NamedSet(_read_imagenet),
+    "imagenet100": NamedSet(_read_imagenet),
+    "svhn": NamedSet(_read_pixels, "SVHN", "", _SVHN, _TRAIN, (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
+    "food101": NamedSet(_read_files, "Food101", "food-101", _FOOD, _TRAIN),
+    "flowers102": NamedSet(_read_files, "Flowers102", "flowers-102", f"{_VGG}/flowers/102/", _BOTH),
+    "oxford-pets": NamedSet(_read_files, "OxfordIIITPet", "oxford-iiit-pet", f"{_VGG}/pets/", _TRAINVAL),
+    "fgvc-aircraft": NamedSet(_read_files, "FGVCAircraft", "fgvc-aircraft-2013b", f"{_VGG}/fgvc-aircraft/", _TRAINVAL),
+    "dtd": NamedSet(_read_files, "DTD", "dtd", f"{_VGG}/dtd/", _BOTH),
+    "stanford-cars": NamedSet(_read_files, "StanfordCars", "stanford_cars", _CARS, _TRAIN),
+    "voc07": NamedSet(_read_voc07, "", "VOCdevkit/VOC2007", _VOC),
 }
-
-
-def load(data: str, root: str | None, split: str) -> Images:
-    """The images that DATA names.
-
-    Args:
-        data: a name (`files.NAMES`), a folder, or a list file (.txt, .lst).
-        root: where named data sets lie; None: $RELSSL_DATA, else ~/.cache/relssl.
-        split: "train" (what pretraining uses), "bank" (training images with labels) or "test". The first two are one and
-            the same but for stl10, whose `train` holds its unlabelled images (label -1) as well.
-
-    Raises:
-        DataError: if it is missing and cannot be downloaded, holds no image, or has no such part.
-        ConfigError: for another split.
-    """
-    if split not in SPLITS:
-        raise ConfigError(f"split: must be one of {', '.join(SPLITS)}, got {split!r} (nearest: {nearest_word(split, SPLITS)})")
-    if data == "digits":
-        pixels, labels = digits.load("test" if split == "test" else "train")
-        names = tuple("0123456789")
-        return Images(data, Pixels(torch.from_numpy(pixels), f"{data}/{split}"), labels, names, digits.MEAN, digits.STD)
-    if data in _NAMED:
-        return _named(data, data_root(root), split)
-    if data in NAMES:
-        return _listed_sources(data, read_transfer_sets(data, data_root(root), split))
-    if data == "tiny-imagenet":
-        images = _listed_sources(data, read(data_root(root), split))
-        return replace(images, mean=MEAN, std=STD)
-    exists(data, root)
-    path = locate(data, root)
-    images = _folder(data, path, split) if Path(path).is_dir() else _list(data, path, split)
-    if len(images) == 0:
-        first = f", the first: {shown(images.bad[0][0])} {images.bad[0][1]}" if images.bad else ""
-        raise DataError(f"{images.name}: no usable image ({len(images.bad)} unusable{first})")
-    if data == "imagenet100":
-        rows, labels = select(images.labels, images.classes)
-        images = replace(images.subset(rows), labels=labels, classes=CLASSES)
-    return images
-
-
-def at_hand(data: str, root: str | None) -> bool:
-    """Whether `load` finds DATA without a download."""
-    folders = {name: known.folder for name, known in _NAMED.items()} | {"tiny-imagenet": FOLDER}
-    return data not in folders or Path(data_root(root), folders[data]).exists()
-
-
-def _folder(data: str, path: str, split: str) -> Images:
-    """All images of a split; labelled by VOC's lists, or by the folders below if each image lies in one of several."""
-    if is_voc(path):
-        listing, part = read_voc(path, split)
-        return _listed_sources(f"{shown(data)} ({part})", listing)
-    layout = split_folders(path)
-    if layout is None:
-        if split == "test":
-            raise DataError(f"{shown(data)}: has no test images; lay it out as train/CLASS/ and val/CLASS/ (or test/CLASS/)")
-        files, bad = scan(path)
-        return Images(shown(data), files, bad=bad)
-    files, bad = scan(layout[split])
-    # Training classes come first, so that a class met only in testing does not renumber them.
-    classes = tuple(dict.fromkeys(class_folders(layout["train"]) + class_folders(layout["test"])))
-    labels = _labels(files, classes)
-    return Images(shown(data), files, labels, None if labels is None else classes, bad=bad)
-
-
-def _labels(files: Files, classes: tuple[str, ...]) -> np.ndarray | None:
-    """The class folder that each file lies in; the files of one are neighbours, since the names are sorted."""
-    rank = {os.fsencode(word): position for position, word in enumerate(classes)}
-    labels = np.array(
-        [rank.get(top, -1) if below else -1 for top, below, _ in (name.partition(b"/") for name in files.names())], np.int64
-    )
-    return labels if len(classes) > 1 and (labels >= 0).all() else None
-
-
-def _list(data: str, path: str, split: str) -> Images:
-    if split == "test":
-        raise DataError(f"{shown(data)}: a list file has no test images; use a folder with train/CLASS/ and val/CLASS/")
-    return _listed_sources(shown(data), read_list(path))
-
-
-def _listed_sources(name: str, listing: Listing) -> Images:
-    return Images(name, listing.files, listing.labels, listing.classes, bad=listing.bad, targets=listing.targets)
-
-
-def _named(name: str, root: str, split: str) -> Images:
-    known = _NAMED[name]
-    found = _fetch_sources(name, root, split)
-    if name == "stl10":
-        labels, pixels = found.labels, _contiguous(found.data)
-    elif name == "svhn":
-        labels, pixels = found.labels, torch.from_numpy(np.ascontiguousarray(found.data))
-    elif name == "fashion-mnist":
-        labels, pixels = found.targets, found.data[:, None].expand(-1, 3, -1, -1).contiguous()
-    else:
-        labels, pixels = found.targets, torch.from_numpy(np.ascontiguousarray(found.data.transpose(0, 3, 1, 2)))
-    classes = tuple("0123456789") if name == "svhn" else tuple(getattr(found, "classes", ())) or None
-    source = Pixels(pixels, f"{name}/{split}")
-    return Images(name, source, np.asarray(labels, np.int64), classes, known.mean, known.std)
-
-
-def _contiguous(images: np.ndarray) -> torch.Tensor:
-    """STL-10's images, which torchvision gives as a transposed view, turned in place: a copy would double 2.8 GB."""
-    stored = images.transpose(0, 1, 3, 2)
-    for start in range(0, len(images), 1000):
-        stored[start : start + 1000] = images[start : start + 1000].copy()
-    return torch.from_numpy(np.ascontiguousarray(stored))
-
-
-def _fetch_sources(name: str, root: str, split: str) -> Any:
-    """torchvision's data set, whose files it checks by their hashes; downloaded if they are not there."""
-    import torchvision.datasets
-
-    known = _NAMED[name]
-    reader = getattr(torchvision.datasets, known.reader)
-    part: dict[str, Any] = {"train": split != "test"}
-    if name in ("stl10", "svhn"):
-        whole = "train+unlabeled" if name == "stl10" else "train"  # what the papers pretrain on
-        part = {"split": {"train": whole, "bank": "train", "test": "test"}[split]}
-    place = os.path.join(root, known.folder)
-    return fetch(name, root, lambda download: reader(root, download=download, **part), place, known.source)

@@ -1,4 +1,4 @@
-"""RandAugment's operations as FixMatch defines them (Sohn et al. 2020, table 12), for one PIL image and for a batch of tensors.
+"""RandAugment's operations as FixMatch defines them (Sohn et al. 2020, table 12), for a batch of tensors.
 
 The magnitudes are those of FixMatch's usual PyTorch code, which the strong views of ReSSL's official code follow: level v of 10,
 brightness, color, contrast and sharpness by 0.9 v / 10 + 0.05; posterize to 4 + int(4 v / 10) bits; solarize from
@@ -15,36 +15,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
 from relssl.data.draws import POOL, Draws, Floats, Ints
 from relssl.engine import send
-
-_ENHANCERS = {
-    "brightness": ImageEnhance.Brightness,
-    "color": ImageEnhance.Color,
-    "contrast": ImageEnhance.Contrast,
-    "sharpness": ImageEnhance.Sharpness,
-}
-
-
-def apply_pil(image: Image.Image, op: int, level: int) -> Image.Image:
-    """Apply operation POOL[op] at `level` (1..9, signed) to a square RGB image."""
-    name = POOL[op]
-    if name in _ENHANCERS:
-        return _ENHANCERS[name](image).enhance(_factor(level))
-    if name == "autocontrast":
-        return ImageOps.autocontrast(image)
-    if name == "equalize":
-        return ImageOps.equalize(image)
-    if name == "posterize":
-        return ImageOps.posterize(image, _bits(level))
-    if name == "solarize":
-        return ImageOps.solarize(image, _threshold(level))
-    if name == "identity":
-        return image
-    return image.transform(image.size, Image.Transform.AFFINE, _matrix(name, level, image.width))
 
 
 def apply(x: Tensor, draws: Draws) -> Tensor:

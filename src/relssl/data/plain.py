@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.transforms.functional import InterpolationMode, center_crop, pil_to_tensor, resize
 
 from relssl.data.batched import normalise
 from relssl.data.decode import BadImage
 from relssl.data.images import Images, Pixels
-from relssl.data.workers import hand_over, reset_signals, watch
+from relssl.data.loader import read_batches
 from relssl.errors import ConfigError
 from relssl.settings.run import LoaderConfig, ViewsConfig
 
@@ -133,15 +132,7 @@ def batches(
             pixels = images.source.tensor[start : start + batch_size]
             yield np.arange(start, start + len(pixels)), view.normalise(plain_batch(pixels, view)), []
         return
-    loader = DataLoader(
-        _Plain(images, view, max_pixels),
-        batch_size=batch_size,
-        num_workers=workers,
-        collate_fn=partial(hand_over, list),
-        worker_init_fn=reset_signals,
-        generator=torch.Generator(),  # evaluating draws nothing from the run's own
-    )
-    for samples in watch(loader):
+    for samples in read_batches(_Plain(images, view, max_pixels), list, workers, batch_size=batch_size):
         readable = [(row, pixels) for row, pixels, _ in samples if pixels is not None]
         bad = [fault for _, _, fault in samples if fault is not None]
         pixels = torch.stack([pixels for _, pixels in readable]) if readable else torch.empty(0, 3, 1, 1)

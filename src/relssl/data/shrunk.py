@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from relssl.data.decode import BadImage, Decoded
-from relssl.data.folder import Files
+from relssl.data.images import Files
 from relssl.files import replacing, write_all
 
 LAYOUT = "shrunk 1"

@@ -1,4 +1,4 @@
-"""Which few images of a data set are labelled: drawn class by class by a seed, or named by a file."""
+"""Some of a data set's images: the few that are labelled, a sample that identifies the set, those that are on both sides."""
 
 from __future__ import annotations
 
@@ -6,26 +6,25 @@ import hashlib
 import os
 import posixpath
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
 
-from relssl.data.draws import uniforms
-from relssl.data.folder import Files, shown
-from relssl.data.images import Images, Pixels
+from relssl.data.draws import Slot, uniforms
+from relssl.data.folder import shown
+from relssl.data.images import Files, Images, Pixels
 from relssl.errors import DataError
 
 Rows = npt.NDArray[np.int64]
 
-# Draws of subsets use a slot of their own, next to that of the order of training.
-_SUBSET_SLOT = (1 << 20) + 1
+_SAMPLE = 64  # files whose beginnings count,
+_BEGINNING = 1 << 20  # and bytes of each
 
 
 def stratified(labels: Rows, *, fraction: float | None = None, per_class: int | None = None, seed: int = 0) -> Rows:
-    """The same share, or number, of images of each class, without replacement.
+    """Draw the same share, or number, of images of each class, without replacement.
 
     Each image has a random number that depends on the seed and its position alone, and a class gives those with the lowest. So
     of one seed a smaller subset lies in a larger one: the 1 % are among the 10 %.
@@ -46,17 +45,17 @@ def stratified(labels: Rows, *, fraction: float | None = None, per_class: int | 
         raise ValueError("give either a fraction or a number per class")
     if (fraction is not None and not 0 < fraction <= 1) or (per_class is not None and per_class < 1):
         raise ValueError(f"fraction must be above 0 and at most 1, per_class at least 1, got {fraction} and {per_class}")
-    lots = uniforms(seed, 0, np.arange(len(labels)), _SUBSET_SLOT, 1)[:, 0]
-    drawn = []
+    lots = uniforms(seed, 0, np.arange(len(labels)), Slot.SUBSET, 1)[:, 0]
+    drawn = [np.empty(0, np.int64)]
     for word in np.unique(labels[labels >= 0]):
         rows = np.flatnonzero(labels == word)
         count = per_class if fraction is None else max(1, round(len(rows) * fraction))
         drawn.append(rows[np.argsort(lots[rows], kind="stable")[:count]])
-    return np.sort(np.concatenate(drawn)) if drawn else np.empty(0, np.int64)
+    return np.sort(np.concatenate(drawn))
 
 
 def from_index(path: str, images: Images) -> Rows:
-    """The images that a file names, a line each: by position, counted from 0, or by name.
+    """Return the images that a file names, a line each: by position, counted from 0, or by name.
 
     A name is a file's path, or the end of it from a folder's or the file's own name on, such as `n01440764_10043.JPEG` in the
     1 % and 10 % lists of ImageNet that came with SimCLR, or `n01440764/n01440764_10043.JPEG`. A line of digits alone is a
@@ -75,99 +74,80 @@ def from_index(path: str, images: Images) -> Rows:
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     if not lines:
         raise DataError(f"{shown(path)}: names no image; give one a line, by name or position")
-    named = _named(
-        [line for line in lines if not _is_position(line)],
-        () if images.in_memory else [images.source.name(row) for row in range(len(images))],
-    )
-    found = {line: [int(line)] if _is_position(line) and int(line) < len(images) else named.get(line, []) for line in lines}
-    _refuse(path, images, "names none", [line for line in lines if not found[line]])
-    _refuse(path, images, "names several", [line for line in lines if len(found[line]) > 1])
-    rows = np.array([found[line][0] for line in lines], np.int64)
-    first = np.unique(rows, return_index=True)[1]
-    _refuse(path, images, "names once more one", [lines[place] for place in np.setdiff1d(np.arange(len(rows)), first)])
-    return np.sort(rows)
+    rows: dict[str, list[int]] = {line: [] for line in lines}
+    by_base: dict[str, list[str]] = defaultdict(list)
+    for line in rows:
+        if not (line.isascii() and line.isdigit() and len(line) < 19):
+            by_base[posixpath.basename(line)].append(line)
+        elif int(line) < len(images):
+            rows[line].append(int(line))
+    for row in range(0 if images.in_memory or not by_base else len(images)):
+        name = images.source.name(row)
+        for line in by_base.get(posixpath.basename(name), ()):
+            if f"/{name}".endswith(f"/{line}"):
+                rows[line].append(row)
+    _refuse(path, images, "names none", [line for line in lines if not rows[line]])
+    _refuse(path, images, "names several", [line for line in lines if len(rows[line]) > 1])
+    chosen, first = np.unique([rows[line][0] for line in lines], return_index=True)
+    _refuse(path, images, "names once more one", [lines[place] for place in np.setdiff1d(np.arange(len(lines)), first)])
+    return chosen.astype(np.int64)
 
 
-def fingerprint(rows: Rows) -> str:
-    """16 hex digits of the SHA-256 of positions, for protocol cards."""
-    return hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest()[:16]
-
-
-def _is_position(line: str) -> bool:
-    return line.isascii() and line.isdigit() and len(line) < 19
-
-
-def _named(wanted: Iterable[str], files: Sequence[str]) -> dict[str, list[int]]:
-    """The positions of the files that each name fits, in one pass over the files."""
-    by_base = defaultdict(list)
-    for name in dict.fromkeys(wanted):
-        by_base[posixpath.basename(name)].append(name)
-    found = defaultdict(list)
-    for row, file in enumerate(files):
-        for name in by_base.get(posixpath.basename(file), ()):
-            if file == name or file.endswith(f"/{name}"):
-                found[name].append(row)
-    return found
-
-
-def _refuse(path: str, images: Images, fault: str, lines: Sequence[str]) -> None:
+def _refuse(path: str, images: Images, fault: str, lines: list[str]) -> None:
     if lines:
-        kind = "images" if not images.in_memory else "images (which are in memory and have positions alone)"
+        kind = "images (which are in memory and have positions alone)" if images.in_memory else "images"
         raise DataError(
             f"{shown(path)}: {shown(lines[0])} {fault} of the {len(images)} {kind} of {images.name}; "
             f"{len(lines)} such line{'s' if len(lines) > 1 else ''}; correct the file"
         )
 
 
-# Files whose beginnings count, and how much of each.
-_SAMPLE = 64
-_BEGINNING = 1 << 20
+def fingerprint(rows: Rows) -> str:
+    """Compute 16 hex digits of the SHA-256 of positions, for protocol cards."""
+    return hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest()[:16]
 
 
 def identity(images: Images) -> str:
-    """16 hex digits of a set for caches: its fingerprint, and the beginnings of a sample of its files.
+    """Compute 16 hex digits of a set for caches: of its fingerprint, and of the beginnings of a sample of its files.
 
     Uncompressed images of two sets may agree in names and sizes, which are all that the fingerprint of files looks at.
     """
     digest = hashlib.sha256(images.fingerprint().encode())
-    if not images.in_memory:
-        for row in spread(0, len(images), _SAMPLE):
-            digest.update(_beginning(images.source.name(row)))
+    for row in [] if images.in_memory else spread(0, len(images), _SAMPLE):
+        digest.update(_beginning(images.source.name(row)))
     return digest.hexdigest()[:16]
 
 
 def spread(start: int, stop: int, count: int) -> list[int]:
-    """At most `count` of the positions from `start` to `stop`, evenly spread."""
+    """Return at most `count` of the positions from `start` to `stop`, evenly spread."""
     return [int(row) for row in np.linspace(start, stop - 1, min(count, stop - start)).astype(np.int64)]
 
 
 def shared(bank: Images, test: Images) -> int:
-    """How many of the test images are in the bank too: the same pixels; of files, the same name, size and beginning."""
+    """Count the test images that are in the bank too: the same pixels; of files, the same name, size and beginning."""
     if isinstance(bank.source, Pixels) and isinstance(test.source, Pixels):
-        known = set(_pixel_hashes(bank.source.tensor))
-        return sum(mark in known for mark in _pixel_hashes(test.source.tensor))
-    if not isinstance(bank.source, Files) or not isinstance(test.source, Files):
+        known = set(_pixel_marks(bank.source))
+        return sum(mark in known for mark in _pixel_marks(test.source))
+    if not (isinstance(bank.source, Files) and isinstance(test.source, Files)):
         return 0
-    # The larger side is gone through without being held.
-    asked: dict[bytes, list[int]] = {}
+    by_mark: dict[bytes, list[int]] = defaultdict(list)
     for row, mark in enumerate(_file_marks(test.source)):
-        asked.setdefault(mark, []).append(row)
-    found = set()
-    for row, mark in enumerate(_file_marks(bank.source)):
-        for other in asked.get(mark, ()):
-            if other not in found and _beginning(bank.source.name(row)) == _beginning(test.source.name(other)):
-                found.add(other)
-    return len(found)
+        by_mark[mark].append(row)
+    again: set[int] = set()
+    for row, mark in enumerate(_file_marks(bank.source)):  # the larger side is gone through without being held
+        for other in by_mark.get(mark, ()):
+            if other not in again and _beginning(bank.source.name(row)) == _beginning(test.source.name(other)):
+                again.add(other)
+    return len(again)
 
 
-def _pixel_hashes(pixels: Tensor) -> Iterator[bytes]:
-    return (hashlib.blake2b(image.data, digest_size=12).digest() for image in pixels.numpy())
+def _pixel_marks(pixels: Pixels) -> Iterator[bytes]:
+    return (hashlib.blake2b(image.data, digest_size=12).digest() for image in pixels.tensor.numpy())
 
 
 def _file_marks(files: Files) -> Iterator[bytes]:
     """Base name and size of each file."""
-    for name, size in zip(files.names(), files.sizes.tolist(), strict=True):
-        yield name.rpartition(b"/")[2] + b"/%d" % size
+    return (name.rpartition(b"/")[2] + b"/%d" % size for name, size in zip(files.names(), files.sizes.tolist(), strict=True))
 
 
 def _beginning(file: str) -> bytes:

@@ -9,22 +9,21 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from timm.utils.model import freeze_batch_norm_2d
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from relssl.data.boxes import Scenes, Target, load
+from relssl.data.loader import read_batches
 from relssl.data.plain import Reader
-from relssl.data.workers import hand_over, reset_signals, watch
 from relssl.engine import Engine
 from relssl.errors import ConfigError, DataError, NumericError
 from relssl.evaluation.findings import Finding
@@ -302,16 +301,7 @@ class _Readable(Dataset[tuple[Tensor, Target] | str]):
 
 
 def _batches(images: Scenes, order: list[int], batch_size: int, workers: int) -> Iterator[list[tuple[Tensor, Target]]]:
-    loader = DataLoader(
-        _Readable(images),
-        batch_size=batch_size,
-        sampler=order,
-        num_workers=workers,
-        collate_fn=partial(hand_over, list),
-        worker_init_fn=reset_signals,
-        generator=torch.Generator(),  # what workers are seeded with, drawn from nobody else's
-    )
-    for batch in watch(loader):
+    for batch in read_batches(_Readable(images), list, workers, batch_size=batch_size, sampler=order):
         for item in batch:
             if isinstance(item, str):
                 raise DataError(item)

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from relssl.data.folder import NAMES, shown
+from relssl.data.folder import shown
 from relssl.data.images import Images
+from relssl.data.named import SETS
 from relssl.data.plain import Reader
 from relssl.engine import Engine
 from relssl.errors import ConfigError, DataError
@@ -33,7 +34,7 @@ from relssl.settings.evaluation import Evaluation, read_settings
 from relssl.weights.opening import Opened, Reading, open_backbones
 
 _UNEQUAL = ("flowers102", "oxford-pets", "fgvc-aircraft")
-METRICS: dict[str, str] = {name: "mean_per_class" if name in _UNEQUAL else "top1" for name in NAMES} | {"voc07": "map"}
+METRICS: dict[str, str] = {name: "mean_per_class" if name in _UNEQUAL else "top1" for name in SETS} | {"voc07": "map"}
 
 
 def customary(name: str) -> str:

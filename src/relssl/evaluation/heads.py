@@ -33,7 +33,7 @@ from relssl.method.backbones import feature_width
 from relssl.method.optim import parameter_groups
 from relssl.method.schedules import learning_rate
 from relssl.settings.evaluation import FinetuneConfig, LinearConfig, SemiConfig
-from relssl.settings.run import Config, LoaderConfig, ViewConfig, ViewsConfig
+from relssl.settings.run import LoaderConfig, ViewConfig
 
 Labels = npt.NDArray[np.int64]
 
@@ -139,14 +139,6 @@ def training_view(reader: Reader, scale: tuple[float, float]) -> ViewConfig:
     return ViewConfig(size=reader.view.size, scale=scale, flip=0.5 if reader.mirrored else 0.0)
 
 
-def _loader_settings(reader: Reader, seed: int) -> Config:
-    """What `create_loader` asks a run's settings for."""
-    view = reader.view
-    mean, std = ((values * 3)[:3] for values in (view.mean, view.std))
-    views = ViewsConfig(channels=view.channels, mean=mean, std=std)  # type: ignore[arg-type]
-    return Config(views=views, seed=seed, loader=LoaderConfig(workers=reader.workers, max_pixels=reader.max_pixels))
-
-
 @dataclass
 class Batches:
     """Views of labelled images, epoch after epoch in an order of its own each.
@@ -188,10 +180,13 @@ class Batches:
     def __iter__(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         """(step, normalised views [B, 3, S, S], labels [B] int64), on the device, by one set of workers to the end."""
         reader, engine = self.trial.reader, self.trial.engine
-        config = _loader_settings(reader, self.trial.seed)
-        view = training_view(reader, self.scale)
+        statistics, settings = (
+            (reader.view.mean, reader.view.std),
+            LoaderConfig(workers=reader.workers, max_pixels=reader.max_pixels),
+        )
+        views = [training_view(reader, self.scale)]
         labels = torch.from_numpy(self.images.labels).to(engine.device)
-        stream = create_loader(self.images, config, self.plan, engine.device, [view]).stream(0, self.steps)
+        stream = create_loader(self.images, views, self.plan, engine.device, statistics, settings).stream(0, self.steps)
         for step, (batch,) in enumerate(stream):
             self.unreadable.update(file for file, _ in batch.bad)
             yield step, engine.place(batch.weak), labels[batch.ids]

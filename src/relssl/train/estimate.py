@@ -27,14 +27,13 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
-from relssl.data import folder
 from relssl.data.cache import place, root, shrunken
 from relssl.data.decode import BadImage, Decoded
+from relssl.data.images import Files as ImageFiles
 from relssl.data.images import Images, Pixels
-from relssl.data.loader import Batch, Files, FromFiles, Resident, Sample
+from relssl.data.loader import Batch, FromFiles, Resident, Sample, collate, worker_count
 from relssl.data.plain import PlainView, Reader, plain_view
 from relssl.data.shrunk import Shrunk
-from relssl.data.workers import PREFETCH, loader_workers
 from relssl.engine import Engine, available_cores, fast_bf16
 from relssl.errors import ConfigError
 from relssl.evaluation.features import extract
@@ -218,7 +217,7 @@ def _evaluation(trainer: Run) -> float:
         seconds.append(time.perf_counter() - begun)
     each = min(seconds) / len(sample)
     if not pair.test.in_memory:
-        workers = loader_workers(config)
+        workers = worker_count(config.loader.workers, config.engine.devices)
         reading = _reading(pair.test, config)
         each = max(each, reading / workers) if workers else each + reading
     return len(trainer.networks) * (
@@ -363,7 +362,7 @@ _SAMPLE = 256
 class Repeated(Shrunk):
     """A few shrunk images over and over, in the place of all files."""
 
-    def __init__(self, few: Shrunk, files: folder.Files) -> None:
+    def __init__(self, few: Shrunk, files: ImageFiles) -> None:
         super().__init__(few.folder, files, few.sizes, few.bad)
 
     def __len__(self) -> int:
@@ -389,7 +388,7 @@ def stand_in(trainer: Run) -> Iterator[int]:
     if config.loader.cache is None:
         yield 0
         return
-    assert isinstance(images.source, folder.Files)
+    assert isinstance(images.source, ImageFiles)
     there = Shrunk.load(place(images, config), images.source)
     if not trainer.engine.largest(int(len(there) < len(images))):
         read(trainer, dataclasses.replace(images, source=there))
@@ -477,7 +476,7 @@ def _warm_up(trainer: Run) -> None:
 
 def workers(trainer: Run) -> int | None:
     """The loader's processes; None if images are in memory."""
-    return loader_workers(trainer.config) if isinstance(trainer.loader, FromFiles) else None
+    return trainer.loader.workers if isinstance(trainer.loader, FromFiles) else None
 
 
 def _turns(trainer: Run) -> int:
@@ -670,12 +669,12 @@ def _loading(trainer: Run, repeats: int) -> dict[str, float]:
     """What the loader's processes do for a step's images, on one core, and what is left to the device."""
     loader, share, clock = trainer.loader, trainer.plan.share, _Clock(trainer.engine)
     assert isinstance(loader, FromFiles)
-    samples = loader.samples()
+    samples = loader.samples
     rows = trainer.plan.order(0)[: min(_SAMPLE_stages, share)].tolist()
     begun = time.perf_counter()
     made = [samples[0, row] for row in rows]
     each = (time.perf_counter() - begun) / len(rows)
-    joined = _as_sent(loader, loader.collate((made * -(-share // len(made)))[:share]))
+    joined = _as_sent(loader, collate((made * -(-share // len(made)))[:share]))
     times = []
     for _ in range(repeats + 1):
         with clock.time("transfer"):
@@ -685,12 +684,12 @@ def _loading(trainer: Run, repeats: int) -> dict[str, float]:
     return {"load": each * share * parts, "transfer": parts * statistics.median(times[1:])}
 
 
-def _as_sent(loader: FromFiles, joined: Sample | Files) -> Sample | Files:
+def _as_sent(loader: FromFiles, joined: Sample) -> Sample:
     """What workers made, in page-locked memory where the loader has it there."""
-    if isinstance(joined, Files) or loader.device.type != "cuda":
+    if loader.device.type != "cuda":
         return joined
     assert isinstance(joined.row, Tensor)
-    return joined._replace(row=joined.row.pin_memory(), views=[view.pin_memory() for view in joined.views])
+    return joined._replace(row=joined.row.pin_memory(), crops=[crops.pin_memory() for crops in joined.crops])
 
 
 # Width to height of most photographs.
@@ -753,7 +752,7 @@ def waiting_for_files(found: Estimate, config: Config) -> Advice | None:
     why = f"{waits:.0%} of a step is waiting for data, with no core left"
     side = round(max(view.size for view in derive(config).views) * 8 / 7)
     needs = found.images * side * round(side * _ASPECT) * 3
-    if config.loader.cache is None and config.loader.decoder == "pillow" and needs <= found.disk.cache_free:
+    if config.loader.cache is None and needs <= found.disk.cache_free:
         why = f"{why}: decode once, and keep the images at that side, in about {size(needs)}"
         return Advice("loader.cache", str(side), why, 1 / (1 - waits))
     return Advice("data", "a faster disk, or more cores", why, 1 / (1 - waits))
@@ -996,8 +995,7 @@ def _estimate(made: Config, engine: Engine, steps: int, quiet: bool) -> Estimate
 
 def timed(config: Config) -> Config:
     """The run's settings but for what would disturb its timing: weights that move, and trials of other workers."""
-    loader = dataclasses.replace(config.loader, workers=loader_workers(config), prefetch=config.loader.prefetch or PREFETCH)
-    return dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, lr=_STILL), loader=loader)
+    return dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, lr=_STILL))
 
 
 def _measure(trainer: Run, steps: int, console: Console, cache: int) -> Estimate:

@@ -24,7 +24,7 @@ from relssl.method.base import Step, World, unwrapped
 from relssl.method.create import create_run_optimizer
 from relssl.method.encoder import Encoder
 from relssl.method.health import effective_rank, spread, verdict
-from relssl.settings.run import METHODS, Config
+from relssl.settings.run import METHODS, Config, derive
 from relssl.train import checkpoint
 from relssl.train.online import OnlineKnn
 from relssl.train.run_folder import Display, Journal, RunFolder
@@ -91,7 +91,7 @@ def create_run(config: Config, engine: Engine, images: Images, online: OnlineKnn
         ConfigError, DataError: if settings and images do not make a run.
     """
     plan = Plan(len(images), config.batch_size, config.accumulate, engine.rank, engine.world, config.seed)
-    loader = create_loader(images, config, plan, engine.device)
+    loader = open_loader(config, engine, plan, images)
     labels, classes = None, 0
     if METHODS[config.method.name].labels:
         assert images.labels is not None
@@ -113,6 +113,12 @@ def create_run(config: Config, engine: Engine, images: Images, online: OnlineKnn
     # From here on randomness inside the networks (dropout, stochastic depth) differs between ranks.
     engine.seed(config.seed + 1 + engine.rank)
     return Run(config, engine, images, images.fingerprint(), plan, loader, labels, classes, form, state, online)
+
+
+def open_loader(config: Config, engine: Engine, plan: Plan, images: Images) -> Resident | FromFiles:
+    """Create what makes a run's views on its device."""
+    views, statistics = derive(config).views, config.views.statistics()
+    return create_loader(images, views, plan, engine.device, statistics, config.loader, config.engine.devices)
 
 
 @dataclass
@@ -395,7 +401,7 @@ def origin(run: Run) -> dict[str, Any]:
 def save(run: Run) -> None:
     """Save the state and let go of the oldest checkpoints; every rank calls it."""
     folder, state = run.folder, run.state
-    target = checkpoint.save(folder and folder.checkpoints, state, run.engine, origin(run))
+    target = checkpoint.save(folder.checkpoints if folder else None, state, run.engine, origin(run))
     if folder is not None and target is not None:
         store.prune(folder.checkpoints, run.config.checkpoint.keep, (state.best["checkpoint"],) if state.best else ())
         folder.status("running", state.step, last_checkpoint=target.name)

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from relssl.data.images import Images, Pixels
+from relssl.data.loader import worker_count
 from relssl.data.plain import PlainView, Reader
-from relssl.data.workers import loader_workers
 from relssl.engine import Engine
 from relssl.evaluation.features import extract
 from relssl.evaluation.knn import knn_accuracy
@@ -38,7 +38,9 @@ class OnlineKnn:
 
     def _top1(self, backbone: nn.Module, engine: Engine) -> float:
         config, sides = self.config, []
-        reader = Reader(PlainView.of(config.views), loader_workers(config), config.loader.max_pixels)
+        reader = Reader(
+            PlainView.of(config.views), worker_count(config.loader.workers, config.engine.devices), config.loader.max_pixels
+        )
         for images in (self.pair.bank, self.pair.test):
             features = extract(backbone, images, reader, engine.device, engine.autocast())
             assert images.labels is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -14,14 +15,13 @@ import torch
 
 from relssl.data.cache import shrunken
 from relssl.data.images import Images, Pixels
-from relssl.data.loader import create_loader
 from relssl.data.named import load
 from relssl.engine import Engine
 from relssl.errors import ConfigError, DataError, DistributedError, Interrupted, RelsslError, StorageError
 from relssl.evaluation.pairs import LabelledPair, choose
 from relssl.settings.run import METHODS, Config, derive, resolve
 from relssl.train import checkpoint
-from relssl.train.loop import Run, create_run, origin, step_settings, train
+from relssl.train.loop import Run, create_run, open_loader, origin, step_settings, train
 from relssl.train.online import OnlineKnn
 from relssl.train.run_folder import Display, RunFolder, default_folder, read_rows, refuse_used
 from relssl.train.signals import REASONS, StopRequest
@@ -108,7 +108,7 @@ def resume(
     elif any((folder / "checkpoints").glob("step-*")):
         saved = loaded.checkpoint()
     if time_limit is not None:
-        config = dataclasses.replace(config, time_limit=time_limit)
+        config = dataclasses.replace(config, time_limit=None if math.isinf(time_limit) else time_limit)
     return _run(config, folder, Engine(config.engine), quiet, saved, fresh=False)
 
 
@@ -342,7 +342,7 @@ class _Stoppable:
 def read(run: Run, images: Images) -> None:
     """Train on the same images from another source."""
     assert images.fingerprint() == run.fingerprint
-    run.images, run.loader = images, create_loader(images, run.config, run.plan, run.engine.device)
+    run.images, run.loader = images, open_loader(run.config, run.engine, run.plan, images)
 
 
 def explained(error: BaseException, run: Run) -> BaseException:

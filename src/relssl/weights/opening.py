@@ -11,12 +11,12 @@ from typing import Any
 import timm
 from torch import nn
 
+from relssl.data.loader import worker_count
 from relssl.data.plain import Reader
-from relssl.data.workers import loader_workers
 from relssl.errors import CheckpointError, ConfigError
 from relssl.settings.reading import read_yaml
-from relssl.settings.recipes import spoken
-from relssl.settings.run import Config, LoaderConfig, derive, from_mapping
+from relssl.settings.recipes import public_name
+from relssl.settings.run import Config, derive, from_mapping
 from relssl.weights import store
 from relssl.weights.spec import NO_DATA, BackboneSpec
 
@@ -181,7 +181,7 @@ class Opened:
         config = self.config or Config()
         return Reader(
             replace(self.spec.view, size=size or self.spec.view.size),
-            loader_workers(Config(loader=LoaderConfig(workers=workers))),
+            worker_count(workers),
             config.loader.max_pixels,
             self.config is None or config.views.weak.flip > 0,
         )
@@ -276,7 +276,7 @@ def _run(path: Path, network: str | None) -> Opened:
         prefix = f"{name}.backbone."
         weights = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         backbones[name] = spec.load(weights, checkpoint)
-    origin = {"kind": "run", "run": title, "checkpoint": checkpoint.name, "recipe": spoken(run.config.recipe)}
+    origin = {"kind": "run", "run": title, "checkpoint": checkpoint.name, "recipe": public_name(run.config.recipe)}
     return Opened(title, backbones, spec, run.config, path, origin, _pretrained_on(path))
 
 

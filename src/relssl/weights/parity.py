@@ -6,11 +6,10 @@ import contextlib
 import importlib.util
 import io
 import math
-import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice, zip_longest
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from relssl.data.decode import BadImage
-from relssl.data.folder import EXTENSIONS, NAMES, Files, Notes, locate, split_folders, walk
 from relssl.data.images import Images
-from relssl.data.named import at_hand, load
+from relssl.data.named import load, sample
 from relssl.data.plain import PlainView
-from relssl.errors import CheckpointError, DataError
+from relssl.errors import CheckpointError
 from relssl.settings.run import Config, LoaderConfig
 from relssl.weights.writers import Snippet, Written
 
@@ -110,7 +108,7 @@ def real_images(view: PlainView, config: Config | None = None, given: Images | N
         config: of the run that trained the network, if one did.
         given: images to take; None: those of the run's data if they lie on this machine, else drawn digits.
     """
-    images = given if given is not None or config is None else _own(config)
+    images = given if given is not None or config is None else sample(config.data, config.data_root, 4 * COUNT)
     views = [] if images is None else _views(images, view, config)
     name = Path(config.data).name if config else ""
     if not views:
@@ -127,20 +125,3 @@ def _views(images: Images, view: PlainView, config: Config | None) -> list[Tenso
         if len(views) == COUNT:
             break
     return views
-
-
-def _own(config: Config) -> Images | None:
-    """A few images of the run's data; None if they are not on this machine. Nothing is downloaded, no large folder read."""
-    data, root = config.data, config.data_root
-    if not at_hand(data, root):
-        return None
-    try:
-        in_memory = data in NAMES and data != "imagenet"
-        path = "" if in_memory else locate(data, root)
-        if in_memory or os.path.isfile(path):
-            return load(data, root, "train")
-        folder = (split_folders(path) or {"train": path})["train"]
-        names = [name for name, _ in islice(walk(folder, EXTENSIONS, Notes()), 4 * COUNT)]
-        return Images(data, Files.of(os.path.join(folder, os.fsdecode(name)) for name in sorted(names)))
-    except DataError:
-        return None
