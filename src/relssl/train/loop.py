@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from torch.optim import Optimizer
-from torch.profiler import record_function
 
 from relssl.data.images import Images
 from relssl.data.loader import Batch, FromFiles, Plan, Resident, Unreadable, create_loader
@@ -160,11 +158,10 @@ def train_step(run: Run, parts: list[Batch]) -> Figures | None:
     steps = []
     for number, part in enumerate(parts):
         with engine.part(model.student, last=number == len(parts) - 1):
-            with record_function("forward"), engine.autocast():
+            with engine.autocast():
                 step = forward(run, part, number)
             # Outside autocast, which would round the loss's fp32 products to bf16 on the way back.
-            with record_function("backward"):
-                (step.loss / len(parts)).backward()  # type: ignore[no-untyped-call]
+            (step.loss / len(parts)).backward()  # type: ignore[no-untyped-call]
         steps.append(step)
     loss = engine.mean(torch.stack([step.loss.detach() for step in steps]).mean())
     gradients = [parameter.grad for parameter in student.parameters() if parameter.grad is not None]
@@ -178,32 +175,25 @@ def train_step(run: Run, parts: list[Batch]) -> Figures | None:
     logged = state.step % config.log.every == 0 or state.step % run.plan.steps_per_epoch == 0
     figures = {"loss": loss, "grad_norm": norm, "keys": keys} if logged else {}
     if logged:
-        with record_function("figures"):
-            queries = joined(run, [step.queries.transpose(0, 1) for step in steps]).transpose(0, 1)
-            figures |= relations(run, queries, keys, now)
+        queries = joined(run, [step.queries.transpose(0, 1) for step in steps]).transpose(0, 1)
+        figures |= relations(run, queries, keys, now)
 
     # Student, memory and teacher move, unless the step is bad; the verdict is read on the device.
     good = guard.judge(loss, norm)
-    with record_function("update"):
-        for group in optimizer.param_groups:
-            group["lr"] = group["times"] * (config.optimizer.lr if group["constant"] else now["lr"])
-        move_student(optimizer, good)
-        model.push(keys, joined(run, [part.ids for part in parts]), good)
-        model.follow(now["teacher_momentum"], good)
+    for group in optimizer.param_groups:
+        group["lr"] = group["times"] * (config.optimizer.lr if group["constant"] else now["lr"])
+    if optimizer.defaults.get("fused"):
+        optimizer.found_inf = (~good).float()  # type: ignore[attr-defined]
+        optimizer.step()
+    elif bool(good):  # other forms cannot read it there
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    model.push(keys, joined(run, [part.ids for part in parts]), good)
+    model.follow(now["teacher_momentum"], good)
 
     if not logged and state.step % PATIENCE:
         return None
     return Figures(state.step, now if logged else None, engine.fetch(figures | {"streak": guard.longest()}))
-
-
-def move_student(optimizer: Optimizer, good: Tensor) -> None:
-    """Move the student, if `good` [] says so, and drop its gradients."""
-    if optimizer.defaults.get("fused"):
-        optimizer.found_inf = (~good).float()  # type: ignore[attr-defined]  # read on the device
-        optimizer.step()
-    elif bool(good):  # other forms cannot be told there
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
 
 
 def scheduled(run: Run, step: int) -> dict[str, float]:
