@@ -137,7 +137,7 @@ def linear(run: Path, sides: tuple[int, int] | None) -> dict[str, float]:
         backbone = engine.place(load_backbone(run, network))
         features, labels = [], []
         for images in (pair.bank, pair.test):
-            made = extract(backbone, images, reader, engine.device, engine.autocast())
+            made = extract(backbone, images, reader, engine)
             assert images.labels is not None
             features.append(made.vectors.to(engine.device))
             labels.append(torch.from_numpy(images.labels[made.rows]).to(engine.device))

@@ -21,9 +21,9 @@ from relssl.data.plain import plain_batch
 from relssl.data.subsets import fingerprint, stratified
 from relssl.errors import ConfigError, DataError, NumericError
 from relssl.evaluation.evaluate import LabelledPair
-from relssl.evaluation.findings import Finding
 from relssl.evaluation.heads import finetune, linear_classifier, semi
 from relssl.evaluation.metrics import accuracies, ranks
+from relssl.evaluation.result import Finding
 from relssl.settings.evaluation import FinetuneConfig, SemiConfig
 from relssl.settings.run import ViewConfig
 from small_pairs import FAST, as_files, coloured, engine, network, pair, reader

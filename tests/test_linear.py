@@ -20,9 +20,9 @@ from relssl.data.plain import Reader, plain_batch
 from relssl.engine import Engine
 from relssl.errors import ConfigError, DataError, NumericError
 from relssl.evaluation.evaluate import LabelledPair
-from relssl.evaluation.findings import Finding
 from relssl.evaluation.heads import linear, linear_classifier, papers_choice, rate_share
 from relssl.evaluation.metrics import accuracies, ranks
+from relssl.evaluation.result import Finding
 from relssl.settings.evaluation import LinearConfig
 from relssl.settings.run import EngineConfig, ViewConfig
 from small_pairs import FAST, as_files, coloured, engine, network, pair, reader

@@ -26,7 +26,7 @@ from relssl.data.loader import read_batches
 from relssl.data.plain import Reader
 from relssl.engine import Engine
 from relssl.errors import ConfigError, DataError, NumericError
-from relssl.evaluation.findings import Finding
+from relssl.evaluation.result import Finding
 from relssl.method.backbones import channels_of
 from relssl.settings.evaluation import DetectionConfig
 from relssl.weights.spec import BackboneSpec

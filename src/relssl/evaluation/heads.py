@@ -26,9 +26,9 @@ from relssl.data.subsets import fingerprint, from_index, stratified
 from relssl.engine import Engine
 from relssl.errors import ConfigError, DataError, NumericError
 from relssl.evaluation.features import extract
-from relssl.evaluation.findings import Finding
 from relssl.evaluation.metrics import Bootstrap, accuracies, accuracy_intervals, ranks
 from relssl.evaluation.pairs import LabelledPair
+from relssl.evaluation.result import Finding
 from relssl.method.backbones import feature_width
 from relssl.method.optim import parameter_groups
 from relssl.method.schedules import learning_rate
@@ -70,7 +70,7 @@ class Trial:
         Raises:
             NumericError: if features are NaN or infinite.
         """
-        found = extract(backbone, self.test, self.reader, self.engine.device, self.engine.autocast())
+        found = extract(backbone, self.test, self.reader, self.engine)
         if not bool(found.vectors.isfinite().all()):
             raise NumericError(f"{self.test.name}: the network's features of test images are NaN or infinite")
         note = (f"{len(found.bad)} test images could not be read and are left out",) if found.bad else ()

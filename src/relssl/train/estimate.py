@@ -214,7 +214,7 @@ def _evaluation(trainer: Trainer) -> float:
     seconds, width = [], 0
     for _ in range(2):  # the first chooses kernels
         begun = time.perf_counter()
-        width = extract(backbone, sample, Reader(PlainView.of(config.views)), engine.device, engine.autocast()).vectors.shape[1]
+        width = extract(backbone, sample, Reader(PlainView.of(config.views)), engine).vectors.shape[1]
         seconds.append(time.perf_counter() - begun)
     each = min(seconds) / len(sample)
     if not pair.test.in_memory:
@@ -244,7 +244,7 @@ def _search(bank: int, queries: int, width: int, config: Config) -> float:
     features = torch.randn(some + few, width)
     labels = torch.arange(some + few) % 2
     begun = time.perf_counter()
-    knn_accuracy(features[:some], labels[:some], features[some:], labels[some:], classes=2, settings=[config.log.knn], cap=True)
+    knn_accuracy(features[:some], labels[:some], features[some:], labels[some:], classes=2, settings=[config.log.knn])
     return (time.perf_counter() - begun) * bank / some * queries / few
 
 
