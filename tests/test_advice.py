@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
+from relssl.files import duration, size
 from relssl.report.tables import advice_lines
 from relssl.settings.run import resolve
 from relssl.train.estimate import Advice, Disk, Estimate, Extras, Memory, Timing, advise, limit, shares
-from relssl.units import duration, size
 
 GB = 10**9
 SHARES = {

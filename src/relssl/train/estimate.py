@@ -39,7 +39,7 @@ from relssl.errors import ConfigError
 from relssl.evaluation.features import extract
 from relssl.evaluation.knn import knn_accuracy
 from relssl.evaluation.pairs import choose
-from relssl.files import to_json
+from relssl.files import size, to_json
 from relssl.method import create_student
 from relssl.method.backbones import count_flops
 from relssl.method.base import World
@@ -48,7 +48,6 @@ from relssl.train.checkpoint import whole_state
 from relssl.train.loop import WORTH_COMPILING, Trainer
 from relssl.train.pretrain import build, named
 from relssl.train.run_folder import Display, default_folder
-from relssl.units import size
 from relssl.weights import store
 
 
