@@ -7,32 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from relssl.errors import ConfigError
-from relssl.settings.reading import (
-    STRICT,
-    Count,
-    Natural,
-    Positive,
-    Probability,
-    Share,
-    Shares,
-    Text,
-    build,
-    nearest_word,
-    nest,
-    setting,
-)
-from relssl.settings.run import Device, Precision
+from relssl.settings.reading import STRICT, Text, build, nearest_word, nest, setting
+from relssl.settings.run import Count, Device, Momentum, Natural, Pixels, Positive, Precision, Probability, Share, Shares
 
 PROTOCOLS = ("knn", "probe", "linear", "semi", "finetune", "lowshot", "retrieval", "transfer", "detection")
-_Several = Annotated[int, Field(ge=2, lt=1 << 63)]
-_Fraction = Annotated[float, Field(gt=0, lt=1)]
-_Momentum = Annotated[float, Field(ge=0, lt=1)]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -50,7 +33,7 @@ class ProbeConfig:
     strengths: tuple[Positive, ...] = setting(
         (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0), "L2 penalties tried on the held-out part", min_length=1
     )
-    held_out: _Fraction = setting(0.2, "share of each class of the bank that the penalty is chosen on")
+    held_out: float = setting(0.2, "share of each class of the bank that the penalty is chosen on", gt=0, lt=1)
     iterations: Count = setting(1000, "L-BFGS iterations at most")
 
 
@@ -67,7 +50,7 @@ class LinearConfig:
     )
     epochs: Count = setting(100, "passes over the bank")
     batch_size: Count = setting(256, "images a step at most; all batches of an epoch are alike")
-    momentum: _Momentum = setting(0.9, "momentum of SGD")
+    momentum: Momentum = setting(0.9, "momentum of SGD")
     nesterov: bool | None = setting(None, "Nesterov's momentum; null: the paper's, on in memory and off on files")
     weight_decay: Probability = setting(0.0, "weight decay of the classifier")
     scale: Shares = setting((0.08, 1.0), "share of the area that the random crop keeps")
@@ -81,10 +64,10 @@ class FinetuneConfig:
     """
 
     epochs: Count = setting(50, "passes over the labelled images")
-    batch_size: _Several = setting(256, "images a step at most; all batches of an epoch are alike")
+    batch_size: int = setting(256, "images a step at most; all batches of an epoch are alike", ge=2, lt=1 << 63)
     lr: Positive = setting(0.01, "learning rate of the backbone")
     head_lr: Positive = setting(0.1, "learning rate of the classifier")
-    momentum: _Momentum = setting(0.9, "momentum of SGD, Nesterov's")
+    momentum: Momentum = setting(0.9, "momentum of SGD, Nesterov's")
     weight_decay: Probability = setting(1e-4, "weight decay of all weights but norms and biases")
     scale: Shares = setting((0.08, 1.0), "share of the area that the random crop keeps")
 
@@ -152,7 +135,7 @@ class Evaluation:
     network: tuple[str, ...] | None = setting(None, "student, teacher or both of a run; null: all it has", min_length=1)
     data_root: Text | None = setting(None, "where named data sets lie; null: the run's, else $RELSSL_DATA, else ~/.cache/relssl")
     images: tuple[Count, Count] | None = setting(None, "at most this many images of bank and test, chosen by the seed")
-    size: int | None = setting(None, "side of the view in pixels; null: the one pretraining used", ge=4, le=2048)
+    size: Pixels | None = setting(None, "side of the view in pixels; null: the one pretraining used")
     seed: Natural = setting(0, "seed of subsets, draws, classifiers and intervals")
     resamples: int = setting(1000, "bootstrap resamples of the 95 % intervals", ge=100, le=100_000)
     device: Device = setting("auto", "where to run")

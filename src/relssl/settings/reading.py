@@ -44,12 +44,6 @@ def _rising(bounds: Any) -> Any:
 
 Text = Annotated[str, AfterValidator(_not_empty)]  # pydantic's own limits on text would refuse paths that are not UTF-8
 RISING = AfterValidator(_rising)
-Probability = Annotated[float, Field(ge=0, le=1)]
-Share = Annotated[float, Field(gt=0, le=1)]
-Shares = Annotated[tuple[Share, Share], RISING]
-Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=1, lt=1 << 63)]
-Natural = Annotated[int, Field(ge=0, lt=1 << 63)]
 
 
 def setting(default: Any, description: str, **limits: float) -> Any:
@@ -179,10 +173,9 @@ class _Loader(yaml.BaseLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
         for key in keys:
-            if not isinstance(key, str):
-                raise yaml.constructor.ConstructorError(None, None, "a key is not a word", node.start_mark)
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
+            if not isinstance(key, str) or keys.count(key) > 1:
+                problem = f"key {key!r} is given twice" if isinstance(key, str) else "a key is not a word"
+                raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
         return super().construct_mapping(node, deep)
 
 

@@ -19,24 +19,7 @@ from pydantic.dataclasses import dataclass
 
 from relssl.errors import ConfigError
 from relssl.settings import recipes
-from relssl.settings.reading import (
-    NULL,
-    RISING,
-    STRICT,
-    Count,
-    Natural,
-    Positive,
-    Probability,
-    Share,
-    Shares,
-    Text,
-    build,
-    leaves,
-    merge,
-    nest,
-    read_yaml,
-    setting,
-)
+from relssl.settings.reading import NULL, RISING, STRICT, Text, build, leaves, merge, nest, plain, read_yaml, setting
 from relssl.settings.recipes import layer, spell_out
 
 # Settings and values that are no more, and what to do instead. Saved runs, recipes and config files load without them.
@@ -72,27 +55,19 @@ METHODS: dict[str, Traits] = {name: build(Traits, raw) for name, raw in recipes.
 # Shares of red, green and blue in grey, as torchvision makes it.
 LUMA = (0.2989, 0.587, 0.114)
 
-_COLOUR = {"jitter": 0.8, "brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1, "grey": 0.2}
-_STRONG_COLOUR = {"jitter": 0.8, "brightness": 0.8, "contrast": 0.8, "saturation": 0.8, "hue": 0.2, "grey": 0.2}
-_BYOL = {"scale": (0.08, 1.0), "flip": 0.5, **_COLOUR, "saturation": 0.2}
-
-# The view recipes by name. `weak`, `contrastive` and `strong` are the official code's target, MoCo v2 and strong
-# augmentations (NIPS paper, section 4; the RandAugment pool is FixMatch's). `byol-first` and `byol-second` are T and T' of Grill et
-# al. 2020, table 6; `simclr` is Chen et al. 2020, appendix A, at colour strength 1; `supervised` is what ImageNet classifiers
-# train on. The digit views move the digit instead of the colours, which handwriting has none of.
+# The named view recipes; a view's other settings lie over those of its recipe.
 VIEWS: dict[str, dict[str, Any]] = {
-    "weak": {"scale": (0.2, 1.0), "flip": 0.5},
-    "contrastive": {"scale": (0.2, 1.0), "flip": 0.5, **_COLOUR, "blur": 0.5},
-    "strong": {"scale": (0.08, 1.0), "flip": 0.5, **_STRONG_COLOUR, "blur": 0.5, "randaugment": 5},
-    "byol-first": {**_BYOL, "blur": 1.0},
-    "byol-second": {**_BYOL, "blur": 0.1, "solarize": 0.2},
-    "simclr": {"scale": (0.08, 1.0), "flip": 0.5, **_STRONG_COLOUR, "blur": 0.5},
-    "supervised": {"scale": (0.08, 1.0), "flip": 0.5},
-    "digit-weak": {"affine": 1.0, "degrees": 5.0, "translate": 0.05, "zoom": (0.9, 1.1)},
-    "digit-strong": {"affine": 1.0, "degrees": 20.0, "translate": 0.15, "zoom": (0.7, 1.3)}
-    | {"jitter": 0.8, "brightness": 0.4, "contrast": 0.4, "blur": 0.3, "blur_sigma": (0.1, 1.0)},
+    name: {key: tuple(value) if isinstance(value, list) else value for key, value in plain(view).items()}
+    for name, view in read_yaml(Path(__file__).with_name("views.yaml")).items()
 }
 
+Probability = Annotated[float, Field(ge=0, le=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
+Shares = Annotated[tuple[Share, Share], RISING]
+Positive = Annotated[float, Field(gt=0)]
+Momentum = Annotated[float, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=1, lt=1 << 63)]
+Natural = Annotated[int, Field(ge=0, lt=1 << 63)]
 Parts = Annotated[int, Field(ge=1, le=1024)]
 Width = Annotated[int, Field(ge=1, le=65536)]
 Pixels = Annotated[int, Field(ge=4, le=2048)]
@@ -100,7 +75,6 @@ Crop = Annotated[tuple[Pixels, Share, Share], RISING]
 Zoom = Annotated[float, Field(gt=0, le=10)]
 Sigma = Annotated[float, Field(gt=0, le=16)]
 Margin = Annotated[float, Field(ge=1, le=4)]
-Decay = Annotated[float, Field(ge=0, lt=1)]
 if TYPE_CHECKING:  # callers hold these as text from elsewhere; what they may be is checked as settings are read
     MethodName: TypeAlias = str
     ViewName: TypeAlias = str
@@ -228,8 +202,8 @@ class OptimizerConfig:
     lr_start: float = setting(0.0, "learning rate at the first step", ge=0, le=1000)
     predictor_lr: float = setting(1.0, "the predictor's learning rate, in times the others'", gt=0, le=1000)
     predictor_schedule: Literal["same", "constant"] = setting("same", "of the predictor's learning rate; constant: as SimSiam's")
-    momentum: float = setting(0.9, "momentum of sgd and lars", ge=0, lt=1)
-    betas: tuple[Decay, Decay] = setting((0.9, 0.999), "decay rates of adamw's two moments")
+    momentum: Momentum = setting(0.9, "momentum of sgd and lars")
+    betas: tuple[Momentum, Momentum] = setting((0.9, 0.999), "decay rates of adamw's two moments")
     weight_decay: Probability = setting(5e-4, "weight decay")
     decay: Literal["all", "weights", "official"] = setting(
         "all",
