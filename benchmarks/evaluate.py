@@ -92,7 +92,7 @@ def brute(k: int, temperature: float) -> KNeighborsClassifier:
     return KNeighborsClassifier(k, algorithm="brute", metric="cosine", weights=weights)
 
 
-def shares(points: Points, k: int, temperature: float) -> npt.NDArray[Any]:
+def shares(points: Points, k: int, temperature: float) -> np.ndarray[Any, Any]:
     """Return the share of the vote that each class gets, [M,C]."""
     similarity, index = neighbours(points[0], points[2], k)
     return votes(similarity, points[1][index], temperature, CLASSES).numpy()
