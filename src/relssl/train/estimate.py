@@ -113,19 +113,16 @@ class Estimate:
     """What a run would take on this machine, extrapolated from its middle, where InfoNCE is on if it is most of the time.
 
     Attributes:
-        device: in words; `kind` is cpu, cuda or mps, `world` the processes.
-        cores, threads, workers: this machine's cores, a process's threads, its loader's processes (None: no files).
-        steps_timed: how many steps all this is drawn from.
-        step_seconds, step_low, step_high: median, 10 and 90 % of a step; `step_mean`: in which those that wait have their part.
-        images_per_second: from the mean step, over all processes.
+        device: in words; `kind`: cpu, cuda or mps; `world`: processes; `cores`: of this machine; `threads`: of a process; `workers`: its
+            loader's processes, None without files.
+        steps_timed: steps that all this is drawn from. step_seconds, step_low, step_high: median, 10 and 90 % of them; step_mean: what
+            images_per_second and training_seconds follow from.
         seconds: of the whole run = training_seconds + evaluation_seconds + saving_seconds.
-        flops: operations an image, by network; see `step_flops`.
-        attainable_flops: operations a second of one device at its best, measured.
+        flops: operations an image, see `step_flops`. attainable_flops: a second, of one device at its best, measured.
         floor_seconds, floor_multiple: the step's operations at that rate, and how often that goes into the mean step.
-        shares: of a step, summing to 1: data (waiting for it; for images in memory, making the views), teacher, student, backward,
-            update (optimizer, memory, teacher's average, figures); the loss is part of backward.
-        limit: what most of a step goes to: data, networks or update.
-        unreadable: images met that could not be read.
+        shares: of a step, summing to 1: data (waiting for it; for images in memory, making the views), teacher, student, backward
+            (with the loss), update (optimizer, memory, teacher's average, figures). limit: the largest of data, networks and update.
+        unreadable: images among them that could not be read.
         advice: what to change, three changes at most, the most important first.
     """
 
@@ -242,8 +239,8 @@ def _measure(run: Run, steps: int, cache: int) -> tuple[Estimate, float]:
     mean = statistics.mean(timing.steps)
     floor = sum(flops.values()) * config.batch_size / engine.world / rate
     training, evaluating = run.total_steps * mean, extras.evaluations * extras.evaluation_seconds
-    groups = {"data": shares["data"], "networks": shares["teacher"] + shares["student"] + shares["backward"]}
-    groups["update"] = shares["update"]
+    networks = shares["teacher"] + shares["student"] + shares["backward"]
+    groups = {"data": shares["data"], "networks": networks, "update": shares["update"]}
     figures = Estimate(
         data=config.data,
         images=len(images),
@@ -293,12 +290,10 @@ class Timing:
 
 
 def time_steps(run: Run, steps: int, limit: float = 60.0) -> Timing:
-    """Train some steps and time them. Every rank has to call it; the run is as many steps further afterwards.
+    """Train some steps and time them, for so many seconds, but three steps at least; every rank has to call it.
 
-    Args:
-        steps: how many; a few more where the loader's processes deliver in turns, so that each has had as many, or where
-            views of several steps are made in one go.
-        limit: seconds after which no further step begins, once there are three.
+    A few steps more are timed where the loader's processes deliver in turns, so that each has had as many, or where views of several
+    steps are made in one go.
     """
     engine, loader, begun = run.engine, run.loader, time.perf_counter()
 
@@ -439,12 +434,8 @@ def _free(folder: Path) -> int:
 
 
 def _evaluation(run: Run, forward: float, reading: float, rate: float) -> float:
-    """Return the seconds of one kNN evaluation: features of both sides by all networks, and the search for neighbours.
-
-    Args:
-        forward: seconds that the student takes for a view. reading: those to read an image on one core, 0 in memory.
-        rate: operations a second, for the search.
-    """
+    """Return the seconds of one kNN evaluation: features of both sides by all networks, and the search for neighbours; from those of a
+    view's forward pass and of reading an image on one core (0 in memory), and the operations a second."""
     if run.online is None:
         return 0.0
     bank, test, workers = len(run.online.pair.bank), len(run.online.pair.test), getattr(run.loader, "workers", 0)
@@ -570,11 +561,7 @@ def _stand_in(run: Run) -> Iterator[int]:
 
 
 def advise(figures: Estimate, config: Config, reading: float = 0.0) -> Iterator[Advice]:
-    """Yield what to change, the most important first.
-
-    Args:
-        reading: seconds to read an image on one core, of files.
-    """
+    """Yield what to change, the most important first; `reading`: seconds to read an image on one core, of files."""
     traits, disk, used = METHODS[config.method.name], figures.disk, figures.memory.share
     gpu, waits, computing = figures.kind == "cuda", figures.shares["data"], figures.threads * config.engine.devices
     if disk.total > disk.free:
