@@ -16,6 +16,7 @@ from relssl.data.folder import shown
 from relssl.engine import Engine
 from relssl.errors import ConfigError, DataError
 from relssl.evaluation.features import cached, evaluating, extract, frozen, require_varied, state_hash
+from relssl.evaluation.heads import Task
 from relssl.evaluation.metrics import Bootstrap
 from relssl.evaluation.pairs import LabelledPair
 from relssl.evaluation.result import Finding, Protocol, Record, card, check_out, file_name, results_folder, split, title
@@ -177,9 +178,10 @@ class _Evaluation:
             return findings, [], findings[0].details["fingerprints"]
         pair, pair_notes = self.pair(data)
         notes, used = list(pair_notes), split(pair)
-        common["bootstrap"] = self.bootstrap
         if protocol.takes == "images":
-            return protocol.run(backbone, pair, self.reader, self.engine, say=self.say, **common), notes, used
+            task = Task(pair, self.reader, self.engine, self.bootstrap, self.settings.seed, self.say)
+            return protocol.run(backbone, task, section), notes, used
+        common["bootstrap"] = self.bootstrap
         sides = []
         for side, images in (("bank", pair.bank), ("test", pair.test)):
             features = (cached if self.settings.cache else extract)(backbone, images, self.reader, self.engine)

@@ -34,6 +34,7 @@ from relssl.data.shrunk import Shrunk
 from relssl.engine import Engine, available_cores, fast_bf16
 from relssl.errors import ConfigError
 from relssl.evaluation.pairs import choose
+from relssl.files import size
 from relssl.method import create_student
 from relssl.method.backbones import count_flops
 from relssl.settings.run import METHODS, Config, derive, resolve
@@ -41,7 +42,6 @@ from relssl.train.checkpoint import whole_state
 from relssl.train.loop import Run, train_step
 from relssl.train.pretrain import WORTH_COMPILING, build, compile_networks, explained, read
 from relssl.train.run_folder import Display, default_folder
-from relssl.units import size
 from relssl.weights import store
 
 # Bytes of a logged row: JSON in metrics.jsonl, and events of TensorBoard.
