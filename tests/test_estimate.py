@@ -24,6 +24,7 @@ from relssl.cli import main
 from relssl.data.cache import shrunken
 from relssl.engine import Engine, available_cores
 from relssl.errors import ConfigError
+from relssl.files import duration, size
 from relssl.method.backbones import count_flops
 from relssl.report.tables import advice_lines, show_estimate
 from relssl.settings.reading import merge, nest
@@ -42,7 +43,6 @@ from relssl.train.estimate import (
 )
 from relssl.train.pretrain import build
 from relssl.train.run_folder import Display, read_rows
-from relssl.units import duration, size
 from small_runs import SMALL, small_run
 
 GB = 10**9

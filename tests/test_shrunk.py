@@ -459,7 +459,7 @@ def test_a_run_on_shrunk_images_resumes_exactly(folder: Path, tmp_path: Path, mo
 class Asked(StopRequest):
     """Somebody asks to stop as soon as the first images are shrunk."""
 
-    def asked(self) -> int:
+    def pending(self) -> int:
         return 143
 
 

@@ -29,9 +29,8 @@ from relssl.data.loader import read_batches, worker_count
 from relssl.data.shrunk import LAYOUT, PIXELS, Shrunk
 from relssl.data.subsets import identity, spread
 from relssl.errors import DataError, StorageError
-from relssl.files import storing, sweep, write_all
+from relssl.files import size, storing, sweep, write_all
 from relssl.settings.run import Config, LoaderConfig
-from relssl.units import size
 
 # Images a worker sends at once: a few MB, for shared memory is small in containers.
 _BATCH = 8
