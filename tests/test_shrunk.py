@@ -468,10 +468,11 @@ def test_a_build_ends_when_the_run_is_asked_to_stop_and_goes_on_later(folder: Pa
     small = {"views": {"weak": {"size": 32}, "strong": {"size": 32}}, "batch_size": 8, "encoder": {"stem": "small"}}
     made = resolve(merge(merge({k: v for k, v in SMALL.items() if k != "encoder"}, over), small | {"out": str(tmp_path / "run")}))
     run = build(made, Engine(made.engine))
-    with Display(1, 0, show=False) as display:
+    with Display(1, 0, show=False, stop=Asked(None)) as display:
         with pytest.raises(Interrupted, match="stopped by SIGTERM while images were shrunk; go on with `relssl resume") as caught:
-            shrink_images(run, display, Asked(None))
+            shrink_images(run, display)
         assert caught.value.exit_code == pickle.loads(pickle.dumps(caught.value)).exit_code == 143
         assert isinstance(run.images.source, Files)
-        shrink_images(run, display, StopRequest(None))
+    with Display(1, 0, show=False) as display:
+        shrink_images(run, display)
     assert isinstance(run.images.source, Shrunk) and len(run.images) == COUNT
