@@ -84,4 +84,4 @@ def _shrunk(images: Images, config: Config) -> Images:
     if config.loader.cache is None:
         return images
     with Display(1, 0, show=False) as display:
-        return dataclasses.replace(images, source=shrunken(images, config, display))
+        return dataclasses.replace(images, source=shrunken(images, config.loader, display))

@@ -24,14 +24,13 @@ from PIL import Image
 from bad_images import SKIP
 from relssl.data import cache
 from relssl.data import decode as decoding
-from relssl.data.cache import place, shrink, shrunken
+from relssl.data.cache import PIXELS, TABLE, Shrunk, place, shrink, shrunken
 from relssl.data.decode import BadImage, decode
 from relssl.data.folder import cache_root
 from relssl.data.images import Files, Images
 from relssl.data.loader import FromFiles, Plan, Resident, create_loader
 from relssl.data.named import load
 from relssl.data.plain import PlainView, Reader
-from relssl.data.shrunk import PIXELS, TABLE, Shrunk
 from relssl.engine import Engine
 from relssl.errors import ConfigError, DataError, Interrupted, StorageError
 from relssl.settings.reading import merge

@@ -27,13 +27,12 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
-from relssl.data.cache import place, root, shrunken
+from relssl.data.cache import Shrunk, place, root, shrunken
 from relssl.data.decode import BadImage, Decoded
 from relssl.data.images import Files as ImageFiles
 from relssl.data.images import Images, Pixels
 from relssl.data.loader import Batch, FromFiles, Resident, Sample, collate, worker_count
 from relssl.data.plain import PlainView, Reader, plain_view
-from relssl.data.shrunk import Shrunk
 from relssl.engine import Engine, available_cores, fast_bf16
 from relssl.errors import ConfigError
 from relssl.evaluation.features import extract
@@ -165,7 +164,7 @@ def measure_saving(trainer: Trainer, cache: int = 0) -> tuple[Disk, float]:
     rows = trainer.total_steps // config.log.every + config.epochs
     held = min(config.checkpoint.keep, saves(config, trainer.steps_per_epoch)) + (trainer.online is not None) + 1
     logs = rows * (_ROW + _EVENTS * config.log.tensorboard)
-    out, caches = _existing(Path(config.out or default_folder(config))), _existing(root(config))
+    out, caches = _existing(Path(config.out or default_folder(config))), _existing(root(config.loader))
     disk = Disk(len(data) + len(to_json(rest)), held, exports, logs, shutil.disk_usage(out).free, cache, 0)
     taken = disk.total if out.stat().st_dev == caches.stat().st_dev else 0
     return dataclasses.replace(disk, cache_free=max(0, shutil.disk_usage(caches).free - taken)), seconds
@@ -390,7 +389,7 @@ def stand_in(trainer: Trainer) -> Iterator[int]:
         yield 0
         return
     assert isinstance(images.source, ImageFiles)
-    there = Shrunk.load(place(images, config), images.source)
+    there = Shrunk.load(place(images, config.loader), images.source)
     if not trainer.engine.largest(int(len(there) < len(images))):
         trainer.read(dataclasses.replace(images, source=there))
         yield 0
@@ -398,7 +397,7 @@ def stand_in(trainer: Trainer) -> Iterator[int]:
     with tempfile.TemporaryDirectory(prefix="relssl-") as scratch, Display(1, 0, show=False) as silent:
         # By this process alone, as its neighbours do the same at this time.
         loader = dataclasses.replace(config.loader, cache_folder=scratch, workers=0)
-        few = shrunken(choose(images, _SAMPLE, config.seed), dataclasses.replace(config, loader=loader), silent)
+        few = shrunken(choose(images, _SAMPLE, config.seed), loader, silent)
         trainer.read(dataclasses.replace(images, source=Repeated(few, images.source)))
         yield few.total * (len(images) - len(there)) // len(few)
 

@@ -93,9 +93,11 @@ def shrink(trainer: Trainer, display: Display, stop: StopRequest) -> None:
     if config.loader.cache is None:
         return
     teller = _Stoppable(display, stop, config)
-    made = on_first(engine, lambda: shrunken(images, config, teller))
+    made = on_first(engine, lambda: shrunken(images, config.loader, teller, config.engine.devices))
     if made is None:
-        made = shrunken(images, config, teller)  # made once more by machines that have a disk of their own
+        made = shrunken(
+            images, config.loader, teller, config.engine.devices
+        )  # made once more by machines that have a disk of their own
     engine.wait()
     trainer.read(dataclasses.replace(images, source=made))
 
