@@ -12,8 +12,7 @@ import pytest
 
 from relssl.cli import main
 from relssl.errors import ConfigError, DataError
-from relssl.evaluation.findings import Finding, unpack
-from relssl.evaluation.result import compare
+from relssl.evaluation.result import Finding, compare, unpack
 
 CARD: dict[str, Any] = {
     "protocol": "knn",
@@ -129,7 +128,7 @@ DAMAGES: list[dict[str, Any]] = [
 def test_damaged_results_are_refused(damage: dict[str, Any], tmp_path: Path) -> None:
     good = write(tmp_path / "good.json", record(answers(0.5, 0)))
     bad = write(tmp_path / "bad.json", record(answers(0.5, 0)) | damage)
-    with pytest.raises(DataError, match=r"bad\.json: is no result of"):
+    with pytest.raises(DataError, match=r"bad\.json: is not a result of"):
         compare(good, bad)
 
 
@@ -143,7 +142,7 @@ def test_findings_of_another_main_figure_do_not_compare(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["", "{}", "[1]", '{"results": [{"protocol": "knn"}]}', '{"results": 3}'])
 def test_what_is_no_result_is_refused(content: str, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(content)
-    with pytest.raises(DataError, match=r"a\.json: is no result of"):
+    with pytest.raises(DataError, match=r"a\.json: is not a result of"):
         compare(tmp_path / "a.json", tmp_path / "a.json")
     with pytest.raises(DataError, match="no such file"):
         compare(tmp_path / "no.json", tmp_path / "a.json")

@@ -7,6 +7,8 @@ import time
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 from sklearn.datasets import load_digits
 
 from relssl.data import digits
@@ -82,21 +84,12 @@ def test_a_digit_is_drawn_whole_and_on_the_canvas(sides):
     assert rows.std() > 2 and columns.std() > 2
 
 
-def test_untilted_full_size_drawing_equals_bilinear_interpolation():
-    original = load_digits().images[:1].astype(np.int32)
+def test_an_upright_drawing_of_twice_the_size_equals_torch_bilinear_interpolation():
+    original = load_digits().images[:1]
     size, angle, centre = np.array([16.0]), np.array([0.0]), np.array([[16.0], [16.0]])
-    drawn = digits._sample(original, *digits._source_positions(size, angle, centre))[0]
-    # Twice the size: each canvas pixel lies a quarter of a source pixel from the nearest centre.
-    padded = np.pad(original[0].astype(float), 1)
-    along = np.repeat(padded, 2, axis=0)
-    shifted = np.repeat(np.roll(padded, 1, 0), 2, axis=0)[::1]
-    shifted[1::2] = np.roll(padded, -1, 0)
-    rows = 0.75 * along + 0.25 * shifted
-    along, shifted = np.repeat(rows, 2, axis=1), np.repeat(np.roll(rows, 1, 1), 2, axis=1)
-    shifted[:, 1::2] = np.roll(rows, -1, 1)
-    wanted = (0.75 * along + 0.25 * shifted) * 255 / 16
-    np.testing.assert_allclose(drawn[6:26, 6:26], wanted, atol=1)
-    assert not drawn[:6].any() and not drawn[26:].any() and not drawn[:, :6].any() and not drawn[:, 26:].any()
+    drawing = digits.sample(original.astype(np.int32), *digits.positions(size, angle, centre))
+    wanted = F.interpolate(F.pad(torch.from_numpy(original * 255 / 16), (4, 4, 4, 4))[None], scale_factor=2, mode="bilinear")
+    np.testing.assert_allclose(drawing, wanted[0].numpy(), atol=1)
 
 
 def test_drawing_is_quick_and_needs_no_torch():

@@ -1,8 +1,11 @@
-"""Embedding: what lands in the file is the network's own answer for each image, with its name, label and class."""
+"""Embedding: the file holds the network's own answer for each image, readable elsewhere, whole or not at all."""
 
 from __future__ import annotations
 
+import csv
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,8 +13,109 @@ import torch
 from PIL import Image
 
 import relssl
-from relssl.errors import ConfigError, DataError, StorageError
+from relssl.errors import ConfigError, DataError, NumericError, StorageError
+from relssl.evaluation.embed import check_target, write_vectors
 from small_runs import small_run
+
+pa = pytest.importorskip("pyarrow")
+parquet = pytest.importorskip("pyarrow.parquet")
+
+NAMES = [
+    "a.png",
+    "sub/b,c.png",
+    'quo"te',
+    "line\nbreak\r",
+    "\udcff\udc80",
+    "=cmd|'x'!A0",
+    "+1",
+    "-1",
+    "@x",
+    "\tx",
+    "größe",
+    "x" * 90,
+]
+ESCAPED = [name.encode("utf-8", "backslashreplace").decode() for name in NAMES]
+IDS = np.random.default_rng(0).permutation(12)
+LABELS, CLASSES = np.array([-1, 0, 1] * 4), ("cat", "=1,d\udcffg")
+FEATURES = (np.random.default_rng(1).standard_normal((12, 3)) * 10.0 ** np.arange(-30, 30, 5)[:, None]).astype(np.float32)
+KINDS = (".npz", ".csv", ".parquet")
+KNOWN: list[dict[str, Any]] = [{}, {"labels": LABELS}, {"labels": LABELS, "classes": CLASSES}]
+
+
+@pytest.mark.parametrize("known", KNOWN)
+def test_npz_reads_back_without_pickle(tmp_path: Path, known: dict[str, Any]) -> None:
+    for name in ("a.npz", "B.NPZ"):
+        write_vectors(tmp_path / name, FEATURES, IDS, NAMES, **known)
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "B.NPZ").read_bytes()
+    with np.load(tmp_path / "a.npz", allow_pickle=False) as read:
+        assert set(read.files) == {"features", "ids", "names", *known}
+        assert read["features"].dtype == np.float32 and read["features"].tobytes() == FEATURES.tobytes()
+        assert read["ids"].dtype == np.int64 and (read["ids"] == IDS).all()
+        assert read["names"].tolist() == NAMES
+        for name, values in known.items():
+            assert read[name].tolist() == list(values)
+
+
+@pytest.mark.parametrize("known", KNOWN)
+def test_parquet_reads_back(tmp_path: Path, known: dict[str, Any]) -> None:
+    write_vectors(tmp_path / "v.parquet", FEATURES, IDS, NAMES, **known)
+    read = parquet.read_table(tmp_path / "v.parquet")
+    assert read.column_names == ["id", "name", *["label", "class"][: len(known)], "features"]
+    assert read.schema.field("features").type == pa.list_(pa.float32(), 3) and read.schema.field("id").type == pa.int64()
+    assert read["id"].to_pylist() == IDS.tolist() and read["name"].to_pylist() == ESCAPED
+    assert read["features"].combine_chunks().flatten().to_numpy().tobytes() == FEATURES.tobytes()
+    if known:
+        assert read["label"].to_pylist() == LABELS.tolist()
+    if "classes" in known:
+        assert read["class"].to_pylist() == [None, "cat", r"=1,d\udcffg"] * 4
+
+
+@pytest.mark.parametrize("known", KNOWN)
+def test_csv_reads_back_and_runs_no_formula(tmp_path: Path, known: dict[str, Any]) -> None:
+    write_vectors(tmp_path / "v.csv", FEATURES, IDS, NAMES, **known)
+    with (tmp_path / "v.csv").open(encoding="utf-8", newline="") as file:
+        header, *rows = csv.reader(file, strict=True)
+    assert header == ["id", "name", *["label", "class"][: len(known)], "f0", "f1", "f2"]
+    assert [int(row[0]) for row in rows] == IDS.tolist()
+    assert np.array([row[-3:] for row in rows], dtype=np.float32).tobytes() == FEATURES.tobytes()
+    assert [row[1] for row in rows] == ["'" + name if name[0] in "=+-@\t" else name for name in ESCAPED]
+    if known:
+        assert [int(row[2]) for row in rows] == LABELS.tolist()
+    if "classes" in known:
+        assert [row[3] for row in rows] == ["", "cat", r"'=1,d\udcffg"] * 4
+
+
+@pytest.mark.parametrize("suffix", KINDS)
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path, suffix: str) -> None:
+    resource = pytest.importorskip("resource")
+    path = tmp_path / f"v{suffix}"
+    path.write_bytes(b"old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(StorageError, match="File too large"):
+            write_vectors(path, np.random.default_rng(0).random((100, 100), np.float32), np.arange(100), ["x"] * 100)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_what_cannot_be_written_is_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("v.feather", "v", "v.npz.gz"):
+        with pytest.raises(ConfigError, match=r"use \.csv, \.npz or \.parquet"):
+            relssl.embed(tmp_path / "no-run", "no-data", tmp_path / name)
+    (tmp_path / "folder.npz").mkdir()
+    for path in (tmp_path / "gone/v.npz", tmp_path / "folder.npz"):
+        with pytest.raises(StorageError, match="folder"):
+            relssl.embed(tmp_path / "no-run", "no-data", path)
+    with pytest.raises(NumericError, match=r"b,c\.png"):
+        write_vectors(tmp_path / "v.npz", np.array([[0.0], [np.nan]], np.float32), np.arange(2), NAMES[:2])
+    assert not (tmp_path / "v.npz").exists()
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.delitem(sys.modules, "pyarrow.parquet")
+    with pytest.raises(ConfigError, match=r"relssl\[parquet\]"):
+        check_target(tmp_path / "v.parquet")
+    check_target(tmp_path / "v.npz")
 
 
 @pytest.fixture(scope="module")
@@ -27,15 +131,15 @@ def picture(path: Path, seed: int) -> None:
 
 
 @pytest.mark.parametrize("network", ["student", "teacher"])
-def test_a_parquet_file_holds_what_the_network_says(network: str, finished: Path, tmp_path: Path) -> None:
-    parquet = pytest.importorskip("pyarrow.parquet")
+def test_a_file_holds_what_the_network_says(network: str, finished: Path, tmp_path: Path) -> None:
     files = [tmp_path / "set" / name for name in ("train/cat/1.png", "train/dog/2.png", "val/dog/3.png", "val/cat/4.png")]
     for seed, file in enumerate(files):
         picture(file, seed)
     (tmp_path / "set/val/dog/5.png").write_bytes(b"no image")
-    out = tmp_path / "v.parquet"
-    told = relssl.embed(finished, str(tmp_path / "set"), out, split="test", network=network, device="cpu")
-    assert (told["images"], told["dim"], [Path(name).name for name, _ in told["bad"]]) == (2, 16, ["5.png"])
+    out, threads = tmp_path / "v.parquet", torch.get_num_threads()
+    answer = relssl.embed(finished, str(tmp_path / "set"), out, split="test", network=network, device="cpu")
+    assert (answer["images"], answer["dim"], [Path(name).name for name, _ in answer["bad"]]) == (2, 16, ["5.png"])
+    assert torch.get_num_threads() == threads
     backbone = relssl.load_backbone(finished, network)
     with torch.no_grad():
         expected = torch.cat([backbone(backbone.transform(Image.open(file))[None]) for file in (files[3], files[2])])
@@ -49,7 +153,7 @@ def test_images_of_which_none_can_be_read_are_named(finished: Path, tmp_path: Pa
     (tmp_path / "set").mkdir()
     for name in ("1.png", "2.png"):
         (tmp_path / "set" / name).write_bytes(b"no image")
-    with pytest.raises(DataError, match=r"set: none of its 2 images can be read, the first is .*1.png: is none of JPEG"):
+    with pytest.raises(DataError, match=r"none of its 2 images can be read, the first is .*1.png"):
         relssl.embed(finished, str(tmp_path / "set"), tmp_path / "v.npz", device="cpu")
     assert not (tmp_path / "v.npz").exists()
 
@@ -70,10 +174,3 @@ def test_pixels_are_named_by_their_place(finished: Path, tmp_path: Path) -> None
     with np.load(tmp_path / "v.npz", allow_pickle=False) as read:
         assert read["names"][[0, -1]].tolist() == ["digits/test/000000", "digits/test/001439"]
         assert read["classes"].tolist() == list("0123456789") and read["labels"].shape == (1440,)
-
-
-def test_a_target_that_cannot_be_written_is_refused_before_anything_is_read(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"cannot write vectors as '\.feather'"):
-        relssl.embed(tmp_path / "no-run", "no-data", tmp_path / "v.feather")
-    with pytest.raises(StorageError, match="its folder does not exist"):
-        relssl.embed(tmp_path / "no-run", "no-data", tmp_path / "gone/v.npz")

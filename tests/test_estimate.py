@@ -1,4 +1,4 @@
-"""relssl estimate as a whole: what it says of a run, and that it leaves nothing behind."""
+"""relssl estimate: figures that agree with a real run, and nothing left behind."""
 
 from __future__ import annotations
 
@@ -8,277 +8,335 @@ import math
 import signal
 import subprocess
 import sys
+import timeit
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torch import nn
 
 import relssl
 from relssl.cli import main
 from relssl.data.cache import shrunken
 from relssl.engine import Engine, available_cores
-from relssl.errors import ConfigError, RelsslError
-from relssl.evaluation.pairs import choose
+from relssl.errors import ConfigError
+from relssl.method.backbones import count_flops
+from relssl.report.tables import advice_lines, show_estimate
 from relssl.settings.reading import merge, nest
-from relssl.settings.run import resolve, to_yaml
-from relssl.train import estimate
-from relssl.train import estimate as estimating
-from relssl.train.estimate import Estimate
+from relssl.settings.run import EngineConfig, resolve, to_yaml
+from relssl.train.estimate import (
+    Disk,
+    Estimate,
+    Extras,
+    Memory,
+    advise,
+    attainable,
+    interruptions,
+    peak_memory,
+    step_flops,
+    time_steps,
+)
 from relssl.train.pretrain import build
-from relssl.train.run_folder import Display
+from relssl.train.run_folder import Display, read_rows
+from relssl.units import duration, size
 from small_runs import SMALL, small_run
-from test_stages import files, folder, train, trainer
 
-__all__ = ["folder"]  # the fixture
-
-
-def words(**over: Any) -> list[str]:
-    """A small run's settings as a command line."""
-    given = flat(merge(SMALL, nest(over)))
-    return [given.pop("data"), *(word for key, value in given.items() for word in (f"--{key}", spelled(value)))]
+GB = 10**9
 
 
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted name."""
-    named: dict[str, Any] = {}
-    for key, value in tree.items():
-        section = isinstance(value, dict) and key != "backbone_args"
-        named |= flat(value, f"{prefix}{key}.") if section else {f"{prefix}{key}": value}
-    return named
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Twelve files, one of which is no image."""
+    folder, rng = tmp_path / "photos", np.random.default_rng(0)
+    folder.mkdir()
+    for number in range(12):
+        pixels = rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number:02}.jpg")
+    (folder / "11.jpg").write_bytes(b"no image")
+    return folder
 
 
-def spelled(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+def small(**over: Any) -> dict[str, Any]:
+    return merge(SMALL, nest(over))
+
+
+def photos(folder: Path, **over: Any) -> dict[str, Any]:
+    views = {f"views.{side}.size": 16 for side in ("weak", "strong")}
+    batch = {"data": str(folder), "recipe": "folder", "batch_size": 4, "max_images": None, "loader.workers": 0, "epochs": 1}
+    return small(**(batch | views | over))
+
+
+@pytest.fixture
+def settings_file(tmp_path: Path) -> Path:
+    file = tmp_path / "small.yaml"
+    file.write_text(to_yaml(resolve(SMALL)))
+    return file
+
+
+def estimate(settings: dict[str, Any], **options: Any) -> Estimate:
+    figures = relssl.estimate(settings=resolve(settings), quiet=True, **({"steps": 3} | options))
+    assert figures is not None
+    return figures
 
 
 def finite(node: Any) -> bool:
-    if isinstance(node, dict):
-        return all(finite(value) for value in node.values())
-    if isinstance(node, list):
-        return all(finite(value) for value in node)
+    if isinstance(node, (dict, list)):
+        return all(map(finite, node.values() if isinstance(node, dict) else node))
     return not isinstance(node, float) or math.isfinite(node)
 
 
-def test_the_verb_tells_a_runs_cost_and_leaves_no_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_the_verb_prints_a_runs_cost_and_leaves_no_file(
+    settings_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["estimate", *words(), "--steps", "4", "--json"]) == 0
-    told = capsys.readouterr()
-    found = json.loads(told.out)
-    assert found.keys() == {field.name for field in dataclasses.fields(Estimate)} and finite(found)
-    assert list(tmp_path.iterdir()) == []
+    assert main(["estimate", "--config", str(settings_file), "--steps", "4", "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures.keys() == {field.name for field in dataclasses.fields(Estimate)} and finite(figures)
+    assert list(tmp_path.iterdir()) == [settings_file]
     # 320 images in batches of 32, two epochs, more steps than were timed.
-    assert (found["total_steps"], found["steps_timed"], found["images"]) == (20, 4, 320)
-    assert found["step_low"] <= found["step_seconds"] <= found["step_high"]
-    assert found["seconds"] == pytest.approx(found["training_seconds"] + found["evaluation_seconds"] + found["saving_seconds"])
-    assert found["extras"]["evaluations"] == 3 and found["extras"]["saves"] == 2
-    assert found["training_seconds"] == pytest.approx(20 * 32 / found["images_per_second"])
-    assert sum(found["shares"].values()) == pytest.approx(1)
-    assert found["floor_seconds"] == pytest.approx(32 * sum(found["flops"].values()) / found["attainable_flops"])
-    assert 0 < found["memory"]["used"] < found["memory"]["total"] and found["memory"]["device_total"] == 0
+    assert (figures["total_steps"], figures["steps_timed"], figures["images"]) == (20, 4, 320)
+    assert figures["step_low"] <= figures["step_seconds"] <= figures["step_high"]
+    parts = figures["training_seconds"] + figures["evaluation_seconds"] + figures["saving_seconds"]
+    assert figures["seconds"] == pytest.approx(parts)
+    assert figures["extras"]["evaluations"] == 3 and figures["extras"]["saves"] == 2
+    assert figures["training_seconds"] == pytest.approx(20 * 32 / figures["images_per_second"])
+    assert sum(figures["shares"].values()) == pytest.approx(1) and min(figures["shares"].values()) > 0
+    assert figures["floor_seconds"] == pytest.approx(32 * sum(figures["flops"].values()) / figures["attainable_flops"])
+    assert 0 < figures["memory"]["used"] < figures["memory"]["total"] and figures["memory"]["device_total"] == 0
+    assert ("engine.threads" in {each["setting"] for each in figures["advice"]}) == (available_cores() > 1)
 
 
-def test_the_table_names_what_limits_and_what_to_change(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: Path
+def test_the_tables_name_what_limits_and_what_to_change(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    options = {"data": str(folder), "batch_size": 4, "max_images": None, "loader.workers": 0, "epochs": 1}
-    views = {f"views.{side}.size": 16 for side in ("weak", "strong")}
-    before = sorted(folder.iterdir())
-    assert main(["estimate", *words(**options, **views), "--steps", "6"]) == 0
-    told = capsys.readouterr()
-    for line in ("What the run would take", "step, median of 6", "loader processes: 0", "what limits", "What to change"):
-        assert line in told.out
-    # One of the twelve is no image; six steps of four meet all.
-    assert "images met that cannot be read" in told.out
-    assert sorted(folder.iterdir()) == before and "Traceback" not in told.err
-
-
-def test_from_python() -> None:
-    found = relssl.estimate(**SMALL, steps=3, quiet=True)
-    assert isinstance(found, Estimate) and found.threads == 1 and found.device.startswith("CPU")
-    assert ("engine.threads" in {advice.setting for advice in found.advice}) == (available_cores() > 1)
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        found.seconds = 0.0  # type: ignore[misc]
-    with pytest.raises(ConfigError, match="steps: must be at least 1"):
-        relssl.estimate("digits", steps=0)
+    settings = tmp_path / "photos.yaml"
+    settings.write_text(to_yaml(resolve(photos(folder))))
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["estimate", "--config", str(settings), "--steps", "6"]) == 0
+    out = capsys.readouterr().out
+    assert all(line in out for line in ("whole run", "what limits", "loader processes", "What to change"))
+    assert "images met that cannot be read" in out  # six steps of four meet all twelve
+    assert max(len(line) for line in out.splitlines() if line[0] in "│┌├") <= 80 and sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize(
-    ("over", "code", "line"),
+    ("over", "code", "name"),
     [
-        ({"data": "nowhere/"}, 3, "nowhere/: no such folder or list file"),
-        ({"batch_size": 512, "method.memory_size": 512}, 3, "320 usable images, batch is 512"),
+        ({"data": "nowhere/"}, 3, "nowhere/"),
+        ({"batch_size": 512, "method.memory_size": 512}, 3, "320 usable images"),
         ({"optimizer.lr": -1}, 2, "optimizer.lr: "),
-        ({"backbone": "resnot18"}, 2, "backbone: timm knows no 'resnot18'"),
+        ({"backbone": "resnot18"}, 2, "backbone: "),
     ],
 )
-def test_what_cannot_run_is_one_line(over: dict[str, Any], code: int, line: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["estimate", *words(**over)]) == code
-    told = capsys.readouterr().err.strip()
-    assert line in told and len(told.splitlines()) == 1
-
-
-def test_a_batch_beyond_the_memory_is_told_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
-        raise torch.OutOfMemoryError("out of memory")
-
-    monkeypatch.setattr("relssl.train.loop.Trainer.train_step", full)
-    with pytest.raises(RelsslError, match="batch_size: 32 does not fit the device's memory"):
-        relssl.estimate(**SMALL, quiet=True)
+def test_what_cannot_run_is_one_line(
+    over: dict[str, Any], code: int, name: str, settings_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [word for key, value in over.items() for word in (f"--{key}", str(value)) if key != "data"]
+    assert main(["estimate", *([over["data"]] if "data" in over else []), "--config", str(settings_file), *words]) == code
+    line = capsys.readouterr().err.strip()
+    assert name in line and len(line.splitlines()) == 1
 
 
 def test_what_is_refused_early_imports_no_torch(tmp_path: Path) -> None:
     code = "import sys; from relssl.cli import main; print(main(['estimate', 'nowhere/']), 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.stdout.split() == ["3", "False"]
+    with pytest.raises(ConfigError, match="steps: "):
+        relssl.estimate("digits", steps=0)
 
 
-def test_ctrl_c_is_one_line(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "relssl", "estimate", *words(), "--steps", "100000"]
+def test_ctrl_c_is_one_line(settings_file: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "relssl", "estimate", "--config", str(settings_file), "--steps", "100000"]
     # A test run started in the background ignores the signal, and so would what it starts.
     hears = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=hears)
-    assert process.stderr is not None
-    assert process.stderr.readline().startswith("timing 100000 steps")
+    assert process.stderr is not None and process.stderr.readline().startswith("timing 100000 steps")
     process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=120)
-    assert process.returncode == 130 and told.strip() == "relssl: interrupted"
-    assert list(tmp_path.iterdir()) == []
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130 and errors.strip() == "relssl: interrupted"
+    assert list(tmp_path.iterdir()) == [settings_file]
 
 
-def test_two_ranks_tell_once(tmp_path: Path) -> None:
-    settings = tmp_path / "two.yaml"
-    settings.write_text(to_yaml(resolve(merge(SMALL, {"engine": {"devices": 2}}))))
-    command = [sys.executable, "-m", "relssl", "estimate", "--config", str(settings), "--steps", "3", "--json"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=240)
+def test_two_ranks_speak_once(settings_file: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "relssl", "estimate", "--config", str(settings_file), "--steps", "3", "--json"]
+    done = subprocess.run(
+        [*command, "--engine.devices", "2"], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=240
+    )
     assert done.returncode == 0, done.stderr
     (line,) = done.stdout.splitlines()
-    found = json.loads(line)
-    assert found["world"] == 2 and found["extras"]["evaluations"] == 3
-    assert found["floor_seconds"] == pytest.approx(16 * sum(found["flops"].values()) / found["attainable_flops"])
+    figures = json.loads(line)
+    assert figures["world"] == 2 and figures["extras"]["evaluations"] == 3
+    assert figures["floor_seconds"] == pytest.approx(16 * sum(figures["flops"].values()) / figures["attainable_flops"])
 
 
 @pytest.mark.parametrize(
     "over",
     [
-        {"epochs": 7, "log.knn_every": 0, "checkpoint.every": 3},
         {"epochs": 7, "log.knn_every": 2, "checkpoint.every": 3},
-        {"epochs": 3, "log.knn_every": 5, "checkpoint.every": 7, "checkpoint.every_steps": 4},
-        {"epochs": 4, "log.knn_every": 3, "checkpoint.every": 1, "checkpoint.every_steps": 10},
+        {"epochs": 3, "log.knn_every": 5, "checkpoint.every": 7, "checkpoint.every_steps": 2},
     ],
 )
-def test_saves_and_evaluations_are_those_of_training(over: dict[str, Any]) -> None:
-    run = trainer(**over)
-    expected = {"saves": 0, "evaluations": 1}  # the one before the first step
-    for step in range(1, run.total_steps + 1):
-        run.step = step
-        expected["saves"] += run._due()
-        expected["evaluations"] += run._knn_due()
-    assert estimate.saves(run.config, run.steps_per_epoch) == expected["saves"]
-    found = estimate.measure_extras(run, 0.25)
-    assert (found.saves, found.save_seconds) == (expected["saves"], 0.25)
-    assert found.evaluations == (expected["evaluations"] if run.online else 0)
-
-
-def test_the_disk_a_run_needs_is_what_it_takes(tmp_path: Path) -> None:
-    made = small_run(tmp_path / "run", **{"checkpoint.every": 1}).folder
-    config = resolve(merge(SMALL, {"checkpoint": {"every": 1}}))
-    run = build(config, Engine(config.engine))
-    for parts in run.loader.stream(0, 1):
-        run.train_step(parts)
-    disk, _ = estimate.measure_saving(run)
-    newest = made / "checkpoints" / "step-00000020"
-    assert disk.checkpoint == pytest.approx(sum(file.stat().st_size for file in newest.iterdir()), rel=0.05)
-    exported = sum(file.stat().st_size for file in (made / "export").glob("*.safetensors"))
+def test_saves_evaluations_and_the_disk_are_those_of_training(over: dict[str, Any], tmp_path: Path) -> None:
+    over = {"max_images": 96, "checkpoint.keep": 100} | over
+    run = small_run(tmp_path / "run", **over).folder
+    figures = estimate(small(**over), steps=1)
+    checkpoints = list((run / "checkpoints").iterdir())
+    evaluated = [row for row in read_rows(run / "metrics.jsonl") if "knn_top1" in row]
+    assert (figures.extras.evaluations, figures.extras.saves) == (len(evaluated), len(checkpoints))
+    disk, newest = figures.disk, max(checkpoints)
+    assert disk.checkpoint == pytest.approx(sum(file.stat().st_size for file in newest.iterdir()), rel=0.3)
+    assert disk.checkpoints == len(checkpoints) + 2  # the best by kNN, and a new one before the oldest goes
+    exported = sum(file.stat().st_size for file in (run / "export").glob("*.safetensors"))
     assert disk.exports == pytest.approx(exported, rel=0.2)  # this small a network has names as long as its weights
-    assert 0.5 < disk.logs / (made / "metrics.jsonl").stat().st_size < 2
-    assert disk.checkpoints == 4 and disk.total > 4 * disk.checkpoint and disk.free > 0
+    assert 0.5 < disk.logs / (run / "metrics.jsonl").stat().st_size < 3 and disk.free > 0
 
 
-def test_an_evaluation_of_files_counts_their_reading(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where reading an image takes days, all else vanishes: both sides are read for both networks."""
-    run = files(folder)
-    pair = type("Pair", (), {"bank": run.images, "test": choose(run.images, 5, 0)})
-    run.online = type("Online", (), {"pair": pair})  # type: ignore[assignment]
-    monkeypatch.setattr(estimate, "_search", lambda *_: 0.0)
-    monkeypatch.setattr(estimate, "_reading", lambda *_: 1e6)
-    # 12 + 5 images, two networks, no process beside this one.
-    assert estimate._evaluation(run) == pytest.approx(2 * 17 * 1e6, rel=0.01)
+def test_without_evaluations_saves_are_those_of_the_epochs() -> None:
+    assert interruptions(resolve(small(**{"epochs": 7, "log.knn_every": 0, "checkpoint.every": 3})), 10) == (0, 3)
 
 
-def test_reading_skips_what_cannot_be_read(folder: Path) -> None:
-    run = files(folder)
-    assert estimate._reading(run.images, run.config) > 0
-
-
-def test_a_cache_is_not_made_for_an_estimate(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(estimate, "_SAMPLE", 4)
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+def test_a_cache_is_read_where_it_is_and_not_made(folder: Path, tmp_path: Path) -> None:
     caches = tmp_path / "caches"
-    run = files(folder, **{"loader.cache": 16, "loader.cache_folder": str(caches)})
-    before = sorted(tmp_path.iterdir())
-    with estimate.stand_in(run) as needed:
-        train(run, 3)  # reads all the positions
-        assert isinstance(run.images.source, estimate.Repeated) and len(run.images.source) == 12
-        few = run.images.source.total
-        assert 0 < few <= 4 * 3 * 16 * 20 and needed == few * 12 // 4
-    assert sorted(tmp_path.iterdir()) == before
-    disk, _ = estimate.measure_saving(run, needed)
-    assert disk.cache == needed and 0 < disk.cache_free < disk.free + 1
-
-
-def test_a_cache_that_is_there_is_read_as_it_is(folder: Path, tmp_path: Path) -> None:
-    caches = tmp_path / "caches"
-    run = files(folder, **{"loader.cache": 16, "loader.cache_folder": str(caches)})
+    settings = photos(folder, **{"loader.cache": 16, "loader.cache_folder": str(caches)})
+    before = sorted(tmp_path.rglob("*"))
+    figures = estimate(settings, steps=6)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert 0 < figures.disk.cache <= 12 * 3 * 16 * 20 and figures.disk.cache_free > 0 and figures.unreadable == 1
+    config = resolve(settings)
     with Display(1, 0, show=False) as silent:
-        made = shrunken(run.images, run.config, silent)
-    before = {file: file.stat().st_mtime_ns for file in caches.rglob("*")}
-    with estimate.stand_in(run) as needed:
-        train(run, 1)
-        assert needed == 0 and run.images.source.folder == made.folder
-    assert {file: file.stat().st_mtime_ns for file in caches.rglob("*")} == before
+        shrunken(build(config, Engine(config.engine)).images, config, silent)
+    written = {file: file.stat().st_mtime_ns for file in caches.rglob("*")}
+    assert estimate(settings).disk.cache == 0
+    assert {file: file.stat().st_mtime_ns for file in caches.rglob("*")} == written
 
 
-def test_ranks_repeat_the_stages_as_often_as_the_first_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = list[int]()
-
-    def stages(run: Any, repeats: int) -> dict[str, float]:
-        asked.append(repeats)
-        raise ConfigError("seen")
-
-    monkeypatch.setattr(Engine, "broadcast", lambda self, value: 4)
-    monkeypatch.setattr(estimating, "stages", stages)
-    with pytest.raises(ConfigError, match="seen"):
-        relssl.estimate(**SMALL, steps=1, quiet=True)
-    assert asked == [4]
+def test_methods_without_teacher_and_memory_have_no_share_of_them(capsys: pytest.CaptureFixture[str]) -> None:
+    run = estimate(small(**{"recipe": "digits", "log.knn_every": 0, "method.name": "simclr"}))
+    assert run.shares["teacher"] == 0 and sum(run.shares.values()) == pytest.approx(1)
+    show_estimate(run)
+    assert "teacher, forward" not in capsys.readouterr().out
 
 
-def test_memory_of_a_gpu_is_what_is_reserved(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80))
-    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda _: 72)
-    here: Any = SimpleNamespace(device=torch.device("cpu"))
-    there: Any = SimpleNamespace(device=torch.device("cuda"))
-    small = torch.zeros(1 << 24).add_(1)  # 64 MiB that are really there
-    found = estimate.peak_memory(there, 2)
-    assert (found.device_used, found.device_total, found.share) == (72, 80, 0.9)
-    found = estimate.peak_memory(here, 1)
-    assert found.device_total == 0 and small.nbytes < found.used < found.total and found.share == found.used / found.total
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on fewer cores
+def test_slow_steps_are_cut_short_and_each_loader_process_delivers_as_often(folder: Path) -> None:
+    config = resolve(SMALL)
+    assert len(time_steps(build(config, Engine(config.engine)), 50, limit=0.0).steps) == 3
+    assert estimate(photos(folder, **{"loader.workers": 2}), steps=3).steps_timed == 4
+    assert estimate(small(**{"loader.views_ahead": 4}), steps=5).steps_timed == 8
 
 
-def test_memory_of_the_machine_is_that_of_all_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(estimate, "host_memory", lambda field: 7 if field == "VmHWM" else 0)
-    here: Any = SimpleNamespace(device=torch.device("cpu"))
-    assert estimate.peak_memory(here, 4).used == 28
+def test_a_small_network_counts_as_by_hand(tiny_net: type[nn.Module]) -> None:
+    network, images = tiny_net(), torch.randn(5, 3, 8, 8)
+    conv = 2 * 27 * 16 * 5 * 4 * 4  # 3x3x3 multiply-adds for each of 16 x 4 x 4 outputs of 5 images
+    assert count_flops(lambda: network(images)) == conv
+    # Of an only layer the weight's gradient alone is taken, which costs what the forward pass does.
+    assert count_flops(lambda: network(images).sum().backward()) == 2 * conv
 
 
-def test_a_process_does_not_inherit_its_parents_peak() -> None:
-    block = b"\1" * (256 << 20)
-    code = "from relssl.train.memory import host_memory; print(host_memory('VmRSS'), host_memory('VmHWM'))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    held, most = map(int, done.stdout.split())
-    assert held <= most < held + len(block) // 2
+def test_resnet18_of_the_papers_counts_as_by_hand() -> None:
+    config = resolve({"recipe": "nips/cifar10", "encoder.dim": 256, "method.memory_size": 65536})
+    stem, layer1 = 2 * 27 * 64 * 32**2, 4 * 2 * 9 * 64 * 64 * 32**2
+    # Each later stage: one convolution that halves the size, its shortcut, and three that keep it.
+    later = 3 * (2 * 9 * 64 * 128 * 16**2 + 2 * 64 * 128 * 16**2 + 3 * 2 * 9 * 128 * 128 * 16**2)
+    forward = stem + layer1 + later + 2 * (512 * 2048 + 2048 * 256)
+    flops = step_flops(config)
+    assert flops["student"] == flops["teacher"] == forward == 1_113_980_928
+    assert flops["backward"] == 2 * forward - stem  # images need no gradient
+    assert flops["memory"] == 3 * 2 * 65536 * 256  # keys, queries, and the queries' gradient
+
+
+def test_crops_of_several_sizes_count_by_their_pixels_and_draw_nothing() -> None:
+    crops = small(**{"views.weak.size": 32, "views.crops": [[32, 0.2, 1], [16, 0.1, 0.3]]})
+    state = torch.get_rng_state()
+    flops = step_flops(resolve(crops))
+    assert torch.equal(torch.get_rng_state(), state)
+    one = step_flops(resolve(small(**{"views.weak.size": 32})))
+    assert flops["teacher"] == one["teacher"] and flops["memory"] == one["memory"] * 5 // 3
+    # A quarter of the pixels costs a quarter, but for the projector.
+    projector = 2 * (16 * 32 + 32 * 16)
+    assert flops["student"] - one["student"] == (one["student"] - projector) / 4 + projector
+
+
+def test_the_device_reaches_at_least_what_a_product_does() -> None:
+    engine, side = Engine(EngineConfig(device="cpu", threads=1, precision="fp32")), 512
+    left, right = torch.randn(2, side, side)
+    with engine.running():
+        rate = 2 * side**3 * 20 / timeit.timeit(lambda: left @ right, number=20)
+        assert attainable(engine, seconds=0.5) > rate / 3
+
+
+def test_memory_is_that_of_all_processes_of_the_machine() -> None:
+    block = torch.zeros(1 << 24).add_(1)  # 64 MiB that are really there
+    engine = Engine(EngineConfig(device="cpu"))
+    one, four = peak_memory(engine, 1), peak_memory(engine, 4)
+    assert block.nbytes < one.used < one.total and one.device_total == 0 and one.share == one.used / one.total
+    assert four.used == pytest.approx(4 * one.used, rel=0.05)
+    assert Memory(1, 10, 72, 80).share == 0.9
+
+
+SHARES = {"data": 0.02, "teacher": 0.22, "student": 0.22, "backward": 0.52, "update": 0.02}
+
+
+def figures(used: float = 0.1, kind: str = "cuda", waits: float = 0.02, **changes: Any) -> Estimate:
+    """A healthy run, with changes."""
+    run = {"data": "photos", "images": 50_000, "backbone": "resnet18", "batch_size": 256, "epochs": 200, "total_steps": 39_000}
+    machine = {"device": "", "kind": kind, "world": 1, "cores": 8, "threads": 8, "workers": 2, "unreadable": 0}
+    steps = {"steps_timed": 20, "step_seconds": 2.0, "step_low": 1.9, "step_high": 2.2, "step_mean": 2.0}
+    length = {"seconds": 79_000.0, "training_seconds": 78_000.0, "evaluation_seconds": 900.0, "saving_seconds": 100.0}
+    space = {"memory": Memory(GB, 64 * GB, int(used * 80 * GB), 80 * GB), "extras": Extras(21, 43.0, 200, 0.5)}
+    space["disk"] = Disk(GB // 10, 4, GB // 10, 10**7, 100 * GB, 0, 90 * GB)
+    floor = {"flops": {"student": GB}, "attainable_flops": 1e12, "floor_seconds": 1.2, "floor_multiple": 1.7}
+    rest = {"images_per_second": 127.0, "shares": SHARES | {"data": waits}, "limit": "networks"}
+    return Estimate(**{**run, **machine, **steps, **length, **space, **floor, **rest, **changes})
+
+
+def advised(run: Estimate, reading: float = 0.0, **over: Any) -> dict[str, str]:
+    config = resolve({"recipe": "cifar10", "data": "photos"} | over)
+    return {each.setting: each.value for each in advise(run, config, reading)}
+
+
+@pytest.mark.parametrize(
+    ("run", "reading", "over", "advice"),
+    [
+        (figures(), 0.0, {}, {}),
+        # Half of a second's step is computing; four processes read 256 images of 1/128 core seconds in that.
+        (figures(waits=0.5, step_mean=1.0), 1 / 128, {}, {"loader.workers": "4"}),
+        # Each of two processes has four of the cores: three beside itself.
+        (figures(waits=0.5, step_mean=1.0), 1 / 64, {"engine.devices": 2}, {"loader.workers": "3"}),
+        (figures(waits=0.5, workers=7), 1.0, {}, {"loader.cache": "37"}),  # all cores load already
+        (figures(waits=0.5, workers=7), 1.0, {"loader.cache": 37}, {"data": "a faster disk, or more cores"}),
+        (figures(waits=0.5, workers=None), 0.0, {}, {}),  # views of images in memory
+        (figures(), 0.0, {"compile": "off"}, {"compile": "auto"}),
+        (figures(total_steps=1999), 0.0, {"compile": "off"}, {}),
+        (figures(kind="cpu", threads=2), 0.0, {"engine.threads": 2, "engine.devices": 2}, {"engine.threads": "null"}),
+        (figures(floor_multiple=6.0), 0.0, {}, {"batch_size": "512"}),
+        (figures(used=0.95), 0.0, {}, {"accumulate": "2"}),
+        (figures(used=0.95), 0.0, {"batch_size": 6, "accumulate": 3, "encoder.batch_norm_splits": 1}, {}),  # parts of one image
+        (figures(used=0.15), 0.0, {"accumulate": 4}, {"accumulate": "1"}),
+        (figures(saving_seconds=7900.0), 0.0, {}, {"checkpoint.every": "10"}),
+        (figures(saving_seconds=7900.0), 0.0, {"checkpoint.every_steps": 10}, {"checkpoint.every_steps": "null"}),
+        (figures(saving_seconds=50.0, evaluation_seconds=50.0, seconds=400.0), 0.0, {}, {}),  # under a minute
+        (figures(evaluation_seconds=39_500.0), 0.0, {}, {"log.knn_every": "100"}),
+        (figures(disk=Disk(GB, 4, 0, 0, 3 * GB, 0, 0)), 0.0, {}, {"out": "another disk"}),
+        (figures(disk=Disk(GB, 4, 0, 0, 9 * GB, 6 * GB, 5 * GB)), 0.0, {}, {"loader.cache_folder": "another disk"}),
+    ],
+)
+def test_one_fault_one_advice(run: Estimate, reading: float, over: dict[str, Any], advice: dict[str, str]) -> None:
+    assert advised(run, reading, **over) == advice
+
+
+def test_the_most_important_advice_comes_first() -> None:
+    run = figures(kind="cpu", threads=2, disk=Disk(GB, 4, 0, 0, GB, 0, 0))
+    assert list(advised(run, **{"engine.threads": 2})) == ["out", "engine.threads"]
+    assert advice_lines(()) == ["nothing: no setting stands in the way"]
+
+
+def test_figures_in_the_unit_that_suits_them() -> None:
+    spoken = [duration(seconds) for seconds in (0.0123, 1.5, 119, 7199, 7200, 172_800)]
+    assert spoken == ["12.3 ms", "1.5 s", "119.0 s", "120.0 min", "2.0 h", "2.0 d"]
+    assert [size(count) for count in (1_200_000, 2_340_000_000)] == ["1.2 MB", "2.3 GB"]

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -19,7 +18,6 @@ import relssl
 from relssl.cli import main
 from relssl.data.named import load
 from relssl.errors import ConfigError, DataError, NumericError, StorageError
-from relssl.evaluation import features
 from relssl.evaluation.result import compare
 from relssl.settings.evaluation import read_settings
 from relssl.weights import store
@@ -71,10 +69,11 @@ PROTOCOLS = ("knn", "probe", "linear", "semi", "finetune", "lowshot", "retrieval
 
 
 def test_every_protocol_gives_figures_with_intervals_and_a_card(finished: Path, tmp_path: Path) -> None:
-    out = tmp_path / "all.json"
+    out, threads = tmp_path / "all.json", torch.get_num_threads()
     found = relssl.evaluate(finished, "digits", protocol=PROTOCOLS, out=out, **QUICK)
     assert json.loads(out.read_text())["results"] == json.loads(json.dumps(found["results"]))
     assert {result["protocol"] for result in found["results"]} == set(PROTOCOLS)
+    assert torch.get_num_threads() == threads and torch.are_deterministic_algorithms_enabled() is False
     for result in found["results"]:
         assert result["network"] in ("student", "teacher")
         assert result["main"] in result["figures"]
@@ -97,16 +96,16 @@ def test_every_protocol_gives_figures_with_intervals_and_a_card(finished: Path, 
         assert {result["protocol"] for result in kept_there["results"]} == {protocol}
 
 
-def test_one_pass_over_the_images_serves_all_protocols_on_features(finished: Path) -> None:
-    with patch.object(features, "stream", wraps=features.stream) as streamed:
-        first = relssl.evaluate(finished, protocol="knn,probe,retrieval", network="student", **QUICK)
-        assert streamed.call_count == 2  # bank and test
-        again = relssl.evaluate(finished, protocol="knn,probe,retrieval", network="student", **QUICK)
-        assert streamed.call_count == 2
-    plain = relssl.evaluate(finished, protocol="knn,probe,retrieval", network="student", cache=False, **QUICK)
+def test_one_pass_over_the_images_serves_all_protocols_on_features(finished: Path, tmp_path: Path) -> None:
+    quick = QUICK | {"protocol": "knn,probe,retrieval", "network": "student"}
+    first = relssl.evaluate(finished, **quick)
+    files = {file: file.stat().st_ino for file in (tmp_path / "cache/features").iterdir()}
+    assert len(files) == 2  # bank and test
+    again, plain = relssl.evaluate(finished, **quick), relssl.evaluate(finished, cache=False, **quick)
+    assert {file: file.stat().st_ino for file in (tmp_path / "cache/features").iterdir()} == files
 
-    def figures(found: dict[str, Any]) -> list[Any]:
-        return [(result["protocol"], result["figures"], result["intervals"]) for result in found["results"]]
+    def figures(answer: dict[str, Any]) -> list[Any]:
+        return [(result["protocol"], result["figures"], result["intervals"]) for result in answer["results"]]
 
     assert figures(first) == figures(again) == figures(plain)
 
@@ -200,14 +199,16 @@ def test_a_run_that_cannot_be_written_is_evaluated_into_a_file(finished: Path, t
         relssl.evaluate(run, **QUICK)
     relssl.evaluate(run, out=out, say=said.append, **QUICK)
     assert json.loads(out.read_text())["results"] and "the results go to" in said[0]
-    with pytest.raises(ConfigError, match="is a folder; name a JSON file"):
+    with pytest.raises(ConfigError, match="must be a JSON file"):
         relssl.evaluate(run, out=tmp_path, **QUICK)
 
 
-def test_images_of_pretraining_are_flagged_in_a_subset_too(finished: Path) -> None:
-    whole = load("digits", None, "test").fingerprint()
-    with patch("relssl.weights.opening._pretrained_on", return_value=whole):
-        (result, *_) = relssl.evaluate(finished, **QUICK)["results"]
+def test_images_of_pretraining_are_flagged_in_a_subset_too(finished: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    environment = json.loads((run / "environment.json").read_text())
+    environment["data"]["fingerprint"] = load("digits", None, "test").fingerprint()
+    (run / "environment.json").write_text(json.dumps(environment))
+    (result, *_) = relssl.evaluate(run, **QUICK)["results"]
     assert "the test images are those that the run was pretrained on" in result["notes"]
 
 
@@ -248,7 +249,7 @@ def test_what_is_no_source_is_refused_in_one_line(finished: Path, tmp_path: Path
     assert main(["evaluate", str(finished), "--network", "pupil", "--device", "cpu"]) == 2
     assert "holds student and teacher, not pupil" in capsys.readouterr().err
     assert main(["evaluate", str(finished), "--out", str(tmp_path / "no/such/a.json")]) == 2
-    assert "is no folder" in capsys.readouterr().err
+    assert "out:" in capsys.readouterr().err
 
 
 def test_the_command_prints_a_table_or_json(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:

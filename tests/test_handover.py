@@ -17,6 +17,7 @@ import relssl
 from relssl.cli import main
 from relssl.data.named import load
 from relssl.data.plain import Reader
+from relssl.engine import Engine
 from relssl.errors import CheckpointError, ConfigError, DataError
 from relssl.weights import store
 from relssl.weights.spec import BackboneSpec
@@ -124,7 +125,7 @@ def test_evaluate_equals_scikit_learn_on_the_same_features(finished: Path) -> No
     pair = LabelledPair.load("digits", None, (300, 300))
     backbone = relssl.load_backbone(finished, "teacher")
     bank, test = (
-        extract(backbone, side, Reader(backbone.spec.view), torch.device("cpu")).vectors.numpy()
+        extract(backbone, side, Reader(backbone.spec.view), Engine.local("cpu", "fp32")).vectors.numpy()
         for side in (pair.bank, pair.test)
     )
     assert len(found) == 8
@@ -140,7 +141,7 @@ def test_measuring_changes_nothing(finished: Path) -> None:
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
     from relssl.evaluation.features import extract
 
-    extract(backbone, load("digits", None, "test").subset(range(40)), Reader(backbone.spec.view), torch.device("cpu"))
+    extract(backbone, load("digits", None, "test").subset(range(40)), Reader(backbone.spec.view), Engine.local("cpu", "fp32"))
     assert backbone.training
     assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
 

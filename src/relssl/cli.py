@@ -1,44 +1,457 @@
-"""The command line. torch is imported only once a command is known to be worth it."""
+"""The command line: the verbs with their options, and what becomes of errors. torch is imported only once a command is known to be
+worth it."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import itertools
 import json
 import os
 import sys
+import textwrap
 import traceback
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from relssl import __version__, verbs
-from relssl.errors import ConfigError, RelsslError
-from relssl.settings.evaluation import Evaluation
-from relssl.settings.reading import leaves, nearest_word
-from relssl.settings.run import METHODS, VIEWS, Config
-from relssl.weights.formats import FORMATS
+from relssl import __version__
+from relssl.errors import ConfigError, FailedRuns, RelsslError
+from relssl.settings import recipes
+from relssl.settings.evaluation import Evaluation, read_settings
+from relssl.settings.reading import choices, leaves, nearest_word
+from relssl.settings.run import METHODS, VIEWS, Config, differences, resolve, to_yaml
+from relssl.weights.formats import FORMATS, find_format
 
-# The settings that each command takes as options.
-_SETTINGS: dict[str, Any] = {
-    **dict.fromkeys(("pretrain", "estimate", "validate", "reproduce"), Config),
-    "evaluate": Evaluation,
-}
+# A verb's result for --json, and the text, or the function that shows it, for people; None in processes that have no result.
+Outcome = tuple[Any, str | Callable[[], Any]] | None
+Overrides = dict[str, Any]
+Option = tuple[str, dict[str, Any]]
+
+
+class Verb(NamedTuple):
+    """A command.
+
+    Attributes:
+        run: takes the arguments and the settings among them.
+        about: one line of help.
+        options: its own arguments.
+        settings: whose fields are options, too.
+    """
+
+    run: Callable[[argparse.Namespace, Overrides], Outcome]
+    about: str
+    options: tuple[Option, ...]
+    settings: Any
+
+
+VERBS: dict[str, Verb] = {}
+
+
+def verb(about: str, *options: Option, settings: Any = None) -> Callable[[Any], Any]:
+    """Make a command of a function."""
+
+    def add(run: Any) -> Any:
+        VERBS[run.__name__.removesuffix("_")] = Verb(run, about, options, settings)
+        return run
+
+    return add
+
+
+def option(name: str, about: str | None = None, **more: Any) -> Option:
+    """Return an argument for argparse."""
+    return name, {"help": about, **more}
+
+
 # Sections that may be given by the name they start from.
-_NAMED = ("method", "views.weak", "views.strong")
+_NAMED: dict[str, Collection[str]] = {"method": METHODS, "views.weak": VIEWS, "views.strong": VIEWS}
+_RUN = (
+    option("data", "name of a data set, folder of images or list file (default: digits)", metavar="DATA", nargs="?"),
+    option("--config", "YAML file of settings", metavar="FILE"),
+    *(option(f"--{name}", f"one of {', '.join(names)}", metavar="NAME") for name, names in _NAMED.items()),
+)
+_SOURCE = option("source", "run folder, file of weights, or timm name", metavar="SOURCE")
+_NETWORK = option("--network", "of a run; default: student", choices=("student", "teacher"))
+_FORMATS = "; ".join(f"{name}: {format.about}" for name, format in FORMATS.items())
+# How files of other programs are read.
+_FOREIGN = (
+    option("--from", "official, solo, moco, dino, torchvision or timm; default: by its names", dest="layout", metavar="LAYOUT"),
+    option("--backbone", "timm's name of the network; default: ResNets are recognised", metavar="NAME"),
+    option("--stem", "standard, small, small-pool or small-wide; default: by the first convolution"),
+    option("--allow", "names that may be missing or unexpected (abc.* for many)", nargs="+", default=[], metavar="NAME"),
+)
+
+
+@verb("pretrain a backbone on images", *_RUN, settings=Config)
+def pretrain(args: argparse.Namespace, overrides: Overrides) -> Outcome:
+    from relssl.train.run_folder import default_folder, refuse_used
+
+    config = _run_settings(args, overrides)
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        refuse_used(Path(config.out or default_folder(config)))
+    _prepare()
+    from relssl.train.pretrain import pretrain
+
+    return _trained(pretrain(settings=config))
+
+
+@verb(
+    "time a few steps of a run: what the whole would take, and what to change",
+    *_RUN,
+    option("--steps", "steps that are timed (default: 20)", type=int, default=20),
+    settings=Config,
+)
+def estimate(args: argparse.Namespace, overrides: Overrides) -> Outcome:
+    config = _run_settings(args, overrides)
+    _prepare()
+    from relssl.report.tables import show_estimate
+    from relssl.train.estimate import estimate
+
+    result = estimate(settings=config, steps=args.steps)
+    return None if result is None else (dataclasses.asdict(result), lambda: show_estimate(result))
+
+
+@verb(
+    "go on with a run exactly where it was saved",
+    option("run_folder", metavar="RUN"),
+    option("--checkpoint", "name of an older checkpoint to go on from"),
+)
+def resume(args: argparse.Namespace, _: Overrides) -> Outcome:
+    _prepare()
+    from relssl.train.pretrain import resume
+
+    return _trained(resume(args.run_folder, checkpoint=args.checkpoint))
+
+
+@verb(
+    "measure what a backbone learned",
+    _SOURCE,
+    option("data", "labelled data; default: the run's own; transfer: several, A,B,C", metavar="DATA", nargs="?"),
+    option("--out", "JSON file for all results; those of a run are kept in RUN/evaluations too", metavar="FILE"),
+    *_FOREIGN,
+    settings=Evaluation,
+)
+def evaluate(args: argparse.Namespace, overrides: Overrides) -> Outcome:
+    settings = read_settings(overrides)
+    _prepare()
+    from relssl.evaluation.evaluate import evaluate
+    from relssl.report.tables import show_evaluation
+
+    so_far: list[dict[str, Any]] = []
+    options: Any = {"settings": settings, "reading": _reading(args), "out": args.out, "done": so_far.append}
+    try:
+        record = evaluate(args.source, args.data, say=None if args.json else _say, **options)
+    except (RelsslError, KeyboardInterrupt):
+        if so_far:  # protocols that were finished before are not lost
+            print(json.dumps(so_far[-1])) if args.json else show_evaluation(so_far[-1])
+        raise
+    return record, lambda: show_evaluation(record)
+
+
+@verb(
+    "compare two evaluations, if they were made alike",
+    option("first", "of RUN/evaluations, or of evaluate --out", metavar="A.json"),
+    option("second", metavar="B.json"),
+    option("--network", "network of both, or of each: student,backbone; default: of equal names"),
+    option("--allow", "fields of the card that may differ", nargs="+", default=[], metavar="FIELD"),
+)
+def compare(args: argparse.Namespace, _: Overrides) -> Outcome:
+    from relssl.evaluation.result import compare
+    from relssl.report.tables import show_comparison
+
+    names = args.network.split(",") if args.network else []
+    if len(names) > 2:
+        raise ConfigError(f"network: one name or two are needed, got {args.network}")
+    rows = compare(args.first, args.second, network=(names[0], names[-1]) if names else None, allow=args.allow)
+    return {"comparisons": rows}, lambda: show_comparison(rows)
+
+
+@verb(
+    "write the features of images to a file",
+    _SOURCE,
+    option("data", metavar="DATA"),
+    option("--out", "target .npz, .csv or .parquet", required=True),
+    option("--size", "side of the view in pixels; default: the one pretraining used", type=int),
+    _NETWORK,
+    option("--split", default="train", choices=("train", "bank", "test")),
+    option("--data_root", "where named data sets lie"),
+    option("--device", default="auto", choices=("auto", "cpu", "cuda", "mps")),
+    option("--precision", "of the network's arithmetic", default="fp32", choices=("auto", "fp32", "bf16")),
+    *_FOREIGN,
+)
+def embed(args: argparse.Namespace, _: Overrides) -> Outcome:
+    _prepare()
+    from relssl.evaluation.embed import embed
+
+    options = _pick(args, "network", "split", "data_root", "device", "precision")
+    facts = embed(args.source, args.data, args.out, reading=_reading(args, size=args.size), **options)
+    written = f"{facts['images']} features of dimension {facts['dim']} in {facts['out']}"
+    return facts, "\n".join([f"{written}; {len(facts['bad'])} images could not be read", *facts["notes"]])
+
+
+@verb(
+    "write a backbone for other programs, and check what they will read",
+    option("source", "run folder, or exported or imported .safetensors", metavar="RUN|WEIGHTS"),
+    option("--format", f"{_FORMATS} (default: safetensors)", default="safetensors", metavar="FORMAT"),
+    _NETWORK,
+    option("--out", "target file, or folder for hf; default: in RUN/export, or beside the file"),
+)
+def export(args: argparse.Namespace, _: Overrides) -> Outcome:
+    find_format(args.format)  # before torch is imported
+    _prepare()
+    from relssl.weights.export import export
+
+    result = export(args.source, **_pick(args, "format", "network", "out"))
+    parity, files = result.parity, [str(file) for file in result.files]
+    facts = {"out": str(result.path), "files": files, "format": result.format, "network": result.network}
+    how = f"features differ by {parity.difference:.2g} at most, {parity.relative:.2g} of the largest"
+    code = "\n".join("    " + line for line in result.lines)
+    return facts | dataclasses.asdict(parity), f"{result.path}\nchecked on {parity.images}: {how}\n\nLoad it:\n\n{code}"
+
+
+@verb(
+    "turn another program's checkpoint into a backbone file",
+    option("file", "what it saved: .pth, .pth.tar, .ckpt, .safetensors", metavar="FILE"),
+    option("--network", "default: the one its authors evaluate", choices=("student", "teacher")),
+    option("--size", "pixels of its images; default: 224, or 32 and 64 for small stems", type=int),
+    option("--out", "target .safetensors; default: beside FILE"),
+    *_FOREIGN,
+)
+def import_(args: argparse.Namespace, _: Overrides) -> Outcome:
+    _prepare()
+    from relssl.weights.export import import_weights
+
+    report = import_weights(args.file, **_pick(args, "out", "layout", "backbone", "stem", "network", "allow", "size"))
+    return report.facts(), "\n".join([*report.lines(), f"written to {report.out}"])
+
+
+@verb(
+    "list the recipes, or show the settings of one and where they come from",
+    option("recipe", "a recipe, to see its settings", metavar="NAME", nargs="?"),
+)
+def recipes_(args: argparse.Namespace, _: Overrides) -> Outcome:
+    if args.recipe is None:
+        listed = recipes.listing()
+        groups = itertools.groupby(listed, lambda recipe: recipe.name.rpartition("/")[0])
+        text = ["\n".join(f"{recipe.name:22} {recipe.about}" for recipe in group) for _, group in groups]
+        hint = "`relssl recipes NAME` shows the settings of one and where they come from"
+        return [vars(recipe) for recipe in listed], "\n\n".join([*text, hint])
+    one = recipes.find(args.recipe)
+    settings = differences(resolve({"recipe": one.name}))
+    del settings["recipe"]
+    head = f"{one.name}: {one.about}\n\n{textwrap.fill(one.source, 120)}\n\nwhat differs from the defaults:"
+    rows = (f"  {name:30} {json.dumps(value)}" for name, value in settings.items())
+    return vars(one) | {"settings": settings}, "\n".join([head, *rows])
+
+
+@verb(
+    "print the images of a folder as a list file, which is read at once: relssl list FOLDER > FILE",
+    option("folder", metavar="FOLDER"),
+)
+def list_(args: argparse.Namespace, _: Overrides) -> Outcome:
+    from relssl.data.folder import list_lines, shown
+
+    lines, bad = list_lines(args.folder)
+    if bad:
+        _say(f"relssl: {len(bad)} files are left out, the first: {shown(bad[0][0])} {bad[0][1]}")
+    return {"images": len(lines), "bad": bad}, lambda: sys.stdout.buffer.writelines(line + b"\n" for line in lines)
+
+
+@verb(
+    "list networks with their parameters and GFLOPs",
+    option("pattern", "part of the name, or all of it with * and ?; searches them all", metavar="PATTERN", nargs="?"),
+    option("--family", "what the name begins with, such as mobilenetv3"),
+    option("--max_params", "at most this many million parameters", type=float, default=float("inf"), metavar="M"),
+    option("--max_gflops", "at most this many GFLOPs", type=float, default=float("inf"), metavar="G"),
+    option("--size", "side of the images in pixels (default: 224)", type=int, default=224),
+    option("--all", "all networks of timm and torchvision, not those named here alone", action="store_true"),
+)
+def backbones(args: argparse.Namespace, _: Overrides) -> Outcome:
+    if args.size < 4:
+        raise ConfigError(f"size: must be 4 pixels or more, got {args.size}")
+    from relssl.method.backbones import find, within
+    from relssl.report.tables import show
+
+    networks = within(find(args.pattern, args.family, args.all), args.size, args.max_params * 1e6, args.max_gflops)
+    shown = networks if args.json else show(networks, args.size)  # each as it comes
+    return [dataclasses.asdict(each) for each in shown], lambda: None
+
+
+@verb(
+    "check settings without running anything",
+    *_RUN,
+    option("--show", "print all settings as YAML", action="store_true"),
+    settings=Config,
+)
+def validate(args: argparse.Namespace, overrides: Overrides) -> Outcome:
+    config = resolve(overrides, args.config)
+    run = f"recipe {config.recipe}, {config.backbone} on {config.data}, {config.epochs} epochs of batch {config.batch_size}"
+    return {"valid": True, "recipe": config.recipe}, to_yaml(config).rstrip() if args.show else f"valid: {run}"
+
+
+@verb(
+    "rerun one of the paper's comparisons; without TABLE: list them",
+    option("table", "which comparison", metavar="TABLE", nargs="?"),
+    option("--list", "list the comparisons and their rows", action="store_true"),
+    option("--scale", "smoke: shows that it runs; small: for two CPU cores; paper: its own (default: small)", default="small"),
+    option("--seeds", "runs of each row (default: 1, at the small scale 3)", type=int, metavar="N"),
+    option("--only", "run these rows alone", metavar="ROW,...", type=lambda rows: rows.split(","), default=[]),
+    option("--plan", "show what would run and what it would take, and stop", action="store_true"),
+    option("--runs", "folder of the run folders (default: runs/reproduce/TABLE-SCALE)", metavar="DIR"),
+    option("--out", "folder of TABLE-SCALE.json and .md (default: results)", dest="results", default="results", metavar="DIR"),
+    option("--time_limit", "minutes for all runs together; then exit code 75, to go on later", dest="minutes", type=float),
+    option("--epochs", "a rehearsal of so many epochs, whose results say so", metavar="N"),
+    option("--data_root", "where named data sets lie", metavar="DIR"),
+    settings=Config,
+)
+def reproduce(args: argparse.Namespace, overrides: Overrides) -> Outcome:
+    from relssl.reproduction import tables
+    from relssl.reproduction.plan import plan
+
+    if args.list or args.table is None:
+        listed = [tables.read_table(name) for name in ([args.table] if args.table else tables.names())]
+        lines = []
+        for table in listed:
+            lines.append(f"{table.name:18} {table.title}")
+            lines += [f"  {row.name:24} {row.label}  ({', '.join(row.scales)})" for row in table.rows if args.table]
+        facts = [{"table": table.name, "title": table.title, "rows": [row.name for row in table.rows]} for table in listed]
+        return facts, "\n".join(lines)
+    rows = _pick(args, "seeds", "only", "runs")
+    # Faults come to light before torch is imported.
+    plan(tables.read_table(args.table), tables.read_scale(args.scale), overrides=overrides, **rows)
+    _prepare()
+    from relssl.reproduction.reproduce import reproduce
+
+    options = {"plan_only": args.plan, "out": args.results, "time_limit": args.minutes, **rows}
+    results = reproduce(args.table, args.scale, say=_say, **options, **overrides)
+    page = "" if args.plan else str(Path(args.results) / f"{results['name']}.md")
+    # A run outside of this request, which failed before or in another process, is not this command's failure.
+    failed = [
+        run
+        for run in results.get("missing", ())
+        if run["exit_code"] and run["row"] in (args.only or [run["row"]]) and (args.seeds is None or run["seed"] < args.seeds)
+    ]
+    if failed:
+        print(json.dumps(results) if args.json else page)
+        first = failed[0]
+        raise FailedRuns(f"{len(failed)} runs failed, the first is {first['row']}: {first['why']}", first["exit_code"])
+    return results, (lambda: None) if args.plan else page
+
+
+def _run_settings(args: argparse.Namespace, overrides: Overrides) -> Config:
+    """The settings of a run whose data exists; under torchrun the launcher has already decided how many processes there are."""
+    from relssl.data.named import exists
+
+    local, world = os.environ.get("LOCAL_WORLD_SIZE"), os.environ.get("WORLD_SIZE")
+    if local and world:
+        overrides = {"engine.devices": local, "engine.nodes": str(int(world) // int(local))} | overrides
+    config = resolve(overrides, args.config)
+    exists(config.data, config.data_root)
+    return config
+
+
+def _prepare() -> None:
+    """Import torch and tune this process for computing."""
+    from relssl.engine import prepare_process
+
+    prepare_process()
+
+
+def _trained(result: Any) -> Outcome:
+    from relssl.report.tables import facts, show_summary
+    from relssl.weights.opening import load_run
+
+    return result and (facts(result), lambda: show_summary(result, load_run(result.folder).config))
+
+
+def _reading(args: argparse.Namespace, **more: Any) -> Any:
+    from relssl.weights.opening import Reading
+
+    return Reading(args.layout, args.backbone, args.stem, allow=args.allow, **more)
+
+
+def _pick(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in names}
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of all verbs."""
+    parser = argparse.ArgumentParser(
+        prog="relssl", description="Pretrain image backbones on unlabelled images with ReSSL.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"relssl {__version__}")
+    commands = parser.add_subparsers(dest="verb", required=True, metavar="COMMAND")
+    for name, verb in VERBS.items():
+        command = commands.add_parser(name, help=verb.about, description=verb.about, allow_abbrev=False)
+        foreign = command.add_argument_group("files of other programs") if _FOREIGN[0] in verb.options else command
+        for each in verb.options:
+            (foreign if each in _FOREIGN else command).add_argument(each[0], **each[1])
+        command.add_argument("--json", action="store_true", help="end standard output with one JSON object of the results")
+        command.add_argument("--debug", action="store_true", help="show a traceback with an error")
+        if verb.settings:
+            # argparse's own usage would name each of the settings, over two screens.
+            places = [
+                f"[{more['metavar']}]" if "nargs" in more else more["metavar"] for name, more in verb.options if name[0] != "-"
+            ]
+            command.usage = f"{command.prog} {' '.join(places)} [...] [--SETTING VALUE ...] [--json] [--debug]"
+        if verb.settings and name != "reproduce":
+            _add_settings(command, verb)
+    return parser
+
+
+def _add_settings(command: argparse.ArgumentParser, verb: Verb) -> None:
+    """Add every setting as an option; values are read and checked later, together, so that all faults are reported at once."""
+    groups: dict[str, Any] = {}
+    for name, field in leaves(verb.settings).items():
+        if name == "data":
+            continue
+        section = name.rpartition(".")[0]
+        group = groups.setdefault(section, command.add_argument_group(section or "settings"))
+        default = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else str(field.default)
+        words = f" (one of {', '.join(choices(field))})" if choices(field) else ""
+        text = f"{field.description}{words} (default: {default})".replace("%", "%%")
+        group.add_argument(f"--{name}", metavar="VALUE", help=text)
+
+
+def _overrides(args: argparse.Namespace, unknown: list[str]) -> Overrides:
+    """The settings on the command line as {dotted name: text}, unknown ones among them."""
+    settings = VERBS[args.verb].settings
+    known = {*leaves(settings), *_NAMED} if settings else set()
+    overrides = {name: value for name, value in vars(args).items() if name in known and value is not None}
+    words = iter(unknown)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not word.startswith("--"):
+            raise ConfigError(f"{word!r}: not expected here; settings are given as --name value")
+        overrides[name[2:]] = value if equals else next(words, "")
+    # `--views.strong NAME` beside `--views.strong.blur 0`: both speak of one section.
+    overrides = {f"{name}.name" if name in _NAMED else name: value for name, value in overrides.items()}
+    if overrides and not settings:
+        raise ConfigError(*(f"--{name}: unknown option of relssl {args.verb}" for name in overrides))
+    return overrides
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns its exit code."""
-    parser, names = build_parser()
+    """Run a command; return its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv and not argv[0].startswith("-") and argv[0] not in names:
-        print(f"relssl: unknown command {argv[0]!r}; the nearest is {nearest_word(argv[0], names)}", file=sys.stderr)
+    if argv and not argv[0].startswith("-") and argv[0] not in VERBS:
+        print(f"relssl: unknown command {argv[0]!r}; the nearest is {nearest_word(argv[0], VERBS)}", file=sys.stderr)
         return 2
-    args, unknown = parser.parse_known_args(argv)
+    args, unknown = build_parser().parse_known_args(argv)
     try:
-        overrides = _overrides(args, unknown)
-        if overrides and args.verb not in _SETTINGS:
-            raise ConfigError(*(f"--{name}: unknown option of relssl {args.verb}" for name in overrides))
-        answer = args.run(args, overrides)
+        outcome = VERBS[args.verb].run(args, _overrides(args, unknown))
+        if outcome is not None:
+            result, show = outcome
+            if args.json:
+                print(json.dumps(result))
+            elif isinstance(show, str):
+                print(show)
+            else:
+                show()
     except RelsslError as error:
         if args.debug:
             traceback.print_exc()
@@ -49,185 +462,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("relssl: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader of our output has left; there is nobody to tell.
+        # The reader of our output has left, and no message would reach it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
         if args.debug:
             raise
-        print(
-            f"relssl: a bug: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}; --debug shows where",
-            file=sys.stderr,
-        )
+        first = str(error).splitlines()[0] if str(error) else ""
+        print(f"relssl: a bug: {type(error).__name__}: {first}; --debug shows where", file=sys.stderr)
         return 1
-    if args.json and answer is not None:
-        print(json.dumps(answer))
     return 0
-
-
-def build_parser() -> tuple[argparse.ArgumentParser, list[str]]:
-    """The parser and the names of its commands."""
-    parser = argparse.ArgumentParser(
-        prog="relssl", description="Pretrain image backbones on unlabelled images with ReSSL.", allow_abbrev=False
-    )
-    parser.add_argument("--version", action="version", version=f"relssl {__version__}")
-    commands = parser.add_subparsers(dest="verb", required=True, metavar="COMMAND")
-
-    def verb(name: str, run: Any, help: str) -> argparse.ArgumentParser:
-        made = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
-        made.set_defaults(run=run)
-        made.add_argument("--json", action="store_true", help="end standard output with one JSON object of the results")
-        made.add_argument("--debug", action="store_true", help="show a traceback with an error")
-        return made
-
-    made = verb("pretrain", verbs.pretrain, "pretrain a backbone on images")
-    _add_settings(made)
-    made = verb("estimate", verbs.estimate, "time a few steps of a run: what the whole would take, and what to change")
-    made.add_argument("--steps", type=int, default=20, help="steps that are timed (default: 20)")
-    _add_settings(made, "[--steps N] ")
-    made = verb(
-        "list", verbs.list_images, "print the images of a folder as a list file, which is read at once: relssl list FOLDER > FILE"
-    )
-    made.add_argument("folder", metavar="FOLDER")
-    made = verb("resume", verbs.resume, "go on with a run exactly where it was saved")
-    made.add_argument("run_folder", metavar="RUN")
-    made.add_argument("--checkpoint", help="name of an older checkpoint to go on from")
-    made = verb("evaluate", verbs.evaluate, "measure what a backbone learned")
-    made.add_argument("source", metavar="SOURCE", help="run folder, file of weights, or timm name")
-    made.add_argument("data", metavar="DATA", nargs="?", help="labelled data; default: the run's own; transfer: several, A,B,C")
-    made.add_argument("--out", metavar="FILE", help="JSON file for all results; those of a run are kept in RUN/evaluations too")
-    _add_reading(made)
-    _add_options(made, Evaluation, "SOURCE [DATA] [--out FILE] [--from LAYOUT ...]")
-    made = verb("compare", verbs.compare, "compare two evaluations, if they were made alike")
-    made.add_argument("first", metavar="A.json", help="of RUN/evaluations, or of evaluate --out")
-    made.add_argument("second", metavar="B.json")
-    made.add_argument("--network", help="network of both, or of each: student,backbone; default: of equal names")
-    made.add_argument("--allow", nargs="+", default=[], metavar="FIELD", help="fields of the card that may differ")
-    made = verb("embed", verbs.embed, "write the features of images to a file")
-    made.add_argument("source", metavar="SOURCE", help="run folder, file of weights, or timm name")
-    made.add_argument("data", metavar="DATA")
-    made.add_argument("--out", required=True, help="target .npz, .csv or .parquet")
-    made.add_argument("--size", type=int, help="side of the view in pixels; default: the one pretraining used")
-    made.add_argument("--network", choices=("student", "teacher"), help="of a run; default: student")
-    made.add_argument("--split", default="train", choices=("train", "bank", "test"))
-    made.add_argument("--data_root", help="where named data sets lie")
-    made.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
-    made.add_argument("--precision", default="fp32", choices=("auto", "fp32", "bf16"), help="of the network's arithmetic")
-    _add_reading(made)
-    made = verb("export", verbs.export, "write a backbone for other programs, and check what they will read")
-    made.add_argument("source", metavar="RUN|WEIGHTS", help="run folder, or exported or imported .safetensors")
-    formats = "; ".join(f"{name}: {format.about}" for name, format in FORMATS.items())
-    made.add_argument("--format", default="safetensors", metavar="FORMAT", help=f"{formats} (default: safetensors)")
-    made.add_argument("--network", choices=("student", "teacher"), help="of a run; default: student")
-    made.add_argument("--out", help="target file, or folder for hf; default: in RUN/export, or beside the file")
-    made = verb("import", verbs.import_weights, "turn another program's checkpoint into a backbone file")
-    made.add_argument("file", metavar="FILE", help="what it saved: .pth, .pth.tar, .ckpt, .safetensors")
-    made.add_argument("--network", choices=("student", "teacher"), help="default: the one its authors evaluate")
-    made.add_argument("--size", type=int, help="pixels of its images; default: 224, or 32 and 64 for small stems")
-    made.add_argument("--out", help="target .safetensors; default: beside FILE")
-    _add_reading(made)
-    made = verb("recipes", verbs.recipes, "list the recipes, or show the settings of one and where they come from")
-    made.add_argument("name", metavar="NAME", nargs="?", help="a recipe, to see its settings")
-    made = verb("backbones", verbs.backbones, "list networks with their parameters and GFLOPs")
-    made.add_argument(
-        "pattern", metavar="PATTERN", nargs="?", help="part of the name, or all of it with * and ?; searches them all"
-    )
-    made.add_argument("--family", help="what the name begins with, such as mobilenetv3")
-    made.add_argument("--max_params", type=float, default=float("inf"), metavar="M", help="at most this many million parameters")
-    made.add_argument("--max_gflops", type=float, default=float("inf"), metavar="G", help="at most this many GFLOPs")
-    made.add_argument("--size", type=int, default=224, help="side of the images in pixels (default: 224)")
-    made.add_argument("--all", action="store_true", help="all networks of timm and torchvision, not those named here alone")
-    made = verb("validate", verbs.validate, "check settings without running anything")
-    made.add_argument("--show", action="store_true", help="print all settings as YAML")
-    _add_settings(made, "[--show] ")
-    _add_reproduce(verb("reproduce", verbs.reproduce, "rerun one of the paper's comparisons; without TABLE: list them"))
-    return parser, list(commands.choices)
-
-
-def _add_settings(parser: argparse.ArgumentParser, own: str = "") -> None:
-    """The options of a run."""
-    parser.add_argument(
-        "data", metavar="DATA", nargs="?", help="name of a data set, folder of images or list file (default: digits)"
-    )
-    parser.add_argument("--config", metavar="FILE", help="YAML file of settings")
-    for name in _NAMED:
-        what, names = ("method", METHODS) if name == "method" else ("view recipe", VIEWS)
-        parser.add_argument(f"--{name}", metavar="NAME", help=f"{what}: {', '.join(names)}")
-    _add_options(parser, Config, f"[DATA] [--config FILE] {own}")
-
-
-def _add_reproduce(parser: argparse.ArgumentParser) -> None:
-    """The options of a comparison; any setting may be given besides, for all of its runs."""
-    parser.usage = f"{parser.prog} [TABLE] [--scale SCALE] [--plan] [...] [--SETTING VALUE ...] [--json] [--debug]"
-    add = parser.add_argument
-    add("table", metavar="TABLE", nargs="?", help="which comparison")
-    add("--list", action="store_true", help="list the comparisons and their rows")
-    add("--scale", default="small", help="smoke: shows that it runs; small: for two CPU cores; paper: its own (default: small)")
-    add("--seeds", type=int, metavar="N", help="runs of each row (default: 1, at the small scale 3)")
-    add("--only", metavar="ROW,...", help="run these rows alone")
-    add("--plan", action="store_true", help="tell what would run and what it would take, and stop")
-    add("--runs", metavar="DIR", help="folder of the run folders (default: runs/reproduce/TABLE-SCALE)")
-    add("--out", dest="results", default="results", metavar="DIR", help="folder of TABLE-SCALE.json and .md (default: results)")
-    add(
-        "--time_limit",
-        dest="minutes",
-        type=float,
-        metavar="MINUTES",
-        help="for all runs together; then exit code 75, to go on later",
-    )
-    add("--epochs", metavar="N", help="a rehearsal of so many epochs, whose results say so")
-    add("--data_root", metavar="DIR", help="where named data sets lie")
-
-
-def _add_options(parser: argparse.ArgumentParser, settings: Any, usage: str) -> None:
-    """Every setting as an option; values are read and checked later, together, so that all faults are told at once."""
-    # argparse's own would name each of the settings, over two screens.
-    parser.usage = f"{parser.prog} {usage} [--SETTING VALUE ...] [--json] [--debug]"
-    groups: dict[str, Any] = {}
-    for name, (_, field) in leaves(settings).items():
-        section = name.rpartition(".")[0]
-        group = groups.setdefault(section, parser.add_argument_group(section or "settings"))
-        if name != "data":
-            default = f"(default: {_shown(field.default)})" if not callable(field.default_factory) else ""
-            choices = f" (one of {', '.join(field.metadata['choices'])})" if field.metadata["choices"] else ""
-            text = f"{field.metadata['help']}{choices} {default}".replace("%", "%%")
-            group.add_argument(f"--{name}", metavar="VALUE", help=text)
-
-
-def _shown(value: Any) -> str:
-    """A default as it would be typed."""
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
-def _add_reading(parser: argparse.ArgumentParser) -> None:
-    """How to read another program's file."""
-    add = parser.add_argument_group("files of other programs").add_argument
-    add("--from", dest="layout", metavar="LAYOUT", help="official, solo, moco, dino, torchvision or timm; default: by its names")
-    add("--backbone", metavar="NAME", help="timm's name of the network; default: ResNets are recognised")
-    add("--stem", help="standard, small, small-pool or small-wide; default: by the first convolution")
-    add(
-        "--allow",
-        nargs="+",
-        default=[],
-        metavar="NAME",
-        help="names that may be missing or unexpected (abc.* for many); untrained",
-    )
-
-
-def _overrides(args: argparse.Namespace, unknown: list[str]) -> dict[str, Any]:
-    """The settings given on the command line as {dotted name: text}, unknown ones among them."""
-    given = {}
-    if args.verb in _SETTINGS:
-        known = {*leaves(_SETTINGS[args.verb]), *_NAMED}
-        given = {name: value for name, value in vars(args).items() if name in known and value is not None}
-    words = iter(unknown)
-    for word in words:
-        name, equals, value = word.partition("=")
-        if not word.startswith("--"):
-            raise ConfigError(f"{word!r}: not expected here; settings are given as --name value")
-        given[name[2:]] = value if equals else next(words, "")
-    # `--views.strong NAME` beside `--views.strong.blur 0`: both speak of one section.
-    for section in _NAMED:
-        if section in given:
-            given[f"{section}.name"] = given.pop(section)
-    return given

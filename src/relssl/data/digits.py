@@ -37,57 +37,46 @@ def load(split: str) -> tuple[np.ndarray, np.ndarray]:
     Returns:
         Pixels uint8 [N, 3, 32, 32], grey in three equal channels, and labels int64 [N]; copies of an original are adjacent.
     """
-    drawn, labels = _drawn(split == "train")
-    return np.repeat(drawn[:, None], 3, axis=1), np.repeat(labels, COPIES)
+    drawings, labels = _drawings(split == "train")
+    return np.repeat(drawings[:, None], 3, axis=1), np.repeat(labels, COPIES)
 
 
 @functools.cache  # a run asks for the same side more than once: to train on, and as the bank of its evaluations
-def _drawn(training: bool) -> tuple[np.ndarray, np.ndarray]:
+def _drawings(training: bool) -> tuple[np.ndarray, np.ndarray]:
     """Drawings uint8 [COPIES * N, 32, 32], and the labels of their N originals."""
     from sklearn.datasets import load_digits
 
     originals, labels = load_digits(return_X_y=True)
-    train, test = split_originals(labels)
-    rows = train if training else test
-    drawn = draw(originals.reshape(-1, _SOURCE, _SOURCE).astype(np.int32)[rows], np.random.PCG64([SEED, training]))
-    return drawn, labels[rows].astype(np.int64)
+    rows = split_originals(labels)[not training]
+    images = originals.reshape(-1, _SOURCE, _SOURCE).astype(np.int32)[rows]
+    return draw(images, np.random.PCG64([SEED, training])), labels[rows].astype(np.int64)
 
 
 def split_originals(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of the training and of the test originals: in random order within each class, every fifth is for testing."""
+    """Return the rows of the training and of the test originals: every fifth of each class in random order is for testing."""
     keys = np.random.PCG64(SEED).random_raw(len(labels))
     order = np.lexsort((keys, labels))
-    held_out = np.arange(len(labels)) % 5 == 0
-    return np.sort(order[~held_out]), np.sort(order[held_out])
+    testing = np.arange(len(labels)) % 5 == 0
+    return np.sort(order[~testing]), np.sort(order[testing])
 
 
 def draw(originals: np.ndarray, bits: np.random.PCG64) -> np.ndarray:
     """Draw each original [N, 8, 8] (int32, 0..16) COPIES times: uint8 [COPIES * N, 32, 32]."""
     count = len(originals) * COPIES
-    size, angle, across, down = _uniforms(bits, 4, count)
+    size, angle, across, down = (bits.random_raw((4, count)) >> np.uint64(11)) * 2.0**-53  # in [0, 1)
     size = SIZES[0] + (SIZES[1] - SIZES[0]) * size
     centre = size / 2 + (SIDE - size) * np.stack([down, across])
     angle, sources = np.radians(DEGREES * (2 * angle - 1)), np.repeat(originals, COPIES, axis=0)
     parts = [slice(start, start + 256) for start in range(0, count, 256)]  # small enough to stay in the processor's cache
-    ink = np.concatenate([_sample(sources[part], *_source_positions(size[part], angle[part], centre[:, part])) for part in parts])
-    drawn: np.ndarray = np.clip(ink + _noise(bits, ink.shape), 0, 255).astype(np.uint8)
-    return drawn
+    ink = np.concatenate([sample(sources[part], *positions(size[part], angle[part], centre[:, part])) for part in parts])
+    raw = bits.random_raw(ink.size // 4).astype("<u8").view(np.uint8).reshape(2, *ink.shape).astype(np.int32)
+    noise = (raw[0] - raw[1]) * NOISE >> 8  # the difference of two bytes is triangular
+    drawings: np.ndarray = np.clip(ink + noise, 0, 255).astype(np.uint8)
+    return drawings
 
 
-def _uniforms(bits: np.random.PCG64, *shape: int) -> np.ndarray:
-    """Numbers in [0, 1) from the raw stream, float64."""
-    return (bits.random_raw(shape) >> np.uint64(11)) * 2.0**-53
-
-
-def _noise(bits: np.random.PCG64, shape: tuple[int, ...]) -> np.ndarray:
-    """Triangular noise in -NOISE..NOISE: the difference of two bytes, int32."""
-    raw = bits.random_raw(int(np.prod(shape)) // 4).astype("<u8").view(np.uint8).reshape(2, *shape).astype(np.int32)
-    noise: np.ndarray = (raw[0] - raw[1]) * NOISE >> 8
-    return noise
-
-
-def _source_positions(size: np.ndarray, angle: np.ndarray, centre: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where each canvas pixel lies in the original, in 1/256 of its pixels: rows and columns int32 [N, 32, 32].
+def positions(size: np.ndarray, angle: np.ndarray, centre: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return where each canvas pixel lies in the original, in 1/256 of its pixels: rows and columns int32 [N, 32, 32].
 
     Args:
         size: side in canvas pixels [N].
@@ -103,9 +92,9 @@ def _source_positions(size: np.ndarray, angle: np.ndarray, centre: np.ndarray) -
     return rows, columns
 
 
-def _sample(originals: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """Bilinear values 0..255 of originals [N, 8, 8] at positions int32 [N, 32, 32], zero outside; int32 [N, 32, 32]."""
-    # One empty pixel around the original, and positions held to that frame, make the outside black without branches.
+def sample(originals: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Return bilinear values 0..255 of originals [N, 8, 8] at positions int32 [N, 32, 32], zero outside; int32 [N, 32, 32]."""
+    # One empty pixel around the original, and positions clipped to that frame, make the outside black without branches.
     framed = np.pad(originals, ((0, 0), (1, 1), (1, 1)))
     unit, limit = 1 << _FRACTION, (_SOURCE + 1 << _FRACTION) - 1
     rows, columns = (np.clip(position + unit, 0, limit) for position in (rows, columns))

@@ -1,7 +1,4 @@
-"""What a data set is: images from one source, in memory, as files, or as files that were shrunk beforehand, and their labels.
-
-No torch at run time: DATA is checked before anything slow is imported.
-"""
+"""What a data set is: images from one source, in memory, as files, or as files that were shrunk beforehand, and their labels."""
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ from PIL import Image
 
 from relssl.data.decode import Decoded, Opened
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # DATA is checked before torch is imported
     from torch import Tensor
 
 Channels = tuple[float, float, float]
@@ -42,14 +39,10 @@ class Source(Protocol):
         """Return the name of one image, by which messages and tables speak of it; of files, the path."""
 
     def open(self, row: int, max_pixels: int) -> Opened | Decoded:
-        """Open one image, as a context manager: its `size` is then known, `rgb` reads its pixels.
-
-        Args:
-            row: position of the image.
-            max_pixels: refuse files with more pixels than this before they are decoded.
+        """Open one image, as a context manager: its `size` is then known, and `rgb` reads its pixels.
 
         Raises:
-            BadImage: if it cannot be read; its message is the reason, without the name.
+            BadImage: if it cannot be read, or has more than `max_pixels` pixels; the message is the reason, without the name.
         """
 
 
@@ -72,21 +65,17 @@ class Pixels:
         return len(self.tensor)
 
     def take(self, rows: np.ndarray) -> Pixels:
-        """Return a copy of the images at these positions."""
         return Pixels(self.tensor[rows], self.title)
 
     def fingerprint(self) -> str:
-        """Compute 16 hex digits of the SHA-256 of shape and values."""
         digest = hashlib.sha256(f"pixels {tuple(self.tensor.shape)} ".encode())
         digest.update(self.tensor.numpy().data)
         return digest.hexdigest()[:16]
 
     def name(self, row: int) -> str:
-        """Return the title and the position."""
         return f"{self.title}/{row:06}"
 
     def open(self, row: int, max_pixels: int) -> Decoded:
-        """Return one image as Pillow has it."""
         return Decoded(Image.fromarray(self.tensor[row].permute(1, 2, 0).numpy()))
 
 
@@ -122,7 +111,6 @@ class Files:
         return map(self.name, range(len(self)))
 
     def name(self, row: int) -> str:
-        """Return the path of one file, of the rows 0..N-1."""
         return os.fsdecode(os.path.join(self.folder, self._block[self._ends[row] : self._ends[row + 1]]))
 
     def names(self) -> Iterator[bytes]:
@@ -130,19 +118,17 @@ class Files:
         return (self._block[start:end] for start, end in itertools.pairwise(self._ends.tolist()))
 
     def take(self, rows: np.ndarray) -> Files:
-        """Return the files at these positions."""
         ends = zip(self._ends[rows].tolist(), self._ends[rows + 1].tolist(), strict=True)
         return Files(os.fsdecode(self.folder), [self._block[start:end] for start, end in ends], self.sizes[rows].tolist())
 
     def fingerprint(self) -> str:
-        """Compute 16 hex digits of count, order, names and sizes of the files; where the folder lies does not count."""
+        """Compute 16 hex digits of names, order and sizes; where the folder lies does not count."""
         digest = hashlib.sha256(f"files {len(self)} ".encode())
         for part in (self._ends.astype("<i8").tobytes(), self._block, self.sizes.astype("<i8").tobytes()):
             digest.update(part)
         return digest.hexdigest()[:16]
 
     def open(self, row: int, max_pixels: int) -> Opened:
-        """Open one image, whose pixels are still to be read; BadImage if it cannot be, or has more pixels than `max_pixels`."""
         return Opened(self.name(row), max_pixels)
 
 
@@ -183,7 +169,7 @@ class Images:
 
     @property
     def class_count(self) -> int:
-        """Number of classes that one label an image tells apart, those without an image included; 0 if an image has no label."""
+        """The number of classes, those without an image included; 0 if not every image has one label."""
         if self.labels is None or self.labels.min() < 0:
             return 0
         return max(len(self.classes or ()), int(self.labels.max()) + 1)
@@ -195,7 +181,7 @@ class Images:
         return replace(self, source=self.source.take(rows), labels=labels, targets=targets)
 
     def read(self, row: int, max_pixels: int) -> Image.Image:
-        """Return one image whole, upright 8-bit RGB; BadImage if its file cannot be read."""
+        """Return one image whole, 8-bit RGB; BadImage if it cannot be read."""
         with self.source.open(row, max_pixels) as opened:
             return opened.rgb()
 

@@ -131,7 +131,12 @@ def _path(data: str, root: str | None) -> str | None:
     """The folder or list file that DATA names; None for a set that `load` may download or draw."""
     if data not in SETS:
         return locate(data)
-    return _imagenet_folder(data, data_root(root)) if SETS[data].read is _read_imagenet else None
+    if SETS[data].read is not _read_imagenet:
+        return None
+    path = os.path.join(data_root(root), "imagenet")
+    if split_folders(path) is None:
+        raise DataError(f"{data}: not found; put train/CLASS/ and val/CLASS/ below {shown(path)}, or set data_root")
+    return path
 
 
 def locate(data: str) -> str:
@@ -149,18 +154,11 @@ def locate(data: str) -> str:
     raise DataError(f"{shown(data)}: neither a folder nor a known data set; the nearest is {guess} (known: {known})")
 
 
-def fetch(name: str, root: str, read: Callable[[bool], T], folder: str, source: str) -> T:
-    """Return `read(False)`, or where that fails, `read(True)`, which downloads first.
-
-    Args:
-        name: of the data set.
-        root: where named data sets lie.
-        read: makes torchvision's data set, given whether it may download; torchvision checks what it downloads by its hash.
-        folder: where the files belong.
-        source: where they can be had.
+def fetch(name: str, root: str, read: Callable[[bool], T]) -> T:
+    """Return `read(False)`, or where that fails, `read(True)`, which downloads first; torchvision checks that by its hash.
 
     Raises:
-        DataError: if the files are not complete and cannot be downloaded.
+        DataError: if the files are not complete and cannot be downloaded; says where they belong.
     """
     try:
         return read(False)
@@ -176,8 +174,8 @@ def fetch(name: str, root: str, read: Callable[[bool], T], folder: str, source: 
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise DataError(
-            f"{name}: not complete in {shown(folder)} and cannot be downloaded ({reason}); "
-            f"put the files of {source} there, or set data_root to where they are"
+            f"{name}: not complete in {shown(os.path.join(root, SETS[name].folder))} and cannot be downloaded ({reason}); "
+            f"put the files of {SETS[name].source} there, or set data_root to where they are"
         ) from error
 
 
@@ -204,13 +202,11 @@ def _torchvision(name: str, root: str, split: str, **options: Any) -> list[Any]:
 
     one = SETS[name]
     reader = getattr(torchvision.datasets, one.reader)
-    option = "train" if one.parts == _BOOL else "split"
 
     def read(part: Any, download: bool) -> Any:
-        return reader(root, **{option: part}, download=download, **options)
+        return reader(root, **{"train" if one.parts == _BOOL else "split": part}, download=download, **options)
 
-    parts, folder = one.parts[SPLITS.index(split)], os.path.join(root, one.folder)
-    return [fetch(name, root, partial(read, part), folder, one.source) for part in parts]
+    return [fetch(name, root, partial(read, part)) for part in one.parts[SPLITS.index(split)]]
 
 
 def _read_digits(name: str, root: str, split: str) -> Images:
@@ -256,16 +252,9 @@ def _read_files(name: str, root: str, split: str) -> Images:
     return Images(name, files, np.array([label for _, label in pairs], np.int64), tuple(map(str, datasets[0].classes)))
 
 
-def _imagenet_folder(name: str, root: str) -> str:
-    path = os.path.join(root, "imagenet")
-    if split_folders(path) is None:
-        raise DataError(f"{name}: not found; put train/CLASS/ and val/CLASS/ below {shown(path)}, or set data_root")
-    return path
-
-
 def _read_imagenet(name: str, root: str, split: str) -> Images:
     """ImageNet, or those of its images that belong to ImageNet-100."""
-    images = replace(read_folder(_imagenet_folder(name, root), split), name=name)
+    images = replace(read_folder(os.path.join(root, "imagenet"), split), name=name)
     if name == "imagenet":
         return images
     if images.labels is None or images.classes is None:
@@ -304,14 +293,13 @@ def _read_tiny_imagenet(name: str, root: str, split: str) -> Images:
         for file in ("wnids.txt", "train", "val/val_annotations.txt"):
             os.stat(os.path.join(folder, file))
 
-    fetch(name, root, read, folder, one.source)
+    fetch(name, root, read)
     classes = tuple(sorted(word for (word,) in _rows(os.path.join(folder, "wnids.txt"), 1)))
-    pairs: list[tuple[str, str]] = []  # file, class
     if split == "test":
-        pairs += [(f"val/images/{row[0]}", row[1]) for row in _rows(os.path.join(folder, "val", "val_annotations.txt"), 6)]
-    for word in classes if split != "test" else ():  # the list of each class's boxes names its images
-        rows = _rows(os.path.join(folder, "train", word, f"{word}_boxes.txt"), 5)
-        pairs += [(f"train/{word}/images/{row[0]}", word) for row in rows]
+        pairs = [(f"val/images/{row[0]}", row[1]) for row in _rows(os.path.join(folder, "val", "val_annotations.txt"), 6)]
+    else:  # the list of each class's boxes names its images
+        boxes = ((word, _rows(os.path.join(folder, "train", word, f"{word}_boxes.txt"), 5)) for word in classes)
+        pairs = [(f"train/{word}/images/{row[0]}", word) for word, rows in boxes for row in rows]
     if strange := sorted({word for _, word in pairs} - set(classes)):
         raise DataError(f"{shown(folder)}: {shown(strange[0])} is none of the classes of wnids.txt; unpack it anew")
     files = complete(name, folder, [os.fsencode(file) for file, _ in pairs])
@@ -361,7 +349,7 @@ def _read_voc07(name: str, root: str, split: str) -> Images:
     def read(download: bool) -> Any:
         return torchvision.datasets.VOCDetection(root, year="2007", image_set=part, download=download)
 
-    fetch(name, root, read, folder, SETS[name].source)
+    fetch(name, root, read)
     return _read_voc_part(name, folder, part)
 
 

@@ -1,4 +1,7 @@
-"""Object detection and instance segmentation: how far a backbone carries a detector that is trained on it."""
+"""Object detection and instance segmentation: how far a backbone carries a detector that is trained on it.
+
+torchvision's Faster R-CNN and Mask R-CNN on a feature pyramid (Lin et al. 2017), measured by pycocotools.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,14 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from timm.utils.model import freeze_batch_norm_2d
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
@@ -26,18 +29,22 @@ from relssl.data.loader import read_batches
 from relssl.data.plain import Reader
 from relssl.engine import Engine
 from relssl.errors import ConfigError, DataError, NumericError
-from relssl.evaluation.findings import Finding
+from relssl.evaluation.result import Finding
 from relssl.method.backbones import channels_of
 from relssl.settings.evaluation import DetectionConfig
 from relssl.weights.spec import BackboneSpec
 
+MOMENTUM = 0.9
 _CHANNELS = 256  # of every level of the pyramid (Lin et al., section 3)
 _LEVELS = 4
-_TRIED = 128  # pixels a side of the image that strides are found with
+_TRIED = 128  # pixels a side of the image by which strides are measured
 _ANCHOR = 8  # side of an anchor in strides of its level: 32 pixels at stride 4, as in the papers
+_POINTS = 100  # of the loss curve
+_FIGURES = ("map", "map_50", "map_75", "map_small", "map_medium", "map_large")
 
 Autocast = Callable[[], AbstractContextManager[Any]]
 Level = tuple[int, int, int]
+Sample = tuple[Tensor, Target]
 
 
 class Pyramid(nn.Module):
@@ -56,21 +63,17 @@ class Pyramid(nn.Module):
         self.fpn = FeaturePyramidNetwork([channels for _, channels, _ in levels], _CHANNELS, extra_blocks=LastLevelMaxPool())
         self.out_channels = _CHANNELS
 
-    def maps(self, images: Tensor) -> list[Tensor]:
-        """The network's own, finest first."""
-        found: list[Tensor] = self.network.forward_intermediates(images, indices=self.indices, intermediates_only=True)
-        return found
-
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         with self.autocast():
-            levels = self.fpn({str(level): each for level, each in enumerate(self.maps(images))})
+            maps = self.network.forward_intermediates(images, indices=self.indices, intermediates_only=True)
+            levels = self.fpn({str(level): each for level, each in enumerate(maps)})
         return {name: level.float() for name, level in levels.items()}
 
 
 def create_detector(
     backbone: nn.Module, spec: BackboneSpec, settings: DetectionConfig, classes: int, *, masks: bool, autocast: Autocast
 ) -> nn.Module:
-    """A detector whose backbone starts as `backbone`, which itself is left as it is; the rest is drawn from torch's generator.
+    """Return torchvision's model, in training mode, on a copy of the backbone; the rest is drawn from torch's generator.
 
     Args:
         backbone: timm network without classifier.
@@ -79,17 +82,14 @@ def create_detector(
         masks: Mask R-CNN instead of Faster R-CNN.
         autocast: the precision of backbone and pyramid.
 
-    Returns:
-        torchvision's model, in training mode.
-
     Raises:
         ConfigError: if the backbone has no maps of falling resolution, takes images of one size only, or grey ones.
     """
     network = copy.deepcopy(backbone).cpu().requires_grad_(True)
     levels = pyramid_levels(network, spec.name)
     freeze(network, spec.name, settings.frozen_stages, all_norms=settings.norm == "frozen")
-    strides = [stride for _, _, stride in levels]
-    pyramid = Pyramid(network, levels, autocast)
+    # The level made by pooling has twice the stride of the last.
+    strides = [stride for _, _, stride in levels] + [2 * levels[-1][2]]
     names = [str(level) for level in range(len(levels))]
     arguments: dict[str, Any] = {
         "num_classes": classes + 1,
@@ -98,23 +98,22 @@ def create_detector(
         "box_batch_size_per_image": settings.regions,
         "image_mean": list(spec.view.mean),
         "image_std": list(spec.view.std),
-        # The level made by pooling has twice the stride of the last.
         "rpn_anchor_generator": AnchorGenerator(
-            tuple((_ANCHOR * stride,) for stride in [*strides, 2 * strides[-1]]), ((0.5, 1.0, 2.0),) * (len(strides) + 1)
+            tuple((_ANCHOR * stride,) for stride in strides), ((0.5, 1.0, 2.0),) * len(strides)
         ),
         "box_roi_pool": MultiScaleRoIAlign(names, output_size=7, sampling_ratio=2),
     }
     if masks:
         arguments["mask_roi_pool"] = MultiScaleRoIAlign(names, output_size=14, sampling_ratio=2)
-    model: nn.Module = (MaskRCNN if masks else FasterRCNN)(pyramid, **arguments)
+    model: nn.Module = (MaskRCNN if masks else FasterRCNN)(Pyramid(network, levels, autocast), **arguments)
     return model.train()
 
 
 @torch.no_grad()
 def pyramid_levels(network: nn.Module, name: str) -> list[Level]:
-    """(index, channels, stride) of the maps a pyramid is built on: the last of each stride, of the four largest strides.
+    """Return (index, channels, stride) of the maps for a pyramid: the last of each stride, of the four largest strides.
 
-    Strides are found by trying, as a small stem changes what timm says of them. A map as large as the image is left out: it
+    Strides are measured on an image, as a small stem changes what timm says of them. A map as large as the image is left out: it
     would cost more than all others together.
 
     Raises:
@@ -125,11 +124,11 @@ def pyramid_levels(network: nn.Module, name: str) -> list[Level]:
         raise ConfigError(f"detection: takes colour images, and {name} was made for {channels_of(network)} channels")
     if not hasattr(network, "forward_intermediates"):
         raise ConfigError(f"detection: {name} gives no feature maps{other}")
-    training, device = network.training, next(network.parameters()).device
+    training, image = network.training, torch.zeros(1, 3, _TRIED, _TRIED, device=next(network.parameters()).device)
     try:
-        maps = network.eval().forward_intermediates(torch.zeros(1, 3, _TRIED, _TRIED, device=device), intermediates_only=True)  # type: ignore[operator]
+        maps = network.eval().forward_intermediates(image, intermediates_only=True)  # type: ignore[operator]
     except Exception as error:  # whatever a network raises over a size that it was not made for
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ConfigError(f"detection: {name} does not take images of any size ({reason}){other}") from error
     finally:
         network.train(training)
@@ -149,61 +148,41 @@ def freeze(network: nn.Module, name: str, stages: int, *, all_norms: bool) -> No
     Raises:
         ConfigError: if the stages of the network called `name` are no modules of their own.
     """
-    first = _first(network, name, stages)
+    paths = [path for path, _ in network.named_modules()]  # in the order in which timm's networks build and run them
+    first: list[str] = []
+    if stages:
+        known: Any = network.feature_info
+        ends = {entry["module"]: entry["reduction"] for entry in (known if isinstance(known, list) else known.info)}
+        if not set(ends) <= set(paths):
+            raise ConfigError(f"detection.frozen_stages: the stages of {name} cannot be told apart; set it to 0")
+        within = [path for path, reduction in ends.items() if reduction <= 2**stages]
+        inside = [position for position, path in enumerate(paths) if within and f"{path}.".startswith(f"{within[-1]}.")]
+        first = paths[: inside[-1] + 1 if inside else paths.index(next(iter(ends)))]
     for path in first:
         for parameter in network.get_submodule(path).parameters(recurse=False):
             parameter.requires_grad_(False)
     norms = [path for path, module in network.named_modules() if isinstance(module, nn.BatchNorm2d)]
-    for path in norms if all_norms else [path for path in norms if path in first]:
+    for path in norms if all_norms else set(norms) & set(first):
         network.set_submodule(path, freeze_batch_norm_2d(network.get_submodule(path)))
 
 
-def _first(network: nn.Module, name: str, stages: int) -> list[str]:
-    """The modules of the first stages, in the order in which timm's networks build and run them."""
-    if stages == 0:
-        return []
-    known: Any = network.feature_info
-    ends = [(entry["module"], entry["reduction"]) for entry in (known if isinstance(known, list) else known.info)]
-    paths = [path for path, _ in network.named_modules()]
-    if not {path for path, _ in ends} <= set(paths):
-        raise ConfigError(f"detection.frozen_stages: the stages of {name} cannot be told apart; set it to 0")
-    reached = [path for path, reduction in ends if reduction <= 2**stages]
-    if not reached:
-        return paths[: paths.index(ends[0][0])]
-    inside = [position for position, path in enumerate(paths) if path == reached[-1] or path.startswith(f"{reached[-1]}.")]
-    return paths[: inside[-1] + 1]
+def length(images: int, settings: DetectionConfig) -> tuple[int, int]:
+    """Return the steps of a training on that many images, and those of its warm-up, at most a third: else no peak is reached."""
+    steps = max(1, round(settings.epochs * images / settings.batch_size))
+    return steps, min(settings.warmup_steps, steps // 3)
 
 
-MOMENTUM = 0.9
-_POINTS = 100  # of the loss curve
-_FIGURES = ("map", "map_50", "map_75", "map_small", "map_medium", "map_large")
+def rate_share(step: int, steps: int, warmup: int) -> float:
+    """Return the share of the peak learning rate at a step, 0 the first: a linear rise, then tenths from 2/3 and 11/12 on.
 
-
-@dataclass(frozen=True)
-class Plan:
-    """How long is trained: steps of batch_size images, the learning rate rising over the first `warmup`."""
-
-    steps: int
-    batch_size: int
-    warmup: int
-
-    @staticmethod
-    def of(images: int, settings: DetectionConfig) -> Plan:
-        """For that many images; a warm-up longer than a third of the run is cut to it, or the peak would never be reached."""
-        steps = max(1, round(settings.epochs * images / settings.batch_size))
-        return Plan(steps, settings.batch_size, min(settings.warmup_steps, steps // 3))
-
-    def factor(self, step: int) -> float:
-        """Share of the peak learning rate at a step, 0 the first: a linear rise, then tenths from 2/3 and 11/12 on.
-
-        The drops are those of MMDetection's 1x schedule: after 8 and 11 of 12 epochs.
-        """
-        drops = (3 * step >= 2 * self.steps) + (12 * step >= 11 * self.steps)
-        return float(min(1.0, (step + 1) / max(1, self.warmup)) * 0.1**drops)
+    The drops are those of MMDetection's 1x schedule: after 8 and 11 of 12 epochs.
+    """
+    drops = (3 * step >= 2 * steps) + (12 * step >= 11 * steps)
+    return float(min(1.0, (step + 1) / max(1, warmup)) * 0.1**drops)
 
 
 def train(
-    model: nn.Module, images: Scenes, workers: int, engine: Engine, *, settings: DetectionConfig, plan: Plan, seed: int
+    model: nn.Module, images: Scenes, workers: int, engine: Engine, *, settings: DetectionConfig, seed: int
 ) -> Iterator[float]:
     """Train torchvision's model, yielding the loss of each step after it.
 
@@ -211,33 +190,30 @@ def train(
         NumericError: naming the first step whose loss is not finite; that step changes no weight.
         DataError: if an image cannot be read.
     """
-    generator = np.random.Generator(np.random.PCG64(seed))
-    wanted = plan.steps * plan.batch_size
-    order = np.concatenate([generator.permutation(len(images)) for _ in range(-(-wanted // len(images)))])[:wanted]
-    flips = generator.random(wanted) < 0.5
+    generator, size = np.random.Generator(np.random.PCG64(seed)), settings.batch_size
+    steps, warmup = length(len(images), settings)
+    order = np.concatenate([generator.permutation(len(images)) for _ in range(-(-steps * size // len(images)))])[: steps * size]
+    flips = (generator.random(steps * size) < 0.5).reshape(steps, size)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=settings.lr, momentum=MOMENTUM, weight_decay=settings.weight_decay)
-    for step, batch in enumerate(_batches(images, order.tolist(), plan.batch_size, workers)):
+    for step, batch in enumerate(_batches(images, order.tolist(), size, workers, engine)):
         model.train()
-        first = step * plan.batch_size
-        pairs = [flipped(*pair) if flips[first + place] else pair for place, pair in enumerate(batch)]
-        pictures, targets = zip(*(_placed(image, target, engine.device) for image, target in pairs), strict=True)
-        for group in optimizer.param_groups:
-            group["lr"] = settings.lr * plan.factor(step)
-        parts = model(list(pictures), list(targets))
+        samples = [mirror(*sample) if flip else sample for sample, flip in zip(batch, flips[step], strict=True)]
+        optimizer.param_groups[0]["lr"] = settings.lr * rate_share(step, steps, warmup)
+        parts = model([image for image, _ in samples], [target for _, target in samples])
         loss: Tensor = torch.stack(list(parts.values())).sum()
         value = loss.item()
         if not math.isfinite(value):
             named = ", ".join(f"{name} {part.item():g}" for name, part in parts.items())
-            raise NumericError(f"detection: the loss is {value} at step {step + 1} of {plan.steps} ({named}); lower detection.lr")
+            raise NumericError(f"detection: the loss is {value} at step {step + 1} of {steps} ({named}); lower detection.lr")
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         yield value
 
 
-def flipped(image: Tensor, target: Target) -> tuple[Tensor, Target]:
-    """The mirror image, left for right."""
+def mirror(image: Tensor, target: Target) -> Sample:
+    """Return the mirror image, left for right, of an image [3, H, W] with boxes [n, 4] and, if there are any, masks [n, H, W]."""
     left, top, right, bottom = target["boxes"].unbind(1)
     width = image.shape[-1]
     mirrored = {**target, "boxes": torch.stack([width - right, top, width - left, bottom], dim=1)}
@@ -250,7 +226,7 @@ def flipped(image: Tensor, target: Target) -> tuple[Tensor, Target]:
 def measure(
     model: nn.Module, images: Scenes, workers: int, engine: Engine
 ) -> dict[str, tuple[dict[str, float], dict[str, float]]]:
-    """COCO's average precision of a detector, by pycocotools.
+    """Compute COCO's average precision of a detector, by pycocotools.
 
     Returns:
         By "boxes" and, if the images are masked, "masks": figures in percent as of `detection`, and map by class.
@@ -260,20 +236,19 @@ def measure(
     kinds = {"bbox": "boxes", "segm": "masks"} if images.masked else {"bbox": "boxes"}
     metric = MeanAveragePrecision(iou_type=tuple(kinds), class_metrics=True, backend="pycocotools")
     model.eval()
-    for batch in _batches(images, list(range(len(images))), 1, workers):
-        for image, target in batch:
-            picture, _ = _placed(image, {}, engine.device)
-            found = {name: value.cpu() for name, value in model([picture])[0].items()}
-            if images.masked:
-                found["masks"] = found["masks"][:, 0] > 0.5
-                target["masks"] = target["masks"].bool()
-            metric.update([found], [target])
+    for ((image, target),) in _batches(images, list(range(len(images))), 1, workers, engine):
+        objects = {name: value.cpu() for name, value in model([image])[0].items()}
+        truth = {name: value.cpu() for name, value in target.items()}
+        if images.masked:
+            objects["masks"], truth["masks"] = objects["masks"][:, 0] > 0.5, truth["masks"].bool()
+        metric.update([objects], [truth])
     computed = metric.compute()
+    labels = computed["classes"].reshape(-1).tolist()
     results = {}
     for kind, of in kinds.items():
         prefix = f"{kind}_" if len(kinds) > 1 else ""
         figures = {name: 100 * float(computed[prefix + name]) for name in _FIGURES}
-        labels, values = computed["classes"].reshape(-1).tolist(), computed[f"{prefix}map_per_class"].reshape(-1).tolist()
+        values = computed[f"{prefix}map_per_class"].reshape(-1).tolist()
         # Of sizes and classes that the test images have none of, pycocotools says -1.
         per_class = {images.classes[label - 1]: round(100 * v, 4) for label, v in zip(labels, values, strict=True) if v >= 0}
         results[of] = {name: value for name, value in figures.items() if value >= 0}, per_class
@@ -281,36 +256,28 @@ def measure(
 
 
 def curve(losses: list[float]) -> list[list[float]]:
-    """[step, mean loss since the point before] of at most 100 points."""
+    """Return [step, mean loss since the point before] of at most 100 points."""
     ends = sorted({round(len(losses) * point / _POINTS) for point in range(1, _POINTS + 1)} - {0})
-    starts = [0, *ends[:-1]]
-    return [[end, round(float(np.mean(losses[start:end])), 5)] for start, end in zip(starts, ends, strict=True)]
+    return [[end, round(float(np.mean(losses[start:end])), 5)] for start, end in zip([0, *ends], ends, strict=False)]
 
 
-class _Readable(Dataset[tuple[Tensor, Target] | str]):
-    """What cannot be read as a line of text: an error that passes through a worker would come out with its traceback."""
-
-    def __init__(self, images: Scenes) -> None:
-        self.images = images
-
-    def __getitem__(self, row: int) -> tuple[Tensor, Target] | str:
-        try:
-            return self.images[row]
-        except DataError as error:
-            return str(error)
+def _batches(images: Scenes, order: list[int], batch_size: int, workers: int, engine: Engine) -> Iterator[list[Sample]]:
+    """Yield images in this order, on the device, in 0..1, with their targets."""
+    for batch in read_batches(order, partial(_read, images), workers, batch_size=batch_size):  # type: ignore[arg-type]
+        if isinstance(batch, str):
+            raise DataError(batch)
+        yield [
+            (image.to(engine.device).float() / 255, {name: value.to(engine.device) for name, value in target.items()})
+            for image, target in batch
+        ]
 
 
-def _batches(images: Scenes, order: list[int], batch_size: int, workers: int) -> Iterator[list[tuple[Tensor, Target]]]:
-    for batch in read_batches(_Readable(images), list, workers, batch_size=batch_size, sampler=order):
-        for item in batch:
-            if isinstance(item, str):
-                raise DataError(item)
-        yield batch
-
-
-def _placed(image: Tensor, target: Target, device: torch.device) -> tuple[Tensor, Target]:
-    """On the device, the image in 0..1."""
-    return image.to(device).float() / 255, {name: value.to(device) for name, value in target.items()}
+def _read(images: Scenes, rows: list[int]) -> list[Sample] | str:
+    """Return the samples, or the fault as text: an error that passes through a worker comes out with its traceback."""
+    try:
+        return [images[row] for row in rows]
+    except DataError as error:
+        return str(error)
 
 
 def detection(
@@ -332,7 +299,7 @@ def detection(
     Args:
         backbone: timm network without classifier; left as it is.
         folder: a data set in COCO's or VOC's layout.
-        spec, reader: what it is, and how images are read.
+        spec, reader: what the backbone is, and how images are read.
         seed: of heads, order, flips, the regions that are trained on, and of `max_images`.
         say: takes lines of progress.
 
@@ -343,52 +310,58 @@ def detection(
 
     Raises:
         ConfigError: if an extra package is missing, masks are asked for and there are none, or the backbone does not suit.
-        DataError: for what `relssl.data.coco.load` refuses, and for images that cannot be read.
+        DataError: for what `relssl.data.boxes.load` refuses, and for images that cannot be read.
         NumericError: if the loss is not finite.
     """
     check(settings)
     strides = [stride for _, _, stride in pyramid_levels(backbone, spec.name)]
-    train_set, test_set = load(folder, masks=settings.model != "faster-rcnn", max_pixels=reader.max_pixels)
-    if settings.model == "mask-rcnn" and not train_set.masked:
+    whole, test = load(folder, masks=settings.model != "faster-rcnn", max_pixels=reader.max_pixels)
+    if settings.model == "mask-rcnn" and not whole.masked:
         raise ConfigError(f"detection.model: mask-rcnn needs masks, {folder} has none in both parts; take faster-rcnn or auto")
-    drawn = training_images(train_set, settings, seed)
-    classes, masks = len(train_set.classes), train_set.masked
-    plan, kind = Plan.of(len(drawn), settings), "mask-rcnn" if masks else "faster-rcnn"
+    # Images without an object teach torchvision's losses nothing but background, and are left out as its own recipes do.
+    useful = whole.for_training()
+    rows = np.random.Generator(np.random.PCG64(seed)).permutation(len(useful))[: settings.max_images]
+    drawn = replace(useful, scenes=[useful.scenes[row] for row in np.sort(rows)])
+    (steps, warmup), kind = length(len(drawn), settings), "mask-rcnn" if whole.masked else "faster-rcnn"
     where = f"{spec.name}, maps of stride {', '.join(map(str, strides))}"
-    say(f"{kind} on {where}: {classes} classes, {len(drawn)} images, {plan.steps} steps of {plan.batch_size}")
-    begun = time.monotonic()
+    say(f"{kind} on {where}: {len(whole.classes)} classes, {len(drawn)} images, {steps} steps of {settings.batch_size}")
+    start, losses, often = time.monotonic(), list[float](), max(1, steps // 10)
     with torch.random.fork_rng(devices=[engine.device] if engine.device.type == "cuda" else []):
         torch.manual_seed(seed)
-        model = engine.place(create_detector(backbone, spec, settings, classes, masks=masks, autocast=engine.autocast))
-        losses = _told(train(model, drawn, reader.workers, engine, settings=settings, plan=plan, seed=seed), plan.steps, say)
+        model = create_detector(backbone, spec, settings, len(whole.classes), masks=whole.masked, autocast=engine.autocast)
+        for loss in train(engine.place(model), drawn, reader.workers, engine, settings=settings, seed=seed):
+            losses.append(loss)
+            if len(losses) % often == 0:
+                say(f"step {len(losses)} of {steps}: loss {np.mean(losses[-often:]):.4g}")
     trained = time.monotonic()
-    say(f"evaluating on {len(test_set)} images")
-    found = measure(model, test_set, reader.workers, engine)
+    say(f"evaluating on {len(test)} images")
+    results = measure(model, test, reader.workers, engine)
     details = {
         "precision": engine.precision,
         "strides": strides,
-        "steps": plan.steps,
-        "warmup_steps": plan.warmup,
-        "seconds": {"training": round(trained - begun, 1), "evaluation": round(time.monotonic() - trained, 1)},
+        "steps": steps,
+        "warmup_steps": warmup,
+        "seconds": {"training": round(trained - start, 1), "evaluation": round(time.monotonic() - trained, 1)},
         "loss": curve(losses),
-        **_counts(train_set, drawn, test_set),
+        "layout": test.layout,
+        "classes": len(whole.classes),
+        "images": {"training": len(drawn), "without_objects": len(whole) - len(useful), "test": len(test)},
+        "objects": {"training": drawn.objects(), "test": test.objects()},
+        "fingerprints": {"training": drawn.fingerprint(), "test": test.fingerprint()},
+        "dropped": {"training": whole.dropped, "test": test.dropped},
     }
-    main, notes = "map_50" if test_set.layout == "voc" else "map", _notes(settings, plan, train_set, drawn, test_set)
+    notes = [f"Of {len(useful)} training images {len(drawn)} were used, chosen by the seed."] if len(drawn) < len(useful) else []
+    if warmup < settings.warmup_steps:
+        notes.append(f"The warm-up of {settings.warmup_steps} steps was cut to {warmup}, a third of the run.")
+    for split in (whole, test):
+        notes += [f"{split.name}: {count} objects {reason} were left out." for reason, count in split.dropped.items()]
+    if test.layout == "voc":
+        notes.append("map_50 is read at 101 points of recall, not at the 11 of VOC2007's own rule, which may differ by a point.")
+    main = "map_50" if test.layout == "voc" else "map"
     return [
-        Finding({"model": kind, "of": of}, main, figures, notes=notes, details={**details, "map_per_class": per_class})
-        for of, (figures, per_class) in found.items()
+        Finding({"model": kind, "of": of}, main, figures, notes=tuple(notes), details={**details, "map_per_class": per_class})
+        for of, (figures, per_class) in results.items()
     ]
-
-
-def _told(steps: Iterator[float], count: int, say: Callable[[str], None]) -> list[float]:
-    """The losses of a training, told of ten times."""
-    losses: list[float] = []
-    often = max(1, count // 10)
-    for loss in steps:
-        losses.append(loss)
-        if len(losses) % often == 0:
-            say(f"step {len(losses)} of {count}: loss {np.mean(losses[-often:]):.4g}")
-    return losses
 
 
 def check(settings: DetectionConfig) -> None:
@@ -404,39 +377,3 @@ def check(settings: DetectionConfig) -> None:
         raise ConfigError(f"detection.min_size: {settings.min_size} must not exceed detection.max_size ({settings.max_size})")
     if settings.norm == "train" and settings.batch_size < 2:  # the coarsest map may have a single pixel
         raise ConfigError("detection.norm: train needs detection.batch_size of 2 or more; raise it, or take frozen")
-
-
-def training_images(split: Scenes, settings: DetectionConfig, seed: int) -> Scenes:
-    """The images with an object to learn, at most `max_images` of them, drawn by the seed and kept in their order.
-
-    Images without one teach torchvision's losses nothing but background, and are left out as its own recipes do.
-    """
-    useful = split.for_training()
-    if settings.max_images is None or len(useful) <= settings.max_images:
-        return useful
-    rows = np.random.Generator(np.random.PCG64(seed)).permutation(len(useful))[: settings.max_images]
-    return useful.subset(np.sort(rows).tolist())
-
-
-def _counts(whole: Scenes, drawn: Scenes, test: Scenes) -> dict[str, Any]:
-    """What was trained and evaluated on."""
-    return {
-        "layout": test.layout,
-        "classes": len(whole.classes),
-        "images": {"training": len(drawn), "without_objects": len(whole) - len(whole.for_training()), "test": len(test)},
-        "objects": {"training": drawn.objects(), "test": test.objects()},
-        "fingerprints": {"training": drawn.fingerprint(), "test": test.fingerprint()},
-        "dropped": {"training": whole.dropped, "test": test.dropped},
-    }
-
-
-def _notes(settings: DetectionConfig, plan: Plan, whole: Scenes, drawn: Scenes, test: Scenes) -> tuple[str, ...]:
-    useful = len(whole.for_training())
-    notes = [f"Of {useful} training images {len(drawn)} were used, chosen by the seed."] if len(drawn) < useful else []
-    if plan.warmup < settings.warmup_steps:
-        notes.append(f"The warm-up of {settings.warmup_steps} steps was cut to {plan.warmup}, a third of the run.")
-    for split in (whole, test):
-        notes += [f"{split.name}: {count} objects {reason} were left out." for reason, count in split.dropped.items()]
-    if test.layout == "voc":
-        notes.append("map_50 is read at 101 points of recall, not at the 11 of VOC2007's own rule, which may differ by a point.")
-    return tuple(notes)

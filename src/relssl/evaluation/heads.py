@@ -1,20 +1,21 @@
-"""What the protocols that train on labelled images share: their batches, their classifier, and its figures.
+"""Classifiers trained on labelled images: linear probing by SGD, fine-tuning, and fine-tuning on few labels.
 
-Legend: B images of a step, M test images, F features, C classes.
+One loop trains all three, from views through the network to each classifier's loss. They differ by what trains and on which images.
+The same call gives the same figures, on CPU bit for bit, and leaves the caller's random generators as they were.
+
+Legend: B images of a step, S side of a view, M test images, F features, C classes.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -26,199 +27,216 @@ from relssl.data.subsets import fingerprint, from_index, stratified
 from relssl.engine import Engine
 from relssl.errors import ConfigError, DataError, NumericError
 from relssl.evaluation.features import extract
-from relssl.evaluation.findings import Finding
-from relssl.evaluation.metrics import Bootstrap, accuracies, accuracy_intervals, ranks
+from relssl.evaluation.metrics import Bootstrap, ranks
 from relssl.evaluation.pairs import LabelledPair
+from relssl.evaluation.result import Finding
 from relssl.method.backbones import feature_width
 from relssl.method.optim import parameter_groups
 from relssl.method.schedules import learning_rate
 from relssl.settings.evaluation import FinetuneConfig, LinearConfig, SemiConfig
 from relssl.settings.run import LoaderConfig, ViewConfig
 
-Labels = npt.NDArray[np.int64]
-
 _ROWS = 8192  # features that are classified at once
+_SMALL = 64  # the largest view, in pixels a side, of what the papers call small and medium sets
 
 
 @dataclass(frozen=True)
-class Trial:
-    """What a protocol that trains is given, and the same for each of its classifiers.
+class Task:
+    """What the protocols that train on images share.
 
     Attributes:
-        test: images to be labelled, and `truth` int64 [M], what they are.
-        classes: C, the highest label of bank and test, and one.
+        pair: images to train on and to test on, one label an image.
         reader: how images are read, and what the backbone sees of them.
-        engine: device, and the precision of backbones; classifiers are fp32.
+        engine: device, and the precision of the backbone; classifiers and losses are fp32.
         bootstrap: of the intervals.
-        seed: of weights, order and views.
-        say: told of the progress.
+        seed: of weights, order, views and what is random within the network.
+        say: takes lines of progress, some ten a training.
     """
 
-    test: Images
-    truth: Labels
-    classes: int
+    pair: LabelledPair
     reader: Reader
     engine: Engine
     bootstrap: Bootstrap
     seed: int
     say: Callable[[str], None]
 
+    def check(self, protocol: str) -> tuple[np.ndarray, int]:
+        """Return the labels of the bank, and C, the highest label of bank and test, and one.
+
+        Raises:
+            ConfigError: for images with several labels each.
+            DataError: if a side has no labels, or the bank a single class.
+        """
+        bank, test = self.pair.bank, self.pair.test
+        if bank.targets is not None or test.targets is not None:
+            raise ConfigError(f"protocol: {protocol} takes one label an image, {bank.name} has several; use probe or lowshot")
+        if bank.labels is None or test.labels is None or len(np.unique(bank.labels)) < 2:
+            raise DataError(f"{bank.name}: {protocol} needs labels of two classes or more, on both sides")
+        return bank.labels, int(max(bank.labels.max(), test.labels.max())) + 1
+
     @torch.no_grad()
-    def plain_features(self, backbone: nn.Module) -> PlainFeatures:
-        """Of the test images' plain views, by a backbone that is on the device.
+    def test_features(self, network: nn.Module) -> PlainFeatures:
+        """Compute the features of the test images' plain views, by a network that is on the device.
 
         Raises:
             NumericError: if features are NaN or infinite.
         """
-        found = extract(backbone, self.test, self.reader, self.engine.device, self.engine.autocast())
-        if not bool(found.vectors.isfinite().all()):
-            raise NumericError(f"{self.test.name}: the network's features of test images are NaN or infinite")
-        note = (f"{len(found.bad)} test images could not be read and are left out",) if found.bad else ()
-        return PlainFeatures(found.vectors, torch.from_numpy(self.truth[found.rows]), note)
-
-    @torch.no_grad()
-    def ranks(self, head: nn.Module, seen: PlainFeatures) -> Tensor:
-        """[M] as of `metrics.ranks`, by a classifier on the device."""
-        parts = zip(torch.split(seen.vectors, _ROWS), torch.split(seen.truth, _ROWS), strict=True)
-        return torch.cat([ranks(head(part.to(self.engine.device)).cpu(), own) for part, own in parts])
-
-    def finding(
-        self, setting: dict[str, Any], rank: Tensor, seen: PlainFeatures, notes: tuple[str, ...], details: dict[str, Any]
-    ) -> Finding:
-        """Accuracies with their intervals, from `ranks`."""
-        return Finding(
-            setting=setting,
-            main="top1",
-            figures=accuracies(rank, seen.truth, self.classes),
-            intervals=accuracy_intervals(rank, seen.truth, self.classes, self.bootstrap),
-            notes=notes + seen.notes,
-            details=details,
-            correct=(rank == 0).numpy(),
-        )
+        test = self.pair.test
+        features = extract(network, test, self.reader, self.engine)
+        if not bool(features.vectors.isfinite().all()):
+            raise NumericError(f"{test.name}: the network's features of test images are NaN or infinite")
+        notes = [f"{len(features.bad)} test images could not be read and are left out"] if features.bad else []
+        assert test.labels is not None
+        return PlainFeatures(features.vectors, torch.from_numpy(test.labels[features.rows]), notes)
 
 
-@dataclass(frozen=True)
-class PlainFeatures:
-    """Features fp32 [M, F] and labels [M] of the test images that could be read, on the CPU, with a note on the others."""
+class PlainFeatures(NamedTuple):
+    """Features fp32 [M, F] and labels int64 [M] of the test images that could be read, on the CPU, and a note on the others."""
 
     vectors: Tensor
     truth: Tensor
-    notes: tuple[str, ...]
+    notes: list[str]
 
 
-def trial(
-    protocol: str,
-    pair: LabelledPair,
-    reader: Reader,
-    engine: Engine,
-    bootstrap: Bootstrap,
-    seed: int,
-    say: Callable[[str], None],
-) -> tuple[Trial, Labels]:
-    """The trial of a pair, and the labels of its bank.
+class Classifier:
+    """A linear classifier [B, F] -> [B, C] in fp32, and what SGD trains with it.
 
-    Raises:
-        ConfigError: for images with several labels each.
-        DataError: if a side has no labels, or the bank a single class.
+    Args:
+        head: on the device.
+        groups: parameters with their peak learning rate `lr` and `weight_decay`.
+
+    Attributes:
+        loss: of the last step.
+        finite: bool on the device, true as long as all losses are finite.
+        rank: int64 [M], how many classes come before the true one, of each test image.
+        curve: top-1 in percent, each time the test images were labelled.
+        lost: the epoch in which its loss stopped being finite; 0: in none.
     """
-    if pair.bank.targets is not None or pair.test.targets is not None:
-        raise ConfigError(f"protocol: {protocol} takes one label an image, {pair.bank.name} has several; use probe or lowshot")
-    if pair.bank.labels is None or pair.test.labels is None:
-        raise DataError(f"{pair.bank.name}: has no labels, which {protocol} needs")
-    if len(np.unique(pair.bank.labels)) < 2:
-        raise DataError(f"{pair.bank.name}: its {len(pair.bank)} images are of a single class, {protocol} needs two or more")
-    classes = int(max(pair.bank.labels.max(), pair.test.labels.max())) + 1
-    return Trial(pair.test, pair.test.labels, classes, reader, engine, bootstrap, seed, say), pair.bank.labels
 
+    def __init__(self, head: nn.Linear, groups: list[dict[str, Any]], momentum: float, nesterov: bool) -> None:
+        self.head, self.optimizer = head, torch.optim.SGD(groups, momentum=momentum, nesterov=nesterov)
+        self.peaks = [group["lr"] for group in groups]
+        self.finite = torch.ones((), dtype=torch.bool, device=head.weight.device)
+        self.loss, self.rank = torch.zeros(()), torch.empty(0, dtype=torch.int64)
+        self.curve: list[float] = []
+        self.lost = 0
 
-def training_view(reader: Reader, scale: tuple[float, float]) -> ViewConfig:
-    """A random crop and a flip, the view on which the papers train classifiers.
+    def step(self, features: Tensor, labels: Tensor, share: float) -> None:
+        """Learn from fp32 features [B, F] and labels [B], at this share of the peak learning rates."""
+        if self.lost:
+            return
+        loss = F.cross_entropy(self.head(features), labels)
+        self.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = peak * share
+        self.optimizer.step()
+        self.loss = loss.detach()
+        self.finite &= self.loss.isfinite()
 
-    Images that pretraining never mirrors, such as digits, are not mirrored here.
-    """
-    return ViewConfig(size=reader.view.size, scale=scale, flip=0.5 if reader.mirrored else 0.0)
+    @torch.no_grad()
+    def label(self, test: PlainFeatures, epoch: int) -> None:
+        """Label the test images after an epoch; none is right once the loss was not finite, as NaN compares with nothing."""
+        if not self.lost and not bool(self.finite):
+            self.lost = epoch
+        if self.lost:
+            self.rank = torch.full_like(test.truth, self.head.out_features)
+        else:
+            parts = zip(torch.split(test.vectors, _ROWS), torch.split(test.truth, _ROWS), strict=True)
+            device = self.head.weight.device
+            self.rank = torch.cat([ranks(self.head(vectors.to(device)).cpu(), truth) for vectors, truth in parts])
+        self.curve.append(100 * float((self.rank == 0).double().mean()))
 
 
 @dataclass
-class Batches:
-    """Views of labelled images, epoch after epoch in an order of its own each.
+class Training:
+    """Passes over views of labelled images, each in an order of its own.
 
-    An epoch has as many steps as batches of `at_most` images would take, or a few more; all batches are alike. The few images
-    that cannot be shared out so sit out: since each epoch has another order, other ones each time, which favours none.
+    An epoch has as many steps as batches of at most `batch_size` images would take, or a few more; all batches are alike. The few
+    images that cannot be shared out so sit out: since each epoch has another order, other ones each time, which favours none.
 
     Args:
+        task: data, device, seed.
         images: with labels.
-        trial: whose settings, device and seed they follow.
-        epochs: passes.
-        at_most: images a step.
+        settings: epochs, batch size, and the share of the area that the random crop keeps.
         least: images a step that a network needs.
-        scale: share of the area that the random crop keeps.
 
     Attributes:
-        batch_size: images a step.
-        steps_per_epoch, steps: in an epoch, and in all.
         unreadable: files that could not be read, and were replaced by the image behind them.
     """
 
+    task: Task
     images: Images
-    trial: Trial
-    epochs: int
-    at_most: int
+    settings: LinearConfig | FinetuneConfig | SemiConfig
     least: int
-    scale: tuple[float, float]
     unreadable: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         count = len(self.images)
         if count < self.least:
             raise DataError(f"{self.images.name}: {count} labelled images are too few to train on, needs {self.least} or more")
-        self.batch_size = max(self.least, count // math.ceil(count / self.at_most))
-        self.plan = Plan(count, self.batch_size, seed=self.trial.seed)
-        self.steps_per_epoch = self.plan.steps_per_epoch
-        self.steps = self.epochs * self.steps_per_epoch
+        self.plan = Plan(count, max(self.least, count // math.ceil(count / self.settings.batch_size)), seed=self.task.seed)
+        self.steps = self.settings.epochs * self.plan.steps_per_epoch
 
-    def __iter__(self) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """(step, normalised views [B, 3, S, S], labels [B] int64), on the device, by one set of workers to the end."""
-        reader, engine = self.trial.reader, self.trial.engine
-        statistics, settings = (
-            (reader.view.mean, reader.view.std),
-            LoaderConfig(workers=reader.workers, max_pixels=reader.max_pixels),
-        )
-        views = [training_view(reader, self.scale)]
+    def epochs(
+        self, network: nn.Module, classifiers: Sequence[Classifier], *, schedule: str = "cosine", trains: bool = False
+    ) -> Iterator[int]:
+        """Train to the end, yielding the number of epochs done after each.
+
+        Args:
+            network: [B, 3, S, S] -> [B, F], on the device.
+            classifiers: each learns from the same features.
+            schedule: of their learning rates, as of `rate_share`.
+            trains: let gradients pass into the network, which a classifier's optimizer then moves.
+        """
+        reader, engine, length = self.task.reader, self.task.engine, self.plan.steps_per_epoch
         labels = torch.from_numpy(self.images.labels).to(engine.device)
-        stream = create_loader(self.images, views, self.plan, engine.device, statistics, settings).stream(0, self.steps)
-        for step, (batch,) in enumerate(stream):
+        # The papers train classifiers on a random crop and a flip; what pretraining never mirrors, such as digits, is not here.
+        view = ViewConfig(size=reader.view.size, scale=self.settings.scale, flip=0.5 if reader.mirrored else 0.0)
+        loading = LoaderConfig(workers=reader.workers, max_pixels=reader.max_pixels)
+        statistics = (reader.view.mean, reader.view.std)
+        loader = create_loader(self.images, [view], self.plan, engine.device, statistics, loading)
+        for step, (batch,) in enumerate(loader.stream(0, self.steps)):
             self.unreadable.update(file for file, _ in batch.bad)
-            yield step, engine.place(batch.weak), labels[batch.ids]
+            with torch.set_grad_enabled(trains), engine.autocast():
+                features = network(engine.place(batch.weak))
+            share = rate_share(step, length, self.settings.epochs, schedule)
+            for classifier in classifiers:
+                classifier.step(features.float(), labels[batch.ids], share)
+            if (step + 1) % length == 0:
+                yield (step + 1) // length
 
-    def ends_epoch(self, step: int) -> int | None:
-        """The epochs done once this step is, if it is the last of one."""
-        epoch, rest = divmod(step + 1, self.steps_per_epoch)
-        return None if rest else epoch
+    def reports(self, epoch: int) -> bool:
+        """Return true for some ten epochs in all, the last among them."""
+        return epoch * 10 // self.settings.epochs > (epoch - 1) * 10 // self.settings.epochs
 
-    def told(self, epoch: int) -> bool:
-        """Whether a reader is told of this epoch: of some ten in all, the last among them."""
-        return epoch * 10 // self.epochs > (epoch - 1) * 10 // self.epochs
-
-    def describe(self) -> dict[str, Any]:
-        """How much was trained, for details."""
-        return {
+    def finding(
+        self, setting: dict[str, Any], classifier: Classifier, test: PlainFeatures, notes: list[str], details: dict[str, Any]
+    ) -> Finding:
+        """Return the figures of a classifier that has labelled the test images."""
+        trained = {
             "images": len(self.images),
-            "batch_size": self.batch_size,
-            "epochs": self.epochs,
+            "batch_size": self.plan.batch_size,
+            "epochs": self.settings.epochs,
             "steps": self.steps,
-            "scale": list(self.scale),
+            "scale": list(self.settings.scale),
         }
+        replaced = [f"{len(self.unreadable)} training images could not be read, the next ones took their places"]
+        notes = [*notes, *(replaced if self.unreadable else []), *test.notes]
+        classes = classifier.head.out_features
+        return Finding.of_ranks(setting, classifier.rank, test.truth, classes, self.task.bootstrap, notes, trained | details)
 
-    def notes(self) -> tuple[str, ...]:
-        """What a reader of a finding must know of the images."""
-        if not self.unreadable:
-            return ()
-        return (f"{len(self.unreadable)} training images could not be read, the next ones took their places",)
+
+def rate_share(step: int, steps_per_epoch: int, epochs: int, schedule: str) -> float:
+    """Return the learning rate of a step, counted from 0, as a share of its peak: half a cosine to 0, or tenths at 60 and 80 %."""
+    if schedule == "cosine":
+        return learning_rate(step, peak=1.0, warmup_steps=0, total_steps=epochs * steps_per_epoch)
+    epoch = step // steps_per_epoch
+    return float(10.0 ** -((5 * epoch >= 3 * epochs) + (5 * epoch >= 4 * epochs)))
 
 
 def linear_classifier(features: int, classes: int, seed: int) -> nn.Linear:
-    """fp32 weights from N(0, 0.01), biases 0: the start of the papers' classifiers (MoCo, official code)."""
+    """Return a classifier with fp32 weights from N(0, 0.01) and biases 0: the papers' start (MoCo, official code)."""
     head: nn.Linear = nn.utils.skip_init(nn.Linear, features, classes)  # type: ignore[no-untyped-call]
     with torch.no_grad():
         head.weight.copy_(torch.randn(classes, features, generator=torch.Generator().manual_seed(seed)) * 0.01)
@@ -226,32 +244,11 @@ def linear_classifier(features: int, classes: int, seed: int) -> nn.Linear:
     return head
 
 
-# The largest view, in pixels a side, of what the papers call small and medium sets.
-_SMALL = 64
-
-
-def linear(
-    backbone: nn.Module,
-    pair: LabelledPair,
-    reader: Reader,
-    engine: Engine,
-    *,
-    settings: LinearConfig,
-    bootstrap: Bootstrap,
-    seed: int,
-    say: Callable[[str], None],
-) -> list[Finding]:
+def linear(backbone: nn.Module, task: Task, settings: LinearConfig) -> list[Finding]:
     """Train one classifier a learning rate, all on the same features, and test each on the plain views.
 
     Args:
         backbone: [B, 3, S, S] -> [B, F]; put on the engine's device and into eval mode, and left there.
-        pair: what is trained and tested on, one label an image.
-        reader: how images are read, and what the backbone sees of them.
-        engine: device, and the precision of the backbone; classifiers are fp32.
-        settings: the protocol's.
-        bootstrap: of the intervals.
-        seed: of weights, order and views. The same call gives the same figures, on CPU bit for bit.
-        say: told of the progress, some ten lines.
 
     Returns:
         A finding for each learning rate, in their order: of the last epoch, with the curve and the best epoch in its details. One
@@ -261,172 +258,65 @@ def linear(
         ConfigError, DataError: for images that cannot be used so.
         NumericError: if no classifier's loss, or no feature, stays finite.
     """
-    on, _ = trial("linear", pair, reader, engine, bootstrap, seed, say)
-    engine.place(backbone).eval()
-    seen = on.plain_features(backbone)
-    batches = Batches(pair.bank, on, settings.epochs, settings.batch_size, 1, settings.scale)
-    rates, nesterov = papers_choice(settings, reader.view.size <= _SMALL)
-    trained = [_Classifier(rate, seen, on, settings, nesterov) for rate in rates]
-    for step, views, labels in batches:
-        share = rate_share(step, batches.steps_per_epoch, settings)
-        with torch.no_grad(), engine.autocast():
-            features = backbone(views)
-        for each in trained:
-            each.step(features.float(), labels, share)
-        if epoch := batches.ends_epoch(step):
-            for each in trained:
-                each.test(epoch)
-            if all(each.lost is not None for each in trained):
-                raise NumericError(_all_lost(trained))
-            if batches.told(epoch):
-                say(f"linear: epoch {epoch} of {settings.epochs}, top-1 {_shown(trained)}")
-    return [each.finding(batches, nesterov, _choice_note(rates)) for each in trained]
+    _, classes = task.check("linear")
+    test = task.test_features(task.engine.place(backbone).eval())
+    training = Training(task, task.pair.bank, settings, least=1)
+    rates, nesterov = papers_choice(settings, small=task.reader.view.size <= _SMALL)
+    classifiers = {}
+    for rate in rates:  # of one seed all start alike, so a rate's outcome does not depend on which others are tried
+        head = linear_classifier(test.vectors.shape[1], classes, task.seed).to(task.engine.device)
+        group = {"params": list(head.parameters()), "lr": rate, "weight_decay": settings.weight_decay}
+        classifiers[rate] = Classifier(head, [group], settings.momentum, nesterov)
+    for epoch in training.epochs(backbone, list(classifiers.values()), schedule=settings.schedule):
+        for classifier in classifiers.values():
+            classifier.label(test, epoch)
+        if all(classifier.lost for classifier in classifiers.values()):
+            lost = ", ".join(f"{rate:g} in epoch {classifier.lost}" for rate, classifier in classifiers.items())
+            raise NumericError(f"linear: the loss stopped being finite at every learning rate ({lost}); lower linear.lr")
+        if training.reports(epoch):
+            shown = ", ".join(f"{classifier.curve[-1]:.1f} % at lr {rate:g}" for rate, classifier in classifiers.items())
+            task.say(f"linear: epoch {epoch} of {settings.epochs}, top-1 {shown}")
+    findings = []
+    for rate, classifier in classifiers.items():
+        notes = []
+        if classifier.lost:
+            fault = f"the loss stopped being finite in epoch {classifier.lost}"
+            notes.append(f"{fault}, so no image counts as right; lower linear.lr")
+        if len(rates) > 1:
+            notes.append(f"one of {len(rates)} learning rates; to quote the best of them is to choose it on these test images")
+        curve = [round(top1, 4) for top1 in classifier.curve]
+        details: dict[str, Any] = {
+            "momentum": settings.momentum,
+            "nesterov": nesterov,
+            "weight_decay": settings.weight_decay,
+            "loss": None if classifier.lost else round(float(classifier.loss), 6),
+            "curve": [[epoch, top1] for epoch, top1 in enumerate(curve, 1) if training.reports(epoch)],
+            "best_epoch": {"epoch": curve.index(max(curve)) + 1, "top1": max(curve), "chosen_on": "these test images"},
+        }
+        findings.append(training.finding({"schedule": settings.schedule, "lr": rate}, classifier, test, notes, details))
+    return findings
 
 
-def papers_choice(settings: LinearConfig, small: bool) -> tuple[tuple[float, ...], bool]:
-    """Learning rates, and whether momentum is Nesterov's: the settings', or where they leave it open the papers', who have
-    others for their small sets, of up to 64 pixels."""
+def papers_choice(settings: LinearConfig, *, small: bool) -> tuple[tuple[float, ...], bool]:
+    """Return the learning rates, and true for Nesterov's momentum: the settings', or where they leave it open the papers', who
+    have others for their small sets, of up to 64 pixels."""
     usual = 30.0 if settings.schedule == "step" else 1.0 if small else 0.3
     nesterov = small if settings.nesterov is None else settings.nesterov
     return settings.lr or (usual,), nesterov and settings.momentum > 0  # which without momentum is none
 
 
-def rate_share(step: int, steps_per_epoch: int, settings: LinearConfig) -> float:
-    """The learning rate of a step, counted from 0, as a share of its peak."""
-    if settings.schedule == "cosine":
-        return learning_rate(step, peak=1.0, warmup_steps=0, total_steps=settings.epochs * steps_per_epoch)
-    epoch = step // steps_per_epoch
-    falls = (5 * epoch >= 3 * settings.epochs) + (5 * epoch >= 4 * settings.epochs)
-    return float(10.0**-falls)
-
-
-class _Classifier:
-    """A linear classifier at one learning rate.
-
-    Attributes:
-        curve: top-1 in percent after each epoch.
-        lost: the epoch in which its loss stopped being finite; None: in none.
-    """
-
-    def __init__(self, rate: float, seen: PlainFeatures, on: Trial, settings: LinearConfig, nesterov: bool) -> None:
-        self.rate, self.seen, self.on, self.settings = rate, seen, on, settings
-        # Of one seed all start alike, so a rate's outcome does not depend on which others are tried.
-        self.head = linear_classifier(seen.vectors.shape[1], on.classes, on.seed).to(on.engine.device)
-        self.optimizer = torch.optim.SGD(
-            self.head.parameters(), rate, settings.momentum, weight_decay=settings.weight_decay, nesterov=nesterov
-        )
-        self.finite = torch.ones((), dtype=torch.bool, device=on.engine.device)
-        self.loss = torch.zeros((), device=on.engine.device)
-        self.rank = torch.empty(0, dtype=torch.int64)
-        self.curve: list[float] = []
-        self.lost: int | None = None
-
-    def step(self, features: Tensor, labels: Tensor, share: float) -> None:
-        """Learn from features [B, F] and labels [B]."""
-        if self.lost is not None:
-            return
-        self.loss = F.cross_entropy(self.head(features), labels)
-        self.optimizer.zero_grad()
-        self.loss.backward()  # type: ignore[no-untyped-call]
-        self.optimizer.param_groups[0]["lr"] = self.rate * share
-        self.optimizer.step()
-        self.finite &= self.loss.detach().isfinite()
-
-    def test(self, epoch: int) -> None:
-        """Label the test images."""
-        if self.lost is None and not bool(self.finite):
-            self.lost = epoch
-        if self.lost is None:
-            self.rank = self.on.ranks(self.head, self.seen)
-        else:
-            # NaN compares with nothing, so ranks would have every image right.
-            self.rank = torch.full_like(self.seen.truth, self.on.classes)
-        self.curve.append(100 * float((self.rank == 0).double().mean()))
-
-    def finding(self, batches: Batches, nesterov: bool, notes: tuple[str, ...]) -> Finding:
-        """The figures of the last epoch."""
-        if self.lost is not None:
-            fault = f"the loss stopped being finite in epoch {self.lost}, so no image counts as right; lower linear.lr"
-            notes = (fault, *notes)
-        best = max(range(len(self.curve)), key=self.curve.__getitem__)
-        details: dict[str, Any] = batches.describe() | {
-            "momentum": self.settings.momentum,
-            "nesterov": nesterov,
-            "weight_decay": self.settings.weight_decay,
-            "loss": None if self.lost is not None else round(float(self.loss.detach()), 6),
-            "curve": [[epoch, round(top1, 4)] for epoch, top1 in enumerate(self.curve, 1) if batches.told(epoch)],
-            "best_epoch": {"epoch": best + 1, "top1": round(self.curve[best], 4), "chosen_on": "these test images"},
-        }
-        setting = {"schedule": self.settings.schedule, "lr": self.rate}
-        return self.on.finding(setting, self.rank, self.seen, notes + batches.notes(), details)
-
-
-def _shown(trained: list[_Classifier]) -> str:
-    if len(trained) == 1:
-        return f"{trained[0].curve[-1]:.1f} %"
-    return ", ".join(f"{each.curve[-1]:.1f} % at lr {each.rate:g}" for each in trained)
-
-
-def _choice_note(rates: tuple[float, ...]) -> tuple[str, ...]:
-    if len(rates) == 1:
-        return ()
-    return (f"one of {len(rates)} learning rates; to quote the best of them is to choose it on these test images",)
-
-
-def _all_lost(trained: list[_Classifier]) -> str:
-    rates = ", ".join(f"{each.rate:g} in epoch {each.lost}" for each in trained)
-    return f"linear: the loss stopped being finite at every learning rate ({rates}); lower linear.lr, or look at the features"
-
-
-Settings = FinetuneConfig | SemiConfig
-
-
-def finetune(
-    backbone: nn.Module,
-    pair: LabelledPair,
-    reader: Reader,
-    engine: Engine,
-    *,
-    settings: FinetuneConfig,
-    bootstrap: Bootstrap,
-    seed: int,
-    say: Callable[[str], None],
-) -> list[Finding]:
-    """Train a copy of the backbone, and a classifier on it, on all images of the bank.
-
-    Args:
-        backbone: [B, 3, S, S] -> [B, F]; a copy of it is trained.
-        pair: what is trained and tested on, one label an image.
-        reader: how images are read, and what the backbone sees of them.
-        engine: device, and the precision of the backbone; classifier and loss are fp32.
-        settings: the protocol's.
-        bootstrap: of the intervals.
-        seed: of weights, order, views and what is random within the network. The same call gives the same figures, on CPU bit for
-            bit; the caller's random generators stay as they were.
-        say: told of the progress, some ten lines.
-
-    Returns:
-        One finding, of the last epoch.
+def finetune(backbone: nn.Module, task: Task, settings: FinetuneConfig) -> list[Finding]:
+    """Train a copy of the backbone, and a classifier on it, on all images of the bank; return one finding, of the last epoch.
 
     Raises:
         ConfigError, DataError: for images that cannot be used so.
         NumericError: if the loss stops being finite.
     """
-    on, _ = trial("finetune", pair, reader, engine, bootstrap, seed, say)
-    return [_measured(_Task("finetune", "finetune", {}, pair.bank), on, backbone, settings)]
+    _, classes = task.check("finetune")
+    return [_tuned(backbone, task, task.pair.bank, classes, settings, "finetune")]
 
 
-def semi(
-    backbone: nn.Module,
-    pair: LabelledPair,
-    reader: Reader,
-    engine: Engine,
-    *,
-    settings: SemiConfig,
-    bootstrap: Bootstrap,
-    seed: int,
-    say: Callable[[str], None],
-) -> list[Finding]:
+def semi(backbone: nn.Module, task: Task, settings: SemiConfig) -> list[Finding]:
     """`finetune` on few images of the bank: shares of each class drawn by the seed, or those that an index file names.
 
     Returns:
@@ -435,108 +325,66 @@ def semi(
     Raises:
         ConfigError, DataError, NumericError: as `finetune`, and for a file that names other images.
     """
-    on, labels = trial("semi", pair, reader, engine, bootstrap, seed, say)
-    if settings.index is not None:
-        if pair.of is not None and len(pair.bank) < pair.of[0]:  # where the same positions are other images
-            raise ConfigError(
-                f"semi.index: names images of the whole bank, of which `images` leaves {len(pair.bank)}; drop one of them"
-            )
-        name: dict[str, Any] = {"index": Path(settings.index).name}
-        chosen = [("semi", name, from_index(settings.index, pair.bank))]
+    (labels, classes), bank = task.check("semi"), task.pair.bank
+    choices: list[tuple[str, dict[str, Any], np.ndarray]] = []
+    if settings.index is None:
+        for share in settings.fractions:
+            rows = stratified(labels, fraction=share, seed=task.seed)
+            choices.append((f"semi on {100 * share:g} %", {"fraction": share}, rows))
+    elif task.pair.of is not None and len(bank) < task.pair.of[0]:  # where the same positions are other images
+        raise ConfigError(f"semi.index: names images of the whole bank, of which `images` leaves {len(bank)}; drop one of them")
     else:
-        chosen = [
-            (f"semi on {100 * share:g} %", {"fraction": share}, stratified(labels, fraction=share, seed=seed))
-            for share in settings.fractions
-        ]
+        choices.append(("semi", {"index": Path(settings.index).name}, from_index(settings.index, bank)))
     findings = []
-    for title, setting, rows in chosen:
-        count = np.bincount(labels[rows], minlength=on.classes)
+    for title, setting, rows in choices:
+        count, notes = np.bincount(labels[rows], minlength=classes), []
+        if len(absent := np.flatnonzero(count == 0)):
+            first = dict(enumerate(bank.classes or ())).get(absent[0], absent[0])
+            notes.append(f"{len(absent)} of {classes} classes have no labelled image, the first is {first}")
+        if len(rows) > 1.5 * setting.get("fraction", 1) * len(labels):
+            notes.append(f"{len(rows)} of {len(labels)} images, as each class gives one at least")
         details = {"split": fingerprint(rows), "per_class": [int(count.min()), int(count.max())]}
-        notes = _missing(count, pair.bank)
-        if settings.index is None and len(rows) > 1.5 * setting["fraction"] * len(labels):
-            notes = (*notes, f"{len(rows)} of {len(labels)} images, as each class gives one at least")
-        task = _Task("semi", title, setting, pair.bank.subset(rows), notes, details)
-        findings.append(_measured(task, on, backbone, settings))
+        findings.append(_tuned(backbone, task, bank.subset(rows), classes, settings, title, setting, notes, details))
     return findings
 
 
-@dataclass(frozen=True)
-class _Task:
-    """What one network is trained on, and what is to be told of it."""
-
-    protocol: str
-    title: str
-    setting: dict[str, Any]
-    images: Images
-    notes: tuple[str, ...] = ()
-    details: dict[str, Any] = field(default_factory=dict)
-
-
-def _missing(count: Labels, images: Images) -> tuple[str, ...]:
-    """A note on classes of which `count` [C] has no image."""
-    absent = np.flatnonzero(count == 0)
-    if not len(absent):
-        return ()
-    first = images.classes[absent[0]] if images.classes is not None and absent[0] < len(images.classes) else str(absent[0])
-    return (f"{len(absent)} of {len(count)} classes have no labelled image, the first is {first}",)
-
-
-def _measured(task: _Task, on: Trial, backbone: nn.Module, settings: Settings) -> Finding:
-    """Train, then label the plain views of the test images."""
-    batches = Batches(task.images, on, settings.epochs, settings.batch_size, 2, settings.scale)
+def _tuned(
+    backbone: nn.Module,
+    task: Task,
+    images: Images,
+    classes: int,
+    settings: FinetuneConfig | SemiConfig,
+    title: str,
+    setting: dict[str, Any] | None = None,
+    notes: Sequence[str] = (),
+    details: dict[str, Any] | None = None,
+) -> Finding:
+    """Train a copy of the backbone with two learning rates; weights decay, norms and biases do not."""
+    training, engine = Training(task, images, settings, least=2), task.engine
     network = copy.deepcopy(backbone).cpu()
-    width = feature_width(network, on.reader.view.size)
-    network = on.engine.place(network).train()
+    width = feature_width(network, task.reader.view.size)
+    network = engine.place(network).train()
     if not any(parameter.requires_grad for parameter in network.parameters()):
         network.requires_grad_(True)  # of others, what is fixed is meant to be, such as position codes
-    head = linear_classifier(width, on.classes, on.seed).to(on.engine.device)
-    with _generators_of_its_own(on):
-        loss = _train(task, on, network, head, batches, settings)
-    seen = on.plain_features(network)
-    details = task.details | batches.describe() | {"loss": round(loss, 6)}
-    details |= {name: getattr(settings, name) for name in ("lr", "head_lr", "momentum", "weight_decay")}
-    return on.finding(task.setting, on.ranks(head, seen), seen, task.notes + batches.notes(), details)
-
-
-def _train(task: _Task, on: Trial, network: nn.Module, head: nn.Module, batches: Batches, settings: Settings) -> float:
-    """SGD to the end of the cosine; returns the last loss."""
-    optimizer = _optimizer(network, head, settings)
-    finite, loss = torch.ones((), dtype=torch.bool, device=on.engine.device), torch.zeros(())
-    for step, views, labels in batches:
-        share = learning_rate(step, peak=1.0, warmup_steps=0, total_steps=batches.steps)
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * share
-        with on.engine.autocast():
-            features: Tensor = network(views)
-        loss = F.cross_entropy(head(features.float()), labels)
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        finite &= loss.detach().isfinite()
-        epoch = batches.ends_epoch(step)
-        if epoch is not None and batches.told(epoch):
-            if not bool(finite):
-                raise NumericError(
-                    f"{task.title}: the loss stopped being finite by epoch {epoch} of {settings.epochs}; lower "
-                    f"{task.protocol}.lr ({settings.lr:g}) or {task.protocol}.head_lr ({settings.head_lr:g})"
-                )
-            on.say(f"{task.title}: epoch {epoch} of {settings.epochs}, loss {float(loss.detach()):.3f}")
-    return float(loss.detach())
-
-
-def _optimizer(network: nn.Module, head: nn.Module, settings: Settings) -> torch.optim.SGD:
-    """Two learning rates; weights decay, norms and biases do not."""
+    head = linear_classifier(width, classes, task.seed).to(engine.device)
     groups = [
-        group | {"peak": peak}
-        for module, peak in ((network, settings.lr), (head, settings.head_lr))
+        group | {"lr": rate}
+        for module, rate in ((network, settings.lr), (head, settings.head_lr))
         for group in parameter_groups(module, decay="weights", weight_decay=settings.weight_decay)
     ]
-    return torch.optim.SGD(groups, settings.lr, settings.momentum, nesterov=settings.momentum > 0)
-
-
-@contextmanager
-def _generators_of_its_own(on: Trial) -> Iterator[None]:
-    """Dropout and the like draw by the seed; afterwards torch's generators are as they were."""
-    with torch.random.fork_rng([on.engine.device] if on.engine.device.type == "cuda" else []):
-        torch.manual_seed(on.seed)
-        yield
+    classifier, section = Classifier(head, groups, settings.momentum, nesterov=settings.momentum > 0), title.split()[0]
+    with torch.random.fork_rng([engine.device] if engine.device.type == "cuda" else []):  # dropout and the like draw by the seed
+        torch.manual_seed(task.seed)
+        for epoch in training.epochs(network, [classifier], trains=True):
+            if training.reports(epoch):
+                if not bool(classifier.finite):
+                    raise NumericError(
+                        f"{title}: the loss stopped being finite by epoch {epoch} of {settings.epochs}; lower "
+                        f"{section}.lr ({settings.lr:g}) or {section}.head_lr ({settings.head_lr:g})"
+                    )
+                task.say(f"{title}: epoch {epoch} of {settings.epochs}, loss {float(classifier.loss):.3f}")
+    test = task.test_features(network)
+    classifier.label(test, settings.epochs)
+    figures = {"loss": round(float(classifier.loss), 6)}
+    figures |= {name: getattr(settings, name) for name in ("lr", "head_lr", "momentum", "weight_decay")}
+    return training.finding(setting or {}, classifier, test, list(notes), (details or {}) | figures)

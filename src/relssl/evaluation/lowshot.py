@@ -11,37 +11,58 @@ Legend: N bank images, M test images, F feature dimensions, C classes, n shots.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.svm import LinearSVC
 from torch import Tensor
 
 from relssl.errors import ConfigError, DataError
-from relssl.evaluation.features import Rows, full_precision, require_varied, unit
-from relssl.evaluation.findings import Finding
+from relssl.evaluation.features import full_precision, require_varied, unit
 from relssl.evaluation.metrics import (
-    ITERATIONS,
-    PLAIN_COST,
     Bootstrap,
-    Floats_svm,
-    Ints,
-    Machine,
-    Problem,
-    Score,
     accuracies,
     average_precision,
-    choose_cost,
     map_samples,
     mean_interval,
     percentiles,
     ranks,
-    train,
 )
-from relssl.evaluation.pairs import check_labels, counts, named, places
+from relssl.evaluation.pairs import check_labels, class_counts, numbered, places
+from relssl.evaluation.result import Finding
 from relssl.settings.evaluation import LowshotConfig
 
-_TWICE = {0: 1.0, 1: 2.0}
+Ints = npt.NDArray[np.int64]
+_PARTS = 3  # of cross-validation
+_COST = 1.0  # where there is nothing to choose it by
+_ITERATIONS = 2000  # VISSL's and PCL's
+_TEST_ROWS = 4096  # test images at a time
+
+
+class Problem(NamedTuple):
+    """What is to be told apart: rows int64 [n] of features fp64 [U,F] of unit norm, which problems share, and classes [n]."""
+
+    features: npt.NDArray[np.float64]
+    rows: Ints
+    truth: Ints
+
+    def part(self, which: npt.NDArray[np.bool_]) -> Problem:
+        """Return some of the images."""
+        return Problem(self.features, self.rows[which], self.truth[which])
+
+
+class Draw(NamedTuple):
+    """A classifier: weights fp32 [C,F], biases [C], the cost (None if it could not be chosen), machines that did not converge."""
+
+    weight: Tensor
+    bias: Tensor
+    cost: float | None
+    stuck: int
 
 
 def lowshot(
@@ -54,19 +75,17 @@ def lowshot(
     settings: LowshotConfig,
     bootstrap: Bootstrap,
     seed: int,
-    chunk: int = 4096,
 ) -> list[Finding]:
     """Train on n images of each class, classify the test images; for every n, over several draws.
 
     A draw puts the images of each class in an order of its own and n shots are its first n: draws are independent of each other,
-    the shots of a draw contain those of fewer. All images (n = 0, or no class has more than n) are one draw. The drawn images are
-    held in fp64. Where no cost can be chosen, as with one image a class, it is 1.
+    the shots of a draw contain those of fewer. All images (n = 0, or no class has more than n) are one draw. Where no cost can be
+    chosen, as with one image a class, it is 1.
 
     Args:
-        bank, test: [N,F] and [M,F] fp32; may be memory-mapped.
-        bank_labels, test_labels: int64 in 0..C-1; or int8 [N,C] and [M,C] (1 yes, 0 no, -1 not told).
+        bank, test: [N,F] and [M,F] fp32.
+        bank_labels, test_labels: int64 in 0..C-1; or int8 [N,C] and [M,C] (1 yes, 0 no, -1 unknown).
         seed: of the draws.
-        chunk: test images at a time.
 
     Returns:
         A finding for every n, {"shots": n}: the mean over draws of top1, top5 and mean_per_class, or of map, and, with two draws
@@ -82,141 +101,143 @@ def lowshot(
     notes = check_labels(bank_labels, test_labels, classes)
     require_varied(bank, "bank")
     require_varied(test, "test")
-    labels, truth = bank_labels.cpu(), test_labels.cpu()
-    make = _several if labels.dim() == 2 else _single
-    findings = []
+    labels, count, findings = bank_labels.cpu(), class_counts(bank_labels, classes), []
     for shots in dict.fromkeys(settings.shots):
-        draws = [make(bank, labels, classes, order, shots, settings) for order in _orders(labels, seed, settings.draws, shots)]
-        scores = [_scores(Rows("test", test), draw, chunk) for draw in draws]
-        findings.append(_finding(shots, draws, scores, truth, bootstrap, notes + _short(labels, classes, shots)))
+        orders = [np.random.Generator(np.random.PCG64([seed, draw])).permutation(len(labels)) for draw in range(settings.draws)]
+        if not shots or (labels.dim() == 1 and shots >= int(count.max())):
+            orders = [np.arange(len(labels))]  # every draw would take them all
+        draws = [
+            _draw(bank, drawn_rows(labels.numpy(), classes, order, shots), labels.numpy(), classes, settings) for order in orders
+        ]
+        remarks = _remarks(labels, count, shots, draws)
+        findings.append(
+            _finding(shots, draws, [_scores(test, draw) for draw in draws], test_labels.cpu(), bootstrap, notes + remarks)
+        )
     return findings
 
 
-@dataclass(frozen=True)
-class _Draw:
-    """A classifier: weights fp32 [C,F], biases [C], the cost (None if it could not be chosen), machines that did not converge."""
-
-    weight: Tensor
-    bias: Tensor
-    cost: float | None
-    stuck: int
-
-
-def _orders(labels: Tensor, seed: int, draws: int, shots: int) -> list[Ints]:
-    """The orders of the bank in which each draw takes images; a single one where every draw would take them all."""
-    if not shots or (labels.dim() == 1 and shots >= int(labels.bincount().max())):
-        return [np.arange(len(labels))]
-    return [np.random.Generator(np.random.PCG64([seed, draw])).permutation(len(labels)) for draw in range(draws)]
-
-
-def _short(labels: Tensor, classes: int, shots: int) -> list[str]:
-    have = counts(labels, classes)
-    notes = []
-    if few := places((have > 0) & (have < shots)):
-        notes.append(f"Fewer than {shots} bank images of {named(few)}: all of them were used.")
-    if labels.dim() == 2 and (lone := places((have == 0) | ((labels == 0).sum(dim=0) == 0))):
-        notes.append(f"The bank has no images both of {named(lone)} and not, so nothing was learnt there.")
-    return notes
-
-
-def _single(bank: Tensor, labels: Tensor, classes: int, order: Ints, shots: int, settings: LowshotConfig) -> _Draw:
-    """One machine for all classes, each against the rest."""
-    own = labels.numpy()[order]
-    ends = np.cumsum(counts(labels, classes).numpy())[:-1]
-    rows = np.concatenate([some[: shots or None] for some in np.split(order[own.argsort(kind="stable")], ends)])
-    problem = Problem(_gather(bank, rows), np.arange(len(rows)), labels.numpy()[rows])
-    cost = _cost([problem], settings, _right)
-    machine = train(problem, cost or PLAIN_COST)
-    weight, bias = torch.zeros(classes, bank.shape[1]), torch.full((classes,), -torch.inf)  # what has no image is never said
-    weight[machine.classes] = torch.from_numpy(machine.weight).float()
-    bias[machine.classes] = torch.from_numpy(machine.bias).float()
-    return _Draw(weight, bias, cost, int(not machine.converged))
-
-
-def _several(bank: Tensor, labels: Tensor, classes: int, order: Ints, shots: int, settings: LowshotConfig) -> _Draw:
-    """A machine for each class: of it, or not."""
-    ranked = labels.numpy()[order]
-    taken = {}
+def drawn_rows(labels: npt.NDArray[np.int64 | np.int8], classes: int, order: Ints, shots: int) -> dict[int | None, Ints]:
+    """Return the images of each machine: {None: those of the only one}, or {class: n of it and (C - 1) n others}."""
+    ranked = labels[order]
+    if labels.ndim == 1:
+        return {None: np.concatenate([order[ranked == own][: shots or None] for own in range(classes)])}
+    taken: dict[int | None, Ints] = {}
     for own in range(classes):
         yes, no = order[ranked[:, own] == 1], order[ranked[:, own] == 0]
         if len(yes) and len(no):
             taken[own] = np.concatenate([yes[: shots or None], no[: (classes - 1) * shots or None]])
     if not taken:
         raise DataError("labels: no class has bank images that are of it and others that are not; nothing can be learnt")
+    return taken
+
+
+def _draw(
+    bank: Tensor, taken: dict[int | None, Ints], labels: npt.NDArray[np.int64 | np.int8], classes: int, settings: LowshotConfig
+) -> Draw:
+    """Train one machine for all classes, each against the rest; or one for each class: of it, or not."""
     union = np.unique(np.concatenate(list(taken.values())))
-    features = _gather(bank, union)
+    features = unit(bank[torch.from_numpy(union).to(bank.device)]).double().cpu().numpy()
+    columns = {own: labels if own is None else labels[:, own] for own in taken}
     problems = {
-        own: Problem(features, np.searchsorted(union, rows), labels.numpy()[rows, own].astype(np.int64), _TWICE)
-        for own, rows in taken.items()
+        own: Problem(features, np.searchsorted(union, rows), columns[own][rows].astype(np.int64)) for own, rows in taken.items()
     }
-    cost = _cost(list(problems.values()), settings, _precision)
-    weight, bias, stuck = torch.zeros(classes, bank.shape[1]), torch.zeros(classes), 0
+    cost = settings.cost[0] if len(settings.cost) == 1 else choose_cost(list(problems.values()), settings.cost, None in taken)
+    # One machine for all classes never predicts those without an image.
+    weight = torch.zeros(classes, features.shape[1])
+    bias, stuck = torch.full((classes,), -torch.inf if None in taken else 0.0), 0
     for own, problem in problems.items():
-        machine = train(problem, cost or PLAIN_COST)
-        weight[own], bias[own] = torch.from_numpy(machine.weight[1]).float(), float(machine.bias[1])
-        stuck += not machine.converged
-    return _Draw(weight, bias, cost, stuck)
+        machine = train(problem, cost or _COST, single=own is None)
+        stuck += int(machine.n_iter_ >= _ITERATIONS)
+        rows, own_weight, own_bias = machine.classes_, machine.coef_, machine.intercept_
+        if own is not None:
+            rows = [own]
+        elif len(own_weight) == 1:  # two classes are opposites
+            own_weight, own_bias = np.concatenate([-own_weight, own_weight]), np.concatenate([-own_bias, own_bias])
+        weight[rows], bias[rows] = torch.from_numpy(own_weight).float(), torch.from_numpy(own_bias).float()
+    return Draw(weight, bias, cost, stuck)
 
 
-def _gather(bank: Tensor, rows: Ints) -> Floats_svm:
-    """Some rows of the bank, fp64 of unit norm."""
-    return np.asarray(unit(bank[torch.from_numpy(rows)]).double().cpu().numpy())
+def train(problem: Problem, cost: float, *, single: bool) -> LinearSVC:
+    """Fit scikit-learn's LinearSVC; the bias is penalised like a weight. With several labels an image, yes weighs double."""
+    weights = None if single else {0: 1.0, 1: 2.0}
+    machine = LinearSVC(C=cost, class_weight=weights, max_iter=_ITERATIONS, dual="auto", random_state=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return machine.fit(problem.features[problem.rows], problem.truth)
 
 
-def _cost(problems: list[Problem], settings: LowshotConfig, score: Score) -> float | None:
-    return settings.cost[0] if len(settings.cost) == 1 else choose_cost(problems, settings.cost, score)
+def choose_cost(problems: Sequence[Problem], costs: Sequence[float], single: bool) -> float | None:
+    """Return the cost with the best score on images left out, on average over all problems and parts; of equals the smallest.
+
+    The score is the share labelled right, or with several labels an image the interpolated average precision. The images of a
+    class take turns in three parts, each of which is left out once; the only image of a class is in all that is learnt from.
+    Returns None if there is nothing to choose by: no part has images of two classes.
+    """
+    splits = []
+    for problem in problems:
+        turn = np.full(len(problem.truth), -1)
+        for own in np.unique(problem.truth):
+            rows = (problem.truth == own).nonzero()[0]
+            turn[rows] = np.arange(len(rows)) % _PARTS if len(rows) > 1 else -1
+        for part in range(_PARTS):
+            sides = problem.part(turn != part), problem.part(turn == part)
+            if all(len(np.unique(side.truth)) > 1 for side in sides):
+                splits.append(sides)
+    if not splits:
+        return None
+
+    def score(learnt: Problem, out: Problem, cost: float) -> float:
+        machine = train(learnt, cost, single=single)
+        features = out.features[out.rows]
+        if single:
+            return float(machine.score(features, out.truth))
+        decision = torch.from_numpy(machine.decision_function(features))[:, None]
+        return float(average_precision(decision, torch.from_numpy(out.truth[:, None]), interpolated=True)[0])
+
+    figures = [np.mean([score(*sides, cost) for sides in splits]) for cost in sorted(costs)]
+    return float(sorted(costs)[int(np.argmax(figures))])
 
 
-def _right(machine: Machine, out: Problem) -> float:
-    """The share labelled right."""
-    said = machine.classes[machine.decide(out.features[out.rows]).argmax(axis=1)]
-    return float((said == out.truth).mean())
+def _scores(test: Tensor, draw: Draw) -> Tensor:
+    """Return the scores [M,C], fp32 on the CPU."""
+    weight, bias = draw.weight.to(test.device), draw.bias.to(test.device)
+    with full_precision(test.device):
+        return torch.cat([torch.addmm(bias, unit(rows), weight.T).cpu() for rows in torch.split(test, _TEST_ROWS)])
 
 
-def _precision(machine: Machine, out: Problem) -> float:
-    """Average precision."""
-    scores = torch.from_numpy(machine.decide(out.features[out.rows])[:, 1:])
-    return float(average_precision(scores, torch.from_numpy(out.truth[:, None]), interpolated=True)[0])
-
-
-def _scores(test: Rows, draw: _Draw, chunk: int) -> Tensor:
-    """[M,C] fp32 on the CPU."""
-    device = test.features.device
-    weight, bias = draw.weight.to(device), draw.bias.to(device)
-    with full_precision(device):
-        return torch.cat([torch.addmm(bias, rows, weight.T).cpu() for _, rows in test.units(chunk, device)])
+def _remarks(labels: Tensor, count: Tensor, shots: int, draws: list[Draw]) -> list[str]:
+    notes = []
+    if few := places((count > 0) & (count < shots)):
+        notes.append(f"Fewer than {shots} bank images of {numbered(few)}: all of them were used.")
+    if labels.dim() == 2 and (lone := places((count == 0) | ((labels == 0).sum(dim=0) == 0))):
+        notes.append(f"The bank has no images both of {numbered(lone)} and not, so nothing was learnt there.")
+    if any(draw.cost is None for draw in draws):
+        notes.append(f"With so few images a class there is no cross-validation, so the cost was {_COST:g}.")
+    if stuck := sum(draw.stuck for draw in draws):
+        notes.append(f"{stuck} of the support vector machines had not converged after {_ITERATIONS} iterations.")
+    return notes
 
 
 def _finding(
-    shots: int, draws: list[_Draw], scores: list[Tensor], truth: Tensor, bootstrap: Bootstrap, notes: list[str]
+    shots: int, draws: list[Draw], scores: list[Tensor], truth: Tensor, bootstrap: Bootstrap, notes: list[str]
 ) -> Finding:
-    several = truth.dim() == 2
-    classes = len(draws[0].bias)
+    setting: dict[str, Any] = {"shots": shots}
+    classes, right = len(draws[0].bias), None
     figures: list[dict[str, float]]
-    if several:
+    if truth.dim() == 2:
+        setting |= {"average_precision": "interpolated"}
         figures = [{"map": 100 * float(np.nanmean(average_precision(some, truth, interpolated=True)))} for some in scores]
         samples = np.mean([map_samples(some, truth, bootstrap, interpolated=True) for some in scores], axis=0)
-        intervals, right = {"map": percentiles(100 * samples)}, None
+        intervals = {"map": percentiles(100 * samples)}
     else:
-        place = [ranks(some, truth) for some in scores]
+        place = torch.stack([ranks(some, truth) for some in scores])
         figures = [accuracies(rank, truth, classes) for rank in place]
-        among = {"top1": 1, "top5": min(5, classes)}
-        hits = {name: torch.stack([rank < best for rank in place]).double().mean(dim=0) for name, best in among.items()}
-        intervals = {name: mean_interval(100 * share.numpy(), bootstrap) for name, share in hits.items()}
+        best = {"top1": 1, "top5": min(5, classes)}
+        intervals = {name: mean_interval(100 * (place < k).double().mean(dim=0), bootstrap) for name, k in best.items()}
         right = (place[0] == 0).numpy() if len(draws) == 1 else None
     main = next(iter(figures[0]))
     mean = {name: float(np.mean([each[name] for each in figures])) for name in figures[0]}
     if len(draws) > 1:
         mean[f"{main}_deviation"] = float(np.std([each[main] for each in figures], ddof=1))
-    each = [{main: round(own[main], 4), "cost": draw.cost or PLAIN_COST} for own, draw in zip(figures, draws, strict=True)]
-    setting = {"shots": shots} | ({"average_precision": "interpolated"} if several else {})
-    return Finding(setting, main, mean, intervals, (*notes, *_remarks(draws)), {"draws": each}, right)
-
-
-def _remarks(draws: list[_Draw]) -> list[str]:
-    notes = []
-    if any(draw.cost is None for draw in draws):
-        notes.append(f"With so few images a class there is no cross-validation, so the cost was {PLAIN_COST:g}.")
-    if stuck := sum(draw.stuck for draw in draws):
-        notes.append(f"{stuck} of the support vector machines had not converged after {ITERATIONS} iterations.")
-    return notes
+    each = [{main: round(own[main], 4), "cost": draw.cost or _COST} for own, draw in zip(figures, draws, strict=True)]
+    return Finding(setting, main, mean, intervals, tuple(notes), {"draws": each}, right)

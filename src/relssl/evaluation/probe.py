@@ -1,193 +1,40 @@
 """Logistic regression on cached features: what a linear classifier can read off a frozen backbone, without augmentation.
 
 After the field's probes on cached features (CLIP, Radford et al. 2021, appendix A.3: L-BFGS, the L2 penalty swept on held-out
-images), on standardised features, with the penalty of `evaluation.logistic`.
+images), on standardised features.
 
 Legend: N bank images, M test images, F feature dimensions, C classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from scipy.optimize import minimize
-from threadpoolctl import threadpool_limits
+import torch.nn.functional as F
 from torch import Tensor
 
 from relssl.errors import ConfigError
-from relssl.evaluation.features import Rows, full_precision, require_varied
-from relssl.evaluation.findings import Finding
-from relssl.evaluation.metrics import (
-    Bootstrap,
-    accuracies,
-    accuracy_intervals,
-    average_precision,
-    map_samples,
-    percentiles,
-    ranks,
-)
-from relssl.evaluation.pairs import check_labels, counts, named, places
+from relssl.evaluation.features import full_precision, require_varied
+from relssl.evaluation.metrics import Bootstrap, accuracies, average_precision, map_samples, percentiles, ranks
+from relssl.evaluation.pairs import check_labels, class_counts, numbered, places
+from relssl.evaluation.result import Finding
 from relssl.settings.evaluation import ProbeConfig
 
-# scikit-learn's is 1e-4; with fp32 products the largest entry of the gradient comes down to some millionths.
-_GRADIENT = 1e-5
-_DECREASE = 1e-12
-# What counts as arrived where L-BFGS gives up because rounding hides any further decrease.
-ARRIVED = 1e-4
-# Bytes of centred features that are kept through a fit; more are centred anew in every pass.
-_HELD = 1 << 30
+_GRADIENT = 1e-5  # scikit-learn's is 1e-4; with fp32 products the largest entry of the gradient comes down to some millionths
+_ENOUGH = 1e-4  # to choose a penalty by, and to count as converged where rounding hides any further decrease
+_PATIENCE = 2  # weaker penalties that may in a row be no better than the best
+_ROWS = 4096  # images whose logits are held at a time
 
 
-@dataclass(frozen=True)
-class Scale:
-    """Mean fp32 [F] of each dimension, and fp64 [F] the inverse of its deviation, 0 where that is rounding alone."""
+class Fit(NamedTuple):
+    """Weights and biases fp64 [C,F+1], L-BFGS iterations, and the largest magnitude of the gradient's entries at the end."""
 
-    mean: Tensor
-    inverse: Tensor
-
-    def centred(self, part: Tensor) -> Tensor:
-        """Before any product: a mean far larger than the deviation would leave little of fp32 for what varies."""
-        return part.float() - self.mean
-
-
-@dataclass(frozen=True)
-class Fit:
-    """A solution of `fit`.
-
-    Attributes:
-        flat: fp64 [C * F + C], weights on standardised features and biases, to start another fit from.
-        iterations: of L-BFGS.
-        gradient: largest magnitude of the gradient's entries at the end.
-        converged: whether that, or the decrease of the objective, is small enough.
-    """
-
-    flat: npt.NDArray[np.float64]
+    weight: Tensor
     iterations: int
     gradient: float
-    converged: bool
-
-
-def measure(rows: Rows, device: torch.device, chunk: int) -> Scale:
-    """Mean and deviation (of N, not N - 1) of each dimension, summed in fp64."""
-    total = torch.zeros(2, rows.features.shape[1], dtype=torch.float64, device=device)
-    first = next(rows.chunks(1, device))[1][0].double()  # sums of differences: squares of a large mean would drown the deviation
-    for _, part in rows.chunks(chunk, device):
-        off = part.double() - first
-        total += torch.stack([off.sum(dim=0), off.square().sum(dim=0)])
-    shift, square = total / rows.count
-    deviation = (square - shift.square()).clamp_min(0).sqrt()
-    mean = first + shift
-    varied = deviation > 1e-6 * mean.abs()
-    return Scale(mean.float(), torch.where(varied, 1 / deviation.where(varied, 1), 0))
-
-
-def fit(
-    rows: Rows,
-    labels: Tensor,
-    classes: int,
-    strength: float,
-    scale: Scale,
-    *,
-    iterations: int,
-    start: npt.NDArray[np.float64] | None = None,
-    gradient: float = _GRADIENT,
-    device: torch.device,
-    chunk: int,
-) -> Fit:
-    """Minimise mean cross-entropy + strength / 2 * |W|^2 over weights W [C,F] on standardised features and free biases [C].
-
-    With labels [N] the cross-entropy is that of a softmax over the classes; this is scikit-learn's `LogisticRegression` at
-    C = 1 / (strength * N) after a `StandardScaler` (for two classes, where scikit-learn has one row of weights and not two,
-    at C = 2 / (strength * N)). With int8 labels [N,C] it is the sum over the classes of the binary cross-entropy, each the
-    mean of its N_c told images: C regressions at once, each scikit-learn's at C = 1 / (strength * N_c).
-
-    Args:
-        labels: of the kept rows.
-        start: where to begin, as in `Fit.flat`; zeros if not given.
-        gradient: the largest magnitude of the gradient's entries at which to stop.
-    """
-    objective = _Objective(rows, labels, classes, strength, scale, device, chunk)
-    begin = np.zeros(classes * (rows.features.shape[1] + 1)) if start is None else start
-    # As in scikit-learn; `maxfun`, which counts all evaluations, must never end a fit before `iterations` does.
-    options = {"maxiter": iterations, "maxfun": 50 * iterations, "maxls": 50, "gtol": gradient, "ftol": _DECREASE}
-    # scipy's own little products on many threads would take turns with torch's threads, and most of the time wait for them.
-    with full_precision(device), threadpool_limits(1, user_api="blas"):
-        found = minimize(objective, begin, jac=True, method="L-BFGS-B", options=options)
-    reached = float(np.abs(found.jac).max())
-    return Fit(found.x, int(found.nit), reached, bool(found.success) or reached <= ARRIVED)
-
-
-def predict(rows: Rows, found: Fit, classes: int, scale: Scale, device: torch.device, chunk: int) -> Tensor:
-    """The logits, fp32 [n,C] on the CPU."""
-    weight, bias = unpack(found.flat, classes, device)
-    folded, offset = (weight * scale.inverse).float(), bias.float()
-    with full_precision(device):
-        parts = rows.chunks(chunk, device)
-        return torch.cat([torch.addmm(offset, scale.centred(part), folded.T).cpu() for _, part in parts])
-
-
-def unpack(flat: npt.NDArray[np.float64], classes: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Weights on standardised features fp64 [C,F], and biases fp64 [C]."""
-    both = torch.from_numpy(flat).to(device)
-    return both[:-classes].view(classes, -1), both[-classes:]
-
-
-class _Objective:
-    """The objective and its gradient at a point, in one pass over the features."""
-
-    def __init__(
-        self, rows: Rows, labels: Tensor, classes: int, strength: float, scale: Scale, device: torch.device, chunk: int
-    ) -> None:
-        self.rows, self.labels, self.classes, self.strength, self.scale = rows, labels, classes, strength, scale
-        self.device, self.chunk = device, chunk
-        told = (labels >= 0).sum(dim=0) if labels.dim() == 2 else torch.tensor(len(labels))
-        self.told = told.clamp_min(1).to(device)
-        self.loss: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = _binary if labels.dim() == 2 else _softmax
-        self.held = list(self._read()) if 4 * rows.count * rows.features.shape[1] <= _HELD else None
-
-    def _read(self) -> Iterator[tuple[int, Tensor]]:
-        """The features a chunk at a time, centred."""
-        return ((start, self.scale.centred(part)) for start, part in self.rows.chunks(self.chunk, self.device))
-
-    def __call__(self, flat: npt.NDArray[np.float64]) -> tuple[float, npt.NDArray[np.float64]]:
-        weight, bias = unpack(flat, self.classes, self.device)
-        folded, offset = (weight * self.scale.inverse).float(), bias.float()
-        loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        by_weight, by_bias = torch.zeros_like(weight), torch.zeros_like(bias)
-        for start, part in self.held if self.held is not None else self._read():
-            own = self.labels[start : start + len(part)].to(self.device)
-            losses, slope = self.loss(torch.addmm(offset, part, folded.T), own)
-            loss += (losses.double().sum(dim=0) / self.told).sum()
-            slope = slope / self.told
-            by_weight += slope.T @ part
-            by_bias += slope.sum(dim=0)
-        by_weight = by_weight * self.scale.inverse + self.strength * weight
-        loss += self.strength / 2 * weight.square().sum()
-        return float(loss), torch.cat([by_weight.flatten(), by_bias]).cpu().numpy()
-
-
-def _softmax(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropies [n] and their slopes [n,C]."""
-    log = logits.log_softmax(dim=1)
-    slope = log.exp()
-    slope[torch.arange(len(labels), device=labels.device), labels] -= 1
-    return -log.gather(1, labels[:, None])[:, 0], slope
-
-
-def _binary(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Binary cross-entropies [n,C] and their slopes [n,C], 0 where a label is not told."""
-    told, yes = labels >= 0, labels.clamp_min(0).float()
-    losses = torch.nn.functional.binary_cross_entropy_with_logits(logits, yes, reduction="none")
-    return losses * told, (logits.sigmoid() - yes) * told
-
-
-# Weaker penalties that may in a row be no better than the best.
-_PATIENCE = 2
 
 
 def probe(
@@ -200,8 +47,6 @@ def probe(
     settings: ProbeConfig,
     bootstrap: Bootstrap,
     seed: int,
-    device: torch.device | None = None,
-    chunk: int = 4096,
 ) -> list[Finding]:
     """Choose the L2 penalty on a held-out part of the bank, fit on the whole bank, classify the test images.
 
@@ -210,14 +55,11 @@ def probe(
     deviation are those of the whole bank throughout.
 
     Args:
-        bank, test: [N,F] and [M,F] fp32; may be memory-mapped.
-        bank_labels, test_labels: int64 in 0..C-1; or int8 [N,C] and [M,C] (1 yes, 0 no, -1 not told) for one binary
+        bank, test: [N,F] and [M,F] fp32; the work is done on the device of `test`.
+        bank_labels, test_labels: int64 in 0..C-1; or int8 [N,C] and [M,C] (1 yes, 0 no, -1 unknown) for one binary
             regression a class, all with the same penalty, chosen by their mean average precision.
-        classes: C.
         seed: of the held-out part: a share of each class, of at least one image where it has two; of all images if they have
             several labels.
-        device: where to compute, the test features' if not given; features elsewhere go there chunk by chunk, once an evaluation.
-        chunk: images at a time.
 
     Returns:
         One finding: top1, top5 and mean_per_class, or map (plain average precision, as scikit-learn's); `details` with the penalty
@@ -232,99 +74,150 @@ def probe(
     notes = check_labels(bank_labels, test_labels, classes)
     require_varied(bank, "bank")
     require_varied(test, "test")
-    labels, where = bank_labels.cpu(), device or test.device
-    held, own = hold_out(labels, classes, settings.held_out, seed)
-    notes += own
-    whole = Rows("bank", bank)
-    scale = measure(whole, where, chunk)
-    more: dict[str, Any] = {"iterations": settings.iterations, "device": where, "chunk": chunk}
-    chosen, tried = _path(whole, labels, held, classes, settings, scale, more)
-    notes += _choice_notes(chosen["strength"], tried, settings)
-    final = fit(whole, labels, classes, chosen["strength"], scale, start=chosen.pop("start"), **more)
-    if not final.converged:
-        notes.append(
-            f"The final fit had not converged after {final.iterations} iterations (largest slope {final.gradient:.1e}); "
-            "raise probe.iterations."
-        )
-    scores = predict(Rows("test", test), final, classes, scale, where, chunk)
-    details = {"strength": chosen["strength"], "held_out": int(held.sum()), "tried": tried, "iterations": final.iterations}
+    out, own_notes = hold_out(bank_labels.cpu(), classes, settings.held_out, seed)
+    order = torch.cat([(~out).nonzero().flatten(), out.nonzero().flatten()]).to(bank.device)  # what is held out comes last
+    deviation, mean = (each.to(test.device) for each in torch.std_mean(bank, dim=0, correction=0))
+    rows = standardise(bank[order].to(test.device), mean, deviation)
+    labels, kept = bank_labels[order.to(bank_labels.device)].to(test.device), len(out) - int(out.sum())
+
+    strengths = sorted(set(settings.strengths), reverse=True)
+    strength, start, best, waited, tried = strengths[len(strengths) // 2], None, -1.0, 0, list[dict[str, Any]]()
+    fitted: Fit | None = None
+    for each in strengths if len(strengths) > 1 and kept < len(rows) else ():
+        previous = None if fitted is None else fitted.weight
+        fitted = fit(rows[:kept], labels[:kept], classes, each, settings.iterations, start=previous, gradient=_ENOUGH)
+        name, figure = _figure(predict(rows[kept:], fitted.weight), labels[kept:].cpu(), classes)
+        converged = fitted.gradient <= _ENOUGH
+        tried.append({"strength": each, name: round(figure, 4), "iterations": fitted.iterations, "converged": converged})
+        waited += 1
+        if figure > best:
+            strength, start, best, waited = each, fitted.weight, figure, 0
+        if waited == _PATIENCE:
+            break  # weaker ones take ever longer, and fit the noise
+    final = fit(rows, labels, classes, strength, settings.iterations, start=start)
+    notes += own_notes + _notes(strength, strengths, tried, final)
+    scores = torch.cat([predict(standardise(part, mean, deviation), final.weight) for part in torch.split(test, _ROWS)])
+    details = {"strength": strength, "held_out": int(out.sum()), "tried": tried, "iterations": final.iterations}
     return [_finding(scores, test_labels.cpu(), classes, bootstrap, notes, details)]
 
 
-def hold_out(labels: Tensor, classes: int, share: float, seed: int) -> tuple[Tensor, list[str]]:
-    """Which images of the bank the penalty is chosen on, bool [N], and notes on classes that have none among them."""
-    generator = np.random.Generator(np.random.PCG64(seed))
-    held = torch.zeros(len(labels), dtype=torch.bool)
+def standardise(features: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
+    """Return features [n,F] less the mean, over the deviation; 0 in dimensions that vary by rounding alone."""
+    return (features - mean).mul_(torch.where(deviation > 1e-6 * mean.abs(), 1 / deviation, 0))
+
+
+def fit(
+    rows: Tensor,
+    labels: Tensor,
+    classes: int,
+    strength: float,
+    iterations: int,
+    *,
+    start: Tensor | None = None,
+    gradient: float = _GRADIENT,
+) -> Fit:
+    """Minimise mean cross-entropy + strength / 2 * |W|^2 over weights W [C,F] and free biases [C], by torch's L-BFGS.
+
+    With labels [n] the cross-entropy is that of a softmax over the classes; this is scikit-learn's `LogisticRegression` at
+    C = 1 / (strength * n) (for two classes, where scikit-learn has one row of weights and not two, at C = 2 / (strength * n)).
+    With int8 labels [n,C] it is the sum over the classes of the binary cross-entropy, each the mean of its n_c known images: C
+    regressions at once, each scikit-learn's at C = 1 / (strength * n_c).
+
+    Args:
+        rows: [n,F] fp32, standardised.
+        start: weights and biases [C,F+1] to begin at; None: zeros.
+        gradient: the largest magnitude of the gradient's entries at which to stop.
+    """
+    weight = rows.new_zeros(classes, rows.shape[1] + 1, dtype=torch.float64) if start is None else start.clone()
+    optimizer = torch.optim.LBFGS(
+        [weight.requires_grad_()],
+        max_iter=iterations,
+        max_eval=50 * iterations,  # which must never end a fit before `iterations` does
+        tolerance_grad=gradient,
+        history_size=10,
+        line_search_fn="strong_wolfe",
+    )
+    parts: list[tuple[Tensor, ...]] = list(zip(torch.split(rows, _ROWS), torch.split(labels, _ROWS), strict=True))
     if labels.dim() == 2:
-        some = min(max(1, round(share * len(labels))), len(labels) - 1)
-        held[torch.from_numpy(generator.permutation(len(labels))[:some])] = True
-        return held, []
-    have = counts(labels, classes)
-    for rows in torch.split(labels.argsort(stable=True), have.tolist()):
+        shares = (labels >= 0) / (labels >= 0).sum(dim=0).clamp_min(1)
+        triples = zip(parts, torch.split(shares, _ROWS), strict=True)
+        parts = [(features, own.clamp_min(0).float(), share) for (features, own), share in triples]
+
+    def objective() -> float:
+        """Add up loss and gradient in fp64, from products in fp32."""
+        point = weight.detach()
+        flat = point.float().requires_grad_()
+        total = strength / 2 * float(point[:, :-1].square().sum())
+        for features, own, *share in parts:
+            logits = torch.addmm(flat[:, -1], features, flat[:, :-1].T)
+            if share:
+                loss = F.binary_cross_entropy_with_logits(logits, own, share[0], reduction="none").sum(dtype=torch.float64)
+            else:
+                loss = F.cross_entropy(logits, own, reduction="none").sum(dtype=torch.float64) / len(rows)
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += float(loss.detach())
+        assert flat.grad is not None
+        weight.grad = flat.grad.double()
+        weight.grad[:, :-1] += strength * point[:, :-1]
+        return total
+
+    with full_precision(rows.device), torch.enable_grad():
+        optimizer.step(objective)  # type: ignore[no-untyped-call]
+        objective()  # the line search may have looked elsewhere last
+    assert weight.grad is not None
+    return Fit(weight.detach(), optimizer.state[weight]["n_iter"], float(weight.grad.abs().max()))
+
+
+def predict(rows: Tensor, weight: Tensor) -> Tensor:
+    """Return the logits, fp32 [n,C] on the CPU, of standardised features [n,F]."""
+    flat = weight.float()
+    with full_precision(rows.device):
+        return torch.addmm(flat[:, -1], rows, flat[:, :-1].T).cpu()
+
+
+def hold_out(labels: Tensor, classes: int, share: float, seed: int) -> tuple[Tensor, list[str]]:
+    """Draw the images of the bank that the penalty is chosen on: bool [N], and notes on classes that have none among them."""
+    generator = np.random.Generator(np.random.PCG64(seed))
+    out, notes = torch.zeros(len(labels), dtype=torch.bool), []
+    groups: Sequence[Tensor] = [torch.arange(len(labels))]
+    if labels.dim() == 1:
+        count = class_counts(labels, classes)
+        groups = torch.split(labels.argsort(stable=True), count.tolist())
+        if single := places(count == 1):
+            notes.append(f"With a single bank image each, {numbered(single)} took no part in choosing the penalty.")
+    for rows in groups:
         some = min(max(1, round(share * len(rows))), len(rows) - 1)
-        held[rows[torch.from_numpy(generator.permutation(len(rows))[: max(some, 0)])]] = True
-    single = places(have == 1)
-    return held, [f"With a single bank image each, {named(single)} took no part in choosing the penalty."] if single else []
+        out[rows[torch.from_numpy(generator.permutation(len(rows))[: max(some, 0)])]] = True
+    return out, notes
 
 
-def _path(
-    whole: Rows, labels: Tensor, held: Tensor, classes: int, settings: ProbeConfig, scale: Scale, more: dict[str, Any]
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The best penalty with its solution, and how each did on the held-out images; one penalty needs no choice."""
-    strengths = sorted(set(settings.strengths), reverse=True)
-    if len(strengths) == 1 or not bool(held.any()):
-        return {"strength": strengths[len(strengths) // 2], "start": None}, []
-    kept = (~held).nonzero().flatten()
-    learnt, asked = Rows("bank", whole.features, kept), Rows("bank", whole.features, held.nonzero().flatten())
-    best: dict[str, Any] = {"figure": -1.0}
-    tried, start = [], None
-    for strength in strengths:
-        found = fit(learnt, labels[kept], classes, strength, scale, start=start, gradient=ARRIVED, **more)
-        start = found.flat
-        scores, truth = predict(asked, found, classes, scale, more["device"], more["chunk"]), labels[held]
-        figure = _map(scores, truth) if labels.dim() == 2 else accuracies(ranks(scores, truth), truth, classes)["top1"]
-        name = "map" if labels.dim() == 2 else "top1"
-        tried.append({"strength": strength, name: round(figure, 4), "iterations": found.iterations, "converged": found.converged})
-        if figure > best["figure"]:
-            best = {"figure": figure, "strength": strength, "start": start, "place": len(tried)}
-        elif len(tried) - best["place"] == _PATIENCE:
-            break  # weaker ones take ever longer, and fit the noise
-    del best["place"]
-    return best, tried
+def _figure(scores: Tensor, truth: Tensor, classes: int) -> tuple[str, float]:
+    """Return the name and the percentage of the figure that counts."""
+    if truth.dim() == 1:
+        return "top1", accuracies(ranks(scores, truth), truth, classes)["top1"]
+    each = average_precision(scores, truth)
+    return "map", 0.0 if np.isnan(each).all() else 100 * float(np.nanmean(each))
 
 
-def _choice_notes(strength: float, tried: list[dict[str, Any]], settings: ProbeConfig) -> list[str]:
-    if len(set(settings.strengths)) == 1:
-        return []
-    if not tried:
-        return [f"No image of the bank could be held out, so the middle penalty, {strength:g}, was taken."]
-    if strength in (min(settings.strengths), max(settings.strengths)):
-        return [f"The penalty chosen, {strength:g}, is at the edge of probe.strengths; try more on that side."]
-    return []
-
-
-def _map(scores: Tensor, truth: Tensor) -> float:
-    found = average_precision(scores, truth)
-    return 100 * float(np.nanmean(found)) if not np.isnan(found).all() else 0.0
+def _notes(strength: float, strengths: list[float], tried: list[dict[str, Any]], final: Fit) -> list[str]:
+    notes = []
+    if len(strengths) > 1 and not tried:
+        notes.append(f"No image of the bank could be held out, so the middle penalty, {strength:g}, was taken.")
+    elif len(strengths) > 1 and strength in (strengths[0], strengths[-1]):
+        notes.append(f"The penalty chosen, {strength:g}, is at the edge of probe.strengths; try more on that side.")
+    if final.gradient > _ENOUGH:
+        slope = f"largest slope {final.gradient:.1e}"
+        notes.append(f"The final fit had not converged after {final.iterations} iterations ({slope}); raise probe.iterations.")
+    return notes
 
 
 def _finding(
     scores: Tensor, truth: Tensor, classes: int, bootstrap: Bootstrap, notes: list[str], details: dict[str, Any]
 ) -> Finding:
-    if truth.dim() == 2:
-        each = 100 * average_precision(scores, truth)
-        details |= {"average_precision": [None if np.isnan(value) else round(float(value), 4) for value in each]}
-        interval = percentiles(100 * map_samples(scores, truth, bootstrap))
-        return Finding(
-            {"average_precision": "plain"}, "map", {"map": _map(scores, truth)}, {"map": interval}, tuple(notes), details
-        )
-    rank = ranks(scores, truth)
-    return Finding(
-        {},
-        "top1",
-        accuracies(rank, truth, classes),
-        accuracy_intervals(rank, truth, classes, bootstrap),
-        tuple(notes),
-        details,
-        (rank == 0).numpy(),
-    )
+    if truth.dim() == 1:
+        return Finding.of_ranks({}, ranks(scores, truth), truth, classes, bootstrap, notes, details)
+    each = 100 * average_precision(scores, truth)
+    details |= {"average_precision": [None if np.isnan(value) else round(float(value), 4) for value in each]}
+    interval = percentiles(100 * map_samples(scores, truth, bootstrap))
+    figures = dict([_figure(scores, truth, classes)])
+    return Finding({"average_precision": "plain"}, "map", figures, {"map": interval}, tuple(notes), details)

@@ -1,6 +1,6 @@
-"""From plain mappings (YAML, command line, keyword arguments) to frozen dataclasses, with every fault reported at once.
+"""Plain mappings (YAML, command line, keyword arguments) to frozen pydantic dataclasses, with every fault reported at once.
 
-YAML is read with all scalars as strings and each value is then read by the type of the field it lands in, so `1e-3` is a
+YAML is read with all scalars as text, and each value is then read by the type of the setting it belongs to, so `1e-3` is a
 number, `no` is a word where a word is wanted and `010` is ten: the file means what its reader thinks it means.
 """
 
@@ -8,99 +8,110 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
-import operator
+import itertools
 import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from reprlib import repr as show
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
+from pydantic import AfterValidator, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
 
 from relssl.errors import ConfigError
 
-_INT = re.compile(r"[+-]?[0-9]+")
-_FLOAT = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
-_SIGNS = {"gt": (">", operator.gt), "ge": (">=", operator.ge), "lt": ("<", operator.lt), "le": ("<=", operator.le)}
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 NULL = {"null", "none", "~", ""}
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _MAX_YAML_BYTES = 1 << 20
+_WORDS = {"value_error": "must be text", "missing": "is too short", "too_long": "is too long"}  # where pydantic's say less
 
 
-def setting(
-    default: Any,
-    help: str,
-    *,
-    gt: float | None = None,
-    ge: float | None = None,
-    lt: float | None = None,
-    le: float | None = None,
-    choices: tuple[str, ...] | None = None,
-) -> Any:
-    """A dataclass field with its help text and its allowed range, stated once for `--help`, validation and the docs."""
-    metadata = {"help": help, "gt": gt, "ge": ge, "lt": lt, "le": le, "choices": choices}
-    if dataclasses.is_dataclass(default) or isinstance(default, dict):
-        return dataclasses.field(default_factory=lambda: default, metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
+def _not_empty(text: str) -> str:
+    if not text or "\0" in text:
+        raise ValueError
+    return text
 
 
-def leaves(cls: Any, prefix: str = "") -> dict[str, tuple[Any, dataclasses.Field[Any]]]:
-    """Every setting below `cls` as {dotted name: (type, field)}."""
-    found: dict[str, tuple[Any, dataclasses.Field[Any]]] = {}
-    hints = typing.get_type_hints(cls)
-    for field in dataclasses.fields(cls):
-        name, kind = prefix + field.name, hints[field.name]
-        if dataclasses.is_dataclass(kind):
-            found |= leaves(kind, name + ".")
-        else:
-            found[name] = (kind, field)
-    return found
+Text = Annotated[str, AfterValidator(_not_empty)]  # pydantic's own limits on text would refuse paths that are not UTF-8
+Probability = Annotated[float, Field(ge=0, le=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1, lt=1 << 63)]
+Natural = Annotated[int, Field(ge=0, lt=1 << 63)]
 
 
-def build(cls: Any, raw: Mapping[str, Any]) -> Any:
+def setting(default: Any, description: str, **limits: float) -> Any:
+    """Return a field with its default, help text and limits (gt, ge, lt, le): one place for checks, `--help` and the docs."""
+    return Field(default=default, description=description, **limits)  # type: ignore[call-overload]
+
+
+def leaves(cls: Any, prefix: str = "") -> dict[str, FieldInfo]:
+    """Return every setting below a dataclass of settings as {dotted name: field}."""
+    fields: dict[str, FieldInfo] = {}
+    for name, field in cls.__pydantic_fields__.items():
+        inner = dataclasses.is_dataclass(field.annotation)
+        fields |= leaves(field.annotation, f"{prefix}{name}.") if inner else {prefix + name: field}
+    return fields
+
+
+def choices(field: FieldInfo) -> tuple[str, ...]:
+    """Return the words that a setting may be, none if it may be any."""
+    return typing.get_args(field.annotation) if typing.get_origin(field.annotation) is typing.Literal else ()
+
+
+def build(cls: Any, raw: Mapping[str, Any], retired: Mapping[str, str] | None = None) -> Any:
     """Make a `cls` of a nested mapping.
+
+    Args:
+        retired: for settings that are no more ("loader.index"), and values that are no more ("method.loss_form triton"), a few
+            words on what to do instead.
 
     Raises:
         ConfigError: with one line for each unknown key, wrong type and value out of range.
     """
+    return _build(cls, raw, "", leaves(cls), retired or {})
+
+
+def _build(cls: Any, raw: Mapping[str, Any], prefix: str, known: Mapping[str, FieldInfo], retired: Mapping[str, str]) -> Any:
     faults: list[str] = []
-    made = _build(cls, raw, "", faults, leaves(cls))
+    values: dict[str, Any] = {}
+    for key, value in raw.items():
+        name, field = f"{prefix}{key}", cls.__pydantic_fields__.get(key)
+        if field is None:
+            faults.append(f"{name}: {retired.get(name) or f'unknown key; the nearest is {nearest(name, known)}'}")
+        elif not dataclasses.is_dataclass(field.annotation):
+            values[key] = _typed(value, field.annotation)
+        elif isinstance(value, Mapping):
+            try:
+                values[key] = _build(field.annotation, value, f"{name}.", known, retired)
+            except ConfigError as error:
+                faults += error.faults
+        else:
+            example = next(each for each in known if each.startswith(f"{name}."))
+            faults.append(f"{name}: is a section, got {show(value)}; set its keys, for example {example}")
+    try:
+        settings = cls(**values)
+    except ValidationError as error:
+        for fault in error.errors(include_url=False, include_context=False):
+            key, value = str(fault["loc"][0]), fault["input"]
+            words = _WORDS.get(fault["type"]) or fault["msg"].replace("Input should", "must")
+            name, options = f"{prefix}{key}", choices(cls.__pydantic_fields__[key])
+            guess = f" (nearest: {nearest_word(value, options)})" if options and isinstance(value, str) else ""
+            faults.append(f"{name}: {retired.get(f'{name} {value}') or f'{words}, got {show(value)}{guess}'}")
     if faults:
         raise ConfigError(*faults)
-    return made
+    return settings
 
 
-def _build(cls: Any, raw: Mapping[str, Any], prefix: str, faults: list[str], known: Mapping[str, Any]) -> Any:
-    hints, values = typing.get_type_hints(cls), {}
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    for key, value in raw.items():
-        name = f"{prefix}{key}"
-        if key not in fields:
-            faults.append(f"{name}: unknown key; the nearest is {nearest(name, known)}")
-        elif dataclasses.is_dataclass(hints[key]):
-            if isinstance(value, Mapping):
-                values[key] = _build(hints[key], value, name + ".", faults, known)
-            else:
-                faults.append(f"{name}: is a section, got {show(value)}; set its keys, for example {_first_key(known, name)}")
-        else:
-            try:
-                values[key] = _check(coerce(value, hints[key]), fields[key].metadata)
-            except ValueError as fault:
-                faults.append(f"{name}: {fault}")
-    return None if faults else cls(**values)
-
-
-def _first_key(known: Mapping[str, Any], section: str) -> str:
-    return next(name for name in known if name.startswith(section + "."))
-
-
-def nearest(name: str, known: Mapping[str, Any]) -> str:
-    """The known dotted name closest to `name`; the help's opening words count too, so `lerning_rate` finds `optimizer.lr`."""
+def nearest(name: str, known: Mapping[str, FieldInfo]) -> str:
+    """Return the known dotted name closest to `name`; the help's opening words count too: `lerning_rate` is `optimizer.lr`."""
 
     def closeness(candidate: str) -> float:
-        spoken = known[candidate][1].metadata["help"].lower().split()
+        spoken = (known[candidate].description or "").lower().split()
         leaf = name.rsplit(".", 1)[-1]
         forms = [candidate, candidate.rsplit(".", 1)[-1], "_".join(spoken[: leaf.count("_") + 1])]
         return max(difflib.SequenceMatcher(None, a, b).ratio() for a in (name, leaf) for b in forms)
@@ -109,117 +120,47 @@ def nearest(name: str, known: Mapping[str, Any]) -> str:
 
 
 def nearest_word(word: str, words: Iterable[str]) -> str:
-    """The closest of `words`, for refusals that name what was probably meant."""
+    """Return the closest of `words`, for refusals that name what was probably meant."""
     return max(words, key=lambda candidate: difflib.SequenceMatcher(None, word, candidate).ratio())
 
 
-def coerce(value: Any, kind: Any) -> Any:
-    """Read `value`, a string or an already typed object, as `kind`; ValueError says what was wanted."""
+def _typed(value: Any, kind: Any) -> Any:
+    """Read text by the type of its setting; what does not fit stays as it is, for pydantic to refuse."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        return _typed(value, args[0])
     if origin in (types.UnionType, typing.Union):
-        if value is None or (isinstance(value, str) and value.lower() in NULL):
-            return None
-        return coerce(value, next(a for a in args if a is not type(None)))
+        return None if isinstance(value, str) and value.lower() in NULL else _typed(value, args[0])
+    if origin in (tuple, dict) and isinstance(value, str):
+        value = _flow(value if value.startswith(("[", "{")) or origin is dict else f"[{value}]")
     if origin is tuple:
-        return _coerce_tuple(value, args)
+        value = [value] if args[-1] is Ellipsis and isinstance(value, (int, float)) else value  # one of several
+        kinds = itertools.chain(args, itertools.repeat(args[-1])) if args[-1] is not Ellipsis else itertools.repeat(args[0])
+        return tuple(map(_typed, value, kinds)) if isinstance(value, (list, tuple)) else value
     if origin is dict:
-        value = _parse_flow(value) if isinstance(value, str) else value
-        if not isinstance(value, Mapping):
-            raise ValueError(f"needs a mapping such as {{name: value}}, got {show(value)}")
-        return {str(key): free(item) for key, item in value.items()}
-    readers = {bool: _read_bool, int: _read_int, float: _read_float, str: _read_str}
-    return readers[kind](value)
+        return plain(value)
+    if isinstance(value, str) and kind in (bool, int, float):
+        return plain(value.strip())
+    return str(value) if isinstance(value, Path) else value
 
 
-def _coerce_tuple(value: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    if isinstance(value, str):
-        value = _parse_flow(value if value.startswith("[") else f"[{value}]")
-    if args[-1] is Ellipsis and isinstance(value, (int, float)):
-        value = [value]  # one of several
-    if not isinstance(value, (list, tuple)):
-        raise ValueError(f"needs a list, got {show(value)}")
-    if len(args) == 2 and args[1] is Ellipsis:
-        return tuple(coerce(item, args[0]) for item in value)
-    if len(value) != len(args):
-        raise ValueError(f"needs {len(args)} values, got {len(value)}: {value!r}")
-    return tuple(coerce(item, arg) for item, arg in zip(value, args, strict=True))
-
-
-def free(value: Any) -> Any:
-    """A value whose type nobody declared (arguments for timm): numbers, true, false and lists as they look."""
-    if isinstance(value, (list, tuple)):
-        return [free(item) for item in value]
+def plain(value: Any) -> Any:
+    """Read the number or truth value that a text looks like; mappings and lists item by item, all else stays as it is."""
     if isinstance(value, Mapping):
-        return {str(key): free(item) for key, item in value.items()}
-    if not isinstance(value, str):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if not isinstance(value, str) or len(value) > 40:
         return value
     if value.lower() in ("true", "false"):
         return value.lower() == "true"
-    if _INT.fullmatch(value):
-        return int(value)
-    return float(value) if _FLOAT.fullmatch(value) else value
-
-
-def _read_bool(value: Any) -> bool:
-    if isinstance(value, bool):
+    if not _NUMBER.fullmatch(value):
         return value
-    if isinstance(value, str) and value.lower() in ("true", "false"):
-        return value.lower() == "true"
-    raise ValueError(f"needs true or false, got {show(value)}")
-
-
-def _read_int(value: Any) -> int:
-    if isinstance(value, int) and not isinstance(value, bool):
-        number = value
-    elif isinstance(value, str) and _INT.fullmatch(value.strip()) and len(value) < 20:
-        number = int(value)
-    else:
-        raise ValueError(f"needs a whole number, got {show(value)}")
-    if abs(number) >= 1 << 63:
-        raise ValueError(f"needs a whole number of 63 bits at most, got {show(value)}")
-    return number
-
-
-def _read_float(value: Any) -> float:
-    if (isinstance(value, (int, float)) and not isinstance(value, bool)) or (
-        isinstance(value, str) and _FLOAT.fullmatch(value.strip()) and len(value) < 40
-    ):
-        number = float(value)
-    else:
-        raise ValueError(f"needs a number, got {show(value)}")
-    if not math.isfinite(number):
-        raise ValueError(f"needs a finite number, got {show(value)}")
-    return number
-
-
-def _read_str(value: Any) -> str:
-    if isinstance(value, Path):
-        value = str(value)
-    if not isinstance(value, str) or not value or "\0" in value:
-        raise ValueError(f"needs text, got {show(value)}")
-    return value
-
-
-def _check(value: Any, rule: Mapping[str, Any]) -> Any:
-    """Hold `value`, or each number in it, to the field's range and choices."""
-    if isinstance(value, tuple):
-        for item in value:
-            _check(item, rule)
-    elif isinstance(value, (int, float)) and not isinstance(value, bool):
-        if any(rule[name] is not None and not holds(value, rule[name]) for name, (_, holds) in _SIGNS.items()):
-            raise ValueError(f"must be {_range(rule)}, got {value}")
-    elif isinstance(value, str) and rule["choices"] and value not in rule["choices"]:
-        guess = nearest_word(value, rule["choices"])
-        raise ValueError(f"must be one of {', '.join(rule['choices'])}, got {show(value)} (nearest: {guess})")
-    return value
-
-
-def _range(rule: Mapping[str, Any]) -> str:
-    return " and ".join(f"{sign} {rule[name]:g}" for name, (sign, _) in _SIGNS.items() if rule[name] is not None)
+    return float(value) if set(value) & set(".eE") else int(value)
 
 
 class _Loader(yaml.BaseLoader):
-    """All scalars stay strings; a key given twice, an anchor or an alias is refused instead of silently winning or growing."""
+    """All scalars stay text; a key given twice, an anchor or an alias is refused instead of silently winning or growing."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()  # type: ignore[no-untyped-call]
@@ -237,15 +178,16 @@ class _Loader(yaml.BaseLoader):
         return super().construct_mapping(node, deep)
 
 
-def _parse_flow(text: str) -> Any:
+def _flow(text: str) -> Any:
+    """Read a list or mapping written in one line; text that is none stays as it is."""
     try:
         return yaml.load(text, _Loader)
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"cannot be read as YAML: {text!r}") from error
+    except (yaml.YAMLError, RecursionError):
+        return text
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file, all scalars as strings.
+    """Read the mapping in a YAML file, all scalars as text.
 
     Raises:
         ConfigError: if the file is missing, not a regular file, larger than 1 MiB, not UTF-8, or not a mapping.
@@ -272,20 +214,16 @@ def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
     """{"optimizer.lr": 1} -> {"optimizer": {"lr": 1}}; nested input passes through."""
     tree: dict[str, Any] = {}
     for name, value in flat.items():
-        *sections, leaf = name.split(".")
-        inner: dict[str, Any] = {leaf: value}
-        for section in reversed(sections):
-            inner = {section: inner}
-        tree = merge(tree, inner)
+        for part in reversed(name.split(".")):
+            value = {part: value}
+        tree = merge(tree, value)
     return tree
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with `over` on top; mappings are merged key by key, all else is replaced."""
+    """Lay `over` on `base`; mappings are merged key by key, all else is replaced."""
     merged = dict(base)
     for key, value in over.items():
-        if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
-            merged[key] = merge(merged[key], value)
-        else:
-            merged[key] = value
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = merge(merged[key], value) if both else value
     return merged

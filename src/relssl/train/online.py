@@ -43,13 +43,13 @@ class OnlineKnn:
             PlainView.of(config.views), worker_count(config.loader.workers, config.engine.devices), config.loader.max_pixels
         )
         for images in (self.pair.bank, self.pair.test):
-            found = extract(backbone, images, reader, engine.device, engine.autocast())
+            found = extract(backbone, images, reader, engine)
             assert images.labels is not None
             sides.append((found.vectors, torch.from_numpy(images.labels[found.rows])))
         return self._score(*sides)
 
     def _score(self, bank: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> float:
-        (found,) = knn_accuracy(*bank, *test, classes=self.pair.classes, settings=[self.config.log.knn], cap=True)
+        (found,) = knn_accuracy(*bank, *test, classes=self.pair.classes, settings=[self.config.log.knn])
         return float(round(found["top1"], 4))
 
     @staticmethod

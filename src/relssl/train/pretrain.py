@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -220,7 +221,11 @@ def resume(
         return _result(folder)
     saved = any((folder / "checkpoints").glob("step-*"))
     path = loaded.named(checkpoint) if checkpoint is not None else loaded.checkpoint() if saved else None
-    config = loaded.config if time_limit is None else dataclasses.replace(loaded.config, time_limit=time_limit)
+    config = (
+        loaded.config
+        if time_limit is None
+        else dataclasses.replace(loaded.config, time_limit=None if math.isinf(time_limit) else time_limit)
+    )
     engine = Engine(config.engine)
     with engine.running():
         return _run(config, folder, engine, quiet, path, fresh=False)

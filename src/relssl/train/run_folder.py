@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from relssl.errors import ConfigError, LockedError, StorageError
 from relssl.files import write_file, write_json
-from relssl.settings.recipes import spoken
+from relssl.settings.recipes import public_name
 from relssl.settings.run import Config, to_yaml
 from relssl.weights import store
 
@@ -42,7 +42,7 @@ def _is_blank(entry: Path) -> bool:
 
 def default_folder(config: Config) -> str:
     """runs/RECIPE-SEED, nips/cifar10 as nips-cifar10."""
-    name = spoken(config.recipe) or "run"
+    name = public_name(config.recipe) or "run"
     return f"runs/{name.removesuffix('.yaml').removesuffix('.yml').replace('/', '-')}-{config.seed}"
 
 

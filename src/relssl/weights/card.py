@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from relssl import __version__
-from relssl.settings.recipes import spoken
+from relssl.settings.recipes import public_name
 from relssl.settings.run import METHODS, Config, Traits
 from relssl.weights.parity import Parity
 from relssl.weights.writers import Source, Written
@@ -36,7 +36,7 @@ def _front(source: Source) -> str:
 
 def public(config: Config) -> Config:
     """The configuration without paths: those of this machine are nobody else's business."""
-    data, recipe = Path(config.data).resolve().name or "folder", spoken(config.recipe) or "folder"
+    data, recipe = Path(config.data).resolve().name or "folder", public_name(config.recipe) or "folder"
     loader = dataclasses.replace(config.loader, cache_folder=None)
     return dataclasses.replace(config, out=None, data_root=None, data=data, recipe=recipe, loader=loader)
 

@@ -15,7 +15,7 @@ from relssl.data.loader import worker_count
 from relssl.data.plain import Reader
 from relssl.errors import CheckpointError, ConfigError
 from relssl.settings.reading import read_yaml
-from relssl.settings.recipes import spoken
+from relssl.settings.recipes import public_name
 from relssl.settings.run import Config, derive, from_mapping
 from relssl.weights import store
 from relssl.weights.spec import NO_DATA, BackboneSpec
@@ -276,7 +276,7 @@ def _run(path: Path, network: str | None) -> Opened:
         prefix = f"{name}.backbone."
         weights = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         backbones[name] = spec.load(weights, checkpoint)
-    origin = {"kind": "run", "run": title, "checkpoint": checkpoint.name, "recipe": spoken(run.config.recipe)}
+    origin = {"kind": "run", "run": title, "checkpoint": checkpoint.name, "recipe": public_name(run.config.recipe)}
     return Opened(title, backbones, spec, run.config, path, origin, _pretrained_on(path))
 
 
