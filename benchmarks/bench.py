@@ -37,7 +37,7 @@ from torch import Tensor, nn
 import conventional
 from conventional import Noise, images_of
 from relssl.data.cache import shrunken
-from relssl.engine import Engine, available_cores, fast_bf16
+from relssl.engine import Engine, available_cores, fast_bf16, prepare_process
 from relssl.method.backbones import create_backbone, feature_width
 from relssl.method.ressl import OBJECTIVES
 from relssl.settings.run import Config, resolve
@@ -61,31 +61,40 @@ TINY: Settings = {
 
 def training(settings: Mapping[str, Any], source: Noise | str) -> Work:
     """Return our whole steps as work, as `relssl pretrain` would make them."""
-    from relssl.train.loop import Trainer
+    from relssl.train.loop import create_run, train_step
+    from relssl.train.pretrain import compile_networks
 
     images = images_of(source)
     config = complete_settings(resolve(settings), images)
-    trainer = Trainer(config, Engine(config.engine), images, None)
-    trainer.compile()
-    stream = trainer.loader.stream(0, trainer.total_steps)
+    training = create_run(config, engine(config), images)
+    compiled = compile_networks(training)
+    stream = training.loader.stream(0, training.total_steps)
 
     def run(count: int) -> None:
         for _ in range(count):
-            trainer.train_step(next(stream))
-        trainer.engine.synchronise()
+            train_step(training, next(stream))
+        training.engine.synchronise()
 
-    return Work(run, config.batch_size, {"precision": trainer.engine.precision, "compile": trainer.compiled})
+    return Work(run, config.batch_size, {"precision": training.engine.precision, "compile": compiled})
+
+
+def engine(config: Config) -> Engine:
+    """Return the engine of a run, with this process set up as the command line does."""
+    prepare_process()
+    created = Engine(config.engine)
+    torch.set_num_threads(created.threads)
+    return created
 
 
 def floor(settings: Mapping[str, Any], source: Noise | str, seconds: float) -> Work:
     """Return the products of a step alone as work, at the device's best rate, measured anew in each turn for so many seconds."""
     config = complete_settings(resolve(settings), images_of(source))
-    engine, flops = Engine(config.engine), sum(step_flops(config).values())
+    own, flops = engine(config), sum(step_flops(config).values())
 
     def run(count: int) -> float:
-        return count * config.batch_size * flops / attainable(engine, seconds=seconds)
+        return count * config.batch_size * flops / attainable(own, seconds=seconds)
 
-    return Work(run, config.batch_size, {"precision": engine.precision, "flop_per_image": flops})
+    return Work(run, config.batch_size, {"precision": own.precision, "flop_per_image": flops})
 
 
 class Quiet:
@@ -101,20 +110,20 @@ class Quiet:
 
 def loading(settings: Mapping[str, Any], source: str) -> Work:
     """Return our views alone as work. Each turn starts and ends its loader, so that no worker runs ahead while others are measured."""
-    from relssl.train.loop import Trainer
+    from relssl.train.loop import create_run
 
     images = images_of(source)
     config = complete_settings(resolve(settings), images)
     if config.loader.cache is not None:  # before anything is timed
         images = dataclasses.replace(images, source=shrunken(images, config.loader, Quiet()))
-    trainer, start = Trainer(config, Engine(config.engine), images, None), 0
+    training, start = create_run(config, engine(config), images), 0
 
     def run(count: int) -> None:
         nonlocal start
-        for _ in trainer.loader.stream(start, start + count):
+        for _ in training.loader.stream(start, start + count):
             pass
         start += count
-        trainer.engine.synchronise()
+        training.engine.synchronise()
 
     return Work(run, config.batch_size)
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import nn
 
 from relssl.data.images import Files, Images, Pixels
@@ -56,11 +55,11 @@ def as_files(images: Images, folder: Path) -> Images:
     """The same images as PNG files, named as ImageNet names them."""
     assert isinstance(images.source, Pixels) and images.labels is not None
     folder.mkdir()
-    files = []
-    for row, (pixels, label) in enumerate(zip(images.source.tensor, images.labels, strict=True)):
-        files.append(str(folder / f"n{label}_{row}.png"))
-        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(files[-1])
-    return dataclasses.replace(images, source=Files.of(files))
+    names = [f"n{label}_{row}.png" for row, label in enumerate(images.labels)]
+    for row, name in enumerate(names):
+        images.read(row, 10**6).save(folder / name)
+    sizes = [(folder / name).stat().st_size for name in names]
+    return dataclasses.replace(images, source=Files(str(folder), [name.encode() for name in names], sizes))
 
 
 def network(width: int = 8, dropout: float = 0.0) -> nn.Module:

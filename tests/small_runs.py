@@ -7,7 +7,12 @@ from typing import Any
 
 import torch
 
-from relssl.train.pretrain import Result, pretrain
+from relssl.data.named import load
+from relssl.engine import Engine
+from relssl.settings.reading import merge, nest
+from relssl.settings.run import resolve
+from relssl.train.loop import Run, create_run
+from relssl.train.pretrain import Result, complete_settings, pretrain
 from relssl.train.run_folder import TIMINGS, read_rows
 from relssl.weights import store
 
@@ -33,14 +38,29 @@ NORMLESS: dict[str, Any] = {
 
 
 def small_run(out: Path, **overrides: Any) -> Result:
-    from relssl.settings.reading import merge, nest
-    from relssl.settings.run import resolve
-
     over = nest(overrides)
     base = {key: value for key, value in SMALL.items() if key != "backbone_args" or key not in over}
     result = pretrain(settings=resolve(merge(merge(base, over), {"out": str(out)})), quiet=True)
     assert result is not None
     return result
+
+
+def ready_run(out: Path, images: int = 320, **overrides: Any) -> Run:
+    """A small run on digits before its first step, without a folder."""
+    config = resolve(merge(merge(SMALL, {"out": str(out)}), nest(overrides)))
+    digits = load("digits", None, "train").subset(range(images))
+    return create_run(complete_settings(config, digits), Engine(config.engine), digits)
+
+
+def training_state(run: Run) -> dict[str, torch.Tensor]:
+    """A copy of all tensors that a step may change, and of torch's random state."""
+    moments = {
+        f"{name}.{i}": value.clone()
+        for i, state in enumerate(run.state.optimizer.state.values())
+        for name, value in state.items()
+    }
+    tensors = {name: value.clone() for name, value in run.state.model.state_dict().items()}
+    return tensors | moments | {"torch": torch.get_rng_state()}
 
 
 def final_state(folder: Path) -> dict[str, torch.Tensor]:

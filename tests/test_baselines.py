@@ -22,7 +22,7 @@ from relssl.evaluation.pairs import choose
 from relssl.method import BYOL, SCE, Classifier, Encoder, Method, MoCo, SimCLR, SimSiam, Step, Supervised
 from relssl.settings.reading import merge
 from relssl.settings.run import resolve
-from relssl.train.loop import Trainer
+from relssl.train.loop import create_run, forward
 from relssl.train.pretrain import build, complete_settings
 from small_runs import NORMLESS, SMALL, differing, final_state, repeatable_rows, small_run
 from test_ranks import finish, start
@@ -287,11 +287,12 @@ def test_a_few_of_the_labelled_images_keep_all_classes_and_their_own_labels() ->
     config = resolve(merge(SMALL, {"batch_size": 4, "max_images": 8, "method": {"name": "supervised"}}))
     images = choose(load("digits", None, "train"), 8, 0)
     assert images.labels is not None and len(set(images.labels.tolist())) < 10
-    made = Trainer(complete_settings(config, images), Engine(config.engine), images, None)
-    assert made.classes == 10 and made.model.student.projector[0].out_features == 10  # type: ignore[union-attr, index]
-    ((part,),) = made.loader.stream(0, 1)
-    assert part.strong == [] and made.labels is not None
-    step = made.look(part, made.settings_at(0))
-    logits = made.model.student([part.weak])[0]
+    run = create_run(complete_settings(config, images), Engine(config.engine), images)
+    student = run.state.model.student
+    assert run.classes == 10 and student.projector[0].out_features == 10  # type: ignore[union-attr, index]
+    ((part,),) = run.loader.stream(0, 1)
+    assert part.strong == [] and run.labels is not None
+    step = forward(run, part, 0)
+    logits = student([part.weak])[0]
     wanted = F.cross_entropy(logits, torch.from_numpy(images.labels[part.ids.numpy()]))
     torch.testing.assert_close(step.loss, wanted, rtol=1e-4, atol=1e-5)

@@ -25,6 +25,7 @@ from relssl.method import create_student
 from relssl.method.batchnorm import SplitBatchNorm2d, shuffled, split_batch_norms
 from relssl.settings.reading import merge
 from relssl.settings.run import derive, resolve
+from relssl.train.loop import train_step
 from relssl.train.pretrain import build
 from small_runs import NORMLESS, SMALL, final_state, small_run
 
@@ -255,9 +256,10 @@ def test_a_run_shuffles_its_teachers_batch(tmp_path: Path) -> None:
     def first_step(out: Path, shuffle: bool, **settings: Any) -> tuple[Tensor, Tensor]:
         base = {key: value for key, value in SMALL.items() if key != "backbone_args" or key not in settings}
         config = resolve(merge(merge(base, settings), {"out": str(out), "method": {"shuffle": shuffle}, "log": {"knn_every": 0}}))
-        made = build(config, Engine(config.engine))
-        made.train_step(next(made.loader.stream(0, 1)))
-        return made.model.memory.keys[:32].clone(), next(made.model.teacher.parameters()).clone()
+        run = build(config, Engine(config.engine))
+        train_step(run, next(run.loader.stream(0, 1)))
+        model = run.state.model
+        return model.memory.keys[:32].clone(), next(model.teacher.parameters()).clone()
 
     plain, mixed = (first_step(tmp_path, shuffle, **NORMLESS) for shuffle in (False, True))
     torch.testing.assert_close(mixed[0], plain[0], rtol=1e-5, atol=1e-6)

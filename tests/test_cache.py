@@ -351,7 +351,7 @@ def test_a_run_on_shrunk_images_resumes_exactly(folder: Path, tmp_path: Path) ->
 class Asked(StopRequest):
     """Somebody asks to stop as soon as the first images are shrunk."""
 
-    def asked(self) -> int:
+    def pending(self) -> int:
         return 143
 
 

@@ -1,4 +1,4 @@
-"""What a run finds out about its machine: compiling and the form of the loss change nothing but the time."""
+"""Compiling and the form of the loss change nothing but the time, and a compiler that fails is done without."""
 
 from __future__ import annotations
 
@@ -9,84 +9,74 @@ from typing import Any
 import pytest
 import torch
 
-from relssl.data.named import load
-from relssl.engine import Engine
-from relssl.method.base import unwrapped
-from relssl.settings.reading import merge, nest
-from relssl.settings.run import resolve
-from relssl.train.loop import Trainer
-from relssl.train.pretrain import complete_settings
-from small_runs import SMALL, differing
+from relssl.train import checkpoint
+from relssl.train.loop import Run, origin, save, train_step
+from relssl.train.pretrain import compile_networks
+from relssl.train.run_folder import RunFolder
+from small_runs import differing, ready_run, training_state
 
 
-def trainer(out: Path, **settings: Any) -> Trainer:
-    images = load("digits", None, "train").subset(range(96))
-    over = {"out": str(out), "engine.precision": "fp32", "optimizer.warmup_epochs": 0} | settings  # the first step moves all
-    config = complete_settings(resolve(merge(SMALL, nest(over))), images)
-    made = Trainer(config, Engine(config.engine), images, None)
-    made.compile()
-    return made
+def run_of(out: Path, **settings: Any) -> Run:
+    # The first step moves all.
+    return ready_run(out, images=96, **{"engine.precision": "fp32", "optimizer.warmup_epochs": 0} | settings)
 
 
-def state(made: Trainer) -> dict[str, torch.Tensor]:
-    moments = {f"momentum.{i}": s["momentum_buffer"].clone() for i, s in made.optimizer.state_dict()["state"].items()}
-    return {name: value.clone() for name, value in made.model.state_dict().items()} | moments | {"torch": torch.get_rng_state()}
+def step(run: Run) -> dict[str, torch.Tensor]:
+    train_step(run, next(run.loader.stream(0, 1)))
+    return training_state(run)
 
 
-def test_a_compiler_that_fails_is_told_in_one_line_and_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any, **__: Any) -> Any:
+def test_a_compiler_that_fails_is_one_line_and_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(images: torch.Tensor) -> Any:
         raise RuntimeError("no compiler\nmany\nlines")
 
-    plain = trainer(tmp_path / "a")
-    monkeypatch.setattr(torch, "compile", fail)
-    without = trainer(tmp_path / "b", compile="on")
-    assert without.compiled == "compile: not possible here (no compiler); going on without"
-    assert differing(state(plain), state(without)) == []
-    for made in (plain, without):
-        made.train_step(next(made.loader.stream(0, 1)))
-    assert differing(state(plain), state(without)) == []
-    assert unwrapped(without.model.student).compiled_heads is None
+    plain = run_of(tmp_path / "a")
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: broken)
+    without = run_of(tmp_path / "b", compile="on")
+    before = training_state(without)
+    line = compile_networks(without)
+    assert line is not None and line.startswith("compile: not possible here (no compiler)") and "\n" not in line
+    assert differing(before, training_state(without)) == []
+    assert differing(step(plain), step(without)) == []
 
 
-def test_auto_does_not_compile_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.fail("compiled"))
-    assert trainer(tmp_path).compiled is None
+def test_auto_does_not_compile_on_a_cpu(tmp_path: Path) -> None:
+    run = run_of(tmp_path, epochs=1000)
+    assert run.total_steps > 2000 and compile_networks(run) is None and run.networks[0].compiled_heads is None
 
 
+@pytest.mark.torture
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore")  # torch's compiler warns of what is not ours
 def test_compiled_networks_make_the_same_step(tmp_path: Path) -> None:
-    plain, compiled = trainer(tmp_path / "a"), trainer(tmp_path / "b", compile="on")
-    assert compiled.compiled is not None and "of the time without" in compiled.compiled
-    assert unwrapped(compiled.model.student).compiled_heads is not None
-    assert differing(state(plain), state(compiled)) == []  # trying it out has left no trace
-    for made in (plain, compiled):
-        made.train_step(next(made.loader.stream(0, 1)))
-    a, b = state(plain), state(compiled)
+    """A minute of compiling: torture."""
+    plain, compiled = run_of(tmp_path / "a"), run_of(tmp_path / "b", compile="on")
+    before = training_state(compiled)
+    assert compile_networks(compiled) == "compile: the networks are compiled"
+    assert compiled.networks[0].compiled_heads is not None
+    assert differing(before, training_state(compiled)) == []  # trying it out has left no trace
+    a, b = step(plain), step(compiled)
     assert max(float(value.abs().max()) for name, value in a.items() if name.startswith("momentum")) > 0.01
     for name in a:  # the sharp relations of an untrained network magnify what fp32 rounds off
         if a[name].is_floating_point():
             assert float((a[name] - b[name]).norm()) <= 2e-3 * float(a[name].norm()), name
 
 
-def test_what_a_stopwatch_decided_is_saved_and_a_change_is_told(tmp_path: Path) -> None:
-    from relssl.train.run_folder import RunFolder
-
-    made = trainer(tmp_path / "a", **{"method.loss_form": "plain"})
-    made.folder = RunFolder(tmp_path / "a")
-    made.train_step(next(made.loader.stream(0, 1)))
-    made.save()
-    made.folder.close()
+def test_what_rounds_otherwise_is_saved_and_a_change_is_reported(tmp_path: Path) -> None:
+    run = run_of(tmp_path / "a", **{"method.loss_form": "plain"})
+    run.folder = RunFolder(tmp_path / "a")
+    step(run)
+    save(run)
+    run.folder.close()
+    again = run_of(tmp_path / "b")
     saved = next((tmp_path / "a/checkpoints").glob("step-*"))
-    again = trainer(tmp_path / "b")
-    assert again.restore(saved) == []
-    assert again.redecided() == ["loss form plain -> tiled"]
+    assert checkpoint.restore(saved, again.state, again.engine, origin(again)) == ["loss form plain -> tiled"]
+    assert again.state.step == 1
 
 
-def test_the_loss_is_tiled_on_a_cpu_(tmp_path: Path) -> None:
-    forms = {form: trainer(tmp_path / form, **{"method.loss_form": form}) for form in ("auto", "tiled", "plain")}
-    assert forms["auto"].model.objective is forms["tiled"].model.objective is not forms["plain"].model.objective
-    for made in forms.values():
-        made.train_step(next(made.loader.stream(0, 1)))
-    for name, value in state(forms["plain"]).items():
-        torch.testing.assert_close(state(forms["tiled"])[name], value, rtol=1e-4, atol=1e-5)
+def test_the_loss_is_tiled_unless_the_settings_say_plain(tmp_path: Path) -> None:
+    auto, tiled, plain = (run_of(tmp_path / form, **{"method.loss_form": form}) for form in ("auto", "tiled", "plain"))
+    assert (auto.loss_form, tiled.loss_form, plain.loss_form) == ("tiled", "tiled", "plain")
+    expected, equal = step(plain), step(tiled)
+    for name, value in expected.items():
+        torch.testing.assert_close(equal[name], value, rtol=1e-4, atol=1e-5)

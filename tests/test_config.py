@@ -56,7 +56,7 @@ def test_all_faults_are_told_at_once_with_name_value_and_range() -> None:
         ({"method.memory_size": 64, "batch_size": 128}, "must be at least batch_size"),
         ({"optimizer.warmup_epochs": 300}, "must not exceed epochs"),
         ({"views.weak.scale": [0.9, 0.2]}, "must not exceed the second"),
-        ({"views.crops": [[32, 0.5, 0.2]]}, "scales must rise"),
+        ({"views.crops": [[32, 0.5, 0.2]]}, "must not exceed the second"),
         ({"recipe": "cifr10"}, "the nearest is cifar10"),
         ({"views.weak": "wek"}, "nearest: weak"),
         ({"optimizer": 3}, "is a section"),

@@ -12,7 +12,7 @@ from relssl.method import Encoder
 from relssl.method.optim import create_optimizer, parameter_groups
 from relssl.settings.reading import merge
 from relssl.settings.run import resolve
-from relssl.train.loop import Trainer
+from relssl.train.loop import Run, scheduled, train_step
 from relssl.train.pretrain import build
 from small_runs import SMALL, differing, final_state, small_run
 
@@ -70,7 +70,7 @@ def test_lars_adapts_what_decays_and_nothing_else() -> None:
         torch.testing.assert_close(parameter.detach(), expected[name].detach(), rtol=1e-6, atol=1e-9)
 
 
-def trainer(out: Path, **overrides: Any) -> Trainer:
+def trainer(out: Path, **overrides: Any) -> Run:
     from relssl.engine import Engine
 
     config = resolve(merge(merge(SMALL, overrides), {"out": str(out), "log": {"knn_every": 0}}))
@@ -84,24 +84,24 @@ def test_rates_follow_the_schedule_but_the_predictors(tmp_path: Path, name: str)
         encoder={"predictor": "mlp"},
         optimizer={"name": name, "lr": 0.2, "lr_start": 0.1, "predictor_lr": 3, "predictor_schedule": "constant"},
     )
-    made.train_step(next(made.loader.stream(0, 1)))
-    rates = {group["times"]: group["lr"] for group in made.optimizer.param_groups}
+    train_step(made, next(made.loader.stream(0, 1)))
+    rates = {group["times"]: group["lr"] for group in made.state.optimizer.param_groups}
     assert rates == pytest.approx({1.0: 0.1, 3: 0.6})
-    assert made.settings_at(made.steps_per_epoch)["lr"] == pytest.approx(0.2)
+    assert scheduled(made, made.plan.steps_per_epoch)["lr"] == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize("name", ["lars", "adamw"])
 def test_a_non_finite_step_leaves_no_trace(tmp_path: Path, name: str) -> None:
     made = trainer(tmp_path, optimizer={"name": name})
     stream = made.loader.stream(0, 3)
-    made.train_step(next(stream))
-    before = {key: value.clone() for key, value in made.model.state_dict().items()}
-    moments = [value.clone() for state in made.optimizer.state.values() for value in state.values()]
+    train_step(made, next(stream))
+    before = {key: value.clone() for key, value in made.state.model.state_dict().items()}
+    moments = [value.clone() for state in made.state.optimizer.state.values() for value in state.values()]
     (part,) = next(stream)
     part.strong[0][0, 0, 0, 0] = torch.nan
-    made.train_step([part])
-    assert differing(before, made.model.state_dict()) == []
-    after = [value for state in made.optimizer.state.values() for value in state.values()]
+    train_step(made, [part])
+    assert differing(before, made.state.model.state_dict()) == []
+    after = [value for state in made.state.optimizer.state.values() for value in state.values()]
     assert len(moments) == len(after) and all(torch.equal(a, b) for a, b in zip(moments, after, strict=True))
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,64 +21,56 @@ from PIL import Image
 
 import relssl
 from relssl.cli import main
-from relssl.data.loader import Batch
 from relssl.data.named import load
-from relssl.engine import Engine
 from relssl.errors import CheckpointError, ConfigError, DataError, Interrupted, LockedError, NumericError, StorageError
-from relssl.method.base import unwrapped
 from relssl.method.optim import PLAIN
-from relssl.settings.reading import merge, nest
-from relssl.settings.run import resolve
-from relssl.train.loop import Trainer
-from relssl.train.pretrain import complete_settings
+from relssl.settings.reading import merge
+from relssl.train.loop import train, train_step
+from relssl.train.pretrain import explained
 from relssl.train.run_folder import Display, RunFolder
+from relssl.train.signals import StopRequest
 from relssl.weights import store
-from small_runs import NORMLESS, SMALL, differing, final_state, repeatable_rows, small_run
+from small_runs import NORMLESS, SMALL, differing, final_state, ready_run, repeatable_rows, small_run, training_state
 
 HEALTH = {"teacher_entropy", "teacher_neighbours", "kl", "agreement", "embedding_std", "effective_rank"}
-SHOWN = {
-    "step",
-    "epoch",
-    "samples",
-    "loss",
-    "lr",
-    "teacher_momentum",
-    "warmup_mix",
-    "images_per_second",
-    "data_wait",
-    "grad_norm",
+FIGURES = {
+    *("step", "epoch", "samples", "loss", "lr", "teacher_momentum", "warmup_mix", "images_per_second", "data_wait", "grad_norm"),
 }
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run that tests only read."""
-    return small_run(tmp_path_factory.mktemp("runs") / "whole").folder
+    """A finished run of 20 steps with a checkpoint of each, which tests only read."""
+    return small_run(tmp_path_factory.mktemp("runs") / "whole", checkpoint={"every_steps": 1, "keep": 20}).folder
+
+
+def cut(run: Path, target: Path, step: int) -> Path:
+    """A copy of a run as it was when it was killed after `step`, rows of the steps behind its newest checkpoint included."""
+    shutil.copytree(run, target, ignore=shutil.ignore_patterns("export", "status.json", "step-*"))
+    name = f"step-{step:08d}"
+    shutil.copytree(run / "checkpoints" / name, target / "checkpoints" / name)
+    return target
 
 
 def test_the_run_folder_holds_what_is_promised(finished: Path) -> None:
-    for name in (
+    files = (
         "config.yaml",
         "environment.json",
         "status.json",
         "metrics.jsonl",
         "export/backbone.safetensors",
         "export/backbone.md",
-    ):
-        assert (finished / name).stat().st_size > 0
+    )
+    assert all((finished / name).stat().st_size > 0 for name in files)
     status = json.loads((finished / "status.json").read_text())
-    assert status["state"] == "complete" and status["exit_code"] == 0 and status["step"] == 20
-    assert status["last_checkpoint"] == "step-00000020"
-    assert {path.name for path in (finished / "checkpoints" / "step-00000020").iterdir()} == {
-        "state.safetensors",
-        "state.json",
-        "SHA256SUMS",
-    }
+    assert status == {"state": "complete", "step": 20, "exit_code": 0, "error": None, "last_checkpoint": "step-00000020"}
+    saved = {path.name for path in (finished / "checkpoints" / "step-00000020").iterdir()}
+    assert saved == {"state.safetensors", "state.json", "SHA256SUMS"}
     rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 3, 6, 9, 10, 12, 15, 18, 20]
     assert rows[0].keys() == {"step", "epoch", "samples", "knn_top1", "knn_teacher_top1", "knn_raw_pixels"}
     for row in rows[1:]:
-        assert row.keys() >= HEALTH | SHOWN
+        assert row.keys() >= HEALTH | FIGURES
         assert all(value is not None and math.isfinite(value) for value in row.values())
         assert row["images_per_second"] > 0 and 0 <= row["data_wait"] < 1
     assert [row["step"] for row in rows if "knn_top1" in row] == [0, 10, 20]
@@ -87,96 +81,84 @@ def test_the_same_command_twice_gives_the_same_bits(finished: Path, tmp_path: Pa
     again = small_run(tmp_path / "again").folder
     assert differing(final_state(finished), final_state(again)) == []
     assert repeatable_rows(finished) == repeatable_rows(again)
-    other = small_run(tmp_path / "other", seed=1).folder
+    other = small_run(tmp_path / "other", seed=1, epochs=1, log={"knn_every": 0}).folder
     assert "student.backbone.conv1.weight" in differing(final_state(finished), final_state(other))
 
 
-@pytest.mark.parametrize("cut", [1, 7, 10, 13, 19])
-def test_resuming_at_any_step_repeats_the_uninterrupted_run(finished: Path, tmp_path: Path, cut: int) -> None:
-    folder = tmp_path / "cut"
-    config = resolve(merge(SMALL, {"out": str(folder), "checkpoint": {"every_steps": 1}}))
-    run_until(config, folder, cut)
-    done = relssl.resume(folder, quiet=True)
-    assert done is not None and done.rows[-1]["step"] == 20
+@pytest.mark.parametrize("step", [1, 7, 10, 13, 19])
+def test_resuming_at_any_step_repeats_the_uninterrupted_run(finished: Path, tmp_path: Path, step: int) -> None:
+    folder = cut(finished, tmp_path / "cut", step)
+    resumed = relssl.resume(folder, quiet=True)
+    assert resumed is not None and resumed.rows[-1]["step"] == 20
     assert differing(final_state(finished), final_state(folder)) == []
     assert repeatable_rows(finished) == repeatable_rows(folder)
 
 
-def run_until(config: Any, folder: Path, step: int) -> None:
-    """Start a run and let SIGTERM reach it in the middle of step `step`."""
-    original = Trainer.train_step
-
-    def interrupted(self: Trainer, parts: list[Batch]) -> Any:
-        if self.step + 1 == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, parts)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "train_step", interrupted)
-        with pytest.raises(Interrupted) as stopped:
-            relssl.pretrain(settings=config, quiet=True)
-    assert stopped.value.exit_code == 143
-    status = json.loads((folder / "status.json").read_text())
-    assert status["state"] == "interrupted" and status["exit_code"] == 143
-    assert status["last_checkpoint"] == f"step-{step:08d}"
-
-
 def test_a_finished_run_resumed_changes_nothing(finished: Path) -> None:
-    before = {path: path.read_bytes() for path in finished.rglob("state.*")}
-    rows = repeatable_rows(finished)
+    before = sorted((path, path.stat().st_mtime_ns) for path in finished.rglob("*"))
     assert relssl.resume(finished, quiet=True) is not None
-    assert {path: path.read_bytes() for path in finished.rglob("state.*")} == before
-    assert repeatable_rows(finished) == rows
+    assert sorted((path, path.stat().st_mtime_ns) for path in finished.rglob("*")) == before
 
 
-def test_a_time_limit_saves_and_says_so(tmp_path: Path) -> None:
+def test_a_signal_and_a_time_limit_save_and_end_with_their_codes(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+
+    def interrupt() -> None:
+        while not (folder / "metrics.jsonl").exists():  # by then the run listens
+            time.sleep(0.002)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
     with pytest.raises(Interrupted) as stopped:
-        small_run(tmp_path / "limited", time_limit=1e-6)
-    assert stopped.value.exit_code == 75
-    assert (tmp_path / "limited/checkpoints/step-00000001").is_dir()
+        small_run(folder)
+    thread.join()
+    first = json.loads((folder / "status.json").read_text())
+    with pytest.raises(Interrupted) as limited:
+        relssl.resume(folder, quiet=True, time_limit=1e-6)
+    second = json.loads((folder / "status.json").read_text())
+    assert (stopped.value.exit_code, limited.value.exit_code) == (first["exit_code"], second["exit_code"]) == (143, 75)
+    assert first["state"] == second["state"] == "interrupted" and second["step"] == first["step"] + 1 < 20
+    assert second["last_checkpoint"] == f"step-{second['step']:08d}"
+    assert relssl.resume(folder, quiet=True) is not None
+    assert differing(final_state(finished), final_state(folder)) == []
+    assert repeatable_rows(finished) == repeatable_rows(folder)
 
 
-def test_a_used_folder_is_refused_and_untouched(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_used_or_locked_folder_is_refused_and_untouched(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = sorted((path, path.stat().st_mtime_ns) for path in finished.rglob("*"))
     assert main(["pretrain", "digits", "--out", str(finished)]) == 2
     assert f"relssl resume {finished}" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="relssl resume"):
         small_run(finished)
     assert sorted((path, path.stat().st_mtime_ns) for path in finished.rglob("*")) == before
-
-
-def test_a_locked_folder_is_refused(finished: Path) -> None:
-    held = RunFolder(finished)
+    holder = RunFolder(finished)
     try:
         with pytest.raises(LockedError, match=f"process {os.getpid()}"):
             relssl.resume(finished, checkpoint="step-00000020", quiet=True)
     finally:
-        held.close()
+        holder.close()
 
 
 def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_offered(tmp_path: Path, finished: Path) -> None:
-    folder = tmp_path / "damaged"
-    run_until(resolve(merge(SMALL, {"out": str(folder)})), folder, 15)
+    folder = cut(finished, tmp_path / "damaged", 10)
+    shutil.copytree(finished / "checkpoints/step-00000015", folder / "checkpoints/step-00000015")
     state = folder / "checkpoints/step-00000015/state.safetensors"
     data = bytearray(state.read_bytes())
     data[len(data) // 2] ^= 1
     state.write_bytes(data)
     with pytest.raises(CheckpointError, match=r"step-00000015.*state.safetensors.*--checkpoint step-00000010"):
         relssl.resume(folder, quiet=True)
-    with pytest.MonkeyPatch.context() as patch:  # stopped again before it is where it was: no future that was given up comes back
-        patch.setattr(Trainer, "fit", lambda self, display, stop: (_ for _ in ()).throw(Interrupted("stopped", 143)))
-        with pytest.raises(Interrupted):
-            relssl.resume(folder, checkpoint="step-00000010", quiet=True)
-    assert [path.name for path in store.checkpoints(folder / "checkpoints")] == ["step-00000010"]
-    assert relssl.resume(folder, quiet=True) is not None
-    assert differing(final_state(finished), final_state(folder)) == []
     with pytest.raises(CheckpointError, match="holds no checkpoint 'step-7'"):
         relssl.resume(folder, checkpoint="step-7", quiet=True)
+    with pytest.raises(Interrupted):  # stopped again before it is where it was: no future that was given up comes back
+        relssl.resume(folder, checkpoint="step-00000010", quiet=True, time_limit=1e-6)
+    assert [path.name for path in store.checkpoints(folder / "checkpoints")] == ["step-00000010", "step-00000011"]
 
 
 def test_every_missing_part_of_a_checkpoint_is_refused_by_name(tmp_path: Path, finished: Path) -> None:
     tensors, meta = store.load(store.checkpoints(finished / "checkpoints")[-1])
-    for name in list(tensors)[:: max(1, len(tensors) // 12)]:
+    for name in list(tensors)[:: max(1, len(tensors) // 6)]:
         folder = tmp_path / name
         (folder / "checkpoints").mkdir(parents=True)
         (folder / "config.yaml").write_bytes((finished / "config.yaml").read_bytes())
@@ -185,68 +167,48 @@ def test_every_missing_part_of_a_checkpoint_is_refused_by_name(tmp_path: Path, f
             relssl.resume(folder, quiet=True)
 
 
-def trainer(tmp_path: Path, **overrides: Any) -> Trainer:
-    config = resolve(merge(merge(SMALL, {"out": str(tmp_path)}), nest(overrides)))
-    images = load("digits", None, "train").subset(range(config.max_images or 320))
-    return Trainer(complete_settings(config, images), Engine(config.engine), images, None)
-
-
-def whole_state(made: Trainer) -> dict[str, torch.Tensor]:
-    parts = {"student": unwrapped(made.model.student), "teacher": made.model.teacher, "memory": made.model.memory}
-    state = {f"{part}.{name}": value.clone() for part, module in parts.items() for name, value in module.state_dict().items()}
-    for i, momentum in enumerate(made.optimizer.state.values()):
-        state[f"momentum.{i}"] = momentum["momentum_buffer"].clone()
-    return state
-
-
-@pytest.mark.parametrize("fused", [True, False], ids=["told on the device", "asked on the host"])
+@pytest.mark.parametrize("fused", [True, False], ids=["told on the device", "told by the host"])
 def test_a_non_finite_step_leaves_no_trace(tmp_path: Path, fused: bool) -> None:
-    made = trainer(tmp_path)
+    run = ready_run(tmp_path)
     if not fused:
-        made.optimizer = torch.optim.SGD([{"params": made.parameters, **PLAIN}], lr=0.1, momentum=0.9, fused=False)
-    stream: Iterator[list[Batch]] = made.loader.stream(0, 20)
-    made.train_step(next(stream))
-    before = whole_state(made)
+        groups = [{"params": list(run.networks[0].parameters()), **PLAIN}]
+        run.state.optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9, fused=False)
+    stream = run.loader.stream(0, 20)
+    train_step(run, next(stream))
+    before = training_state(run)
     poisoned = next(stream)
     poisoned[0].strong[0][0, 0, 0, 0] = float("nan")
-    made.train_step(poisoned)
-    assert differing(before, whole_state(made)) == []
+    train_step(run, poisoned)
+    assert differing(before, training_state(run)) == []
     poisoned[0].strong[0][0, 0, 0, 0] = 0.0
     poisoned[0].weak[3] = float("inf")
-    made.train_step(poisoned)
-    assert differing(before, whole_state(made)) == []
-    made.train_step(next(stream))
-    assert "memory.keys" in differing(before, whole_state(made))
+    train_step(run, poisoned)
+    assert differing(before, training_state(run)) == []
+    train_step(run, next(stream))
+    assert {"memory.keys", "student.backbone.bn1.running_mean"} <= set(differing(before, training_state(run)))
 
 
 def test_the_way_back_is_outside_autocast(tmp_path: Path) -> None:
     """Autocast on the way back would round the fp32 product of the loss's gradient and the memory to bf16."""
-    made = trainer(tmp_path, **{"engine.precision": "bf16"})
-    seen: list[bool] = []
-    made.parameters[0].register_hook(lambda gradient: seen.append(torch.is_autocast_enabled("cpu")))
-    made.train_step(next(made.loader.stream(0, 1)))
-    assert seen == [False]
+    run = ready_run(tmp_path, **{"engine.precision": "bf16"})
+    within: list[bool] = []
+    next(run.networks[0].parameters()).register_hook(lambda gradient: within.append(torch.is_autocast_enabled("cpu")))
+    train_step(run, next(run.loader.stream(0, 1)))
+    assert within == [False]
 
 
-def test_non_finite_steps_in_a_row_stop_the_run(tmp_path: Path) -> None:
-    made = trainer(tmp_path, **{"log.every": 4})
-    batch = next(made.loader.stream(0, 1))
-    good = [view.clone() for view in (batch[0].weak, *batch[0].strong)]
-
-    def train(steps: int) -> None:
-        for _ in range(steps):
-            figures = made.train_step(batch)
-            if figures is not None:
-                made._report(figures, None, None, Display(1, 0, show=False))
-
-    batch[0].weak.fill_(float("nan"))
-    train(9)
-    batch[0].weak.copy_(good[0])
-    train(1)
-    assert int(made.guard.streak) == 0
-    batch[0].weak.fill_(float("nan"))
-    with pytest.raises(NumericError, match="10 steps in a row"):
-        train(13)
+@pytest.mark.parametrize("good", [{9}, {3, 9}, set()])
+def test_ten_non_finite_steps_in_a_row_stop_the_run(tmp_path: Path, good: set[int]) -> None:
+    run = ready_run(tmp_path, **{"log.every": 4})
+    (clean,) = next(run.loader.stream(0, 1))
+    poisoned = type(clean)(clean.ids, clean.weak * float("nan"), clean.strong)
+    run.loader = SimpleNamespace(stream=lambda start, stop: ([clean if step in good else poisoned] for step in range(stop)))  # type: ignore[assignment]
+    run.folder = RunFolder(tmp_path / "run")
+    with Display(1, 0, show=False) as display, pytest.raises(NumericError, match="10 steps in a row") as fault:
+        train(run, display, StopRequest(None))
+    run.folder.close()
+    first = 10 if 9 not in good else 20  # of the row of ten, the last
+    assert fault.value.exit_code == 6 and first <= run.state.step <= first + 3
 
 
 def test_accumulated_parts_fill_memory_and_teacher_as_one_batch_does(tmp_path: Path) -> None:
@@ -262,69 +224,44 @@ def test_accumulated_parts_fill_memory_and_teacher_as_one_batch_does(tmp_path: P
         assert x.get("loss", 0) == pytest.approx(y.get("loss", 0), rel=1e-4)
 
 
-def test_the_python_function_takes_names_and_sections(tmp_path: Path) -> None:
-    sections = {key: value for key, value in SMALL.items() if key != "data"}
-    again = relssl.pretrain("digits", out=str(tmp_path / "run"), quiet=True, **(sections | {"max_images": 64, "epochs": 1}))
-    assert again is not None and again.rows[-1]["step"] == 2
-    assert relssl.load_backbone(again.folder)(torch.rand(2, 3, 32, 32)).shape == (2, 16)
+def test_one_crop_is_a_list_of_one(tmp_path: Path) -> None:
+    """The code of several crops with one of them makes the losses and the weights of the plain view, bit for bit."""
+    short = {"views.strong": {"name": "contrastive"}, "log": {"every": 1, "knn_every": 0}, "epochs": 1}
+    plain = small_run(tmp_path / "plain", **short).folder
+    listed = small_run(tmp_path / "listed", **short, **{"views.crops": [[32, 0.2, 1.0]]}).folder
+    assert repeatable_rows(plain) == repeatable_rows(listed)
+    assert differing(final_state(plain), final_state(listed)) == []
+
+
+def test_the_python_function_takes_names_and_sections_and_leaves_the_process_as_it_was(tmp_path: Path) -> None:
+    sections = {key: value for key, value in SMALL.items() if key != "data"} | {"max_images": 64, "epochs": 1}
+    sections["engine"] = {"threads": 2, "deterministic": True}
+    run = relssl.pretrain("digits", out=str(tmp_path / "run"), quiet=True, **sections)
+    assert torch.get_num_threads() == 1 and not torch.are_deterministic_algorithms_enabled()
+    assert run is not None and run.rows[-1]["step"] == 2
+    assert relssl.load_backbone(run.folder)(torch.rand(2, 3, 32, 32)).shape == (2, 16)
     with pytest.raises(ConfigError, match=r"optimizer.lrr: unknown key; the nearest is optimizer.lr"):
         relssl.pretrain("digits", out=str(tmp_path / "none"), optimizer={"lrr": 3})
     assert not (tmp_path / "none").exists()
 
 
-def test_a_full_disk_under_the_metrics_is_a_storage_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(self: Any, row: Any) -> None:
-        raise OSError(28, "No space left on device", str(tmp_path / "run/metrics.jsonl"))
-
-    monkeypatch.setattr("relssl.train.run_folder.Journal.write", full)
+def test_errors_of_the_libraries_below_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = OSError(28, "No space left on device", str(tmp_path / "run/metrics.jsonl"))
+    monkeypatch.setattr("relssl.train.run_folder.Journal.write", lambda self, row: (_ for _ in ()).throw(full))
     with pytest.raises(StorageError, match=r"metrics.jsonl: cannot be written \(No space left on device\)"):
         small_run(tmp_path / "run")
-
-
-def test_dropped_paths_resume_exactly_from_files(pictures: Path, tmp_path: Path) -> None:
-    """Stochastic depth draws from torch's own generator, loaders must not."""
-    settings = merge(
-        FILES,
-        {
-            "data": str(pictures),
-            "epochs": 2,
-            "backbone_args": SMALL["backbone_args"] | {"drop_path_rate": 0.3},
-            "loader": {"workers": 1},
-        },
-    )
-    small_run(tmp_path / "whole", **settings)
-    config = resolve(merge(merge(SMALL, settings), {"out": str(tmp_path / "cut")}))
-    run_until(config, tmp_path / "cut", 4)
-    assert relssl.resume(tmp_path / "cut", quiet=True) is not None
-    assert differing(final_state(tmp_path / "whole"), final_state(tmp_path / "cut")) == []
-
-
-def test_an_error_of_the_libraries_below_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def step(self: Trainer, parts: list[Batch]) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(Trainer, "train_step", step)
-    with pytest.raises(ConfigError, match="batch_size: 32 does not fit"):
-        small_run(tmp_path / "run")
-    assert json.loads((tmp_path / "run/status.json").read_text())["state"] == "failed"
+    status = json.loads((tmp_path / "run/status.json").read_text())
+    assert status["state"] == "failed" and status["error"]["kind"] == "storage"
+    error = explained(torch.OutOfMemoryError("CUDA out of memory"), ready_run(tmp_path))
+    assert isinstance(error, ConfigError) and str(error).startswith("batch_size: 32 does not fit")
 
 
 def test_the_best_checkpoint_is_kept(tmp_path: Path) -> None:
-    small_run(tmp_path / "run", epochs=6, checkpoint={"every": 5})
+    small_run(tmp_path / "run", epochs=5, max_images=96, checkpoint={"every": 4})
     rows = [row for row in repeatable_rows(tmp_path / "run") if "knn_top1" in row and row["step"]]
     best = max(rows, key=lambda row: row["knn_top1"])
-    kept = [path.name for path in store.checkpoints(tmp_path / "run/checkpoints")]
-    assert f"step-{best['step']:08d}" in kept and kept[-1] == "step-00000060"
-
-
-def test_multi_crop_trains(tmp_path: Path) -> None:
-    result = small_run(
-        tmp_path / "crops",
-        epochs=1,
-        **{"views.crops": [[32, 0.5, 1.0], [24, 0.3, 0.8], [24, 0.3, 0.8]]},
-        optimizer={"warmup_epochs": 0},
-    )
-    assert result.rows[-1]["step"] == 10
+    names = [path.name for path in store.checkpoints(tmp_path / "run/checkpoints")]
+    assert f"step-{best['step']:08d}" in names and names[-1] == "step-00000015"
 
 
 @pytest.fixture
@@ -350,6 +287,17 @@ FILES: dict[str, Any] = {
 }
 
 
+def test_dropped_paths_resume_exactly_from_files(pictures: Path, tmp_path: Path) -> None:
+    """Stochastic depth draws from torch's own generator, loaders must not."""
+    dropping = {"backbone_args": SMALL["backbone_args"] | {"drop_path_rate": 0.3}, "checkpoint": {"every_steps": 4}}
+    settings = merge(FILES, {"data": str(pictures), "epochs": 2, **dropping})
+    whole = small_run(tmp_path / "whole", **settings).folder
+    folder = tmp_path / "cut"
+    shutil.copytree(whole, folder, ignore=shutil.ignore_patterns("export", "status.json", "step-00000010"))
+    assert relssl.resume(folder, checkpoint="step-00000008", quiet=True) is not None
+    assert differing(final_state(whole), final_state(folder)) == []
+
+
 def test_a_folder_with_bad_images_trains_and_lists_them(pictures: Path, tmp_path: Path) -> None:
     (pictures / "sub0/00.jpg").write_bytes((pictures / "sub0/00.jpg").read_bytes()[:200])
     (pictures / "sub1/not.jpg").write_text("<html>404</html>")
@@ -365,8 +313,8 @@ def test_a_folder_with_bad_images_trains_and_lists_them(pictures: Path, tmp_path
 def test_too_many_bad_images_stop_the_run(pictures: Path, tmp_path: Path) -> None:
     for i in range(0, 40, 2):
         next(pictures.rglob(f"{i:02}.jpg")).write_bytes(b"no image")
-    with pytest.raises(DataError, match=r"cannot be read, more than loader.max_bad_fraction \(0.1\)"):
-        small_run(tmp_path / "run", **merge(FILES, {"data": str(pictures)}))
+    with pytest.raises(DataError, match=r"loader.max_bad_fraction"):
+        small_run(tmp_path / "run", **merge(FILES, {"data": str(pictures), "loader": {"workers": 0}}))
     assert json.loads((tmp_path / "run/status.json").read_text())["error"]["kind"] == "data"
 
 
@@ -376,9 +324,9 @@ def test_too_many_bad_images_stop_the_run(pictures: Path, tmp_path: Path) -> Non
         (["pretrain", "nowhere/", "--out", "{run}"], 3, "nowhere"),
         (["pretrain", "cifr10", "--out", "{run}"], 3, "cifar10"),
         (["pretrain", "{empty}", "--out", "{run}"], 3, "no images"),
-        (["pretrain", "{pictures}", "--out", "{run}"], 3, "40 usable images, batch is 256"),
+        (["pretrain", "{pictures}", "--out", "{run}"], 3, "batch_size"),
         (["pretrain", "--epohcs", "3", "--out", "{run}"], 2, "the nearest is epochs"),
-        (["pretrain", "--backbone", "resnet81", "--epochs", "20", "--out", "{run}"], 2, "knows no 'resnet81'"),
+        (["pretrain", "--backbone", "resnet81", "--epochs", "20", "--out", "{run}"], 2, "resnet81"),
         (["pretain"], 2, "the nearest is pretrain"),
         (["resume", "{empty}"], 2, "is no run folder"),
         (["evaluate", "{empty}"], 2, "is no run folder"),
@@ -390,18 +338,14 @@ def test_wrong_input_is_one_line_with_its_exit_code(
     (tmp_path / "empty").mkdir()
     places = {"run": tmp_path / "run", "empty": tmp_path / "empty", "pictures": pictures}
     assert main([word.format(**places) for word in arguments]) == code
-    told = [line for line in capfd.readouterr().err.splitlines() if line.startswith("relssl:")]
-    assert len(told) == 1 and message in told[0]
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("relssl:")]
+    assert len(lines) == 1 and message in lines[0]
     assert not (tmp_path / "run").exists()
 
 
 def test_sigkill_then_resume_from_the_command_line(finished: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "killed"
-    config = tmp_path / "config.yaml"
-    text = (
-        (finished / "config.yaml").read_text().replace("every_steps: null", "every_steps: 2").replace(str(finished), str(folder))
-    )
-    config.write_text(text)
+    folder, config = tmp_path / "killed", tmp_path / "config.yaml"
+    config.write_text((finished / "config.yaml").read_text().replace(str(finished), str(folder)))
     started = subprocess.Popen([sys.executable, "-m", "relssl", "pretrain", "--config", str(config)], stderr=subprocess.DEVNULL)
     while started.poll() is None and not (folder / "checkpoints/step-00000004").exists():
         time.sleep(0.02)
@@ -410,13 +354,3 @@ def test_sigkill_then_resume_from_the_command_line(finished: Path, tmp_path: Pat
     assert main(["resume", str(folder)]) == 0
     assert differing(final_state(finished), final_state(folder)) == []
     assert repeatable_rows(finished) == repeatable_rows(folder)
-
-
-def test_one_crop_is_a_list_of_one(tmp_path: Path) -> None:
-    """The code of several crops with one of them makes the losses and the weights of the plain view, bit for bit."""
-    plain = small_run(tmp_path / "plain", **{"views.strong": {"name": "contrastive"}, "log.every": 1})
-    listed = small_run(
-        tmp_path / "listed", **{"views.strong": {"name": "contrastive"}, "views.crops": [[32, 0.2, 1.0]], "log.every": 1}
-    )
-    assert repeatable_rows(plain.folder) == repeatable_rows(listed.folder)
-    assert differing(final_state(plain.folder), final_state(listed.folder)) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,11 +17,16 @@ import pytest
 import torch
 from PIL import Image
 
+from relssl.engine import Engine
+from relssl.errors import DistributedError
+from relssl.method import Encoder, ReSSL
 from relssl.settings.reading import merge
 from relssl.settings.run import resolve, to_yaml
 from relssl.train.checkpoint import agreed_hashes
 from relssl.weights import store
 from small_runs import NORMLESS, SMALL, differing, final_state, repeatable_rows, small_run
+
+SETTINGS = merge(SMALL, NORMLESS) | {"backbone_args": NORMLESS["backbone_args"]}
 
 
 def start(folder: Path, settings: dict[str, Any], *command: str) -> subprocess.Popen[str]:
@@ -38,66 +44,72 @@ def start(folder: Path, settings: dict[str, Any], *command: str) -> subprocess.P
     )
 
 
-def finish(process: subprocess.Popen[str]) -> str:
+def finish(process: subprocess.Popen[str], code: int = 0) -> str:
     try:
-        return process.communicate(timeout=240)[0]
+        output = process.communicate(timeout=240)[0]
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == code, output
+    return output
 
 
-def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
-    settings = merge(SMALL, NORMLESS) | {"backbone_args": NORMLESS["backbone_args"]}
-    two = start(tmp_path / "two", settings)
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on two ranks, whose tests only read."""
+    folder = tmp_path_factory.mktemp("ranks") / "two"
+    finish(start(folder, merge(SETTINGS, {"checkpoint": {"every_steps": 7, "keep": 9}})))
+    return folder
+
+
+def test_two_ranks_equal_one_process(two: Path, tmp_path: Path) -> None:
     small_run(tmp_path / "one", **NORMLESS)
-    told = finish(two)
-    assert two.returncode == 0, told
-    _, meta = store.load(store.checkpoints(tmp_path / "two/checkpoints")[-1])
+    _, meta = store.load(store.checkpoints(two / "checkpoints")[-1])
     assert len(meta["hashes"]) == 2 and meta["hashes"][0] == meta["hashes"][1]
     assert meta["hashes"][0].keys() == {"student", "teacher", "memory"}
-    one, both = final_state(tmp_path / "one"), final_state(tmp_path / "two")
+    one, both = final_state(tmp_path / "one"), final_state(two)
     assert torch.equal(one["memory.ids"], both["memory.ids"]) and torch.equal(one["memory.pointer"], both["memory.pointer"])
     for name in one:
         if name.startswith(("memory.keys", "teacher.", "student.")):
             torch.testing.assert_close(one[name], both[name], rtol=1e-3, atol=1e-4)
-    for x, y in zip(repeatable_rows(tmp_path / "one"), repeatable_rows(tmp_path / "two"), strict=True):
+    for x, y in zip(repeatable_rows(tmp_path / "one"), repeatable_rows(two), strict=True):
         assert x["step"] == y["step"] and x.get("loss", 0) == pytest.approx(y.get("loss", 0), rel=1e-4)
         assert x.get("teacher_entropy", 0) == pytest.approx(y.get("teacher_entropy", 0), rel=1e-3)
 
 
-def test_sigterm_to_one_rank_stops_both_and_resume_is_exact(tmp_path: Path) -> None:
-    settings = merge(SMALL, {"epochs": 2, "log": {"knn_every": 0}, "checkpoint": {"every_steps": 5}})
-    whole = start(tmp_path / "whole", settings)
-    told = finish(whole)
-    assert whole.returncode == 0, told
+def test_two_ranks_resume_exactly(two: Path, tmp_path: Path) -> None:
+    cut = tmp_path / "cut"
+    shutil.copytree(two, cut, ignore=shutil.ignore_patterns("export", "status.json", "step-00000020"))
+    output = finish(start(cut, SETTINGS, "resume", str(cut), "--checkpoint", "step-00000014"))
+    assert "going on exactly from step 14" in output
+    assert differing(final_state(two), final_state(cut)) == []
+    assert repeatable_rows(two) == repeatable_rows(cut)
+
+
+@pytest.mark.torture
+def test_sigterm_to_one_rank_stops_both(tmp_path: Path) -> None:
+    """Two more launches of two ranks: torture."""
+    settings = merge(SETTINGS, {"epochs": 50, "log": {"knn_every": 0}, "checkpoint": {"every_steps": 5}})
     cut = start(tmp_path / "cut", settings)
     while cut.poll() is None and not (tmp_path / "cut/checkpoints/step-00000005").exists():
         time.sleep(0.02)
     cut.terminate()  # reaches the first rank alone
-    finish(cut)
+    finish(cut, 143)
     assert json.loads((tmp_path / "cut/status.json").read_text())["exit_code"] == 143
-    last = store.checkpoints(tmp_path / "cut/checkpoints")[-1].name
-    assert "step-00000005" <= last < "step-00000020"
-    again = start(tmp_path / "cut", settings, "resume", str(tmp_path / "cut"))
-    told = finish(again)
-    assert again.returncode == 0, told
-    assert "going on exactly from step" in told
-    assert differing(final_state(tmp_path / "whole"), final_state(tmp_path / "cut")) == []
-    assert repeatable_rows(tmp_path / "whole") == repeatable_rows(tmp_path / "cut")
+    assert "step-00000005" <= store.checkpoints(tmp_path / "cut/checkpoints")[-1].name < "step-00000500"
 
 
-def test_ranks_read_the_shrunk_images_that_the_first_one_makes(tmp_path: Path) -> None:
+@pytest.mark.torture
+def test_ranks_read_the_shrunk_images_that_the_first_one_writes(tmp_path: Path) -> None:
+    """One more launch of two ranks: torture."""
     (tmp_path / "images").mkdir()
     pixels = np.random.default_rng(0).integers(0, 256, (24, 40, 50, 3), dtype=np.uint8)
     for number, each in enumerate(pixels):
         Image.fromarray(each).save(tmp_path / f"images/{number:02}.png")
     loader = {"workers": 0, "cache": 32, "cache_folder": str(tmp_path / "kept")}
-    settings = merge(SMALL, NORMLESS) | {"backbone_args": NORMLESS["backbone_args"], "data": str(tmp_path / "images")}
-    settings |= {"recipe": "digits", "batch_size": 8, "epochs": 1, "loader": loader}
-    two = start(tmp_path / "two", settings)
-    told = finish(two)
-    assert two.returncode == 0, told
-    assert told.count("shrinking to 32 pixels") == 4 and told.count("cache: 24 images in") == 1, told
+    settings = SETTINGS | {"data": str(tmp_path / "images"), "recipe": "digits", "batch_size": 8, "epochs": 1, "loader": loader}
+    output = finish(start(tmp_path / "two", settings))
+    assert output.count("shrinking to 32 pixels") == 4 and output.count("cache: 24 images in") == 1, output
     small_run(tmp_path / "one", **settings)
     assert len(list((tmp_path / "kept").iterdir())) == 1
     for name, tensor in final_state(tmp_path / "one").items():
@@ -106,12 +118,8 @@ def test_ranks_read_the_shrunk_images_that_the_first_one_makes(tmp_path: Path) -
 
 
 def test_ranks_that_drifted_apart_are_not_saved() -> None:
-    from relssl.engine import Engine
-    from relssl.errors import DistributedError
-    from relssl.method import Encoder, ReSSL
-
     class TwoRanks(Engine):
-        """An engine whose other rank holds another memory."""
+        """An engine whose other rank has another memory."""
 
         def __init__(self) -> None:
             self.rank, self.world = 0, 2

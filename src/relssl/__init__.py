@@ -13,48 +13,38 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from relssl.evaluation.embed import embed
-    from relssl.evaluation.evaluate import evaluate
-    from relssl.evaluation.result import compare
-    from relssl.reproduction.reproduce import reproduce
-    from relssl.train.estimate import estimate
-    from relssl.train.pretrain import pretrain, resume
-    from relssl.weights.export import export, import_weights
-    from relssl.weights.opening import load_backbone, load_run
+    from relssl.evaluation.embed import embed as embed
+    from relssl.evaluation.evaluate import evaluate as evaluate
+    from relssl.evaluation.result import compare as compare
+    from relssl.reproduction.reproduce import reproduce as reproduce
+    from relssl.train.estimate import estimate as estimate
+    from relssl.train.pretrain import pretrain as pretrain
+    from relssl.train.pretrain import resume as resume
+    from relssl.weights.export import export as export
+    from relssl.weights.export import import_weights as import_weights
+    from relssl.weights.opening import load_backbone as load_backbone
+    from relssl.weights.opening import load_run as load_run
 
 __version__ = "0.1.0"
-__all__ = [
-    "compare",
-    "embed",
-    "estimate",
-    "evaluate",
-    "export",
-    "import_weights",
-    "load_backbone",
-    "load_run",
-    "pretrain",
-    "reproduce",
-    "resume",
-]
-
 _HOMES = {
-    "compare": "relssl.evaluation.result",
-    "embed": "relssl.evaluation.embed",
-    "estimate": "relssl.train.estimate",
-    "evaluate": "relssl.evaluation.evaluate",
-    "export": "relssl.weights.export",
-    "import_weights": "relssl.weights.export",
-    "load_backbone": "relssl.weights.opening",
-    "load_run": "relssl.weights.opening",
-    "pretrain": "relssl.train.pretrain",
-    "reproduce": "relssl.reproduction.reproduce",
-    "resume": "relssl.train.pretrain",
+    "compare": "evaluation.result",
+    "embed": "evaluation.embed",
+    "estimate": "train.estimate",
+    "evaluate": "evaluation.evaluate",
+    "export": "weights.export",
+    "import_weights": "weights.export",
+    "load_backbone": "weights.opening",
+    "load_run": "weights.opening",
+    "pretrain": "train.pretrain",
+    "reproduce": "reproduction.reproduce",
+    "resume": "train.pretrain",
 }
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'relssl' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOMES[name]), name)
+    value = getattr(importlib.import_module(f"relssl.{_HOMES[name]}"), name)
     globals()[name] = value
     return value

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from relssl import __version__
-from relssl.errors import ConfigError, FailedRuns, RelsslError
+from relssl.errors import ConfigError, RelsslError
 from relssl.settings import recipes
 from relssl.settings.evaluation import Evaluation, read_settings
 from relssl.settings.reading import choices, leaves, nearest_word
@@ -333,8 +333,9 @@ def reproduce(args: argparse.Namespace, overrides: Overrides) -> Outcome:
     ]
     if failed:
         print(json.dumps(results) if args.json else page)
-        first = failed[0]
-        raise FailedRuns(f"{len(failed)} runs failed, the first is {first['row']}: {first['why']}", first["exit_code"])
+        error = RelsslError(f"{len(failed)} runs failed, the first is {failed[0]['row']}: {failed[0]['why']}")
+        error.exit_code = failed[0]["exit_code"]
+        raise error
     return results, (lambda: None) if args.plan else page
 
 

@@ -64,7 +64,7 @@ class LockedError(RelsslError):
 
 
 class Interrupted(RelsslError):
-    """Stopped on request, after the state was saved."""
+    """Stopped on request, after the state was saved; the exit code says by what."""
 
     kind = "interrupted"
 
@@ -74,13 +74,3 @@ class Interrupted(RelsslError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (str(self), self.exit_code)  # ranks tell each other
-
-
-class FailedRuns(RelsslError):
-    """Some of several runs failed; the exit code is the first one's."""
-
-    kind = "failed"
-
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code

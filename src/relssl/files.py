@@ -1,4 +1,4 @@
-"""Files that are there whole under their name, or not at all; imports no torch, so start-up code can use it."""
+"""Files that are there whole under their name, or not at all, and figures for people; imports no torch, so start-up code can use it."""
 
 from __future__ import annotations
 
@@ -16,14 +16,13 @@ from typing import Any, BinaryIO
 
 from relssl.errors import StorageError
 
-_CHUNK = 16 << 20
 # A temporary name carries its process and a token of its start: once a container restarts, the same pid is another process.
 _TEMPORARY = re.compile(r"\.relssl-([0-9]{1,10})-([0-9a-f]{8})-[0-9a-f]{8}\.tmp", re.ASCII)
 _TOKEN = secrets.token_hex(4)
 
 
 def temporary(folder: Path) -> Path:
-    """A fresh name in `folder` for something unfinished; `sweep` removes it once this process is gone."""
+    """Return a fresh name in `folder` for something unfinished; `sweep` removes it once this process is gone."""
     return folder / f".relssl-{os.getpid()}-{_TOKEN}-{secrets.token_hex(4)}.tmp"
 
 
@@ -33,23 +32,20 @@ def storing(path: Path, needed: int | None = None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        want = "" if needed is None else f"{needed} bytes needed, "
+        want, free = "" if needed is None else f"{needed} bytes needed, ", "an unknown number of"
+        for folder in path.absolute().parents:
+            with contextlib.suppress(OSError):
+                free = str(shutil.disk_usage(folder).free)
+                break
         reason = error.strerror or type(error).__name__
         advice = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "check the folder"
-        raise StorageError(f"{path}: cannot be written ({reason}): {want}{_free(path)} bytes free; {advice}") from error
-
-
-def _free(path: Path) -> int | str:
-    """Bytes free where `path` lies or would lie."""
-    for folder in path.absolute().parents:
-        with contextlib.suppress(OSError):
-            return shutil.disk_usage(folder).free
-    return "an unknown number of"
+        raise StorageError(f"{path}: cannot be written ({reason}): {want}{free} bytes free; {advice}") from error
 
 
 def write_all(descriptor: int, data: memoryview) -> None:
-    while data:  # one call writes at most 2 GiB, and less on a nearly full disk
-        data = data[os.write(descriptor, data[:_CHUNK]) :]
+    """Write bytes of any number: one call writes at most 2 GiB, and less on a nearly full disk."""
+    while data:
+        data = data[os.write(descriptor, data[: 16 << 20]) :]
 
 
 def sync_folder(folder: Path) -> None:
@@ -68,7 +64,7 @@ def sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path, needed: int | None = None, mode: int = 0o644) -> Iterator[BinaryIO]:
-    """A binary file whose content appears at `path`, over whatever lies there, only when the block ends without an error.
+    """Open a binary file whose content appears at `path`, over whatever lies there, only when the block ends without an error.
 
     Args:
         needed: bytes that will be written, for messages.
@@ -86,8 +82,7 @@ def replacing(path: Path, needed: int | None = None, mode: int = 0o644) -> Itera
                 os.fsync(file.fileno())
             unfinished.replace(path)
         except BaseException:
-            with contextlib.suppress(OSError):
-                unfinished.unlink()
+            unfinished.unlink(missing_ok=True)
             raise
         sync_folder(path.parent)
 
@@ -103,12 +98,15 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def write_json(path: Path, obj: Any) -> None:
-    """Write `obj` as JSON, as `write_file` does. Floats read back exactly; NaN and infinity, which JSON has not, become null."""
+    """Write `obj` as `to_json` has it, whole or not at all."""
     write_file(path, to_json(obj))
 
 
 def to_json(obj: Any) -> bytes:
-    """`obj` as ASCII JSON. Tuples become lists, keys become strings, one-element tensors and arrays become numbers.
+    """Return `obj` as ASCII JSON, from which floats read back exactly.
+
+    Tuples become lists, keys become strings, one-element tensors and arrays become numbers; NaN and infinity, which JSON has not,
+    become null.
 
     Raises:
         TypeError: for a value that JSON cannot hold.
@@ -143,12 +141,24 @@ def sweep(parent: Path) -> None:
 def _alive(pid: int, token: str) -> bool:
     if pid == os.getpid():
         return token == _TOKEN
-    if os.name != "posix":
-        return True  # there, signal 0 would end the process
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        return True
+    if os.name == "posix":  # elsewhere, signal 0 would end the process
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return False
+        except (PermissionError, OverflowError):
+            pass
     return True
+
+
+def duration(seconds: float) -> str:
+    """Write seconds in the unit that suits them."""
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
+        if seconds >= 2 * length or (unit == "s" and seconds >= 1):
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds * 1000:.1f} ms"
+
+
+def size(count: int) -> str:
+    """Write a number of bytes in the unit that suits it."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

@@ -29,9 +29,8 @@ from relssl.data.images import Files, Images
 from relssl.data.loader import read_batches, worker_count
 from relssl.data.subsets import identity, spread
 from relssl.errors import DataError, StorageError
-from relssl.files import replacing, storing, sweep, write_all
+from relssl.files import replacing, size, storing, sweep, write_all
 from relssl.settings.run import LoaderConfig
-from relssl.units import size
 
 LAYOUT = "shrunk 1"
 PIXELS, TABLE = "pixels", "table"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
@@ -97,12 +97,6 @@ class Files:
         self.sizes = np.array(sizes, np.int64)
         self._block = b"".join(names)
         self._ends = np.cumsum([0, *map(len, names)], dtype=np.int64)
-
-    @classmethod
-    def of(cls, paths: Iterable[str]) -> Files:
-        """Return files anywhere, whose sizes are looked up; one that is missing counts as empty."""
-        names = [os.fsencode(path) for path in paths]
-        return cls("", names, [os.path.getsize(name) if os.path.exists(name) else 0 for name in names])
 
     def __len__(self) -> int:
         return len(self.sizes)

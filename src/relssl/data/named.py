@@ -89,8 +89,8 @@ def sample(data: str, root: str | None, count: int) -> Images | None:
         if path is None or not os.path.isdir(path):
             return load(data, root, "train")
         folder = (split_folders(path) or {"train": path})["train"]
-        names = sorted(name for name, _ in islice(walk(folder, {}), count))
-        return Images(data, Files.of(os.path.join(folder, os.fsdecode(name)) for name in names)) if names else None
+        entries = sorted(islice(walk(folder, {}), count))
+        return Images(data, Files(folder, [name for name, _ in entries], [size for _, size in entries]))
     except DataError:
         return None
 

@@ -86,20 +86,16 @@ def from_index(path: str, images: Images) -> Rows:
         for line in by_base.get(posixpath.basename(name), ()):
             if f"/{name}".endswith(f"/{line}"):
                 rows[line].append(row)
-    _refuse(path, images, "names none", [line for line in lines if not rows[line]])
-    _refuse(path, images, "names several", [line for line in lines if len(rows[line]) > 1])
-    chosen, first = np.unique([rows[line][0] for line in lines], return_index=True)
-    _refuse(path, images, "names once more one", [lines[place] for place in np.setdiff1d(np.arange(len(lines)), first)])
-    return chosen.astype(np.int64)
-
-
-def _refuse(path: str, images: Images, fault: str, lines: list[str]) -> None:
-    if lines:
-        kind = "images (which are in memory and have positions alone)" if images.in_memory else "images"
-        raise DataError(
-            f"{shown(path)}: {shown(lines[0])} {fault} of the {len(images)} {kind} of {images.name}; "
-            f"{len(lines)} such line{'s' if len(lines) > 1 else ''}; correct the file"
-        )
+    chosen: set[int] = set()
+    for line in lines:
+        if len(rows[line]) != 1 or rows[line][0] in chosen:
+            fault = ("none", "again one")[len(rows[line])] if len(rows[line]) < 2 else "several"
+            kind = "images (in memory, so they have positions alone)" if images.in_memory else "images"
+            raise DataError(
+                f"{shown(path)}: {shown(line)} names {fault} of the {len(images)} {kind} of {images.name}; correct it"
+            )
+        chosen.add(rows[line][0])
+    return np.array(sorted(chosen), np.int64)
 
 
 def fingerprint(rows: Rows) -> str:

@@ -11,9 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from relssl.evaluation.evaluate import not_run
+from relssl.files import duration, size
 from relssl.method.backbones import Network
 from relssl.settings.run import METHODS, Config
-from relssl.units import duration, size
 
 if TYPE_CHECKING:
     from relssl.train.estimate import Advice, Estimate

@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from relssl.errors import ConfigError, DataError, Interrupted, LockedError, RelsslError, StorageError
-from relssl.files import storing, write_json
+from relssl.files import duration, storing, write_json
 from relssl.reproduction.plan import Plan, Run, plain, plan, read_json
 from relssl.reproduction.results import options, outcome, typed, write_results
 from relssl.reproduction.tables import read_scale, read_table
 from relssl.settings.run import Config, derive
 from relssl.train.signals import REASONS, TIME_LIMIT
-from relssl.units import duration
 
 # What a note holds of an evaluation's record; its card and which images were right are in RUN/evaluations.
 _NOTED = ("protocol", "network", "data", "setting", "main", "figures", "intervals", "notes", "seconds")

@@ -7,28 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from operator import attrgetter
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from relssl.errors import ConfigError
-from relssl.settings.reading import STRICT, Count, Natural, Positive, Probability, Share, Text, build, nearest_word, nest, setting
-from relssl.settings.run import Device, Precision
+from relssl.settings.reading import STRICT, Text, build, nearest_word, nest, setting
+from relssl.settings.run import Count, Device, Momentum, Natural, Pixels, Positive, Precision, Probability, Share, Shares
 
 PROTOCOLS = ("knn", "probe", "linear", "semi", "finetune", "lowshot", "retrieval", "transfer", "detection")
-_Several = Annotated[int, Field(ge=2, lt=1 << 63)]
-_Fraction = Annotated[float, Field(gt=0, lt=1)]
-_Momentum = Annotated[float, Field(ge=0, lt=1)]
 
 
 @dataclass(frozen=True, config=STRICT)
 class KnnConfig:
     """Weighted k nearest neighbours; every k with every temperature."""
 
-    k: tuple[Count, ...] = setting((10, 20, 100, 200), "neighbours")
-    temperature: tuple[Positive, ...] = setting((0.07, 0.1), "a neighbour votes with exp(similarity / this)")
+    k: tuple[Count, ...] = setting((10, 20, 100, 200), "neighbours", min_length=1)
+    temperature: tuple[Positive, ...] = setting((0.07, 0.1), "a neighbour votes with exp(similarity / this)", min_length=1)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -36,9 +31,9 @@ class ProbeConfig:
     """Logistic regression on cached features by L-BFGS."""
 
     strengths: tuple[Positive, ...] = setting(
-        (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0), "L2 penalties tried on the held-out part of the bank"
+        (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0), "L2 penalties tried on the held-out part", min_length=1
     )
-    held_out: _Fraction = setting(0.2, "share of each class of the bank that the penalty is chosen on")
+    held_out: float = setting(0.2, "share of each class of the bank that the penalty is chosen on", gt=0, lt=1)
     iterations: Count = setting(1000, "L-BFGS iterations at most")
 
 
@@ -51,15 +46,14 @@ class LinearConfig:
 
     schedule: Literal["cosine", "step"] = setting("cosine", "cosine to 0 per step, or step: a tenth at 60 % and at 80 %")
     lr: tuple[Positive, ...] = setting(
-        (),
-        "learning rates, each a classifier of its own; empty: the paper's, 30 for step, for cosine 1 in memory and 0.3 on files",
+        (), "learning rates, a classifier each; empty: the paper's, 30 for step, for cosine 1 in memory and 0.3 on files"
     )
     epochs: Count = setting(100, "passes over the bank")
     batch_size: Count = setting(256, "images a step at most; all batches of an epoch are alike")
-    momentum: _Momentum = setting(0.9, "momentum of SGD")
+    momentum: Momentum = setting(0.9, "momentum of SGD")
     nesterov: bool | None = setting(None, "Nesterov's momentum; null: the paper's, on in memory and off on files")
     weight_decay: Probability = setting(0.0, "weight decay of the classifier")
-    scale: tuple[Share, Share] = setting((0.08, 1.0), "share of the area that the random crop keeps")
+    scale: Shares = setting((0.08, 1.0), "share of the area that the random crop keeps")
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -70,16 +64,16 @@ class FinetuneConfig:
     """
 
     epochs: Count = setting(50, "passes over the labelled images")
-    batch_size: _Several = setting(256, "images a step at most; all batches of an epoch are alike")
+    batch_size: int = setting(256, "images a step at most; all batches of an epoch are alike", ge=2, lt=1 << 63)
     lr: Positive = setting(0.01, "learning rate of the backbone")
     head_lr: Positive = setting(0.1, "learning rate of the classifier")
-    momentum: _Momentum = setting(0.9, "momentum of SGD, Nesterov's")
+    momentum: Momentum = setting(0.9, "momentum of SGD, Nesterov's")
     weight_decay: Probability = setting(1e-4, "weight decay of all weights but norms and biases")
-    scale: tuple[Share, Share] = setting((0.08, 1.0), "share of the area that the random crop keeps")
+    scale: Shares = setting((0.08, 1.0), "share of the area that the random crop keeps")
 
 
 @dataclass(frozen=True, config=STRICT)
-class SemiConfig:
+class SemiConfig(FinetuneConfig):
     """Fine-tuning on few labels.
 
     A reconstruction: what the papers of this method did is not known. SimCLR's optimizer, about its length (60 and 30 epochs;
@@ -87,33 +81,31 @@ class SemiConfig:
     (0.002, 0.5).
     """
 
-    fractions: tuple[Share, ...] = setting((0.01, 0.1), "shares of the bank whose labels are used, the same of each class")
-    index: Text | None = setting(
-        None, "file with the labelled images instead, a line each: a name, or a position in the bank counted from 0"
+    fractions: tuple[Share, ...] = setting(
+        (0.01, 0.1), "shares of the bank whose labels are used, the same of each class", min_length=1
     )
-    epochs: Count = setting(50, "passes over the labelled images")
-    batch_size: _Several = setting(256, "images a step at most; all batches of an epoch are alike")
+    index: Text | None = setting(None, "file of the labelled images instead: names, or positions in the bank from 0, a line each")
     lr: Positive = setting(0.02, "learning rate of the backbone")
     head_lr: Positive = setting(0.5, "learning rate of the classifier")
-    momentum: _Momentum = setting(0.9, "momentum of SGD, Nesterov's")
     weight_decay: Probability = setting(0.0, "weight decay of all weights but norms and biases")
-    scale: tuple[Share, Share] = setting((0.08, 1.0), "share of the area that the random crop keeps")
 
 
 @dataclass(frozen=True, config=STRICT)
 class LowshotConfig:
     """A linear SVM a class on few images a class, drawn several times."""
 
-    shots: tuple[Natural, ...] = setting((1, 2, 4, 8, 16), "labelled images of each class; 0 means all")
+    shots: tuple[Natural, ...] = setting((1, 2, 4, 8, 16), "labelled images of each class; 0 means all", min_length=1)
     draws: Count = setting(5, "independent draws, for mean and deviation")
-    cost: tuple[Positive, ...] = setting((0.01, 0.1, 1.0, 10.0), "SVM costs, chosen by cross-validation on the drawn images")
+    cost: tuple[Positive, ...] = setting(
+        (0.01, 0.1, 1.0, 10.0), "SVM costs, chosen by cross-validation on the drawn images", min_length=1
+    )
 
 
 @dataclass(frozen=True, config=STRICT)
 class RetrievalConfig:
     """Finding images of the same class by cosine similarity."""
 
-    at: tuple[Count, ...] = setting((1, 5, 10), "k of recall@k: a hit if any of the k nearest is of the class")
+    at: tuple[Count, ...] = setting((1, 5, 10), "k of recall@k: a hit if any of the k nearest is of the class", min_length=1)
     gallery: Literal["bank", "test"] = setting("bank", "where to search: the bank, or the other test images")
 
 
@@ -139,20 +131,16 @@ class DetectionConfig:
 class Evaluation:
     """An evaluation."""
 
-    protocol: tuple[str, ...] = setting(
-        ("knn",), f"one or several of {', '.join(PROTOCOLS)}; all: every one but detection, whose data is of another kind"
-    )
-    network: tuple[str, ...] | None = setting(None, "which networks of a run: student, teacher or both; null: all it has")
+    protocol: tuple[str, ...] = setting(("knn",), f"some of {', '.join(PROTOCOLS)}; all: all but detection", min_length=1)
+    network: tuple[str, ...] | None = setting(None, "student, teacher or both of a run; null: all it has", min_length=1)
     data_root: Text | None = setting(None, "where named data sets lie; null: the run's, else $RELSSL_DATA, else ~/.cache/relssl")
     images: tuple[Count, Count] | None = setting(None, "at most this many images of bank and test, chosen by the seed")
-    size: int | None = setting(None, "side of the view in pixels; null: the one pretraining used", ge=4, le=2048)
+    size: Pixels | None = setting(None, "side of the view in pixels; null: the one pretraining used")
     seed: Natural = setting(0, "seed of subsets, draws, classifiers and intervals")
     resamples: int = setting(1000, "bootstrap resamples of the 95 % intervals", ge=100, le=100_000)
     device: Device = setting("auto", "where to run")
-    precision: Precision = setting(
-        "fp32", "of the network's arithmetic; bf16 moves figures a little; auto: bf16 where it is fast"
-    )
-    workers: int | None = setting(None, "processes that read files; null: by the number of cores", ge=0, le=1024)
+    precision: Precision = setting("fp32", "of the network; bf16 moves figures a little; auto: bf16 where it is fast")
+    workers: int | None = setting(None, "processes that read files; null: one fewer than the cores", ge=0, le=1024)
     cache: bool = setting(True, "keep features in $RELSSL_CACHE (default ~/.cache/relssl), and take them from there")
     knn: KnnConfig = KnnConfig()
     probe: ProbeConfig = ProbeConfig()
@@ -164,19 +152,6 @@ class Evaluation:
     detection: DetectionConfig = DetectionConfig()
 
 
-# Lists that a protocol cannot do without.
-_NEEDED = (
-    "protocol",
-    "knn.k",
-    "knn.temperature",
-    "probe.strengths",
-    "semi.fractions",
-    "lowshot.shots",
-    "lowshot.cost",
-    "retrieval.at",
-)
-
-
 def read_settings(overrides: Mapping[str, Any]) -> Evaluation:
     """Return checked settings of dotted or nested overrides.
 
@@ -186,18 +161,7 @@ def read_settings(overrides: Mapping[str, Any]) -> Evaluation:
     settings: Evaluation = build(Evaluation, nest(overrides))
     if settings.protocol == ("all",):
         settings = replace(settings, protocol=tuple(name for name in PROTOCOLS if name != "detection"))
-    faults = [
-        f"protocol: {name!r} is unknown; the nearest is {nearest_word(name, PROTOCOLS)}"
-        for name in settings.protocol
-        if name not in PROTOCOLS
-    ]
-    faults += [f"{name}: is empty; give at least one value" for name in _NEEDED if not attrgetter(name)(settings)]
-    if settings.network == ():
-        faults.append("network: is empty; give at least one value")
-    for section in ("linear", "finetune", "semi"):
-        low, high = getattr(settings, section).scale
-        if low > high:
-            faults.append(f"{section}.scale: the first bound must not exceed the second, got {low:g},{high:g}")
-    if faults:
-        raise ConfigError(*faults)
+    unknown = [name for name in settings.protocol if name not in PROTOCOLS]
+    if unknown:
+        raise ConfigError(*(f"protocol: {name!r} is unknown; the nearest is {nearest_word(name, PROTOCOLS)}" for name in unknown))
     return settings

@@ -27,21 +27,23 @@ STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 NULL = {"null", "none", "~", ""}
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _MAX_YAML_BYTES = 1 << 20
-_WORDS = {"value_error": "must be text", "missing": "is too short", "too_long": "is too long"}  # where pydantic's say less
+_WORDS = {"missing": "is too short", "too_short": "is too short", "too_long": "is too long"}  # where pydantic's say less
 
 
 def _not_empty(text: str) -> str:
     if not text or "\0" in text:
-        raise ValueError
+        raise ValueError("must be text")
     return text
 
 
+def _rising(bounds: Any) -> Any:
+    if bounds[-2] > bounds[-1]:
+        raise ValueError("the first bound must not exceed the second")
+    return bounds
+
+
 Text = Annotated[str, AfterValidator(_not_empty)]  # pydantic's own limits on text would refuse paths that are not UTF-8
-Probability = Annotated[float, Field(ge=0, le=1)]
-Share = Annotated[float, Field(gt=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=1, lt=1 << 63)]
-Natural = Annotated[int, Field(ge=0, lt=1 << 63)]
+RISING = AfterValidator(_rising)
 
 
 def setting(default: Any, description: str, **limits: float) -> Any:
@@ -98,7 +100,7 @@ def _build(cls: Any, raw: Mapping[str, Any], prefix: str, known: Mapping[str, Fi
     except ValidationError as error:
         for fault in error.errors(include_url=False, include_context=False):
             key, value = str(fault["loc"][0]), fault["input"]
-            words = _WORDS.get(fault["type"]) or fault["msg"].replace("Input should", "must")
+            words = _WORDS.get(fault["type"]) or fault["msg"].removeprefix("Value error, ").replace("Input should", "must")
             name, options = f"{prefix}{key}", choices(cls.__pydantic_fields__[key])
             guess = f" (nearest: {nearest_word(value, options)})" if options and isinstance(value, str) else ""
             faults.append(f"{name}: {retired.get(f'{name} {value}') or f'{words}, got {show(value)}{guess}'}")
@@ -171,10 +173,9 @@ class _Loader(yaml.BaseLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
         for key in keys:
-            if not isinstance(key, str):
-                raise yaml.constructor.ConstructorError(None, None, "a key is not a word", node.start_mark)
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
+            if not isinstance(key, str) or keys.count(key) > 1:
+                problem = f"key {key!r} is given twice" if isinstance(key, str) else "a key is not a word"
+                raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
         return super().construct_mapping(node, deep)
 
 

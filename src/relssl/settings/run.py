@@ -19,22 +19,7 @@ from pydantic.dataclasses import dataclass
 
 from relssl.errors import ConfigError
 from relssl.settings import recipes
-from relssl.settings.reading import (
-    NULL,
-    STRICT,
-    Count,
-    Natural,
-    Positive,
-    Probability,
-    Share,
-    Text,
-    build,
-    leaves,
-    merge,
-    nest,
-    read_yaml,
-    setting,
-)
+from relssl.settings.reading import NULL, RISING, STRICT, Text, build, leaves, merge, nest, plain, read_yaml, setting
 from relssl.settings.recipes import layer, spell_out
 
 # Settings and values that are no more, and what to do instead. Saved runs, recipes and config files load without them.
@@ -50,33 +35,19 @@ RETIRED = {
 
 @dataclass(frozen=True, config=STRICT)
 class Traits:
-    """What a method needs.
-
-    Attributes:
-        about: one line for help and docs.
-        title: its name in the literature. paper: where it was published.
-        teacher: whether a momentum teacher follows the student.
-        memory: whether past keys are kept.
-        sharpened: whether a teacher's relation is matched, which has to be sharper than the student's.
-        two_way: whether the student sees both views (`views.weak` and `views.strong`), and a teacher too; None: if
-            `method.symmetric` says so.
-        predictor: whether it cannot do without `encoder.predictor`.
-        tiled: whether its loss over the memory can be computed in tiles.
-        labels: whether it trains on labels.
-        whole_batch: whether a batch cannot be computed in parts, as its samples are compared with each other.
-    """
+    """What a method is, and what it needs."""
 
     about: str
-    title: str
+    title: str  # in the literature
     paper: str = ""
-    teacher: bool = False
-    memory: bool = False
-    sharpened: bool = False
-    two_way: bool | None = False
-    predictor: bool = False
-    tiled: bool = False
-    labels: bool = False
-    whole_batch: bool = False
+    teacher: bool = False  # a momentum teacher follows the student
+    memory: bool = False  # past keys are kept
+    sharpened: bool = False  # a teacher's relation is matched, which has to be sharper than the student's
+    two_way: bool | None = False  # student, and teacher if any, see both views; None: if `method.symmetric` says so
+    predictor: bool = False  # cannot do without `encoder.predictor`
+    tiled: bool = False  # its loss over the memory can be computed in tiles
+    labels: bool = False  # trains on labels
+    whole_batch: bool = False  # compares the samples of a batch, which cannot be computed in parts
 
 
 METHODS: dict[str, Traits] = {name: build(Traits, raw) for name, raw in recipes.traits().items()}
@@ -84,31 +55,26 @@ METHODS: dict[str, Traits] = {name: build(Traits, raw) for name, raw in recipes.
 # Shares of red, green and blue in grey, as torchvision makes it.
 LUMA = (0.2989, 0.587, 0.114)
 
-_COLOUR = {"jitter": 0.8, "brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1, "grey": 0.2}
-_STRONG_COLOUR = {"jitter": 0.8, "brightness": 0.8, "contrast": 0.8, "saturation": 0.8, "hue": 0.2, "grey": 0.2}
-_BYOL = {"scale": (0.08, 1.0), "flip": 0.5, **_COLOUR, "saturation": 0.2}
-
-# The view recipes by name. `weak`, `contrastive` and `strong` are the official code's target, MoCo v2 and strong
-# augmentations (NIPS paper, section 4; the RandAugment pool is FixMatch's). `byol-first` and `byol-second` are T and T' of Grill et
-# al. 2020, table 6; `simclr` is Chen et al. 2020, appendix A, at colour strength 1; `supervised` is what ImageNet classifiers
-# train on. The digit views move the digit instead of the colours, which handwriting has none of.
+# The named view recipes; a view's other settings lie over those of its recipe.
 VIEWS: dict[str, dict[str, Any]] = {
-    "weak": {"scale": (0.2, 1.0), "flip": 0.5},
-    "contrastive": {"scale": (0.2, 1.0), "flip": 0.5, **_COLOUR, "blur": 0.5},
-    "strong": {"scale": (0.08, 1.0), "flip": 0.5, **_STRONG_COLOUR, "blur": 0.5, "randaugment": 5},
-    "byol-first": {**_BYOL, "blur": 1.0},
-    "byol-second": {**_BYOL, "blur": 0.1, "solarize": 0.2},
-    "simclr": {"scale": (0.08, 1.0), "flip": 0.5, **_STRONG_COLOUR, "blur": 0.5},
-    "supervised": {"scale": (0.08, 1.0), "flip": 0.5},
-    "digit-weak": {"affine": 1.0, "degrees": 5.0, "translate": 0.05, "zoom": (0.9, 1.1)},
-    "digit-strong": {"affine": 1.0, "degrees": 20.0, "translate": 0.15, "zoom": (0.7, 1.3)}
-    | {"jitter": 0.8, "brightness": 0.4, "contrast": 0.4, "blur": 0.3, "blur_sigma": (0.1, 1.0)},
+    name: {key: tuple(value) if isinstance(value, list) else value for key, value in plain(view).items()}
+    for name, view in read_yaml(Path(__file__).with_name("views.yaml")).items()
 }
 
-Pixels = Annotated[int, Field(ge=1, le=2048)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
+Shares = Annotated[tuple[Share, Share], RISING]
+Positive = Annotated[float, Field(gt=0)]
+Momentum = Annotated[float, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=1, lt=1 << 63)]
+Natural = Annotated[int, Field(ge=0, lt=1 << 63)]
+Parts = Annotated[int, Field(ge=1, le=1024)]
+Width = Annotated[int, Field(ge=1, le=65536)]
+Pixels = Annotated[int, Field(ge=4, le=2048)]
+Crop = Annotated[tuple[Pixels, Share, Share], RISING]
 Zoom = Annotated[float, Field(gt=0, le=10)]
 Sigma = Annotated[float, Field(gt=0, le=16)]
-Decay = Annotated[float, Field(ge=0, lt=1)]
+Margin = Annotated[float, Field(ge=1, le=4)]
 if TYPE_CHECKING:  # callers hold these as text from elsewhere; what they may be is checked as settings are read
     MethodName: TypeAlias = str
     ViewName: TypeAlias = str
@@ -124,13 +90,15 @@ class ViewConfig:
     """How one random view of an image is drawn; operations apply in the order of these fields."""
 
     name: ViewName = setting("weak", "named view recipe that the other keys start from")
-    size: int = setting(32, "side of the view in pixels", ge=4, le=2048)
-    scale: tuple[Share, Share] | None = setting(None, "share of the image's area that the random crop keeps")
-    ratio: tuple[Positive, Positive] = setting((0.75, 4 / 3), "aspect ratio of the random crop, width by height")
+    size: Pixels = setting(32, "side of the view in pixels")
+    scale: Shares | None = setting(None, "share of the image's area that the random crop keeps")
+    ratio: Annotated[tuple[Positive, Positive], RISING] = setting(
+        (0.75, 4 / 3), "aspect ratio of the random crop, width by height"
+    )
     affine: Probability = setting(0.0, "probability of a random rotation, shift and zoom")
     degrees: float = setting(0.0, "largest rotation either way, in degrees", ge=0, le=180)
     translate: Probability = setting(0.0, "largest shift either way, as a share of the side")
-    zoom: tuple[Zoom, Zoom] = setting((1.0, 1.0), "range of the zoom factor")
+    zoom: Annotated[tuple[Zoom, Zoom], RISING] = setting((1.0, 1.0), "range of the zoom factor")
     flip: Probability = setting(0.0, "probability of a horizontal flip")
     jitter: Probability = setting(0.0, "probability of colour jitter")
     brightness: Probability = setting(0.0, "colour jitter: brightness factor within 1 +- this")
@@ -139,7 +107,7 @@ class ViewConfig:
     hue: float = setting(0.0, "colour jitter: hue shift within +- this share of the circle", ge=0, le=0.5)
     grey: Probability = setting(0.0, "probability of turning grey")
     blur: Probability = setting(0.0, "probability of Gaussian blur")
-    blur_sigma: tuple[Sigma, Sigma] = setting((0.1, 2.0), "range of the blur's standard deviation, in pixels")
+    blur_sigma: Annotated[tuple[Sigma, Sigma], RISING] = setting((0.1, 2.0), "range of the blur's standard deviation, in pixels")
     solarize: Probability = setting(0.0, "probability of inverting what is brighter than half (levels from 128 of 255)")
     randaugment: int = setting(0, "RandAugment operations drawn (FixMatch pool), each applied with probability 0.5", ge=0, le=14)
 
@@ -150,21 +118,14 @@ class ViewsConfig:
 
     weak: ViewConfig = ViewConfig()  # the teacher's view; of two equal views the first; of supervised learning the only one
     strong: ViewConfig = ViewConfig()  # the student's views; of two equal views the second
-    crops: tuple[tuple[Pixels, Share, Share], ...] = setting(
-        (), "student crops as [size, min scale, max scale], one view each; empty: one view as `strong` says"
-    )
+    crops: tuple[Crop, ...] = setting((), "student crops [size, min scale, max scale]; empty: as `strong`")
     channels: int = setting(3, "channels of the images that the networks see: 3, or 1, which turns all views grey", ge=1, le=3)
     enlarge: bool = setting(False, "let views be larger than the images of a set in memory, which blows them up")
     mean: tuple[Probability, Probability, Probability] | None = setting(None, "channel means in 0..1; null: the data set's")
-    margin: float | None = setting(
-        None,
-        "plain view: shorter side before the centre crop, in sizes; null: 1 for sets in memory, 256/224 for files",
-        ge=1,
-        le=4,
+    margin: Margin | None = setting(
+        None, "plain view: shorter side before the centre crop, in sizes; null: 1 for sets in memory, 256/224 for files"
     )
-    interpolation: Literal["bilinear", "bicubic"] = setting(
-        "bilinear", "plain view: how images are scaled, with antialiasing either way"
-    )
+    interpolation: Literal["bilinear", "bicubic"] = setting("bilinear", "plain view: how images are scaled, antialiased")
     std: tuple[Share, Share, Share] | None = setting(None, "channel deviations in 0..1; null: the data set's")
 
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -189,7 +150,7 @@ class EncoderConfig:
         "first layers: the backbone's own, or a 3x3 convolution of stride 1 without or with the max-pool; small-wide: without, "
         "and padded by 2, as solo-learn's CIFAR networks are",
     )
-    projector_hidden: int = setting(2048, "hidden width of the projector", ge=1, le=65536)
+    projector_hidden: Width = setting(2048, "hidden width of the projector")
     dim: int = setting(128, "dimension D of the embeddings", ge=2, le=65536)
     projector_layers: int = setting(2, "linear layers of the projector", ge=1, le=8)
     projector_norm: Literal["none", "batch"] = setting("none", "normalisation of the projector's hidden layers")
@@ -199,14 +160,10 @@ class EncoderConfig:
     predictor: Literal["none", "mlp", "residual"] = setting(
         "none", "the student's asymmetric head (TPAMI): none (NIPS), mlp, or residual, which starts as the identity"
     )
-    predictor_hidden: int = setting(512, "hidden width of the predictor", ge=1, le=65536)
+    predictor_hidden: Width = setting(512, "hidden width of the predictor")
     predictor_norm: Literal["none", "batch"] = setting("batch", "normalisation of the predictor's hidden layer")
-    batch_norm_splits: int = setting(
-        1,
-        "parts of the whole batch that the backbone's batch norms treat apart at least; devices and accumulated parts count as "
-        "such (the papers: 8)",
-        ge=1,
-        le=1024,
+    batch_norm_splits: Parts = setting(
+        1, "least parts of the batch that batch norms treat apart; devices and accumulated parts count (papers: 8)"
     )
 
 
@@ -231,8 +188,7 @@ class MethodConfig:
     warmup: Literal["none", "hard", "linear", "cosine"] = setting("none", "how InfoNCE's part of the loss falls from 1 to 0")
     warmup_share: Probability = setting(0.2, "share of the run over which InfoNCE's part falls")
     loss_form: Literal["auto", "plain", "tiled"] = setting(
-        "auto",
-        "how the loss is computed, always the same number: plain; tiled, in less memory and time; auto: tiled, on MPS plain",
+        "auto", "how the loss is computed, always the same number: tiled takes less memory and time; auto: tiled, on MPS plain"
     )
     info_nce_temperature: float = setting(0.1, "temperature of the InfoNCE loss (moco and simclr: of their loss)", gt=0, le=10)
 
@@ -245,11 +201,9 @@ class OptimizerConfig:
     lr: float = setting(0.06, "learning rate at its peak, for the whole batch as it is", gt=0, le=1000)
     lr_start: float = setting(0.0, "learning rate at the first step", ge=0, le=1000)
     predictor_lr: float = setting(1.0, "the predictor's learning rate, in times the others'", gt=0, le=1000)
-    predictor_schedule: Literal["same", "constant"] = setting(
-        "same", "same: the predictor's learning rate falls as the others'; constant: it stays (SimSiam)"
-    )
-    momentum: float = setting(0.9, "momentum of sgd and lars", ge=0, lt=1)
-    betas: tuple[Decay, Decay] = setting((0.9, 0.999), "decay rates of adamw's two moments")
+    predictor_schedule: Literal["same", "constant"] = setting("same", "of the predictor's learning rate; constant: as SimSiam's")
+    momentum: Momentum = setting(0.9, "momentum of sgd and lars")
+    betas: tuple[Momentum, Momentum] = setting((0.9, 0.999), "decay rates of adamw's two moments")
     weight_decay: Probability = setting(5e-4, "weight decay")
     decay: Literal["all", "weights", "official"] = setting(
         "all",
@@ -265,10 +219,10 @@ class EngineConfig:
     """Devices and precision."""
 
     device: Device = setting("auto", "where to run")
-    devices: int = setting(1, "processes on this machine, one a device; the batch is shared out among them", ge=1, le=1024)
+    devices: Parts = setting(1, "processes on this machine, one a device; the batch is shared out among them")
     nodes: int = setting(1, "machines", ge=1, le=4096)
     precision: Precision = setting("auto", "auto: bf16 where the hardware is fast at it, else fp32")
-    threads: int | None = setting(None, "CPU threads a process; null: all cores shared out", ge=1, le=1024)
+    threads: Parts | None = setting(None, "CPU threads a process; null: all cores shared out")
     deterministic: bool = setting(False, "refuse GPU kernels whose result varies from run to run")
     timeout: float = setting(600.0, "seconds a rank waits for the others", gt=0)
 
@@ -280,27 +234,15 @@ class LoaderConfig:
     path: Literal["auto", "resident", "files"] = setting(
         "auto", "resident: uint8 images on the device, views made in batches; files: decoded and viewed in workers"
     )
-    views_ahead: int | None = setting(
-        None,
-        "resident path: steps whose views are made in one go; null: up to 8 on GPUs, which start many small tasks slowly, else 1",
-        ge=1,
-        le=1024,
+    views_ahead: Parts | None = setting(
+        None, "resident path: steps whose views are made in one go; null: up to 8 on GPUs, else 1"
     )
-    workers: int | None = setting(
-        None, "loader processes of the files path; null: one less than the cores; views are the same with any", ge=0, le=1024
-    )
-    reduced_decode: bool = setting(
-        True, "files path: decode a JPEG at 1/2, 1/4 or 1/8 of its size where each view keeps its resolution"
-    )
+    workers: int | None = setting(None, "loader processes of the files path; null: one fewer than the cores", ge=0, le=1024)
+    reduced_decode: bool = setting(True, "files path: decode a JPEG at 1/2, 1/4 or 1/8 where each view keeps its resolution")
     cache: int | None = setting(
-        None,
-        "files path: decode all images once, shrink their shorter sides to this many pixels and train on those; null: on the files",
-        ge=16,
-        le=8192,
+        None, "files path: decode all images once and shrink their shorter sides to this many pixels; null: no", ge=16, le=8192
     )
-    cache_folder: Text | None = setting(
-        None, "where shrunk images are kept; null: `shrunk` in $RELSSL_CACHE, else in ~/.cache/relssl"
-    )
+    cache_folder: Text | None = setting(None, "where shrunk images lie; null: `shrunk` in $RELSSL_CACHE, else ~/.cache/relssl")
     max_bad_fraction: Probability = setting(0.1, "stop when more than this share of the images cannot be read")
     max_pixels: Count = setting(89_000_000, "images with more pixels than this are skipped")
 
@@ -312,9 +254,7 @@ class LogConfig:
     every: Count = setting(10, "steps between rows of metrics.jsonl")
     knn_every: Natural = setting(10, "epochs between online kNN evaluations, when labels exist; 0: never")
     knn: tuple[Count, Positive] = setting((200, 0.1), "neighbours k and temperature of the online kNN")
-    knn_images: tuple[Count, Count] | None = setting(
-        None, "at most this many labelled training and test images in the online kNN; null: all"
-    )
+    knn_images: tuple[Count, Count] | None = setting(None, "training and test images of the online kNN at most; null: all")
     tensorboard: bool = setting(True, "write TensorBoard event files")
 
 
@@ -337,10 +277,7 @@ class Config:
     out: Text | None = setting(None, "run folder; null: runs/RECIPE-SEED")
     backbone: Text = setting("resnet18", "the network: timm's name, or torchvision/ and torchvision's (see relssl backbones)")
     backbone_args: dict[str, Any] = setting({}, "arguments for timm.create_model or torchvision's function, as {name: value}")
-    compile: Literal["auto", "off", "on"] = setting(
-        "auto",
-        "compile the networks with torch.compile, and on one GPU replay them as CUDA graphs; auto: on GPUs, if it turns out faster",
-    )
+    compile: Literal["auto", "off", "on"] = setting("auto", "torch.compile; auto: for CUDA in runs of 2,000 steps or more")
     epochs: Count = setting(200, "passes over the images")
     batch_size: int = setting(256, "images an optimizer step, over all devices and accumulated parts", ge=2, lt=1 << 63)
     accumulate: Count = setting(1, "equal parts a batch is computed in, one after another")
@@ -359,27 +296,16 @@ class Config:
 
 @dataclass(frozen=True)
 class Derived:
-    """What follows from the settings of a run.
-
-    Attributes:
-        traits: those of its method.
-        views: what a loader makes of each image: the teacher's view, then the student's.
-        strong: the student's views, one each; a single crop is a list of one. Supervised learning has the first view alone.
-        two_way: whether student and teacher see both views.
-        passes: equal parts that a batch is computed in: accumulated one after another, each shared out among the devices.
-        share: images in each of these parts.
-        norm_splits: parts that a batch norm splits each share into, as `encoder.batch_norm_splits` wants beyond the passes.
-        networks: what is trained: a student, and with most methods a teacher.
-    """
+    """What follows from the settings of a run."""
 
     traits: Traits
-    views: tuple[ViewConfig, ...]
-    strong: tuple[ViewConfig, ...]
-    two_way: bool
-    passes: int
-    share: int
-    norm_splits: int
-    networks: tuple[str, ...]
+    views: tuple[ViewConfig, ...]  # made of each image: the teacher's view, then the student's
+    strong: tuple[ViewConfig, ...]  # the student's views; a single crop is a list of one, and supervised learning has none
+    two_way: bool  # student and teacher see both views
+    passes: int  # equal parts that a batch is computed in: accumulated one after another, each shared out among the devices
+    share: int  # images in each of these parts
+    norm_splits: int  # parts that a batch norm splits each share into, as `encoder.batch_norm_splits` wants beyond the passes
+    networks: tuple[str, ...]  # a student, and with most methods a teacher
 
 
 def derive(config: Config) -> Derived:
@@ -427,7 +353,7 @@ def from_mapping(raw: Mapping[str, Any]) -> Config:
 def without_retired(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of a file without those that are no more."""
     rest = dict(raw)
-    for name in RETIRED.keys() - leaves(Config).keys():
+    for name in RETIRED:
         section, key, *value = re.split("[. ]", name)
         inner = rest.get(section)
         if isinstance(inner, Mapping) and key in inner and value in ([], [inner[key]]):
@@ -499,13 +425,6 @@ def _sharing_faults(config: Config, derived: Derived) -> list[str]:
 
 def _view_faults(config: Config, derived: Derived) -> list[str]:
     views, faults = config.views, []
-    for name in (f"{side}.{key}" for side in ("weak", "strong") for key in ("scale", "ratio", "zoom", "blur_sigma")):
-        bounds = attrgetter(name)(views)
-        if bounds is not None and bounds[0] > bounds[1]:
-            faults.append(f"views.{name}: the first bound must not exceed the second, got {list(bounds)}")
-    for size, low, high in views.crops:
-        if low > high:
-            faults.append(f"views.crops: scales must rise, got [{size}, {low:g}, {high:g}]")
     if derived.two_way and views.crops:
         method = config.method.name
         faults.append(f"views.crops: {method} compares two views, views.weak and views.strong; leave views.crops empty")

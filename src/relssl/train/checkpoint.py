@@ -9,32 +9,46 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
 
 from relssl.engine import Engine
 from relssl.errors import CheckpointError, DistributedError
 from relssl.method.base import Method, unwrapped
+from relssl.train.state import State
 from relssl.weights import store
 
 
-def save(folder: Path, step: int, model: Method, optimizer: Optimizer, engine: Engine, facts: dict[str, Any]) -> Path | None:
-    """Save the state after `step` steps; every rank calls it, the first writes. Returns the checkpoint there."""
-    whole = whole_state(model, optimizer, engine)
-    hashes = agreed_hashes(model, engine)
-    if not engine.is_first:
+def save(folder: Path | None, state: State, engine: Engine, origin: dict[str, Any]) -> Path | None:
+    """Save the state; every rank calls it, the first writes.
+
+    Args:
+        folder: of the run's checkpoints; None on ranks that do not write.
+        origin: what a run that goes on from here has to agree with: {"steps_per_epoch", "data", "choices"}.
+
+    Returns:
+        The checkpoint; None without a folder.
+
+    Raises:
+        DistributedError: if ranks have drifted apart; such a state is never saved.
+    """
+    tree, hashes = whole_state(state, engine), agreed_hashes(state.model, engine)
+    if folder is None:
         return None
-    tensors, rest = store.flatten(whole)
-    target = store.step_folder(folder, step)
-    meta = {"step": step, "threads": engine.threads, "world": engine.world, "precision": engine.precision}
-    meta |= {"hashes": hashes, "tree": rest}
-    store.save(target, tensors, meta | facts)
+    tensors, rest = store.flatten(tree)
+    facts = {"step": state.step, "best": state.best, "unreadable": sorted(state.unreadable)}
+    facts |= {"non_finite": int(state.guard.streak), "non_finite_worst": int(state.guard.worst)}
+    target = store.step_folder(folder, state.step)
+    store.save(target, tensors, facts | _arithmetic(engine) | origin | {"hashes": hashes, "tree": rest})
     return target
 
 
-def whole_state(model: Method, optimizer: Optimizer, engine: Engine) -> dict[str, Any]:
-    """All that a checkpoint holds, as a tree of tensors and numbers; every rank calls it, for its random generators."""
-    whole = {name: part.state_dict() for name, part in _parts(model).items()}
-    return whole | {"optimizer": optimizer.state_dict(), "random": engine.random_state()}
+def whole_state(state: State, engine: Engine) -> dict[str, Any]:
+    """Return the tensors and numbers that a checkpoint holds, as a tree; every rank calls it, for its random generators."""
+    tree = {name: part.state_dict() for name, part in _parts(state.model).items()}
+    return tree | {"optimizer": state.optimizer.state_dict(), "random": engine.random_state()}
+
+
+def _arithmetic(engine: Engine) -> dict[str, Any]:
+    return {"threads": engine.threads, "world": engine.world, "precision": engine.precision}
 
 
 def _parts(model: Method) -> dict[str, nn.Module]:
@@ -44,21 +58,21 @@ def _parts(model: Method) -> dict[str, nn.Module]:
 
 
 def agreed_hashes(model: Method, engine: Engine) -> list[dict[str, str]]:
-    """Each rank's hashes of what has to be the same everywhere: student, teacher and memory. One process is not hashed.
+    """Hash, for each of several ranks, what has to be the same everywhere: student, teacher and memory.
 
     Batch-norm statistics are left out: each rank keeps those of its own share.
 
     Raises:
-        DistributedError: if ranks have drifted apart, naming what differs; such a state is never saved.
+        DistributedError: if ranks have drifted apart, naming what differs.
     """
     if engine.world == 1:
         return []
     parts = {name: part.buffers() if name == "memory" else part.parameters() for name, part in _parts(model).items()}
-    held = engine.gather_items([{name: _digest(tensors) for name, tensors in parts.items()}])
-    apart = [name for name in parts if len({rank[name] for rank in held}) > 1]
+    ranks = engine.gather_items([{name: _digest(tensors) for name, tensors in parts.items()}])
+    apart = [name for name in parts if len({rank[name] for rank in ranks}) > 1]
     if apart:
         raise DistributedError(f"the ranks' {' and '.join(apart)} differ; the last checkpoint is good, resume from it")
-    return held
+    return ranks
 
 
 def _digest(tensors: Iterable[torch.Tensor]) -> str:
@@ -68,35 +82,41 @@ def _digest(tensors: Iterable[torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def restore(path: Path, model: Method, optimizer: Optimizer, engine: Engine) -> tuple[dict[str, Any], list[str]]:
-    """Load a checkpoint into a run just built.
+def restore(path: Path, state: State, engine: Engine, origin: dict[str, Any]) -> list[str]:
+    """Load a checkpoint into the state of a run that was just created.
+
+    Args:
+        origin: of this run, as for `save`.
 
     Returns:
-        (its facts, reasons why the run will not repeat bit for bit; none when it will).
+        The reasons why the run will not repeat bit for bit; none when it will.
 
     Raises:
-        CheckpointError: if it is damaged, or its tensors do not match this configuration's.
+        CheckpointError: if the checkpoint is damaged, or does not fit this run.
     """
-    tensors, meta = store.load(path)
-    state = store.unflatten(tensors, meta["tree"])
+    tensors, facts = store.load(path)
+    tree = store.unflatten(tensors, facts["tree"])
     try:
-        for name, part in _parts(model).items():
-            part.load_state_dict(state[name])
-        optimizer.load_state_dict(state["optimizer"])
-        _lay_out(optimizer)
+        for name, part in _parts(state.model).items():
+            part.load_state_dict(tree[name])
+        state.optimizer.load_state_dict(tree["optimizer"])
     except (KeyError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{path}: does not fit this configuration: {' '.join(str(error).split())[:300]}") from error
-    inexact = [
-        f"{name} {meta[name]} -> {now}"
-        for name, now in (("threads", engine.threads), ("world", engine.world), ("precision", engine.precision))
-        if meta[name] != now
-    ]
-    if not engine.restore_random_state(state["random"]):
+    if facts["steps_per_epoch"] != origin["steps_per_epoch"]:
+        was, now = facts["steps_per_epoch"], origin["steps_per_epoch"]
+        raise CheckpointError(f"{path}: was saved at {was} steps an epoch, the data now gives {now}")
+    _lay_out(state.optimizer)
+    state.step, state.best, state.unreadable = facts["step"], facts["best"], set(facts["unreadable"])
+    state.guard.streak.fill_(facts["non_finite"])
+    state.guard.worst.fill_(facts["non_finite_worst"])
+    present, saved = _arithmetic(engine) | origin["choices"], facts | facts["choices"]
+    inexact = [f"{name} {saved[name]} -> {now}" for name, now in present.items() if saved[name] != now]
+    if not engine.restore_random_state(tree["random"]):
         inexact.append("random generators of another world or device")
-    return meta, inexact
+    return inexact if facts["data"] == origin["data"] else [*inexact, "the data has changed"]
 
 
-def _lay_out(optimizer: Optimizer) -> None:
+def _lay_out(optimizer: torch.optim.Optimizer) -> None:
     # Saved tensors come back row by row; the fused optimizer walks parameter and momentum side by side in memory, so a
     # momentum has to lie as its parameter does (channels last).
     for parameter, state in optimizer.state.items():

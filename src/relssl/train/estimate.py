@@ -33,14 +33,14 @@ from relssl.data.plain import PlainView, plain_view
 from relssl.engine import Engine, available_cores, fast_bf16
 from relssl.errors import ConfigError
 from relssl.evaluation.pairs import choose
+from relssl.files import size
 from relssl.method import create_student
 from relssl.method.backbones import count_flops
 from relssl.settings.run import METHODS, Config, derive, resolve
 from relssl.train.checkpoint import whole_state
-from relssl.train.loop import WORTH_COMPILING, Trainer
-from relssl.train.pretrain import build, named
+from relssl.train.loop import Run, train_step
+from relssl.train.pretrain import WORTH_COMPILING, build, compile_networks, explained, read
 from relssl.train.run_folder import Display, default_folder
-from relssl.units import size
 from relssl.weights import store
 
 # Bytes of a logged row: JSON in metrics.jsonl, and events of TensorBoard.
@@ -208,23 +208,23 @@ def step_seconds(config: Config, steps: int = 5) -> float:
 
 
 @contextmanager
-def _set_up(config: Config, engine: Engine) -> Iterator[Trainer]:
+def _set_up(config: Config, engine: Engine) -> Iterator[Run]:
     """A run in its middle, whose weights stand still; what goes wrong with it is told as in training."""
     still = dataclasses.replace(config.optimizer, lr=_STILL)
     with engine.running():
         trainer = build(dataclasses.replace(config, optimizer=still), engine)
         try:
-            trainer.compile()
-            trainer.step = trainer.total_steps // 2
+            compile_networks(trainer)
+            trainer.state.step = trainer.total_steps // 2
             yield trainer
         except Exception as error:
-            known = named(error, trainer)
+            known = explained(error, trainer)
             if known is error:
                 raise
             raise known from error
 
 
-def _measure(trainer: Trainer, steps: int, cache: int) -> tuple[Estimate, float]:
+def _measure(trainer: Run, steps: int, cache: int) -> tuple[Estimate, float]:
     """Return all figures but the advice, and the seconds to read an image; every rank measures its own."""
     config, engine, images = trainer.config, trainer.engine, trainer.images
     timing = time_steps(trainer, steps)
@@ -232,7 +232,7 @@ def _measure(trainer: Trainer, steps: int, cache: int) -> tuple[Estimate, float]
     shares = _shares(trainer, timing)
     flops, rate = step_flops(config, trainer.classes), attainable(engine)
     disk, save_seconds = _saving(trainer, cache)
-    evaluations, saves = interruptions(config, trainer.steps_per_epoch)
+    evaluations, saves = interruptions(config, trainer.plan.steps_per_epoch)
     reading = 0.0 if images.in_memory else _reading(images, config)
     forward = shares["student"] * statistics.mean(timing.steps) * engine.world / config.batch_size  # of all views of an image
     seconds = _evaluation(trainer, forward / max(1, len(derive(config).views) - 1), reading, rate)
@@ -291,7 +291,7 @@ class Timing:
     parts: list[Batch]
 
 
-def time_steps(trainer: Trainer, steps: int, limit: float = 60.0) -> Timing:
+def time_steps(trainer: Run, steps: int, limit: float = 60.0) -> Timing:
     """Train some steps and time them. Every rank has to call it; the trainer is as many steps further afterwards.
 
     Args:
@@ -305,24 +305,24 @@ def time_steps(trainer: Trainer, steps: int, limit: float = 60.0) -> Timing:
         """Return true if time is up on any rank: all have to make the same steps."""
         return bool(engine.largest(int(time.perf_counter() - begun > seconds)))
 
-    (parts,) = loader.stream(trainer.step, trainer.step + 1)
+    (parts,) = loader.stream(trainer.state.step, trainer.state.step + 1)
     for _ in range(_WARM):  # kernels are chosen and memory is taken
-        trainer.train_step(parts)
+        train_step(trainer, parts)
         if over(_WARM_SECONDS):
             break
     turns = loader.ahead if isinstance(loader, Resident) else math.ceil(loader.workers / trainer.plan.parts)
     turns = max(1, engine.largest(turns))  # machines may differ in their cores
     count = turns * math.ceil(steps / turns)
-    stream = loader.stream(trainer.step, trainer.step + turns + count)
+    stream = loader.stream(trainer.state.step, trainer.state.step + turns + count)
     for batches in itertools.islice(stream, turns):  # which had their start-up to wait for, or lay ready
-        trainer.train_step(batches)
+        train_step(trainer, batches)
         if over(2 * _WARM_SECONDS):
             break
     marks, unreadable, begun = _Marks(engine), set[str](), time.perf_counter()
     marks.set("begin")
     for done, batches in enumerate(itertools.islice(stream, count), start=1):
         marks.set("wait")
-        trainer.train_step(batches)
+        train_step(trainer, batches)
         marks.set("work")
         unreadable.update(name for part in batches for name, _ in part.bad)
         if done >= 3 and over(limit):
@@ -355,18 +355,18 @@ class _Marks:
         return [(name, a.elapsed_time(b) / 1000 if gpu else b - a) for (_, a), (name, b) in pairs]
 
 
-def _shares(trainer: Trainer, timing: Timing) -> dict[str, float]:
+def _shares(trainer: Run, timing: Timing) -> dict[str, float]:
     """Share out a mean step among what it is spent on, by marks that networks and optimizer set in one on a batch that is there."""
     marks = _Marks(trainer.engine)
     # Between the networks and the optimizer is the loss, with its backward pass and the student's.
-    handles = [trainer.optimizer.register_step_pre_hook(partial(marks.set, "backward"))]
-    for name, network in (("student", trainer.model.student), ("teacher", trainer.model.teacher)):
+    handles = [trainer.state.optimizer.register_step_pre_hook(partial(marks.set, "backward"))]
+    for name, network in (("student", trainer.state.model.student), ("teacher", trainer.state.model.teacher)):
         if network is not None:
             handles.append(network.register_forward_pre_hook(partial(marks.set, "backward")))
             handles.append(network.register_forward_hook(partial(marks.set, name)))
     marks.set("update")
     for _ in range(_WARM):
-        trainer.train_step(timing.parts)
+        train_step(trainer, timing.parts)
         marks.set("update")
     for handle in handles:
         handle.remove()
@@ -412,14 +412,14 @@ def interruptions(config: Config, steps_per_epoch: int) -> tuple[int, int]:
     return len(evaluated) + bool(knn), len((ends | between | {total}) - {0})
 
 
-def _saving(trainer: Trainer, cache: int) -> tuple[Disk, float]:
+def _saving(trainer: Run, cache: int) -> tuple[Disk, float]:
     """Return the disk a run needs, and the seconds to make a checkpoint's bytes and their hash; nothing is written."""
     config, begun = trainer.config, time.perf_counter()
-    tensors, _ = store.flatten(whole_state(trainer.model, trainer.optimizer, trainer.engine))
+    tensors, _ = store.flatten(whole_state(trainer.state, trainer.engine))
     checkpoint = store.encode(tensors)
     hashlib.sha256(checkpoint).hexdigest()
     seconds = time.perf_counter() - begun
-    _, saves = interruptions(config, trainer.steps_per_epoch)
+    _, saves = interruptions(config, trainer.plan.steps_per_epoch)
     exports = sum(tensor.nbytes for network in trainer.networks for tensor in network.backbone.state_dict().values())
     rows = trainer.total_steps // config.log.every + config.epochs
     disk = Disk(
@@ -439,7 +439,7 @@ def _free(folder: Path) -> int:
     return shutil.disk_usage(next(place for place in (folder, *folder.absolute().parents) if place.exists())).free
 
 
-def _evaluation(trainer: Trainer, forward: float, reading: float, rate: float) -> float:
+def _evaluation(trainer: Run, forward: float, reading: float, rate: float) -> float:
     """Return the seconds of one kNN evaluation: features of both sides by all networks, and the search for neighbours.
 
     Args:
@@ -562,7 +562,7 @@ class _Repeated(Shrunk):
 
 
 @contextmanager
-def _stand_in(trainer: Trainer) -> Iterator[int]:
+def _stand_in(trainer: Run) -> Iterator[int]:
     """Let the trainer read shrunk images, if they are asked for: those of an earlier run, or a few that stand for all.
 
     Every rank has to call it.
@@ -580,14 +580,14 @@ def _stand_in(trainer: Trainer) -> Iterator[int]:
     assert isinstance(images.source, Files)
     there = Shrunk.load(place(images, config.loader), images.source)
     if not trainer.engine.largest(int(len(there) < len(images))):
-        trainer.read(dataclasses.replace(images, source=there))
+        read(trainer, dataclasses.replace(images, source=there))
         yield 0
         return
     with tempfile.TemporaryDirectory(prefix="relssl-") as folder, Display(1, 0, show=False) as silent:
         # By this process alone, as its neighbours do the same at this time.
         loader = dataclasses.replace(config.loader, cache_folder=folder, workers=0)
         few = shrunken(choose(images, _SHRUNK, config.seed), loader, silent)
-        trainer.read(dataclasses.replace(images, source=_Repeated(few, images.source)))
+        read(trainer, dataclasses.replace(images, source=_Repeated(few, images.source)))
         yield few.total * (len(images) - len(there)) // len(few)
 
 

@@ -20,39 +20,37 @@ class OnlineKnn:
     """Student and teacher on a labelled pair; these labels reach nothing but this report."""
 
     def __init__(self, pair: LabelledPair, config: Config) -> None:
-        self.pair, self.config = pair, config
+        self.pair, self.knn = pair, config.log.knn
+        workers = worker_count(config.loader.workers, config.engine.devices)
+        self.reader = Reader(PlainView.of(config.views), workers, config.loader.max_pixels)
 
     def measure(self, model: Method, engine: Engine) -> dict[str, float]:
-        """Top-1 in percent at `log.knn`: {"knn_top1": student, "knn_teacher_top1": teacher, if there is one}."""
-        found = {"knn_top1": self._top1(unwrapped(model.student).backbone, engine)}
+        """Measure top-1 in percent at `log.knn`: {"knn_top1": student, "knn_teacher_top1": teacher, if there is one}."""
+        figures = {"knn_top1": self._top1(unwrapped(model.student).backbone, engine)}
         if model.teacher is not None:
-            found["knn_teacher_top1"] = self._top1(model.teacher.backbone, engine)
-        return found
+            figures["knn_teacher_top1"] = self._top1(model.teacher.backbone, engine)
+        return figures
 
     def baselines(self, model: Method, engine: Engine) -> dict[str, float]:
-        """The untrained networks, and for sets in memory the pixels themselves, "knn_raw_pixels"."""
-        found = self.measure(model, engine)
-        bank, test = self.pair.bank, self.pair.test
+        """Measure the untrained networks, and for sets in memory the pixels themselves, "knn_raw_pixels"."""
+        figures, bank, test = self.measure(model, engine), self.pair.bank, self.pair.test
         if bank.in_memory and test.in_memory:
-            found["knn_raw_pixels"] = self._score(*(self._flat(side) for side in (bank, test)))
-        return found
+            figures["knn_raw_pixels"] = self._score(_pixels(bank), _pixels(test))
+        return figures
 
     def _top1(self, backbone: nn.Module, engine: Engine) -> float:
-        config, sides = self.config, []
-        reader = Reader(
-            PlainView.of(config.views), worker_count(config.loader.workers, config.engine.devices), config.loader.max_pixels
-        )
+        sides = []
         for images in (self.pair.bank, self.pair.test):
-            found = extract(backbone, images, reader, engine)
+            features = extract(backbone, images, self.reader, engine)
             assert images.labels is not None
-            sides.append((found.vectors, torch.from_numpy(images.labels[found.rows])))
+            sides.append((features.vectors, torch.from_numpy(images.labels[features.rows])))
         return self._score(*sides)
 
     def _score(self, bank: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> float:
-        (found,) = knn_accuracy(*bank, *test, classes=self.pair.classes, settings=[self.config.log.knn])
-        return float(round(found["top1"], 4))
+        (figures,) = knn_accuracy(*bank, *test, classes=self.pair.classes, settings=[self.knn])
+        return float(round(figures["top1"], 4))
 
-    @staticmethod
-    def _flat(images: Images) -> tuple[Tensor, Tensor]:
-        assert isinstance(images.source, Pixels) and images.labels is not None
-        return images.source.tensor.flatten(1).float(), torch.from_numpy(images.labels)
+
+def _pixels(images: Images) -> tuple[Tensor, Tensor]:
+    assert isinstance(images.source, Pixels) and images.labels is not None
+    return images.source.tensor.flatten(1).float(), torch.from_numpy(images.labels)

@@ -20,7 +20,8 @@ from relssl.engine import Engine
 from relssl.errors import ConfigError, DataError, DistributedError, Interrupted, RelsslError, StorageError
 from relssl.evaluation.pairs import LabelledPair, choose
 from relssl.settings.run import METHODS, Config, derive, resolve
-from relssl.train.loop import Trainer
+from relssl.train import checkpoint
+from relssl.train.loop import Run, create_run, open_loader, origin, step_settings, train
 from relssl.train.online import OnlineKnn
 from relssl.train.run_folder import Display, RunFolder, default_folder, read_rows, refuse_used
 from relssl.train.signals import REASONS, StopRequest
@@ -28,127 +29,10 @@ from relssl.weights import store
 from relssl.weights.export import default_target, export
 from relssl.weights.opening import load_run
 
-Made = TypeVar("Made")
+T = TypeVar("T")
 
-
-def complete_settings(config: Config, images: Images) -> Config:
-    """The configuration with what only the data can say.
-
-    Raises:
-        ConfigError: if a view is larger than the images of a set in memory.
-    """
-    views = config.views
-    if isinstance(images.source, Pixels) and not views.enlarge:
-        _refuse_enlarging(config, min(images.source.tensor.shape[-2:]), images)
-    views = dataclasses.replace(
-        views,
-        mean=views.mean or images.mean,
-        std=views.std or images.std,
-        margin=views.margin or (1.0 if images.in_memory else 256 / 224),
-    )
-    return dataclasses.replace(config, views=views)
-
-
-def _refuse_enlarging(config: Config, side: int, images: Images) -> None:
-    views = config.views
-    sizes = [("views.weak.size", views.weak.size)]
-    sizes += [("views.crops", size) for size, _, _ in views.crops] or [
-        ("views.strong.size", view.size) for view in derive(config).strong
-    ]
-    faults = [
-        f"{name}: {size} is larger than the images of {images.name} ({side} x {side} pixels), which would only be blown up; "
-        "views.enlarge true does so all the same"
-        for name, size in sizes
-        if size > side
-    ]
-    if faults:
-        raise ConfigError(*faults)
-
-
-def build(config: Config, engine: Engine) -> Trainer:
-    """A run that is ready for its first step and has no folder.
-
-    Raises:
-        ConfigError, DataError: if settings and data do not make a run.
-    """
-    labelled = METHODS[config.method.name].labels
-    images = load(config.data, config.data_root, "bank" if labelled else "train")
-    if config.max_images is not None:
-        images = choose(images, config.max_images, config.seed)
-    config = complete_settings(config, images)
-    if labelled and images.class_count < 2:
-        raise DataError(
-            f"{images.name}: {config.method.name} needs a label for each image, of two classes or more; take a labelled set, lay the "
-            "images out as train/CLASS/ and val/CLASS/, or take a method without labels"
-        )
-    return Trainer(config, engine, images, _online(config) if engine.is_first else None)
-
-
-def shrink(trainer: Trainer, display: Display, stop: StopRequest) -> None:
-    """Let the trainer read shrunk images, if they are asked for; the first rank finds or makes them while the others wait.
-
-    Raises:
-        Interrupted: on a signal or at the time limit; what is shrunk by then stays.
-    """
-    config, images, engine = trainer.config, trainer.images, trainer.engine
-    if config.loader.cache is None:
-        return
-    teller = _Stoppable(display, stop, config)
-    made = on_first(engine, lambda: shrunken(images, config.loader, teller, config.engine.devices))
-    if made is None:
-        made = shrunken(
-            images, config.loader, teller, config.engine.devices
-        )  # made once more by machines that have a disk of their own
-    engine.wait()
-    trainer.read(dataclasses.replace(images, source=made))
-
-
-class _Stoppable:
-    """A display whose chores end when the run is asked to stop."""
-
-    def __init__(self, display: Display, stop: StopRequest, config: Config) -> None:
-        self.say, self.display, self.stop, self.config = display.say, display, stop, config
-
-    @contextmanager
-    def chore(self, what: str, done: int, total: int) -> Iterator[Callable[[int], None]]:
-        """As the display's."""
-        with self.display.chore(what, done, total) as advance:
-
-            def step(count: int) -> None:
-                advance(count)
-                if asked := self.stop.asked():
-                    where = f"stopped {REASONS[asked]} while images were shrunk"
-                    raise Interrupted(f"{where}; go on with `relssl resume {self.config.out}`", asked)
-
-            yield step
-
-
-def on_first(engine: Engine, make: Callable[[], Made]) -> Made | None:
-    """What `make` gives on the first rank, None on the others; its failure is raised on all, so that none waits in vain."""
-    made, fault = None, None
-    if engine.is_first:
-        try:
-            made = make()
-        except RelsslError as error:
-            fault = error
-    engine.wait()  # patiently: to shrink a million images takes hours
-    fault = engine.broadcast(fault)
-    if fault is not None:
-        raise fault
-    return made
-
-
-def _online(config: Config) -> OnlineKnn | None:
-    """The kNN evaluation, if it is wanted and the data has labels and a test part."""
-    if config.log.knn_every == 0:
-        return None
-    try:
-        pair = LabelledPair.load(config.data, config.data_root, config.log.knn_images, config.seed)
-    except DataError:
-        return None
-    if pair.bank.labels is None or pair.bank.labels.min() == pair.bank.labels.max():
-        return None  # several labels an image, or a single one for all: nothing to vote about
-    return OnlineKnn(pair, config)
+# To compile takes a minute or two; a run of fewer steps would not earn it back.
+WORTH_COMPILING = 2000
 
 
 @dataclass(frozen=True)
@@ -190,12 +74,11 @@ def pretrain(
         ConfigError, DataError, StorageError, NumericError, LockedError: each with what to do about it.
         Interrupted: on a signal or at the time limit, after saving.
     """
-    made = settings or resolve(({} if data is None else {"data": data}) | overrides, config)
-    folder = Path(made.out or default_folder(made))
-    engine = Engine(made.engine)
+    resolved = settings or resolve(({} if data is None else {"data": data}) | overrides, config)
+    folder = Path(resolved.out or default_folder(resolved))
+    engine = Engine(resolved.engine)
     on_first(engine, lambda: refuse_used(folder))
-    with engine.running():
-        return _run(dataclasses.replace(made, out=str(folder)), folder, engine, quiet, None, fresh=True)
+    return _run(dataclasses.replace(resolved, out=str(folder)), folder, engine, quiet, fresh=True)
 
 
 def resume(
@@ -210,102 +93,272 @@ def resume(
         time_limit: minutes after which it saves and stops, infinite for never; default: the run's own setting.
 
     Returns:
-        The finished run; at once if it had finished already.
+        The finished run, at once if it had finished already; None on ranks other than the first.
 
     Raises:
         CheckpointError: if the checkpoint is missing or damaged; the good one before it is named.
     """
     loaded = load_run(run)
-    folder = loaded.folder
-    if checkpoint is None and _state(folder) == "complete":
+    folder, config = loaded.folder, loaded.config
+    if checkpoint is None and _is_complete(folder):
         return _result(folder)
-    saved = any((folder / "checkpoints").glob("step-*"))
-    path = loaded.named(checkpoint) if checkpoint is not None else loaded.checkpoint() if saved else None
-    config = (
-        loaded.config
-        if time_limit is None
-        else dataclasses.replace(loaded.config, time_limit=None if math.isinf(time_limit) else time_limit)
-    )
-    engine = Engine(config.engine)
+    saved = None
+    if checkpoint is not None:
+        saved = loaded.named(checkpoint)
+    elif any((folder / "checkpoints").glob("step-*")):
+        saved = loaded.checkpoint()
+    if time_limit is not None:
+        config = dataclasses.replace(config, time_limit=None if math.isinf(time_limit) else time_limit)
+    return _run(config, folder, Engine(config.engine), quiet, saved, fresh=False)
+
+
+def _run(config: Config, path: Path, engine: Engine, quiet: bool, saved: Path | None = None, *, fresh: bool) -> Result | None:
+    """Train in a folder, from the checkpoint `saved` or from the start."""
     with engine.running():
-        return _run(config, folder, engine, quiet, path, fresh=False)
+        try:
+            run = build(config, engine)
+        except torch.OutOfMemoryError as error:
+            raise _too_large(config) from error
+        state = run.state
+        folder = run.folder = on_first(engine, lambda: RunFolder(path))
+        try:
+            if folder is not None:
+                if fresh:
+                    refuse_used(path)  # again, now that nobody else can write it
+                if not (path / "config.yaml").exists():
+                    data = {"images": len(run.images), "fingerprint": run.fingerprint}
+                    folder.describe(run.config, {"data": data, "engine": engine.describe()})
+                folder.bad_samples(run.images.bad)
+            compiled = compile_networks(run)
+            inexact = checkpoint.restore(saved, state, engine, origin(run)) if saved is not None else []
+            if folder is not None:
+                folder.give_up_after(state.step)
+            with Display(run.total_steps, state.step, show=engine.is_first and not quiet) as display:
+                _introduce(run, display, compiled, inexact)
+                _train(run, display)
+            return None if folder is None else _finish(run, folder)
+        finally:
+            if folder is not None:
+                folder.close()
 
 
-def _run(config: Config, path: Path, engine: Engine, quiet: bool, saved: Path | None, *, fresh: bool) -> Result | None:
+def build(config: Config, engine: Engine) -> Run:
+    """Load a run's images and create the run, ready for its first step and without a folder.
+
+    Raises:
+        ConfigError, DataError: if settings and data do not make a run.
+    """
+    labelled = METHODS[config.method.name].labels
+    images = load(config.data, config.data_root, "bank" if labelled else "train")
+    if config.max_images is not None:
+        images = choose(images, config.max_images, config.seed)
+    if labelled and images.class_count < 2:
+        raise DataError(
+            f"{images.name}: {config.method.name} needs a label for each image, of two classes or more; take a labelled set, lay the "
+            "images out as train/CLASS/ and val/CLASS/, or take a method without labels"
+        )
+    config = complete_settings(config, images)
+    return create_run(config, engine, images, _online(config) if engine.is_first else None)
+
+
+def complete_settings(config: Config, images: Images) -> Config:
+    """Return the settings with what only the data can say.
+
+    Raises:
+        ConfigError: if a view is larger than the images of a set in memory.
+    """
+    views = config.views
+    if isinstance(images.source, Pixels) and not views.enlarge:
+        side = min(images.source.tensor.shape[-2:])
+        sizes = [("views.weak.size", views.weak.size)]
+        crops = [("views.crops", size) for size, _, _ in views.crops]
+        sizes += crops or [("views.strong.size", view.size) for view in derive(config).strong]
+        faults = [
+            f"{name}: {size} is larger than the images of {images.name} ({side} x {side} pixels), which would only be blown up; "
+            "views.enlarge true does so all the same"
+            for name, size in sizes
+            if size > side
+        ]
+        if faults:
+            raise ConfigError(*faults)
+    views = dataclasses.replace(
+        views,
+        mean=views.mean or images.mean,
+        std=views.std or images.std,
+        margin=views.margin or (1.0 if images.in_memory else 256 / 224),
+    )
+    return dataclasses.replace(config, views=views)
+
+
+def _online(config: Config) -> OnlineKnn | None:
+    """The kNN evaluation, if it is wanted and the data has labels and a test part."""
+    if config.log.knn_every == 0:
+        return None
     try:
-        trainer = build(config, engine)
-    except torch.OutOfMemoryError as error:
-        raise _too_large(config) from error
-    config = trainer.config
-    folder = trainer.folder = on_first(engine, lambda: RunFolder(path))
+        pair = LabelledPair.load(config.data, config.data_root, config.log.knn_images, config.seed)
+    except DataError:
+        return None
+    if pair.bank.labels is None or pair.bank.labels.min() == pair.bank.labels.max():
+        return None  # several labels an image, or a single one for all: nothing to vote about
+    return OnlineKnn(pair, config)
+
+
+def on_first(engine: Engine, make: Callable[[], T]) -> T | None:
+    """Return what `make` returns on the first rank, None on the others; its failure is raised on all, so that none waits in vain."""
+    value, fault = None, None
+    if engine.is_first:
+        try:
+            value = make()
+        except RelsslError as error:
+            fault = error
+    engine.wait()  # patiently: to shrink a million images takes hours
+    fault = engine.broadcast(fault)
+    if fault is not None:
+        raise fault
+    return value
+
+
+def compile_networks(run: Run) -> str | None:
+    """Compile the networks' passes, with CUDA graphs where these are possible, if `compile` says so.
+
+    `auto` compiles on CUDA alone, in runs that are long enough to earn it back and need not repeat bit for bit. A compiler that fails
+    on any rank is done without. The run's state stays as it was.
+
+    Returns:
+        A line for the console; None if there is nothing to say.
+    """
+    config, engine, state = run.config, run.engine, run.state
+    gpu = engine.device.type == "cuda"
+    worth = gpu and run.total_steps >= WORTH_COMPILING and not config.engine.deterministic
+    if config.compile == "off" or (config.compile == "auto" and not worth):
+        return None
+    # Graphs are replayed on fixed memory; gradients of accumulated parts and DDP's buckets outlive a replay.
+    graphs, fault = engine.world == 1 and config.accumulate == 1, None
+    torch.compiler.reset()  # type: ignore[no-untyped-call]  # one cache serves all networks of a process
+    for network in run.networks:
+        network.compile_heads(graphs)
+    state.guard.watch()
     try:
-        if folder is not None:
-            if fresh:
-                refuse_used(path)  # again, now that nobody else can write it
-            if not (path / "config.yaml").exists():
-                facts = {"images": len(trainer.images), "fingerprint": trainer.fingerprint}
-                folder.describe(config, {"data": facts, "engine": engine.describe()})
-            folder.bad_samples(trainer.images.bad)
-        inexact = trainer.restore(saved) if saved is not None else []
-        if folder is not None:
-            folder.give_up_after(trainer.step)
-        trainer.compile()
-        inexact += trainer.redecided()
-        with Display(trainer.total_steps, trainer.step, show=engine.is_first and not quiet) as display:
-            _introduce(trainer, display, inexact)
-            _fit(trainer, folder, display)
-        return _finish(trainer, folder) if folder is not None else None
-    finally:
-        if folder is not None:
-            folder.close()
+        with torch.random.fork_rng([engine.device] if gpu else []):
+            for _ in range(3):  # graphs are warmed up, recorded and replayed
+                _pass_noise(run)
+    except Exception as error:  # whatever a compiler runs into
+        fault = next(iter(str(error).splitlines()), type(error).__name__)[:160]
+    state.guard.take_back()
+    state.optimizer.zero_grad(set_to_none=True)
+    if engine.largest(int(fault is not None)):
+        for network in run.networks:
+            network.compiled_heads = None
+        torch.compiler.reset()  # type: ignore[no-untyped-call]  # with it goes the memory that graphs use
+        return f"compile: not possible here ({fault or 'another rank could not'}); going on without"
+    run.graphs = graphs
+    return "compile: the networks are compiled" + (", and replayed as CUDA graphs" if gpu and graphs else "")
 
 
-def _introduce(trainer: Trainer, display: Display, inexact: list[str]) -> None:
+def _pass_noise(run: Run) -> None:
+    """Pass views of noise, of the run's own shapes, forward and back."""
+    config, engine, model, share = run.config, run.engine, run.state.model, run.plan.share
+    weak, *strong = (
+        engine.place(torch.rand(share, config.views.channels, view.size, view.size)) for view in derive(config).views
+    )
+    torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+    # As a part that others follow, in a world of its own: ranks exchange nothing, so that one that fails leaves none waiting.
+    with engine.part(model.student, last=False):
+        with engine.autocast():
+            step = model.step(weak, strong, **step_settings(run, run.total_steps - 1, torch.arange(share)))
+        step.loss.backward()  # type: ignore[no-untyped-call]
+    run.state.optimizer.zero_grad(set_to_none=True)
+
+
+def _introduce(run: Run, display: Display, compiled: str | None, inexact: list[str]) -> None:
     """Say what is about to run."""
-    config, images, memory = trainer.config, trainer.images, trainer.config.method.memory_size
-    what = f"{config.backbone} on {len(images)} images of {images.name}"
-    display.say(f"{config.method.name}: {what}, recipe {config.recipe}, {trainer.total_steps} steps, {trainer.engine.describe()}")
-    if trainer.model.memory is not None and memory > 0.5 * len(images):
+    config, images, memory = run.config, run.images, run.config.method.memory_size
+    subject = f"{config.backbone} on {len(images)} images of {images.name}"
+    display.say(f"{config.method.name}: {subject}, recipe {config.recipe}, {run.total_steps} steps, {run.engine.describe()}")
+    if run.state.model.memory is not None and memory > 0.5 * len(images):
         display.say(f"note: the memory ({memory}) is over half of the data: samples meet old copies of themselves")
-    if trainer.compiled:
-        display.say(trainer.compiled)
-    if trainer.step:
-        how = f"not bit for bit ({'; '.join(inexact)})" if inexact else "exactly"
-        display.say(f"going on {how} from step {trainer.step}")
+    if compiled:
+        display.say(compiled)
+    if run.state.step:
+        manner = f"not bit for bit ({'; '.join(inexact)})" if inexact else "exactly"
+        display.say(f"going on {manner} from step {run.state.step}")
 
 
-def _fit(trainer: Trainer, folder: RunFolder | None, display: Display) -> None:
+def _train(run: Run, display: Display) -> None:
     """Train, and note in status.json how that went."""
     try:
-        if folder is not None:
-            folder.status("running", trainer.step)
-        with StopRequest(trainer.config.time_limit) as stop:
-            shrink(trainer, display, stop)
-            trainer.fit(display, stop)
+        if run.folder is not None:
+            run.folder.status("running", run.state.step)
+        with StopRequest(run.config.time_limit) as stop:
+            shrink(run, display, stop)
+            train(run, display, stop)
     except BaseException as error:
-        known = named(error, trainer)
-        if folder is not None:
-            # A full disk must not hide the error that there is to tell.
-            with suppress(StorageError):
-                _note_failure(folder, trainer, known)
+        known = explained(error, run)
+        if run.folder is not None:
+            with suppress(StorageError):  # a full disk must not hide the error that there is to report
+                _note_failure(run.folder, run.state.step, known)
         if known is error:
             raise
         raise known from error
 
 
-def named(error: BaseException, trainer: Trainer) -> BaseException:
-    """An error of the libraries below as one of ours, where it is known what to do about it."""
+def shrink(run: Run, display: Display, stop: StopRequest) -> None:
+    """Let the run read shrunk images, if the settings want it; the first rank finds or writes them while the others wait.
+
+    Raises:
+        Interrupted: on a signal or at the time limit; what is shrunk by then stays.
+    """
+    config, images, engine = run.config, run.images, run.engine
+    if config.loader.cache is None:
+        return
+    console = _Stoppable(display, stop, config.out)
+    loader, devices = config.loader, config.engine.devices
+    source = on_first(engine, lambda: shrunken(images, loader, console, devices))
+    if source is None:
+        source = shrunken(images, loader, console, devices)  # once more on machines that have a disk of their own
+    engine.wait()
+    read(run, dataclasses.replace(images, source=source))
+
+
+class _Stoppable:
+    """A display whose chores end when the run is asked to stop."""
+
+    def __init__(self, display: Display, stop: StopRequest, out: str | None) -> None:
+        self.say, self.display, self.stop, self.out = display.say, display, stop, out
+
+    @contextmanager
+    def chore(self, title: str, start: int, total: int) -> Iterator[Callable[[int], None]]:
+        """As the display's."""
+        with self.display.chore(title, start, total) as advance:
+
+            def step(count: int) -> None:
+                advance(count)
+                if code := self.stop.pending():
+                    where = f"stopped {REASONS[code]} while images were shrunk"
+                    raise Interrupted(f"{where}; go on with `relssl resume {self.out}`", code)
+
+            yield step
+
+
+def read(run: Run, images: Images) -> None:
+    """Train on the same images from another source."""
+    assert images.fingerprint() == run.fingerprint
+    run.images, run.loader = images, open_loader(run.config, run.engine, run.plan, images)
+
+
+def explained(error: BaseException, run: Run) -> BaseException:
+    """Return an error of the libraries below as one of ours, where it is known what to do about it."""
     if isinstance(error, RelsslError):
         return error
     if isinstance(error, torch.OutOfMemoryError):
-        return _too_large(trainer.config)
+        return _too_large(run.config)
     if isinstance(error, OSError):
         # Whatever is written besides checkpoints (metrics, TensorBoard): the checkpoints before it are whole.
-        where = error.filename or trainer.config.out
+        where = error.filename or run.config.out
         return StorageError(f"{where}: cannot be written ({error.strerror or error}); free some space, then resume")
-    if isinstance(error, RuntimeError) and trainer.engine.world > 1:
-        what = " ".join(str(error).split())[:200]
-        return DistributedError(f"rank {trainer.engine.rank} failed at step {trainer.step}, another may have been lost: {what}")
+    if isinstance(error, RuntimeError) and run.engine.world > 1:
+        reason, rank = " ".join(str(error).split())[:200], run.engine.rank
+        return DistributedError(f"rank {rank} failed at step {run.state.step}, another may have been lost: {reason}")
     return error
 
 
@@ -317,23 +370,20 @@ def _too_large(config: Config) -> ConfigError:
     )
 
 
-def _note_failure(folder: RunFolder, trainer: Trainer, error: BaseException) -> None:
+def _note_failure(folder: RunFolder, step: int, error: BaseException) -> None:
     code = getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 1)
     state = "interrupted" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "failed"
-    details = {
-        "kind": getattr(error, "kind", "interrupted" if state == "interrupted" else "bug"),
-        "field": None,
-        "message": str(error),
-    }
+    kind = getattr(error, "kind", "interrupted" if state == "interrupted" else "bug")
     saved = sorted(path.name for path in folder.checkpoints.glob("step-*"))
-    folder.status(state, trainer.step, exit_code=code, error=details, last_checkpoint=saved[-1] if saved else None)
+    details = {"kind": kind, "field": None, "message": str(error)}
+    folder.status(state, step, exit_code=code, error=details, last_checkpoint=saved[-1] if saved else None)
 
 
-def _finish(trainer: Trainer, folder: RunFolder) -> Result:
-    few = trainer.images.subset(range(min(4, len(trainer.images))))  # enough to tell a wrong file, and quick
-    for network in derive(trainer.config).networks:
+def _finish(run: Run, folder: RunFolder) -> Result:
+    few = run.images.subset(range(min(4, len(run.images))))  # enough to notice a wrong file, and quick
+    for network in derive(run.config).networks:
         export(folder.path, network=network, images=few)
-    folder.status("complete", trainer.step, exit_code=0, last_checkpoint=store.step_folder(Path(), trainer.step).name)
+    folder.status("complete", run.state.step, exit_code=0, last_checkpoint=store.step_folder(Path(), run.state.step).name)
     return _result(folder.path)
 
 
@@ -341,10 +391,8 @@ def _result(folder: Path) -> Result:
     return Result(folder, default_target(folder, "student"), read_rows(folder / "metrics.jsonl"))
 
 
-def _state(folder: Path) -> str | None:
-    """The state that status.json names."""
+def _is_complete(folder: Path) -> bool:
     try:
-        state: str = json.loads((folder / "status.json").read_text())["state"]
+        return bool(json.loads((folder / "status.json").read_text())["state"] == "complete")
     except (OSError, ValueError, KeyError):
-        return None
-    return state
+        return False

@@ -1,4 +1,4 @@
-"""The run folder: made once, never overwritten silently, written by one process at a time."""
+"""The run folder: created once, never overwritten silently, written by one process at a time; and the console."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _PACKAGES = ("relssl", "torch", "torchvision", "timm", "lightning", "numpy", "sc
 
 
 def refuse_used(folder: Path) -> None:
-    """ConfigError if `folder` holds anything already; needs no torch, so it is asked before start-up."""
+    """Raise ConfigError if `folder` holds anything already; this needs no torch, so it comes before start-up."""
     if (folder / "config.yaml").exists():
         raise ConfigError(f"out: {folder} holds a run; go on with `relssl resume {folder}` or give another --out")
     # A run that was killed before it could say what it is has left its lock and an empty folder, and nothing to lose.
@@ -41,7 +41,7 @@ def _is_blank(entry: Path) -> bool:
 
 
 def default_folder(config: Config) -> str:
-    """runs/RECIPE-SEED, nips/cifar10 as nips-cifar10."""
+    """Return runs/RECIPE-SEED, nips/cifar10 as nips-cifar10."""
     name = public_name(config.recipe) or "run"
     return f"runs/{name.removesuffix('.yaml').removesuffix('.yml').replace('/', '-')}-{config.seed}"
 
@@ -50,19 +50,18 @@ class RunFolder:
     """A run's files, for the one process that writes them.
 
     Raises:
-        LockedError: if another process holds the folder.
+        LockedError: if another process writes the folder.
         StorageError: if it cannot be written.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.checkpoints = path / "checkpoints"
-        self._listed: set[str] | None = None
+        self.path, self.checkpoints = path, path / "checkpoints"
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             self._lock = _lock(path / ".lock")
         except OSError as error:
             raise StorageError(f"{path}: cannot be written ({error.strerror}); give another --out") from error
+        self._listed = {row["file"] for row in read_rows(path / "bad_samples.jsonl")}
 
     def describe(self, config: Config, facts: dict[str, Any]) -> None:
         """Write what the run is: its whole configuration and where it runs."""
@@ -70,7 +69,7 @@ class RunFolder:
         write_json(self.path / "environment.json", environment() | facts)
 
     def status(self, state: str, step: int, **facts: Any) -> None:
-        """Say in status.json where the run stands; state is running, complete, interrupted or failed."""
+        """Write to status.json where the run stands; state is running, complete, interrupted or failed."""
         write_json(self.path / "status.json", {"state": state, "step": step, "exit_code": None, "error": None} | facts)
 
     def give_up_after(self, step: int) -> None:
@@ -81,14 +80,10 @@ class RunFolder:
 
     def bad_samples(self, faults: list[tuple[str, str]]) -> None:
         """List images that could not be read, each file once: one object a line with the file and the reason."""
-        path = self.path / "bad_samples.jsonl"
-        if self._listed is None:
-            lines = path.read_text().splitlines() if path.exists() else []
-            self._listed = {json.loads(line)["file"] for line in lines}
         new = {name: reason for name, reason in faults if name not in self._listed}
         if new:
             self._listed |= new.keys()
-            with path.open("a") as file:
+            with (self.path / "bad_samples.jsonl").open("a") as file:
                 file.writelines(json.dumps({"file": name, "reason": reason}) + "\n" for name, reason in new.items())
 
     def close(self) -> None:
@@ -113,21 +108,22 @@ def _lock(path: Path) -> IO[str]:
 
 
 def environment() -> dict[str, Any]:
-    """Versions, hardware and source revision, for the run's record; no user names, paths or variables."""
-    versions = {}
-    for name in _PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed"
+    """Return versions, hardware and source revision for the run's record; no user names, paths or variables."""
     return {
         "python": sys.version.split()[0],
         "platform": platform.platform(),
         "processor": _processor(),
         "cores": os.cpu_count(),
-        "versions": versions,
+        "versions": {name: _version(name) for name in _PACKAGES},
         "git": _revision(),
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _processor() -> str:
@@ -139,12 +135,12 @@ def _processor() -> str:
 
 
 def _revision() -> str | None:
-    """The commit of the package's own source tree, when it is run from one."""
+    """The commit of the package's own source tree, when it runs from one."""
     source = Path(__file__).resolve().parents[3]
     if not (source / ".git").exists():
         return None
-    asked = subprocess.run(["git", "-C", str(source), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return asked.stdout.strip() or None
+    git = subprocess.run(["git", "-C", str(source), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return git.stdout.strip() or None
 
 
 # What differs from run to run on the same machine; everything else in a row repeats bit for bit.
@@ -152,10 +148,9 @@ TIMINGS = ("images_per_second", "data_wait")
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a last line cut short by a crash is left out."""
+    """Read the rows of a .jsonl file; a last line cut short by a crash is left out."""
     rows = []
-    lines = path.read_text().splitlines() if path.exists() else []
-    for line in lines:
+    for line in path.read_text().splitlines() if path.exists() else []:
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
@@ -172,9 +167,9 @@ class Journal:
 
     def __init__(self, folder: Path, start: int, tensorboard: bool) -> None:
         path = folder / "metrics.jsonl"
-        kept = [row for row in read_rows(path) if start > 0 and row["step"] <= start]
+        rows = [row for row in read_rows(path) if start > 0 and row["step"] <= start]
         if path.exists():
-            write_file(path, "".join(_line(row) for row in kept).encode())
+            write_file(path, "".join(_line(row) for row in rows).encode())
         self._file = path.open("a")
         self._board = None
         if tensorboard:
@@ -217,7 +212,7 @@ class Display:
             console=self._console,
             disable=not self._live,
         )
-        self._task = self._progress.add_task("steps", total=total, completed=start, figures="")
+        self._steps = self._progress.add_task("steps", total=total, completed=start, figures="")
 
     def __enter__(self) -> Display:
         self._progress.start()
@@ -231,35 +226,34 @@ class Display:
         self._console.print(line, markup=False, soft_wrap=True)
 
     @contextlib.contextmanager
-    def chore(self, what: str, done: int, total: int) -> Iterator[Callable[[int], None]]:
+    def chore(self, title: str, start: int, total: int) -> Iterator[Callable[[int], None]]:
         """Show what comes before the steps: a bar in the place of theirs, elsewhere a line at its start and each tenth.
 
         Args:
-            what: a few words for it.
-            done, total: how many of how many are done already; what is yielded is called with how many are done now.
+            start, total: how many of how many are done already; what is yielded is called with how many are done now.
         """
-        self._progress.update(self._task, visible=False)
-        task = self._progress.add_task("chore", total=total, completed=done, figures=what)
-        told = 10 * done // total
+        self._progress.update(self._steps, visible=False)
+        task = self._progress.add_task("chore", total=total, completed=start, figures=title)
+        tenth = 10 * start // total
         if not self._live:
-            self.say(f"{what}: {done} of {total}")
+            self.say(f"{title}: {start} of {total}")
 
         def advance(now: int) -> None:
-            nonlocal told
+            nonlocal tenth
             self._progress.update(task, completed=now)
-            if not self._live and 10 * now // total > told:
-                told = 10 * now // total
-                self.say(f"{what}: {now} of {total}")
+            if not self._live and 10 * now // total > tenth:
+                tenth = 10 * now // total
+                self.say(f"{title}: {now} of {total}")
 
         try:
             yield advance
         finally:
             self._progress.remove_task(task)
-            self._progress.update(self._task, visible=True)
+            self._progress.update(self._steps, visible=True)
 
     def row(self, row: dict[str, Any], epoch_ended: bool) -> None:
         """Show a row's main figures."""
-        self._progress.update(self._task, completed=row["step"], figures=_brief(row))
+        self._progress.update(self._steps, completed=row["step"], figures=_brief(row))
         if epoch_ended and (not self._live or "knn_top1" in row):
             self.say(f"epoch {row['epoch']:>4}  {_brief(row)}")
 

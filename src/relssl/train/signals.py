@@ -1,4 +1,4 @@
-"""Being asked to stop: finish the step, save, then leave with the exit code that names the reason."""
+"""Requests to stop: a run finishes its step, saves, then leaves with the exit code that names the reason."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from types import FrameType
 from typing import Any
 
 TIME_LIMIT = 75
-_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 REASONS = {TIME_LIMIT: "at its time limit", 130: "by SIGINT", 143: "by SIGTERM"}
 
 
@@ -24,26 +23,25 @@ class StopRequest:
     def __init__(self, minutes: float | None) -> None:
         self.code = 0
         self._deadline = time.monotonic() + 60 * minutes if minutes is not None else None
-        self._before: dict[int, Any] = {}
+        self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
         # Python allows handlers in the main thread only; a run started from another thread goes without.
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._receive) for number in _CODES}
+            self._handlers = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.code:
-            # Checkpoints are renamed into place whole, so leaving in the middle of one harms none.
-            os._exit(_CODES[signal.Signals(number)])
-        self.code = _CODES[signal.Signals(number)]
+            os._exit(128 + number)  # checkpoints are renamed into place whole, so leaving in the middle of one harms none
+        self.code = 128 + number
 
-    def asked(self) -> int:
-        """The exit code of a pending request, or 0."""
+    def pending(self) -> int:
+        """Return the exit code of a pending request, or 0."""
         if not self.code and self._deadline is not None and time.monotonic() > self._deadline:
             self.code = TIME_LIMIT
         return self.code

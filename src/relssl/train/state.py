@@ -1,0 +1,94 @@
+"""What changes while a run goes on, and the judge that lets a step change it or not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from relssl.method.base import Method
+
+
+class Guard:
+    """Judges each step on the device, without waiting for it, and takes back what the forward passes of a bad step have changed.
+
+    Those change the networks' buffers: the statistics of batch norms. Optimizer, memory and teacher are told the verdict and stay.
+
+    Args:
+        networks: those whose buffers a forward pass may change, on their device.
+
+    Attributes:
+        streak: scalar int64 on the device, the non-finite steps in a row until now.
+        worst: the longest streak since `longest` was last called, likewise.
+    """
+
+    def __init__(self, networks: Sequence[nn.Module], device: torch.device) -> None:
+        buffers = [buffer for network in networks for buffer in network.buffers()]
+        self._kinds = [_Copies([each for each in buffers if each.dtype == kind]) for kind in {each.dtype for each in buffers}]
+        self.streak = torch.zeros((), dtype=torch.int64, device=device)
+        self.worst = self.streak.clone()
+
+    def watch(self) -> None:
+        """Note the buffers before a step's forward passes."""
+        for copies in self._kinds:
+            torch._foreach_copy_(copies.before, copies.buffers)
+
+    def take_back(self) -> None:
+        """Put the buffers back."""
+        for copies in self._kinds:
+            torch._foreach_copy_(copies.buffers, copies.before)
+
+    def judge(self, loss: Tensor, norm: Tensor) -> Tensor:
+        """Return [] on the device, true if loss and gradient norm are finite; if not, the buffers are put back."""
+        good = torch.isfinite(loss) & torch.isfinite(norm)
+        for copies in self._kinds:
+            torch._foreach_copy_(copies.after, copies.buffers)
+            torch.where(good, copies.block_after, copies.block_before, out=copies.block_before)
+        self.take_back()
+        self.streak += 1
+        self.streak *= ~good
+        torch.maximum(self.worst, self.streak, out=self.worst)
+        return good
+
+    def longest(self) -> Tensor:
+        """Return the longest streak since the last call, [] on the device."""
+        longest = self.worst.clone()
+        self.worst.copy_(self.streak)
+        return longest
+
+
+class _Copies:
+    """Buffers of one type and two copies of each, side by side in blocks, so that a choice between the copies is one kernel."""
+
+    def __init__(self, buffers: list[Tensor]) -> None:
+        self.buffers, sizes = buffers, [buffer.numel() for buffer in buffers]
+        self.block_before, self.block_after = (buffers[0].new_empty(sum(sizes)) for _ in range(2))
+        self.before, self.after = (
+            [part.view(buffer.shape) for part, buffer in zip(torch.split(block, sizes), buffers, strict=True)]
+            for block in (self.block_before, self.block_after)
+        )
+
+
+@dataclass
+class State:
+    """All that changes while a run goes on; a checkpoint holds it, and the random generators besides.
+
+    Attributes:
+        model: student, teacher and memory.
+        optimizer: of the student.
+        guard: the judge of steps, with its count of bad ones.
+        step: optimizer steps so far.
+        best: {"knn_top1", "checkpoint"} of the best student so far; None until one was measured.
+        unreadable: files that could not be read so far.
+    """
+
+    model: Method
+    optimizer: Optimizer
+    guard: Guard
+    step: int = 0
+    best: dict[str, Any] | None = None
+    unreadable: set[str] = field(default_factory=set)
