@@ -18,10 +18,11 @@ from relssl.cli import main
 from relssl.data.batched import normalise
 from relssl.errors import CheckpointError, ConfigError
 from relssl.method import Encoder, ReSSL, create_student
-from relssl.method.backbones import NAMED, channels_of, create_backbone, feature_width, find, measure, run_arguments, run_backbone
+from relssl.method.backbones import NAMED, channels_of, create_backbone, feature_width, find, measure
 from relssl.settings.run import from_mapping, resolve
 from relssl.weights.export import export
 from relssl.weights.opening import Reading, open_backbones
+from relssl.weights.spec import BackboneSpec
 from small_runs import differing, final_state, small_run
 
 SIZES = (64, 56, 48, 40, 32)  # of five crops: the paper's, as far as they go at a small scale
@@ -282,10 +283,9 @@ def test_a_transformers_size_and_channels_go_with_it(tmp_path: Path) -> None:
     run = small_run(
         tmp_path / "run", **over, epochs=1, max_images=64, optimizer={"name": "adamw", "lr": 1e-3, "warmup_epochs": 0}
     )
-    config = relssl.load_run(run.folder).config
+    spec = BackboneSpec.of(relssl.load_run(run.folder).config)
     expected = {"dynamic_img_size": True, "img_size": 32, "in_chans": 1, **TINY_VIT["backbone_args"]}
-    assert run_arguments(config) == expected and config.backbone_args == TINY_VIT["backbone_args"]
-    assert run_backbone(config).pos_embed.shape[1] == 1 + 2 * 2
+    assert spec.all_arguments() == expected and spec.create().pos_embed.shape[1] == 1 + 2 * 2
     made = export(run.folder, format="timm", out=tmp_path / "vit.safetensors")
     assert made.parity.difference == 0 and "img_size=32" in made.lines[1] and "in_chans=1" in made.lines[1]
     scope: dict[str, Any] = {}

@@ -361,10 +361,11 @@ def test_a_build_ends_when_the_run_is_asked_to_stop_and_goes_on_later(folder: Pa
     settings = merge(merge({k: v for k, v in SMALL.items() if k != "encoder"}, over), small | {"out": str(tmp_path / "run")})
     config = resolve(settings)
     run = build(config, Engine(config.engine))
-    with Display(1, 0, show=False) as display:
+    with Display(1, 0, show=False, stop=Asked(None)) as display:
         with pytest.raises(Interrupted, match="resume") as caught:
-            shrink_images(run, display, Asked(None))
+            shrink_images(run, display)
         assert caught.value.exit_code == 143
         assert isinstance(run.images.source, Files)
-        shrink_images(run, display, StopRequest(None))
+    with Display(1, 0, show=False) as display:
+        shrink_images(run, display)
     assert isinstance(run.images.source, Shrunk) and len(run.images) == COUNT

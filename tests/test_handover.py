@@ -20,8 +20,7 @@ from relssl.data.plain import Reader
 from relssl.engine import Engine
 from relssl.errors import CheckpointError, ConfigError, DataError
 from relssl.weights import store
-from relssl.weights.spec import BackboneSpec
-from relssl.weights.writers import timm_lines
+from relssl.weights.export import export
 from small_runs import small_run
 
 
@@ -64,7 +63,7 @@ def final(folder: Path) -> dict[str, torch.Tensor]:
 
 def test_a_small_stem_loads_with_the_lines_the_card_gives(finished: Path) -> None:
     file = finished / "export/backbone.safetensors"
-    lines = timm_lines(BackboneSpec.of(relssl.load_run(finished).config), str(file))
+    lines = export(finished).lines
     assert len(lines) == 5 and all(line.split("(")[0] in (finished / "export/backbone.md").read_text() for line in lines)
     scope: dict[str, Any] = {}
     exec("\n".join(lines), scope)

@@ -98,7 +98,7 @@ def test_a_plan_runs_all_rows_on_one_seed_before_the_next(tiny: Path) -> None:
 
 
 def test_a_rehearsal_keeps_the_warm_ups_share_and_has_a_name_of_its_own(tmp_path: Path) -> None:
-    rehearsal = shipped("temperature", "paper", overrides={"epochs": "2", "max_images": 512}, runs=tmp_path)
+    rehearsal = shipped("temperature", "paper", overrides={"epochs": "2", "max_images": "512"}, runs=tmp_path)
     config, evaluation = rehearsal.runs[0].config, rehearsal.runs[0].evaluation
     assert rehearsal.rehearsal and rehearsal.name == "temperature-paper-rehearsal"
     assert config.epochs == 2 and config.optimizer.warmup_epochs == pytest.approx(5 / 200 * 2)

@@ -36,7 +36,7 @@ KILLS = r"""
 import itertools, os, random, signal, sys, time
 from pathlib import Path
 import torch
-from relssl import atomic
+from relssl import files
 from relssl.weights import store
 
 parent, kills = Path(sys.argv[1]), int(sys.argv[2])
@@ -174,5 +174,5 @@ def test_json_floats_are_exact_and_nan_is_null(tmp_path: Path) -> None:
 
 
 def test_writing_json_needs_no_torch() -> None:
-    code = "import sys, relssl.weights.store, relssl.atomic; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    code = "import sys, relssl.weights.store, relssl.files; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": str(Path(store.__file__).parents[2])}, check=True)

@@ -33,20 +33,12 @@ def send(values: Tensor, device: torch.device) -> Tensor:
     return (values.pin_memory() if pinned else values).to(device, non_blocking=True)
 
 
-def synchronise(device: torch.device) -> None:
-    """Wait until the device has done all its work: before a clock is read, never in a loop that trains."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
-
-
 class Engine:
     """A world of one or many processes that behaves as one. To create one sets nothing process-wide.
 
     Attributes:
         device: where this process computes.
-        rank, world: this process's number and how many there are.
+        rank, world: this process's number and how many there are; the one that `is_first` writes the run folder.
         precision: "fp32" or "bf16", after `auto` has been decided.
         threads: CPU threads of this process while it runs; results are bitwise repeatable for a fixed number only.
     """
@@ -62,6 +54,7 @@ class Engine:
         self.rank, self.world, self._fabric = 0, 1, None
         if config.devices * config.nodes > 1:
             self._launch(kind, config)
+        self.is_first = self.rank == 0
 
     @classmethod
     def local(cls, device: str = "auto", precision: str = "auto") -> Engine:
@@ -75,12 +68,8 @@ class Engine:
         # Memory and teacher lie outside DDP, and so does the student's batch norm: each rank keeps its own statistics of its
         # share, as the papers' runs do, and rank 0's are saved.
         patience = timedelta(seconds=config.timeout)
-        ddp = DDPStrategy(
-            process_group_backend="nccl" if kind == "cuda" else "gloo",
-            timeout=patience,
-            broadcast_buffers=False,
-            gradient_as_bucket_view=True,
-        )
+        backend, shared = "nccl" if kind == "cuda" else "gloo", {"broadcast_buffers": False, "gradient_as_bucket_view": True}
+        ddp = DDPStrategy(process_group_backend=backend, timeout=patience, **shared)
         # Precision is `autocast`'s, around student and teacher alike.
         fabric = Fabric(accelerator=kind, devices=config.devices, num_nodes=config.nodes, precision="32-true", strategy=ddp)
         fabric.launch()
@@ -102,11 +91,6 @@ class Engine:
         finally:
             torch.set_num_threads(threads)
             torch.use_deterministic_algorithms(strict)
-
-    @property
-    def is_first(self) -> bool:
-        """True in the process that writes the run folder."""
-        return self.rank == 0
 
     def setup(self, student: nn.Module) -> nn.Module:
         """Place the student and, with several ranks, wrap it so that they average their gradients."""
@@ -173,24 +157,25 @@ class Engine:
 
     def fetch(self, values: Mapping[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
         """Start to bring tensors to the host. What is returned waits for them alone, and for no later work of the device."""
-        if self.device.type != "cuda":
-            here = {name: value.detach().to("cpu") for name, value in values.items()}
-            return lambda: here
-        here = {name: torch.empty_like(value, device="cpu", pin_memory=True) for name, value in values.items()}
+        gpu = self.device.type == "cuda"
+        here = {name: torch.empty_like(value, device="cpu", pin_memory=gpu) for name, value in values.items()}
         for name, value in values.items():
-            here[name].copy_(value.detach(), non_blocking=True)
-        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        arrived.record()
+            here[name].copy_(value.detach(), non_blocking=gpu)
+        arrived = torch.cuda.Event() if gpu else None  # type: ignore[no-untyped-call]
+        if arrived is not None:
+            arrived.record()
 
         def wait() -> dict[str, Tensor]:
-            arrived.synchronize()
+            if arrived is not None:
+                arrived.synchronize()
             return here
 
         return wait
 
     def synchronise(self) -> None:
-        """Wait until the device has done all its work."""
-        synchronise(self.device)
+        """Wait until the device has done all its work: before a clock is read, never in a loop that trains."""
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
 
     def seed(self, seed: int) -> None:
         """Seed every random generator of this process."""
@@ -200,7 +185,8 @@ class Engine:
 
     def random_state(self) -> dict[str, Any]:
         """Return the random generators of every rank, as a tree of tensors and numbers."""
-        own: dict[str, Any] = {"torch": torch.get_rng_state(), "python": _nested_list(random.getstate())}
+        version, inner, normal = random.getstate()
+        own: dict[str, Any] = {"torch": torch.get_rng_state(), "python": [version, list(inner), normal]}
         name, keys, position, has_gauss, gauss = np.random.get_state()
         own["numpy"] = [name, torch.from_numpy(np.array(keys).astype(np.int64)), int(position), int(has_gauss), float(gauss)]
         if self.device.type == "cuda":
@@ -213,8 +199,8 @@ class Engine:
         if own is None or len(states) != self.world or ("cuda" in own) != (self.device.type == "cuda"):
             return False
         torch.set_rng_state(own["torch"])
-        version, inner, gauss = own["python"]
-        random.setstate((version, tuple(inner), gauss))
+        version, inner, normal = own["python"]
+        random.setstate((version, tuple(inner), normal))
         name, keys, position, has_gauss, gauss = own["numpy"]
         np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
         if "cuda" in own:
@@ -257,20 +243,16 @@ def fast_bf16(kind: str) -> bool:
 
 
 def prepare_process() -> None:
-    """Set up this process for a command: freed memory is kept, and Lightning leaves the talking to us."""
-    keep_memory()
+    """Set up this process for a command: Lightning leaves the talking to us, and glibc's malloc keeps large blocks.
+
+    By default each large activation is mapped, page-faulted and unmapped every step.
+    """
     for name in ("lightning.fabric", "lightning.pytorch"):
         logging.getLogger(name).setLevel(logging.WARNING)
-
-
-def keep_memory() -> None:
-    """Let glibc's malloc keep large blocks: by default each large activation is mapped, page-faulted and unmapped every step."""
-    if platform.libc_ver()[0] != "glibc":
-        return
-    trim_threshold, top_pad, mmap_max = -1, -2, -4  # names and numbers of <malloc.h>
-    libc = ctypes.CDLL(None)
-    for option, value in ((mmap_max, 0), (trim_threshold, -1), (top_pad, 256 << 20)):
-        libc.mallopt(option, value)
+    if platform.libc_ver()[0] == "glibc":
+        trim_threshold, top_pad, mmap_max = -1, -2, -4  # names and numbers of <malloc.h>
+        for option, value in ((mmap_max, 0), (trim_threshold, -1), (top_pad, 256 << 20)):
+            ctypes.CDLL(None).mallopt(option, value)
 
 
 def _usable(wanted: str) -> str:
@@ -281,7 +263,3 @@ def _usable(wanted: str) -> str:
     if wanted not in usable:
         raise ConfigError(f"engine.device: there is no {wanted} device here; usable: {', '.join(usable)}")
     return wanted
-
-
-def _nested_list(state: Any) -> Any:
-    return [_nested_list(item) for item in state] if isinstance(state, tuple) else state

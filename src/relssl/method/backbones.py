@@ -5,7 +5,6 @@ from __future__ import annotations
 import bisect
 import fnmatch
 import functools
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +17,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from relssl.errors import ConfigError
 from relssl.settings.reading import nearest_word
-from relssl.settings.run import Config
 
 # What names of torchvision's networks begin with; all others are timm's.
 TORCHVISION = "torchvision/"
@@ -26,21 +24,6 @@ _CLASSES = 1000  # outputs of torchvision's classifiers
 # Without the classifiers halfway, which these two give beside the last one while they train.
 _SINGLE = {"aux_logits": False, "init_weights": True}
 _TORCHVISION_ARGS: dict[str, dict[str, Any]] = {"googlenet": _SINGLE, "inception_v3": _SINGLE}
-
-
-def run_backbone(config: Config) -> nn.Module:
-    """Create the backbone that a run's settings describe."""
-    return create_backbone(config.backbone, config.encoder.stem, _own_arguments(config), config.views.weak.size)
-
-
-def run_arguments(config: Config) -> dict[str, Any]:
-    """Return all arguments that a run's backbone is created with: its own, and those that its image size and channels ask for."""
-    return arguments(config.backbone, _own_arguments(config), config.views.weak.size)
-
-
-def _own_arguments(config: Config) -> dict[str, Any]:
-    channels = config.views.channels
-    return ({} if channels == 3 else {"in_chans": channels}) | config.backbone_args
 
 
 def create_backbone(
@@ -63,21 +46,21 @@ def create_backbone(
     Raises:
         ConfigError: if the name or the arguments are unknown, or the network has no stem that can be made small.
     """
-    everything = arguments(name, args or {}, size)
+    full = arguments(name, args or {}, size)
     library = "torchvision" if name.startswith(TORCHVISION) else "timm"
     if not known(name):
         raise ConfigError(f"backbone: {library} knows no {name!r}; the nearest is {nearest_word(name, names())}")
     try:
-        network = _torchvision(name, everything) if library == "torchvision" else _timm(name, everything)
+        network = _torchvision(name, full) if library == "torchvision" else _timm(name, full)
     except Exception as error:  # whatever a network raises over arguments that do not suit it
-        if (side := everything.get("image_size")) and (reason := _undivided(int(name.rpartition("_")[2]), side)):
+        if (side := full.get("image_size")) and (reason := _undivided(int(name.rpartition("_")[2]), side)):
             raise ConfigError(f"backbone: images of {side} pixels {reason}") from error
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ConfigError(f"backbone_args: {library} refuses {everything} for {name}: {reason}") from error
+        raise ConfigError(f"backbone_args: {library} refuses {full} for {name}: {reason}") from error
     if stem != "standard":
         _shrink_stem(network, name, keep_pool=stem == "small-pool", padding=2 if stem == "small-wide" else 1)
     # Its first convolution need not have as many: some networks fold pixels into channels before it.
-    network.in_chans = int(everything.get("in_chans", 3))  # type: ignore[assignment]
+    network.in_chans = int(full.get("in_chans", 3))  # type: ignore[assignment]
     return network
 
 
@@ -285,18 +268,14 @@ def find(pattern: str | None = None, family: str | None = None, everything: bool
     Raises:
         ConfigError: if there is none, with the nearest.
     """
-    pool = names() if everything or pattern else list(NAMED)
-    if pattern:
-        glob = pattern if set("*?[") & set(pattern) else f"*{pattern}*"
-        pool = [name for name in pool if fnmatch.fnmatchcase(name, glob)]
-        if not pool:
-            raise ConfigError(f"backbones: no network is called {pattern!r}; the nearest is {nearest_word(pattern, names())}")
-    matches = [name for name in pool if family is None or _begins(name, family)]
-    if family is not None and not matches:
-        if any(_begins(name, family) for name in names()):
-            raise ConfigError(f"--family: {family} is not among the networks listed by default; --all searches them all")
-        families = sorted({re.split("[_0-9]*$|_(?!v[0-9])", name.removeprefix(TORCHVISION))[0] for name in pool})
-        raise ConfigError(f"--family: no network begins with {family!r}; the nearest is {nearest_word(family, families)}")
+    pool, glob = names() if everything or pattern else list(NAMED), pattern or "*"
+    glob = glob if set("*?[") & set(glob) else f"*{glob}*"
+    matches = [name for name in pool if fnmatch.fnmatchcase(name, glob) and _begins(name, family or "")]
+    if not matches and family and not (everything or pattern) and any(_begins(name, family) for name in names()):
+        raise ConfigError(f"--family: {family} is not among the networks listed by default; --all searches them all")
+    if not matches:
+        word = family or pattern or ""
+        raise ConfigError(f"backbones: no network is called {word!r}; the nearest is {nearest_word(word, names())}")
     return matches
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from relssl.method.backbones import feature_width, run_backbone
+from relssl.method.backbones import create_backbone, feature_width
 from relssl.method.base import Method
 from relssl.method.batchnorm import split_batch_norms
 from relssl.method.encoder import Encoder
@@ -68,7 +68,8 @@ def create_student(config: Config, classes: int = 0) -> Encoder:
 
 def _backbone(config: Config) -> tuple[nn.Module, int]:
     """The backbone, its batch norms split as the run has it, and the number of its features; every view's size has to pass."""
-    backbone, derived = run_backbone(config), derive(config)
+    derived, channels = derive(config), {} if config.views.channels == 3 else {"in_chans": config.views.channels}
+    backbone = create_backbone(config.backbone, config.encoder.stem, channels | config.backbone_args, config.views.weak.size)
     split_batch_norms(backbone, derived.norm_splits)
     widths = {size: feature_width(backbone, size) for size in {view.size for view in derived.views}}
     return backbone, widths[config.views.weak.size]

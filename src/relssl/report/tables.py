@@ -67,34 +67,26 @@ Small stem: whether encoder.stem may be small. Smallest side: of the images that
     return shown
 
 
-_SHARES = {
-    "data": "waiting for data",
-    "teacher": "teacher, forward",
-    "student": "student, forward",
-    "backward": "loss, and student backward",
-    "update": "updates of student, teacher and memory",
-}
+_SHARES = {"data": "waiting for data", "teacher": "teacher, forward", "student": "student, forward"}
+_SHARES |= {"backward": "loss, and student backward", "update": "updates of student, teacher and memory"}
 _LIMITS = {"data": "getting the images", "networks": "the networks themselves", "update": "the updates after a step"}
 
 
 def show_estimate(figures: Estimate) -> None:
     """Print the run's cost, where a step's time goes, and what to change."""
     _pairs("What the run would take", _costs(figures))
-    shares = _SHARES | ({"data": "making the views"} if figures.workers is None else {})
-    rows = [(shares[name], f"{share:.0%}") for name, share in figures.shares.items() if share]
-    floor = f"{figures.floor_multiple:.1f} x what that comes to ({duration(figures.floor_seconds)})"
-    _pairs(
-        "Where a step's time goes",
-        [
-            *(*rows, None, ("what limits", _LIMITS[figures.limit])),
-            ("an image needs", f"{sum(figures.flops.values()) / 1e9:.3g} GFLOP"),
-            ("the device reaches", f"{figures.attainable_flops / 1e9:,.0f} GFLOP/s"),
-            ("a step takes", floor),
-        ],
-    )
-    print("What to change")
-    for line in advice_lines(figures.advice):
-        print(f"  {line}")
+    _pairs("Where a step's time goes", _step(figures))
+    print("\n  ".join(["What to change", *advice_lines(figures.advice)]))
+
+
+def _step(figures: Estimate) -> Iterator[tuple[str, str] | None]:
+    names = _SHARES | ({"data": "making the views"} if figures.workers is None else {})
+    yield from ((names[name], f"{share:.0%}") for name, share in figures.shares.items() if share)
+    yield None
+    yield "what limits", _LIMITS[figures.limit]
+    yield "an image needs", f"{sum(figures.flops.values()) / 1e9:.3g} GFLOP"
+    yield "the device reaches", f"{figures.attainable_flops / 1e9:,.0f} GFLOP/s"
+    yield "a step takes", f"{figures.floor_multiple:.1f} x what that comes to ({duration(figures.floor_seconds)})"
 
 
 def advice_lines(advice: tuple[Advice, ...]) -> list[str]:

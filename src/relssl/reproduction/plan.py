@@ -155,29 +155,25 @@ def _run(table: Table, scale: Scale, row: Row, seed: int, folder: Path, over: Ma
     settings: dict[str, Any] = {}
     for above in (scale.settings, table.scales[scale.name], row.settings):
         settings = layer(settings, above)
-    out = folder / f"{row.name}-{seed}"
+    out, evaluation = folder / f"{row.name}-{seed}", scale.evaluation
     try:
-        if "epochs" in over:
-            settings = merge(settings, _shorter(settings, over))
+        if "epochs" in over:  # the learning rate's warm-up keeps its share
+            whole = resolve(settings)
+            epochs = resolve(merge(settings, {"epochs": over["epochs"], "optimizer": {"warmup_epochs": 0}})).epochs
+            warmup = round(whole.optimizer.warmup_epochs / whole.epochs * epochs, 6)
+            settings = merge(settings, {"optimizer": {"warmup_epochs": warmup}})
+            if "linear" in evaluation["protocol"]:
+                evaluation = merge(evaluation, {"linear": {"epochs": epochs}})
+            if "max_images" in over:
+                few = [over["max_images"]] * 2
+                settings, evaluation = merge(settings, {"log": {"knn_images": few}}), merge(evaluation, {"images": few})
         settings = layer(layer(settings, nest(over)), {"seed": seed, "out": str(out)})
         config = resolve(settings)
     except ConfigError as error:
         raise ConfigError(*(f"{table.name}, {row.name}: {fault}" for fault in error.faults)) from error
     # The figures that are compared are the student's, which every method has.
-    evaluation = merge(scale.evaluation, {"network": ["student"], "device": config.engine.device})
-    if "epochs" in over and "linear" in evaluation["protocol"]:
-        evaluation = merge(evaluation, {"linear": {"epochs": config.epochs}})
-    if "epochs" in over and "max_images" in over:
-        evaluation = merge(evaluation, {"images": [config.max_images, config.max_images]})
+    evaluation = merge(evaluation, {"network": ["student"], "device": config.engine.device})
     return Run(row, seed, settings, config, read_settings(evaluation), out)
-
-
-def _shorter(settings: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a rehearsal's settings: the learning rate's warm-up keeps its share, and kNN sees as few images as training."""
-    whole = resolve(settings)
-    epochs = resolve(merge(settings, {"epochs": over["epochs"], "optimizer": {"warmup_epochs": 0}})).epochs
-    shorter: dict[str, Any] = {"optimizer": {"warmup_epochs": round(whole.optimizer.warmup_epochs / whole.epochs * epochs, 6)}}
-    return shorter | ({"log": {"knn_images": [over["max_images"]] * 2}} if "max_images" in over else {})
 
 
 def _refuse_other_settings(run: Run) -> None:

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from relssl.errors import CheckpointError
 from relssl.files import duration, write_file, write_json
 from relssl.reproduction.plan import Plan, Run, read_json
@@ -42,34 +44,30 @@ def outcome(run: Run) -> dict[str, Any] | None:
     """
     if run.state() != "done":
         return None
+    from relssl.method.health import verdict  # imports torch
+
     try:
-        return _outcome(run, read_json(run.note)["results"])
+        evaluated = read_json(run.note)["results"]
+        rows = [row for row in read_rows(run.folder / "metrics.jsonl") if "loss" in row]
+        ends = {name: rows[-1][name] for name in ENDS if rows[-1].get(name) is not None}
+        # What a stop made undone is not in the rows. Speeds are rounded to a tenth.
+        samples = np.diff([0, *(row["samples"] for row in rows)])
+        seconds = float((samples / np.maximum([row["images_per_second"] for row in rows], 0.05)).sum())
+        healthy = {"embedding_std": 1.0, "effective_rank": math.inf}  # where a step that was not finite left a figure empty
+        return {
+            "figures": {f"{each['protocol']} {each['network']}": each["figures"][each["main"]] for each in evaluated},
+            "ends": ends,
+            "collapsed": verdict(healthy | ends, run.config.method.memory_size, run.config.encoder.dim) is not None,
+            "images_per_second": rows[-1]["samples"] / seconds,
+            "training_seconds": seconds,
+            "evaluation_seconds": sum(each["seconds"] for each in evaluated),
+            "environment": json.loads((run.folder / "environment.json").read_text()),
+        }
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise CheckpointError(
             f"{run.folder}: this finished run's note, metrics.jsonl or environment.json is damaged ({type(error).__name__}); "
             f"move {run.folder} and {run.note.name} away, and it runs again"
         ) from error
-
-
-def _outcome(run: Run, results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    from relssl.method.health import verdict  # imports torch
-
-    rows = [row for row in read_rows(run.folder / "metrics.jsonl") if "loss" in row]
-    ends = {name: rows[-1][name] for name in ENDS if rows[-1].get(name) is not None}
-    # What a stop made undone is not in the rows. Speeds are rounded to a tenth.
-    samples = [0, *(row["samples"] for row in rows)]
-    steps = zip(rows, samples[:-1], strict=True)
-    seconds = float(sum((row["samples"] - before) / max(row["images_per_second"], 0.05) for row, before in steps))
-    healthy = {"embedding_std": 1.0, "effective_rank": float("inf")}  # where a step that was not finite left a figure empty
-    return {
-        "figures": {f"{result['protocol']} {result['network']}": result["figures"][result["main"]] for result in results},
-        "ends": ends,
-        "collapsed": verdict(healthy | ends, run.config.method.memory_size, run.config.encoder.dim) is not None,
-        "images_per_second": rows[-1]["samples"] / seconds,
-        "training_seconds": seconds,
-        "evaluation_seconds": sum(result["seconds"] for result in results),
-        "environment": json.loads((run.folder / "environment.json").read_text()),
-    }
 
 
 def write_results(plan: Plan, out: Path) -> dict[str, Any]:
@@ -91,18 +89,16 @@ def results(plan: Plan) -> dict[str, Any]:
     reference = table.reference if table.reference in names else names[0]
     data = {run.row.name: run.config.data for run in plan.runs}
     rows = [row for row in table.at(scale.name) if row.name in data]
+    # Only runs in the paper's own setting have its numbers to reach.
+    published = scale.name == "paper" and all(
+        name.startswith(_NEUTRAL) or (name == "recipe" and str(value).startswith("nips/"))
+        for name, value in plan.overrides.items()
+    )
     return {
-        "name": plan.name,
-        "table": table.name,
-        "title": table.title,
-        "shows": table.shows,
-        "source": table.source,
-        "scale": scale.name,
-        "about": scale.about,
-        "rehearsal": plan.rehearsal,
-        "overrides": typed(plan.overrides),
+        **{"name": plan.name, "table": table.name, "title": table.title, "shows": table.shows, "source": table.source},
+        **{"scale": scale.name, "about": scale.about, "rehearsal": plan.rehearsal, "overrides": typed(plan.overrides)},
         "reference": reference,
-        "rows": [_row(row, outcomes, reference, data, as_published(plan)) for row in rows],
+        "rows": [_row(row, outcomes, reference, data, published) for row in rows],
         "order": order(rows, data, outcomes),
         "expected": [each | {"verdicts": verdicts(each, outcomes)} for each in table.expected if {*each["rows"]} <= {*names}],
         "runs": [{"row": run.row.name, "seed": run.seed, "commands": run.commands()} | content for run, content in finished],
@@ -139,14 +135,6 @@ def _missing(plan: Plan, outcomes: Outcomes, unplanned: Iterable[str]) -> list[d
             missing.append({"row": run.row.name, "seed": run.seed, "why": why, "exit_code": error.get("exit_code")})
     why, seeds = "not asked for, and its settings cannot be used yet", sorted({run.seed for run in plan.runs})
     return missing + [{"row": row, "seed": seed, "why": why, "exit_code": None} for row in unplanned for seed in seeds]
-
-
-def as_published(plan: Plan) -> bool:
-    """Return True if runs are the paper's own, so that its numbers are ours to reach."""
-    return plan.scale.name == "paper" and all(
-        name.startswith(_NEUTRAL) or (name == "recipe" and str(value).startswith("nips/"))
-        for name, value in plan.overrides.items()
-    )
 
 
 def typed(overrides: Mapping[str, Any]) -> dict[str, str]:

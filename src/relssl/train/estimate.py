@@ -112,19 +112,16 @@ class Estimate:
     """What a run would take on this machine, extrapolated from its middle, where InfoNCE is on if it is most of the time.
 
     Attributes:
-        device: in words; `kind` is cpu, cuda or mps, `world` the processes.
-        cores, threads, workers: this machine's cores, a process's threads, its loader's processes (None: no files).
-        steps_timed: how many steps all this is drawn from.
-        step_seconds, step_low, step_high: median, 10 and 90 % of a step; `step_mean`: in which those that wait have their part.
-        images_per_second: from the mean step, over all processes.
+        device: in words; `kind`: cpu, cuda or mps; `world`: processes; `cores`: of this machine; `threads`: of a process; `workers`: its
+            loader's processes, None without files.
+        steps_timed: steps that all this is drawn from. step_seconds, step_low, step_high: median, 10 and 90 % of them; step_mean: what
+            images_per_second and training_seconds follow from.
         seconds: of the whole run = training_seconds + evaluation_seconds + saving_seconds.
-        flops: operations an image, by network; see `step_flops`.
-        attainable_flops: operations a second of one device at its best, measured.
+        flops: operations an image, see `step_flops`. attainable_flops: a second, of one device at its best, measured.
         floor_seconds, floor_multiple: the step's operations at that rate, and how often that goes into the mean step.
-        shares: of a step, summing to 1: data (waiting for it; for images in memory, making the views), teacher, student, backward,
-            update (optimizer, memory, teacher's average, figures); the loss is part of backward.
-        limit: what most of a step goes to: data, networks or update.
-        unreadable: images met that could not be read.
+        shares: of a step, summing to 1: data (waiting for it; for images in memory, making the views), teacher, student, backward
+            (with the loss), update (optimizer, memory, teacher's average, figures). limit: the largest of data, networks and update.
+        unreadable: images among them that could not be read.
         advice: what to change, three changes at most, the most important first.
     """
 
@@ -174,8 +171,8 @@ def estimate(
 ) -> Estimate | None:
     """Set up a run, make a few of its steps, and say what the whole would take and what to change.
 
-    Takes a minute or so, longer where a step takes seconds. No run folder is made, and no cache: where `loader.cache` asks for
-    one that is not there in full, a few hundred images in a temporary folder stand for all.
+    Takes a minute or so, longer where a step takes seconds. Leaves no run folder, and no cache: where `loader.cache` asks for one that
+    is not complete, a few hundred images in a temporary folder stand for all.
 
     Args:
         data, config, settings, overrides: as for `pretrain`.
@@ -192,19 +189,19 @@ def estimate(
         raise ConfigError(f"steps: must be at least 1, got {steps}")
     settings = settings or resolve(({} if data is None else {"data": data}) | overrides, config)
     engine = Engine(settings.engine)
-    with _set_up(settings, engine) as trainer, _stand_in(trainer) as cache:
+    with _set_up(settings, engine) as run, _stand_in(run) as cache:
         if engine.is_first and not quiet:
-            what = f"timing {steps} steps of {settings.backbone} on {len(trainer.images)} images, {engine.describe()}"
+            what = f"timing {steps} steps of {settings.backbone} on {len(run.images)} images, {engine.describe()}"
             Console(stderr=True, highlight=False).print(what, markup=False, soft_wrap=True)
-        figures, reading = _measure(trainer, steps, cache)
+        figures, reading = _measure(run, steps, cache)
     advice = itertools.islice(advise(figures, settings, reading), 3)
     return dataclasses.replace(figures, advice=tuple(advice)) if engine.is_first else None
 
 
 def step_seconds(config: Config, steps: int = 5) -> float:
     """Return the median seconds of a few steps of a run."""
-    with _set_up(dataclasses.replace(config, log=dataclasses.replace(config.log, knn_every=0)), Engine(config.engine)) as trainer:
-        return statistics.median(time_steps(trainer, steps, limit=20.0).steps)
+    with _set_up(dataclasses.replace(config, log=dataclasses.replace(config.log, knn_every=0)), Engine(config.engine)) as run:
+        return statistics.median(time_steps(run, steps, limit=20.0).steps)
 
 
 @contextmanager
@@ -212,50 +209,50 @@ def _set_up(config: Config, engine: Engine) -> Iterator[Run]:
     """A run in its middle, whose weights stand still; what goes wrong with it is told as in training."""
     still = dataclasses.replace(config.optimizer, lr=_STILL)
     with engine.running():
-        trainer = build(dataclasses.replace(config, optimizer=still), engine)
+        run = build(dataclasses.replace(config, optimizer=still), engine)
         try:
-            compile_networks(trainer)
-            trainer.state.step = trainer.total_steps // 2
-            yield trainer
+            compile_networks(run)
+            run.state.step = run.total_steps // 2
+            yield run
         except Exception as error:
-            known = explained(error, trainer)
+            known = explained(error, run)
             if known is error:
                 raise
             raise known from error
 
 
-def _measure(trainer: Run, steps: int, cache: int) -> tuple[Estimate, float]:
+def _measure(run: Run, steps: int, cache: int) -> tuple[Estimate, float]:
     """Return all figures but the advice, and the seconds to read an image; every rank measures its own."""
-    config, engine, images = trainer.config, trainer.engine, trainer.images
-    timing = time_steps(trainer, steps)
+    config, engine, images = run.config, run.engine, run.images
+    timing = time_steps(run, steps)
     memory = peak_memory(engine, config.engine.devices)  # before anything is measured that training does not do
-    shares = _shares(trainer, timing)
-    flops, rate = step_flops(config, trainer.classes), attainable(engine)
-    disk, save_seconds = _saving(trainer, cache)
-    evaluations, saves = interruptions(config, trainer.plan.steps_per_epoch)
+    shares = _shares(run, timing)
+    flops, rate = step_flops(config, run.classes), attainable(engine)
+    disk, save_seconds = _saving(run, cache)
+    evaluations, saves = interruptions(config, run.plan.steps_per_epoch)
     reading = 0.0 if images.in_memory else _reading(images, config)
     forward = shares["student"] * statistics.mean(timing.steps) * engine.world / config.batch_size  # of all views of an image
-    seconds = _evaluation(trainer, forward / max(1, len(derive(config).views) - 1), reading, rate)
-    extras = Extras(evaluations if trainer.online else 0, seconds, saves, save_seconds)
+    seconds = _evaluation(run, forward / max(1, len(derive(config).views) - 1), reading, rate)
+    extras = Extras(evaluations if run.online else 0, seconds, saves, save_seconds)
     low, middle, high = np.quantile(timing.steps, [0.1, 0.5, 0.9]).tolist()
     mean = statistics.mean(timing.steps)
     floor = sum(flops.values()) * config.batch_size / engine.world / rate
-    training, evaluating = trainer.total_steps * mean, extras.evaluations * extras.evaluation_seconds
-    groups = {"data": shares["data"], "networks": shares["teacher"] + shares["student"] + shares["backward"]}
-    groups["update"] = shares["update"]
+    training, evaluating = run.total_steps * mean, extras.evaluations * extras.evaluation_seconds
+    networks = shares["teacher"] + shares["student"] + shares["backward"]
+    groups = {"data": shares["data"], "networks": networks, "update": shares["update"]}
     figures = Estimate(
         data=config.data,
         images=len(images),
         backbone=config.backbone,
         batch_size=config.batch_size,
         epochs=config.epochs,
-        total_steps=trainer.total_steps,
+        total_steps=run.total_steps,
         device=engine.describe(),
         kind=engine.device.type,
         world=engine.world,
         cores=available_cores(),
         threads=engine.threads,
-        workers=trainer.loader.workers if isinstance(trainer.loader, FromFiles) else None,
+        workers=run.loader.workers if isinstance(run.loader, FromFiles) else None,
         steps_timed=len(timing.steps),
         step_seconds=middle,
         step_low=low,
@@ -291,38 +288,36 @@ class Timing:
     parts: list[Batch]
 
 
-def time_steps(trainer: Run, steps: int, limit: float = 60.0) -> Timing:
-    """Train some steps and time them. Every rank has to call it; the trainer is as many steps further afterwards.
+def time_steps(run: Run, steps: int, limit: float = 60.0) -> Timing:
+    """Train some steps and time them, for so many seconds, but three steps at least; every rank has to call it.
 
-    Args:
-        steps: how many; a few more where the loader's processes deliver in turns, so that each has had as many, or where
-            views of several steps are made in one go.
-        limit: seconds after which no further step begins, once there are three.
+    A few steps more are timed where the loader's processes deliver in turns, so that each has had as many, or where views of several
+    steps are made in one go.
     """
-    engine, loader, begun = trainer.engine, trainer.loader, time.perf_counter()
+    engine, loader, begun = run.engine, run.loader, time.perf_counter()
 
     def over(seconds: float) -> bool:
         """Return true if time is up on any rank: all have to make the same steps."""
         return bool(engine.largest(int(time.perf_counter() - begun > seconds)))
 
-    (parts,) = loader.stream(trainer.state.step, trainer.state.step + 1)
+    (parts,) = loader.stream(run.state.step, run.state.step + 1)
     for _ in range(_WARM):  # kernels are chosen and memory is taken
-        train_step(trainer, parts)
+        train_step(run, parts)
         if over(_WARM_SECONDS):
             break
-    turns = loader.ahead if isinstance(loader, Resident) else math.ceil(loader.workers / trainer.plan.parts)
+    turns = loader.ahead if isinstance(loader, Resident) else math.ceil(loader.workers / run.plan.parts)
     turns = max(1, engine.largest(turns))  # machines may differ in their cores
     count = turns * math.ceil(steps / turns)
-    stream = loader.stream(trainer.state.step, trainer.state.step + turns + count)
+    stream = loader.stream(run.state.step, run.state.step + turns + count)
     for batches in itertools.islice(stream, turns):  # which had their start-up to wait for, or lay ready
-        train_step(trainer, batches)
+        train_step(run, batches)
         if over(2 * _WARM_SECONDS):
             break
     marks, unreadable, begun = _Marks(engine), set[str](), time.perf_counter()
     marks.set("begin")
     for done, batches in enumerate(itertools.islice(stream, count), start=1):
         marks.set("wait")
-        train_step(trainer, batches)
+        train_step(run, batches)
         marks.set("work")
         unreadable.update(name for part in batches for name, _ in part.bad)
         if done >= 3 and over(limit):
@@ -355,18 +350,18 @@ class _Marks:
         return [(name, a.elapsed_time(b) / 1000 if gpu else b - a) for (_, a), (name, b) in pairs]
 
 
-def _shares(trainer: Run, timing: Timing) -> dict[str, float]:
+def _shares(run: Run, timing: Timing) -> dict[str, float]:
     """Share out a mean step among what it is spent on, by marks that networks and optimizer set in one on a batch that is there."""
-    marks = _Marks(trainer.engine)
+    marks = _Marks(run.engine)
     # Between the networks and the optimizer is the loss, with its backward pass and the student's.
-    handles = [trainer.state.optimizer.register_step_pre_hook(partial(marks.set, "backward"))]
-    for name, network in (("student", trainer.state.model.student), ("teacher", trainer.state.model.teacher)):
+    handles = [run.state.optimizer.register_step_pre_hook(partial(marks.set, "backward"))]
+    for name, network in (("student", run.state.model.student), ("teacher", run.state.model.teacher)):
         if network is not None:
             handles.append(network.register_forward_pre_hook(partial(marks.set, "backward")))
             handles.append(network.register_forward_hook(partial(marks.set, name)))
     marks.set("update")
     for _ in range(_WARM):
-        train_step(trainer, timing.parts)
+        train_step(run, timing.parts)
         marks.set("update")
     for handle in handles:
         handle.remove()
@@ -392,10 +387,8 @@ def peak_memory(engine: Engine, processes: int) -> Memory:
 
 
 def host_memory(field: str) -> int:
-    """Return the bytes that this process holds (VmRSS) or held at most (VmHWM), as the kernel accounts for it.
-
-    The peak of getrusage would not do, as a new process inherits its parent's; it has to where there is no such account.
-    """
+    """Return the bytes that this process holds (VmRSS) or held at most (VmHWM), by the kernel's account: in getrusage's, which has to
+    do where there is no other, a new process inherits its parent's peak."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) << 10 for line in lines if line.startswith(field))
@@ -412,19 +405,19 @@ def interruptions(config: Config, steps_per_epoch: int) -> tuple[int, int]:
     return len(evaluated) + bool(knn), len((ends | between | {total}) - {0})
 
 
-def _saving(trainer: Run, cache: int) -> tuple[Disk, float]:
+def _saving(run: Run, cache: int) -> tuple[Disk, float]:
     """Return the disk a run needs, and the seconds to make a checkpoint's bytes and their hash; nothing is written."""
-    config, begun = trainer.config, time.perf_counter()
-    tensors, _ = store.flatten(whole_state(trainer.state, trainer.engine))
+    config, begun = run.config, time.perf_counter()
+    tensors, _ = store.flatten(whole_state(run.state, run.engine))
     checkpoint = store.encode(tensors)
     hashlib.sha256(checkpoint).hexdigest()
     seconds = time.perf_counter() - begun
-    _, saves = interruptions(config, trainer.plan.steps_per_epoch)
-    exports = sum(tensor.nbytes for network in trainer.networks for tensor in network.backbone.state_dict().values())
-    rows = trainer.total_steps // config.log.every + config.epochs
+    _, saves = interruptions(config, run.plan.steps_per_epoch)
+    exports = sum(tensor.nbytes for network in run.networks for tensor in network.backbone.state_dict().values())
+    rows = run.total_steps // config.log.every + config.epochs
     disk = Disk(
         checkpoint=len(checkpoint),
-        checkpoints=min(config.checkpoint.keep, saves) + (trainer.online is not None) + 1,
+        checkpoints=min(config.checkpoint.keep, saves) + (run.online is not None) + 1,
         exports=exports,
         logs=rows * (_ROW + _EVENTS * config.log.tensorboard),
         free=_free(Path(config.out or default_folder(config))),
@@ -439,19 +432,15 @@ def _free(folder: Path) -> int:
     return shutil.disk_usage(next(place for place in (folder, *folder.absolute().parents) if place.exists())).free
 
 
-def _evaluation(trainer: Run, forward: float, reading: float, rate: float) -> float:
-    """Return the seconds of one kNN evaluation: features of both sides by all networks, and the search for neighbours.
-
-    Args:
-        forward: seconds that the student takes for a view. reading: those to read an image on one core, 0 in memory.
-        rate: operations a second, for the search.
-    """
-    if trainer.online is None:
+def _evaluation(run: Run, forward: float, reading: float, rate: float) -> float:
+    """Return the seconds of one kNN evaluation: features of both sides by all networks, and the search for neighbours; from those of a
+    view's forward pass and of reading an image on one core (0 in memory), and the operations a second."""
+    if run.online is None:
         return 0.0
-    bank, test, workers = len(trainer.online.pair.bank), len(trainer.online.pair.test), getattr(trainer.loader, "workers", 0)
+    bank, test, workers = len(run.online.pair.bank), len(run.online.pair.test), getattr(run.loader, "workers", 0)
     each = max(forward, reading / workers) if workers else forward + reading
-    search = 2 * bank * test * getattr(trainer.networks[0].backbone, "num_features", 2048) / rate
-    return len(trainer.networks) * (each * (bank + test) + search)
+    search = 2 * bank * test * getattr(run.networks[0].backbone, "num_features", 2048) / rate
+    return len(run.networks) * (each * (bank + test) + search)
 
 
 def _reading(images: Images, config: Config) -> float:
@@ -474,11 +463,8 @@ def step_flops(config: Config, classes: int = 1) -> dict[str, int]:
         classes: of the labels, for supervised learning; where they are not known, 1 leaves out next to nothing.
 
     Returns:
-        {"teacher": forward, 0 without one; "student": forward, "backward": of the student, "memory": similarities and their
-        gradient, to the memory or within the batch; 0 without either}.
-
-    Raises:
-        ConfigError: if the network cannot be built, or images of the views' sizes do not pass through it.
+        {"teacher", "student": their forward passes, "backward": the student's, "memory": similarities, to the memory or within the
+        batch, and their gradient}; 0 for what the method has not.
     """
     derived, traits = derive(config), METHODS[config.method.name]
     # Split norms need whole batches, and cost nothing that is counted.
@@ -509,15 +495,9 @@ _LARGE = (8192, ((256, 64, 56), (256, 128, 28), (256, 256, 14), (256, 512, 14)))
 
 
 def attainable(engine: Engine, precision: str | None = None, seconds: float = 1.0) -> float:
-    """Measure the floating-point operations a second that this rank's device reaches at its best.
-
-    The best of several 3x3 convolutions, channels last, and of a large matrix product, in the run's own settings of the
-    libraries. A network's step cannot be faster than its operations at this rate.
-
-    Args:
-        precision: fp32 or bf16; default: the engine's.
-        seconds: for all of them together, after a warm-up.
-    """
+    """Measure the operations a second that this rank's device reaches at its best, for so many seconds: in several 3x3 convolutions,
+    channels last, and a large matrix product, in fp32 or bf16 (default: the engine's). No step is faster than its operations at
+    this rate."""
     dtype = torch.bfloat16 if (precision or engine.precision) == "bf16" else torch.float32
     side, shapes = _LARGE if engine.device.type == "cuda" else _SMALL
     left, right = (torch.randn(side, side).to(engine.device, dtype) for _ in range(2))
@@ -532,20 +512,16 @@ def attainable(engine: Engine, precision: str | None = None, seconds: float = 1.
 
 def _fastest(work: Callable[[], object], engine: Engine, seconds: float) -> float:
     """Return the seconds of one call in the fastest of several rounds: a machine that others use is at its best now and then."""
-    best, calls, end = math.inf, 1, math.inf
-    for count in itertools.count():
+    work()  # builds the kernels
+    best, calls, end = math.inf, 10 if engine.device.type == "cuda" else 1, time.perf_counter() + seconds
+    while time.perf_counter() < end or best == math.inf:
         engine.synchronise()
         begun = time.perf_counter()
         for _ in range(calls):
             work()
         engine.synchronise()
-        now = time.perf_counter()
-        best = min(best, (now - begun) / calls)
-        if count == 1:  # the first call has built the kernels
-            calls, end = max(1, int(seconds / 10 / best)), now + seconds
-        if now > end:
-            return best
-    raise AssertionError
+        best = min(best, (time.perf_counter() - begun) / calls)
+    return best
 
 
 class _Repeated(Shrunk):
@@ -562,41 +538,29 @@ class _Repeated(Shrunk):
 
 
 @contextmanager
-def _stand_in(trainer: Run) -> Iterator[int]:
-    """Let the trainer read shrunk images, if they are asked for: those of an earlier run, or a few that stand for all.
-
-    Every rank has to call it.
-
-    Yields:
-        Bytes that a run would still write to have them all; 0 if it would write none.
-
-    Raises:
-        StorageError: if the few do not fit the system's temporary folder.
-    """
-    config, images = trainer.config, trainer.images
+def _stand_in(run: Run) -> Iterator[int]:
+    """Let the run read shrunk images, if it is to: those of an earlier run, or a few in a temporary folder that stand for all. Every
+    rank has to call it. Yields the bytes that a run would still write to have them all."""
+    config, images = run.config, run.images
     if config.loader.cache is None:
         yield 0
         return
     assert isinstance(images.source, Files)
     there = Shrunk.load(place(images, config.loader), images.source)
-    if not trainer.engine.largest(int(len(there) < len(images))):
-        read(trainer, dataclasses.replace(images, source=there))
+    if not run.engine.largest(int(len(there) < len(images))):
+        read(run, dataclasses.replace(images, source=there))
         yield 0
         return
     with tempfile.TemporaryDirectory(prefix="relssl-") as folder, Display(1, 0, show=False) as silent:
         # By this process alone, as its neighbours do the same at this time.
         loader = dataclasses.replace(config.loader, cache_folder=folder, workers=0)
         few = shrunken(choose(images, _SHRUNK, config.seed), loader, silent)
-        read(trainer, dataclasses.replace(images, source=_Repeated(few, images.source)))
+        read(run, dataclasses.replace(images, source=_Repeated(few, images.source)))
         yield few.total * (len(images) - len(there)) // len(few)
 
 
 def advise(figures: Estimate, config: Config, reading: float = 0.0) -> Iterator[Advice]:
-    """Yield what to change, the most important first.
-
-    Args:
-        reading: seconds to read an image on one core, of files.
-    """
+    """Yield what to change, the most important first; `reading`: seconds to read an image on one core, of files."""
     traits, disk, used = METHODS[config.method.name], figures.disk, figures.memory.share
     gpu, waits, computing = figures.kind == "cuda", figures.shares["data"], figures.threads * config.engine.devices
     if disk.total > disk.free:

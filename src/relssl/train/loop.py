@@ -16,7 +16,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from relssl.data.images import Images
 from relssl.data.loader import Batch, FromFiles, Plan, Resident, Unreadable, create_loader
 from relssl.engine import Engine, send
-from relssl.errors import DataError, Interrupted, NumericError
+from relssl.errors import DataError, NumericError
 from relssl.method import create_method, health, schedules
 from relssl.method.base import Step, World, unwrapped
 from relssl.method.create import create_run_optimizer
@@ -26,7 +26,7 @@ from relssl.settings.run import METHODS, Config, derive
 from relssl.train import checkpoint
 from relssl.train.online import OnlineKnn
 from relssl.train.run_folder import Display, Journal, RunFolder
-from relssl.train.signals import REASONS, StopRequest
+from relssl.train.signals import StopRequest
 from relssl.train.state import Guard, State
 from relssl.weights import store
 
@@ -277,8 +277,7 @@ def train(run: Run, display: Display, stop: StopRequest) -> None:
                 save(run)
                 watch.split()  # evaluating and saving is not training
             if code and state.step < run.total_steps:
-                where = f"stopped {REASONS[code]} after step {state.step} of {run.total_steps}, saved"
-                raise Interrupted(f"{where}; go on with `relssl resume {config.out}`", code)
+                raise stop.interruption(code, f"after step {state.step} of {run.total_steps}, saved")
     except Unreadable as error:
         if run.folder is not None:
             run.folder.bad_samples(error.faults)

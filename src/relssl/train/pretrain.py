@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,7 +24,7 @@ from relssl.train import checkpoint
 from relssl.train.loop import Run, create_run, open_loader, origin, step_settings, train
 from relssl.train.online import OnlineKnn
 from relssl.train.run_folder import Display, RunFolder, default_folder, read_rows, refuse_used
-from relssl.train.signals import REASONS, StopRequest
+from relssl.train.signals import StopRequest
 from relssl.weights import store
 from relssl.weights.export import default_target, export
 from relssl.weights.opening import load_run
@@ -133,9 +133,13 @@ def _run(config: Config, path: Path, engine: Engine, quiet: bool, saved: Path | 
             inexact = checkpoint.restore(saved, state, engine, origin(run)) if saved is not None else []
             if folder is not None:
                 folder.give_up_after(state.step)
-            with Display(run.total_steps, state.step, show=engine.is_first and not quiet) as display:
+            show = engine.is_first and not quiet
+            with (
+                StopRequest(run.config.time_limit, run.config.out) as stop,
+                Display(run.total_steps, state.step, show, stop) as display,
+            ):
                 _introduce(run, display, compiled, inexact)
-                _train(run, display)
+                _train(run, display, stop)
             return None if folder is None else _finish(run, folder)
         finally:
             if folder is not None:
@@ -284,14 +288,13 @@ def _introduce(run: Run, display: Display, compiled: str | None, inexact: list[s
         display.say(f"going on {manner} from step {run.state.step}")
 
 
-def _train(run: Run, display: Display) -> None:
+def _train(run: Run, display: Display, stop: StopRequest) -> None:
     """Train, and note in status.json how that went."""
     try:
         if run.folder is not None:
             run.folder.status("running", run.state.step)
-        with StopRequest(run.config.time_limit) as stop:
-            shrink(run, display, stop)
-            train(run, display, stop)
+        shrink(run, display)
+        train(run, display, stop)
     except BaseException as error:
         known = explained(error, run)
         if run.folder is not None:
@@ -302,7 +305,7 @@ def _train(run: Run, display: Display) -> None:
         raise known from error
 
 
-def shrink(run: Run, display: Display, stop: StopRequest) -> None:
+def shrink(run: Run, display: Display) -> None:
     """Let the run read shrunk images, if the settings want it; the first rank finds or writes them while the others wait.
 
     Raises:
@@ -311,33 +314,12 @@ def shrink(run: Run, display: Display, stop: StopRequest) -> None:
     config, images, engine = run.config, run.images, run.engine
     if config.loader.cache is None:
         return
-    console = _Stoppable(display, stop, config.out)
     loader, devices = config.loader, config.engine.devices
-    source = on_first(engine, lambda: shrunken(images, loader, console, devices))
+    source = on_first(engine, lambda: shrunken(images, loader, display, devices))
     if source is None:
-        source = shrunken(images, loader, console, devices)  # once more on machines that have a disk of their own
+        source = shrunken(images, loader, display, devices)  # once more on machines that have a disk of their own
     engine.wait()
     read(run, dataclasses.replace(images, source=source))
-
-
-class _Stoppable:
-    """A display whose chores end when the run is asked to stop."""
-
-    def __init__(self, display: Display, stop: StopRequest, out: str | None) -> None:
-        self.say, self.display, self.stop, self.out = display.say, display, stop, out
-
-    @contextmanager
-    def chore(self, title: str, start: int, total: int) -> Iterator[Callable[[int], None]]:
-        """As the display's."""
-        with self.display.chore(title, start, total) as advance:
-
-            def step(count: int) -> None:
-                advance(count)
-                if code := self.stop.pending():
-                    where = f"stopped {REASONS[code]} while images were shrunk"
-                    raise Interrupted(f"{where}; go on with `relssl resume {self.out}`", code)
-
-            yield step
 
 
 def read(run: Run, images: Images) -> None:

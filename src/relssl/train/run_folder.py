@@ -22,6 +22,7 @@ from relssl.errors import ConfigError, LockedError, StorageError
 from relssl.files import write_file, write_json
 from relssl.settings.recipes import public_name
 from relssl.settings.run import Config, to_yaml
+from relssl.train.signals import StopRequest
 from relssl.weights import store
 
 _PACKAGES = ("relssl", "torch", "torchvision", "timm", "lightning", "numpy", "scikit-learn", "safetensors", "Pillow")
@@ -199,9 +200,15 @@ def _line(row: dict[str, Any]) -> str:
 
 
 class Display:
-    """The console: a live bar on a terminal, a line an epoch elsewhere."""
+    """The console: a live bar on a terminal, a line an epoch elsewhere.
 
-    def __init__(self, total: int, start: int, show: bool) -> None:
+    Args:
+        total, start: steps of the run, and those that are done already.
+        stop: ends chores; None: nothing does.
+    """
+
+    def __init__(self, total: int, start: int, show: bool, stop: StopRequest | None = None) -> None:
+        self._stop = stop
         self._console = Console(stderr=True, quiet=not show, highlight=False)
         self._live = self._console.is_terminal and show
         self._progress = Progress(
@@ -230,7 +237,11 @@ class Display:
         """Show what comes before the steps: a bar in the place of theirs, elsewhere a line at its start and each tenth.
 
         Args:
+            title: what is done to images.
             start, total: how many of how many are done already; what is yielded is called with how many are done now.
+
+        Raises:
+            Interrupted: when the run is asked to stop.
         """
         self._progress.update(self._steps, visible=False)
         task = self._progress.add_task("chore", total=total, completed=start, figures=title)
@@ -244,6 +255,8 @@ class Display:
             if not self._live and 10 * now // total > tenth:
                 tenth = 10 * now // total
                 self.say(f"{title}: {now} of {total}")
+            if self._stop is not None and (code := self._stop.pending()):
+                raise self._stop.interruption(code, "while images were shrunk")
 
         try:
             yield advance

@@ -9,6 +9,8 @@ import time
 from types import FrameType
 from typing import Any
 
+from relssl.errors import Interrupted
+
 TIME_LIMIT = 75
 REASONS = {TIME_LIMIT: "at its time limit", 130: "by SIGINT", 143: "by SIGTERM"}
 
@@ -16,12 +18,13 @@ REASONS = {TIME_LIMIT: "at its time limit", 130: "by SIGINT", 143: "by SIGTERM"}
 class StopRequest:
     """Listens for SIGINT, SIGTERM and a time limit while a run goes on; a second signal leaves at once.
 
-    Attributes:
-        code: exit code of the first request, 0 while there is none.
+    Args:
+        minutes: time limit; None: none.
+        run: folder of the run, for messages.
     """
 
-    def __init__(self, minutes: float | None) -> None:
-        self.code = 0
+    def __init__(self, minutes: float | None, run: str | None = None) -> None:
+        self.code, self.run = 0, run
         self._deadline = time.monotonic() + 60 * minutes if minutes is not None else None
         self._handlers: dict[int, Any] = {}
 
@@ -45,3 +48,7 @@ class StopRequest:
         if not self.code and self._deadline is not None and time.monotonic() > self._deadline:
             self.code = TIME_LIMIT
         return self.code
+
+    def interruption(self, code: int, when: str) -> Interrupted:
+        """Return the error that ends a run, with the exit code on which all ranks agree."""
+        return Interrupted(f"stopped {REASONS[code]} {when}; go on with `relssl resume {self.run}`", code)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,28 +17,7 @@ from relssl.weights.formats import FORMATS, find_format
 from relssl.weights.opening import Reading, is_exported, open_backbones, provenance, settings_of
 from relssl.weights.parity import Parity, compare, real_images
 from relssl.weights.spec import BackboneSpec
-from relssl.weights.writers import (
-    Source,
-    Written,
-    as_detectron2,
-    as_hf,
-    as_onnx,
-    as_safetensors,
-    as_timm,
-    as_torch_export,
-    as_torchvision,
-)
-
-_WRITERS = {
-    "safetensors": as_safetensors,
-    "timm": as_timm,
-    "torchvision": as_torchvision,
-    "hf": as_hf,
-    "onnx": as_onnx,
-    "torch-export": as_torch_export,
-    "detectron2": as_detectron2,
-}
-assert _WRITERS.keys() == FORMATS.keys()
+from relssl.weights.writers import WRITERS, Source
 
 
 @dataclass(frozen=True)
@@ -48,7 +27,8 @@ class Exported:
     Attributes:
         path: the file, or the folder for Hugging Face.
         files: all that was written, the card among them.
-        format, network: as asked; the network is `backbone` where a file does not say which it holds.
+        format: one of `formats.FORMATS`.
+        network: student or teacher; `backbone` where a file does not say which it holds.
         lines: Python that loads it without relssl.
         parity: how close it is to the source.
     """
@@ -75,7 +55,7 @@ def export(
     images; nothing stays on the disk unless they agree.
 
     Args:
-        source: a run folder, or an exported or imported `.safetensors` file with its card beside it.
+        source: a run folder, or an exported or imported `.safetensors` file with its settings beside it.
         format: one of `formats.FORMATS`.
         network: student (default) or teacher, of a run; a file holds one network.
         out: target; default: in RUN/export, or beside the file.
@@ -87,119 +67,91 @@ def export(
         StorageError: if it cannot be written.
     """
     find_format(format)
-    opened = _source(Path(source), network)
-    return hand_over(opened, _target(Path(source), opened, format, out), format, images)
-
-
-def _source(path: Path, network: str | None) -> Source:
+    path = Path(source)
     if path.is_file() and not is_exported(path):
-        raise ConfigError(
-            f"{path}: has no settings beside it; `relssl import {path}` makes a file of it that has, to export from"
-        )
+        raise ConfigError(f"{path}: has no settings beside it; `relssl import {path}` writes a file that has, to export from")
     if not path.exists():
         raise ConfigError(f"{path}: is no run folder and no file that relssl exported or imported")
     opened = open_backbones(path, Reading(network=network))
     name, backbone = opened.one()
-    if opened.folder is None:
-        return Source(backbone, opened.spec, opened.origin["network"], opened.origin["origin"], opened.config)
-    return Source(backbone, opened.spec, name, opened.origin["checkpoint"], opened.config, opened.folder)
+    if opened.folder is not None:
+        leaving = Source(backbone, opened.spec, name, opened.origin["checkpoint"], opened.config, opened.folder)
+    else:
+        leaving = Source(backbone, opened.spec, opened.origin["network"], opened.origin["origin"], opened.config)
+    return hand_over(leaving, _target(path, leaving, format, out), format, images)
 
 
-def hand_over(opened: Source, target: Path, format: str, images: Images | None = None) -> Exported:
+def hand_over(source: Source, target: Path, format: str, images: Images | None = None) -> Exported:
     """Write a backbone and its card to `target` and check them; arguments and errors are those of `export`."""
-    written = _WRITERS[format](opened)
+    written = WRITERS[format](source)
     with storing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
     sweep(target.parent)
-    batch, what = real_images(opened.spec.view, opened.config, images)
-    unfinished = temporary(target.parent)
+    batch, what = real_images(source.spec.view, source.config, images)
+    unfinished, settings = temporary(target.parent), None
     try:
-        _write(unfinished, _contents(opened, written, target))
-        parity = compare(opened.backbone, written, unfinished / target.name, batch, what)
-        _write(unfinished, _described(opened, written, parity, target))
+        with storing(target):
+            (unfinished / target.name if isinstance(written.data, dict) else unfinished).mkdir(parents=True)
+        if isinstance(written.data, bytes):
+            write_file(unfinished / target.name, written.data)
+            beside = unfinished / target.with_suffix(".md").name
+        else:
+            for name, data in written.data.items():
+                write_file(unfinished / target.name / name, data)
+            beside = unfinished / target.name / "README.md"
+        if target.suffix == ".safetensors":
+            settings = settings_of(target).name
+            described = to_yaml(public(source.config)) if source.config is not None else source.spec.to_yaml()
+            write_file(unfinished / settings, described.encode())
+        parity = compare(source.backbone, written, unfinished / target.name, batch, what)
+        write_file(beside, card(source, written, parity, target.name, settings).encode())
         files = _keep(unfinished, target)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    return Exported(target, files, format, opened.network, tuple(written.snippets[0].lines(str(target))), parity)
-
-
-def default_target(folder: Path, network: str, format: str = "safetensors") -> Path:
-    """Where a run's own export of a network lies."""
-    return folder / "export" / _named("backbone" if network == "student" else f"backbone-{network}", format)
-
-
-def _named(stem: str, format: str) -> str:
-    suffix = FORMATS[format].suffix
-    return stem + suffix if suffix == ".safetensors" else f"{stem}-{format}{suffix}"
-
-
-def _target(source: Path, opened: Source, format: str, out: str | Path | None) -> Path:
-    """Where to write; ConfigError for a place that does not suit the format."""
-    suffix = FORMATS[format].suffix
-    if out is not None:
-        target = Path(out)
-    elif opened.folder is not None:
-        target = default_target(opened.folder, opened.network, format)
-    else:
-        target = source.with_name(_named(source.stem, format))
-    if suffix and target.suffix != suffix:
-        raise ConfigError(f"out: {target} must end in {suffix} for {format}")
-    if suffix == ".safetensors" and target.stem == "config":
-        raise ConfigError(f"out: {target}: its settings, beside it, would replace a config.yaml; choose another name")
-    if target.exists() and opened.folder is None and target.samefile(source):
-        raise ConfigError(f"out: {target} is the source itself; choose another name")
-    # What is in the way may be a user's own: weights and folders are replaced only by their like.
-    if target.exists() and not _replaceable(target, suffix):
-        raise ConfigError(f"out: {target} is in the way and is no earlier export; choose another name")
-    return target
-
-
-def _replaceable(target: Path, suffix: str) -> bool:
-    if not suffix:
-        return (target / "model.safetensors").is_file()
-    return target.is_file() and (suffix != ".safetensors" or provenance(target) is not None)
-
-
-def _contents(opened: Source, written: Written, target: Path) -> dict[str, bytes]:
-    """What is needed to load, by name below the target's folder."""
-    if not isinstance(written.data, bytes):
-        return {f"{target.name}/{name}": data for name, data in written.data.items()}
-    files = {target.name: written.data}
-    if target.suffix == ".safetensors":
-        files[target.with_suffix(".yaml").name] = (
-            to_yaml(public(opened.config)) if opened.config else opened.spec.to_yaml()
-        ).encode()
-    return files
-
-
-def _described(opened: Source, written: Written, parity: Parity, target: Path) -> dict[str, bytes]:
-    """The card, by name below the target's folder."""
-    settings = target.with_suffix(".yaml").name if target.suffix == ".safetensors" else None
-    name = target.with_suffix(".md").name if isinstance(written.data, bytes) else f"{target.name}/README.md"
-    return {name: card(opened, written, parity, target.name, settings).encode()}
-
-
-def _write(folder: Path, files: Mapping[str, bytes]) -> None:
-    for name, data in files.items():
-        path = folder / name
-        with storing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, data)
+    return Exported(target, files, format, source.network, tuple(written.snippets[0].lines(str(target))), parity)
 
 
 def _keep(unfinished: Path, target: Path) -> tuple[Path, ...]:
     """Move all that was written to its place, over an earlier export."""
+    names = sorted(entry.name for entry in unfinished.iterdir())
     with storing(target):
         if (unfinished / target.name).is_dir() and target.exists():
             # Folders cannot be replaced in one go: the old one waits where it is removed with the rest.
-            target.rename(unfinished / "before")
-        names = [entry.name for entry in unfinished.iterdir() if entry.name != "before"]
+            target.rename(unfinished / f"{target.name}.before")
         for name in names:
             (unfinished / name).replace(target.parent / name)
         sync_folder(target.parent)
-    if target.is_dir():
-        return tuple(sorted(target.iterdir()))
-    return tuple(sorted(target.parent / name for name in names))
+    return tuple(sorted(target.iterdir() if target.is_dir() else (target.parent / name for name in names)))
+
+
+def default_target(folder: Path, network: str, format: str = "safetensors") -> Path:
+    """Return where a run's own export of a network lies."""
+    return folder / "export" / _file_name("backbone" if network == "student" else f"backbone-{network}", format)
+
+
+def _file_name(stem: str, format: str) -> str:
+    suffix = FORMATS[format].suffix
+    return stem + suffix if suffix == ".safetensors" else f"{stem}-{format}{suffix}"
+
+
+def _target(path: Path, source: Source, format: str, out: str | Path | None) -> Path:
+    """Return where to write; ConfigError for a place that does not suit the format."""
+    suffix = FORMATS[format].suffix
+    default = path.with_name(_file_name(path.stem, format))
+    if source.folder is not None:
+        default = default_target(source.folder, source.network, format)
+    target = default if out is None else Path(out)
+    if suffix and target.suffix != suffix:
+        raise ConfigError(f"out: {target} must end in {suffix} for {format}")
+    if suffix == ".safetensors" and target.stem == "config":
+        raise ConfigError(f"out: {target}: its settings, beside it, would replace a config.yaml; choose another name")
+    if target.exists() and source.folder is None and target.samefile(path):
+        raise ConfigError(f"out: {target} is the source itself; choose another name")
+    # What is in the way may be a user's own: weights and folders are replaced only by their like.
+    like = target.is_file() and (suffix != ".safetensors" or provenance(target) is not None)
+    if target.exists() and not (like if suffix else (target / "model.safetensors").is_file()):
+        raise ConfigError(f"out: {target} is in the way and is no earlier export; choose another name")
+    return target
 
 
 def import_weights(
@@ -223,7 +175,7 @@ def import_weights(
         path, layout, backbone, stem, network, allow, size: as of `load_foreign`.
 
     Returns:
-        The account of the file's names; its `out` is the file written, which `relssl.load_backbone` opens.
+        The report on the file's names; its `out` is the file written, which `relssl.load_backbone` opens.
 
     Raises:
         ConfigError, CheckpointError: as `load_foreign`, and if OUT must not be written.
@@ -233,18 +185,14 @@ def import_weights(
     if provenance(path):
         raise ConfigError(f"{path}: was written by relssl and is used as it is; there is nothing to import")
     target = Path(out) if out is not None else path.with_name(path.name.removesuffix(".tar")).with_suffix(".safetensors")
-    _free(target)
-    made, report = load_foreign(path, layout=layout, backbone=backbone, stem=stem, network=network, allow=allow, size=size)
-    spec = made.spec
-    assert isinstance(spec, BackboneSpec)
-    hand_over(Source(made, spec, "backbone", report.file, account=report.lines()), target, "safetensors")
-    report.out = str(target)
-    return report
-
-
-def _free(target: Path) -> None:
     if target.suffix != ".safetensors" or target.stem == "config":
         raise ConfigError(f"out: {target} must end in .safetensors, and its settings, beside it, must not replace a config.yaml")
     taken = [file for file in (target, settings_of(target), target.with_suffix(".md")) if file.exists()]
     if taken and (provenance(target) or ("",))[0] != "backbone":
         raise ConfigError(f"out: {taken[0]} exists and was not written by relssl import; give another name with --out")
+    loaded, report = load_foreign(path, layout=layout, backbone=backbone, stem=stem, network=network, allow=allow, size=size)
+    spec = loaded.spec
+    assert isinstance(spec, BackboneSpec)
+    hand_over(Source(loaded, spec, "backbone", report.file, account=report.lines()), target, "safetensors")
+    report.out = str(target)
+    return report

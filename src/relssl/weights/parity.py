@@ -1,4 +1,4 @@
-"""Whether what was written is what was meant: it is loaded by the lines the card prints, and its features are compared."""
+"""A check that what was written is what was meant: it is loaded by the lines the card prints, and its features are compared."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ COUNT = 16  # images compared
 
 @dataclass(frozen=True)
 class Parity:
-    """How close a file that was loaded back is to the network it was made of.
+    """How close a file that was loaded back is to the network in it.
 
     Attributes:
         difference: the largest absolute difference of features, in fp32, over batches of all the images and of one.
@@ -57,25 +57,26 @@ def compare(backbone: nn.Module, written: Written, file: Path, images: Tensor, w
     largest, worst = float(wanted[0].abs().max()), 0.0
     if not math.isfinite(largest):
         raise CheckpointError(f"{file.name}: the backbone's own features are not finite on {what}, so nothing is kept")
-    present = [snippet for snippet in written.snippets if snippet.needs is None or importlib.util.find_spec(snippet.needs)]
-    for snippet in present:
+    snippets = [snippet for snippet in written.snippets if snippet.needs is None or importlib.util.find_spec(snippet.needs)]
+    for snippet in snippets:
+        loaded = f"{file.name}: loaded with {snippet.title}"
         features = _features(snippet, file, batches, backbone if written.exact else None)
         if any(ours.shape != theirs.shape for ours, theirs in zip(wanted, features, strict=True)):
-            raise CheckpointError(f"{file.name}: loaded with {snippet.title} it gives {list(features[0].shape)} features")
+            raise CheckpointError(f"{loaded} it gives {list(features[0].shape)} features, so nothing is kept")
         difference = max(float((ours - theirs).abs().max()) for ours, theirs in zip(wanted, features, strict=True))
         if not difference <= snippet.tolerance * largest:  # so that NaN is refused as well
             raise CheckpointError(
-                f"{file.name}: loaded with {snippet.title} its features differ by {difference:.2g} from the backbone's, "
-                f"whose largest is {largest:.2g}; at most {snippet.tolerance:g} of that is allowed, so nothing is kept"
+                f"{loaded} its features differ by {difference:.2g} from the backbone's, whose largest is {largest:.2g}; at most "
+                f"{snippet.tolerance:g} of that is allowed, so nothing is kept"
             )
         worst = max(worst, difference)
-    return Parity(worst, worst / largest if largest else 0.0, what, tuple(snippet.title for snippet in present))
+    return Parity(worst, worst / largest if largest else 0.0, what, tuple(snippet.title for snippet in snippets))
 
 
 def _features(snippet: Snippet, file: Path, batches: Sequence[Tensor], same: nn.Module | None) -> list[Tensor]:
-    """The features [N, F] of each batch, by the snippet's own code; what it loads must have the weights of `same`."""
+    """Compute the features [N, F] of each batch by the snippet's own code; what it loads must have the weights of `same`."""
     scope: dict[str, Any] = {}
-    found = []
+    features = []
     try:
         # What other libraries warn of while they load, and their progress bars, are not about the file.
         with torch.no_grad(), warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
@@ -84,42 +85,40 @@ def _features(snippet: Snippet, file: Path, batches: Sequence[Tensor], same: nn.
             for batch in batches:
                 scope["images"] = batch.numpy() if snippet.arrays else batch
                 exec(snippet.use, scope)
-                found.append(torch.as_tensor(np.asarray(scope["features"])))
+                features.append(torch.as_tensor(np.asarray(scope["features"])))
     except Exception as error:  # whatever a library raises over a file that it cannot use
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{file.name}: does not load with {snippet.title}: {reason}") from error
-    if same is not None and not _equal_weights(same, scope["backbone"]):
+    # Bit for bit, in order: features alone would miss a weight that these images do not use.
+    pairs = zip_longest(same.state_dict().values(), scope["backbone"].state_dict().values()) if same is not None else ()
+    if not all(ours is not None and theirs is not None and torch.equal(ours, theirs) for ours, theirs in pairs):
         raise CheckpointError(
             f"{file.name}: loaded with {snippet.title} its weights differ from the backbone's, so nothing is kept"
         )
-    return found
+    return features
 
 
-def _equal_weights(ours: nn.Module, theirs: nn.Module) -> bool:
-    """Bit for bit, in order: features alone would miss a weight that these images do not use."""
-    pairs = zip_longest(ours.state_dict().values(), theirs.state_dict().values())
-    return all(one is not None and other is not None and torch.equal(one, other) for one, other in pairs)
-
-
-def real_images(view: PlainView, config: Config | None = None, given: Images | None = None) -> tuple[Tensor, str]:
-    """Up to 16 images through the plain view as [N, C, S, S], and which they are in words.
+def real_images(view: PlainView, config: Config | None = None, images: Images | None = None) -> tuple[Tensor, str]:
+    """Return up to 16 images through the plain view as [N, C, S, S], and which they are in words.
 
     Args:
-        config: of the run that trained the network, if one did.
-        given: images to take; None: those of the run's data if they lie on this machine, else drawn digits.
+        view: what the network sees.
+        config: of the run that trained it, if one of ours did.
+        images: what to take; None: the first of the run's data if they lie on this machine, else drawn digits.
     """
-    images = given if given is not None or config is None else sample(config.data, config.data_root, 4 * COUNT)
+    if images is None and config is not None:
+        images = sample(config.data, config.data_root, 4 * COUNT)  # a few more than are needed, for files that cannot be read
     views = [] if images is None else _views(images, view, config)
-    name = Path(config.data).name if config else ""
+    name = "" if config is None else Path(config.data).name
     if not views:
         views, name = _views(load("digits", None, "test"), view, config), "the built-in digits"
-    return torch.stack(views), f"{len(views)} images of {name}"
+    return torch.stack(views), f"{len(views)} images of {name or 'the data'}"
 
 
 def _views(images: Images, view: PlainView, config: Config | None) -> list[Tensor]:
     max_pixels = (config.loader if config else LoaderConfig()).max_pixels
     views: list[Tensor] = []
-    for row in range(min(len(images), 4 * COUNT)):  # a few more than are needed, for files that cannot be read
+    for row in range(min(len(images), 4 * COUNT)):
         with contextlib.suppress(BadImage):
             views.append(view(images.read(row, max_pixels)))
         if len(views) == COUNT:

@@ -14,8 +14,9 @@ import re
 import shutil
 import stat
 from collections.abc import Iterable, Iterator, Mapping
+from io import BufferedReader
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from relssl.errors import CheckpointError, StorageError
 from relssl.files import storing, sweep, sync_folder, temporary, to_json, write_all
@@ -23,15 +24,17 @@ from relssl.files import storing, sweep, sync_folder, temporary, to_json, write_
 if TYPE_CHECKING:
     from torch import Tensor
 
-
 MAX_JSON = 8 << 20  # bytes of JSON that are ever read from a file, such as this header: parsed, they take about 25 times as much
+VERSION = 1
+TENSORS, META, SUMS = "state.safetensors", "state.json", "SHA256SUMS"
+_STEP = re.compile(r"step-([0-9]{8,})", re.ASCII)
 
 
-def encode(tensors: Mapping[str, Tensor]) -> bytes:
-    """The tensors as the content of a safetensors file.
+def encode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
+    """Return the tensors as the content of a safetensors file.
 
     Raises:
-        ValueError: naming the tensors when they cannot be stored.
+        ValueError: naming a tensor that cannot be stored.
     """
     import torch
     from safetensors.torch import save
@@ -41,36 +44,36 @@ def encode(tensors: Mapping[str, Tensor]) -> bytes:
             raise ValueError(f"tensor {name!r} ({tensor.dtype}, {tensor.layout}, {tensor.device}) cannot be stored")
     try:
         # Cloned, as the library refuses tensors that share memory.
-        data: bytes = save({name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()})
+        owned = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
+        data: bytes = save(owned, metadata=None if metadata is None else dict(metadata))
     except Exception as error:  # the library's own types, for names and dtypes it does not know
         raise ValueError(
             f"the tensors {', '.join(map(repr, list(tensors)[:3]))} ... cannot be stored ({one_line(error)})"
         ) from error
-    length = int.from_bytes(data[:8], "little")
-    if length > MAX_JSON:
+    if (length := int.from_bytes(data[:8], "little")) > MAX_JSON:
         raise ValueError(f"{len(tensors)} tensors need a header of {length} bytes, more than {MAX_JSON}")
     return data
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, on the CPU and owning their memory.
+    """Return the tensors of a safetensors file, on the CPU and owning their memory.
 
     Raises:
         CheckpointError: naming the file, whatever it holds; a crafted one takes neither much memory nor another exception.
     """
-    with _opened(path) as opened:
+    with _safetensors(path) as file:
         # Cloned out of the memory map: a file that vanishes or shrinks under a map kills the process.
-        return {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
+        return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
 
 
 def metadata(path: Path) -> dict[str, str]:
-    """What the header of a safetensors file says beside its tensors; raises as `read` does."""
-    with _opened(path) as opened:
-        return opened.metadata() or {}
+    """Return what the header of a safetensors file says beside its tensors; raises as `read` does."""
+    with _safetensors(path) as file:
+        return file.metadata() or {}
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def _safetensors(path: Path) -> Iterator[Any]:
     from safetensors import safe_open
 
     try:
@@ -87,7 +90,7 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def one_line(error: BaseException) -> str:
-    """The text of a foreign error, fit for one line of ours."""
+    """Return the text of another library's error, fit for one line of ours."""
     return " ".join(str(error).split())[:200]
 
 
@@ -100,82 +103,72 @@ def flatten(tree: Any) -> tuple[dict[str, Tensor], Any]:
     Raises:
         TypeError: for anything else than tensors, str, bool, int, float and None, naming where it lies.
     """
-    tensors: dict[str, Tensor] = {}
-    return tensors, _flatten(tree, "", tensors)
-
-
-def _flatten(node: Any, where: str, tensors: dict[str, Tensor]) -> Any:
     from torch import Tensor
 
-    if isinstance(node, Tensor):
-        name = _unique(where.encode("utf-8", "backslashreplace").decode() or "value", tensors)
-        tensors[name] = node
-        return {"$tensor": name}
-    if isinstance(node, Mapping):
-        pairs = [(key, _flatten(value, f"{where}.{key}" if where else str(key), tensors)) for key, value in node.items()]
-        if all(type(key) is str and not key.startswith("$") for key, _ in pairs):
-            return dict(pairs)
-        return {"$dict": [[_scalar(key, where), value] for key, value in pairs]}
-    if isinstance(node, (list, tuple)):
-        items = [_flatten(value, f"{where}.{i}" if where else str(i), tensors) for i, value in enumerate(node)]
-        return items if isinstance(node, list) else {"$tuple": items}
-    return _scalar(node, where)
+    tensors: dict[str, Tensor] = {}
 
+    def walk(node: Any, where: str) -> Any:
+        if isinstance(node, Tensor):
+            base = name = where.encode("utf-8", "backslashreplace").decode() or "value"
+            count = 1
+            # Keys such as 1 and "1" lead to one name: the later ones are numbered. safetensors keeps one for itself.
+            while name in tensors or name == "__metadata__":
+                count += 1
+                name = f"{base}~{count}"
+            tensors[name] = node
+            return {"$tensor": name}
+        if isinstance(node, Mapping):
+            pairs = [(key, walk(value, f"{where}.{key}" if where else str(key))) for key, value in node.items()]
+            if all(type(key) is str and not key.startswith("$") for key, _ in pairs):
+                return dict(pairs)
+            return {"$dict": [[scalar(key, where), value] for key, value in pairs]}
+        if isinstance(node, (list, tuple)):
+            items = [walk(value, f"{where}.{i}" if where else str(i)) for i, value in enumerate(node)]
+            return items if isinstance(node, list) else {"$tuple": items}
+        return scalar(node, where)
 
-def _unique(name: str, taken: Mapping[str, Tensor]) -> str:
-    """Keys such as 1 and "1", or "a.b" and "b" within "a", lead to one name; the later ones are numbered."""
-    unique, count = name, 1
-    while unique in taken or unique == "__metadata__":  # which safetensors keeps for itself
-        count += 1
-        unique = f"{name}~{count}"
-    return unique
+    def scalar(node: Any, where: str) -> Any:
+        if isinstance(node, float):
+            return float(node) if math.isfinite(node) else {"$float": str(float(node))}
+        if node is None or isinstance(node, (str, bool, int)):
+            return node
+        raise TypeError(f"{where or 'the state'}: a {type(node).__name__} cannot be stored; turn it into a tensor or a number")
 
-
-def _scalar(node: Any, where: str) -> Any:
-    if isinstance(node, float):
-        return float(node) if math.isfinite(node) else {"$float": str(float(node))}
-    if node is None or isinstance(node, (str, bool, int)):
-        return node
-    raise TypeError(f"{where or 'the state'}: a {type(node).__name__} cannot be stored; turn it into a tensor or a number")
+    return tensors, walk(tree, "")
 
 
 def unflatten(tensors: Mapping[str, Tensor], rest: Any) -> Any:
-    """The tree that `flatten` took apart.
+    """Return the tree that `flatten` took apart.
 
     Raises:
-        CheckpointError: if a tensor is missing or `rest` was not made by `flatten`.
+        CheckpointError: if a tensor is missing or `rest` does not come from `flatten`.
     """
+
+    def build(node: Any) -> Any:
+        if isinstance(node, list):
+            return [build(item) for item in node]
+        if not isinstance(node, dict):
+            return node
+        if len(node) != 1 or not next(iter(node)).startswith("$"):
+            return {key: build(value) for key, value in node.items()}
+        ((tag, value),) = node.items()
+        match tag:
+            case "$tensor":
+                return tensors[value]
+            case "$float":
+                return float(value)
+            case "$tuple":
+                return tuple(build(item) for item in value)
+            case "$dict":
+                return {build(key): build(item) for key, item in value}
+        raise ValueError(f"unknown tag {tag}")
+
     try:
-        return _unflatten(tensors, rest)
+        return build(rest)
     except KeyError as error:
         raise CheckpointError(f"tensor {error} is missing from the state") from error
     except (TypeError, ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"the state is malformed ({one_line(error)})") from error
-
-
-def _unflatten(tensors: Mapping[str, Tensor], node: Any) -> Any:
-    if isinstance(node, list):
-        return [_unflatten(tensors, item) for item in node]
-    if not isinstance(node, dict):
-        return node
-    if len(node) != 1 or not next(iter(node)).startswith("$"):
-        return {key: _unflatten(tensors, value) for key, value in node.items()}
-    ((tag, value),) = node.items()
-    if tag == "$tensor":
-        return tensors[value]
-    if tag == "$float":
-        return float(value)
-    if tag == "$tuple":
-        return tuple(_unflatten(tensors, item) for item in value)
-    if tag == "$dict":
-        return {_unflatten(tensors, key): _unflatten(tensors, item) for key, item in value}
-    raise ValueError(f"unknown tag {tag}")
-
-
-VERSION = 1
-TENSORS, META, SUMS = "state.safetensors", "state.json", "SHA256SUMS"
-
-_STEP = re.compile(r"step-([0-9]{8,})", re.ASCII)
 
 
 def save(folder: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
@@ -190,39 +183,29 @@ def save(folder: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -
         StorageError: if the folder exists or cannot be written; nothing unfinished is left behind.
         ValueError: for a tensor or meta that cannot be stored, named.
     """
-    data = encode(tensors)
-    described = to_json({"version": VERSION, "meta": meta})
-    if len(described) > MAX_JSON:
-        raise ValueError(f"{folder}: meta takes {len(described)} bytes as JSON, more than {MAX_JSON}; store arrays as tensors")
-    needed = len(data) + len(described)
+    files = {TENSORS: encode(tensors), META: to_json({"version": VERSION, "meta": meta})}
+    if len(files[META]) > MAX_JSON:
+        raise ValueError(f"{folder}: meta takes {len(files[META])} bytes as JSON, more than {MAX_JSON}; store arrays as tensors")
     if os.path.lexists(folder):
         raise StorageError(f"{folder}: exists already and is not overwritten; remove it or save under another name")
+    files[SUMS] = _manifest({name: (len(data), hashlib.sha256(data).hexdigest()) for name, data in files.items()})
     unfinished = temporary(folder.parent)
-    with storing(folder, needed):
+    with storing(folder, sum(map(len, files.values()))):
         try:
             unfinished.mkdir()
-            entries = {
-                TENSORS: _write_hashed(unfinished / TENSORS, data),
-                META: _write_hashed(unfinished / META, described),
-            }
-            _write_hashed(unfinished / SUMS, _manifest(entries))
+            for name, data in files.items():
+                descriptor = os.open(unfinished / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+                try:
+                    write_all(descriptor, memoryview(data))
+                    os.fsync(descriptor)
+                finally:
+                    os.close(descriptor)
             sync_folder(unfinished)
             unfinished.rename(folder)
         except BaseException:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise
         sync_folder(folder.parent)
-
-
-def _write_hashed(path: Path, data: bytes) -> tuple[int, str]:
-    """Write a new file to the disk. Returns its size and hash, of what we meant to write."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-    try:
-        write_all(descriptor, memoryview(data))
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    return len(data), hashlib.sha256(data).hexdigest()
 
 
 def _manifest(entries: Mapping[str, tuple[int, str]]) -> bytes:
@@ -237,13 +220,22 @@ def verify(folder: Path) -> None:
     Raises:
         CheckpointError: naming the folder, the file and whether it is missing, truncated or changed.
     """
-    for name, (size, digest) in _read_manifest(folder).items():
-        with _opened_store(folder, name) as file:
-            found = os.fstat(file.fileno()).st_size
-            if found < size:
-                raise CheckpointError(f"{folder}: {name} is truncated: {found} of {size} bytes")
-            if found > size or _digest(file) != digest:
-                raise CheckpointError(f"{folder}: {name} does not match its hash; restore it or use another checkpoint")
+    manifest = _read_small(folder, SUMS)
+    text = manifest.decode("ascii", "replace")
+    name = r"([A-Za-z0-9_][A-Za-z0-9_.]*)"
+    sizes = {file: int(size) for size, file in re.findall(rf"^# ([0-9]{{1,18}}) {name}$", text, re.M)}
+    hashes = {file: digest for digest, file in re.findall(rf"^([0-9a-f]{{64}})  {name}$", text, re.M)}
+    entries = {file: (size, hashes.get(file, "")) for file, size in sizes.items()}
+    # Only what we would write ourselves is accepted, byte for byte, so that no change of the file goes unseen.
+    if _manifest(entries) != manifest or not {TENSORS, META} <= entries.keys():
+        raise CheckpointError(f"{folder}: {SUMS} is damaged; use another checkpoint")
+    for file, (size, digest) in entries.items():
+        with _opened(folder, file) as opened:
+            length = os.fstat(opened.fileno()).st_size
+            if length < size:
+                raise CheckpointError(f"{folder}: {file} is truncated: {length} of {size} bytes")
+            if length > size or hashlib.file_digest(opened, "sha256").hexdigest() != digest:
+                raise CheckpointError(f"{folder}: {file} does not match its hash; restore it or use another checkpoint")
 
 
 def is_whole(folder: Path) -> bool:
@@ -255,16 +247,9 @@ def is_whole(folder: Path) -> bool:
     return True
 
 
-def _digest(file: BinaryIO) -> str:
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
-
-
 @contextlib.contextmanager
-def _opened_store(folder: Path, name: str) -> Iterator[BinaryIO]:
-    """A regular file of the checkpoint: a link could lead anywhere and a pipe would wait for ever."""
+def _opened(folder: Path, name: str) -> Iterator[BufferedReader]:
+    """Open a regular file of the checkpoint: a link could lead anywhere and a pipe would wait for ever."""
     try:
         flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
         with os.fdopen(os.open(folder / name, flags), "rb") as file:
@@ -278,38 +263,26 @@ def _opened_store(folder: Path, name: str) -> Iterator[BinaryIO]:
 
 
 def _read_small(folder: Path, name: str) -> bytes:
-    with _opened_store(folder, name) as file:
+    with _opened(folder, name) as file:
         data = file.read(MAX_JSON + 1)
     if len(data) > MAX_JSON:
         raise CheckpointError(f"{folder}: {name} has more than {MAX_JSON} bytes")
     return data
 
 
-def _read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
-    data = _read_small(folder, SUMS)
-    sizes: dict[str, int] = {}
-    hashes: dict[str, str] = {}
-    for line in data.decode("ascii", "replace").splitlines():
-        if found := re.fullmatch(r"# ([0-9]{1,18}) ([A-Za-z0-9_][A-Za-z0-9_.]*)", line):
-            sizes[found[2]] = int(found[1])
-        elif found := re.fullmatch(r"([0-9a-f]{64})  ([A-Za-z0-9_][A-Za-z0-9_.]*)", line):
-            hashes[found[2]] = found[1]
-    entries = {name: (size, hashes.get(name, "")) for name, size in sizes.items()}
-    # Only what we would write ourselves is accepted, byte for byte, so that no change of the file goes unseen.
-    if _manifest(entries) != data or not {TENSORS, META} <= entries.keys():
-        raise CheckpointError(f"{folder}: {SUMS} is damaged; use another checkpoint")
-    return entries
-
-
 def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors (on the CPU, owning their memory) and the meta of a checkpoint, after its hashes were checked.
+    """Return the tensors (on the CPU, owning their memory) and the meta of a checkpoint, after its hashes were checked.
 
     Raises:
         CheckpointError: naming the folder, the file and what is wrong with it; no file makes it anything else.
     """
     verify(folder)
+
+    def refuse(constant: str) -> Any:
+        raise ValueError(f"{constant} is no JSON")
+
     try:
-        described = json.loads(_read_small(folder, META), parse_constant=_refuse_constant)
+        described = json.loads(_read_small(folder, META), parse_constant=refuse)
         version, meta = described["version"], described["meta"]
         if type(version) is not int or version < 1 or not isinstance(meta, dict):
             raise ValueError("version or meta is of the wrong type")
@@ -320,36 +293,27 @@ def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return read(folder / TENSORS), meta
 
 
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON")
-
-
 def step_folder(parent: Path, step: int) -> Path:
-    """Where the checkpoint of `step` lies."""
+    """Return where the checkpoint of `step` lies."""
     return parent / f"step-{step:08d}"
 
 
 def checkpoints(parent: Path) -> list[Path]:
-    """The complete checkpoints in `parent`, ascending by step: named exactly so, no links, with all three files. Not verified."""
+    """List the complete checkpoints in `parent`, by step: named exactly so, no links, with all three files. Not verified."""
     try:
         entries = list(os.scandir(parent))
     except FileNotFoundError:
         return []
     except OSError as error:
         raise CheckpointError(f"{parent}: cannot be read ({error.strerror})") from error
-    found = []
+    complete = []
     for entry in entries:
         match = _STEP.fullmatch(entry.name)
-        if match and entry.is_dir(follow_symlinks=False) and all(_is_file(Path(entry) / name) for name in (TENSORS, META, SUMS)):
-            found.append((int(match[1]), entry.name))
-    return [parent / name for _, name in sorted(found)]
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return stat.S_ISREG(os.lstat(path).st_mode)
-    except OSError:
-        return False
+        if match and entry.is_dir(follow_symlinks=False):
+            files = [Path(entry) / name for name in (TENSORS, META, SUMS)]
+            if all(file.is_file() and not file.is_symlink() for file in files):
+                complete.append((int(match[1]), entry.name))
+    return [parent / name for _, name in sorted(complete)]
 
 
 def prune(parent: Path, keep: int, protect: Iterable[str | Path] = ()) -> list[Path]:
@@ -372,13 +336,10 @@ def prune(parent: Path, keep: int, protect: Iterable[str | Path] = ()) -> list[P
         raise ValueError(f"keep must be at least 2, got {keep}")
     sweep(parent)
     safe = {Path(path).name for path in protect}
-    older = checkpoints(parent)
-    good = 0
+    older, good = checkpoints(parent), 0
     while older and good < keep:
-        with contextlib.suppress(CheckpointError):
-            if len(older) + good > keep:  # else nothing can go and the hashes need not be read
-                verify(older[-1])
-            good += 1
+        # Where nothing can go, the hashes need not be read.
+        good += len(older) + good <= keep or is_whole(older[-1])
         older.pop()
     deleted = [folder for folder in older if folder.name not in safe]
     for folder in deleted:

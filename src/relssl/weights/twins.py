@@ -22,6 +22,7 @@ from relssl.data import digits
 from relssl.errors import CheckpointError, ConfigError
 from relssl.method.backbones import drop_classifier
 from relssl.settings.reading import nearest_word
+from relssl.weights.spec import mismatches
 
 TOLERANCE = 1e-4  # largest difference of outputs, relative to the largest output, in fp32
 SIDE = 64  # pixels of the images of a comparison, where the network takes any size
@@ -34,77 +35,57 @@ _SAME_NAME = (
     *("convnext_tiny", "convnext_small", "convnext_base", "convnext_large"),
     *(f"efficientnet_b{number}" for number in range(8)),
 )
-# timm's name -> torchvision's. timm rounds the widths of a few RegNets to other numbers: their `_tv` forms are the twins.
-TWINS = {name: name for name in _SAME_NAME} | {
-    "mobilenetv2_100": "mobilenet_v2",
-    "mobilenetv3_large_100": "mobilenet_v3_large",
-    "mobilenetv3_small_100": "mobilenet_v3_small",
-    "mnasnet_050": "mnasnet0_5",
-    "mnasnet_100": "mnasnet1_0",
-    "regnetx_004_tv": "regnet_x_400mf",
-    "regnetx_008": "regnet_x_800mf",
-    "regnetx_016": "regnet_x_1_6gf",
-    "regnetx_032": "regnet_x_3_2gf",
-    "regnetx_080": "regnet_x_8gf",
-    "regnetx_160": "regnet_x_16gf",
-    "regnetx_320": "regnet_x_32gf",
-    "regnety_004": "regnet_y_400mf",
-    "regnety_008_tv": "regnet_y_800mf",
-    "regnety_016": "regnet_y_1_6gf",
-    "regnety_032": "regnet_y_3_2gf",
-    "regnety_080_tv": "regnet_y_8gf",
-    "regnety_160": "regnet_y_16gf",
-    "regnety_320": "regnet_y_32gf",
-    "vit_base_patch16_224": "vit_b_16",
-    "vit_base_patch32_224": "vit_b_32",
-    "vit_large_patch16_224": "vit_l_16",
-    "vit_large_patch32_224": "vit_l_32",
+# timm's name, less `regnet`, -> torchvision's. timm rounds the widths of a few RegNets to other numbers: their `_tv` forms are the twins.
+_REGNETS = {
+    **{"x_004_tv": "x_400mf", "x_008": "x_800mf", "x_016": "x_1_6gf", "x_032": "x_3_2gf"},
+    **{"x_080": "x_8gf", "x_160": "x_16gf", "x_320": "x_32gf"},
+    **{"y_004": "y_400mf", "y_008_tv": "y_800mf", "y_016": "y_1_6gf", "y_032": "y_3_2gf"},
+    **{"y_080_tv": "y_8gf", "y_160": "y_16gf", "y_320": "y_32gf"},
+}
+TWINS = {
+    **{name: name for name in _SAME_NAME},
+    **{f"mobilenetv3_{size}_100": f"mobilenet_v3_{size}" for size in ("large", "small")},
+    **{"mobilenetv2_100": "mobilenet_v2", "mnasnet_050": "mnasnet0_5", "mnasnet_100": "mnasnet1_0"},
+    **{f"regnet{ours}": f"regnet_{theirs}" for ours, theirs in _REGNETS.items()},
+    **{f"vit_{size}_patch{patch}_224": f"vit_{size[0]}_{patch}" for size in ("base", "large") for patch in (16, 32)},
 }
 
 
-def to_torchvision(backbone: nn.Module, timm_name: str) -> tuple[str, dict[str, Tensor]]:
-    """A backbone's weights under torchvision's names.
+def to_torchvision(backbone: nn.Module, timm_name: str) -> dict[str, Tensor]:
+    """Return a backbone's weights under torchvision's names.
 
     Args:
         backbone: the timm network without classifier, on the CPU, with its own (`standard`) stem.
         timm_name: its name in timm.
 
     Returns:
-        torchvision's name of the network, and its state dict less the last linear layer. Where the two libraries
-        differ in batch norm's epsilon (MobileNetV3, large EfficientNets) the norms' weights are scaled to make up for
-        it: in eval mode the networks are equal.
+        The state dict of the network `TWINS[timm_name]` less the last linear layer. Where the two libraries differ in batch
+        norm's epsilon (MobileNetV3, large EfficientNets) the norms' weights are scaled to make up for it: in eval mode the
+        networks are equal.
 
     Raises:
         ConfigError: if torchvision has no such network.
         CheckpointError: if a shape differs, or the outputs do on random or real images.
     """
-    name = _twin(timm_name)
-    other, _ = bare(name)
-    moved = _move(backbone, other, pairs(timm_name), f"{timm_name} to torchvision's {name}")
-    return name, moved
+    return _move(backbone, bare(_twin(timm_name))[0], pairs(timm_name), f"{timm_name} to torchvision's")
 
 
 def from_torchvision(weights: Mapping[str, Tensor], timm_name: str) -> dict[str, Tensor]:
-    """torchvision's weights under timm's names; the other way round than `to_torchvision`, as strict.
-
-    Args:
-        weights: a state dict of torchvision's network, with or without its last linear layer.
-
-    Raises:
-        ConfigError: if torchvision has no such network.
-        CheckpointError: if names or shapes do not match, or the networks' outputs differ.
-    """
-    name = _twin(timm_name)
-    source, classifier = bare(name)
-    weights = {key: value for key, value in weights.items() if not key.startswith(f"{classifier}.")}
-    _same(source.state_dict(), weights, f"torchvision's {name}")
-    _fill(source, weights)
+    """Return torchvision's weights, without its last linear layer, under timm's names; the way back of `to_torchvision`, as strict."""
+    network, _ = bare(_twin(timm_name))
+    if faults := mismatches(network.state_dict(), weights):
+        raise CheckpointError(f"torchvision's {_twin(timm_name)}: the weights do not match; {_shown(faults)}")
+    _fill(network, weights)
     back = {theirs: ours for ours, theirs in pairs(timm_name).items()}
-    return _move(source, _timm(timm_name), back, f"torchvision's {name} to timm's {timm_name}")
+    return _move(network, _timm(timm_name), back, f"torchvision's to timm's {timm_name}")
+
+
+def _shown(faults: Mapping[str, list[str]]) -> str:
+    return "; ".join(f"{kind} ({len(names)}): {', '.join(names[:3])}" for kind, names in faults.items())
 
 
 def bare(name: str, args: Mapping[str, Any] | None = None) -> tuple[nn.Module, str]:
-    """torchvision's network without its last layer, in eval mode with random weights, and that layer's name."""
+    """Return torchvision's network without its last layer, in eval mode with random weights, and that layer's name."""
     with torch.random.fork_rng(devices=[]):
         network: nn.Module = torchvision.models.get_model(name, weights=None, **(args or {}))
     return network.eval(), drop_classifier(network)
@@ -112,29 +93,26 @@ def bare(name: str, args: Mapping[str, Any] | None = None) -> tuple[nn.Module, s
 
 @functools.lru_cache
 def pairs(timm_name: str) -> Mapping[str, str]:
-    """timm's name of every weight -> torchvision's, without the classifiers.
+    """Return torchvision's name of every weight by timm's, without the classifiers.
 
     Raises:
         ConfigError: if torchvision has no such network, or in the installed versions the two are not the same function.
     """
-    name = _twin(timm_name)
-    ours, (theirs, _) = _timm(timm_name), bare(name)
-    found = _pair(ours.state_dict(), theirs.state_dict())
-    if found is None:
-        raise ConfigError(f"backbone: {timm_name} and torchvision's {name} differ in these versions of the two libraries")
+    twin = _twin(timm_name)
+    ours, (theirs, _) = _timm(timm_name), bare(twin)
+    names = paired(ours.state_dict(), theirs.state_dict())
     _randomise(ours)
     try:
-        _move(ours, theirs, found, timm_name)
+        _move(ours, theirs, names, timm_name)
     except CheckpointError as error:
-        raise ConfigError(f"backbone: the pairing of {timm_name} with torchvision's {name} is not proven ({error})") from error
-    return found
+        raise ConfigError(f"backbone: the pairing of {timm_name} with torchvision's {twin} is not proven ({error})") from error
+    return names
 
 
 def _twin(timm_name: str) -> str:
     if timm_name not in TWINS:
-        raise ConfigError(
-            f"backbone: torchvision's twin of {timm_name!r} is not known; near: {nearest_word(timm_name, list(TWINS))}"
-        )
+        near = nearest_word(timm_name, list(TWINS))
+        raise ConfigError(f"backbone: torchvision's twin of {timm_name!r} is not known; near: {near}")
     return TWINS[timm_name]
 
 
@@ -144,18 +122,16 @@ def _timm(name: str) -> nn.Module:
     return network.eval()
 
 
-def _pair(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> dict[str, str] | None:
-    """Names in order among weights of one shape; None where the counts differ."""
+def paired(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> dict[str, str]:
+    """Pair the names of two networks: equal names, else in order among weights of one shape."""
     if ours.keys() == theirs.keys():
         return {name: name for name in ours}
     left, right = _by_shape(ours), _by_shape(theirs)
-    if {shape: len(names) for shape, names in left.items()} != {shape: len(names) for shape, names in right.items()}:
-        return None
-    return {one: other for shape, names in left.items() for one, other in zip(names, right[shape], strict=True)}
+    return {one: other for shape, names in left.items() for one, other in zip(names, right.get(shape, ()), strict=False)}
 
 
 def _by_shape(state: Mapping[str, Tensor]) -> dict[tuple[int, ...], list[str]]:
-    """Names by shape. A 1x1 convolution is a linear layer, VGG's 7x7 one too: outputs and the number of values decide."""
+    """Group names by shape. A 1x1 convolution is a linear layer, VGG's 7x7 one too: outputs and the number of values decide."""
     groups: dict[tuple[int, ...], list[str]] = defaultdict(list)
     starts: dict[str, int] = {}
     for position, name in enumerate(state):
@@ -170,42 +146,25 @@ def _by_shape(state: Mapping[str, Tensor]) -> dict[tuple[int, ...], list[str]]:
 def _move(source: nn.Module, target: nn.Module, names: Mapping[str, str], what: str) -> dict[str, Tensor]:
     """Fill `target` with the source's weights under its own names, prove that both now compute the same, return them."""
     state, wanted = source.state_dict(), target.state_dict()
-    _same({name: wanted[other] for name, other in names.items()}, state, what, flat=True)
+    sizes = {name: torch.Size([value.numel()]) for name, value in state.items()}
+    needed = {name: torch.Size([wanted[other].numel()]) for name, other in names.items()}
+    if sizes != needed or set(names.values()) != wanted.keys():
+        strange = sorted(name for name in sizes.keys() | needed.keys() if sizes.get(name) != needed.get(name))
+        raise CheckpointError(f"{what}: the weights do not match ({len(strange)}): {', '.join(strange[:3])}")
     moved = {other: state[name].reshape(wanted[other].shape).clone() for name, other in names.items()}
-    _even_out(source, target, names, moved)
+    for name, other in names.items():  # where batch norms differ in epsilon, weight / sqrt(variance + epsilon) has to stay
+        if name.endswith("running_var"):
+            before: Any = source.get_submodule(name.rpartition(".")[0]).eps
+            after: Any = target.get_submodule(other.rpartition(".")[0]).eps
+            if before != after:
+                weight, variance = other.removesuffix("running_var") + "weight", moved[other].double()
+                scale = ((variance + after) / (variance + before)).sqrt()
+                moved[weight] = (moved[weight].double() * scale).to(moved[other].dtype)
     _fill(target, moved)
     difference = _difference(source, target)
     if not difference <= TOLERANCE:  # NaN is refused as well
-        raise CheckpointError(
-            f"{what}: outputs differ by {difference:.1e} of the largest, more than {TOLERANCE:g}; nothing is written"
-        )
+        raise CheckpointError(f"{what}: outputs differ by {difference:.1e} of the largest, more than {TOLERANCE:g}")
     return moved
-
-
-def _same(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor], what: str, flat: bool = False) -> None:
-    missing, extra = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
-    shapes = [
-        f"{name} {list(given[name].shape)} for {list(wanted[name].shape)}"
-        for name in wanted.keys() & given.keys()
-        if (wanted[name].numel() != given[name].numel() if flat else wanted[name].shape != given[name].shape)
-    ]
-    faults = (("missing", missing), ("unexpected", extra), ("other shape", sorted(shapes)))
-    lists = [f"{kind} ({len(names)}): {', '.join(names[:3])}" for kind, names in faults if names]
-    if lists:
-        raise CheckpointError(f"{what}: the weights do not match; {'; '.join(lists)}")
-
-
-def _even_out(source: nn.Module, target: nn.Module, names: Mapping[str, str], moved: dict[str, Tensor]) -> None:
-    """Where batch norms differ in epsilon, scale the norm's weight so that weight / sqrt(variance + epsilon) stays."""
-    for name, other in names.items():
-        if not name.endswith("running_var"):
-            continue
-        path = other.removesuffix("running_var")
-        before, after = (module.get_submodule(key.rpartition(".")[0]).eps for module, key in ((source, name), (target, other)))
-        if before != after:
-            variance = moved[other].double()
-            scale = ((variance + after) / (variance + before)).sqrt()  # type: ignore[operator]
-            moved[path + "weight"] = (moved[path + "weight"].double() * scale).to(moved[other].dtype)
 
 
 @torch.no_grad()
@@ -227,21 +186,14 @@ def _randomise(network: nn.Module) -> None:
 
 @torch.no_grad()
 def _difference(one: nn.Module, other: nn.Module) -> float:
-    """The largest difference of two networks' outputs on two random and two real images, relative to the largest output."""
+    """Compute the largest difference of two networks' outputs on two random and two real images, relative to the largest output."""
     cfg: Any = next((net.pretrained_cfg for net in (one, other) if hasattr(net, "pretrained_cfg")), {})
     side = int(cfg["input_size"][-1]) if cfg.get("fixed_input_size") else SIDE
     noise = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
-    real = _digits().float() / 127.5 - 1
+    real = torch.from_numpy(digits.load("test")[0][[0, 40]]).float() / 127.5 - 1
     images = torch.cat([noise, F.interpolate(real, (side, side), mode="bilinear")])
     modes = [(net, net.training) for net in (one, other)]
-    expected, got = (net.eval()(images).flatten(1) for net in (one, other))
+    ours, theirs = (net.eval()(images).flatten(1) for net in (one, other))
     for net, training in modes:
         net.train(training)
-    if expected.shape != got.shape:
-        return float("inf")
-    return float((expected - got).abs().max() / expected.abs().max())
-
-
-@functools.lru_cache
-def _digits() -> Tensor:
-    return torch.from_numpy(digits.load("test")[0][[0, 40]])
+    return float((ours - theirs).abs().max() / ours.abs().max()) if ours.shape == theirs.shape else float("inf")
