@@ -158,7 +158,7 @@ class Images:
 
     @property
     def in_memory(self) -> bool:
-        """Whether the source is `Pixels`."""
+        """True for `Pixels`, which need no loader processes."""
         return isinstance(self.source, Pixels)
 
     @property
