@@ -115,7 +115,7 @@ def loading(settings: Mapping[str, Any], source: str) -> Work:
     images = images_of(source)
     config = complete_settings(resolve(settings), images)
     if config.loader.cache is not None:  # before anything is timed
-        images = dataclasses.replace(images, source=shrunken(images, config, Quiet()))
+        images = dataclasses.replace(images, source=shrunken(images, config.loader, Quiet()))
     training, start = create_run(config, engine(config), images), 0
 
     def run(count: int) -> None:
