@@ -209,7 +209,7 @@ def test_a_cache_is_read_where_it_is_and_not_made(folder: Path, tmp_path: Path) 
     assert 0 < figures.disk.cache <= 12 * 3 * 16 * 20 and figures.disk.cache_free > 0 and figures.unreadable == 1
     config = resolve(settings)
     with Display(1, 0, show=False) as silent:
-        shrunken(build(config, Engine(config.engine)).images, config, silent)
+        shrunken(build(config, Engine(config.engine)).images, config.loader, silent)
     written = {file: file.stat().st_mtime_ns for file in caches.rglob("*")}
     assert estimate(settings).disk.cache == 0
     assert {file: file.stat().st_mtime_ns for file in caches.rglob("*")} == written
