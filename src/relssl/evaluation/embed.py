@@ -6,6 +6,7 @@ import csv
 import io
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -77,18 +78,12 @@ def write_vectors(
     labels: NDArray[np.int64] | None = None,
     classes: Sequence[str] | None = None,
 ) -> None:
-    """Write features with the names, labels and classes of their rows, over whatever lies at `path`.
+    """Write features [N,D] with the ids, names and labels [N] of their rows (-1: none), over whatever lies at `path`.
 
-    `.npz` holds `features` [N,D] float32, `ids` [N] int64, `names` [N] and, where given, `labels` [N] int64 and `classes` [C],
-    the names of the labels; no pickle. `.csv` has a header and the columns id, name, label and class (where given), f0, f1, ...;
-    numbers read back to the same float32. A name that a spreadsheet would run as a formula gets a leading ' there. `.parquet` has
-    the columns id, name, label and class (where given), and features, a list of D float32. In its names and the csv's, bytes that
-    are not UTF-8 are written as backslash escapes.
-
-    Args:
-        path: ends in .npz, .csv or .parquet; its folder must exist.
-        features, ids, names, labels: [N,D], and [N] each; label -1 = none.
-        classes: what the labels stand for; only with labels.
+    `.npz` holds `features` float32, `ids` int64, `names` and, where given, `labels` int64 and `classes`, the names of the labels;
+    no pickle. `.csv` has a header and the columns id, name, label and class (where given), f0, f1, ...; numbers read back to the
+    same float32, and a name that a spreadsheet would run as a formula gets a leading '. `.parquet` has the columns id, name, label
+    and class (where given), and features, a list of D float32. Both write bytes that are not UTF-8 as backslash escapes.
 
     Raises:
         ConfigError, StorageError: as `check_target`. StorageError: if the file cannot be written. NumericError: for features that
@@ -99,17 +94,15 @@ def write_vectors(
     if not finite.all():
         raise NumericError(f"{names[int(finite.argmin())]!r}: its features hold NaN or Inf; check the weights")
     columns: Columns = {"id": ids, "name": names}
+    arrays: Columns = {"features": features, "ids": ids, "names": np.array(names)}
     if labels is not None:
-        columns["label"] = labels
+        columns["label"] = arrays["labels"] = labels
         if classes is not None:
             columns["class"] = [classes[label] if label >= 0 else "" for label in labels.tolist()]
+            arrays["classes"] = np.array(classes)
+    writers = {".npz": lambda file: np.savez(file, **arrays), ".csv": partial(_write_csv, columns, features)}
     with replacing(path, needed=features.nbytes) as file:
-        if path.suffix.lower() == ".npz":
-            arrays = {"features": features, "ids": ids, "names": np.array(names)}
-            arrays |= {} if labels is None else {"labels": labels}
-            np.savez(file, **arrays, **({} if "class" not in columns else {"classes": np.array(classes)}))  # type: ignore[arg-type]
-        else:
-            (_write_csv if path.suffix.lower() == ".csv" else _write_parquet)(file, columns, features)
+        writers.get(path.suffix.lower(), partial(_write_parquet, columns, features))(file)
 
 
 def check_target(path: Path) -> None:
@@ -131,7 +124,7 @@ def check_target(path: Path) -> None:
         raise StorageError(f"{path}: {'is a folder' if path.is_dir() else 'its folder does not exist'}; choose another file")
 
 
-def _write_csv(file: BinaryIO, columns: Columns, features: NDArray[np.float32]) -> None:
+def _write_csv(columns: Columns, features: NDArray[np.float32], file: BinaryIO) -> None:
     text = io.TextIOWrapper(file, "utf-8", "backslashreplace", newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([*columns, *(f"f{place}" for place in range(features.shape[1]))])
@@ -145,7 +138,7 @@ def _write_csv(file: BinaryIO, columns: Columns, features: NDArray[np.float32]) 
     text.detach()
 
 
-def _write_parquet(file: BinaryIO, columns: Columns, features: NDArray[np.float32]) -> None:
+def _write_parquet(columns: Columns, features: NDArray[np.float32], file: BinaryIO) -> None:
     import pyarrow as pa
     from pyarrow import parquet
 
