@@ -199,6 +199,7 @@ def loss_work(form: str, shape: tuple[int, int, int, int], threads: int) -> Work
     rows = (torch.randn(count, dim, generator=generator) for count in (size, batch, views * batch))
     memory, keys, queries = (F.normalize(each, dim=1).to(device) for each in rows)
     queries = queries.view(views, batch, dim).requires_grad_()
+    prepare_process()  # as in training, and only now: else what drawing took would lie ready, and not count as the loss's
     loss: Any = partial(conventional.conventional_loss, student=0.1, teacher=0.04)
     if form != "conventional":
         loss = partial(OBJECTIVES[form], student_temperature=0.1, teacher_temperature=0.04)

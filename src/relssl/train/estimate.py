@@ -315,12 +315,12 @@ def time_steps(run: Run, steps: int, limit: float = 60.0) -> Timing:
             break
     marks, unreadable, begun = _Marks(engine), set[str](), time.perf_counter()
     marks.set("begin")
-    for done, batches in enumerate(itertools.islice(stream, count), start=1):
+    for number, batches in enumerate(itertools.islice(stream, count), start=1):
         marks.set("wait")
         train_step(run, batches)
         marks.set("work")
         unreadable.update(name for part in batches for name, _ in part.bad)
-        if done >= 3 and over(limit):
+        if number >= 3 and over(limit):
             break
     seconds = [span for _, span in marks.spans()]
     waits = seconds[::2]
