@@ -6,7 +6,6 @@ import csv
 import io
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -100,9 +99,12 @@ def write_vectors(
         if classes is not None:
             columns["class"] = [classes[label] if label >= 0 else "" for label in labels.tolist()]
             arrays["classes"] = np.array(classes)
-    writers = {".npz": lambda file: np.savez(file, **arrays), ".csv": partial(_write_csv, columns, features)}
+    suffix = path.suffix.lower()
     with replacing(path, needed=features.nbytes) as file:
-        writers.get(path.suffix.lower(), partial(_write_parquet, columns, features))(file)
+        if suffix == ".npz":
+            np.savez(file, **arrays)
+        else:
+            (_write_csv if suffix == ".csv" else _write_parquet)(file, columns, features)
 
 
 def check_target(path: Path) -> None:
@@ -124,7 +126,7 @@ def check_target(path: Path) -> None:
         raise StorageError(f"{path}: {'is a folder' if path.is_dir() else 'its folder does not exist'}; choose another file")
 
 
-def _write_csv(columns: Columns, features: NDArray[np.float32], file: BinaryIO) -> None:
+def _write_csv(file: BinaryIO, columns: Columns, features: NDArray[np.float32]) -> None:
     text = io.TextIOWrapper(file, "utf-8", "backslashreplace", newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([*columns, *(f"f{place}" for place in range(features.shape[1]))])
@@ -138,7 +140,7 @@ def _write_csv(columns: Columns, features: NDArray[np.float32], file: BinaryIO) 
     text.detach()
 
 
-def _write_parquet(columns: Columns, features: NDArray[np.float32], file: BinaryIO) -> None:
+def _write_parquet(file: BinaryIO, columns: Columns, features: NDArray[np.float32]) -> None:
     import pyarrow as pa
     from pyarrow import parquet
 
