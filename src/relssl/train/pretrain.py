@@ -102,11 +102,8 @@ def resume(
     folder, config = loaded.folder, loaded.config
     if checkpoint is None and _is_complete(folder):
         return _result(folder)
-    saved = None
-    if checkpoint is not None:
-        saved = loaded.named(checkpoint)
-    elif any((folder / "checkpoints").glob("step-*")):
-        saved = loaded.checkpoint()
+    begun = any((folder / "checkpoints").glob("step-*"))
+    saved = loaded.named(checkpoint) if checkpoint is not None else loaded.checkpoint() if begun else None
     if time_limit is not None:
         config = dataclasses.replace(config, time_limit=None if math.isinf(time_limit) else time_limit)
     return _run(config, folder, Engine(config.engine), quiet, saved, fresh=False)

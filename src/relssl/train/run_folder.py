@@ -121,18 +121,16 @@ def environment() -> dict[str, Any]:
 
 
 def _version(package: str) -> str:
-    try:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+    return "not installed"
 
 
 def _processor() -> str:
-    try:
+    with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    return platform.processor() or platform.machine()
 
 
 def _revision() -> str | None:
@@ -151,11 +149,8 @@ TIMINGS = ("images_per_second", "data_wait")
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Read the rows of a .jsonl file; a last line cut short by a crash is left out."""
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+    with contextlib.suppress(json.JSONDecodeError):
+        rows += map(json.loads, path.read_text().splitlines() if path.exists() else [])
     return rows
 
 
