@@ -233,7 +233,7 @@ def test_safetensors_with_timms_names_load(tmp_path):
 def test_twins_are_proven_both_ways(tmp_path, name):
     torch.manual_seed(0)
     ours = trained(timm.create_model(name, num_classes=0))
-    state = twins.to_torchvision(ours, name)
+    state = twins.to_torchvision(ours.state_dict(), name)
     theirs, classifier = twins.bare(twins.TWINS[name])
     theirs.load_state_dict(state)
     path = write(tmp_path / "tv.pth", {**state, f"{classifier}.bias": torch.zeros(3)})
@@ -247,7 +247,7 @@ def test_twins_are_proven_both_ways(tmp_path, name):
 
 def test_networks_and_weights_without_a_twin_are_refused():
     with pytest.raises(ConfigError, match="resnet18d"):
-        twins.pairs("resnet18d")
+        twins.to_torchvision({}, "resnet18d")
     with pytest.raises(CheckpointError, match="do not match"):
         twins.from_torchvision({"conv1.weight": torch.zeros(1)}, "resnet18")
 

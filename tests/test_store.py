@@ -1,4 +1,4 @@
-"""Checkpoints that survive kills, full disks, bit rot and crafted files; and what is deleted when."""
+"""Checkpoints that survive bit rot and crafted files, and state dicts taken apart and put together again."""
 
 from __future__ import annotations
 
@@ -26,11 +26,7 @@ from relssl.weights import store
 FILES = ("state.safetensors", "state.json", "SHA256SUMS")
 
 
-def _names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
-def _tensors() -> dict[str, Tensor]:
+def tensors() -> dict[str, Tensor]:
     base = torch.arange(24, dtype=torch.float32)
     return {
         "layer.weight": base.view(4, 6).t(),  # not contiguous
@@ -38,54 +34,43 @@ def _tensors() -> dict[str, Tensor]:
         "tied": base,
         "scalar": torch.tensor(3, dtype=torch.int64),
         "empty": torch.zeros(0, 5),
-        "half": torch.randn(7).bfloat16(),
-        "bytes": torch.arange(255, dtype=torch.uint8),
+        "half": torch.linspace(-1, 1, 7).bfloat16(),
         "flags": torch.tensor([True, False, True]),
-        "grad": torch.nn.Parameter(torch.randn(3, dtype=torch.float64)),
+        "grad": torch.nn.Parameter(torch.linspace(0, 1, 3, dtype=torch.float64)),
         "größe\n\0": torch.tensor([float("nan"), -0.0, math.inf], dtype=torch.float16),
         "words": torch.tensor([2**63], dtype=torch.uint64),
     }
 
 
-def _bits(tensor: Tensor) -> tuple[torch.dtype, torch.Size, bytes]:
+def bits(tensor: Tensor) -> tuple[torch.dtype, torch.Size, bytes]:
     plain = tensor.detach().contiguous()
     return tensor.dtype, tensor.shape, plain.reshape(-1).view(torch.uint8).numpy().tobytes() if plain.numel() else b""
 
 
-def _same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(_bits(a[name]) == _bits(b[name]) for name in a)
-
-
-def _reseal(folder: Path) -> None:
-    """Make the hashes right again, as whoever crafts a checkpoint would."""
-    named = [name for name in FILES[:2] if (folder / name).is_file()]
-    data = {name: (folder / name).read_bytes() for name in named}
-    entries = {name: (len(data[name]), hashlib.sha256(data[name]).hexdigest()) for name in named}
-    (folder / "SHA256SUMS").write_bytes(store._manifest(entries))
+def seal(folder: Path) -> None:
+    """Make sizes and hashes right again, in the layout of SHA256SUMS, as whoever crafts a checkpoint would."""
+    data = {name: (folder / name).read_bytes() for name in FILES[:2]}
+    lines = [f"# {len(content)} {name}\n" for name, content in data.items()]
+    lines += [f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in data.items()]
+    (folder / "SHA256SUMS").write_text("".join(lines))
 
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     folder = store.step_folder(tmp_path, 7)
-    store.save(folder, _tensors(), {"step": 7, "lr": 0.1 + 0.2})
+    store.save(folder, tensors(), {"step": 7, "lr": 0.1 + 0.2})
     return folder
 
 
 def test_round_trip_is_exact(saved: Path) -> None:
-    tensors, meta = store.load(saved)
-    torch.manual_seed(0)
-    again = {name: t for name, t in _tensors().items() if name not in ("half", "grad")}
-    assert _same({name: t for name, t in tensors.items() if name in again}, again)
+    loaded, meta = store.load(saved)
+    assert loaded.keys() == tensors().keys() and all(bits(loaded[name]) == bits(value) for name, value in tensors().items())
     assert meta == {"step": 7, "lr": 0.1 + 0.2}
-    assert _names(saved) == sorted(FILES)
-    copy = saved.with_name("step-00000008")
-    store.save(copy, tensors, meta)
-    assert _same(store.load(copy)[0], tensors)
-
-
-def test_no_tensors_is_a_checkpoint_too(tmp_path: Path) -> None:
-    store.save(tmp_path / "a", {}, {})
-    assert store.load(tmp_path / "a") == ({}, {})
+    assert sorted(path.name for path in saved.iterdir()) == sorted(FILES)
+    (saved / FILES[0]).write_bytes(b"")  # loaded tensors outlive the file
+    assert loaded["tied"].sum() == 276
+    store.save(saved.with_name("empty"), {}, {})
+    assert store.load(saved.with_name("empty")) == ({}, {})
 
 
 @pytest.mark.skipif(shutil.which("sha256sum") is None, reason="needs sha256sum")
@@ -94,156 +79,170 @@ def test_sha256sum_reads_the_hashes(saved: Path) -> None:
     assert done.stdout.splitlines() == ["state.safetensors: OK", "state.json: OK"]
 
 
-def test_loaded_tensors_outlive_the_files(saved: Path) -> None:
-    tensors, _ = store.load(saved)
-    (saved / FILES[0]).write_bytes(b"")
-    assert tensors["tied"].sum() == 276
-
-
-@pytest.mark.parametrize("kind", ["folder", "empty", "link"])
+@pytest.mark.parametrize("kind", ["folder", "link"])
 def test_an_existing_target_is_refused(tmp_path: Path, kind: str) -> None:
     target = tmp_path / "step-00000001"
-    if kind == "link":
-        target.symlink_to(tmp_path / "nowhere")
-    else:
-        target.mkdir()
-        if kind == "folder":
-            (target / "mine").touch()
+    target.symlink_to(tmp_path / "nowhere") if kind == "link" else target.mkdir()
     with pytest.raises(StorageError, match="exists already"):
         store.save(target, {}, {})
-    assert _names(tmp_path) == ["step-00000001"]
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
 @pytest.mark.parametrize(
-    ("tensors", "meta", "names"),
+    ("state", "meta", "names"),
     [
         ({"__metadata__": torch.zeros(1)}, {}, "__metadata__"),
         ({"a\udc80": torch.zeros(1)}, {}, "udc80"),
-        ({"c": torch.zeros(1, dtype=torch.complex64)}, {}, "'c'.*complex64"),
-        ({"m": torch.zeros(1, device="meta")}, {}, "'m'.*meta"),
-        ({"s": torch.eye(2).to_sparse()}, {}, "'s'.*sparse"),
-        ({}, {"big": "x" * (17 << 20)}, "tensors"),
+        ({"c": torch.zeros(1, dtype=torch.complex64)}, {}, "'c'"),
+        ({"m": torch.zeros(1, device="meta")}, {}, "'m'"),
+        ({"s": torch.eye(2).to_sparse()}, {}, "'s'"),
+        ({}, {"big": "x" * (17 << 20)}, "meta"),
     ],
 )
-def test_what_cannot_be_stored_is_named(tmp_path: Path, tensors: dict[str, Tensor], meta: dict[str, Any], names: str) -> None:
+def test_what_cannot_be_stored_is_named(tmp_path: Path, state: dict[str, Tensor], meta: dict[str, Any], names: str) -> None:
     with pytest.raises(ValueError, match=names):
-        store.save(tmp_path / "a", tensors, meta)
-    assert not _names(tmp_path)
+        store.save(tmp_path / "a", state, meta)
+    assert not list(tmp_path.iterdir())
 
 
-# --- damage ---
-
-
-def test_every_flipped_bit_is_found(saved: Path) -> None:
+def test_every_flipped_bit_and_every_cut_is_found(saved: Path) -> None:
     draw = random.Random(0)
     for trial in range(60):
         path = saved / FILES[trial % 3]
         good = path.read_bytes()
-        bad = bytearray(good)
-        bad[draw.randrange(len(bad))] ^= 1 << draw.randrange(8)
-        path.write_bytes(bad)
-        with pytest.raises(CheckpointError, match=str(saved)):
-            store.load(saved)
+        place = draw.randrange(len(good)) if trial > 2 else 0
+        for bad in (good[:place], good[:place] + bytes([good[place] ^ 1 << draw.randrange(8)]) + good[place + 1 :]):
+            path.write_bytes(bad)
+            with pytest.raises(CheckpointError, match=f"{saved}: "):
+                store.load(saved)
         path.write_bytes(good)
     store.verify(saved)
-
-
-def test_every_cut_is_found_and_measured(saved: Path) -> None:
-    draw = random.Random(0)
-    for trial in range(24):
-        name = FILES[trial % 3]
-        good = (saved / name).read_bytes()
-        length = draw.randrange(len(good)) if trial > 2 else 0
-        (saved / name).write_bytes(good[:length])
-        text = f"{name} is truncated: {length} of {len(good)} bytes" if name != "SHA256SUMS" else "SHA256SUMS is damaged"
-        with pytest.raises(CheckpointError, match=f"{saved}: {text}"):
-            store.load(saved)
-        (saved / name).write_bytes(good)
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_missing_linked_or_odd_file_is_named(saved: Path, name: str) -> None:
     (saved / name).rename(saved / "away")
-    with pytest.raises(CheckpointError, match=f"{name} is missing"):
-        store.load(saved)
-    assert store.checkpoints(saved.parent) == []
+
+    def refused() -> None:
+        with pytest.raises(CheckpointError, match=name):
+            store.load(saved)
+        assert store.checkpoints(saved.parent) == []
+
+    refused()
     (saved / name).symlink_to("away")
-    with pytest.raises(CheckpointError, match=f"{name} cannot be read"):
-        store.load(saved)
-    assert store.checkpoints(saved.parent) == []
+    refused()
     (saved / name).unlink()
     os.mkfifo(saved / name)
-    with pytest.raises(CheckpointError, match=f"{name} is not a regular file"):
-        store.load(saved)
-
-
-def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    refused()
     with pytest.raises(CheckpointError, match="no such folder"):
-        store.load(tmp_path / "step-00000001")
-
-
-def test_a_newer_version_is_refused(saved: Path) -> None:
-    (saved / "state.json").write_text(json.dumps({"version": 3, "meta": {}}))
-    _reseal(saved)
-    with pytest.raises(CheckpointError, match="written by version 3, this reads up to 1"):
-        store.load(saved)
+        store.load(saved / "gone")
 
 
 METAS = {
     "empty": b"", "list": b"[]", "null": b"null", "nan": b'{"version": 1, "meta": {"a": NaN}}', "no meta": b'{"version": 1}',
     "version": b'{"version": true, "meta": {}}', "old": b'{"version": 0, "meta": {}}', "deep": b"[" * 200_000,
-    "bytes": b"\xff\xfe\0",
+    "bytes": b"\xff\xfe\0", "newer": b'{"version": 3, "meta": {}}',
     "digits": b'{"version": 1, "meta": {"a": ' + b"9" * 9999 + b"}}", "huge": b'{"a": "' + b" " * (17 << 20) + b'"}',
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", METAS)
-def test_crafted_descriptions_are_refused(saved: Path, name: str) -> None:
-    (saved / "state.json").write_bytes(METAS[name])
-    _reseal(saved)
-    with pytest.raises(CheckpointError, match=r"state\.json"):
-        store.load(saved)
-
-
-def _file(header: bytes | dict[str, Any], data: bytes = b"", length: int | None = None) -> bytes:
+def crafted(header: bytes | dict[str, Any], data: bytes = b"", length: int | None = None) -> bytes:
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(text) if length is None else length) + text + data
 
 
-def _entry(dtype: Any = "F32", shape: Any = (1,), offsets: Any = (0, 4)) -> dict[str, Any]:
+def entry(dtype: Any = "F32", shape: Any = (1,), offsets: Any = (0, 4)) -> dict[str, Any]:
     return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
 
 
-CRAFTED = {
-    "empty": b"", "short": b"\1\2", "claims 2^63": _file(b"{}", length=2**63), "claims 99 MB": _file(b"{}", length=99 << 20),
-    "claims more": _file(b"{}", length=100), "not json": _file(b"garbage!"), "not utf-8": _file(b'{"\xff": 1}'),
-    "deep": _file(b'{"a":' * 50_000), "list": _file(b"[]"), "negative": _file({"a": _entry(offsets=(-4, 0))}, bytes(4)),
-    "beyond": _file({"a": _entry(shape=(10**6,), offsets=(0, 4 * 10**6))}, bytes(4)),
-    "backwards": _file({"a": _entry(offsets=(4, 0))}, bytes(4)),
-    "overlap": _file({"a": _entry(), "b": _entry(shape=(2,), offsets=(0, 8))}, bytes(8)),
-    "hole": _file({"a": _entry(offsets=(4, 8))}, bytes(8)), "left over": _file({"a": _entry()}, bytes(99)),
-    "shape": _file({"a": _entry(shape=(2**62, 2**62))}, bytes(4)), "overflow": _file({"a": _entry(shape=(2**63, 2))}, bytes(4)),
-    "negative shape": _file({"a": _entry(shape=(-1, -1))}, bytes(4)), "dtype": _file({"a": _entry("OBJECT")}, bytes(4)),
-    "type": _file({"a": 3}, bytes(4)),
-    "zero fits": _file({"a": _entry(shape=(0, 2**64 - 1), offsets=(0, 0))}), "pickle": b"\x80\x04cos\nsystem\n(S'touch x'\ntR.",
+TENSORS = {
+    "empty": b"", "short": b"\1\2", "claims 2^63": crafted(b"{}", length=2**63), "claims 99 MB": crafted(b"{}", length=99 << 20),
+    "claims more": crafted(b"{}", length=100), "not json": crafted(b"garbage!"), "not utf-8": crafted(b'{"\xff": 1}'),
+    "deep": crafted(b'{"a":' * 50_000), "list": crafted(b"[]"), "negative": crafted({"a": entry(offsets=(-4, 0))}, bytes(4)),
+    "beyond": crafted({"a": entry(shape=(10**6,), offsets=(0, 4 * 10**6))}, bytes(4)),
+    "overlap": crafted({"a": entry(), "b": entry(shape=(2,), offsets=(0, 8))}, bytes(8)),
+    "hole": crafted({"a": entry(offsets=(4, 8))}, bytes(8)), "left over": crafted({"a": entry()}, bytes(99)),
+    "shape": crafted({"a": entry(shape=(2**62, 2**62))}, bytes(4)), "overflow": crafted({"a": entry(shape=(2**63, 2))}, bytes(4)),
+    "dtype": crafted({"a": entry("OBJECT")}, bytes(4)), "type": crafted({"a": 3}, bytes(4)),
+    "zero fits": crafted({"a": entry(shape=(0, 2**64 - 1), offsets=(0, 0))}), "pickle": b"\x80\x04cos\nsystem\n(S'touch x'\ntR.",
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CRAFTED)
-def test_crafted_tensor_files_are_refused(saved: Path, name: str) -> None:
-    (saved / "state.safetensors").write_bytes(CRAFTED[name])
-    _reseal(saved)
-    with pytest.raises(CheckpointError, match=r"state\.safetensors"):
+@pytest.mark.parametrize(("name", "content"), [*(("state.json", x) for x in METAS), *(("state.safetensors", x) for x in TENSORS)])
+def test_crafted_files_are_refused(saved: Path, name: str, content: str) -> None:
+    (saved / name).write_bytes((METAS if name == "state.json" else TENSORS)[content])
+    seal(saved)
+    with pytest.raises(CheckpointError, match=rf"{name}|written by version 3"):
         store.load(saved)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.binary(max_size=200), st.booleans())
 def test_garbage_raises_nothing_else(data: bytes, framed: bool) -> None:
     with tempfile.TemporaryDirectory() as parent:
-        folder = Path(parent) / "a"
-        store.save(folder, {}, {})
-        (folder / "state.safetensors").write_bytes(_file(data) if framed else data)
-        _reseal(folder)
+        file = Path(parent) / "a.safetensors"
+        file.write_bytes(crafted(data) if framed else data)
         with pytest.raises(CheckpointError):
-            store.load(folder)
+            store.read(file)
+
+
+LEAVES = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), st.text(max_size=5),
+    st.sampled_from(["$tensor", "__metadata__"]), st.builds(lambda n: torch.arange(n), st.integers(0, 3)),
+)  # fmt: skip
+KEYS = st.one_of(
+    st.text(max_size=3), st.integers(-3, 3), st.none(), st.sampled_from(["$tensor", "$dict", "a.b", "__metadata__", "0"])
+)
+TREES = st.recursive(
+    LEAVES, lambda t: st.one_of(st.lists(t, max_size=3), st.dictionaries(KEYS, t, max_size=3), st.tuples(t, t)), max_leaves=12
+)
+
+
+def equal(a: Any, b: Any) -> bool:
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return len(a) == len(b) and all(map(equal, a, b)) and all(map(equal, a.values(), b.values()))
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return bool(a == b) and (not isinstance(a, float) or math.copysign(1, a) == math.copysign(1, b))
+
+
+@settings(max_examples=150, deadline=None)
+@given(TREES)
+def test_flatten_round_trip_is_exact(state: Any) -> None:
+    flat, rest = store.flatten(state)
+    rest = json.loads(json.dumps(rest, allow_nan=False))
+    assert equal(store.unflatten(flat, rest), state)
+    assert "__metadata__" not in flat
+
+
+def test_an_optimizer_survives_a_checkpoint(tmp_path: Path) -> None:
+    model = torch.nn.Linear(3, 2)
+    groups: list[dict[str, Any]] = [{"params": [model.weight], "lr": 0.1 + 0.2}, {"params": [model.bias]}]
+    optimizer = torch.optim.Adam(groups, betas=(0.8, 0.9))
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    state = {"optimizer": optimizer.state_dict(), "model": dict(model.state_dict()), "best": -math.inf}
+    flat, rest = store.flatten(state | {"mean": math.nan})
+    store.save(tmp_path / "a", flat, {"rest": rest})
+    stored, meta = store.load(tmp_path / "a")
+    assert {"optimizer.state.0.exp_avg", "model.weight"} <= stored.keys()
+    back = store.unflatten(stored, meta["rest"])
+    assert math.isnan(back.pop("mean")) and equal(back, state)
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [{"$tensor": "gone"}, {"$tensor": []}, {"$dict": 3}, {"$dict": [[[], 1]]}, {"$float": "x"}, {"$tuple": 1}, {"$x": 1}, {1: 2}],
+)
+def test_a_malformed_rest_is_refused(rest: Any) -> None:
+    with pytest.raises(CheckpointError):
+        store.unflatten({}, rest)
+
+
+def test_what_cannot_be_flattened_is_named() -> None:
+    with pytest.raises(TypeError, match=r"state\.3: a set"):
+        store.flatten({"state": {3: {1}}})

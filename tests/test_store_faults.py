@@ -107,9 +107,12 @@ def _fail(monkeypatch: pytest.MonkeyPatch, name: str, at: int, code: int) -> Non
     monkeypatch.setattr(os, name, failing)
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS])
 @pytest.mark.parametrize(
-    ("name", "at"), [("mkdir", 0), ("open", 0), ("write", 0), ("write", 2), ("fsync", 1), ("fsync", 3), ("rename", 0)]
+    ("name", "at", "code"),
+    [
+        *(("mkdir", 0, errno.EROFS), ("open", 0, errno.EIO), ("write", 0, errno.ENOSPC), ("write", 2, errno.EDQUOT)),
+        *(("fsync", 1, errno.EIO), ("fsync", 3, errno.EIO), ("rename", 0, errno.EIO)),
+    ],
 )
 def test_a_failed_save_leaves_nothing(saved: Path, monkeypatch: pytest.MonkeyPatch, name: str, at: int, code: int) -> None:
     with monkeypatch.context() as patch:
@@ -145,10 +148,9 @@ def test_a_size_limit_is_a_full_disk(saved: Path) -> None:
 
 
 def test_a_vanished_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match=r"gone/x.*No such file"):
-        files.write_file(tmp_path / "gone" / "x", b"")
-    with pytest.raises(StorageError, match=r"gone/x.*No such file"):
-        store.save(tmp_path / "gone" / "x", {}, {})
+    for write in (lambda path: files.write_file(path, b""), lambda path: store.save(path, {}, {})):
+        with pytest.raises(StorageError, match=r"gone/x.*No such file"):
+            write(tmp_path / "gone" / "x")
 
 
 def test_written_files_follow_the_umask_and_replace_links(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from dataclasses import dataclass
-from enum import IntEnum
+from enum import IntEnum, unique
 from typing import Any
 
 import numpy as np
@@ -43,6 +43,7 @@ _RANDAUGMENT = _BLUR + 2  # operation, applied, level, sign of each of n, which 
 _SOLARIZE = _RANDAUGMENT + 4 * 14  # behind the most operations that RandAugment may have
 
 
+@unique
 class Slot(IntEnum):
     """Who draws, where it is no view; view number n has slot n, the weak one 0."""
 

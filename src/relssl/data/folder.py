@@ -67,7 +67,7 @@ def walk(folder: str, faults: dict[bytes, str]) -> Iterator[tuple[bytes, int]]:
                     if entry.is_dir(follow_symlinks=False):
                         pending.append(below + entry.name + b"/")
                     elif b"." in entry.name and entry.name.rpartition(b".")[2].lower() in EXTENSIONS:
-                        size, fault = _judge(entry, inside)
+                        size, fault = _judge(entry.path, inside if entry.is_symlink() else b"")
                         if fault:
                             faults[below + entry.name] = fault
                         elif size:
@@ -83,34 +83,26 @@ def _is_hidden(name: bytes) -> bool:
     return name.startswith(b".") and not name.startswith(b"..")
 
 
-def _judge(entry: os.DirEntry[bytes], inside: bytes) -> tuple[int, str | None]:
-    """(bytes, None) of a usable file, (0, None) of a link to a folder, (0, reason) of what cannot be an image."""
-    linked = entry.is_symlink()
+def _judge(path: bytes, inside: bytes = b"") -> tuple[int, str | None]:
+    """Return (bytes, None) of a usable file, (0, reason) of what cannot be an image, (0, None) of a folder to pass over.
+
+    Args:
+        path: of the file.
+        inside: of a link that was met in a folder: what the path that it leads to must begin with.
+    """
     try:
-        status = entry.stat()
+        status = os.stat(path)
     except OSError as error:
-        return 0, "is a broken link" if linked else f"cannot be read: {error.strerror}"
-    if linked and stat.S_ISDIR(status.st_mode):
-        return 0, None
-    if linked and stat.S_ISREG(status.st_mode) and not os.path.realpath(entry.path).startswith(inside):
-        return 0, "is a link to outside the folder; copy the file, or name it in a list file"
-    return _judge_status(status)
-
-
-def _judge_status(status: os.stat_result) -> tuple[int, str | None]:
-    if not stat.S_ISREG(status.st_mode):
-        return 0, f"is {_KINDS.get(stat.S_IFMT(status.st_mode), 'a folder')}, not a file"
-    return status.st_size, None if status.st_size else "is empty"
-
-
-def _judge_path(path: bytes) -> tuple[int, str | None]:
-    """The same of a file that a list names, links followed wherever they lead."""
-    try:
-        return _judge_status(os.stat(path))
-    except OSError as error:
-        return 0, f"cannot be read: {error.strerror}"
+        return 0, "is a broken link" if inside else f"cannot be read: {error.strerror}"
     except ValueError:
         return 0, "cannot be read: the name holds a zero byte"
+    if inside and stat.S_ISDIR(status.st_mode):
+        return 0, None
+    if not stat.S_ISREG(status.st_mode):
+        return 0, f"is {_KINDS.get(stat.S_IFMT(status.st_mode), 'a folder')}, not a file"
+    if inside and not os.path.realpath(path).startswith(inside):
+        return 0, "is a link to outside the folder; copy the file, or name it in a list file"
+    return status.st_size, None if status.st_size else "is empty"
 
 
 def read_list(path: str) -> Images:
@@ -137,7 +129,7 @@ def read_list(path: str) -> Images:
         name, word, size, *_ = (*line.removesuffix(b"\r").split(b"\t"), b"", b"")
         if not name.strip() or name.startswith(b"#"):
             continue
-        count, fault = (int(size), None) if size.isdigit() else _judge_path(os.path.join(os.fsencode(folder), name))
+        count, fault = (int(size), None) if size.isdigit() else _judge(os.path.join(os.fsencode(folder), name))
         if fault:
             bad.append((os.fsdecode(name), fault))
         else:
@@ -168,7 +160,7 @@ def complete(name: str, folder: str, names: Sequence[bytes]) -> Files:
     Raises:
         DataError: if any is missing or empty.
     """
-    judged = [_judge_path(os.path.join(os.fsencode(folder), file)) for file in names]
+    judged = [_judge(os.path.join(os.fsencode(folder), file)) for file in names]
     bad = [(os.fsdecode(file), fault) for file, (_, fault) in zip(names, judged, strict=True) if fault]
     if bad:
         raise DataError(

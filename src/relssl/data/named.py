@@ -96,7 +96,7 @@ def sample(data: str, root: str | None, count: int) -> Images | None:
 
 
 def at_hand(data: str, root: str | None) -> bool:
-    """Whether `load` finds DATA without a download."""
+    """Return whether `load` needs no download for DATA."""
     return data not in SETS or not SETS[data].source or Path(data_root(root), SETS[data].folder).exists()
 
 
@@ -200,13 +200,13 @@ def _torchvision(name: str, root: str, split: str, **options: Any) -> list[Any]:
     """torchvision's data sets of the parts of a split."""
     import torchvision.datasets
 
-    one = SETS[name]
-    reader = getattr(torchvision.datasets, one.reader)
+    entry = SETS[name]
+    reader = getattr(torchvision.datasets, entry.reader)
 
     def read(part: Any, download: bool) -> Any:
-        return reader(root, **{"train" if one.parts == _BOOL else "split": part}, download=download, **options)
+        return reader(root, **{"train" if entry.parts == _BOOL else "split": part}, download=download, **options)
 
-    return [fetch(name, root, partial(read, part)) for part in one.parts[SPLITS.index(split)]]
+    return [fetch(name, root, partial(read, part)) for part in entry.parts[SPLITS.index(split)]]
 
 
 def _read_digits(name: str, root: str, split: str) -> Images:
@@ -259,8 +259,8 @@ def _read_imagenet(name: str, root: str, split: str) -> Images:
         return images
     if images.labels is None or images.classes is None:
         raise DataError("imagenet100: every image in imagenet/ must lie in the folder of its class, imagenet/train/CLASS/")
-    there = {images.classes[label] for label in np.unique(images.labels)}
-    if missing := [word for word in IMAGENET100 if word not in there]:
+    present = {images.classes[label] for label in np.unique(images.labels)}
+    if missing := [word for word in IMAGENET100 if word not in present]:
         raise DataError(f"imagenet100: imagenet/ has no image of {missing[0]}; {len(missing)} of the 100 classes are missing")
     rank = np.array([IMAGENET100.index(word) if word in IMAGENET100 else -1 for word in images.classes], np.int64)
     rows = np.flatnonzero(rank[images.labels] >= 0)
@@ -282,14 +282,14 @@ IMAGENET100 = tuple(_WORDS.split())
 
 def _read_tiny_imagenet(name: str, root: str, split: str) -> Images:
     """The training images as train and bank, the validation images (the labels of its test images are secret) as test."""
-    one = SETS[name]
-    folder = os.path.join(root, one.folder)
+    entry = SETS[name]
+    folder = os.path.join(root, entry.folder)
 
     def read(download: bool) -> None:
         if download:
             from torchvision.datasets.utils import download_and_extract_archive
 
-            download_and_extract_archive(one.source, root, md5="90528d7ca1a48142e341f4ef8d21d0de")
+            download_and_extract_archive(entry.source, root, md5="90528d7ca1a48142e341f4ef8d21d0de")
         for file in ("wnids.txt", "train", "val/val_annotations.txt"):
             os.stat(os.path.join(folder, file))
 
@@ -304,7 +304,7 @@ def _read_tiny_imagenet(name: str, root: str, split: str) -> Images:
         raise DataError(f"{shown(folder)}: {shown(strange[0])} is none of the classes of wnids.txt; unpack it anew")
     files = complete(name, folder, [os.fsencode(file) for file, _ in pairs])
     rank = {word: position for position, word in enumerate(classes)}
-    return Images(name, files, np.array([rank[word] for _, word in pairs], np.int64), classes, one.mean, one.std)
+    return Images(name, files, np.array([rank[word] for _, word in pairs], np.int64), classes, entry.mean, entry.std)
 
 
 def _rows(path: str, columns: int) -> list[list[str]]:
@@ -320,7 +320,7 @@ def _rows(path: str, columns: int) -> list[list[str]]:
 
 
 def is_voc(folder: str) -> bool:
-    """Whether a folder is that of a VOC year: JPEGImages/ and lists of classes in ImageSets/Main/."""
+    """Return whether a folder is that of a VOC year: it has JPEGImages/ and lists of classes in ImageSets/Main/."""
     return os.path.isdir(os.path.join(folder, "JPEGImages")) and bool(_voc_parts(folder))
 
 

@@ -311,9 +311,10 @@ def shrink(run: Run, display: Display) -> None:
     config, images, engine = run.config, run.images, run.engine
     if config.loader.cache is None:
         return
-    source = on_first(engine, lambda: shrunken(images, config, display))
+    loader, devices = config.loader, config.engine.devices
+    source = on_first(engine, lambda: shrunken(images, loader, display, devices))
     if source is None:
-        source = shrunken(images, config, display)  # once more on machines that have a disk of their own
+        source = shrunken(images, loader, display, devices)  # once more on machines that have a disk of their own
     engine.wait()
     read(run, dataclasses.replace(images, source=source))
 

@@ -51,37 +51,24 @@ TWINS = {
 }
 
 
-def to_torchvision(backbone: nn.Module, timm_name: str) -> dict[str, Tensor]:
-    """Return a backbone's weights under torchvision's names.
+def to_torchvision(weights: Mapping[str, Tensor], timm_name: str) -> dict[str, Tensor]:
+    """Return the weights of a timm network without classifier, with its own (`standard`) stem, under torchvision's names.
 
-    Args:
-        backbone: the timm network without classifier, on the CPU, with its own (`standard`) stem.
-        timm_name: its name in timm.
-
-    Returns:
-        The state dict of the network `TWINS[timm_name]` less the last linear layer. Where the two libraries differ in batch
-        norm's epsilon (MobileNetV3, large EfficientNets) the norms' weights are scaled to make up for it: in eval mode the
-        networks are equal.
+    Where the two libraries differ in batch norm's epsilon (MobileNetV3, large EfficientNets) the norms' weights are scaled to make
+    up for it: in eval mode the networks are equal.
 
     Raises:
-        ConfigError: if torchvision has no such network.
-        CheckpointError: if a shape differs, or the outputs do on random or real images.
+        ConfigError: if torchvision has no such network, or in the installed versions the two are not the same function.
+        CheckpointError: if the weights are not those of this network.
     """
-    return _move(backbone, bare(_twin(timm_name))[0], pairs(timm_name), f"{timm_name} to torchvision's")
+    ours, theirs, names = _networks(timm_name)
+    return _renamed(weights, ours, theirs, names)
 
 
 def from_torchvision(weights: Mapping[str, Tensor], timm_name: str) -> dict[str, Tensor]:
-    """Return torchvision's weights, without its last linear layer, under timm's names; the way back of `to_torchvision`, as strict."""
-    network, _ = bare(_twin(timm_name))
-    if faults := mismatches(network.state_dict(), weights):
-        raise CheckpointError(f"torchvision's {_twin(timm_name)}: the weights do not match; {_shown(faults)}")
-    _fill(network, weights)
-    back = {theirs: ours for ours, theirs in pairs(timm_name).items()}
-    return _move(network, _timm(timm_name), back, f"torchvision's to timm's {timm_name}")
-
-
-def _shown(faults: Mapping[str, list[str]]) -> str:
-    return "; ".join(f"{kind} ({len(names)}): {', '.join(names[:3])}" for kind, names in faults.items())
+    """Return torchvision's weights, without its last linear layer, under timm's names; raises as `to_torchvision`."""
+    ours, theirs, names = _networks(timm_name)
+    return _renamed(weights, theirs, ours, {other: name for name, other in names.items()})
 
 
 def bare(name: str, args: Mapping[str, Any] | None = None) -> tuple[nn.Module, str]:
@@ -91,43 +78,31 @@ def bare(name: str, args: Mapping[str, Any] | None = None) -> tuple[nn.Module, s
     return network.eval(), drop_classifier(network)
 
 
-@functools.lru_cache
-def pairs(timm_name: str) -> Mapping[str, str]:
-    """Return torchvision's name of every weight by timm's, without the classifiers.
-
-    Raises:
-        ConfigError: if torchvision has no such network, or in the installed versions the two are not the same function.
-    """
-    twin = _twin(timm_name)
-    ours, (theirs, _) = _timm(timm_name), bare(twin)
-    names = paired(ours.state_dict(), theirs.state_dict())
-    _randomise(ours)
-    try:
-        _move(ours, theirs, names, timm_name)
-    except CheckpointError as error:
-        raise ConfigError(f"backbone: the pairing of {timm_name} with torchvision's {twin} is not proven ({error})") from error
-    return names
-
-
-def _twin(timm_name: str) -> str:
+@functools.lru_cache(maxsize=2)
+def _networks(timm_name: str) -> tuple[nn.Module, nn.Module, dict[str, str]]:
+    """Return timm's network, torchvision's, and torchvision's name of every weight by timm's, proven on random weights."""
     if timm_name not in TWINS:
         near = nearest_word(timm_name, list(TWINS))
         raise ConfigError(f"backbone: torchvision's twin of {timm_name!r} is not known; near: {near}")
-    return TWINS[timm_name]
-
-
-def _timm(name: str) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
-        network: nn.Module = timm.create_model(name, num_classes=0)
-    return network.eval()
-
-
-def paired(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> dict[str, str]:
-    """Pair the names of two networks: equal names, else in order among weights of one shape."""
-    if ours.keys() == theirs.keys():
-        return {name: name for name in ours}
-    left, right = _by_shape(ours), _by_shape(theirs)
-    return {one: other for shape, names in left.items() for one, other in zip(names, right.get(shape, ()), strict=False)}
+        ours: nn.Module = timm.create_model(timm_name, num_classes=0).eval()
+    theirs, _ = bare(TWINS[timm_name])
+    state, other = ours.state_dict(), theirs.state_dict()
+    names = {name: name for name in state}
+    if state.keys() != other.keys():
+        left, right = _by_shape(state), _by_shape(other)
+        names = {one: two for shape, those in left.items() for one, two in zip(those, right.get(shape, ()), strict=False)}
+    difference = float("inf")
+    if len(names) == len(state) == len(other):
+        _randomise(ours)
+        _fill(theirs, _renamed(ours.state_dict(), ours, theirs, names))
+        difference = _difference(ours, theirs)
+    if not difference <= TOLERANCE:  # NaN is refused as well
+        raise ConfigError(
+            f"backbone: {timm_name} and torchvision's {TWINS[timm_name]} are not the same network in these versions of the two "
+            f"libraries (outputs differ by {difference:.1e} of the largest)"
+        )
+    return ours, theirs, names
 
 
 def _by_shape(state: Mapping[str, Tensor]) -> dict[tuple[int, ...], list[str]]:
@@ -143,28 +118,22 @@ def _by_shape(state: Mapping[str, Tensor]) -> dict[tuple[int, ...], list[str]]:
     return groups
 
 
-def _move(source: nn.Module, target: nn.Module, names: Mapping[str, str], what: str) -> dict[str, Tensor]:
-    """Fill `target` with the source's weights under its own names, prove that both now compute the same, return them."""
-    state, wanted = source.state_dict(), target.state_dict()
-    sizes = {name: torch.Size([value.numel()]) for name, value in state.items()}
-    needed = {name: torch.Size([wanted[other].numel()]) for name, other in names.items()}
-    if sizes != needed or set(names.values()) != wanted.keys():
-        strange = sorted(name for name in sizes.keys() | needed.keys() if sizes.get(name) != needed.get(name))
-        raise CheckpointError(f"{what}: the weights do not match ({len(strange)}): {', '.join(strange[:3])}")
-    moved = {other: state[name].reshape(wanted[other].shape).clone() for name, other in names.items()}
+def _renamed(weights: Mapping[str, Tensor], source: nn.Module, target: nn.Module, names: Mapping[str, str]) -> dict[str, Tensor]:
+    """Return the weights of `source` under the names and shapes of `target`."""
+    if faults := mismatches(source.state_dict(), weights):
+        lists = "; ".join(f"{kind} ({len(those)}): {', '.join(those[:3])}" for kind, those in faults.items())
+        raise CheckpointError(f"the weights do not match the network; {lists}")
+    wanted = target.state_dict()
+    renamed = {other: weights[name].reshape(wanted[other].shape).clone() for name, other in names.items()}
     for name, other in names.items():  # where batch norms differ in epsilon, weight / sqrt(variance + epsilon) has to stay
         if name.endswith("running_var"):
             before: Any = source.get_submodule(name.rpartition(".")[0]).eps
             after: Any = target.get_submodule(other.rpartition(".")[0]).eps
+            weight, variance = other.removesuffix("running_var") + "weight", renamed[other].double()
             if before != after:
-                weight, variance = other.removesuffix("running_var") + "weight", moved[other].double()
                 scale = ((variance + after) / (variance + before)).sqrt()
-                moved[weight] = (moved[weight].double() * scale).to(moved[other].dtype)
-    _fill(target, moved)
-    difference = _difference(source, target)
-    if not difference <= TOLERANCE:  # NaN is refused as well
-        raise CheckpointError(f"{what}: outputs differ by {difference:.1e} of the largest, more than {TOLERANCE:g}")
-    return moved
+                renamed[weight] = (renamed[weight].double() * scale).to(renamed[other].dtype)
+    return renamed
 
 
 @torch.no_grad()
@@ -185,15 +154,12 @@ def _randomise(network: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _difference(one: nn.Module, other: nn.Module) -> float:
+def _difference(ours: nn.Module, theirs: nn.Module) -> float:
     """Compute the largest difference of two networks' outputs on two random and two real images, relative to the largest output."""
-    cfg: Any = next((net.pretrained_cfg for net in (one, other) if hasattr(net, "pretrained_cfg")), {})
+    cfg: Any = ours.pretrained_cfg
     side = int(cfg["input_size"][-1]) if cfg.get("fixed_input_size") else SIDE
     noise = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
     real = torch.from_numpy(digits.load("test")[0][[0, 40]]).float() / 127.5 - 1
     images = torch.cat([noise, F.interpolate(real, (side, side), mode="bilinear")])
-    modes = [(net, net.training) for net in (one, other)]
-    ours, theirs = (net.eval()(images).flatten(1) for net in (one, other))
-    for net, training in modes:
-        net.train(training)
-    return float((ours - theirs).abs().max() / ours.abs().max()) if ours.shape == theirs.shape else float("inf")
+    one, other = (network(images).flatten(1) for network in (ours, theirs))
+    return float((one - other).abs().max() / one.abs().max()) if one.shape == other.shape else float("inf")

@@ -225,7 +225,7 @@ def as_torchvision(source: Source) -> Written:
     weights = state
     if not native and spec.stem == "standard":
         try:
-            weights = to_torchvision(source.backbone, spec.name)
+            weights = to_torchvision(state, spec.name)
         except (CheckpointError, ConfigError) as error:
             raise unsuited("torchvision", f"cannot take this {spec.name} ({error})") from error
     elif {key: value.shape for key, value in network.state_dict().items()} != {key: value.shape for key, value in state.items()}:
