@@ -18,7 +18,7 @@ from typing import IO, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from relssl.errors import ConfigError, LockedError, StorageError
+from relssl.errors import ConfigError, Interrupted, LockedError, StorageError
 from relssl.files import write_file, write_json
 from relssl.settings.recipes import public_name
 from relssl.settings.run import Config, to_yaml
@@ -72,6 +72,15 @@ class RunFolder:
     def status(self, state: str, step: int, **facts: Any) -> None:
         """Write to status.json where the run stands; state is running, complete, interrupted or failed."""
         write_json(self.path / "status.json", {"state": state, "step": step, "exit_code": None, "error": None} | facts)
+
+    def failed(self, step: int, error: BaseException) -> None:
+        """Write to status.json why the run has ended before its last step."""
+        stopped = isinstance(error, (Interrupted, KeyboardInterrupt))
+        code, kind = (130, "interrupted") if stopped else (1, "bug")
+        details = {"kind": getattr(error, "kind", kind), "field": None, "message": str(error)}
+        names = sorted(path.name for path in self.checkpoints.glob("step-*"))
+        facts = {"error": details, "last_checkpoint": names[-1] if names else None}
+        self.status("interrupted" if stopped else "failed", step, exit_code=getattr(error, "exit_code", code), **facts)
 
     def give_up_after(self, step: int) -> None:
         """Remove checkpoints later than `step`: going on from an older one gives their future up."""
@@ -148,7 +157,7 @@ TIMINGS = ("images_per_second", "data_wait")
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Read the rows of a .jsonl file; a last line cut short by a crash is left out."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     with contextlib.suppress(json.JSONDecodeError):
         rows += map(json.loads, path.read_text().splitlines() if path.exists() else [])
     return rows
