@@ -115,7 +115,7 @@ def loading(settings: Mapping[str, Any], source: str) -> Work:
     images = images_of(source)
     config = complete_settings(resolve(settings), images)
     if config.loader.cache is not None:  # before anything is timed
-        images = dataclasses.replace(images, source=shrunken(images, config, Quiet()))
+        images = dataclasses.replace(images, source=shrunken(images, config.loader, Quiet()))
     training, start = create_run(config, engine(config), images), 0
 
     def run(count: int) -> None:
@@ -199,6 +199,7 @@ def loss_work(form: str, shape: tuple[int, int, int, int], threads: int) -> Work
     rows = (torch.randn(count, dim, generator=generator) for count in (size, batch, views * batch))
     memory, keys, queries = (F.normalize(each, dim=1).to(device) for each in rows)
     queries = queries.view(views, batch, dim).requires_grad_()
+    prepare_process()  # as in training, and only now: else what drawing took would lie ready, and not count as the loss's
     loss: Any = partial(conventional.conventional_loss, student=0.1, teacher=0.04)
     if form != "conventional":
         loss = partial(OBJECTIVES[form], student_temperature=0.1, teacher_temperature=0.04)

@@ -79,7 +79,7 @@ def measure_small(args: argparse.Namespace) -> Record:
 def measure_network(args: argparse.Namespace, network: str) -> Record:
     """Measure steps of ImageNet's recipe with another network, by one view and by the official five."""
     size, crops = (64, [[64, 0.2, 1], [32, 0.1, 0.5]]) if args.rehearse else (224, OFFICIAL_CROPS)
-    settings = settings_of(args, recipe="imagenet", backbone=network, batch_size=4 if args.rehearse else 256)
+    settings = settings_of(args, recipe="imagenet", backbone=network, batch_size=16 if args.rehearse else 256)
     settings |= {"backbone_args": {"zero_init_last": False} if network.startswith("resnet") else {}}
     settings |= {"views.weak.size": size, "views.strong.size": size}
     source = Noise(64, 80) if args.rehearse else Noise(2048, 256)

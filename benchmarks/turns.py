@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import resource
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -94,7 +93,9 @@ def _lap(contender: Contender, units: int) -> Record:
         # Else what runs here, such as the workers of a loader, would be started as this process was.
         multiprocessing.set_start_method(None, force=True)  # type: ignore[arg-type]
         _work = contender.make(**contender.arguments)
-        _before = _peak_memory()
+        with suppress(OSError):  # count the peak from here on
+            Path("/proc/self/clear_refs").write_text("5")
+        _before = _memory("VmRSS")
     start, used = time.perf_counter(), _cpu_seconds()
     seconds = _work.run(units)
     passed = time.perf_counter() - start
@@ -102,7 +103,7 @@ def _lap(contender: Contender, units: int) -> Record:
         "units": units,
         "seconds": passed if seconds is None else seconds,
         "cpu_seconds": _cpu_seconds() - used,
-        "memory_mib": [_before >> 20, _peak_memory() >> 20],
+        "memory_mib": [_before >> 20, _memory("VmHWM") >> 20],
         "images": _work.images,
         "facts": dict(_work.facts),
     }
@@ -119,11 +120,12 @@ def _cpu_seconds() -> float:
     return total
 
 
-def _peak_memory() -> int:
-    """Bytes at the peak: on the GPU if one is in use, else of this process, without its workers'."""
+def _memory(field: str) -> int:
+    """Bytes now (VmRSS) or at the peak (VmHWM): on the GPU if one is in use, else of this process, without its workers'."""
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        return int(torch.cuda.max_memory_allocated())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+        return int(torch.cuda.memory_allocated() if field == "VmRSS" else torch.cuda.max_memory_allocated())
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(field))
 
 
 def _summed(record: Record) -> Record:
@@ -176,7 +178,8 @@ def show_records(title: str, records: dict[str, Record], bases: Sequence[str], f
     rows = []
     for name, record in records.items():
         record["times"] = {base: times(records, name, base, figure) for base in bases}
-        peak = record["failed"] if "failed" in record else record["memory_mib"][1]
+        before, most = record.get("memory_mib", (0, 0))
+        peak = record["failed"] if "failed" in record else f"{most} ({most - before} on top)"
         speeds = [spread(record.get(each), 1) for each in ("images_per_second", "images_per_core_second")]
         rows.append([name, *speeds, *(spread(record["times"][base]) for base in bases), peak])
     unit = "a core, times" if figure == "images_per_core_second" else "times"

@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Callable
 
 import numpy as np
-from PIL import Image, ImageDraw, PngImagePlugin
+from PIL import Image, ImageDraw
 
 WIDTH, HEIGHT = 48, 32
 MAX_PIXELS = 89_000_000
@@ -133,12 +133,6 @@ def text_bomb() -> bytes:
     return png()[:33] + chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(40_000_000), 1)) + png()[33:]
 
 
-def saved_objects() -> bytes:
-    stream = io.BytesIO()
-    np.save(stream, np.array([{}], object), allow_pickle=True)
-    return stream.getvalue()
-
-
 def noise(count: int) -> bytes:
     return np.random.Generator(np.random.PCG64(0)).bytes(count)
 
@@ -151,60 +145,36 @@ def grey16_tiff() -> bytes:
     return save(Image.fromarray(np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)), "TIFF")
 
 
-def many_chunks() -> bytes:
-    info = PngImagePlugin.PngInfo()
-    for number in range(500):
-        info.add_text(f"key{number}", "value")
-    return png(pnginfo=info)
-
-
 Maker = Callable[[], bytes]
 LOAD: dict[str, tuple[str, Maker]] = {
     "jpeg_plain": ("jpg", jpeg),
     "jpeg_progressive": ("jpg", lambda: jpeg(progressive=True)),
     "jpeg_gray": ("jpg", lambda: jpeg(picture().convert("L"))),
     "jpeg_cmyk": ("jpg", lambda: jpeg(picture().convert("CMYK"))),
-    "jpeg_subsampling_411": ("jpg", lambda: jpeg(subsampling="4:1:1")),
     **{f"jpeg_exif_orientation_{turn}": ("jpg", functools.partial(oriented, turn)) for turn in range(1, 9)},
     "jpeg_exif_orientation_bad": ("jpg", lambda: oriented(77)),
     "jpeg_exif_garbage": ("jpg", lambda: jpeg(exif=b"Exif\0\0" + noise(200))),
-    "jpeg_exif_truncated_ifd": ("jpg", lambda: jpeg(exif=b"Exif\0\0II*\0\x08\0\0\0\x40\0\x12\x01")),
     "jpeg_icc_garbage": ("jpg", lambda: jpeg(icc_profile=noise(500))),
-    "jpeg_big_comment": ("jpg", lambda: jpeg(comment=b"c" * 60_000)),
     "jpeg_trailing_garbage": ("jpg", lambda: jpeg() + noise(5000)),
-    "jpeg_appended_zip": ("jpg", lambda: jpeg() + zipped()),
     "jpeg_mpo": ("jpg", lambda: frames("MPO")),
-    "jpeg_1x1": ("jpg", lambda: jpeg(Image.new("RGB", (1, 1)))),
-    "jpeg_wide_3000x1": ("jpg", lambda: jpeg(Image.new("RGB", (3000, 1)))),
     "jpeg_tall_1x3000": ("jpg", lambda: jpeg(Image.new("RGB", (1, 3000)))),
-    "jpeg_uniform_black": ("jpg", lambda: jpeg(Image.new("RGB", (WIDTH, HEIGHT)))),
-    "jpeg_uppercase_ext": ("JPG", jpeg),
-    "jpeg_ext_jpeg_mixed": ("JpEg", jpeg),
-    "png_named_jpg": ("jpg", png),
     "jpeg_named_png": ("png", jpeg),
-    "webp_named_jpg": ("jpg", lambda: save(picture(), "WEBP")),
     "png_plain": ("png", png),
     "png_rgba": ("png", lambda: png(alpha_picture())),
-    "png_fully_transparent": ("png", lambda: png(Image.new("RGBA", (WIDTH, HEIGHT)))),
     "png_la": ("png", lambda: png(alpha_picture().convert("LA"))),
     "png_palette": ("png", lambda: png(picture().quantize(64))),
     "png_palette_transparency": ("png", lambda: png(picture().quantize(64), transparency=bytes(range(0, 256, 4)))),
     "png_1bit": ("png", lambda: png(picture().convert("1"))),
     "png_16bit_gray": ("png", lambda: png_16bit(1)),
     "png_16bit_rgb": ("png", lambda: png_16bit(3)),
-    "png_interlaced": ("png", lambda: raw_png(1, 1, 8, 2, b"\0\x10\x20\x30", interlace=1)),
     "png_trns_rgb": ("png", lambda: png(transparency=(255, 255, 255))),
-    "png_trns_16bit": ("png", lambda: raw_png(2, 1, 16, 0, b"\0\0\0\xff\xff", chunk(b"tRNS", b"\0\0"))),
-    "png_many_chunks": ("png", many_chunks),
     "png_animated": ("png", lambda: frames("PNG")),
     "gif_static": ("gif", lambda: save(picture(), "GIF")),
     "gif_transparent": ("gif", lambda: save(alpha_picture(), "GIF")),
     "gif_animated": ("gif", lambda: frames("GIF")),
-    "webp_lossy": ("webp", lambda: save(picture(), "WEBP")),
     "webp_alpha": ("webp", lambda: save(alpha_picture(), "WEBP", lossless=True)),
     "webp_animated": ("webp", lambda: frames("WEBP")),
     "bmp_24": ("bmp", lambda: save(picture(), "BMP")),
-    "bmp_palette": ("bmp", lambda: save(picture().quantize(16), "BMP")),
     "tiff_rgb": ("tif", lambda: save(picture(), "TIFF")),
     "tiff_lzw_multi": (
         "tiff",
@@ -213,15 +183,11 @@ LOAD: dict[str, tuple[str, Maker]] = {
     "tiff_cmyk": ("tif", lambda: save(picture().convert("CMYK"), "TIFF")),
     "tiff_16bit_gray": ("tif", grey16_tiff),
     "ppm_p6": ("ppm", lambda: save(picture(), "PPM")),
-    "pgm_p5": ("pgm", lambda: save(picture().convert("L"), "PPM")),
     "pgm_16bit": ("pgm", lambda: b"P5 2 1 65535\n\0\0\xff\xff"),
-    "pbm_p4": ("pbm", lambda: save(picture().convert("1"), "PPM")),
 }
 SKIP: dict[str, tuple[str, Maker]] = {
     "zero_byte": ("jpg", lambda: b""),
-    "one_byte": ("jpg", lambda: b"\xff"),
     "soi_only": ("jpg", lambda: b"\xff\xd8"),
-    "soi_eoi": ("jpg", lambda: b"\xff\xd8\xff\xd9"),
     "jpeg_headers_only": ("jpg", lambda: jpeg()[: scan_start(jpeg())]),
     **{f"jpeg_cut_{part}": ("jpg", functools.partial(lambda part: cut(jpeg(), part / 100), part)) for part in (25, 50, 90)},
     **{
@@ -229,42 +195,20 @@ SKIP: dict[str, tuple[str, Maker]] = {
         for part in (50, 90)
     },
     "jpeg_no_quant": ("jpg", lambda: without(jpeg(), 0xDB)),
-    "jpeg_zero_size": ("jpg", lambda: resized_header(0, 0)),
     "jpeg_lossless_sof3": ("jpg", lambda: jpeg().replace(b"\xff\xc0", b"\xff\xc3", 1)),
     "random_jpg": ("jpg", lambda: b"\0" + noise(4000)),
-    "random_after_magic": ("jpg", lambda: b"\xff\xd8\xff\xe0" + noise(4000)),
-    "text_jpg": ("jpg", lambda: b"This is a text.\n" * 20),
     "html_404_jpg": ("jpg", lambda: b"\n<!DOCTYPE html><html><title>404 Not Found</title></html>"),
-    "json_jpg": ("jpg", lambda: b'{"error": "not found"}'),
     "git_lfs_pointer": ("jpg", lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12345\n"),
-    "gzip_jpg": ("jpg", lambda: zlib.compress(jpeg(), wbits=31)),
     "zip_jpg": ("jpg", zipped),
-    "mp4_jpg": ("jpg", lambda: b"\0\0\0\x20ftypisom\0\0\x02\0isomiso2avc1mp41" + bytes(100)),
-    "heic_stub": ("jpg", lambda: b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100)),
-    "avif_stub": ("avif", lambda: b"\0\0\0\x18ftypavif\0\0\0\0mif1avif" + bytes(100)),
-    "apple_double": ("jpg", lambda: b"\0\x05\x16\x07\0\x02\0\0Mac OS X        " + bytes(100)),
     "png_cut_50": ("png", lambda: cut(png(), 0.5)),
-    "png_signature_only": ("png", lambda: png()[:8]),
-    "png_bad_signature_crlf": ("png", lambda: png().replace(b"\r\n", b"\n", 1)),
-    "png_ihdr_bad_crc": ("png", lambda: patched(png(), 29, b"\0\0\0\0")),
     "png_no_idat": ("png", lambda: raw_png(8, 8, 8, 2, None)),
     "png_bad_zlib": ("png", lambda: raw_png(8, 8, 8, 2, None, chunk(b"IDAT", noise(300)))),
     "png_zero_size": ("png", lambda: raw_png(0, 0, 8, 2, b"")),
-    "png_bad_colour_type": ("png", lambda: raw_png(8, 8, 8, 5, bytes(200))),
     "gif_cut": ("gif", lambda: cut(save(picture(), "GIF"), 0.6)),
-    "gif_header_only": ("gif", lambda: save(picture(), "GIF")[:13]),
-    "webp_cut": ("webp", lambda: cut(save(picture(), "WEBP"), 0.5)),
-    "bmp_cut": ("bmp", lambda: cut(save(picture(), "BMP"), 0.5)),
     "ppm_short": ("ppm", lambda: cut(save(picture(), "PPM"), 0.5)),
-    "jp2_header_only": ("jp2", lambda: save(picture(), "JPEG2000")[:60]),
     "tiff_float32": ("tif", lambda: float_tiff(0.5)),
-    "tiff_float_nan": ("tif", lambda: float_tiff(float("nan"))),
     "tiff_int32": ("tif", lambda: save(Image.fromarray(np.full((8, 8), 1 << 20, np.int32)), "TIFF")),
-    "pfm": ("ppm", lambda: b"Pf\n1 1\n-1.0\n" + struct.pack("<f", 0.5)),
-    "ico": ("png", lambda: save(picture(), "ICO")),
-    "jpeg_claims_65500": ("jpg", lambda: resized_header(65500, 65500)),
     "jpeg_claims_100mp": ("jpg", lambda: resized_header(10_000, 10_000)),
-    "png_bomb_144mp": ("png", lambda: raw_png(12_000, 12_000, 1, 0, bytes(12_000 * 1501))),
     "png_bomb_400mp": ("png", lambda: raw_png(20_000, 20_000, 1, 0, bytes(20_000 * 2501))),
     "gif_bomb_screen": ("gif", lambda: patched(save(picture(), "GIF"), 6, b"\xff\xff\xff\xff")),
     "ppm_bomb_header": ("ppm", lambda: b"P6 100000 100000 255\n" + bytes(100)),
@@ -273,26 +217,16 @@ SKIP: dict[str, tuple[str, Maker]] = {
     "eps_jpg": ("jpg", lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"),
     "svg_xxe_png": ("png", lambda: b'<?xml version="1.0"?><!DOCTYPE s [<!ENTITY x SYSTEM "file:///etc/passwd">]><svg>&x;</svg>'),
     "pdf_jpg": ("jpg", lambda: b"%PDF-1.7\n%%EOF\n"),
-    "psd_jpg": ("jpg", lambda: b"8BPS\0\x01" + bytes(6) + struct.pack(">HIIHH", 3, 8, 8, 8, 3) + bytes(500)),
-    "fits_jpg": ("jpg", lambda: b"SIMPLE  =                    T".ljust(2880)),
     "pickle_png": ("png", lambda: pickle.dumps(["not", "an", "image"])),
-    "npy_object_jpg": ("jpg", saved_objects),
 }
 EITHER: dict[str, tuple[str, Maker]] = {
     "jpeg2000": ("jp2", lambda: save(picture(), "JPEG2000")),
     "avif": ("avif", lambda: save(picture(), "AVIF")),
     "jpeg_missing_eoi": ("jpg", lambda: jpeg()[:-2]),
-    "jpeg_no_huffman": ("jpg", lambda: without(jpeg(), 0xC4)),
-    "jpeg_bad_huffman": ("jpg", lambda: patched(jpeg(), jpeg().index(b"\xff\xc4") + 5, b"\xff" * 16)),
     "jpeg_bitrot_zeros": ("jpg", lambda: patched(jpeg(), scan_start(jpeg()) + 50, bytes(60))),
-    "jpeg_bitrot_ff": ("jpg", lambda: patched(jpeg(), scan_start(jpeg()) + 50, b"\xff" * 60)),
     "png_idat_bad_crc": ("png", lambda: patched(png(), len(png()) - 16, b"\0\0\0\0")),
-    "png_short_data": ("png", lambda: raw_png(8, 8, 8, 2, bytes(60))),
-    "png_palette_missing": ("png", lambda: raw_png(8, 8, 8, 3, bytes(72))),
     "png_text_bomb": ("png", text_bomb),
-    "tiff_cut": ("tif", lambda: cut(save(picture(), "TIFF"), 0.7)),
     "tiff_ifd_loop": ("tif", tiff_loop),
-    "gif_frame_beyond_screen": ("gif", lambda: patched(save(picture(), "GIF"), 6, b"\x04\0\x04\0")),
 }
 CONTENTS: dict[str, tuple[str, str, Maker]] = {
     kind: (expected, *made)

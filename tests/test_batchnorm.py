@@ -77,6 +77,14 @@ def test_evaluation_and_state_dict_are_the_plain_ones() -> None:
     assert split.state_dict().keys() == plain.state_dict().keys()
 
 
+def test_two_crops_pass_where_all_statistics_lie_in_one_block() -> None:
+    split, plain = norms(2)
+    block = torch.cat([split.running_mean, plain.running_mean])  # type: ignore[list-item]
+    split.running_mean, plain.running_mean = block[:5], block[5:]
+    sum(plain(split(torch.randn(4, 5, side, side))).square().sum() for side in (4, 2)).backward()  # type: ignore[union-attr]
+    assert split.weight.grad is not None and bool(split.weight.grad.isfinite().all())
+
+
 def test_a_batch_that_does_not_divide_is_refused_and_leaves_no_trace() -> None:
     split, _ = norms(4)
     before = copy.deepcopy(split.state_dict())

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from torchvision import transforms
 
-from relssl.data.draws import POOL, Draws, _mix, draw, uniforms
+from relssl.data.draws import POOL, Draws, _mix, draw, draw_crops, uniforms
 from relssl.settings.run import VIEWS, ViewConfig
 
 ALL = {**VIEWS["strong"], "solarize": 0.3, "affine": 0.7, "degrees": 20.0, "translate": 0.1, "zoom": (0.7, 1.3)}
@@ -103,6 +103,13 @@ def test_another_seed_epoch_id_or_slot_is_another_view(other):
     one, two = make(0, 0, 0, 0), make(*other)
     assert not (one.crop == two.crop).all(axis=1).any()
     assert (one.flip != two.flip).any() and (one.ops != two.ops).any() and (one.order != two.order).any()
+
+
+def test_crops_are_drawn_alike_without_the_rest():
+    sizes = np.array([[20 + i, 40 - i] for i in range(10)])
+    for config in (view(), view(scale=None)):
+        one, other = draw_crops(config, 3, 2, np.arange(10), 1, sizes), draw(config, 3, 2, np.arange(10), 1, sizes).crop
+        np.testing.assert_array_equal(one, other)
 
 
 def test_size_may_be_shared_or_each_samples_own():

@@ -144,8 +144,8 @@ def test_what_cannot_run_is_one_line(
 
 def test_what_is_refused_early_imports_no_torch(tmp_path: Path) -> None:
     code = "import sys; from relssl.cli import main; print(main(['estimate', 'nowhere/']), 'torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.stdout.split() == ["3", "False"]
+    ended = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ended.stdout.split() == ["3", "False"]
     with pytest.raises(ConfigError, match="steps: "):
         relssl.estimate("digits", steps=0)
 
@@ -164,11 +164,11 @@ def test_ctrl_c_is_one_line(settings_file: Path, tmp_path: Path) -> None:
 
 def test_two_ranks_speak_once(settings_file: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "relssl", "estimate", "--config", str(settings_file), "--steps", "3", "--json"]
-    done = subprocess.run(
+    ended = subprocess.run(
         [*command, "--engine.devices", "2"], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=240
     )
-    assert done.returncode == 0, done.stderr
-    (line,) = done.stdout.splitlines()
+    assert ended.returncode == 0, ended.stderr
+    (line,) = ended.stdout.splitlines()
     figures = json.loads(line)
     assert figures["world"] == 2 and figures["extras"]["evaluations"] == 3
     assert figures["floor_seconds"] == pytest.approx(16 * sum(figures["flops"].values()) / figures["attainable_flops"])
@@ -209,7 +209,7 @@ def test_a_cache_is_read_where_it_is_and_not_made(folder: Path, tmp_path: Path) 
     assert 0 < figures.disk.cache <= 12 * 3 * 16 * 20 and figures.disk.cache_free > 0 and figures.unreadable == 1
     config = resolve(settings)
     with Display(1, 0, show=False) as silent:
-        shrunken(build(config, Engine(config.engine)).images, config, silent)
+        shrunken(build(config, Engine(config.engine)).images, config.loader, silent)
     written = {file: file.stat().st_mtime_ns for file in caches.rglob("*")}
     assert estimate(settings).disk.cache == 0
     assert {file: file.stat().st_mtime_ns for file in caches.rglob("*")} == written

@@ -1,7 +1,7 @@
-"""Making `Shrunk`: every image of a set decoded once, in worker processes, and made no larger than a run needs it.
+"""A cache of shrunk images: each decoded once, in worker processes, made no larger than a run needs, and kept as raw pixels.
 
-The pixels are appended to one file; the table names those that are safe on the disk. So a build that was killed goes on
-where the table ends, and is complete when it names every image.
+Pixels are appended to one file, and a table names those that are safe on the disk. So a build that was killed goes on where the
+table ends, and a cache is complete when its table names every image.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import json
 import os
 import shutil
 import time
@@ -22,76 +23,171 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from relssl.data.decode import BadImage, Opened
+from relssl.data.decode import BadImage, Decoded, Opened
 from relssl.data.folder import cache_root, shown
 from relssl.data.images import Files, Images
 from relssl.data.loader import read_batches, worker_count
-from relssl.data.shrunk import LAYOUT, PIXELS, Shrunk
 from relssl.data.subsets import identity, spread
 from relssl.errors import DataError, StorageError
-from relssl.files import size, storing, sweep, write_all
-from relssl.settings.run import Config, LoaderConfig
+from relssl.files import replacing, size, storing, sweep, write_all
+from relssl.settings.run import LoaderConfig
 
-# Images a worker sends at once: a few MB, for shared memory is small in containers.
-_BATCH = 8
-# Seconds between tables: what a kill costs.
-_SAVE_EVERY = 30.0
-# Images by which the size of a cache is estimated.
-_SAMPLE = 64
+LAYOUT = "shrunk 1"
+PIXELS, TABLE = "pixels", "table"
+# What a table begins with, before the SHA-256 of the rest: 8 bytes of length, a header in JSON, then the sizes.
+_MAGIC = b"relssl arrays 1\n"
+_BATCH = 8  # images a worker sends at once: a few MB, for shared memory is small in containers
+_SAVE_EVERY = 30.0  # seconds between tables: what a kill costs
+_SAMPLE = 64  # images by which the size of a cache is estimated
 
-Outcome = np.ndarray | BadImage  # pixels uint8 [H, W, 3], or why there are none
+
+class Shrunk:
+    """The first n images of a set of files, or all, shrunk; a source of `Images`.
+
+    The pixels are mapped into memory when the first image is read: all processes of a machine share what of it lies in the
+    system's page cache, and a copy sent to another process maps the file anew.
+
+    Args:
+        folder: where the two files of the cache lie.
+        files: those of the set, all of them.
+        sizes: int32 [n,2], height and width of each image; 0, 0 if it cannot be read.
+        bad: {position: reason} of those.
+
+    Attributes:
+        total: bytes of all pixels.
+    """
+
+    def __init__(self, folder: Path, files: Files, sizes: np.ndarray, bad: dict[int, str]) -> None:
+        self.folder, self.files, self.sizes, self.bad = folder, files, sizes, bad
+        self._ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(3 * sizes.astype(np.int64).prod(1))])
+        self.total = int(self._ends[-1])
+        self._pixels: np.ndarray | None = None
+
+    @classmethod
+    def load(cls, folder: Path, files: Files) -> Shrunk:
+        """Return what the table of a folder names: no image if there is no table, it is damaged, or pixels are missing."""
+        with contextlib.suppress(OSError):
+            table, start = (folder / TABLE).read_bytes(), len(_MAGIC) + 32
+            if table.startswith(_MAGIC) and hashlib.sha256(table[start:]).digest() == table[len(_MAGIC) : start]:
+                end = start + 8 + int.from_bytes(table[start : start + 8], "little")
+                header = json.loads(table[start + 8 : end])
+                sizes = np.frombuffer(table[end:], "<i4").reshape(-1, 2)
+                shrunk = cls(folder, files, sizes, {int(row): reason for row, reason in header["facts"]["bad"].items()})
+                if header["kind"] == LAYOUT and (folder / PIXELS).stat().st_size >= shrunk.total:
+                    return shrunk
+        return cls(folder, files, np.zeros((0, 2), np.int32), {})
+
+    def save(self) -> None:
+        """Write the table, whose pixels must be safe on the disk; StorageError if it cannot be, and an older one is kept then."""
+        sizes = self.sizes.astype("<i4")
+        layout = {"sizes": [sizes.dtype.str, list(sizes.shape)]}
+        header = json.dumps({"kind": LAYOUT, "facts": {"bad": self.bad}, "arrays": layout}).encode("ascii")
+        body = len(header).to_bytes(8, "little") + header + sizes.tobytes()
+        with replacing(self.folder / TABLE, len(body)) as file:
+            file.write(_MAGIC + hashlib.sha256(body).digest() + body)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def take(self, rows: np.ndarray) -> Files:
+        """Return the files at these positions, int64 [M], not shrunk."""
+        return self.files.take(rows)
+
+    def fingerprint(self) -> str:
+        """Return that of the files."""
+        return self.files.fingerprint()
+
+    def name(self, row: int) -> str:
+        """Return the path of one file."""
+        return self.files.name(row)
+
+    def open(self, row: int, max_pixels: int) -> Decoded:
+        """Return one RGB image; BadImage with the reason for which its file could not be read."""
+        if row in self.bad:
+            raise BadImage(self.bad[row])
+        if self._pixels is None:
+            self._pixels = np.memmap(self.folder / PIXELS, np.uint8, "r", shape=(self.total,))
+        start, end = self._ends[row : row + 2]
+        return Decoded(Image.fromarray(self._pixels[start:end].reshape(*self.sizes[row], 3)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_pixels": None}
 
 
-class Teller(Protocol):
-    """Who tells the user how it goes."""
+class Progress(Protocol):
+    """Where a long piece of work is reported."""
 
     def say(self, line: str) -> None:
-        """One line."""
+        """Show one line."""
 
     def chore(self, what: str, done: int, total: int) -> AbstractContextManager[Callable[[int], None]]:
-        """Around a long work: what is called inside with how many are done now."""
+        """Surround the work; what it yields is called with how many items are done."""
 
 
-def shrunken(images: Images, config: Config, teller: Teller) -> Shrunk:
-    """The images with shorter sides of at most `loader.cache` pixels, found where an earlier run left them, else made.
+def shrunken(images: Images, settings: LoaderConfig, progress: Progress, processes: int = 1) -> Shrunk:
+    """Return the images with shorter sides of at most `loader.cache` pixels, from an earlier run's cache or made now.
 
     Processes that want the same at once agree: one makes it, the others wait.
+
+    Args:
+        images: a set of files.
+        settings: the side, where caches lie, and how to read.
+        progress: where the work is reported.
+        processes: training processes on this machine, whose workers all help.
 
     Raises:
         StorageError: if the disk has no room, or cannot be written.
         DataError: if a worker process dies, or a file cannot be read for a reason that may pass; the next call goes on there.
     """
-    assert isinstance(images.source, Files) and config.loader.cache is not None
-    folder, files = place(images, config), images.source
-    found = Shrunk.load(folder, files)
-    if len(found) < len(images):
-        with _placed(), _locked(folder, teller):
-            found = Shrunk.load(folder, files)  # another process may have made it meanwhile
-            if len(found) < len(images):
-                sweep(folder)
-                found = _make(config, found, teller)
-    teller.say(
-        f"cache: {len(images)} images in {size(found.total)}, {shown(str(folder))}; shorter sides are "
-        f"{config.loader.cache} pixels at most"
+    assert isinstance(images.source, Files) and settings.cache is not None
+    folder, files = place(images, settings), images.source
+    shrunk = Shrunk.load(folder, files)
+    if len(shrunk) < len(images):
+        try:
+            with _locked(folder, progress):
+                shrunk = Shrunk.load(folder, files)  # another process may have made it meanwhile
+                if len(shrunk) < len(images):
+                    sweep(folder)
+                    shrunk = _extend(shrunk, settings, progress, processes)
+        except StorageError as error:
+            raise StorageError(f"{error}, or set loader.cache_folder to another place") from error
+    progress.say(
+        f"cache: {len(images)} images in {size(shrunk.total)}, {shown(str(folder))}; shorter sides are "
+        f"{settings.cache} pixels at most"
     )
-    return found
+    return shrunk
 
 
-def place(images: Images, config: Config) -> Path:
-    """The folder of a cache; another one for other images, another side or what else decides about the pixels."""
-    loader = config.loader
-    key = f"{LAYOUT} {identity(images)} {loader.cache} {loader.max_pixels} {loader.reduced_decode}"
-    return root(config) / f"shrunk-{loader.cache}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+def place(images: Images, settings: LoaderConfig) -> Path:
+    """Return the folder of a cache: another one for other images, another side or what else decides about the pixels."""
+    key = f"{LAYOUT} {identity(images)} {settings.cache} {settings.max_pixels} {settings.reduced_decode}"
+    return root(settings) / f"shrunk-{settings.cache}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
 
 
-def root(config: Config) -> Path:
-    """The folder that caches lie in."""
-    chosen = config.loader.cache_folder
-    return Path(chosen).expanduser() if chosen else cache_root() / "shrunk"
+def root(settings: LoaderConfig) -> Path:
+    """Return the folder that caches lie in."""
+    return Path(settings.cache_folder).expanduser() if settings.cache_folder else cache_root() / "shrunk"
+
+
+class _Small(Dataset[np.ndarray | BadImage]):
+    """Each image shrunk, uint8 [H,W,3], or the reason why it cannot be read."""
+
+    def __init__(self, files: Files, settings: LoaderConfig) -> None:
+        self.files, self.settings, self.side = files, settings, settings.cache or 0
+
+    def __getitem__(self, row: int) -> np.ndarray | BadImage:
+        try:
+            with Opened(self.files.name(row), self.settings.max_pixels) as opened:
+                # The filter still gets twice the side, as in Pillow's own thumbnails.
+                reductions = opened.reductions if self.settings.reduced_decode else ()
+                reduction = max((each for each in reductions if min(opened.size) >= 2 * self.side * each), default=1)
+                return np.asarray(shrink(opened.rgb(reduction), self.side))
+        except BadImage as fault:
+            return fault if fault.lasting else BadImage(f"{shown(self.files.name(row))}: {fault}", lasting=False)
 
 
 def shrink(image: Image.Image, side: int) -> Image.Image:
-    """An image whose shorter side is `side` pixels, its shape kept; itself if it is no larger."""
+    """Scale an image to a shorter side of `side` pixels, its shape kept; return it as it is if it is no larger."""
     shorter = min(image.size)
     if shorter <= side:
         return image
@@ -99,45 +195,16 @@ def shrink(image: Image.Image, side: int) -> Image.Image:
     return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
-class _Small(Dataset[Outcome]):
-    """Each image shrunk, or why it cannot be read."""
-
-    def __init__(self, files: Files, loader: LoaderConfig) -> None:
-        assert loader.cache is not None
-        self.files, self.loader, self.side = files, loader, loader.cache
-
-    def __getitem__(self, row: int) -> Outcome:
-        try:
-            with Opened(self.files.name(row), self.loader.max_pixels) as opened:
-                return np.asarray(shrink(opened.rgb(self._reduction(opened)), self.side))
-        except BadImage as fault:
-            return fault if fault.lasting else BadImage(f"{shown(self.files.name(row))}: {fault}", lasting=False)
-
-    def _reduction(self, opened: Opened) -> int:
-        """By how much to reduce while decoding: the filter still gets twice the side, as in Pillow's own thumbnails."""
-        wanted = opened.reductions if self.loader.reduced_decode else ()
-        return max((each for each in wanted if min(opened.size) >= 2 * self.side * each), default=1)
-
-
-def _join(outcomes: list[Outcome]) -> tuple[torch.Tensor, list[tuple[int, int]], list[BadImage | None]]:
-    """All pixels, uint8 in one row, the height and width of each image, and the reasons."""
-    pixels = [outcome.reshape(-1) for outcome in outcomes if isinstance(outcome, np.ndarray)]
-    sizes = [outcome.shape[:2] if isinstance(outcome, np.ndarray) else (0, 0) for outcome in outcomes]
-    reasons = [outcome if isinstance(outcome, BadImage) else None for outcome in outcomes]
+def _join(images: list[np.ndarray | BadImage]) -> tuple[torch.Tensor, list[tuple[int, ...]], list[BadImage | None]]:
+    """Join all pixels, uint8 in one row, with the height and width of each image, and the reasons."""
+    pixels = [image.reshape(-1) for image in images if isinstance(image, np.ndarray)]
+    sizes = [image.shape[:2] if isinstance(image, np.ndarray) else (0, 0) for image in images]
+    reasons = [image if isinstance(image, BadImage) else None for image in images]
     return torch.from_numpy(np.concatenate([np.zeros(0, np.uint8), *pixels])), sizes, reasons
 
 
 @contextlib.contextmanager
-def _placed() -> Iterator[None]:
-    """Add the setting that decides about the place to what a StorageError advises."""
-    try:
-        yield
-    except StorageError as error:
-        raise StorageError(f"{error}, or set loader.cache_folder to another place") from error
-
-
-@contextlib.contextmanager
-def _locked(folder: Path, teller: Teller) -> Iterator[None]:
+def _locked(folder: Path, progress: Progress) -> Iterator[None]:
     """Only one process writes; the lock goes with it, however it ends. Where the file system has no locks, users must see to it."""
     with storing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -147,61 +214,60 @@ def _locked(folder: Path, teller: Teller) -> Iterator[None]:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                teller.say(f"cache: waiting for the process that makes {shown(str(folder))}")
+                progress.say(f"cache: waiting for the process that makes {shown(str(folder))}")
                 fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError:
-            teller.say(f"cache: {shown(str(folder))} cannot be locked; let no other run make it at the same time")
+            progress.say(f"cache: {shown(str(folder))} cannot be locked; let no other run make it at the same time")
         yield
 
 
-def _make(config: Config, found: Shrunk, teller: Teller) -> Shrunk:
-    """Append what is missing."""
-    loader, count = config.loader, len(found.files)
-    small, start = _Small(found.files, loader), len(found)
-    needed = _require_room(small, found, count)
-    workers = worker_count(loader.workers, config.engine.devices) * config.engine.devices  # those of all ranks, which wait
+def _extend(shrunk: Shrunk, settings: LoaderConfig, progress: Progress, processes: int) -> Shrunk:
+    """Append what is missing to the pixels that the table names."""
+    small, start, count = _Small(shrunk.files, settings), len(shrunk), len(shrunk.files)
+    needed = _require_room(small, shrunk, count)
+    workers = worker_count(settings.workers, processes) * processes
     batches = read_batches(small, _join, workers, batch_size=_BATCH, sampler=range(start, count))
-    what = f"shrinking to {loader.cache} pixels, about {size(needed)}"
-    with teller.chore(what, start, count) as advance:
-        made = _append(found, batches, needed, advance)
-    if len(made) < count or (made.folder / PIXELS).stat().st_size != made.total:
-        raise StorageError(f"{made.folder}: is not what was written to it; remove it and check the disk")
-    return made
+    what = f"shrinking to {settings.cache} pixels, about {size(needed)}"
+    with progress.chore(what, start, count) as advance:
+        extended = _append(shrunk, batches, needed, advance)
+    if len(extended) < count or (extended.folder / PIXELS).stat().st_size != extended.total:
+        raise StorageError(f"{extended.folder}: is not what was written to it; remove it and check the disk")
+    return extended
 
 
-def _require_room(small: _Small, found: Shrunk, count: int) -> int:
-    """The bytes still to be written, by a sample; StorageError if there are fewer on the disk."""
-    rows = spread(len(found), count, _SAMPLE)
-    sampled = sum(made.size for made in (small[row] for row in rows) if isinstance(made, np.ndarray))
-    needed = sampled * (count - len(found)) // len(rows)
-    with storing(found.folder):
-        leftover = found.folder / PIXELS
-        free = shutil.disk_usage(found.folder).free
-        free += max(0, leftover.stat().st_size - found.total) if leftover.exists() else 0
+def _require_room(small: _Small, shrunk: Shrunk, count: int) -> int:
+    """Estimate the bytes still to be written, by a sample; StorageError if there are fewer on the disk."""
+    rows = spread(len(shrunk), count, _SAMPLE)
+    sampled = sum(image.size for image in (small[row] for row in rows) if isinstance(image, np.ndarray))
+    needed = sampled * (count - len(shrunk)) // len(rows)
+    with storing(shrunk.folder):
+        leftover = shrunk.folder / PIXELS
+        free = shutil.disk_usage(shrunk.folder).free
+        free += max(0, leftover.stat().st_size - shrunk.total) if leftover.exists() else 0
     if needed > free:
         raise StorageError(
-            f"{found.folder}: the cache needs about {size(needed)}, {size(free)} are free; free some space, or lower loader.cache"
+            f"{shrunk.folder}: the cache needs about {size(needed)}, {size(free)} are free; free some space, or lower loader.cache"
         )
     return needed
 
 
-def _append(found: Shrunk, batches: Iterator[Any], needed: int, advance: Callable[[int], None]) -> Shrunk:
-    """Write pixels as they come, behind those that the table names; and the table now and then, and at the end."""
-    path, sizes, bad = found.folder / PIXELS, found.sizes.tolist(), dict(found.bad)
+def _append(shrunk: Shrunk, batches: Iterator[Any], needed: int, advance: Callable[[int], None]) -> Shrunk:
+    """Write pixels as they come, and the table now and then, and at the end."""
+    path, sizes, bad = shrunk.folder / PIXELS, shrunk.sizes.tolist(), dict(shrunk.bad)
     with storing(path):
         file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
 
     def save() -> Shrunk:
         with storing(path, needed):
             os.fsync(file)
-        made = Shrunk(found.folder, found.files, np.array(sizes, np.int32).reshape(-1, 2), bad)
-        made.save()
-        return made
+        extended = Shrunk(shrunk.folder, shrunk.files, np.array(sizes, np.int32).reshape(-1, 2), bad)
+        extended.save()
+        return extended
 
     try:
         with storing(path):
-            os.ftruncate(file, found.total)
-            os.lseek(file, found.total, os.SEEK_SET)
+            os.ftruncate(file, shrunk.total)
+            os.lseek(file, shrunk.total, os.SEEK_SET)
         saved = time.monotonic()
         for pixels, shapes, reasons in batches:
             passing = next((reason for reason in reasons if reason is not None and not reason.lasting), None)
@@ -210,7 +276,7 @@ def _append(found: Shrunk, batches: Iterator[Any], needed: int, advance: Callabl
                 raise DataError(f"{passing}; that may pass, so nothing is noted and the next start goes on here; else remove it")
             with storing(path, needed):
                 write_all(file, pixels.numpy().data)
-            bad |= {len(sizes) + place: str(reason) for place, reason in enumerate(reasons) if reason is not None}
+            bad |= {len(sizes) + number: str(reason) for number, reason in enumerate(reasons) if reason is not None}
             sizes += shapes
             advance(len(sizes))
             if time.monotonic() - saved >= _SAVE_EVERY:

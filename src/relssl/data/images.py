@@ -25,7 +25,7 @@ IMAGENET_STD: Channels = (0.229, 0.224, 0.225)
 
 
 class Source(Protocol):
-    """The pixels of N images, wherever they lie: `Pixels`, `Files` or `shrunk.Shrunk`."""
+    """The pixels of N images, wherever they lie: `Pixels`, `Files` or `cache.Shrunk`."""
 
     def __len__(self) -> int: ...
 

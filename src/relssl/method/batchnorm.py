@@ -49,9 +49,10 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         joined = torch.cat(
             [F.batch_norm(part, mean, var, self.weight, self.bias, True, self.momentum, self.eps) for part, mean, var in parts]
         )
-        with torch.no_grad():
-            self.running_mean.copy_(means.mean(0))
-            self.running_var.copy_(variances.mean(0))
+        # Unseen by autograd, as the native kernel does it: where all running statistics lie in one block, as in a run, others are
+        # saved for the backward pass while this one sees another crop.
+        self.running_mean.data.copy_(means.mean(0))
+        self.running_var.data.copy_(variances.mean(0))
         return joined
 
     def extra_repr(self) -> str:

@@ -70,17 +70,27 @@ def reproduce(
         raise ConfigError(f"time_limit: must be above 0 minutes, got {time_limit:g}")
     if not plan_only:
         _check_out(planned, Path(out))
-    done = sum(run.state() == "done" for run in planned.chosen)
-    rows = len({run.row.name for run in planned.chosen})
-    tell = say or (lambda line: None)
-    tell(f"{planned.name}: {rows} rows, {len(planned.chosen)} runs, {done} of them done")
+    log = say or (lambda line: None)
+    rows, todo = {run.row.name for run in planned.chosen}, [run for run in planned.chosen if run.state() != "done"]
+    log(f"{planned.name}: {len(rows)} rows, {len(planned.chosen)} runs, {len(planned.chosen) - len(todo)} of them done")
     if planned.scale.name == "smoke" or planned.rehearsal:
-        tell("its numbers mean nothing: runs are cut short to show that everything works")
+        log("its numbers mean nothing: runs are cut short to show that everything works")
+    costs = _costs(planned, log) if plan_only or (say and todo) else {}
     if plan_only:
-        return _costs(planned, tell)
-    if say is not None and done < len(planned.chosen):
-        _costs(planned, say)
-    _perform_all(planned, Path(out), math.inf if time_limit is None else time.monotonic() + 60 * time_limit, tell)
+        return costs
+    end = math.inf if time_limit is None else time.monotonic() + 60 * time_limit
+    try:
+        with _signals_raise():
+            for run in todo:
+                if run.state() != "done":  # by another process meanwhile
+                    perform(run, end)
+                    write_results(planned, Path(out))
+                    log(f"{run.row.name} seed {run.seed}: {_summary(run)}")
+    except (Interrupted, _Signal) as error:
+        write_results(planned, Path(out))
+        left = sum(run.state() != "done" for run in todo)
+        what = f"{planned.name}: stopped with {left} of {len(planned.chosen)} runs to do; the same command goes on"
+        raise Interrupted(what, error.exit_code) from None
     return write_results(planned, Path(out))
 
 
@@ -95,28 +105,11 @@ def _check_out(planned: Plan, out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
 
 
-def _perform_all(planned: Plan, out: Path, end: float, say: Say) -> None:
-    """Do what is not done, one run after another, until the time `end`; results are written after each, and when it ends early."""
-    try:
-        with _signals_raise():
-            for run in planned.chosen:
-                if run.state() != "done":
-                    perform(run, end)
-                    write_results(planned, out)
-                    say(f"{run.row.name} seed {run.seed}: {_summary(run)}")
-    except (Interrupted, _Signal) as error:
-        code = error.code if isinstance(error, _Signal) else error.exit_code
-        write_results(planned, out)
-        left = sum(run.state() != "done" for run in planned.chosen)
-        what = f"{planned.name}: stopped with {left} of {len(planned.chosen)} runs to do; the same command goes on"
-        raise Interrupted(what, code) from None
-
-
 class _Signal(KeyboardInterrupt):
     """A signal outside of training, where nothing has to be saved; no handler of errors takes it for one."""
 
     def __init__(self, code: int) -> None:
-        self.code = code
+        self.exit_code = code
 
 
 @contextmanager
@@ -193,31 +186,31 @@ def _costs(planned: Plan, say: Say) -> dict[str, Any]:
     for run in planned.chosen:
         rows.setdefault(run.row.name, []).append(run)
     work: dict[str, tuple[float, float]] = {}
-    for name, (first, *_) in rows.items():
-        with _telling(name, say):
-            work[name] = _operations(first)
-    finished = [(work[run.row.name][0], one) for run in planned.chosen if run.row.name in work and (one := outcome(run))]
     rate, evaluation, basis = 0.0, None, "as no row can be set up here"
+    for name, (first, *_) in rows.items():
+        try:
+            work[name] = _operations(first)
+            if not rate and not any(outcome(run) for run in planned.chosen):
+                rate = _pace(first.config)
+                basis = f"from a few steps of {name}, the other rows by their operations; without the probe's own time"
+        except (RelsslError, RuntimeError, ValueError) as error:  # its run will fail with the same
+            say(f"{name}: time unknown: {str(error).splitlines()[0]}")
+    finished = [(work[run.row.name][0], one) for run in planned.chosen if run.row.name in work and (one := outcome(run))]
     if finished:
         rate = statistics.fmean(training / one["training_seconds"] for training, one in finished)
         evaluation = statistics.fmean(one["evaluation_seconds"] for _, one in finished)
         basis = f"from {len(finished)} runs that are done"
-    elif work:
-        name = next(iter(work))
-        with _telling(name, say):
-            rate = _pace(rows[name][0].config)
-            basis = f"from a few steps of {name}, the other rows by their operations; without the probe's own time"
     costs, total = [], 0.0
     for name, runs in rows.items():
         states, seconds = [run.state() for run in runs], None
-        done = states.count("done")
+        todo = len(runs) - states.count("done")
         if name in work and rate:
             training, features = work[name][0] / rate, work[name][1] / rate if evaluation is None else evaluation
-            seconds = (len(runs) - done) * features + (len(runs) - done - states.count("trained")) * training
+            seconds = todo * features + (todo - states.count("trained")) * training
             total += seconds
-        left = "unknown" if seconds is None else f"about {duration(seconds)}" if done < len(runs) else "nothing"
-        say(f"  {name:22} {len(runs) - done} of {len(runs)} runs to do, {left}  ({runs[0].row.label})")
-        costs.append({"row": name, "label": runs[0].row.label, "runs": len(runs), "done": done, "seconds": seconds})
+        left = "unknown" if seconds is None else f"about {duration(seconds)}" if todo else "nothing"
+        say(f"  {name:22} {todo} of {len(runs)} runs to do, {left}  ({runs[0].row.label})")
+        costs.append({"row": name, "label": runs[0].row.label, "runs": len(runs), "done": len(runs) - todo, "seconds": seconds})
     say(f"{f'about {duration(total)}' if rate else 'unknown time'} in all, {basis}")
     return {"table": planned.table.name, "scale": planned.scale.name, "rows": costs, "seconds": total, "basis": basis}
 
@@ -244,12 +237,3 @@ def _pace(config: Config) -> float:
     from relssl.train.estimate import step_flops, step_seconds
 
     return sum(step_flops(config).values()) * config.batch_size / step_seconds(config)
-
-
-@contextmanager
-def _telling(name: str, say: Say) -> Iterator[None]:
-    """Say why a row cannot be set up; its run will fail with the same."""
-    try:
-        yield
-    except (RelsslError, RuntimeError, ValueError) as error:
-        say(f"{name}: time unknown: {str(error).splitlines()[0]}")

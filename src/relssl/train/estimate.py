@@ -25,12 +25,11 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 
-from relssl.data.cache import place, root, shrunken
+from relssl.data.cache import Shrunk, place, root, shrunken
 from relssl.data.decode import BadImage, Decoded
 from relssl.data.images import Files, Images
 from relssl.data.loader import Batch, FromFiles, Resident
 from relssl.data.plain import PlainView, plain_view
-from relssl.data.shrunk import Shrunk
 from relssl.engine import Engine, available_cores, fast_bf16
 from relssl.errors import ConfigError
 from relssl.evaluation.pairs import choose
@@ -316,12 +315,12 @@ def time_steps(run: Run, steps: int, limit: float = 60.0) -> Timing:
             break
     marks, unreadable, begun = _Marks(engine), set[str](), time.perf_counter()
     marks.set("begin")
-    for done, batches in enumerate(itertools.islice(stream, count), start=1):
+    for number, batches in enumerate(itertools.islice(stream, count), start=1):
         marks.set("wait")
         train_step(run, batches)
         marks.set("work")
         unreadable.update(name for part in batches for name, _ in part.bad)
-        if done >= 3 and over(limit):
+        if number >= 3 and over(limit):
             break
     seconds = [span for _, span in marks.spans()]
     waits = seconds[::2]
@@ -423,7 +422,7 @@ def _saving(run: Run, cache: int) -> tuple[Disk, float]:
         logs=rows * (_ROW + _EVENTS * config.log.tensorboard),
         free=_free(Path(config.out or default_folder(config))),
         cache=cache,
-        cache_free=_free(root(config)),
+        cache_free=_free(root(config.loader)),
     )
     return disk, seconds
 
@@ -547,7 +546,7 @@ def _stand_in(run: Run) -> Iterator[int]:
         yield 0
         return
     assert isinstance(images.source, Files)
-    there = Shrunk.load(place(images, config), images.source)
+    there = Shrunk.load(place(images, config.loader), images.source)
     if not run.engine.largest(int(len(there) < len(images))):
         read(run, dataclasses.replace(images, source=there))
         yield 0
@@ -555,7 +554,7 @@ def _stand_in(run: Run) -> Iterator[int]:
     with tempfile.TemporaryDirectory(prefix="relssl-") as folder, Display(1, 0, show=False) as silent:
         # By this process alone, as its neighbours do the same at this time.
         loader = dataclasses.replace(config.loader, cache_folder=folder, workers=0)
-        few = shrunken(choose(images, _SHRUNK, config.seed), dataclasses.replace(config, loader=loader), silent)
+        few = shrunken(choose(images, _SHRUNK, config.seed), loader, silent)
         read(run, dataclasses.replace(images, source=_Repeated(few, images.source)))
         yield few.total * (len(images) - len(there)) // len(few)
 
