@@ -36,7 +36,8 @@ from relssl.data.plain import PlainView
 from relssl.engine import Engine, available_cores
 from relssl.errors import ConfigError
 from relssl.evaluation.detection import create_detector, curve, length, measure, train
-from relssl.evaluation.knn import knn_classify
+from relssl.evaluation.features import LabelledFeatures
+from relssl.evaluation.knn import neighbours, votes
 from relssl.evaluation.metrics import Bootstrap
 from relssl.evaluation.probe import hold_out, probe
 from relssl.method.backbones import create_backbone
@@ -91,12 +92,18 @@ def brute(k: int, temperature: float) -> KNeighborsClassifier:
     return KNeighborsClassifier(k, algorithm="brute", metric="cosine", weights=weights)
 
 
+def shares(points: Points, k: int, temperature: float) -> np.ndarray[Any, Any]:
+    """Return the share of the vote that each class gets, [M,C]."""
+    similarity, index = neighbours(points[0], points[2], k)
+    return votes(similarity, points[1][index], temperature, CLASSES).numpy()
+
+
 def agreement(points: Points) -> list[dict[str, float]]:
     """Compute the share of queries that both label alike, brute force in fp64, and the largest difference of a class's vote."""
     bank, labels, test, _ = points
     rows = []
     for k, temperature in ((1, 0.1), (20, 0.07), (200, 0.1)):
-        ours = knn_classify(bank, labels, test, k=k, temperature=temperature, classes=CLASSES).numpy()
+        ours = shares(points, k, temperature)
         theirs = brute(k, temperature).fit(bank.double(), labels).predict_proba(test.double())
         alike = float((ours.argmax(axis=1) == theirs.argmax(axis=1)).mean())
         rows.append({"k": k, "temperature": temperature, "alike": alike, "difference": float(np.abs(ours - theirs).max())})
@@ -107,12 +114,13 @@ def knn_work(name: str, sizes: tuple[int, int, int], threads: int) -> Work:
     """Return the labelling of all queries as work."""
     torch.set_num_threads(threads)
     threadpool_limits(threads)
-    (bank, labels, test, truth), facts = blobs(*sizes), dict[str, Any]()
+    points, facts = blobs(*sizes), dict[str, Any]()
+    bank, labels, test, truth = points
 
     def run(count: int) -> None:
         for _ in range(count):
             if name == "relssl":
-                guess = knn_classify(bank, labels, test, k=K, temperature=TEMPERATURE, classes=CLASSES).argmax(dim=1).numpy()
+                guess = shares(points, K, TEMPERATURE).argmax(axis=1)
             else:
                 guess = brute(K, TEMPERATURE).fit(bank.numpy(), labels.numpy()).predict(test.numpy())
             facts["top1"] = 100 * float((guess == truth.numpy()).mean())
@@ -136,7 +144,7 @@ def probe_work(name: str, bank: Path, test: Path, strength: float | None, thread
 def _ours(points: Points, strength: float | None) -> dict[str, Any]:
     settings = ProbeConfig() if strength is None else ProbeConfig(strengths=(strength,))
     classes = int(max(points[1].max(), points[3].max())) + 1
-    (finding,) = probe(*points, classes=classes, settings=settings, bootstrap=Bootstrap(100), seed=0)
+    (finding,) = probe(LabelledFeatures(*points, classes=classes), settings, Bootstrap(100), seed=0)
     return {"top1": finding.figures["top1"], "strength": finding.details["strength"]}
 
 

@@ -229,7 +229,7 @@ def test_settings_are_checked_before_anything_is_loaded(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as refused:
         read_settings({"protocol": "knn,probes", "linear.scale": "0.5,0.2", "knn.k": "0"})
     assert "knn.k" in str(refused.value)
-    with pytest.raises(ConfigError, match=r"knn\.k: is empty.*\n.*retrieval\.at: is empty"):
+    with pytest.raises(ConfigError, match=r"knn\.k: .*\nretrieval\.at: "):
         read_settings({"knn.k": "", "retrieval.at": ""})
     with pytest.raises(ConfigError, match="'probes' is unknown; the nearest is probe"):
         read_settings({"protocol": "knn,probes"})

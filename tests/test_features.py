@@ -17,7 +17,16 @@ from relssl.data.named import load
 from relssl.data.plain import PlainView, Reader
 from relssl.engine import Engine
 from relssl.errors import DataError, NumericError
-from relssl.evaluation.features import cache_key, cached, evaluating, extract, frozen, require_varied, state_hash
+from relssl.evaluation.features import (
+    LabelledFeatures,
+    cache_key,
+    cached,
+    evaluating,
+    extract,
+    frozen,
+    require_varied,
+    state_hash,
+)
 
 READER = Reader(PlainView(32, 1.0, "bilinear", (0.5,) * 3, (0.25,) * 3))
 ENGINE = Engine.local("cpu", "fp32")
@@ -127,15 +136,33 @@ def test_the_hash_knows_names_types_shapes_and_values() -> None:
     assert len({state_hash(one) for one in nets}) == len(nets)
 
 
+def sides(bank_labels: torch.Tensor, test_labels: torch.Tensor, classes: int = 10) -> LabelledFeatures:
+    return LabelledFeatures(torch.randn(len(bank_labels), 4), bank_labels, torch.randn(len(test_labels), 4), test_labels, classes)
+
+
 def test_features_that_no_protocol_can_use_are_refused() -> None:
     require_varied(torch.tensor([[1.0, 5.0], [1.0, 5.001]]), "bank")
     require_varied(torch.tensor([[1.0, 2.0]]), "bank")  # one image cannot vary
+    labels = torch.arange(20) % 10
     for features in (torch.zeros(20, 4), 1e6 * (1 + 1e-7 * torch.randn(20, 4))):
-        for chunk in (3, 100):
-            with pytest.raises(NumericError, match="test features are constant over all 20 images"):
-                require_varied(features, "test", chunk=chunk)
+        with pytest.raises(NumericError, match="test features are constant over all 20 images"):
+            replace(sides(labels, labels), test=features).check()
     features = torch.randn(20, 4)
     for value in (float("nan"), float("inf"), -float("inf")):
         features[13, 2] = features[17, 0] = value
         with pytest.raises(NumericError, match="bank features hold NaN or Inf, first in row 13"):
-            require_varied(features, "bank", chunk=5)
+            replace(sides(labels, labels), bank=features).check()
+
+
+def test_labels_that_leave_nothing_to_tell_apart_are_refused_and_gaps_noted() -> None:
+    labels = torch.arange(20) % 10
+    assert sides(labels, labels).check() == []
+    with pytest.raises(DataError, match="single class 4"):
+        sides(torch.full((20,), 4), labels).check()
+    with pytest.raises(DataError, match="test images are of no class"):
+        sides(labels, labels[:0]).check()
+    (note,) = sides(labels[labels < 3], labels).check()
+    assert "classes 3, 4, 5, 6, 7 and 2 more, so 14 test labels" in note
+    known = torch.eye(3, dtype=torch.int8).repeat(4, 1)
+    (note,) = sides(known, known * torch.tensor([1, 1, -1], dtype=torch.int8), 3).check()
+    assert "class 2, left out of map" in note

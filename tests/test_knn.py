@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.neighbors import KNeighborsClassifier
 
-from relssl.errors import ConfigError, DataError
-from relssl.evaluation.knn import knn, knn_accuracy, knn_classify
+from relssl.errors import ConfigError
+from relssl.evaluation.features import LabelledFeatures
+from relssl.evaluation.knn import knn, knn_accuracy, neighbours, votes
 from relssl.evaluation.metrics import Bootstrap
 from relssl.settings.evaluation import KnnConfig
 
@@ -26,6 +27,13 @@ def points(n: int, m: int, d: int, classes: int, seed: int = 0) -> tuple[torch.T
     labels[:classes] = torch.arange(classes)[: n + m]  # every class is in the bank
     features = centres[labels] + 1.5 * torch.randn(n + m, d, generator=g)
     return features[:n], labels[:n], features[n:], labels[n:]
+
+
+def classify(
+    bank: torch.Tensor, labels: torch.Tensor, queries: torch.Tensor, *, k: int, temperature: float, classes: int, **chunks: int
+) -> torch.Tensor:
+    similarity, index = neighbours(bank, queries, k, **chunks)
+    return votes(similarity, labels[index], temperature, classes)
 
 
 def oracle(bank: torch.Tensor, labels: torch.Tensor, queries: torch.Tensor, k: int, temperature: float) -> np.ndarray[Any, Any]:
@@ -42,7 +50,7 @@ def test_equals_scikit_learn(device: str, k: int, temperature: float) -> None:
     bank, labels, queries, _ = points(1500, 300, 32, 10)
     want = oracle(bank, labels, queries, k, temperature)
     chunks = {"chunk": 64, "bank_chunk": 333}
-    scores = knn_classify(bank.to(device), labels, queries.to(device), k=k, temperature=temperature, classes=10, **chunks)
+    scores = classify(bank.to(device), labels, queries.to(device), k=k, temperature=temperature, classes=10, **chunks)
     np.testing.assert_allclose(scores.numpy(), want, atol=2e-5 / temperature * 0.1)
     assert (scores.argmax(1).numpy() == want.argmax(1)).all()
 
@@ -55,7 +63,7 @@ def test_any_shape_equals_scikit_learn_whatever_the_chunks(data: st.DataObject) 
     k, temperature = data.draw(st.integers(1, n)), data.draw(st.sampled_from([0.05, 0.1, 1.0]))
     bank, labels, queries, _ = points(n, m, d, classes, data.draw(st.integers(0, 10**6)))
     chunks = {"chunk": data.draw(st.integers(1, 30)), "bank_chunk": data.draw(st.integers(1, 80))}
-    scores = knn_classify(bank, labels, queries, k=k, temperature=temperature, classes=classes, **chunks)
+    scores = classify(bank, labels, queries, k=k, temperature=temperature, classes=classes, **chunks)
     np.testing.assert_allclose(scores, oracle(bank, labels, queries, k, temperature), atol=1e-4)
 
 
@@ -75,7 +83,7 @@ def test_exact_ties_go_to_the_lower_index_whatever_the_chunks(seed: int, k: int,
     signs = torch.randint(0, 2, (49, 4), generator=g).float() * 2 - 1  # norm 2 and products in steps of 1/4: no rounding anywhere
     labels = torch.randint(0, 3, (40,), generator=g)
     bank, queries = signs[:40], signs[40:]
-    scores = knn_classify(bank, labels, queries, k=k, temperature=1.0, classes=3, chunk=chunk, bank_chunk=bank_chunk)
+    scores = classify(bank, labels, queries, k=k, temperature=1.0, classes=3, chunk=chunk, bank_chunk=bank_chunk)
     torch.testing.assert_close(scores, plain(bank, labels, queries, k, 3), atol=1e-6, rtol=0)
 
 
@@ -83,16 +91,15 @@ def test_random_labels_give_chance() -> None:
     g = torch.Generator().manual_seed(1)
     bank, queries = torch.randn(2000, 16, generator=g), torch.randn(2000, 16, generator=g)
     labels, truth = torch.randint(10, (2000,), generator=g), torch.randint(10, (2000,), generator=g)
-    for figures in knn_accuracy(bank, labels, queries, truth, classes=10):
+    for figures in knn_accuracy(LabelledFeatures(bank, labels, queries, truth, 10)):
         assert abs(figures["top1"] - 10) < 3 and abs(figures["top5"] - 50) < 5  # 4 standard deviations
 
 
 def test_accuracy_is_that_of_the_scores() -> None:
     bank, labels, queries, truth = points(900, 300, 8, 12, seed=3)
     pairs = ((50, 0.1), (7, 0.07), (1, 0.5))
-    for (k, temperature), figures in zip(
-        pairs, knn_accuracy(bank, labels, queries, truth, classes=12, settings=pairs), strict=True
-    ):
+    rows = knn_accuracy(LabelledFeatures(bank, labels, queries, truth, 12), pairs)
+    for (k, temperature), figures in zip(pairs, rows, strict=True):
         scores = torch.from_numpy(oracle(bank, labels, queries, k, temperature))
         right = scores.argmax(1) == truth
         ranked = scores.sort(dim=1, descending=True, stable=True)
@@ -105,26 +112,24 @@ def test_accuracy_is_that_of_the_scores() -> None:
 
 
 def test_a_k_beyond_the_bank_is_lowered_with_a_note() -> None:
-    bank, labels, queries, truth = points(50, 20, 4, 3)
-    assert [each["k"] for each in knn_accuracy(bank, labels, queries, truth, classes=3)] == [50, 20]
-    arguments: dict[str, Any] = {"classes": 3, "bootstrap": Bootstrap(100)}
-    findings = knn(bank, labels, queries, truth, settings=KnnConfig((20, 200, 50), (0.1,)), **arguments)
+    sides = LabelledFeatures(*points(50, 20, 4, 3), classes=3)
+    assert [each["k"] for each in knn_accuracy(sides)] == [50, 20]
+    findings = knn(sides, KnnConfig((20, 200, 50), (0.1,)), Bootstrap(100))
     assert [finding.setting["k"] for finding in findings] == [20, 50]  # equal ones once
     assert findings[0].figures["top5"] == 100  # of three classes
-    first, *_ = knn(bank, labels, queries, truth, settings=KnnConfig((200,), (0.1,)), **arguments)
-    assert "lowered from 200 to 50" in first.notes[0]
-    with pytest.raises(ConfigError):
-        knn(bank, torch.zeros(50, 3, dtype=torch.int8), queries, truth, settings=KnnConfig(), **arguments)
-    with pytest.raises(DataError):
-        knn(bank, torch.full((50,), 2), queries, truth, settings=KnnConfig(), **arguments)
+    (finding,) = knn(sides, KnnConfig((200,), (0.1,)), Bootstrap(100))
+    assert "lowered from 200 to 50" in finding.notes[0]
+    several = LabelledFeatures(sides.bank, torch.zeros(50, 3, dtype=torch.int8), sides.test, sides.test_labels, 3)
+    with pytest.raises(ConfigError, match="protocol"):
+        knn(several, KnnConfig(), Bootstrap(100))
 
 
 @pytest.mark.parametrize("scale", [1e-35, 1e37])
 def test_the_length_of_a_feature_does_not_matter(scale: float) -> None:
     bank, labels, queries, _ = points(200, 30, 8, 4)
-    want = knn_classify(bank, labels, queries, k=9, temperature=0.1, classes=4)
+    want = classify(bank, labels, queries, k=9, temperature=0.1, classes=4)
     for scaled in (bank * scale, bank.double() * scale * 1e-100):
-        scores = knn_classify(scaled, labels, queries, k=9, temperature=0.1, classes=4)
+        scores = classify(scaled, labels, queries, k=9, temperature=0.1, classes=4)
         torch.testing.assert_close(scores, want, atol=1e-4, rtol=0)
 
 
@@ -132,18 +137,18 @@ def test_the_length_of_a_feature_does_not_matter(scale: float) -> None:
 def test_extreme_temperatures_stay_finite(temperature: float) -> None:
     bank, labels, queries, _ = points(200, 30, 8, 4)
     bank[7] = 0
-    scores = knn_classify(bank, labels, queries, k=50, temperature=temperature, classes=4)
+    scores = classify(bank, labels, queries, k=50, temperature=temperature, classes=4)
     torch.testing.assert_close(scores.sum(1), torch.ones(30).double())
 
 
 def test_precision_settings_outside_do_not_reach_in() -> None:
     bank, labels, queries, _ = points(200, 30, 64, 4)
-    want = knn_classify(bank, labels, queries, k=9, temperature=0.1, classes=4)
+    want = classify(bank, labels, queries, k=9, temperature=0.1, classes=4)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            scores = knn_classify(bank, labels, queries.requires_grad_(), k=9, temperature=0.1, classes=4)
+            scores = classify(bank, labels, queries.requires_grad_(), k=9, temperature=0.1, classes=4)
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
@@ -155,7 +160,7 @@ def test_what_makes_no_sense_is_refused(side: int, value: float) -> None:
     sides = list(points(20, 5, 8, 4)[:3])
     for k in (0, 21):
         with pytest.raises(ValueError, match=r"1\.\.20"):
-            knn_classify(*sides, k=k, temperature=0.1, classes=4)
+            classify(*sides, k=k, temperature=0.1, classes=4)
     sides[side][4, 2] = value
     with pytest.raises(ValueError, match="NaN or Inf"):
-        knn_classify(*sides, k=3, temperature=0.1, classes=4, chunk=2, bank_chunk=3)
+        classify(*sides, k=3, temperature=0.1, classes=4, chunk=2, bank_chunk=3)

@@ -75,12 +75,12 @@ def normalise(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
 
 
 def _column(values: npt.ArrayLike, like: Tensor) -> Tensor:
-    """Host numbers as a fp32 tensor on `like`'s device."""
+    """Send numbers of the host, as fp32, to `like`'s device."""
     return send(torch.as_tensor(np.asarray(values, dtype=np.float32)), like.device)
 
 
 def _on(x: Tensor, where: Bools, operation: Callable[[Tensor, Ints], Tensor]) -> Tensor:
-    """x with the rows marked on the host replaced, in place, by operation(those rows, their indices)."""
+    """Replace in x, in place, the rows marked on the host by operation(those rows, their indices)."""
     rows = np.flatnonzero(where)
     if len(rows) == 0:
         return x
@@ -93,8 +93,8 @@ def _crop(images: Tensor, view: ViewConfig, draws: Draws, flip: Bools | None) ->
     height, width = images.shape[-2:]
     white = 255.0 if images.dtype == torch.uint8 else 1.0
     if view.scale is None and (height, width) == (view.size, view.size):
-        x = images.float() / white  # always a copy: what follows works in place
-        return x if flip is None else torch.where(_column(flip, x).bool().view(-1, 1, 1, 1), x.flip(-1), x)
+        x = images / white  # always a copy: what follows works in place
+        return x if flip is None else _on(x, flip, lambda part, rows: part.flip(-1))
     x = images.float()
     top, left, rows, columns = draws.crop.T
     down = _resize_weights(_column(top, x), _column(rows, x), None, height, view.size)
@@ -104,7 +104,7 @@ def _crop(images: Tensor, view: ViewConfig, draws: Draws, flip: Bools | None) ->
 
 
 def _resize_weights(start: Tensor, length: Tensor, flip: Bools | None, source: int, size: int) -> Tensor:
-    """[B,size,source] weights of an antialiased bilinear resize of source[start : start + length] to `size`.
+    """Return the weights [B,size,source] of an antialiased bilinear resize of source[start : start + length] to `size`.
 
     Pillow's and ATen's definition: a triangle as wide as a target pixel (at least a source pixel), cut at the crop's edges and
     normalised again.
@@ -137,13 +137,13 @@ def _affine(x: Tensor, draws: Draws) -> Tensor:
 
 
 def luma(x: Tensor) -> Tensor:
-    """ITU-R 601 luma [B,1,S,S] with torchvision's rounded weights."""
+    """Return the ITU-R 601 luma [B,1,S,S], with torchvision's rounded weights."""
     red, green, blue = LUMA
     return (red * x[:, :1]).add_(x[:, 1:2], alpha=green).add_(x[:, 2:], alpha=blue)
 
 
 def _jitter(x: Tensor, view: ViewConfig, draws: Draws) -> Tensor:
-    """Colour jitter, each sample in its own order: four rounds, in each of which every sample has its own operation."""
+    """Jitter colours, each sample in its own order: four rounds, in each of which every sample has its own operation."""
     strengths = np.array([view.brightness, view.contrast, view.saturation, view.hue])
     for turn in draws.order.T:
         turn = np.where(strengths[turn] > 0, turn, -1)
@@ -154,7 +154,7 @@ def _jitter(x: Tensor, view: ViewConfig, draws: Draws) -> Tensor:
 
 
 def _blend(x: Tensor, turn: Ints, factor: Floats) -> Tensor:
-    """factor * x + (1 - factor) * base, clamped, in place; base: brightness 0, contrast the mean luma, saturation the luma."""
+    """Compute factor * x + (1 - factor) * base, clamped, in place; base: brightness 0, contrast the mean luma, saturation the luma."""
     grey = luma(x)
     mean = grey.mean(dim=(2, 3), keepdim=True)
     rest = 1.0 - factor
@@ -184,12 +184,12 @@ def _shift_hue(x: Tensor, shift: Tensor) -> Tensor:
 
 
 def _blur(x: Tensor, sigma: Floats, radius: int) -> Tensor:
-    """Gaussian blur of each sample's own `sigma` [B], cut at `radius`, edges repeated as Pillow does; [B,C,S,S]."""
+    """Blur by a Gaussian of each sample's own `sigma` [B], cut at `radius`, edges repeated as Pillow does; [B,C,S,S]."""
     size = x.shape[-1]
     offsets = torch.arange(-radius, radius + 1, device=x.device)
     kernel = torch.exp(-0.5 * (offsets / _column(sigma, x)[:, None]) ** 2)
     kernel /= kernel.sum(dim=1, keepdim=True)
-    # reach[d, o, j] = 1 where offset d from pixel o lands on pixel j once it is held inside the image.
+    # reach[d, o, j] = 1 where offset d from pixel o lands on pixel j once it is clamped to the image.
     landed = (torch.arange(size, device=x.device) + offsets[:, None]).clamp_(0, size - 1)
     reach = (landed[:, :, None] == torch.arange(size, device=x.device)).float()
     weights = (kernel @ reach.view(len(offsets), -1)).view(-1, size, size)

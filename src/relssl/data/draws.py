@@ -80,15 +80,15 @@ class Draws:
         return len(self.flip)
 
     def take(self, rows: Any) -> Draws:
-        """The draws of `rows`: an index array, a boolean mask or a slice."""
+        """Return the draws of `rows`: an index array, a boolean mask or a slice."""
         return Draws(*(getattr(self, field.name)[rows] for field in dataclasses.fields(self)))
 
 
 def uniforms(seed: int, epoch: int, ids: Ints, slot: int, count: int) -> Floats:
-    """Random numbers that row i gets from nothing but (seed, epoch, slot, ids[i]).
+    """Compute random numbers, those of row i from nothing but (seed, epoch, slot, ids[i]).
 
     The words are absorbed one after another through splitmix64's finaliser (Steele, Lea and Flood 2014; constants: Stafford's
-    variant 13); the key so made starts a splitmix64 sequence of which column c is element c. For given other words the key is
+    variant 13); this key starts a splitmix64 sequence of which column c is element c. For given other words the key is
     a bijection of the id, so two samples never share one.
 
     Args:
@@ -111,7 +111,7 @@ def uniforms(seed: int, epoch: int, ids: Ints, slot: int, count: int) -> Floats:
 
 
 def _mix(z: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """splitmix64's finaliser: a bijection of 64 bits whose every output bit depends on every input bit. Arrays wrap silently."""
+    """Apply splitmix64's finaliser, a bijection of 64 bits each of whose output bits depends on all input bits; arrays wrap silently."""
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
@@ -156,24 +156,24 @@ def _between(u: Floats, low: float | Floats, high: float | Floats) -> Floats:
 
 
 def _crop(view: ViewConfig, u: Floats, height: Ints, width: Ints) -> Ints:
-    """[B,4] boxes with the distribution of torchvision's RandomResizedCrop.get_params; the whole image without a scale."""
+    """Draw boxes [B,4] distributed as torchvision's RandomResizedCrop.get_params; the whole image without a scale."""
     if view.scale is None:
         return np.stack([np.zeros_like(height), np.zeros_like(width), height, width], axis=1)
     area = (height * width)[:, None] * _between(u[:, : 2 * _ATTEMPTS : 2], *view.scale)
     ratio = np.exp(_between(u[:, 1 : 2 * _ATTEMPTS : 2], *np.log(view.ratio)))
     widths, heights = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
     fits = (widths > 0) & (widths <= width[:, None]) & (heights > 0) & (heights <= height[:, None])
-    rows, first, found = np.arange(len(u)), fits.argmax(axis=1), fits.any(axis=1)
+    rows, first, fitting = np.arange(len(u)), fits.argmax(axis=1), fits.any(axis=1)
     central_h, central_w = _central(view, height, width)
-    h = np.where(found, heights[rows, first], central_h).astype(np.int64)
-    w = np.where(found, widths[rows, first], central_w).astype(np.int64)
-    top = np.where(found, u[:, -2] * (height - h + 1), (height - h) // 2).astype(np.int64)
-    left = np.where(found, u[:, -1] * (width - w + 1), (width - w) // 2).astype(np.int64)
+    h = np.where(fitting, heights[rows, first], central_h).astype(np.int64)
+    w = np.where(fitting, widths[rows, first], central_w).astype(np.int64)
+    top = np.where(fitting, u[:, -2] * (height - h + 1), (height - h) // 2).astype(np.int64)
+    left = np.where(fitting, u[:, -1] * (width - w + 1), (width - w) // 2).astype(np.int64)
     return np.stack([top, left, h, w], axis=1)
 
 
 def _central(view: ViewConfig, height: Ints, width: Ints) -> tuple[Floats, Floats]:
-    """Height and width of torchvision's fallback when no attempt fits: the largest central crop of an allowed ratio."""
+    """Return height and width of torchvision's fallback when no attempt fits: the largest central crop of an allowed ratio."""
     narrow, wide = width / height < view.ratio[0], width / height > view.ratio[1]
     return (
         np.where(narrow, np.rint(width / view.ratio[0]), height),
@@ -182,7 +182,7 @@ def _central(view: ViewConfig, height: Ints, width: Ints) -> tuple[Floats, Float
 
 
 def _affine(view: ViewConfig, u: Floats) -> dict[str, Any]:
-    """As torchvision's RandomAffine: angle and zoom uniform, shift uniform and then rounded to whole pixels."""
+    """Draw as torchvision's RandomAffine: angle and zoom uniform, shift uniform and then rounded to whole pixels."""
     applied = u[:, 0] < view.affine
     reach = view.translate * view.size
     return {
@@ -194,7 +194,7 @@ def _affine(view: ViewConfig, u: Floats) -> dict[str, Any]:
 
 
 def _jitter(view: ViewConfig, u: Floats) -> dict[str, Any]:
-    """As torchvision's ColorJitter: factors uniform in [max(0, 1 - b), 1 + b], hue in [-h, h], applied in a random order."""
+    """Draw as torchvision's ColorJitter: factors uniform in [max(0, 1 - b), 1 + b], hue in [-h, h], applied in a random order."""
     applied = u[:, 0] < view.jitter
     widths = np.array([view.brightness, view.contrast, view.saturation])
     factors = _between(u[:, 2:5], np.maximum(0.0, 1.0 - widths), 1.0 + widths)
@@ -207,7 +207,7 @@ def _jitter(view: ViewConfig, u: Floats) -> dict[str, Any]:
 
 
 def _randaugment(u: Floats) -> dict[str, Any]:
-    """FixMatch's RandAugment with m = 10, u [B,n,4]: operations drawn with replacement, each applied with probability 0.5 at a
+    """Draw FixMatch's RandAugment with m = 10 from u [B,n,4]: operations with replacement, each applied with probability 0.5 at a
     level 1..9 (np.random.randint(1, 10)) and, where it has a direction, either way alike."""
     level = 1 + (9 * u[..., 2]).astype(np.int64)
     return {

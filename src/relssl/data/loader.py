@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torchvision.transforms.functional import pil_to_tensor
 
 from relssl.data import batched
@@ -164,7 +164,7 @@ _VIEW_BYTES = 256 << 20
 
 
 class Resident:
-    """Images held as uint8 on the device, whose views are made there in batches, without workers.
+    """Images held as uint8 on the device, whose views are computed there in batches, without workers.
 
     A GPU computes the views of one step faster than the host can launch them, operation by operation; so those of several
     steps are made in one go.
@@ -186,12 +186,9 @@ class Resident:
         assert isinstance(images.source, Pixels)
         self.plan, self.device, self.views, self.statistics = plan, device, list(views), statistics
         self.pixels = images.source.tensor.to(device)
-        self.ahead = ahead or (self._fitting(8) if device.type == "cuda" else 1)
-
-    def _fitting(self, most: int) -> int:
-        """Steps, at most `most`, whose largest view takes no more than a part of a GPU's memory."""
-        side = max(view.size for view in self.views)
-        return max(1, min(most, _VIEW_BYTES // (self.plan.share * self.plan.parts * 3 * side * side * 4)))
+        step_bytes = plan.share * plan.parts * 3 * 4 * max(view.size for view in views) ** 2
+        fitting = max(1, min(8, _VIEW_BYTES // step_bytes)) if device.type == "cuda" else 1
+        self.ahead = ahead or fitting
 
     def stream(self, start: int, stop: int) -> Iterator[list[Batch]]:
         """Yield the parts of each step from `start` to `stop`."""
@@ -257,7 +254,8 @@ class FromFiles:
 
     def stream(self, start: int, stop: int) -> Iterator[list[Batch]]:
         """Yield the parts of each step from `start` to `stop`."""
-        requests, pin = _Requests(self.plan, start, stop), self.device.type == "cuda"
+        steps, pin = self.plan.steps(start, stop), self.device.type == "cuda"
+        requests = ([(epoch, int(row)) for row in rows] for epoch, parts in steps for rows in parts)
         parts: list[Batch] = []
         for sample in read_batches(self.samples, collate, self.workers, batch_sampler=requests, pin_memory=pin):
             parts.append(self.batch(sample))
@@ -295,19 +293,6 @@ class Sample(NamedTuple):
 _TRIES = 100
 
 Request = tuple[int, int]  # epoch, position in the data set
-
-
-class _Requests(Sampler[list[Request]]):
-    def __init__(self, plan: Plan, start: int, stop: int) -> None:
-        self.plan, self.start, self.stop = plan, start, stop
-
-    def __iter__(self) -> Iterator[list[Request]]:
-        for epoch, parts in self.plan.steps(self.start, self.stop):
-            for rows in parts:
-                yield [(epoch, int(row)) for row in rows]
-
-    def __len__(self) -> int:
-        return (self.stop - self.start) * self.plan.parts
 
 
 class Crops(Dataset[Sample]):

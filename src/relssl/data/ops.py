@@ -39,7 +39,7 @@ def apply(x: Tensor, draws: Draws) -> Tensor:
 
 
 def _apply(name: str, x: Tensor, levels: Ints) -> Tensor:
-    """One operation on whole numbers 0..255 [B,3,S,S], each sample at its own level."""
+    """Apply one operation to whole numbers 0..255 [B,3,S,S], each sample at its own level."""
     if name in _BASES:
         return _blend(x, _BASES[name](x), levels)
     if name == "autocontrast":
@@ -66,7 +66,7 @@ def _threshold(level: int) -> int:
 
 
 def _matrix(name: str, level: int, side: int) -> tuple[float, float, float, float, float, float]:
-    """Pillow's affine data: target (x, y) takes its pixel from (a x + b y + c, d x + e y + f)."""
+    """Return Pillow's affine data: target (x, y) takes its pixel from (a x + b y + c, d x + e y + f)."""
     share = 0.3 * level / 10
     if name == "shear_x":
         return (1, share, 0, 0, 1, 0)
@@ -86,17 +86,17 @@ def _index(rows: Ints, like: Tensor) -> Tensor:
 
 
 def _column(values: Sequence[float], like: Tensor) -> Tensor:
-    """One number a sample as [B,1,1,1] on `like`'s device."""
+    """Send one number a sample, as [B,1,1,1], to `like`'s device."""
     return send(torch.tensor(values, dtype=like.dtype), like.device).view(-1, 1, 1, 1)
 
 
 def _blend(x: Tensor, base: Tensor, levels: Ints) -> Tensor:
-    """Pillow's Image.blend, which truncates."""
+    """Blend as Pillow's Image.blend, which truncates."""
     return (base + _column([_factor(level) for level in levels], x) * (x - base)).floor_()
 
 
 def _luma(x: Tensor) -> Tensor:
-    """Pillow's conversion to L [B,1,S,S]: 16-bit fixed point, whose whole numbers fp32 holds exactly."""
+    """Convert as Pillow does to L, [B,1,S,S]: 16-bit fixed point, whose whole numbers fp32 holds exactly."""
     luma = 19595 * x[:, :1] + 38470 * x[:, 1:2] + 7471 * x[:, 2:] + 32768
     return luma.div_(65536).floor_()
 
@@ -106,7 +106,7 @@ def _mean_luma(x: Tensor) -> Tensor:
 
 
 def _smooth(x: Tensor) -> Tensor:
-    """Pillow's SMOOTH filter, which leaves the outermost pixels as they are."""
+    """Apply Pillow's SMOOTH filter, which leaves the outermost pixels as they are."""
     kernel = torch.ones(3, 1, 3, 3, dtype=x.dtype, device=x.device)
     kernel[:, :, 1, 1] = 5
     smooth = x.clone()
@@ -129,7 +129,7 @@ def _autocontrast(x: Tensor) -> Tensor:
 
 
 def _equalize(x: Tensor) -> Tensor:
-    """Pillow's equalize: each channel through the running sum of its histogram, in whole numbers."""
+    """Equalise as Pillow does: each channel through the running sum of its histogram, in whole numbers."""
     flat = x.long().flatten(2).flatten(0, 1)
     histogram = torch.zeros(len(flat), 256, dtype=torch.long, device=x.device).scatter_add_(1, flat, torch.ones_like(flat))
     last = histogram.gather(1, flat.amax(dim=1, keepdim=True))
@@ -140,7 +140,7 @@ def _equalize(x: Tensor) -> Tensor:
 
 
 def _warp(x: Tensor, matrices: Floats) -> Tensor:
-    """Nearest-neighbour affine over black, [B,6] as `_matrix`; in Pillow's 16-bit fixed point, so that ties fall the same way."""
+    """Move pixels by nearest-neighbour affine maps [B,6] as of `_matrix`, over black; in Pillow's 16-bit fixed point, so that ties fall the same way."""
     side = x.shape[-1]
     matrices = matrices.astype(np.float64)
     matrices[:, [2, 5]] += 0.5 * (matrices[:, [0, 3]] + matrices[:, [1, 4]])  # pixels are taken at their centres

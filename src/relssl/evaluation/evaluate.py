@@ -15,7 +15,7 @@ from torch import nn
 from relssl.data.folder import shown
 from relssl.engine import Engine
 from relssl.errors import ConfigError, DataError
-from relssl.evaluation.features import cached, evaluating, extract, frozen, require_varied, state_hash
+from relssl.evaluation.features import LabelledFeatures, cached, evaluating, extract, frozen, state_hash
 from relssl.evaluation.heads import Task
 from relssl.evaluation.metrics import Bootstrap
 from relssl.evaluation.pairs import LabelledPair
@@ -181,21 +181,21 @@ class _Evaluation:
         if protocol.takes == "images":
             task = Task(pair, self.reader, self.engine, self.bootstrap, self.settings.seed, self.say)
             return protocol.run(backbone, task, section), notes, used
-        common["bootstrap"] = self.bootstrap
-        sides = []
+        vectors, labels = {}, {}
         for side, images in (("bank", pair.bank), ("test", pair.test)):
             features = (cached if self.settings.cache else extract)(backbone, images, self.reader, self.engine)
-            require_varied(features.vectors, f"{images.name}: the {side}'s")
             if features.bad:
                 first = f"{shown(features.bad[0][0])}: {features.bad[0][1]}"
                 notes.append(f"{len(features.bad)} of {len(images)} {side} images cannot be read, the first is {first}")
                 used[side]["read"] = len(features.rows)
-            labels = images.labels if images.targets is None else images.targets
-            assert labels is not None
-            sides += [features.vectors, torch.from_numpy(labels[features.rows])]
-        if self.engine.device.type == "cuda":  # protocols compute where the test features are; MPS has no fp64
-            sides[2] = sides[2].to(self.engine.device)
-        return protocol.run(*sides, classes=pair.classes, **common), notes, used
+            known = images.labels if images.targets is None else images.targets
+            assert known is not None
+            vectors[side], labels[side] = features.vectors, torch.from_numpy(known[features.rows])
+        # MPS has no fp64, which protocols compute in.
+        test = vectors["test"].to(self.engine.device) if self.engine.device.type == "cuda" else vectors["test"]
+        sides = LabelledFeatures(vectors["bank"], labels["bank"], test, labels["test"], pair.classes)
+        notes += sides.check()
+        return protocol.run(sides, bootstrap=self.bootstrap, **common), notes, used
 
     def _transfer(
         self, protocol: Protocol, section: Any, backbone: nn.Module, data: str

@@ -25,6 +25,7 @@ from relssl.data.plain import Reader
 from relssl.data.subsets import identity
 from relssl.engine import Engine
 from relssl.errors import DataError, NumericError
+from relssl.evaluation.pairs import class_counts, numbered, places
 from relssl.files import replacing, storing, sweep
 
 _LAYOUT = 2  # of the files in the cache
@@ -169,8 +170,56 @@ def _evict(folder: Path, limit: int, newest: Path) -> None:
             total -= size
 
 
-def require_varied(features: Tensor, name: str, *, chunk: int = 16384) -> None:
-    """Refuse features [N,F] that no protocol can use, a chunk at a time.
+@dataclass(frozen=True)
+class LabelledFeatures:
+    """What a protocol on features gets.
+
+    Attributes:
+        bank, test: fp32 [N,F] and [M,F]; the work is done on the device of `test`.
+        bank_labels, test_labels: on the CPU, int64 [N] and [M] in 0..C-1; or, of images with several labels each, int8 [N,C] and
+            [M,C] (1 yes, 0 no, -1 unknown).
+        classes: C.
+    """
+
+    bank: Tensor
+    bank_labels: Tensor
+    test: Tensor
+    test_labels: Tensor
+    classes: int
+
+    @property
+    def several(self) -> bool:
+        """True if an image can have several labels."""
+        return self.bank_labels.dim() == 2
+
+    def check(self) -> list[str]:
+        """Return what a reader of any figure must know of the labels.
+
+        Raises:
+            NumericError: for NaN, Inf or constant features. DataError: without test images, or with nothing to tell apart.
+        """
+        require_varied(self.bank, "bank")
+        require_varied(self.test, "test")
+        known, wanted = (class_counts(labels, self.classes) for labels in (self.bank_labels, self.test_labels))
+        if not self.several and int((known > 0).sum()) < 2:
+            raise DataError(
+                f"labels: all {len(self.bank)} images of the bank are of the single class {int(known.argmax())}; give two or more"
+            )
+        if not int(known.sum()) or not int(wanted.sum()):
+            raise DataError(
+                f"labels: the {'test' if int(known.sum()) else 'bank'} images are of no class; nothing can be measured"
+            )
+        notes = []
+        if missing := places((known == 0) & (wanted > 0)):
+            images = int(wanted[missing].sum())
+            notes.append(f"The bank has no image of {numbered(missing)}, so {images} test labels cannot be predicted.")
+        if self.several and (absent := places(wanted == 0)):
+            notes.append(f"No test image is of {numbered(absent)}, left out of map.")
+        return notes
+
+
+def require_varied(features: Tensor, name: str) -> None:
+    """Refuse features [N,F] that no protocol can use.
 
     Features count as constant if no dimension's range exceeds a millionth of the largest magnitude: that is what rounding
     leaves of one vector.
@@ -178,12 +227,12 @@ def require_varied(features: Tensor, name: str, *, chunk: int = 16384) -> None:
     Raises:
         NumericError: if they hold NaN or Inf, or are all the same; `name` says whose they are, such as "bank".
     """
-    low, high = features.new_full((features.shape[1],), torch.inf), features.new_full((features.shape[1],), -torch.inf)
-    for start, rows in zip(range(0, len(features), chunk), torch.split(features, chunk), strict=True):
-        low, high = torch.minimum(low, rows.amin(dim=0)), torch.maximum(high, rows.amax(dim=0))
-        if not bool((low.isfinite() & high.isfinite()).all()):  # NaN passes through both
-            row = start + int((~rows.isfinite().all(dim=1)).nonzero()[0])
-            raise NumericError(f"{name} features hold NaN or Inf, first in row {row}; check the weights and their precision")
+    if not len(features):
+        return
+    low, high = features.amin(dim=0), features.amax(dim=0)
+    if not bool((low.isfinite() & high.isfinite()).all()):  # NaN passes through both
+        row = int((~features.isfinite().all(dim=1)).nonzero()[0])
+        raise NumericError(f"{name} features hold NaN or Inf, first in row {row}; check the weights and their precision")
     scale = torch.maximum(low.abs(), high.abs()).max()
     if len(features) > 1 and bool((high.double() - low.double()).max() <= 1e-6 * scale.double()):
         raise NumericError(
@@ -192,9 +241,14 @@ def require_varied(features: Tensor, name: str, *, chunk: int = 16384) -> None:
 
 
 def unit(rows: Tensor) -> Tensor:
-    """Scale [n,F] to fp32 of unit norm. Each row's largest entry is brought to 1 first: no square overflows or vanishes."""
+    """Scale [n,F] to fp32 of unit norm; ValueError for NaN or Inf.
+
+    Each row's largest entry is brought to 1 first, so that no square overflows or vanishes.
+    """
     rows = rows if rows.dtype == torch.float64 else rows.float()
     largest = rows.abs().amax(dim=1, keepdim=True)
+    if not bool(largest.isfinite().all()):
+        raise ValueError("features hold NaN or Inf")
     rows = (rows / torch.where(largest > 0, largest, 1)).float()
     norm: Tensor = rows.norm(dim=1, keepdim=True)
     return rows / norm.clamp_min(1.0)  # a row of zeros stays zero, and similar to nothing

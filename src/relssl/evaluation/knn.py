@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from relssl.errors import ConfigError
-from relssl.evaluation.features import full_precision, unit
+from relssl.evaluation.features import LabelledFeatures, full_precision, unit
 from relssl.evaluation.metrics import Bootstrap, accuracies, ranks
-from relssl.evaluation.pairs import check_labels
 from relssl.evaluation.result import Finding
 from relssl.settings.evaluation import KnnConfig
 
@@ -25,106 +24,64 @@ from relssl.settings.evaluation import KnnConfig
 SETTINGS = ((200, 0.1), (20, 0.07))
 
 _LOW = 0xFFFFFFFF
-
-
-def knn(
-    bank: Tensor,
-    bank_labels: Tensor,
-    test: Tensor,
-    test_labels: Tensor,
-    *,
-    classes: int,
-    settings: KnnConfig,
-    bootstrap: Bootstrap,
-    seed: int = 0,
-) -> list[Finding]:
-    """Classify by weighted kNN at every k and temperature of the settings, from one pass over the bank; nothing is drawn.
-
-    Args:
-        bank, bank_labels, test, test_labels: features [N,D] and [M,D], int64 labels in 0..classes-1.
-
-    Raises:
-        ConfigError: for images with several labels. DataError: for a bank of one class. ValueError: as `knn_classify`.
-    """
-    if bank_labels.dim() > 1:
-        raise ConfigError("protocol: knn votes for one class, these images have several labels; use probe, lowshot or retrieval")
-    notes = check_labels(bank_labels, test_labels, classes)
-    grid = [(k, temperature) for k in settings.k for temperature in settings.temperature]
-    findings: dict[tuple[int, float], Finding] = {}
-    for (wanted, temperature), (k, rank) in zip(grid, _grid(bank, bank_labels, test, test_labels, classes, grid), strict=True):
-        lowered = [f"k lowered from {wanted} to {k}, the images of the bank"] if k < wanted else []
-        setting = {"k": k, "temperature": temperature}
-        findings[k, temperature] = Finding.of_ranks(setting, rank, test_labels.cpu(), classes, bootstrap, [*notes, *lowered])
-    return list(findings.values())
-
-
-def knn_accuracy(
-    bank: Tensor,
-    bank_labels: Tensor,
-    queries: Tensor,
-    query_labels: Tensor,
-    *,
-    classes: int,
-    settings: Sequence[tuple[int, float]] = SETTINGS,
-) -> list[dict[str, Any]]:
-    """Compute how often the neighbours are right, for several (k, temperature) from one pass over the bank.
-
-    Returns:
-        One dict for each setting, in order: `k` (at most N), `temperature`, and `metrics.accuracies` in percent; where C > 5, a
-        class without a vote is not among the first five.
-    """
-    results = zip(settings, _grid(bank, bank_labels, queries, query_labels, classes, settings), strict=True)
-    return [
-        {"k": k, "temperature": temperature, **accuracies(rank, query_labels.cpu(), classes)}
-        for (_, temperature), (k, rank) in results
-    ]
-
-
-def knn_classify(
-    bank: Tensor, bank_labels: Tensor, queries: Tensor, *, k: int, temperature: float, classes: int, **chunks: int
-) -> Tensor:
-    """Compute the share of the vote that each class gets: exact search, bounded memory.
-
-    Args:
-        bank, bank_labels, queries, k, chunks: as of `neighbours`; labels [N] in 0..C-1.
-        temperature: above 0.
-
-    Returns:
-        [M,C] fp64 scores on the CPU that sum to 1 in a row; argmax is the prediction, of equal classes the lower one.
-    """
-    similarity, index = neighbours(bank, queries, k, **chunks)
-    return torch.cat([torch.empty(0, classes), *_votes(similarity, bank_labels.cpu()[index], temperature, classes)])
-
-
-def _grid(
-    bank: Tensor, labels: Tensor, queries: Tensor, truth: Tensor, classes: int, settings: Sequence[tuple[int, float]]
-) -> Iterator[tuple[int, Tensor]]:
-    """Yield for each setting the k used, and how many classes come before the true one, [M]."""
-    truth, used = truth.cpu(), [min(k, len(bank)) for k, _ in settings]
-    similarity, index = neighbours(bank, queries, max(used))
-    near = labels.cpu()[index]
-    for k, (_, temperature) in zip(used, settings, strict=True):
-        parts = []
-        for scores, own in zip(
-            _votes(similarity[:, :k], near[:, :k], temperature, classes), torch.split(truth, _VOTERS), strict=True
-        ):
-            rank = ranks(scores, own)
-            voted = scores.gather(1, own[:, None])[:, 0] > 0
-            # Among more than five classes, one without a vote comes last.
-            parts.append(rank if classes <= 5 else torch.where(voted, rank, classes))
-        yield k, torch.cat(parts)
-
-
 _VOTERS = 4096  # queries whose votes are counted at a time
 
 
-def _votes(similarity: Tensor, labels: Tensor, temperature: float, classes: int) -> Iterator[Tensor]:
-    """Yield fp64 shares of the vote [m,C], some queries at a time. On the CPU, where the sum has one order."""
-    for near, own in zip(torch.split(similarity, _VOTERS), torch.split(labels, _VOTERS), strict=True):
-        near = near.double()
-        weights = ((near - near[:, :1]) / temperature).exp()  # the first is the largest: no overflow, and no sum of zero
-        scores = torch.zeros(len(near), classes, dtype=torch.float64).scatter_add_(1, own, weights)
-        yield scores / scores.sum(dim=1, keepdim=True)
+def knn(sides: LabelledFeatures, settings: KnnConfig, bootstrap: Bootstrap, seed: int = 0) -> list[Finding]:
+    """Classify by weighted kNN at every k and temperature of the settings, from one pass over the bank; nothing is drawn.
+
+    Raises:
+        ConfigError: for images with several labels.
+    """
+    if sides.several:
+        raise ConfigError("protocol: knn votes for one class, these images have several labels; use probe, lowshot or retrieval")
+    grid = [(k, temperature) for k in settings.k for temperature in settings.temperature]
+    findings: dict[tuple[int, float], Finding] = {}
+    for (wanted, temperature), (k, rank) in zip(grid, _ranks(sides, grid), strict=True):
+        notes = [f"k lowered from {wanted} to {k}, the images of the bank"] if k < wanted else []
+        setting = {"k": k, "temperature": temperature}
+        findings[k, temperature] = Finding.of_ranks(setting, rank, sides.test_labels, sides.classes, bootstrap, notes)
+    return list(findings.values())
+
+
+def knn_accuracy(sides: LabelledFeatures, settings: Sequence[tuple[int, float]] = SETTINGS) -> list[dict[str, Any]]:
+    """Compute how often the neighbours are right, for several (k, temperature) from one pass over the bank.
+
+    Returns:
+        One dict for each setting, in order: `k` (at most N), `temperature`, and `metrics.accuracies` in percent.
+    """
+    rows = zip(settings, _ranks(sides, settings), strict=True)
+    return [
+        {"k": k, "temperature": temperature, **accuracies(rank, sides.test_labels, sides.classes)}
+        for (_, temperature), (k, rank) in rows
+    ]
+
+
+def _ranks(sides: LabelledFeatures, settings: Sequence[tuple[int, float]]) -> Iterator[tuple[int, Tensor]]:
+    """Yield for each setting the k used, and how many classes come before the true one, [M]."""
+    used = [min(k, len(sides.bank)) for k, _ in settings]
+    similarity, index = neighbours(sides.bank, sides.test, max(used))
+    for k, (_, temperature) in zip(used, settings, strict=True):
+        parts = []
+        for near, places, truth in zip(
+            *(torch.split(each, _VOTERS) for each in (similarity, index, sides.test_labels)), strict=True
+        ):
+            scores = votes(near[:, :k], sides.bank_labels[places[:, :k]], temperature, sides.classes)
+            rank, voted = ranks(scores, truth), scores.gather(1, truth[:, None])[:, 0] > 0
+            # Among more than five classes, one without a vote is not among the first five.
+            parts.append(rank if sides.classes <= 5 else torch.where(voted, rank, sides.classes))
+        yield k, torch.cat(parts)
+
+
+def votes(similarity: Tensor, labels: Tensor, temperature: float, classes: int) -> Tensor:
+    """Return the share of the vote that each class gets, fp64 [M,C], of neighbours' similarities and labels [M,k], nearest first.
+
+    On the CPU, where the sum has one order; argmax is the prediction, of equal classes the lower one.
+    """
+    near = similarity.double()
+    weights = ((near - near[:, :1]) / temperature).exp()  # the first is the largest: no overflow, and no sum of zero
+    scores = torch.zeros(len(near), classes, dtype=torch.float64).scatter_add_(1, labels, weights)
+    return scores / scores.sum(dim=1, keepdim=True)
 
 
 def neighbours(bank: Tensor, queries: Tensor, k: int, *, chunk: int = 1024, bank_chunk: int = 16384) -> tuple[Tensor, Tensor]:
@@ -134,8 +91,7 @@ def neighbours(bank: Tensor, queries: Tensor, k: int, *, chunk: int = 1024, bank
     last bit, as a matrix product may sum in another order at another place.
 
     Args:
-        bank: [N,D] of any real dtype, on any device; normalised here, in fp32.
-        queries: [M,D]; the work is done on their device.
+        bank, queries: [N,D] and [M,D] of any real dtype; the work is done on the queries' device, in fp32.
         k: 1..N.
         chunk, bank_chunk: queries and bank features at a time; chunk x bank_chunk similarities are held at once.
 
@@ -150,20 +106,14 @@ def neighbours(bank: Tensor, queries: Tensor, k: int, *, chunk: int = 1024, bank
     device = queries.device
     best = torch.full((len(queries), k), torch.iinfo(torch.int64).min, device=device)
     with full_precision(device):
-        for first, rows in zip(range(0, len(bank), bank_chunk), torch.split(bank, bank_chunk), strict=True):
-            rows = _finite_unit(rows.to(device))
+        for first in range(0, len(bank), bank_chunk):
+            rows = unit(bank[first : first + bank_chunk].to(device))
             for part, place in zip(torch.split(queries, chunk), torch.split(best, chunk), strict=True):
-                nearest = _nearest(_finite_unit(part) @ rows.T, first, k)
+                nearest = _nearest(unit(part) @ rows.T, first, k)
                 place.copy_(torch.cat([place, nearest], dim=1).topk(k, dim=1).values)
     bits = best >> 32
     similarity = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).int().view(torch.float32)
     return similarity.cpu(), (_LOW - (best & _LOW)).cpu()
-
-
-def _finite_unit(rows: Tensor) -> Tensor:
-    if not bool(rows.isfinite().all()):
-        raise ValueError("features of the bank or the queries hold NaN or Inf")
-    return unit(rows)
 
 
 def _nearest(similarity: Tensor, first: int, k: int) -> Tensor:

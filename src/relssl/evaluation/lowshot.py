@@ -22,8 +22,8 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.svm import LinearSVC
 from torch import Tensor
 
-from relssl.errors import ConfigError, DataError
-from relssl.evaluation.features import full_precision, require_varied, unit
+from relssl.errors import DataError
+from relssl.evaluation.features import LabelledFeatures, full_precision, unit
 from relssl.evaluation.metrics import (
     Bootstrap,
     accuracies,
@@ -33,7 +33,7 @@ from relssl.evaluation.metrics import (
     percentiles,
     ranks,
 )
-from relssl.evaluation.pairs import check_labels, class_counts, numbered, places
+from relssl.evaluation.pairs import class_counts, numbered, places
 from relssl.evaluation.result import Finding
 from relssl.settings.evaluation import LowshotConfig
 
@@ -65,54 +65,26 @@ class Draw(NamedTuple):
     stuck: int
 
 
-def lowshot(
-    bank: Tensor,
-    bank_labels: Tensor,
-    test: Tensor,
-    test_labels: Tensor,
-    *,
-    classes: int,
-    settings: LowshotConfig,
-    bootstrap: Bootstrap,
-    seed: int,
-) -> list[Finding]:
+def lowshot(sides: LabelledFeatures, settings: LowshotConfig, bootstrap: Bootstrap, seed: int) -> list[Finding]:
     """Train on n images of each class, classify the test images; for every n, over several draws.
 
-    A draw puts the images of each class in an order of its own and n shots are its first n: draws are independent of each other,
-    the shots of a draw contain those of fewer. All images (n = 0, or no class has more than n) are one draw. Where no cost can be
-    chosen, as with one image a class, it is 1.
-
-    Args:
-        bank, test: [N,F] and [M,F] fp32.
-        bank_labels, test_labels: int64 in 0..C-1; or int8 [N,C] and [M,C] (1 yes, 0 no, -1 unknown).
-        seed: of the draws.
+    A draw, which depends on the seed, puts the images of each class in an order of its own and n shots are its first n: draws are
+    independent of each other, the shots of a draw contain those of fewer. All images (n = 0, or no class has more than n) are one
+    draw. Where no cost can be chosen, as with one image a class, it is 1.
 
     Returns:
         A finding for every n, {"shots": n}: the mean over draws of top1, top5 and mean_per_class, or of map, and, with two draws
         or more, top1_deviation or map_deviation (of draws - 1). Intervals are those of the mean over the same draws: what other
         test images would change. `details` has the figure and the cost of each draw.
-
-    Raises:
-        NumericError: for NaN, Inf or constant features. DataError: for a bank of one class, or without test labels.
-        ConfigError: without shots or costs.
     """
-    if not (settings.shots and settings.cost):
-        raise ConfigError("lowshot: shots and cost must not be empty; give at least one of each")
-    notes = check_labels(bank_labels, test_labels, classes)
-    require_varied(bank, "bank")
-    require_varied(test, "test")
-    labels, count, findings = bank_labels.cpu(), class_counts(bank_labels, classes), []
+    count, findings = class_counts(sides.bank_labels, sides.classes), []
     for shots in dict.fromkeys(settings.shots):
-        orders = [np.random.Generator(np.random.PCG64([seed, draw])).permutation(len(labels)) for draw in range(settings.draws)]
-        if not shots or (labels.dim() == 1 and shots >= int(count.max())):
-            orders = [np.arange(len(labels))]  # every draw would take them all
-        draws = [
-            _draw(bank, drawn_rows(labels.numpy(), classes, order, shots), labels.numpy(), classes, settings) for order in orders
-        ]
-        remarks = _remarks(labels, count, shots, draws)
-        findings.append(
-            _finding(shots, draws, [_scores(test, draw) for draw in draws], test_labels.cpu(), bootstrap, notes + remarks)
-        )
+        seeds = [[seed, draw] for draw in range(settings.draws)]
+        orders = [np.random.Generator(np.random.PCG64(each)).permutation(len(sides.bank)) for each in seeds]
+        if not shots or (not sides.several and shots >= int(count.max())):
+            orders = [np.arange(len(sides.bank))]  # every draw would take them all
+        draws = [_draw(sides, drawn_rows(sides.bank_labels.numpy(), sides.classes, order, shots), settings) for order in orders]
+        findings.append(_finding(shots, draws, sides, bootstrap, _notes(sides.bank_labels, count, shots, draws)))
     return findings
 
 
@@ -131,29 +103,25 @@ def drawn_rows(labels: npt.NDArray[np.int64 | np.int8], classes: int, order: Int
     return taken
 
 
-def _draw(
-    bank: Tensor, taken: dict[int | None, Ints], labels: npt.NDArray[np.int64 | np.int8], classes: int, settings: LowshotConfig
-) -> Draw:
+def _draw(sides: LabelledFeatures, taken: dict[int | None, Ints], settings: LowshotConfig) -> Draw:
     """Train one machine for all classes, each against the rest; or one for each class: of it, or not."""
-    union = np.unique(np.concatenate(list(taken.values())))
-    features = unit(bank[torch.from_numpy(union).to(bank.device)]).double().cpu().numpy()
-    columns = {own: labels if own is None else labels[:, own] for own in taken}
-    problems = {
-        own: Problem(features, np.searchsorted(union, rows), columns[own][rows].astype(np.int64)) for own, rows in taken.items()
-    }
-    cost = settings.cost[0] if len(settings.cost) == 1 else choose_cost(list(problems.values()), settings.cost, None in taken)
-    # One machine for all classes never predicts those without an image.
-    weight = torch.zeros(classes, features.shape[1])
-    bias, stuck = torch.full((classes,), -torch.inf if None in taken else 0.0), 0
+    union, single = np.unique(np.concatenate(list(taken.values()))), not sides.several
+    features = unit(sides.bank[torch.from_numpy(union)]).double().cpu().numpy()
+    problems = {}
+    for own, rows in taken.items():
+        labels = sides.bank_labels if own is None else sides.bank_labels[:, own]
+        problems[own] = Problem(features, np.searchsorted(union, rows), labels.numpy()[rows].astype(np.int64))
+    cost = settings.cost[0] if len(settings.cost) == 1 else choose_cost(list(problems.values()), settings.cost, single)
+    weight, stuck = torch.zeros(sides.classes, features.shape[1]), 0
+    bias = torch.full((sides.classes,), -torch.inf if single else 0.0)  # one machine never predicts classes without an image
     for own, problem in problems.items():
-        machine = train(problem, cost or _COST, single=own is None)
+        machine = train(problem, cost or _COST, single=single)
         stuck += int(machine.n_iter_ >= _ITERATIONS)
-        rows, own_weight, own_bias = machine.classes_, machine.coef_, machine.intercept_
-        if own is not None:
-            rows = [own]
-        elif len(own_weight) == 1:  # two classes are opposites
-            own_weight, own_bias = np.concatenate([-own_weight, own_weight]), np.concatenate([-own_bias, own_bias])
-        weight[rows], bias[rows] = torch.from_numpy(own_weight).float(), torch.from_numpy(own_bias).float()
+        to = machine.classes_ if own is None else [own]
+        coef, intercept = machine.coef_, machine.intercept_
+        if len(coef) < len(to):  # two classes are opposites
+            coef, intercept = np.concatenate([-coef, coef]), np.concatenate([-intercept, intercept])
+        weight[to], bias[to] = torch.from_numpy(coef).float(), torch.from_numpy(intercept).float()
     return Draw(weight, bias, cost, stuck)
 
 
@@ -205,7 +173,7 @@ def _scores(test: Tensor, draw: Draw) -> Tensor:
         return torch.cat([torch.addmm(bias, unit(rows), weight.T).cpu() for rows in torch.split(test, _TEST_ROWS)])
 
 
-def _remarks(labels: Tensor, count: Tensor, shots: int, draws: list[Draw]) -> list[str]:
+def _notes(labels: Tensor, count: Tensor, shots: int, draws: list[Draw]) -> list[str]:
     notes = []
     if few := places((count > 0) & (count < shots)):
         notes.append(f"Fewer than {shots} bank images of {numbered(few)}: all of them were used.")
@@ -218,21 +186,19 @@ def _remarks(labels: Tensor, count: Tensor, shots: int, draws: list[Draw]) -> li
     return notes
 
 
-def _finding(
-    shots: int, draws: list[Draw], scores: list[Tensor], truth: Tensor, bootstrap: Bootstrap, notes: list[str]
-) -> Finding:
+def _finding(shots: int, draws: list[Draw], sides: LabelledFeatures, bootstrap: Bootstrap, notes: list[str]) -> Finding:
     setting: dict[str, Any] = {"shots": shots}
-    classes, right = len(draws[0].bias), None
+    truth, right, scores = sides.test_labels, None, [_scores(sides.test, draw) for draw in draws]
     figures: list[dict[str, float]]
-    if truth.dim() == 2:
+    if sides.several:
         setting |= {"average_precision": "interpolated"}
         figures = [{"map": 100 * float(np.nanmean(average_precision(some, truth, interpolated=True)))} for some in scores]
         samples = np.mean([map_samples(some, truth, bootstrap, interpolated=True) for some in scores], axis=0)
         intervals = {"map": percentiles(100 * samples)}
     else:
         place = torch.stack([ranks(some, truth) for some in scores])
-        figures = [accuracies(rank, truth, classes) for rank in place]
-        best = {"top1": 1, "top5": min(5, classes)}
+        figures = [accuracies(rank, truth, sides.classes) for rank in place]
+        best = {"top1": 1, "top5": min(5, sides.classes)}
         intervals = {name: mean_interval(100 * (place < k).double().mean(dim=0), bootstrap) for name, k in best.items()}
         right = (place[0] == 0).numpy() if len(draws) == 1 else None
     main = next(iter(figures[0]))

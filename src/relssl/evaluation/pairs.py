@@ -40,27 +40,6 @@ def class_counts(labels: Tensor, classes: int) -> Tensor:
     return (labels > 0).sum(dim=0).cpu() if labels.dim() == 2 else torch.bincount(labels.cpu().long(), minlength=classes)
 
 
-def check_labels(bank: Tensor, test: Tensor, classes: int) -> list[str]:
-    """Check labels that a classifier learns from and those it is measured on, as of `class_counts`; return notes on both.
-
-    Raises:
-        DataError: without test images, or if the bank's labels leave nothing to tell apart.
-    """
-    known, wanted = class_counts(bank, classes), class_counts(test, classes)
-    if bank.dim() == 1 and int((known > 0).sum()) < 2:
-        kind = f"the single class {int(known.argmax())}" if len(bank) else "no class"
-        raise DataError(f"labels: all {len(bank)} images of the bank are of {kind}; at least 2 classes are needed")
-    if not int(known.sum()) or not int(wanted.sum()):
-        raise DataError(f"labels: the {'test' if int(known.sum()) else 'bank'} images are of no class; nothing can be measured")
-    notes = []
-    if missing := places((known == 0) & (wanted > 0)):
-        images = int(wanted[missing].sum())
-        notes.append(f"The bank has no image of {numbered(missing)}, so {images} test labels cannot be predicted.")
-    if bank.dim() == 2 and (absent := places(wanted == 0)):
-        notes.append(f"No test image is of {numbered(absent)}, left out of map.")
-    return notes
-
-
 @dataclass(frozen=True)
 class LabelledPair:
     """Both sides of a data set.

@@ -16,10 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from relssl.errors import ConfigError
-from relssl.evaluation.features import full_precision, require_varied
+from relssl.evaluation.features import LabelledFeatures, full_precision
 from relssl.evaluation.metrics import Bootstrap, accuracies, average_precision, map_samples, percentiles, ranks
-from relssl.evaluation.pairs import check_labels, class_counts, numbered, places
+from relssl.evaluation.pairs import class_counts, numbered, places
 from relssl.evaluation.result import Finding
 from relssl.settings.evaluation import ProbeConfig
 
@@ -37,68 +36,46 @@ class Fit(NamedTuple):
     gradient: float
 
 
-def probe(
-    bank: Tensor,
-    bank_labels: Tensor,
-    test: Tensor,
-    test_labels: Tensor,
-    *,
-    classes: int,
-    settings: ProbeConfig,
-    bootstrap: Bootstrap,
-    seed: int,
-) -> list[Finding]:
+def probe(sides: LabelledFeatures, settings: ProbeConfig, bootstrap: Bootstrap, seed: int) -> list[Finding]:
     """Choose the L2 penalty on a held-out part of the bank, fit on the whole bank, classify the test images.
 
     The penalties are tried from the strongest to the weakest, each fit beginning where the last ended; of those equally good on
     the held-out images the strongest is taken, and after two in a row that are no better no weaker one is tried. Mean and
-    deviation are those of the whole bank throughout.
+    deviation are those of the whole bank throughout. With several labels an image there is one binary regression a class, all
+    with the same penalty, chosen by their mean average precision.
 
     Args:
-        bank, test: [N,F] and [M,F] fp32; the work is done on the device of `test`.
-        bank_labels, test_labels: int64 in 0..C-1; or int8 [N,C] and [M,C] (1 yes, 0 no, -1 unknown) for one binary
-            regression a class, all with the same penalty, chosen by their mean average precision.
         seed: of the held-out part: a share of each class, of at least one image where it has two; of all images if they have
             several labels.
 
     Returns:
         One finding: top1, top5 and mean_per_class, or map (plain average precision, as scikit-learn's); `details` with the penalty
         chosen and how each one did.
-
-    Raises:
-        NumericError: for NaN, Inf or constant features. DataError: for a bank of one class, or without test labels.
-        ConfigError: without a penalty.
     """
-    if not settings.strengths:
-        raise ConfigError("probe.strengths: is empty; give at least one penalty")
-    notes = check_labels(bank_labels, test_labels, classes)
-    require_varied(bank, "bank")
-    require_varied(test, "test")
-    out, own_notes = hold_out(bank_labels.cpu(), classes, settings.held_out, seed)
-    order = torch.cat([(~out).nonzero().flatten(), out.nonzero().flatten()]).to(bank.device)  # what is held out comes last
-    deviation, mean = (each.to(test.device) for each in torch.std_mean(bank, dim=0, correction=0))
-    rows = standardise(bank[order].to(test.device), mean, deviation)
-    labels, kept = bank_labels[order.to(bank_labels.device)].to(test.device), len(out) - int(out.sum())
+    classes, test = sides.classes, sides.test
+    out, notes = hold_out(sides.bank_labels, classes, settings.held_out, seed)
+    order, learnt = torch.argsort(out.int(), stable=True), len(out) - int(out.sum())  # what is held out comes last
+    deviation, mean = (each.to(test.device) for each in torch.std_mean(sides.bank, dim=0, correction=0))
+    rows = standardise(sides.bank[order].to(test.device), mean, deviation)
+    labels = sides.bank_labels[order].to(test.device)
 
-    strengths = sorted(set(settings.strengths), reverse=True)
-    strength, start, best, waited, tried = strengths[len(strengths) // 2], None, -1.0, 0, list[dict[str, Any]]()
-    fitted: Fit | None = None
-    for each in strengths if len(strengths) > 1 and kept < len(rows) else ():
-        previous = None if fitted is None else fitted.weight
-        fitted = fit(rows[:kept], labels[:kept], classes, each, settings.iterations, start=previous, gradient=_ENOUGH)
-        name, figure = _figure(predict(rows[kept:], fitted.weight), labels[kept:].cpu(), classes)
-        converged = fitted.gradient <= _ENOUGH
+    strengths, tried = sorted(set(settings.strengths), reverse=True), list[dict[str, Any]]()
+    strength, start, best, last, waited = strengths[len(strengths) // 2], None, -1.0, None, 0
+    for each in strengths if len(strengths) > 1 and learnt < len(rows) else ():
+        fitted = fit(rows[:learnt], labels[:learnt], classes, each, settings.iterations, start=last, gradient=_ENOUGH)
+        last, converged = fitted.weight, fitted.gradient <= _ENOUGH
+        name, figure = _figure(predict(rows[learnt:], last), labels[learnt:].cpu(), classes)
         tried.append({"strength": each, name: round(figure, 4), "iterations": fitted.iterations, "converged": converged})
         waited += 1
         if figure > best:
-            strength, start, best, waited = each, fitted.weight, figure, 0
+            strength, start, best, waited = each, last, figure, 0
         if waited == _PATIENCE:
             break  # weaker ones take ever longer, and fit the noise
     final = fit(rows, labels, classes, strength, settings.iterations, start=start)
-    notes += own_notes + _notes(strength, strengths, tried, final)
+    notes += _notes(strength, strengths, tried, final)
     scores = torch.cat([predict(standardise(part, mean, deviation), final.weight) for part in torch.split(test, _ROWS)])
     details = {"strength": strength, "held_out": int(out.sum()), "tried": tried, "iterations": final.iterations}
-    return [_finding(scores, test_labels.cpu(), classes, bootstrap, notes, details)]
+    return [_finding(scores, sides.test_labels, classes, bootstrap, notes, details)]
 
 
 def standardise(features: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:

@@ -12,25 +12,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from relssl.errors import ConfigError, DataError
-from relssl.evaluation.features import full_precision, require_varied, unit
+from relssl.errors import DataError
+from relssl.evaluation.features import LabelledFeatures, full_precision, unit
 from relssl.evaluation.metrics import Bootstrap, mean_interval
-from relssl.evaluation.pairs import check_labels
 from relssl.evaluation.result import Finding
 from relssl.settings.evaluation import RetrievalConfig
 
 
 def retrieval(
-    bank: Tensor,
-    bank_labels: Tensor,
-    test: Tensor,
-    test_labels: Tensor,
-    *,
-    classes: int,
-    settings: RetrievalConfig,
-    bootstrap: Bootstrap,
-    seed: int = 0,
-    cells: int = 1 << 26,
+    sides: LabelledFeatures, settings: RetrievalConfig, bootstrap: Bootstrap, seed: int = 0, *, cells: int = 1 << 26
 ) -> list[Finding]:
     """Rank the gallery for every test image: M * N * F products and M sorts of N; exact, and nothing is drawn.
 
@@ -38,26 +28,18 @@ def retrieval(
     their place in the gallery, lower first.
 
     Args:
-        bank, test: [N,F] and [M,F]; the work is done on the device of `test`, which holds the gallery in fp32.
-        bank_labels, test_labels: int64 in 0..C-1; or int8 [N,C] and [M,C] (1 yes, 0 no, -1 unknown).
         cells: similarities at a time; of those, a sixteenth is ranked at a time, which takes some 40 bytes each.
 
     Returns:
         One finding, {"gallery": ...}: map and a recall_at_k for each k. Queries without any image to be found are left out.
 
     Raises:
-        NumericError: for NaN, Inf or constant features. DataError: if no query has an image to be found, or the gallery is of one
-            class. ConfigError: without a k.
+        DataError: if no query has an image to be found.
     """
-    if not settings.at:
-        raise ConfigError("retrieval.at: is empty; give at least one k")
-    require_varied(test, "test")
-    itself = settings.gallery == "test"
-    if not itself:
-        require_varied(bank, "bank")
-    gallery, labels = (test, test_labels) if itself else (bank, bank_labels)
-    check_labels(labels, test_labels, classes)  # of one class, whatever is retrieved is right
-    labels, truth, gallery = labels.to(test.device), test_labels.to(test.device), unit(gallery.to(test.device))
+    itself, test = settings.gallery == "test", sides.test
+    gallery, labels = (test, sides.test_labels) if itself else (sides.bank, sides.bank_labels)
+    labels, truth = labels.to(test.device), sides.test_labels.to(test.device)
+    gallery = unit(gallery.to(test.device))
     at = [min(k, len(gallery) - itself) for k in settings.at]
     hits, precision = [], []
     rank = torch.arange(1, len(gallery) + 1, device=test.device, dtype=torch.float64)

@@ -9,7 +9,7 @@ from relssl.data.images import Images, Pixels
 from relssl.data.loader import worker_count
 from relssl.data.plain import PlainView, Reader
 from relssl.engine import Engine
-from relssl.evaluation.features import extract
+from relssl.evaluation.features import LabelledFeatures, extract
 from relssl.evaluation.knn import knn_accuracy
 from relssl.evaluation.pairs import LabelledPair
 from relssl.method.base import Method, unwrapped
@@ -47,7 +47,7 @@ class OnlineKnn:
         return self._score(*sides)
 
     def _score(self, bank: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> float:
-        (figures,) = knn_accuracy(*bank, *test, classes=self.pair.classes, settings=[self.knn])
+        (figures,) = knn_accuracy(LabelledFeatures(*bank, *test, classes=self.pair.classes), [self.knn])
         return float(round(figures["top1"], 4))
 
 
