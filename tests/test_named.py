@@ -116,7 +116,7 @@ def test_wrong_names_and_splits():
 def test_a_sample_downloads_nothing_and_reads_no_folder_to_its_end(classes):
     assert len(sample(str(classes), None, 2)) == 2 and len(sample("digits", None, 2)) == 5748
     assert sample("imagenet", str(classes), 2) is None and sample("gone/", None, 2) is None
-    for name in ("cifar10", "food101", "tiny-imagenet", "voc07"):
+    for name in ("cifar10", "svhn", "food101", "tiny-imagenet", "voc07"):
         assert not at_hand(name, str(classes)) and sample(name, str(classes), 2) is None
 
 

@@ -97,7 +97,9 @@ def sample(data: str, root: str | None, count: int) -> Images | None:
 
 def at_hand(data: str, root: str | None) -> bool:
     """Return whether `load` needs no download for DATA."""
-    return data not in SETS or not SETS[data].source or Path(data_root(root), SETS[data].folder).exists()
+    if data not in SETS or not SETS[data].source:
+        return True
+    return Path(data_root(root), SETS[data].folder or "train_32x32.mat").exists()  # SVHN's files lie in the root itself
 
 
 def data_root(root: str | None) -> str:
