@@ -224,6 +224,7 @@ def test_settings_of_an_evaluation() -> None:
     [
         (["pretrian"], "pretrain"),
         (["validate", "--lr", "1"], "optimizer.lr"),
+        (["pretrain", "--loader.decoder", "pillow", "--workers", "2"], "loader.workers"),
         (["validate", "--max_steps=1"], "max_steps"),
         (["validate", "digits", "extra"], "extra"),
         (["recipes", "--epochs", "1"], "--epochs"),

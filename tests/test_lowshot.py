@@ -119,8 +119,8 @@ def test_one_shot_takes_the_plain_cost_and_says_so(digits: Sides) -> None:
 
 def test_classes_with_few_images_or_none_are_noted(digits: Sides) -> None:
     bank, labels, test, truth = digits
-    kept = (labels != 4) | (labels == 4).cumsum(0).le(3)
-    sides = bank[kept], labels[kept], test, truth
+    rest = (labels != 4) | (labels == 4).cumsum(0).le(3)
+    sides = bank[rest], labels[rest], test, truth
     assert any("Fewer than 8 bank images of class 4" in note for note in measure(sides, 8).notes)
     assert len(measure(sides, 1000).details["draws"]) == 1  # every draw would be the same
     finding = measure((bank[labels != 4], labels[labels != 4], test, truth), 0)

@@ -30,19 +30,12 @@ Option = tuple[str, dict[str, Any]]
 
 
 class Verb(NamedTuple):
-    """A command.
+    """A command."""
 
-    Attributes:
-        run: takes the arguments and the settings among them.
-        about: one line of help.
-        options: its own arguments.
-        settings: whose fields are options, too.
-    """
-
-    run: Callable[[argparse.Namespace, Overrides], Outcome]
+    run: Callable[[argparse.Namespace, Overrides], Outcome]  # takes the arguments, and the settings among them
     about: str
     options: tuple[Option, ...]
-    settings: Any
+    settings: Any  # whose fields are options, too
 
 
 VERBS: dict[str, Verb] = {}
@@ -418,17 +411,28 @@ def _add_settings(command: argparse.ArgumentParser, verb: Verb) -> None:
         group.add_argument(f"--{name}", metavar="VALUE", help=text)
 
 
+def _joined(verb: Verb, words: Sequence[str]) -> list[str]:
+    """Join settings and unknown options with their values, which argparse would take for DATA if it does not know the option."""
+    own = {"--json", "--debug", "--help", *(name for name, _ in verb.options)}
+    joined = [""]
+    for word in words:
+        if joined[-1].startswith("--") and "=" not in joined[-1] and joined[-1] not in own and not word.startswith("--"):
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined[1:]
+
+
 def _overrides(args: argparse.Namespace, unknown: list[str]) -> Overrides:
     """The settings on the command line as {dotted name: text}, unknown ones among them."""
     settings = VERBS[args.verb].settings
     known = {*leaves(settings), *_NAMED} if settings else set()
     overrides = {name: value for name, value in vars(args).items() if name in known and value is not None}
-    words = iter(unknown)
-    for word in words:
-        name, equals, value = word.partition("=")
+    for word in unknown:
+        name, _, value = word.partition("=")
         if not word.startswith("--"):
             raise ConfigError(f"{word!r}: not expected here; settings are given as --name value")
-        overrides[name[2:]] = value if equals else next(words, "")
+        overrides[name[2:]] = value
     # `--views.strong NAME` beside `--views.strong.blur 0`: both speak of one section.
     overrides = {f"{name}.name" if name in _NAMED else name: value for name, value in overrides.items()}
     if overrides and not settings:
@@ -439,7 +443,9 @@ def _overrides(args: argparse.Namespace, unknown: list[str]) -> Overrides:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv and not argv[0].startswith("-") and argv[0] not in VERBS:
+    if argv and argv[0] in VERBS:
+        argv = [argv[0], *_joined(VERBS[argv[0]], argv[1:])]
+    elif argv and not argv[0].startswith("-"):
         print(f"relssl: unknown command {argv[0]!r}; the nearest is {nearest_word(argv[0], VERBS)}", file=sys.stderr)
         return 2
     args, unknown = build_parser().parse_known_args(argv)

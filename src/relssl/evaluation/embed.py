@@ -77,18 +77,12 @@ def write_vectors(
     labels: NDArray[np.int64] | None = None,
     classes: Sequence[str] | None = None,
 ) -> None:
-    """Write features with the names, labels and classes of their rows, over whatever lies at `path`.
+    """Write features [N,D] with the ids, names and labels [N] of their rows (-1: none), over whatever lies at `path`.
 
-    `.npz` holds `features` [N,D] float32, `ids` [N] int64, `names` [N] and, where given, `labels` [N] int64 and `classes` [C],
-    the names of the labels; no pickle. `.csv` has a header and the columns id, name, label and class (where given), f0, f1, ...;
-    numbers read back to the same float32. A name that a spreadsheet would run as a formula gets a leading ' there. `.parquet` has
-    the columns id, name, label and class (where given), and features, a list of D float32. In its names and the csv's, bytes that
-    are not UTF-8 are written as backslash escapes.
-
-    Args:
-        path: ends in .npz, .csv or .parquet; its folder must exist.
-        features, ids, names, labels: [N,D], and [N] each; label -1 = none.
-        classes: what the labels stand for; only with labels.
+    `.npz` holds `features` float32, `ids` int64, `names` and, where given, `labels` int64 and `classes`, the names of the labels;
+    no pickle. `.csv` has a header and the columns id, name, label and class (where given), f0, f1, ...; numbers read back to the
+    same float32, and a name that a spreadsheet would run as a formula gets a leading '. `.parquet` has the columns id, name, label
+    and class (where given), and features, a list of D float32. Both write bytes that are not UTF-8 as backslash escapes.
 
     Raises:
         ConfigError, StorageError: as `check_target`. StorageError: if the file cannot be written. NumericError: for features that
@@ -99,17 +93,18 @@ def write_vectors(
     if not finite.all():
         raise NumericError(f"{names[int(finite.argmin())]!r}: its features hold NaN or Inf; check the weights")
     columns: Columns = {"id": ids, "name": names}
+    arrays: Columns = {"features": features, "ids": ids, "names": np.array(names)}
     if labels is not None:
-        columns["label"] = labels
+        columns["label"] = arrays["labels"] = labels
         if classes is not None:
             columns["class"] = [classes[label] if label >= 0 else "" for label in labels.tolist()]
+            arrays["classes"] = np.array(classes)
+    suffix = path.suffix.lower()
     with replacing(path, needed=features.nbytes) as file:
-        if path.suffix.lower() == ".npz":
-            arrays = {"features": features, "ids": ids, "names": np.array(names)}
-            arrays |= {} if labels is None else {"labels": labels}
-            np.savez(file, **arrays, **({} if "class" not in columns else {"classes": np.array(classes)}))  # type: ignore[arg-type]
+        if suffix == ".npz":
+            np.savez(file, **arrays)
         else:
-            (_write_csv if path.suffix.lower() == ".csv" else _write_parquet)(file, columns, features)
+            (_write_csv if suffix == ".csv" else _write_parquet)(file, columns, features)
 
 
 def check_target(path: Path) -> None:

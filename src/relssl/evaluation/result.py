@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import errno
 import importlib.metadata
 import json
-import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -197,16 +196,14 @@ def check_out(out: Path) -> None:
     """Refuse, before the work, a file that could not be written at the end."""
     if not out.absolute().parent.is_dir() or out.is_dir():
         raise ConfigError(f"out: {out} must be a JSON file in a folder that exists")
-    _require_writable(out.absolute().parent, out)
+    _check_writable(out.absolute().parent)
 
 
 def results_folder(run: Path, out: str | Path | None, say: Callable[[str], None]) -> Path | None:
     """Return where a run keeps its results; None if that cannot be written and they go to `out`."""
     folder = run / "evaluations"
     try:
-        with storing(folder):
-            folder.mkdir(exist_ok=True)
-        _require_writable(folder, folder)
+        _check_writable(folder)
     except StorageError as error:
         if out is None:
             raise StorageError(f"{error}, or give --out FILE") from error
@@ -215,10 +212,10 @@ def results_folder(run: Path, out: str | Path | None, say: Callable[[str], None]
     return folder
 
 
-def _require_writable(folder: Path, target: Path) -> None:
-    with storing(target):
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+def _check_writable(folder: Path) -> None:
+    with storing(folder):
+        folder.mkdir(exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
 
 
 def compare(
@@ -311,14 +308,13 @@ def _difference(mine: Record, other: Record) -> Record:
     row |= {"network": [mine["network"], other["network"]], "figure": main, "first": first, "second": second}
     row["difference"] = round(second - first, 4)
     if main == "top1" and "correct" in mine and "correct" in other:
-        row["interval"] = _paired(_answers(mine), _answers(other))
+        a, b = _answers(mine), _answers(other)
+        row["interval"] = None if a is None or b is None or len(a) != len(b) else _paired(a, b)
     return row
 
 
-def _paired(first: npt.NDArray[np.bool_] | None, second: npt.NDArray[np.bool_] | None) -> list[float] | None:
+def _paired(first: npt.NDArray[np.bool_], second: npt.NDArray[np.bool_]) -> list[float]:
     """Compute the interval of the difference in percent when test images are drawn again: what both get right cancels."""
-    if first is None or second is None or len(first) != len(second):
-        return None
     gained, lost, total = int((second & ~first).sum()), int((first & ~second).sum()), len(first)
     drawn = Bootstrap().generator().multinomial(total, np.array([gained, lost, total - gained - lost]) / total, size=10_000)
     return [round(bound, 4) for bound in percentiles(100 * (drawn[:, 0] - drawn[:, 1]) / total)]

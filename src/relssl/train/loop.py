@@ -41,7 +41,7 @@ class Run:
     Attributes:
         config: its settings, with the data's means and deviations filled in.
         engine: devices and ranks.
-        images: what it trains on. fingerprint: of them.
+        images, fingerprint: what it trains on, and 16 hex digits that change with it.
         plan: the samples of each step, part and rank.
         loader: makes the views of these samples.
         labels: int64 [N] on the device, for methods that train on them, and how many `classes` they tell apart; else None and 0.
@@ -169,9 +169,9 @@ def train_step(run: Run, parts: list[Batch]) -> Figures | None:
     if config.optimizer.clip is not None:
         clip_grads_with_norm_(student.parameters(), config.optimizer.clip, norm)
     keys = joined(run, [step.keys for step in steps])
-    state.step += 1
 
     # Before the memory moves: figures are those of the relations that the loss has seen.
+    state.step += 1
     logged = state.step % config.log.every == 0 or state.step % run.plan.steps_per_epoch == 0
     figures = {"loss": loss, "grad_norm": norm, "keys": keys} if logged else {}
     if logged:
@@ -199,18 +199,14 @@ def train_step(run: Run, parts: list[Batch]) -> Figures | None:
 def scheduled(run: Run, step: int) -> dict[str, float]:
     """Compute what the schedules say of a step: learning rate, teacher's momentum and temperature, and InfoNCE's part of the loss."""
     method, optimizer, total, epoch = run.config.method, run.config.optimizer, run.total_steps, run.plan.steps_per_epoch
-    rise, sharpening = optimizer.warmup_epochs * epoch, method.teacher_temperature_epochs * epoch
-    start, end = method.teacher_temperature_start, method.teacher_temperature
+    momentum, rise = (method.teacher_momentum, method.teacher_momentum_end), optimizer.warmup_epochs * epoch
+    start, end, length = method.teacher_temperature_start, method.teacher_temperature, method.teacher_temperature_epochs * epoch
     return {
-        "lr": schedules.learning_rate(
-            step, start=optimizer.lr_start, peak=optimizer.lr, warmup_steps=rise, total_steps=total
-        ),
-        "teacher_momentum": schedules.teacher_momentum(
-            step, start=method.teacher_momentum, end=method.teacher_momentum_end, total_steps=total
-        ),
+        "lr": schedules.learning_rate(step, start=optimizer.lr_start, peak=optimizer.lr, warmup_steps=rise, total_steps=total),
+        "teacher_momentum": schedules.teacher_momentum(step, start=momentum[0], end=momentum[1], total_steps=total),
         "warmup_mix": schedules.warmup_mix(step, shape=method.warmup, length=method.warmup_share * total),
-        "teacher_temperature": schedules.temperature(step, start=start, end=end, length=sharpening),
-    }  # fmt: skip
+        "teacher_temperature": schedules.temperature(step, start=start, end=end, length=length),
+    }
 
 
 def forward(run: Run, part: Batch, number: int) -> Step:
@@ -225,9 +221,8 @@ def forward(run: Run, part: Batch, number: int) -> Step:
 def step_settings(run: Run, step: int, ids: Tensor) -> dict[str, Any]:
     """Return what the method's step takes besides views: constants, what the schedules say, and the labels of these samples."""
     model, now = run.state.model, scheduled(run, step)
-    settings = {name: getattr(run.config.method, name) for name in model.constants} | {
-        name: now[name] for name in model.scheduled
-    }
+    settings = {name: getattr(run.config.method, name) for name in model.constants}
+    settings |= {name: now[name] for name in model.scheduled}
     return settings if run.labels is None else settings | {"labels": run.labels[ids.to(run.labels.device)]}
 
 

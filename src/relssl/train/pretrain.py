@@ -17,7 +17,7 @@ from relssl.data.cache import shrunken
 from relssl.data.images import Images, Pixels
 from relssl.data.named import load
 from relssl.engine import Engine
-from relssl.errors import ConfigError, DataError, DistributedError, Interrupted, RelsslError, StorageError
+from relssl.errors import ConfigError, DataError, DistributedError, RelsslError, StorageError
 from relssl.evaluation.pairs import LabelledPair, choose
 from relssl.settings.run import METHODS, Config, derive, resolve
 from relssl.train import checkpoint
@@ -102,11 +102,8 @@ def resume(
     folder, config = loaded.folder, loaded.config
     if checkpoint is None and _is_complete(folder):
         return _result(folder)
-    saved = None
-    if checkpoint is not None:
-        saved = loaded.named(checkpoint)
-    elif any((folder / "checkpoints").glob("step-*")):
-        saved = loaded.checkpoint()
+    begun = any((folder / "checkpoints").glob("step-*"))
+    saved = loaded.named(checkpoint) if checkpoint is not None else loaded.checkpoint() if begun else None
     if time_limit is not None:
         config = dataclasses.replace(config, time_limit=None if math.isinf(time_limit) else time_limit)
     return _run(config, folder, Engine(config.engine), quiet, saved, fresh=False)
@@ -231,13 +228,12 @@ def compile_networks(run: Run) -> str | None:
     Returns:
         A line for the console; None if there is nothing to say.
     """
-    config, engine, state = run.config, run.engine, run.state
-    gpu = engine.device.type == "cuda"
+    config, engine, state, gpu = run.config, run.engine, run.state, run.engine.device.type == "cuda"
     worth = gpu and run.total_steps >= WORTH_COMPILING and not config.engine.deterministic
     if config.compile == "off" or (config.compile == "auto" and not worth):
         return None
     # Graphs are replayed on fixed memory; gradients of accumulated parts and DDP's buckets outlive a replay.
-    graphs, fault = engine.world == 1 and config.accumulate == 1, None
+    graphs, fault = engine.world == 1 and config.accumulate == 1, ""
     torch.compiler.reset()  # type: ignore[no-untyped-call]  # one cache serves all networks of a process
     for network in run.networks:
         network.compile_heads(graphs)
@@ -250,7 +246,7 @@ def compile_networks(run: Run) -> str | None:
         fault = next(iter(str(error).splitlines()), type(error).__name__)[:160]
     state.guard.take_back()
     state.optimizer.zero_grad(set_to_none=True)
-    if engine.largest(int(fault is not None)):
+    if engine.largest(len(fault)):
         for network in run.networks:
             network.compiled_heads = None
         torch.compiler.reset()  # type: ignore[no-untyped-call]  # with it goes the memory that graphs use
@@ -299,7 +295,7 @@ def _train(run: Run, display: Display, stop: StopRequest) -> None:
         known = explained(error, run)
         if run.folder is not None:
             with suppress(StorageError):  # a full disk must not hide the error that there is to report
-                _note_failure(run.folder, run.state.step, known)
+                run.folder.failed(run.state.step, known)
         if known is error:
             raise
         raise known from error
@@ -350,15 +346,6 @@ def _too_large(config: Config) -> ConfigError:
         f"batch_size: {config.batch_size} does not fit the device's memory; lower it, {parts}"
         "or set loader.path files to keep the images out of it"
     )
-
-
-def _note_failure(folder: RunFolder, step: int, error: BaseException) -> None:
-    code = getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 1)
-    state = "interrupted" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "failed"
-    kind = getattr(error, "kind", "interrupted" if state == "interrupted" else "bug")
-    saved = sorted(path.name for path in folder.checkpoints.glob("step-*"))
-    details = {"kind": kind, "field": None, "message": str(error)}
-    folder.status(state, step, exit_code=code, error=details, last_checkpoint=saved[-1] if saved else None)
 
 
 def _finish(run: Run, folder: RunFolder) -> Result:

@@ -18,7 +18,7 @@ from typing import IO, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from relssl.errors import ConfigError, LockedError, StorageError
+from relssl.errors import ConfigError, Interrupted, LockedError, StorageError
 from relssl.files import write_file, write_json
 from relssl.settings.recipes import public_name
 from relssl.settings.run import Config, to_yaml
@@ -73,6 +73,15 @@ class RunFolder:
         """Write to status.json where the run stands; state is running, complete, interrupted or failed."""
         write_json(self.path / "status.json", {"state": state, "step": step, "exit_code": None, "error": None} | facts)
 
+    def failed(self, step: int, error: BaseException) -> None:
+        """Write to status.json why the run has ended before its last step."""
+        stopped = isinstance(error, (Interrupted, KeyboardInterrupt))
+        code, kind = (130, "interrupted") if stopped else (1, "bug")
+        details = {"kind": getattr(error, "kind", kind), "field": None, "message": str(error)}
+        names = sorted(path.name for path in self.checkpoints.glob("step-*"))
+        facts = {"error": details, "last_checkpoint": names[-1] if names else None}
+        self.status("interrupted" if stopped else "failed", step, exit_code=getattr(error, "exit_code", code), **facts)
+
     def give_up_after(self, step: int) -> None:
         """Remove checkpoints later than `step`: going on from an older one gives their future up."""
         for path in store.checkpoints(self.checkpoints):
@@ -121,18 +130,16 @@ def environment() -> dict[str, Any]:
 
 
 def _version(package: str) -> str:
-    try:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+    return "not installed"
 
 
 def _processor() -> str:
-    try:
+    with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    return platform.processor() or platform.machine()
 
 
 def _revision() -> str | None:
@@ -150,12 +157,9 @@ TIMINGS = ("images_per_second", "data_wait")
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Read the rows of a .jsonl file; a last line cut short by a crash is left out."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+    rows: list[dict[str, Any]] = []
+    with contextlib.suppress(json.JSONDecodeError):
+        rows += map(json.loads, path.read_text().splitlines() if path.exists() else [])
     return rows
 
 
