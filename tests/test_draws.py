@@ -71,12 +71,6 @@ def test_neighbours_are_uncorrelated(word, step):
     assert np.isin(here, there).sum() == 20 * shared
 
 
-def test_the_columns_of_a_sample_are_uncorrelated():
-    u = uniforms(0, 0, np.arange(20_000), 0, 40)
-    off_diagonal = np.corrcoef(u.T)[~np.eye(40, dtype=bool)]
-    assert np.abs(off_diagonal).max() < 5 / np.sqrt(len(u))
-
-
 @settings(max_examples=40, deadline=None)
 @given(
     ids=st.lists(st.integers(0, 2**63 - 1), min_size=1, max_size=20),
@@ -110,11 +104,6 @@ def test_crops_are_drawn_alike_without_the_rest():
     for config in (view(), view(scale=None)):
         one, other = draw_crops(config, 3, 2, np.arange(10), 1, sizes), draw(config, 3, 2, np.arange(10), 1, sizes).crop
         np.testing.assert_array_equal(one, other)
-
-
-def test_size_may_be_shared_or_each_samples_own():
-    ids = np.arange(10)
-    assert_same(draw(view(), 0, 0, ids, 1, (30, 40)), draw(view(), 0, 0, ids, 1, np.tile([30, 40], (10, 1))))
 
 
 OWNED = {

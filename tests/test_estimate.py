@@ -162,7 +162,9 @@ def test_ctrl_c_is_one_line(settings_file: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [settings_file]
 
 
+@pytest.mark.torture
 def test_two_ranks_speak_once(settings_file: Path, tmp_path: Path) -> None:
+    """Long, as two processes start and import everything; runs of two ranks are tested elsewhere."""
     command = [sys.executable, "-m", "relssl", "estimate", "--config", str(settings_file), "--steps", "3", "--json"]
     ended = subprocess.run(
         [*command, "--engine.devices", "2"], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=240
@@ -177,12 +179,12 @@ def test_two_ranks_speak_once(settings_file: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "over",
     [
-        {"epochs": 7, "log.knn_every": 2, "checkpoint.every": 3},
+        {"epochs": 5, "log.knn_every": 2, "checkpoint.every": 3},
         {"epochs": 3, "log.knn_every": 5, "checkpoint.every": 7, "checkpoint.every_steps": 2},
     ],
 )
 def test_saves_evaluations_and_the_disk_are_those_of_training(over: dict[str, Any], tmp_path: Path) -> None:
-    over = {"max_images": 96, "checkpoint.keep": 100} | over
+    over = {"max_images": 64, "log.knn_images": [40, 40], "checkpoint.keep": 100} | over
     run = small_run(tmp_path / "run", **over).folder
     figures = estimate(small(**over), steps=1)
     checkpoints = list((run / "checkpoints").iterdir())
