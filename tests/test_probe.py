@@ -257,7 +257,7 @@ def test_classes_with_few_images_or_none_are_noted(digits: Sides) -> None:
     finding = shoot((bank[labels != 4], labels[labels != 4], test, truth), 0)
     assert finding.correct is not None and not finding.correct[(truth == 4).numpy()].any()
     two = shoot((bank[labels < 2], labels[labels < 2], test[truth < 2], truth[truth < 2]), 4, classes=2)
-    assert two.figures["top1"] > 97 and two.figures["top5"] == 100
+    assert two.figures["top1"] > 90 and two.figures["top5"] == 100
 
 
 def test_a_class_known_only_one_way_is_named(digits: Sides, several: Sides) -> None:

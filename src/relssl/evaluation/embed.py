@@ -37,8 +37,7 @@ def embed(
 ) -> dict[str, Any]:
     """Write the backbone's feature of every image, with its name, label and class, to a .npz, .csv or .parquet file.
 
-    Images go by in batches, so a folder may be larger than memory; features are in memory. Unreadable images are left out. Of
-    images with several labels each, as VOC's, no label is written.
+    Features are in memory, images are not. Unreadable ones are left out; several labels an image, as VOC's, are not written.
 
     Args:
         source: a run folder, an exported file, another program's file, or a timm name; see `open_backbones`.

@@ -78,9 +78,9 @@ def evaluate(
         ConfigError, DataError, CheckpointError, NumericError, StorageError: each with what to do about it.
     """
     settings, reading, say = settings or read_settings(overrides), reading or Reading(), say or (lambda line: None)
+    if out is not None and (not Path(out).absolute().parent.is_dir() or Path(out).is_dir()):
+        raise ConfigError(f"out: {out} must be a JSON file in a folder that exists")
     if out is not None:
-        if not Path(out).absolute().parent.is_dir() or Path(out).is_dir():
-            raise ConfigError(f"out: {out} must be a JSON file in a folder that exists")
         writable(Path(out).absolute().parent)  # before the work
     wanted = set(settings.network or ())
     network = min(wanted) if len(wanted) == 1 else reading.network
@@ -192,9 +192,10 @@ class _Evaluation:
                 used[side]["read"] = len(features.rows)
             known = np.asarray(images.labels if images.targets is None else images.targets)
             sides += [features.vectors, torch.from_numpy(known[features.rows])]
+        bank, bank_labels, test, test_labels = sides
         if self.engine.device.type == "cuda":  # protocols compute where the test features are, in fp64, which MPS has not
-            sides[2] = sides[2].to(self.engine.device)
-        labelled = LabelledFeatures(*sides, classes=pair.classes)
+            test = test.to(self.engine.device)
+        labelled = LabelledFeatures(bank, bank_labels, test, test_labels, pair.classes)
         notes += labelled.check()
         return run(labelled, bootstrap=self.bootstrap, **common), notes, used
 

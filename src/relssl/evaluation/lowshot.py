@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from sklearn.exceptions import ConvergenceWarning
+from sklearn.model_selection import PredefinedSplit, cross_val_score
 from sklearn.svm import LinearSVC
 from torch import Tensor
 
@@ -62,7 +63,9 @@ def lowshot(sides: LabelledFeatures, settings: LowshotConfig, bootstrap: Bootstr
         orders = [np.random.Generator(np.random.PCG64(each)).permutation(len(sides.bank)) for each in seeds]
         if not shots or (not sides.several and shots >= int(count.max())):
             orders = [np.arange(len(sides.bank))]  # every draw would take them all
-        draws = [_draw(sides, drawn_rows(sides.bank_labels.numpy(), sides.classes, order, shots), settings) for order in orders]
+        taken = [drawn_rows(sides.bank_labels.numpy(), sides.classes, order, shots) for order in orders]
+        with warnings.catch_warnings(action="ignore", category=ConvergenceWarning):  # a note says it instead
+            draws = [_draw(sides, rows, settings) for rows in taken]
         findings.append(_finding(shots, draws, sides, bootstrap, _notes(sides.bank_labels, count, shots, draws)))
     return findings
 
@@ -91,8 +94,8 @@ def _draw(sides: LabelledFeatures, taken: dict[int | None, Ints], settings: Lows
     cost = settings.cost[0] if len(settings.cost) == 1 else choose_cost(sides.bank, problems, settings.cost, single)
     weight, stuck = torch.zeros(sides.classes, sides.bank.shape[1]), 0
     bias = torch.full((sides.classes,), -torch.inf if single else 0.0)  # one machine never predicts classes without an image
-    for own, problem in zip(taken, problems, strict=True):
-        machine = train(sides.bank, *problem, cost or _COST, single)
+    for own, (rows, truth) in zip(taken, problems, strict=True):
+        machine = _machine(cost or _COST, single).fit(_unit_rows(sides.bank, rows), truth)
         stuck += int(machine.n_iter_ >= _ITERATIONS)
         to = machine.classes_ if own is None else [own]
         coef, intercept = machine.coef_, machine.intercept_
@@ -105,13 +108,10 @@ def _draw(sides: LabelledFeatures, taken: dict[int | None, Ints], settings: Lows
     return Draw(torch.cat(scores), cost, stuck)
 
 
-def train(bank: Tensor, rows: Ints, truth: Ints, cost: float, single: bool) -> LinearSVC:
-    """Fit scikit-learn's LinearSVC; the bias is penalised like a weight. With several labels an image, yes weighs double."""
+def _machine(cost: float, single: bool) -> LinearSVC:
+    """Create a machine; the bias is penalised like a weight. With several labels an image, yes weighs double."""
     weights = None if single else {0: 1.0, 1: 2.0}
-    machine = LinearSVC(C=cost, class_weight=weights, max_iter=_ITERATIONS, dual="auto", random_state=0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        return machine.fit(_unit_rows(bank, rows), truth)
+    return LinearSVC(C=cost, class_weight=weights, max_iter=_ITERATIONS, dual="auto", random_state=0)
 
 
 def _unit_rows(bank: Tensor, rows: Ints) -> npt.NDArray[np.float64]:
@@ -125,26 +125,25 @@ def choose_cost(bank: Tensor, problems: Sequence[tuple[Ints, Ints]], costs: Sequ
     smallest cost is taken. The images of a class take turns in three parts, each of which is left out once; the only image of a
     class is in all that is learnt from. None: there is nothing to choose by, as no part has images of two classes.
     """
-    splits = []
+    figures: dict[float, list[float]] = {cost: [] for cost in sorted(costs)}
     for rows, truth in problems:
         turn = np.full(len(truth), -1)
         for own in np.unique(truth):
             places = (truth == own).nonzero()[0]
             turn[places] = np.arange(len(places)) % _PARTS if len(places) > 1 else -1
-        for part in range(_PARTS):
-            learnt, out = turn != part, turn == part
-            if len(np.unique(truth[learnt])) > 1 and len(np.unique(truth[out])) > 1:
-                splits.append((rows[learnt], truth[learnt], rows[out], truth[out]))
+        splits = [sides for sides in PredefinedSplit(turn).split() if all(len(np.unique(truth[side])) > 1 for side in sides)]
+        features = _unit_rows(bank, rows) if splits else np.empty(0)
+        for cost, scores in figures.items() if splits else ():
+            scores += list(
+                cross_val_score(_machine(cost, single), features, truth, cv=splits, scoring=None if single else _precision)
+            )
+    means = {cost: np.mean(scores) for cost, scores in figures.items() if scores}
+    return max(means, key=lambda cost: means[cost], default=None)
 
-    def score(cost: float, rows: Ints, truth: Ints, out: Ints, wanted: Ints) -> float:
-        machine, features = train(bank, rows, truth, cost, single), _unit_rows(bank, out)
-        if single:
-            return float(machine.score(features, wanted))
-        decision = torch.from_numpy(machine.decision_function(features))[:, None]
-        return float(average_precision(decision, torch.from_numpy(wanted[:, None]), interpolated=True)[0])
 
-    figures = {cost: np.mean([score(cost, *split) for split in splits]) for cost in sorted(costs) if splits}
-    return max(figures, key=lambda cost: figures[cost], default=None)
+def _precision(machine: LinearSVC, features: npt.NDArray[np.float64], truth: Ints) -> float:
+    decision = torch.from_numpy(machine.decision_function(features))[:, None]
+    return float(average_precision(decision, torch.from_numpy(truth[:, None]), interpolated=True)[0])
 
 
 def _notes(labels: Tensor, count: Tensor, shots: int, draws: list[Draw]) -> list[str]:

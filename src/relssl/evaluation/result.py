@@ -37,25 +37,15 @@ _SHAPE = {"protocol": str, "network": str, "data": str, "setting": dict, "main":
 
 @dataclass(frozen=True)
 class Finding:
-    """One outcome of a protocol.
+    """One outcome of a protocol."""
 
-    Attributes:
-        setting: what tells it from the protocol's other outcomes, such as {"k": 20, "temperature": 0.07}.
-        main: the figure to quote, a key of `figures`.
-        figures: by name, such as top1, top5, mean_per_class, map, recall_at_1; percent unless its name says otherwise.
-        intervals: 95 % intervals [low, high] of some of the figures, in their unit.
-        notes: what a reader must know, such as a k that had to be lowered; a sentence each.
-        details: how it came about, such as the penalty that was chosen or the figures of each draw; plain JSON.
-        correct: bool [M], true for each test image that was labelled right, to compare two findings image by image.
-    """
-
-    setting: dict[str, Any]
-    main: str
-    figures: dict[str, float]
-    intervals: dict[str, Interval] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-    details: dict[str, Any] = field(default_factory=dict)
-    correct: npt.NDArray[np.bool_] | None = None
+    setting: dict[str, Any]  # what tells it from the protocol's other outcomes, such as {"k": 20, "temperature": 0.07}
+    main: str  # the figure to quote, a key of `figures`
+    figures: dict[str, float]  # such as top1, mean_per_class, map, recall_at_1; percent unless the name says otherwise
+    intervals: dict[str, Interval] = field(default_factory=dict)  # 95 %, of some of the figures
+    notes: tuple[str, ...] = ()  # what a reader must know, a sentence each
+    details: dict[str, Any] = field(default_factory=dict)  # how it came about; plain JSON
+    correct: npt.NDArray[np.bool_] | None = None  # [M], for each test image; to compare two findings image by image
 
     @classmethod
     def of_ranks(cls, setting: Record, rank: Tensor, truth: Tensor, classes: int, bootstrap: Bootstrap, **more: Any) -> Finding:
@@ -92,19 +82,18 @@ def card(
     name: str, protocol: Protocol, section: Any, settings: Evaluation, spec: BackboneSpec, reader: Reader, engine: Engine
 ) -> Record:
     """Return everything that two figures of a protocol, with settings `section`, must share to compare, but network and data."""
-    view, packages = reader.view, _PACKAGES
+    view, packages = reader.view, [*_PACKAGES]
     norms = "trained with the network" if protocol.trains else "eval mode; statistics hashed before and after, unchanged"
     seen: Record = {"mean": list(view.mean), "std": list(view.std)}
     if protocol.takes == "scenes":
-        packages = (*packages, "torchmetrics", "pycocotools")
+        packages += ["torchmetrics", "pycocotools"]
         seen |= {"shorter_side": section.min_size, "longer_side": section.max_size, "crop": "none"}
-        if section.norm != "train":
-            norms = "statistics and weights frozen, the rest is trained"
+        norms = norms if section.norm == "train" else "statistics and weights frozen, the rest is trained"
     else:
         seen |= {"size": view.size, "shorter_side": view.shorter_side, "crop": "centre", "max_pixels": reader.max_pixels}
-        seen["interpolation"] = f"{view.interpolation} with antialias"
-        if protocol.takes == "images":
-            seen["flip_in_training"] = 0.5 if reader.mirrored else 0.0
+        seen |= {"interpolation": f"{view.interpolation} with antialias"}
+    if protocol.takes == "images":
+        seen["flip_in_training"] = 0.5 if reader.mirrored else 0.0
     return {
         "protocol": name,
         "layer": "backbone",
@@ -163,48 +152,39 @@ def compare(
         allow: fields of the card that may differ, such as "versions" or "view.mean"; a field allows those below it.
 
     Returns:
-        For every pair: protocol, data, setting, network, figure, `first`, `second`, `difference` (second - first) and, where both
-        name the test images that they labelled right, `interval`: the 95 % bootstrap interval of the difference over the images;
-        `allowed`, the fields that differ.
+        For every pair: protocol, data, setting, network, figure, `first`, `second`, `difference` (second - first), `allowed`, the
+        fields that differ, and of top-1 `interval`, the 95 % bootstrap interval of the difference over the test images, if known.
 
     Raises:
         ConfigError: naming the fields that do not match, or if there is nothing to compare. DataError: for a damaged file.
     """
-    sides, alike = [_read(Path(path)) for path in (first, second)], ["protocol", "setting", "main"]
-    if network is None:
-        alike.append("network")
-    else:
+    sides = [_read(Path(path)) for path in (first, second)]
+    if network is not None:
         sides = [[record for record in side if record["network"] == name] for side, name in zip(sides, network, strict=True)]
         allow = (*allow, "network")
+    alike = ("protocol", "setting", "main", *(("network",) if network is None else ()))
     rows: list[Record] = []
     faults: dict[str, str] = {}  # what differs, and where first
     for mine in sides[0]:
         others = [other for other in sides[1] if all(other[key] == mine[key] for key in alike)]
-        if not others:
-            continue
-        other = min(
-            others, key=lambda other: other["data"] != mine["data"]
-        )  # the data may bear another name if nothing else fits
-        a, b = (_flat({key: value for key, value in side["card"].items() if key not in _SUBJECT}) for side in (mine, other))
-        differing = [name for name in {**a, **b} if a.get(name) != b.get(name)]
-        refused = [name for name in differing if not any(f"{name}.".startswith(f"{allowed}.") for allowed in allow)]
-        where = " ".join([mine["protocol"], mine["network"], *(f"{key}={value}" for key, value in mine["setting"].items())])
-        for name in refused:
-            values = (json.dumps(side.get(name)) for side in (a, b))
-            pair = " and ".join(text if len(text) <= 80 else text[:77] + "..." for text in values)
-            faults.setdefault(f"{name} differs: {pair}", where)
-        if not refused:
-            rows.append(_difference(mine, other) | {"allowed": differing})
+        for other in sorted(others, key=lambda other: other["data"] != mine["data"])[:1]:  # of another name if nothing else fits
+            cards = [_flat({key: value for key, value in each["card"].items() if key not in _SUBJECT}) for each in (mine, other)]
+            differing = [name for name in cards[0] | cards[1] if cards[0].get(name) != cards[1].get(name)]
+            refused = [name for name in differing if not any(f"{name}.".startswith(f"{field}.") for field in allow)]
+            where = " ".join([mine["protocol"], mine["network"], *(f"{key}={value}" for key, value in mine["setting"].items())])
+            for name in refused:
+                values = " and ".join(f"{json.dumps(flat.get(name)):.80}" for flat in cards)
+                faults.setdefault(f"{name} differs: {values}", where)
+            if not refused:
+                rows.append(_difference(mine, other) | {"allowed": differing})
     if faults:
         named = [f"{where}: {fault}" for fault, where in faults.items()]
         raise ConfigError(*named[:10], f"{second}: does not compare with {first}; --allow FIELD lets a field differ")
     if not rows:
-        names = (sorted({f"{each['protocol']} of {each['network']} on {each['data']}" for each in side}) for side in sides)
-        has = [", ".join(side) or "nothing" for side in names]
-        raise ConfigError(
-            f"{second}: has no finding of the same protocol, data, network and setting as any of {first}; "
-            f"the first holds {has[0]}; the second {has[1]}"
-        )
+        names = ({f"{each['protocol']} of {each['network']} on {each['data']}" for each in side} for side in sides)
+        has = "; the second ".join(", ".join(sorted(side)) or "nothing" for side in names)
+        fault = f"has no finding of the same protocol, data, network and setting as any of {first}"
+        raise ConfigError(f"{second}: {fault}; the first holds {has}")
     return rows
 
 
@@ -234,20 +214,17 @@ def _flat(card: Mapping[str, Any], above: str = "") -> Record:
 def _difference(mine: Record, other: Record) -> Record:
     main = mine["main"]
     first, second = (float(record["figures"][main]) for record in (mine, other))
-    row = {key: mine[key] for key in ("protocol", "data", "setting")}
+    row: Record = {key: mine[key] for key in ("protocol", "data", "setting")}
     row |= {"network": [mine["network"], other["network"]], "figure": main, "first": first, "second": second}
     row["difference"] = round(second - first, 4)
     if main == "top1" and "correct" in mine and "correct" in other:
         a, b = _answers(mine), _answers(other)
-        row["interval"] = None if a is None or b is None or len(a) != len(b) else _paired(a, b)
+        row["interval"] = None
+        if a is not None and b is not None and len(a) == len(b):  # what both get right cancels when images are drawn again
+            counts = np.array([int((b & ~a).sum()), int((a & ~b).sum()), int((a == b).sum())])
+            drawn = Bootstrap().generator().multinomial(len(a), counts / len(a), size=10_000)
+            row["interval"] = [round(bound, 4) for bound in percentiles(100 * (drawn[:, 0] - drawn[:, 1]) / len(a))]
     return row
-
-
-def _paired(first: npt.NDArray[np.bool_], second: npt.NDArray[np.bool_]) -> list[float]:
-    """Compute the interval of the difference in percent when test images are drawn again: what both get right cancels."""
-    gained, lost, total = int((second & ~first).sum()), int((first & ~second).sum()), len(first)
-    drawn = Bootstrap().generator().multinomial(total, np.array([gained, lost, total - gained - lost]) / total, size=10_000)
-    return [round(bound, 4) for bound in percentiles(100 * (drawn[:, 0] - drawn[:, 1]) / total)]
 
 
 def _answers(record: Record) -> npt.NDArray[np.bool_] | None:
