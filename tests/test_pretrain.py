@@ -26,7 +26,7 @@ from relssl.errors import CheckpointError, ConfigError, DataError, Interrupted, 
 from relssl.method.optim import PLAIN
 from relssl.settings.reading import merge
 from relssl.train.loop import train, train_step
-from relssl.train.pretrain import explained
+from relssl.train.pretrain import explaining
 from relssl.train.run_folder import Display, RunFolder
 from relssl.train.signals import StopRequest
 from relssl.weights import store
@@ -245,15 +245,18 @@ def test_the_python_function_takes_names_and_sections_and_leaves_the_process_as_
     assert not (tmp_path / "none").exists()
 
 
-def test_errors_of_the_libraries_below_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    full = OSError(28, "No space left on device", str(tmp_path / "run/metrics.jsonl"))
-    monkeypatch.setattr("relssl.train.run_folder.Journal.write", lambda self, row: (_ for _ in ()).throw(full))
-    with pytest.raises(StorageError, match=r"metrics.jsonl: cannot be written \(No space left on device\)"):
-        small_run(tmp_path / "run")
-    status = json.loads((tmp_path / "run/status.json").read_text())
-    assert status["state"] == "failed" and status["error"]["kind"] == "storage"
-    error = explained(torch.OutOfMemoryError("CUDA out of memory"), ready_run(tmp_path))
-    assert isinstance(error, ConfigError) and str(error).startswith("batch_size: 32 does not fit")
+@pytest.mark.parametrize(
+    ("fault", "kind", "text"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), ConfigError, "batch_size: 32 does not fit"),
+        (OSError(28, "No space left on device", "metrics.jsonl"), StorageError, r"metrics.jsonl: .*No space left on device"),
+        (RuntimeError("a bug"), RuntimeError, "a bug"),
+    ],
+)
+def test_errors_of_the_libraries_below_say_what_to_do(tmp_path: Path, fault: Exception, kind: type, text: str) -> None:
+    run = ready_run(tmp_path)
+    with pytest.raises(kind, match=text), explaining(run.config, run.engine):
+        raise fault
 
 
 def test_the_best_checkpoint_is_kept(tmp_path: Path) -> None:
