@@ -78,3 +78,15 @@ def differing(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> list[st
     """Names of tensors that are not equal bit for bit."""
     assert a.keys() == b.keys()
     return [name for name in a if not torch.equal(a[name], b[name])]
+
+
+def equal_runs(a: Path, b: Path) -> bool:
+    """True if two runs ended in the same state, and left the same rows, bit for bit."""
+    return differing(final_state(a), final_state(b)) == [] and repeatable_rows(a) == repeatable_rows(b)
+
+
+def close_runs(a: Path, b: Path) -> bool:
+    """True if two runs ended with the same networks and memory, but for rounding."""
+    x, y = final_state(a), final_state(b)
+    tensors = [name for name in x if name.startswith(("memory.", "teacher.", "student."))]
+    return all(torch.allclose(x[name], y[name], rtol=1e-3, atol=1e-4) for name in tensors)
