@@ -114,8 +114,7 @@ class Engine:
     def gather(self, rows: Tensor, share: int) -> Tensor:
         """Join the rows [share, ...] of every rank in rank order, [world * share, ...]; gradients flow back to where rows came from.
 
-        Raises:
-            DistributedError: if this rank does not hold `share` rows; unequal shares would be exchanged as garbage.
+        DistributedError if this rank does not hold `share` rows: unequal shares would be exchanged as garbage.
         """
         if len(rows) != share:
             raise DistributedError(f"rank {self.rank} holds {len(rows)} rows of a step, needs {share}")
@@ -197,7 +196,7 @@ class Engine:
         version, words, normal = random.getstate()
         name, keys, *rest = np.random.get_state()
         own: dict[str, Any] = {"torch": torch.get_rng_state(), "python": [version, list(words), normal]}
-        own["numpy"] = [name, torch.from_numpy(np.array(keys).astype(np.int64)), *rest]
+        own["numpy"] = [name, torch.from_numpy(np.asarray(keys, np.int64)), *rest]
         if self.device.type == "cuda":
             own["cuda"] = torch.cuda.get_rng_state(self.device)
         return {str(rank): state for rank, state in enumerate(self.gather_items([own]))}

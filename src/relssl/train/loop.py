@@ -69,9 +69,6 @@ def create_run(config: Config, engine: Engine, images: Images, online: OnlineKnn
     """Create a run that is ready for its first step.
 
     Every rank creates the same networks and memory from the same seed; they stay equal by moving alike.
-
-    Raises:
-        ConfigError, DataError: if settings and images do not make a run.
     """
     plan = Plan(len(images), config.batch_size, config.accumulate, engine.rank, engine.world, config.seed)
     loader = open_loader(config, engine, plan, images)
@@ -119,12 +116,8 @@ def train_step(run: Run, parts: list[Batch]) -> Figures | None:
     """Make one optimizer step: views -> loss -> gradient -> student, memory and teacher.
 
     All of it is queued on the device, and nothing here waits for it. A step whose loss or gradient is not finite changes nothing.
-
-    Args:
-        parts: this rank's share of each accumulated part of the batch.
-
-    Returns:
-        The step's figures, if it is logged or the host has to look for non-finite steps again; else None.
+    `parts` are this rank's shares of the accumulated parts of the batch. Returns the step's figures, if it is logged or the host has
+    to look for non-finite steps again.
     """
     config, engine, state = run.config, run.engine, run.state
     model, optimizer, guard, student = state.model, state.optimizer, state.guard, unwrapped(state.model.student)

@@ -146,11 +146,7 @@ def _run(config: Config, path: Path, engine: Engine, quiet: bool, saved: Path | 
 
 
 def build(config: Config, engine: Engine) -> Run:
-    """Load a run's images and create the run, ready for its first step and without a folder.
-
-    Raises:
-        ConfigError, DataError: if settings and data do not make a run.
-    """
+    """Load a run's images and create the run, ready for its first step and without a folder."""
     labelled = METHODS[config.method.name].labels
     images = load(config.data, config.data_root, "bank" if labelled else "train")
     if config.max_images is not None:
@@ -183,26 +179,19 @@ def complete_settings(config: Config, images: Images) -> Config:
         ]
         if faults:
             raise ConfigError(*faults)
-    views = dataclasses.replace(
-        views,
-        mean=views.mean or images.mean,
-        std=views.std or images.std,
-        margin=views.margin or (1.0 if images.in_memory else 256 / 224),
-    )
+    margin = views.margin or (1.0 if images.in_memory else 256 / 224)
+    views = dataclasses.replace(views, mean=views.mean or images.mean, std=views.std or images.std, margin=margin)
     return dataclasses.replace(config, views=views)
 
 
 def _online(config: Config) -> OnlineKnn | None:
-    """The kNN evaluation, if it is wanted and the data has labels and a test part."""
-    if config.log.knn_every == 0:
-        return None
-    try:
-        pair = LabelledPair.load(config.data, config.data_root, config.log.knn_images, config.seed)
-    except DataError:
-        return None
-    if pair.bank.labels is None or pair.bank.labels.min() == pair.bank.labels.max():
-        return None  # several labels an image, or a single one for all: nothing to vote about
-    return OnlineKnn(pair, config)
+    """Return the kNN evaluation, if it is wanted and the data has a test part and labels to vote about."""
+    with suppress(DataError):
+        if config.log.knn_every:
+            pair = LabelledPair.load(config.data, config.data_root, config.log.knn_images, config.seed)
+            if pair.bank.labels is not None and pair.bank.labels.min() != pair.bank.labels.max():
+                return OnlineKnn(pair, config)
+    return None
 
 
 @contextmanager
@@ -230,20 +219,17 @@ def explaining(config: Config, engine: Engine) -> Iterator[None]:
 
 
 def compile_networks(run: Run) -> str | None:
-    """Compile the networks' passes, with CUDA graphs where these are possible, if `compile` says so.
+    """Compile the networks' passes, with CUDA graphs where these are possible, if `compile` says so; return a line for the console.
 
     `auto` compiles on CUDA alone, in runs that are long enough to earn it back and need not repeat bit for bit. A compiler that fails
     on any rank is done without. The run's state stays as it was.
-
-    Returns:
-        A line for the console; None if there is nothing to say.
     """
     config, engine, state, gpu = run.config, run.engine, run.state, run.engine.device.type == "cuda"
     worth = gpu and run.total_steps >= WORTH_COMPILING and not config.engine.deterministic
     if config.compile == "off" or (config.compile == "auto" and not worth):
         return None
     # Graphs are replayed on fixed memory; gradients of accumulated parts and DDP's buckets outlive a replay.
-    graphs, fault = engine.world == 1 and config.accumulate == 1, ""
+    fault, graphs = "", engine.world == 1 and config.accumulate == 1
     torch.compiler.reset()  # type: ignore[no-untyped-call]  # one cache serves all networks of a process
     for network in run.networks:
         network.compile_heads(graphs)
@@ -268,9 +254,8 @@ def compile_networks(run: Run) -> str | None:
 def _pass_noise(run: Run) -> None:
     """Pass views of noise, of the run's own shapes, forward and back."""
     config, engine, model, share = run.config, run.engine, run.state.model, run.plan.share
-    weak, *strong = (
-        engine.place(torch.rand(share, config.views.channels, view.size, view.size)) for view in derive(config).views
-    )
+    sizes = [(share, config.views.channels, view.size, view.size) for view in derive(config).views]
+    weak, *strong = (engine.place(torch.rand(size)) for size in sizes)
     torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
     # As a part that others follow, in a world of its own: ranks exchange nothing, so that one that fails leaves none waiting.
     with engine.part(model.student, last=False):
@@ -312,15 +297,13 @@ def shrink(run: Run, display: Display) -> None:
     Raises:
         Interrupted: on a signal or at the time limit; what is shrunk by then stays.
     """
-    config, images, engine = run.config, run.images, run.engine
-    if config.loader.cache is None:
-        return
-    loader, devices = config.loader, config.engine.devices
-    source = engine.on_first(lambda: shrunken(images, loader, display, devices))
-    if source is None:
-        source = shrunken(images, loader, display, devices)  # once more on machines that have a disk of their own
-    engine.wait()
-    read(run, dataclasses.replace(images, source=source))
+    config, images = run.config, run.images
+    if config.loader.cache is not None:
+        source = run.engine.on_first(lambda: shrunken(images, config.loader, display, config.engine.devices))
+        # Once more on the other ranks, as machines may have a disk of their own.
+        source = source or shrunken(images, config.loader, display, config.engine.devices)
+        run.engine.wait()
+        read(run, dataclasses.replace(images, source=source))
 
 
 def read(run: Run, images: Images) -> None:

@@ -143,11 +143,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 class Journal:
-    """Rows of figures, one a logged step.
-
-    A resumed run first drops the rows that lie after the checkpoint it starts from, so the file reads as if the run had
-    never stopped.
-    """
+    """Rows of figures, one a logged step. A resumed run drops those after the checkpoint it starts from, as if it had never stopped."""
 
     def __init__(self, folder: Path, start: int, tensorboard: bool) -> None:
         path, self._board = folder / "metrics.jsonl", None
@@ -192,14 +188,9 @@ class Display:
         self._stop = stop
         self._console = Console(stderr=True, quiet=not show, highlight=False)
         self._live = self._console.is_terminal and show
-        self._progress = Progress(
-            BarColumn(bar_width=10),  # narrow, so that 80 columns hold the figures as well
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[figures]}"),
-            console=self._console,
-            disable=not self._live,
-        )
+        bar = BarColumn(bar_width=10)  # narrow, so that 80 columns hold the figures as well
+        columns = (bar, MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[figures]}"))
+        self._progress = Progress(*columns, console=self._console, disable=not self._live)
         self._steps = self._progress.add_task("steps", total=total, completed=start, figures="")
 
     def __enter__(self) -> Display:
@@ -215,14 +206,9 @@ class Display:
 
     @contextlib.contextmanager
     def chore(self, title: str, start: int, total: int) -> Iterator[Callable[[int], None]]:
-        """Show what comes before the steps: a bar in the place of theirs, elsewhere a line at its start and each tenth.
+        """Show work on images that comes before the steps: a bar in the place of theirs, elsewhere a line each tenth.
 
-        Args:
-            title: what is done to images.
-            start, total: how many of how many are done already; what is yielded is called with how many are done now.
-
-        Raises:
-            Interrupted: when the run is asked to stop.
+        What is yielded is called with how many of `total` are done; it raises Interrupted when the run is asked to stop.
         """
         self._progress.update(self._steps, visible=False)
         task, tenth = self._progress.add_task("chore", total=total, completed=start, figures=title), -1
@@ -245,17 +231,14 @@ class Display:
 
     def row(self, row: dict[str, Any], epoch_ended: bool) -> None:
         """Show a row's main figures."""
-        self._progress.update(self._steps, completed=row["step"], figures=_brief(row))
+        words = [f"loss {row['loss']:.3f}"]
+        if "teacher_neighbours" in row:
+            words.append(f"neighbours {row['teacher_neighbours']:.0f}")
+        words += [f"{row['images_per_second']:.0f} img/s", f"data wait {row['data_wait']:.0%}"]
+        if "knn_top1" in row:
+            teacher = f" (teacher {row['knn_teacher_top1']:.1f} %)" if "knn_teacher_top1" in row else ""
+            words.append(f"kNN {row['knn_top1']:.1f} %{teacher}")
+        figures = "  ".join(words)
+        self._progress.update(self._steps, completed=row["step"], figures=figures)
         if epoch_ended and (not self._live or "knn_top1" in row):
-            self.say(f"epoch {row['epoch']:>4}  {_brief(row)}")
-
-
-def _brief(row: dict[str, Any]) -> str:
-    words = [f"loss {row['loss']:.3f}"]
-    if "teacher_neighbours" in row:
-        words.append(f"neighbours {row['teacher_neighbours']:.0f}")
-    words += [f"{row['images_per_second']:.0f} img/s", f"data wait {row['data_wait']:.0%}"]
-    if "knn_top1" in row:
-        teacher = f" (teacher {row['knn_teacher_top1']:.1f} %)" if "knn_teacher_top1" in row else ""
-        words.append(f"kNN {row['knn_top1']:.1f} %{teacher}")
-    return "  ".join(words)
+            self.say(f"epoch {row['epoch']:>4}  {figures}")
