@@ -294,11 +294,7 @@ def note_unreadable(run: Run, faults: list[tuple[str, str]]) -> None:
 
 
 def report(run: Run, figures: Figures, journal: Journal | None, display: Display) -> None:
-    """Read a step's figures and write their row, with kNN where it is due; of a step that is not logged, only see if it was finite.
-
-    Raises:
-        NumericError: after too many non-finite steps in a row.
-    """
+    """Read a step's figures and write their row, with kNN where it is due; of a step that is not logged, only see if it was finite."""
     state, epoch = run.state, figures.step / run.plan.steps_per_epoch
     values = figures.read()
     if values.pop("streak") >= PATIENCE:
