@@ -130,10 +130,6 @@ def _version(package: str) -> str:
     return "not installed"
 
 
-# What differs from run to run on the same machine; everything else in a row repeats bit for bit.
-TIMINGS = ("images_per_second", "data_wait")
-
-
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Read the rows of a .jsonl file; a last line cut short by a crash is left out."""
     rows: list[dict[str, Any]] = []
