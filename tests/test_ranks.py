@@ -66,7 +66,9 @@ def test_two_ranks_equal_one_process(two: Path, tmp_path: Path) -> None:
         assert x.get("teacher_entropy", 0) == pytest.approx(y.get("teacher_entropy", 0), rel=1e-3)
 
 
+@pytest.mark.torture
 def test_two_ranks_resume_exactly(two: Path, tmp_path: Path) -> None:
+    """Another launch of two ranks: torture."""
     cut = tmp_path / "cut"
     shutil.copytree(two, cut, ignore=shutil.ignore_patterns("export", "status.json", "step-00000020"))
     output = finish(start(cut, SETTINGS, "resume", str(cut), "--checkpoint", "step-00000014"))
