@@ -77,6 +77,8 @@ def test_a_flat_folder_has_no_labels_and_no_test_part(tmp_path):
         assert images.bad == [(str(tmp_path / "empty.jpg"), "is empty")]
     with pytest.raises(DataError, match="has no test images"):
         load(str(tmp_path), None, "test")
+    with pytest.raises(ConfigError, match=r"split: .*test"):
+        load("digits", None, "tset")
 
 
 def test_a_split_folder_is_labelled_by_its_class_folders(classes):
@@ -85,13 +87,10 @@ def test_a_split_folder_is_labelled_by_its_class_folders(classes):
     assert train.labels.tolist() == bank.labels.tolist() == [0, 0, 1]
     assert names(test, classes) == ["val/ant/4.jpg", "val/dog/5.jpg"]
     assert test.labels.tolist() == [2, 1] and test.classes == train.classes == ("cat", "dog", "ant")
+    plant(classes, "one/train/images/1.jpg", "one/test/images/2.jpg")  # one folder is not a class
+    assert load(str(classes / "one"), None, "test").labels is None
     plant(classes, "train/stray.jpg")  # one image outside a class folder takes the labels of its side
     assert load(str(classes), None, "bank").labels is None and load(str(classes), None, "test").labels.tolist() == [2, 1]
-
-
-def test_one_folder_is_not_a_class(tmp_path):
-    plant(tmp_path, "train/images/1.jpg", "test/images/2.jpg")
-    assert load(str(tmp_path), None, "test").labels is None
 
 
 def test_a_list_file(classes):
@@ -104,13 +103,6 @@ def test_a_list_file(classes):
     plant(classes, "list.txt", data="# nothing\ngone.jpg\n")
     with pytest.raises(DataError, match=r"no usable image \(1 unusable, the first: gone.jpg"):
         load(str(classes / "list.txt"), None, "train")
-
-
-def test_wrong_names_and_splits():
-    with pytest.raises(DataError, match="nearest is cifar100"):
-        load("cifar-100", None, "train")
-    with pytest.raises(ConfigError, match=r"split: .*test"):
-        load("digits", None, "tset")
 
 
 def test_a_sample_downloads_nothing_and_reads_no_folder_to_its_end(classes):
