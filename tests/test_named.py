@@ -334,15 +334,15 @@ def test_parts_with_other_classes_are_refused(tmp_path: Path) -> None:
 
 
 def test_tiny_imagenet_is_downloaded_whole_and_checked(tmp_path, monkeypatch):
-    asked = []
+    downloads = []
 
     def unpack(url: str, root: str, md5: str) -> None:
-        asked.append((url, md5))
+        downloads.append((url, md5))
         tiny_imagenet(Path(root))
 
     monkeypatch.setattr(datasets.utils, "download_and_extract_archive", unpack)
     assert [len(images) for images in splits("tiny-imagenet", tmp_path)] == [4, 4, 2]
-    assert asked == [(SETS["tiny-imagenet"].source, "90528d7ca1a48142e341f4ef8d21d0de")]
+    assert downloads == [(SETS["tiny-imagenet"].source, "90528d7ca1a48142e341f4ef8d21d0de")]
     plant(tmp_path, "tiny-imagenet-200/val/val_annotations.txt", data="val_0.JPEG\tn03\t0\t0\t63\t63\n")
     with pytest.raises(DataError, match=r"n03 is none of the classes of wnids\.txt"):
         load("tiny-imagenet", str(tmp_path), "test")
@@ -392,17 +392,17 @@ def year(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("by_name", [True, False])
 def test_voc_targets_of_trainval_and_test(by_name: bool, year: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+    downloads = []
 
     def unpack(url: str, root: str, **options: object) -> None:
-        asked.append(url.rpartition("/")[2])
+        downloads.append(url.rpartition("/")[2])
         write_voc(year, "test", TEST)
 
     monkeypatch.setattr(datasets.voc, "download_and_extract_archive", unpack)
     if not by_name:
         write_voc(year, "test", TEST)
     train, bank, test = splits("voc07" if by_name else str(year), tmp_path)
-    assert asked == (["VOCtest_06-Nov-2007.tar"] if by_name else [])  # by itself: the other archive is there
+    assert downloads == (["VOCtest_06-Nov-2007.tar"] if by_name else [])  # by itself: the other archive is there
     images = year / "JPEGImages"
     assert names(bank, images) == names(train, images) == ["000005.jpg", "000007.jpg", "000009.jpg"] and bank.labels is None
     assert bank.targets.dtype == np.int8 and bank.targets.tolist() == [[1, 0], [0, 1], [-1, 1]]  # difficult: unknown; absent: 0
