@@ -48,9 +48,9 @@ def run(
     task = Task(data or pair(), read or reader(), on or engine(), FAST, seed, say)
     if isinstance(settings, LinearConfig):
         return linear(backbone or network(), task, settings)
-    if isinstance(settings, FinetuneConfig):
-        return finetune(backbone or network(), task, settings)
-    return semi(backbone or network(), task, settings)
+    if isinstance(settings, SemiConfig):  # which is a FinetuneConfig too
+        return semi(backbone or network(), task, settings)
+    return finetune(backbone or network(), task, settings)
 
 
 def pixels(images: Images) -> Tensor:

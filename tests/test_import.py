@@ -22,7 +22,7 @@ import relssl
 from foreign_files import WRITERS, moco_v2, moco_v3, official, official_small, plain, resnet18, solo, trained, under
 from relssl.cli import main
 from relssl.errors import CheckpointError, ConfigError
-from relssl.weights import foreign, twins
+from relssl.weights import layouts, twins
 from relssl.weights.export import import_weights
 from relssl.weights.foreign import load_foreign, load_timm
 from relssl.weights.opening import Reading, open_backbones
@@ -121,7 +121,7 @@ def test_what_cannot_be_meant_is_refused(tmp_path):
 @pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "resnet152", "resnext50_32x4d", "wide_resnet101_2"])
 def test_resnets_are_recognised_by_their_weights(name):
     with torch.device("meta"):
-        assert foreign.infer_resnet(timm.create_model(name).state_dict()) == name
+        assert layouts.infer_resnet(timm.create_model(name).state_dict()) == name
 
 
 def test_stems_differ_in_what_they_compute(tmp_path):
@@ -202,16 +202,16 @@ def test_damaged_files_are_one_line(tmp_path):
     archive = io.BytesIO()
     with tarfile.open(fileobj=archive, mode="w") as old:
         old.addfile(tarfile.TarInfo("storages"), io.BytesIO())
-    foreign_kinds = (b"", b"hello", b"PK\x03\x04 nothing", pickle.dumps({"a": 1}), archive.getvalue())
-    for content in (*foreign_kinds, whole[:-200], whole[: len(whole) // 2]):
+    kinds = (b"", b"hello", b"PK\x03\x04 nothing", pickle.dumps({"a": 1}), archive.getvalue())
+    for content in (*kinds, whole[:-200], whole[: len(whole) // 2]):
         path.write_bytes(content)
         with pytest.raises(CheckpointError) as caught:
-            foreign.read(path)
+            layouts.read(path)
         assert "\n" not in str(caught.value) and str(path) in str(caught.value)
     with pytest.raises(CheckpointError, match="is no file"):
-        foreign.read(tmp_path / "absent.pth")
+        layouts.read(tmp_path / "absent.pth")
     with pytest.raises(CheckpointError, match="holds a list"):
-        foreign.read(write(path, [1, 2]))
+        layouts.read(write(path, [1, 2]))
 
 
 def test_old_files_without_counters_and_in_the_old_format_load(tmp_path):

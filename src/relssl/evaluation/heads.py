@@ -167,7 +167,7 @@ class Training:
 
     task: Task
     images: Images
-    settings: LinearConfig | FinetuneConfig | SemiConfig
+    settings: LinearConfig | FinetuneConfig
     least: int
     unreadable: set[str] = field(default_factory=set)
 
@@ -353,7 +353,7 @@ def _tuned(
     task: Task,
     images: Images,
     classes: int,
-    settings: FinetuneConfig | SemiConfig,
+    settings: FinetuneConfig,
     title: str,
     setting: dict[str, Any] | None = None,
     notes: Sequence[str] = (),

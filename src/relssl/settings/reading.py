@@ -65,20 +65,18 @@ def choices(field: FieldInfo) -> tuple[str, ...]:
     return typing.get_args(field.annotation) if typing.get_origin(field.annotation) is typing.Literal else ()
 
 
-def build(cls: Any, raw: Mapping[str, Any], retired: Mapping[str, str] | None = None) -> Any:
+def build(cls: Any, raw: Mapping[str, Any], retired: Mapping[str, str] | None = None, known: Any = None, prefix: str = "") -> Any:
     """Make a `cls` of a nested mapping.
 
     Args:
         retired: for settings that are no more ("loader.index"), and values that are no more ("method.loss_form triton"), a few
             words on what to do instead.
+        known, prefix: within a section, all settings there are, and the section's name with a dot.
 
     Raises:
         ConfigError: with one line for each unknown key, wrong type and value out of range.
     """
-    return _build(cls, raw, "", leaves(cls), retired or {})
-
-
-def _build(cls: Any, raw: Mapping[str, Any], prefix: str, known: Mapping[str, FieldInfo], retired: Mapping[str, str]) -> Any:
+    retired, known = retired or {}, known or leaves(cls)
     faults: list[str] = []
     values: dict[str, Any] = {}
     for key, value in raw.items():
@@ -89,7 +87,7 @@ def _build(cls: Any, raw: Mapping[str, Any], prefix: str, known: Mapping[str, Fi
             values[key] = _typed(value, field.annotation)
         elif isinstance(value, Mapping):
             try:
-                values[key] = _build(field.annotation, value, f"{name}.", known, retired)
+                values[key] = build(field.annotation, value, retired, known, f"{name}.")
             except ConfigError as error:
                 faults += error.faults
         else:

@@ -26,7 +26,7 @@ from relssl.settings.recipes import layer, spell_out
 RETIRED = {
     "loader.decoder": "is retired: images are decoded by Pillow; loader.cache decodes them once",
     "loader.index": "is retired: `relssl list FOLDER > photos.txt` writes a list of the files, which starts at once",
-    "loader.photometric": "is retired: the device makes all colour operations in batches",
+    "loader.photometric": "is retired: colour operations are made in batches, on the device",
     "loader.resize": "is retired: torch resizes the crops",
     "loader.prefetch": "is retired: each worker prepares 2 batches ahead; set loader.workers",
     "method.loss_form triton": "triton is retired; use tiled or auto",
@@ -369,16 +369,11 @@ def _checked(raw: Mapping[str, Any]) -> Config:
         if isinstance(view, Mapping):
             raw = merge(raw, {"views": {side: merge(VIEWS.get(str(view.get("name")), {}), view)}})
     config: Config = build(Config, raw, RETIRED)
-    faults = check(config)
+    derived = derive(config)
+    faults = [*_method_faults(config, derived), *_sharing_faults(config, derived), *_view_faults(config, derived)]
     if faults:
         raise ConfigError(*faults)
     return config
-
-
-def check(config: Config) -> list[str]:
-    """Return the faults that lie between settings, one line each."""
-    derived = derive(config)
-    return [*_method_faults(config, derived), *_sharing_faults(config, derived), *_view_faults(config, derived)]
 
 
 def _method_faults(config: Config, derived: Derived) -> list[str]:

@@ -45,11 +45,11 @@ def find_format(name: str) -> Format:
     if name not in FORMATS:
         known = ", ".join(FORMATS)
         raise ConfigError(f"format: {name!r} is unknown; the nearest is {nearest_word(name, FORMATS)} (known: {known})")
-    found = FORMATS[name]
-    missing = [module for module in found.needs if importlib.util.find_spec(module) is None]
+    format = FORMATS[name]
+    missing = [module for module in format.needs if importlib.util.find_spec(module) is None]
     if missing:
-        raise ConfigError(f"format: {name} needs {', '.join(missing)}; pip install 'relssl[{found.extra}]'")
-    return found
+        raise ConfigError(f"format: {name} needs {', '.join(missing)}; pip install 'relssl[{format.extra}]'")
+    return format
 
 
 def unsuited(name: str, why: str) -> ConfigError:
