@@ -138,7 +138,7 @@ class Classifier:
         if self.lost:
             self.rank = torch.full_like(test.truth, self.head.out_features)
         else:
-            parts = zip(test.vectors.split(_ROWS), test.truth.split(_ROWS), strict=True)
+            parts = zip(torch.split(test.vectors, _ROWS), torch.split(test.truth, _ROWS), strict=True)
             self.rank = torch.cat([ranks(self.head(part.to(self.finite.device)).cpu(), truth) for part, truth in parts])
         self.curve.append(100 * float((self.rank == 0).double().mean()))
 
