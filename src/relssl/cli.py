@@ -215,7 +215,7 @@ def import_(args: argparse.Namespace, _: Overrides) -> Outcome:
     from relssl.weights.export import import_weights
 
     report = import_weights(args.file, **_pick(args, "out", "layout", "backbone", "stem", "network", "allow", "size"))
-    return report.facts(), "\n".join([*report.lines(), f"written to {report.out}"])
+    return dataclasses.asdict(report), "\n".join([*report.lines(), f"written to {report.out}"])
 
 
 @verb(
@@ -359,7 +359,7 @@ def _trained(result: Any) -> Outcome:
 
 
 def _reading(args: argparse.Namespace, **more: Any) -> Any:
-    from relssl.weights.opening import Reading
+    from relssl.weights.foreign import Reading
 
     return Reading(args.layout, args.backbone, args.stem, allow=args.allow, **more)
 
