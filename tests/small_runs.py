@@ -22,7 +22,7 @@ SMALL: dict[str, Any] = {
     "epochs": 2,
     "batch_size": 32,
     "backbone_args": {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16], "zero_init_last": False},
-    "encoder": {"projector_hidden": 32, "dim": 16},
+    "encoder": {"stem": "small-pool", "projector_hidden": 32, "dim": 16},
     "method": {"memory_size": 96, "warmup_share": 0.5},
     "optimizer": {"warmup_epochs": 1},
     "engine": {"threads": 1, "device": "cpu"},
