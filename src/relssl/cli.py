@@ -209,7 +209,8 @@ def export(args: argparse.Namespace, _: Overrides) -> Outcome | None:
 def import_(args: argparse.Namespace, _: Overrides) -> Outcome | None:
     _prepare()
     report = relssl.import_weights(args.file, **_pick(args, "out", "layout", "backbone", "stem", "network", "allow", "size"))
-    return Outcome(report.facts(), "\n".join([*report.lines(), f"written to {report.out}"]))
+    return Outcome(dataclasses.asdict(report), "
+".join([*report.lines(), f"written to {report.out}"]))
 
 
 @verb(
@@ -348,7 +349,7 @@ def _trained(result: Any) -> Outcome | None:
 
 
 def _reading(args: argparse.Namespace, **more: Any) -> Any:
-    from relssl.weights.opening import Reading
+    from relssl.weights.foreign import Reading
 
     return Reading(args.layout, args.backbone, args.stem, allow=args.allow, **more)
 
