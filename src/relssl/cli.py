@@ -209,8 +209,7 @@ def export(args: argparse.Namespace, _: Overrides) -> Outcome | None:
 def import_(args: argparse.Namespace, _: Overrides) -> Outcome | None:
     _prepare()
     report = relssl.import_weights(args.file, **_pick(args, "out", "layout", "backbone", "stem", "network", "allow", "size"))
-    return Outcome(dataclasses.asdict(report), "
-".join([*report.lines(), f"written to {report.out}"]))
+    return Outcome(dataclasses.asdict(report), "\n".join([*report.lines(), f"written to {report.out}"]))
 
 
 @verb(
