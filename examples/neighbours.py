@@ -19,7 +19,6 @@ import relssl
 from relssl.data import batched
 from relssl.data.draws import draw
 from relssl.data.named import load
-from relssl.evaluation.features import extract
 
 ZOOM, GAP, NEAREST = 2, 4, 8
 
@@ -33,17 +32,17 @@ def main() -> None:
     config = relssl.load_run(args.run).config
     bank, test = load("digits", None, "bank"), load("digits", None, "test")
     rows = np.arange(0, len(test), len(test) // args.rows)[: args.rows]
-    asked = test.subset(rows)
+    queries, keys = test.source.tensor[rows], bank.source.tensor
     backbone = relssl.load_backbone(args.run)
-    cpu = torch.device("cpu")
-    features = [F.normalize(extract(backbone, images, config, cpu).vectors) for images in (asked, bank)]
-    pixels = [F.normalize(images.pixels.flatten(1).float()) for images in (asked, bank)]
+    with torch.no_grad():
+        features = [F.normalize(backbone(backbone.transform.normalise(images))) for images in (queries, keys)]
+    pixels = [F.normalize(images.flatten(1).float()) for images in (queries, keys)]
     orders = [(a @ b.T).topk(NEAREST).indices for a, b in (pixels, features)]
 
-    columns = [asked.pixels]
+    columns = [queries]
     for slot, view in enumerate((config.views.weak, config.views.strong)):
         draws = draw(view, config.seed, 0, rows, slot, (32, 32))
-        columns.append((batched.apply(asked.pixels, view, draws) * 255).byte())
+        columns.append((batched.apply(queries, view, draws) * 255).byte())
     side = 32 * ZOOM
     step = side + GAP
     sheet = Image.new("RGB", (step * (len(columns) + 2 * NEAREST) + 6 * GAP, step * len(rows) + GAP), "white")
@@ -52,8 +51,8 @@ def main() -> None:
     def put(image: torch.Tensor, column: int, row: int, right: bool = True) -> None:
         group = 0 if column == 0 else 1 if column < 3 else 2 if column < 3 + NEAREST else 3
         place = (GAP + step * column + 2 * GAP * group - GAP, GAP + step * row)
-        drawn = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((side, side), Image.Resampling.NEAREST)
-        sheet.paste(drawn, place)
+        picture = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((side, side), Image.Resampling.NEAREST)
+        sheet.paste(picture, place)
         if not right:
             canvas.rectangle((*place, place[0] + side - 1, place[1] + side - 1), outline=(220, 60, 40), width=3)
 
@@ -62,7 +61,8 @@ def main() -> None:
             put(images[row], column, row)
         for which, order in enumerate(orders):
             for i, neighbour in enumerate(order[row].tolist()):
-                put(bank.pixels[neighbour], 3 + which * NEAREST + i, row, bool(bank.labels[neighbour] == asked.labels[row]))
+                same = bool(bank.labels[neighbour] == test.labels[rows[row]])
+                put(keys[neighbour], 3 + which * NEAREST + i, row, same)
     sheet.save(args.out)
 
 

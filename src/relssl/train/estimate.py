@@ -39,7 +39,7 @@ from relssl.method.backbones import count_flops
 from relssl.settings.run import METHODS, Config, derive, resolve
 from relssl.train.checkpoint import whole_state
 from relssl.train.loop import Run, train_step
-from relssl.train.pretrain import WORTH_COMPILING, build, compile_networks, explained, read
+from relssl.train.pretrain import WORTH_COMPILING, build, compile_networks, explaining, read
 from relssl.train.run_folder import Display, default_folder
 from relssl.weights import store
 
@@ -208,17 +208,11 @@ def step_seconds(config: Config, steps: int = 5) -> float:
 def _set_up(config: Config, engine: Engine) -> Iterator[Run]:
     """A run in its middle, whose weights stand still; what goes wrong with it is told as in training."""
     still = dataclasses.replace(config.optimizer, lr=_STILL)
-    with engine.running():
+    with engine.running(), explaining(config, engine):
         run = build(dataclasses.replace(config, optimizer=still), engine)
-        try:
-            compile_networks(run)
-            run.state.step = run.total_steps // 2
-            yield run
-        except Exception as error:
-            known = explained(error, run)
-            if known is error:
-                raise
-            raise known from error
+        compile_networks(run)
+        run.state.step = run.total_steps // 2
+        yield run
 
 
 def _measure(run: Run, steps: int, cache: int) -> tuple[Estimate, float]:
