@@ -58,14 +58,11 @@ def test_a_rank_is_a_place_in_a_stable_sort(images: int, classes: int, seed: int
 
 
 def test_scores_that_are_nan_are_refused() -> None:
-    scores, truth = torch.zeros(5, 3), torch.tensor([0, 1, 2, 0, 1])
-    scores[3, 1] = torch.nan
+    scores = torch.full((1, 3), torch.nan)
     with pytest.raises(NumericError):
-        ranks(scores, truth)
+        ranks(scores, torch.tensor([0]))
     with pytest.raises(NumericError):
-        average_precision(scores, torch.ones(5, 3, dtype=torch.int8))
-    scores[3, 1] = -torch.inf  # a class without images is never predicted
-    assert len(ranks(scores, truth)) == 5
+        average_precision(scores, torch.ones(1, 3, dtype=torch.int8))
 
 
 def test_intervals_of_accuracies_are_those_of_a_plain_bootstrap() -> None:

@@ -125,13 +125,6 @@ def test_the_penalty_is_the_best_on_held_out_images(digits: Sides) -> None:
     assert tried[0]["top1"] == pytest.approx(100 * model.score(scaler.transform(bank[out]), labels[:300][out]), abs=1e-3)
 
 
-def test_a_fit_begins_where_another_ended() -> None:
-    rows, labels = blobs(300, 12, 4)
-    first = fit(rows, labels, 4, 1e-2, 1000)
-    assert fit(rows, labels, 4, 1e-2, 1000, start=first.weight).iterations <= 1
-    assert fit(rows, labels, 4, 1e-2, 3).iterations == 3
-
-
 def test_held_out_images_are_a_share_of_each_class() -> None:
     labels = torch.tensor([0] * 20 + [1] * 7 + [2] * 2 + [3])[torch.randperm(30)]
     out, notes = hold_out(labels, 5, 0.2, seed=0)

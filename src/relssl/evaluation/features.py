@@ -150,18 +150,14 @@ def cache_key(backbone: nn.Module, images: Images, reader: Reader, engine: Engin
 
 @dataclass(frozen=True)
 class LabelledFeatures:
-    """What a protocol on features gets.
+    """What a protocol on features gets; it works on the device of `test`.
 
-    Attributes:
-        bank, test: fp32 [N,F] and [M,F]; the work is done on the device of `test`.
-        bank_labels, test_labels: on the CPU, int64 [N] and [M] in 0..C-1; or, of images with several labels each, int8 [N,C] and
-            [M,C] (1 yes, 0 no, -1 unknown).
-        classes: C.
+    Labels are on the CPU: int64 [N] in 0..C-1; or, of images with several each, int8 [N,C] (1 yes, 0 no, -1 unknown).
     """
 
-    bank: Tensor
+    bank: Tensor  # fp32 [N,F]
     bank_labels: Tensor
-    test: Tensor
+    test: Tensor  # fp32 [M,F]
     test_labels: Tensor
     classes: int
 

@@ -38,11 +38,12 @@ _TEST_ROWS = 4096  # test images at a time
 
 
 class Draw(NamedTuple):
-    """What was learnt from one draw."""
+    """What was learnt from one draw: scores of the test images fp32 [M,C], the cost (None: nothing to choose it by), machines that
+    did not converge."""
 
-    scores: Tensor  # of the test images, fp32 [M,C] on the CPU
-    cost: float | None  # None: there was nothing to choose it by
-    stuck: int  # machines that did not converge
+    scores: Tensor
+    cost: float | None
+    stuck: int
 
 
 def lowshot(sides: LabelledFeatures, settings: LowshotConfig, bootstrap: Bootstrap, seed: int) -> list[Finding]:

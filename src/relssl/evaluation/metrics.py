@@ -46,8 +46,7 @@ def mean_interval(values: npt.ArrayLike, bootstrap: Bootstrap) -> Interval:
 def ranks(scores: Tensor, truth: Tensor) -> Tensor:
     """Count the classes that come before the true one: [M,C] scores, [M] int64 classes -> [M] int64; ties go to the lower class.
 
-    Raises:
-        NumericError: for NaN, which comes after nothing: every image would count as right.
+    NumericError for NaN, which comes after nothing: every image would count as right.
     """
     _require_numbers(scores)
     own = scores.gather(1, truth[:, None])
@@ -94,15 +93,12 @@ def average_precision(
     measures since 2010, and with which VISSL and PCL report VOC07 (not the 11 points of 2007 itself).
 
     Args:
-        scores: [M,C], higher for more likely; finite.
+        scores: [M,C], higher for more likely.
         targets: int8 [M,C], 1 yes, 0 no, -1 unknown.
         counts: [R,M], how often each image counts; None: once.
 
     Returns:
-        [C], or [R,C] with counts, in 0..1; NaN for a class that no image is of.
-
-    Raises:
-        NumericError: for NaN scores.
+        [C], or [R,C] with counts, in 0..1; NaN for a class that no image is of. NumericError for NaN scores.
     """
     _require_numbers(scores)
     weights = np.ones((1, len(scores)), np.int64) if counts is None else counts
