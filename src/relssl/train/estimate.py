@@ -33,7 +33,7 @@ from relssl.method.backbones import count_flops
 from relssl.settings.run import METHODS, Config, derive, resolve
 from relssl.train.checkpoint import whole_state
 from relssl.train.loop import Run, knn_due, save_due, train_step
-from relssl.train.pretrain import WORTH_COMPILING, build, compile_networks, explained, read
+from relssl.train.pretrain import WORTH_COMPILING, build, compile_networks, explaining, read
 from relssl.train.run_folder import default_folder
 from relssl.weights import store
 
@@ -182,17 +182,13 @@ def estimate(
         raise ConfigError(f"steps: must be at least 1, got {steps}")
     settings = settings or resolve(({} if data is None else {"data": data}) | overrides, config)
     engine, still = Engine(settings.engine), dataclasses.replace(settings.optimizer, lr=_STILL)
-    with engine.running():
+    with engine.running(), explaining(settings, engine):
         run = build(dataclasses.replace(settings, optimizer=still), engine)
-        try:
-            compile_networks(run)
-            if engine.is_first and not quiet:
-                what = f"timing {steps} steps of {settings.backbone} on {len(run.images)} images, {engine.describe()}"
-                print(what, file=sys.stderr, flush=True)
-            figures = _measure(run, steps)
-        except Exception as error:
-            known = explained(error, run)
-            raise known from error.__cause__ if known is error else error
+        compile_networks(run)
+        if engine.is_first and not quiet:
+            what = f"timing {steps} steps of {settings.backbone} on {len(run.images)} images, {engine.describe()}"
+            print(what, file=sys.stderr, flush=True)
+        figures = _measure(run, steps)
     return dataclasses.replace(figures, advice=advise(figures, settings)) if engine.is_first else None
 
 
