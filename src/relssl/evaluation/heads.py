@@ -224,7 +224,8 @@ class Training:
         replaced = [f"{len(self.unreadable)} training images could not be read, the next ones took their places"]
         notes = [*notes, *(replaced if self.unreadable else []), *test.notes]
         classes = classifier.head.out_features
-        return Finding.of_ranks(setting, classifier.rank, test.truth, classes, self.task.bootstrap, notes, trained | details)
+        more = {"notes": tuple(notes), "details": trained | details}
+        return Finding.of_ranks(setting, classifier.rank, test.truth, classes, self.task.bootstrap, **more)
 
 
 def rate_share(step: int, steps_per_epoch: int, epochs: int, schedule: str) -> float:
