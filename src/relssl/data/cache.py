@@ -124,13 +124,8 @@ class Progress(Protocol):
 def shrunken(images: Images, settings: LoaderConfig, progress: Progress, processes: int = 1) -> Shrunk:
     """Return the images with shorter sides of at most `loader.cache` pixels, from an earlier run's cache or made now.
 
-    Processes that want the same at once agree: one makes it, the others wait.
-
-    Args:
-        images: a set of files.
-        settings: the side, where caches lie, and how to read.
-        progress: where the work is reported.
-        processes: training processes on this machine, whose workers all help.
+    Processes that want the same at once agree: one makes it, the others wait. The workers of all training `processes` of this
+    machine help.
 
     Raises:
         StorageError: if the disk has no room, or cannot be written.

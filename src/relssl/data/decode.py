@@ -18,15 +18,8 @@ from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 # Errors that say more about the machine or the network at this moment than about the file.
 _PASSING = (errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ETIMEDOUT, errno.ENOTCONN)
-_TURNS = (
-    "FLIP_LEFT_RIGHT",
-    "ROTATE_180",
-    "FLIP_TOP_BOTTOM",
-    "TRANSPOSE",
-    "ROTATE_270",
-    "TRANSVERSE",
-    "ROTATE_90",
-)  # EXIF's, from 2
+# Of EXIF's orientations, from 2 on.
+_TURNS = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
 
 
 class BadImage(Exception):
@@ -178,10 +171,8 @@ def _read_header(file: IO[bytes], max_pixels: int) -> ImageFile.ImageFile:
         what = "holds HTML, SVG or XML, and is" if beginning.startswith(b"<") else "is broken, or"
         raise BadImage(f"{what} none of {', '.join(FORMATS)}") from error
     width, height = image.size
-    if width < 1 or height < 1:
-        raise BadImage(f"has no pixels ({width} x {height})")
-    if width * height > max_pixels:
-        raise BadImage(f"has {width} x {height} pixels, more than max_pixels ({max_pixels})")
+    if not 0 < width * height <= max_pixels:
+        raise BadImage(f"has {width} x {height} pixels, none or more than max_pixels ({max_pixels})")
     return image
 
 

@@ -92,9 +92,7 @@ def uniforms(seed: int, epoch: int, ids: Ints, slot: int, count: int) -> Floats:
     a bijection of the id, so two samples never share one.
 
     Args:
-        seed: seed of the run.
-        epoch: epoch.
-        ids: [B] int64 sample ids.
+        seed, epoch, ids: of the run, and [B] int64 of the samples.
         slot: who draws: a view's number or one of `Slot`.
         count: numbers per sample; a smaller count is a prefix of a larger one.
 
@@ -118,15 +116,12 @@ def _mix(z: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 
 
 def draw(view: ViewConfig, seed: int, epoch: int, ids: Ints, slot: int, sizes: Ints | tuple[int, int]) -> Draws:
-    """Draw the parameters of one view of each sample.
+    """Draw the parameters of one view of each sample, B rows.
 
     Args:
-        view: what may be drawn.
+        view: the ranges and probabilities.
         seed, epoch, ids, slot: what the draws depend on, see `uniforms`.
         sizes: height and width of the source images, (H, W) for all or [B,2].
-
-    Returns:
-        B rows of parameters.
     """
     ids = np.asarray(ids, dtype=np.int64)
     randaugment_end = _RANDAUGMENT + 4 * view.randaugment

@@ -26,30 +26,22 @@ from relssl.data import batched
 from relssl.data.decode import BadImage, Decoded, Opened
 from relssl.data.draws import Ints, Slot, draw, draw_crops, uniforms
 from relssl.data.folder import shown
-from relssl.data.images import Images, Pixels
+from relssl.data.images import Fault, Images, Pixels
 from relssl.engine import available_cores, send
 from relssl.errors import ConfigError, DataError
 from relssl.settings.run import LoaderConfig, ViewConfig
 
-Fault = tuple[str, str]  # file, reason
 Statistics = tuple[Sequence[float], Sequence[float]]  # means and deviations of the channels that the networks see, in 0..1
 
 
 @dataclass
 class Batch:
-    """One part of a step on this rank.
+    """One part of a step on this rank."""
 
-    Attributes:
-        ids: [B] int64, the samples' positions in the data set.
-        weak: [B,C,H,W] the teacher's view, normalised, on the device.
-        strong: the student's views, each [B,C,h,w].
-        bad: (file, reason) of images that could not be read and were replaced.
-    """
-
-    ids: Tensor
-    weak: Tensor
-    strong: list[Tensor]
-    bad: list[Fault] = field(default_factory=list)
+    ids: Tensor  # [B] int64, the samples' positions in the data set
+    weak: Tensor  # [B,C,H,W], the teacher's view, normalised, on the device
+    strong: list[Tensor]  # the student's views, each [B,C,h,w]
+    bad: list[Fault] = field(default_factory=list)  # images that could not be read and were replaced
 
 
 @dataclass(frozen=True)
@@ -115,9 +107,7 @@ def create_loader(
         images: the data set.
         views: the views of each image, the first as `Batch.weak`, the others as `Batch.strong`.
         plan: which samples each step sees, and the seed of their views.
-        device: where batches are wanted.
-        statistics: for normalising.
-        settings: how to load.
+        device, statistics, settings: where batches are wanted, what normalises them, and how to load.
         processes: training processes that share this machine's cores.
 
     Raises:
@@ -142,13 +132,9 @@ def create_loader(
 def make_views(
     images: Sequence[Tensor], views: Sequence[ViewConfig], seed: int, epoch: int, rows: Ints, statistics: Statistics
 ) -> list[Tensor]:
-    """Make the normalised views of a batch, all at once, on the images' device: fp32 [B,C,S,S] each.
+    """Make the normalised views fp32 [B,C,S,S] of a batch, all at once, on the device of the images, uint8 [B,3,H,W] for each view.
 
-    Args:
-        images: for each view, uint8 [B,3,H,W].
-        views: their settings.
-        seed, epoch, rows: what the draws depend on; rows are the images' positions in the data set.
-        statistics: for normalising.
+    The draws depend on seed, epoch and the images' positions in the data set, `rows`.
     """
     normalised = []
     for slot, (pixels, view) in enumerate(zip(images, views, strict=True)):
@@ -254,19 +240,12 @@ class FromFiles:
 
 
 class Sample(NamedTuple):
-    """The crops of one image; of several, stacked, once collated.
-
-    Attributes:
-        epoch: the epoch that the crops are of.
-        row: position of the image in the data set; [B] int64 once collated.
-        crops: for each view, uint8 [3,S,S], or [B,3,S,S]; none if no image can be read.
-        bad: unreadable files on the way.
-    """
+    """The crops of one image; of several, stacked, once collated."""
 
     epoch: int
-    row: int | Tensor
-    crops: list[Tensor]
-    bad: list[Fault]
+    row: int | Tensor  # position in the data set; [B] int64 once collated
+    crops: list[Tensor]  # for each view, uint8 [3,S,S], or [B,3,S,S]; none if no image can be read
+    bad: list[Fault]  # unreadable files on the way
 
 
 _TRIES = 100  # images in a row before giving up
@@ -346,13 +325,7 @@ def worker_count(workers: int | None, processes: int = 1) -> int:
 
 
 def read_batches(dataset: Dataset[Any], join: Callable[[list[Any]], Any], workers: int, **batching: Any) -> Iterator[Any]:
-    """Yield batches that worker processes read and join.
-
-    Args:
-        dataset: the items.
-        join: makes one batch of a list of items.
-        workers: loader processes; 0: this one.
-        batching: further arguments of torch's DataLoader.
+    """Yield batches that worker processes (0: this process) read item by item and join; `batching` is for torch's DataLoader.
 
     Raises:
         DataError: if a worker dies, or has no shared or other memory left.

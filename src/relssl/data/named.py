@@ -31,21 +31,15 @@ IMAGENET100 = tuple(Path(__file__).with_name("imagenet100.txt").read_text("ascii
 class NamedSet:
     """A data set known by its name.
 
-    Attributes:
-        read: returns its images for the name, the root of data sets, and one of `SPLITS`.
-        reader: the class of torchvision.datasets that knows its files.
-        folder: where they lie below the root.
-        source: where they can be had; empty for sets that are never downloaded.
-        parts: the reader's argument for train, bank and test, one value each, or several whose images are joined.
-        mean, std: channel statistics. CIFAR's, STL-10's and Tiny-ImageNet's are those of the paper's code; Fashion-MNIST's and
-            SVHN's are of all training pixels.
+    The channel statistics of CIFAR, STL-10 and Tiny-ImageNet are those of the paper's code; those of Fashion-MNIST and SVHN are of
+    all training pixels.
     """
 
-    read: Callable[[str, str, str], Images]
-    reader: str = ""
-    folder: str = ""
-    source: str = ""
-    parts: tuple[tuple[Any, ...], ...] = ()
+    read: Callable[[str, str, str], Images]  # returns its images for the name, the root of data sets, and one of `SPLITS`
+    reader: str = ""  # the class of torchvision.datasets that knows its files
+    folder: str = ""  # where they lie below the root
+    source: str = ""  # where they can be had; empty for sets that are never downloaded
+    parts: tuple[tuple[Any, ...], ...] = ()  # the reader's argument for train, bank and test; images of several are joined
     mean: Channels = IMAGENET_MEAN
     std: Channels = IMAGENET_STD
 
@@ -145,11 +139,7 @@ def _path(data: str, root: str | None) -> str | None:
 
 
 def locate(data: str) -> str:
-    """Return the path of a folder or a list file.
-
-    Raises:
-        DataError: if there is nothing there; says where it was looked for and what name may have been meant.
-    """
+    """Return the path of a folder or a list file; DataError if nothing is there, with the nearest name."""
     path = os.path.expanduser(data)
     if "\0" not in path and os.path.exists(path):
         return path
@@ -162,8 +152,7 @@ def locate(data: str) -> str:
 def fetch(name: str, root: str, read: Callable[[bool], T]) -> T:
     """Return `read(False)`, or where that fails, `read(True)`, which downloads first; torchvision checks that by its hash.
 
-    Raises:
-        DataError: if the files are not complete and cannot be downloaded; says where they belong.
+    DataError, which says where the files belong, if they are not complete and cannot be downloaded.
     """
     with contextlib.suppress(Exception):  # missing and damaged files make the readers raise all sorts of errors
         return read(False)

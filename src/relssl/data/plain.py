@@ -76,20 +76,14 @@ class PlainView:
 
 @dataclass(frozen=True)
 class Reader:
-    """How an evaluation reads images.
-
-    Attributes:
-        view: what the network sees of each.
-        workers: loader processes, for files.
-        max_pixels: files with larger images count as unreadable.
-        mirrored: whether classifiers that are trained on images see them mirrored, too: not where pretraining never mirrors, as
-            with digits.
-    """
+    """How an evaluation reads images."""
 
     view: PlainView
-    workers: int = 0
-    max_pixels: int = LoaderConfig().max_pixels
-    mirrored: bool = True
+    workers: int = 0  # loader processes, for files
+    max_pixels: int = LoaderConfig().max_pixels  # files with larger images count as unreadable
+    mirrored: bool = (
+        True  # classifiers trained on images see them mirrored too; False where pretraining never mirrors, as of digits
+    )
 
     def batches(self, images: Images, size: int = 256) -> Iterator[tuple[np.ndarray, Tensor, list[Fault]]]:
         """Yield (rows, normalised views [B,C,S,S] on the CPU, unreadable files) over a data set, in its order, `size` images each."""

@@ -17,7 +17,8 @@ from relssl.engine import Engine
 from relssl.errors import ConfigError, NumericError, StorageError
 from relssl.evaluation.features import extract
 from relssl.files import replacing
-from relssl.weights.opening import Reading, open_backbones
+from relssl.weights.foreign import Reading
+from relssl.weights.opening import open_backbones
 
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet would run begins with one of these
 _GROUP = 1 << 22  # numbers in a row group of parquet

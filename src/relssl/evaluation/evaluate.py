@@ -24,7 +24,8 @@ from relssl.evaluation.pairs import LabelledPair
 from relssl.evaluation.result import Finding, Protocol, Record, card, file_name, title, writable
 from relssl.files import write_json
 from relssl.settings.evaluation import Evaluation, read_settings
-from relssl.weights.opening import Opened, Reading, open_backbones
+from relssl.weights.foreign import Reading
+from relssl.weights.opening import Opened, open_backbones
 
 # A protocol's settings are the section of `settings.evaluation` that bears its name.
 PROTOCOLS = {
