@@ -250,7 +250,7 @@ def test_parts_that_are_missing_mixed_or_overlap_are_refused(folder: Path, voc: 
     (lists / "test.txt").write_text("trainval_1\n" + (lists / "test.txt").read_text())
     with pytest.raises(DataError, match="trained on as well"):
         load(str(voc), masks=False, max_pixels=MANY)
-    (lists / "test.txt").write_text("../../VOC2007/JPEGImages/test_0\n")
+    (lists / "trainval.txt").write_text("../Annotations/trainval_0\n")
     with pytest.raises(DataError, match="outside"):
         load(str(voc), masks=False, max_pixels=MANY)
     (lists / "test.txt").unlink()

@@ -300,14 +300,12 @@ def detection(
         say: takes lines of progress.
 
     Returns:
-        One finding for boxes and, of Mask R-CNN, one for masks. Figures are COCO's AP in percent, from recall at 101 points:
-        map over IoU 0.50 to 0.95, map_50, map_75, and map_small, map_medium, map_large where there are such objects. The
-        main figure is map, of VOC's layout map_50.
+        One finding for boxes and, of Mask R-CNN, one for masks: COCO's AP in percent, from recall at 101 points, as map (over IoU
+        0.50 to 0.95), map_50, map_75, and by size where there are such objects. The main figure is map, of VOC's layout map_50.
 
     Raises:
-        ConfigError: if an extra package is missing, masks are asked for and there are none, or the backbone does not suit.
-        DataError: for what `relssl.data.boxes.load` refuses, and for images that cannot be read.
-        NumericError: if the loss is not finite.
+        ConfigError: if a package or the masks asked for are missing, or the backbone does not suit.
+        DataError, NumericError: as of `relssl.data.boxes.load` and `train`.
     """
     check(settings)
     strides = [stride for _, _, stride in pyramid_levels(backbone, spec.name)]
