@@ -17,11 +17,8 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-import json
 import math
-import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -34,67 +31,17 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-import conventional
-from conventional import Noise, images_of
+import contenders
+from contenders import TINY, Contender, Noise, Record, Work, compare, floor, show_records, training
 from relssl.data.cache import shrunken
-from relssl.engine import Engine, available_cores, fast_bf16, prepare_process
+from relssl.engine import available_cores, fast_bf16, prepare_process
 from relssl.method.backbones import create_backbone, feature_width
 from relssl.method.ressl import OBJECTIVES
-from relssl.settings.run import Config, resolve
-from relssl.train.estimate import attainable, step_flops
-from relssl.train.pretrain import complete_settings
+from relssl.settings.run import Config
 from relssl.train.run_folder import environment
-from turns import Contender, Record, Work, any_failed, compare, show_records
 
-Settings = dict[str, Any]
 PRECISIONS = ("fp32", "bf16")
-STYLES = {"conventional, Pillow": conventional.pillow, "conventional, tensors": conventional.tensors}
-# A network of a few thousand weights, to try the code.
-TINY: Settings = {
-    "backbone_args": {"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 8], "zero_init_last": False},
-    "encoder.projector_hidden": 32,
-    "encoder.dim": 16,
-    "batch_size": 16,
-    "method.memory_size": 64,
-}
-
-
-def training(settings: Mapping[str, Any], source: Noise | str) -> Work:
-    """Return our whole steps as work, as `relssl pretrain` would make them."""
-    from relssl.train.loop import create_run, train_step
-    from relssl.train.pretrain import compile_networks
-
-    images = images_of(source)
-    config = complete_settings(resolve(settings), images)
-    training = create_run(config, engine(config), images)
-    compiled = compile_networks(training)
-    stream = training.loader.stream(0, training.total_steps)
-
-    def run(count: int) -> None:
-        for _ in range(count):
-            train_step(training, next(stream))
-        training.engine.synchronise()
-
-    return Work(run, config.batch_size, {"precision": training.engine.precision, "compile": compiled})
-
-
-def engine(config: Config) -> Engine:
-    """Return the engine of a run, with this process set up as the command line does."""
-    prepare_process()
-    created = Engine(config.engine)
-    torch.set_num_threads(created.threads)
-    return created
-
-
-def floor(settings: Mapping[str, Any], source: Noise | str, seconds: float) -> Work:
-    """Return the products of a step alone as work, at the device's best rate, measured anew in each turn for so many seconds."""
-    config = complete_settings(resolve(settings), images_of(source))
-    own, flops = engine(config), sum(step_flops(config).values())
-
-    def run(count: int) -> float:
-        return count * config.batch_size * flops / attainable(own, seconds=seconds)
-
-    return Work(run, config.batch_size, {"precision": own.precision, "flop_per_image": flops})
+STYLES = {"conventional, Pillow": contenders.pillow, "conventional, tensors": contenders.tensors}
 
 
 class Quiet:
@@ -112,80 +59,77 @@ def loading(settings: Mapping[str, Any], source: str) -> Work:
     """Return our views alone as work. Each turn starts and ends its loader, so that no worker runs ahead while others are measured."""
     from relssl.train.loop import create_run
 
-    images = images_of(source)
-    config = complete_settings(resolve(settings), images)
+    config, images, engine = contenders.start(settings, source)
     if config.loader.cache is not None:  # before anything is timed
         images = dataclasses.replace(images, source=shrunken(images, config.loader, Quiet()))
-    training, start = create_run(config, engine(config), images), 0
+    stream, start = create_run(config, engine, images).loader.stream, 0
 
     def run(count: int) -> None:
         nonlocal start
-        for _ in training.loader.stream(start, start + count):
+        for _ in stream(start, start + count):
             pass
         start += count
-        training.engine.synchronise()
+        engine.synchronise()
 
     return Work(run, config.batch_size)
 
 
-def small_settings(args: argparse.Namespace) -> Settings:
-    """Return the recipe cifar10."""
-    settings = {"recipe": "cifar10", "engine.threads": args.threads} | (TINY if args.tiny else {})
-    return settings | ({} if args.memory is None else {"method.memory_size": args.memory})
-
-
-def measure_small(args: argparse.Namespace) -> Settings:
-    """Compare whole steps of small images."""
-    base, source = small_settings(args), Noise(64 if args.tiny else 20 * 256, 32)
-    more = {"source": source, "workers": args.workers, "threads": args.threads}
-    contenders = [
-        Contender(f"conventional {precision}", conventional.training, {"settings": base, "precision": precision} | more)
-        for precision in PRECISIONS
-    ]
+def compare_small(args: argparse.Namespace, peer: str, more: Record) -> Record:
+    """Compare whole steps of small images, by the recipe cifar10, with another pipeline's, and with the floor."""
+    base = {"recipe": "cifar10", "engine.threads": args.threads} | (TINY if args.tiny else {})
+    base |= {} if args.memory is None else {"method.memory_size": args.memory}
+    source, rows = Noise(64 if args.tiny else 20 * 256, 32), list[Contender]()
     for precision in PRECISIONS:
+        other = {"settings": base, "source": source, "precision": precision, "workers": args.workers, "threads": args.threads}
         shared = {"settings": base | {"engine.precision": precision}, "source": source}
-        contenders.append(Contender(f"relssl {precision}", training, shared))
-        contenders.append(Contender(f"floor {precision}", floor, shared | {"seconds": 0.05 if args.tiny else 1.0}))
-    records = compare(contenders, args.rounds, units=1 if args.tiny else 4)
-    bases = [f"{name} {precision}" for name in ("conventional", "floor") for precision in PRECISIONS]
+        rows.append(Contender(f"{peer} {precision}", contenders.conventional_training, other | more))
+        rows.append(Contender(f"relssl {precision}", training, shared))
+        rows.append(Contender(f"floor {precision}", floor, shared | {"seconds": 0.05 if args.tiny else 1.0}))
+    records = compare(rows, args.rounds, units=1 if args.tiny else 4)
+    bases = [f"{name} {precision}" for name in (peer, "floor") for precision in PRECISIONS]
     show_records(f"Small images: training steps, {args.threads} threads", records, bases)
     return {"settings": base, "records": records}
 
 
-def file_settings(args: argparse.Namespace, batch: int) -> Settings:
+def measure_small(args: argparse.Namespace) -> Record:
+    """Compare whole steps of small images with the conventional pipeline's."""
+    return compare_small(args, "conventional", {})
+
+
+def file_settings(args: argparse.Namespace, batch: int) -> Record:
     """Return the recipe for folders, with a network that a processor can train."""
     settings = {"recipe": "folder", "backbone": "resnet18", "engine.threads": args.threads} | (TINY if args.tiny else {})
     settings |= {"views.weak.size": 32, "views.strong.size": 32} if args.tiny else {}
     return settings | {"batch_size": batch, "loader.workers": args.workers}
 
 
-def measure_files(args: argparse.Namespace) -> Settings:
+def measure_files(args: argparse.Namespace) -> Record:
     """Compare loaders alone, and whole steps, on photographs."""
-    results: Settings = {}
+    results: Record = {}
     with tempfile.TemporaryDirectory() as folder:
         sets = {} if args.images is None else {args.images.name: (str(args.images), 32)}
         if not sets:
             for width, height, count, batch in ((100, 75, 16, 8),) if args.tiny else ((500, 375, 512, 32), (3000, 2000, 64, 8)):
                 sets[f"{width} x {height}"] = (write_folder(Path(folder, f"{width}"), count, width, height), batch)
         for name, (source, batch) in sets.items():
-            shared: Settings = {"settings": file_settings(args, batch), "source": source}
-            contenders = [
-                Contender(label, conventional.loading, shared | {"style": style, "workers": args.workers})
+            shared: Record = {"settings": file_settings(args, batch), "source": source}
+            rows = [
+                Contender(label, contenders.conventional_loading, shared | {"style": style, "workers": args.workers})
                 for label, style in STYLES.items()
             ]
             caching = {"loader.cache": 256, "loader.cache_folder": str(Path(folder, "cache"))}
             for label, change in (("", {}), (", decoding at full size", {"loader.reduced_decode": False}), (", cache", caching)):
                 own = shared | {"settings": shared["settings"] | change}
-                contenders.append(Contender(f"relssl{label}", loading, own))
-            records = compare(contenders, args.rounds, units=1 if args.tiny else 16 if batch > 8 else 8)
+                rows.append(Contender(f"relssl{label}", loading, own))
+            records = compare(rows, args.rounds, units=1 if args.tiny else 16 if batch > 8 else 8)
             show_records(f"Files, loader alone: {name}, {args.workers} workers", records, list(STYLES), "images_per_core_second")
             results[f"loader, {name}"] = records
         name, (source, batch) = next(iter(sets.items()))
         base, precision = file_settings(args, batch), "bf16" if fast_bf16("cpu") else "fp32"
         shared = {"settings": base, "source": source, "precision": precision, "workers": args.workers, "threads": args.threads}
-        contenders = [Contender(label, conventional.training, shared | {"style": style}) for label, style in STYLES.items()]
+        rows = [Contender(label, contenders.conventional_training, shared | {"style": style}) for label, style in STYLES.items()]
         own = {"settings": base | {"engine.precision": precision}, "source": source}
-        records = compare([*contenders, Contender("relssl", training, own)], args.rounds, units=1 if args.tiny else 4)
+        records = compare([*rows, Contender("relssl", training, own)], args.rounds, units=1 if args.tiny else 4)
         show_records(f"Files, training steps: {name}, ResNet-18, {precision}", records, list(STYLES))
         results[f"steps, {name}"] = records
     return results
@@ -200,7 +144,7 @@ def loss_work(form: str, shape: tuple[int, int, int, int], threads: int) -> Work
     memory, keys, queries = (F.normalize(each, dim=1).to(device) for each in rows)
     queries = queries.view(views, batch, dim).requires_grad_()
     prepare_process()  # as in training, and only now: else what drawing took would lie ready, and not count as the loss's
-    loss: Any = partial(conventional.conventional_loss, student=0.1, teacher=0.04)
+    loss: Any = partial(contenders.conventional_loss, student=0.1, teacher=0.04)
     if form != "conventional":
         loss = partial(OBJECTIVES[form], student_temperature=0.1, teacher_temperature=0.04)
 
@@ -214,17 +158,15 @@ def loss_work(form: str, shape: tuple[int, int, int, int], threads: int) -> Work
     return Work(run, batch)
 
 
-def measure_loss(args: argparse.Namespace) -> Settings:
+def measure_loss(args: argparse.Namespace) -> Record:
     """Compare the forms of the loss over the memory, forward and backward: plain is the paper's formula, tiled ours."""
-    results: Settings = {}
-    shapes = (
-        ((64, 8, 16, 2),) if args.tiny else ((4096, 128, 256, 1), (65536, 128, 256, 1), *((131072, 512, 256, v) for v in (1, 5)))
-    )
-    for shape in shapes:
+    results: Record = {}
+    shapes = [(4096, 128, 256, 1), (65536, 128, 256, 1), (131072, 512, 256, 1), (131072, 512, 256, 5)]
+    for shape in [(64, 8, 16, 2)] if args.tiny else shapes:
         forms = ["conventional", *OBJECTIVES]
-        contenders = [Contender(form, loss_work, {"form": form, "shape": shape, "threads": args.threads}) for form in forms]
+        rows = [Contender(form, loss_work, {"form": form, "shape": shape, "threads": args.threads}) for form in forms]
         # About as many products as one call at the papers' small sizes takes, at least one.
-        records = compare(contenders, args.rounds, 1 if args.tiny else min(16, max(1, 2**31 // math.prod(shape))))
+        records = compare(rows, args.rounds, 1 if args.tiny else min(16, max(1, 2**31 // math.prod(shape))))
         show_records("Loss over the memory: K {}, D {}, B {}, V {}".format(*shape), records, ["conventional", "plain"])
         results["{}x{} B{} V{}".format(*shape)] = records
     return results
@@ -274,7 +216,7 @@ def lightly_views(size: int, mean: Any, std: Any) -> tuple[Any, Any]:
     return weak, SimCLRViewTransform(**start, **colours, sigmas=(0.1, 2))
 
 
-def lightly_step(config: Config, device: torch.device, precision: str) -> conventional.Step:
+def lightly_step(config: Config, device: torch.device, precision: str) -> contenders.Step:
     """Return a function that makes one step as lightly's MoCo examples do; it has no ReSSL loss, so the conventional one is taken."""
     from lightly.models.modules import MoCoProjectionHead
     from lightly.models.modules.memory_bank import MemoryBankModule
@@ -299,32 +241,24 @@ def lightly_step(config: Config, device: torch.device, precision: str) -> conven
         keys, queries = (F.normalize(embeddings.float(), dim=1) for embeddings in (keys, queries))
         keys, bank = memory(keys, update=True)  # the bank [D, K] as it was before
         temperatures = (method.student_temperature, method.teacher_temperature)
-        conventional.conventional_loss(queries, keys, bank.T, *temperatures).backward()  # type: ignore[no-untyped-call]
+        contenders.conventional_loss(queries, keys, bank.T, *temperatures).backward()  # type: ignore[no-untyped-call]
         sgd.step()
         sgd.zero_grad()
 
     return step
 
 
-def measure_peers(args: argparse.Namespace) -> Settings:
+def measure_peers(args: argparse.Namespace) -> Record:
     """Compare small images' steps and files' views with lightly's: its transforms, projection head, memory bank and teacher."""
-    base, source = small_settings(args), Noise(64 if args.tiny else 20 * 256, 32)
-    more = {"workers": args.workers, "threads": args.threads, "style": lightly_views, "create_step": lightly_step}
-    contenders = []
-    for precision in PRECISIONS:
-        shared = {"settings": base, "source": source, "precision": precision}
-        own = {"settings": base | {"engine.precision": precision}, "source": source}
-        contenders += [Contender(f"lightly {precision}", conventional.training, shared | more)]
-        contenders += [Contender(f"relssl {precision}", training, own)]
-    steps = compare(contenders, args.rounds, units=1 if args.tiny else 4)
-    show_records("Small images: training steps beside lightly", steps, [f"lightly {precision}" for precision in PRECISIONS])
+    steps = compare_small(args, "lightly", {"style": lightly_views, "create_step": lightly_step})
     with tempfile.TemporaryDirectory() as folder:
         photos = write_folder(Path(folder, "photos"), *((16, 100, 75) if args.tiny else (512, 500, 375)))
         shared = {"settings": file_settings(args, 8 if args.tiny else 32), "source": photos}
-        lightly = Contender("lightly", conventional.loading, shared | {"style": lightly_views, "workers": args.workers})
-        views = compare([lightly, Contender("relssl", loading, shared)], args.rounds, units=1 if args.tiny else 8)
+        other = shared | {"style": lightly_views, "workers": args.workers}
+        rows = [Contender("lightly", contenders.conventional_loading, other), Contender("relssl", loading, shared)]
+        views = compare(rows, args.rounds, units=1 if args.tiny else 8)
     show_records("Files: both views of an image beside lightly", views, ["lightly"], "images_per_core_second")
-    return {"steps": steps, "views": views}
+    return {"steps": steps["records"], "views": views}
 
 
 MEASURES = {"small": measure_small, "files": measure_files, "loss": measure_loss, "peers": measure_peers}
@@ -345,18 +279,7 @@ def main() -> None:
     args = parser.parse_args()
     options = {name: value for name, value in vars(args).items() if name in ("rounds", "threads", "workers", "memory", "tiny")}
     results: Record = {"machine": environment(), "options": options}
-    for part in args.only.split(","):
-        start = time.perf_counter()
-        try:
-            results[part] = MEASURES[part](args)
-        except Exception as error:
-            results[part] = {"failed": f"{type(error).__name__}: {error}"}
-            print(f"{part}: failed: {error}", file=sys.stderr)
-        print(f"\n{part}: {time.perf_counter() - start:.0f} s", flush=True)
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(results, indent=1) + "\n")
-    print(f"written to {args.out}")
-    sys.exit(int(any_failed(results)))
+    contenders.measure_parts(args.only.split(","), lambda part: MEASURES[part](args), results, args.out)
 
 
 if __name__ == "__main__":

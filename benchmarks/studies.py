@@ -1,8 +1,7 @@
-"""Studies worth repeating: how a step's time grows, what the named networks cost, the curve of a run.
+"""Studies worth repeating: how a step's time grows, and what the named networks cost.
 
     python benchmarks/studies.py growth [--rounds 3] [--out FILE]
     python benchmarks/studies.py networks [--size 224] [--batch 8] [--crops 1] [--networks NAME ...] [--out results/networks.json]
-    python benchmarks/studies.py curves --metrics RUN/metrics.jsonl [--steps 0 19 209 418]
 
 `networks`: a step of ReSSL on noise, over 4096 keys, in fp32.
 """
@@ -10,39 +9,22 @@
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench import TINY, training
-from conventional import Noise
+from contenders import TINY, Contender, Noise, Record, Work, compare, show_records, training, write
 from relssl.engine import available_cores
 from relssl.method import Encoder, ReSSL
 from relssl.method.backbones import NAMED, create_backbone, feature_width, measure
-from relssl.train.run_folder import environment, read_rows
-from turns import Contender, Record, Work, compare, show, show_records
+from relssl.train.run_folder import environment
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHARES = (1, 192 / 224, 160 / 224, 128 / 224, 96 / 224)  # of the first view's side: the official five crops
 PATCH = 16  # sides are multiples of it, as transformers need
-COLUMNS = {
-    "step": "{:.0f}",
-    "loss": "{:.3f}",
-    "warmup_mix": "{:.2f}",
-    "knn_top1": "{:.1f}",
-    "knn_teacher_top1": "{:.1f}",
-    "teacher_entropy": "{:.2f}",
-    "teacher_neighbours": "{:.0f}",
-    "kl": "{:.2f}",
-    "agreement": "{:.2f}",
-    "embedding_std": "{:.2f}",
-    "effective_rank": "{:.0f}",
-}
 
 
 def study_growth(args: argparse.Namespace) -> Record:
@@ -57,17 +39,15 @@ def study_growth(args: argparse.Namespace) -> Record:
     }
     start = {"recipe": "cifar10", "engine.threads": args.threads} | (TINY if args.tiny else {})
     start |= {"batch_size": batches[0], "method.memory_size": memories[0]}
-    results: Record = {}
+    results: Record = {"machine": environment()}
     for axis, points in axes.items():
         contenders = []
         for point, change in points.items():
             settings: Record = start | change
             source = Noise(4 * settings["batch_size"], settings.get("views.weak.size", 32))
             contenders.append(Contender(point, training, {"settings": settings, "source": source}))
-        results[axis] = compare(contenders, args.rounds, units=1 if args.tiny else 3)
-        show_records(
-            f"Growth with the {axis}, times {axis} {next(iter(points))}", results[axis], [next(iter(points))], "seconds_per_unit"
-        )
+        results[axis], first = compare(contenders, args.rounds, units=1 if args.tiny else 3), next(iter(points))
+        show_records(f"Growth with the {axis}, times {axis} {first}", results[axis], [first], "seconds_per_unit")
     return results
 
 
@@ -110,40 +90,22 @@ def study_networks(args: argparse.Namespace) -> list[Record]:
     return rows
 
 
-def study_curves(args: argparse.Namespace) -> list[Record]:
-    """Print the rows of a run that a results page quotes: those of `--steps`, or those with kNN."""
-    rows = [row for row in read_rows(args.metrics) if (row["step"] in args.steps if args.steps else "knn_top1" in row)]
-    cells = [[shape.format(row[n]) if row.get(n) is not None else "" for n, shape in COLUMNS.items()] for row in rows]
-    show(str(args.metrics), list(COLUMNS), cells)
-    return [{name: row.get(name) for name in COLUMNS} for row in rows]
-
-
-STUDIES: dict[str, Callable[[argparse.Namespace], Any]] = {
-    "growth": study_growth,
-    "networks": study_networks,
-    "curves": study_curves,
-}
-
-
 def main() -> None:
     """Carry out one study."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", choices=STUDIES)
+    parser.add_argument("study", choices=("growth", "networks"))
     parser.add_argument("--rounds", type=int, default=3, help="turns of each contender (default: 3)")
     parser.add_argument("--threads", type=int, default=available_cores(), help="threads of each (default: the cores)")
     parser.add_argument("--size", type=int, default=224, help="side of the first view, for networks")
     parser.add_argument("--batch", type=int, default=8, help="images a step, for networks")
     parser.add_argument("--crops", type=int, default=1, choices=(1, 2, 3, 4, 5), help="the student's views, for networks")
     parser.add_argument("--networks", nargs="+", metavar="NAME")
-    parser.add_argument("--metrics", type=Path, help="metrics.jsonl, for curves")
-    parser.add_argument("--steps", type=int, nargs="*", help="rows to show, for curves; default: those with kNN")
     parser.add_argument("--tiny", action="store_true", help="try the code in seconds; the figures mean nothing")
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     args = parser.parse_args()
-    results = STUDIES[args.study](args)
+    results: Any = study_growth(args) if args.study == "growth" else study_networks(args)
     if args.out is not None:
-        content = {"machine": environment()} | results if isinstance(results, dict) else results
-        args.out.write_text(json.dumps(content, indent=1) + "\n")
+        write(args.out, results)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import evaluate
-from turns import Contender, Work, any_failed, compare, spread, times
+from contenders import Contender, Work, any_failed, compare, spread, times
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -60,18 +61,15 @@ def test_contenders_take_turns_and_a_failing_one_leaves_the_others_alone(tmp_pat
 
 
 def test_knn_and_the_probe_label_as_scikit_learn_does(tmp_path: Path) -> None:
-    threads = torch.get_num_threads()
-    assert [(each["alike"], each["difference"] < 1e-5) for each in evaluate.agreement(evaluate.blobs(300, 60, 8))] == [
-        (1.0, True)
-    ] * 3
+    threads, files = torch.get_num_threads(), (tmp_path / "bank.npz", tmp_path / "test.npz")
     bank, labels, test, truth = evaluate.blobs(300, 100, 8)
-    for part, features, own in (("bank", bank, labels), ("test", test, truth)):
-        evaluate.np.savez(tmp_path / f"{part}.npz", features=features, labels=own)
-    files = (tmp_path / "bank.npz", tmp_path / "test.npz")
-    ours, theirs = (evaluate.probe_work(name, *files, 1e-2, threads) for name in ("relssl", "scikit-learn"))
-    for work in (ours, theirs):
-        work.run(1)
-    assert ours.facts["top1"] == theirs.facts["top1"] and 30 < ours.facts["top1"] < 100
+    np.savez(files[0], features=bank, labels=labels)
+    np.savez(files[1], features=test, labels=truth)
+    for task, source, strength in (("knn", (300, 100, 8), None), ("probe", files, 1e-2)):
+        ours, theirs = (evaluate.labelling(task, name, source, threads, strength) for name in ("relssl", "scikit-learn"))
+        for work in (ours, theirs):
+            work.run(1)
+        assert ours.facts["top1"] == theirs.facts["top1"] and 30 < ours.facts["top1"] < 100
 
 
 def script(name: str, *arguments: str) -> str:
@@ -85,26 +83,35 @@ def script(name: str, *arguments: str) -> str:
 def test_bench_runs(tmp_path: Path) -> None:
     out = tmp_path / "bench.json"
     script("bench.py", "--only", "small,files,loss", "--tiny", "--workers", "1", "--threads", "1", "--out", str(out))
-    found: dict[str, Any] = json.loads(out.read_text())
-    steps = found["files"]["steps, 100 x 75"]
+    results: dict[str, Any] = json.loads(out.read_text())
+    steps = results["files"]["steps, 100 x 75"]
     assert steps["relssl"]["images_per_second"][0] > 0
     assert steps["conventional, Pillow"]["times"]["conventional, Pillow"] == [1.0]
-    assert found["small"]["records"]["relssl fp32"]["times"].keys() >= {"conventional fp32", "floor fp32"}
+    for precision in ("fp32", "bf16"):
+        ratios = results["small"]["records"][f"relssl {precision}"]["times"]
+        assert ratios.keys() == {f"{base} {each}" for base in ("conventional", "floor") for each in ("fp32", "bf16")}
+        assert all(ratios.values())
+    assert results["loss"]["64x8 B16 V2"]["tiled"]["times"].keys() == {"conventional", "plain"}
+
+
+def test_everything_on_a_gpu_ends_at_the_limit(tmp_path: Path) -> None:
+    words = [sys.executable, str(BENCHMARKS / "gpu.py"), "--rehearse", "--limit", "0.01", "--out", str(tmp_path / "gpu.json")]
+    ran = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+    assert ran.returncode == 1 and "limit" in ran.stdout
 
 
 @pytest.mark.torture
 def test_the_other_scripts_run(tmp_path: Path) -> None:
-    """Whole runs, exports by other programs and a detector: minutes."""
+    """A whole run, a detector and the networks of the GPU's script: minutes."""
     import relssl
 
     run = relssl.pretrain("digits", out=tmp_path / "run", quiet=True, max_images=64, epochs=1, batch_size=16)
     assert run is not None
     for name, arguments in (
-        ("evaluate.py", ["--only", "knn,probe,exports,detection", "--run", str(run.folder), "--tiny", "--threads", "1"]),
+        ("evaluate.py", ["--only", "knn,probe,detection", "--run", str(run.folder), "--tiny", "--threads", "1"]),
         ("gpu.py", ["--rehearse"]),
         ("studies.py", ["growth", "--tiny", "--threads", "1"]),
         ("studies.py", ["networks", "--networks", "test_resnet", "--size", "64", "--batch", "2", "--threads", "1"]),
-        ("studies.py", ["curves", "--metrics", str(run.folder / "metrics.jsonl")]),
     ):
         out = tmp_path / f"{time.monotonic_ns()}.json"
         printed = script(name, *arguments, "--out", str(out))

@@ -16,7 +16,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import nn
 
-import shapes
+from evaluate import CATEGORIES, draw, write_coco
 from relssl.data.boxes import Scenes, load
 from relssl.data.plain import PlainView, Reader
 from relssl.engine import Engine
@@ -79,7 +79,7 @@ def run(
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    shapes.write_coco(tmp_path / "set", train=3, test=2, side=SIDE, seed=1)
+    write_coco(tmp_path / "set", train=3, test=2, side=SIDE, seed=1)
     return tmp_path / "set"
 
 
@@ -106,11 +106,9 @@ def voc(folder: Path) -> Path:
             picture = Image.open(folder / source / f"{number:04}.png")
             picture.save(root / "JPEGImages" / f"{part}_{number}.jpg", quality=95)
             items = ""
-            for category, _, (left, top, right, bottom) in shapes.draw(generator, SIDE)[1]:
+            for category, _, (left, top, right, bottom) in draw(generator, SIDE)[1]:
                 box = f"<xmin>{left + 1}</xmin><ymin>{top + 1}</ymin><xmax>{right}</xmax><ymax>{bottom}</ymax>"
-                items += (
-                    f"<object><name>{shapes.CATEGORIES[category]}</name><difficult>0</difficult><bndbox>{box}</bndbox></object>"
-                )
+                items += f"<object><name>{CATEGORIES[category]}</name><difficult>0</difficult><bndbox>{box}</bndbox></object>"
             size = f"<size><width>{SIDE}</width><height>{SIDE}</height><depth>3</depth></size>"
             (root / "Annotations" / f"{part}_{number}.xml").write_text(f"<annotation>{size}{items}</annotation>")
     return root
@@ -118,15 +116,13 @@ def voc(folder: Path) -> Path:
 
 def test_boxes_masks_and_labels_are_those_that_were_drawn(folder: Path) -> None:
     generator = np.random.Generator(np.random.PCG64(1))
-    drawn = [shapes.draw(generator, SIDE) for _ in range(3)]
+    drawn = [draw(generator, SIDE) for _ in range(3)]
     split, _ = load(str(folder), masks=True, max_pixels=MANY)
     assert split.classes == ("disc", "square", "triangle")
     for (image, objects), (pixels, target) in zip(drawn, split, strict=True):
         assert np.array_equal(pixels.permute(1, 2, 0).numpy(), np.asarray(image))
         assert target["boxes"].tolist() == [list(map(float, shape.edges)) for shape in objects]
-        assert [split.classes[label - 1] for label in target["labels"]] == [
-            shapes.CATEGORIES[shape.category] for shape in objects
-        ]
+        assert [split.classes[label - 1] for label in target["labels"]] == [CATEGORIES[shape.category] for shape in objects]
         for mask, shape in zip(target["masks"].numpy(), objects, strict=True):
             filled = Image.new("L", (SIDE, SIDE))
             ImageDraw.Draw(filled).polygon([(float(x), float(y)) for x, y in shape.corners], fill=1)
@@ -216,6 +212,7 @@ def test_unusable_objects_are_left_out_and_counted_and_others_cut_at_the_edges(f
         ("train", lambda c: c["images"][1].update(id=10), "image 1"),
         ("val", lambda c: c["images"][1].update(file_name="./0000.png"), "0000.png"),
         ("val", lambda c: c["images"][1].update(file_name="../train/0000.png"), "0000.png"),
+        ("val", lambda c: c["images"][1].update(file_name="/etc/hostname"), "hostname"),
         ("val", lambda c: c["categories"].append({"id": 8, "name": "dog"}), "val.json"),
     ],
 )
@@ -252,6 +249,9 @@ def test_parts_that_are_missing_mixed_or_overlap_are_refused(folder: Path, voc: 
     lists = voc / "ImageSets" / "Main"
     (lists / "test.txt").write_text("trainval_1\n" + (lists / "test.txt").read_text())
     with pytest.raises(DataError, match="trained on as well"):
+        load(str(voc), masks=False, max_pixels=MANY)
+    (lists / "test.txt").write_text("../../VOC2007/JPEGImages/test_0\n")
+    with pytest.raises(DataError, match="outside"):
         load(str(voc), masks=False, max_pixels=MANY)
     (lists / "test.txt").unlink()
     for old, new in (("train", "train2017"), ("val", "val2014")):  # most of val2014 is in train2017, under other names
@@ -415,7 +415,7 @@ def test_figures_by_hand(folder: Path) -> None:
 def test_detection_learns_and_repeats(tmp_path: Path) -> None:
     """Four images learned by heart: the second part holds them again, under other names."""
     folder = tmp_path / "set"
-    shapes.write_coco(folder, train=4, test=1, side=SIDE)
+    write_coco(folder, train=4, test=1, side=SIDE)
     for image in (folder / "train").iterdir():
         (folder / "val" / image.name).write_bytes(image.read_bytes())
     annotations = folder / "annotations"

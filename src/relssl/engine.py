@@ -1,5 +1,5 @@
-"""Devices, precision and ranks: the only file that knows of ranks and of Lightning Fabric. Nothing here is set process-wide but by
-`Engine.running`, for the time of a run, and by `prepare_process`, which the command line calls."""
+"""Devices, precision and ranks: the only file that knows of Lightning Fabric. Process-wide settings change only in `Engine.running`, for
+the time of a run, and in `prepare_process`, which the command line calls."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from relssl.errors import ConfigError, DistributedError
+from relssl.errors import ConfigError, DistributedError, RelsslError
 from relssl.settings.run import EngineConfig
+
+T = TypeVar("T")
 
 
 def available_cores() -> int:
@@ -45,9 +47,8 @@ class Engine:
 
     def __init__(self, config: EngineConfig) -> None:
         kind = _usable(config.device)
-        self.precision = config.precision
-        if config.precision == "auto":
-            self.precision = "bf16" if fast_bf16(kind) else "fp32"
+        best = "bf16" if fast_bf16(kind) else "fp32"
+        self.precision = best if config.precision == "auto" else config.precision
         self.threads = config.threads or max(1, available_cores() // config.devices)
         self.deterministic = config.deterministic
         self.device = torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
@@ -58,7 +59,7 @@ class Engine:
 
     @classmethod
     def local(cls, device: str = "auto", precision: str = "auto") -> Engine:
-        """Create this process alone on a device, with the threads it has: for evaluation, and for networks outside of runs."""
+        """Create an engine of this process alone, with the threads it has: for evaluation, and for networks outside of runs."""
         return cls(EngineConfig(device=device, precision=precision, threads=torch.get_num_threads()))
 
     def _launch(self, kind: str, config: EngineConfig) -> None:
@@ -66,15 +67,14 @@ class Engine:
         from lightning.fabric.strategies import DDPStrategy
 
         # Memory and teacher lie outside DDP, and so does the student's batch norm: each rank keeps its own statistics of its
-        # share, as the papers' runs do, and rank 0's are saved.
-        patience = timedelta(seconds=config.timeout)
-        backend, shared = "nccl" if kind == "cuda" else "gloo", {"broadcast_buffers": False, "gradient_as_bucket_view": True}
+        # share, as the papers' runs do, and rank 0's are saved. Precision is `autocast`'s, around student and teacher alike.
+        patience, backend = timedelta(seconds=config.timeout), "nccl" if kind == "cuda" else "gloo"
+        shared = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
         ddp = DDPStrategy(process_group_backend=backend, timeout=patience, **shared)
-        # Precision is `autocast`'s, around student and teacher alike.
         fabric = Fabric(accelerator=kind, devices=config.devices, num_nodes=config.nodes, precision="32-true", strategy=ddp)
         fabric.launch()
         self._fabric, self.device, self.rank, self.world = fabric, fabric.device, fabric.global_rank, fabric.world_size
-        # What ranks tell each other at every step goes by the host, so that it waits for no device.
+        # What ranks exchange at every step beside tensors goes by the host, so that it waits for no device.
         self._host: Any = dist.new_group(backend="gloo", timeout=patience)
         self._patient: Any = dist.new_group(backend="gloo", timeout=timedelta(days=7))
 
@@ -114,8 +114,7 @@ class Engine:
     def gather(self, rows: Tensor, share: int) -> Tensor:
         """Join the rows [share, ...] of every rank in rank order, [world * share, ...]; gradients flow back to where rows came from.
 
-        Raises:
-            DistributedError: if this rank does not hold `share` rows; unequal shares would be exchanged as garbage.
+        DistributedError if this rank does not hold `share` rows: unequal shares would be exchanged as garbage.
         """
         if len(rows) != share:
             raise DistributedError(f"rank {self.rank} holds {len(rows)} rows of a step, needs {share}")
@@ -138,9 +137,20 @@ class Engine:
             value /= self.world
         return value
 
-    def broadcast(self, value: Any) -> Any:
-        """Return the first rank's value on every rank."""
-        return value if self._fabric is None else self._fabric.broadcast(value, src=0)
+    def on_first(self, make: Callable[[], T]) -> T | None:
+        """Return what `make` returns on the first rank, None on the others; its RelsslError is raised on all, so that none waits."""
+        value, fault = None, None
+        if self.is_first:
+            try:
+                value = make()
+            except RelsslError as error:
+                fault = error
+        self.wait()  # patiently: to shrink a million images takes hours
+        if self._fabric is not None:
+            fault = self._fabric.broadcast(fault, src=0)
+        if fault is not None:
+            raise fault
+        return value
 
     def largest(self, number: int) -> int:
         """Return the largest of the ranks' numbers on every rank: how they agree on a signal that reached only one."""
@@ -161,13 +171,11 @@ class Engine:
         here = {name: torch.empty_like(value, device="cpu", pin_memory=gpu) for name, value in values.items()}
         for name, value in values.items():
             here[name].copy_(value.detach(), non_blocking=gpu)
-        arrived = torch.cuda.Event() if gpu else None  # type: ignore[no-untyped-call]
-        if arrived is not None:
-            arrived.record()
+        copied = torch.cuda.current_stream().record_event() if gpu else None
 
         def wait() -> dict[str, Tensor]:
-            if arrived is not None:
-                arrived.synchronize()
+            if copied is not None:
+                copied.synchronize()
             return here
 
         return wait
@@ -185,10 +193,10 @@ class Engine:
 
     def random_state(self) -> dict[str, Any]:
         """Return the random generators of every rank, as a tree of tensors and numbers."""
-        version, inner, normal = random.getstate()
-        own: dict[str, Any] = {"torch": torch.get_rng_state(), "python": [version, list(inner), normal]}
-        name, keys, position, has_gauss, gauss = np.random.get_state()
-        own["numpy"] = [name, torch.from_numpy(np.array(keys).astype(np.int64)), int(position), int(has_gauss), float(gauss)]
+        version, words, normal = random.getstate()
+        name, keys, *rest = np.random.get_state()
+        own: dict[str, Any] = {"torch": torch.get_rng_state(), "python": [version, list(words), normal]}
+        own["numpy"] = [name, torch.from_numpy(np.asarray(keys, np.int64)), *rest]
         if self.device.type == "cuda":
             own["cuda"] = torch.cuda.get_rng_state(self.device)
         return {str(rank): state for rank, state in enumerate(self.gather_items([own]))}
@@ -199,10 +207,10 @@ class Engine:
         if own is None or len(states) != self.world or ("cuda" in own) != (self.device.type == "cuda"):
             return False
         torch.set_rng_state(own["torch"])
-        version, inner, normal = own["python"]
-        random.setstate((version, tuple(inner), normal))
-        name, keys, position, has_gauss, gauss = own["numpy"]
-        np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
+        version, words, normal = own["python"]
+        random.setstate((version, tuple(words), normal))
+        name, keys, *rest = own["numpy"]
+        np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
         if "cuda" in own:
             torch.cuda.set_rng_state(own["cuda"], self.device)
         return True
@@ -236,17 +244,12 @@ def fast_bf16(kind: str) -> bool:
     """Return true if bf16 has hardware of its own: CUDA from compute capability 8, CPUs with AVX-512 BF16 or AMX."""
     if kind == "cuda":
         return torch.cuda.get_device_capability()[0] >= 8
-    if kind == "cpu":
-        tests = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-        return any(test() for test in tests if test is not None)
-    return False
+    return kind == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def prepare_process() -> None:
-    """Set up this process for a command: Lightning leaves the talking to us, and glibc's malloc keeps large blocks.
-
-    By default each large activation is mapped, page-faulted and unmapped every step.
-    """
+    """Silence Lightning's own messages, and let glibc's malloc keep large blocks: it would map and fault each activation anew every
+    step. This lasts as long as the process; the command line calls it, a script may."""
     for name in ("lightning.fabric", "lightning.pytorch"):
         logging.getLogger(name).setLevel(logging.WARNING)
     if platform.libc_ver()[0] == "glibc":
@@ -255,11 +258,9 @@ def prepare_process() -> None:
             ctypes.CDLL(None).mallopt(option, value)
 
 
-def _usable(wanted: str) -> str:
-    devices = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    usable = [kind for kind, there in devices.items() if there]
-    if wanted == "auto":
-        return usable[0]
-    if wanted not in usable:
-        raise ConfigError(f"engine.device: there is no {wanted} device here; usable: {', '.join(usable)}")
-    return wanted
+def _usable(kind: str) -> str:
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    usable = [name for name in available if available[name]]
+    if kind not in ("auto", *usable):
+        raise ConfigError(f"engine.device: there is no {kind} device here; usable: {', '.join(usable)}")
+    return usable[0] if kind == "auto" else kind

@@ -63,9 +63,7 @@ class Scenes(Dataset[tuple[Tensor, Target]]):
     Attributes:
         name: for messages.
         layout: coco or voc.
-        scenes: one an image.
         classes: names of the labels 1, 2, ...
-        max_pixels: images with more pixels are refused.
         dropped: number of objects that were left out, by the reason.
         masked: true if targets have masks.
     """
@@ -82,10 +80,8 @@ class Scenes(Dataset[tuple[Tensor, Target]]):
         return len(self.scenes)
 
     def __getitem__(self, row: int) -> tuple[Tensor, Target]:
-        """Return an image, uint8 [3, H, W], and its target as torchvision's detection models and COCO's evaluation want it.
-
-        The target holds boxes fp32 [n, 4], labels int64 [n], area fp32 [n], iscrowd int64 [n] and, if `masked`, masks uint8
-        [n, H, W].
+        """Return an image, uint8 [3, H, W], and its target as torchvision's detection models and COCO's evaluation want it: boxes
+        fp32 [n, 4], labels int64 [n], area fp32 [n], iscrowd int64 [n] and, if `masked`, masks uint8 [n, H, W].
 
         Raises:
             DataError: if the file cannot be read, or is not of the size that its annotation says.
@@ -128,7 +124,7 @@ class Scenes(Dataset[tuple[Tensor, Target]]):
 
 
 def load(folder: str, *, masks: bool, max_pixels: int) -> tuple[Scenes, Scenes]:
-    """Return what to train on and what to evaluate on, of a folder in COCO's or in VOC's layout.
+    """Return what to train on and what to evaluate on.
 
     Args:
         folder: in COCO's layout, a VOC year, or a folder that holds one year.
@@ -136,8 +132,8 @@ def load(folder: str, *, masks: bool, max_pixels: int) -> tuple[Scenes, Scenes]:
         max_pixels: images with more pixels are refused.
 
     Raises:
-        DataError: for a folder in neither layout; a missing part, image or category; malformed annotations; an image listed twice;
-            splits that share images or differ in their categories; a split without a single box.
+        DataError: for a folder in neither layout; a missing part, image or category; malformed annotations; an image listed twice,
+            or outside of the folder; splits that share images or differ in their categories; a split without a single box.
     """
     path = os.path.expanduser(folder)
     coco = os.path.isdir(os.path.join(path, "annotations"))
@@ -153,21 +149,15 @@ def load(folder: str, *, masks: bool, max_pixels: int) -> tuple[Scenes, Scenes]:
         if not split.objects():
             raise DataError(f"{split.name}: has no box that counts on any of its {len(split)} images; left out: {split.dropped}")
     if both := {scene.file for scene in train.scenes} & {scene.file for scene in test.scenes}:
-        raise DataError(
-            f"{test.name}: {len(both)} of its {len(test)} images are trained on as well, such as {shown(min(both))}; "
-            "figures on them prove nothing, list them in one part only"
-        )
+        fault = f"{len(both)} of its {len(test)} images are trained on as well, such as {shown(min(both))}"
+        raise DataError(f"{test.name}: {fault}; figures on them prove nothing, list them in one part only")
     return train, test
 
 
 def _split(
     name: str, layout: str, images: Sequence[tuple[str, Size, list[Entry]]], categories: Mapping[Any, str], max_pixels: int
 ) -> Scenes:
-    """Return the split of images (file, size, entries): boxes are cut at the images' edges, and those without extent left out.
-
-    Args:
-        categories: their names, in the order of the labels.
-    """
+    """Return the split of images (file, size, entries): boxes are cut at the images' edges, and those without extent left out."""
     labels, scenes, lost = {category: label for label, category in enumerate(categories, 1)}, [], 0
     for file, (height, width), entries in images:
         with np.errstate(invalid="ignore", over="ignore"):  # NaN stays NaN, and is left out below
@@ -200,6 +190,14 @@ def _size(width: float, height: float, max_pixels: int) -> Size:
     return int(height), int(width)
 
 
+def _within(folder: str, name: str) -> str:
+    """Return the path of an image of this name in a folder, so that annotations can make nobody read what lies elsewhere."""
+    path = os.path.normpath(os.path.join(folder, name))
+    if not path.startswith(os.path.join(os.path.normpath(folder), "")):
+        raise ValueError(f"{shown(name)} lies outside of the image folder")
+    return path
+
+
 def _read_coco(folder: str, masks: bool, max_pixels: int) -> tuple[Scenes, Scenes]:
     """Return the first pair of parts of which both have their annotations."""
     there = {os.path.basename(file) for file in glob.glob(os.path.join(glob.escape(folder), "annotations", "*.json"))}
@@ -207,10 +205,8 @@ def _read_coco(folder: str, masks: bool, max_pixels: int) -> tuple[Scenes, Scene
         if {f"instances_{train}.json", f"instances_{test}.json"} <= there:
             split, categories = _read_instances(folder, train, masks, max_pixels, None)
             return split, _read_instances(folder, test, masks, max_pixels, categories)[0]
-    raise DataError(
-        f"{shown(folder)}: annotations/ needs instances_PART.json of {', or '.join(map(' and '.join, _COCO_PARTS))}; has "
-        f"{', '.join(sorted(there)) or 'no json'}"
-    )
+    parts, present = ", or ".join(map(" and ".join, _COCO_PARTS)), ", ".join(sorted(there)) or "no json"
+    raise DataError(f"{shown(folder)}: annotations/ needs instances_PART.json of {parts}; has {present}")
 
 
 def _read_instances(
@@ -221,9 +217,7 @@ def _read_instances(
     Categories that only training has are allowed, as they are merely never met.
     """
     file, place = os.path.join(folder, "annotations", f"instances_{part}.json"), ["it"]
-    pictures = next(
-        (way for way in (os.path.join(folder, part), os.path.join(folder, "images", part)) if os.path.isdir(way)), folder
-    )
+    pictures = next(filter(os.path.isdir, (os.path.join(folder, part), os.path.join(folder, "images", part))), folder)
     images: dict[int, tuple[str, Size, list[Entry]]] = {}
     with _reading(file, place):
         with open(file, "rb") as opened:
@@ -237,8 +231,8 @@ def _read_instances(
             place[0] = f"image {position}"
             if entry["id"] in images:
                 raise ValueError(f"id {entry['id']} occurs twice")
-            path = os.path.normpath(os.path.join(pictures, entry["file_name"]))
-            images[entry["id"]] = (path, _size(entry["width"], entry["height"], max_pixels), [])
+            path, size = _within(pictures, entry["file_name"]), _size(entry["width"], entry["height"], max_pixels)
+            images[entry["id"]] = (path, size, [])
         for position, entry in enumerate(content["annotations"]):
             place[0] = f"annotation {position}"
             if entry["category_id"] not in categories or (crowd := entry.get("iscrowd") or 0) not in (0, 1):
@@ -274,11 +268,8 @@ def _mask(outline: Any, size: Size) -> bytes | None:
 
 
 def _runs(text: str) -> list[int]:
-    """Return the runs of COCO's compressed form, which are those of a mask if they add up to its pixels.
-
-    A number is groups of five bits from the lowest, a sixth bit saying that more follow, the last group's highest bit being the
-    sign; from the fourth number on, each is the difference to the one before the last.
-    """
+    """Return the runs of COCO's compressed form: groups of five bits from the lowest, a sixth saying that more follow, the last
+    group's highest bit being the sign; from the fourth number on, each is the difference to the one before the last."""
     runs: list[int] = []
     value = shift = 0
     for group in (letter - 48 for letter in text.encode("ascii")):
@@ -305,11 +296,9 @@ def _voc_year(folder: str) -> str:
     years = sorted(place for place in places if os.path.isdir(os.path.join(place, "Annotations")))
     if len(years) == 1:
         return years[0]
-    raise DataError(
-        f"{shown(folder)}: holds {f'{len(years)} years; name one of them, such as {shown(years[0])}' if years else 'no boxes'}; "
-        "detection needs a folder in COCO's layout (annotations/instances_train2017.json, instances_val2017.json, train2017/, "
-        "val2017/) or in VOC's (Annotations, ImageSets/Main, JPEGImages)"
-    )
+    fault = f"holds {len(years)} years; name one of them, such as {shown(years[0])}" if years else "holds no boxes"
+    layouts = "COCO's layout (annotations/instances_train2017.json, instances_val2017.json, train2017/, val2017/) or in VOC's"
+    raise DataError(f"{shown(folder)}: {fault}; detection needs a folder in {layouts} (Annotations, ImageSets/Main, JPEGImages)")
 
 
 def _read_voc(folder: str, max_pixels: int) -> tuple[Scenes, Scenes]:
@@ -326,29 +315,33 @@ def _read_voc(folder: str, max_pixels: int) -> tuple[Scenes, Scenes]:
     tested = any(os.path.isfile(os.path.join(folder, "Annotations", f"{name}.xml")) for name in names.get("test", ())[:1])
     parts = ("trainval" if tested and "trainval" in names else "train", "test" if tested else "val")
     if not set(parts) <= set(names):
-        raise DataError(
-            f"{shown(folder)}: no images to train and to evaluate on; ImageSets/Main needs trainval.txt and test.txt, or train.txt "
-            f"and val.txt, and has {', '.join(f'{part}.txt' for part in sorted(names)) or 'none'}"
-        )
+        needs = "ImageSets/Main needs trainval.txt and test.txt, or train.txt and val.txt"
+        raise DataError(f"{shown(folder)}: no images to train and to evaluate on; {needs}, and has {sorted(names) or 'none'}")
     sides = [[_parse(folder, name, max_pixels) for name in names[part]] for part in parts]
     known, met = (sorted({str(category) for *_, entries in side for _, category, *_ in entries}) for side in sides)
     if strange := sorted(set(met) - set(known)):
         raise DataError(f"{shown(folder)}: {parts[1]} has objects of the class {shown(strange[0])}, {parts[0]} has none")
-    titles, classes = [f"{shown(folder)} ({part})" for part in parts], {word: word for word in known}
-    return _split(titles[0], "voc", sides[0], classes, max_pixels), _split(titles[1], "voc", sides[1], classes, max_pixels)
+    classes = {word: word for word in known}
+    train, test = (
+        _split(f"{shown(folder)} ({part})", "voc", side, classes, max_pixels) for part, side in zip(parts, sides, strict=True)
+    )
+    return train, test
 
 
 def _parse(folder: str, name: str, max_pixels: int) -> tuple[str, Size, list[Entry]]:
     """Return an image's path, size and objects; expat fetches no other file, and refuses entities that grow."""
     entries, file = list[Entry](), os.path.join(folder, "Annotations", f"{name}.xml")
     with _reading(file):
+        image = _within(os.path.join(folder, "JPEGImages"), f"{name}.jpg")
         root = ElementTree.parse(file).getroot()
         width, height = (float(root.findtext(f"size/{side}", "missing")) for side in ("width", "height"))
         size = _size(width, height, max_pixels)
         for element in root.iterfind("object"):
-            edges = [float(element.findtext(f"bndbox/{edge}", "missing")) for edge in ("xmin", "ymin", "xmax", "ymax")]
+            left, top, right, bottom = (
+                float(element.findtext(f"bndbox/{edge}", "missing")) for edge in ("xmin", "ymin", "xmax", "ymax")
+            )
             if not (word := element.findtext("name", "").strip()):
                 raise ValueError("an object has no name")
-            box = (edges[0] - 1, edges[1] - 1, edges[2], edges[3])
-            entries.append((box, word, 0, element.findtext("difficult", "").strip() == "1", None))
-    return os.path.join(folder, "JPEGImages", f"{name}.jpg"), size, entries
+            difficult = element.findtext("difficult", "").strip() == "1"
+            entries.append(((left - 1, top - 1, right, bottom), word, 0, difficult, None))
+    return image, size, entries

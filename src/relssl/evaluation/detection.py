@@ -76,8 +76,7 @@ def create_detector(
     """Return torchvision's model, in training mode, on a copy of the backbone; the rest is drawn from torch's generator.
 
     Args:
-        backbone: timm network without classifier.
-        spec: what it is.
+        backbone, spec: timm network without classifier, and what it is.
         classes: C, without the background.
         masks: Mask R-CNN instead of Faster R-CNN.
         autocast: the precision of backbone and pyramid.
@@ -89,8 +88,8 @@ def create_detector(
     levels = pyramid_levels(network, spec.name)
     freeze(network, spec.name, settings.frozen_stages, all_norms=settings.norm == "frozen")
     # The level made by pooling has twice the stride of the last.
-    strides = [stride for _, _, stride in levels] + [2 * levels[-1][2]]
-    names = [str(level) for level in range(len(levels))]
+    sides = [_ANCHOR * stride for _, _, stride in levels] + [2 * _ANCHOR * levels[-1][2]]
+    pool = partial(MultiScaleRoIAlign, [str(level) for level in range(len(levels))], sampling_ratio=2)
     arguments: dict[str, Any] = {
         "num_classes": classes + 1,
         "min_size": settings.min_size,
@@ -98,13 +97,11 @@ def create_detector(
         "box_batch_size_per_image": settings.regions,
         "image_mean": list(spec.view.mean),
         "image_std": list(spec.view.std),
-        "rpn_anchor_generator": AnchorGenerator(
-            tuple((_ANCHOR * stride,) for stride in strides), ((0.5, 1.0, 2.0),) * len(strides)
-        ),
-        "box_roi_pool": MultiScaleRoIAlign(names, output_size=7, sampling_ratio=2),
+        "rpn_anchor_generator": AnchorGenerator(tuple((side,) for side in sides), ((0.5, 1.0, 2.0),) * len(sides)),
+        "box_roi_pool": pool(output_size=7),
     }
     if masks:
-        arguments["mask_roi_pool"] = MultiScaleRoIAlign(names, output_size=14, sampling_ratio=2)
+        arguments["mask_roi_pool"] = pool(output_size=14)
     model: nn.Module = (MaskRCNN if masks else FasterRCNN)(Pyramid(network, levels, autocast), **arguments)
     return model.train()
 
@@ -291,15 +288,14 @@ def detection(
     seed: int,
     say: Callable[[str], None],
 ) -> list[Finding]:
-    """Train a detector on the backbone and evaluate it by COCO's mean average precision.
+    """Train a detector on a copy of the backbone and evaluate it by COCO's mean average precision.
 
     Horizontal flips are the only augmentation. The same seed gives the same figures on a CPU with the same threads; on GPUs the
     gradients of region pooling are added in any order.
 
     Args:
-        backbone: timm network without classifier; left as it is.
+        backbone, spec: timm network without classifier, left as it is, and what it is.
         folder: a data set in COCO's or VOC's layout.
-        spec, reader: what the backbone is, and how images are read.
         seed: of heads, order, flips, the regions that are trained on, and of `max_images`.
         say: takes lines of progress.
 
@@ -322,13 +318,13 @@ def detection(
     useful = whole.for_training()
     rows = np.random.Generator(np.random.PCG64(seed)).permutation(len(useful))[: settings.max_images]
     drawn = replace(useful, scenes=[useful.scenes[row] for row in np.sort(rows)])
-    (steps, warmup), kind = length(len(drawn), settings), "mask-rcnn" if whole.masked else "faster-rcnn"
+    steps, kind, classes = length(len(drawn), settings)[0], "mask-rcnn" if whole.masked else "faster-rcnn", len(whole.classes)
     where = f"{spec.name}, maps of stride {', '.join(map(str, strides))}"
-    say(f"{kind} on {where}: {len(whole.classes)} classes, {len(drawn)} images, {steps} steps of {settings.batch_size}")
+    say(f"{kind} on {where}: {classes} classes, {len(drawn)} images, {steps} steps of {settings.batch_size}")
     start, losses, often = time.monotonic(), list[float](), max(1, steps // 10)
     with torch.random.fork_rng(devices=[engine.device] if engine.device.type == "cuda" else []):
         torch.manual_seed(seed)
-        model = create_detector(backbone, spec, settings, len(whole.classes), masks=whole.masked, autocast=engine.autocast)
+        model = create_detector(backbone, spec, settings, classes, masks=whole.masked, autocast=engine.autocast)
         for loss in train(engine.place(model), drawn, reader.workers, engine, settings=settings, seed=seed):
             losses.append(loss)
             if len(losses) % often == 0:
@@ -336,13 +332,23 @@ def detection(
     trained = time.monotonic()
     say(f"evaluating on {len(test)} images")
     results = measure(model, test, reader.workers, engine)
+    seconds = {"training": round(trained - start, 1), "evaluation": round(time.monotonic() - trained, 1)}
+    details = {"precision": engine.precision, "strides": strides, "steps": steps, "seconds": seconds, "loss": curve(losses)}
+    about, notes = _describe(whole, useful, drawn, test, settings)
+    main = "map_50" if test.layout == "voc" else "map"
+    return [
+        Finding({"model": kind, "of": of}, main, figures, notes=notes, details=details | about | {"map_per_class": per_class})
+        for of, (figures, per_class) in results.items()
+    ]
+
+
+def _describe(
+    whole: Scenes, useful: Scenes, drawn: Scenes, test: Scenes, settings: DetectionConfig
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Return details of the data and of the warm-up, and notes on what was left out of them."""
+    warmup = length(len(drawn), settings)[1]
     details = {
-        "precision": engine.precision,
-        "strides": strides,
-        "steps": steps,
         "warmup_steps": warmup,
-        "seconds": {"training": round(trained - start, 1), "evaluation": round(time.monotonic() - trained, 1)},
-        "loss": curve(losses),
         "layout": test.layout,
         "classes": len(whole.classes),
         "images": {"training": len(drawn), "without_objects": len(whole) - len(useful), "test": len(test)},
@@ -357,21 +363,12 @@ def detection(
         notes += [f"{split.name}: {count} objects {reason} were left out." for reason, count in split.dropped.items()]
     if test.layout == "voc":
         notes.append("map_50 is read at 101 points of recall, not at the 11 of VOC2007's own rule, which may differ by a point.")
-    main = "map_50" if test.layout == "voc" else "map"
-    return [
-        Finding({"model": kind, "of": of}, main, figures, notes=tuple(notes), details={**details, "map_per_class": per_class})
-        for of, (figures, per_class) in results.items()
-    ]
+    return details, tuple(notes)
 
 
 def check(settings: DetectionConfig) -> None:
-    """Refuse what can be refused before any work.
-
-    Raises:
-        ConfigError: naming the setting, or the command that installs what is missing.
-    """
-    missing = [name for name in ("pycocotools", "torchmetrics") if importlib.util.find_spec(name) is None]
-    if missing:
+    """Raise a ConfigError that names the setting, or the command that installs what is missing, before any work."""
+    if missing := [name for name in ("pycocotools", "torchmetrics") if importlib.util.find_spec(name) is None]:
         raise ConfigError(f"detection: needs {' and '.join(missing)}; install with `pip install 'relssl[detection]'`")
     if settings.min_size > settings.max_size:
         raise ConfigError(f"detection.min_size: {settings.min_size} must not exceed detection.max_size ({settings.max_size})")

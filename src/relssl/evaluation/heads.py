@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +38,14 @@ from relssl.settings.run import LoaderConfig, ViewConfig
 
 _ROWS = 8192  # features that are classified at once
 _SMALL = 64  # the largest view, in pixels a side, of what the papers call small and medium sets
+
+
+class PlainFeatures(NamedTuple):
+    """Features fp32 [M, F] and labels int64 [M] of the test images that could be read, on the CPU, and a note on the others."""
+
+    vectors: Tensor
+    truth: Tensor
+    notes: list[str]
 
 
 @dataclass(frozen=True)
@@ -76,11 +84,7 @@ class Task:
 
     @torch.no_grad()
     def test_features(self, network: nn.Module) -> PlainFeatures:
-        """Compute the features of the test images' plain views, by a network that is on the device.
-
-        Raises:
-            NumericError: if features are NaN or infinite.
-        """
+        """Compute the features of the test images' plain views, by a network on the device; NumericError if they are not finite."""
         test = self.pair.test
         features = extract(network, test, self.reader, self.engine)
         if not bool(features.vectors.isfinite().all()):
@@ -88,14 +92,6 @@ class Task:
         notes = [f"{len(features.bad)} test images could not be read and are left out"] if features.bad else []
         assert test.labels is not None
         return PlainFeatures(features.vectors, torch.from_numpy(test.labels[features.rows]), notes)
-
-
-class PlainFeatures(NamedTuple):
-    """Features fp32 [M, F] and labels int64 [M] of the test images that could be read, on the CPU, and a note on the others."""
-
-    vectors: Tensor
-    truth: Tensor
-    notes: list[str]
 
 
 class Classifier:
@@ -143,12 +139,10 @@ class Classifier:
             self.rank = torch.full_like(test.truth, self.head.out_features)
         else:
             parts = zip(torch.split(test.vectors, _ROWS), torch.split(test.truth, _ROWS), strict=True)
-            device = self.head.weight.device
-            self.rank = torch.cat([ranks(self.head(vectors.to(device)).cpu(), truth) for vectors, truth in parts])
+            self.rank = torch.cat([ranks(self.head(part.to(self.finite.device)).cpu(), truth) for part, truth in parts])
         self.curve.append(100 * float((self.rank == 0).double().mean()))
 
 
-@dataclass
 class Training:
     """Passes over views of labelled images, each in an order of its own.
 
@@ -160,23 +154,15 @@ class Training:
         images: with labels.
         settings: epochs, batch size, and the share of the area that the random crop keeps.
         least: images a step that a network needs.
-
-    Attributes:
-        unreadable: files that could not be read, and were replaced by the image behind them.
     """
 
-    task: Task
-    images: Images
-    settings: LinearConfig | FinetuneConfig
-    least: int
-    unreadable: set[str] = field(default_factory=set)
-
-    def __post_init__(self) -> None:
-        count = len(self.images)
-        if count < self.least:
-            raise DataError(f"{self.images.name}: {count} labelled images are too few to train on, needs {self.least} or more")
-        self.plan = Plan(count, max(self.least, count // math.ceil(count / self.settings.batch_size)), seed=self.task.seed)
-        self.steps = self.settings.epochs * self.plan.steps_per_epoch
+    def __init__(self, task: Task, images: Images, settings: LinearConfig | FinetuneConfig, least: int) -> None:
+        if (count := len(images)) < least:
+            raise DataError(f"{images.name}: {count} labelled images are too few to train on, needs {least} or more")
+        self.task, self.images, self.settings = task, images, settings
+        self.plan = Plan(count, max(least, count // math.ceil(count / settings.batch_size)), seed=task.seed)
+        self.steps = settings.epochs * self.plan.steps_per_epoch
+        self.unreadable: set[str] = set()  # files that were replaced by the image behind them
 
     def epochs(
         self, network: nn.Module, classifiers: Sequence[Classifier], *, schedule: str = "cosine", trains: bool = False
@@ -214,17 +200,13 @@ class Training:
         self, setting: dict[str, Any], classifier: Classifier, test: PlainFeatures, notes: list[str], details: dict[str, Any]
     ) -> Finding:
         """Return the figures of a classifier that has labelled the test images."""
-        trained = {
-            "images": len(self.images),
-            "batch_size": self.plan.batch_size,
-            "epochs": self.settings.epochs,
-            "steps": self.steps,
-            "scale": list(self.settings.scale),
-        }
-        replaced = [f"{len(self.unreadable)} training images could not be read, the next ones took their places"]
-        notes = [*notes, *(replaced if self.unreadable else []), *test.notes]
-        classes = classifier.head.out_features
-        return Finding.of_ranks(setting, classifier.rank, test.truth, classes, self.task.bootstrap, notes, trained | details)
+        trained = {"images": len(self.images), "batch_size": self.plan.batch_size, "epochs": self.settings.epochs}
+        details = {**trained, "steps": self.steps, "scale": list(self.settings.scale), **details}
+        if self.unreadable:
+            notes = [*notes, f"{len(self.unreadable)} training images could not be read, the next ones took their places"]
+        classes, bootstrap = classifier.head.out_features, self.task.bootstrap
+        more = {"notes": (*notes, *test.notes), "details": details}
+        return Finding.of_ranks(setting, classifier.rank, test.truth, classes, bootstrap, **more)
 
 
 def rate_share(step: int, steps_per_epoch: int, epochs: int, schedule: str) -> float:
@@ -312,8 +294,7 @@ def finetune(backbone: nn.Module, task: Task, settings: FinetuneConfig) -> list[
         ConfigError, DataError: for images that cannot be used so.
         NumericError: if the loss stops being finite.
     """
-    _, classes = task.check("finetune")
-    return [_tuned(backbone, task, task.pair.bank, classes, settings, "finetune")]
+    return [_tuned(backbone, task, task.pair.bank, task.check("finetune")[1], settings, "finetune")]
 
 
 def semi(backbone: nn.Module, task: Task, settings: SemiConfig) -> list[Finding]:
@@ -326,47 +307,36 @@ def semi(backbone: nn.Module, task: Task, settings: SemiConfig) -> list[Finding]
         ConfigError, DataError, NumericError: as `finetune`, and for a file that names other images.
     """
     (labels, classes), bank = task.check("semi"), task.pair.bank
-    choices: list[tuple[str, dict[str, Any], np.ndarray]] = []
     if settings.index is None:
-        for share in settings.fractions:
-            rows = stratified(labels, fraction=share, seed=task.seed)
-            choices.append((f"semi on {100 * share:g} %", {"fraction": share}, rows))
+        shares = [({"fraction": share}, stratified(labels, fraction=share, seed=task.seed)) for share in settings.fractions]
+        choices: list[tuple[dict[str, Any], np.ndarray]] = list(shares)
     elif task.pair.of is not None and len(bank) < task.pair.of[0]:  # where the same positions are other images
         raise ConfigError(f"semi.index: names images of the whole bank, of which `images` leaves {len(bank)}; drop one of them")
     else:
-        choices.append(("semi", {"index": Path(settings.index).name}, from_index(settings.index, bank)))
+        choices = [({"index": Path(settings.index).name}, from_index(settings.index, bank))]
     findings = []
-    for title, setting, rows in choices:
-        count, notes = np.bincount(labels[rows], minlength=classes), []
+    for setting, rows in choices:
+        share, count, notes = setting.get("fraction", 1), np.bincount(labels[rows], minlength=classes), []
         if len(absent := np.flatnonzero(count == 0)):
             first = dict(enumerate(bank.classes or ())).get(absent[0], absent[0])
             notes.append(f"{len(absent)} of {classes} classes have no labelled image, the first is {first}")
-        if len(rows) > 1.5 * setting.get("fraction", 1) * len(labels):
+        if len(rows) > 1.5 * share * len(labels):
             notes.append(f"{len(rows)} of {len(labels)} images, as each class gives one at least")
         details = {"split": fingerprint(rows), "per_class": [int(count.min()), int(count.max())]}
-        findings.append(_tuned(backbone, task, bank.subset(rows), classes, settings, title, setting, notes, details))
+        title = f"semi on {100 * share:g} %" if settings.index is None else "semi"
+        finding = _tuned(backbone, task, bank.subset(rows), classes, settings, title)
+        findings.append(replace(finding, setting=setting, notes=(*notes, *finding.notes), details={**finding.details, **details}))
     return findings
 
 
-def _tuned(
-    backbone: nn.Module,
-    task: Task,
-    images: Images,
-    classes: int,
-    settings: FinetuneConfig,
-    title: str,
-    setting: dict[str, Any] | None = None,
-    notes: Sequence[str] = (),
-    details: dict[str, Any] | None = None,
-) -> Finding:
+def _tuned(backbone: nn.Module, task: Task, images: Images, classes: int, settings: FinetuneConfig, title: str) -> Finding:
     """Train a copy of the backbone with two learning rates; weights decay, norms and biases do not."""
     training, engine = Training(task, images, settings, least=2), task.engine
     network = copy.deepcopy(backbone).cpu()
-    width = feature_width(network, task.reader.view.size)
+    head = linear_classifier(feature_width(network, task.reader.view.size), classes, task.seed).to(engine.device)
     network = engine.place(network).train()
     if not any(parameter.requires_grad for parameter in network.parameters()):
         network.requires_grad_(True)  # of others, what is fixed is meant to be, such as position codes
-    head = linear_classifier(width, classes, task.seed).to(engine.device)
     groups = [
         group | {"lr": rate}
         for module, rate in ((network, settings.lr), (head, settings.head_lr))
@@ -385,6 +355,5 @@ def _tuned(
                 task.say(f"{title}: epoch {epoch} of {settings.epochs}, loss {float(classifier.loss):.3f}")
     test = task.test_features(network)
     classifier.label(test, settings.epochs)
-    figures = {"loss": round(float(classifier.loss), 6)}
-    figures |= {name: getattr(settings, name) for name in ("lr", "head_lr", "momentum", "weight_decay")}
-    return training.finding(setting or {}, classifier, test, list(notes), (details or {}) | figures)
+    details: dict[str, Any] = {name: getattr(settings, name) for name in ("lr", "head_lr", "momentum", "weight_decay")}
+    return training.finding({}, classifier, test, [], {"loss": round(float(classifier.loss), 6), **details})

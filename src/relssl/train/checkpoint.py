@@ -18,14 +18,11 @@ from relssl.weights import store
 
 
 def save(folder: Path | None, state: State, engine: Engine, origin: dict[str, Any]) -> Path | None:
-    """Save the state; every rank calls it, the first writes.
+    """Save the state, and return where; every rank calls it, the one that has a folder writes.
 
     Args:
-        folder: of the run's checkpoints; None on ranks that do not write.
+        folder: of the run's checkpoints.
         origin: what a run that goes on from here has to agree with: {"steps_per_epoch", "data", "choices"}.
-
-    Returns:
-        The checkpoint; None without a folder.
 
     Raises:
         DistributedError: if ranks have drifted apart; such a state is never saved.
@@ -52,7 +49,6 @@ def _arithmetic(engine: Engine) -> dict[str, Any]:
 
 
 def _parts(model: Method) -> dict[str, nn.Module]:
-    """What the method has of student, teacher and memory."""
     parts = {"student": unwrapped(model.student), "teacher": model.teacher, "memory": model.memory}
     return {name: part for name, part in parts.items() if part is not None}
 
@@ -83,10 +79,7 @@ def _digest(tensors: Iterable[torch.Tensor]) -> str:
 
 
 def restore(path: Path, state: State, engine: Engine, origin: dict[str, Any]) -> list[str]:
-    """Load a checkpoint into the state of a run that was just created.
-
-    Args:
-        origin: of this run, as for `save`.
+    """Load a checkpoint into the state of a run that was just created, with the same `origin` as `save` was given.
 
     Returns:
         The reasons why the run will not repeat bit for bit; none when it will.
@@ -101,11 +94,15 @@ def restore(path: Path, state: State, engine: Engine, origin: dict[str, Any]) ->
             part.load_state_dict(tree[name])
         state.optimizer.load_state_dict(tree["optimizer"])
     except (KeyError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{path}: does not fit this configuration: {' '.join(str(error).split())[:300]}") from error
-    if facts["steps_per_epoch"] != origin["steps_per_epoch"]:
-        was, now = facts["steps_per_epoch"], origin["steps_per_epoch"]
-        raise CheckpointError(f"{path}: was saved at {was} steps an epoch, the data now gives {now}")
-    _lay_out(state.optimizer)
+        raise CheckpointError(f"{path}: does not fit this configuration: {store.one_line(error)}") from error
+    before, now = facts["steps_per_epoch"], origin["steps_per_epoch"]
+    if before != now:
+        raise CheckpointError(f"{path}: was saved at {before} steps an epoch, the data now gives {now}")
+    # Saved tensors come back row by row; the fused optimizer walks parameter and momentum side by side in memory, so a
+    # momentum has to lie as its parameter does (channels last).
+    for parameter, moments in state.optimizer.state.items():
+        same = {name: value for name, value in moments.items() if getattr(value, "shape", None) == parameter.shape}
+        moments |= {name: torch.empty_like(parameter).copy_(value) for name, value in same.items()}
     state.step, state.best, state.unreadable = facts["step"], facts["best"], set(facts["unreadable"])
     state.guard.streak.fill_(facts["non_finite"])
     state.guard.worst.fill_(facts["non_finite_worst"])
@@ -114,12 +111,3 @@ def restore(path: Path, state: State, engine: Engine, origin: dict[str, Any]) ->
     if not engine.restore_random_state(tree["random"]):
         inexact.append("random generators of another world or device")
     return inexact if facts["data"] == origin["data"] else [*inexact, "the data has changed"]
-
-
-def _lay_out(optimizer: torch.optim.Optimizer) -> None:
-    # Saved tensors come back row by row; the fused optimizer walks parameter and momentum side by side in memory, so a
-    # momentum has to lie as its parameter does (channels last).
-    for parameter, state in optimizer.state.items():
-        for name, value in state.items():
-            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
-                state[name] = torch.empty_like(parameter).copy_(value)

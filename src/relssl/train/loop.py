@@ -36,37 +36,22 @@ PATIENCE = 10
 
 @dataclass
 class Run:
-    """A run: what it is made of, which stays, and its state, which changes.
+    """What a run is made of, which stays, and its state, which changes."""
 
-    Attributes:
-        config: its settings, with the data's means and deviations filled in.
-        engine: devices and ranks.
-        images, fingerprint: what it trains on, and 16 hex digits that change with it.
-        plan: the samples of each step, part and rank.
-        loader: makes the views of these samples.
-        labels: int64 [N] on the device, for methods that train on them, and how many `classes` they tell apart; else None and 0.
-        loss_form: plain or tiled, two ways to the same number.
-        state: student, teacher, memory, optimizer and all else that a checkpoint holds.
-        online: the kNN evaluation while training; None if the data has no labels.
-        folder: where the run is written; None on ranks that do not write.
-        graphs: true if the networks' passes are CUDA graphs, see `pretrain.compile_networks`.
-        warned: true once the console has warned of a collapse.
-    """
-
-    config: Config
+    config: Config  # with the data's means and deviations filled in
     engine: Engine
     images: Images
-    fingerprint: str
-    plan: Plan
-    loader: Resident | FromFiles
-    labels: Tensor | None
-    classes: int
-    loss_form: str
+    fingerprint: str  # 16 hex digits that change with the images
+    plan: Plan  # the samples of each step, part and rank
+    loader: Resident | FromFiles  # makes the views of these samples
+    labels: Tensor | None  # int64 [N] on the device, for methods that train on them
+    classes: int  # how many the labels tell apart; else 0
+    loss_form: str  # plain or tiled, two ways to the same number
     state: State
-    online: OnlineKnn | None = None
-    folder: RunFolder | None = None
-    graphs: bool = False
-    warned: bool = False
+    online: OnlineKnn | None = None  # kNN while training; None if the data has no labels
+    folder: RunFolder | None = None  # where the run is written; None on ranks that do not write
+    graphs: bool = False  # the networks' passes are CUDA graphs, see `pretrain.compile_networks`
+    warned: bool = False  # the console has warned of a collapse
 
     @property
     def total_steps(self) -> int:
@@ -84,9 +69,6 @@ def create_run(config: Config, engine: Engine, images: Images, online: OnlineKnn
     """Create a run that is ready for its first step.
 
     Every rank creates the same networks and memory from the same seed; they stay equal by moving alike.
-
-    Raises:
-        ConfigError, DataError: if settings and images do not make a run.
     """
     plan = Plan(len(images), config.batch_size, config.accumulate, engine.rank, engine.world, config.seed)
     loader = open_loader(config, engine, plan, images)
@@ -94,9 +76,8 @@ def create_run(config: Config, engine: Engine, images: Images, online: OnlineKnn
     if METHODS[config.method.name].labels:
         assert images.labels is not None
         labels, classes = torch.from_numpy(images.labels).to(engine.device), images.class_count
-    form = config.method.loss_form
-    if form not in ("plain", "tiled"):
-        form = "tiled" if METHODS[config.method.name].tiled and engine.device.type != "mps" else "plain"
+    best = "tiled" if METHODS[config.method.name].tiled and engine.device.type != "mps" else "plain"
+    form = best if config.method.loss_form == "auto" else config.method.loss_form
 
     torch.manual_seed(config.seed)
     model = create_method(config, torch.Generator().manual_seed(config.seed), form, classes)
@@ -121,31 +102,22 @@ def open_loader(config: Config, engine: Engine, plan: Plan, images: Images) -> R
 
 @dataclass
 class Figures:
-    """The figures of one step, as far as the host knows them, and a way to get those that the device computes.
+    """The figures of one step, as far as the host knows them, and a way to get those that the device computes."""
 
-    Attributes:
-        step: optimizer steps so far, this one included.
-        schedule: settings of the step; None if it is not logged, and its figures only tell of non-finite steps.
-        read: waits for the figures of the device.
-        speed: (images per second, share of the time spent waiting for data) until then, which the loop adds.
-    """
-
-    step: int
-    schedule: dict[str, float] | None
-    read: Callable[[], dict[str, Tensor]]
-    speed: tuple[float, float] = (0.0, 0.0)
+    step: int  # optimizer steps so far, this one included
+    schedule: (
+        dict[str, float] | None
+    )  # settings of the step; None if it is not logged, and its figures only tell of non-finite steps
+    read: Callable[[], dict[str, Tensor]]  # waits for the figures of the device
+    speed: tuple[float, float] = (0.0, 0.0)  # images per second and share of time spent waiting for data, which the loop adds
 
 
 def train_step(run: Run, parts: list[Batch]) -> Figures | None:
     """Make one optimizer step: views -> loss -> gradient -> student, memory and teacher.
 
     All of it is queued on the device, and nothing here waits for it. A step whose loss or gradient is not finite changes nothing.
-
-    Args:
-        parts: this rank's share of each accumulated part of the batch.
-
-    Returns:
-        The step's figures, if it is logged or the host has to look for non-finite steps again; else None.
+    `parts` are this rank's shares of the accumulated parts of the batch. Returns the step's figures, if it is logged or the host has
+    to look for non-finite steps again.
     """
     config, engine, state = run.config, run.engine, run.state
     model, optimizer, guard, student = state.model, state.optimizer, state.guard, unwrapped(state.model.student)
@@ -291,21 +263,18 @@ class Stopwatch:
 
     def timed(self, batches: Iterator[list[Batch]]) -> Iterator[list[Batch]]:
         """Yield the same batches, with the time to get each one counted."""
-        while True:
-            start = time.perf_counter()
-            batch = next(batches, None)
+        start = time.perf_counter()
+        for batch in batches:
             self.waited += time.perf_counter() - start
-            if batch is None:
-                return
             self.steps += 1
             yield batch
+            start = time.perf_counter()
 
     def split(self) -> tuple[float, float]:
         """Return (images per second, share of the time spent waiting) since the last split."""
-        now = time.perf_counter()
-        seconds = max(now - self.start, 1e-9)
+        seconds = max(time.perf_counter() - self.start, 1e-9)
         speed = self.steps * self.batch_size / seconds, self.waited / seconds
-        self.start, self.waited, self.steps = now, 0.0, 0
+        self.start, self.waited, self.steps = time.perf_counter(), 0.0, 0
         return speed
 
 
@@ -325,11 +294,7 @@ def note_unreadable(run: Run, faults: list[tuple[str, str]]) -> None:
 
 
 def report(run: Run, figures: Figures, journal: Journal | None, display: Display) -> None:
-    """Read a step's figures and write their row, with kNN where it is due; of a step that is not logged, only see if it was finite.
-
-    Raises:
-        NumericError: after too many non-finite steps in a row.
-    """
+    """Read a step's figures and write their row, with kNN where it is due; of a step that is not logged, only see if it was finite."""
     state, epoch = run.state, figures.step / run.plan.steps_per_epoch
     values = figures.read()
     if values.pop("streak") >= PATIENCE:
@@ -342,8 +307,7 @@ def report(run: Run, figures: Figures, journal: Journal | None, display: Display
     keys, (speed, waiting) = values.pop("keys"), figures.speed
     row: dict[str, Any] = {"step": figures.step, "epoch": int(epoch), "samples": figures.step * run.config.batch_size}
     row |= figures.schedule | {name: float(value) for name, value in values.items()}
-    row |= {"effective_rank": float(effective_rank(keys))}
-    row |= {"images_per_second": round(speed, 1), "data_wait": round(waiting, 4)}
+    row |= {"effective_rank": float(effective_rank(keys)), "images_per_second": round(speed, 1), "data_wait": round(waiting, 4)}
     if knn_due(run) and figures.step == state.step:
         if run.online is not None:
             row |= run.online.measure(state.model, run.engine)

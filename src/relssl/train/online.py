@@ -33,9 +33,9 @@ class OnlineKnn:
 
     def baselines(self, model: Method, engine: Engine) -> dict[str, float]:
         """Measure the untrained networks, and for sets in memory the pixels themselves, "knn_raw_pixels"."""
-        figures, bank, test = self.measure(model, engine), self.pair.bank, self.pair.test
-        if bank.in_memory and test.in_memory:
-            figures["knn_raw_pixels"] = self._score(_pixels(bank), _pixels(test))
+        figures, sides = self.measure(model, engine), (self.pair.bank, self.pair.test)
+        if all(isinstance(images.source, Pixels) for images in sides):
+            figures["knn_raw_pixels"] = self._score(*map(_pixels, sides))
         return figures
 
     def _top1(self, backbone: nn.Module, engine: Engine) -> float:
@@ -47,8 +47,7 @@ class OnlineKnn:
         return self._score(*sides)
 
     def _score(self, bank: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> float:
-        (figures,) = knn_accuracy(LabelledFeatures(*bank, *test, classes=self.pair.classes), [self.knn])
-        return float(round(figures["top1"], 4))
+        return round(knn_accuracy(LabelledFeatures(*bank, *test, classes=self.pair.classes), *self.knn)["top1"], 4)
 
 
 def _pixels(images: Images) -> tuple[Tensor, Tensor]:

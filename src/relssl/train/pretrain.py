@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -28,8 +28,6 @@ from relssl.train.signals import StopRequest
 from relssl.weights import store
 from relssl.weights.export import default_target, export
 from relssl.weights.opening import load_run
-
-T = TypeVar("T")
 
 # To compile takes a minute or two; a run of fewer steps would not earn it back.
 WORTH_COMPILING = 2000
@@ -77,7 +75,7 @@ def pretrain(
     resolved = settings or resolve(({} if data is None else {"data": data}) | overrides, config)
     folder = Path(resolved.out or default_folder(resolved))
     engine = Engine(resolved.engine)
-    on_first(engine, lambda: refuse_used(folder))
+    engine.on_first(lambda: refuse_used(folder))
     return _run(dataclasses.replace(resolved, out=str(folder)), folder, engine, quiet, fresh=True)
 
 
@@ -100,10 +98,11 @@ def resume(
     """
     loaded = load_run(run)
     folder, config = loaded.folder, loaded.config
-    if checkpoint is None and _is_complete(folder):
-        return _result(folder)
+    with suppress(OSError, ValueError, KeyError):  # without a status that can be read, the run goes on
+        if checkpoint is None and json.loads((folder / "status.json").read_text())["state"] == "complete":
+            return _result(folder)
     begun = any((folder / "checkpoints").glob("step-*"))
-    saved = loaded.named(checkpoint) if checkpoint is not None else loaded.checkpoint() if begun else None
+    saved = loaded.checkpoint(checkpoint) if checkpoint is not None or begun else None
     if time_limit is not None:
         config = dataclasses.replace(config, time_limit=None if math.isinf(time_limit) else time_limit)
     return _run(config, folder, Engine(config.engine), quiet, saved, fresh=False)
@@ -112,13 +111,10 @@ def resume(
 def _run(config: Config, path: Path, engine: Engine, quiet: bool, saved: Path | None = None, *, fresh: bool) -> Result | None:
     """Train in a folder, from the checkpoint `saved` or from the start."""
     with engine.running():
-        try:
+        with explaining(config, engine):
             run = build(config, engine)
-        except torch.OutOfMemoryError as error:
-            raise _too_large(config) from error
-        state = run.state
-        folder = run.folder = on_first(engine, lambda: RunFolder(path))
-        try:
+        folder = run.folder = engine.on_first(lambda: RunFolder(path))
+        with closing(folder) if folder else nullcontext():
             if folder is not None:
                 if fresh:
                     refuse_used(path)  # again, now that nobody else can write it
@@ -126,29 +122,31 @@ def _run(config: Config, path: Path, engine: Engine, quiet: bool, saved: Path | 
                     data = {"images": len(run.images), "fingerprint": run.fingerprint}
                     folder.describe(run.config, {"data": data, "engine": engine.describe()})
                 folder.bad_samples(run.images.bad)
-            compiled = compile_networks(run)
-            inexact = checkpoint.restore(saved, state, engine, origin(run)) if saved is not None else []
+            notes = [compile_networks(run)]
+            if saved is not None:
+                inexact = checkpoint.restore(saved, run.state, engine, origin(run))
+                manner = f"not bit for bit ({'; '.join(inexact)})" if inexact else "exactly"
+                notes.append(f"going on {manner} from step {run.state.step}")
             if folder is not None:
-                folder.give_up_after(state.step)
+                folder.give_up_after(run.state.step)
             show = engine.is_first and not quiet
             with (
                 StopRequest(run.config.time_limit, run.config.out) as stop,
-                Display(run.total_steps, state.step, show, stop) as display,
+                Display(run.total_steps, run.state.step, show, stop) as display,
             ):
-                _introduce(run, display, compiled, inexact)
+                _introduce(run, display, notes)
                 _train(run, display, stop)
-            return None if folder is None else _finish(run, folder)
-        finally:
-            if folder is not None:
-                folder.close()
+            if folder is None:
+                return None
+            few = run.images.subset(range(min(4, len(run.images))))  # enough to notice a wrong file, and quick
+            for network in derive(run.config).networks:
+                export(path, network=network, images=few)
+            folder.status("complete", run.state.step, exit_code=0, last_checkpoint=store.step_folder(path, run.state.step).name)
+            return _result(path)
 
 
 def build(config: Config, engine: Engine) -> Run:
-    """Load a run's images and create the run, ready for its first step and without a folder.
-
-    Raises:
-        ConfigError, DataError: if settings and data do not make a run.
-    """
+    """Load a run's images and create the run, ready for its first step and without a folder."""
     labelled = METHODS[config.method.name].labels
     images = load(config.data, config.data_root, "bank" if labelled else "train")
     if config.max_images is not None:
@@ -171,9 +169,8 @@ def complete_settings(config: Config, images: Images) -> Config:
     views = config.views
     if isinstance(images.source, Pixels) and not views.enlarge:
         side = min(images.source.tensor.shape[-2:])
-        sizes = [("views.weak.size", views.weak.size)]
-        crops = [("views.crops", size) for size, _, _ in views.crops]
-        sizes += crops or [("views.strong.size", view.size) for view in derive(config).strong]
+        name = "views.crops" if views.crops else "views.strong.size"
+        sizes = [("views.weak.size", views.weak.size), *((name, view.size) for view in derive(config).strong)]
         faults = [
             f"{name}: {size} is larger than the images of {images.name} ({side} x {side} pixels), which would only be blown up; "
             "views.enlarge true does so all the same"
@@ -182,58 +179,57 @@ def complete_settings(config: Config, images: Images) -> Config:
         ]
         if faults:
             raise ConfigError(*faults)
-    views = dataclasses.replace(
-        views,
-        mean=views.mean or images.mean,
-        std=views.std or images.std,
-        margin=views.margin or (1.0 if images.in_memory else 256 / 224),
-    )
+    margin = views.margin or (1.0 if images.in_memory else 256 / 224)
+    views = dataclasses.replace(views, mean=views.mean or images.mean, std=views.std or images.std, margin=margin)
     return dataclasses.replace(config, views=views)
 
 
 def _online(config: Config) -> OnlineKnn | None:
-    """The kNN evaluation, if it is wanted and the data has labels and a test part."""
-    if config.log.knn_every == 0:
-        return None
+    """Return the kNN evaluation, if it is wanted and the data has a test part and labels to vote about."""
+    with suppress(DataError):
+        if config.log.knn_every:
+            pair = LabelledPair.load(config.data, config.data_root, config.log.knn_images, config.seed)
+            if pair.bank.labels is not None and pair.bank.labels.min() != pair.bank.labels.max():
+                return OnlineKnn(pair, config)
+    return None
+
+
+@contextmanager
+def explaining(config: Config, engine: Engine) -> Iterator[None]:
+    """Raise an error of the libraries below as one of ours, where it is known what to do about it."""
     try:
-        pair = LabelledPair.load(config.data, config.data_root, config.log.knn_images, config.seed)
-    except DataError:
-        return None
-    if pair.bank.labels is None or pair.bank.labels.min() == pair.bank.labels.max():
-        return None  # several labels an image, or a single one for all: nothing to vote about
-    return OnlineKnn(pair, config)
-
-
-def on_first(engine: Engine, make: Callable[[], T]) -> T | None:
-    """Return what `make` returns on the first rank, None on the others; its failure is raised on all, so that none waits in vain."""
-    value, fault = None, None
-    if engine.is_first:
-        try:
-            value = make()
-        except RelsslError as error:
-            fault = error
-    engine.wait()  # patiently: to shrink a million images takes hours
-    fault = engine.broadcast(fault)
-    if fault is not None:
-        raise fault
-    return value
+        yield
+    except RelsslError:
+        raise
+    except torch.OutOfMemoryError as error:
+        parts = "" if METHODS[config.method.name].whole_batch else "raise accumulate to compute it in parts, "
+        raise ConfigError(
+            f"batch_size: {config.batch_size} does not fit the device's memory; lower it, {parts}"
+            "or set loader.path files to keep the images out of it"
+        ) from error
+    except OSError as error:
+        # Whatever is read or written besides checkpoints (data, metrics, TensorBoard): the checkpoints before it are whole.
+        reason = f"{error.filename or config.out}: cannot be read or written ({error.strerror or error})"
+        raise StorageError(f"{reason}; check the disk, then go on with `relssl resume` or start again") from error
+    except RuntimeError as error:
+        if engine.world == 1:
+            raise
+        reason = f"rank {engine.rank} failed, another may have been lost: {store.one_line(error)}"
+        raise DistributedError(f"{reason}; the last checkpoint is good, resume from it") from error
 
 
 def compile_networks(run: Run) -> str | None:
-    """Compile the networks' passes, with CUDA graphs where these are possible, if `compile` says so.
+    """Compile the networks' passes, with CUDA graphs where these are possible, if `compile` says so; return a line for the console.
 
     `auto` compiles on CUDA alone, in runs that are long enough to earn it back and need not repeat bit for bit. A compiler that fails
     on any rank is done without. The run's state stays as it was.
-
-    Returns:
-        A line for the console; None if there is nothing to say.
     """
     config, engine, state, gpu = run.config, run.engine, run.state, run.engine.device.type == "cuda"
     worth = gpu and run.total_steps >= WORTH_COMPILING and not config.engine.deterministic
     if config.compile == "off" or (config.compile == "auto" and not worth):
         return None
     # Graphs are replayed on fixed memory; gradients of accumulated parts and DDP's buckets outlive a replay.
-    graphs, fault = engine.world == 1 and config.accumulate == 1, ""
+    fault, graphs = "", engine.world == 1 and config.accumulate == 1
     torch.compiler.reset()  # type: ignore[no-untyped-call]  # one cache serves all networks of a process
     for network in run.networks:
         network.compile_heads(graphs)
@@ -258,9 +254,8 @@ def compile_networks(run: Run) -> str | None:
 def _pass_noise(run: Run) -> None:
     """Pass views of noise, of the run's own shapes, forward and back."""
     config, engine, model, share = run.config, run.engine, run.state.model, run.plan.share
-    weak, *strong = (
-        engine.place(torch.rand(share, config.views.channels, view.size, view.size)) for view in derive(config).views
-    )
+    sizes = [(share, config.views.channels, view.size, view.size) for view in derive(config).views]
+    weak, *strong = (engine.place(torch.rand(size)) for size in sizes)
     torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
     # As a part that others follow, in a world of its own: ranks exchange nothing, so that one that fails leaves none waiting.
     with engine.part(model.student, last=False):
@@ -270,35 +265,30 @@ def _pass_noise(run: Run) -> None:
     run.state.optimizer.zero_grad(set_to_none=True)
 
 
-def _introduce(run: Run, display: Display, compiled: str | None, inexact: list[str]) -> None:
-    """Say what is about to run."""
+def _introduce(run: Run, display: Display, notes: list[str | None]) -> None:
+    """Print what is about to run."""
     config, images, memory = run.config, run.images, run.config.method.memory_size
     subject = f"{config.backbone} on {len(images)} images of {images.name}"
     display.say(f"{config.method.name}: {subject}, recipe {config.recipe}, {run.total_steps} steps, {run.engine.describe()}")
     if run.state.model.memory is not None and memory > 0.5 * len(images):
         display.say(f"note: the memory ({memory}) is over half of the data: samples meet old copies of themselves")
-    if compiled:
-        display.say(compiled)
-    if run.state.step:
-        manner = f"not bit for bit ({'; '.join(inexact)})" if inexact else "exactly"
-        display.say(f"going on {manner} from step {run.state.step}")
+    for note in filter(None, notes):
+        display.say(note)
 
 
 def _train(run: Run, display: Display, stop: StopRequest) -> None:
     """Train, and note in status.json how that went."""
     try:
-        if run.folder is not None:
-            run.folder.status("running", run.state.step)
-        shrink(run, display)
-        train(run, display, stop)
+        with explaining(run.config, run.engine):
+            if run.folder is not None:
+                run.folder.status("running", run.state.step)
+            shrink(run, display)
+            train(run, display, stop)
     except BaseException as error:
-        known = explained(error, run)
         if run.folder is not None:
             with suppress(StorageError):  # a full disk must not hide the error that there is to report
-                run.folder.failed(run.state.step, known)
-        if known is error:
-            raise
-        raise known from error
+                run.folder.failed(run.state.step, error)
+        raise
 
 
 def shrink(run: Run, display: Display) -> None:
@@ -307,15 +297,13 @@ def shrink(run: Run, display: Display) -> None:
     Raises:
         Interrupted: on a signal or at the time limit; what is shrunk by then stays.
     """
-    config, images, engine = run.config, run.images, run.engine
-    if config.loader.cache is None:
-        return
-    loader, devices = config.loader, config.engine.devices
-    source = on_first(engine, lambda: shrunken(images, loader, display, devices))
-    if source is None:
-        source = shrunken(images, loader, display, devices)  # once more on machines that have a disk of their own
-    engine.wait()
-    read(run, dataclasses.replace(images, source=source))
+    config, images = run.config, run.images
+    if config.loader.cache is not None:
+        source = run.engine.on_first(lambda: shrunken(images, config.loader, display, config.engine.devices))
+        # Once more on the other ranks, as machines may have a disk of their own.
+        source = source or shrunken(images, config.loader, display, config.engine.devices)
+        run.engine.wait()
+        read(run, dataclasses.replace(images, source=source))
 
 
 def read(run: Run, images: Images) -> None:
@@ -324,44 +312,5 @@ def read(run: Run, images: Images) -> None:
     run.images, run.loader = images, open_loader(run.config, run.engine, run.plan, images)
 
 
-def explained(error: BaseException, run: Run) -> BaseException:
-    """Return an error of the libraries below as one of ours, where it is known what to do about it."""
-    if isinstance(error, RelsslError):
-        return error
-    if isinstance(error, torch.OutOfMemoryError):
-        return _too_large(run.config)
-    if isinstance(error, OSError):
-        # Whatever is written besides checkpoints (metrics, TensorBoard): the checkpoints before it are whole.
-        where = error.filename or run.config.out
-        return StorageError(f"{where}: cannot be written ({error.strerror or error}); free some space, then resume")
-    if isinstance(error, RuntimeError) and run.engine.world > 1:
-        reason, rank = " ".join(str(error).split())[:200], run.engine.rank
-        return DistributedError(f"rank {rank} failed at step {run.state.step}, another may have been lost: {reason}")
-    return error
-
-
-def _too_large(config: Config) -> ConfigError:
-    parts = "" if METHODS[config.method.name].whole_batch else "raise accumulate to compute it in parts, "
-    return ConfigError(
-        f"batch_size: {config.batch_size} does not fit the device's memory; lower it, {parts}"
-        "or set loader.path files to keep the images out of it"
-    )
-
-
-def _finish(run: Run, folder: RunFolder) -> Result:
-    few = run.images.subset(range(min(4, len(run.images))))  # enough to notice a wrong file, and quick
-    for network in derive(run.config).networks:
-        export(folder.path, network=network, images=few)
-    folder.status("complete", run.state.step, exit_code=0, last_checkpoint=store.step_folder(Path(), run.state.step).name)
-    return _result(folder.path)
-
-
 def _result(folder: Path) -> Result:
     return Result(folder, default_target(folder, "student"), read_rows(folder / "metrics.jsonl"))
-
-
-def _is_complete(folder: Path) -> bool:
-    try:
-        return bool(json.loads((folder / "status.json").read_text())["state"] == "complete")
-    except (OSError, ValueError, KeyError):
-        return False

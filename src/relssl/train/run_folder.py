@@ -9,11 +9,11 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -33,12 +33,8 @@ def refuse_used(folder: Path) -> None:
     if (folder / "config.yaml").exists():
         raise ConfigError(f"out: {folder} holds a run; go on with `relssl resume {folder}` or give another --out")
     # A run that was killed before it could say what it is has left its lock and an empty folder, and nothing to lose.
-    if folder.exists() and not (folder.is_dir() and all(_is_blank(entry) for entry in folder.iterdir())):
+    if folder.exists() and not (folder.is_dir() and all(path.name in (".lock", "checkpoints") for path in folder.rglob("*"))):
         raise ConfigError(f"out: {folder} exists and is not empty; give another --out")
-
-
-def _is_blank(entry: Path) -> bool:
-    return entry.name == ".lock" or (entry.name == "checkpoints" and entry.is_dir() and not any(entry.iterdir()))
 
 
 def default_folder(config: Config) -> str:
@@ -59,9 +55,19 @@ class RunFolder:
         self.path, self.checkpoints = path, path / "checkpoints"
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock(path / ".lock")
+            # A lock of the operating system goes with its process, however that ends: no stale lock needs breaking.
+            self._lock = (path / ".lock").open("a+")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            with self._lock:
+                self._lock.seek(0)
+                holder = self._lock.read().strip() or "another process"
+            raise LockedError(f"{path}: is being written by {holder}; wait for it or stop it") from None
         except OSError as error:
             raise StorageError(f"{path}: cannot be written ({error.strerror}); give another --out") from error
+        self._lock.truncate(0)
+        self._lock.write(f"process {os.getpid()} on {platform.node()}")
+        self._lock.flush()
         self._listed = {row["file"] for row in read_rows(path / "bad_samples.jsonl")}
 
     def describe(self, config: Config, facts: dict[str, Any]) -> None:
@@ -75,17 +81,15 @@ class RunFolder:
 
     def failed(self, step: int, error: BaseException) -> None:
         """Write to status.json why the run has ended before its last step."""
-        stopped = isinstance(error, (Interrupted, KeyboardInterrupt))
-        code, kind = (130, "interrupted") if stopped else (1, "bug")
-        details = {"kind": getattr(error, "kind", kind), "field": None, "message": str(error)}
-        names = sorted(path.name for path in self.checkpoints.glob("step-*"))
-        facts = {"error": details, "last_checkpoint": names[-1] if names else None}
-        self.status("interrupted" if stopped else "failed", step, exit_code=getattr(error, "exit_code", code), **facts)
+        details = {"kind": getattr(error, "kind", "bug"), "field": None, "message": str(error)}
+        newest = max((path.name for path in self.checkpoints.glob("step-*")), default=None)
+        facts = {"exit_code": getattr(error, "exit_code", 1), "error": details, "last_checkpoint": newest}
+        self.status("interrupted" if isinstance(error, Interrupted) else "failed", step, **facts)
 
     def give_up_after(self, step: int) -> None:
         """Remove checkpoints later than `step`: going on from an older one gives their future up."""
         for path in store.checkpoints(self.checkpoints):
-            if path.name > store.step_folder(self.checkpoints, step).name:
+            if path > store.step_folder(self.checkpoints, step):
                 store.remove(path)
 
     def bad_samples(self, faults: list[tuple[str, str]]) -> None:
@@ -101,31 +105,22 @@ class RunFolder:
         self._lock.close()
 
 
-def _lock(path: Path) -> IO[str]:
-    # A lock of the operating system goes with its process, however that ends: no stale lock needs breaking.
-    file = path.open("a+")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        holder = file.read().strip() or "another process"
-        file.close()
-        raise LockedError(f"{path.parent}: is being written by {holder}; wait for it or stop it") from None
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {platform.node()}")
-    file.flush()
-    return file
-
-
 def environment() -> dict[str, Any]:
     """Return versions, hardware and source revision for the run's record; no user names, paths or variables."""
+    processor, revision, source = "", None, Path(__file__).parents[3]
+    with contextlib.suppress(OSError):  # not everywhere is there a /proc, or git
+        processor = "".join(re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.M)[:1])
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        if (source / ".git").exists():  # the package runs from its own source tree
+            git = ["git", "-C", str(source), "rev-parse", "HEAD"]
+            revision = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     return {
-        "python": sys.version.split()[0],
+        "python": platform.python_version(),
         "platform": platform.platform(),
-        "processor": _processor(),
+        "processor": processor or platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "versions": {name: _version(name) for name in _PACKAGES},
-        "git": _revision(),
+        "git": revision,
     }
 
 
@@ -133,26 +128,6 @@ def _version(package: str) -> str:
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(package)
     return "not installed"
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return platform.processor() or platform.machine()
-
-
-def _revision() -> str | None:
-    """The commit of the package's own source tree, when it runs from one."""
-    source = Path(__file__).resolve().parents[3]
-    if not (source / ".git").exists():
-        return None
-    git = subprocess.run(["git", "-C", str(source), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return git.stdout.strip() or None
-
-
-# What differs from run to run on the same machine; everything else in a row repeats bit for bit.
-TIMINGS = ("images_per_second", "data_wait")
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -164,19 +139,13 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 class Journal:
-    """Rows of figures, one a logged step.
-
-    A resumed run first drops the rows that lie after the checkpoint it starts from, so the file reads as if the run had
-    never stopped.
-    """
+    """Rows of figures, one a logged step. A resumed run drops those after the checkpoint it starts from, as if it had never stopped."""
 
     def __init__(self, folder: Path, start: int, tensorboard: bool) -> None:
-        path = folder / "metrics.jsonl"
+        path, self._board = folder / "metrics.jsonl", None
         rows = [row for row in read_rows(path) if start > 0 and row["step"] <= start]
-        if path.exists():
-            write_file(path, "".join(_line(row) for row in rows).encode())
+        write_file(path, "".join(_line(row) for row in rows).encode())
         self._file = path.open("a")
-        self._board = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # a second of imports that not every run needs
 
@@ -188,7 +157,7 @@ class Journal:
         self._file.flush()
         if self._board is not None:
             for name, value in row.items():
-                if name != "step" and isinstance(value, (int, float)):
+                if name != "step":
                     self._board.add_scalar(name, value, row["step"])  # type: ignore[no-untyped-call]
 
     def close(self) -> None:
@@ -215,14 +184,9 @@ class Display:
         self._stop = stop
         self._console = Console(stderr=True, quiet=not show, highlight=False)
         self._live = self._console.is_terminal and show
-        self._progress = Progress(
-            BarColumn(bar_width=10),  # narrow, so that 80 columns hold the figures as well
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[figures]}"),
-            console=self._console,
-            disable=not self._live,
-        )
+        bar = BarColumn(bar_width=10)  # narrow, so that 80 columns hold the figures as well
+        columns = (bar, MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[figures]}"))
+        self._progress = Progress(*columns, console=self._console, disable=not self._live)
         self._steps = self._progress.add_task("steps", total=total, completed=start, figures="")
 
     def __enter__(self) -> Display:
@@ -233,25 +197,17 @@ class Display:
         self._progress.stop()
 
     def say(self, line: str) -> None:
-        """Print a line above the bar."""
+        """Print a line, above the bar if there is one."""
         self._console.print(line, markup=False, soft_wrap=True)
 
     @contextlib.contextmanager
     def chore(self, title: str, start: int, total: int) -> Iterator[Callable[[int], None]]:
-        """Show what comes before the steps: a bar in the place of theirs, elsewhere a line at its start and each tenth.
+        """Show work on images that comes before the steps: a bar in the place of theirs, elsewhere a line each tenth.
 
-        Args:
-            title: what is done to images.
-            start, total: how many of how many are done already; what is yielded is called with how many are done now.
-
-        Raises:
-            Interrupted: when the run is asked to stop.
+        What is yielded is called with how many of `total` are done; it raises Interrupted when the run is asked to stop.
         """
         self._progress.update(self._steps, visible=False)
-        task = self._progress.add_task("chore", total=total, completed=start, figures=title)
-        tenth = 10 * start // total
-        if not self._live:
-            self.say(f"{title}: {start} of {total}")
+        task, tenth = self._progress.add_task("chore", total=total, completed=start, figures=title), -1
 
         def advance(now: int) -> None:
             nonlocal tenth
@@ -263,6 +219,7 @@ class Display:
                 raise self._stop.interruption(code, "while images were shrunk")
 
         try:
+            advance(start)
             yield advance
         finally:
             self._progress.remove_task(task)
@@ -270,17 +227,14 @@ class Display:
 
     def row(self, row: dict[str, Any], epoch_ended: bool) -> None:
         """Show a row's main figures."""
-        self._progress.update(self._steps, completed=row["step"], figures=_brief(row))
+        words = [f"loss {row['loss']:.3f}"]
+        if "teacher_neighbours" in row:
+            words.append(f"neighbours {row['teacher_neighbours']:.0f}")
+        words += [f"{row['images_per_second']:.0f} img/s", f"data wait {row['data_wait']:.0%}"]
+        if "knn_top1" in row:
+            teacher = f" (teacher {row['knn_teacher_top1']:.1f} %)" if "knn_teacher_top1" in row else ""
+            words.append(f"kNN {row['knn_top1']:.1f} %{teacher}")
+        figures = "  ".join(words)
+        self._progress.update(self._steps, completed=row["step"], figures=figures)
         if epoch_ended and (not self._live or "knn_top1" in row):
-            self.say(f"epoch {row['epoch']:>4}  {_brief(row)}")
-
-
-def _brief(row: dict[str, Any]) -> str:
-    words = [f"loss {row['loss']:.3f}"]
-    if "teacher_neighbours" in row:
-        words.append(f"neighbours {row['teacher_neighbours']:.0f}")
-    words += [f"{row['images_per_second']:.0f} img/s", f"data wait {row['data_wait']:.0%}"]
-    if "knn_top1" in row:
-        teacher = f" (teacher {row['knn_teacher_top1']:.1f} %)" if "knn_teacher_top1" in row else ""
-        words.append(f"kNN {row['knn_top1']:.1f} %{teacher}")
-    return "  ".join(words)
+            self.say(f"epoch {row['epoch']:>4}  {figures}")

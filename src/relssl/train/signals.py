@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
@@ -16,16 +17,12 @@ REASONS = {TIME_LIMIT: "at its time limit", 130: "by SIGINT", 143: "by SIGTERM"}
 
 
 class StopRequest:
-    """Listens for SIGINT, SIGTERM and a time limit while a run goes on; a second signal leaves at once.
-
-    Args:
-        minutes: time limit; None: none.
-        run: folder of the run, for messages.
-    """
+    """Listens for SIGINT, SIGTERM and a limit of `minutes` while a run goes on, whose folder messages name; a second signal leaves at
+    once."""
 
     def __init__(self, minutes: float | None, run: str | None = None) -> None:
         self.code, self.run = 0, run
-        self._deadline = time.monotonic() + 60 * minutes if minutes is not None else None
+        self._deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
         self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -45,7 +42,7 @@ class StopRequest:
 
     def pending(self) -> int:
         """Return the exit code of a pending request, or 0."""
-        if not self.code and self._deadline is not None and time.monotonic() > self._deadline:
+        if not self.code and time.monotonic() > self._deadline:
             self.code = TIME_LIMIT
         return self.code
 

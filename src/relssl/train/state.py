@@ -16,10 +16,7 @@ from relssl.method.base import Method
 class Guard:
     """Judges each step on the device, without waiting for it, and takes back what the forward passes of a bad step have changed.
 
-    Those change the networks' buffers: the statistics of batch norms. Optimizer, memory and teacher are told the verdict and stay.
-
-    Args:
-        networks: those whose buffers a forward pass may change, on their device.
+    Those change the networks' buffers: the statistics of batch norms. Optimizer, memory and teacher get the verdict and stay.
 
     Attributes:
         streak: scalar int64 on the device, the non-finite steps in a row until now.
@@ -75,20 +72,11 @@ class _Copies:
 
 @dataclass
 class State:
-    """All that changes while a run goes on; a checkpoint holds it, and the random generators besides.
+    """All that changes while a run goes on; a checkpoint holds it, and the random generators besides."""
 
-    Attributes:
-        model: student, teacher and memory.
-        optimizer: of the student.
-        guard: the judge of steps, with its count of bad ones.
-        step: optimizer steps so far.
-        best: {"knn_top1", "checkpoint"} of the best student so far; None until one was measured.
-        unreadable: files that could not be read so far.
-    """
-
-    model: Method
-    optimizer: Optimizer
-    guard: Guard
-    step: int = 0
-    best: dict[str, Any] | None = None
-    unreadable: set[str] = field(default_factory=set)
+    model: Method  # student, teacher and memory
+    optimizer: Optimizer  # of the student
+    guard: Guard  # the judge of steps, with its count of bad ones
+    step: int = 0  # optimizer steps so far
+    best: dict[str, Any] | None = None  # {"knn_top1", "checkpoint"} of the best student so far, once one was measured
+    unreadable: set[str] = field(default_factory=set)  # files that could not be read so far

@@ -12,9 +12,9 @@ from relssl.errors import ConfigError
 from relssl.files import storing, sweep, sync_folder, temporary, write_file
 from relssl.settings.run import to_yaml
 from relssl.weights.card import card, public
-from relssl.weights.foreign import LoadReport, load_foreign
+from relssl.weights.foreign import LoadReport, Reading, load_foreign
 from relssl.weights.formats import FORMATS, find_format
-from relssl.weights.opening import Reading, is_exported, open_backbones, provenance, settings_of
+from relssl.weights.opening import is_exported, open_backbones, provenance, settings_of
 from relssl.weights.parity import Parity, compare, real_images
 from relssl.weights.spec import BackboneSpec
 from relssl.weights.writers import WRITERS, Source
@@ -142,7 +142,7 @@ def import_weights(path: str | Path, *, out: str | Path | None = None, **reading
     Args:
         out: ends in .safetensors; default: beside the file, under its name. An older file there is replaced only if this
             function wrote it.
-        reading: layout, backbone, stem, network, allow, size, as of `load_foreign`.
+        reading: layout, backbone, stem, network, allow, size, as of `Reading`.
 
     Returns:
         The report on the file's names; its `out` is the file written, which `relssl.load_backbone` opens.
@@ -160,7 +160,7 @@ def import_weights(path: str | Path, *, out: str | Path | None = None, **reading
     taken = [file for file in (target, settings_of(target), target.with_suffix(".md")) if file.exists()]
     if taken and (provenance(target) or ("",))[0] != "backbone":
         raise ConfigError(f"out: {taken[0]} exists and was not written by relssl import; give another name with --out")
-    loaded, report = load_foreign(path, **reading)
+    loaded, report = load_foreign(path, Reading(**reading))
     spec = loaded.spec
     assert isinstance(spec, BackboneSpec)
     _hand_over(Source(loaded, spec, "backbone", report.file, account=report.lines()), target, "safetensors")
