@@ -94,26 +94,25 @@ def _hand_over(source: Source, target: Path, format: str, images: Images | None 
     """Write a backbone and its card beside `target` under a temporary name, check them, and move them to their place."""
     written, name = WRITERS[format](source, format), target.name
     batch, what = real_images(source.spec.view, source.config, images)
-    folder, settings = not isinstance(written.data, bytes), None
+    files, settings = {str(Path(name, file)): data for file, data in written.data.items()}, None
+    beside = target.with_suffix(".md").name if name in files else f"{name}/README.md"
+    if target.suffix == ".safetensors":
+        settings = settings_of(target).name
+        files[settings] = (source.spec.to_yaml() if source.config is None else to_yaml(public(source.config))).encode()
     with storing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
     sweep(target.parent)
     unfinished = temporary(target.parent)
     try:
         with storing(target):
-            (unfinished / name if folder else unfinished).mkdir(parents=True)
-        files = {name: written.data} if isinstance(written.data, bytes) else {f"{name}/{k}": v for k, v in written.data.items()}
-        if target.suffix == ".safetensors":
-            settings = settings_of(target).name
-            files[settings] = (source.spec.to_yaml() if source.config is None else to_yaml(public(source.config))).encode()
+            (unfinished / beside).parent.mkdir(parents=True)
         for file, data in files.items():
             write_file(unfinished / file, data)
         parity = compare(source.backbone, written, unfinished / name, batch, what)
-        beside = f"{name}/README.md" if folder else target.with_suffix(".md").name
         write_file(unfinished / beside, card(source, written, parity, name, settings).encode())
         with storing(target):
             entries = sorted(entry.name for entry in unfinished.iterdir())
-            if folder and target.exists():
+            if target.is_dir():
                 # Folders cannot be replaced in one go: the old one waits where it is removed with the rest.
                 target.rename(unfinished / f"{name}.before")
             for entry in entries:

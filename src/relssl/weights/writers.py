@@ -76,13 +76,13 @@ class Written:
     """A backbone in a format, in memory.
 
     Attributes:
-        data: the file's bytes, or those of each file of a folder.
+        data: the bytes of each file of a folder, by name; of a format that is one file, under the name "".
         snippets: the ways to load it.
         exact: the loaded network has the source's very weights, in its order.
         notes: more about loading it, as Markdown, with `{file}`.
     """
 
-    data: bytes | Mapping[str, bytes]
+    data: Mapping[str, bytes]
     snippets: Sequence[Snippet]
     exact: bool = True
     notes: str = ""
@@ -105,17 +105,17 @@ def as_safetensors(source: Source, format: str) -> Written:
             raise _unsuited(format, f"is read by timm, which does not know {source.spec.name}")
         theirs = Snippet("torchvision", _torchvision_lines(source.spec, "safetensors.torch.load_file({file})"))
     facts = {"format": "pt", "network": source.network, "origin": source.origin}
-    return Written(store.encode(source.backbone.state_dict(), facts), (theirs, ours))
+    return Written({"": store.encode(source.backbone.state_dict(), facts)}, (theirs, ours))
 
 
 def as_hf(source: Source, format: str) -> Written:
     """Write Hugging Face's layout: timm's config.json and model.safetensors; the card becomes README.md."""
-    weights, spec, known = as_safetensors(source, format).data, source.spec, source.backbone.pretrained_cfg
+    weights, spec, known = as_safetensors(source, format).data[""], source.spec, source.backbone.pretrained_cfg
     if spec.view.channels != 3:
         raise _unsuited(format, f"is read with colour images, and {spec.name} was trained on grey ones")
     if spec.stem != "standard":
         raise _unsuited(format, f"cannot describe a {spec.stem} stem, which timm cannot be asked for")
-    assert isinstance(known, dict) and isinstance(weights, bytes)
+    assert isinstance(known, dict)
     pretrained = {  # as timm writes it, about these weights: none of what it says of timm's own is taken over
         "tag": "ressl",
         "custom_load": False,
@@ -172,7 +172,7 @@ def as_graph(source: Source, format: str) -> Written:
     else:
         code = ("import torch", "backbone = torch.export.load({file}).module()")
         snippet = Snippet("torch alone", code, tolerance=_TOLERANCE)
-    return Written(buffer.getvalue(), (snippet,), exact=False)
+    return Written({"": buffer.getvalue()}, (snippet,), exact=False)
 
 
 def as_torchvision(source: Source, format: str) -> Written:
@@ -196,7 +196,7 @@ def as_torchvision(source: Source, format: str) -> Written:
     torch.save(network.state_dict(), buffer)  # the network's own: torchvision's MNASNet asks for the version in it
     exact = weights.keys() == state.keys() and all(torch.equal(weights[key], state[key]) for key in state)
     code = _torchvision_lines(spec, "torch.load({file}, weights_only=True)")
-    return Written(buffer.getvalue(), (Snippet("torchvision", code, tolerance=0.0 if exact else _TOLERANCE),), exact)
+    return Written({"": buffer.getvalue()}, (Snippet("torchvision", code, tolerance=0.0 if exact else _TOLERANCE),), exact)
 
 
 def as_detectron2(source: Source, format: str) -> Written:
@@ -224,7 +224,7 @@ def as_detectron2(source: Source, format: str) -> Written:
         "backbone.load_state_dict(read({file}))",
     )
     notes = f"In detectron2's configuration (images are RGB, in 0..255):\n\n{textwrap.indent(settings.rstrip(), '    ')}"
-    return Written(detectron.dump(state), (Snippet("timm, to look into the file without detectron2", code),), notes=notes)
+    return Written({"": detectron.dump(state)}, (Snippet("timm, to look into the file without detectron2", code),), notes=notes)
 
 
 WRITERS: dict[str, Callable[[Source, str], Written]] = {
