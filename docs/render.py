@@ -32,7 +32,7 @@ _NEVER = {"recipe", "backbone_args"}
 def recipe_page() -> str:
     """Return the tables of all recipes, group by group, each with what the recipes are for and where their settings come from."""
     parts = ["# The recipes' settings\n\nWhich to take, and why they are so: [recipes.md](../recipes.md).\n"]
-    for folder, members in itertools.groupby(recipes.listing(), lambda recipe: recipe.name.rpartition("/")[0]):
+    for folder, members in itertools.groupby(map(recipes.find, recipes.names()), lambda recipe: recipe.name.rpartition("/")[0]):
         group = list(members)
         parts.append(f"\n## {_GROUPS[folder]}\n\n")
         parts += [_settings(group[start : start + _ACROSS]) + "\n" for start in range(0, len(group), _ACROSS)]

@@ -61,34 +61,27 @@ def official(student: nn.Module, teacher: nn.Module) -> dict[str, Any]:
 
 def official_small(student: nn.Module, teacher: nn.Module) -> dict[str, Any]:
     """The small-set code: the ResNet's children by number, those without weights counted, the max-pool only if it is kept."""
-    model = by_number("net.net.", student) | by_number("encoder_k.net.", teacher) | head("head_q.") | head("head_k.") | queue("")
-    return {"model": model}
-
-
-def by_number(prefix: str, network: nn.Module) -> dict[str, Tensor]:
-    kept = [child for child in network.children() if not isinstance(child, nn.Identity)]
-    return under(prefix, nn.Sequential(*kept))
+    q, k = (nn.Sequential(*(part for part in net.children() if not isinstance(part, nn.Identity))) for net in (student, teacher))
+    return {"model": under("net.net.", q) | under("encoder_k.net.", k) | head("head_q.") | head("head_k.") | queue("")}
 
 
 def solo(student: nn.Module, teacher: nn.Module) -> dict[str, Any]:
     """A Lightning checkpoint of solo-learn."""
     state = under("backbone.", student) | under("momentum_backbone.", teacher) | queue("")
-    state |= {"classifier.weight": torch.randn(10, 512), "projector.0.weight": torch.randn(4, 4)}
-    state |= {"momentum_projector.0.weight": torch.randn(4, 4)}
+    for name in ("classifier", "projector.0", "momentum_projector.0"):
+        state[f"{name}.weight"] = torch.randn(4, 4)
     return {"epoch": 3, "state_dict": state, "optimizer_states": [sgd()], "hyper_parameters": argparse.Namespace(lr=0.1)}
 
 
 def moco_v2(student: nn.Module, teacher: nn.Module) -> dict[str, Any]:
     q, k = "module.encoder_q.", "module.encoder_k."
-    state = under(q, student) | under(k, teacher) | queue()
-    state |= {f"{side}fc.{i}.weight": torch.randn(4, 4) for side in (q, k) for i in (0, 2)}
+    state = under(q, student) | under(k, teacher) | queue() | head(q + "fc.") | head(k + "fc.")
     return {"epoch": 200, "arch": "resnet18", "state_dict": state, "optimizer": sgd()}
 
 
 def moco_v3(student: nn.Module, teacher: nn.Module) -> dict[str, Any]:
     q, k = "module.base_encoder.", "module.momentum_encoder."
-    state = under(q, student) | under(k, teacher) | {"module.predictor.0.weight": torch.randn(4, 4)}
-    state |= {f"{side}fc.{i}": torch.randn(4) for side in (q, k) for i in ("0.weight", "1.running_mean")}
+    state = under(q, student) | under(k, teacher) | head(q + "fc.") | head(k + "fc.") | head("module.predictor.")
     return {"epoch": 300, "arch": "resnet18", "state_dict": state, "optimizer": sgd(), "scaler": {"scale": 1.0}}
 
 
@@ -96,14 +89,10 @@ def dino(student: nn.Module, teacher: nn.Module) -> dict[str, Any]:
     """DINO's checkpoint.pth: the student within DistributedDataParallel, learning rates as numpy scalars, arguments parsed."""
     optimizer = sgd()
     optimizer["param_groups"][0]["lr"] = np.float64(1e-4)
-    return {
-        "student": under("module.backbone.", student) | head("module.head."),
-        "teacher": under("backbone.", teacher) | head("head."),
-        "optimizer": optimizer,
-        "epoch": 100,
-        "args": argparse.Namespace(arch="resnet18", patch_size=16),
-        "dino_loss": {"center": torch.zeros(1, 16)},
-    }
+    sides = {"student": under("module.backbone.", student) | head("module.head.")}
+    sides["teacher"] = under("backbone.", teacher) | head("head.")
+    args = argparse.Namespace(arch="resnet18", patch_size=16)
+    return {**sides, "optimizer": optimizer, "epoch": 100, "args": args, "dino_loss": {"center": torch.zeros(1, 16)}}
 
 
 def plain(student: nn.Module, _: nn.Module) -> dict[str, Any]:

@@ -21,7 +21,8 @@ from relssl.method import Encoder, ReSSL, create_student
 from relssl.method.backbones import NAMED, channels_of, create_backbone, feature_width, find, measure
 from relssl.settings.run import from_mapping, resolve
 from relssl.weights.export import export
-from relssl.weights.opening import Reading, open_backbones
+from relssl.weights.foreign import Reading
+from relssl.weights.opening import open_backbones
 from relssl.weights.spec import BackboneSpec
 from small_runs import differing, final_state, small_run
 

@@ -105,10 +105,7 @@ def test_the_crop_does_not_look_past_its_edge():
 def test_affine(size, name):
     moves = {"affine": 0.7, "degrees": 180.0 if name == "digit-strong" else 5.0, "flip": 0.5, "jitter": 0.0, "blur": 0.0}
     check(images(), view(name, size=size, **moves), 1e-4)
-
-
-def test_affine_after_a_crop():
-    check(images(40, 50), view(affine=1.0, degrees=20.0, translate=0.2, zoom=(0.5, 2.0)), 1e-4)
+    check(images(40, 50), view(size=size, affine=1.0, degrees=20.0, translate=0.2, zoom=(0.5, 2.0)), 1e-4)  # after a crop
 
 
 ONE = {
@@ -120,10 +117,9 @@ ONE = {
 }
 
 
-@pytest.mark.parametrize("probability", [1.0, 0.5])
 @pytest.mark.parametrize("operation", ONE)
-def test_jitter(operation, probability):
-    check(images(), ViewConfig(jitter=probability, **ONE[operation]), 1e-5)
+def test_jitter(operation):
+    check(images(), ViewConfig(jitter=0.7, **ONE[operation]), 1e-5)
 
 
 def test_jitter_of_grey_black_and_white():
@@ -140,9 +136,8 @@ def test_every_order_of_the_jitter():
     check(x, config, 1e-5)
 
 
-@pytest.mark.parametrize("probability", [1.0, 0.3])
-def test_grey(probability):
-    check(images(), ViewConfig(grey=probability), 1e-6)
+def test_grey():
+    check(images(), ViewConfig(grey=0.3), 1e-6)
 
 
 @pytest.mark.parametrize("size, sigma", [(32, (0.1, 2.0)), (32, (0.1, 1.0)), (7, (1.0, 5.0)), (64, (3.0, 4.0))])

@@ -89,16 +89,6 @@ def test_a_view_depends_on_its_sample_alone(ids, seed, epoch, slot, data):
     assert len(part) == len(rows)
 
 
-@pytest.mark.parametrize("other", [(1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)])
-def test_another_seed_epoch_id_or_slot_is_another_view(other):
-    def make(seed: int, epoch: int, first: int, slot: int) -> Draws:
-        return draw(ViewConfig(**ALL), seed, epoch, first + 100 * np.arange(50), slot, (200, 300))
-
-    one, two = make(0, 0, 0, 0), make(*other)
-    assert not (one.crop == two.crop).all(axis=1).any()
-    assert (one.flip != two.flip).any() and (one.ops != two.ops).any() and (one.order != two.order).any()
-
-
 def test_crops_are_drawn_alike_without_the_rest():
     sizes = np.array([[20 + i, 40 - i] for i in range(10)])
     for config in (view(), view(scale=None)):
@@ -129,13 +119,6 @@ def test_switching_one_operation_off_leaves_the_others(setting):
     if setting == "brightness":
         np.testing.assert_array_equal(on.factors[:, 1:], without.factors[:, 1:])
         assert (without.factors[:, 0] == 1).all()
-
-
-def test_fewer_randaugment_operations_are_the_first_of_more():
-    ids = np.arange(50)
-    five, two = (draw(view(randaugment=n), 0, 0, ids, 1, (32, 32)) for n in (5, 2))
-    np.testing.assert_array_equal(five.ops[:, :2], two.ops)
-    np.testing.assert_array_equal(five.levels[:, :2], two.levels)
 
 
 def test_nothing_is_drawn_of_a_plain_view():

@@ -213,7 +213,7 @@ def test_one_wrong_weight_does_not_pass_the_comparison(format: str, sources: Sou
     wrong.load_state_dict(network.state_dict())
     wrong.state_dict()["conv1.weight" if format == "torch-export" else "layer1.0.conv1.weight"].mul_(1.01)
     wrong.num_features = 16  # type: ignore[assignment]
-    written = WRITERS[format](Source(wrong.eval(), BackboneSpec.of(settings("tiny")), "student", "test"))
+    written = WRITERS[format](Source(wrong.eval(), BackboneSpec.of(settings("tiny")), "student", "test"), format)
     target = tmp_path / f"out{FORMATS[format].suffix}"
     if isinstance(written.data, bytes):
         target.write_bytes(written.data)

@@ -1,4 +1,5 @@
-"""Features on the disk are those that were computed, once, and again as soon as anything that decides about them changes."""
+"""Features on the disk are those that were computed, until anything that decides about them changes; what makes a pair of
+bank and test images, or their features, meaningless is refused by name."""
 
 from __future__ import annotations
 
@@ -12,9 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
-from relssl.data.images import Images
+from relssl.data.images import Images, Pixels
 from relssl.data.named import load
 from relssl.data.plain import PlainView, Reader
+from relssl.data.subsets import identity, shared
 from relssl.engine import Engine
 from relssl.errors import DataError, NumericError
 from relssl.evaluation.features import (
@@ -24,9 +26,9 @@ from relssl.evaluation.features import (
     evaluating,
     extract,
     frozen,
-    require_varied,
     state_hash,
 )
+from relssl.evaluation.pairs import LabelledPair, labelled, labels_hash
 
 READER = Reader(PlainView(32, 1.0, "bilinear", (0.5,) * 3, (0.25,) * 3))
 ENGINE = Engine.local("cpu", "fp32")
@@ -64,14 +66,11 @@ def test_cached_features_are_those_computed(folder: Path, whole: Images, tiny_ne
 def test_whatever_decides_about_the_numbers_has_another_key(whole: Images, tiny_net: Any) -> None:
     backbone, few = tiny_net(), whole.subset(range(50))
     keys = [cache_key(backbone, few, READER, ENGINE), cache_key(backbone, whole.subset(range(49)), READER, ENGINE)]
-    view = READER.view
     views = (
-        replace(view, mean=(0.4, 0.5, 0.5)),
-        replace(view, size=24),
-        replace(view, margin=1.5),
-        replace(view, std=(0.3,) * 3),
+        replace(READER.view, **change)
+        for change in ({"mean": (0.4, 0.5, 0.5)}, {"size": 24}, {"margin": 1.5}, {"std": (0.3,) * 3})
     )
-    keys += [cache_key(backbone, few, Reader(other), ENGINE) for other in views]
+    keys += [cache_key(backbone, few, Reader(view), ENGINE) for view in views]
     keys.append(cache_key(backbone, few, READER, Engine.local("cpu", "bf16")))
     with torch.no_grad():
         backbone.norm.running_mean += 1e-3  # batch-norm statistics count as well
@@ -89,7 +88,6 @@ def test_files_longest_unused_go_first(folder: Path, whole: Images, tiny_net: An
         cached(backbone, sets[count], READER, ENGINE)
         os.utime(files[count], (day, day))
     limit = sum(file.stat().st_size for file in folder.iterdir()) + 500
-    (folder / "of-an-older-version").mkdir()
     cached(backbone, sets[43], READER, ENGINE, limit=limit)
     assert set(folder.iterdir()) == {files[count] for count in (40, 42, 43)}
 
@@ -125,15 +123,11 @@ def test_a_frozen_backbone_that_changed_is_noticed(tiny_net: Any) -> None:
 
 
 def test_the_hash_knows_names_types_shapes_and_values() -> None:
-    def net(**tensors: torch.Tensor) -> torch.nn.Module:
-        module = torch.nn.Module()
-        for name, value in tensors.items():
-            module.register_buffer(name, value)
-        return module
-
-    zeros = torch.zeros(2, 3)
-    nets = [net(a=zeros), net(b=zeros), net(a=zeros.T), net(a=zeros.half()), net(a=zeros + 1), net(a=torch.tensor(0.0))]
-    assert len({state_hash(one) for one in nets}) == len(nets)
+    zeros, nets = torch.zeros(2, 3), []
+    for name, value in (("a", zeros), ("b", zeros), ("a", zeros.T), ("a", zeros.half()), ("a", zeros + 1), ("a", zeros[0, 0])):
+        nets.append(torch.nn.Module())
+        nets[-1].register_buffer(name, value)
+    assert len({state_hash(each) for each in nets}) == len(nets)
 
 
 def sides(bank_labels: torch.Tensor, test_labels: torch.Tensor, classes: int = 10) -> LabelledFeatures:
@@ -141,9 +135,9 @@ def sides(bank_labels: torch.Tensor, test_labels: torch.Tensor, classes: int = 1
 
 
 def test_features_that_no_protocol_can_use_are_refused() -> None:
-    require_varied(torch.tensor([[1.0, 5.0], [1.0, 5.001]]), "bank")
-    require_varied(torch.tensor([[1.0, 2.0]]), "bank")  # one image cannot vary
     labels = torch.arange(20) % 10
+    assert replace(sides(labels, labels[:2]), test=torch.tensor([[1.0, 5.0], [1.0, 5.001]])).check() == []
+    assert replace(sides(labels, labels[:1]), test=torch.tensor([[1.0, 2.0]])).check() == []  # one image cannot vary
     for features in (torch.zeros(20, 4), 1e6 * (1 + 1e-7 * torch.randn(20, 4))):
         with pytest.raises(NumericError, match="test features are constant over all 20 images"):
             replace(sides(labels, labels), test=features).check()
@@ -166,3 +160,81 @@ def test_labels_that_leave_nothing_to_tell_apart_are_refused_and_gaps_noted() ->
     known = torch.eye(3, dtype=torch.int8).repeat(4, 1)
     (note,) = sides(known, known * torch.tensor([1, 1, -1], dtype=torch.int8), 3).check()
     assert "class 2, left out of map" in note
+
+
+def pets(labels: list[int], seed: int = 0, classes: tuple[str, ...] | None = ("cat", "dog", "owl")) -> Images:
+    pixels = torch.randint(256, (len(labels), 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    return Images("pets", Pixels(pixels), np.array(labels, np.int64), classes)
+
+
+def save_shades(path: Path, splits: dict[str, dict[str, list[int]]]) -> Path:
+    for split, classes in splits.items():
+        for word, shades in classes.items():
+            (path / split / word).mkdir(parents=True)
+            for shade in shades:
+                Image.fromarray(np.full((8, 8, 3), shade, np.uint8)).save(path / split / word / f"{shade}.bmp")
+    return path
+
+
+def test_one_class_and_unknown_classes_are_refused_by_name() -> None:
+    with pytest.raises(DataError, match=r"of one class \(cat\)"):
+        LabelledPair(pets([0, 0]), pets([0, 1], seed=1)).notes()
+    with pytest.raises(DataError, match="no bank image: owl"):
+        LabelledPair(pets([0, 1]), pets([0, 2], seed=1)).notes()
+    with pytest.raises(DataError, match="name their classes differently"):
+        LabelledPair(pets([0, 1]), pets([0, 1], seed=1, classes=("cat", "Dog", "owl"))).notes()
+    # Of several labels too: column by column, another class would be measured.
+    bank, test = (replace(pets([0, 0], seed), labels=None, targets=np.eye(2, 3, dtype=np.int8)) for seed in (0, 1))
+    assert LabelledPair(bank, test).notes() == []
+    for classes in (("cat", "dog", "pig"), ("dog", "cat", "owl")):
+        with pytest.raises(DataError, match="name their classes differently"):
+            LabelledPair(bank, replace(test, classes=classes)).notes()
+
+
+def test_a_cut_says_so_and_its_missing_classes_are_noted() -> None:
+    pair = LabelledPair(pets([0, 1]), pets([0, 2], seed=1), of=(30, 20))
+    bank, test, missing, unused = pair.notes()
+    assert "2 of 30 bank images" in bank and "2 of 20 test images" in test and "owl" in missing and "dog" in unused
+    pair = LabelledPair.load("digits", None, (40, 10))
+    assert (len(pair.bank), len(pair.test)) == (40, 10)
+    assert pair.of == (len(load("digits", None, "bank")), len(load("digits", None, "test")))
+    assert pair.uncut == load("digits", None, "test").fingerprint()
+    pair = LabelledPair(pets([0, 1, 2, 0]), pets([2, 1, 0], seed=1))
+    assert pair.notes() == [] and pair.classes == 3
+
+
+def test_test_images_that_are_bank_images_are_refused_or_counted() -> None:
+    bank = pets([0, 1, 2, 0, 1])
+    with pytest.raises(DataError, match="all 3 test images are in the bank too"):
+        LabelledPair(bank, bank.subset([4, 0, 2])).notes()
+    mixed = torch.cat([side.source.tensor for side in (pets([0, 1], seed=2), bank.subset([3]))])  # type: ignore[attr-defined]
+    pair = LabelledPair(bank, Images("pets", Pixels(mixed), np.array([0, 1, 2]), bank.classes))
+    assert pair.notes() == ["1 of 3 test images are in the bank too"]
+
+
+def test_files_are_the_same_by_name_size_and_content(tmp_path: Path) -> None:
+    both = {"cat": [10, 20], "dog": [30]}
+    pair = LabelledPair.load(str(save_shades(tmp_path / "a", {"train": both, "val": both})), None)
+    with pytest.raises(DataError, match="all 3 test images"):
+        pair.notes()
+    other = save_shades(tmp_path / "b", {"train": both, "val": {"cat": [11], "dog": [30]}})
+    assert LabelledPair.load(str(other), None).notes() == ["1 of 2 test images are in the bank too"]
+    # Bitmaps of one size and name, but of other pixels, are other images.
+    before = load(str(other), None, "test")
+    marks = before.fingerprint(), identity(before)
+    Image.fromarray(np.full((8, 8, 3), 99, np.uint8)).save(other / "val/dog/30.bmp")
+    bank, after = (load(str(other), None, split) for split in ("bank", "test"))
+    assert shared(bank, after) == 0 and after.fingerprint() == marks[0] and identity(after) != marks[1]
+
+
+def test_images_without_a_label_are_left_out() -> None:
+    rest = labelled("pets", pets([0, -1, 2, -1]))
+    assert rest.labels is not None and rest.labels.tolist() == [0, 2]
+    with pytest.raises(DataError, match="pets: has no labels"):
+        labelled("pets", pets([-1, -1]))
+
+
+def test_the_labels_hash_knows_images_and_labels() -> None:
+    one = pets([0, 1, 2])
+    assert labels_hash(one) == labels_hash(pets([0, 1, 2]))
+    assert len({labels_hash(one), labels_hash(pets([0, 2, 1])), labels_hash(pets([0, 1, 2], seed=1))}) == 3

@@ -17,8 +17,6 @@ from relssl.evaluation.knn import knn, knn_accuracy, neighbours, votes
 from relssl.evaluation.metrics import Bootstrap
 from relssl.settings.evaluation import KnnConfig
 
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-
 
 def points(n: int, m: int, d: int, classes: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     g = torch.Generator().manual_seed(seed)
@@ -44,18 +42,18 @@ def oracle(bank: torch.Tensor, labels: torch.Tensor, queries: torch.Tensor, k: i
     return np.asarray(model.fit(bank.double().numpy(), labels.numpy()).predict_proba(queries.double().numpy()))
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("k", "temperature"), [(1, 0.1), (20, 0.07), (200, 0.02), (1500, 1.0)])
-def test_equals_scikit_learn(device: str, k: int, temperature: float) -> None:
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(("k", "temperature"), [(1, 0.1), (200, 0.02), (1500, 1.0)])
+def test_a_gpu_equals_scikit_learn(k: int, temperature: float) -> None:
     bank, labels, queries, _ = points(1500, 300, 32, 10)
     want = oracle(bank, labels, queries, k, temperature)
     chunks = {"chunk": 64, "bank_chunk": 333}
-    scores = classify(bank.to(device), labels, queries.to(device), k=k, temperature=temperature, classes=10, **chunks)
+    scores = classify(bank.cuda(), labels, queries.cuda(), k=k, temperature=temperature, classes=10, **chunks)
     np.testing.assert_allclose(scores.numpy(), want, atol=2e-5 / temperature * 0.1)
     assert (scores.argmax(1).numpy() == want.argmax(1)).all()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.data())
 def test_any_shape_equals_scikit_learn_whatever_the_chunks(data: st.DataObject) -> None:
     classes = data.draw(st.integers(2, 6))
@@ -76,7 +74,7 @@ def plain(bank: torch.Tensor, labels: torch.Tensor, queries: torch.Tensor, k: in
     return votes / votes.sum(1, keepdim=True)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10**6), st.integers(1, 40), st.integers(1, 50), st.integers(1, 9))
 def test_exact_ties_go_to_the_lower_index_whatever_the_chunks(seed: int, k: int, bank_chunk: int, chunk: int) -> None:
     g = torch.Generator().manual_seed(seed)
@@ -87,24 +85,14 @@ def test_exact_ties_go_to_the_lower_index_whatever_the_chunks(seed: int, k: int,
     torch.testing.assert_close(scores, plain(bank, labels, queries, k, 3), atol=1e-6, rtol=0)
 
 
-def test_random_labels_give_chance() -> None:
-    g = torch.Generator().manual_seed(1)
-    bank, queries = torch.randn(2000, 16, generator=g), torch.randn(2000, 16, generator=g)
-    labels, truth = torch.randint(10, (2000,), generator=g), torch.randint(10, (2000,), generator=g)
-    for figures in knn_accuracy(LabelledFeatures(bank, labels, queries, truth, 10)):
-        assert abs(figures["top1"] - 10) < 3 and abs(figures["top5"] - 50) < 5  # 4 standard deviations
-
-
 def test_accuracy_is_that_of_the_scores() -> None:
     bank, labels, queries, truth = points(900, 300, 8, 12, seed=3)
-    pairs = ((50, 0.1), (7, 0.07), (1, 0.5))
-    rows = knn_accuracy(LabelledFeatures(bank, labels, queries, truth, 12), pairs)
-    for (k, temperature), figures in zip(pairs, rows, strict=True):
+    for k, temperature in ((50, 0.1), (7, 0.07), (1, 0.5)):
+        figures = knn_accuracy(LabelledFeatures(bank, labels, queries, truth, 12), k, temperature)
         scores = torch.from_numpy(oracle(bank, labels, queries, k, temperature))
         right = scores.argmax(1) == truth
         ranked = scores.sort(dim=1, descending=True, stable=True)
         among = ((ranked.indices[:, :5] == truth[:, None]) & (ranked.values[:, :5] > 0)).any(1)
-        assert (figures["k"], figures["temperature"]) == (k, temperature)
         assert figures["top1"] == pytest.approx(100 * right.double().mean().item())
         assert figures["top5"] == pytest.approx(100 * among.double().mean().item())
         each = [right[truth == own].double().mean() for own in range(12) if (truth == own).any()]
@@ -113,12 +101,11 @@ def test_accuracy_is_that_of_the_scores() -> None:
 
 def test_a_k_beyond_the_bank_is_lowered_with_a_note() -> None:
     sides = LabelledFeatures(*points(50, 20, 4, 3), classes=3)
-    assert [each["k"] for each in knn_accuracy(sides)] == [50, 20]
+    assert knn_accuracy(sides, 200, 0.1) == knn_accuracy(sides, 50, 0.1)
     findings = knn(sides, KnnConfig((20, 200, 50), (0.1,)), Bootstrap(100))
     assert [finding.setting["k"] for finding in findings] == [20, 50]  # equal ones once
     assert findings[0].figures["top5"] == 100  # of three classes
-    (finding,) = knn(sides, KnnConfig((200,), (0.1,)), Bootstrap(100))
-    assert "lowered from 200 to 50" in finding.notes[0]
+    assert "lowered from 200 to 50" in knn(sides, KnnConfig((200,), (0.1,)), Bootstrap(100))[0].notes[0]
     several = LabelledFeatures(sides.bank, torch.zeros(50, 3, dtype=torch.int8), sides.test, sides.test_labels, 3)
     with pytest.raises(ConfigError, match="protocol"):
         knn(several, KnnConfig(), Bootstrap(100))
@@ -131,14 +118,10 @@ def test_the_length_of_a_feature_does_not_matter(scale: float) -> None:
     for scaled in (bank * scale, bank.double() * scale * 1e-100):
         scores = classify(scaled, labels, queries, k=9, temperature=0.1, classes=4)
         torch.testing.assert_close(scores, want, atol=1e-4, rtol=0)
-
-
-@pytest.mark.parametrize("temperature", [1e-6, 1e6])
-def test_extreme_temperatures_stay_finite(temperature: float) -> None:
-    bank, labels, queries, _ = points(200, 30, 8, 4)
     bank[7] = 0
-    scores = classify(bank, labels, queries, k=50, temperature=temperature, classes=4)
-    torch.testing.assert_close(scores.sum(1), torch.ones(30).double())
+    for temperature in (1e-6, 1e6):  # extreme ones stay finite
+        scores = classify(bank, labels, queries, k=50, temperature=temperature, classes=4)
+        torch.testing.assert_close(scores.sum(1), torch.ones(30).double())
 
 
 def test_precision_settings_outside_do_not_reach_in() -> None:

@@ -77,6 +77,8 @@ def test_a_flat_folder_has_no_labels_and_no_test_part(tmp_path):
         assert images.bad == [(str(tmp_path / "empty.jpg"), "is empty")]
     with pytest.raises(DataError, match="has no test images"):
         load(str(tmp_path), None, "test")
+    with pytest.raises(ConfigError, match=r"split: .*test"):
+        load("digits", None, "tset")
 
 
 def test_a_split_folder_is_labelled_by_its_class_folders(classes):
@@ -85,13 +87,10 @@ def test_a_split_folder_is_labelled_by_its_class_folders(classes):
     assert train.labels.tolist() == bank.labels.tolist() == [0, 0, 1]
     assert names(test, classes) == ["val/ant/4.jpg", "val/dog/5.jpg"]
     assert test.labels.tolist() == [2, 1] and test.classes == train.classes == ("cat", "dog", "ant")
+    plant(classes, "one/train/images/1.jpg", "one/test/images/2.jpg")  # one folder is not a class
+    assert load(str(classes / "one"), None, "test").labels is None
     plant(classes, "train/stray.jpg")  # one image outside a class folder takes the labels of its side
     assert load(str(classes), None, "bank").labels is None and load(str(classes), None, "test").labels.tolist() == [2, 1]
-
-
-def test_one_folder_is_not_a_class(tmp_path):
-    plant(tmp_path, "train/images/1.jpg", "test/images/2.jpg")
-    assert load(str(tmp_path), None, "test").labels is None
 
 
 def test_a_list_file(classes):
@@ -104,13 +103,6 @@ def test_a_list_file(classes):
     plant(classes, "list.txt", data="# nothing\ngone.jpg\n")
     with pytest.raises(DataError, match=r"no usable image \(1 unusable, the first: gone.jpg"):
         load(str(classes / "list.txt"), None, "train")
-
-
-def test_wrong_names_and_splits():
-    with pytest.raises(DataError, match="nearest is cifar100"):
-        load("cifar-100", None, "train")
-    with pytest.raises(ConfigError, match=r"split: .*test"):
-        load("digits", None, "tset")
 
 
 def test_a_sample_downloads_nothing_and_reads_no_folder_to_its_end(classes):
@@ -342,15 +334,15 @@ def test_parts_with_other_classes_are_refused(tmp_path: Path) -> None:
 
 
 def test_tiny_imagenet_is_downloaded_whole_and_checked(tmp_path, monkeypatch):
-    asked = []
+    downloads = []
 
     def unpack(url: str, root: str, md5: str) -> None:
-        asked.append((url, md5))
+        downloads.append((url, md5))
         tiny_imagenet(Path(root))
 
     monkeypatch.setattr(datasets.utils, "download_and_extract_archive", unpack)
     assert [len(images) for images in splits("tiny-imagenet", tmp_path)] == [4, 4, 2]
-    assert asked == [(SETS["tiny-imagenet"].source, "90528d7ca1a48142e341f4ef8d21d0de")]
+    assert downloads == [(SETS["tiny-imagenet"].source, "90528d7ca1a48142e341f4ef8d21d0de")]
     plant(tmp_path, "tiny-imagenet-200/val/val_annotations.txt", data="val_0.JPEG\tn03\t0\t0\t63\t63\n")
     with pytest.raises(DataError, match=r"n03 is none of the classes of wnids\.txt"):
         load("tiny-imagenet", str(tmp_path), "test")
@@ -400,17 +392,17 @@ def year(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("by_name", [True, False])
 def test_voc_targets_of_trainval_and_test(by_name: bool, year: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+    downloads = []
 
     def unpack(url: str, root: str, **options: object) -> None:
-        asked.append(url.rpartition("/")[2])
+        downloads.append(url.rpartition("/")[2])
         write_voc(year, "test", TEST)
 
     monkeypatch.setattr(datasets.voc, "download_and_extract_archive", unpack)
     if not by_name:
         write_voc(year, "test", TEST)
     train, bank, test = splits("voc07" if by_name else str(year), tmp_path)
-    assert asked == (["VOCtest_06-Nov-2007.tar"] if by_name else [])  # by itself: the other archive is there
+    assert downloads == (["VOCtest_06-Nov-2007.tar"] if by_name else [])  # by itself: the other archive is there
     images = year / "JPEGImages"
     assert names(bank, images) == names(train, images) == ["000005.jpg", "000007.jpg", "000009.jpg"] and bank.labels is None
     assert bank.targets.dtype == np.int8 and bank.targets.tolist() == [[1, 0], [0, 1], [-1, 1]]  # difficult: unknown; absent: 0

@@ -1,19 +1,24 @@
-"""The probe against scikit-learn's logistic regression, and what must never change a result."""
+"""The probe and low-shot classification against scikit-learn; what is drawn, and how draws are summed up."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
-from sklearn.preprocessing import StandardScaler
+from sklearn.preprocessing import StandardScaler, normalize
+from sklearn.svm import LinearSVC
 
+from relssl.errors import DataError
 from relssl.evaluation.features import LabelledFeatures
+from relssl.evaluation.lowshot import choose_cost, drawn_rows, lowshot
 from relssl.evaluation.metrics import Bootstrap, average_precision
 from relssl.evaluation.probe import fit, hold_out, predict, probe, standardise
 from relssl.evaluation.result import Finding
-from relssl.settings.evaluation import ProbeConfig
+from relssl.settings.evaluation import LowshotConfig, ProbeConfig
 
 Sides = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -29,8 +34,7 @@ def blobs(images: int, dims: int, classes: int) -> tuple[torch.Tensor, torch.Ten
     return rows, labels
 
 
-@pytest.mark.parametrize("strength", [1.0, 1e-3])
-@pytest.mark.parametrize("classes", [2, 5])
+@pytest.mark.parametrize(("classes", "strength"), [(2, 1.0), (5, 1e-3)])
 def test_weights_are_those_of_scikit_learn(classes: int, strength: float) -> None:
     rows, labels = blobs(600, 12, classes)
     fitted = fit(rows, labels, classes, strength, 2000)
@@ -121,14 +125,6 @@ def test_the_penalty_is_the_best_on_held_out_images(digits: Sides) -> None:
     assert tried[0]["top1"] == pytest.approx(100 * model.score(scaler.transform(bank[out]), labels[:300][out]), abs=1e-3)
 
 
-def test_of_equal_penalties_the_strongest_is_taken() -> None:
-    labels = torch.arange(60) % 3
-    features = 10 * torch.eye(3)[labels] + torch.randn(60, 3)  # so far apart that every penalty is right
-    finding = measure((features, labels, features, labels), classes=3)
-    assert {each["top1"] for each in finding.details["tried"]} == {100.0}
-    assert finding.details["strength"] == 1.0
-
-
 def test_a_fit_begins_where_another_ended() -> None:
     rows, labels = blobs(300, 12, 4)
     first = fit(rows, labels, 4, 1e-2, 1000)
@@ -157,3 +153,116 @@ def test_what_a_reader_must_know_is_noted(digits: Sides) -> None:
     assert any("middle penalty" in note for note in one_each.notes)
     few = measure((bank[labels < 3], labels[labels < 3], test, truth))
     assert few.correct is not None and not few.correct[(truth >= 3).numpy()].any()
+
+
+def few(sides: Sides) -> Sides:
+    bank, labels, test, truth = sides
+    return bank[:600], labels[:600], test[:400], truth[:400]
+
+
+@pytest.fixture
+def several(digits: Sides) -> Sides:
+    bank, labels, test, truth = few(digits)
+    known, wanted = (torch.stack([own % 2, own < 3, own == 7], dim=1).to(torch.int8) for own in (labels, truth))
+    known[::5, 0], wanted[::3, 1] = -1, -1
+    return bank, known, test, wanted
+
+
+def shoot(sides: Sides, shots: int, *, classes: int = 10, draws: int = 3, seed: int = 0, **settings: Any) -> Finding:
+    config = LowshotConfig(shots=(shots,), draws=draws, **settings)
+    (finding,) = lowshot(LabelledFeatures(*few(sides), classes=classes), config, Bootstrap(200), seed=seed)
+    return finding
+
+
+def test_a_draw_has_as_many_images_of_each_class_and_those_of_fewer_shots(several: Sides) -> None:
+    labels = np.arange(60) % 3
+    order = np.random.default_rng(0).permutation(60)
+    four, two = (drawn_rows(labels, 3, order, shots)[None] for shots in (4, 2))
+    assert np.bincount(labels[four]).tolist() == [4] * 3 and set(two) < set(four)
+    # With several labels: 5 of the class, (C - 1) * 5 others, never one that is unknown.
+    known = several[1].numpy()
+    for own, rows in drawn_rows(known, 3, np.arange(600), 5).items():
+        assert own is not None and np.bincount(known[rows, own]).tolist() == [10, 5]
+
+
+def test_draws_depend_on_the_seed_alone(digits: Sides) -> None:
+    first, again, other = (shoot(digits, 2, seed=seed).details["draws"] for seed in (0, 0, 1))
+    assert first == again != other and len({draw["top1"] for draw in first}) > 1
+
+
+def test_all_images_give_what_scikit_learn_gives(digits: Sides) -> None:
+    bank, labels, test, truth = few(digits)
+    finding = shoot(digits, 0, cost=(0.5,))
+    model = LinearSVC(C=0.5, dual="auto", max_iter=5000).fit(normalize(bank.double()), labels)
+    assert finding.figures["top1"] == pytest.approx(100 * model.score(normalize(test.double()), truth), abs=0.26)  # one of 400
+    assert "top1_deviation" not in finding.figures  # one draw
+    assert finding.correct is not None and 100 * finding.correct.mean() == pytest.approx(finding.figures["top1"])
+
+
+def test_map_of_all_images_is_that_of_scikit_learn(several: Sides) -> None:
+    bank, known, test, wanted = several
+    finding = shoot(several, 0, classes=3, cost=(1.0,))
+    columns = []
+    for own in range(3):
+        rows = (known[:, own] >= 0).numpy()
+        model = LinearSVC(C=1.0, dual="auto", class_weight={0: 1, 1: 2}, max_iter=5000)
+        model.fit(normalize(bank.double())[rows], known[rows, own].numpy())
+        columns.append(torch.from_numpy(model.decision_function(normalize(test.double()))))
+    want = 100 * average_precision(torch.stack(columns, dim=1), wanted, interpolated=True).mean()
+    assert finding.main == "map" and finding.figures["map"] == pytest.approx(want, abs=0.1)
+    low, high = finding.intervals["map"]
+    assert low < want < high
+
+
+def test_draws_are_summed_up_by_mean_and_deviation(digits: Sides, several: Sides) -> None:
+    for sides, classes, main in ((digits, 10, "top1"), (several, 3, "map")):
+        finding = shoot(sides, 4, classes=classes)
+        each = [draw[main] for draw in finding.details["draws"]]
+        assert len(each) == 3 and finding.setting["shots"] == 4 and finding.main == main and finding.correct is None
+        assert finding.figures[main] == pytest.approx(np.mean(each), abs=1e-3)
+        assert finding.figures[f"{main}_deviation"] == pytest.approx(np.std(each, ddof=1), abs=1e-3)
+        assert finding.intervals[main][0] < finding.figures[main] < finding.intervals[main][1]
+
+
+def test_the_cost_is_the_best_on_images_left_out() -> None:
+    truth = np.repeat([0, 1, 2], 12)
+    features = normalize(np.eye(30)[truth] + 0.5 * np.random.default_rng(0).normal(size=(36, 30)))
+    costs, want = (1e-4, 1e-2, 1.0, 100.0), []
+    for cost in costs:
+        right = []
+        for part in range(3):  # images of a class take turns
+            out = np.arange(36) % 12 % 3 == part
+            model = LinearSVC(C=cost, dual="auto", max_iter=2000, random_state=0).fit(features[~out], truth[~out])
+            right.append(model.score(features[out], truth[out]))
+        want.append(np.mean(right))
+    assert len(set(want)) > 1
+    best = choose_cost(torch.from_numpy(features), [(np.arange(36), truth)], costs[::-1], single=True)
+    assert best == costs[int(np.argmax(want))]
+
+
+def test_one_shot_takes_the_plain_cost_and_says_so(digits: Sides) -> None:
+    finding = shoot(digits, 1)
+    assert {draw["cost"] for draw in finding.details["draws"]} == {1.0}
+    assert any("no cross-validation" in note for note in finding.notes)
+    assert shoot(digits, 2).notes == ()
+    assert {draw["cost"] for draw in shoot(digits, 1, cost=(0.3,)).details["draws"]} == {0.3}
+
+
+def test_classes_with_few_images_or_none_are_noted(digits: Sides) -> None:
+    bank, labels, test, truth = few(digits)
+    rest = (labels != 4) | (labels == 4).cumsum(0).le(3)
+    sides = bank[rest], labels[rest], test, truth
+    assert any("Fewer than 8 bank images of class 4" in note for note in shoot(sides, 8).notes)
+    assert len(shoot(sides, 1000).details["draws"]) == 1  # every draw would be the same
+    finding = shoot((bank[labels != 4], labels[labels != 4], test, truth), 0)
+    assert finding.correct is not None and not finding.correct[(truth == 4).numpy()].any()
+    two = shoot((bank[labels < 2], labels[labels < 2], test[truth < 2], truth[truth < 2]), 4, classes=2)
+    assert two.figures["top1"] > 90 and two.figures["top5"] == 100
+
+
+def test_a_class_known_only_one_way_is_named(digits: Sides, several: Sides) -> None:
+    bank, _, test, _ = digits
+    several[1][:, 2] = several[1][:, 2].clamp_min(1)
+    assert any("both of class 2 and not" in note for note in shoot(several, 2, classes=3).notes)
+    with pytest.raises(DataError, match="nothing can be learnt"):
+        shoot((bank, torch.ones_like(several[1]), test, several[3]), 2, classes=3)

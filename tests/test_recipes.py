@@ -100,7 +100,7 @@ def test_a_method_is_its_file_and_its_base_recipe(method: str) -> None:
 
 
 def test_reconstructions_are_named() -> None:
-    sources = {recipe.name: recipe.source for recipe in recipes.listing()}
+    sources = {recipe.name: recipe.source for recipe in map(recipes.find, recipes.names())}
     small = [f"{method}/cifar10" for method in BASELINES]
     assert all("reconstruction" in sources[name] for name in (*SETS, *small, "imagenet-5crop", "imagenet-2x", "nips/imagenet-2x"))
 

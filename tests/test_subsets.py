@@ -83,11 +83,9 @@ def test_a_wrong_index_is_refused_by_its_first_wrong_line(lines: list[str], firs
 
 def test_an_index_that_is_no_file_or_names_images_in_memory_is_refused(tmp_path: Path) -> None:
     digits = load("digits", None, "test")
-    for path in (tmp_path / "none.txt", tmp_path):
-        with pytest.raises(DataError, match="cannot be read"):
-            from_index(str(path), digits)
-    with pytest.raises(DataError, match="positions alone"):
-        from_index(write(tmp_path, "n1.JPEG"), digits)
+    for path in (str(tmp_path / "none.txt"), str(tmp_path), write(tmp_path, "n1.JPEG")):
+        with pytest.raises(DataError):
+            from_index(path, digits)
 
 
 def test_a_fingerprint_tells_subsets_apart() -> None:

@@ -45,6 +45,4 @@ __all__ = list(_HOMES)
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'relssl' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"relssl.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
+    return getattr(importlib.import_module(f"relssl.{_HOMES[name]}"), name)

@@ -11,11 +11,11 @@ import os
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from relssl import __version__
+import relssl
 from relssl.errors import ConfigError, RelsslError
 from relssl.settings import recipes
 from relssl.settings.evaluation import Evaluation, read_settings
@@ -23,16 +23,22 @@ from relssl.settings.reading import choices, leaves, nearest_word
 from relssl.settings.run import METHODS, VIEWS, Config, differences, resolve, to_yaml
 from relssl.weights.formats import FORMATS, find_format
 
-# A verb's result for --json, and the text, or the function that shows it, for people; None in processes that have no result.
-Outcome = tuple[Any, str | Callable[[], Any]] | None
 Overrides = dict[str, Any]
 Option = tuple[str, dict[str, Any]]
+
+
+class Outcome(NamedTuple):
+    """What a command came to."""
+
+    facts: Any  # for --json
+    show: str | Callable[[], Any]  # the text for people, or what prints it
+    error: BaseException | None = None  # raised once all that was finished before is shown
 
 
 class Verb(NamedTuple):
     """A command."""
 
-    run: Callable[[argparse.Namespace, Overrides], Outcome]  # takes the arguments, and the settings among them
+    run: Callable[[argparse.Namespace, Overrides], Outcome | None]  # None in processes that have no result
     about: str
     options: tuple[Option, ...]
     settings: Any  # whose fields are options, too
@@ -57,7 +63,7 @@ def option(name: str, about: str | None = None, **more: Any) -> Option:
 
 
 # Sections that may be given by the name they start from.
-_NAMED: dict[str, Collection[str]] = {"method": METHODS, "views.weak": VIEWS, "views.strong": VIEWS}
+_NAMED: dict[str, Iterable[str]] = {"method": METHODS, "views.weak": VIEWS, "views.strong": VIEWS}
 _RUN = (
     option("data", "name of a data set, folder of images or list file (default: digits)", metavar="DATA", nargs="?"),
     option("--config", "YAML file of settings", metavar="FILE"),
@@ -76,16 +82,14 @@ _FOREIGN = (
 
 
 @verb("pretrain a backbone on images", *_RUN, settings=Config)
-def pretrain(args: argparse.Namespace, overrides: Overrides) -> Outcome:
+def pretrain(args: argparse.Namespace, overrides: Overrides) -> Outcome | None:
     from relssl.train.run_folder import default_folder, refuse_used
 
     config = _run_settings(args, overrides)
     if os.environ.get("LOCAL_RANK", "0") == "0":
         refuse_used(Path(config.out or default_folder(config)))
     _prepare()
-    from relssl.train.pretrain import pretrain
-
-    return _trained(pretrain(settings=config))
+    return _trained(relssl.pretrain(settings=config))
 
 
 @verb(
@@ -94,14 +98,13 @@ def pretrain(args: argparse.Namespace, overrides: Overrides) -> Outcome:
     option("--steps", "steps that are timed (default: 20)", type=int, default=20),
     settings=Config,
 )
-def estimate(args: argparse.Namespace, overrides: Overrides) -> Outcome:
+def estimate(args: argparse.Namespace, overrides: Overrides) -> Outcome | None:
     config = _run_settings(args, overrides)
     _prepare()
     from relssl.report.tables import show_estimate
-    from relssl.train.estimate import estimate
 
-    result = estimate(settings=config, steps=args.steps)
-    return None if result is None else (dataclasses.asdict(result), lambda: show_estimate(result))
+    figures = relssl.estimate(settings=config, steps=args.steps)
+    return None if figures is None else Outcome(dataclasses.asdict(figures), lambda: show_estimate(figures))
 
 
 @verb(
@@ -109,11 +112,9 @@ def estimate(args: argparse.Namespace, overrides: Overrides) -> Outcome:
     option("run_folder", metavar="RUN"),
     option("--checkpoint", "name of an older checkpoint to go on from"),
 )
-def resume(args: argparse.Namespace, _: Overrides) -> Outcome:
+def resume(args: argparse.Namespace, _: Overrides) -> Outcome | None:
     _prepare()
-    from relssl.train.pretrain import resume
-
-    return _trained(resume(args.run_folder, checkpoint=args.checkpoint))
+    return _trained(relssl.resume(args.run_folder, checkpoint=args.checkpoint))
 
 
 @verb(
@@ -124,21 +125,21 @@ def resume(args: argparse.Namespace, _: Overrides) -> Outcome:
     *_FOREIGN,
     settings=Evaluation,
 )
-def evaluate(args: argparse.Namespace, overrides: Overrides) -> Outcome:
+def evaluate(args: argparse.Namespace, overrides: Overrides) -> Outcome | None:
     settings = read_settings(overrides)
     _prepare()
-    from relssl.evaluation.evaluate import evaluate
     from relssl.report.tables import show_evaluation
 
-    so_far: list[dict[str, Any]] = []
-    options: Any = {"settings": settings, "reading": _reading(args), "out": args.out, "done": so_far.append}
+    records: list[dict[str, Any]] = []
+    options: Any = {"settings": settings, "reading": _reading(args), "out": args.out, "done": records.append}
+    error: BaseException | None = None
     try:
-        record = evaluate(args.source, args.data, say=None if args.json else _say, **options)
-    except (RelsslError, KeyboardInterrupt):
-        if so_far:  # protocols that were finished before are not lost
-            print(json.dumps(so_far[-1])) if args.json else show_evaluation(so_far[-1])
-        raise
-    return record, lambda: show_evaluation(record)
+        records.append(relssl.evaluate(args.source, args.data, say=None if args.json else _say, **options))
+    except (RelsslError, KeyboardInterrupt) as stopped:
+        if not records:  # else protocols that were finished before are not lost
+            raise
+        error = stopped
+    return Outcome(records[-1], lambda: show_evaluation(records[-1]), error)
 
 
 @verb(
@@ -148,15 +149,14 @@ def evaluate(args: argparse.Namespace, overrides: Overrides) -> Outcome:
     option("--network", "network of both, or of each: student,backbone; default: of equal names"),
     option("--allow", "fields of the card that may differ", nargs="+", default=[], metavar="FIELD"),
 )
-def compare(args: argparse.Namespace, _: Overrides) -> Outcome:
-    from relssl.evaluation.result import compare
+def compare(args: argparse.Namespace, _: Overrides) -> Outcome | None:
     from relssl.report.tables import show_comparison
 
     names = args.network.split(",") if args.network else []
     if len(names) > 2:
         raise ConfigError(f"network: one name or two are needed, got {args.network}")
-    rows = compare(args.first, args.second, network=(names[0], names[-1]) if names else None, allow=args.allow)
-    return {"comparisons": rows}, lambda: show_comparison(rows)
+    rows = relssl.compare(args.first, args.second, network=(names[0], names[-1]) if names else None, allow=args.allow)
+    return Outcome({"comparisons": rows}, lambda: show_comparison(rows))
 
 
 @verb(
@@ -172,14 +172,12 @@ def compare(args: argparse.Namespace, _: Overrides) -> Outcome:
     option("--precision", "of the network's arithmetic", default="fp32", choices=("auto", "fp32", "bf16")),
     *_FOREIGN,
 )
-def embed(args: argparse.Namespace, _: Overrides) -> Outcome:
+def embed(args: argparse.Namespace, _: Overrides) -> Outcome | None:
     _prepare()
-    from relssl.evaluation.embed import embed
-
     options = _pick(args, "network", "split", "data_root", "device", "precision")
-    facts = embed(args.source, args.data, args.out, reading=_reading(args, size=args.size), **options)
+    facts = relssl.embed(args.source, args.data, args.out, reading=_reading(args, size=args.size), **options)
     written = f"{facts['images']} features of dimension {facts['dim']} in {facts['out']}"
-    return facts, "\n".join([f"{written}; {len(facts['bad'])} images could not be read", *facts["notes"]])
+    return Outcome(facts, "\n".join([f"{written}; {len(facts['bad'])} images could not be read", *facts["notes"]]))
 
 
 @verb(
@@ -189,17 +187,15 @@ def embed(args: argparse.Namespace, _: Overrides) -> Outcome:
     _NETWORK,
     option("--out", "target file, or folder for hf; default: in RUN/export, or beside the file"),
 )
-def export(args: argparse.Namespace, _: Overrides) -> Outcome:
+def export(args: argparse.Namespace, _: Overrides) -> Outcome | None:
     find_format(args.format)  # before torch is imported
     _prepare()
-    from relssl.weights.export import export
-
-    result = export(args.source, **_pick(args, "format", "network", "out"))
+    result = relssl.export(args.source, **_pick(args, "format", "network", "out"))
     parity, files = result.parity, [str(file) for file in result.files]
-    facts = {"out": str(result.path), "files": files, "format": result.format, "network": result.network}
+    facts = {"out": str(result.path), "files": files, **_pick(result, "format", "network")} | dataclasses.asdict(parity)
     how = f"features differ by {parity.difference:.2g} at most, {parity.relative:.2g} of the largest"
     code = "\n".join("    " + line for line in result.lines)
-    return facts | dataclasses.asdict(parity), f"{result.path}\nchecked on {parity.images}: {how}\n\nLoad it:\n\n{code}"
+    return Outcome(facts, f"{result.path}\nchecked on {parity.images}: {how}\n\nLoad it:\n\n{code}")
 
 
 @verb(
@@ -210,44 +206,41 @@ def export(args: argparse.Namespace, _: Overrides) -> Outcome:
     option("--out", "target .safetensors; default: beside FILE"),
     *_FOREIGN,
 )
-def import_(args: argparse.Namespace, _: Overrides) -> Outcome:
+def import_(args: argparse.Namespace, _: Overrides) -> Outcome | None:
     _prepare()
-    from relssl.weights.export import import_weights
-
-    report = import_weights(args.file, **_pick(args, "out", "layout", "backbone", "stem", "network", "allow", "size"))
-    return report.facts(), "\n".join([*report.lines(), f"written to {report.out}"])
+    report = relssl.import_weights(args.file, **_pick(args, "out", "layout", "backbone", "stem", "network", "allow", "size"))
+    return Outcome(dataclasses.asdict(report), "\n".join([*report.lines(), f"written to {report.out}"]))
 
 
 @verb(
     "list the recipes, or show the settings of one and where they come from",
     option("recipe", "a recipe, to see its settings", metavar="NAME", nargs="?"),
 )
-def recipes_(args: argparse.Namespace, _: Overrides) -> Outcome:
+def recipes_(args: argparse.Namespace, _: Overrides) -> Outcome | None:
     if args.recipe is None:
-        listed = recipes.listing()
+        listed = [recipes.find(name) for name in recipes.names()]
         groups = itertools.groupby(listed, lambda recipe: recipe.name.rpartition("/")[0])
         text = ["\n".join(f"{recipe.name:22} {recipe.about}" for recipe in group) for _, group in groups]
         hint = "`relssl recipes NAME` shows the settings of one and where they come from"
-        return [vars(recipe) for recipe in listed], "\n\n".join([*text, hint])
-    one = recipes.find(args.recipe)
-    settings = differences(resolve({"recipe": one.name}))
-    del settings["recipe"]
-    head = f"{one.name}: {one.about}\n\n{textwrap.fill(one.source, 120)}\n\nwhat differs from the defaults:"
+        return Outcome([vars(recipe) for recipe in listed], "\n\n".join([*text, hint]))
+    recipe = recipes.find(args.recipe)
+    settings = {name: value for name, value in differences(resolve({"recipe": recipe.name})).items() if name != "recipe"}
+    head = f"{recipe.name}: {recipe.about}\n\n{textwrap.fill(recipe.source, 120)}\n\nwhat differs from the defaults:"
     rows = (f"  {name:30} {json.dumps(value)}" for name, value in settings.items())
-    return vars(one) | {"settings": settings}, "\n".join([head, *rows])
+    return Outcome(vars(recipe) | {"settings": settings}, "\n".join([head, *rows]))
 
 
 @verb(
     "print the images of a folder as a list file, which is read at once: relssl list FOLDER > FILE",
     option("folder", metavar="FOLDER"),
 )
-def list_(args: argparse.Namespace, _: Overrides) -> Outcome:
+def list_(args: argparse.Namespace, _: Overrides) -> Outcome | None:
     from relssl.data.folder import list_lines, shown
 
     lines, bad = list_lines(args.folder)
     if bad:
         _say(f"relssl: {len(bad)} files are left out, the first: {shown(bad[0][0])} {bad[0][1]}")
-    return {"images": len(lines), "bad": bad}, lambda: sys.stdout.buffer.writelines(line + b"\n" for line in lines)
+    return Outcome({"images": len(lines), "bad": bad}, lambda: sys.stdout.buffer.writelines(line + b"\n" for line in lines))
 
 
 @verb(
@@ -259,7 +252,7 @@ def list_(args: argparse.Namespace, _: Overrides) -> Outcome:
     option("--size", "side of the images in pixels (default: 224)", type=int, default=224),
     option("--all", "all networks of timm and torchvision, not those named here alone", action="store_true"),
 )
-def backbones(args: argparse.Namespace, _: Overrides) -> Outcome:
+def backbones(args: argparse.Namespace, _: Overrides) -> Outcome | None:
     if args.size < 4:
         raise ConfigError(f"size: must be 4 pixels or more, got {args.size}")
     from relssl.method.backbones import find, within
@@ -267,7 +260,7 @@ def backbones(args: argparse.Namespace, _: Overrides) -> Outcome:
 
     networks = within(find(args.pattern, args.family, args.all), args.size, args.max_params * 1e6, args.max_gflops)
     shown = networks if args.json else show(networks, args.size)  # each as it comes
-    return [dataclasses.asdict(each) for each in shown], lambda: None
+    return Outcome([dataclasses.asdict(each) for each in shown], lambda: None)
 
 
 @verb(
@@ -276,10 +269,10 @@ def backbones(args: argparse.Namespace, _: Overrides) -> Outcome:
     option("--show", "print all settings as YAML", action="store_true"),
     settings=Config,
 )
-def validate(args: argparse.Namespace, overrides: Overrides) -> Outcome:
+def validate(args: argparse.Namespace, overrides: Overrides) -> Outcome | None:
     config = resolve(overrides, args.config)
     run = f"recipe {config.recipe}, {config.backbone} on {config.data}, {config.epochs} epochs of batch {config.batch_size}"
-    return {"valid": True, "recipe": config.recipe}, to_yaml(config).rstrip() if args.show else f"valid: {run}"
+    return Outcome({"valid": True, "recipe": config.recipe}, to_yaml(config).rstrip() if args.show else f"valid: {run}")
 
 
 @verb(
@@ -297,7 +290,7 @@ def validate(args: argparse.Namespace, overrides: Overrides) -> Outcome:
     option("--data_root", "where named data sets lie", metavar="DIR"),
     settings=Config,
 )
-def reproduce(args: argparse.Namespace, overrides: Overrides) -> Outcome:
+def reproduce(args: argparse.Namespace, overrides: Overrides) -> Outcome | None:
     from relssl.reproduction import tables
     from relssl.reproduction.plan import plan
 
@@ -308,28 +301,25 @@ def reproduce(args: argparse.Namespace, overrides: Overrides) -> Outcome:
             lines.append(f"{table.name:18} {table.title}")
             lines += [f"  {row.name:24} {row.label}  ({', '.join(row.scales)})" for row in table.rows if args.table]
         facts = [{"table": table.name, "title": table.title, "rows": [row.name for row in table.rows]} for table in listed]
-        return facts, "\n".join(lines)
+        return Outcome(facts, "\n".join(lines))
     rows = _pick(args, "seeds", "only", "runs")
     # Faults come to light before torch is imported.
     plan(tables.read_table(args.table), tables.read_scale(args.scale), overrides=overrides, **rows)
     _prepare()
-    from relssl.reproduction.reproduce import reproduce
-
     options = {"plan_only": args.plan, "out": args.results, "time_limit": args.minutes, **rows}
-    results = reproduce(args.table, args.scale, say=_say, **options, **overrides)
-    page = "" if args.plan else str(Path(args.results) / f"{results['name']}.md")
+    results = relssl.reproduce(args.table, args.scale, say=_say, **options, **overrides)
+    if args.plan:
+        return Outcome(results, lambda: None)
     # A run outside of this request, which failed before or in another process, is not this command's failure.
     failed = [
         run
-        for run in results.get("missing", ())
+        for run in results["missing"]
         if run["exit_code"] and run["row"] in (args.only or [run["row"]]) and (args.seeds is None or run["seed"] < args.seeds)
     ]
-    if failed:
-        print(json.dumps(results) if args.json else page)
-        error = RelsslError(f"{len(failed)} runs failed, the first is {failed[0]['row']}: {failed[0]['why']}")
+    error = RelsslError(f"{len(failed)} runs failed, the first is {failed[0]['row']}: {failed[0]['why']}") if failed else None
+    if error:
         error.exit_code = failed[0]["exit_code"]
-        raise error
-    return results, (lambda: None) if args.plan else page
+    return Outcome(results, str(Path(args.results) / f"{results['name']}.md"), error)
 
 
 def _run_settings(args: argparse.Namespace, overrides: Overrides) -> Config:
@@ -351,20 +341,19 @@ def _prepare() -> None:
     prepare_process()
 
 
-def _trained(result: Any) -> Outcome:
+def _trained(result: Any) -> Outcome | None:
     from relssl.report.tables import facts, show_summary
-    from relssl.weights.opening import load_run
 
-    return result and (facts(result), lambda: show_summary(result, load_run(result.folder).config))
+    return result and Outcome(facts(result), lambda: show_summary(result, relssl.load_run(result.folder).config))
 
 
 def _reading(args: argparse.Namespace, **more: Any) -> Any:
-    from relssl.weights.opening import Reading
+    from relssl.weights.foreign import Reading
 
     return Reading(args.layout, args.backbone, args.stem, allow=args.allow, **more)
 
 
-def _pick(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+def _pick(args: Any, *names: str) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names}
 
 
@@ -377,7 +366,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="relssl", description="Pretrain image backbones on unlabelled images with ReSSL.", allow_abbrev=False
     )
-    parser.add_argument("--version", action="version", version=f"relssl {__version__}")
+    parser.add_argument("--version", action="version", version=f"relssl {relssl.__version__}")
     commands = parser.add_subparsers(dest="verb", required=True, metavar="COMMAND")
     for name, verb in VERBS.items():
         command = commands.add_parser(name, help=verb.about, description=verb.about, allow_abbrev=False)
@@ -388,43 +377,37 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--debug", action="store_true", help="show a traceback with an error")
         if verb.settings:
             # argparse's own usage would name each of the settings, over two screens.
-            places = [
-                f"[{more['metavar']}]" if "nargs" in more else more["metavar"] for name, more in verb.options if name[0] != "-"
-            ]
+            places = [("[{}]" if "nargs" in more else "{}").format(more["metavar"]) for at, more in verb.options if at[0] != "-"]
             command.usage = f"{command.prog} {' '.join(places)} [...] [--SETTING VALUE ...] [--json] [--debug]"
         if verb.settings and name != "reproduce":
-            _add_settings(command, verb)
+            _add_settings(command, verb.settings)
     return parser
 
 
-def _add_settings(command: argparse.ArgumentParser, verb: Verb) -> None:
+def _add_settings(command: argparse.ArgumentParser, settings: Any) -> None:
     """Add every setting as an option; values are read and checked later, together, so that all faults are reported at once."""
-    groups: dict[str, Any] = {}
-    for name, field in leaves(verb.settings).items():
-        if name == "data":
-            continue
-        section = name.rpartition(".")[0]
-        group = groups.setdefault(section, command.add_argument_group(section or "settings"))
-        default = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else str(field.default)
-        words = f" (one of {', '.join(choices(field))})" if choices(field) else ""
-        text = f"{field.description}{words} (default: {default})".replace("%", "%%")
-        group.add_argument(f"--{name}", metavar="VALUE", help=text)
+    fields = [(name, field) for name, field in leaves(settings).items() if name != "data"]
+    for section, group in itertools.groupby(fields, lambda each: each[0].rpartition(".")[0]):
+        options = command.add_argument_group(section or "settings")
+        for name, field in group:
+            default = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else str(field.default)
+            words = f" (one of {', '.join(choices(field))})" if choices(field) else ""
+            text = f"{field.description}{words} (default: {default})".replace("%", "%%")
+            options.add_argument(f"--{name}", metavar="VALUE", help=text)
 
 
-def _joined(verb: Verb, words: Sequence[str]) -> list[str]:
-    """Join settings and unknown options with their values, which argparse would take for DATA if it does not know the option."""
-    own = {"--json", "--debug", "--help", *(name for name, _ in verb.options)}
-    joined = [""]
-    for word in words:
-        if joined[-1].startswith("--") and "=" not in joined[-1] and joined[-1] not in own and not word.startswith("--"):
-            joined[-1] += f"={word}"
+def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Overrides]:
+    """Return the arguments, and of them the settings as {dotted name: text}, unknown ones among these."""
+    words, verb = [*argv[:1]], VERBS.get(argv[0]) if argv else None
+    if verb is None and argv and not argv[0].startswith("-"):
+        raise ConfigError(f"unknown command {argv[0]!r}; the nearest is {nearest_word(argv[0], VERBS)}")
+    own = {"--json", "--debug", "--help", *(name for name, _ in (verb.options if verb else ()))}
+    for word in argv[1:]:  # argparse would take the value of an option that it does not know for DATA
+        if words[-1].startswith("--") and "=" not in words[-1] and words[-1] not in own and not word.startswith("--"):
+            words[-1] += f"={word}"
         else:
-            joined.append(word)
-    return joined[1:]
-
-
-def _overrides(args: argparse.Namespace, unknown: list[str]) -> Overrides:
-    """The settings on the command line as {dotted name: text}, unknown ones among them."""
+            words.append(word)
+    args, unknown = build_parser().parse_known_args(words)
     settings = VERBS[args.verb].settings
     known = {*leaves(settings), *_NAMED} if settings else set()
     overrides = {name: value for name, value in vars(args).items() if name in known and value is not None}
@@ -433,49 +416,38 @@ def _overrides(args: argparse.Namespace, unknown: list[str]) -> Overrides:
         if not word.startswith("--"):
             raise ConfigError(f"{word!r}: not expected here; settings are given as --name value")
         overrides[name[2:]] = value
-    # `--views.strong NAME` beside `--views.strong.blur 0`: both speak of one section.
-    overrides = {f"{name}.name" if name in _NAMED else name: value for name, value in overrides.items()}
     if overrides and not settings:
         raise ConfigError(*(f"--{name}: unknown option of relssl {args.verb}" for name in overrides))
-    return overrides
+    # `--views.strong NAME` beside `--views.strong.blur 0`: both speak of one section.
+    return args, {f"{name}.name" if name in _NAMED else name: value for name, value in overrides.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return its exit code."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if argv and argv[0] in VERBS:
-        argv = [argv[0], *_joined(VERBS[argv[0]], argv[1:])]
-    elif argv and not argv[0].startswith("-"):
-        print(f"relssl: unknown command {argv[0]!r}; the nearest is {nearest_word(argv[0], VERBS)}", file=sys.stderr)
-        return 2
-    args, unknown = build_parser().parse_known_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        outcome = VERBS[args.verb].run(args, _overrides(args, unknown))
+        args, overrides = _parse(argv)
+        outcome = VERBS[args.verb].run(args, overrides)
         if outcome is not None:
-            result, show = outcome
             if args.json:
-                print(json.dumps(result))
-            elif isinstance(show, str):
-                print(show)
+                print(json.dumps(outcome.facts))
             else:
-                show()
-    except RelsslError as error:
-        if args.debug:
-            traceback.print_exc()
-        for line in str(error).splitlines():
-            print(f"relssl: {line}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("relssl: interrupted", file=sys.stderr)
-        return 130
+                print(outcome.show) if isinstance(outcome.show, str) else outcome.show()
+            if outcome.error:
+                raise outcome.error
+        return 0
     except BrokenPipeError:
         # The reader of our output has left, and no message would reach it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except Exception as error:
-        if args.debug:
-            raise
-        first = str(error).splitlines()[0] if str(error) else ""
-        print(f"relssl: a bug: {type(error).__name__}: {first}; --debug shows where", file=sys.stderr)
-        return 1
-    return 0
+    except (Exception, KeyboardInterrupt) as error:
+        if "--debug" in argv:
+            traceback.print_exc()
+        code, lines = 1, f"a bug: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}; --debug shows where"
+        if isinstance(error, RelsslError):
+            code, lines = error.exit_code, str(error)
+        elif isinstance(error, KeyboardInterrupt):
+            code, lines = 130, "interrupted"
+        for line in lines.splitlines():
+            _say(f"relssl: {line}")
+        return code

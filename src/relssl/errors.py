@@ -1,7 +1,5 @@
 """Errors a user can act on: each is one line that says what, where and what to do, and carries the exit code of its kind."""
 
-from typing import Any
-
 
 class RelsslError(Exception):
     """Base of every expected failure; `exit_code` is what the command line ends with, `kind` names it in status.json."""
@@ -68,9 +66,6 @@ class Interrupted(RelsslError):
 
     kind = "interrupted"
 
-    def __init__(self, message: str, exit_code: int) -> None:
+    def __init__(self, message: str, exit_code: int = 130) -> None:  # pickled without the code, which follows with the attributes
         super().__init__(message)
         self.exit_code = exit_code
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (str(self), self.exit_code)  # ranks tell each other

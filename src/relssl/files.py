@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import math
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,19 +25,35 @@ def temporary(folder: Path) -> Path:
     return folder / f".relssl-{os.getpid()}-{_TOKEN}-{secrets.token_hex(4)}.tmp"
 
 
+def sweep(folder: Path) -> None:
+    """Remove unfinished files and folders of ours whose process is gone."""
+    for path in folder.glob(".relssl-*.tmp"):
+        match = _TEMPORARY.fullmatch(path.name)
+        if match and not path.is_symlink() and not _alive(int(match[1]), match[2]):
+            shutil.rmtree(path, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+def _alive(pid: int, token: str) -> bool:
+    with contextlib.suppress(PermissionError, OverflowError):
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return False
+    return pid != os.getpid() or token == _TOKEN
+
+
 @contextlib.contextmanager
 def storing(path: Path, needed: int | None = None) -> Iterator[None]:
     """Turn an OSError inside into a StorageError that names `path`, the bytes `needed` and the bytes free."""
     try:
         yield
     except OSError as error:
-        want, free = "" if needed is None else f"{needed} bytes needed, ", "an unknown number of"
-        for folder in path.absolute().parents:
-            with contextlib.suppress(OSError):
-                free = str(shutil.disk_usage(folder).free)
-                break
-        reason = error.strerror or type(error).__name__
+        free = shutil.disk_usage(next(folder for folder in path.absolute().parents if os.path.exists(folder))).free
+        want = "" if needed is None else f"{needed} bytes needed, "
         advice = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "check the folder"
+        reason = error.strerror or type(error).__name__
         raise StorageError(f"{path}: cannot be written ({reason}): {want}{free} bytes free; {advice}") from error
 
 
@@ -50,8 +65,6 @@ def write_all(descriptor: int, data: memoryview) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Make a rename in `folder` outlast a power cut."""
-    if os.name != "posix":
-        return
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -63,20 +76,16 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: Path, needed: int | None = None, mode: int = 0o644) -> Iterator[BinaryIO]:
+def replacing(path: Path, needed: int | None = None) -> Iterator[BinaryIO]:
     """Open a binary file whose content appears at `path`, over whatever lies there, only when the block ends without an error.
 
-    Args:
-        needed: bytes that will be written, for messages.
-        mode: permissions of the file, less what the process's mask takes away.
-
     Raises:
-        StorageError: for every OSError inside; the temporary file is gone then.
+        StorageError: for every OSError inside, naming the path, the bytes `needed` and the bytes free; nothing unfinished stays.
     """
     unfinished = temporary(path.parent)
     with storing(path, needed):
         try:
-            with os.fdopen(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+            with os.fdopen(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644), "wb") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
@@ -88,11 +97,7 @@ def replacing(path: Path, needed: int | None = None, mode: int = 0o644) -> Itera
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write `data` to `path`, whole or not at all; an older file stays until the new one is safe on the disk.
-
-    Raises:
-        StorageError: naming the path, the bytes needed and the bytes free; nothing unfinished is left behind.
-    """
+    """Write `data` to `path`, as `replacing` does."""
     with replacing(path, len(data)) as file:
         write_all(file.fileno(), memoryview(data))
 
@@ -103,52 +108,19 @@ def write_json(path: Path, obj: Any) -> None:
 
 
 def to_json(obj: Any) -> bytes:
-    """Return `obj` as ASCII JSON, from which floats read back exactly.
+    """Return `obj` as ASCII JSON, from which floats read back exactly; TypeError for what JSON cannot hold.
 
     Tuples become lists, keys become strings, one-element tensors and arrays become numbers; NaN and infinity, which JSON has not,
     become null.
-
-    Raises:
-        TypeError: for a value that JSON cannot hold.
     """
-    return (json.dumps(_finite(obj), indent=2, allow_nan=False) + "\n").encode("ascii")
 
+    def number(value: Any) -> Any:
+        if getattr(value, "ndim", None) != 0:
+            raise TypeError(f"{type(value).__name__} cannot be written as JSON")
+        return value.item()
 
-def _finite(obj: Any) -> Any:
-    if isinstance(obj, Mapping):
-        return {key: _finite(value) for key, value in obj.items()}
-    if isinstance(obj, (list, tuple)):
-        return [_finite(value) for value in obj]
-    if hasattr(obj, "item") and getattr(obj, "ndim", 0) == 0:
-        obj = obj.item()
-    return None if isinstance(obj, float) and not math.isfinite(obj) else obj
-
-
-def sweep(parent: Path) -> None:
-    """Remove unfinished files and folders of ours whose process is gone."""
-    with contextlib.suppress(OSError):
-        for entry in list(os.scandir(parent)):
-            match = _TEMPORARY.fullmatch(entry.name)
-            if not match or _alive(int(match[1]), match[2]):
-                continue
-            if entry.is_dir(follow_symlinks=False):
-                shutil.rmtree(entry.path, ignore_errors=True)
-            elif entry.is_file(follow_symlinks=False):
-                with contextlib.suppress(OSError):
-                    Path(entry).unlink()
-
-
-def _alive(pid: int, token: str) -> bool:
-    if pid == os.getpid():
-        return token == _TOKEN
-    if os.name == "posix":  # elsewhere, signal 0 would end the process
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return False
-        except (PermissionError, OverflowError):
-            pass
-    return True
+    finite = json.loads(json.dumps(obj, default=number), parse_constant=lambda _: None)
+    return (json.dumps(finite, indent=2) + "\n").encode("ascii")
 
 
 def duration(seconds: float) -> str:

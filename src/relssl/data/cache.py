@@ -47,13 +47,11 @@ class Shrunk:
     The pixels are mapped into memory when the first image is read: all processes of a machine share what of it lies in the
     system's page cache, and a copy sent to another process maps the file anew.
 
-    Args:
+    Attributes:
         folder: where the two files of the cache lie.
-        files: those of the set, all of them.
+        files: all files of the set.
         sizes: int32 [n,2], height and width of each image; 0, 0 if it cannot be read.
         bad: {position: reason} of those.
-
-    Attributes:
         total: bytes of all pixels.
     """
 
@@ -79,10 +77,9 @@ class Shrunk:
 
     def save(self) -> None:
         """Write the table, whose pixels must be safe on the disk; StorageError if it cannot be, and an older one is kept then."""
-        sizes = self.sizes.astype("<i4")
-        layout = {"sizes": [sizes.dtype.str, list(sizes.shape)]}
+        layout = {"sizes": ["<i4", list(self.sizes.shape)]}
         header = json.dumps({"kind": LAYOUT, "facts": {"bad": self.bad}, "arrays": layout}).encode("ascii")
-        body = len(header).to_bytes(8, "little") + header + sizes.tobytes()
+        body = len(header).to_bytes(8, "little") + header + self.sizes.astype("<i4").tobytes()
         with replacing(self.folder / TABLE, len(body)) as file:
             file.write(_MAGIC + hashlib.sha256(body).digest() + body)
 
@@ -127,13 +124,8 @@ class Progress(Protocol):
 def shrunken(images: Images, settings: LoaderConfig, progress: Progress, processes: int = 1) -> Shrunk:
     """Return the images with shorter sides of at most `loader.cache` pixels, from an earlier run's cache or made now.
 
-    Processes that want the same at once agree: one makes it, the others wait.
-
-    Args:
-        images: a set of files.
-        settings: the side, where caches lie, and how to read.
-        progress: where the work is reported.
-        processes: training processes on this machine, whose workers all help.
+    Processes that want the same at once agree: one makes it, the others wait. The workers of all training `processes` of this
+    machine help.
 
     Raises:
         StorageError: if the disk has no room, or cannot be written.
@@ -211,51 +203,22 @@ def _locked(folder: Path, progress: Progress) -> Iterator[None]:
         lock = (folder / ".lock").open("w")
     with lock:
         try:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                progress.say(f"cache: waiting for the process that makes {shown(str(folder))}")
-                fcntl.flock(lock, fcntl.LOCK_EX)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            progress.say(f"cache: waiting for the process that makes {shown(str(folder))}")
+            fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError:
             progress.say(f"cache: {shown(str(folder))} cannot be locked; let no other run make it at the same time")
         yield
 
 
 def _extend(shrunk: Shrunk, settings: LoaderConfig, progress: Progress, processes: int) -> Shrunk:
-    """Append what is missing to the pixels that the table names."""
-    small, start, count = _Small(shrunk.files, settings), len(shrunk), len(shrunk.files)
-    needed = _require_room(small, shrunk, count)
+    """Append the missing images to the pixels that the table names, and save the table now and then, and at the end."""
+    small, path, start, count = _Small(shrunk.files, settings), shrunk.folder / PIXELS, len(shrunk), len(shrunk.files)
+    needed = _require_room(small, shrunk)
     workers = worker_count(settings.workers, processes) * processes
     batches = read_batches(small, _join, workers, batch_size=_BATCH, sampler=range(start, count))
-    what = f"shrinking to {settings.cache} pixels, about {size(needed)}"
-    with progress.chore(what, start, count) as advance:
-        extended = _append(shrunk, batches, needed, advance)
-    if len(extended) < count or (extended.folder / PIXELS).stat().st_size != extended.total:
-        raise StorageError(f"{extended.folder}: is not what was written to it; remove it and check the disk")
-    return extended
-
-
-def _require_room(small: _Small, shrunk: Shrunk, count: int) -> int:
-    """Estimate the bytes still to be written, by a sample; StorageError if there are fewer on the disk."""
-    rows = spread(len(shrunk), count, _SAMPLE)
-    sampled = sum(image.size for image in (small[row] for row in rows) if isinstance(image, np.ndarray))
-    needed = sampled * (count - len(shrunk)) // len(rows)
-    with storing(shrunk.folder):
-        leftover = shrunk.folder / PIXELS
-        free = shutil.disk_usage(shrunk.folder).free
-        free += max(0, leftover.stat().st_size - shrunk.total) if leftover.exists() else 0
-    if needed > free:
-        raise StorageError(
-            f"{shrunk.folder}: the cache needs about {size(needed)}, {size(free)} are free; free some space, or lower loader.cache"
-        )
-    return needed
-
-
-def _append(shrunk: Shrunk, batches: Iterator[Any], needed: int, advance: Callable[[int], None]) -> Shrunk:
-    """Write pixels as they come, and the table now and then, and at the end."""
-    path, sizes, bad = shrunk.folder / PIXELS, shrunk.sizes.tolist(), dict(shrunk.bad)
-    with storing(path):
-        file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+    sizes, bad, saved = shrunk.sizes.tolist(), dict(shrunk.bad), time.monotonic()
 
     def save() -> Shrunk:
         with storing(path, needed):
@@ -264,24 +227,41 @@ def _append(shrunk: Shrunk, batches: Iterator[Any], needed: int, advance: Callab
         extended.save()
         return extended
 
-    try:
-        with storing(path):
-            os.ftruncate(file, shrunk.total)
-            os.lseek(file, shrunk.total, os.SEEK_SET)
-        saved = time.monotonic()
+    title = f"shrinking to {settings.cache} pixels, about {size(needed)}"
+    with storing(path):
+        file = path.open("ab")
+        file.truncate(shrunk.total)
+    with file, progress.chore(title, start, count) as advance:
         for pixels, shapes, reasons in batches:
             passing = next((reason for reason in reasons if reason is not None and not reason.lasting), None)
             if passing is not None:
                 save()
                 raise DataError(f"{passing}; that may pass, so nothing is noted and the next start goes on here; else remove it")
             with storing(path, needed):
-                write_all(file, pixels.numpy().data)
+                write_all(file.fileno(), pixels.numpy().data)
             bad |= {len(sizes) + number: str(reason) for number, reason in enumerate(reasons) if reason is not None}
             sizes += shapes
             advance(len(sizes))
             if time.monotonic() - saved >= _SAVE_EVERY:
                 save()
                 saved = time.monotonic()
-        return save()
-    finally:
-        os.close(file)
+        extended = save()
+    if len(extended) < count or path.stat().st_size != extended.total:
+        raise StorageError(f"{extended.folder}: is not what was written to it; remove it and check the disk")
+    return extended
+
+
+def _require_room(small: _Small, shrunk: Shrunk) -> int:
+    """Estimate the bytes still to be written, by a sample; StorageError if there are fewer on the disk."""
+    start, count = len(shrunk), len(shrunk.files)
+    rows = spread(start, count, _SAMPLE)
+    sampled = sum(image.size for image in map(small.__getitem__, rows) if isinstance(image, np.ndarray))
+    needed = sampled * (count - start) // len(rows)
+    with storing(shrunk.folder):
+        leftover = shrunk.folder / PIXELS
+        free = shutil.disk_usage(shrunk.folder).free + (leftover.stat().st_size - shrunk.total if leftover.exists() else 0)
+    if needed > free:
+        raise StorageError(
+            f"{shrunk.folder}: the cache needs about {size(needed)}, {size(free)} are free; free some space, or lower loader.cache"
+        )
+    return needed

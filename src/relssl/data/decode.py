@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import os
 import stat
 import warnings
@@ -12,24 +11,15 @@ from collections.abc import Iterator
 from typing import IO
 
 import numpy as np
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 # Only formats in which photographs lie about. Left out are those that start other programs (EPS), are documents (PDF, PSD),
 # measurements (FITS) or icons, and each whose decoder few people read.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 # Errors that say more about the machine or the network at this moment than about the file.
 _PASSING = (errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ETIMEDOUT, errno.ENOTCONN)
-_ORIENTATION = 0x0112  # EXIF's tag
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-_SIDEWAYS = (5, 6, 7, 8)
+# Of EXIF's orientations, from 2 on.
+_TURNS = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
 
 
 class BadImage(Exception):
@@ -64,23 +54,20 @@ class Opened:
     def __init__(self, path: str, max_pixels: int) -> None:
         self.reductions: tuple[int, ...] = (1,)
         self._decoded: Image.Image | None = None
+        self._max_pixels = max_pixels
         with contextlib.ExitStack() as unless_whole, _refusals(max_pixels):
             self._file = unless_whole.enter_context(open_regular(path))
             self._image = _read_header(self._file, max_pixels)
-            turn = 1
             if self._image.format in ("JPEG", "MPO"):
-                turn = _orientation(self._image)
+                turn, sides = _orientation(self._image), self._image.size
                 # A turned image's far side becomes its top or left: it must hold whole squares of pixels.
-                sides = self._image.size
-                self.reductions = tuple(
-                    r for r in (1, 2, 4, 8) if r <= min(sides) and (turn == 1 or not any(s % r for s in sides))
-                )
+                whole = [r for r in (1, 2, 4, 8) if r <= min(sides) and (turn == 1 or not any(side % r for side in sides))]
+                self.reductions = tuple(whole)
+                self.size = sides if turn >= 5 else sides[::-1]
             else:
                 self._decoded = _upright_rgb(self._image)
+                self.size = self._decoded.size[::-1]
             unless_whole.pop_all()
-        width, height = (self._decoded or self._image).size
-        self.size = (width, height) if turn in _SIDEWAYS else (height, width)
-        self._max_pixels = max_pixels
 
     def rgb(self, reduction: int = 1) -> Image.Image:
         """Read the pixels, upright 8-bit RGB; once.
@@ -108,7 +95,7 @@ class Opened:
         self._file.close()
 
 
-class Decoded:
+class Decoded(contextlib.AbstractContextManager["Decoded", None]):
     """An image whose pixels are at hand, in the place of `Opened`."""
 
     reductions = (1,)
@@ -119,9 +106,6 @@ class Decoded:
     def rgb(self, reduction: int = 1) -> Image.Image:
         """Return the image."""
         return self.image
-
-    def __enter__(self) -> Decoded:
-        return self
 
     def __exit__(self, *exception: object) -> None:
         pass
@@ -170,20 +154,15 @@ def open_regular(path: str) -> IO[bytes]:
         raise
 
 
-@functools.cache
-def _formats() -> tuple[str, ...]:
-    """Those of FORMATS that this Pillow knows; older ones have no AVIF, and asking for it would fail every file."""
-    Image.init()
-    return tuple(name for name in FORMATS if name in Image.OPEN)
-
-
 def _read_header(file: IO[bytes], max_pixels: int) -> ImageFile.ImageFile:
     """Return the image with nothing but its header read."""
     # A file beyond all pixels at 16 bits in four channels is no image, and some decoders would read it whole first.
     if os.fstat(file.fileno()).st_size > 8 * max_pixels + (64 << 20):
         raise BadImage(f"is larger than any image of max_pixels ({max_pixels})")
     try:
-        image = Image.open(file, formats=_formats())
+        Image.init()
+        # Older versions of Pillow have no AVIF, and asking for it would fail every file.
+        image = Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN])
     except UnidentifiedImageError as error:
         file.seek(0)
         beginning = file.read(64).lstrip()
@@ -192,18 +171,16 @@ def _read_header(file: IO[bytes], max_pixels: int) -> ImageFile.ImageFile:
         what = "holds HTML, SVG or XML, and is" if beginning.startswith(b"<") else "is broken, or"
         raise BadImage(f"{what} none of {', '.join(FORMATS)}") from error
     width, height = image.size
-    if width < 1 or height < 1:
-        raise BadImage(f"has no pixels ({width} x {height})")
-    if width * height > max_pixels:
-        raise BadImage(f"has {width} x {height} pixels, more than max_pixels ({max_pixels})")
+    if not 0 < width * height <= max_pixels:
+        raise BadImage(f"has {width} x {height} pixels, none or more than max_pixels ({max_pixels})")
     return image
 
 
 def _orientation(image: Image.Image) -> int:
     """Return the EXIF orientation 1..8; 1 if there is none or the data is broken, which says nothing about the pixels."""
     try:
-        orientation: int = image.getexif().get(_ORIENTATION, 1)
-        return orientation if orientation in _TURNS else 1
+        turn: int = image.getexif().get(ExifTags.Base.Orientation, 1)
+        return turn if 1 < turn < 9 else 1
     except Exception:
         return 1
 
@@ -212,29 +189,24 @@ def _upright_rgb(image: ImageFile.ImageFile) -> Image.Image:
     """Return the image turned as its EXIF orientation says, as RGB."""
     image.load()
     image.fp = None  # Pillow closes only files that it opened itself
-    turn = _TURNS.get(_orientation(image))
+    turn = _orientation(image)
     rgb = _to_rgb(image)
     rgb.info.clear()  # or a colour key or orientation that is already applied could be applied again
-    return rgb.transpose(turn) if turn is not None else rgb
+    return rgb.transpose(Image.Transpose[_TURNS[turn - 2]]) if turn > 1 else rgb
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     """Return a loaded image of any mode as RGB; itself, not copied, if it is that already."""
-    if image.mode.startswith("I"):
-        image = _to_8_bits(image)
-    elif image.mode == "F":
+    if image.mode == "F":
         raise BadImage("has floating-point pixels, which have no defined white; save it with 8 or 16 bits")
+    if image.mode.startswith("I"):  # grey of 16 bits has mode I;16, or I where the decoder gives it so
+        values = np.asarray(image)
+        if values.dtype.itemsize > 2 and (values.min() < 0 or values.max() > 0xFFFF):
+            raise BadImage("has 32-bit pixels, which have no defined white; save it with 8 or 16 bits")
+        image = Image.fromarray(((values.astype(np.uint32) * 255 + 0x7FFF) // 0xFFFF).astype(np.uint8))
     if not image.has_transparency_data:
         return image if image.mode == "RGB" else image.convert("RGB")
     layers = image.convert("RGBA")
     paper = Image.new("RGB", image.size, "white")
     paper.paste(layers, mask=layers.getchannel("A"))
     return paper
-
-
-def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Scale grey of 16 bits, which has mode I;16, or I where the decoder gives it so."""
-    values = np.asarray(image)
-    if values.dtype.itemsize > 2 and (values.min() < 0 or values.max() > 0xFFFF):
-        raise BadImage("has 32-bit pixels, which have no defined white; save it with 8 or 16 bits")
-    return Image.fromarray(((values.astype(np.uint32) * 255 + 0x7FFF) // 0xFFFF).astype(np.uint8))

@@ -29,10 +29,7 @@ _FRACTION = 8  # bits of a source position's fraction: bilinear weights are whol
 
 
 def load(split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Draw one side of the data set.
-
-    Args:
-        split: "train" (5,748 drawings of 1,437 originals) or "test" (1,440 drawings of the other 360).
+    """Draw the "train" side (5,748 drawings of 1,437 originals) or the "test" side (1,440 drawings of the other 360).
 
     Returns:
         Pixels uint8 [N, 3, 32, 32], grey in three equal channels, and labels int64 [N]; copies of an original are adjacent.
@@ -78,10 +75,7 @@ def draw(originals: np.ndarray, bits: np.random.PCG64) -> np.ndarray:
 def positions(size: np.ndarray, angle: np.ndarray, centre: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return where each canvas pixel lies in the original, in 1/256 of its pixels: rows and columns int32 [N, 32, 32].
 
-    Args:
-        size: side in canvas pixels [N].
-        angle: tilt in radians [N].
-        centre: row and column of the digit's middle [2, N].
+    The digit's side in canvas pixels is [N], its tilt in radians [N], row and column of its middle [2, N].
     """
     grid = np.arange(SIDE) + 0.5
     y, x = grid[None, :, None] - centre[0][:, None, None], grid[None, None, :] - centre[1][:, None, None]
@@ -102,6 +96,5 @@ def sample(originals: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.n
     which = np.arange(len(originals))[:, None, None]
     above = framed[which, row, column] * (unit - across) + framed[which, row, column + 1] * across
     below = framed[which, row + 1, column] * (unit - across) + framed[which, row + 1, column + 1] * across
-    # At most 16 * 2^16 * 255 < 2^31: no overflow.
-    ink: np.ndarray = (above * (unit - down) + below * down) * 255 >> 4 + 2 * _FRACTION
+    ink: np.ndarray = (above * (unit - down) + below * down) * 255 >> 4 + 2 * _FRACTION  # 16 * 2^16 * 255 < 2^31: no overflow
     return ink

@@ -92,9 +92,7 @@ def uniforms(seed: int, epoch: int, ids: Ints, slot: int, count: int) -> Floats:
     a bijection of the id, so two samples never share one.
 
     Args:
-        seed: seed of the run.
-        epoch: epoch.
-        ids: [B] int64 sample ids.
+        seed, epoch, ids: of the run, and [B] int64 of the samples.
         slot: who draws: a view's number or one of `Slot`.
         count: numbers per sample; a smaller count is a prefix of a larger one.
 
@@ -118,45 +116,58 @@ def _mix(z: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 
 
 def draw(view: ViewConfig, seed: int, epoch: int, ids: Ints, slot: int, sizes: Ints | tuple[int, int]) -> Draws:
-    """Draw the parameters of one view of each sample.
+    """Draw the parameters of one view of each sample, B rows.
 
     Args:
-        view: what may be drawn.
+        view: the ranges and probabilities.
         seed, epoch, ids, slot: what the draws depend on, see `uniforms`.
         sizes: height and width of the source images, (H, W) for all or [B,2].
-
-    Returns:
-        B rows of parameters.
     """
     ids = np.asarray(ids, dtype=np.int64)
     randaugment_end = _RANDAUGMENT + 4 * view.randaugment
     u = uniforms(seed, epoch, ids, slot, _SOLARIZE + 1 if view.solarize else randaugment_end)
-    height, width = np.broadcast_to(np.asarray(sizes, dtype=np.int64), (len(ids), 2)).T
-    sigma = _between(u[:, _BLUR + 1], *view.blur_sigma)
+    # As torchvision's RandomAffine: angle and zoom uniform, shift uniform and then rounded to whole pixels.
+    affine, reach = u[:, _AFFINE] < view.affine, view.translate * view.size
+    shift = np.rint(_between(u[:, _AFFINE + 2 : _AFFINE + 4], -reach, reach))
+    # As torchvision's ColorJitter: factors uniform in [max(0, 1 - b), 1 + b], hue in [-h, h], applied in a random order.
+    jitter, widths = u[:, _JITTER] < view.jitter, np.array([view.brightness, view.contrast, view.saturation])
+    factors = _between(u[:, _JITTER + 2 : _JITTER + 5], np.maximum(0.0, 1.0 - widths), 1.0 + widths)
+    # As FixMatch's RandAugment with m = 10: operations with replacement, each applied with probability 0.5 at a level 1..9
+    # (np.random.randint(1, 10)) and, where it has a direction, either way alike.
+    op, applied, level, sign = np.moveaxis(u[:, _RANDAUGMENT:randaugment_end].reshape(len(ids), view.randaugment, 4), 2, 0)
+    levels = 1 + (9 * level).astype(np.int64)
     return Draws(
-        crop=_crop(view, u[:, _CROP:_AFFINE], height, width),
-        **_affine(view, u[:, _AFFINE:_FLIP]),
+        crop=_crop(view, u, sizes),
+        affine=affine,
+        angle=np.where(affine, _between(u[:, _AFFINE + 1], -view.degrees, view.degrees), 0.0),
+        shift=np.where(affine[:, None], shift, 0).astype(np.int64),
+        zoom=np.where(affine, _between(u[:, _AFFINE + 4], *view.zoom), 1.0),
         flip=u[:, _FLIP] < view.flip,
-        **_randaugment(u[:, _RANDAUGMENT:randaugment_end].reshape(len(ids), view.randaugment, 4)),
-        **_jitter(view, u[:, _JITTER:_GREY]),
+        ops=(len(POOL) * op).astype(np.int64),
+        ops_applied=applied < 0.5,
+        levels=np.where(sign < 0.5, -levels, levels),
+        jitter=jitter,
+        order=_ORDERS[(u[:, _JITTER + 1] * len(_ORDERS)).astype(np.int64)],
+        factors=np.where(jitter[:, None], factors, 1.0),
+        hue=np.where(jitter, _between(u[:, _JITTER + 5], -view.hue, view.hue), 0.0),
         grey=u[:, _GREY] < view.grey,
-        sigma=np.where(u[:, _BLUR] < view.blur, sigma, 0.0),
+        sigma=np.where(u[:, _BLUR] < view.blur, _between(u[:, _BLUR + 1], *view.blur_sigma), 0.0),
         solarize=u[:, _SOLARIZE] < view.solarize if view.solarize else np.zeros(len(ids), np.bool_),
     )
 
 
 def draw_crops(view: ViewConfig, seed: int, epoch: int, ids: Ints, slot: int, sizes: Ints | tuple[int, int]) -> Ints:
     """Draw the crops [B,4] of `draw` alone: all that depends on the images' sizes."""
-    height, width = np.broadcast_to(np.asarray(sizes, dtype=np.int64), (len(ids), 2)).T
-    return _crop(view, uniforms(seed, epoch, ids, slot, _AFFINE)[:, _CROP:], height, width)
+    return _crop(view, uniforms(seed, epoch, ids, slot, _AFFINE), sizes)
 
 
 def _between(u: Floats, low: float | Floats, high: float | Floats) -> Floats:
     return low + (high - low) * u
 
 
-def _crop(view: ViewConfig, u: Floats, height: Ints, width: Ints) -> Ints:
+def _crop(view: ViewConfig, u: Floats, sizes: Ints | tuple[int, int]) -> Ints:
     """Draw boxes [B,4] distributed as torchvision's RandomResizedCrop.get_params; the whole image without a scale."""
+    height, width = np.broadcast_to(np.asarray(sizes, dtype=np.int64), (len(u), 2)).T
     if view.scale is None:
         return np.stack([np.zeros_like(height), np.zeros_like(width), height, width], axis=1)
     area = (height * width)[:, None] * _between(u[:, : 2 * _ATTEMPTS : 2], *view.scale)
@@ -164,54 +175,11 @@ def _crop(view: ViewConfig, u: Floats, height: Ints, width: Ints) -> Ints:
     widths, heights = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
     fits = (widths > 0) & (widths <= width[:, None]) & (heights > 0) & (heights <= height[:, None])
     rows, first, fitting = np.arange(len(u)), fits.argmax(axis=1), fits.any(axis=1)
-    central_h, central_w = _central(view, height, width)
+    # torchvision's fallback when no attempt fits: the largest central crop of an allowed ratio.
+    central_h = np.where(width / height < view.ratio[0], np.rint(width / view.ratio[0]), height)
+    central_w = np.where(width / height > view.ratio[1], np.rint(height * view.ratio[1]), width)
     h = np.where(fitting, heights[rows, first], central_h).astype(np.int64)
     w = np.where(fitting, widths[rows, first], central_w).astype(np.int64)
-    top = np.where(fitting, u[:, -2] * (height - h + 1), (height - h) // 2).astype(np.int64)
-    left = np.where(fitting, u[:, -1] * (width - w + 1), (width - w) // 2).astype(np.int64)
+    top = np.where(fitting, u[:, _AFFINE - 2] * (height - h + 1), (height - h) // 2).astype(np.int64)
+    left = np.where(fitting, u[:, _AFFINE - 1] * (width - w + 1), (width - w) // 2).astype(np.int64)
     return np.stack([top, left, h, w], axis=1)
-
-
-def _central(view: ViewConfig, height: Ints, width: Ints) -> tuple[Floats, Floats]:
-    """Return height and width of torchvision's fallback when no attempt fits: the largest central crop of an allowed ratio."""
-    narrow, wide = width / height < view.ratio[0], width / height > view.ratio[1]
-    return (
-        np.where(narrow, np.rint(width / view.ratio[0]), height),
-        np.where(wide, np.rint(height * view.ratio[1]), width),
-    )
-
-
-def _affine(view: ViewConfig, u: Floats) -> dict[str, Any]:
-    """Draw as torchvision's RandomAffine: angle and zoom uniform, shift uniform and then rounded to whole pixels."""
-    applied = u[:, 0] < view.affine
-    reach = view.translate * view.size
-    return {
-        "affine": applied,
-        "angle": np.where(applied, _between(u[:, 1], -view.degrees, view.degrees), 0.0),
-        "shift": np.where(applied[:, None], np.rint(_between(u[:, 2:4], -reach, reach)), 0).astype(np.int64),
-        "zoom": np.where(applied, _between(u[:, 4], *view.zoom), 1.0),
-    }
-
-
-def _jitter(view: ViewConfig, u: Floats) -> dict[str, Any]:
-    """Draw as torchvision's ColorJitter: factors uniform in [max(0, 1 - b), 1 + b], hue in [-h, h], applied in a random order."""
-    applied = u[:, 0] < view.jitter
-    widths = np.array([view.brightness, view.contrast, view.saturation])
-    factors = _between(u[:, 2:5], np.maximum(0.0, 1.0 - widths), 1.0 + widths)
-    return {
-        "jitter": applied,
-        "order": _ORDERS[(u[:, 1] * len(_ORDERS)).astype(np.int64)],
-        "factors": np.where(applied[:, None], factors, 1.0),
-        "hue": np.where(applied, _between(u[:, 5], -view.hue, view.hue), 0.0),
-    }
-
-
-def _randaugment(u: Floats) -> dict[str, Any]:
-    """Draw FixMatch's RandAugment with m = 10 from u [B,n,4]: operations with replacement, each applied with probability 0.5 at a
-    level 1..9 (np.random.randint(1, 10)) and, where it has a direction, either way alike."""
-    level = 1 + (9 * u[..., 2]).astype(np.int64)
-    return {
-        "ops": (len(POOL) * u[..., 0]).astype(np.int64),
-        "ops_applied": u[..., 1] < 0.5,
-        "levels": np.where(u[..., 3] < 0.5, -level, level),
-    }

@@ -33,9 +33,7 @@ def scan(folder: str) -> tuple[Files, list[Fault]]:
     """List all image files below a folder, and the (path, reason) of those that only look like one, by the bytes of their paths.
 
     Links to folders are not followed, links to files only to inside the folder. Hidden files and folders are passed over.
-
-    Raises:
-        DataError: if the folder itself cannot be read.
+    DataError if the folder itself cannot be read.
     """
     faults: dict[bytes, str] = {}
     entries = sorted(walk(folder, faults))
@@ -46,12 +44,7 @@ def scan(folder: str) -> tuple[Files, list[Fault]]:
 def walk(folder: str, faults: dict[bytes, str]) -> Iterator[tuple[bytes, int]]:
     """Yield (name below the folder, bytes) of each usable image file as `scan` lists them, in no order.
 
-    Args:
-        folder: where to begin.
-        faults: takes up the name of all that cannot be used, with the reason.
-
-    Raises:
-        DataError: if the folder itself cannot be read.
+    `faults` takes up the name of each file that cannot be used, with the reason.
     """
     root = os.fsencode(folder)
     inside = os.path.join(os.path.realpath(root), b"")
@@ -86,9 +79,7 @@ def _is_hidden(name: bytes) -> bool:
 def _judge(path: bytes, inside: bytes = b"") -> tuple[int, str | None]:
     """Return (bytes, None) of a usable file, (0, reason) of what cannot be an image, (0, None) of a folder to pass over.
 
-    Args:
-        path: of the file.
-        inside: of a link that was met in a folder: what the path that it leads to must begin with.
+    A link that was met in a folder must lead to a path that begins with `inside`.
     """
     try:
         status = os.stat(path)
@@ -121,9 +112,7 @@ def read_list(path: str) -> Images:
     except OSError as error:
         raise DataError(f"{shown(path)}: cannot be read: {error.strerror}") from error
     folder = os.path.dirname(path) or "."
-    names: list[bytes] = []
-    sizes: list[int] = []
-    words: list[str] = []
+    usable: list[tuple[bytes, int, str]] = []
     bad: list[Fault] = []
     for line in lines:
         name, word, size, *_ = (*line.removesuffix(b"\r").split(b"\t"), b"", b"")
@@ -133,9 +122,8 @@ def read_list(path: str) -> Images:
         if fault:
             bad.append((os.fsdecode(name), fault))
         else:
-            names.append(name)
-            sizes.append(count)
-            words.append(word.strip().decode("utf-8", "backslashreplace"))
+            usable.append((name, count, word.strip().decode("utf-8", "backslashreplace")))
+    names, sizes, words = zip(*usable, strict=True) if usable else ((), (), ())
     return Images(shown(path), Files(folder, names, sizes), *_number(words), bad=bad)
 
 
@@ -151,14 +139,9 @@ def _number(words: Sequence[str]) -> tuple[np.ndarray | None, tuple[str, ...] | 
 
 
 def complete(name: str, folder: str, names: Sequence[bytes]) -> Files:
-    """Return the files of an official list, each of which must be there, or a figure would not be that of the data set.
+    """Return the files of an official list, relative to a folder; DataError, which names the data set, if one is missing or empty.
 
-    Args:
-        name: of the data set, for the message.
-        folder: what `names` are relative to.
-
-    Raises:
-        DataError: if any is missing or empty.
+    Without it a figure would not be that of the data set.
     """
     judged = [_judge(os.path.join(os.fsencode(folder), file)) for file in names]
     bad = [(os.fsdecode(file), fault) for file, (_, fault) in zip(names, judged, strict=True) if fault]
@@ -198,20 +181,15 @@ def class_labels(files: Files, classes: Sequence[str]) -> np.ndarray | None:
 def read_folder(folder: str, split: str) -> Images:
     """Read the images of one split of a folder; labelled by the folders below if each image lies in one of several.
 
-    A folder without `split_folders` is pretrained on as a whole, and its folders are no classes.
-
-    Raises:
-        DataError: for the test images of a folder that has none.
+    A folder without `split_folders` is pretrained on as a whole, and its folders are no classes; it has no test images: DataError.
     """
     layout = split_folders(folder)
-    if layout is None:
-        if split == "test":
-            raise DataError(f"{shown(folder)}: has no test images; lay it out as train/CLASS/ and val/CLASS/ (or test/CLASS/)")
-        files, bad = scan(folder)
-        return Images(shown(folder), files, bad=bad)
-    files, bad = scan(layout[split])
+    if layout is None and split == "test":
+        raise DataError(f"{shown(folder)}: has no test images; lay it out as train/CLASS/ and val/CLASS/ (or test/CLASS/)")
+    files, bad = scan(layout[split] if layout else folder)
     # Training classes come first, so that a class met only in testing does not renumber them.
-    classes = tuple(dict.fromkeys(class_folders(layout["train"]) + class_folders(layout["test"])))
+    sides = (layout["train"], layout["test"]) if layout else ()
+    classes = tuple(dict.fromkeys(word for side in sides for word in class_folders(side)))
     labels = class_labels(files, classes)
     return Images(shown(folder), files, labels, None if labels is None else classes, bad=bad)
 
@@ -230,9 +208,9 @@ def list_lines(folder: str) -> tuple[list[bytes], list[Fault]]:
     files, bad = scan(side)
     classes = class_folders(side)
     labels = class_labels(files, classes)
+    words = [""] * len(files) if labels is None else [classes[label] for label in labels]
     lines = []
-    for row, (name, size) in enumerate(zip(files, files.sizes.tolist(), strict=True)):
-        word = "" if labels is None else classes[labels[row]]
+    for name, word, size in zip(files, words, files.sizes.tolist(), strict=True):
         line = os.fsencode(f"{name}\t{word}\t{size}")
         if line.count(b"\t") == 2 and b"\n" not in line and b"\r" not in line:
             lines.append(line)

@@ -80,16 +80,11 @@ class Pixels:
 
 
 class Files:
-    """The paths of N image files below one folder, with their sizes.
+    """The paths of N image files, each below one folder or absolute, with their sizes in bytes.
 
     The names lie in one block of bytes, not as N strings: loader workers share it with their parent, where counting the
     references of a million strings would copy them into each worker. Names that are no text keep their bytes
     (`surrogateescape`), so every file can be opened again.
-
-    Args:
-        folder: what the names are relative to.
-        names: path of each file below `folder`, or absolute.
-        sizes: bytes of each file.
     """
 
     def __init__(self, folder: str, names: Sequence[bytes], sizes: Sequence[int]) -> None:
@@ -128,26 +123,16 @@ class Files:
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """A set of N images.
+    """A set of N images."""
 
-    Attributes:
-        name: for messages.
-        source: where the pixels are.
-        labels: int64 [N], -1 = none; for reporting, and to train on for supervised learning alone.
-        classes: what the labels stand for.
-        mean, std: of the channels, for pixels scaled to 0..1.
-        bad: (file, reason) of what listing the files already showed to be unusable; not counted in N.
-        targets: int8 [N, C] of images with several labels each: 1 yes, 0 no, -1 unknown; `labels` is then None.
-    """
-
-    name: str
+    name: str  # for messages
     source: Source
-    labels: np.ndarray | None = None
-    classes: tuple[str, ...] | None = None
-    mean: Channels = IMAGENET_MEAN
+    labels: np.ndarray | None = None  # int64 [N], -1 = none; for reporting, and to train on for supervised learning alone
+    classes: tuple[str, ...] | None = None  # of the labels, or of the columns of targets
+    mean: Channels = IMAGENET_MEAN  # of the channels, for pixels scaled to 0..1
     std: Channels = IMAGENET_STD
-    bad: list[Fault] = field(default_factory=list)
-    targets: np.ndarray | None = None
+    bad: list[Fault] = field(default_factory=list)  # unusable files that listing already showed; not counted in N
+    targets: np.ndarray | None = None  # int8 [N,C] of images with several labels each: 1 yes, 0 no, -1 unknown; labels are None
 
     def __post_init__(self) -> None:
         assert self.labels is None or (self.labels.dtype == np.int64 and len(self.labels) == len(self))

@@ -6,10 +6,11 @@ import dataclasses
 import math
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torchvision.transforms.functional import pil_to_tensor
 
@@ -24,39 +26,30 @@ from relssl.data import batched
 from relssl.data.decode import BadImage, Decoded, Opened
 from relssl.data.draws import Ints, Slot, draw, draw_crops, uniforms
 from relssl.data.folder import shown
-from relssl.data.images import Images, Pixels
+from relssl.data.images import Fault, Images, Pixels
 from relssl.engine import available_cores, send
 from relssl.errors import ConfigError, DataError
 from relssl.settings.run import LoaderConfig, ViewConfig
 
-Fault = tuple[str, str]  # file, reason
 Statistics = tuple[Sequence[float], Sequence[float]]  # means and deviations of the channels that the networks see, in 0..1
 
 
 @dataclass
 class Batch:
-    """One part of a step on this rank.
+    """One part of a step on this rank."""
 
-    Attributes:
-        ids: [B] int64, the samples' positions in the data set.
-        weak: [B,C,H,W] the teacher's view, normalised, on the device.
-        strong: the student's views, each [B,C,h,w].
-        bad: (file, reason) of images that could not be read and were replaced.
-    """
-
-    ids: Tensor
-    weak: Tensor
-    strong: list[Tensor]
-    bad: list[Fault] = field(default_factory=list)
+    ids: Tensor  # [B] int64, the samples' positions in the data set
+    weak: Tensor  # [B,C,H,W], the teacher's view, normalised, on the device
+    strong: list[Tensor]  # the student's views, each [B,C,h,w]
+    bad: list[Fault] = field(default_factory=list)  # images that could not be read and were replaced
 
 
 @dataclass(frozen=True)
 class Plan:
     """Which samples each step, part and rank sees.
 
-    A step's batch is cut into parts, each part into the ranks' shares, so that parts and ranks joined in order give back
-    the batch: one process, many and accumulation fill the memory alike. Images beyond the last full batch sit out an
-    epoch.
+    A step's batch is cut into parts, each part into the ranks' shares, so that parts and ranks joined in order give back the
+    batch: one process, many and accumulation fill the memory alike. Images beyond the last full batch sit out an epoch.
     """
 
     count: int
@@ -111,12 +104,10 @@ def create_loader(
     """Create the loader that `loader.path` asks for.
 
     Args:
-        images: what to read.
-        views: what to make of each image, the first as `Batch.weak`, the others as `Batch.strong`.
+        images: the data set.
+        views: the views of each image, the first as `Batch.weak`, the others as `Batch.strong`.
         plan: which samples each step sees, and the seed of their views.
-        device: where batches are wanted.
-        statistics: what to normalise by.
-        settings: how to load.
+        device, statistics, settings: where batches are wanted, what normalises them, and how to load.
         processes: training processes that share this machine's cores.
 
     Raises:
@@ -132,92 +123,75 @@ def create_loader(
         raise ConfigError("loader.path: resident is for data sets held in memory; use files for folders and lists")
     if settings.cache is not None and images.in_memory:
         raise ConfigError(f"loader.cache: is for folders and lists of files, {images.name} is held in memory; use null")
-    if settings.path == "resident" or (settings.path == "auto" and images.in_memory):
-        return Resident(images, views, plan, device, statistics, settings.views_ahead)
-    workers = worker_count(settings.workers, processes)
-    return FromFiles(images, views, plan, device, statistics, settings, workers)
+    arguments = (images, views, plan, device, statistics, settings)
+    if images.in_memory and settings.path != "files":
+        return Resident(*arguments)
+    return FromFiles(*arguments, worker_count(settings.workers, processes))
 
 
 def make_views(
     images: Sequence[Tensor], views: Sequence[ViewConfig], seed: int, epoch: int, rows: Ints, statistics: Statistics
 ) -> list[Tensor]:
-    """Make the normalised views of a batch, all at once, on the images' device.
+    """Make the normalised views fp32 [B,C,S,S] of a batch, all at once, on the device of the images, uint8 [B,3,H,W] for each view.
 
-    Args:
-        images: uint8 [B,3,H,W], what each view is made of.
-        views: their settings.
-        seed, epoch, rows: what views depend on; rows are the images' positions in the data set.
-        statistics: what to normalise by.
-
-    Returns:
-        fp32 [B,C,S,S] for each view.
+    The draws depend on seed, epoch and the images' positions in the data set, `rows`.
     """
-    finished = []
+    normalised = []
     for slot, (pixels, view) in enumerate(zip(images, views, strict=True)):
         draws = draw(view, seed, epoch, rows, slot, (pixels.shape[-2], pixels.shape[-1]))
-        finished.append(batched.normalise(batched.apply(pixels, view, draws), *statistics))
-    return finished
+        normalised.append(batched.normalise(batched.apply(pixels, view, draws), *statistics))
+    return normalised
 
 
 # Bytes of one view of all the images of a stretch; a handful of such blocks lives at a time.
 _VIEW_BYTES = 256 << 20
 
 
+@dataclass
 class Resident:
     """Images held as uint8 on the device, whose views are computed there in batches, without workers.
 
     A GPU computes the views of one step faster than the host can launch them, operation by operation; so those of several
-    steps are made in one go.
+    steps, a stretch, are made in one go. Fields as for `create_loader`.
 
-    Args:
-        images, views, plan, device, statistics: as for `create_loader`.
-        ahead: steps whose views are made in one go; None: up to 8 on GPUs, else 1.
+    Attributes:
+        ahead: steps of a stretch; without `loader.views_ahead` up to 8 on GPUs, else 1.
     """
 
-    def __init__(
-        self,
-        images: Images,
-        views: Sequence[ViewConfig],
-        plan: Plan,
-        device: torch.device,
-        statistics: Statistics,
-        ahead: int | None = None,
-    ) -> None:
-        assert isinstance(images.source, Pixels)
-        self.plan, self.device, self.views, self.statistics = plan, device, list(views), statistics
-        self.pixels = images.source.tensor.to(device)
-        step_bytes = plan.share * plan.parts * 3 * 4 * max(view.size for view in views) ** 2
-        fitting = max(1, min(8, _VIEW_BYTES // step_bytes)) if device.type == "cuda" else 1
-        self.ahead = ahead or fitting
+    images: Images
+    views: Sequence[ViewConfig]
+    plan: Plan
+    device: torch.device
+    statistics: Statistics
+    settings: LoaderConfig
+
+    def __post_init__(self) -> None:
+        assert isinstance(self.images.source, Pixels)
+        self.pixels = self.images.source.tensor.to(self.device)
+        step_bytes = self.plan.share * self.plan.parts * 3 * 4 * max(view.size for view in self.views) ** 2
+        fitting = max(1, min(8, _VIEW_BYTES // step_bytes)) if self.device.type == "cuda" else 1
+        self.ahead = self.settings.views_ahead or fitting
 
     def stream(self, start: int, stop: int) -> Iterator[list[Batch]]:
         """Yield the parts of each step from `start` to `stop`."""
         # Stretches begin and end at the same steps wherever the stream does, and none spans two epochs.
-        step = start - start % self.plan.steps_per_epoch % self.ahead
+        epoch = self.plan.steps_per_epoch
+        step = start - start % epoch % self.ahead
         source = self.plan.steps(step, stop + self.ahead)
         while step < stop:
-            count = self.stretch(step)
-            for offset, parts in enumerate(self._stretch(list(islice(source, count)))):
-                if start <= step + offset < stop:
-                    yield parts
+            count = min(self.ahead, epoch - step % epoch)
+            yield from islice(self._batches(list(islice(source, count))), max(0, start - step), stop - step)
             step += count
 
-    def stretch(self, step: int) -> int:
-        """Return how many steps' views are made in one go with those of this step."""
-        epoch = self.plan.steps_per_epoch
-        within = step % epoch
-        return min(self.ahead, epoch - (within - within % self.ahead))
-
-    def _stretch(self, steps: list[tuple[int, list[Ints]]]) -> Iterator[list[Batch]]:
+    def _batches(self, steps: list[tuple[int, list[Ints]]]) -> Iterator[list[Batch]]:
         """Yield the parts of some steps of one epoch."""
         rows = np.concatenate([part for _, parts in steps for part in parts])
         ids = send(torch.from_numpy(rows), self.device)
         pixels = [self.pixels[ids]] * len(self.views)
         views = make_views(pixels, self.views, self.plan.seed, steps[0][0], rows, self.statistics)
-        share, parts = self.plan.share, self.plan.parts
-        for first in range(0, len(steps) * parts, parts):
-            cuts = [slice(part * share, (part + 1) * share) for part in range(first, first + parts)]
-            yield [Batch(ids[cut], views[0][cut], [view[cut] for view in views[1:]]) for cut in cuts]
+        cuts = [slice(first, first + self.plan.share) for first in range(0, len(rows), self.plan.share)]
+        batches = (Batch(ids[cut], views[0][cut], [view[cut] for view in views[1:]]) for cut in cuts)
+        return iter(lambda: list(islice(batches, self.plan.parts)), [])
 
 
 class Unreadable(DataError):
@@ -229,82 +203,68 @@ class Unreadable(DataError):
         self.faults = faults
 
 
+@dataclass
 class FromFiles:
-    """Images decoded and cropped by worker processes; what else makes a view happens on the device, in batches.
+    """Images decoded and cropped by worker processes; the rest of each view is made on the device, in batches.
 
-    Args:
-        images, views, plan, device, statistics, settings: as for `create_loader`.
-        workers: loader processes; 0: this one.
+    Fields as for `create_loader`, and the number of loader processes; 0: this one.
     """
 
-    def __init__(
-        self,
-        images: Images,
-        views: Sequence[ViewConfig],
-        plan: Plan,
-        device: torch.device,
-        statistics: Statistics,
-        settings: LoaderConfig,
-        workers: int,
-    ) -> None:
-        self.plan, self.device, self.statistics, self.workers = plan, device, statistics, workers
-        self.samples = Crops(images, views, plan.seed, settings.max_pixels, settings.reduced_decode)
-        # Of the parameters of a view, its crop alone depends on the image's size, so all others can be drawn without it.
-        self.rest = [dataclasses.replace(view, scale=None) for view in views]
+    images: Images
+    views: Sequence[ViewConfig]
+    plan: Plan
+    device: torch.device
+    statistics: Statistics
+    settings: LoaderConfig
+    workers: int
 
     def stream(self, start: int, stop: int) -> Iterator[list[Batch]]:
-        """Yield the parts of each step from `start` to `stop`."""
+        """Yield the parts of each step from `start` to `stop`; Unreadable if one has no image."""
         steps, pin = self.plan.steps(start, stop), self.device.type == "cuda"
         requests = ([(epoch, int(row)) for row in rows] for epoch, parts in steps for rows in parts)
-        parts: list[Batch] = []
-        for sample in read_batches(self.samples, collate, self.workers, batch_sampler=requests, pin_memory=pin):
-            parts.append(self.batch(sample))
-            if len(parts) == self.plan.parts:
-                yield parts
-                parts = []
+        crops = Crops(self.images, self.views, self.plan.seed, self.settings.max_pixels, self.settings.reduced_decode)
+        batches = map(self._finish, read_batches(crops, collate, self.workers, batch_sampler=requests, pin_memory=pin))
+        while parts := list(islice(batches, self.plan.parts)):
+            yield parts
 
-    def batch(self, sample: Sample) -> Batch:
-        """Finish, on the device, the views of samples that are joined; Unreadable if there are none."""
+    def _finish(self, sample: Sample) -> Batch:
+        """Make the views of joined samples from their crops."""
         if not sample.crops:
             raise Unreadable(sample.bad)
         assert isinstance(sample.row, Tensor)
         crops = [send(pixels, self.device) for pixels in sample.crops]
-        views = make_views(crops, self.rest, self.plan.seed, sample.epoch, sample.row.numpy(), self.statistics)
+        # Of the parameters of a view, its crop alone depends on the image's size, so all others can be drawn without it.
+        rest = [dataclasses.replace(view, scale=None) for view in self.views]
+        views = make_views(crops, rest, self.plan.seed, sample.epoch, sample.row.numpy(), self.statistics)
         return Batch(send(sample.row, self.device), views[0], views[1:], sample.bad)
 
 
 class Sample(NamedTuple):
-    """What is read of one image; of several, stacked, once collated.
-
-    Attributes:
-        epoch: the epoch that the crops are of.
-        row: position of the image in the data set; [B] int64 once collated.
-        crops: for each view, uint8 [3,S,S], or [B,3,S,S]; none if no image can be read.
-        bad: files that could not be read on the way.
-    """
+    """The crops of one image; of several, stacked, once collated."""
 
     epoch: int
-    row: int | Tensor
-    crops: list[Tensor]
-    bad: list[Fault]
+    row: int | Tensor  # position in the data set; [B] int64 once collated
+    crops: list[Tensor]  # for each view, uint8 [3,S,S], or [B,3,S,S]; none if no image can be read
+    bad: list[Fault]  # unreadable files on the way
 
 
-# Images after one that cannot be read which are tried in its place.
-_TRIES = 100
-
-Request = tuple[int, int]  # epoch, position in the data set
+_TRIES = 100  # images in a row before giving up
 
 
+@dataclass
 class Crops(Dataset[Sample]):
     """The crop of each view of an image, scaled to the view's size; any worker gives the same for (epoch, row).
 
     An image that cannot be read is replaced by the next one that can, a rule that no number of workers or ranks changes.
     """
 
-    def __init__(self, images: Images, views: Sequence[ViewConfig], seed: int, max_pixels: int, reduce: bool) -> None:
-        self.images, self.views, self.seed, self.max_pixels, self.reduce = images, list(views), seed, max_pixels, reduce
+    images: Images
+    views: Sequence[ViewConfig]
+    seed: int
+    max_pixels: int
+    reduced_decode: bool
 
-    def __getitem__(self, request: Request) -> Sample:
+    def __getitem__(self, request: tuple[int, int]) -> Sample:
         epoch, row = request
         bad: list[Fault] = []
         for offset in range(min(_TRIES, len(self.images))):
@@ -318,15 +278,15 @@ class Crops(Dataset[Sample]):
 
     def _crops(self, opened: Opened | Decoded, epoch: int, row: int) -> list[Tensor]:
         """Decode an image once for all views, as small as the largest reduction at which no crop has fewer pixels than its view."""
-        ids = np.array([row])
+        ids, sizes = np.array([row]), [view.size for view in self.views]
         boxes = [draw_crops(view, self.seed, epoch, ids, slot, opened.size)[0] for slot, view in enumerate(self.views)]
-        spare = min(box[2:].min() / view.size for box, view in zip(boxes, self.views, strict=True)) if self.reduce else 1
+        spare = min(box[2:].min() / size for box, size in zip(boxes, sizes, strict=True)) if self.reduced_decode else 1
         reduction = max((each for each in opened.reductions if each <= spare), default=1)
         image = opened.rgb(reduction)
         if reduction > 1:  # boxes then have parts of pixels at their edges, which only Pillow takes
-            return [crop_reduced(image, box / reduction, view.size) for box, view in zip(boxes, self.views, strict=True)]
+            return [crop_reduced(image, box / reduction, size) for box, size in zip(boxes, sizes, strict=True)]
         pixels = pil_to_tensor(image)
-        return [crop(pixels, box, view.size) for box, view in zip(boxes, self.views, strict=True)]
+        return [crop(pixels, box, size) for box, size in zip(boxes, sizes, strict=True)]
 
 
 def crop(pixels: Tensor, box: Ints, size: int) -> Tensor:
@@ -349,13 +309,12 @@ def crop_reduced(image: Image.Image, box: np.ndarray, size: int) -> Tensor:
 
 def collate(samples: Sequence[Sample]) -> Sample:
     """Join samples of one epoch; without crops if one of them has none."""
-    rows, bad = torch.tensor([sample.row for sample in samples]), [fault for sample in samples for fault in sample.bad]
-    whole = all(sample.crops for sample in samples)
-    crops = [torch.stack(crops) for crops in zip(*(sample.crops for sample in samples), strict=True)] if whole else []
-    return Sample(samples[0].epoch, rows, crops, bad)
+    epochs, rows, crops, bad = zip(*samples, strict=True)
+    stacked = [torch.stack(each) for each in zip(*crops, strict=True)] if all(crops) else []
+    return Sample(epochs[0], torch.tensor(rows), stacked, list(chain(*bad)))
 
 
-# What errors say when a worker is gone, and when /dev/shm or memory is full.
+# Signs in errors that a worker is gone, or that /dev/shm or memory is full.
 _DIED = ("exited unexpectedly", "killed by signal", "bus error")
 _FULL = ("unable to", "no space left", "cannot allocate", "can't allocate")
 
@@ -366,38 +325,33 @@ def worker_count(workers: int | None, processes: int = 1) -> int:
 
 
 def read_batches(dataset: Dataset[Any], join: Callable[[list[Any]], Any], workers: int, **batching: Any) -> Iterator[Any]:
-    """Yield batches that worker processes read and join.
-
-    Args:
-        dataset: what is read, item by item.
-        join: makes one batch of a list of items.
-        workers: loader processes; 0: this one.
-        batching: further arguments of torch's DataLoader.
+    """Yield batches that worker processes (0: this process) read item by item and join; `batching` is for torch's DataLoader.
 
     Raises:
         DataError: if a worker dies, or has no shared or other memory left.
     """
-    loader = DataLoader(
-        dataset,
-        num_workers=workers,
-        collate_fn=partial(_hand_over, join),
-        worker_init_fn=_reset_signals,
-        generator=torch.Generator(),  # else it would draw from the global one, and a resumed run once more
-        **batching,
-    )
-    batches: Any = iter(loader)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores
+        loader = DataLoader(
+            dataset,
+            num_workers=workers,
+            collate_fn=partial(_join_shared, join),
+            worker_init_fn=_reset_signals,
+            generator=torch.Generator(),  # else it would draw from the global one, and a resumed run once more
+            **batching,
+        )
+        batches: Any = iter(loader)
     try:
         yield from batches
     except (RuntimeError, ConnectionError, OSError) as error:
         _dismiss(batches)
-        reason = (str(error).strip() or type(error).__name__).splitlines()
-        if workers and any(sign in str(error).lower() for sign in _FULL):
-            raise DataError(
-                f"a loader process has no memory left ({reason[-1]}); try loader.workers 0, or fewer, or more shared memory"
-            ) from error
-        if not isinstance(error, ConnectionError) and not any(sign in str(error).lower() for sign in _DIED):
+        signs = (*_DIED, *_FULL) if workers else _DIED
+        if not isinstance(error, ConnectionError) and not any(sign in str(error).lower() for sign in signs):
             raise
-        raise DataError(f"a loader process died ({reason[0]}); try loader.workers 0 or more shared memory") from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        raise DataError(
+            f"a loader process died or has no memory left ({reason}); try loader.workers 0, or fewer, or more shared memory"
+        ) from error
 
 
 def _reset_signals(worker: int) -> None:
@@ -406,33 +360,22 @@ def _reset_signals(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _hand_over(join: Callable[[Any], Any], items: Any) -> Any:
+def _join_shared(join: Callable[[Any], Any], items: Any) -> Any:
     """Join items, their tensors already in shared memory if this is a worker.
 
     Else the queue's own thread would move them, and where it fails it drops the batch: the main process would wait for ever.
     """
     joined = join(items)
-    if get_worker_info() is not None:
-        _share(joined)
+    for leaf in tree_leaves(joined) if get_worker_info() else ():
+        if isinstance(leaf, Tensor):
+            leaf.share_memory_()  # type: ignore[no-untyped-call]
     return joined
-
-
-def _share(joined: Any) -> None:
-    if isinstance(joined, Tensor):
-        joined.share_memory_()  # type: ignore[no-untyped-call]
-    elif isinstance(joined, (list, tuple, dict)):
-        for part in joined.values() if isinstance(joined, dict) else joined:
-            _share(part)
 
 
 def _dismiss(batches: Any) -> None:
     """End the workers that are left. Until they are forgotten, torch raises the death of one anew, in whatever the main thread is
     doing, whenever another child ends."""
-    end, child = getattr(batches, "_shutdown_workers", None), getattr(signal, "SIGCHLD", None)
-    if end is None or child is None or threading.current_thread() is not threading.main_thread():
-        return
-    before = signal.signal(child, signal.SIG_DFL)
-    try:
-        end()
-    finally:
-        signal.signal(child, before)
+    if hasattr(batches, "_shutdown_workers") and threading.current_thread() is threading.main_thread():
+        before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        batches._shutdown_workers()
+        signal.signal(signal.SIGCHLD, before)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
+import re
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -22,27 +24,22 @@ from relssl.settings.reading import nearest_word
 
 T = TypeVar("T")
 SPLITS = ("train", "bank", "test")
+IMAGENET100 = tuple(Path(__file__).with_name("imagenet100.txt").read_text("ascii").split())  # HobbitLong/CMC's list, sorted
 
 
 @dataclass(frozen=True)
 class NamedSet:
     """A data set known by its name.
 
-    Attributes:
-        read: returns its images for the name, the root of data sets, and one of `SPLITS`.
-        reader: the class of torchvision.datasets that knows its files.
-        folder: where they lie below the root.
-        source: where they can be had; empty for what is never downloaded.
-        parts: what the reader takes for train, bank and test, one value each, or several whose images are joined.
-        mean, std: channel statistics. CIFAR's, STL-10's and Tiny-ImageNet's are those of the paper's code; Fashion-MNIST's and
-            SVHN's are of all training pixels.
+    The channel statistics of CIFAR, STL-10 and Tiny-ImageNet are those of the paper's code; those of Fashion-MNIST and SVHN are of
+    all training pixels.
     """
 
-    read: Callable[[str, str, str], Images]
-    reader: str = ""
-    folder: str = ""
-    source: str = ""
-    parts: tuple[tuple[Any, ...], ...] = ()
+    read: Callable[[str, str, str], Images]  # returns its images for the name, the root of data sets, and one of `SPLITS`
+    reader: str = ""  # the class of torchvision.datasets that knows its files
+    folder: str = ""  # where they lie below the root
+    source: str = ""  # where they can be had; empty for sets that are never downloaded
+    parts: tuple[tuple[Any, ...], ...] = ()  # the reader's argument for train, bank and test; images of several are joined
     mean: Channels = IMAGENET_MEAN
     std: Channels = IMAGENET_STD
 
@@ -142,11 +139,7 @@ def _path(data: str, root: str | None) -> str | None:
 
 
 def locate(data: str) -> str:
-    """Return the path of a folder or a list file.
-
-    Raises:
-        DataError: if there is nothing there; says where it was looked for and what name may have been meant.
-    """
+    """Return the path of a folder or a list file; DataError if nothing is there, with the nearest name."""
     path = os.path.expanduser(data)
     if "\0" not in path and os.path.exists(path):
         return path
@@ -159,15 +152,10 @@ def locate(data: str) -> str:
 def fetch(name: str, root: str, read: Callable[[bool], T]) -> T:
     """Return `read(False)`, or where that fails, `read(True)`, which downloads first; torchvision checks that by its hash.
 
-    Raises:
-        DataError: if the files are not complete and cannot be downloaded; says where they belong.
+    DataError, which says where the files belong, if they are not complete and cannot be downloaded.
     """
-    try:
+    with contextlib.suppress(Exception):  # missing and damaged files make the readers raise all sorts of errors
         return read(False)
-    except MemoryError:
-        raise
-    except Exception:  # missing and damaged files make the readers raise all sorts of errors
-        pass
     try:
         with _one_at_a_time(root, name):
             return read(True)
@@ -187,9 +175,7 @@ def _one_at_a_time(root: str, name: str) -> Iterator[None]:
     Path(root).mkdir(parents=True, exist_ok=True)
     timeout = socket.getdefaulttimeout()
     with Path(root, f".{name}.lock").open("w") as lock:
-        with contextlib.suppress(ImportError, OSError):  # not on Windows, not on every network drive
-            import fcntl
-
+        with contextlib.suppress(OSError):  # not on every network drive
             fcntl.flock(lock, fcntl.LOCK_EX)
         socket.setdefaulttimeout(30)
         try:
@@ -199,14 +185,14 @@ def _one_at_a_time(root: str, name: str) -> Iterator[None]:
 
 
 def _torchvision(name: str, root: str, split: str, **options: Any) -> list[Any]:
-    """torchvision's data sets of the parts of a split."""
+    """Return torchvision's data sets of the parts of a split."""
     import torchvision.datasets
 
     entry = SETS[name]
-    reader = getattr(torchvision.datasets, entry.reader)
+    reader = partial(getattr(torchvision.datasets, entry.reader), root, **options)
 
     def read(part: Any, download: bool) -> Any:
-        return reader(root, **{"train" if entry.parts == _BOOL else "split": part}, download=download, **options)
+        return reader(**{"train" if entry.parts == _BOOL else "split": part}, download=download)
 
     return [fetch(name, root, partial(read, part)) for part in entry.parts[SPLITS.index(split)]]
 
@@ -231,8 +217,8 @@ def _read_pixels(name: str, root: str, split: str) -> Images:
         pixels = pixels.transpose(0, 3, 1, 2)
     elif name == "stl10":  # a transposed view, turned in place: a copy would double 2.8 GB
         stored = pixels.transpose(0, 1, 3, 2)
-        for start in range(0, len(pixels), 1000):
-            stored[start : start + 1000] = pixels[start : start + 1000].copy()
+        for upright, turned in zip(pixels, stored, strict=True):
+            turned[:] = upright.copy()
         pixels = stored
     labels = np.asarray(dataset.labels if hasattr(dataset, "labels") else dataset.targets, np.int64)
     classes = tuple(getattr(dataset, "classes", "0123456789"))
@@ -269,21 +255,8 @@ def _read_imagenet(name: str, root: str, split: str) -> Images:
     return replace(images.subset(rows), labels=rank[images.labels[rows]], classes=IMAGENET100)
 
 
-_WORDS = """
-n01558993 n01692333 n01729322 n01735189 n01749939 n01773797 n01820546 n01855672 n01978455 n01980166 n01983481 n02009229 n02018207
-n02085620 n02086240 n02086910 n02087046 n02089867 n02089973 n02090622 n02091831 n02093428 n02099849 n02100583 n02104029 n02105505
-n02106550 n02107142 n02108089 n02109047 n02113799 n02113978 n02114855 n02116738 n02119022 n02123045 n02138441 n02172182 n02231487
-n02259212 n02326432 n02396427 n02483362 n02488291 n02701002 n02788148 n02804414 n02859443 n02869837 n02877765 n02974003 n03017168
-n03032252 n03062245 n03085013 n03259280 n03379051 n03424325 n03492542 n03494278 n03530642 n03584829 n03594734 n03637318 n03642806
-n03764736 n03775546 n03777754 n03785016 n03787032 n03794056 n03837869 n03891251 n03903868 n03930630 n03947888 n04026417 n04067472
-n04099969 n04111531 n04127249 n04136333 n04229816 n04238763 n04336792 n04418357 n04429376 n04435653 n04485082 n04493381 n04517823
-n04589890 n04592741 n07714571 n07715103 n07753275 n07831146 n07836838 n13037406 n13040303
-"""  # HobbitLong/CMC, imagenet100.txt, sorted
-IMAGENET100 = tuple(_WORDS.split())
-
-
 def _read_tiny_imagenet(name: str, root: str, split: str) -> Images:
-    """The training images as train and bank, the validation images (the labels of its test images are secret) as test."""
+    """Read the training images as train and bank, the validation images (the labels of its test images are secret) as test."""
     entry = SETS[name]
     folder = os.path.join(root, entry.folder)
 
@@ -302,15 +275,15 @@ def _read_tiny_imagenet(name: str, root: str, split: str) -> Images:
     else:  # the list of each class's boxes names its images
         boxes = ((word, _rows(os.path.join(folder, "train", word, f"{word}_boxes.txt"), 5)) for word in classes)
         pairs = [(f"train/{word}/images/{row[0]}", word) for word, rows in boxes for row in rows]
-    if strange := sorted({word for _, word in pairs} - set(classes)):
+    rank = {word: position for position, word in enumerate(classes)}
+    if strange := sorted({word for _, word in pairs} - rank.keys()):
         raise DataError(f"{shown(folder)}: {shown(strange[0])} is none of the classes of wnids.txt; unpack it anew")
     files = complete(name, folder, [os.fsencode(file) for file, _ in pairs])
-    rank = {word: position for position, word in enumerate(classes)}
     return Images(name, files, np.array([rank[word] for _, word in pairs], np.int64), classes, entry.mean, entry.std)
 
 
 def _rows(path: str, columns: int) -> list[list[str]]:
-    """The lines of a list, of so many words each."""
+    """Return the lines of a list, of so many words each."""
     try:
         with open(path, encoding="utf-8", errors="surrogateescape") as lines:
             rows = [line.split() for line in lines if line.strip()]
@@ -323,7 +296,17 @@ def _rows(path: str, columns: int) -> list[list[str]]:
 
 def is_voc(folder: str) -> bool:
     """Return whether a folder is that of a VOC year: it has JPEGImages/ and lists of classes in ImageSets/Main/."""
-    return os.path.isdir(os.path.join(folder, "JPEGImages")) and bool(_voc_parts(folder))
+    return os.path.isdir(os.path.join(folder, "JPEGImages")) and bool(_voc_lists(folder))
+
+
+def _voc_lists(folder: str) -> dict[str, list[str]]:
+    """Return the classes, sorted, that have a list for each of the parts."""
+    lists: dict[str, list[str]] = {}
+    main = os.path.join(folder, "ImageSets", "Main")
+    for file in os.listdir(main) if os.path.isdir(main) else ():
+        if match := re.fullmatch(r"(.+)_(train|val|trainval|test)\.txt", file):
+            lists.setdefault(match[2], []).append(match[1])
+    return {part: sorted(words) for part, words in lists.items()}
 
 
 def read_voc(folder: str, split: str) -> Images:
@@ -334,50 +317,34 @@ def read_voc(folder: str, split: str) -> Images:
     Raises:
         DataError: if there is no such part, a list is damaged or does not fit the others, or images are missing.
     """
-    parts = _voc_parts(folder)
-    train, test = ("trainval", "test") if "test" in parts or not {"train", "val"} <= parts.keys() else ("train", "val")
+    lists = _voc_lists(folder)
+    train, test = ("trainval", "test") if "test" in lists or not {"train", "val"} <= lists.keys() else ("train", "val")
     part = test if split == "test" else train
-    if part not in parts:
+    if part not in lists:
         raise DataError(f"{shown(folder)}: has no lists ImageSets/Main/CLASS_{part}.txt, nor those of both train and val")
-    return replace(_read_voc_part(shown(folder), folder, part), name=f"{shown(folder)} ({part})")
+    return _read_voc_part(f"{shown(folder)} ({part})", folder, part)
 
 
 def _read_voc07(name: str, root: str, split: str) -> Images:
-    """VOC2007: `trainval`, 5,011 images, as train and bank, and `test`, 4,952 images."""
-    import torchvision.datasets
+    """Read VOC2007: `trainval`, 5,011 images, as train and bank, and `test`, 4,952 images."""
+    from torchvision.datasets import VOCDetection
 
-    part, folder = "test" if split == "test" else "trainval", os.path.join(root, SETS[name].folder)
-
-    def read(download: bool) -> Any:
-        return torchvision.datasets.VOCDetection(root, year="2007", image_set=part, download=download)
-
-    fetch(name, root, read)
-    return _read_voc_part(name, folder, part)
-
-
-def _voc_parts(folder: str) -> dict[str, list[str]]:
-    """The classes, sorted, that have a list for each of the parts."""
-    parts: dict[str, list[str]] = {}
-    main = os.path.join(folder, "ImageSets", "Main")
-    for file in sorted(os.listdir(main)) if os.path.isdir(main) else ():
-        word, _, part = file.removesuffix(".txt").rpartition("_")
-        if word and part in ("train", "val", "trainval", "test") and file.endswith(".txt"):
-            parts.setdefault(part, []).append(word)
-    return {part: sorted(words) for part, words in parts.items()}
+    part = "test" if split == "test" else "trainval"
+    fetch(name, root, lambda download: VOCDetection(root, year="2007", image_set=part, download=download))
+    return _read_voc_part(name, os.path.join(root, SETS[name].folder), part)
 
 
 def _read_voc_part(name: str, folder: str, part: str) -> Images:
-    classes = _voc_parts(folder).get(part, [])
-    columns: list[dict[str, int]] = []  # by class: the sign of each image
+    """Read the lists of a part, one a class: all name the same images, each once, with 1 (yes), -1 (no) or 0 (difficult)."""
+    classes = _voc_lists(folder).get(part, [])
+    columns: list[dict[str, int]] = []  # by class: the target of each image
     for word in classes:
         path = os.path.join(folder, "ImageSets", "Main", f"{word}_{part}.txt")
         rows = _rows(path, 2)
-        column = {image: {"1": 1, "-1": 0, "0": -1}.get(sign, 2) for image, sign in rows}
-        if len(column) < len(rows) or 2 in column.values():
-            raise DataError(f"{shown(path)}: must name each image once, with 1, 0 or -1; get the folder anew")
-        if columns and list(column) != list(columns[0]):
-            raise DataError(f"{name}: the lists of {classes[0]} and {word} for {part} name other images; get the folder anew")
-        columns.append(column)
+        columns.append({image: {"1": 1, "-1": 0, "0": -1}.get(sign, 2) for image, sign in rows})
+        if len(columns[-1]) < len(rows) or 2 in columns[-1].values() or list(columns[-1]) != list(columns[0]):
+            others = f"the images of {classes[0]}_{part}.txt, each once, with 1, 0 or -1"
+            raise DataError(f"{name}: {shown(path)} must name {others}; get the folder anew")
     if not columns or not columns[0]:
         raise DataError(f"{name}: {shown(folder)} has no images in ImageSets/Main/CLASS_{part}.txt")
     files = complete(name, os.path.join(folder, "JPEGImages"), [os.fsencode(f"{image}.jpg") for image in columns[0]])

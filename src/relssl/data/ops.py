@@ -10,7 +10,7 @@ truncation, so the tensors hold whole numbers 0..255 and follow Pillow to the le
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -40,69 +40,47 @@ def apply(x: Tensor, draws: Draws) -> Tensor:
 
 def _apply(name: str, x: Tensor, levels: Ints) -> Tensor:
     """Apply one operation to whole numbers 0..255 [B,3,S,S], each sample at its own level."""
-    if name in _BASES:
-        return _blend(x, _BASES[name](x), levels)
+    strength = np.abs(levels)
+    if name in _BASES:  # blended as by Pillow's Image.blend, which truncates
+        base = _BASES[name](x)
+        return (base + _column(0.9 * strength / 10 + 0.05, x) * (x - base)).floor_()
     if name == "autocontrast":
         return _autocontrast(x)
     if name == "equalize":
         return _equalize(x)
     if name == "posterize":
-        return x - x.remainder(_column([2 ** (8 - _bits(level)) for level in levels], x))
+        return x - x.remainder(_column(2 ** (4 - 4 * strength // 10), x))
     if name == "solarize":
-        return torch.where(x < _column([_threshold(level) for level in levels], x), x, 255 - x)
+        return torch.where(x < _column(256 - 256 * strength // 10, x), x, 255 - x)
     return _warp(x, np.array([_matrix(name, level, x.shape[-1]) for level in levels]))
 
 
-def _factor(level: int) -> float:
-    return 0.9 * abs(level) / 10 + 0.05
-
-
-def _bits(level: int) -> int:
-    return 4 + int(4 * abs(level) / 10)
-
-
-def _threshold(level: int) -> int:
-    return 256 - int(256 * abs(level) / 10)
-
-
-def _matrix(name: str, level: int, side: int) -> tuple[float, float, float, float, float, float]:
+def _matrix(name: str, level: int, side: int) -> tuple[float, ...]:
     """Return Pillow's affine data: target (x, y) takes its pixel from (a x + b y + c, d x + e y + f)."""
     share = 0.3 * level / 10
-    if name == "shear_x":
-        return (1, share, 0, 0, 1, 0)
-    if name == "shear_y":
-        return (1, 0, 0, share, 1, 0)
-    if name == "translate_x":
-        return (1, 0, int(share * side), 0, 1, 0)
-    if name == "translate_y":
-        return (1, 0, 0, 0, 1, int(share * side))
-    assert name == "rotate", name
     cos, sin, centre = math.cos(math.radians(3 * level)), math.sin(math.radians(3 * level)), side / 2
-    return (cos, -sin, centre - centre * (cos - sin), sin, cos, centre - centre * (sin + cos))
+    return {
+        "shear_x": (1, share, 0, 0, 1, 0),
+        "shear_y": (1, 0, 0, share, 1, 0),
+        "translate_x": (1, 0, int(share * side), 0, 1, 0),
+        "translate_y": (1, 0, 0, 0, 1, int(share * side)),
+        "rotate": (cos, -sin, centre - centre * (cos - sin), sin, cos, centre - centre * (sin + cos)),
+    }[name]
 
 
 def _index(rows: Ints, like: Tensor) -> Tensor:
     return send(torch.as_tensor(rows), like.device)
 
 
-def _column(values: Sequence[float], like: Tensor) -> Tensor:
+def _column(values: Floats | Ints, like: Tensor) -> Tensor:
     """Send one number a sample, as [B,1,1,1], to `like`'s device."""
-    return send(torch.tensor(values, dtype=like.dtype), like.device).view(-1, 1, 1, 1)
-
-
-def _blend(x: Tensor, base: Tensor, levels: Ints) -> Tensor:
-    """Blend as Pillow's Image.blend, which truncates."""
-    return (base + _column([_factor(level) for level in levels], x) * (x - base)).floor_()
+    return send(torch.as_tensor(values, dtype=like.dtype), like.device).view(-1, 1, 1, 1)
 
 
 def _luma(x: Tensor) -> Tensor:
     """Convert as Pillow does to L, [B,1,S,S]: 16-bit fixed point, whose whole numbers fp32 holds exactly."""
     luma = 19595 * x[:, :1] + 38470 * x[:, 1:2] + 7471 * x[:, 2:] + 32768
     return luma.div_(65536).floor_()
-
-
-def _mean_luma(x: Tensor) -> Tensor:
-    return _luma(x).mean(dim=(2, 3), keepdim=True).add_(0.5).floor_()
 
 
 def _smooth(x: Tensor) -> Tensor:
@@ -117,7 +95,7 @@ def _smooth(x: Tensor) -> Tensor:
 _BASES: dict[str, Callable[[Tensor], Tensor]] = {
     "brightness": torch.zeros_like,
     "color": _luma,
-    "contrast": _mean_luma,
+    "contrast": lambda x: _luma(x).mean(dim=(2, 3), keepdim=True).add_(0.5).floor_(),
     "sharpness": _smooth,
 }
 

@@ -15,7 +15,7 @@ from torchvision.transforms.functional import InterpolationMode, center_crop, pi
 
 from relssl.data.batched import normalise
 from relssl.data.decode import BadImage
-from relssl.data.images import Images, Pixels
+from relssl.data.images import Fault, Images, Pixels
 from relssl.data.loader import read_batches
 from relssl.errors import ConfigError
 from relssl.settings.run import LoaderConfig, ViewsConfig
@@ -76,24 +76,44 @@ class PlainView:
 
 @dataclass(frozen=True)
 class Reader:
-    """How an evaluation reads images.
-
-    Attributes:
-        view: what the network sees of each.
-        workers: loader processes, for files.
-        max_pixels: files with larger images count as unreadable.
-        mirrored: whether classifiers that are trained on images see them mirrored, too: not where pretraining never mirrors, as
-            with digits.
-    """
+    """How an evaluation reads images."""
 
     view: PlainView
-    workers: int = 0
-    max_pixels: int = LoaderConfig().max_pixels
-    mirrored: bool = True
+    workers: int = 0  # loader processes, for files
+    max_pixels: int = LoaderConfig().max_pixels  # files with larger images count as unreadable
+    mirrored: bool = (
+        True  # classifiers trained on images see them mirrored too; False where pretraining never mirrors, as of digits
+    )
 
-    def batches(self, images: Images) -> Iterator[tuple[np.ndarray, Tensor, list[tuple[str, str]]]]:
-        """Yield what `batches` does."""
-        return batches(images, self.view, workers=self.workers, max_pixels=self.max_pixels)
+    def batches(self, images: Images, size: int = 256) -> Iterator[tuple[np.ndarray, Tensor, list[Fault]]]:
+        """Yield (rows, normalised views [B,C,S,S] on the CPU, unreadable files) over a data set, in its order, `size` images each."""
+        if isinstance(images.source, Pixels):
+            for start in range(0, len(images), size):
+                pixels = images.source.tensor[start : start + size]
+                yield np.arange(start, start + len(pixels)), self.view.normalise(plain_batch(pixels, self.view)), []
+            return
+        for samples in read_batches(_Plain(images, self), list, self.workers, batch_size=size):
+            views = {row: pixels for row, pixels in samples if isinstance(pixels, Tensor)}
+            bad = [(images.source.name(row), reason) for row, reason in samples if isinstance(reason, str)]
+            pixels = torch.stack([*views.values()]) if views else torch.empty(0, 3, 1, 1)
+            yield np.array([*views], np.int64), self.view.normalise(pixels), bad
+
+
+@dataclass
+class _Plain(Dataset[tuple[int, Tensor | str]]):
+    """The row and plain view of each image, or the reason why it cannot be read."""
+
+    images: Images
+    reader: Reader
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, row: int) -> tuple[int, Tensor | str]:
+        try:
+            return row, plain_view(self.images.read(row, self.reader.max_pixels), self.reader.view)
+        except BadImage as fault:
+            return row, str(fault)
 
 
 def plain_view(image: Image.Image, view: PlainView) -> Tensor:
@@ -113,41 +133,3 @@ def plain_batch(pixels: Tensor, view: PlainView) -> Tensor:
         images = F.interpolate(images, target, mode=view.interpolation, antialias=True).clamp(0, 1)
     cropped: Tensor = center_crop(images, [view.size] * 2)
     return cropped
-
-
-def batches(
-    images: Images, view: PlainView, *, workers: int, max_pixels: int, batch_size: int = 256
-) -> Iterator[tuple[np.ndarray, Tensor, list[tuple[str, str]]]]:
-    """Yield (rows, normalised views [B,C,S,S] on the CPU, unreadable files) over a data set, in its order.
-
-    Args:
-        images: what to read.
-        view: what to make of each image.
-        workers: loader processes, for files.
-        max_pixels: files with larger images count as unreadable.
-        batch_size: images at a time.
-    """
-    if isinstance(images.source, Pixels):
-        for start in range(0, len(images), batch_size):
-            pixels = images.source.tensor[start : start + batch_size]
-            yield np.arange(start, start + len(pixels)), view.normalise(plain_batch(pixels, view)), []
-        return
-    for samples in read_batches(_Plain(images, view, max_pixels), list, workers, batch_size=batch_size):
-        readable = [(row, pixels) for row, pixels, _ in samples if pixels is not None]
-        bad = [fault for _, _, fault in samples if fault is not None]
-        pixels = torch.stack([pixels for _, pixels in readable]) if readable else torch.empty(0, 3, 1, 1)
-        yield np.array([row for row, _ in readable], np.int64), view.normalise(pixels), bad
-
-
-class _Plain(Dataset[tuple[int, Tensor | None, tuple[str, str] | None]]):
-    def __init__(self, images: Images, view: PlainView, max_pixels: int) -> None:
-        self.images, self.view, self.max_pixels = images, view, max_pixels
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, row: int) -> tuple[int, Tensor | None, tuple[str, str] | None]:
-        try:
-            return row, plain_view(self.images.read(row, self.max_pixels), self.view), None
-        except BadImage as fault:
-            return row, None, (self.images.source.name(row), str(fault))

@@ -24,7 +24,7 @@ _BEGINNING = 1 << 20  # and bytes of each
 
 
 def stratified(labels: Rows, *, fraction: float | None = None, per_class: int | None = None, seed: int = 0) -> Rows:
-    """Draw the same share, or number, of images of each class, without replacement.
+    """Draw the same share, or number, of images of each class, without replacement: int64 positions, ascending.
 
     Each image has a random number that depends on the seed and its position alone, and a class gives those with the lowest. So
     of one seed a smaller subset lies in a larger one: the 1 % are among the 10 %.
@@ -35,16 +35,11 @@ def stratified(labels: Rows, *, fraction: float | None = None, per_class: int | 
         per_class: at least 1; a class that has fewer gives all.
         seed: another gives an independent draw.
 
-    Returns:
-        int64 positions, ascending.
-
     Raises:
         ValueError: unless exactly one of `fraction` and `per_class` is given, and in its range.
     """
-    if (fraction is None) == (per_class is None):
-        raise ValueError("give either a fraction or a number per class")
-    if (fraction is not None and not 0 < fraction <= 1) or (per_class is not None and per_class < 1):
-        raise ValueError(f"fraction must be above 0 and at most 1, per_class at least 1, got {fraction} and {per_class}")
+    if (fraction is None) == (per_class is None) or not (0 < (fraction or 0) <= 1 or (per_class or 0) >= 1):
+        raise ValueError(f"give a fraction above 0 and at most 1, or per_class at least 1, got {fraction} and {per_class}")
     lots = uniforms(seed, 0, np.arange(len(labels)), Slot.SUBSET, 1)[:, 0]
     drawn = [np.empty(0, np.int64)]
     for word in np.unique(labels[labels >= 0]):
@@ -55,14 +50,11 @@ def stratified(labels: Rows, *, fraction: float | None = None, per_class: int | 
 
 
 def from_index(path: str, images: Images) -> Rows:
-    """Return the images that a file names, a line each: by position, counted from 0, or by name.
+    """Return the images that a file names, a line each, by position, counted from 0, or by name: int64 positions, ascending.
 
     A name is a file's path, or the end of it from a folder's or the file's own name on, such as `n01440764_10043.JPEG` in the
     1 % and 10 % lists of ImageNet that came with SimCLR, or `n01440764/n01440764_10043.JPEG`. A line of digits alone is a
     position; images in memory have no names. Empty lines are skipped.
-
-    Returns:
-        int64 positions, ascending.
 
     Raises:
         DataError: if the file cannot be read or is empty; if lines name no image, several, or one that another line has named.
@@ -129,12 +121,12 @@ def shared(bank: Images, test: Images) -> int:
     by_mark: dict[bytes, list[int]] = defaultdict(list)
     for row, mark in enumerate(_file_marks(test.source)):
         by_mark[mark].append(row)
-    again: set[int] = set()
+    common: set[int] = set()
     for row, mark in enumerate(_file_marks(bank.source)):  # the larger side is gone through without being held
-        for other in by_mark.get(mark, ()):
-            if other not in again and _beginning(bank.source.name(row)) == _beginning(test.source.name(other)):
-                again.add(other)
-    return len(again)
+        for other in set(by_mark.get(mark, ())) - common:
+            if _beginning(bank.source.name(row)) == _beginning(test.source.name(other)):
+                common.add(other)
+    return len(common)
 
 
 def _pixel_marks(pixels: Pixels) -> Iterator[bytes]:

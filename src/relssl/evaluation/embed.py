@@ -17,10 +17,11 @@ from relssl.engine import Engine
 from relssl.errors import ConfigError, NumericError, StorageError
 from relssl.evaluation.features import extract
 from relssl.files import replacing
-from relssl.weights.opening import Reading, open_backbones
+from relssl.weights.foreign import Reading
+from relssl.weights.opening import open_backbones
 
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet would run begins with one of these
 _GROUP = 1 << 22  # numbers in a row group of parquet
-Columns = dict[str, Any]
 
 
 def embed(
@@ -37,8 +38,7 @@ def embed(
 ) -> dict[str, Any]:
     """Write the backbone's feature of every image, with its name, label and class, to a .npz, .csv or .parquet file.
 
-    Images go by in batches, so a folder may be larger than memory; features are in memory. Unreadable images are left out. Of
-    images with several labels each, as VOC's, no label is written.
+    Features are in memory, images are not. Unreadable ones are left out; several labels an image, as VOC's, are not written.
 
     Args:
         source: a run folder, an exported file, another program's file, or a timm name; see `open_backbones`.
@@ -85,26 +85,29 @@ def write_vectors(
     and class (where given), and features, a list of D float32. Both write bytes that are not UTF-8 as backslash escapes.
 
     Raises:
-        ConfigError, StorageError: as `check_target`. StorageError: if the file cannot be written. NumericError: for features that
-        are not finite.
+        ConfigError, StorageError: as `check_target`; StorageError too if the file cannot be written. NumericError: for NaN or Inf.
     """
     check_target(path)
     finite = np.isfinite(features).all(axis=1)
     if not finite.all():
         raise NumericError(f"{names[int(finite.argmin())]!r}: its features hold NaN or Inf; check the weights")
-    columns: Columns = {"id": ids, "name": names}
-    arrays: Columns = {"features": features, "ids": ids, "names": np.array(names)}
+    columns: dict[str, Any] = {"id": ids, "name": names}
+    arrays: dict[str, Any] = {"features": features, "ids": ids, "names": np.array(names)}
     if labels is not None:
         columns["label"] = arrays["labels"] = labels
         if classes is not None:
             columns["class"] = [classes[label] if label >= 0 else "" for label in labels.tolist()]
             arrays["classes"] = np.array(classes)
-    suffix = path.suffix.lower()
+    for name in {"name", "class"} & columns.keys():
+        columns[name] = [text.encode("utf-8", "backslashreplace").decode() for text in columns[name]]
     with replacing(path, needed=features.nbytes) as file:
-        if suffix == ".npz":
-            np.savez(file, **arrays)
-        else:
-            (_write_csv if suffix == ".csv" else _write_parquet)(file, columns, features)
+        match path.suffix.lower():
+            case ".npz":
+                np.savez(file, **arrays)
+            case ".csv":
+                _write_csv(file, columns, features)
+            case _:
+                _write_parquet(file, columns, features)
 
 
 def check_target(path: Path) -> None:
@@ -113,11 +116,10 @@ def check_target(path: Path) -> None:
     Raises:
         ConfigError: for another suffix, or .parquet without pyarrow. StorageError: for a folder, or a file in no folder.
     """
-    if path.suffix.lower() not in (".csv", ".npz", ".parquet"):
-        raise ConfigError(
-            f"{path}: cannot write vectors as {path.suffix or 'a file without suffix'!r}; use .csv, .npz or .parquet"
-        )
-    if path.suffix.lower() == ".parquet":
+    suffix = path.suffix.lower()
+    if suffix not in (".csv", ".npz", ".parquet"):
+        raise ConfigError(f"{path}: vectors are not written as {suffix or 'a file without suffix'!r}; use .csv, .npz or .parquet")
+    if suffix == ".parquet":
         try:
             import pyarrow.parquet  # noqa: F401
         except ImportError as error:
@@ -126,27 +128,24 @@ def check_target(path: Path) -> None:
         raise StorageError(f"{path}: {'is a folder' if path.is_dir() else 'its folder does not exist'}; choose another file")
 
 
-def _write_csv(file: BinaryIO, columns: Columns, features: NDArray[np.float32]) -> None:
-    text = io.TextIOWrapper(file, "utf-8", "backslashreplace", newline="")
+def _write_csv(file: BinaryIO, columns: dict[str, Any], features: NDArray[np.float32]) -> None:
+    text = io.TextIOWrapper(file, "utf-8", newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([*columns, *(f"f{place}" for place in range(features.shape[1]))])
     for *cells, row in zip(*columns.values(), features, strict=True):
-        # No spreadsheet takes a cell for a formula; str() of a float32 is the shortest text that reads back to it.
-        safe = [
-            "'" + cell if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell for cell in cells
-        ]
+        # str() of a float32 is the shortest text that reads back to it.
+        safe = ("'" + cell if isinstance(cell, str) and cell[:1] in _FORMULA else cell for cell in cells)
         writer.writerow([*safe, *row])
     text.flush()
     text.detach()
 
 
-def _write_parquet(file: BinaryIO, columns: Columns, features: NDArray[np.float32]) -> None:
+def _write_parquet(file: BinaryIO, columns: dict[str, Any], features: NDArray[np.float32]) -> None:
     import pyarrow as pa
     from pyarrow import parquet
 
-    for name in {"name", "class"} & columns.keys():
-        words = [text.encode("utf-8", "backslashreplace").decode() or None for text in columns[name]]
-        columns[name] = pa.array(words, pa.string())
+    if "class" in columns:
+        columns["class"] = pa.array([text or None for text in columns["class"]], pa.string())
     columns["features"] = pa.FixedSizeListArray.from_arrays(features.ravel(), features.shape[1])
     # Only the classes recur; a dictionary of the features would be as large as they are.
     parquet.write_table(pa.table(columns), file, row_group_size=max(1, _GROUP // features.shape[1]), use_dictionary=["class"])

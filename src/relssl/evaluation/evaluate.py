@@ -3,46 +3,48 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from relssl.data.folder import shown
 from relssl.engine import Engine
-from relssl.errors import ConfigError, DataError
+from relssl.errors import ConfigError, DataError, StorageError
 from relssl.evaluation.features import LabelledFeatures, cached, evaluating, extract, frozen, state_hash
 from relssl.evaluation.heads import Task
 from relssl.evaluation.metrics import Bootstrap
 from relssl.evaluation.pairs import LabelledPair
-from relssl.evaluation.result import Finding, Protocol, Record, card, check_out, file_name, results_folder, split, title
+from relssl.evaluation.result import Finding, Protocol, Record, card, file_name, title, writable
 from relssl.files import write_json
 from relssl.settings.evaluation import Evaluation, read_settings
-from relssl.weights.opening import Opened, Reading, open_backbones
+from relssl.weights.foreign import Reading
+from relssl.weights.opening import Opened, open_backbones
 
 # A protocol's settings are the section of `settings.evaluation` that bears its name.
 PROTOCOLS = {
-    "knn": Protocol("relssl.evaluation.knn:knn", swept=("k", "temperature")),
-    "probe": Protocol("relssl.evaluation.probe:probe"),
-    "lowshot": Protocol("relssl.evaluation.lowshot:lowshot", swept=("shots",)),
-    "retrieval": Protocol("relssl.evaluation.retrieval:retrieval", swept=("at",)),
-    "transfer": Protocol("relssl.evaluation.probe:probe"),
-    "linear": Protocol("relssl.evaluation.heads:linear", "images", swept=("lr",)),
-    "finetune": Protocol("relssl.evaluation.heads:finetune", "images", trains=True),
-    "semi": Protocol("relssl.evaluation.heads:semi", "images", swept=("fractions",), trains=True),
-    "detection": Protocol(
-        "relssl.evaluation.detection:detection", "scenes", trains=True, packages=("torchmetrics", "pycocotools")
-    ),
+    "knn": Protocol("knn.knn", swept=("k", "temperature")),
+    "probe": Protocol("probe.probe"),
+    "lowshot": Protocol("lowshot.lowshot", swept=("shots",)),
+    "retrieval": Protocol("retrieval.retrieval", swept=("at",)),
+    "transfer": Protocol("probe.probe"),
+    "linear": Protocol("heads.linear", "images", swept=("lr",)),
+    "finetune": Protocol("heads.finetune", "images", trains=True),
+    "semi": Protocol("heads.semi", "images", swept=("fractions",), trains=True),
+    "detection": Protocol("detection.detection", "scenes", trains=True),
 }
 # The figure by which transfer quotes a data set, where it is not the probe's main one: Kornblith et al. 2019, "Do Better ImageNet
 # Models Transfer Better?", table 1, take the mean over the classes where these are of unequal size.
 CUSTOMARY = dict.fromkeys(("flowers102", "oxford-pets", "fgvc-aircraft"), "mean_per_class")
 
 Say = Callable[[str], None]
+Measured = tuple[list[Finding], list[str], Record]  # findings, notes on all of them, the card's part on the data
 
 
 def evaluate(
@@ -71,24 +73,33 @@ def evaluate(
 
     Returns:
         {"source", "data", "results": [{"protocol", "network", "data", "setting", "main", "figures", "intervals", "notes",
-        "details", "seconds", "card"}, ...]}; of a run also written to RUN/evaluations/PROTOCOL-DATA.json, whose name tells a cut and a
-        size as well.
+        "details", "seconds", "card"}, ...]}; of a run also written to RUN/evaluations, a file for each protocol.
 
     Raises:
         ConfigError, DataError, CheckpointError, NumericError, StorageError: each with what to do about it.
     """
-    settings = settings or read_settings(overrides)
-    say = say or (lambda line: None)
+    settings, reading, say = settings or read_settings(overrides), reading or Reading(), say or (lambda line: None)
+    if out is not None and (not Path(out).absolute().parent.is_dir() or Path(out).is_dir()):
+        raise ConfigError(f"out: {out} must be a JSON file in a folder that exists")
     if out is not None:
-        check_out(Path(out))
-    reading = reading or Reading()
-    network = settings.network[0] if settings.network and len(settings.network) == 1 else reading.network
+        writable(Path(out).absolute().parent)  # before the work
+    wanted = set(settings.network or ())
+    network = min(wanted) if len(wanted) == 1 else reading.network
     opened = open_backbones(source, dataclasses.replace(reading, network=network, size=settings.size or reading.size))
+    if opened.folder is not None and (unknown := wanted - opened.networks.keys()):
+        raise ConfigError(f"network: {opened.name} holds {' and '.join(opened.networks)}, not {', '.join(sorted(unknown))}")
     data = data or opened.data
     if data is None:
         raise ConfigError(f"data: {opened.name} does not say what it was trained on; name the labelled data to evaluate it on")
     _check_data(settings, data)
-    folder = opened.folder and results_folder(opened.folder, out, say)
+    folder = opened.folder and opened.folder / "evaluations"
+    try:
+        folder = folder and writable(folder)
+    except StorageError as error:
+        if out is None:
+            raise StorageError(f"{error}, or give --out FILE") from error
+        say(f"{folder}: cannot be written; the results go to {out} alone")
+        folder = None
     evaluation = _Evaluation(opened, settings, say)
     answer: Record = {"source": opened.name, "data": title(data), "results": []}
     if any(PROTOCOLS[name].takes != "scenes" and name != "transfer" for name in settings.protocol):
@@ -114,9 +125,8 @@ def _check_data(settings: Evaluation, data: str) -> None:
     for protocol in settings.protocol:
         if protocol != "transfer" and len(names) > 1 and not Path(data).exists():
             raise ConfigError(f"protocol: {protocol} takes one data set, got {len(names)}; several are for transfer alone")
-        if protocol == "transfer" and len(set(names)) < len(names):
-            twice = next(name for name in names if names.count(name) > 1)
-            raise ConfigError(f"transfer: {twice} names more than one data set; results are told apart by it, so rename a folder")
+        if protocol == "transfer" and (twice := {name for name in names if names.count(name) > 1}):
+            raise ConfigError(f"transfer: {min(twice)} names more than one data set; their results would mix, so rename a folder")
 
 
 class _Evaluation:
@@ -129,33 +139,27 @@ class _Evaluation:
         self.bootstrap = Bootstrap(settings.resamples, settings.seed)
         self.notes = [*opened.notes, *_unfinished(opened.folder)]
         self._pair: tuple[str, LabelledPair, list[str]] | None = None
-        self.networks, wanted = opened.networks, settings.network
-        if wanted is not None and set(self.networks) != {"backbone"}:
-            if unknown := [name for name in wanted if name not in self.networks]:
-                raise ConfigError(f"network: {opened.name} holds {' and '.join(self.networks)}, not {', '.join(unknown)}")
-            self.networks = {name: network for name, network in self.networks.items() if name in wanted}
 
     def records(self, name: str, data: str) -> Iterator[Record]:
         """Yield the records of one protocol, network by network."""
-        protocol, settings = PROTOCOLS[name], self.settings
-        section = getattr(settings, "probe" if name == "transfer" else name)
+        protocol, section = PROTOCOLS[name], getattr(self.settings, "probe" if name == "transfer" else name)
         measure = self._transfer if name == "transfer" else self._findings
-        common = card(name, protocol, section, settings, self.opened.spec, self.reader, self.engine)
-        for network, backbone in self.networks.items():
+        common = card(name, protocol, section, self.settings, self.opened.spec, self.reader, self.engine)
+        for network, backbone in self.opened.networks.items():
             start = time.monotonic()
             self.say(f"{name}: {network} on {title(data)}")
             backbone = self.engine.place(backbone)
             common |= {"network": network, "weights": state_hash(backbone), "source": self.opened.origin}
             with evaluating(backbone) if protocol.trains else frozen(backbone):
                 findings, notes, common["images"] = measure(protocol, section, backbone, data)
-            seconds = round(time.monotonic() - start, 2)
+            record = {"protocol": name, "network": network, "data": title(data), "seconds": round(time.monotonic() - start, 2)}
             for finding in findings:
                 plain = finding.plain()
                 plain["notes"] = [*self.notes, *notes, *plain["notes"]]
-                # Which labelled images were trained on, where a protocol takes a part of them.
-                parts = {key: finding.details[key] for key in ("split",) if key in finding.details}
-                own = common | {"settings": common["settings"] | finding.setting | parts}
-                yield {"protocol": name, "network": network, "data": title(data), **plain, "seconds": seconds, "card": own}
+                settings = common["settings"] | finding.setting
+                if "split" in finding.details:  # which labelled images were trained on, where a protocol takes a part of them
+                    settings["split"] = finding.details["split"]
+                yield record | plain | {"card": common | {"settings": settings}}
 
     def pair(self, data: str) -> tuple[LabelledPair, list[str]]:
         """Return both sides of a data set, and what a reader of any figure on them must know."""
@@ -168,67 +172,58 @@ class _Evaluation:
             self._pair = data, pair, notes
         return self._pair[1:]
 
-    def _findings(
-        self, protocol: Protocol, section: Any, backbone: nn.Module, data: str
-    ) -> tuple[list[Finding], list[str], Record]:
-        """Return findings, what a reader of any of them must know, and the card's part on the data."""
+    def _findings(self, protocol: Protocol, section: Any, backbone: nn.Module, data: str) -> Measured:
+        module, _, function = protocol.place.partition(".")
+        run: Callable[..., list[Finding]] = getattr(importlib.import_module(f"relssl.evaluation.{module}"), function)
         common: dict[str, Any] = {"settings": section, "seed": self.settings.seed}
         if protocol.takes == "scenes":
-            findings = protocol.run(backbone, data, self.opened.spec, self.reader, self.engine, say=self.say, **common)
+            findings = run(backbone, data, self.opened.spec, self.reader, self.engine, say=self.say, **common)
             return findings, [], findings[0].details["fingerprints"]
         pair, pair_notes = self.pair(data)
-        notes, used = list(pair_notes), split(pair)
+        notes, used = list(pair_notes), pair.card()
         if protocol.takes == "images":
             task = Task(pair, self.reader, self.engine, self.bootstrap, self.settings.seed, self.say)
-            return protocol.run(backbone, task, section), notes, used
-        vectors, labels = {}, {}
+            return run(backbone, task, section), notes, used
+        sides: list[torch.Tensor] = []
         for side, images in (("bank", pair.bank), ("test", pair.test)):
             features = (cached if self.settings.cache else extract)(backbone, images, self.reader, self.engine)
             if features.bad:
                 first = f"{shown(features.bad[0][0])}: {features.bad[0][1]}"
                 notes.append(f"{len(features.bad)} of {len(images)} {side} images cannot be read, the first is {first}")
                 used[side]["read"] = len(features.rows)
-            known = images.labels if images.targets is None else images.targets
-            assert known is not None
-            vectors[side], labels[side] = features.vectors, torch.from_numpy(known[features.rows])
-        # MPS has no fp64, which protocols compute in.
-        test = vectors["test"].to(self.engine.device) if self.engine.device.type == "cuda" else vectors["test"]
-        sides = LabelledFeatures(vectors["bank"], labels["bank"], test, labels["test"], pair.classes)
-        notes += sides.check()
-        return protocol.run(sides, bootstrap=self.bootstrap, **common), notes, used
+            known = np.asarray(images.labels if images.targets is None else images.targets)
+            sides += [features.vectors, torch.from_numpy(known[features.rows])]
+        bank, bank_labels, test, test_labels = sides
+        if self.engine.device.type == "cuda":  # protocols compute where the test features are, in fp64, which MPS has not
+            test = test.to(self.engine.device)
+        labelled = LabelledFeatures(bank, bank_labels, test, test_labels, pair.classes)
+        notes += labelled.check()
+        return run(labelled, bootstrap=self.bootstrap, **common), notes, used
 
-    def _transfer(
-        self, protocol: Protocol, section: Any, backbone: nn.Module, data: str
-    ) -> tuple[list[Finding], list[str], Record]:
-        """Run the protocol on each of several data sets; the same as `_findings`, of the table of all."""
+    def _transfer(self, protocol: Protocol, section: Any, backbone: nn.Module, data: str) -> Measured:
+        """Run the protocol on each of several data sets."""
         outcomes: dict[str, Finding | str] = {}
         images: Record = {}
         for one in filter(None, data.split(",")):
             try:
-                (finding,), notes, used = self._findings(protocol, section, backbone, one)
+                (finding,), notes, images[title(one)] = self._findings(protocol, section, backbone, one)
+                outcomes[title(one)] = dataclasses.replace(finding, notes=(*notes, *finding.notes))
             except DataError as error:  # one set that is not at hand must not cost the others
                 outcomes[title(one)] = str(error)
-                continue
-            outcomes[title(one)] = dataclasses.replace(finding, notes=(*notes, *finding.notes))
-            images[title(one)] = used
         return [transfer_table(outcomes)], [], images
 
 
 def transfer_table(outcomes: Mapping[str, Finding | str]) -> Finding:
-    """Join the findings on several data sets, each by its customary figure, in one.
+    """Join the findings on several data sets, or the reasons why there is none, in one: the customary figure of each, and `mean`.
 
-    Args:
-        outcomes: by data set, the finding there, or the reason why there is none; in the order wanted.
-
-    Returns:
-        A finding whose figures are `mean`, over the sets that ran, and that of each set by its name, in percent. `details` holds
-        {"rows": [...]}, one a set: {"data", "metric", "value", "interval"} with the interval [low, high] or None, or {"data",
-        "not_run": reason}. The mean has no interval: the sets were drawn apart.
+    `details` holds {"rows": [...]}, one a set: {"data", "metric", "value", "interval"} with the interval [low, high] or None, or
+    {"data", "not_run": reason}. The mean has no interval, as the sets were drawn apart.
 
     Raises:
         DataError: if there is no finding, with all the reasons.
     """
     rows: list[Record] = []
+    notes: list[str] = []
     for name, outcome in outcomes.items():
         if isinstance(outcome, str):
             rows.append({"data": name, "not_run": outcome.removeprefix(f"{name}: ")})  # which our errors begin with
@@ -236,22 +231,17 @@ def transfer_table(outcomes: Mapping[str, Finding | str]) -> Finding:
         metric = CUSTOMARY.get(name, outcome.main)
         interval = [round(bound, 4) for bound in outcome.intervals[metric]] if metric in outcome.intervals else None
         rows.append({"data": name, "metric": metric, "value": round(outcome.figures[metric], 4), "interval": interval})
-    ran = [row for row in rows if "value" in row]
+        notes += [f"{name}: {note}" for note in outcome.notes]
+    ran, missing = [row for row in rows if "value" in row], [row for row in rows if "not_run" in row]
     if not ran:
-        reasons = "; ".join(f"{row['data']}: {row['not_run']}" for row in rows) or "no data set was named"
+        reasons = "; ".join(f"{row['data']}: {row['not_run']}" for row in missing) or "no data set was named"
         raise DataError(f"transfer: ran on none of the data sets ({reasons})")
-    notes = [not_run(row) for row in rows if "not_run" in row]
-    if notes:
-        notes.insert(0, f"the mean is over {len(ran)} of {len(rows)} data sets; do not compare it with one over others")
-    notes += [f"{name}: {note}" for name, outcome in outcomes.items() if isinstance(outcome, Finding) for note in outcome.notes]
-    return Finding(
-        setting={"sets": list(outcomes)},
-        main="mean",
-        figures={row["data"]: row["value"] for row in ran} | {"mean": sum(row["value"] for row in ran) / len(ran)},
-        intervals={row["data"]: tuple(row["interval"]) for row in ran if row["interval"]},
-        notes=tuple(notes),
-        details={"rows": rows},
-    )
+    if missing:
+        subset = f"the mean is over {len(ran)} of {len(rows)} data sets; do not compare it with one over others"
+        notes = [subset, *map(not_run, missing), *notes]
+    figures = {row["data"]: row["value"] for row in ran} | {"mean": sum(row["value"] for row in ran) / len(ran)}
+    intervals = {row["data"]: tuple(row["interval"]) for row in ran if row["interval"]}
+    return Finding({"sets": list(outcomes)}, "mean", figures, intervals, tuple(notes), {"rows": rows})
 
 
 def not_run(row: Mapping[str, Any]) -> str:

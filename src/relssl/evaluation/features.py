@@ -6,14 +6,13 @@ Legend: N images, F feature dimensions.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
-import shutil
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,7 +24,7 @@ from relssl.data.plain import Reader
 from relssl.data.subsets import identity
 from relssl.engine import Engine
 from relssl.errors import DataError, NumericError
-from relssl.evaluation.pairs import class_counts, numbered, places
+from relssl.evaluation.pairs import class_counts, numbered
 from relssl.files import replacing, storing, sweep
 
 _LAYOUT = 2  # of the files in the cache
@@ -34,17 +33,11 @@ _LIMIT = 20 << 30  # bytes that they may take together
 
 @dataclass
 class Features:
-    """Features of a data set.
+    """Features of a data set."""
 
-    Attributes:
-        vectors: fp32 [n,F] on the CPU.
-        rows: int64 [n], the images they belong to; all of them, unless some cannot be read.
-        bad: (file, reason) of those.
-    """
-
-    vectors: Tensor
-    rows: np.ndarray
-    bad: list[tuple[str, str]] = field(default_factory=list)
+    vectors: Tensor  # fp32 [n,F] on the CPU
+    rows: np.ndarray  # int64 [n], the images they belong to: all but the unreadable ones
+    bad: list[tuple[str, str]] = field(default_factory=list)  # (file, reason) of those
 
 
 @torch.no_grad()
@@ -56,8 +49,7 @@ def extract(backbone: nn.Module, images: Images, reader: Reader, engine: Engine)
     Raises:
         DataError: if no image can be read, with the first reason.
     """
-    vectors, rows, bad = torch.empty(0), list[np.ndarray](), list[tuple[str, str]]()
-    filled = 0
+    vectors, rows, bad = torch.empty(0), list[int](), list[tuple[str, str]]()
     with evaluating(backbone):
         for some, views, faults in reader.batches(images):
             bad += faults
@@ -65,15 +57,14 @@ def extract(backbone: nn.Module, images: Images, reader: Reader, engine: Engine)
                 continue
             with engine.autocast():
                 part = backbone(engine.place(views)).float().cpu()
-            if not rows:
+            if not rows:  # memory for all at once: joining parts at the end would take twice as much
                 vectors = torch.empty(len(images), part.shape[1])
-            vectors[filled : filled + len(some)] = part
-            rows.append(some)
-            filled += len(some)
+            vectors[len(rows) : len(rows) + len(some)] = part
+            rows += some.tolist()
     if not rows:
         first = f", the first is {shown(bad[0][0])}: {bad[0][1]}" if bad else ""
         raise DataError(f"{images.name}: none of its {len(images)} images can be read{first}")
-    return Features(vectors[:filled], np.concatenate(rows), bad)
+    return Features(vectors[: len(rows)], np.array(rows, np.int64), bad)
 
 
 @contextmanager
@@ -92,8 +83,7 @@ def evaluating(backbone: nn.Module) -> Iterator[None]:
 def frozen(backbone: nn.Module) -> Iterator[None]:
     """Put the backbone into eval mode, and check that weights and batch-norm statistics are the same afterwards.
 
-    A frozen evaluation that lets batch norm count the images it sees measures another network with each batch, and nobody
-    can tell from the figure.
+    If batch norm counted the images it sees, each batch would measure another network, and no figure would show it.
     """
     before = state_hash(backbone)
     with evaluating(backbone):
@@ -137,7 +127,11 @@ def cached(backbone: nn.Module, images: Images, reader: Reader, engine: Engine, 
     with replacing(path, needed=features.vectors.nbytes) as target:
         faults = np.array(features.bad or np.empty((0, 2)), dtype=str)
         np.savez(target, vectors=features.vectors.numpy(), rows=features.rows, bad=faults)
-    _evict(folder, limit, path)
+    with suppress(OSError):  # another process may clean up at the same time
+        files = sorted(folder.glob("*.npz"), key=lambda each: (each == path, each.stat().st_mtime), reverse=True)
+        for old, total in zip(files, itertools.accumulate(each.stat().st_size for each in files), strict=True):
+            if total > limit and old != path:
+                old.unlink()
     return features
 
 
@@ -152,22 +146,6 @@ def cache_key(backbone: nn.Module, images: Images, reader: Reader, engine: Engin
         "compute": [engine.precision, engine.device.type, torch.__version__, torch.get_num_threads()],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def _evict(folder: Path, limit: int, newest: Path) -> None:
-    """Remove the files that were not used for longest until the rest fit the limit, and what an older version left."""
-    files = []
-    for entry in os.scandir(folder):
-        with suppress(OSError):
-            if entry.is_dir(follow_symlinks=False):
-                shutil.rmtree(entry.path, ignore_errors=True)
-            elif entry.name.endswith(".npz") and Path(entry) != newest:
-                files.append((entry.stat().st_mtime, entry.stat().st_size, Path(entry)))
-    total = newest.stat().st_size + sum(size for _, size, _ in files)
-    for _, size, path in sorted(files):
-        if total > limit:
-            path.unlink(missing_ok=True)
-            total -= size
 
 
 @dataclass(frozen=True)
@@ -195,49 +173,36 @@ class LabelledFeatures:
     def check(self) -> list[str]:
         """Return what a reader of any figure must know of the labels.
 
+        Features count as constant if no dimension's range exceeds a millionth of the largest magnitude: that is what rounding
+        leaves of one vector.
+
         Raises:
             NumericError: for NaN, Inf or constant features. DataError: without test images, or with nothing to tell apart.
         """
-        require_varied(self.bank, "bank")
-        require_varied(self.test, "test")
+        for side, features in (("bank", self.bank), ("test", self.test)):
+            if not len(features):
+                continue
+            low, high = features.amin(dim=0), features.amax(dim=0)
+            if not bool((low.isfinite() & high.isfinite()).all()):  # NaN passes through both
+                row = int((~features.isfinite().all(dim=1)).nonzero()[0])
+                raise NumericError(f"{side} features hold NaN or Inf, first in row {row}; check the weights and their precision")
+            scale = torch.maximum(low.abs(), high.abs()).max()
+            if len(features) > 1 and bool((high.double() - low.double()).max() <= 1e-6 * scale.double()):
+                fault = "the network has collapsed or is broken"
+                raise NumericError(f"{side} features are constant over all {len(features)} images: {fault}")
         known, wanted = (class_counts(labels, self.classes) for labels in (self.bank_labels, self.test_labels))
         if not self.several and int((known > 0).sum()) < 2:
-            raise DataError(
-                f"labels: all {len(self.bank)} images of the bank are of the single class {int(known.argmax())}; give two or more"
-            )
-        if not int(known.sum()) or not int(wanted.sum()):
-            raise DataError(
-                f"labels: the {'test' if int(known.sum()) else 'bank'} images are of no class; nothing can be measured"
-            )
+            single = f"all {len(self.bank)} images of the bank are of the single class {int(known.argmax())}"
+            raise DataError(f"labels: {single}; give two or more")
+        for side, count in (("bank", known), ("test", wanted)):
+            if not int(count.sum()):
+                raise DataError(f"labels: the {side} images are of no class; nothing can be measured")
         notes = []
-        if missing := places((known == 0) & (wanted > 0)):
-            images = int(wanted[missing].sum())
-            notes.append(f"The bank has no image of {numbered(missing)}, so {images} test labels cannot be predicted.")
-        if self.several and (absent := places(wanted == 0)):
-            notes.append(f"No test image is of {numbered(absent)}, left out of map.")
+        if missing := numbered(lacking := (known == 0) & (wanted > 0)):
+            notes.append(f"The bank has no image of {missing}, so {int(wanted[lacking].sum())} test labels cannot be predicted.")
+        if self.several and (absent := numbered(wanted == 0)):
+            notes.append(f"No test image is of {absent}, left out of map.")
         return notes
-
-
-def require_varied(features: Tensor, name: str) -> None:
-    """Refuse features [N,F] that no protocol can use.
-
-    Features count as constant if no dimension's range exceeds a millionth of the largest magnitude: that is what rounding
-    leaves of one vector.
-
-    Raises:
-        NumericError: if they hold NaN or Inf, or are all the same; `name` says whose they are, such as "bank".
-    """
-    if not len(features):
-        return
-    low, high = features.amin(dim=0), features.amax(dim=0)
-    if not bool((low.isfinite() & high.isfinite()).all()):  # NaN passes through both
-        row = int((~features.isfinite().all(dim=1)).nonzero()[0])
-        raise NumericError(f"{name} features hold NaN or Inf, first in row {row}; check the weights and their precision")
-    scale = torch.maximum(low.abs(), high.abs()).max()
-    if len(features) > 1 and bool((high.double() - low.double()).max() <= 1e-6 * scale.double()):
-        raise NumericError(
-            f"{name} features are constant over all {len(features)} images: the network has collapsed or is broken"
-        )
 
 
 def unit(rows: Tensor) -> Tensor:

@@ -205,7 +205,8 @@ class Training:
         if self.unreadable:
             notes = [*notes, f"{len(self.unreadable)} training images could not be read, the next ones took their places"]
         classes, bootstrap = classifier.head.out_features, self.task.bootstrap
-        return Finding.of_ranks(setting, classifier.rank, test.truth, classes, bootstrap, [*notes, *test.notes], details)
+        more = {"notes": (*notes, *test.notes), "details": details}
+        return Finding.of_ranks(setting, classifier.rank, test.truth, classes, bootstrap, **more)
 
 
 def rate_share(step: int, steps_per_epoch: int, epochs: int, schedule: str) -> float:

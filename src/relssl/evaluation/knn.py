@@ -8,8 +8,7 @@ Legend: N bank features, M queries, D dimensions, C classes, k neighbours.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+import itertools
 
 import torch
 from torch import Tensor
@@ -19,9 +18,6 @@ from relssl.evaluation.features import LabelledFeatures, full_precision, unit
 from relssl.evaluation.metrics import Bootstrap, accuracies, ranks
 from relssl.evaluation.result import Finding
 from relssl.settings.evaluation import KnnConfig
-
-# InstDisc and the papers' small sets use (200, 0.1), DINO and solo-learn (20, 0.07).
-SETTINGS = ((200, 0.1), (20, 0.07))
 
 _LOW = 0xFFFFFFFF
 _VOTERS = 4096  # queries whose votes are counted at a time
@@ -35,42 +31,33 @@ def knn(sides: LabelledFeatures, settings: KnnConfig, bootstrap: Bootstrap, seed
     """
     if sides.several:
         raise ConfigError("protocol: knn votes for one class, these images have several labels; use probe, lowshot or retrieval")
-    grid = [(k, temperature) for k in settings.k for temperature in settings.temperature]
+    most = len(sides.bank)
+    near = neighbours(sides.bank, sides.test, min(max(settings.k), most))
     findings: dict[tuple[int, float], Finding] = {}
-    for (wanted, temperature), (k, rank) in zip(grid, _ranks(sides, grid), strict=True):
-        notes = [f"k lowered from {wanted} to {k}, the images of the bank"] if k < wanted else []
+    for wanted, temperature in itertools.product(settings.k, settings.temperature):
+        notes = (f"k lowered from {wanted} to {most}, the images of the bank",) if most < wanted else ()
+        k, rank = min(wanted, most), _ranks(sides, *near, wanted, temperature)
         setting = {"k": k, "temperature": temperature}
-        findings[k, temperature] = Finding.of_ranks(setting, rank, sides.test_labels, sides.classes, bootstrap, notes)
+        findings[k, temperature] = Finding.of_ranks(setting, rank, sides.test_labels, sides.classes, bootstrap, notes=notes)
     return list(findings.values())
 
 
-def knn_accuracy(sides: LabelledFeatures, settings: Sequence[tuple[int, float]] = SETTINGS) -> list[dict[str, Any]]:
-    """Compute how often the neighbours are right, for several (k, temperature) from one pass over the bank.
-
-    Returns:
-        One dict for each setting, in order: `k` (at most N), `temperature`, and `metrics.accuracies` in percent.
-    """
-    rows = zip(settings, _ranks(sides, settings), strict=True)
-    return [
-        {"k": k, "temperature": temperature, **accuracies(rank, sides.test_labels, sides.classes)}
-        for (_, temperature), (k, rank) in rows
-    ]
+def knn_accuracy(sides: LabelledFeatures, k: int, temperature: float) -> dict[str, float]:
+    """Compute how often the k nearest neighbours, or all if there are fewer, are right: `metrics.accuracies`, in percent."""
+    near = neighbours(sides.bank, sides.test, min(k, len(sides.bank)))
+    return accuracies(_ranks(sides, *near, k, temperature), sides.test_labels, sides.classes)
 
 
-def _ranks(sides: LabelledFeatures, settings: Sequence[tuple[int, float]]) -> Iterator[tuple[int, Tensor]]:
-    """Yield for each setting the k used, and how many classes come before the true one, [M]."""
-    used = [min(k, len(sides.bank)) for k, _ in settings]
-    similarity, index = neighbours(sides.bank, sides.test, max(used))
-    for k, (_, temperature) in zip(used, settings, strict=True):
-        parts = []
-        for near, places, truth in zip(
-            *(torch.split(each, _VOTERS) for each in (similarity, index, sides.test_labels)), strict=True
-        ):
-            scores = votes(near[:, :k], sides.bank_labels[places[:, :k]], temperature, sides.classes)
-            rank, voted = ranks(scores, truth), scores.gather(1, truth[:, None])[:, 0] > 0
-            # Among more than five classes, one without a vote is not among the first five.
-            parts.append(rank if sides.classes <= 5 else torch.where(voted, rank, sides.classes))
-        yield k, torch.cat(parts)
+def _ranks(sides: LabelledFeatures, similarity: Tensor, index: Tensor, k: int, temperature: float) -> Tensor:
+    """Count the classes that come before the true one, [M], of the first k neighbours."""
+    parts = []
+    for rows in torch.split(torch.arange(len(index)), _VOTERS):
+        truth = sides.test_labels[rows]
+        scores = votes(similarity[rows, :k], sides.bank_labels[index[rows, :k]], temperature, sides.classes)
+        rank, voted = ranks(scores, truth), scores.gather(1, truth[:, None])[:, 0] > 0
+        # Among more than five classes, one without a vote is not among the first five.
+        parts.append(rank if sides.classes <= 5 else torch.where(voted, rank, sides.classes))
+    return torch.cat(parts)
 
 
 def votes(similarity: Tensor, labels: Tensor, temperature: float, classes: int) -> Tensor:
@@ -85,10 +72,9 @@ def votes(similarity: Tensor, labels: Tensor, temperature: float, classes: int) 
 
 
 def neighbours(bank: Tensor, queries: Tensor, k: int, *, chunk: int = 1024, bank_chunk: int = 16384) -> tuple[Tensor, Tensor]:
-    """Find the nearest bank features by cosine similarity.
+    """Find the nearest bank features by cosine similarity; ties in fp32 go to the lower index.
 
-    Ties go to the lower index. That holds for similarities that are equal in fp32; those of identical features can differ in the
-    last bit, as a matrix product may sum in another order at another place.
+    Similarities of identical features can differ in the last bit, as a matrix product may sum in another order at another place.
 
     Args:
         bank, queries: [N,D] and [M,D] of any real dtype; the work is done on the queries' device, in fp32.

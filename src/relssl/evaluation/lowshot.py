@@ -19,21 +19,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from sklearn.exceptions import ConvergenceWarning
+from sklearn.model_selection import PredefinedSplit, cross_val_score
 from sklearn.svm import LinearSVC
 from torch import Tensor
 
 from relssl.errors import DataError
 from relssl.evaluation.features import LabelledFeatures, full_precision, unit
-from relssl.evaluation.metrics import (
-    Bootstrap,
-    accuracies,
-    average_precision,
-    map_samples,
-    mean_interval,
-    percentiles,
-    ranks,
-)
-from relssl.evaluation.pairs import class_counts, numbered, places
+from relssl.evaluation.metrics import Bootstrap, accuracies, average_precision, map_samples, mean_interval, percentiles, ranks
+from relssl.evaluation.pairs import class_counts, numbered
 from relssl.evaluation.result import Finding
 from relssl.settings.evaluation import LowshotConfig
 
@@ -44,25 +37,12 @@ _ITERATIONS = 2000  # VISSL's and PCL's
 _TEST_ROWS = 4096  # test images at a time
 
 
-class Problem(NamedTuple):
-    """What is to be told apart: rows int64 [n] of features fp64 [U,F] of unit norm, which problems share, and classes [n]."""
-
-    features: npt.NDArray[np.float64]
-    rows: Ints
-    truth: Ints
-
-    def part(self, which: npt.NDArray[np.bool_]) -> Problem:
-        """Return some of the images."""
-        return Problem(self.features, self.rows[which], self.truth[which])
-
-
 class Draw(NamedTuple):
-    """A classifier: weights fp32 [C,F], biases [C], the cost (None if it could not be chosen), machines that did not converge."""
+    """What was learnt from one draw."""
 
-    weight: Tensor
-    bias: Tensor
-    cost: float | None
-    stuck: int
+    scores: Tensor  # of the test images, fp32 [M,C] on the CPU
+    cost: float | None  # None: there was nothing to choose it by
+    stuck: int  # machines that did not converge
 
 
 def lowshot(sides: LabelledFeatures, settings: LowshotConfig, bootstrap: Bootstrap, seed: int) -> list[Finding]:
@@ -83,7 +63,9 @@ def lowshot(sides: LabelledFeatures, settings: LowshotConfig, bootstrap: Bootstr
         orders = [np.random.Generator(np.random.PCG64(each)).permutation(len(sides.bank)) for each in seeds]
         if not shots or (not sides.several and shots >= int(count.max())):
             orders = [np.arange(len(sides.bank))]  # every draw would take them all
-        draws = [_draw(sides, drawn_rows(sides.bank_labels.numpy(), sides.classes, order, shots), settings) for order in orders]
+        taken = [drawn_rows(sides.bank_labels.numpy(), sides.classes, order, shots) for order in orders]
+        with warnings.catch_warnings(action="ignore", category=ConvergenceWarning):  # a note says it instead
+            draws = [_draw(sides, rows, settings) for rows in taken]
         findings.append(_finding(shots, draws, sides, bootstrap, _notes(sides.bank_labels, count, shots, draws)))
     return findings
 
@@ -105,80 +87,71 @@ def drawn_rows(labels: npt.NDArray[np.int64 | np.int8], classes: int, order: Int
 
 def _draw(sides: LabelledFeatures, taken: dict[int | None, Ints], settings: LowshotConfig) -> Draw:
     """Train one machine for all classes, each against the rest; or one for each class: of it, or not."""
-    union, single = np.unique(np.concatenate(list(taken.values()))), not sides.several
-    features = unit(sides.bank[torch.from_numpy(union)]).double().cpu().numpy()
-    problems = {}
+    single, device, problems = not sides.several, sides.test.device, []
     for own, rows in taken.items():
         labels = sides.bank_labels if own is None else sides.bank_labels[:, own]
-        problems[own] = Problem(features, np.searchsorted(union, rows), labels.numpy()[rows].astype(np.int64))
-    cost = settings.cost[0] if len(settings.cost) == 1 else choose_cost(list(problems.values()), settings.cost, single)
-    weight, stuck = torch.zeros(sides.classes, features.shape[1]), 0
+        problems.append((rows, labels.numpy()[rows].astype(np.int64)))
+    cost = settings.cost[0] if len(settings.cost) == 1 else choose_cost(sides.bank, problems, settings.cost, single)
+    weight, stuck = torch.zeros(sides.classes, sides.bank.shape[1]), 0
     bias = torch.full((sides.classes,), -torch.inf if single else 0.0)  # one machine never predicts classes without an image
-    for own, problem in problems.items():
-        machine = train(problem, cost or _COST, single=single)
+    for own, (rows, truth) in zip(taken, problems, strict=True):
+        machine = _machine(cost or _COST, single).fit(_unit_rows(sides.bank, rows), truth)
         stuck += int(machine.n_iter_ >= _ITERATIONS)
         to = machine.classes_ if own is None else [own]
         coef, intercept = machine.coef_, machine.intercept_
         if len(coef) < len(to):  # two classes are opposites
             coef, intercept = np.concatenate([-coef, coef]), np.concatenate([-intercept, intercept])
         weight[to], bias[to] = torch.from_numpy(coef).float(), torch.from_numpy(intercept).float()
-    return Draw(weight, bias, cost, stuck)
+    weight, bias = weight.to(device), bias.to(device)
+    with full_precision(device):
+        scores = [torch.addmm(bias, unit(rows), weight.T).cpu() for rows in torch.split(sides.test, _TEST_ROWS)]
+    return Draw(torch.cat(scores), cost, stuck)
 
 
-def train(problem: Problem, cost: float, *, single: bool) -> LinearSVC:
-    """Fit scikit-learn's LinearSVC; the bias is penalised like a weight. With several labels an image, yes weighs double."""
+def _machine(cost: float, single: bool) -> LinearSVC:
+    """Create a machine; the bias is penalised like a weight. With several labels an image, yes weighs double."""
     weights = None if single else {0: 1.0, 1: 2.0}
-    machine = LinearSVC(C=cost, class_weight=weights, max_iter=_ITERATIONS, dual="auto", random_state=0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        return machine.fit(problem.features[problem.rows], problem.truth)
+    return LinearSVC(C=cost, class_weight=weights, max_iter=_ITERATIONS, dual="auto", random_state=0)
 
 
-def choose_cost(problems: Sequence[Problem], costs: Sequence[float], single: bool) -> float | None:
-    """Return the cost with the best score on images left out, on average over all problems and parts; of equals the smallest.
+def _unit_rows(bank: Tensor, rows: Ints) -> npt.NDArray[np.float64]:
+    return unit(bank[torch.from_numpy(rows)]).double().cpu().numpy()
 
-    The score is the share labelled right, or with several labels an image the interpolated average precision. The images of a
-    class take turns in three parts, each of which is left out once; the only image of a class is in all that is learnt from.
-    Returns None if there is nothing to choose by: no part has images of two classes.
+
+def choose_cost(bank: Tensor, problems: Sequence[tuple[Ints, Ints]], costs: Sequence[float], single: bool) -> float | None:
+    """Return the cost with the best score on images left out, over all problems (rows [n] of the bank, classes [n]) and parts.
+
+    The score is the share labelled right, or with several labels an image the interpolated average precision; of equals the
+    smallest cost is taken. The images of a class take turns in three parts, each of which is left out once; the only image of a
+    class is in all that is learnt from. None: there is nothing to choose by, as no part has images of two classes.
     """
-    splits = []
-    for problem in problems:
-        turn = np.full(len(problem.truth), -1)
-        for own in np.unique(problem.truth):
-            rows = (problem.truth == own).nonzero()[0]
-            turn[rows] = np.arange(len(rows)) % _PARTS if len(rows) > 1 else -1
-        for part in range(_PARTS):
-            sides = problem.part(turn != part), problem.part(turn == part)
-            if all(len(np.unique(side.truth)) > 1 for side in sides):
-                splits.append(sides)
-    if not splits:
-        return None
-
-    def score(learnt: Problem, out: Problem, cost: float) -> float:
-        machine = train(learnt, cost, single=single)
-        features = out.features[out.rows]
-        if single:
-            return float(machine.score(features, out.truth))
-        decision = torch.from_numpy(machine.decision_function(features))[:, None]
-        return float(average_precision(decision, torch.from_numpy(out.truth[:, None]), interpolated=True)[0])
-
-    figures = [np.mean([score(*sides, cost) for sides in splits]) for cost in sorted(costs)]
-    return float(sorted(costs)[int(np.argmax(figures))])
+    figures: dict[float, list[float]] = {cost: [] for cost in sorted(costs)}
+    for rows, truth in problems:
+        turn = np.full(len(truth), -1)
+        for own in np.unique(truth):
+            places = (truth == own).nonzero()[0]
+            turn[places] = np.arange(len(places)) % _PARTS if len(places) > 1 else -1
+        splits = [sides for sides in PredefinedSplit(turn).split() if all(len(np.unique(truth[side])) > 1 for side in sides)]
+        features = _unit_rows(bank, rows) if splits else np.empty(0)
+        for cost, scores in figures.items() if splits else ():
+            scores += list(
+                cross_val_score(_machine(cost, single), features, truth, cv=splits, scoring=None if single else _precision)
+            )
+    means = {cost: np.mean(scores) for cost, scores in figures.items() if scores}
+    return max(means, key=lambda cost: means[cost], default=None)
 
 
-def _scores(test: Tensor, draw: Draw) -> Tensor:
-    """Return the scores [M,C], fp32 on the CPU."""
-    weight, bias = draw.weight.to(test.device), draw.bias.to(test.device)
-    with full_precision(test.device):
-        return torch.cat([torch.addmm(bias, unit(rows), weight.T).cpu() for rows in torch.split(test, _TEST_ROWS)])
+def _precision(machine: LinearSVC, features: npt.NDArray[np.float64], truth: Ints) -> float:
+    decision = torch.from_numpy(machine.decision_function(features))[:, None]
+    return float(average_precision(decision, torch.from_numpy(truth[:, None]), interpolated=True)[0])
 
 
 def _notes(labels: Tensor, count: Tensor, shots: int, draws: list[Draw]) -> list[str]:
     notes = []
-    if few := places((count > 0) & (count < shots)):
-        notes.append(f"Fewer than {shots} bank images of {numbered(few)}: all of them were used.")
-    if labels.dim() == 2 and (lone := places((count == 0) | ((labels == 0).sum(dim=0) == 0))):
-        notes.append(f"The bank has no images both of {numbered(lone)} and not, so nothing was learnt there.")
+    if few := numbered((count > 0) & (count < shots)):
+        notes.append(f"Fewer than {shots} bank images of {few}: all of them were used.")
+    if labels.dim() == 2 and (lone := numbered((count == 0) | ((labels == 0).sum(dim=0) == 0))):
+        notes.append(f"The bank has no images both of {lone} and not, so nothing was learnt there.")
     if any(draw.cost is None for draw in draws):
         notes.append(f"With so few images a class there is no cross-validation, so the cost was {_COST:g}.")
     if stuck := sum(draw.stuck for draw in draws):
@@ -188,7 +161,7 @@ def _notes(labels: Tensor, count: Tensor, shots: int, draws: list[Draw]) -> list
 
 def _finding(shots: int, draws: list[Draw], sides: LabelledFeatures, bootstrap: Bootstrap, notes: list[str]) -> Finding:
     setting: dict[str, Any] = {"shots": shots}
-    truth, right, scores = sides.test_labels, None, [_scores(sides.test, draw) for draw in draws]
+    truth, right, scores = sides.test_labels, None, [draw.scores for draw in draws]
     figures: list[dict[str, float]]
     if sides.several:
         setting |= {"average_precision": "interpolated"}

@@ -5,7 +5,7 @@ Legend: M test images, C classes, R resamples.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,8 +19,7 @@ Floats = npt.NDArray[np.float64]
 _CELLS = 1 << 22  # images drawn at a time, over all resamples
 
 
-@dataclass(frozen=True)
-class Bootstrap:
+class Bootstrap(NamedTuple):
     """How intervals are drawn: the number of resamples R, and their seed."""
 
     resamples: int = 1000
@@ -41,8 +40,7 @@ def mean_interval(values: npt.ArrayLike, bootstrap: Bootstrap) -> Interval:
     """Return the interval of the mean of one value a test image, [M]."""
     values = np.asarray(values, np.float64)
     generator, count = bootstrap.generator(), len(values)
-    means = [values[generator.integers(0, count, count)].mean() for _ in range(bootstrap.resamples)]
-    return percentiles(np.array(means))
+    return percentiles(np.array([values[generator.integers(0, count, count)].mean() for _ in range(bootstrap.resamples)]))
 
 
 def ranks(scores: Tensor, truth: Tensor) -> Tensor:
@@ -59,15 +57,9 @@ def ranks(scores: Tensor, truth: Tensor) -> Tensor:
 
 
 def accuracies(rank: Tensor, truth: Tensor, classes: int) -> dict[str, float]:
-    """Return the percentages of test images labelled right.
+    """Return the percentages of test images labelled right, from `ranks` [M] and the true classes [M] in 0..C-1.
 
-    Args:
-        rank: int64 [M] as of `ranks`; at least one.
-        truth: int64 [M] in 0..C-1.
-        classes: C.
-
-    Returns:
-        `top1`; `top5`, right among the best min(5, C); `mean_per_class`, the mean of top-1 over the classes that occur.
+    `top1`; `top5`, right among the best min(5, C); `mean_per_class`, the mean of top-1 over the classes that occur.
     """
     right, count = (rank == 0).double(), torch.bincount(truth, minlength=classes)
     per_class = torch.bincount(truth, weights=right, minlength=classes)[count > 0] / count[count > 0]
@@ -76,10 +68,7 @@ def accuracies(rank: Tensor, truth: Tensor, classes: int) -> dict[str, float]:
 
 
 def accuracy_intervals(rank: Tensor, truth: Tensor, classes: int, bootstrap: Bootstrap) -> dict[str, Interval]:
-    """Return the intervals of `accuracies`.
-
-    Only how often an image of each class is drawn, and right, matters: that is one multinomial draw a resample instead of M.
-    """
+    """Return the intervals of `accuracies`: one multinomial draw a resample of how often each class is drawn, and right."""
     place = (rank >= 5).long() + (rank >= 1).long()  # 0: first, 1: among five, 2: beyond
     cells = torch.bincount(truth * 3 + place, minlength=3 * classes).double().numpy()
     total = int(cells.sum())
@@ -134,10 +123,9 @@ def average_precision(
 
 
 def map_samples(scores: Tensor, targets: Tensor, bootstrap: Bootstrap, *, interpolated: bool = False) -> Floats:
-    """Compute the mean of `average_precision` over the classes in each resample, [R] in 0..1.
+    """Compute the mean of `average_precision` over the classes that occur in each resample, [R] in 0..1.
 
-    A resample is the same for all classes and depends on nothing but the bootstrap and M, so those of several classifiers can be
-    averaged one by one. A class that a resample has no image of counts in none of its mean.
+    A resample depends on the bootstrap and M alone, so those of several classes or classifiers can be averaged one by one.
     """
     generator, images, means = bootstrap.generator(), len(scores), []
     step = max(1, _CELLS // images)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,25 +15,19 @@ from relssl.data.folder import shown
 from relssl.data.images import Images
 from relssl.data.named import load
 from relssl.data.subsets import shared
-from relssl.errors import ConfigError, DataError
+from relssl.errors import DataError
 
 
 def listed(classes: Collection[int], names: Sequence[str] | None = None) -> str:
     """Return the first five classes by name, or by number, and how many more there are: `3, 8 and 2 more`."""
-    places = sorted(classes)
-    more = f" and {len(places) - 5} more" if len(places) > 5 else ""
-    return ", ".join(names[place] if names else str(place) for place in places[:5]) + more
+    more = f" and {len(classes) - 5} more" if len(classes) > 5 else ""
+    return ", ".join(names[place] if names else str(place) for place in sorted(classes)[:5]) + more
 
 
-def numbered(classes: Collection[int]) -> str:
-    """Return `class 3`, or `classes 3, 8 and 2 more`."""
-    return f"class{'es' if len(classes) > 1 else ''} {listed(classes)}"
-
-
-def places(wanted: Tensor) -> list[int]:
-    """Return the classes for which a bool [C] is true."""
-    classes: list[int] = wanted.nonzero().flatten().tolist()
-    return classes
+def numbered(wanted: Tensor) -> str:
+    """Return the classes for which a bool [C] is true: `class 3`, `classes 3, 8 and 2 more`, or nothing."""
+    classes = wanted.nonzero().flatten().tolist()
+    return f"class{'es' if len(classes) > 1 else ''} {listed(classes)}" if classes else ""
 
 
 def class_counts(labels: Tensor, classes: int) -> Tensor:
@@ -42,18 +37,14 @@ def class_counts(labels: Tensor, classes: int) -> Tensor:
 
 @dataclass(frozen=True)
 class LabelledPair:
-    """Both sides of a data set.
-
-    Attributes:
-        bank, test: labelled images.
-        of: how many labelled images the two sides had before they were cut.
-        uncut: fingerprint of the test side before it was cut; a run that was pretrained on those images names them by it.
-    """
+    """Both sides of a data set: labelled images."""
 
     bank: Images
     test: Images
-    of: tuple[int, int] | None = None
-    uncut: str | None = None
+    of: tuple[int, int] | None = None  # how many labelled images the two sides had before they were cut
+    uncut: str | None = (
+        None  # fingerprint of the test side before that; a run that was pretrained on those images names them by it
+    )
 
     @staticmethod
     def load(data: str, root: str | None, at_most: tuple[int, int] | None = None, seed: int = 0) -> LabelledPair:
@@ -62,19 +53,11 @@ class LabelledPair:
         Raises:
             DataError: if the data set has no labels or no test part.
         """
-        if at_most is not None and min(at_most) < 1:
-            raise ConfigError(f"images: must be at least 1 on each side, got {at_most[0]} and {at_most[1]}")
-        bank = labelled(data, load(data, root, "bank"))
-        uncut = load(data, root, "test")
+        bank, uncut = labelled(data, load(data, root, "bank")), load(data, root, "test")
         test = labelled(data, uncut)
         of = (len(bank), len(test))
         most = at_most or of
         return LabelledPair(choose(bank, most[0], seed), choose(test, most[1], seed), of, uncut.fingerprint())
-
-    @property
-    def several(self) -> bool:
-        """True if an image can have several labels."""
-        return self.bank.targets is not None
 
     @property
     def classes(self) -> int:
@@ -91,8 +74,7 @@ class LabelledPair:
             DataError: if no figure would mean anything: a single class, test classes that the bank lacks, or test images that are
                 all in the bank.
         """
-        bank, test = self.bank, self.test
-        of = self.of or (len(bank), len(test))
+        bank, test, of = self.bank, self.test, self.of or (len(self.bank), len(self.test))
         if bank.classes and test.classes and bank.classes != test.classes:
             alone = sorted(set(bank.classes) ^ set(test.classes))[:3] or ["in another order"]
             raise DataError(f"{bank.name}: bank and test name their classes differently ({', '.join(alone)}); give both the same")
@@ -101,9 +83,8 @@ class LabelledPair:
         if bank.labels is not None and test.labels is not None:
             known, wanted = set(bank.labels.tolist()), set(test.labels.tolist())
             if len(known) < 2:
-                raise DataError(
-                    f"{bank.name}: all bank images are of one class ({listed(known, bank.classes)}); give two or more"
-                )
+                one = listed(known, bank.classes)
+                raise DataError(f"{bank.name}: all bank images are of one class ({one}); give two or more")
             if unknown := wanted - known:
                 missing = f"{len(unknown)} classes of the test images have no bank image: {listed(unknown, test.classes)}"
                 if (len(bank), len(test)) == of:
@@ -115,6 +96,13 @@ class LabelledPair:
         if again == len(test):
             raise DataError(f"{test.name}: all {again} test images are in the bank too; evaluate on images of their own")
         return [*notes, f"{again} of {len(test)} test images are in the bank too"] if again else notes
+
+    def card(self) -> dict[str, Any]:
+        """Return which images and labels are used, by their content: the same folder elsewhere is the same."""
+        of = self.of or (len(self.bank), len(self.test))
+        sides = (("bank", self.bank, of[0]), ("test", self.test, of[1]))
+        used: dict[str, Any] = {name: {"images": len(side), "of": all, "hash": labels_hash(side)} for name, side, all in sides}
+        return used | {"classes": self.classes}
 
 
 def labels_hash(images: Images) -> str:
@@ -138,7 +126,6 @@ def labelled(data: str, images: Images) -> Images:
     rows = np.flatnonzero(images.labels >= 0) if images.labels is not None else np.empty(0, np.int64)
     if not len(rows):
         raise DataError(
-            f"{shown(data)}: has no labels to evaluate with; lay it out as train/CLASS/ and val/CLASS/ with two classes or more, "
-            "and no image outside of them"
+            f"{shown(data)}: has no labels to evaluate with; lay it out as train/CLASS/ and val/CLASS/, two or more each"
         )
     return images if len(rows) == len(images) else images.subset(rows)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from relssl.evaluation.features import LabelledFeatures, full_precision
 from relssl.evaluation.metrics import Bootstrap, accuracies, average_precision, map_samples, percentiles, ranks
-from relssl.evaluation.pairs import class_counts, numbered, places
+from relssl.evaluation.pairs import class_counts, numbered
 from relssl.evaluation.result import Finding
 from relssl.settings.evaluation import ProbeConfig
 
@@ -29,11 +29,11 @@ _ROWS = 4096  # images whose logits are held at a time
 
 
 class Fit(NamedTuple):
-    """Weights and biases fp64 [C,F+1], L-BFGS iterations, and the largest magnitude of the gradient's entries at the end."""
+    """Where L-BFGS ended."""
 
-    weight: Tensor
+    weight: Tensor  # and biases, fp64 [C,F+1]
     iterations: int
-    gradient: float
+    gradient: float  # the largest magnitude of its entries
 
 
 def probe(sides: LabelledFeatures, settings: ProbeConfig, bootstrap: Bootstrap, seed: int) -> list[Finding]:
@@ -72,10 +72,24 @@ def probe(sides: LabelledFeatures, settings: ProbeConfig, bootstrap: Bootstrap, 
         if waited == _PATIENCE:
             break  # weaker ones take ever longer, and fit the noise
     final = fit(rows, labels, classes, strength, settings.iterations, start=start)
-    notes += _notes(strength, strengths, tried, final)
+    if len(strengths) > 1 and not tried:
+        notes.append(f"No image of the bank could be held out, so the middle penalty, {strength:g}, was taken.")
+    elif len(strengths) > 1 and strength in (strengths[0], strengths[-1]):
+        notes.append(f"The penalty chosen, {strength:g}, is at the edge of probe.strengths; try more on that side.")
+    if final.gradient > _ENOUGH:
+        slope = f"largest slope {final.gradient:.1e}"
+        notes.append(f"The final fit had not converged after {final.iterations} iterations ({slope}); raise probe.iterations.")
+
     scores = torch.cat([predict(standardise(part, mean, deviation), final.weight) for part in torch.split(test, _ROWS)])
     details = {"strength": strength, "held_out": int(out.sum()), "tried": tried, "iterations": final.iterations}
-    return [_finding(scores, sides.test_labels, classes, bootstrap, notes, details)]
+    truth = sides.test_labels
+    if not sides.several:
+        more = {"notes": tuple(notes), "details": details}
+        return [Finding.of_ranks({}, ranks(scores, truth), truth, classes, bootstrap, **more)]
+    each_class = [None if np.isnan(value) else round(float(100 * value), 4) for value in average_precision(scores, truth)]
+    figures, interval = dict([_figure(scores, truth, classes)]), percentiles(100 * map_samples(scores, truth, bootstrap))
+    details |= {"average_precision": each_class}
+    return [Finding({"average_precision": "plain"}, "map", figures, {"map": interval}, tuple(notes), details)]
 
 
 def standardise(features: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
@@ -114,23 +128,20 @@ def fit(
         history_size=10,
         line_search_fn="strong_wolfe",
     )
-    parts: list[tuple[Tensor, ...]] = list(zip(torch.split(rows, _ROWS), torch.split(labels, _ROWS), strict=True))
-    if labels.dim() == 2:
-        shares = (labels >= 0) / (labels >= 0).sum(dim=0).clamp_min(1)
-        triples = zip(parts, torch.split(shares, _ROWS), strict=True)
-        parts = [(features, own.clamp_min(0).float(), share) for (features, own), share in triples]
+    targets, shares = labels.clamp_min(0).float(), (labels >= 0) / (labels >= 0).sum(dim=0).clamp_min(1)  # of several labels
 
     def objective() -> float:
         """Add up loss and gradient in fp64, from products in fp32."""
         point = weight.detach()
         flat = point.float().requires_grad_()
         total = strength / 2 * float(point[:, :-1].square().sum())
-        for features, own, *share in parts:
-            logits = torch.addmm(flat[:, -1], features, flat[:, :-1].T)
-            if share:
-                loss = F.binary_cross_entropy_with_logits(logits, own, share[0], reduction="none").sum(dtype=torch.float64)
+        for part in (slice(first, first + _ROWS) for first in range(0, len(rows), _ROWS)):
+            logits = torch.addmm(flat[:, -1], rows[part], flat[:, :-1].T)
+            if labels.dim() == 2:
+                each = F.binary_cross_entropy_with_logits(logits, targets[part], shares[part], reduction="none")
             else:
-                loss = F.cross_entropy(logits, own, reduction="none").sum(dtype=torch.float64) / len(rows)
+                each = F.cross_entropy(logits, labels[part], reduction="none")
+            loss = each.sum(dtype=torch.float64) / (1 if labels.dim() == 2 else len(rows))
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
         assert flat.grad is not None
@@ -160,8 +171,8 @@ def hold_out(labels: Tensor, classes: int, share: float, seed: int) -> tuple[Ten
     if labels.dim() == 1:
         count = class_counts(labels, classes)
         groups = torch.split(labels.argsort(stable=True), count.tolist())
-        if single := places(count == 1):
-            notes.append(f"With a single bank image each, {numbered(single)} took no part in choosing the penalty.")
+        if single := numbered(count == 1):
+            notes.append(f"With a single bank image each, {single} took no part in choosing the penalty.")
     for rows in groups:
         some = min(max(1, round(share * len(rows))), len(rows) - 1)
         out[rows[torch.from_numpy(generator.permutation(len(rows))[: max(some, 0)])]] = True
@@ -174,27 +185,3 @@ def _figure(scores: Tensor, truth: Tensor, classes: int) -> tuple[str, float]:
         return "top1", accuracies(ranks(scores, truth), truth, classes)["top1"]
     each = average_precision(scores, truth)
     return "map", 0.0 if np.isnan(each).all() else 100 * float(np.nanmean(each))
-
-
-def _notes(strength: float, strengths: list[float], tried: list[dict[str, Any]], final: Fit) -> list[str]:
-    notes = []
-    if len(strengths) > 1 and not tried:
-        notes.append(f"No image of the bank could be held out, so the middle penalty, {strength:g}, was taken.")
-    elif len(strengths) > 1 and strength in (strengths[0], strengths[-1]):
-        notes.append(f"The penalty chosen, {strength:g}, is at the edge of probe.strengths; try more on that side.")
-    if final.gradient > _ENOUGH:
-        slope = f"largest slope {final.gradient:.1e}"
-        notes.append(f"The final fit had not converged after {final.iterations} iterations ({slope}); raise probe.iterations.")
-    return notes
-
-
-def _finding(
-    scores: Tensor, truth: Tensor, classes: int, bootstrap: Bootstrap, notes: list[str], details: dict[str, Any]
-) -> Finding:
-    if truth.dim() == 1:
-        return Finding.of_ranks({}, ranks(scores, truth), truth, classes, bootstrap, notes, details)
-    each = 100 * average_precision(scores, truth)
-    details |= {"average_precision": [None if np.isnan(value) else round(float(value), 4) for value in each]}
-    interval = percentiles(100 * map_samples(scores, truth, bootstrap))
-    figures = dict([_figure(scores, truth, classes)])
-    return Finding({"average_precision": "plain"}, "map", figures, {"map": interval}, tuple(notes), details)

@@ -66,16 +66,10 @@ def retrieval(
         notes.append(f"{left} of {len(test)} test images have no other of their class in the gallery and were left out.")
     if max(settings.at) > max(at):
         notes.append(f"The gallery has {max(at)} images; recall beyond that many is recall at that many.")
-    return [
-        Finding(
-            {"gallery": settings.gallery},
-            "map",
-            {name: 100 * float(each.mean()) for name, each in values.items()},
-            {name: mean_interval(100 * each.numpy(), bootstrap) for name, each in values.items()},
-            tuple(notes),
-            {"queries": queries, "gallery": len(gallery) - itself},
-        )
-    ]
+    figures = {name: 100 * float(each.mean()) for name, each in values.items()}
+    intervals = {name: mean_interval(100 * each.numpy(), bootstrap) for name, each in values.items()}
+    details = {"queries": queries, "gallery": len(gallery) - itself}
+    return [Finding({"gallery": settings.gallery}, "map", figures, intervals, tuple(notes), details)]
 
 
 def _alike(queries: Tensor, labels: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from relssl.method.backbones import Network
 from relssl.settings.run import METHODS, Config
 
 if TYPE_CHECKING:
-    from relssl.train.estimate import Advice, Estimate
+    from relssl.train.estimate import Estimate
     from relssl.train.pretrain import Result
 
 _WIDTH = 120  # characters a line where nobody's screen sets it
@@ -26,29 +26,24 @@ _HEALTH = ("teacher_entropy", "teacher_neighbours", "kl", "agreement", "embeddin
 def _pairs(title: str, rows: Iterable[tuple[str, str] | None]) -> None:
     """Print a table of names and values; None draws a line."""
     table = Table(title=Text(title), title_justify="left", show_header=False, min_width=60)
-    for row in rows:
-        table.add_section() if row is None else table.add_row(*map(Text, row))
-    Console(highlight=False).print(table)
+    _print(table, rows, Console(highlight=False))
 
 
 def _columns(title: str, words: str, numbers: str, rows: Iterable[tuple[str, ...] | None], last: str = "") -> None:
     """Print a table with columns of text, then of numbers, then of intervals, then perhaps a last one of text; None draws a line."""
     table = Table(title=Text(title, "bold"), title_justify="left", box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-    for name in words.split():
-        table.add_column(name, overflow="fold")
-    for name in numbers.split():
-        table.add_column(name, justify="right", overflow="fold")
+    for name in (*words.split(), *numbers.split()):
+        table.add_column(name, justify="left" if name in words.split() else "right", overflow="fold")
     table.add_column("95 % interval", justify="right", no_wrap=True)
     if last:
         table.add_column(last, overflow="fold")
+    _print(table, rows, Console(highlight=False, width=None if Console().is_terminal else _WIDTH))
+
+
+def _print(table: Table, rows: Iterable[tuple[str, ...] | None], console: Console) -> None:
     for row in rows:
         table.add_section() if row is None else table.add_row(*map(Text, row))
-    _console().print(table)
-
-
-def _console() -> Console:
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=_WIDTH)
+    console.print(table)
 
 
 def show(networks: Iterator[Network], size: int) -> list[Network]:
@@ -76,22 +71,10 @@ def show_estimate(figures: Estimate) -> None:
     """Print the run's cost, where a step's time goes, and what to change."""
     _pairs("What the run would take", _costs(figures))
     _pairs("Where a step's time goes", _step(figures))
-    print("\n  ".join(["What to change", *advice_lines(figures.advice)]))
-
-
-def _step(figures: Estimate) -> Iterator[tuple[str, str] | None]:
-    names = _SHARES | ({"data": "making the views"} if figures.workers is None else {})
-    yield from ((names[name], f"{share:.0%}") for name, share in figures.shares.items() if share)
-    yield None
-    yield "what limits", _LIMITS[figures.limit]
-    yield "an image needs", f"{sum(figures.flops.values()) / 1e9:.3g} GFLOP"
-    yield "the device reaches", f"{figures.attainable_flops / 1e9:,.0f} GFLOP/s"
-    yield "a step takes", f"{figures.floor_multiple:.1f} x what that comes to ({duration(figures.floor_seconds)})"
-
-
-def advice_lines(advice: tuple[Advice, ...]) -> list[str]:
-    """Return one line for each change."""
-    return [f"{each.setting}: {each.value}  ({each.why})" for each in advice] or ["nothing: no setting stands in the way"]
+    if figures.disk.cache:
+        print("Steps read the files as they are, as the cache is not complete; with shrunk images they wait less for data.\n")
+    changes = [f"{each.setting}: {each.value}  ({each.why})" for each in figures.advice]
+    print("\n  ".join(["What to change", *(changes or ["nothing: no setting stands in the way"])]))
 
 
 def _costs(figures: Estimate) -> Iterator[tuple[str, str] | None]:
@@ -109,11 +92,21 @@ def _costs(figures: Estimate) -> Iterator[tuple[str, str] | None]:
     yield "memory, peak", f"{size(memory.used)} of {size(memory.total)}"
     yield "disk", f"{size(disk.total)}, {disk.checkpoints} checkpoints of {size(disk.checkpoint)}; {size(disk.free)} free"
     if disk.cache:
-        yield "disk for shrunk images", f"{size(disk.cache)} more; {size(disk.cache_free)} free"
+        yield "disk for shrunk images", f"about {size(disk.cache)} more; {size(disk.cache_free)} free"
     if figures.workers is not None:
         yield "loader processes", str(figures.workers)
     if figures.unreadable:
         yield "images met that cannot be read", str(figures.unreadable)
+
+
+def _step(figures: Estimate) -> Iterator[tuple[str, str] | None]:
+    names = _SHARES | ({"data": "making the views"} if figures.workers is None else {})
+    yield from ((names[name], f"{share:.0%}") for name, share in figures.shares.items() if share)
+    yield None
+    yield "what limits", _LIMITS[figures.limit]
+    yield "an image needs", f"{sum(figures.flops.values()) / 1e9:.3g} GFLOP"
+    yield "the device reaches", f"{figures.attainable_flops / 1e9:,.0f} GFLOP/s"
+    yield "a step takes", f"{figures.floor_multiple:.1f} x what that comes to ({duration(figures.floor_seconds)})"
 
 
 def show_evaluation(record: dict[str, Any]) -> None:
@@ -174,9 +167,9 @@ def _setting(setting: dict[str, Any]) -> str:
 
 def _plain(value: Any) -> str:
     """Return a setting's value: numbers short, lists by their elements."""
-    if isinstance(value, float):
-        return f"{value:g}"
-    return " ".join(map(_plain, value)) if isinstance(value, (list, tuple)) else str(value)
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(_plain, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _range(interval: Any) -> str:

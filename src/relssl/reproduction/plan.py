@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import re
 import shlex
@@ -28,13 +29,7 @@ _RESERVED = {"out": "--out and --runs name the folders", "seed": "use --seeds N"
 
 @dataclass(frozen=True)
 class Run:
-    """A row with one seed.
-
-    Attributes:
-        settings: the nested settings it was resolved from, which its command spells out.
-        folder: its run folder.
-        note: the file beside it that holds its results: {"evaluation", "results", ...}, or {"error", ...}.
-    """
+    """A row with one seed, the nested `settings` it was resolved from, which its command spells out, and its run folder."""
 
     row: Row
     seed: int
@@ -45,6 +40,7 @@ class Run:
 
     @property
     def note(self) -> Path:
+        """The file beside the folder that holds the run's results, {"evaluation", "results", ...}, or {"error", ...}."""
         return self.folder.with_name(f"{self.folder.name}.json")
 
     def state(self) -> str:
@@ -76,8 +72,7 @@ class Plan:
     Attributes:
         name: of the results, TABLE-SCALE or TABLE-SCALE-rehearsal; a rehearsal's runs are shorter than the scale has them.
         overrides: settings of all runs, by dotted name.
-        runs: those of all rows that can be set up, row by row within each seed, so that a plan that is stopped has compared all rows
-            on the first seeds.
+        runs: those of all rows that can be set up, seed by seed, so that a plan that is stopped has compared all rows on some seeds.
         chosen: those that are to be run.
     """
 
@@ -121,14 +116,14 @@ def plan(
     rows = table.at(scale.name)
     names = [row.name for row in rows]
     wanted = {known("only", name, names) for name in only} or set(names)
-    varied = {name for row in rows for name in flat(row.settings, leaves(Config))}
-    faults = [f"{name}: cannot be given for all runs; {why}" for name, why in _RESERVED.items() if name in over]
-    faults += [
-        f"{name}: is what the rows of {table.name} differ in; leave it out"
-        for name in over
-        if any(f"{other}.".startswith(f"{name}.") for other in varied)
-    ]
-    if faults:
+    varied = {
+        part
+        for row in rows
+        for name in flat(row.settings, leaves(Config))
+        for part in itertools.accumulate(name.split("."), "{}.{}".format)
+    }
+    why = _RESERVED | dict.fromkeys(varied, f"the rows of {table.name} differ in it")
+    if faults := [f"{name}: cannot be given for all runs; {why[name]}" for name in over if name in why]:
         raise ConfigError(*faults)
     name = f"{table.name}-{scale.name}" + ("-rehearsal" if "epochs" in over else "")
     folder = Path(runs or f"runs/reproduce/{name}")
@@ -136,17 +131,16 @@ def plan(
     notes = (re.fullmatch("(.+)-([0-9]{1,6})", path.stem) for path in folder.glob("*.json"))
     earlier = {int(note[2]) for note in notes if note and note[1] in names}
     planned = []
-    for seed in sorted({*range(count), *earlier}):
-        for row in rows:
-            try:
-                run = _run(table, scale, row, seed, folder, over)
-            except ConfigError:
-                if row.name in wanted:
-                    raise
-                continue
-            if seed < count or run.note.exists():
-                _refuse_other_settings(run)
-                planned.append(run)
+    for seed, row in itertools.product(sorted({*range(count), *earlier}), rows):
+        try:
+            run = _run(table, scale, row, seed, folder, over)
+        except ConfigError:
+            if row.name in wanted:
+                raise
+            continue
+        if seed < count or run.note.exists():
+            _refuse_other_settings(run)
+            planned.append(run)
     chosen = [run for run in planned if run.row.name in wanted and run.seed < count]
     return Plan(name, table, scale, over, planned, chosen)
 
@@ -179,19 +173,15 @@ def _run(table: Table, scale: Scale, row: Row, seed: int, folder: Path, over: Ma
 def _refuse_other_settings(run: Run) -> None:
     """Refuse a folder that holds a run of other settings: its figures are not this row's."""
     file = run.folder / "config.yaml"
-    if not file.exists():
-        return
     try:
-        stored = from_mapping(read_yaml(file))
+        stored = from_mapping(read_yaml(file)) if file.exists() else run.config
     except ConfigError as error:
         raise ConfigError(f"{run.folder}: its config.yaml cannot be used ({error.faults[0]}); move the folder away") from error
     for name in leaves(Config):
         there, here = attrgetter(name)(stored), attrgetter(name)(run.config)
         if there != here and name not in _NEUTRAL and not (name in _FROM_DATA and here is None):
-            raise ConfigError(
-                f"{run.folder}: holds a run of other settings ({name}: {there} there, {here} now); "
-                "give another --runs and --out, or move it away"
-            )
+            differs = f"holds a run of other settings ({name}: {there} there, {here} now)"
+            raise ConfigError(f"{run.folder}: {differs}; give another --runs and --out, or move it away")
 
 
 def plain(settings: Evaluation) -> Any:

@@ -18,7 +18,7 @@ from relssl.files import duration, storing, write_json
 from relssl.reproduction.plan import Plan, Run, plain, plan, read_json
 from relssl.reproduction.results import options, outcome, typed, write_results
 from relssl.reproduction.tables import read_scale, read_table
-from relssl.settings.run import Config, derive
+from relssl.settings.run import derive
 from relssl.train.signals import REASONS, TIME_LIMIT
 
 # What a note holds of an evaluation's record; its card and which images were right are in RUN/evaluations.
@@ -42,18 +42,16 @@ def reproduce(
 ) -> dict[str, Any]:
     """Rerun a comparison: plan its runs, skip those that are done, go on with those that were stopped, and write the results.
 
-    A run that fails is noted, and the next one begins. After each, OUT/TABLE-SCALE.json and .md are written anew from all run
-    folders of the plan.
+    A run that fails is noted, and the next one begins. OUT/TABLE-SCALE.json and .md are written anew after each.
 
     Args:
         table, scale: names, which `relssl reproduce` lists; a table may be a YAML file of one's own.
-        seeds: 0..seeds-1 are run; default: the scale's. Results include others that were run before.
-        only: names of the rows to run; results include the others that were run before.
-        runs: folder of the run folders; default: runs/reproduce/TABLE-SCALE.
-        out: folder of the results.
+        seeds: 0..seeds-1 are run; default: the scale's.
+        only: names of the rows to run; results include all that was run before.
+        runs, out: folders of the run folders, default: runs/reproduce/TABLE-SCALE, and of the results.
         time_limit: minutes for all runs together; a run's evaluation that has begun is finished first.
-        plan_only: run nothing and write nothing; the answer then is {"table", "scale", "rows": [{"row", "label", "runs", "done",
-            "seconds"}, ...], "seconds", "basis"}, seconds of what is left to do.
+        plan_only: run and write nothing; return {"table", "scale", "rows": [{"row", "label", "runs", "done", "seconds"}, ...],
+            "seconds", "basis"}, seconds of what is left to do.
         say: called with lines on the progress.
         overrides: settings for all runs, by name; `epochs` makes it a rehearsal, whose results say so and have a name of their own.
 
@@ -83,14 +81,14 @@ def reproduce(
         with _signals_raise():
             for run in todo:
                 if run.state() != "done":  # by another process meanwhile
-                    perform(run, end)
+                    _perform(run, end)
                     write_results(planned, Path(out))
                     log(f"{run.row.name} seed {run.seed}: {_summary(run)}")
-    except (Interrupted, _Signal) as error:
+    except (Interrupted, KeyboardInterrupt) as error:
         write_results(planned, Path(out))
         left = sum(run.state() != "done" for run in todo)
         what = f"{planned.name}: stopped with {left} of {len(planned.chosen)} runs to do; the same command goes on"
-        raise Interrupted(what, error.exit_code) from None
+        raise Interrupted(what, error.exit_code if isinstance(error, Interrupted) else error.args[0]) from None
     return write_results(planned, Path(out))
 
 
@@ -105,19 +103,12 @@ def _check_out(planned: Plan, out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
 
 
-class _Signal(KeyboardInterrupt):
-    """A signal outside of training, where nothing has to be saved; no handler of errors takes it for one."""
-
-    def __init__(self, code: int) -> None:
-        self.exit_code = code
-
-
 @contextmanager
 def _signals_raise() -> Iterator[None]:
-    """Let SIGINT and SIGTERM raise `_Signal` meanwhile; training has its own handlers, as it saves first."""
+    """Let SIGINT and SIGTERM raise KeyboardInterrupt with their exit code; training has its own handlers, as it saves first."""
 
     def stop(number: int, _: object) -> None:
-        raise _Signal(128 + number)
+        raise KeyboardInterrupt(128 + number)
 
     main = threading.current_thread() is threading.main_thread()
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM) if main}
@@ -128,41 +119,34 @@ def _signals_raise() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def perform(run: Run, end: float) -> None:
-    """Bring a run to its end from wherever it stands, and write its note.
+def _perform(run: Run, end: float) -> None:
+    """Bring a run to its end from wherever it stands, by the time `end` of `time.monotonic`, and write its note.
 
-    A failure of this row alone is noted as {"error": {"kind", "message", "exit_code"}} and raised no further.
-
-    Raises:
-        Interrupted: at the time `end` of `time.monotonic`, or on a signal; the run goes on from there the next time.
-        StorageError, LockedError: which the next row would meet as well.
+    A failure of this row alone is noted as {"error": {"kind", "message", "exit_code"}} and raised no further; StorageError and
+    LockedError, which the next row would meet as well, are.
     """
-    try:
-        note = _perform(run, end)
-    except (Interrupted, StorageError, LockedError):
-        raise
-    except Exception as error:
-        message = str(error) if isinstance(error, RelsslError) else f"{type(error).__name__}: {error}"
-        kind, code = getattr(error, "kind", "bug"), getattr(error, "exit_code", 1)
-        note = {"error": {"kind": kind, "message": message, "exit_code": code}}
-    run.note.parent.mkdir(parents=True, exist_ok=True)
-    write_json(run.note, {"row": run.row.name, "seed": run.seed} | note)
-
-
-def _perform(run: Run, end: float) -> dict[str, Any]:
     left = _minutes(end)
     from relssl.evaluation.evaluate import evaluate
     from relssl.train.pretrain import pretrain, resume
 
-    if run.state() == "new":
-        # The limit is this command's, not the run's: only what is left of it is written down.
-        pretrain(settings=dataclasses.replace(run.config, time_limit=None if math.isinf(left) else left), quiet=True)
-    else:
-        resume(run.folder, quiet=True, time_limit=left)
-    _minutes(end)
-    record = evaluate(run.folder, settings=run.evaluation)
-    results = [{name: result[name] for name in _NOTED} for result in record["results"]]
-    return {"evaluation": plain(run.evaluation), "results": results}
+    note: dict[str, Any] = {"row": run.row.name, "seed": run.seed}
+    try:
+        if run.state() == "new":
+            # The limit is this command's, not the run's: only what is left of it is written down.
+            pretrain(settings=dataclasses.replace(run.config, time_limit=None if math.isinf(left) else left), quiet=True)
+        else:
+            resume(run.folder, quiet=True, time_limit=left)
+        _minutes(end)
+        record = evaluate(run.folder, settings=run.evaluation)
+        results = [{name: result[name] for name in _NOTED} for result in record["results"]]
+        note |= {"evaluation": plain(run.evaluation), "results": results}
+    except (Interrupted, StorageError, LockedError):
+        raise
+    except Exception as error:
+        message = str(error) if isinstance(error, RelsslError) else f"{type(error).__name__}: {error}"
+        note["error"] = {"kind": getattr(error, "kind", "bug"), "message": message, "exit_code": getattr(error, "exit_code", 1)}
+    run.note.parent.mkdir(parents=True, exist_ok=True)
+    write_json(run.note, note)
 
 
 def _minutes(end: float) -> float:
@@ -182,24 +166,28 @@ def _summary(run: Run) -> str:
 
 def _costs(planned: Plan, say: Say) -> dict[str, Any]:
     """Tell what is left to do and how long it takes: rows by their operations, at the pace of finished runs or of a few steps."""
+    from relssl.train.estimate import estimate
+
     rows: dict[str, list[Run]] = {}
     for run in planned.chosen:
         rows.setdefault(run.row.name, []).append(run)
+    finished = [(run.row.name, one) for run in planned.chosen if (one := outcome(run))]
     work: dict[str, tuple[float, float]] = {}
     rate, evaluation, basis = 0.0, None, "as no row can be set up here"
     for name, (first, *_) in rows.items():
         try:
             work[name] = _operations(first)
-            if not rate and not any(outcome(run) for run in planned.chosen):
-                rate = _pace(first.config)
+            if not rate and not finished:
+                log = dataclasses.replace(first.config.log, knn_every=0)
+                figures = estimate(settings=dataclasses.replace(first.config, log=log), steps=5, quiet=True)
+                rate = work[name][0] / figures.training_seconds if figures else 0.0
                 basis = f"from a few steps of {name}, the other rows by their operations; without the probe's own time"
         except (RelsslError, RuntimeError, ValueError) as error:  # its run will fail with the same
             say(f"{name}: time unknown: {str(error).splitlines()[0]}")
-    finished = [(work[run.row.name][0], one) for run in planned.chosen if run.row.name in work and (one := outcome(run))]
-    if finished:
-        rate = statistics.fmean(training / one["training_seconds"] for training, one in finished)
-        evaluation = statistics.fmean(one["evaluation_seconds"] for _, one in finished)
-        basis = f"from {len(finished)} runs that are done"
+    if timed := [(work[name][0], one) for name, one in finished if name in work]:
+        rate = statistics.fmean(training / one["training_seconds"] for training, one in timed)
+        evaluation = statistics.fmean(one["evaluation_seconds"] for _, one in timed)
+        basis = f"from {len(timed)} runs that are done"
     costs, total = [], 0.0
     for name, runs in rows.items():
         states, seconds = [run.state() for run in runs], None
@@ -230,10 +218,3 @@ def _operations(run: Run) -> tuple[float, float]:
     evaluated = min(images, (run.evaluation.images or (images,))[0])
     views = len(derived.views) if derived.two_way else max(1, len(derived.strong))
     return float(sum(flops.values()) * steps * config.batch_size), passes * evaluated * flops["student"] / views
-
-
-def _pace(config: Config) -> float:
-    """Return the operations a second in a few steps of a run."""
-    from relssl.train.estimate import step_flops, step_seconds
-
-    return sum(step_flops(config).values()) * config.batch_size / step_seconds(config)

@@ -186,23 +186,23 @@ def verdicts(expected: Mapping[str, Any], outcomes: Outcomes) -> dict[str, dict[
     measured = [outcomes.get(name, {}) for name in expected["rows"]]
     if not all(measured):
         return {}
-    if expected["kind"] == "above":
-        first, second = (by_name(one, "figures") for one in measured)
-        return {name: _above(spread(first[name]), spread(second[name])) for name in first if name in second}
-    collapsed = [bool(one["collapsed"]) for one in measured[0].values()]
-    hits = sum(collapsed) if expected["kind"] == "collapse" else len(collapsed) - sum(collapsed)
-    word = "holds" if hits == len(collapsed) else "holds for some seeds" if hits else "does not hold"
-    return {"collapsed": {"verdict": word, "collapsed": sum(collapsed), "seeds": len(collapsed)}}
-
-
-def _above(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
-    difference = first["mean"] - second["mean"]
-    if first["std"] is None or second["std"] is None:
-        word = "as expected, one seed" if difference > 0 else "not as expected, one seed"
-        return {"verdict": word, "difference": difference, "noise": None}
-    noise = math.hypot(first["std"], second["std"])
-    word = "within noise" if abs(difference) <= noise else "holds" if difference > 0 else "does not hold"
-    return {"verdict": word, "difference": difference, "noise": noise}
+    if expected["kind"] != "above":
+        collapsed = [bool(one["collapsed"]) for one in measured[0].values()]
+        hits = sum(collapsed) if expected["kind"] == "collapse" else len(collapsed) - sum(collapsed)
+        word = "holds" if hits == len(collapsed) else "holds for some seeds" if hits else "does not hold"
+        return {"collapsed": {"verdict": word, "collapsed": sum(collapsed), "seeds": len(collapsed)}}
+    judged: dict[str, dict[str, Any]] = {}
+    better, worse = (by_name(one, "figures") for one in measured)
+    for name in (name for name in better if name in worse):
+        first, second = spread(better[name]), spread(worse[name])
+        difference, single = first["mean"] - second["mean"], None in (first["std"], second["std"])
+        noise = None if single else math.hypot(first["std"], second["std"])
+        if noise is None:
+            word = "as expected, one seed" if difference > 0 else "not as expected, one seed"
+        else:
+            word = "within noise" if abs(difference) <= noise else "holds" if difference > 0 else "does not hold"
+        judged[name] = {"verdict": word, "difference": difference, "noise": noise}
+    return judged
 
 
 def order(rows: Sequence[Row], data: Mapping[str, str], outcomes: Outcomes) -> dict[str, list[str]]:

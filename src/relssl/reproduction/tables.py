@@ -1,8 +1,4 @@
-"""The comparisons that can be rerun, read from `tables/*.yaml`; imports no torch.
-
-A table names its rows by the settings they differ in. Where it runs is a scale: `tables/scales/*.yaml` holds what all tables share
-at each, the table what is its own there.
-"""
+"""The comparisons that can be rerun, read from `tables/*.yaml`, each at scales of `tables/scales/*.yaml`; imports no torch."""
 
 from __future__ import annotations
 
@@ -92,21 +88,10 @@ def read_table(name: str) -> Table:
     """Read a table by its name, or a YAML file of one's own; a ConfigError names the nearest of an unknown name."""
     path = Path(name) if name.endswith(".yaml") else FOLDER / f"{known('table', name, names())}.yaml"
     raw = read_yaml(path)
-    return Table(
-        path.stem,
-        raw["title"],
-        " ".join(raw["shows"].split()),
-        " ".join(raw["source"].split()),
-        raw["reference"],
-        {scale: nest(settings or {}) for scale, settings in raw["scales"].items()},
-        tuple(
-            Row(
-                row["name"], row["label"], nest(row["settings"]), tuple(row.get("scales", SCALES)), _numbers(row.get("paper", []))
-            )
-            for row in raw["rows"]
-        ),
-        [_expectation(**entry) for entry in raw["expected"]],
-    )
+    scales = {scale: nest(settings or {}) for scale, settings in raw["scales"].items()}
+    expected = [_expectation(**entry) for entry in raw["expected"]]
+    shows, source = (" ".join(raw[name].split()) for name in ("shows", "source"))
+    return Table(path.stem, raw["title"], shows, source, raw["reference"], scales, tuple(map(_row, raw["rows"])), expected)
 
 
 def read_scale(name: str) -> Scale:
@@ -115,20 +100,15 @@ def read_scale(name: str) -> Scale:
     return Scale(name, raw["about"], int(raw["seeds"]), nest(raw["settings"]), raw["evaluation"])
 
 
-def _numbers(paper: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return an entry for each figure."""
-    return [
-        {
-            "data": entry["data"],
-            "figure": name,
-            "value": float(entry[name]),
-            "sure": entry["sure"],
-            "by": entry.get("by", "the paper"),
-        }
-        for entry in paper
+def _row(raw: dict[str, Any]) -> Row:
+    paper = [
+        {"data": entry["data"], "figure": name, "value": float(entry[name]), "sure": entry["sure"]}
+        | {"by": entry.get("by", "the paper")}
+        for entry in raw.get("paper", [])
         for name in REPORTED
         if name in entry
     ]
+    return Row(raw["name"], raw["label"], nest(raw["settings"]), tuple(raw.get("scales", SCALES)), paper)
 
 
 def _expectation(says: str, **judged: Any) -> dict[str, Any]:

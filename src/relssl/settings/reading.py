@@ -6,9 +6,9 @@ number, `no` is a word where a word is wanted and `010` is ten: the file means w
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
-import itertools
 import re
 import types
 import typing
@@ -66,15 +66,10 @@ def choices(field: FieldInfo) -> tuple[str, ...]:
 
 
 def build(cls: Any, raw: Mapping[str, Any], retired: Mapping[str, str] | None = None, known: Any = None, prefix: str = "") -> Any:
-    """Make a `cls` of a nested mapping.
+    """Make a `cls` of a nested mapping; ConfigError with a line for each unknown key, wrong type and value out of range.
 
-    Args:
-        retired: for settings that are no more ("loader.index"), and values that are no more ("method.loss_form triton"), a few
-            words on what to do instead.
-        known, prefix: within a section, all settings there are, and the section's name with a dot.
-
-    Raises:
-        ConfigError: with one line for each unknown key, wrong type and value out of range.
+    `retired` holds settings ("loader.index") and values ("method.loss_form triton") that are no more, with a few words on what to
+    do instead. Within a section, `known` are all settings there are, and `prefix` is the section's name with a dot.
     """
     retired, known = retired or {}, known or leaves(cls)
     faults: list[str] = []
@@ -132,11 +127,13 @@ def _typed(value: Any, kind: Any) -> Any:
     if origin in (types.UnionType, typing.Union):
         return None if isinstance(value, str) and value.lower() in NULL else _typed(value, args[0])
     if origin in (tuple, dict) and isinstance(value, str):
-        value = _flow(value if value.startswith(("[", "{")) or origin is dict else f"[{value}]")
+        with contextlib.suppress(yaml.YAMLError, RecursionError):
+            value = yaml.load(value if value.startswith(("[", "{")) or origin is dict else f"[{value}]", _Loader)
     if origin is tuple:
         value = [value] if args[-1] is Ellipsis and isinstance(value, (int, float)) else value  # one of several
-        kinds = itertools.chain(args, itertools.repeat(args[-1])) if args[-1] is not Ellipsis else itertools.repeat(args[0])
-        return tuple(map(_typed, value, kinds)) if isinstance(value, (list, tuple)) else value
+        if not isinstance(value, (list, tuple)):
+            return value
+        return tuple(map(_typed, value, args[:1] * len(value) if args[-1] is Ellipsis else args + args[-1:] * len(value)))
     if origin is dict:
         return plain(value)
     if isinstance(value, str) and kind in (bool, int, float):
@@ -150,11 +147,9 @@ def plain(value: Any) -> Any:
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
-    if not isinstance(value, str) or len(value) > 40:
-        return value
-    if value.lower() in ("true", "false"):
+    if isinstance(value, str) and value.lower() in ("true", "false"):
         return value.lower() == "true"
-    if not _NUMBER.fullmatch(value):
+    if not isinstance(value, str) or len(value) > 40 or not _NUMBER.fullmatch(value):
         return value
     return float(value) if set(value) & set(".eE") else int(value)
 
@@ -170,40 +165,23 @@ class _Loader(yaml.BaseLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
-        for key in keys:
-            if not isinstance(key, str) or keys.count(key) > 1:
-                problem = f"key {key!r} is given twice" if isinstance(key, str) else "a key is not a word"
-                raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.constructor.ConstructorError(None, None, f"key {twice[0]!r} is given twice", node.start_mark)
         return super().construct_mapping(node, deep)
 
 
-def _flow(text: str) -> Any:
-    """Read a list or mapping written in one line; text that is none stays as it is."""
-    try:
-        return yaml.load(text, _Loader)
-    except (yaml.YAMLError, RecursionError):
-        return text
-
-
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read the mapping in a YAML file, all scalars as text.
-
-    Raises:
-        ConfigError: if the file is missing, not a regular file, larger than 1 MiB, not UTF-8, or not a mapping.
-    """
+    """Read the mapping in a YAML file, all scalars as text; ConfigError if there is none, or none of a readable size."""
     try:
         if not path.is_file():
-            raise ConfigError(f"{path}: no such file" if not path.exists() else f"{path}: is not a file")
+            raise ConfigError(f"{path}: no such file")
         if path.stat().st_size > _MAX_YAML_BYTES:
             raise ConfigError(f"{path}: is larger than {_MAX_YAML_BYTES} bytes, which no config is")
         loaded = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" line {mark.line + 1}" if mark else ""
-        what = " ".join(str(getattr(error, "problem", None) or error).split())
-        raise ConfigError(f"{path}:{where} {what}") from error
-    except (OSError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"{path}: cannot be read: {type(error).__name__}: {str(error).splitlines()[0]}") from error
+    except (yaml.YAMLError, OSError, UnicodeDecodeError, RecursionError) as error:
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or error
+        where = f" line {mark.line + 1}:" if mark else ""
+        raise ConfigError(f"{path}:{where} cannot be read: {' '.join(str(problem).split())}") from error
     if not isinstance(loaded, dict):
         raise ConfigError(f"{path}: holds no settings; needs lines of the form `key: value`")
     return loaded

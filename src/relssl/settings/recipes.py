@@ -18,7 +18,7 @@ from relssl.errors import ConfigError
 from relssl.settings.reading import merge, nearest_word, read_yaml
 
 _FOLDER = Path(__file__).parent / "recipes"
-_BASES = sorted(path.stem for path in _FOLDER.glob("_*.yaml"))
+_BASES = sorted((path.stem for path in _FOLDER.glob("_*.yaml")), key=lambda name: (name != "_ressl", name))
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,7 @@ def names() -> tuple[str, ...]:
 
 def traits() -> dict[str, dict[str, Any]]:
     """Return what the base recipes say that each method needs, by the method's name, ReSSL first."""
-    bases = {name.removeprefix("_"): _shipped(name) for name in sorted(_BASES, key=lambda name: (name != "_ressl", name))}
-    return {name: raw["traits"] for name, raw in bases.items() if "traits" in raw}
+    return {name[1:]: _shipped(name)["traits"] for name in _BASES if "traits" in _shipped(name)}
 
 
 def public_name(name: str | None) -> str:
@@ -49,58 +48,44 @@ def public_name(name: str | None) -> str:
 
 
 def find(name: str) -> Recipe:
-    """Return a recipe by its name; ConfigError if there is none."""
-    if name not in names():
-        raise _unknown(name)
+    """Return a recipe that comes with the package; ConfigError if there is none of that name."""
+    if name in _BASES:
+        raise ConfigError(f"recipe: {name!r} is only a base of recipes (`relssl recipes` lists these)")
     raw = _shipped(name)
     return Recipe(name, " ".join(raw["about"].split()), " ".join(raw["source"].split()))
-
-
-def listing() -> list[Recipe]:
-    """Return all recipes."""
-    return [find(name) for name in names()]
 
 
 def for_run(data: str, method: str = "ressl") -> str:
     """Return the recipe of a run: the one of its data's name, else `folder`; for another method than ReSSL in that method's
     folder, if it has such a recipe."""
-    plain = data if data in names() else "folder"
-    return next((name for name in (f"{method}/{data}", f"{method}/folder") if name in names()), plain)
+    own = data if data in names() else "folder"
+    return next((name for name in (f"{method}/{data}", f"{method}/folder") if name in names()), own)
 
 
 @functools.cache
 def _shipped(name: str) -> dict[str, Any]:
-    """Read a recipe of the package; layers are laid over it and leave it as it is."""
+    """Read a recipe or base of the package; layers are laid over it and leave it as it is."""
+    if name not in (*names(), *_BASES):
+        guess = nearest_word(name, names())
+        raise ConfigError(f"recipe: {name!r} is unknown; the nearest is {guess} (`relssl recipes` lists all)")
     return read_yaml(_FOLDER / f"{name}.yaml")
 
 
 def read(name: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
     """Read the raw settings of a recipe, by name or as a YAML file, with those of its bases below its own.
 
-    Args:
-        above: recipes that are based on this one.
-
     Raises:
-        ConfigError: if there is no recipe of that name, or recipes are based on each other in a circle.
+        ConfigError: if there is no such recipe, or it is a base of itself; `above` are the recipes that are based on this one.
     """
     if name in above:
         raise ConfigError(f"recipe: {' is based on '.join((*above, name))}, which never ends")
-    if name.endswith((".yaml", ".yml")):
-        raw = read_yaml(Path(name))
-    elif name in (*names(), *_BASES):
-        raw = _shipped(name)
-    else:
-        raise _unknown(name)
+    raw = read_yaml(Path(name)) if name.endswith((".yaml", ".yml")) else _shipped(name)
     bases = raw.get("base", [])
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
         raise ConfigError(f"recipe {name}: base: needs the name of a recipe or a list of names, got {show(bases)}")
-    merged: dict[str, Any] = {}
-    for base in bases:
-        merged = layer(merged, read(base, (*above, name)))
-    return layer(
-        merged, spell_out({key: value for key, value in raw.items() if key not in ("about", "source", "base", "traits")})
-    )
+    own = spell_out({key: value for key, value in raw.items() if key not in ("about", "source", "base", "traits")})
+    return functools.reduce(layer, [*(read(base, (*above, name)) for base in bases), own], {})
 
 
 def spell_out(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,8 +104,3 @@ def layer(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     if over.get("backbone", base.get("backbone")) != base.get("backbone"):
         base = {key: value for key, value in base.items() if key != "backbone_args"}
     return merge(base, over)
-
-
-def _unknown(name: str) -> ConfigError:
-    guess = nearest_word(name, names())
-    return ConfigError(f"recipe: {name!r} is unknown; the nearest is {guess} (`relssl recipes` lists all)")

@@ -7,8 +7,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
@@ -376,66 +377,52 @@ def _checked(raw: Mapping[str, Any]) -> Config:
     return config
 
 
-def _method_faults(config: Config, derived: Derived) -> list[str]:
-    method, traits, faults = config.method, derived.traits, []
+def _method_faults(config: Config, derived: Derived) -> Iterator[str]:
+    method, traits, optimizer = config.method, derived.traits, config.optimizer
     flattest = max(method.teacher_temperature, method.teacher_temperature_start or 0)
     if traits.sharpened and flattest >= method.student_temperature and not method.allow_unsharpened:
-        faults.append(
+        yield (
             f"method.teacher_temperature: {flattest:g} must be below method.student_temperature "
             f"({method.student_temperature:g}), or the teacher's relation is not sharper and training collapses; "
             "method.allow_unsharpened true runs it all the same"
         )
     if method.symmetric and traits.two_way is not None:
         symmetric = ", ".join(name for name, other in METHODS.items() if other.two_way is None)
-        faults.append(f"method.symmetric: is for {symmetric}; {method.name} {'is so' if traits.two_way else 'has one direction'}")
+        yield f"method.symmetric: is for {symmetric}; {method.name} {'is so' if traits.two_way else 'has one direction'}"
     if traits.predictor and config.encoder.predictor == "none":
-        faults.append(f"encoder.predictor: {method.name} collapses without one; needs mlp or residual")
+        yield f"encoder.predictor: {method.name} collapses without one; needs mlp or residual"
     if config.accumulate > 1 and traits.whole_batch:
-        faults.append(f"accumulate: must be 1 with {method.name}, whose negatives are the rest of the batch")
+        yield f"accumulate: must be 1 with {method.name}, whose negatives are the rest of the batch"
     if traits.memory and method.memory_size < config.batch_size:
-        faults.append(f"method.memory_size: {method.memory_size} must be at least batch_size ({config.batch_size})")
-    if config.optimizer.warmup_epochs > config.epochs:
-        faults.append(f"optimizer.warmup_epochs: {config.optimizer.warmup_epochs:g} must not exceed epochs ({config.epochs})")
-    return faults
+        yield f"method.memory_size: {method.memory_size} must be at least batch_size ({config.batch_size})"
+    if optimizer.warmup_epochs > config.epochs:
+        yield f"optimizer.warmup_epochs: {optimizer.warmup_epochs:g} must not exceed epochs ({config.epochs})"
 
 
-def _sharing_faults(config: Config, derived: Derived) -> list[str]:
-    size, shares, splits = config.batch_size, derived.passes, config.encoder.batch_norm_splits
-    if size % shares:
-        product = f"{config.accumulate} x {config.engine.devices} x {config.engine.nodes}"
-        return [f"batch_size: {size} must divide into accumulate x devices x nodes = {product} equal parts"]
-    if size // shares < 2:
-        return [f"batch_size: {size} leaves one image a part, too few for batch normalisation; raise it"]
-    if splits <= shares:
-        return []
-    name = "encoder.batch_norm_splits"
-    if size % splits:
-        return [f"{name}: {splits} must divide batch_size ({size}); change either"]
-    if splits % shares:
-        return [f"{name}: {splits} must be a multiple of accumulate x devices x nodes ({shares}), or not exceed it"]
-    if size // splits < 2:
-        return [f"{name}: {splits} of batch_size ({size}) leaves one image a part; needs {size // 2} at most"]
-    return []
+def _sharing_faults(config: Config, derived: Derived) -> Iterator[str]:
+    size, passes, splits = config.batch_size, derived.passes, config.encoder.batch_norm_splits
+    parts = f"accumulate x devices x nodes ({passes})"
+    if size % passes:
+        yield f"batch_size: {size} must divide into {parts} equal parts"
+    elif derived.share < 2:
+        yield f"batch_size: {size} leaves one image a part, too few for batch normalisation; raise it"
+    elif splits > passes and (size % splits or splits % passes):
+        yield f"encoder.batch_norm_splits: {splits} must divide batch_size ({size}) and be a multiple of {parts}, or not exceed it"
+    elif splits > passes and size // splits < 2:
+        yield f"encoder.batch_norm_splits: {splits} leaves one image a part; needs {size // 2} at most"
 
 
-def _view_faults(config: Config, derived: Derived) -> list[str]:
-    views, faults = config.views, []
-    if derived.two_way and views.crops:
-        method = config.method.name
-        faults.append(f"views.crops: {method} compares two views, views.weak and views.strong; leave views.crops empty")
-    inputs = config.backbone_args.get("in_chans", views.channels)
-    if views.channels == 2:
-        faults.append("views.channels: must be 3, or 1 for grey views, got 2")
-    elif inputs != views.channels:
-        advice = f"; set views.channels {inputs}" if inputs in (1, 3) else ", as images are read in colour or grey; leave it out"
-        faults.append(f"backbone_args: in_chans {inputs} does not fit views.channels {views.channels}{advice}")
+def _view_faults(config: Config, derived: Derived) -> Iterator[str]:
+    channels, inputs = config.views.channels, config.backbone_args.get("in_chans", config.views.channels)
+    if derived.two_way and config.views.crops:
+        yield f"views.crops: {config.method.name} compares two views, views.weak and views.strong; leave views.crops empty"
+    if channels == 2:
+        yield "views.channels: must be 3, or 1 for grey views, got 2"
+    elif inputs != channels:
+        yield f"backbone_args: in_chans {inputs} does not fit views.channels {channels}, which may be 1 or 3; leave in_chans out"
     cache, largest = config.loader.cache, max(view.size for view in derived.views)
     if cache is not None and cache < largest:
-        faults.append(
-            f"loader.cache: {cache} pixels are fewer than the largest view has ({largest}), which would only be "
-            f"enlarged again; needs {largest} or more"
-        )
-    return faults
+        yield f"loader.cache: {cache} pixels are fewer than the largest view has; needs {largest} or more, or it would be enlarged"
 
 
 def differences(config: Config) -> dict[str, Any]:
@@ -451,9 +438,5 @@ def differences(config: Config) -> dict[str, Any]:
 
 def to_yaml(config: Config) -> str:
     """Return the whole configuration as YAML that `from_mapping(read_yaml(...))` reads back to an equal Config."""
-    plain = dataclasses.asdict(config, dict_factory=lambda items: {key: _lists(value) for key, value in items})
+    plain = json.loads(json.dumps(dataclasses.asdict(config)))  # without tuples
     return yaml.safe_dump(plain, sort_keys=False, width=120, default_flow_style=None)
-
-
-def _lists(value: Any) -> Any:
-    return [_lists(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -47,8 +47,7 @@ class OnlineKnn:
         return self._score(*sides)
 
     def _score(self, bank: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> float:
-        (figures,) = knn_accuracy(LabelledFeatures(*bank, *test, classes=self.pair.classes), [self.knn])
-        return float(round(figures["top1"], 4))
+        return round(knn_accuracy(LabelledFeatures(*bank, *test, classes=self.pair.classes), *self.knn)["top1"], 4)
 
 
 def _pixels(images: Images) -> tuple[Tensor, Tensor]:

@@ -102,7 +102,7 @@ def resume(
         if checkpoint is None and json.loads((folder / "status.json").read_text())["state"] == "complete":
             return _result(folder)
     begun = any((folder / "checkpoints").glob("step-*"))
-    saved = loaded.named(checkpoint) if checkpoint is not None else loaded.checkpoint() if begun else None
+    saved = loaded.checkpoint(checkpoint) if checkpoint is not None or begun else None
     if time_limit is not None:
         config = dataclasses.replace(config, time_limit=None if math.isinf(time_limit) else time_limit)
     return _run(config, folder, Engine(config.engine), quiet, saved, fresh=False)

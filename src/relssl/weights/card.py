@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Mapping
@@ -29,12 +30,9 @@ _TEMPLATE = """---
 
 Input: {{ 'RGB' if view.channels == 3 else 'grey' }}, {{ view.size }} x {{ view.size }}, mean {{ view.mean | list }}, std \
 {{ view.std | list }} of values in 0..1; {{ view }}.
-{%- if settings and config %}
+{%- if settings %}
 
-All settings are in `{{ settings }}`.
-{%- elif settings %}
-
-If it was trained on other images than these, correct `{{ settings }}`.
+{{ "All settings are in" if config else "If it was trained on other images than these, correct" }} `{{ settings }}`.
 {%- endif %}
 
 ## How to load it
@@ -75,82 +73,68 @@ def public(config: Config) -> Config:
 def card(source: Source, written: Written, parity: Parity, file: str, settings: str | None) -> str:
     """Return the card of a file or folder `file`, as Markdown; `settings` names the file beside it that holds all settings."""
     config = None if source.config is None or source.network == "backbone" else public(source.config)
-    tags = ["timm", "transformers", "image-feature-extraction"]
+    title, tags = source.spec.name, ["timm", "transformers", "image-feature-extraction"]
     if config is None:
-        title = source.spec.name
         about = f"Backbone from `{source.origin}`, imported; how it was trained is not known here."
-        about += "".join(f"\n\n- {line}" if i == 0 else f"\n- {line}" for i, line in enumerate(source.account))
+        about += "\n" * bool(source.account) + "".join(f"\n- {line}" for line in source.account)
     else:
-        traits, count = METHODS[config.method.name], _images(source.folder)
+        traits = METHODS[config.method.name]
         tags += [config.method.name] if traits.labels else ["self-supervised-learning", config.method.name]
-        title = f"{source.spec.name}, pretrained with {traits.title}"
-        labels = (
-            "It was trained on labels."
-            if traits.labels
-            else f"No labels were used: {traits.title} ({traits.paper}), {traits.about}."
-        )
+        title += f", pretrained with {traits.title}"
+        unlabelled = f"No labels were used: {traits.title} ({traits.paper}), {traits.about}."
         about = (
             f"{source.network.capitalize()} backbone of {source.origin}, recipe `{config.recipe}`, {config.epochs} epochs on "
-            f"{f'{count} images of ' if count else ''}`{config.data}`, seed {config.seed}. {labels}"
+            f"{_images(source.folder)}`{config.data}`, seed {config.seed}. "
+            f"{'It was trained on labels.' if traits.labels else unlabelled}"
         )
     data = ModelCardData(
         library_name="timm", pipeline_tag="image-feature-extraction", license="other", license_name="to-be-chosen", tags=tags
     )
     versions = f"relssl {__version__}, torch {torch.__version__}, timm {timm.__version__}, torchvision {torchvision.__version__}"
     names = {"title": title, "about": about, "view": source.spec.view, "config": config, "settings": settings, "file": file}
-    names |= {"written": written, "parity": parity, "rows": results(source), "versions": versions}
+    names |= {"written": written, "parity": parity, "rows": _results(source), "versions": versions}
     return str(ModelCard.from_template(data, template_str=_TEMPLATE, **names))
 
 
-def _json(path: Path) -> Any:
+def _json(text: str) -> Any:
+    """Return the object in a text, or an empty one: what a run left may be torn, or of another version."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
+        content = json.loads(text)
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
-def _images(folder: Path | None) -> int | None:
-    """Return how many images the run learned from, as it noted."""
-    try:
-        return int(_json(folder / "environment.json")["data"]["images"]) if folder is not None else None
-    except (LookupError, TypeError, ValueError):
-        return None
+def _images(folder: Path | None) -> str:
+    """Return how many images the run learned from, as it noted, in words for the card."""
+    file = folder / "environment.json" if folder is not None else None
+    data = _json(file.read_text()).get("data") if file is not None and file.is_file() else None
+    return f"{data['images']} images of " if isinstance(data, dict) and "images" in data else ""
 
 
-def results(source: Source) -> list[tuple[str, str]]:
+def _results(source: Source) -> list[tuple[str, str]]:
     """List (what, figure) of what the run measured of this network: while it trained, and in evaluations since."""
     if source.folder is None or source.config is None:
         return []
-    rows = _while_training(source.folder / "metrics.jsonl", source.network, source.config.log.knn)
+    metrics, column = source.folder / "metrics.jsonl", "knn_top1" if source.network == "student" else "knn_teacher_top1"
+    lines = map(_json, metrics.read_text().splitlines() if metrics.is_file() else ())
+    measured = [row for row in lines if isinstance(row.get(column), (int, float))]
+    rows = []
+    if measured:
+        k, temperature = source.config.log.knn
+        figures = {f"kNN top-1 while training, k {k:g}, T {temperature:g}, at the end": measured[-1][column]}
+        if len(measured) > 1 and measured[0].get("step") == 0:
+            figures["the same, untrained"] = measured[0][column]
+        if isinstance(raw := measured[0].get("knn_raw_pixels"), (int, float)):
+            figures["the same, raw pixels"] = raw
+        rows = [(what, f"{figure:.2f} %") for what, figure in figures.items()]
     for path in sorted((source.folder / "evaluations").glob("*.json")):
-        evaluation = _json(path)
-        listed = evaluation.get("results") if isinstance(evaluation, Mapping) else None
+        evaluation = _json(path.read_text())
+        data, listed = Path(str(evaluation.get("data", ""))).name, evaluation.get("results")
         for record in listed if isinstance(listed, list) else []:
-            try:
-                rows += _evaluated(record, Path(str(evaluation.get("data", ""))).name, source)
-            except (LookupError, TypeError, ValueError, AttributeError):  # of another version
-                continue
+            with contextlib.suppress(LookupError, TypeError, ValueError, AttributeError):  # of another version
+                rows += _evaluated(record, data, source)
     return rows
-
-
-def _while_training(path: Path, network: str, knn: tuple[int, float]) -> list[tuple[str, str]]:
-    column = "knn_top1" if network == "student" else "knn_teacher_top1"
-    measured = []
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        try:
-            row = json.loads(line)
-        except ValueError:  # the last line of a run that was killed
-            continue
-        if isinstance(row, dict) and isinstance(row.get(column), (int, float)):
-            measured.append(row)
-    if not measured:
-        return []
-    what, several = f"kNN top-1 while training, k {knn[0]:g}, T {knn[1]:g}", len(measured) > 1
-    rows = [(f"{what}, at the end" if several else what, f"{measured[-1][column]:.2f} %")]
-    if several and measured[0].get("step") == 0:
-        rows.append(("the same, untrained", f"{measured[0][column]:.2f} %"))
-    raw = measured[0].get("knn_raw_pixels")
-    return [*rows, ("the same, raw pixels", f"{raw:.2f} %")] if isinstance(raw, (int, float)) else rows
 
 
 def _evaluated(record: Mapping[str, Any], data: str, source: Source) -> list[tuple[str, str]]:
@@ -158,11 +142,8 @@ def _evaluated(record: Mapping[str, Any], data: str, source: Source) -> list[tup
     checkpoint = ((record.get("card") or {}).get("source") or {}).get("checkpoint")
     if record["network"] != source.network or checkpoint not in (None, source.origin):
         return []
-    main = record["main"]
-    interval = (record.get("intervals") or {}).get(main)
-    where = (f" on {data}" if data else "") + "".join(
-        f", {name} {value}" for name, value in (record.get("setting") or {}).items()
-    )
-    notes = "; ".join(map(str, record.get("notes") or ()))
+    main, settings = record["main"], "".join(f", {name} {value}" for name, value in (record.get("setting") or {}).items())
+    what = f"{record['protocol']} {main}{f' on {data}' if data else ''}{settings}"
+    notes, interval = "; ".join(map(str, record.get("notes") or ())), (record.get("intervals") or {}).get(main)
     figure = f"{record['figures'][main]:.2f}" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "")
-    return [(f"{record['protocol']} {main}{where}" + (f" ({notes})" if notes else ""), figure)]
+    return [(f"{what} ({notes})" if notes else what, figure)]

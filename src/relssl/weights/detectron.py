@@ -16,14 +16,14 @@ from torch import Tensor
 from relssl.errors import CheckpointError
 
 # A ResNet's block 0 of layer 1 is detectron2's res2.0; the stem's two layers are grouped under `stem`.
-_TO = (
+_TO: tuple[tuple[str, Any], ...] = (
     (r"^(?!layer)", "stem."),
     (r"^layer(\d)", lambda match: f"res{int(match[1]) + 1}"),
     (r"\bbn(\d)", r"conv\1.norm"),
     (r"\bdownsample\.0", "shortcut"),
     (r"\bdownsample\.1", "shortcut.norm"),
 )
-_FROM = (
+_FROM: tuple[tuple[str, Any], ...] = (
     (r"\bshortcut\.norm", "downsample.1"),
     (r"\bshortcut\b", "downsample.0"),
     (r"\bconv(\d)\.norm", r"bn\1"),
@@ -32,12 +32,7 @@ _FROM = (
 )
 
 
-def to_detectron(name: str) -> str:
-    """Return detectron2's name of a ResNet's weight."""
-    return _replaced(name, _TO)
-
-
-def _replaced(name: str, rules: Any) -> str:
+def _renamed(name: str, rules: tuple[tuple[str, Any], ...]) -> str:
     for pattern, other in rules:
         name = re.sub(pattern, other, name)
     return name
@@ -46,7 +41,7 @@ def _replaced(name: str, rules: Any) -> str:
 def dump(weights: Mapping[str, Tensor]) -> bytes:
     """Return the content of a file that detectron2 reads, of a ResNet's weights under timm's names."""
     buffer = io.BytesIO()
-    arrays = {to_detectron(name): value.numpy() for name, value in weights.items()}
+    arrays = {_renamed(name, _TO): value.numpy() for name, value in weights.items()}
     # The author's name keeps detectron2 from taking the file for Caffe2's; the heuristics match names by their endings.
     _Pickler(buffer, protocol=5).dump({"model": arrays, "__author__": "relssl", "matching_heuristics": True})
     return buffer.getvalue()
@@ -61,7 +56,7 @@ def read(file: str | Path) -> dict[str, Tensor]:
     try:
         with open(file, "rb") as opened:
             content = _Unpickler(opened).load()
-        return {_replaced(name, _FROM): torch.from_numpy(value) for name, value in content["model"].items()}
+        return {_renamed(name, _FROM): torch.from_numpy(value) for name, value in content["model"].items()}
     except (pickle.UnpicklingError, EOFError, LookupError, AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{file}: is no file of detectron2 weights from relssl: {error}") from error
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from relssl.data.images import Images
 from relssl.errors import ConfigError
 from relssl.files import storing, sweep, sync_folder, temporary, write_file
 from relssl.settings.run import to_yaml
 from relssl.weights.card import card, public
-from relssl.weights.foreign import LoadReport, load_foreign
+from relssl.weights.foreign import LoadReport, Reading, load_foreign
 from relssl.weights.formats import FORMATS, find_format
-from relssl.weights.opening import Reading, is_exported, open_backbones, provenance, settings_of
+from relssl.weights.opening import is_exported, open_backbones, provenance, settings_of
 from relssl.weights.parity import Parity, compare, real_images
 from relssl.weights.spec import BackboneSpec
 from relssl.weights.writers import WRITERS, Source
@@ -68,60 +68,61 @@ def export(
     """
     find_format(format)
     path = Path(source)
-    if path.is_file() and not is_exported(path):
-        raise ConfigError(f"{path}: has no settings beside it; `relssl import {path}` writes a file that has, to export from")
-    if not path.exists():
-        raise ConfigError(f"{path}: is no run folder and no file that relssl exported or imported")
+    if not path.is_dir() and not (path.is_file() and is_exported(path)):
+        raise ConfigError(
+            f"{path}: is no run folder and no weights with settings beside them, such as `relssl import FILE` writes"
+        )
     opened = open_backbones(path, Reading(network=network))
     name, backbone = opened.one()
+    origin, default = opened.origin, path.with_name(_file_name(path.stem, format))
     if opened.folder is not None:
-        leaving = Source(backbone, opened.spec, name, opened.origin["checkpoint"], opened.config, opened.folder)
-    else:
-        leaving = Source(backbone, opened.spec, opened.origin["network"], opened.origin["origin"], opened.config)
-    return hand_over(leaving, _target(path, leaving, format, out), format, images)
+        origin, default = {"network": name, "origin": origin["checkpoint"]}, default_target(path, name, format)
+    leaving = Source(backbone, opened.spec, origin["network"], origin["origin"], opened.config, opened.folder)
+    target, suffix = default if out is None else Path(out), FORMATS[format].suffix
+    if suffix and target.suffix != suffix:
+        raise ConfigError(f"out: {target} must end in {suffix} for {format}")
+    if suffix == ".safetensors" and target.stem == "config":
+        raise ConfigError(f"out: {target}: its settings, beside it, would replace a config.yaml; choose another name")
+    # What is in the way may be a user's own: weights and folders are replaced only by their like, and never the source.
+    like = target.is_file() and not target.samefile(path) and (suffix != ".safetensors" or provenance(target) is not None)
+    if target.exists() and not (like if suffix else (target / "model.safetensors").is_file()):
+        raise ConfigError(f"out: {target} is the source, or in the way and no earlier export; choose another name")
+    return _hand_over(leaving, target, format, images)
 
 
-def hand_over(source: Source, target: Path, format: str, images: Images | None = None) -> Exported:
-    """Write a backbone and its card to `target` and check them; arguments and errors are those of `export`."""
-    written = WRITERS[format](source)
+def _hand_over(source: Source, target: Path, format: str, images: Images | None = None) -> Exported:
+    """Write a backbone and its card beside `target` under a temporary name, check them, and move them to their place."""
+    written, name = WRITERS[format](source, format), target.name
+    batch, what = real_images(source.spec.view, source.config, images)
+    folder, settings = not isinstance(written.data, bytes), None
     with storing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
     sweep(target.parent)
-    batch, what = real_images(source.spec.view, source.config, images)
-    unfinished, settings = temporary(target.parent), None
+    unfinished = temporary(target.parent)
     try:
         with storing(target):
-            (unfinished / target.name if isinstance(written.data, dict) else unfinished).mkdir(parents=True)
-        if isinstance(written.data, bytes):
-            write_file(unfinished / target.name, written.data)
-            beside = unfinished / target.with_suffix(".md").name
-        else:
-            for name, data in written.data.items():
-                write_file(unfinished / target.name / name, data)
-            beside = unfinished / target.name / "README.md"
+            (unfinished / name if folder else unfinished).mkdir(parents=True)
+        files = {name: written.data} if isinstance(written.data, bytes) else {f"{name}/{k}": v for k, v in written.data.items()}
         if target.suffix == ".safetensors":
             settings = settings_of(target).name
-            described = to_yaml(public(source.config)) if source.config is not None else source.spec.to_yaml()
-            write_file(unfinished / settings, described.encode())
-        parity = compare(source.backbone, written, unfinished / target.name, batch, what)
-        write_file(beside, card(source, written, parity, target.name, settings).encode())
-        files = _keep(unfinished, target)
+            files[settings] = (source.spec.to_yaml() if source.config is None else to_yaml(public(source.config))).encode()
+        for file, data in files.items():
+            write_file(unfinished / file, data)
+        parity = compare(source.backbone, written, unfinished / name, batch, what)
+        beside = f"{name}/README.md" if folder else target.with_suffix(".md").name
+        write_file(unfinished / beside, card(source, written, parity, name, settings).encode())
+        with storing(target):
+            entries = sorted(entry.name for entry in unfinished.iterdir())
+            if folder and target.exists():
+                # Folders cannot be replaced in one go: the old one waits where it is removed with the rest.
+                target.rename(unfinished / f"{name}.before")
+            for entry in entries:
+                (unfinished / entry).replace(target.parent / entry)
+            sync_folder(target.parent)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    return Exported(target, files, format, source.network, tuple(written.snippets[0].lines(str(target))), parity)
-
-
-def _keep(unfinished: Path, target: Path) -> tuple[Path, ...]:
-    """Move all that was written to its place, over an earlier export."""
-    names = sorted(entry.name for entry in unfinished.iterdir())
-    with storing(target):
-        if (unfinished / target.name).is_dir() and target.exists():
-            # Folders cannot be replaced in one go: the old one waits where it is removed with the rest.
-            target.rename(unfinished / f"{target.name}.before")
-        for name in names:
-            (unfinished / name).replace(target.parent / name)
-        sync_folder(target.parent)
-    return tuple(sorted(target.iterdir() if target.is_dir() else (target.parent / name for name in names)))
+    paths = tuple(sorted(target.parent / file for file in (*files, beside)))
+    return Exported(target, paths, format, source.network, tuple(written.snippets[0].lines(str(target))), parity)
 
 
 def default_target(folder: Path, network: str, format: str = "safetensors") -> Path:
@@ -134,37 +135,7 @@ def _file_name(stem: str, format: str) -> str:
     return stem + suffix if suffix == ".safetensors" else f"{stem}-{format}{suffix}"
 
 
-def _target(path: Path, source: Source, format: str, out: str | Path | None) -> Path:
-    """Return where to write; ConfigError for a place that does not suit the format."""
-    suffix = FORMATS[format].suffix
-    default = path.with_name(_file_name(path.stem, format))
-    if source.folder is not None:
-        default = default_target(source.folder, source.network, format)
-    target = default if out is None else Path(out)
-    if suffix and target.suffix != suffix:
-        raise ConfigError(f"out: {target} must end in {suffix} for {format}")
-    if suffix == ".safetensors" and target.stem == "config":
-        raise ConfigError(f"out: {target}: its settings, beside it, would replace a config.yaml; choose another name")
-    if target.exists() and source.folder is None and target.samefile(path):
-        raise ConfigError(f"out: {target} is the source itself; choose another name")
-    # What is in the way may be a user's own: weights and folders are replaced only by their like.
-    like = target.is_file() and (suffix != ".safetensors" or provenance(target) is not None)
-    if target.exists() and not (like if suffix else (target / "model.safetensors").is_file()):
-        raise ConfigError(f"out: {target} is in the way and is no earlier export; choose another name")
-    return target
-
-
-def import_weights(
-    path: str | Path,
-    *,
-    out: str | Path | None = None,
-    layout: str | None = None,
-    backbone: str | None = None,
-    stem: str | None = None,
-    network: str | None = None,
-    allow: Sequence[str] = (),
-    size: int | None = None,
-) -> LoadReport:
+def import_weights(path: str | Path, *, out: str | Path | None = None, **reading: Any) -> LoadReport:
     """Write the backbone in a foreign file as OUT.safetensors, its settings as OUT.yaml and a card as OUT.md.
 
     It is checked as an export is, and exported like one.
@@ -172,7 +143,7 @@ def import_weights(
     Args:
         out: ends in .safetensors; default: beside the file, under its name. An older file there is replaced only if this
             function wrote it.
-        path, layout, backbone, stem, network, allow, size: as of `load_foreign`.
+        reading: layout, backbone, stem, network, allow, size, as of `Reading`.
 
     Returns:
         The report on the file's names; its `out` is the file written, which `relssl.load_backbone` opens.
@@ -190,9 +161,9 @@ def import_weights(
     taken = [file for file in (target, settings_of(target), target.with_suffix(".md")) if file.exists()]
     if taken and (provenance(target) or ("",))[0] != "backbone":
         raise ConfigError(f"out: {taken[0]} exists and was not written by relssl import; give another name with --out")
-    loaded, report = load_foreign(path, layout=layout, backbone=backbone, stem=stem, network=network, allow=allow, size=size)
+    loaded, report = load_foreign(path, Reading(**reading))
     spec = loaded.spec
     assert isinstance(spec, BackboneSpec)
-    hand_over(Source(loaded, spec, "backbone", report.file, account=report.lines()), target, "safetensors")
+    _hand_over(Source(loaded, spec, "backbone", report.file, account=report.lines()), target, "safetensors")
     report.out = str(target)
     return report

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,35 @@ from relssl.data.images import IMAGENET_MEAN, IMAGENET_STD
 from relssl.data.plain import PlainView, plain_batch
 from relssl.errors import CheckpointError, ConfigError
 from relssl.method.backbones import TORCHVISION, create_backbone
-from relssl.settings.reading import nearest_word
 from relssl.weights import store, twins
 from relssl.weights.layouts import LAYOUTS, PLAIN, bare_name, find_layout, find_state, infer_resnet, name_children, read, split
 from relssl.weights.spec import BackboneSpec, mismatches
 
 _CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 _SIZES = {"standard": 224, "small": 32, "small-wide": 32, "small-pool": 64}
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How to read weights; all but `network` and `size` is about files of other programs.
+
+    Attributes:
+        layout: one of `LAYOUTS`; None: recognised by the names in the file.
+        backbone: timm's name; None: inferred from names and shapes, for ResNets.
+        stem: as `encoder.stem`; None: standard, or for a 3x3 first convolution that of the layout. A max-pool has no weights and
+            cannot be seen: say small-pool for STL-10 and Tiny-ImageNet networks.
+        network: student or teacher, of runs (None: all they have) and of files that hold both (None: the one their authors evaluate).
+        allow: names, or beginnings of names that end in `.` or `*`, that may be missing or unexpected; `untrained` allows weights
+            that look like those of a fresh network.
+        size: side of the view in pixels; None: the run's own; of a file 224, 32 for small stems, 64 for small-pool.
+    """
+
+    layout: str | None = None
+    backbone: str | None = None
+    stem: str | None = None
+    network: str | None = None
+    allow: Sequence[str] = ()
+    size: int | None = None
 
 
 @dataclass
@@ -46,32 +68,21 @@ class LoadReport:
     network: str
     backbone: str
     stem: str
-    matched: int
-    total: int
+    matched: int = 0
+    total: int = 0
     left_out: dict[str, int] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     out: str | None = None
 
-    def facts(self) -> dict[str, Any]:
-        """Return the report as plain JSON-able values."""
-        return asdict(self)
-
-    def gaps(self) -> list[str]:
-        """List what was allowed and belongs beside every figure of these weights."""
-        notes = []
-        if self.missing:
-            notes.append(
-                f"{len(self.missing)} of {self.total} weights are not in {self.file} and fresh, {self.missing[0]} the first"
-            )
-        if self.unexpected:
-            notes.append(f"{len(self.unexpected)} names in {self.file} were left out, {self.unexpected[0]} the first")
-        return notes
-
-    def leave_out(self, name: str) -> None:
-        """Count a tensor that belongs to something else."""
-        self.left_out[name] = self.left_out.get(name, 0) + 1
+    def gaps(self) -> tuple[str, ...]:
+        """Return what was allowed and belongs beside every figure of these weights."""
+        texts = {
+            f"{len(self.missing)} of {self.total} weights are not in {self.file} and fresh": self.missing,
+            f"{len(self.unexpected)} names in {self.file} were left out": self.unexpected,
+        }
+        return tuple(f"{text}, {names[0]} the first" for text, names in texts.items() if names)
 
     def lines(self) -> list[str]:
         """Return the report as text, a line each."""
@@ -84,7 +95,7 @@ class LoadReport:
         ]
 
 
-def match(
+def _match(
     weights: Mapping[str, Tensor],
     prefix: str,
     wanted: Mapping[str, Tensor],
@@ -99,31 +110,30 @@ def match(
         weights: those in the file, by their names in the backbone; `prefix` stands before them in the file.
         wanted: every weight of the network; their values stand in for those that are allowed to be missing.
         heads: prefixes among the backbone's names that are no part of it.
-        allow: names, or beginnings of names that end in `.` or `*`.
-
-    Raises:
-        CheckpointError: listing what does not match and is not allowed.
     """
     faults = mismatches(wanted, weights)
     for name in faults.get("unexpected", ()):
-        head = next(filter(name.startswith, heads), None)
-        report.unexpected.append(prefix + name) if head is None else report.leave_out(prefix + head)
-    absent = faults.get("missing", [])
+        if head := next(filter(name.startswith, heads), None):
+            report.left_out[prefix + head] = report.left_out.get(prefix + head, 0) + 1
+        else:
+            report.unexpected.append(prefix + name)
     # Files from before PyTorch 0.4.1 have no counters, and nothing reads them here.
-    counters = [name for name in absent if name.endswith("num_batches_tracked")]
+    counters = [name for name in faults.get("missing", ()) if name.endswith("num_batches_tracked")]
     if counters:
         report.notes.append(f"{len(counters)} counters num_batches_tracked are not in the file and start at 0")
     shapes = faults.get("other shape", [])
     usable = {name: weights[name] for name in wanted if name in weights and name not in shapes}
     report.matched, report.total = len(usable), len(wanted) - len(counters)
-    report.missing = [prefix + name for name in absent if name not in counters]
+    report.missing = [prefix + name for name in faults.get("missing", ()) if name not in counters]
     report.unexpected.sort()
+    starts = tuple(bare_name(name.removesuffix("*")) for name in allow if name.endswith((".", "*")))
+    exact = {bare_name(name) for name in allow}
     lists = {
-        "missing": _forbidden(report.missing, allow),
-        "unexpected": _forbidden(report.unexpected, allow),
-        "other shape": [f"{prefix}{name} {list(weights[name].shape)} for {list(wanted[name].shape)}" for name in shapes],
-        "unusable": [f"{prefix}{name} ({fault})" for name, value in usable.items() if (fault := _fault(value, wanted[name]))],
+        kind: [name for name in names if bare_name(name) not in exact and not bare_name(name).startswith(starts)]
+        for kind, names in (("missing", report.missing), ("unexpected", report.unexpected))
     }
+    lists["other shape"] = [f"{prefix}{name} {list(weights[name].shape)} for {list(wanted[name].shape)}" for name in shapes]
+    lists["unusable"] = [f"{prefix}{name} ({fault})" for name in usable if (fault := _fault(usable[name], wanted[name]))]
     if any(lists.values()):
         parts = [
             f"{kind} ({len(names)}): {', '.join(names[:3])}{' ...' * (len(names) > 3)}" for kind, names in lists.items() if names
@@ -133,12 +143,6 @@ def match(
             f"{report.layout}, {report.network}; {'; '.join(parts)}"
         )
     return {name: usable.get(name, value).detach().to(value.dtype).clone() for name, value in wanted.items()}
-
-
-def _forbidden(names: Sequence[str], allow: Sequence[str]) -> list[str]:
-    starts = tuple(bare_name(part.removesuffix("*")) for part in allow if part.endswith((".", "*")))
-    exact = {bare_name(part) for part in allow}
-    return [name for name in names if bare_name(name) not in exact and not (starts and bare_name(name).startswith(starts))]
 
 
 def _fault(value: Tensor, wanted: Tensor) -> str | None:
@@ -151,54 +155,29 @@ def _fault(value: Tensor, wanted: Tensor) -> str | None:
 
 @torch.no_grad()
 def untrained(backbone: nn.Module, fresh: nn.Module, view: PlainView) -> str | None:
-    """Say why a backbone looks like a fresh one, or like a dead one; None if it does not.
+    """Say why a backbone looks dead or like `fresh`, the same network newly initialised; None if it does not.
 
-    Args:
-        backbone, fresh: the same network, `fresh` newly initialised.
-        view: what it sees.
-
-    It does if its features of a few digits are not finite or all the same, or if all weights that start out constant (norms'
+    It does if its features of a few digits are not finite or all the same, or if all vectors that start out constant (norms'
     weights, biases) still have that value, or all running statistics of batch norms have.
     """
     pixels = torch.from_numpy(digits.load("test")[0][[0, 360, 720, 1080]])
     features = backbone.eval()(view.normalise(plain_batch(pixels, view))).float()
-    if not bool(features.isfinite().all()):
+    if not features.isfinite().all():
         return "its features are not finite"
-    if bool(features.std(0).max() <= 1e-6 * features.abs().max()):
+    if features.std(0).max() <= 1e-6 * features.abs().max():
         return "its features are the same for all images"
-    state = fresh.state_dict()
-    pairs = [(name, value, state[name]) for name, value in backbone.state_dict().items() if value.is_floating_point()]
+    state, start = backbone.state_dict(), fresh.state_dict()
+    constant = {name: old for name, old in start.items() if old.is_floating_point() and old.ndim == 1 and (old == old[0]).all()}
     for kind, statistics in (("batch-norm statistics", True), ("norms and biases", False)):
-        small = [(value, old) for name, value, old in pairs if old.ndim == 1 and ("running_" in name) == statistics]
-        constant = [(value, old) for value, old in small if bool((old == old[0]).all())]
+        names = [name for name in constant if ("running_" in name) == statistics]
         # Some start the last norm of a branch at 0, others at 1.
-        if constant and all(any(bool((value == start).all()) for start in (float(old[0]), 0.0, 1.0)) for value, old in constant):
+        if names and all(any((state[name] == value).all() for value in (constant[name][0], 0, 1)) for name in names):
             return f"its {kind} all have the values they start with"
     return None
 
 
-def load_foreign(
-    path: str | Path,
-    *,
-    layout: str | None = None,
-    backbone: str | None = None,
-    stem: str | None = None,
-    network: str | None = None,
-    allow: Sequence[str] = (),
-    size: int | None = None,
-) -> tuple[nn.Module, LoadReport]:
-    """Load the backbone in a file that another program wrote.
-
-    Args:
-        path: safetensors, or what torch.save wrote; nothing in it is run.
-        layout: one of `LAYOUTS`; None: recognised by the names.
-        backbone: timm's name; None: inferred, for ResNets.
-        stem: a choice of `encoder.stem`; None: standard, or for a 3x3 first convolution that of the layout. A max-pool has no
-            weights and cannot be seen: say small-pool for STL-10 and Tiny-ImageNet networks.
-        network: student or teacher, where the file holds both; None: the one its authors evaluate.
-        allow: names, or beginnings of names that end in `.` or `*`, that may be missing or unexpected; `untrained` allows
-            weights that look like those of a fresh network.
-        size: pixels of its images; None: 224, 32 for small stems, 64 for small-pool.
+def load_foreign(path: Path, reading: Reading) -> tuple[nn.Module, LoadReport]:
+    """Load the backbone in a file that another program wrote: safetensors, or what torch.save wrote; nothing in it is run.
 
     Returns:
         The network as `BackboneSpec.load` gives it, in eval mode, and the report.
@@ -208,43 +187,36 @@ def load_foreign(
         CheckpointError: if the file cannot be read safely, is of no known layout, does not match the network exactly, or
             holds weights that look untrained.
     """
-    path = Path(path)
-    if stem not in (None, *_SIZES):
-        raise ConfigError(f"stem: must be one of {', '.join(_SIZES)}, got {stem!r}")
-    if size is not None and size < 4:
-        raise ConfigError(f"size: must be 4 pixels or more, got {size}")
-    if network not in (None, "student", "teacher"):
-        raise ConfigError(f"network: must be student or teacher, got {network!r}")
-    if layout not in (None, *LAYOUTS):
-        near = nearest_word(str(layout), LAYOUTS)
-        raise ConfigError(f"from: {layout!r} is unknown; the nearest is {near} (all: {', '.join(LAYOUTS)})")
+    known = {"stem": _SIZES, "network": ("student", "teacher"), "layout": LAYOUTS}
+    for option, values in known.items():
+        if (value := getattr(reading, option)) not in (None, *values):
+            raise ConfigError(f"{option.replace('layout', 'from')}: must be one of {', '.join(values)}, got {value!r}")
+    if reading.size is not None and reading.size < 4:
+        raise ConfigError(f"size: must be 4 pixels or more, got {reading.size}")
     tensors, left_out = find_state(read(path), path)
-    chosen = layout or find_layout(tensors, backbone, path)
-    if chosen in PLAIN and network is not None:
+    layout = reading.layout or find_layout(tensors, reading.backbone, path)
+    if layout in PLAIN and reading.network is not None:
         raise ConfigError(f"network: {path} holds one network; leave the option out")
-    part = split(tensors, chosen, network, path)
-    weights, numbered_stem = name_children(part.weights, path)
-    name = backbone or infer_resnet(weights)
+    network, prefix, weights, unknown = split(tensors, layout, reading.network, left_out, path)
+    weights, numbered_stem = name_children(weights, path)
+    name = reading.backbone or infer_resnet(weights)
     if name is None:
-        raise ConfigError(f"backbone: {path} is of layout {chosen}, but no ResNet known here; give timm's name of its network")
+        raise ConfigError(f"backbone: {path} is of layout {layout}, but no ResNet known here; give timm's name of its network")
     three = "conv1.weight" in weights and weights["conv1.weight"].shape[-1:] == (3,)
-    stem = stem or numbered_stem or (LAYOUTS[chosen].small_stem if three else "standard")
-    report = LoadReport(path.name, chosen, layout is None, part.network, name, stem, 0, 0, left_out, unexpected=part.unknown)
-    for group in part.beside:
-        report.leave_out(group)
-    args = {"num_heads": 12} if chosen == "moco" and name.startswith("vit_small") else {}
+    stem = reading.stem or numbered_stem or (LAYOUTS[layout].small_stem if three else "standard")
+    report = LoadReport(path.name, layout, reading.layout is None, network, name, stem, left_out=left_out, unexpected=unknown)
+    args = {"num_heads": 12} if layout == "moco" and name.startswith("vit_small") else {}
     if args:
         report.notes.append("12 attention heads, as MoCo v3's small ViT has, where timm's has 6")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # what is allowed to be missing is the same in every process
         fresh = create_backbone(name, stem, args)
     wanted, heads, convert = _target(fresh, report)
-    complete = match(weights, part.prefix, wanted, heads, allow, report, path)
-    spec = _spec(report, args, size, getattr(fresh, "pretrained_cfg", {}))
+    complete = _match(weights, prefix, wanted, heads, reading.allow, report, path)
+    spec = _spec(report, args, reading.size, getattr(fresh, "pretrained_cfg", {}))
     loaded = spec.load(twins.from_torchvision(complete, name) if convert else complete, path)
-    fault = untrained(loaded, fresh, spec.view)
-    if fault and "untrained" not in allow:
-        raise CheckpointError(f"{path}: the {report.network} looks untrained: {fault}; --allow untrained loads it all the same")
+    if (fault := untrained(loaded, fresh, spec.view)) and "untrained" not in reading.allow:
+        raise CheckpointError(f"{path}: the {network} looks untrained: {fault}; --allow untrained loads it all the same")
     return loaded, report
 
 
@@ -278,19 +250,15 @@ def _spec(report: LoadReport, args: Mapping[str, Any], size: int | None, cfg: Ma
         f"assumed, as the file does not say: images of {side} pixels, scaled {scaling}, normalised by "
         f"{'CIFAR-10' if cifar else 'ImageNet'}'s mean and deviation"
     )
-    return BackboneSpec(
-        report.backbone, args, stem, PlainView(side, 256 / 224 if stem == "standard" else 1.0, scaling, mean, std)
-    )
+    view = PlainView(side, 256 / 224 if stem == "standard" else 1.0, scaling, mean, std)
+    return BackboneSpec(report.backbone, args, stem, view)
 
 
 def load_timm(name: str) -> nn.Module:
-    """Load a network of timm's with the library's own pretrained weights; downloads them unless they are cached.
+    """Load a network of timm's with the library's own pretrained weights and view; downloads them unless they are cached.
 
     Args:
         name: timm's name, with or without `timm:` before it and a tag behind it, such as `resnet50.a1_in1k`.
-
-    Returns:
-        The network as `BackboneSpec.load` gives it, with the size, mean, deviation, margin and interpolation that timm states.
 
     Raises:
         ConfigError: if timm does not know the name, or has no weights for it.
@@ -299,12 +267,9 @@ def load_timm(name: str) -> nn.Module:
     name = name.removeprefix("timm:")
     bare = name.partition(".")[0]
     fresh = create_backbone(bare)  # an unknown name is refused before anything is fetched
-    try:
-        cfg = timm.get_pretrained_cfg(name)
-    except Exception as error:  # timm's own types, for a tag it does not know
-        raise ConfigError(f"backbone: timm knows no weights {name!r} ({store.one_line(error)})") from error
-    if cfg is None or not cfg.has_weights:
-        raise ConfigError(f"backbone: timm has no pretrained weights for {name}")
+    if not timm.models.is_model_pretrained(name):
+        raise ConfigError(f"backbone: timm has no pretrained weights {name}")
+    cfg: Any = timm.get_pretrained_cfg(name)
     try:
         network = timm.create_model(name, pretrained=True, num_classes=0)
     except Exception as error:  # whatever the network, the hub or the file raise

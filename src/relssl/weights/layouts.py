@@ -23,24 +23,15 @@ from relssl.weights import store, twins
 
 @dataclass(frozen=True)
 class Layout:
-    """The names that one program gives to weights.
-
-    Attributes:
-        student, teacher: prefixes of the two backbones' weights; of alternatives, the first that occurs.
-        default: the network that is taken where both exist: the one its authors evaluate.
-        heads: prefixes among the backbone's names that are no part of it.
-        beside: names, or prefixes ending in a dot, of everything else the program saves.
-        small_stem: the stem of its networks whose first convolution is 3x3.
-        small_std: the deviations that it divides CIFAR-10 by, in 0..1; None: ImageNet's.
-    """
+    """The names that one program gives to weights, by their prefixes; of alternatives, the first that occurs counts."""
 
     student: tuple[str, ...] = ("",)
     teacher: tuple[str, ...] = ()
-    default: str = "student"
-    heads: tuple[str, ...] = ()
-    beside: tuple[str, ...] = ()
-    small_stem: str = "small"
-    small_std: tuple[float, float, float] | None = None
+    default: str = "student"  # the network that is taken where both exist: the one its authors evaluate
+    heads: tuple[str, ...] = ()  # among the backbone's names, but no part of it
+    beside: tuple[str, ...] = ()  # names, or prefixes ending in a dot, of everything else the program saves
+    small_stem: str = "small"  # of its networks whose first convolution is 3x3
+    small_std: tuple[float, float, float] | None = None  # what it divides CIFAR-10 by, in 0..1; None: ImageNet's
 
 
 _SOLO_PARTS = ("projector.", "predictor.", "head.", "classifier.")
@@ -84,11 +75,6 @@ class Ignored:
     def __setstate__(self, _: Any) -> None: ...
 
 
-def ignored_factory(*_: Any) -> collections.OrderedDict[Any, Any]:
-    """A stand-in for defaultdict, whose factory is dropped."""
-    return collections.OrderedDict()
-
-
 _IGNORED = (
     "argparse.Namespace",  # MoCo v3's and DINO's arguments
     *("numpy.dtype", "numpy.ndarray"),  # DINO's optimizer keeps learning rates as numpy scalars
@@ -105,37 +91,37 @@ _DICTIONARIES = tuple(
     f"{module}.AttributeDict"
     for module in ("lightning.fabric.utilities.data", "lightning_fabric.utilities.data", "pytorch_lightning.utilities.parsing")
 )
-_CONVERT = "open it with the program that wrote it and save model.state_dict() as safetensors"
+_HARMLESS: list[Any] = [
+    *((Ignored, name) for name in _IGNORED),
+    *((collections.OrderedDict, name) for name in _DICTIONARIES),
+    (lambda *_: collections.OrderedDict(), "collections.defaultdict"),  # its factory is dropped
+]
 
 
 def read(path: Path) -> Mapping[str, Any]:
     """Read the top level of a file of weights: safetensors, or whatever torch.save wrote. No code in it is ever run.
 
-    Returns:
-        Names to tensors, to nested mappings of them, or to anything else that was saved beside them. Tensors may lie in a
-        memory map of the file and claim more elements than the file holds: check shapes before copying them.
+    Tensors may lie in a memory map of the file and claim more elements than it holds: check shapes before copying them.
 
     Raises:
-        CheckpointError: naming the file and why it is not read: damaged, of a format that only full unpickling opens,
-            holding an object that is not known to be harmless, or no mapping.
+        CheckpointError: if it is damaged, holds an object that is not known to be harmless, or is no mapping.
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: is no file")
     if path.suffix == ".safetensors":
         return store.read(path)
-    harmless: list[Any] = [(Ignored, name) for name in _IGNORED] + [(ignored_factory, "collections.defaultdict")]
-    harmless += [(collections.OrderedDict, name) for name in _DICTIONARIES]
     try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals(harmless):
+        with warnings.catch_warnings(), torch.serialization.safe_globals(_HARMLESS):
             warnings.simplefilter("ignore")  # torch's remarks on pickle protocols
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        if not isinstance(content, Mapping):
+            raise RuntimeError(f"it holds a {type(content).__name__}, not names and weights")
     except Exception as error:  # torch raises KeyError, RuntimeError, EOFError ... over files that are none of its own
         reason = store.one_line(error)[:120] if isinstance(error, RuntimeError) else "it is damaged or of another kind"
         if refused := re.search(r"GLOBAL ([\w.]+)", str(error)):
             reason = f"it holds a {refused[1]}, which is refused, as making one could run code of the file"
-        raise CheckpointError(f"{path}: is not read as weights: {reason}; {_CONVERT}") from error
-    if not isinstance(content, Mapping):
-        raise CheckpointError(f"{path}: holds a {type(content).__name__}, not names and weights; {_CONVERT}")
+        advice = "open it with the program that wrote it and save model.state_dict() as safetensors"
+        raise CheckpointError(f"{path}: is not read as weights: {reason}; {advice}") from error
     return content
 
 
@@ -143,36 +129,40 @@ def find_state(content: Mapping[str, Any], path: Path) -> tuple[dict[str, Tensor
     """Take the state dict out of what a program saved: under student and teacher, state_dict, model, or at the top.
 
     Returns:
-        The tensors by name, without what data-parallel wrappers and torch.compile put in front, and the number of tensors in
-        whatever else there is.
+        The tensors by name, without what wrappers put in front, and the number of tensors in whatever else there is.
 
     Raises:
         CheckpointError: if there are no tensors, or two of one name.
     """
-    keys = [key for key in ("student", "teacher", "state_dict", "model") if isinstance(content.get(key), Mapping)]
-    sides = [key for key in keys if key in ("student", "teacher")]
-    holders = sides or keys[:1]
-    rest = {str(key): _count(value) for key, value in content.items() if holders and key not in holders}
+    holders = [key for key in ("student", "teacher", "state_dict", "model") if isinstance(content.get(key), Mapping)]
+    sides = [key for key in holders if key in ("student", "teacher")]
+    holders = sides or holders[:1]
+    left_out = {str(key): _count(value) for key, value in content.items() if holders and key not in holders}
     tensors: dict[str, Tensor] = {}
     for prefix, weights in [(f"{key}." if sides else "", content[key]) for key in holders] or [("", content)]:
         for key, value in weights.items():
             name = prefix + bare_name(str(key))
-            if not isinstance(value, Tensor) or value.is_nested:  # those have no shape to compare
-                rest[name] = _count(value)
-            elif name in tensors:
-                raise CheckpointError(f"{path}: holds two weights of one name, {name}, with and without `module.`")
+            if isinstance(value, Tensor) and not value.is_nested:  # those have no shape to compare
+                _add(tensors, name, value, path)
             else:
-                tensors[name] = value
+                left_out[name] = _count(value)
     if not tensors:
-        keys = list(map(str, content))[:4] or ["nothing"]
         raise CheckpointError(
-            f"{path}: holds no weights under state_dict, model, student, teacher or at its top; it holds {', '.join(keys)}"
+            f"{path}: holds no weights under state_dict, model, student, teacher or at its top; it holds "
+            f"{', '.join(map(str, list(content)[:4])) or 'nothing'}"
         )
-    return tensors, rest
+    return tensors, left_out
 
 
 def bare_name(name: str) -> str:
+    """Return a name without what wrappers put in front."""
     return re.sub(r"^((module|_orig_mod)\.)+", "", name)
+
+
+def _add(tensors: dict[str, Tensor], name: str, value: Tensor, path: Path) -> None:
+    if name in tensors:
+        raise CheckpointError(f"{path}: holds two weights of one name, {name}, in two spellings")
+    tensors[name] = value
 
 
 def _count(value: Any) -> int:
@@ -182,85 +172,62 @@ def _count(value: Any) -> int:
     return int(isinstance(value, Tensor))
 
 
-def _occurs(prefix: str, names: Iterable[str]) -> bool:
-    return any(name.startswith(prefix) for name in names)
+def _first(prefixes: Iterable[str], names: Iterable[str]) -> str | None:
+    return next((prefix for prefix in prefixes if any(name.startswith(prefix) for name in names)), None)
 
 
 def find_layout(tensors: Mapping[str, Tensor], backbone: str | None, path: Path) -> str:
-    """Recognise the layout by the longest prefix that occurs; of bare names, by whether timm or torchvision shares more of them.
-
-    Raises:
-        CheckpointError: if the names fit several layouts equally well, or none.
-    """
+    """Recognise the layout by the longest prefix that occurs; of bare names, by whether timm or torchvision shares more of them."""
     # `encoder_q.` begins the official names as well as MoCo's.
-    signs = {name: layout.student + layout.teacher * (name == "dino") for name, layout in LAYOUTS.items() if name not in PLAIN}
-    lengths = {name: max((len(sign) for sign in them if _occurs(sign, tensors)), default=0) for name, them in signs.items()}
-    best = [name for name, length in lengths.items() if length and length == max(lengths.values())]
-    if len(best) > 1:
-        raise CheckpointError(f"{path}: its names fit {' and '.join(best)}; say which with --from")
-    if best:
-        return best[0]
+    layouts = {name: layout for name, layout in LAYOUTS.items() if name not in PLAIN}
+    prefixes = {prefix: name for name, layout in layouts.items() for prefix in layout.student + layout.teacher * (name == "dino")}
+    if (prefix := _first(sorted(prefixes, key=len, reverse=True), tensors)) is not None:
+        return prefixes[prefix]
     network = backbone or infer_resnet(tensors)
     if network is not None and network.startswith(TORCHVISION):
         return "torchvision"
     ours = len(create_backbone(network).state_dict().keys() & tensors.keys()) if network else 0
     theirs = len(twins.bare(twins.TWINS[network])[0].state_dict().keys() & tensors.keys()) if network in twins.TWINS else 0
     if not ours and not theirs:
-        sought = ", ".join(f"{name} ({' or '.join(LAYOUTS[name].student)})" for name in signs)
         raise CheckpointError(
-            f"{path}: its names fit no known layout: looked for {sought}, and for the bare names of {network or 'a ResNet'}; they "
-            f"begin {', '.join(list(tensors)[:3])}; for another network with its own names give timm's name with --backbone"
+            f"{path}: its names fit no known layout: looked for {', '.join(prefixes)} and for the bare names of "
+            f"{network or 'a ResNet'}; they begin {', '.join(list(tensors)[:3])}; for another network with its own names give "
+            "timm's name with --backbone"
         )
     return "timm" if ours >= theirs else "torchvision"
 
 
-@dataclass(frozen=True)
-class Part:
-    """One network of a file.
+def split(
+    tensors: Mapping[str, Tensor], name: str, network: str | None, left_out: dict[str, int], path: Path
+) -> tuple[str, str, dict[str, Tensor], list[str]]:
+    """Take one network of a layout out of a file, and count in `left_out` what is known to be something else.
 
-    Attributes:
-        network: student, teacher, or backbone where a layout holds a single one.
-        prefix: of its names in the file.
-        weights: by their names in the backbone.
-        beside: names, or prefixes, known to be something else, of each tensor that is.
-        unknown: names of all other tensors.
-    """
-
-    network: str
-    prefix: str
-    weights: dict[str, Tensor]
-    beside: list[str]
-    unknown: list[str]
-
-
-def split(tensors: Mapping[str, Tensor], name: str, network: str | None, path: Path) -> Part:
-    """Take one network of a layout out of a file and account for every other name.
-
-    Raises:
-        CheckpointError: if the file does not hold it.
+    Returns:
+        Student, teacher, or backbone where a layout holds a single one; the prefix of its names in the file; its weights by
+        their names in the backbone; and the names that are not known.
     """
     layout = LAYOUTS[name]
-    signs = {"student": layout.student, "teacher": layout.teacher}
-    prefixes = {side: next((sign for sign in those if _occurs(sign, tensors)), None) for side, those in signs.items()}
+    prefixes = {"student": _first(layout.student, tensors), "teacher": _first(layout.teacher, tensors)}
     others = {"student": "teacher", "teacher": "student"}
     chosen = network or (layout.default if prefixes[layout.default] is not None else others[layout.default])
-    prefix, aside = prefixes[chosen], prefixes[others[chosen]]
+    prefix, other = prefixes[chosen], prefixes[others[chosen]]
     if prefix is None:
         raise CheckpointError(
             f"{path}: holds no {network or 'backbone'} of layout {name} (looked for "
             f"{' or '.join(layout.student + layout.teacher)}); it holds {', '.join(list(tensors)[:4])}"
         )
-    part = Part("backbone" if name in PLAIN else chosen, prefix, {}, [], [])
+    weights: dict[str, Tensor] = {}
+    unknown = []
     for key, value in tensors.items():
-        known = (sign for sign in layout.beside if key == sign or (sign.endswith(".") and key.startswith(sign)))
-        group = next(known, aside if aside is not None and key.startswith(aside) else None)
+        known = (each for each in layout.beside if key == each or (each.endswith(".") and key.startswith(each)))
+        group = next(known, other if other is not None and key.startswith(other) else None)
         if group is not None:
-            part.beside.append(group)
+            left_out[group] = left_out.get(group, 0) + 1
         elif key.startswith(prefix):
-            part.weights[key.removeprefix(prefix)] = value
+            weights[key.removeprefix(prefix)] = value
         else:
-            part.unknown.append(key)
-    return part
+            unknown.append(key)
+    return "backbone" if name in PLAIN else chosen, prefix, weights, unknown
 
 
 def name_children(weights: Mapping[str, Tensor], path: Path) -> tuple[dict[str, Tensor], str | None]:
@@ -271,9 +238,6 @@ def name_children(weights: Mapping[str, Tensor], path: Path) -> tuple[dict[str, 
 
     Returns:
         The weights by name, and the stem that the numbers show, or None; weights with other names as they are.
-
-    Raises:
-        CheckpointError: if two weights come to one name.
     """
     layers = sorted({int(name.split(".")[0]) for name in weights if re.match(r"[0-9]{1,2}\.[0-9]+\.", name)})[:4]
     if "0.weight" not in weights and not layers:
@@ -282,10 +246,7 @@ def name_children(weights: Mapping[str, Tensor], path: Path) -> tuple[dict[str, 
     named: dict[str, Tensor] = {}
     for name, value in weights.items():
         number, _, rest = name.partition(".")
-        new = f"{children.get(number, f'fc.{number}')}.{rest}" if number.isdecimal() else name
-        if new in named:
-            raise CheckpointError(f"{path}: {name} is a second {new}, two weights of one name")
-        named[new] = value
+        _add(named, f"{children.get(number, f'fc.{number}')}.{rest}" if number.isdecimal() else name, value, path)
     small = bool(layers) and "conv1.weight" in named and named["conv1.weight"].shape[-1:] == (3,)
     return named, ("small" if layers[0] == 3 else "small-pool") if small else None
 
@@ -297,12 +258,10 @@ _RESNETS = (
 
 
 def infer_resnet(weights: Mapping[str, Tensor]) -> str | None:
-    """Return timm's name of the ResNet whose blocks have these convolutions; None if it is none of those known."""
+    """Return timm's name of the ResNet whose blocks have these convolutions, all but a few; None if it is none of those known."""
     blocks = _convolutions(weights)
     for name in _RESNETS if blocks else ():
-        known = _resnet(name)
-        # A few may be missing: that is reported by their names later.
-        if len(known.items() & blocks.items()) >= 0.8 * max(len(known), len(blocks)):
+        if len(_resnet(name).items() & blocks.items()) >= 0.8 * max(len(_resnet(name)), len(blocks)):
             return name
     return None
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,8 @@ from relssl.settings.reading import read_yaml
 from relssl.settings.recipes import public_name
 from relssl.settings.run import Config, derive, from_mapping
 from relssl.weights import store
+from relssl.weights.foreign import Reading, load_foreign, load_timm
 from relssl.weights.spec import NO_DATA, BackboneSpec
-
-NETWORKS = ("student", "teacher")
 
 
 @dataclass(frozen=True)
@@ -30,36 +28,24 @@ class Run:
     folder: Path
     config: Config
 
-    def checkpoint(self) -> Path:
-        """Return the newest checkpoint.
+    def checkpoint(self, name: str | None = None) -> Path:
+        """Return the checkpoint of that name, or the newest, after its hashes were checked.
 
         Raises:
-            CheckpointError: if there is none, or the newest is damaged; the newest good one before it is then named.
+            CheckpointError: if there is none, or it is damaged; the newest good one is then named.
         """
-        *older, newest = [None, *store.checkpoints(self.folder / "checkpoints")]
-        if newest is None:
-            raise CheckpointError(f"{self.folder}: holds no checkpoint yet")
+        saved = {path.name: path for path in store.checkpoints(self.folder / "checkpoints")}
+        path = saved.get(name or next(reversed(saved), ""))
+        if path is None:
+            named = f" {name!r}; it holds: {', '.join(saved) or 'none'}" if name else " yet"
+            raise CheckpointError(f"{self.folder}: holds no checkpoint{named}")
         try:
-            store.verify(newest)
+            store.verify(path)
         except CheckpointError as error:
-            good = next((path for path in reversed(older) if path is not None and store.is_whole(path)), None)
-            offer = (
-                f"the one before is good: `relssl resume {self.folder} --checkpoint {good.name}`" if good else "no other is good"
-            )
-            raise CheckpointError(f"{error}; {offer}") from error
-        return newest
-
-    def named(self, name: str) -> Path:
-        """Return the checkpoint of that name.
-
-        Raises:
-            CheckpointError: if there is none or it is damaged.
-        """
-        names = [path.name for path in store.checkpoints(self.folder / "checkpoints")]
-        if name not in names:
-            raise CheckpointError(f"{self.folder}: holds no checkpoint {name!r}; it holds: {', '.join(names) or 'none'}")
-        store.verify(self.folder / "checkpoints" / name)
-        return self.folder / "checkpoints" / name
+            good = next(filter(store.is_whole, reversed(saved.values())), None)
+            offer = good and f"a good one: `relssl resume {self.folder} --checkpoint {good.name}`"
+            raise CheckpointError(f"{error}; {offer or 'no other is good'}") from error
+        return path
 
 
 def load_run(path: str | Path) -> Run:
@@ -94,7 +80,7 @@ def provenance(path: Path) -> tuple[str, str] | None:
     except CheckpointError:
         return None
     network, origin = header.get("network", ""), header.get("origin", "")
-    return (network, origin) if network in (*NETWORKS, "backbone") and origin else None
+    return (network, origin) if network in ("student", "teacher", "backbone") and origin else None
 
 
 def is_exported(path: Path) -> bool:
@@ -103,34 +89,10 @@ def is_exported(path: Path) -> bool:
     Raises:
         ConfigError: if it is and they are missing: weights do not say what the network sees.
     """
-    if path.suffix != ".safetensors":
-        return False
-    if settings_of(path).is_file():
-        return True
-    if provenance(path):
+    ours = path.suffix == ".safetensors" and settings_of(path).is_file()
+    if path.suffix == ".safetensors" and not ours and provenance(path):
         raise ConfigError(f"{path}: its settings {settings_of(path).name}, written with it, are needed beside it")
-    return False
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How to read weights; all but `network` and `size` is about files of other programs.
-
-    Attributes:
-        layout: official, solo, moco, dino, torchvision or timm; None: recognised by the names in the file.
-        backbone: timm name; None: inferred from names and shapes, for ResNets.
-        stem: as `encoder.stem`; None: inferred from the shapes, as far as they show it.
-        network: student or teacher, of runs (None: all they have) and of files that hold both (None: the one their authors evaluate).
-        allow: names of weights that may be missing or unexpected.
-        size: side of the view in pixels; None: the layout's own.
-    """
-
-    layout: str | None = None
-    backbone: str | None = None
-    stem: str | None = None
-    network: str | None = None
-    allow: Sequence[str] = ()
-    size: int | None = None
+    return ours
 
 
 @dataclass(frozen=True)
@@ -172,19 +134,11 @@ class Opened:
         return None if self.config is None else self.config.data_root
 
     def reader(self, size: int | None = None, workers: int | None = None) -> Reader:
-        """Return how images are read for these backbones.
-
-        Args:
-            size: another side of the view; None: their own.
-            workers: processes that read files; None: as many as there are cores to spare.
-        """
+        """Return how images are read for these backbones: as the run does, with another size or number of workers if given."""
         config = self.config or Config()
-        return Reader(
-            replace(self.spec.view, size=size or self.spec.view.size),
-            worker_count(workers),
-            config.loader.max_pixels,
-            self.config is None or config.views.weak.flip > 0,
-        )
+        view = replace(self.spec.view, size=size or self.spec.view.size)
+        flipped = self.config is None or config.views.weak.flip > 0
+        return Reader(view, worker_count(workers), config.loader.max_pixels, flipped)
 
 
 def load_backbone(source: str | Path, network: str | None = None) -> nn.Module:
@@ -219,34 +173,26 @@ def open_backbones(source: str | Path, reading: Reading | None = None) -> Opened
         ConfigError: if it is none of these, or options are given that the kind of source has no use for.
         CheckpointError: if weights are damaged, or not all of them match.
     """
-    reading, path = reading or Reading(), Path(source)
+    reading, path, name = reading or Reading(), Path(source), str(source)
     if path.is_file() and not is_exported(path):
-        from relssl.weights.foreign import load_foreign
-
-        backbone, report = load_foreign(path, **vars(reading))
-        return _single(path.name, backbone, origin=report.facts(), notes=tuple(report.gaps()))
+        backbone, report = load_foreign(path, reading)
+        return _single(path.name, backbone, origin=asdict(report), notes=report.gaps())
     options = {"--from": reading.layout, "--backbone": reading.backbone, "--stem": reading.stem, "--allow": reading.allow}
     if useless := [option for option, value in options.items() if value]:
-        raise ConfigError(
-            *(f"{option}: is for files of other programs, which {source} is not; leave it out" for option in useless)
-        )
+        raise ConfigError(*(f"{option}: is for files of other programs, which {name} is not; leave it out" for option in useless))
     if path.is_dir():
         return _run(path, reading.network)
     if reading.network:
-        raise ConfigError(f"network: {source} holds one network; leave the option out")
+        raise ConfigError(f"network: {name} holds one network; leave the option out")
     if path.is_file():
         return _exported(path)
-    if timm.is_model(str(source).removeprefix("timm:").partition(".")[0]):
-        from relssl.weights.foreign import load_timm
-
-        return _single(str(source), load_timm(str(source)), origin={"kind": "timm", "name": str(source)})
-    raise ConfigError(f"{source}: is no run folder, no file of weights and no timm name")
+    if timm.is_model(name.removeprefix("timm:").partition(".")[0]):
+        return _single(name, load_timm(name), origin={"kind": "timm", "name": name})
+    raise ConfigError(f"{name}: is no run folder, no file of weights and no timm name")
 
 
-def _single(name: str, backbone: nn.Module, **more: Any) -> Opened:
-    spec = backbone.spec
-    assert isinstance(spec, BackboneSpec)
-    return Opened(name, {"backbone": backbone}, spec, **more)
+def _single(name: str, backbone: Any, **more: Any) -> Opened:
+    return Opened(name, {"backbone": backbone}, backbone.spec, **more)
 
 
 def _exported(path: Path) -> Opened:
@@ -277,13 +223,8 @@ def _run(path: Path, network: str | None) -> Opened:
         weights = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         backbones[name] = spec.load(weights, checkpoint)
     origin = {"kind": "run", "run": title, "checkpoint": checkpoint.name, "recipe": public_name(run.config.recipe)}
-    return Opened(title, backbones, spec, run.config, path, origin, _pretrained_on(path))
-
-
-def _pretrained_on(run: Path) -> str | None:
-    """Return the fingerprint of the images in a run's environment.json, if it has one."""
     try:
-        fingerprint = json.loads((run / "environment.json").read_text())["data"]["fingerprint"]
+        seen = json.loads((path / "environment.json").read_text())["data"]["fingerprint"]
     except (OSError, ValueError, LookupError, TypeError):
-        return None
-    return fingerprint if isinstance(fingerprint, str) else None
+        seen = None
+    return Opened(title, backbones, spec, run.config, path, origin, seen if isinstance(seen, str) else None)

@@ -7,9 +7,9 @@ import importlib.util
 import io
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from relssl.data.named import load, sample
 from relssl.data.plain import PlainView
 from relssl.errors import CheckpointError
 from relssl.settings.run import Config, LoaderConfig
+from relssl.weights.store import one_line
 from relssl.weights.writers import Snippet, Written
 
 COUNT = 16  # images compared
@@ -51,17 +52,20 @@ def compare(backbone: nn.Module, written: Written, file: Path, images: Tensor, w
     Raises:
         CheckpointError: if it does not load, or a feature differs by more than the format's tolerance.
     """
-    batches = (images, images[:1])
     with torch.no_grad():
-        wanted = [backbone(batch) for batch in batches]
+        wanted = [backbone(batch) for batch in (images, images[:1])]
     largest, worst = float(wanted[0].abs().max()), 0.0
     if not math.isfinite(largest):
         raise CheckpointError(f"{file.name}: the backbone's own features are not finite on {what}, so nothing is kept")
     snippets = [snippet for snippet in written.snippets if snippet.needs is None or importlib.util.find_spec(snippet.needs)]
     for snippet in snippets:
         loaded = f"{file.name}: loaded with {snippet.title}"
-        features = _features(snippet, file, batches, backbone if written.exact else None)
-        if any(ours.shape != theirs.shape for ours, theirs in zip(wanted, features, strict=True)):
+        network, features = _run(snippet, file, images)
+        # Bit for bit, in order: features alone would miss a weight that these images do not use.
+        pairs = zip_longest(*(n.state_dict().values() for n in (backbone, network))) if written.exact else ()
+        if not all(ours is not None and theirs is not None and torch.equal(ours, theirs) for ours, theirs in pairs):
+            raise CheckpointError(f"{loaded} its weights differ from the backbone's, so nothing is kept")
+        if [value.shape for value in features] != [value.shape for value in wanted]:
             raise CheckpointError(f"{loaded} it gives {list(features[0].shape)} features, so nothing is kept")
         difference = max(float((ours - theirs).abs().max()) for ours, theirs in zip(wanted, features, strict=True))
         if not difference <= snippet.tolerance * largest:  # so that NaN is refused as well
@@ -73,8 +77,8 @@ def compare(backbone: nn.Module, written: Written, file: Path, images: Tensor, w
     return Parity(worst, worst / largest if largest else 0.0, what, tuple(snippet.title for snippet in snippets))
 
 
-def _features(snippet: Snippet, file: Path, batches: Sequence[Tensor], same: nn.Module | None) -> list[Tensor]:
-    """Compute the features [N, F] of each batch by the snippet's own code; what it loads must have the weights of `same`."""
+def _run(snippet: Snippet, file: Path, images: Tensor) -> tuple[Any, list[Tensor]]:
+    """Return what the snippet's own code loads, and its features [N, F] of all images and of the first alone."""
     scope: dict[str, Any] = {}
     features = []
     try:
@@ -82,20 +86,14 @@ def _features(snippet: Snippet, file: Path, batches: Sequence[Tensor], same: nn.
         with torch.no_grad(), warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             exec("\n".join(snippet.lines(str(file))), scope)
-            for batch in batches:
-                scope["images"] = batch.numpy() if snippet.arrays else batch
+            for batch in (images, images[:1]):
+                scope["images"] = batch
                 exec(snippet.use, scope)
                 features.append(torch.as_tensor(np.asarray(scope["features"])))
     except Exception as error:  # whatever a library raises over a file that it cannot use
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = one_line(error) or type(error).__name__
         raise CheckpointError(f"{file.name}: does not load with {snippet.title}: {reason}") from error
-    # Bit for bit, in order: features alone would miss a weight that these images do not use.
-    pairs = zip_longest(same.state_dict().values(), scope["backbone"].state_dict().values()) if same is not None else ()
-    if not all(ours is not None and theirs is not None and torch.equal(ours, theirs) for ours, theirs in pairs):
-        raise CheckpointError(
-            f"{file.name}: loaded with {snippet.title} its weights differ from the backbone's, so nothing is kept"
-        )
-    return features
+    return scope.get("backbone"), features
 
 
 def real_images(view: PlainView, config: Config | None = None, images: Images | None = None) -> tuple[Tensor, str]:
@@ -106,21 +104,17 @@ def real_images(view: PlainView, config: Config | None = None, images: Images | 
         config: of the run that trained it, if one of ours did.
         images: what to take; None: the first of the run's data if they lie on this machine, else drawn digits.
     """
+    limit, max_pixels = 4 * COUNT, (config.loader if config else LoaderConfig()).max_pixels
     if images is None and config is not None:
-        images = sample(config.data, config.data_root, 4 * COUNT)  # a few more than are needed, for files that cannot be read
-    views = [] if images is None else _views(images, view, config)
-    name = "" if config is None else Path(config.data).name
+        images = sample(config.data, config.data_root, limit)
+
+    def viewed(source: Images) -> Iterator[Tensor]:
+        for row in range(min(len(source), limit)):  # a few more than are needed, for files that cannot be read
+            with contextlib.suppress(BadImage):
+                yield view(source.read(row, max_pixels))
+
+    name = Path(config.data).name if config else "the data"
+    views = [] if images is None else list(islice(viewed(images), COUNT))
     if not views:
-        views, name = _views(load("digits", None, "test"), view, config), "the built-in digits"
-    return torch.stack(views), f"{len(views)} images of {name or 'the data'}"
-
-
-def _views(images: Images, view: PlainView, config: Config | None) -> list[Tensor]:
-    max_pixels = (config.loader if config else LoaderConfig()).max_pixels
-    views: list[Tensor] = []
-    for row in range(min(len(images), 4 * COUNT)):
-        with contextlib.suppress(BadImage):
-            views.append(view(images.read(row, max_pixels)))
-        if len(views) == COUNT:
-            break
-    return views
+        views, name = list(islice(viewed(load("digits", None, "test")), COUNT)), "the built-in digits"
+    return torch.stack(views), f"{len(views)} images of {name}"

@@ -37,11 +37,7 @@ class BackboneSpec:
 
     @staticmethod
     def of(config: Config) -> BackboneSpec:
-        """Return the backbone of a run, or of the settings beside an exported or imported file.
-
-        Raises:
-            ConfigError: if the settings leave a part of the view open.
-        """
+        """Return the backbone of a run or exported file, by its settings; ConfigError if they leave a part of the view open."""
         return BackboneSpec(config.backbone, config.backbone_args, config.encoder.stem, PlainView.of(config.views))
 
     def all_arguments(self) -> dict[str, Any]:
@@ -63,11 +59,11 @@ class BackboneSpec:
             CheckpointError: naming how many weights match and which do not.
         """
         network = self.create()
-        if faults := mismatches(network.state_dict(), weights):
-            shared = [name for name, value in network.state_dict().items() if name in weights]
-            matched = len(shared) - len(faults.get("other shape", ()))
+        state = network.state_dict()
+        if faults := mismatches(state, weights):
+            matched = len(state.keys() & weights.keys()) - len(faults.get("other shape", ()))
             lists = "; ".join(f"{kind}: {', '.join(names[:3])}" for kind, names in faults.items())
-            raise CheckpointError(f"{origin}: {matched} of {len(network.state_dict())} weights of {self.name} match; {lists}")
+            raise CheckpointError(f"{origin}: {matched} of {len(state)} weights of {self.name} match; {lists}")
         network.load_state_dict(dict(weights))
         network.transform, network.spec = self.view, self  # type: ignore[assignment]
         # timm's own figure is that before the layer which its MobileNetV3 ends with.
@@ -76,23 +72,15 @@ class BackboneSpec:
 
     def to_yaml(self) -> str:
         """Write it under the names that a run's settings have, for the file beside imported weights."""
-        view = self.view
-        described = {
-            "data": NO_DATA,
-            "recipe": "imported",
-            "backbone": self.name,
-            "backbone_args": dict(self.arguments),
-            "encoder": {"stem": self.stem},
-            "views": {
-                "weak": {"name": "weak", "size": view.size},
-                "strong": {"name": "contrastive", "size": view.size},
-                "channels": view.channels,
-                "mean": list(view.mean),
-                "std": list(view.std),
-                "margin": view.margin,
-                "interpolation": view.interpolation,
-            },
+        view, size = self.view, self.view.size
+        views = {
+            "weak": {"name": "weak", "size": size},
+            "strong": {"name": "contrastive", "size": size},
+            "channels": view.channels,
         }
+        views |= {"mean": list(view.mean), "std": list(view.std), "margin": view.margin, "interpolation": view.interpolation}
+        network = {"backbone": self.name, "backbone_args": dict(self.arguments), "encoder": {"stem": self.stem}}
+        described = {"data": NO_DATA, "recipe": "imported", **network, "views": views}
         return yaml.safe_dump(described, sort_keys=False, width=120, default_flow_style=None)
 
 

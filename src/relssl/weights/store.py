@@ -12,9 +12,7 @@ import math
 import os
 import re
 import shutil
-import stat
 from collections.abc import Iterable, Iterator, Mapping
-from io import BufferedReader
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,16 +24,12 @@ if TYPE_CHECKING:
 
 MAX_JSON = 8 << 20  # bytes of JSON that are ever read from a file, such as this header: parsed, they take about 25 times as much
 VERSION = 1
-TENSORS, META, SUMS = "state.safetensors", "state.json", "SHA256SUMS"
+TENSORS, META, SUMS = FILES = ("state.safetensors", "state.json", "SHA256SUMS")
 _STEP = re.compile(r"step-([0-9]{8,})", re.ASCII)
 
 
 def encode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
-    """Return the tensors as the content of a safetensors file.
-
-    Raises:
-        ValueError: naming a tensor that cannot be stored.
-    """
+    """Return the tensors as the content of a safetensors file; raise ValueError, naming a tensor, if one cannot be stored."""
     import torch
     from safetensors.torch import save
 
@@ -47,9 +41,7 @@ def encode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = N
         owned = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
         data: bytes = save(owned, metadata=None if metadata is None else dict(metadata))
     except Exception as error:  # the library's own types, for names and dtypes it does not know
-        raise ValueError(
-            f"the tensors {', '.join(map(repr, list(tensors)[:3]))} ... cannot be stored ({one_line(error)})"
-        ) from error
+        raise ValueError(f"the tensors {list(tensors)[:3]} ... cannot be stored ({one_line(error)})") from error
     if (length := int.from_bytes(data[:8], "little")) > MAX_JSON:
         raise ValueError(f"{len(tensors)} tensors need a header of {length} bytes, more than {MAX_JSON}")
     return data
@@ -78,13 +70,10 @@ def _safetensors(path: Path) -> Iterator[Any]:
 
     try:
         with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-        if length > MAX_JSON:
-            raise CheckpointError(f"{path}: claims a header of {length} bytes, more than {MAX_JSON}")
+            if (length := int.from_bytes(file.read(8), "little")) > MAX_JSON:
+                raise ValueError(f"it claims a header of {length} bytes, more than {MAX_JSON}")
         with safe_open(path, framework="pt") as opened:
             yield opened
-    except CheckpointError:
-        raise
     except Exception as error:  # whatever a crafted header makes the library or torch raise
         raise CheckpointError(f"{path}: not a valid safetensors file ({one_line(error)})") from error
 
@@ -108,6 +97,7 @@ def flatten(tree: Any) -> tuple[dict[str, Tensor], Any]:
     tensors: dict[str, Tensor] = {}
 
     def walk(node: Any, where: str) -> Any:
+        inside = f"{where}." if where else ""
         if isinstance(node, Tensor):
             base = name = where.encode("utf-8", "backslashreplace").decode() or "value"
             count = 1
@@ -118,12 +108,12 @@ def flatten(tree: Any) -> tuple[dict[str, Tensor], Any]:
             tensors[name] = node
             return {"$tensor": name}
         if isinstance(node, Mapping):
-            pairs = [(key, walk(value, f"{where}.{key}" if where else str(key))) for key, value in node.items()]
+            pairs = [(key, walk(value, f"{inside}{key}")) for key, value in node.items()]
             if all(type(key) is str and not key.startswith("$") for key, _ in pairs):
                 return dict(pairs)
             return {"$dict": [[scalar(key, where), value] for key, value in pairs]}
         if isinstance(node, (list, tuple)):
-            items = [walk(value, f"{where}.{i}" if where else str(i)) for i, value in enumerate(node)]
+            items = [walk(value, f"{inside}{i}") for i, value in enumerate(node)]
             return items if isinstance(node, list) else {"$tuple": items}
         return scalar(node, where)
 
@@ -138,11 +128,7 @@ def flatten(tree: Any) -> tuple[dict[str, Tensor], Any]:
 
 
 def unflatten(tensors: Mapping[str, Tensor], rest: Any) -> Any:
-    """Return the tree that `flatten` took apart.
-
-    Raises:
-        CheckpointError: if a tensor is missing or `rest` does not come from `flatten`.
-    """
+    """Return the tree that `flatten` took apart; raise CheckpointError if a tensor is missing or `rest` is malformed."""
 
     def build(node: Any) -> Any:
         if isinstance(node, list):
@@ -165,10 +151,8 @@ def unflatten(tensors: Mapping[str, Tensor], rest: Any) -> Any:
 
     try:
         return build(rest)
-    except KeyError as error:
-        raise CheckpointError(f"tensor {error} is missing from the state") from error
-    except (TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"the state is malformed ({one_line(error)})") from error
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"the state is malformed, or a tensor of it is missing ({one_line(error)})") from error
 
 
 def save(folder: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
@@ -188,18 +172,15 @@ def save(folder: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -
         raise ValueError(f"{folder}: meta takes {len(files[META])} bytes as JSON, more than {MAX_JSON}; store arrays as tensors")
     if os.path.lexists(folder):
         raise StorageError(f"{folder}: exists already and is not overwritten; remove it or save under another name")
-    files[SUMS] = _manifest({name: (len(data), hashlib.sha256(data).hexdigest()) for name, data in files.items()})
+    files[SUMS] = "".join(_sums({name: (len(data), hashlib.sha256(data)) for name, data in files.items()})).encode()
     unfinished = temporary(folder.parent)
     with storing(folder, sum(map(len, files.values()))):
         try:
             unfinished.mkdir()
             for name, data in files.items():
-                descriptor = os.open(unfinished / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-                try:
-                    write_all(descriptor, memoryview(data))
-                    os.fsync(descriptor)
-                finally:
-                    os.close(descriptor)
+                with (unfinished / name).open("xb", buffering=0) as file:
+                    write_all(file.fileno(), memoryview(data))
+                    os.fsync(file.fileno())
             sync_folder(unfinished)
             unfinished.rename(folder)
         except BaseException:
@@ -208,34 +189,31 @@ def save(folder: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -
         sync_folder(folder.parent)
 
 
-def _manifest(entries: Mapping[str, tuple[int, str]]) -> bytes:
-    """SHA256SUMS; `sha256sum -c` skips the comments, which hold the sizes so that a cut file can be told from a changed one."""
-    sizes = "".join(f"# {size} {name}\n" for name, (size, _) in entries.items())
-    return (sizes + "".join(f"{digest}  {name}\n" for name, (_, digest) in entries.items())).encode("ascii")
+def _sums(files: Mapping[str, tuple[int, Any]]) -> list[str]:
+    """Return the lines of SHA256SUMS, of (size, hash) by name; `sha256sum -c` skips the comments, which hold the sizes."""
+    sizes = [f"# {size} {name}\n" for name, (size, _) in files.items()]
+    return sizes + [f"{digest.hexdigest()}  {name}\n" for name, (_, digest) in files.items()]
 
 
 def verify(folder: Path) -> None:
-    """Check every file of a checkpoint against its hash.
-
-    Raises:
-        CheckpointError: naming the folder, the file and whether it is missing, truncated or changed.
-    """
-    manifest = _read_small(folder, SUMS)
-    text = manifest.decode("ascii", "replace")
-    name = r"([A-Za-z0-9_][A-Za-z0-9_.]*)"
-    sizes = {file: int(size) for size, file in re.findall(rf"^# ([0-9]{{1,18}}) {name}$", text, re.M)}
-    hashes = {file: digest for digest, file in re.findall(rf"^([0-9a-f]{{64}})  {name}$", text, re.M)}
-    entries = {file: (size, hashes.get(file, "")) for file, size in sizes.items()}
-    # Only what we would write ourselves is accepted, byte for byte, so that no change of the file goes unseen.
-    if _manifest(entries) != manifest or not {TENSORS, META} <= entries.keys():
-        raise CheckpointError(f"{folder}: {SUMS} is damaged; use another checkpoint")
-    for file, (size, digest) in entries.items():
-        with _opened(folder, file) as opened:
-            length = os.fstat(opened.fileno()).st_size
-            if length < size:
-                raise CheckpointError(f"{folder}: {file} is truncated: {length} of {size} bytes")
-            if length > size or hashlib.file_digest(opened, "sha256").hexdigest() != digest:
-                raise CheckpointError(f"{folder}: {file} does not match its hash; restore it or use another checkpoint")
+    """Check every file of a checkpoint against its hash; raise CheckpointError, naming folder and file, if one is not as written."""
+    present: dict[str, tuple[int, Any]] = {}
+    try:
+        # A link could lead anywhere, and a pipe would wait for ever.
+        if odd := [name for name in FILES if not _is_plain(folder / name)]:
+            raise CheckpointError(f"{folder}: {', '.join(odd)} is missing or no regular file; use another checkpoint")
+        for name in (TENSORS, META):
+            with (folder / name).open("rb") as file:
+                present[name] = (os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256"))
+        with (folder / SUMS).open("rb") as file:
+            stored = file.read(4096)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be read ({error})") from error
+    lines = _sums(present)
+    # Compared byte for byte with what we would write, so that no change goes unseen.
+    if "".join(lines).encode() != stored:
+        changed = [name for line, name in zip(lines[2:], present, strict=True) if line.encode() not in stored] or [SUMS]
+        raise CheckpointError(f"{folder}: {', '.join(changed)} is cut short or has changed; restore it or use another checkpoint")
 
 
 def is_whole(folder: Path) -> bool:
@@ -247,27 +225,8 @@ def is_whole(folder: Path) -> bool:
     return True
 
 
-@contextlib.contextmanager
-def _opened(folder: Path, name: str) -> Iterator[BufferedReader]:
-    """Open a regular file of the checkpoint: a link could lead anywhere and a pipe would wait for ever."""
-    try:
-        flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-        with os.fdopen(os.open(folder / name, flags), "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise CheckpointError(f"{folder}: {name} is not a regular file")
-            yield file
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{folder}: {name} is missing" if folder.is_dir() else f"{folder}: no such folder") from error
-    except OSError as error:
-        raise CheckpointError(f"{folder}: {name} cannot be read ({error.strerror})") from error
-
-
-def _read_small(folder: Path, name: str) -> bytes:
-    with _opened(folder, name) as file:
-        data = file.read(MAX_JSON + 1)
-    if len(data) > MAX_JSON:
-        raise CheckpointError(f"{folder}: {name} has more than {MAX_JSON} bytes")
-    return data
+def _is_plain(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()
 
 
 def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -277,19 +236,15 @@ def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         CheckpointError: naming the folder, the file and what is wrong with it; no file makes it anything else.
     """
     verify(folder)
-
-    def refuse(constant: str) -> Any:
-        raise ValueError(f"{constant} is no JSON")
-
     try:
-        described = json.loads(_read_small(folder, META), parse_constant=refuse)
-        version, meta = described["version"], described["meta"]
-        if type(version) is not int or version < 1 or not isinstance(meta, dict):
-            raise ValueError("version or meta is of the wrong type")
-    except (ValueError, TypeError, LookupError, RecursionError) as error:
-        raise CheckpointError(f"{folder}: {META} describes no checkpoint ({one_line(error)})") from error
-    if version > VERSION:
-        raise CheckpointError(f"{folder}: written by version {version}, this reads up to {VERSION}; upgrade relssl")
+        if (size := (folder / META).stat().st_size) > MAX_JSON:
+            raise ValueError(f"it has {size} bytes, more than {MAX_JSON}")
+        content = json.loads((folder / META).read_bytes())
+        version, meta = content["version"], content["meta"]
+        if version != VERSION or not isinstance(meta, dict):
+            raise ValueError(f"it is of version {version}, this relssl reads {VERSION}")
+    except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
+        raise CheckpointError(f"{folder}: {META} describes no checkpoint that can be read ({one_line(error)})") from error
     return read(folder / TENSORS), meta
 
 
@@ -301,19 +256,13 @@ def step_folder(parent: Path, step: int) -> Path:
 def checkpoints(parent: Path) -> list[Path]:
     """List the complete checkpoints in `parent`, by step: named exactly so, no links, with all three files. Not verified."""
     try:
-        entries = list(os.scandir(parent))
+        folders = [parent / name for name in os.listdir(parent) if _STEP.fullmatch(name)]
+        complete = [folder for folder in folders if not folder.is_symlink() and all(_is_plain(folder / name) for name in FILES)]
     except FileNotFoundError:
         return []
     except OSError as error:
         raise CheckpointError(f"{parent}: cannot be read ({error.strerror})") from error
-    complete = []
-    for entry in entries:
-        match = _STEP.fullmatch(entry.name)
-        if match and entry.is_dir(follow_symlinks=False):
-            files = [Path(entry) / name for name in (TENSORS, META, SUMS)]
-            if all(file.is_file() and not file.is_symlink() for file in files):
-                complete.append((int(match[1]), entry.name))
-    return [parent / name for _, name in sorted(complete)]
+    return sorted(complete, key=lambda folder: int(folder.name.removeprefix("step-")))
 
 
 def prune(parent: Path, keep: int, protect: Iterable[str | Path] = ()) -> list[Path]:
@@ -327,10 +276,7 @@ def prune(parent: Path, keep: int, protect: Iterable[str | Path] = ()) -> list[P
         protect: names or paths of checkpoints that stay however old they are.
 
     Returns:
-        What was deleted, oldest first.
-
-    Raises:
-        StorageError: when a checkpoint cannot be deleted.
+        What was deleted, oldest first; raises StorageError when a checkpoint cannot be deleted.
     """
     if keep < 2:
         raise ValueError(f"keep must be at least 2, got {keep}")
@@ -348,20 +294,17 @@ def prune(parent: Path, keep: int, protect: Iterable[str | Path] = ()) -> list[P
 
 
 def remove(folder: Path) -> None:
-    """Delete one checkpoint; it stops being listed at once, and files in it that are not ours stay.
+    """Delete one checkpoint, which stops being listed at once; files in it that are not ours stay.
 
-    Raises:
-        ValueError: if the folder is not named like a checkpoint or is a link.
-        StorageError: if it cannot be deleted.
+    Raises ValueError if it is not named like a checkpoint or is a link, StorageError if it cannot be deleted.
     """
     if not _STEP.fullmatch(folder.name) or folder.is_symlink():
         raise ValueError(f"{folder}: not a checkpoint, not deleted")
-    ours = (SUMS, META, TENSORS)
     with storing(folder):
-        if {entry.name for entry in os.scandir(folder)} <= set(ours):
+        if set(os.listdir(folder)) <= set(FILES):
             unfinished = temporary(folder.parent)
             folder.rename(unfinished)
             shutil.rmtree(unfinished)
             return
-        for name in ours:
+        for name in reversed(FILES):
             (folder / name).unlink(missing_ok=True)

@@ -19,10 +19,9 @@ import torchvision
 from torch import Tensor, nn
 
 from relssl.data import digits
-from relssl.errors import CheckpointError, ConfigError
+from relssl.errors import ConfigError
 from relssl.method.backbones import drop_classifier
 from relssl.settings.reading import nearest_word
-from relssl.weights.spec import mismatches
 
 TOLERANCE = 1e-4  # largest difference of outputs, relative to the largest output, in fp32
 SIDE = 64  # pixels of the images of a comparison, where the network takes any size
@@ -59,7 +58,6 @@ def to_torchvision(weights: Mapping[str, Tensor], timm_name: str) -> dict[str, T
 
     Raises:
         ConfigError: if torchvision has no such network, or in the installed versions the two are not the same function.
-        CheckpointError: if the weights are not those of this network.
     """
     ours, theirs, names = _networks(timm_name)
     return _renamed(weights, ours, theirs, names)
@@ -92,11 +90,7 @@ def _networks(timm_name: str) -> tuple[nn.Module, nn.Module, dict[str, str]]:
     if state.keys() != other.keys():
         left, right = _by_shape(state), _by_shape(other)
         names = {one: two for shape, those in left.items() for one, two in zip(those, right.get(shape, ()), strict=False)}
-    difference = float("inf")
-    if len(names) == len(state) == len(other):
-        _randomise(ours)
-        _fill(theirs, _renamed(ours.state_dict(), ours, theirs, names))
-        difference = _difference(ours, theirs)
+    difference = _difference(ours, theirs, names) if len(names) == len(state) == len(other) else float("inf")
     if not difference <= TOLERANCE:  # NaN is refused as well
         raise ConfigError(
             f"backbone: {timm_name} and torchvision's {TWINS[timm_name]} are not the same network in these versions of the two "
@@ -120,9 +114,6 @@ def _by_shape(state: Mapping[str, Tensor]) -> dict[tuple[int, ...], list[str]]:
 
 def _renamed(weights: Mapping[str, Tensor], source: nn.Module, target: nn.Module, names: Mapping[str, str]) -> dict[str, Tensor]:
     """Return the weights of `source` under the names and shapes of `target`."""
-    if faults := mismatches(source.state_dict(), weights):
-        lists = "; ".join(f"{kind} ({len(those)}): {', '.join(those[:3])}" for kind, those in faults.items())
-        raise CheckpointError(f"the weights do not match the network; {lists}")
     wanted = target.state_dict()
     renamed = {other: weights[name].reshape(wanted[other].shape).clone() for name, other in names.items()}
     for name, other in names.items():  # where batch norms differ in epsilon, weight / sqrt(variance + epsilon) has to stay
@@ -137,25 +128,17 @@ def _renamed(weights: Mapping[str, Tensor], source: nn.Module, target: nn.Module
 
 
 @torch.no_grad()
-def _fill(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    # Not load_state_dict: torchvision's MNASNet refuses a state dict that carries no version.
-    for name, value in network.state_dict().items():
-        value.copy_(weights[name])
-
-
-@torch.no_grad()
-def _randomise(network: nn.Module) -> None:
-    """Norms, biases and layer scales start out constant, and a constant hides a swap: give them random values."""
+def _difference(ours: nn.Module, theirs: nn.Module, names: Mapping[str, str]) -> float:
+    """Compute the largest difference of outputs on two random and two real images, relative to the largest, with equal weights."""
     generator = torch.Generator().manual_seed(0)
-    for value in network.state_dict().values():
+    for value in ours.state_dict().values():
+        # Norms, biases and layer scales start out constant, and a constant hides a swap: they get random values.
         if value.is_floating_point() and value.numel() and bool((value == value.flatten()[0]).all()):
             drawn = torch.rand(value.shape, generator=generator)
             value.copy_(drawn * 0.2 - 0.1 if value.flatten()[0] == 0 else drawn * 0.5 + 0.75)
-
-
-@torch.no_grad()
-def _difference(ours: nn.Module, theirs: nn.Module) -> float:
-    """Compute the largest difference of two networks' outputs on two random and two real images, relative to the largest output."""
+    renamed = _renamed(ours.state_dict(), ours, theirs, names)
+    for name, value in theirs.state_dict().items():  # not load_state_dict: MNASNet refuses a state dict that carries no version
+        value.copy_(renamed[name])
     cfg: Any = ours.pretrained_cfg
     side = int(cfg["input_size"][-1]) if cfg.get("fixed_input_size") else SIDE
     noise = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))

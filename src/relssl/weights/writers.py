@@ -6,6 +6,7 @@ import io
 import json
 import math
 import re
+import textwrap
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+import yaml
+from torch import nn
 
 from relssl.errors import CheckpointError, ConfigError
 from relssl.method.backbones import TORCHVISION, create_backbone
 from relssl.settings.run import Config
 from relssl.weights import detectron, store
-from relssl.weights.formats import unsuited
-from relssl.weights.spec import BackboneSpec
+from relssl.weights.spec import BackboneSpec, mismatches
 from relssl.weights.twins import TWINS, bare, to_torchvision
 
 
@@ -54,22 +55,20 @@ class Snippet:
     Attributes:
         title: the library that loads it.
         code: lines with `{file}` for the path of what was written, and `{folder}` for timm's name of a local folder.
-        use: the last line, which sets `features` [N, F] from `images` [N, C, S, S].
-        arrays: `images` is a numpy array, not a tensor.
+        use: the last line, which sets `features` [N, F] from the tensor `images` [N, C, S, S].
         needs: module that may be missing; then the code is printed and not run.
         tolerance: how far features may be off, relative to the largest one; 0 where the same code runs the same weights.
     """
 
     title: str
-    code: tuple[str, ...]
+    code: Sequence[str]
     use: str = "features = backbone(images)"
-    arrays: bool = False
     needs: str | None = None
     tolerance: float = 0.0
 
     def lines(self, file: str) -> list[str]:
         """Return the code for the file of that path."""
-        return [line.replace("{file}", quote(file)).replace("{folder}", quote(f"local-dir:{file}")) for line in self.code]
+        return [line.replace("{file}", repr(file)).replace("{folder}", repr(f"local-dir:{file}")) for line in self.code]
 
 
 @dataclass(frozen=True)
@@ -84,205 +83,157 @@ class Written:
     """
 
     data: bytes | Mapping[str, bytes]
-    snippets: tuple[Snippet, ...]
+    snippets: Sequence[Snippet]
     exact: bool = True
     notes: str = ""
 
 
-def quote(text: str) -> str:
-    """Return a Python string literal."""
-    return f'"{text}"' if text.isascii() and text.isprintable() and not set(text) & {'"', "\\"} else repr(text)
-
-
 _TOLERANCE = 1e-4  # another implementation of the same function, in fp32; a compiler may fold batch norm and reorder sums
 _MAPPED_TOLERANCE = 1e-5  # transformers leaves weights where the file was mapped, unaligned, and sums come in another order
-_LARGEST_ONNX = 2**31 - (1 << 24)  # bytes: a protobuf message holds 2 GiB at most
 
 
-def as_safetensors(source: Source) -> Written:
-    """Write the network's own names; those of timm's networks in a file that timm's `checkpoint_path` takes."""
+def _unsuited(format: str, why: str) -> ConfigError:
+    return ConfigError(f"format: {format} {why}; safetensors, onnx and torch-export take every network")
+
+
+def as_safetensors(source: Source, format: str) -> Written:
+    """Write the network's own names; those of timm's networks, and `timm` takes no others, in a file for its `checkpoint_path`."""
     ours = Snippet("relssl", ("import relssl", "backbone = relssl.load_backbone({file})"))
-    theirs = Snippet("timm alone", tuple(timm_lines(source.spec)))
+    theirs = Snippet("timm alone", timm_lines(source.spec))
     if source.spec.name.startswith(TORCHVISION):
-        theirs = Snippet("torchvision", tuple(_torchvision_lines(source.spec, "safetensors.torch.load_file({file})")))
-    return Written(_tensors(source), (theirs, ours))
+        if format != "safetensors":
+            raise _unsuited(format, f"is read by timm, which does not know {source.spec.name}")
+        theirs = Snippet("torchvision", _torchvision_lines(source.spec, "safetensors.torch.load_file({file})"))
+    facts = {"format": "pt", "network": source.network, "origin": source.origin}
+    return Written(store.encode(source.backbone.state_dict(), facts), (theirs, ours))
 
 
-def as_timm(source: Source) -> Written:
-    """Write `as_safetensors` what timm itself can read."""
-    _require_timm(source, "timm")
-    return as_safetensors(source)
-
-
-def _require_timm(source: Source, format: str) -> None:
-    if source.spec.name.startswith(TORCHVISION):
-        raise unsuited(format, f"is read by timm, which does not know {source.spec.name}")
-
-
-def _tensors(source: Source) -> bytes:
-    return store.encode(source.backbone.state_dict(), {"format": "pt", "network": source.network, "origin": source.origin})
-
-
-def as_hf(source: Source) -> Written:
+def as_hf(source: Source, format: str) -> Written:
     """Write Hugging Face's layout: timm's config.json and model.safetensors; the card becomes README.md."""
-    _require_timm(source, "hf")
-    spec, known = source.spec, source.backbone.pretrained_cfg
+    weights, spec, known = as_safetensors(source, format).data, source.spec, source.backbone.pretrained_cfg
     if spec.view.channels != 3:
-        raise unsuited("hf", f"is read with colour images, and {spec.name} was trained on grey ones")
+        raise _unsuited(format, f"is read with colour images, and {spec.name} was trained on grey ones")
     if spec.stem != "standard":
-        raise unsuited("hf", f"cannot describe a {spec.stem} stem, which timm cannot be asked for")
-    assert isinstance(known, dict)
-    described = {  # as timm writes it, about these weights: none of what it says of timm's own is taken over
-        "architecture": known["architecture"],
+        raise _unsuited(format, f"cannot describe a {spec.stem} stem, which timm cannot be asked for")
+    assert isinstance(known, dict) and isinstance(weights, bytes)
+    pretrained = {  # as timm writes it, about these weights: none of what it says of timm's own is taken over
+        "tag": "ressl",
+        "custom_load": False,
+        "input_size": [3, spec.view.size, spec.view.size],
+        "fixed_input_size": known.get("fixed_input_size", False),
+        "crop_mode": "center",
+        **timm_view(spec),
         "num_classes": 0,
-        "num_features": source.backbone.num_features,
-        # No num_classes among these: transformers sets it itself and stumbles over another.
-        "model_args": spec.all_arguments(),
-        "pretrained_cfg": {
-            "tag": "ressl",
-            "custom_load": False,
-            "input_size": [3, spec.view.size, spec.view.size],
-            "fixed_input_size": known.get("fixed_input_size", False),
-            "crop_mode": "center",
-            **timm_view(spec),
-            "num_classes": 0,
-            "pool_size": None,
-            "first_conv": known.get("first_conv"),
-            "classifier": known.get("classifier"),
-        },
+        "pool_size": None,
+        "first_conv": known.get("first_conv"),
+        "classifier": known.get("classifier"),
     }
-    timm_code = (
+    described = {"architecture": known["architecture"], "num_classes": 0, "num_features": source.backbone.num_features}
+    # No num_classes in model_args: transformers sets it itself and stumbles over another.
+    described |= {"model_args": spec.all_arguments(), "pretrained_cfg": pretrained}
+    with_timm = (
         "import timm, timm.data",
         "backbone = timm.create_model({folder}, pretrained=True, num_classes=0).eval()  # else the weights would be random",
         "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(backbone))",
     )
-    transformers_code = (
+    with_transformers = (
         "import transformers",
         "backbone = transformers.AutoModel.from_pretrained({file}).eval()",
         "transform = transformers.AutoImageProcessor.from_pretrained({file})",
     )
     use = "features = backbone(pixel_values=images).pooler_output"
-    theirs = Snippet("transformers", transformers_code, use, needs="transformers", tolerance=_MAPPED_TOLERANCE)
-    files = {"model.safetensors": _tensors(source), "config.json": (json.dumps(described, indent=2) + "\n").encode()}
-    return Written(files, (Snippet("timm", timm_code), theirs))
+    theirs = Snippet("transformers", with_transformers, use, needs="transformers", tolerance=_MAPPED_TOLERANCE)
+    files = {"model.safetensors": weights, "config.json": (json.dumps(described, indent=2) + "\n").encode()}
+    return Written(files, (Snippet("timm", with_timm), theirs))
 
 
-def as_onnx(source: Source) -> Written:
-    """Write an ONNX graph in one file: `images` float32 [N, C, S, S] to `features` float32 [N, F]."""
-    size = sum(value.nbytes for value in source.backbone.state_dict().values())
-    if size > _LARGEST_ONNX:
-        raise ConfigError(f"format: onnx holds 2 GiB in one file, {source.spec.name} takes {size} bytes; use torch-export")
-
-    def trace(images: Tensor, shapes: Any) -> bytes:
-        names: Any = {"input_names": ["images"], "output_names": ["features"]}
-        program = torch.onnx.export(source.backbone, (images,), dynamo=True, verbose=False, dynamic_shapes=shapes, **names)
-        assert program is not None
-        return bytes(program.model_proto.SerializeToString())
-
-    code = ("import onnxruntime", "session = onnxruntime.InferenceSession({file})")
-    use = 'features = session.run(["features"], {"images": images})[0]'
-    snippet = Snippet("ONNX Runtime", code, use, arrays=True, tolerance=_TOLERANCE)
-    return Written(_traced(source, "onnx", trace), (snippet,), exact=False)
-
-
-def as_torch_export(source: Source) -> Written:
-    """Write a torch.export program, which plain torch loads."""
-
-    def trace(images: Tensor, shapes: Any) -> bytes:
-        buffer = io.BytesIO()
-        torch.export.save(torch.export.export(source.backbone, (images,), dynamic_shapes=shapes), buffer)
-        return buffer.getvalue()
-
-    code = ("import torch", "backbone = torch.export.load({file}).module()")
-    return Written(_traced(source, "torch-export", trace), (Snippet("torch alone", code, tolerance=_TOLERANCE),), exact=False)
-
-
-def _traced(source: Source, format: str, trace: Callable[[Tensor, Any], bytes]) -> bytes:
-    """Trace with a batch of two, for one would be taken for a constant."""
-    shapes = ({0: torch.export.Dim("batch", min=1)},)
-    view = source.spec.view
+def as_graph(source: Source, format: str) -> Written:
+    """Write a graph in one file, for torch.export or ONNX: `images` float32 [N, C, S, S] to `features` float32 [N, F]."""
+    view, buffer = source.spec.view, io.BytesIO()
+    # Traced with a batch of two, for one would be taken for a constant.
+    inputs, shapes = (torch.zeros(2, view.channels, view.size, view.size),), ({0: torch.export.Dim("batch", min=1)},)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # about torch's own code; the result is compared
         try:
-            return trace(torch.zeros(2, view.channels, view.size, view.size), shapes)
-        except Exception as error:  # whatever torch raises over a network that it cannot follow
-            raise ConfigError(
-                f"format: {format}: torch cannot trace {source.spec.name} ({store.one_line(error)}); use safetensors or timm"
-            ) from error
+            if format == "onnx":
+                names: Any = {"input_names": ["images"], "output_names": ["features"]}
+                graph = torch.onnx.export(source.backbone, inputs, dynamo=True, verbose=False, dynamic_shapes=shapes, **names)
+                assert graph is not None
+                buffer.write(graph.model_proto.SerializeToString())
+            else:
+                torch.export.save(torch.export.export(source.backbone, inputs, dynamic_shapes=shapes), buffer)
+        except Exception as error:  # whatever torch raises over a network that it cannot follow, and protobuf beyond 2 GiB
+            reason = f"torch cannot write the graph of {source.spec.name} ({store.one_line(error)})"
+            raise ConfigError(f"format: {format}: {reason}; use safetensors or timm") from error
+    if format == "onnx":
+        code = ("import onnxruntime", "session = onnxruntime.InferenceSession({file})")
+        use = 'features = session.run(["features"], {"images": images.numpy()})[0]'
+        snippet = Snippet("ONNX Runtime", code, use, tolerance=_TOLERANCE)
+    else:
+        code = ("import torch", "backbone = torch.export.load({file}).module()")
+        snippet = Snippet("torch alone", code, tolerance=_TOLERANCE)
+    return Written(buffer.getvalue(), (snippet,), exact=False)
 
 
-def as_torchvision(source: Source) -> Written:
+def as_torchvision(source: Source, format: str) -> Written:
     """Write torchvision's names, for a strict load into its network without the last layer."""
     spec, state = source.spec, source.backbone.state_dict()
-    native = spec.name.startswith(TORCHVISION)
-    name = spec.name.removeprefix(TORCHVISION) if native else TWINS.get(spec.name)
-    if name is None:
-        raise unsuited("torchvision", f"has no network that is known to equal {spec.name}")
-    network, _ = bare(name, _library_arguments(spec) if native else None)
-    stem = stem_layers(spec)
-    for path, module in stem.items():
+    if _torchvision_name(spec) is None:
+        raise _unsuited(format, f"has no network that is known to equal {spec.name}")
+    network, _ = _torchvision_network(spec)
+    for path, module in stem_layers(spec).items():
         network.set_submodule(path, module)
-    weights = state
-    if not native and spec.stem == "standard":
-        try:
-            weights = to_torchvision(state, spec.name)
-        except (CheckpointError, ConfigError) as error:
-            raise unsuited("torchvision", f"cannot take this {spec.name} ({error})") from error
-    elif {key: value.shape for key, value in network.state_dict().items()} != {key: value.shape for key, value in state.items()}:
-        raise unsuited("torchvision", f"cannot take {spec.name} with a {spec.stem} stem")
+    try:
+        renamed = spec.stem == "standard" and not spec.name.startswith(TORCHVISION)
+        weights = to_torchvision(state, spec.name) if renamed else state
+    except (CheckpointError, ConfigError) as error:
+        raise _unsuited(format, f"cannot take this {spec.name} ({error})") from error
+    if mismatches(network.state_dict(), weights):
+        raise _unsuited(format, f"cannot take {spec.name} with a {spec.stem} stem")
     for key, value in network.state_dict().items():
         value.copy_(weights[key])
     buffer = io.BytesIO()
     torch.save(network.state_dict(), buffer)  # the network's own: torchvision's MNASNet asks for the version in it
     exact = weights.keys() == state.keys() and all(torch.equal(weights[key], state[key]) for key in state)
-    code = tuple(_torchvision_lines(spec, "torch.load({file}, weights_only=True)"))
+    code = _torchvision_lines(spec, "torch.load({file}, weights_only=True)")
     return Written(buffer.getvalue(), (Snippet("torchvision", code, tolerance=0.0 if exact else _TOLERANCE),), exact)
 
 
-def as_detectron2(source: Source) -> Written:
+def as_detectron2(source: Source, format: str) -> Written:
     """Write detectron2's pickle, and the part of its configuration that goes with it."""
-    spec, name = source.spec, TWINS.get(source.spec.name, "")
-    if spec.name.startswith(TORCHVISION):
-        raise unsuited("detectron2", f"is written of timm's ResNets, not of {spec.name}")
-    shapes = {key: value.shape for key, value in source.backbone.state_dict().items()}
+    spec, name, state = source.spec, TWINS.get(source.spec.name, ""), source.backbone.state_dict()
     network: Any = bare(name)[0] if "resne" in name and spec.stem == "standard" else None
-    if network is None or {key: value.shape for key, value in network.state_dict().items()} != shapes:
+    if network is None or mismatches(network.state_dict(), state):
         what = f"{spec.name} with {spec.stem} stem" + (" and backbone_args" if spec.arguments else "")
-        raise unsuited("detectron2", f"takes ResNets as torchvision has them, not {what}")
+        raise _unsuited(format, f"takes timm's ResNets with torchvision's shapes, not {what}")
     first = network.layer1[0]
+    resnets = {
+        "DEPTH": int(re.findall(r"[0-9]+", spec.name)[0]),
+        "STRIDE_IN_1X1": False,
+        "NUM_GROUPS": network.groups,
+        "WIDTH_PER_GROUP": network.base_width,
+        "RES2_OUT_CHANNELS": first.conv1.in_channels * (4 if hasattr(first, "conv3") else 1),
+    }
     mean, std = ([round(255 * value, 3) for value in channels] for channels in (spec.view.mean, spec.view.std))
-    settings = [
-        "MODEL:",
-        "  WEIGHTS: {file}",
-        f"  PIXEL_MEAN: {mean}",
-        f"  PIXEL_STD: {std}",
-        "  RESNETS:",
-        f"    DEPTH: {re.findall(r'[0-9]+', spec.name)[0]}",
-        "    STRIDE_IN_1X1: False",
-        f"    NUM_GROUPS: {network.groups}",
-        f"    WIDTH_PER_GROUP: {network.base_width}",
-        f"    RES2_OUT_CHANNELS: {first.conv1.in_channels * (4 if hasattr(first, 'conv3') else 1)}",
-        "INPUT:",
-        "  FORMAT: RGB",
-    ]
-    notes = "In detectron2's configuration (images are RGB, in 0..255):\n\n" + "\n".join("    " + line for line in settings)
+    model = {"WEIGHTS": "{file}", "PIXEL_MEAN": mean, "PIXEL_STD": std, "RESNETS": resnets}
+    settings = yaml.safe_dump({"MODEL": model, "INPUT": {"FORMAT": "RGB"}}, sort_keys=False, width=120, default_flow_style=None)
     code = (
         "import timm",
         "from relssl.weights.detectron import read",
-        f"backbone = timm.create_model({quote(spec.name)}, num_classes=0).eval()",
+        f"backbone = timm.create_model({spec.name!r}, num_classes=0).eval()",
         "backbone.load_state_dict(read({file}))",
     )
-    data = detectron.dump(source.backbone.state_dict())
-    return Written(data, (Snippet("timm, to look into the file without detectron2", code),), notes=notes)
+    notes = f"In detectron2's configuration (images are RGB, in 0..255):\n\n{textwrap.indent(settings.rstrip(), '    ')}"
+    return Written(detectron.dump(state), (Snippet("timm, to look into the file without detectron2", code),), notes=notes)
 
 
-WRITERS: dict[str, Callable[[Source], Written]] = {
+WRITERS: dict[str, Callable[[Source, str], Written]] = {
     "safetensors": as_safetensors,
-    "timm": as_timm,
+    "timm": as_safetensors,
     "torchvision": as_torchvision,
     "hf": as_hf,
-    "onnx": as_onnx,
-    "torch-export": as_torch_export,
+    "onnx": as_graph,
+    "torch-export": as_graph,
     "detectron2": as_detectron2,
 }
 
@@ -294,7 +245,7 @@ def timm_lines(spec: BackboneSpec) -> list[str]:
     if spec.view.channels == 1:
         imports += ", torchvision.transforms"
         transform = f"torchvision.transforms.Compose([torchvision.transforms.Grayscale(), {transform}])"
-    create = f"timm.create_model({quote(spec.name)}, num_classes=0{_arguments(spec)}"
+    create = f"timm.create_model({spec.name!r}, num_classes=0{_arguments(spec)}"
     if not (stem := _stem_lines(spec)):
         return [imports, f"backbone = {create}, checkpoint_path={{file}}).eval()", f"transform = {transform}"]
     # timm cannot be asked for a small stem, so the layers that differ are put in before the weights.
@@ -312,20 +263,23 @@ def timm_view(spec: BackboneSpec) -> dict[str, Any]:
     return {"crop_pct": share, "interpolation": view.interpolation, "mean": view.mean, "std": view.std}
 
 
+def _torchvision_name(spec: BackboneSpec) -> str | None:
+    return spec.name.removeprefix(TORCHVISION) if spec.name.startswith(TORCHVISION) else TWINS.get(spec.name)
+
+
+def _torchvision_network(spec: BackboneSpec) -> tuple[nn.Module, str]:
+    return bare(_torchvision_name(spec) or "", _library_arguments(spec) if spec.name.startswith(TORCHVISION) else None)
+
+
 def _torchvision_lines(spec: BackboneSpec, load: str) -> list[str]:
     """Return Python that loads the file with torchvision, as `backbone` and the `transform` of its images; `load` reads it."""
-    view, native = spec.view, spec.name.startswith(TORCHVISION)
-    name = spec.name.removeprefix(TORCHVISION) if native else TWINS[spec.name]
-    _, classifier = bare(name, _library_arguments(spec) if native else None)
-    steps = (
-        "v.Grayscale(), " * (view.channels == 1)
-        + f"v.Resize({view.shorter_side}, v.InterpolationMode.{view.interpolation.upper()}), "
-    )
-    steps += f"v.CenterCrop({view.size}), v.ToTensor(), v.Normalize({view.mean}, {view.std})"
+    view, arguments = spec.view, _arguments(spec)[2:] if spec.name.startswith(TORCHVISION) else ""
+    resize = f"v.Resize({view.shorter_side}, v.InterpolationMode.{view.interpolation.upper()}), v.CenterCrop({view.size})"
+    steps = f"{'v.Grayscale(), ' * (view.channels == 1)}{resize}, v.ToTensor(), v.Normalize({view.mean}, {view.std})"
     return [
-        "import " + "safetensors.torch, " * ("safetensors" in load) + "torch, torchvision, torchvision.transforms as v",
-        f"backbone = torchvision.models.{name}({_arguments(spec)[2:] if native else ''}).eval()",
-        f'backbone.set_submodule("{classifier}", torch.nn.Identity())',
+        f"import {'safetensors.torch, ' * ('safetensors' in load)}torch, torchvision, torchvision.transforms as v",
+        f"backbone = torchvision.models.{_torchvision_name(spec)}({arguments}).eval()",
+        f"backbone.set_submodule({_torchvision_network(spec)[1]!r}, torch.nn.Identity())",
         *_stem_lines(spec),
         f"backbone.load_state_dict({load})",
         f"transform = v.Compose([{steps}])",
@@ -346,7 +300,7 @@ def _library_arguments(spec: BackboneSpec) -> dict[str, Any]:
 
 
 def _stem_lines(spec: BackboneSpec) -> list[str]:
-    return [f'backbone.set_submodule("{name}", torch.nn.{module!r})' for name, module in stem_layers(spec).items()]
+    return [f"backbone.set_submodule({name!r}, torch.nn.{module!r})" for name, module in stem_layers(spec).items()]
 
 
 def stem_layers(spec: BackboneSpec) -> dict[str, nn.Module]:
