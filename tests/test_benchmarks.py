@@ -80,6 +80,7 @@ def script(name: str, *arguments: str) -> str:
     return ran.stdout
 
 
+@pytest.mark.torture
 def test_bench_runs(tmp_path: Path) -> None:
     out = tmp_path / "bench.json"
     script("bench.py", "--only", "small,files,loss", "--tiny", "--workers", "1", "--threads", "1", "--out", str(out))

@@ -412,6 +412,7 @@ def test_figures_by_hand(folder: Path) -> None:
         assert measure(Answers(test, skip=skip), test, 0, ENGINE)["boxes"][0]["map"] == pytest.approx(100)
 
 
+@pytest.mark.torture
 def test_detection_learns_and_repeats(tmp_path: Path) -> None:
     """Four images learned by heart: the second part holds them again, under other names."""
     folder = tmp_path / "set"

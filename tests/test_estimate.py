@@ -148,6 +148,7 @@ def test_what_is_refused_early_imports_no_torch(tmp_path: Path) -> None:
         relssl.estimate("digits", steps=0)
 
 
+@pytest.mark.torture
 def test_ctrl_c_is_one_line(settings_file: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "relssl", "estimate", "--config", str(settings_file), "--steps", "100000"]
     # A test run started in the background ignores the signal, and so would what it starts.

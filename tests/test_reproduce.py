@@ -182,6 +182,7 @@ def test_a_run_stopped_on_its_way_goes_on_exactly(finished: Path, tiny: Path) ->
     assert repeatable_rows(finished / "runs/k64-0") == repeatable_rows(run.folder)
 
 
+@pytest.mark.torture
 def test_a_signal_between_runs_ends_with_its_code_and_results_are_written(tiny: Path) -> None:
     def say(line: str) -> None:
         if line.startswith("k96 seed 0"):
