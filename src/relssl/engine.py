@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -44,6 +44,8 @@ class Engine:
         precision: "fp32" or "bf16", after `auto` has been decided.
         threads: CPU threads of this process while it runs; results are bitwise repeatable for a fixed number only.
     """
+
+    prepared: ClassVar[bool] = False  # true once `prepare_process` has run
 
     def __init__(self, config: EngineConfig) -> None:
         kind = _usable(config.device)
@@ -80,7 +82,8 @@ class Engine:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Set what a run needs of the whole process, its threads and deterministic kernels, and put it back afterwards."""
+        """Set what a run needs of the whole process, its threads, malloc and deterministic kernels, and put it back afterwards."""
+        keep_memory(True)
         threads, strict = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
         torch.set_num_threads(self.threads)
         if self.deterministic:
@@ -91,6 +94,7 @@ class Engine:
         finally:
             torch.set_num_threads(threads)
             torch.use_deterministic_algorithms(strict)
+            keep_memory(Engine.prepared)
 
     def setup(self, student: nn.Module) -> nn.Module:
         """Place the student and, with several ranks, wrap it so that they average their gradients."""
@@ -248,13 +252,23 @@ def fast_bf16(kind: str) -> bool:
 
 
 def prepare_process() -> None:
-    """Silence Lightning's own messages, and let glibc's malloc keep large blocks: it would map and fault each activation anew every
-    step. This lasts as long as the process; the command line calls it, a script may."""
+    """Silence Lightning's own messages and keep memory, as long as the process lasts; the command line calls it, a script may."""
     for name in ("lightning.fabric", "lightning.pytorch"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    keep_memory(True)
+    Engine.prepared = True
+
+
+def keep_memory(keep: bool) -> None:
+    """Let glibc's malloc keep large blocks, or treat them as it does by default: map, fault in and unmap each activation every step.
+
+    Steps on a CPU take up to twice as long without.
+    """
     if platform.libc_ver()[0] == "glibc":
-        trim_threshold, top_pad, mmap_max = -1, -2, -4  # names and numbers of <malloc.h>
-        for option, value in ((mmap_max, 0), (trim_threshold, -1), (top_pad, 256 << 20)):
+        trim_threshold, top_pad, mmap_max = -1, -2, -4  # names, numbers and defaults of <malloc.h>
+        values = ((mmap_max, 0), (trim_threshold, -1), (top_pad, 256 << 20))
+        defaults = ((mmap_max, 65536), (trim_threshold, 128 << 10), (top_pad, 128 << 10))
+        for option, value in values if keep else defaults:
             ctypes.CDLL(None).mallopt(option, value)
 
 
