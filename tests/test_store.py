@@ -403,3 +403,16 @@ def test_json_floats_are_exact_and_nan_is_null(tmp_path: Path) -> None:
 def test_writing_json_needs_no_torch() -> None:
     code = "import sys, relssl.weights.store, relssl.files; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": str(Path(store.__file__).parents[2])}, check=True)
+
+
+@pytest.mark.parametrize(("old", "new"), [('"step": 7', '"step": NaN'), ('"version": 1', '"version": true')])
+def test_a_state_that_is_no_json_is_refused(tmp_path: Path, old: str, new: str) -> None:
+    folder = store.step_folder(tmp_path, 7)
+    store.save(folder, {"a": torch.ones(3)}, {"step": 7})
+    text = (folder / "state.json").read_text()
+    changed = text.replace(old, new).replace(old.replace(": ", ":"), new)
+    assert changed != text
+    (folder / "state.json").write_text(changed)
+    seal(folder)
+    with pytest.raises(CheckpointError, match=r"state\.json"):
+        store.load(folder)

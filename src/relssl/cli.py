@@ -28,7 +28,7 @@ Option = tuple[str, dict[str, Any]]
 
 
 class Outcome(NamedTuple):
-    """What a command came to."""
+    """The outcome of a command."""
 
     facts: Any  # for --json
     show: str | Callable[[], Any]  # the text for people, or what prints it

@@ -130,7 +130,7 @@ def _check_data(settings: Evaluation, data: str) -> None:
 
 
 class _Evaluation:
-    """What the protocols of one evaluation share."""
+    """The work that the protocols of one evaluation share."""
 
     def __init__(self, opened: Opened, settings: Evaluation, say: Say) -> None:
         self.opened, self.settings, self.say = opened, settings, say

@@ -150,7 +150,7 @@ def cache_key(backbone: nn.Module, images: Images, reader: Reader, engine: Engin
 
 @dataclass(frozen=True)
 class LabelledFeatures:
-    """What a protocol on features gets; it works on the device of `test`.
+    """Features and labels of both sides, for a protocol on features; it works on the device of `test`.
 
     Labels are on the CPU: int64 [N] in 0..C-1; or, of images with several each, int8 [N,C] (1 yes, 0 no, -1 unknown).
     """

@@ -50,7 +50,7 @@ class PlainFeatures(NamedTuple):
 
 @dataclass(frozen=True)
 class Task:
-    """What the protocols that train on images share.
+    """The arguments that protocols which train on images share.
 
     Attributes:
         pair: images to train on and to test on, one label an image.

@@ -38,7 +38,7 @@ _TEST_ROWS = 4096  # test images at a time
 
 
 class Draw(NamedTuple):
-    """What was learnt from one draw: scores of the test images fp32 [M,C], the cost (None: nothing to choose it by), machines that
+    """The outcome of one draw: scores of the test images fp32 [M,C], the cost (None: nothing to choose it by), machines that
     did not converge."""
 
     scores: Tensor

@@ -20,7 +20,7 @@ _CELLS = 1 << 22  # images drawn at a time, over all resamples
 
 
 class Bootstrap(NamedTuple):
-    """How intervals are drawn: the number of resamples R, and their seed."""
+    """The draws behind intervals: the number of resamples R, and their seed."""
 
     resamples: int = 1000
     seed: int = 0

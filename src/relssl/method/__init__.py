@@ -1,4 +1,4 @@
-"""What the paper is, as building blocks: plain torch, no device, no rank, no I/O. Stable and importable on their own."""
+"""The paper as building blocks: plain torch, no device, no rank, no I/O. Stable and importable on their own."""
 
 from relssl.method.backbones import create_backbone
 from relssl.method.base import Method, Step, World

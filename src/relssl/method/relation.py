@@ -1,4 +1,4 @@
-"""What ReSSL computes: relations to a memory, and the two losses over them. Pure functions.
+"""The mathematics of ReSSL: relations to a memory, and the two losses over them. Pure functions.
 
 Shapes: V strong views, B samples, K keys in the memory, D dimensions. All embeddings are unit vectors.
 NIPS = "ReSSL: Relational Self-Supervised Learning with Weak Augmentation" (2021); TPAMI = its extension (2024).
@@ -88,7 +88,7 @@ def objective(
     warmup_mix: float = 0.0,
     info_nce_temperature: float = 0.1,
 ) -> Tensor:
-    """What a step minimises: the relational loss, and InfoNCE's share of it while that warms up (TPAMI).
+    """Compute the loss of a step: the relational loss, and InfoNCE's share of it while that warms up (TPAMI).
 
     Args:
         warmup_mix: share of InfoNCE, 0 to 1.

@@ -36,7 +36,7 @@ RETIRED = {
 
 @dataclass(frozen=True, config=STRICT)
 class Traits:
-    """What a method is, and what it needs."""
+    """The nature of a method, and its needs."""
 
     about: str
     title: str  # in the literature
@@ -88,7 +88,7 @@ else:
 
 @dataclass(frozen=True, config=STRICT)
 class ViewConfig:
-    """How one random view of an image is drawn; operations apply in the order of these fields."""
+    """One random view of an image; operations apply in the order of these fields."""
 
     name: ViewName = setting("weak", "named view recipe that the other keys start from")
     size: Pixels = setting(32, "side of the view in pixels")
@@ -115,7 +115,7 @@ class ViewConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class ViewsConfig:
-    """What the teacher and the student see."""
+    """The views of teacher and student."""
 
     weak: ViewConfig = ViewConfig()  # the teacher's view; of two equal views the first; of supervised learning the only one
     strong: ViewConfig = ViewConfig()  # the student's views; of two equal views the second
@@ -230,7 +230,7 @@ class EngineConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class LoaderConfig:
-    """How images reach the networks."""
+    """The way of images to the networks."""
 
     path: Literal["auto", "resident", "files"] = setting(
         "auto", "resident: uint8 images on the device, views made in batches; files: decoded and viewed in workers"
@@ -250,7 +250,7 @@ class LoaderConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class LogConfig:
-    """What is measured while training."""
+    """Measurements while training."""
 
     every: Count = setting(10, "steps between rows of metrics.jsonl")
     knn_every: Natural = setting(10, "epochs between online kNN evaluations, when labels exist; 0: never")
@@ -297,7 +297,7 @@ class Config:
 
 @dataclass(frozen=True)
 class Derived:
-    """What follows from the settings of a run."""
+    """Consequences of the settings of a run."""
 
     traits: Traits
     views: tuple[ViewConfig, ...]  # made of each image: the teacher's view, then the student's

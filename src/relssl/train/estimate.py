@@ -1,4 +1,4 @@
-"""What a run would take, from a few of its own steps on this machine; nothing is written to the disk."""
+"""An estimate of what a run would take, from a few of its own steps on this machine; nothing is written to the disk."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ _SIZES = {"standard": 224, "small": 32, "small-wide": 32, "small-pool": 64}
 
 @dataclass(frozen=True)
 class Reading:
-    """How to read weights; all but `network` and `size` is about files of other programs.
+    """Options for reading weights; all but `network` and `size` is about files of other programs.
 
     Attributes:
         layout: one of `LAYOUTS`; None: recognised by the names in the file.
@@ -50,7 +50,7 @@ class Reading:
 
 @dataclass
 class LoadReport:
-    """What became of every name in a file.
+    """An account of every name in a file.
 
     Attributes:
         file, layout, network, backbone, stem: what was read as what.

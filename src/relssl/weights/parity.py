@@ -31,7 +31,7 @@ COUNT = 16  # images compared
 
 @dataclass(frozen=True)
 class Parity:
-    """How close a file that was loaded back is to the network in it.
+    """The distance of a file that was loaded back from the network in it.
 
     Attributes:
         difference: the largest absolute difference of features, in fp32, over batches of all the images and of one.

@@ -1,4 +1,4 @@
-"""What a backbone is: enough to build the network and to make the images it sees, and nothing of how it was trained."""
+"""The description of a backbone: enough to build the network and to make the images it sees, and nothing of how it was trained."""
 
 from __future__ import annotations
 

@@ -239,13 +239,17 @@ def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         if (size := (folder / META).stat().st_size) > MAX_JSON:
             raise ValueError(f"it has {size} bytes, more than {MAX_JSON}")
-        content = json.loads((folder / META).read_bytes())
+        content = json.loads((folder / META).read_bytes(), parse_constant=_refuse_constant)
         version, meta = content["version"], content["meta"]
-        if version != VERSION or not isinstance(meta, dict):
+        if type(version) is not int or version != VERSION or not isinstance(meta, dict):
             raise ValueError(f"it is of version {version}, this relssl reads {VERSION}")
     except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
         raise CheckpointError(f"{folder}: {META} describes no checkpoint that can be read ({one_line(error)})") from error
     return read(folder / TENSORS), meta
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def step_folder(parent: Path, step: int) -> Path:
