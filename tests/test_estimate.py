@@ -121,24 +121,6 @@ def test_the_tables_name_what_limits_and_what_to_change_and_a_cache_is_read_but_
     assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")} == written
 
 
-@pytest.mark.parametrize(
-    ("over", "code", "name"),
-    [
-        ({"data": "nowhere/"}, 3, "nowhere/"),
-        ({"batch_size": 512, "method.memory_size": 512}, 3, "320 usable images"),
-        ({"optimizer.lr": -1}, 2, "optimizer.lr: "),
-        ({"backbone": "resnot18"}, 2, "backbone: "),
-    ],
-)
-def test_what_cannot_run_is_one_line(
-    over: dict[str, Any], code: int, name: str, settings_file: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = [word for key, value in over.items() for word in (f"--{key}", str(value)) if key != "data"]
-    assert main(["estimate", *([over["data"]] if "data" in over else []), "--config", str(settings_file), *words]) == code
-    line = capsys.readouterr().err.strip()
-    assert name in line and len(line.splitlines()) == 1
-
-
 def test_what_is_refused_early_imports_no_torch(tmp_path: Path) -> None:
     code = "import sys; from relssl.cli import main; print(main(['estimate', 'nowhere/']), 'torch' in sys.modules)"
     ended = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)

@@ -156,19 +156,6 @@ def test_small_stems_keep_the_resolution(stem: str, side: int) -> None:
         assert backbone.conv1.weight.shape == (64, 3, 3, 3)
 
 
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        (("resnet81",), "knows no 'resnet81'"),
-        (("convnext_atto", "small"), "use stem: standard"),
-        (("resnet18", "standard", {"widths": 3}), "refuses"),
-    ],
-)
-def test_wrong_backbones_are_refused_by_name(args: tuple, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        create_backbone(*args)
-
-
 def test_encoder_of_a_config_has_the_papers_heads() -> None:
     encoder = create_student(resolve({"recipe": "nips/cifar10"}))
     first, _, last = encoder.projector
