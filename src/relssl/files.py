@@ -15,9 +15,8 @@ from typing import Any, BinaryIO
 
 from relssl.errors import StorageError
 
-# A temporary name carries its process and a token of its start: once a container restarts, the same pid is another process.
-_TEMPORARY = re.compile(r"\.relssl-([0-9]{1,10})-([0-9a-f]{8})-[0-9a-f]{8}\.tmp", re.ASCII)
-_TOKEN = secrets.token_hex(4)
+_TOKEN = secrets.token_hex(4)  # once a container restarts, the same pid is another process
+_TEMPORARY = re.compile(r"\.relssl-([0-9]{1,9})-([0-9a-f]{8})-[0-9a-f]{8}\.tmp", re.ASCII)
 
 
 def temporary(folder: Path) -> Path:
@@ -30,13 +29,12 @@ def sweep(folder: Path) -> None:
     for path in folder.glob(".relssl-*.tmp"):
         match = _TEMPORARY.fullmatch(path.name)
         if match and not path.is_symlink() and not _alive(int(match[1]), match[2]):
-            shutil.rmtree(path, ignore_errors=True)
             with contextlib.suppress(OSError):
-                path.unlink()
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _alive(pid: int, token: str) -> bool:
-    with contextlib.suppress(PermissionError, OverflowError):
+    with contextlib.suppress(PermissionError):  # another user's
         try:
             os.kill(pid, 0)
         except ProcessLookupError:
@@ -110,17 +108,16 @@ def write_json(path: Path, obj: Any) -> None:
 def to_json(obj: Any) -> bytes:
     """Return `obj` as ASCII JSON, from which floats read back exactly; TypeError for what JSON cannot hold.
 
-    Tuples become lists, keys become strings, one-element tensors and arrays become numbers; NaN and infinity, which JSON has not,
-    become null.
+    Tuples become lists, keys become strings, tensors and arrays become numbers or lists; NaN and infinity become null.
     """
-
-    def number(value: Any) -> Any:
-        if getattr(value, "ndim", None) != 0:
-            raise TypeError(f"{type(value).__name__} cannot be written as JSON")
-        return value.item()
-
-    finite = json.loads(json.dumps(obj, default=number), parse_constant=lambda _: None)
+    finite = json.loads(json.dumps(obj, default=_plain), parse_constant=lambda _: None)
     return (json.dumps(finite, indent=2) + "\n").encode("ascii")
+
+
+def _plain(value: Any) -> Any:
+    if not hasattr(value, "tolist"):
+        raise TypeError(f"{type(value).__name__} cannot be written as JSON")
+    return value.tolist()
 
 
 def duration(seconds: float) -> str:
