@@ -138,15 +138,15 @@ def evaluate(args: argparse.Namespace, overrides: Overrides) -> Outcome | None:
     _prepare()
     from relssl.report.tables import show_evaluation
 
-    records: list[dict[str, Any]] = []
+    records, error = list[dict[str, Any]](), None
     options: Any = {"settings": settings, "reading": _reading(args), "out": args.out, "say": None if args.json else _say}
     try:
-        record, error = relssl.evaluate(args.source, args.data, done=records.append, **options), None
+        records.append(relssl.evaluate(args.source, args.data, done=records.append, **options))
     except (RelsslError, KeyboardInterrupt) as stopped:
         if not records:  # else protocols that were finished before are not lost
             raise
-        record, error = records[-1], stopped
-    return Outcome(record, lambda: show_evaluation(record), error)
+        error = stopped
+    return Outcome(records[-1], lambda: show_evaluation(records[-1]), error)
 
 
 @verb(
@@ -159,8 +159,9 @@ def evaluate(args: argparse.Namespace, overrides: Overrides) -> Outcome | None:
 def compare(args: argparse.Namespace, _: Overrides) -> Outcome | None:
     from relssl.report.tables import show_comparison
 
-    first, _, second = (args.network or "").partition(",")
-    rows = relssl.compare(args.first, args.second, network=(first, second or first) if first else None, allow=args.allow)
+    names = (args.network or "").split(",")
+    pair = (names[0], names[-1]) if args.network else None
+    rows = relssl.compare(args.first, args.second, network=pair, allow=args.allow)
     return Outcome({"comparisons": rows}, lambda: show_comparison(rows))
 
 

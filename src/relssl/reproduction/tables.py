@@ -82,9 +82,14 @@ def read_table(name: str, scale: str = "small") -> Table:
         beside = entry[kind] if kind == "above" else [entry[kind]]
         expected += [{"says": entry["says"], "kind": kind, "rows": beside}] if {*beside} <= {*names} else []
     return Table(
-        **{"name": path.stem, "title": raw["title"], "scale": scale, "about": at["about"], "seeds": int(at["seeds"])},
-        **{part: " ".join(raw[part].split()) for part in ("shows", "source")},
+        name=path.stem,
+        title=raw["title"],
+        shows=" ".join(raw["shows"].split()),
+        source=" ".join(raw["source"].split()),
+        scale=scale,
+        about=at["about"],
         reference=raw["reference"] if raw["reference"] in names else names[0],
+        seeds=int(at["seeds"]),
         settings=layer(spell_out(at["settings"]), spell_out(raw["scales"].get(scale) or {})),
         evaluation=flat(at["evaluation"]),
         rows=rows,

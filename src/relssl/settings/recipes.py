@@ -75,7 +75,7 @@ def spell_out(raw: Mapping[str, Any]) -> dict[str, Any]:
     return {f"{name}.name" if name in BY_NAME and isinstance(value, str) else name: value for name, value in flat(raw).items()}
 
 
-def layer(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+def layer(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """Lay `over` on `base`, both spelled out; arguments that were meant for another backbone stay behind."""
     other = over.get("backbone", base.get("backbone")) != base.get("backbone")
     return {name: value for name, value in base.items() if not (other and name.startswith("backbone_args"))} | over
