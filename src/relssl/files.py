@@ -75,11 +75,8 @@ def sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path, needed: int | None = None) -> Iterator[BinaryIO]:
-    """Open a binary file whose content appears at `path`, over whatever lies there, only when the block ends without an error.
-
-    Raises:
-        StorageError: for every OSError inside, naming the path, the bytes `needed` and the bytes free; nothing unfinished stays.
-    """
+    """Open a binary file whose content appears at `path`, over whatever lies there, only when the block ends without an error;
+    for an OSError inside raises what `storing` does."""
     unfinished = temporary(path.parent)
     with storing(path, needed):
         try:
@@ -106,26 +103,17 @@ def write_json(path: Path, obj: Any) -> None:
 
 
 def to_json(obj: Any) -> bytes:
-    """Return `obj` as ASCII JSON, from which floats read back exactly; TypeError for what JSON cannot hold.
-
-    Tuples become lists, keys become strings, tensors and arrays become numbers or lists; NaN and infinity become null.
-    """
-    finite = json.loads(json.dumps(obj, default=_plain), parse_constant=lambda _: None)
+    """Return `obj` as ASCII JSON, from which floats read back exactly: tuples become lists, keys strings, tensors and arrays numbers
+    or lists, NaN and infinity null."""
+    finite = json.loads(json.dumps(obj, default=lambda value: value.tolist()), parse_constant=lambda _: None)
     return (json.dumps(finite, indent=2) + "\n").encode("ascii")
-
-
-def _plain(value: Any) -> Any:
-    if not hasattr(value, "tolist"):
-        raise TypeError(f"{type(value).__name__} cannot be written as JSON")
-    return value.tolist()
 
 
 def duration(seconds: float) -> str:
     """Write seconds in the unit that suits them."""
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
-        if seconds >= 2 * length or (unit == "s" and seconds >= 1):
-            return f"{seconds / length:.1f} {unit}"
-    return f"{seconds * 1000:.1f} ms"
+    units = {"d": (86400, 172800), "h": (3600, 7200), "min": (60, 120), "s": (1, 1), "ms": (0.001, 0)}  # length, and least of it
+    unit, length = next((unit, length) for unit, (length, least) in units.items() if seconds >= least)
+    return f"{seconds / length:.1f} {unit}"
 
 
 def size(count: int) -> str:

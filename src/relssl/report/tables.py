@@ -127,15 +127,14 @@ def show_evaluation(record: dict[str, Any]) -> None:
 
 def _lines(result: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], list[str]]]:
     """Yield (setting, figure, value, interval) and the notes of each line of one result."""
-    sets = result.get("details", {}).get("rows", ()) if result["protocol"] == "transfer" else ()
+    sets, main = result["details"]["rows"] if result["protocol"] == "transfer" else (), result["main"]
     for row in sets:
         if "not_run" in row:
             yield (row["data"], "not run", "", ""), [not_run(row)]
         else:
             yield (row["data"], row["metric"], f"{row['value']:.2f}", _range(row["interval"])), []
-    main, setting = result["main"], "all that ran" if sets else _setting(result["setting"])
-    cells = (setting, main, f"{result['figures'][main]:.2f}", _range(result.get("intervals", {}).get(main)))
-    yield cells, list(result.get("notes", ()))
+    setting, value = "all that ran" if sets else _setting(result["setting"]), f"{result['figures'][main]:.2f}"
+    yield (setting, main, value, _range(result["intervals"].get(main))), result["notes"]
 
 
 def show_comparison(rows: list[dict[str, Any]]) -> None:
@@ -154,13 +153,9 @@ def show_comparison(rows: list[dict[str, Any]]) -> None:
 
 def _setting(setting: dict[str, Any]) -> str:
     def plain(value: Any) -> str:
-        return (
-            " ".join(map(plain, value))
-            if isinstance(value, (list, tuple))
-            else f"{value:g}"
-            if isinstance(value, float)
-            else str(value)
-        )
+        if isinstance(value, (list, tuple)):
+            return " ".join(map(plain, value))
+        return f"{value:g}" if isinstance(value, float) else str(value)
 
     return ", ".join(f"{name} {plain(value)}" for name, value in setting.items())
 
@@ -196,22 +191,19 @@ def show_summary(result: Result, config: Config) -> None:
 
 
 def _learned(known: dict[str, Any], config: Config) -> Iterator[tuple[str, str] | None]:
+    def number(value: float | None, digits: int) -> str:
+        return "not finite" if value is None else f"{value:.{digits}f}"
+
     health, names = known["health"], {"raw_pixels": "raw pixels", "untrained": "untrained backbone"}
     for name in ("raw_pixels", "untrained", "student", "teacher"):
         if (top1 := known[f"knn_{name}"]) is not None:
             yield f"kNN top-1, {names.get(name, name)}", f"{top1:.1f} %"
     yield None
-    yield "loss, first and last row", f"{_number(known['loss_start'], 3)} -> {_number(known['loss_end'], 3)}"
+    yield "loss, first and last row", f"{number(known['loss_start'], 3)} -> {number(known['loss_end'], 3)}"
     if "teacher_neighbours" in health:  # methods without a memory have no relations
-        memory = config.method.memory_size
-        yield "teacher's effective neighbours", f"{_number(health['teacher_neighbours'], 1)} of {memory}"
-        yield "student's divergence from it", f"{_number(health['kl'], 3)} nats"
-        yield "same nearest neighbour", f"{_number(health['agreement'], 2)} of samples"
-    yield "spread of the embeddings", f"{_number(health['embedding_std'], 2)} (1 is all round)"
+        yield "teacher's effective neighbours", f"{number(health['teacher_neighbours'], 1)} of {config.method.memory_size}"
+        yield "student's divergence from it", f"{number(health['kl'], 3)} nats"
+        yield "same nearest neighbour", f"{number(health['agreement'], 2)} of samples"
+    yield "spread of the embeddings", f"{number(health['embedding_std'], 2)} (1 is all round)"
     whole = "" if METHODS[config.method.name].labels else f" of {config.encoder.dim}"
-    yield "effective rank", f"{_number(health['effective_rank'], 0)}{whole}"
-
-
-def _number(value: float | None, digits: int) -> str:
-    """Return a figure, which a non-finite step leaves empty."""
-    return "not finite" if value is None else f"{value:.{digits}f}"
+    yield "effective rank", f"{number(health['effective_rank'], 0)}{whole}"

@@ -59,11 +59,8 @@ class Run:
         ours, usual = self.evaluation, Evaluation()
         pairs = {name: (attrgetter(name)(ours), attrgetter(name)(usual)) for name in leaves(Evaluation)}
         evaluate = {name: value for name, (value, other) in pairs.items() if value != other}
-        commands = {f"pretrain {shlex.quote(self.config.data)}": train, f"evaluate {shlex.quote(str(self.folder))}": evaluate}
-        return [
-            " ".join(["relssl", verb, *(f"--{name} {shlex.quote(_typed(value))}" for name, value in settings.items())])
-            for verb, settings in commands.items()
-        ]
+        data, folder = shlex.quote(self.config.data), shlex.quote(str(self.folder))
+        return [f"relssl pretrain {data} {options(train)}", f"relssl evaluate {folder} {options(evaluate)}"]
 
 
 @dataclass(frozen=True)
@@ -72,14 +69,14 @@ class Plan:
 
     Attributes:
         name: of the results, TABLE-SCALE or TABLE-SCALE-rehearsal; a rehearsal's runs are shorter than the scale has them.
-        overrides: settings of all runs, by dotted name.
+        overrides: settings of all runs, by dotted name and as they would be typed, so that 1 and "1" are one.
         runs: those of all rows that can be set up, seed by seed, so that a plan that is stopped has compared all rows on some seeds.
         chosen: those that are to be run.
     """
 
     name: str
     table: Table
-    overrides: dict[str, Any]
+    overrides: dict[str, str]
     runs: list[Run]
     chosen: list[Run]
 
@@ -133,7 +130,7 @@ def plan(
             _refuse_other_settings(run)
             planned.append(run)
     chosen = [run for run in planned if run.row.name in wanted and run.seed < count]
-    return Plan(name, table, over, planned, chosen)
+    return Plan(name, table, {name: _typed(over[name]) for name in sorted(over)}, planned, chosen)
 
 
 def _run(table: Table, row: Row, seed: int, folder: Path, over: dict[str, Any]) -> Run:
@@ -178,6 +175,11 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def options(settings: Mapping[str, Any]) -> str:
+    """Return settings as options of the command line."""
+    return " ".join(f"--{name} {shlex.quote(_typed(value))}" for name, value in settings.items())
 
 
 def _typed(value: Any) -> str:

@@ -15,8 +15,8 @@ from typing import Any
 
 from relssl.errors import ConfigError, DataError, Interrupted, LockedError, RelsslError, StorageError
 from relssl.files import duration, storing, write_json
-from relssl.reproduction.plan import Plan, Run, plain, plan, read_json
-from relssl.reproduction.results import options, outcome, typed, write_results
+from relssl.reproduction.plan import Plan, Run, options, plain, plan, read_json
+from relssl.reproduction.results import outcome, write_results
 from relssl.reproduction.tables import read_table
 from relssl.settings.run import derive
 from relssl.train.signals import REASONS, TIME_LIMIT
@@ -91,7 +91,7 @@ def reproduce(
 def _check_out(planned: Plan, out: Path) -> None:
     """Refuse to write over results of other settings, and make the folder."""
     file = out / f"{planned.name}.json"
-    there, here = read_json(file).get("overrides"), typed(planned.overrides)
+    there, here = read_json(file).get("overrides"), planned.overrides
     if there is not None and there != here:
         words = f"{options(there) or 'none'} there, {options(here) or 'none'} now"
         raise ConfigError(f"{file}: holds results of other settings ({words}); give another --out")

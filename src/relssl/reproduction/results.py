@@ -14,7 +14,7 @@ import numpy as np
 
 from relssl.errors import CheckpointError
 from relssl.files import duration, write_file, write_json
-from relssl.reproduction.plan import Plan, Run, read_json
+from relssl.reproduction.plan import Plan, Run, options, read_json
 from relssl.reproduction.tables import REPORTED, Row
 from relssl.settings.reading import nest
 from relssl.train.run_folder import read_rows
@@ -77,43 +77,41 @@ def write_results(plan: Plan, out: Path) -> dict[str, Any]:
 
 def results(plan: Plan) -> dict[str, Any]:
     """Collect everything the runs of a plan have come to, as plain values."""
-    table = plan.table
-    outcomes: dict[str, dict[int, Outcome]] = {}
+    table, reference = plan.table, plan.table.reference
+    outcomes: dict[str, dict[int, Outcome]] = {row.name: {} for row in table.rows}
     for run in plan.runs:
         if (content := outcome(run)) is not None:
-            outcomes.setdefault(run.row.name, {})[run.seed] = content
+            outcomes[run.row.name][run.seed] = content
     data = {run.row.name: run.config.data for run in plan.runs}
-    rows = [row for row in table.rows if row.name in data]
     figures = {name: by_name(seeds, "figures") for name, seeds in outcomes.items()}
     # Only runs in the paper's own setting have its numbers to reach.
     published = table.scale == "paper" and all(
-        name.startswith(_NEUTRAL) or (name == "recipe" and str(value).startswith("nips/"))
-        for name, value in plan.overrides.items()
+        name.startswith(_NEUTRAL) or (name == "recipe" and value.startswith("nips/")) for name, value in plan.overrides.items()
     )
-    return {
-        **{"name": plan.name, "table": table.name, "title": table.title, "shows": table.shows, "source": table.source},
-        **{"scale": table.scale, "about": table.about, "rehearsal": plan.rehearsal, "overrides": typed(plan.overrides)},
-        "reference": table.reference,
-        "rows": [
+    rows = []
+    for row in (row for row in table.rows if row.name in data):
+        # Figures of one data set say nothing beside those of another.
+        beside = row.name != reference and data[row.name] == data.get(reference)
+        ends = by_name(outcomes[row.name], "ends")
+        rows.append(
             {
                 **{"row": row.name, "label": row.label, "settings": nest(row.settings), "data": data[row.name]},
-                "paper": against_paper(row, data[row.name], figures.get(row.name, {}) if published else {}),
-                "ours": {name: spread(values) for name, values in figures.get(row.name, {}).items()},
-                # Figures of one data set say nothing beside those of another.
-                "beside_reference": paired(figures.get(row.name, {}), figures.get(table.reference, {}))
-                if row.name != table.reference and data[row.name] == data.get(table.reference)
-                else {},
-                "ends": {name: spread(values) for name, values in by_name(outcomes.get(row.name, {}), "ends").items()},
-                "collapsed": [seed for seed, one in outcomes.get(row.name, {}).items() if one["collapsed"]],
+                "paper": against_paper(row, data[row.name], figures[row.name] if published else {}),
+                "ours": {name: spread(values) for name, values in figures[row.name].items()},
+                "beside_reference": paired(figures[row.name], figures[reference]) if beside else {},
+                "ends": {name: spread(values) for name, values in ends.items()},
+                "collapsed": [seed for seed, one in outcomes[row.name].items() if one["collapsed"]],
             }
-            for row in rows
-        ],
-        "order": order(rows, data, figures),
+        )
+    return {
+        **{"name": plan.name, "table": table.name, "title": table.title, "shows": table.shows, "source": table.source},
+        **{"scale": table.scale, "about": table.about, "rehearsal": plan.rehearsal, "overrides": plan.overrides},
+        **{"reference": reference, "rows": rows, "order": order(table.rows, data, figures)},
         "expected": [each | {"verdicts": verdicts(each, outcomes)} for each in table.expected],
         "runs": [
             {"row": run.row.name, "seed": run.seed, "commands": run.commands(), **outcomes[run.row.name][run.seed]}
             for run in plan.runs
-            if run.seed in outcomes.get(run.row.name, {})
+            if run.seed in outcomes[run.row.name]
         ],
         "missing": _missing(plan, outcomes, [row.name for row in table.rows if row.name not in data]),
     }
@@ -123,18 +121,13 @@ def _missing(plan: Plan, outcomes: Outcomes, unplanned: Iterable[str]) -> list[d
     """List the runs without a result, and why."""
     missing = []
     for run in plan.runs:
-        if run.seed not in outcomes.get(run.row.name, {}):
+        if run.seed not in outcomes[run.row.name]:
             error = read_json(run.note).get("error", {})
             why = {"begun": "stopped on the way", "trained": "not evaluated yet"}.get(run.state(), "not run yet")
             why = f"failed: {error['message']}" if error else why if run in plan.chosen else "not asked for"
             missing.append({"row": run.row.name, "seed": run.seed, "why": why, "exit_code": error.get("exit_code")})
     why, seeds = "not asked for, and its settings cannot be used yet", sorted({run.seed for run in plan.runs})
     return missing + [{"row": row, "seed": seed, "why": why, "exit_code": None} for row in unplanned for seed in seeds]
-
-
-def typed(overrides: Mapping[str, Any]) -> dict[str, str]:
-    """Return overrides as they would be typed, so that 1 and "1" are one."""
-    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in sorted(overrides.items())}
 
 
 def spread(values: Values) -> dict[str, Any]:
@@ -204,9 +197,9 @@ def order(rows: Iterable[Row], data: Mapping[str, str], figures: Mapping[str, Ma
     """Sort rows with a number of the paper's own, best first: by the paper and by each of our figures, each data set by itself."""
     values: dict[str, dict[str, dict[str, float]]] = {one: {"paper": {}} for one in data.values()}
     for row in rows:
-        one = data[row.name]
+        one = data.get(row.name)
         own = [n["value"] for n in row.paper if (n["figure"], n["by"], n["data"]) == ("linear", "the paper", one)]
-        if own and row.name in figures:
+        if one and own and figures[row.name]:
             for name, value in {"paper": {0: own[0]}, **figures[row.name]}.items():
                 values[one].setdefault(name, {})[row.name] = statistics.fmean(value.values())
     return {
@@ -235,11 +228,6 @@ def page(content: Mapping[str, Any]) -> str:
         machines=Counter(_machine(run["environment"]) for run in content["runs"]),
     )
     return text.strip() + "\n"
-
-
-def options(overrides: Mapping[str, str]) -> str:
-    """Return overrides as options of the command line."""
-    return " ".join(f"--{name} {value}" for name, value in overrides.items())
 
 
 def _machine(here: Mapping[str, Any]) -> str:

@@ -75,7 +75,9 @@ def build(cls: Any, raw: Mapping[str, Any], retired: Mapping[str, str] | None = 
         return cls(**_typed(nest(flat(raw)), cls))
     except ValidationError as error:
         known, faults = leaves(cls), error.errors(include_url=False, include_context=False)
-        raise ConfigError(*(_line(fault, known, retired or {}) for fault in faults)) from None
+        lines = [_line(fault, known, retired or {}) for fault in reversed(faults)]
+        first = {line.partition(":")[0]: line for line in lines}  # where an element is wrong, the length seems to be, too
+        raise ConfigError(*reversed(first.values())) from None
 
 
 def _line(fault: Any, known: Mapping[str, FieldInfo], retired: Mapping[str, str]) -> str:
