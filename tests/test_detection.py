@@ -1,7 +1,5 @@
 """Detection: boxes as they were drawn, the backbone's own maps, training and figures by hand, and faults in one line."""
 
-from __future__ import annotations
-
 import copy
 import importlib.util
 import json
@@ -25,7 +23,6 @@ from relssl.evaluation import detection as detecting
 from relssl.evaluation.detection import (
     Pyramid,
     create_detector,
-    curve,
     detection,
     freeze,
     length,
@@ -371,14 +368,6 @@ def test_mirrored_boxes_move_with_their_pixels(folder: Path) -> None:
         assert torch.equal(image[:, top:bottom, left:right].flip(-1), mirrored[:, t2:b2, l2:r2])
     again, back = mirror(mirrored, moved)
     assert torch.equal(again, image) and all(torch.equal(back[name], target[name]) for name in target)
-
-
-def test_the_curve_averages_all_steps() -> None:
-    losses = np.random.default_rng(0).random(257).tolist()
-    points = curve(losses)
-    assert len(points) == 100 and points[-1][0] == 257
-    lengths = np.diff([0, *[step for step, _ in points]])
-    assert float(lengths @ [value for _, value in points]) == pytest.approx(sum(losses), abs=1e-3)
 
 
 class Answers(nn.Module):

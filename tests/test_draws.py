@@ -121,13 +121,6 @@ def test_switching_one_operation_off_leaves_the_others(setting):
         assert (without.factors[:, 0] == 1).all()
 
 
-def test_nothing_is_drawn_of_a_plain_view():
-    draws = draw(ViewConfig(), 0, 0, np.arange(5), 0, (20, 30))
-    np.testing.assert_array_equal(draws.crop, np.tile([0, 0, 20, 30], (5, 1)))
-    assert not (draws.affine | draws.flip | draws.jitter | draws.grey | (draws.sigma > 0) | draws.solarize).any()
-    assert (draws.zoom == 1).all() and (draws.factors == 1).all() and (draws.hue == 0).all() and draws.ops.shape == (5, 0)
-
-
 @pytest.mark.parametrize("name, applied", [("flip", 0.5), ("jitter", 0.8), ("grey", 0.2), ("blur", 0.5), ("solarize", 0.3)])
 def test_probabilities(name, applied):
     count = 20_000

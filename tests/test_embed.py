@@ -1,7 +1,5 @@
 """Embedding: the file holds the network's own answer for each image, readable elsewhere, whole or not at all."""
 
-from __future__ import annotations
-
 import csv
 import sys
 from pathlib import Path
