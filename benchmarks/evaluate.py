@@ -1,9 +1,9 @@
 """Evaluations beside scikit-learn: the same results, and what they take in time and memory; and a detector's training.
 
-    python benchmarks/evaluate.py [--only knn,probe,detection] [--run RUN] [--bank BANK.npz --test TEST.npz] [--out FILE]
+    python benchmarks/evaluate.py [--only knn,probe,detection] [--run RUN] [--out FILE]
 
-`knn`: 10,000 queries in a bank of 50,000, both of 512 dimensions, beside brute force. `probe`: logistic regression on features that
-`relssl embed` wrote (random ones if none are given), at one penalty and with the penalty chosen. `detection`: mean average precision
+`knn`: 10,000 queries in a bank of 50,000, both of 512 dimensions, beside brute force. `probe`: logistic regression on the same
+features, at one penalty and with the penalty chosen. `detection`: mean average precision
 on drawn shapes after one step, a quarter of a training and all of it, from the run's backbone or a resnet18 of random weights.
 """
 
@@ -13,6 +13,7 @@ import argparse
 import json
 import tempfile
 import warnings
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,15 +60,6 @@ def blobs(bank: int, test: int, dims: int, classes: int = 10) -> Points:
     return points[:bank], labels[:bank], points[bank:], labels[bank:]
 
 
-def stored(bank: Path, test: Path) -> Points:
-    """Read features and labels that `relssl embed` wrote; images without a label are left out."""
-    files = [np.load(path, allow_pickle=False) for path in (bank, test)]
-    features, labels, tested, truth = (
-        torch.from_numpy(f[key][f["labels"] >= 0]) for f in files for key in ("features", "labels")
-    )
-    return features, labels, tested, truth
-
-
 def knn_here(points: Points) -> float:
     """Classify by our vote."""
     similarity, index = neighbours(points[0], points[2], K)
@@ -105,14 +97,17 @@ def probe_sklearn(points: Points, strength: float | None) -> float:
         return 100 * float(model.fit(bank, labels).score(test, truth))
 
 
-TASKS = {"knn": {"relssl": knn_here, "scikit-learn": knn_sklearn}, "probe": {"relssl": probe_here, "scikit-learn": probe_sklearn}}
+TASKS: dict[str, dict[str, Callable[..., float]]] = {
+    "knn": {"relssl": knn_here, "scikit-learn": knn_sklearn},
+    "probe": {"relssl": probe_here, "scikit-learn": probe_sklearn},
+}
 
 
-def labelling(task: str, name: str, source: tuple[Any, ...], threads: int, **penalty: float | None) -> Work:
-    """Return a fit, if any, and the labelling of all test points as work: of random points of such sizes, or of two files."""
+def labelling(task: str, name: str, sizes: tuple[int, int, int], threads: int, **penalty: float | None) -> Work:
+    """Return a fit, if any, and the labelling of all test points as work, of random points."""
     torch.set_num_threads(threads)
     threadpool_limits(threads)
-    points, facts = (blobs if isinstance(source[0], int) else stored)(*source), dict[str, Any]()
+    points, facts = blobs(*sizes), dict[str, Any]()
 
     def run(count: int) -> None:
         for _ in range(count):
@@ -123,15 +118,13 @@ def labelling(task: str, name: str, source: tuple[Any, ...], threads: int, **pen
 
 def measure_labelling(args: argparse.Namespace, task: str) -> Record:
     """Compare kNN with scikit-learn's brute force, or the probe with its logistic regression."""
-    source: tuple[Any, ...] = (500, 100, 16) if args.tiny else (50_000, 10_000, 512)
-    if task == "probe" and args.bank is not None:
-        source = (args.bank, args.test)
+    sizes = (500, 100, 16) if args.tiny else (50_000, 10_000, 512)
     ways: dict[str, Record] = {f"k {K}": {}}
     if task == "probe":
         ways = {"one penalty, 0.001": {"strength": 1e-3}, "the penalty chosen": {"strength": None}}
-    results: Record = {"source": [str(each) for each in source]}
+    results: Record = {"sizes": sizes}
     for title, penalty in ways.items():
-        rivals = {name: partial(labelling, task, name, source, args.threads, **penalty) for name in TASKS[task]}
+        rivals = {name: partial(labelling, task, name, sizes, args.threads, **penalty) for name in TASKS[task]}
         results[title] = records = compare(rivals, args.rounds, units=1)
         show_records(f"{task}, {title}", records, ["scikit-learn"])
     return results
@@ -210,14 +203,9 @@ def main() -> None:
     """Measure the parts asked for."""
     parser = options(__doc__, ("knn", "probe"), "results/evaluate.json")
     parser.add_argument("--run", type=Path, help="run folder or exported file, for detection")
-    parser.add_argument("--bank", type=Path, help=".npz that the probe learns from, by relssl embed --split bank")
-    parser.add_argument("--test", type=Path, help=".npz that it is measured on")
     parser.add_argument("--tiny", action="store_true", help="try the code in seconds; the figures mean nothing")
-    args = parser.parse_args()
-    if (args.bank is None) != (args.test is None):
-        parser.error("--bank and --test: give both, or neither")
     parts = {task: partial(measure_labelling, task=task) for task in TASKS}
-    measure_parts(args, {**parts, "detection": measure_detection})
+    measure_parts(parser.parse_args(), {**parts, "detection": measure_detection})
 
 
 if __name__ == "__main__":

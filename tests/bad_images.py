@@ -164,10 +164,7 @@ LOAD: dict[str, tuple[str, Maker]] = {
     "webp_animated": ("webp", lambda: frames("WEBP")),
     "bmp_24": ("bmp", lambda: save(picture(), "BMP")),
     "tiff_rgb": ("tif", lambda: save(picture(), "TIFF")),
-    "tiff_lzw_multi": (
-        "tiff",
-        lambda: save(picture(), "TIFF", compression="tiff_lzw", save_all=True, append_images=[picture()]),
-    ),
+    "tiff_lzw_multi": ("tiff", lambda: save(picture(), "TIFF", compression="tiff_lzw", save_all=True, append_images=[picture()])),
     "tiff_cmyk": ("tif", lambda: save(picture().convert("CMYK"), "TIFF")),
     "tiff_16bit_gray": ("tif", grey16_tiff),
     "ppm_p6": ("ppm", lambda: save(picture(), "PPM")),

@@ -111,8 +111,7 @@ def test_torchvisions_networks_are_its_own_without_the_classifier() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "width", "size"),
-    [("squeezenet1_1", 512, 32), ("googlenet", 1024, 32), ("swin_t", 768, 64), ("vit_b_16", 768, 32)],
+    ("name", "width", "size"), [("squeezenet1_1", 512, 32), ("googlenet", 1024, 32), ("swin_t", 768, 64), ("vit_b_16", 768, 32)]
 )
 def test_torchvisions_other_classifiers_come_off_too(name: str, width: int, size: int) -> None:
     assert measure(f"torchvision/{name}", size).features == width

@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -58,16 +57,14 @@ def test_contenders_take_turns_and_a_failing_one_leaves_the_others_alone(tmp_pat
     assert spread([3.0, 1.0, 2.0], 1) == "2.0 [1.0..3.0]" and spread(None) == "-"
 
 
-def test_knn_and_the_probe_label_as_scikit_learn_does(tmp_path: Path) -> None:
-    threads, files = torch.get_num_threads(), (tmp_path / "bank.npz", tmp_path / "test.npz")
-    bank, labels, test, truth = evaluate.blobs(300, 100, 8)
-    np.savez(files[0], features=bank, labels=labels)
-    np.savez(files[1], features=test, labels=truth)
-    for task, source, penalty in (("knn", (300, 100, 8), {}), ("probe", files, {"strength": 1e-2})):
-        ours, theirs = (evaluate.labelling(task, name, source, threads, **penalty) for name in ("relssl", "scikit-learn"))
-        for work in (ours, theirs):
+def test_knn_and_the_probe_label_as_scikit_learn_does() -> None:
+    threads, penalties = torch.get_num_threads(), {"knn": {}, "probe": {"strength": 1e-2}}
+    for task, rivals in evaluate.TASKS.items():
+        works = [evaluate.labelling(task, name, (300, 100, 8), threads, **penalties[task]) for name in rivals]
+        for work in works:
             work.run(1)
-        assert ours.facts["top1"] == pytest.approx(theirs.facts["top1"]) and 30 < ours.facts["top1"] < 100
+        ours, theirs = (work.facts["top1"] for work in works)
+        assert ours == pytest.approx(theirs) and 30 < ours < 100
 
 
 def script(name: str, out: Path, *arguments: str) -> dict[str, Any]:

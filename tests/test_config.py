@@ -47,15 +47,9 @@ def test_all_faults_are_reported_at_once_by_name() -> None:
     }
     lines = {line.split(":")[0]: line for line in faults(wrong)}
     assert lines.keys() == {"views.weak.name" if name == "views.weak" else name for name in wrong}
-    for name, word in {
-        "lerning_rate": "optimizer.lr",
-        "views.strong.blr": "views.strong.blur",
-        "optimizer.decay": "weights",
-        "views.weak.name": "weak",
-        "optimizer.lr": "-1",
-        "encoder": "encoder.stem",
-    }.items():
-        assert word in lines[name]
+    words = {"lerning_rate": "optimizer.lr", "views.strong.blr": "views.strong.blur", "optimizer.decay": "weights"}
+    words |= {"views.weak.name": "weak", "optimizer.lr": "-1", "encoder": "encoder.stem"}
+    assert all(word in lines[name] for name, word in words.items())
 
 
 @pytest.mark.parametrize(

@@ -17,15 +17,7 @@ from relssl.data.plain import PlainView, Reader
 from relssl.data.subsets import identity, shared
 from relssl.engine import Engine
 from relssl.errors import DataError, NumericError
-from relssl.evaluation.features import (
-    LabelledFeatures,
-    cache_key,
-    cached,
-    evaluating,
-    extract,
-    frozen,
-    state_hash,
-)
+from relssl.evaluation.features import LabelledFeatures, cache_key, cached, evaluating, extract, frozen, state_hash
 from relssl.evaluation.pairs import LabelledPair, labelled, labels_hash
 
 READER = Reader(PlainView(32, 1.0, "bilinear", (0.5,) * 3, (0.25,) * 3))

@@ -8,17 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 
-from relssl.method import (
-    Encoder,
-    Memory,
-    ReSSL,
-    create_backbone,
-    health,
-    info_nce,
-    relation,
-    relational_loss,
-    schedules,
-)
+from relssl.method import Encoder, Memory, ReSSL, create_backbone, health, info_nce, relation, relational_loss, schedules
 from relssl.method.health import effective_rank, verdict
 
 
