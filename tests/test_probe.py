@@ -217,18 +217,6 @@ def test_the_cost_is_the_best_on_images_left_out() -> None:
     assert best == costs[int(np.argmax(want))]
 
 
-def test_classes_with_few_images_or_none_are_noted(digits: Sides) -> None:
-    bank, labels, test, truth = few(digits)
-    rest = (labels != 4) | (labels == 4).cumsum(0).le(3)
-    sides = bank[rest], labels[rest], test, truth
-    assert any("Fewer than 8 bank images of class 4" in note for note in shoot(sides, 8).notes)
-    assert len(shoot(sides, 1000).details["draws"]) == 1  # every draw would be the same
-    finding = shoot((bank[labels != 4], labels[labels != 4], test, truth), 0)
-    assert finding.correct is not None and not finding.correct[(truth == 4).numpy()].any()
-    two = shoot((bank[labels < 2], labels[labels < 2], test[truth < 2], truth[truth < 2]), 4, classes=2)
-    assert two.figures["top1"] > 90 and two.figures["top5"] == 100
-
-
 def test_a_class_known_only_one_way_is_named(digits: Sides, several: Sides) -> None:
     bank, _, test, _ = digits
     several[1][:, 2] = several[1][:, 2].clamp_min(1)

@@ -1,4 +1,4 @@
-"""Two evaluations compare only if they were made alike, naming the field that differs; transfer as one finding; their table."""
+"""Two evaluations compare only if they were made alike, naming the field that differs; transfer as one finding."""
 
 import copy
 import json
@@ -12,7 +12,6 @@ from relssl.cli import main
 from relssl.errors import ConfigError, DataError
 from relssl.evaluation.evaluate import transfer_table
 from relssl.evaluation.result import Finding, compare
-from relssl.report.tables import show_evaluation
 
 CARD: dict[str, Any] = {
     "layer": "backbone",
@@ -111,10 +110,6 @@ def finding(main: str = "top1", notes: tuple[str, ...] = (), **figures: float) -
     return Finding({}, main, figures, {name: (value - 1, value + 2) for name, value in figures.items()}, notes)
 
 
-def result(protocol: str, network: str, one: Finding) -> dict[str, Any]:
-    return json.loads(json.dumps({"protocol": protocol, "network": network, **one.plain()}))
-
-
 def test_the_mean_of_transfer_is_over_the_figure_of_each_set_that_ran() -> None:
     cifar, flowers = finding(top1=90.0, mean_per_class=10.0, notes=("a subset",)), finding(top1=10.0, mean_per_class=80.0)
     photos = finding(top1=69.0, mean_per_class=10.0)
@@ -130,24 +125,3 @@ def test_the_mean_of_transfer_is_over_the_figure_of_each_set_that_ran() -> None:
     assert json.loads(json.dumps(joined.plain()))["details"] == joined.details
     with pytest.raises(DataError, match="dtd: no network; svhn: broken"):
         transfer_table({"dtd": "no network", "svhn": "svhn: broken"})
-
-
-def test_the_table_of_all_protocols(capsys: pytest.CaptureFixture[str]) -> None:
-    low = "k was lowered to 100, the size of the bank"
-    knn = Finding({"k": 200, "temperature": 0.07}, "top1", {"top1": 81.456, "top5": 99.0}, {"top1": (80.0, 83.25)}, (low,))
-    plain = Finding({"strength": 1e-05}, "top1", {"top1": 70.0})
-    transfer = transfer_table({"cifar10": finding(top1=90.0), "dtd": "no network", "oxford-pets": finding(mean_per_class=80.0)})
-    rows = [("knn", "student", knn), ("knn", "teacher", knn), ("probe", "student", plain), ("transfer", "student", transfer)]
-    show_evaluation({"source": "runs/[red]a", "data": "cifar10,dtd", "results": [result(*row) for row in rows]})
-    out = capsys.readouterr().out
-    lines = [" ".join(line.split()) for line in out.splitlines()]
-    assert lines[0] == "runs/[red]a on cifar10,dtd"
-    assert "knn student k 200, temperature 0.07 top1 81.46 80.00 to 83.25 1" in lines
-    assert "knn teacher k 200, temperature 0.07 top1 81.46 80.00 to 83.25 1" in lines
-    assert "probe student strength 1e-05 top1 70.00" in lines
-    table = [line.removeprefix("transfer student ") for line in lines if line.startswith("transfer")]
-    assert table == [
-        *("cifar10 top1 90.00 89.00 to 92.00", "dtd not run 2", "oxford-pets mean_per_class 80.00 79.00 to 82.00"),
-        "all that ran mean 85.00 2 3",
-    ]
-    assert f"1 {low}" in lines and "2 dtd was not run: no network" in lines and out.count(low) == 1
