@@ -32,7 +32,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import contenders
-from contenders import TINY, Record, Work, compare, conventional_loading, conventional_training, floor, show_records, training
+from contenders import TINY, Measures, Record, Work, compare, conventional_training, floor, show_records, training
 from relssl.data.cache import shrunken
 from relssl.engine import available_cores, fast_bf16, prepare_process
 from relssl.method.backbones import NAMED, create_backbone, feature_width, measure
@@ -101,7 +101,7 @@ def measure_files(args: argparse.Namespace) -> Record:
         ways: dict[str, Record] = {"": {}, ", decoding at full size": {"loader.reduced_decode": False}, ", cache": caching}
         for name, (source, batch) in sets.items():
             base = file_settings(args, batch)
-            rows = {label: partial(conventional_loading, base, source, style) for label, style in STYLES.items()}
+            rows = {label: partial(contenders.conventional_loading, base, source, style) for label, style in STYLES.items()}
             rows |= {f"relssl{way}": partial(loading, base | change, source) for way, change in ways.items()}
             records = compare(rows, args.rounds, units=1 if args.tiny else 16 if batch > 8 else 8)
             show_records(f"Files, loader alone: {name}, {args.workers} workers", records, list(STYLES), "images_per_core_second")
@@ -239,7 +239,10 @@ def measure_peers(args: argparse.Namespace) -> Record:
     with tempfile.TemporaryDirectory() as folder:
         photos = write_folder(Path(folder, "photos"), *((16, 100, 75) if args.tiny else (512, 500, 375)))
         base = file_settings(args, 8 if args.tiny else 32)
-        rows = {"lightly": partial(conventional_loading, base, photos, lightly_views), "relssl": partial(loading, base, photos)}
+        rows = {
+            "lightly": partial(contenders.conventional_loading, base, photos, lightly_views),
+            "relssl": partial(loading, base, photos),
+        }
         views = compare(rows, args.rounds, units=1 if args.tiny else 8)
     show_records("Files: both views of an image beside lightly", views, ["lightly"], "images_per_core_second")
     return {"steps": steps["records"], "views": views}
@@ -254,14 +257,8 @@ def main() -> None:
     parser.add_argument("--images", type=Path, help="a folder of JPEGs for the files part (default: some are made)")
     parser.add_argument("--tiny", action="store_true", help="try the code in seconds; the figures mean nothing")
     small = partial(compare_small, peer="conventional", other=conventional_training)
-    measures = {
-        "small": small,
-        "files": measure_files,
-        "loss": measure_loss,
-        "networks": measure_networks,
-        "peers": measure_peers,
-    }
-    contenders.measure_parts(parser.parse_args(), measures)
+    measures: Measures = {"small": small, "files": measure_files, "loss": measure_loss, "networks": measure_networks}
+    contenders.measure_parts(parser.parse_args(), {**measures, "peers": measure_peers})
 
 
 if __name__ == "__main__":

@@ -77,6 +77,7 @@ class Work:
 
 
 Source = tuple[int, int] | str  # random images in memory, so many of so many pixels a side; or a folder
+Measures = Mapping[str, Callable[[argparse.Namespace], Any]]  # by part of a script: what measures it
 Contenders = Mapping[str, Callable[[], Work]]  # by name: what returns its work, in a process of its own
 
 
@@ -370,7 +371,7 @@ def options(about: str | None, parts: Iterable[str], out: str) -> argparse.Argum
     return parser
 
 
-def measure_parts(args: argparse.Namespace, measures: Mapping[str, Callable[[argparse.Namespace], Any]]) -> None:
+def measure_parts(args: argparse.Namespace, measures: Measures) -> None:
     """Measure part by part into a file, then exit; one that fails does not lose the others, but sets the exit code.
 
     Parts that an earlier call has left there, on this machine with these options, stay.

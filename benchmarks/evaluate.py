@@ -29,7 +29,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 import relssl
-from contenders import Record, Work, compare, measure_parts, options, show, show_records
+from contenders import Measures, Record, Work, compare, measure_parts, options, show, show_records
 from relssl.data.plain import PlainView, Reader
 from relssl.engine import Engine
 from relssl.evaluation.detection import detection
@@ -204,7 +204,7 @@ def main() -> None:
     parser = options(__doc__, ("knn", "probe"), "results/evaluate.json")
     parser.add_argument("--run", type=Path, help="run folder or exported file, for detection")
     parser.add_argument("--tiny", action="store_true", help="try the code in seconds; the figures mean nothing")
-    parts = {task: partial(measure_labelling, task=task) for task in TASKS}
+    parts: Measures = {task: partial(measure_labelling, task=task) for task in TASKS}
     measure_parts(parser.parse_args(), {**parts, "detection": measure_detection})
 
 

@@ -22,18 +22,7 @@ from typing import Any
 
 import contenders
 import relssl
-from contenders import (
-    TINY,
-    Contenders,
-    Record,
-    compare,
-    conventional_training,
-    floor,
-    measure_parts,
-    show,
-    show_records,
-    training,
-)
+from contenders import TINY, Contenders, Measures, Record, compare, floor, measure_parts, show, show_records, training
 
 NETWORKS = ("resnet50", "efficientnet_b0", "mobilenetv3_large_100")
 # Speed-ups one after another; each row has those above it as well.
@@ -68,7 +57,7 @@ def settings_of(args: argparse.Namespace, **more: Any) -> Record:
 def measure_small(args: argparse.Namespace) -> Record:
     """Measure steps of CIFAR-shaped images, the conventional pipeline among them."""
     settings, source = settings_of(args, **{"loader.workers": args.threads}), (64 if args.rehearse else 50_000, 32)
-    first = {"conventional": partial(conventional_training, settings | {"engine.precision": "bf16"}, source)}
+    first = {"conventional": partial(contenders.conventional_training, settings | {"engine.precision": "bf16"}, source)}
     return {"one view": _climb(args, "small", settings, source, first)}
 
 
@@ -126,7 +115,7 @@ def stop(limit: float) -> None:
 def main() -> None:
     """Measure section by section; the run comes last, as it takes the longest."""
     networks = {name: partial(measure_network, network=name) for name in NETWORKS}
-    measures = {"equal": measure_equal, "small": measure_small, **networks, "run": measure_run}
+    measures: Measures = {"equal": measure_equal, "small": measure_small, **networks, "run": measure_run}
     parser = contenders.options(__doc__, measures, "results/gpu.json")
     parser.add_argument("--limit", type=float, default=540, help="seconds after which everything ends (default: nine minutes)")
     parser.add_argument("--data_root", help="where CIFAR-10 lies (default: as relssl has it)")
