@@ -111,7 +111,7 @@ def labelling(task: str, name: str, sizes: tuple[int, int, int], threads: int, *
 
     def run(count: int) -> None:
         for _ in range(count):
-            facts["top1"] = TASKS[task][name](points, **penalty)
+            facts["top1"] = round(TASKS[task][name](points, **penalty), 2)
 
     return Work(run, len(points[2]), facts)
 
