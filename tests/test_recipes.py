@@ -1,8 +1,6 @@
 """The recipes hold the papers' settings, say where these come from, and lie on each other as their bases say; the baselines differ
 from ReSSL's runs in what is their own."""
 
-from __future__ import annotations
-
 import json
 from operator import attrgetter
 from pathlib import Path
@@ -23,7 +21,6 @@ from relssl.train.run_folder import default_folder
 from relssl.weights.card import public
 
 SETS = ("cifar10", "cifar100", "stl10", "tiny-imagenet", "imagenet")
-BASELINES = [name for name in METHODS if name != "ressl"]
 # The settings of the authors' runs for SETS, from the paper and its code.
 PAPER: dict[str, tuple[Any, ...]] = {
     "method.memory_size": (4096, 4096, 16384, 16384, 131072),
@@ -33,22 +30,9 @@ PAPER: dict[str, tuple[Any, ...]] = {
     "optimizer.weight_decay": (5e-4, 5e-4, 5e-4, 5e-4, 1e-4),
     "encoder.dim": (128, 128, 128, 128, 512),
 }
+
+
 # What a baseline may change of ReSSL's run on a small set, beside its name and the first view.
-NORMS = {"encoder.batch_norm_splits", "method.shuffle"}
-HEADS = {f"encoder.{name}" for name in ("projector_hidden", "projector_norm", "predictor", "predictor_hidden", "dim")}
-OWN: dict[str, set[str]] = {
-    "moco": {"method.info_nce_temperature"},
-    "simclr": NORMS | {"method.info_nce_temperature"},
-    "byol": NORMS | HEADS,
-    "simsiam": NORMS
-    | HEADS
-    | {"encoder.projector_output_norm", "batch_size", "optimizer.warmup_epochs", "optimizer.predictor_schedule"}
-    | {"views.strong.blur", "views.weak.blur"},
-    "sce": HEADS | {"method.teacher_temperature"},
-    "supervised": NORMS | {"optimizer.lr"},
-}
-
-
 def changed(config: Config, other: Config) -> set[str]:
     return {name for name in leaves(Config) if attrgetter(name)(config) != attrgetter(name)(other)} - {"recipe"}
 
@@ -72,24 +56,6 @@ def test_the_authors_runs_and_the_extension_on_them(name: str) -> None:
     assert changed(ours, theirs) <= extension.keys()
 
 
-@pytest.mark.parametrize("data", [*SETS[:4], "fashion-mnist"])
-@pytest.mark.parametrize("method", BASELINES)
-def test_small_sets_differ_from_ressl_in_what_is_the_methods_own(method: str, data: str) -> None:
-    config = resolve({"method": method, "data": data})
-    assert (config.recipe, config.method.name) == (f"{method}/{data}", method)
-    if data == "fashion-mnist":
-        colours = {f"views.{side}.{name}" for side in ("weak", "strong") for name in ("saturation", "hue", "grey")}
-        cifar = resolve({"method": method, "data": "cifar10"})
-        assert changed(config, cifar) <= {"data", "epochs", "views.enlarge"} | colours
-        return
-    ours = resolve({"recipe": f"nips/{data}"})
-    assert changed(config, ours) - {name for name in leaves(Config) if name.startswith("views.weak.")} <= OWN[method] | {
-        "method.name"
-    }
-    equal = method in ("moco", "simclr", "byol", "simsiam")  # both views are alike
-    assert config.views.weak == (config.views.strong if equal else ours.views.weak)
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_is_its_file_and_its_base_recipe(method: str) -> None:
     config = resolve({"method": method})
@@ -97,12 +63,6 @@ def test_a_method_is_its_file_and_its_base_recipe(method: str) -> None:
     assert type(model).__module__ == f"relssl.method.{method}"
     assert (model.teacher is not None, model.memory is not None) == (derived.traits.teacher, derived.traits.memory)
     assert resolve({"method": method, "data": "photos"}).recipe == ("folder" if method == "ressl" else f"{method}/folder")
-
-
-def test_reconstructions_are_named() -> None:
-    sources = {recipe["name"]: recipe["source"] for recipe in map(recipes.find, recipes.NAMES)}
-    small = [f"{method}/cifar10" for method in BASELINES]
-    assert all("reconstruction" in sources[name] for name in (*SETS, *small, "imagenet-5crop", "imagenet-2x", "nips/imagenet-2x"))
 
 
 # Layers

@@ -1,15 +1,11 @@
 """Rerunning a comparison: plans, runs that stop and go on, and the results of runs that are done."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import runpy
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -125,13 +121,6 @@ def test_what_cannot_be_used_is_refused(tiny: Path, options: dict[str, Any], set
     assert str(refused.value).startswith(setting) and not (tiny / "runs").exists()
 
 
-@pytest.mark.parametrize("words", [["memry"], ["memory", "--scale", "smal"], ["memory", "--only", "k1"]])
-def test_unknown_names_end_with_2_before_torch_is_imported(words: list[str]) -> None:
-    code = f"import sys; from relssl.cli import main; code = main({['reproduce', *words]!r}); assert 'torch' not in sys.modules; sys.exit(code)"
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert ended.returncode == 2 and len(ended.stderr.splitlines()) == 1 and "nearest" in ended.stderr
-
-
 def test_the_results_are_those_of_the_evaluation_and_a_second_time_nothing_runs(finished: Path) -> None:
     content = json.loads((finished / "results/tiny-smoke.json").read_text())
     assert (finished / "results/tiny-smoke.md").read_text() == page(content)
@@ -186,12 +175,11 @@ def test_a_run_stopped_on_its_way_goes_on_exactly(finished: Path, tiny: Path) ->
 def test_a_signal_between_runs_ends_with_its_code_and_results_are_written(tiny: Path) -> None:
     def say(line: str) -> None:
         if line.startswith("k96 seed 0"):
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGINT)
 
-    before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Interrupted, match="tiny-smoke: stopped with 1 of 2 runs to do") as stopped:
         run_tiny("k96", "k64", say=say)
-    assert stopped.value.exit_code == 143 and signal.getsignal(signal.SIGTERM) == before
+    assert stopped.value.exit_code == 130
     content = json.loads(Path("results/tiny-smoke.json").read_text())
     assert [run["row"] for run in content["runs"]] == ["k96"]
     assert content["rows"][0]["paper"][0]["difference"] is None  # this is not the paper's setting
@@ -344,13 +332,6 @@ def test_collapse_is_judged_seed_by_seed() -> None:
 
     assert word("collapse", "a") == "holds" and word("sound", "a") == "does not hold"
     assert word("collapse", "b") == word("sound", "b") == "holds for some seeds"
-
-
-def test_tables_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["reproduce"]) == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == tables.NAMES
-    assert main(["reproduce", "temperature", "--list"]) == 0
-    assert "  t.04" in capsys.readouterr().out
 
 
 def test_the_pages_of_the_docs_come_from_the_recipes_and_the_stored_results(tmp_path: Path) -> None:

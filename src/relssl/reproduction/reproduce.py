@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import signal
 import statistics
-import threading
 import time
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +17,6 @@ from relssl.reproduction.results import outcome, write_results
 from relssl.reproduction.tables import read_table
 from relssl.settings.run import derive
 from relssl.train.signals import REASONS, TIME_LIMIT
-
-# What a note holds of an evaluation's record; its card and which images were right are in RUN/evaluations.
-_NOTED = ("protocol", "network", "data", "setting", "main", "figures", "intervals", "notes", "seconds")
 
 Say = Callable[[str], None]
 
@@ -60,7 +54,7 @@ def reproduce(
 
     Raises:
         ConfigError: for unknown names, settings that cannot be used, and folders that hold something else.
-        Interrupted: on a signal or at the time limit, after the results so far are written.
+        Interrupted: on SIGINT, on SIGTERM while training, or at the time limit, after the results so far are written.
         StorageError, LockedError: if a folder cannot be written, or another process writes it.
     """
     planned = plan(read_table(table, scale), seeds=seeds, only=only, runs=runs, overrides=overrides)
@@ -73,18 +67,17 @@ def reproduce(
         _costs(planned, say)
     end = math.inf if time_limit is None else time.monotonic() + 60 * time_limit
     try:
-        with _signals_raise():
-            for run in planned.chosen:
-                if run.state() != "done":
-                    _perform(run, end)
-                    write_results(planned, Path(out))
-                    if say:
-                        say(f"{run.row.name} seed {run.seed}: {_summary(run)}")
+        for run in planned.chosen:
+            if run.state() != "done":
+                _perform(run, end)
+                write_results(planned, Path(out))
+                if say:
+                    say(f"{run.row.name} seed {run.seed}: {_summary(run)}")
     except (Interrupted, KeyboardInterrupt) as error:
         write_results(planned, Path(out))
         left = sum(run.state() != "done" for run in planned.chosen)
         what = f"{planned.name}: stopped with {left} of {len(planned.chosen)} runs to do; the same command goes on"
-        raise Interrupted(what, error.exit_code if isinstance(error, Interrupted) else error.args[0]) from None
+        raise Interrupted(what, error.exit_code if isinstance(error, Interrupted) else 130) from None
     return write_results(planned, Path(out))
 
 
@@ -97,22 +90,6 @@ def _check_out(planned: Plan, out: Path) -> None:
         raise ConfigError(f"{file}: holds results of other settings ({words}); give another --out")
     with storing(file):
         out.mkdir(parents=True, exist_ok=True)
-
-
-@contextmanager
-def _signals_raise() -> Iterator[None]:
-    """Let SIGINT and SIGTERM raise KeyboardInterrupt with their exit code; training has its own handlers, as it saves first."""
-
-    def stop(number: int, _: object) -> None:
-        raise KeyboardInterrupt(128 + number)
-
-    main = threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM) if main}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _perform(run: Run, end: float) -> None:
@@ -133,9 +110,7 @@ def _perform(run: Run, end: float) -> None:
         else:
             resume(run.folder, quiet=True, time_limit=left)
         _minutes(end)
-        record = evaluate(run.folder, settings=run.evaluation)
-        results = [{name: result[name] for name in _NOTED} for result in record["results"]]
-        note |= {"evaluation": plain(run.evaluation), "results": results}
+        note |= evaluate(run.folder, settings=run.evaluation) | {"evaluation": plain(run.evaluation)}
     except (Interrupted, StorageError, LockedError):
         raise
     except Exception as error:
