@@ -87,8 +87,9 @@ def arguments(name: str, args: Mapping[str, Any], size: int | None) -> dict[str,
 def _size_flags(name: str) -> dict[str, bool] | None:
     """The arguments that make a timm network take several sizes, beside img_size; None: it takes any, or is tied to its own."""
     cfg = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
-    ways: tuple[dict[str, bool], ...] = ({"dynamic_img_size": True}, {}) if cfg is not None and cfg.fixed_input_size else ()
-    for flags in ways:
+    if cfg is None or not cfg.fixed_input_size:
+        return None
+    for flags in ({"dynamic_img_size": True}, dict[str, bool]()):
         try:
             with torch.device("meta"):  # without memory, and without drawing random numbers
                 timm.create_model(name, num_classes=0, img_size=cfg.input_size[-1], **flags)
@@ -120,11 +121,11 @@ def drop_classifier(network: nn.Module) -> str:
     layers = list(network.named_modules())
     outputs = [getattr(layer, "out_features", getattr(layer, "out_channels", None)) for _, layer in layers]
     place = max(i for i, count in enumerate(outputs) if count == _CLASSES)
-    path, (before, kind) = layers[place][0], layers[place - 1]
+    (before, dropout), (path, _) = layers[place - 1], layers[place]
     network.set_submodule(path, nn.Identity())
-    if isinstance(kind, nn.Dropout):
+    if isinstance(dropout, nn.Dropout):
         network.set_submodule(before, nn.Identity())
-    return path
+    return str(path)
 
 
 def stem_fault(network: nn.Module) -> str | None:

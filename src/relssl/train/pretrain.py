@@ -242,11 +242,19 @@ def compile_networks(run: Run) -> str | None:
     torch.compiler.reset()  # type: ignore[no-untyped-call]  # one cache serves all networks of a process
     for network in run.networks:
         network.compile_heads(graphs)
+    ids, now = torch.arange(run.plan.share), scheduled(run, run.total_steps - 1)
     state.guard.watch()
     try:
         with torch.random.fork_rng([engine.device] if gpu else []):
-            for _ in range(3):  # graphs are warmed up, recorded and replayed
-                _pass_noise(run)
+            for _ in range(3):  # graphs are warmed up, recorded and replayed, on noise of the run's own shapes
+                weak, *strong = (torch.rand(len(ids), config.views.channels, *[view.size] * 2) for view in derive(config).views)
+                torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+                # As a part that others follow, in a world of its own: ranks exchange nothing, so that one that fails leaves none waiting.
+                with engine.part(state.model.student, last=False):
+                    with engine.autocast():
+                        step = forward(run, Batch(ids, weak, strong), now)
+                    step.loss.backward()  # type: ignore[no-untyped-call]
+                state.optimizer.zero_grad(set_to_none=True)
     except Exception as error:  # whatever a compiler runs into
         fault = next(iter(str(error).splitlines()), type(error).__name__)[:160]
     state.guard.take_back()
@@ -258,19 +266,6 @@ def compile_networks(run: Run) -> str | None:
         return f"compile: not possible here ({fault or 'another rank could not'}); going on without"
     run.graphs = graphs
     return "compile: the networks are compiled" + (", and replayed as CUDA graphs" if gpu and graphs else "")
-
-
-def _pass_noise(run: Run) -> None:
-    """Pass views of noise, of the run's own shapes, forward and back."""
-    engine, share, channels = run.engine, run.plan.share, run.config.views.channels
-    weak, *strong = (torch.rand(share, channels, view.size, view.size) for view in derive(run.config).views)
-    torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-    # As a part that others follow, in a world of its own: ranks exchange nothing, so that one that fails leaves none waiting.
-    with engine.part(run.state.model.student, last=False):
-        with engine.autocast():
-            step = forward(run, Batch(torch.arange(share), weak, strong), scheduled(run, run.total_steps - 1))
-        step.loss.backward()  # type: ignore[no-untyped-call]
-    run.state.optimizer.zero_grad(set_to_none=True)
 
 
 def shrink(run: Run, display: Display) -> None:

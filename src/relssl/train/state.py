@@ -67,7 +67,7 @@ class _Copies:
 
     def _block(self) -> tuple[Tensor, list[Tensor]]:
         block = self.buffers[0].new_empty(sum(buffer.numel() for buffer in self.buffers))
-        parts = block.split([buffer.numel() for buffer in self.buffers])
+        parts = torch.split(block, [buffer.numel() for buffer in self.buffers])
         return block, [part.view(buffer.shape) for part, buffer in zip(parts, self.buffers, strict=True)]
 
 
