@@ -262,6 +262,9 @@ class Config:
     compile: Literal["auto", "off", "on"] = setting("auto", "torch.compile; auto: for CUDA in runs of 2,000 steps or more")
     epochs: Count = setting(200, "passes over the images")
     batch_size: int = setting(256, "images an optimizer step, over all devices and accumulated parts", ge=2, lt=1 << 63)
+    fit_batch: bool = setting(
+        False, "lower batch_size to what fits in memory, and optimizer.lr with it; batch_size auto is the same"
+    )
     accumulate: Count = setting(1, "equal parts a batch is computed in, one after another")
     seed: Natural = setting(0, "seed of the weights, the memory, the order and the views")
     max_images: Count | None = setting(None, "train on this many images, chosen by the seed; null: all")

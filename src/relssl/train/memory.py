@@ -43,7 +43,7 @@ def fit(config: Config, engine: Engine, workers: int, classes: int = 1) -> Confi
     Raises:
         ConfigError: if a step would take more memory than there is, with the batch size or the accumulation that would not.
     """
-    derived, free = derive(config), free_memory(engine.device)
+    derived, free = derive(config), -engine.largest(-free_memory(engine.device))  # ranks agree
     image = sum(4 * config.views.channels * view.size**2 for view in derived.views)
     here = 1 if engine.device.type == "cuda" else config.engine.devices
     if here * derived.share * image * _MOST <= free:
@@ -64,7 +64,7 @@ def fit(config: Config, engine: Engine, workers: int, classes: int = 1) -> Confi
     batch, fits = share * derived.passes, least <= free
     if config.fit_batch and fits:
         scaled = dataclasses.replace(config.optimizer, lr=config.optimizer.lr * batch / config.batch_size)
-        return dataclasses.replace(config, batch_size=batch, optimizer=scaled)
+        return dataclasses.replace(config, batch_size=batch, fit_batch=False, optimizer=scaled)
     views = f"{config.batch_size} images in views of {', '.join(sorted({str(view.size) for view in derived.views}))} pixels"
     parts = derived.share // share * config.accumulate
     whole = derived.traits.whole_batch or config.batch_size % (parts * here) or not fits
@@ -97,7 +97,9 @@ def step_memory(config: Config, engine: Engine, share: int, classes: int = 1) ->
             living.note(tensor)
         guarded = 3 * sum(buffer.nbytes for buffer in model.buffers())  # the guard's copies, and one for what is read of figures
         optimizer = create_run_optimizer(config, model.student)
-        for _ in range(min(2, config.accumulate) + 1):  # gradients of earlier parts and the optimizer's state are there at the peak
+        for _ in range(
+            min(2, config.accumulate) + 1
+        ):  # gradients of earlier parts and the optimizer's state are there at the peak
             _pass(model, config, engine, share)
         optimizer.step()
         _pass(model, config, engine, share)

@@ -15,7 +15,7 @@ import torch
 
 from relssl.data.cache import shrunken
 from relssl.data.images import Images, Pixels
-from relssl.data.loader import Batch
+from relssl.data.loader import Batch, worker_count
 from relssl.data.named import load
 from relssl.engine import Engine
 from relssl.errors import ConfigError, DataError, DistributedError, RelsslError, StorageError
@@ -23,6 +23,7 @@ from relssl.evaluation.pairs import LabelledPair, choose
 from relssl.settings.run import METHODS, Config, derive, resolve
 from relssl.train import checkpoint
 from relssl.train.loop import Run, create_run, forward, open_loader, origin, scheduled, train
+from relssl.train.memory import fit
 from relssl.train.online import OnlineKnn
 from relssl.train.run_folder import Display, RunFolder, default_folder, read_rows, refuse_used
 from relssl.train.signals import StopRequest
@@ -174,7 +175,8 @@ def build(config: Config, engine: Engine) -> Run:
             f"{images.name}: {config.method.name} needs a label for each image, of two classes or more; take a labelled set, lay the "
             "images out as train/CLASS/ and val/CLASS/, or take a method without labels"
         )
-    config = complete_settings(config, images)
+    workers = 0 if images.in_memory else worker_count(config.loader.workers, config.engine.devices)
+    config = fit(complete_settings(config, images), engine, workers, images.class_count if labelled else 1)
     with suppress(DataError):  # data without a test part is not evaluated, nor is one without labels to vote about
         if config.log.knn_every and engine.is_first:
             pair = LabelledPair.load(config.data, config.data_root, config.log.knn_images, config.seed)
@@ -242,18 +244,12 @@ def compile_networks(run: Run) -> str | None:
     torch.compiler.reset()  # type: ignore[no-untyped-call]  # one cache serves all networks of a process
     for network in run.networks:
         network.compile_heads(graphs)
-    ids, now = torch.arange(run.plan.share), scheduled(run, run.total_steps - 1)
     state.guard.watch()
     try:
         with torch.random.fork_rng([engine.device] if gpu else []):
-            for _ in range(3):  # graphs are warmed up, recorded and replayed, on noise of the run's own shapes
-                weak, *strong = (torch.rand(len(ids), config.views.channels, *[view.size] * 2) for view in derive(config).views)
+            for _ in range(3):  # graphs are warmed up, recorded and replayed
                 torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-                # As a part that others follow, in a world of its own: ranks exchange nothing, so that one that fails leaves none waiting.
-                with engine.part(state.model.student, last=False):
-                    with engine.autocast():
-                        step = forward(run, Batch(ids, weak, strong), now)
-                    step.loss.backward()  # type: ignore[no-untyped-call]
+                pass_noise(run, run.plan.share)
                 state.optimizer.zero_grad(set_to_none=True)
     except Exception as error:  # whatever a compiler runs into
         fault = next(iter(str(error).splitlines()), type(error).__name__)[:160]
@@ -266,6 +262,19 @@ def compile_networks(run: Run) -> str | None:
         return f"compile: not possible here ({fault or 'another rank could not'}); going on without"
     run.graphs = graphs
     return "compile: the networks are compiled" + (", and replayed as CUDA graphs" if gpu and graphs else "")
+
+
+def pass_noise(run: Run, share: int) -> None:
+    """Pass noise of the run's own shapes forward and back, as `share` images of a part that others follow.
+
+    Ranks exchange nothing, so that one that fails leaves none waiting.
+    """
+    config, ids = run.config, torch.arange(share)
+    weak, *strong = (torch.rand(share, config.views.channels, view.size, view.size) for view in derive(config).views)
+    with run.engine.part(run.state.model.student, last=False):
+        with run.engine.autocast():
+            step = forward(run, Batch(ids, weak, strong), scheduled(run, run.total_steps - 1))
+        step.loss.backward()  # type: ignore[no-untyped-call]
 
 
 def shrink(run: Run, display: Display) -> None:
