@@ -97,13 +97,13 @@ def step_memory(config: Config, engine: Engine, share: int, classes: int = 1) ->
             living.note(tensor)
         guarded = 3 * sum(buffer.nbytes for buffer in model.buffers())  # the guard's copies, and one for what is read of figures
         optimizer = create_run_optimizer(config, model.student)
-        for _ in range(
-            min(2, config.accumulate) + 1
-        ):  # gradients of earlier parts and the optimizer's state are there at the peak
-            _pass(model, config, engine, share)
-        optimizer.step()
         _pass(model, config, engine, share)
-    return living.peak + guarded
+        optimizer.step()  # its state is there from now on
+        if config.accumulate == 1:
+            optimizer.zero_grad()
+        _pass(model, config, engine, share)
+        peak: int = living.peak
+    return peak + guarded
 
 
 def _pass(model: Method, config: Config, engine: Engine, share: int) -> None:
@@ -119,12 +119,12 @@ def _pass(model: Method, config: Config, engine: Engine, share: int) -> None:
     step.loss.backward()  # type: ignore[no-untyped-call]
 
 
-class _Living(TorchDispatchMode):
+class _Living(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of all storages that operations make, as long as each lives."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now, self.peak = 0, 0
         self._storages: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -151,7 +151,7 @@ class _Living(TorchDispatchMode):
 def free_memory(device: torch.device) -> int:
     """Return the bytes that this process may still take: of a GPU, or of the machine, its container and the process's own limits."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        return int(torch.cuda.mem_get_info(device)[0])
     free = [psutil.virtual_memory().available]
     for limit, usage in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
         with suppress(OSError, ValueError):  # no container, or one without a limit
