@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -43,15 +44,15 @@ def _apply(name: str, x: Tensor, levels: Ints) -> Tensor:
     strength = np.abs(levels)
     if name in _BASES:  # blended as by Pillow's Image.blend, which truncates
         base = _BASES[name](x)
-        return (base + _column(0.9 * strength / 10 + 0.05, x) * (x - base)).floor_()
+        return (base + column(0.9 * strength / 10 + 0.05, x) * (x - base)).floor_()
     if name == "autocontrast":
         return _autocontrast(x)
     if name == "equalize":
         return _equalize(x)
     if name == "posterize":
-        return x - x.remainder(_column(2 ** (4 - 4 * strength // 10), x))
+        return x - x.remainder(column(2 ** (4 - 4 * strength // 10), x))
     if name == "solarize":
-        return torch.where(x < _column(256 - 256 * strength // 10, x), x, 255 - x)
+        return torch.where(x < column(256 - 256 * strength // 10, x), x, 255 - x)
     return _warp(x, np.array([_matrix(name, level, x.shape[-1]) for level in levels]))
 
 
@@ -72,9 +73,9 @@ def _index(rows: Ints, like: Tensor) -> Tensor:
     return send(torch.as_tensor(rows), like.device)
 
 
-def _column(values: Floats | Ints, like: Tensor) -> Tensor:
-    """Send one number a sample, as [B,1,1,1], to `like`'s device."""
-    return send(torch.as_tensor(values, dtype=like.dtype), like.device).view(-1, 1, 1, 1)
+def column(values: npt.ArrayLike, like: Tensor) -> Tensor:
+    """Send numbers of the host, one a sample, to `like`'s device: fp32 [B,1,1,1]."""
+    return send(torch.as_tensor(np.asarray(values, np.float32)), like.device).view(-1, 1, 1, 1)
 
 
 def _luma(x: Tensor) -> Tensor:

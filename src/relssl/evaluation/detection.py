@@ -260,7 +260,7 @@ def curve(losses: list[float]) -> list[list[float]]:
 
 def _batches(images: Scenes, order: list[int], batch_size: int, workers: int, engine: Engine) -> Iterator[list[Sample]]:
     """Yield images in this order, on the device, in 0..1, with their targets."""
-    for batch in read_batches(order, partial(_read, images), workers, batch_size=batch_size):  # type: ignore[arg-type]
+    for batch in read_batches(order, partial(_read, images), workers, batch_size=batch_size):
         if isinstance(batch, str):
             raise DataError(batch)
         yield [

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from relssl.data.images import Images
-from relssl.data.loader import Plan, create_loader
+from relssl.data.loader import Loader, Plan
 from relssl.data.plain import Reader
 from relssl.data.subsets import fingerprint, from_index, stratified
 from relssl.engine import Engine
@@ -181,7 +181,7 @@ class Training:
         view = ViewConfig(size=reader.view.size, scale=self.settings.scale, flip=0.5 if reader.mirrored else 0.0)
         loading = LoaderConfig(workers=reader.workers, max_pixels=reader.max_pixels)
         statistics = (reader.view.mean, reader.view.std)
-        loader = create_loader(self.images, [view], self.plan, engine.device, statistics, loading)
+        loader = Loader(self.images, [view], self.plan, engine.device, statistics, loading)
         for step, (batch,) in enumerate(loader.stream(0, self.steps)):
             self.unreadable.update(file for file, _ in batch.bad)
             with torch.set_grad_enabled(trains), engine.autocast():
@@ -308,7 +308,7 @@ def semi(backbone: nn.Module, task: Task, settings: SemiConfig) -> list[Finding]
     """
     (labels, classes), bank = task.check("semi"), task.pair.bank
     if settings.index is None:
-        shares = [({"fraction": share}, stratified(labels, fraction=share, seed=task.seed)) for share in settings.fractions]
+        shares = [({"fraction": share}, stratified(labels, share, task.seed)) for share in settings.fractions]
         choices: list[tuple[dict[str, Any], np.ndarray]] = list(shares)
     elif task.pair.of is not None and len(bank) < task.pair.of[0]:  # where the same positions are other images
         raise ConfigError(f"semi.index: names images of the whole bank, of which `images` leaves {len(bank)}; drop one of them")

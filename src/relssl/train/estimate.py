@@ -24,7 +24,6 @@ import torch.nn.functional as F
 
 from relssl.data.cache import Shrunk, place, root
 from relssl.data.images import Files
-from relssl.data.loader import FromFiles, Resident
 from relssl.engine import Engine, available_cores, fast_bf16
 from relssl.errors import ConfigError
 from relssl.files import size
@@ -210,9 +209,13 @@ def _measure(run: Run, steps: int) -> Estimate:
     extras = Extras(evaluations if run.online else 0, each * evaluated, saves, save_seconds)
     training, evaluating, saving = run.total_steps * mean, extras.evaluations * each * evaluated, saves * save_seconds
     groups = {"data": shares["data"], "networks": 1 - shares["data"] - shares["update"], "update": shares["update"]}
-    workers = run.loader.workers if isinstance(run.loader, FromFiles) else None
     what: dict[str, Any] = {name: getattr(config, name) for name in ("data", "backbone", "batch_size", "epochs")}
-    what |= {"images": len(run.images), "total_steps": run.total_steps, "unreadable": timing.unreadable, "workers": workers}
+    what |= {
+        "images": len(run.images),
+        "total_steps": run.total_steps,
+        "unreadable": timing.unreadable,
+        "workers": run.loader.workers,
+    }
     what |= {"device": engine.describe(), "kind": engine.device.type, "world": engine.world, "threads": engine.threads}
     what |= {"step_seconds": middle, "step_low": low, "step_high": high, "step_mean": mean, "steps_timed": len(timing.steps)}
     what |= {"training_seconds": training, "evaluation_seconds": evaluating, "saving_seconds": saving}
@@ -284,7 +287,7 @@ def time_steps(run: Run, steps: int, limit: float = 60.0) -> Timing:
             marks.append((name, time.perf_counter()))
 
     (first,) = loader.stream(state.step, state.step + 1)
-    turns = loader.ahead if isinstance(loader, Resident) else math.ceil(loader.workers / run.plan.parts)
+    turns = loader.ahead if loader.workers is None else math.ceil(loader.workers / run.plan.parts)
     turns = max(1, engine.largest(turns))  # machines may differ in their cores
     count = turns * math.ceil(steps / turns)
     stream = loader.stream(state.step, state.step + turns + count)
