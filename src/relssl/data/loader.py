@@ -308,13 +308,13 @@ def read_batches(dataset: Any, join: Callable[[list[Any]], Any], workers: int, *
     try:
         yield from batches
     except (RuntimeError, ConnectionError, OSError) as error:
-        if not workers or not (isinstance(error, ConnectionError) or any(sign in str(error).lower() for sign in _DIED)):
-            raise
         # Until workers are forgotten, torch raises the death of one anew, in whatever the main thread does, whenever another child ends.
-        if threading.current_thread() is threading.main_thread():
+        if workers and threading.current_thread() is threading.main_thread():
             before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             batches._shutdown_workers()
             signal.signal(signal.SIGCHLD, before)
+        if not workers or not (isinstance(error, ConnectionError) or any(sign in str(error).lower() for sign in _DIED)):
+            raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
         raise DataError(
             f"a loader process died or has no memory left ({reason}); try loader.workers 0, or fewer, or more shared memory"

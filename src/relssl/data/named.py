@@ -7,6 +7,7 @@ import fcntl
 import os
 import re
 import socket
+import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from relssl.data import digits
 from relssl.data.folder import LIST_SUFFIXES, complete, read_folder, read_list, shown, split_folders, walk
@@ -29,19 +31,19 @@ IMAGENET100 = tuple(Path(__file__).with_name("imagenet100.txt").read_text("ascii
 
 @dataclass(frozen=True)
 class NamedSet:
-    """A data set known by its name.
+    """A data set known by its name; `named.toml` says what the fields mean."""
 
-    The channel statistics of CIFAR, STL-10 and Tiny-ImageNet are those of the paper's code; those of Fashion-MNIST and SVHN are of
-    all training pixels.
-    """
-
-    read: Callable[[str, str, str], Images]  # returns its images for the name, the root of data sets, and one of `SPLITS`
-    reader: str = ""  # the class of torchvision.datasets that knows its files
-    folder: str = ""  # where they lie below the root
-    source: str = ""  # where they can be had; empty for sets that are never downloaded
-    parts: tuple[tuple[Any, ...], ...] = ()  # the reader's argument for train, bank and test; images of several are joined
+    kind: str
+    reader: str = ""
+    folder: str = ""
+    source: str = ""  # empty for sets that are never downloaded
+    parts: tuple[list[Any], ...] = ()
     mean: Channels = IMAGENET_MEAN
     std: Channels = IMAGENET_STD
+
+
+# A folder of the same name is meant by `./NAME`.
+SETS = TypeAdapter(dict[str, NamedSet]).validate_python(tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8")))
 
 
 def load(data: str, root: str | None, split: str) -> Images:
@@ -61,7 +63,7 @@ def load(data: str, root: str | None, split: str) -> Images:
         raise ConfigError(f"split: must be one of {', '.join(SPLITS)}, got {split!r} (nearest: {nearest_word(split, SPLITS)})")
     path = exists(data, root)
     if path is None or data in SETS:
-        images = SETS[data].read(data, data_root(root), split)
+        images = _READERS[SETS[data].kind](data, data_root(root), split)
     elif os.path.isdir(path):
         images = read_voc(path, split) if _voc_lists(path) else read_folder(path, split)
     elif split == "test":
@@ -112,7 +114,7 @@ def exists(data: str, root: str | None) -> str | None:
     """
     path = os.path.expanduser(data)
     if data in SETS:
-        if SETS[data].read is not _read_imagenet:
+        if SETS[data].kind != "imagenet":
             return None
         path = os.path.join(data_root(root), "imagenet")
         if "test" not in split_folders(path):
@@ -167,7 +169,7 @@ def _torchvision(name: str, root: str, split: str, **options: Any) -> list[Any]:
     import torchvision.datasets
 
     entry = SETS[name]
-    reader, argument = getattr(torchvision.datasets, entry.reader), "train" if entry.parts == _BOOL else "split"
+    reader, argument = getattr(torchvision.datasets, entry.reader), "split" if isinstance(entry.parts[0][0], str) else "train"
 
     def read(part: Any, download: bool) -> Any:
         return reader(root, download=download, **{argument: part}, **options)
@@ -318,39 +320,11 @@ def _read_voc_part(name: str, folder: str, part: str) -> Images:
     return Images(name, files, classes=tuple(classes), targets=targets)
 
 
-# What readers take for train, bank and test.
-_BOOL = ((True,), (True,), (False,))
-_TRAIN, _TRAINVAL = (("train",), ("train",), ("test",)), (("trainval",), ("trainval",), ("test",))
-_BOTH, _STL10 = (("train", "val"), ("train", "val"), ("test",)), (("train+unlabeled",), ("train",), ("test",))
-
-_FASHION, _STL = "https://github.com/zalandoresearch/fashion-mnist", "http://ai.stanford.edu/~acoates/stl10/"
-_CIFAR, _SVHN = "https://www.cs.toronto.edu/~kriz/cifar.html", "http://ufldl.stanford.edu/housenumbers/"
-_TINY, _FOOD = "http://cs231n.stanford.edu/tiny-imagenet-200.zip", "http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz"
-_VGG, _VOC = "https://www.robots.ox.ac.uk/~vgg/data", "http://host.robots.ox.ac.uk/pascal/VOC/voc2007/"
-_CARS = "https://github.com/pytorch/vision/issues/7545"  # its home is gone; the thread tells of mirrors
-
-# A folder of the same name is meant by `./NAME`.
-SETS = {
-    "digits": NamedSet(_read_digits),
-    "fashion-mnist": NamedSet(_read_pixels, "FashionMNIST", "FashionMNIST/raw", _FASHION, _BOOL, (0.2860,) * 3, (0.3530,) * 3),
-    "cifar10": NamedSet(
-        _read_pixels, "CIFAR10", "cifar-10-batches-py", _CIFAR, _BOOL, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
-    ),
-    "cifar100": NamedSet(
-        _read_pixels, "CIFAR100", "cifar-100-python", _CIFAR, _BOOL, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
-    ),
-    "stl10": NamedSet(_read_pixels, "STL10", "stl10_binary", _STL, _STL10, (0.4408, 0.4279, 0.3867), (0.2682, 0.2610, 0.2686)),
-    "tiny-imagenet": NamedSet(
-        _read_tiny_imagenet, "", "tiny-imagenet-200", _TINY, (), (0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262)
-    ),
-    "imagenet": NamedSet(_read_imagenet),
-    "imagenet100": NamedSet(_read_imagenet),
-    "svhn": NamedSet(_read_pixels, "SVHN", "", _SVHN, _TRAIN, (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
-    "food101": NamedSet(_read_files, "Food101", "food-101", _FOOD, _TRAIN),
-    "flowers102": NamedSet(_read_files, "Flowers102", "flowers-102", f"{_VGG}/flowers/102/", _BOTH),
-    "oxford-pets": NamedSet(_read_files, "OxfordIIITPet", "oxford-iiit-pet", f"{_VGG}/pets/", _TRAINVAL),
-    "fgvc-aircraft": NamedSet(_read_files, "FGVCAircraft", "fgvc-aircraft-2013b", f"{_VGG}/fgvc-aircraft/", _TRAINVAL),
-    "dtd": NamedSet(_read_files, "DTD", "dtd", f"{_VGG}/dtd/", _BOTH),
-    "stanford-cars": NamedSet(_read_files, "StanfordCars", "stanford_cars", _CARS, _TRAIN),
-    "voc07": NamedSet(_read_voc07, "", "VOCdevkit/VOC2007", _VOC),
+_READERS: dict[str, Callable[[str, str, str], Images]] = {  # of the name, the root of data sets, and one of `SPLITS`
+    "digits": _read_digits,
+    "pixels": _read_pixels,
+    "files": _read_files,
+    "imagenet": _read_imagenet,
+    "tiny-imagenet": _read_tiny_imagenet,
+    "voc07": _read_voc07,
 }
