@@ -169,9 +169,7 @@ def _split(part: Part, classes: Sequence[str], layout: str, masked: bool, max_pi
     """Return a split whose boxes are cut at the images' edges; objects without extent, or a mask where masks are wanted, are left out."""
     labels, scenes, dropped = {word: label for label, word in enumerate(classes, 1)}, [], Counter[str]()
     if strange := {word for *_, entries in part.pictures for _, word, *_ in entries} - labels.keys():
-        raise DataError(
-            f"{part.name}: has objects of the class {shown(min(strange))}, which training has not; give both the same"
-        )
+        raise DataError(f"{part.name}: has objects of the class {shown(min(strange))}, training has not; give both the same")
     for file, (height, width), entries in part.pictures:
         with np.errstate(invalid="ignore", over="ignore"):  # NaN stays NaN, and is left out below
             objects = np.array([(edges, labels[word], *rest) for edges, word, *rest in entries], _OBJECT)
@@ -196,8 +194,7 @@ def _reading(file: str | Path, place: Sequence[str] = ("it",)) -> Iterator[None]
 
 
 def _picture(folder: str, name: str, width: float, height: float, max_pixels: int) -> Picture:
-    """Return an image of this name in a folder, so that annotations can make nobody read what lies elsewhere, nor take memory by
-    the pixels of outlines."""
+    """Return an image in a folder: annotations can make nobody read what lies elsewhere, nor outlines take any memory."""
     path = os.path.normpath(os.path.join(folder, name))
     if not path.startswith(os.path.join(os.path.normpath(folder), "")):
         raise ValueError(f"{shown(name)} lies outside of the image folder")
@@ -311,9 +308,8 @@ def _parse(folder: str, name: str, max_pixels: int) -> Picture:
         width, height = (float(root.findtext(f"size/{side}", "missing")) for side in ("width", "height"))
         picture = _picture(os.path.join(folder, "JPEGImages"), f"{name}.jpg", width, height, max_pixels)
         for element in root.iterfind("object"):
-            left, top, right, bottom = (
-                float(element.findtext(f"bndbox/{edge}", "missing")) for edge in ("xmin", "ymin", "xmax", "ymax")
-            )
+            edges = (f"bndbox/{edge}" for edge in ("xmin", "ymin", "xmax", "ymax"))
+            left, top, right, bottom = (float(element.findtext(edge, "missing")) for edge in edges)
             if not (word := element.findtext("name", "").strip()):
                 raise ValueError("an object has no name")
             difficult = element.findtext("difficult", "").strip() == "1"

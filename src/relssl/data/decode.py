@@ -80,7 +80,7 @@ def open_image(path: str, max_pixels: int) -> Iterator[Opened]:
                 turn, sides = _orientation(image), image.size
                 # A turned image's far side becomes its top or left: it must hold whole squares of pixels.
                 whole = (r for r in (1, 2, 4, 8) if r <= min(sides) and (turn == 1 or not any(side % r for side in sides)))
-                opened = Opened(sides if turn >= 5 else sides[::-1], partial(_decode_jpeg, image), tuple(whole))
+                opened = Opened(sides if turn >= 5 else sides[::-1], partial(_upright_rgb, image), tuple(whole))
             else:
                 opened = Opened.of(_upright_rgb(image))
         yield opened
@@ -90,13 +90,6 @@ def decode(path: str, max_pixels: int) -> Image.Image:
     """Read an image file whole, as `open_image` does."""
     with open_image(path, max_pixels) as opened:
         return opened.rgb(1)
-
-
-def _decode_jpeg(image: ImageFile.ImageFile, reduction: int) -> Image.Image:
-    with _refusals():
-        if reduction > 1:
-            image.draft(None, (image.width // reduction, image.height // reduction))
-        return _upright_rgb(image)
 
 
 @contextlib.contextmanager
@@ -153,21 +146,23 @@ def _read_header(file: IO[bytes], max_pixels: int) -> ImageFile.ImageFile:
 
 def _orientation(image: Image.Image) -> int:
     """Return the EXIF orientation 1..8; 1 if there is none or the data is broken, which says nothing about the pixels."""
-    try:
-        turn: int = image.getexif().get(ExifTags.Base.Orientation, 1)
-        return turn if 1 < turn < 9 else 1
-    except Exception:
-        return 1
+    turn = 1
+    with contextlib.suppress(Exception):
+        turn = image.getexif().get(ExifTags.Base.Orientation, 1)
+    return turn if turn in range(2, 9) else 1
 
 
-def _upright_rgb(image: ImageFile.ImageFile) -> Image.Image:
+def _upright_rgb(image: ImageFile.ImageFile, reduction: int = 1) -> Image.Image:
     """Return the image turned as its EXIF orientation says, as RGB."""
-    image.load()
-    image.fp = None  # Pillow closes only files that it opened itself
-    turn = _orientation(image)
-    rgb = _to_rgb(image)
-    rgb.info.clear()  # or a colour key or orientation that is already applied could be applied again
-    return rgb.transpose(Image.Transpose[_TURNS[turn - 2]]) if turn > 1 else rgb
+    with _refusals():
+        if reduction > 1:
+            image.draft(None, (image.width // reduction, image.height // reduction))
+        image.load()
+        image.fp = None  # Pillow closes only files that it opened itself
+        turn = _orientation(image)
+        rgb = _to_rgb(image)
+        rgb.info.clear()  # or a colour key or orientation that is already applied could be applied again
+        return rgb.transpose(Image.Transpose[_TURNS[turn - 2]]) if turn > 1 else rgb
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

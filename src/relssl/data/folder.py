@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -151,19 +151,20 @@ def split_folders(folder: str) -> dict[str, str]:
     return {"train": folder, "bank": folder}
 
 
-def class_folders(folder: str) -> list[str]:
-    """List the names of the folders right below, sorted by their bytes."""
-    with os.scandir(os.fsencode(folder)) as entries:
-        names = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
-    return [os.fsdecode(name) for name in sorted(names) if not _is_hidden(name)]
+def class_labels(files: Files, sides: Iterable[str]) -> tuple[np.ndarray | None, tuple[str, ...] | None]:
+    """Return the class of each file, int64 [N], and the classes, which are the folders right below some folders, by their bytes.
 
-
-def class_labels(files: Files, classes: Sequence[str]) -> np.ndarray | None:
-    """Return the class folder that each file lies in, int64 [N]; None if a file lies in none, or there is but one."""
-    rank = {os.fsencode(word): position for position, word in enumerate(classes)}
+    None and None if a file lies in none of them, or there is but one.
+    """
+    rank: dict[bytes, int] = {}
+    for side in sides:
+        with os.scandir(os.fsencode(side)) as entries:
+            names = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False) and not _is_hidden(entry.name)]
+        for name in sorted(names):
+            rank.setdefault(name, len(rank))
     parts = (files.relative(row).partition(b"/") for row in range(len(files)))
     labels = np.array([rank.get(top, -1) if slash else -1 for top, slash, _ in parts], np.int64)
-    return labels if len(classes) > 1 and (labels >= 0).all() else None
+    return (None, None) if len(rank) < 2 or (labels < 0).any() else (labels, tuple(map(os.fsdecode, rank)))
 
 
 def read_folder(folder: str, split: str) -> Images:
@@ -176,9 +177,8 @@ def read_folder(folder: str, split: str) -> Images:
         raise DataError(f"{shown(folder)}: has no test images; lay it out as train/CLASS/ and val/CLASS/ (or test/CLASS/)")
     files, bad = scan(sides[split])
     # Training classes come first, so that a class met only in testing does not renumber them.
-    classes = tuple(dict.fromkeys(word for side in sides.values() for word in class_folders(side))) if "test" in sides else ()
-    labels = class_labels(files, classes)
-    return Images(shown(folder), files, labels, None if labels is None else classes, bad=bad)
+    labels, classes = class_labels(files, sides.values() if "test" in sides else ())
+    return Images(shown(folder), files, labels, classes, bad=bad)
 
 
 def list_lines(folder: str) -> tuple[list[bytes], list[Fault]]:
@@ -192,11 +192,11 @@ def list_lines(folder: str) -> tuple[list[bytes], list[Fault]]:
     """
     side = split_folders(os.path.abspath(os.path.expanduser(folder)))["train"]
     files, bad = scan(side)
-    classes = class_folders(side)
-    labels = class_labels(files, classes)
+    labels, classes = class_labels(files, [side])
     lines = []
     for row, (name, size) in enumerate(zip(files, files.sizes.tolist(), strict=True)):
-        line = os.fsencode(f"{name}\t{'' if labels is None else classes[labels[row]]}\t{size}")
+        word = "" if labels is None or classes is None else classes[labels[row]]
+        line = os.fsencode(f"{name}\t{word}\t{size}")
         if line.count(b"\t") == 2 and b"\n" not in line and b"\r" not in line:
             lines.append(line)
         else:

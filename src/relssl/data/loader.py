@@ -272,15 +272,7 @@ def collate(samples: Sequence[Sample]) -> Sample:
 
 
 # Signs in errors that a worker is gone, or that /dev/shm or memory is full.
-_DIED = (
-    "exited unexpectedly",
-    "killed by signal",
-    "bus error",
-    "unable to",
-    "no space left",
-    "cannot allocate",
-    "can't allocate",
-)
+_DIED = ("exited unexpectedly", "killed by signal", "bus error", "unable to", "no space left", "allocate")
 
 
 def worker_count(workers: int | None, processes: int = 1) -> int:
