@@ -9,7 +9,7 @@ All in fp32, also under autocast; only TF32, where the caller has switched it on
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from relssl.data import ops
 from relssl.data.draws import CONTRAST, HUE, SATURATION, Bools, Draws, Floats, Ints
-from relssl.data.ops import column
+from relssl.data.ops import column, on
 from relssl.engine import send
 from relssl.settings.run import LUMA, ViewConfig
 
@@ -42,14 +42,14 @@ def apply(images: Tensor, view: ViewConfig, draws: Draws) -> Tensor:
         if moves:
             x = _affine(x, draws)
         if view.jitter:
-            x = _on(x, draws.jitter, lambda part, rows: _jitter(part, view, draws.take(rows)))
+            x = on(x, draws.jitter, lambda part, rows: _jitter(part, view, draws.take(rows)))
         if view.grey:
-            x = _on(x, draws.grey, lambda part, rows: luma(part).expand_as(part))
+            x = on(x, draws.grey, lambda part, rows: luma(part).expand_as(part))
         if view.blur:
             radius = math.ceil(4 * view.blur_sigma[1])
-            x = _on(x, draws.sigma > 0, lambda part, rows: _blur(part, draws.sigma[rows], radius))
+            x = on(x, draws.sigma > 0, lambda part, rows: _blur(part, draws.sigma[rows], radius))
         if view.solarize:
-            x = _on(x, draws.solarize, lambda part, rows: torch.where(part < 0.5, part, 1 - part))
+            x = on(x, draws.solarize, lambda part, rows: torch.where(part < 0.5, part, 1 - part))
         if view.randaugment:
             x = ops.apply(x, draws)
     return x
@@ -72,22 +72,13 @@ def normalise(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     return torch.addcmul(bias, x.float(), weight)
 
 
-def _on(x: Tensor, where: Bools, operation: Callable[[Tensor, Ints], Tensor]) -> Tensor:
-    """Replace in x, in place, the rows marked on the host by operation(those rows, their indices)."""
-    rows = np.flatnonzero(where)
-    if len(rows) == 0:
-        return x
-    index = send(torch.as_tensor(rows), x.device)
-    return x.index_copy_(0, index, operation(x.index_select(0, index), rows))
-
-
 def _crop(images: Tensor, view: ViewConfig, draws: Draws, flip: Bools | None) -> Tensor:
     """Crop, resize and flip [B,3,H,W] -> [B,3,S,S]: torchvision's resized_crop (bilinear, antialiased) as two matrices."""
     height, width = images.shape[-2:]
     white = 255.0 if images.dtype == torch.uint8 else 1.0
     if view.scale is None and (height, width) == (view.size, view.size):
         x = images / white  # always a copy: what follows works in place
-        return x if flip is None else _on(x, flip, lambda part, rows: part.flip(-1))
+        return x if flip is None else on(x, flip, lambda part, rows: part.flip(-1))
     x = images.float()
     top, left, rows, columns = draws.crop.T
     down = _resize_weights(column(top, x), column(rows, x), None, height, view.size)
@@ -143,7 +134,7 @@ def _jitter(x: Tensor, view: ViewConfig, draws: Draws) -> Tensor:
         turn = np.where(strengths[turn] > 0, turn, -1)
         if (blended := (turn >= 0) & (turn != HUE)).any():
             x = _blend(x, turn, np.where(blended, draws.factors[np.arange(len(turn)), np.clip(turn, 0, 2)], 1.0))
-        x = _on(x, turn == HUE, lambda part, rows: _shift_hue(part, column(draws.hue[rows], part)))
+        x = on(x, turn == HUE, lambda part, rows: _shift_hue(part, column(draws.hue[rows], part)))
     return x
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -18,29 +19,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from relssl.data.draws import POOL, Draws, Floats, Ints
+from relssl.data.draws import POOL, Bools, Draws, Floats, Ints
 from relssl.engine import send
 
 
 def apply(x: Tensor, draws: Draws) -> Tensor:
     """Apply each sample's drawn operations, in turn, in place; x fp32 [B,3,S,S] in 0..1, on any device."""
-    touched = np.flatnonzero(draws.ops_applied.any(axis=1))
-    if len(touched) == 0:
+    return on(x, draws.ops_applied.any(axis=1), lambda part, rows: _apply_drawn(part, draws.take(rows)))
+
+
+def on(x: Tensor, where: Bools, operation: Callable[[Tensor, Ints], Tensor]) -> Tensor:
+    """Replace in x, in place, the rows marked on the host by operation(those rows, their indices)."""
+    rows = np.flatnonzero(where)
+    if len(rows) == 0:
         return x
-    index = _index(touched, x)
-    pixels = (x.index_select(0, index) * 255).round_()
-    draws = draws.take(touched)
+    index = send(torch.as_tensor(rows), x.device)
+    return x.index_copy_(0, index, operation(x.index_select(0, index), rows))
+
+
+def _apply_drawn(x: Tensor, draws: Draws) -> Tensor:
+    pixels = (x * 255).round_()
     for turn in range(draws.ops.shape[1]):
         for op, name in enumerate(POOL):
-            rows = np.flatnonzero((draws.ops[:, turn] == op) & draws.ops_applied[:, turn])
-            if len(rows) and name != "identity":
-                part = _index(rows, x)
-                pixels.index_copy_(0, part, _apply(name, pixels.index_select(0, part), draws.levels[rows, turn]))
-    return x.index_copy_(0, index, pixels.div_(255))
+            if name != "identity":
+                where = (draws.ops[:, turn] == op) & draws.ops_applied[:, turn]
+                pixels = on(pixels, where, partial(_apply, name, draws.levels[:, turn]))
+    return pixels.div_(255)
 
 
-def _apply(name: str, x: Tensor, levels: Ints) -> Tensor:
-    """Apply one operation to whole numbers 0..255 [B,3,S,S], each sample at its own level."""
+def _apply(name: str, levels: Ints, x: Tensor, rows: Ints) -> Tensor:
+    """Apply one operation to whole numbers 0..255 [B,3,S,S], each sample at its own level, that of its row."""
+    levels = levels[rows]
     strength = np.abs(levels)
     if name in _BASES:  # blended as by Pillow's Image.blend, which truncates
         base = _BASES[name](x)
@@ -67,10 +76,6 @@ def _matrix(name: str, level: int, side: int) -> tuple[float, ...]:
         "translate_y": (1, 0, 0, 0, 1, int(share * side)),
         "rotate": (cos, -sin, centre - centre * (cos - sin), sin, cos, centre - centre * (sin + cos)),
     }[name]
-
-
-def _index(rows: Ints, like: Tensor) -> Tensor:
-    return send(torch.as_tensor(rows), like.device)
 
 
 def column(values: npt.ArrayLike, like: Tensor) -> Tensor:
@@ -123,7 +128,9 @@ def _warp(x: Tensor, matrices: Floats) -> Tensor:
     side = x.shape[-1]
     matrices = matrices.astype(np.float64)
     matrices[:, [2, 5]] += 0.5 * (matrices[:, [0, 3]] + matrices[:, [1, 4]])  # pixels are taken at their centres
-    a, b, c, d, e, f = _index(np.floor(matrices * 65536 + 0.5).astype(np.int64), x).view(-1, 6, 1, 1).unbind(1)
+    a, b, c, d, e, f = (
+        send(torch.as_tensor(np.floor(matrices * 65536 + 0.5).astype(np.int64)), x.device).view(-1, 6, 1, 1).unbind(1)
+    )
     across = torch.arange(side, device=x.device)
     down = across[:, None]
     column, row = (c + a * across + b * down) >> 16, (f + d * across + e * down) >> 16
