@@ -172,12 +172,11 @@ class Loader:
         """Make the views of joined samples from their crops."""
         if not sample.crops:
             raise Unreadable(sample.bad)
-        assert isinstance(sample.row, Tensor)
-        crops = [send(pixels, self.device) for pixels in sample.crops]
+        rows, crops = np.array(sample.rows, np.int64), [send(pixels, self.device) for pixels in sample.crops]
         # Of the parameters of a view, its crop alone depends on the image's size, so all others can be drawn without it.
         rest = [dataclasses.replace(view, scale=None) for view in self.views]
-        weak, *strong = self._views(crops, rest, sample.epoch, sample.row.numpy())
-        return Batch(send(sample.row, self.device), weak, strong, sample.bad)
+        weak, *strong = self._views(crops, rest, sample.epoch, rows)
+        return Batch(send(torch.from_numpy(rows), self.device), weak, strong, sample.bad)
 
     def _views(self, images: Sequence[Tensor], views: Sequence[ViewConfig], epoch: int, rows: Ints) -> list[Tensor]:
         """Make the normalised views fp32 [B,C,S,S] of images at these positions in the data set, uint8 [B,3,H,W] for each view."""
@@ -201,7 +200,7 @@ class Sample(NamedTuple):
     """The crops of one image; of several, stacked, once collated."""
 
     epoch: int
-    row: int | Tensor  # position in the data set; [B] int64 once collated
+    rows: list[int]  # positions in the data set
     crops: list[Tensor]  # for each view, uint8 [3,S,S], or [B,3,S,S]; none if no image can be read
     bad: list[Fault]  # unreadable files on the way
 
@@ -228,10 +227,10 @@ class Crops(Dataset[Sample]):
             position = (row + offset) % len(self.images)
             try:
                 with self.images.source.open(position, self.settings.max_pixels) as opened:
-                    return Sample(epoch, position, self._crops(opened, epoch, position), bad)
+                    return Sample(epoch, [position], self._crops(opened, epoch, position), bad)
             except BadImage as fault:
                 bad.append((self.images.source.name(position), str(fault)))
-        return Sample(epoch, row, [], bad)
+        return Sample(epoch, [row], [], bad)
 
     def _crops(self, opened: Opened, epoch: int, row: int) -> list[Tensor]:
         """Decode an image once for all views, as small as the largest reduction at which no crop has fewer pixels than its view."""
@@ -268,7 +267,7 @@ def collate(samples: Sequence[Sample]) -> Sample:
     """Join samples of one epoch; without crops if one of them has none."""
     epochs, rows, crops, bad = zip(*samples, strict=True)
     stacked = [torch.stack(each) for each in zip(*crops, strict=True)] if all(crops) else []
-    return Sample(epochs[0], torch.tensor(rows), stacked, list(chain(*bad)))
+    return Sample(epochs[0], list(chain(*rows)), stacked, list(chain(*bad)))
 
 
 # Signs in errors that a worker is gone, or that /dev/shm or memory is full.
