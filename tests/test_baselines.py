@@ -1,7 +1,5 @@
 """The baselines: each loss and gradient against float64 written pair by pair from its paper, and each as a whole run."""
 
-from __future__ import annotations
-
 import copy
 import shutil
 from collections.abc import Callable
