@@ -198,7 +198,8 @@ def _extend(shrunk: Shrunk, settings: LoaderConfig, progress: Progress, workers:
     needed = _shrink_files(files, settings, sample)[0].nbytes * (len(files) - start) // len(sample)
     batches = read_batches(range(start, len(files)), partial(_shrink_files, files, settings), workers, batch_size=_BATCH)
     sweep(folder)
-    with storing(path, needed), path.open("ab") as file:
+    # Workers hold the lock too until they end, so they are not left to the garbage collector.
+    with contextlib.closing(batches), storing(path, needed), path.open("ab") as file:
         file.truncate(shrunk.total)
         if needed > (free := shutil.disk_usage(folder).free):
             needs = f"the cache needs about {size(needed)}, {size(free)} are free"

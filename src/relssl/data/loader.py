@@ -7,7 +7,7 @@ import math
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, islice
@@ -279,7 +279,7 @@ def worker_count(workers: int | None, processes: int = 1) -> int:
     return max(1, available_cores() // processes - 1) if workers is None else workers
 
 
-def read_batches(dataset: Any, join: Callable[[list[Any]], Any], workers: int, **batching: Any) -> Iterator[Any]:
+def read_batches(dataset: Any, join: Callable[[list[Any]], Any], workers: int, **batching: Any) -> Generator[Any, None, None]:
     """Yield batches of a sequence's items that worker processes (0: this process) take and join; `batching` is for torch's DataLoader.
 
     Raises:
