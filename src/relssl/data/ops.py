@@ -25,7 +25,7 @@ from relssl.engine import send
 
 def apply(x: Tensor, draws: Draws) -> Tensor:
     """Apply each sample's drawn operations, in turn, in place; x fp32 [B,3,S,S] in 0..1, on any device."""
-    return on(x, draws.ops_applied.any(axis=1), lambda part, rows: _apply_drawn(part, draws.take(rows)))
+    return on(x, draws.ops_applied.sum(axis=1) > 0, lambda part, rows: _apply_drawn(part, draws.take(rows)))
 
 
 def on(x: Tensor, where: Bools, operation: Callable[[Tensor, Ints], Tensor]) -> Tensor:
