@@ -146,19 +146,14 @@ def root(settings: LoaderConfig) -> Path:
     return Path(settings.cache_folder).expanduser() if settings.cache_folder else cache_root() / "shrunk"
 
 
-def shrink(image: Image.Image, side: int) -> Image.Image:
-    """Scale an image to a shorter side of `side` pixels, its shape kept; return it as it is if it is no larger."""
-    shorter = min(image.size)
-    if shorter <= side:
-        return image
-    width, height = (round(length * side / shorter) for length in image.size)
-    return image.resize((width, height), Image.Resampling.LANCZOS)
-
-
 def _shrink_files(
     files: Files, settings: LoaderConfig, rows: list[int]
 ) -> tuple[Tensor, list[tuple[int, ...]], dict[int, BadImage]]:
-    """Return the pixels of some images, uint8 in one row, their heights and widths, and why some, of no pixels, cannot be read."""
+    """Scale images to shorter sides of `loader.cache` pixels at most.
+
+    Returns:
+        All pixels, uint8 in one row; the height and width of each image, 0 if it cannot be read; and the reasons, by position.
+    """
     images, faults, side = list[np.ndarray](), dict[int, BadImage](), settings.cache or 0
     for row in rows:
         try:
@@ -166,7 +161,10 @@ def _shrink_files(
                 # The filter still gets twice the side, as in Pillow's own thumbnails.
                 reductions = opened.reductions if settings.reduced_decode else ()
                 reduction = max((each for each in reductions if min(opened.size) >= 2 * side * each), default=1)
-                images.append(np.asarray(shrink(opened.rgb(reduction), side)))
+                image = opened.rgb(reduction)
+            if (shorter := min(image.size)) > side:
+                image = image.resize([round(length * side / shorter) for length in image.size], Image.Resampling.LANCZOS)
+            images.append(np.asarray(image))
         except BadImage as fault:
             images.append(np.empty((0, 0, 3), np.uint8))
             faults[row] = fault
