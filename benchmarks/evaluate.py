@@ -29,13 +29,14 @@ from torch import Tensor
 import relssl
 from contenders import Contender, Record, Work, compare, measure_parts, show, spread, times
 from relssl.data.boxes import load
-from relssl.data.plain import PlainView
+from relssl.data.plain import PlainView, Reader
 from relssl.engine import Engine, available_cores
 from relssl.evaluation.detection import create_detector, curve, length, measure, train
 from relssl.evaluation.features import LabelledFeatures
 from relssl.evaluation.knn import neighbours, votes
 from relssl.evaluation.metrics import Bootstrap
 from relssl.evaluation.probe import hold_out, probe
+from relssl.evaluation.result import Task
 from relssl.method.backbones import create_backbone
 from relssl.settings.evaluation import DetectionConfig, ProbeConfig
 from relssl.train.run_folder import environment
@@ -90,7 +91,7 @@ def probe_here(points: Points, strength: float | None) -> Record:
     """Fit and test our probe, scaling included; at a strength, or at one chosen on held-out images."""
     settings = ProbeConfig() if strength is None else ProbeConfig(strengths=(strength,))
     classes = int(max(points[1].max(), points[3].max())) + 1
-    (finding,) = probe(LabelledFeatures(*points, classes=classes), settings, Bootstrap(100), seed=0)
+    (finding,) = probe(LabelledFeatures(*points, classes=classes), settings, Bootstrap(100))
     return {"top1": finding.figures["top1"], "strength": finding.details["strength"]}
 
 
@@ -213,18 +214,19 @@ def measure_detection(args: argparse.Namespace) -> Record:
     settings = DetectionConfig(
         epochs=6, batch_size=4, lr=0.01, min_size=SIDE, max_size=SIDE, regions=32, frozen_stages=0, norm="train"
     )
-    engine, counts = Engine.local("auto", "fp32"), {"train": 8, "test": 2} if args.tiny else {"train": 240, "test": 60}
+    task = Task(spec, Reader(VIEW), Engine.local("auto", "fp32"), Bootstrap(), print)
+    counts = {"train": 8, "test": 2} if args.tiny else {"train": 240, "test": 60}
     points, losses = list[Record](), list[float]()
     with tempfile.TemporaryDirectory() as folder:
         write_coco(Path(folder, "shapes"), **counts, side=SIDE)
         train_set, test_set = load(str(Path(folder, "shapes")), masks=False, max_pixels=1 << 20)
         steps, _ = length(len(train_set), settings)
-        model = create_detector(backbone, spec, settings, len(train_set.classes), masks=False, autocast=engine.autocast)
-        training = train(engine.place(model), train_set, 0, engine, settings=settings, seed=0)
+        model = create_detector(backbone, spec, settings, len(train_set.classes), masks=False, autocast=task.engine.autocast)
+        training = train(task.engine.place(model), train_set, settings, task)
         for stop in (round(steps * quarter / 4) for quarter in range(5)):
             while len(losses) < stop:
                 losses.append(next(training))
-            figures, _ = measure(model, test_set, 0, engine)["boxes"]
+            figures, _ = measure(model, test_set, task)["boxes"]
             points.append({"step": stop} | {f"boxes {name}": round(value, 2) for name, value in figures.items()})
     columns = list(points[-1])
     show(f"Detection on shapes, {spec.name}", columns, [[point.get(name, "-") for name in columns] for point in points])

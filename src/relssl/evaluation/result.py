@@ -7,7 +7,8 @@ import dataclasses
 import importlib.metadata
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -69,8 +70,23 @@ class Finding:
         return record
 
 
+@dataclass(frozen=True)
+class Task:
+    """What the protocols of one evaluation share."""
+
+    spec: BackboneSpec  # of the backbone
+    reader: Reader  # how images are read, and what the backbone sees of them
+    engine: Engine  # device, and the precision of the backbone; classifiers and losses are fp32
+    bootstrap: Bootstrap  # of the intervals; its seed is that of everything else that is drawn too
+    say: Callable[[str], None]  # takes lines of progress, some ten a training
+
+
 class Protocol(NamedTuple):
-    """A way to measure a backbone."""
+    """A way to measure a backbone.
+
+    On features it is a function (LabelledFeatures, its settings, Bootstrap) -> findings, else (backbone, a LabelledPair or the folder
+    of scenes, its settings, Task) -> findings.
+    """
 
     place: str  # module and function, imported when it runs, as scikit-learn takes seconds
     takes: str = "features"  # or images, or scenes: images with boxes
@@ -78,11 +94,9 @@ class Protocol(NamedTuple):
     trains: bool = False  # the backbone too, which otherwise stays as it is
 
 
-def card(
-    name: str, protocol: Protocol, section: Any, settings: Evaluation, spec: BackboneSpec, reader: Reader, engine: Engine
-) -> Record:
+def card(name: str, protocol: Protocol, section: Any, task: Task) -> Record:
     """Return everything that two figures of a protocol, with settings `section`, must share to compare, but network and data."""
-    view, packages = reader.view, [*_PACKAGES]
+    spec, reader, view, packages = task.spec, task.reader, task.reader.view, [*_PACKAGES]
     norms = "trained with the network" if protocol.trains else "eval mode; statistics hashed before and after, unchanged"
     seen: Record = {"mean": list(view.mean), "std": list(view.std)}
     if protocol.takes == "scenes":
@@ -94,26 +108,23 @@ def card(
         seen |= {"interpolation": f"{view.interpolation} with antialias"}
     if protocol.takes == "images":
         seen["flip_in_training"] = 0.5 if reader.mirrored else 0.0
+    versions = dict.fromkeys(packages, "not installed")
+    for package in packages:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = __version__ if package == "relssl" else importlib.metadata.version(package)
     return {
         "protocol": name,
         "layer": "backbone",
         "settings": {name: value for name, value in dataclasses.asdict(section).items() if name not in protocol.swept},
         "view": seen,
         "batch_norm": norms,
-        "precision": engine.precision,
-        "device": engine.device.type,
-        "seed": settings.seed,
-        "resamples": settings.resamples,
-        "versions": {package: _version(package) for package in packages},
+        "precision": task.engine.precision,
+        "device": task.engine.device.type,
+        "seed": task.bootstrap.seed,
+        "resamples": task.bootstrap.resamples,
+        "versions": versions,
         "backbone": {"name": spec.name, "args": dict(spec.arguments), "stem": spec.stem},
     }
-
-
-def _version(package: str) -> str:
-    try:
-        return __version__ if package == "relssl" else importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def title(data: str) -> str:
@@ -196,8 +207,6 @@ def _read(path: Path) -> list[Record]:
                 raise ValueError("a finding is malformed")
             float(record["figures"][record["main"]])
             _answers(record)
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file") from error
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{path}: is not a result of `relssl evaluate` ({' '.join(str(error).split())[:100]})") from error
     return records
