@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import io
 from collections.abc import Sequence
 from dataclasses import replace
@@ -108,11 +109,8 @@ def check_target(path: Path) -> None:
     suffix = path.suffix.lower()
     if suffix not in (".csv", ".npz", ".parquet"):
         raise ConfigError(f"{path}: vectors are not written as {suffix or 'a file without suffix'!r}; use .csv, .npz or .parquet")
-    if suffix == ".parquet":
-        try:
-            import pyarrow.parquet  # noqa: F401
-        except ImportError as error:
-            raise ConfigError(f"{path}: parquet needs pyarrow: pip install 'relssl[parquet]'") from error
+    if suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
+        raise ConfigError(f"{path}: parquet needs pyarrow: pip install 'relssl[parquet]'")
     if path.is_dir() or not path.parent.is_dir():
         raise StorageError(f"{path}: must be a file in a folder that exists; choose another")
 

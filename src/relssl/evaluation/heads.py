@@ -85,10 +85,8 @@ class Training:
         loading = LoaderConfig(workers=reader.workers, max_pixels=reader.max_pixels)
         loader = create_loader(self.pair.bank, [view], self.plan, engine.device, (reader.view.mean, reader.view.std), loading)
         optimizer = torch.optim.SGD(groups, momentum=settings.momentum, nesterov=nesterov)
-        peaks, finite = (
-            [group["lr"] for group in groups],
-            torch.ones(len(self.classifiers), dtype=torch.bool, device=engine.device),
-        )
+        peaks = [group["lr"] for group in groups]
+        finite = torch.ones(len(self.classifiers), dtype=torch.bool, device=engine.device)
         for step, (batch,) in enumerate(loader.stream(0, self.steps)):
             self.unreadable.update(file for file, _ in batch.bad)
             with torch.set_grad_enabled(network.training), engine.autocast():

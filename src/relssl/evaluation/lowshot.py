@@ -54,16 +54,16 @@ def lowshot(sides: LabelledFeatures, settings: LowshotConfig, bootstrap: Bootstr
     Figures are means over the draws, of two or more with the deviation of the main one (of draws - 1). Intervals are those of the
     mean over the same draws: what other test images would change.
     """
-    count, findings = class_counts(sides.bank_labels, sides.classes), []
+    findings, every = [], sides.bank_labels.numpy()
+    most = int(class_counts(sides.bank_labels, sides.classes).max())
     for shots in dict.fromkeys(settings.shots):
         seeds = [[bootstrap.seed, draw] for draw in range(settings.draws)]
-        orders = [np.random.Generator(np.random.PCG64(each)).permutation(len(sides.bank)) for each in seeds]
-        if not shots or (not sides.several and shots >= int(count.max())):
-            orders = [np.arange(len(sides.bank))]  # every draw would take them all
-        taken = [drawn_rows(sides.bank_labels.numpy(), sides.classes, order, shots) for order in orders]
+        orders = [np.random.Generator(np.random.PCG64(each)).permutation(len(every)) for each in seeds]
+        if not shots or (not sides.several and shots >= most):
+            orders = [np.arange(len(every))]  # every draw would take them all
+        taken = [drawn_rows(every, sides.classes, order, shots) for order in orders]
         with warnings.catch_warnings(action="ignore", category=ConvergenceWarning):  # a note says it instead
-            draws = [_draw(sides, rows, settings) for rows in taken]
-        findings.append(_finding(shots, draws, sides, bootstrap, _notes(sides.bank_labels, count, shots, draws)))
+            findings.append(_finding(shots, [_draw(sides, rows, settings) for rows in taken], sides, bootstrap))
     return findings
 
 
@@ -134,25 +134,15 @@ def _precision(machine: LinearSVC, features: npt.NDArray[np.float64], truth: Int
     return float(average_precision(decision, torch.from_numpy(truth[:, None]), interpolated=True)[0])
 
 
-def _notes(labels: Tensor, count: Tensor, shots: int, draws: list[Draw]) -> list[str]:
-    notes = []
+def _finding(shots: int, draws: list[Draw], sides: LabelledFeatures, bootstrap: Bootstrap) -> Finding:
+    truth, labels, notes, right = sides.test_labels, sides.bank_labels, [], None
+    count, setting = class_counts(labels, sides.classes), dict[str, Any](shots=shots)
     if few := numbered((count > 0) & (count < shots)):
         notes.append(f"Fewer than {shots} bank images of {few}: all of them were used.")
-    if labels.dim() == 2 and (lone := numbered((count == 0) | ((labels == 0).sum(dim=0) == 0))):
-        notes.append(f"The bank has no images both of {lone} and not, so nothing was learnt there.")
-    if any(draw.cost is None for draw in draws):
-        notes.append(f"With so few images a class there is no cross-validation, so the cost was {_COST:g}.")
-    if stuck := sum(draw.stuck for draw in draws):
-        notes.append(f"{stuck} of the support vector machines had not converged after {_ITERATIONS} iterations.")
-    return notes
-
-
-def _finding(shots: int, draws: list[Draw], sides: LabelledFeatures, bootstrap: Bootstrap, notes: list[str]) -> Finding:
-    truth, right = sides.test_labels, None
-    setting: dict[str, Any] = {"shots": shots}
-    figures: list[dict[str, float]]
     if sides.several:
         setting["average_precision"] = "interpolated"
+        if lone := numbered((count == 0) | ((labels == 0).sum(dim=0) == 0)):
+            notes.append(f"The bank has no images both of {lone} and not, so nothing was learnt there.")
         figures = [{"map": 100 * float(np.nanmean(average_precision(draw.scores, truth, interpolated=True)))} for draw in draws]
         samples = np.mean([map_samples(draw.scores, truth, bootstrap, interpolated=True) for draw in draws], axis=0)
         intervals = {"map": percentiles(100 * samples)}
@@ -162,6 +152,10 @@ def _finding(shots: int, draws: list[Draw], sides: LabelledFeatures, bootstrap: 
         best = {"top1": 1, "top5": min(5, sides.classes)}
         intervals = {name: mean_interval(100 * (place < k).double().mean(dim=0), bootstrap) for name, k in best.items()}
         right = (place[0] == 0).numpy() if len(draws) == 1 else None
+    if any(draw.cost is None for draw in draws):
+        notes.append(f"With so few images a class there is no cross-validation, so the cost was {_COST:g}.")
+    if stuck := sum(draw.stuck for draw in draws):
+        notes.append(f"{stuck} of the support vector machines had not converged after {_ITERATIONS} iterations.")
     main = next(iter(figures[0]))
     mean = {name: float(np.mean([each[name] for each in figures])) for name in figures[0]}
     if len(draws) > 1:
