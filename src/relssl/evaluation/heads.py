@@ -263,10 +263,9 @@ def semi(backbone: nn.Module, pair: LabelledPair, settings: SemiConfig, task: Ta
         choices = [({"index": Path(settings.index).name}, 1, from_index(settings.index, bank))]
     for setting, share, rows in choices:
         count, notes = np.bincount(labels[rows], minlength=pair.classes), list[str]()
-        if len(absent := np.flatnonzero(count == 0)):
-            notes.append(
-                f"{len(absent)} of {pair.classes} classes have no labelled image: {listed(absent.tolist(), bank.classes)}"
-            )
+        if absent := np.flatnonzero(count == 0).tolist():
+            named = listed(absent, bank.classes)
+            notes.append(f"{len(absent)} of {pair.classes} classes have no labelled image: {named}")
         if len(rows) > 1.5 * share * len(labels):
             notes.append(f"{len(rows)} of {len(labels)} images, as each class gives one at least")
         title = f"semi on {100 * share:g} %" if settings.index is None else "semi"
