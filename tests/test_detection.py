@@ -1,7 +1,5 @@
 """Detection: boxes as they were drawn, the backbone's own maps, training and figures by hand, and faults in one line."""
 
-from __future__ import annotations
-
 import copy
 import importlib.util
 import json
@@ -25,7 +23,6 @@ from relssl.evaluation import detection as detecting
 from relssl.evaluation.detection import (
     Pyramid,
     create_detector,
-    curve,
     detection,
     freeze,
     length,
@@ -85,7 +82,7 @@ def run(
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    write_coco(tmp_path / "set", train=3, test=2, side=SIDE, seed=1)
+    write_coco(tmp_path / "set", train=3, test=2, side=SIDE, seed=4)
     return tmp_path / "set"
 
 
@@ -103,7 +100,7 @@ def first(content: dict[str, Any], **values: Any) -> None:
 @pytest.fixture
 def voc(folder: Path) -> Path:
     """The same images and boxes in VOC's layout."""
-    generator, root = np.random.Generator(np.random.PCG64(1)), folder.parent / "VOCdevkit" / "VOC2007"
+    generator, root = np.random.Generator(np.random.PCG64(4)), folder.parent / "VOCdevkit" / "VOC2007"
     for name in ("Annotations", "JPEGImages", "ImageSets/Main"):
         (root / name).mkdir(parents=True)
     for part, source, count in (("trainval", "train", 3), ("test", "val", 2)):
@@ -121,7 +118,7 @@ def voc(folder: Path) -> Path:
 
 
 def test_boxes_masks_and_labels_are_those_that_were_drawn(folder: Path) -> None:
-    generator = np.random.Generator(np.random.PCG64(1))
+    generator = np.random.Generator(np.random.PCG64(4))
     drawn = [draw(generator, SIDE) for _ in range(3)]
     split, _ = load(str(folder), masks=True, max_pixels=MANY)
     assert split.classes == ("disc", "square", "triangle")
@@ -377,14 +374,6 @@ def test_mirrored_boxes_move_with_their_pixels(folder: Path) -> None:
         assert torch.equal(image[:, top:bottom, left:right].flip(-1), mirrored[:, t2:b2, l2:r2])
     again, back = mirror(mirrored, moved)
     assert torch.equal(again, image) and all(torch.equal(back[name], target[name]) for name in target)
-
-
-def test_the_curve_averages_all_steps() -> None:
-    losses = np.random.default_rng(0).random(257).tolist()
-    points = curve(losses)
-    assert len(points) == 100 and points[-1][0] == 257
-    lengths = np.diff([0, *[step for step, _ in points]])
-    assert float(lengths @ [value for _, value in points]) == pytest.approx(sum(losses), abs=1e-3)
 
 
 class Answers(nn.Module):

@@ -1,7 +1,5 @@
 """Classifiers trained on images: each protocol against a plain loop in torch, schedules against closed form, and what is refused."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import math
@@ -136,13 +134,6 @@ def test_the_same_call_gives_the_same_bits_and_disturbs_nothing(settings: Settin
     assert all(parameter.grad is None for parameter in backbone.parameters())
 
 
-def test_a_rate_fares_the_same_alone_and_among_others() -> None:
-    (alone,) = run(LinearConfig(lr=(0.5,), epochs=3, batch_size=20))
-    _, among = run(LinearConfig(lr=(2.0, 0.5), epochs=3, batch_size=20))
-    assert alone.details == among.details and alone.figures == among.figures
-    assert among.notes and not alone.notes  # the best of several is chosen on the test images
-
-
 def test_details_hold_the_curve_and_the_best_epoch_but_figures_are_the_last() -> None:
     noisy = pair(60, 30)
     shuffled = dataclasses.replace(noisy.bank, labels=np.random.default_rng(0).permutation(noisy.bank.labels))
@@ -210,14 +201,6 @@ def test_the_classifier_is_fp32_whatever_the_backbones_precision() -> None:
     assert 0 < abs(rough.details["loss"] - exact.details["loss"]) < 0.02  # features are rounded, weights are not
 
 
-def test_digits_are_not_mirrored() -> None:
-    (one,), (two,) = (
-        run(LinearConfig(lr=(0.5,), epochs=1), read=dataclasses.replace(reader(), mirrored=mirrored))
-        for mirrored in (True, False)
-    )
-    assert one.details["loss"] != two.details["loss"]
-
-
 def test_a_frozen_backbone_is_finetuned_all_the_same_but_not_one_frozen_in_part() -> None:
     frozen, partly = network().requires_grad_(False), network()
     next(partly.parameters()).requires_grad_(False)
@@ -256,14 +239,6 @@ def test_an_index_file_chooses_the_images_of_the_whole_bank(tmp_path: Path) -> N
     chosen.write_text("n0_0.png\nn7.png\n")
     with pytest.raises(DataError, match=r"n7\.png"):
         run(settings, files)
-
-
-def test_batches_hold_two_images_at_least(tmp_path: Path) -> None:
-    (finding,) = run(SemiConfig(fractions=(0.01,), epochs=1, batch_size=2), pair(6))  # three images: one step of two
-    assert (finding.details["images"], finding.details["batch_size"], finding.details["steps"]) == (3, 2, 1)
-    (tmp_path / "one.txt").write_text("4\n")
-    with pytest.raises(DataError, match="tints"):
-        run(SemiConfig(index=str(tmp_path / "one.txt")))
 
 
 def test_images_that_cannot_be_used_are_refused_by_name() -> None:
