@@ -24,13 +24,13 @@ from relssl.cli import main
 from relssl.data.cache import shrunken
 from relssl.engine import Engine, available_cores
 from relssl.errors import ConfigError
-from relssl.files import duration, size
+from relssl.files import duration, read_rows, size
 from relssl.method.backbones import count_flops
 from relssl.settings.reading import merge, nest
 from relssl.settings.run import EngineConfig, resolve, to_yaml
 from relssl.train.estimate import Disk, Estimate, Extras, Memory, advise, attainable, peak_memory, step_flops, time_steps
 from relssl.train.pretrain import build
-from relssl.train.run_folder import Display, read_rows
+from relssl.train.run_folder import Display
 from small_runs import SMALL, small_run
 
 GB = 10**9

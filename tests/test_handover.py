@@ -73,7 +73,7 @@ def test_weights_that_do_not_match_are_refused_with_counts(finished: Path, tmp_p
     weights = load_file(finished / "export/backbone.safetensors")
     weights["stem.weight"] = weights.pop("conv1.weight")
     save_file(weights, file)
-    counts = rf"{len(weights) - 1} of {len(weights)} weights.*missing: conv1.weight; unexpected: stem.weight"
+    counts = rf"{len(weights) - 1} of {len(weights)} weights.*missing .1.: conv1.weight; unexpected .1.: stem.weight"
     with pytest.raises(CheckpointError, match=counts):
         relssl.load_backbone(file)
     file.write_bytes(b"\x80\x04\x95not a tensor")

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from relssl.errors import ConfigError, Interrupted, LockedError, StorageError
-from relssl.files import write_file, write_json
+from relssl.files import read_rows, write_file, write_json
 from relssl.settings.recipes import public_name
 from relssl.settings.run import Config, to_yaml
 from relssl.train.signals import StopRequest
@@ -128,14 +128,6 @@ def _version(package: str) -> str:
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(package)
     return "not installed"
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read the rows of a .jsonl file; a last line cut short by a crash is left out."""
-    rows: list[dict[str, Any]] = []
-    with contextlib.suppress(json.JSONDecodeError):
-        rows += map(json.loads, path.read_text().splitlines() if path.exists() else [])
-    return rows
 
 
 class Journal:
