@@ -17,8 +17,8 @@ from relssl.data.images import IMAGENET_MEAN, IMAGENET_STD
 from relssl.data.plain import PlainView, plain_batch
 from relssl.errors import CheckpointError, ConfigError
 from relssl.method.backbones import TORCHVISION, create_backbone
-from relssl.weights import store, twins
-from relssl.weights.layouts import LAYOUTS, PLAIN, bare_name, find_layout, find_state, infer_resnet, name_children, read, split
+from relssl.weights import layouts, store, twins
+from relssl.weights.layouts import HEADS, LAYOUTS, PLAIN, bare_name
 from relssl.weights.spec import BackboneSpec, mismatch
 
 _CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
@@ -97,19 +97,18 @@ def load_foreign(path: Path, reading: Reading) -> tuple[Any, LoadReport]:
             holds weights that look untrained.
     """
     _check(reading)
-    tensors, left_out = find_state(read(path), path)
-    layout = reading.layout or find_layout(tensors)
+    tensors, left_out = layouts.find_state(layouts.read(path), path)
+    layout = reading.layout or layouts.find_layout(tensors)
     if layout in PLAIN and reading.network is not None:
         raise ConfigError(f"network: {path} holds one network; leave the option out")
-    network, prefix, weights = split(tensors, layout, reading.network, left_out, path)
-    weights, numbered_stem = name_children(weights, path)
-    name = reading.backbone or infer_resnet(weights)
+    network, prefix, weights = layouts.split(tensors, layout, reading.network, left_out, path)
+    weights, stem = layouts.name_children(weights, LAYOUTS[layout].small_stem, path)
+    name = reading.backbone or layouts.infer_resnet(weights)
     if name is None:
         first = f"backbone: {path}: its names, such as {next(iter(tensors))}, read in layout {layout}, are those of no ResNet"
         advice = "give timm's name of its network with --backbone, or its layout with --from"
         raise (CheckpointError if layout in PLAIN else ConfigError)(f"{first}; {advice}")
-    three = "conv1.weight" in weights and weights["conv1.weight"].shape[-1:] == (3,)
-    stem = reading.stem or numbered_stem or (LAYOUTS[layout].small_stem if three else "standard")
+    stem = reading.stem or stem
     args = {"num_heads": 12} if layout == "moco" and name.startswith("vit_small") else {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # what is allowed to be missing is the same in every process
@@ -157,13 +156,13 @@ def _match(
         wanted: every weight of the network; their values stand in for those that are allowed to be missing.
     """
     starts = tuple(bare_name(name.removesuffix("*")) for name in allow if name.endswith((".", "*")))
-    exact, heads, complete, counters = {bare_name(name) for name in allow}, LAYOUTS[report.layout].heads, {}, 0
+    exact, complete, counters = {bare_name(name) for name in allow}, {}, 0
 
     def allowed(name: str) -> bool:
         return prefix + name in exact or f"{prefix}{name}".startswith(starts)
 
     for name, value in weights.items():
-        if name not in wanted and (head := next(filter(name.startswith, heads), None)):
+        if name not in wanted and (head := next(filter(name.startswith, HEADS), None)):
             report.left_out[prefix + head] = report.left_out.get(prefix + head, 0) + 1
         elif name not in wanted and allowed(name):
             report.unexpected.append(prefix + name)

@@ -27,12 +27,11 @@ class Layout:
     student: tuple[str, ...] = ("",)
     teacher: tuple[str, ...] = ()
     default: str = "student"  # the network that is taken where both exist: the one its authors evaluate
-    heads: tuple[str, ...] = ("fc.", "head.")  # among the backbone's names, but no part of it
     small_stem: str = "small"  # of its networks whose first convolution is 3x3
     small_std: tuple[float, float, float] | None = None  # what it divides CIFAR-10 by, in 0..1; None: ImageNet's
 
 
-_CLASSIFIERS = ("fc.", "head.", "heads.", "head_dist.", "classifier.", "last_linear.")
+HEADS = ("fc.", "head.", "heads.", "head_dist.", "classifier.", "last_linear.")  # among the backbone's names, but no part of it
 LAYOUTS = {
     "official": Layout(("encoder_q.net.", "net.net."), ("encoder_k.net.",), small_std=(0.2023, 0.1994, 0.2010)),
     "solo": Layout(
@@ -43,8 +42,8 @@ LAYOUTS = {
     ),
     "moco": Layout(("encoder_q.", "base_encoder."), ("encoder_k.", "momentum_encoder.")),
     "dino": Layout(("student.backbone.",), ("teacher.backbone.",), default="teacher"),
-    "torchvision": Layout(heads=_CLASSIFIERS),
-    "timm": Layout(heads=_CLASSIFIERS),
+    "torchvision": Layout(),
+    "timm": Layout(),
 }
 PLAIN = ("torchvision", "timm")
 
@@ -185,25 +184,25 @@ def split(
     return "backbone" if name in PLAIN else chosen, prefix, weights
 
 
-def name_children(weights: Mapping[str, Tensor], path: Path) -> tuple[dict[str, Tensor], str | None]:
-    """Give the children of a ResNet that was put into an nn.Sequential their names again.
+def name_children(weights: Mapping[str, Tensor], small_stem: str, path: Path) -> tuple[dict[str, Tensor], str]:
+    """Give the children of a ResNet that was put into an nn.Sequential their names again, and recognise its stem.
 
     MoCo's CIFAR demo, which the small-set code of ReSSL follows, drops the fully connected layer or appends it, and leaves out the
     max-pool or keeps it: it has no weights, but shows as a gap in the numbers.
 
     Returns:
-        The weights by name, and the stem that the numbers show, or None; weights with other names as they are.
+        The weights by name, those with other names as they are; and the stem, `small_stem` where only its 3x3 convolution shows.
     """
     layers = sorted({int(name.split(".")[0]) for name in weights if re.match(r"[0-9]{1,2}\.[0-9]+\.", name)})[:4]
-    if "0.weight" not in weights and not layers:
-        return dict(weights), None
     children = {"0": "conv1", "1": "bn1"} | {str(number): f"layer{i + 1}" for i, number in enumerate(layers)}
     named: dict[str, Tensor] = {}
     for name, value in weights.items():
         number, _, rest = name.partition(".")
-        _add(named, f"{children.get(number, f'fc.{number}')}.{rest}" if number.isdecimal() else name, value, path)
-    small = bool(layers) and "conv1.weight" in named and named["conv1.weight"].shape[-1:] == (3,)
-    return named, ("small" if layers[0] == 3 else "small-pool") if small else None
+        numbered = number.isdecimal() and (layers or "0.weight" in weights)
+        _add(named, f"{children.get(number, f'fc.{number}')}.{rest}" if numbered else name, value, path)
+    if "conv1.weight" not in named or named["conv1.weight"].shape[-1:] != (3,):
+        return named, "standard"
+    return named, ("small" if layers[0] == 3 else "small-pool") if layers else small_stem
 
 
 _RESNETS = (

@@ -27,14 +27,6 @@ from relssl.weights.spec import mismatch
 TOLERANCE = 1e-4  # largest difference of outputs, relative to the largest output, in fp32
 SIDE = 64  # pixels of the images of a comparison, where the network takes any size
 
-_SAME_NAME = (
-    *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
-    *("resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d", "wide_resnet50_2", "wide_resnet101_2"),
-    *("densenet121", "densenet161", "densenet169", "densenet201"),
-    *("vgg11", "vgg13", "vgg16", "vgg19", "vgg11_bn", "vgg13_bn", "vgg16_bn", "vgg19_bn"),
-    *("convnext_tiny", "convnext_small", "convnext_base", "convnext_large"),
-    *(f"efficientnet_b{number}" for number in range(8)),
-)
 # timm's name, less `regnet`, -> torchvision's. timm rounds the widths of a few RegNets to other numbers: their `_tv` forms are the twins.
 _REGNETS = {
     **{"x_004_tv": "x_400mf", "x_008": "x_800mf", "x_016": "x_1_6gf", "x_032": "x_3_2gf"},
@@ -43,7 +35,11 @@ _REGNETS = {
     **{"y_080_tv": "y_8gf", "y_160": "y_16gf", "y_320": "y_32gf"},
 }
 TWINS = {
-    **{name: name for name in _SAME_NAME},
+    **{
+        name: name
+        for name in torchvision.models.list_models(module=torchvision.models, exclude="inception*")
+        if timm.is_model(name)
+    },
     **{f"mobilenetv3_{size}_100": f"mobilenet_v3_{size}" for size in ("large", "small")},
     **{"mobilenetv2_100": "mobilenet_v2", "mnasnet_050": "mnasnet0_5", "mnasnet_100": "mnasnet1_0"},
     **{f"regnet{ours}": f"regnet_{theirs}" for ours, theirs in _REGNETS.items()},
