@@ -59,9 +59,9 @@ def embed(
     path, reading = Path(out), reading or Reading()
     check_target(path)
     opened = open_backbones(source, replace(reading, network=network or reading.network))
-    engine, root = Engine.local(device, precision), data_root or (opened.config.data_root if opened.config else None)
-    images = load(data, root, split)
-    features = extract(engine.place(opened.backbone), images, opened.reader(reading.size), engine)
+    engine, (_, backbone) = Engine.local(device, precision), opened.one()
+    images = load(data, data_root or opened.data_root, split)
+    features = extract(engine.place(backbone), images, opened.reader(reading.size), engine)
     rows, vectors = features.rows, features.vectors.numpy()
     names = [images.source.name(row) for row in rows.tolist()]
     write_vectors(path, vectors, rows, names, None if images.labels is None else images.labels[rows], images.classes)

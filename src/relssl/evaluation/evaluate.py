@@ -88,7 +88,7 @@ def evaluate(
     opened = open_backbones(source, dataclasses.replace(reading, network=network, size=settings.size or reading.size))
     if opened.folder is not None and (unknown := wanted - opened.networks.keys()):
         raise ConfigError(f"network: {opened.name} holds {' and '.join(opened.networks)}, not {', '.join(sorted(unknown))}")
-    data = data or (opened.config.data if opened.config else None)
+    data = data or opened.data
     if data is None:
         raise ConfigError(f"data: {opened.name} does not say what it was trained on; name the labelled data to evaluate it on")
     _check_data(settings, data)
@@ -165,11 +165,9 @@ class _Evaluation:
         """Return both sides of a data set, and what a reader of any figure on them must know."""
         if self._pair is None or self._pair[0] != data:  # one at a time: sets may be large
             settings = self.settings
-            config = self.opened.config
-            root = settings.data_root or (config.data_root if config else None)
-            pair = LabelledPair.load(data, root, settings.images, settings.seed)
+            pair = LabelledPair.load(data, settings.data_root or self.opened.data_root, settings.images, settings.seed)
             notes = pair.notes()
-            if self.opened.seen.get("fingerprint", "unknown") == pair.uncut:
+            if self.opened.seen is not None and self.opened.seen == pair.uncut:
                 notes.append("the test images are those that the run was pretrained on")
             self._pair = data, pair, notes
         return self._pair[1:]

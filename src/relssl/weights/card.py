@@ -84,7 +84,7 @@ def card(source: Opened, written: Written, parity: Parity, file: str, settings: 
         tags += [config.method.name] if traits.labels else ["self-supervised-learning", config.method.name]
         title += f", pretrained with {traits.title}"
         unlabelled = f"No labels were used: {traits.title} ({traits.paper}), {traits.about}"
-        images = f"{source.seen['images']} images of " if "images" in source.seen else ""
+        images = f"{source.run_data['images']} images of " if "images" in source.run_data else ""
         length = f"{config.epochs} epochs on {images}`{config.data}`, seed {config.seed}"
         about = f"{network.capitalize()} backbone of {origin}, recipe `{config.recipe}`, {length}. {'It was trained on labels' if traits.labels else unlabelled}."
     data = ModelCardData(

@@ -107,18 +107,39 @@ class Opened:
     origin: dict[str, Any]  # the same in detail, as plain JSON for the cards of results
     config: Config | None = None  # settings of the run that trained them, if one of ours did
     folder: Path | None = None  # of a run
-    seen: dict[str, Any] = field(default_factory=dict)  # {"images": count, "fingerprint"} of a run's data, as far as it is known
+    run_data: dict[str, Any] = field(
+        default_factory=dict
+    )  # {"images": count, "fingerprint"} of a run's data, as far as it is known
     report: LoadReport | None = None  # how another program's file was read
 
     @property
     def backbone(self) -> Any:
         """A single network: the student, where there is a choice."""
-        return next(iter(self.networks.values()))
+        return self.one()[1]
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What a reader of any figure of these weights must know, such as names that were allowed to be missing."""
         return () if self.report is None else self.report.gaps()
+
+    @property
+    def seen(self) -> str | None:
+        """The fingerprint of the images that the run was pretrained on, if it is known."""
+        return self.run_data.get("fingerprint")
+
+    @property
+    def data(self) -> str | None:
+        """The data set they were trained on, if it is known."""
+        return None if self.config is None else self.config.data
+
+    @property
+    def data_root(self) -> str | None:
+        """Where the run looked for named data sets, if it said so."""
+        return None if self.config is None else self.config.data_root
+
+    def one(self) -> tuple[str, nn.Module]:
+        """Return a single network and its name: the student, where there is a choice."""
+        return next(iter(self.networks.items()))
 
     def reader(self, size: int | None = None, workers: int | None = None) -> Reader:
         """Return how images are read for these backbones: as the run does, with another size or number of workers if given."""
@@ -206,7 +227,7 @@ def _open_run(path: Path, network: str | None) -> Opened:
         backbones[name] = spec.load(weights, checkpoint)
     header = {"network": wanted[0], "origin": checkpoint.name}
     origin = {"kind": "run", "run": title, "checkpoint": checkpoint.name, "recipe": public_name(run.config.recipe)}
-    seen: dict[str, Any] = {}
+    run_data: dict[str, Any] = {}
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # torn, or of another version
-        seen |= json.loads((path / "environment.json").read_text())["data"]
-    return Opened(title, backbones, spec, header, origin, run.config, path, seen)
+        run_data |= json.loads((path / "environment.json").read_text())["data"]
+    return Opened(title, backbones, spec, header, origin, run.config, path, run_data)
