@@ -107,9 +107,7 @@ class Opened:
     origin: dict[str, Any]  # the same in detail, as plain JSON for the cards of results
     config: Config | None = None  # settings of the run that trained them, if one of ours did
     folder: Path | None = None  # of a run
-    run_data: dict[str, Any] = field(
-        default_factory=dict
-    )  # {"images": count, "fingerprint"} of a run's data, as far as it is known
+    run_data: dict[str, Any] = field(default_factory=dict)  # {"images": count, "fingerprint"} of a run, as far as it is known
     report: LoadReport | None = None  # how another program's file was read
 
     @property
