@@ -72,28 +72,27 @@ def show_estimate(figures: Estimate) -> None:
     """Print the run's cost, where a step's time goes, and what to change."""
     _pairs("What the run would take", _costs(figures))
     _pairs("Where a step's time goes", _step(figures))
-    if figures.disk.cache:
+    if figures.disk["cache"]:
         print("Steps read the files as they are, as the cache is not complete; with shrunk images they wait less for data.\n")
     changes = [f"{each.setting}: {each.value}  ({each.why})" for each in figures.advice]
     print("\n  ".join(["What to change", *(changes or ["nothing: no setting stands in the way"])]))
 
 
 def _costs(figures: Estimate) -> Iterator[tuple[str, str] | None]:
-    extras, memory, disk = figures.extras, figures.memory, figures.disk
+    memory, disk = figures.memory, figures.disk
     spread = f"{duration(figures.step_low)} to {duration(figures.step_high)}"
     yield "speed", f"{figures.images_per_second:,.0f} images/s, {figures.device}"
     yield f"step, median of {figures.steps_timed}", f"{duration(figures.step_seconds)} (10 to 90 %: {spread})"
     yield "whole run", f"{duration(figures.seconds)}: {figures.epochs} epochs, {figures.total_steps:,} steps"
-    if extras.evaluations:
-        yield "  of it kNN", f"{duration(figures.evaluation_seconds)}, evaluations: {extras.evaluations}"
-    yield "  of it saving", f"{duration(figures.saving_seconds)}, checkpoints: {extras.saves}, without the disk's own time"
+    if figures.evaluations:
+        yield "  of it kNN", f"{duration(figures.evaluation_seconds)}, evaluations: {figures.evaluations}"
     yield None
-    if memory.device_total:
-        yield "GPU memory, peak", f"{size(memory.device_used)} of {size(memory.device_total)}"
-    yield "memory, peak", f"{size(memory.used)} of {size(memory.total)}"
-    yield "disk", f"{size(disk.total)}, {disk.checkpoints} checkpoints of {size(disk.checkpoint)}; {size(disk.free)} free"
-    if disk.cache:
-        yield "disk for shrunk images", f"about {size(disk.cache)} more; {size(disk.cache_free)} free"
+    if memory["device_total"]:
+        yield "GPU memory, peak", f"{size(memory['device_used'])} of {size(memory['device_total'])}"
+    yield "memory, peak", f"{size(memory['used'])} of {size(memory['total'])}"
+    yield "disk", f"{disk['checkpoints']} checkpoints of {size(disk['checkpoint'])}; {size(disk['free'])} free"
+    if disk["cache"]:
+        yield "disk for shrunk images", f"about {size(disk['cache'])} more"
     if figures.workers is not None:
         yield "loader processes", str(figures.workers)
     if figures.unreadable:
