@@ -123,8 +123,8 @@ def _run(config: Config, path: Path, engine: Engine, quiet: bool, saved: Path | 
                     refuse_used(path)  # again, now that nobody else can write it
                 if not (path / "config.yaml").exists():
                     facts = {"data": {"images": len(run.images), "fingerprint": run.fingerprint}, "engine": engine.describe()}
-                    write_json(path / "environment.json", environment() | facts)
                     write_file(path / "config.yaml", to_yaml(config).encode())
+                    write_json(path / "environment.json", environment() | facts)
                 folder.bad_samples(run.images.bad)
             memory = config.method.memory_size
             if run.state.model.memory is not None and memory > 0.5 * len(run.images):
