@@ -11,10 +11,7 @@ from relssl.data.images import Files, Images, Pixels
 from relssl.data.plain import PlainView, Reader
 from relssl.engine import Engine
 from relssl.evaluation.evaluate import LabelledPair
-from relssl.evaluation.metrics import Bootstrap
 from relssl.settings.run import EngineConfig
-
-FAST = Bootstrap(resamples=100, seed=0)
 
 
 def engine() -> Engine:
