@@ -32,19 +32,19 @@ _NEVER = {"recipe", "backbone_args"}
 def recipe_page() -> str:
     """Return the tables of all recipes, group by group, each with what the recipes are for and where their settings come from."""
     parts = ["# The recipes' settings\n\nWhich to take, and why they are so: [recipes.md](../recipes.md).\n"]
-    for folder, members in itertools.groupby(map(recipes.find, recipes.names()), lambda recipe: recipe.name.rpartition("/")[0]):
+    for folder, members in itertools.groupby(map(recipes.find, recipes.NAMES), lambda recipe: recipe["name"].rpartition("/")[0]):
         group = list(members)
         parts.append(f"\n## {_GROUPS[folder]}\n\n")
         parts += [_settings(group[start : start + _ACROSS]) + "\n" for start in range(0, len(group), _ACROSS)]
-        parts.append("".join(f"- `{recipe.name}`: {recipe.about}. Source: {recipe.source}\n" for recipe in group))
+        parts.append("".join(f"- `{recipe['name']}`: {recipe['about']}. Source: {recipe['source']}\n" for recipe in group))
     return "".join(parts)
 
 
-def _settings(group: list[recipes.Recipe]) -> str:
+def _settings(group: list[dict[str, str]]) -> str:
     """Return a table of the settings above, and of all that differ from the defaults in any of the recipes."""
-    configs = [resolve({"recipe": recipe.name}) for recipe in group]
+    configs = [resolve({"recipe": recipe["name"]}) for recipe in group]
     shown = _ALWAYS.union(*map(differences, configs)) - _NEVER
-    rows = [["", *(f"`{recipe.name}`" for recipe in group)], ["---"] * (len(group) + 1)]
+    rows = [["", *(f"`{recipe['name']}`" for recipe in group)], ["---"] * (len(group) + 1)]
     for name in (name for name in leaves(Config) if name in shown):
         values = map(attrgetter(name), configs)
         rows.append([f"`{name}`", *(value if isinstance(value, str) else json.dumps(value) for value in values)])

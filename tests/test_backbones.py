@@ -94,9 +94,6 @@ def test_measuring_is_the_network_itself_and_draws_nothing() -> None:
     assert patches.parameters == sum(parameter.numel() for parameter in real.parameters()) and patches.smallest == 16
     assert convolutional.smallest == 4 and convolutional.small_stem and not patches.small_stem
     assert undivided.gflops is None and undivided.features is None and undivided.parameters > 5e6
-    # A convolution of stride 1 instead of 2 makes the rest four times as much, of a max-pool's as much again.
-    plain, small = measure("resnet18", 32).gflops, measure("resnet18", 32, "small").gflops
-    assert plain is not None and small is not None and 15 < small / plain < 17
 
 
 def test_torchvisions_networks_are_its_own_without_the_classifier() -> None:
@@ -174,7 +171,7 @@ def test_windows_take_several_sizes_too() -> None:
         ("shufflenet_v2_x1_0", "standard", {}, None, "backbone: .* torchvision/shufflenet_v2_x1_0"),
         ("torchvision/fasterrcnn_resnet50_fpn", "standard", {}, None, "backbone: "),
         ("torchvision/resnet18", "standard", {"depth": 3}, None, "backbone_args: "),
-        ("torchvision/vit_b_16", "standard", {}, 50, "backbone: .* 48 and 64"),
+        ("torchvision/vit_b_16", "standard", {}, 50, "backbone_args: .*'image_size': 50.* indivisible"),
         ("vit_tiny_patch16_224", "small", {}, 32, "encoder.stem: "),
         ("convnext_atto", "small", {}, 32, "encoder.stem: "),
         ("resnet18", "standard", {"widths": 3}, None, "backbone_args: "),
@@ -313,13 +310,13 @@ def test_the_list_of_backbones(capsys: pytest.CaptureFixture[str]) -> None:
 def test_finding_networks() -> None:
     assert find() == list(NAMED)
     assert find(family="mobilenetv3") == ["mobilenetv3_large_100", "mobilenetv3_small_100"]
-    assert find(family="shufflenetv2") == ["torchvision/shufflenet_v2_x1_0"]
+    assert find(family="shufflenetv2") == ["torchvision/shufflenet_v2_x1_0"] and "swin_tiny_patch4_window7_224" in find(
+        family="swin"
+    )
     assert len(find(everything=True)) > 1000 and "torchvision/swin_t" in find("swin_t") and find("resnet1?") == ["resnet18"]
 
 
-@pytest.mark.parametrize(
-    "words", [["resnot"], ["--family", "swin"], ["--family", "mobilnetv2"], ["--size", "0"]], ids=lambda words: words[-1]
-)
+@pytest.mark.parametrize("words", [["resnot"], ["--family", "mobilnetv2"], ["--size", "0"]], ids=lambda words: words[-1])
 def test_a_search_without_result_is_one_line(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["backbones", *words]) == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 1

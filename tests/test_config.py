@@ -40,7 +40,7 @@ def test_all_faults_are_reported_at_once_by_name() -> None:
     wrong = {"lerning_rate": "1", "optimizer.lr": "-1", "epochs": "1.5", "optimizer.decay": "weihgts", "views.strong.blr": "1"}
     wrong |= {
         "method.teacher_momentum": "2",
-        "log.tensorboard": "no",
+        "log.tensorboard": "nope",
         "views.weak": "wek",
         "encoder": 3,
         "views.weak.zoom": "2,1",
@@ -81,7 +81,7 @@ def test_a_misspelling_names_the_key() -> None:
 
 
 @pytest.mark.parametrize(
-    "value", [None, [], {}, {"a": 1}, "nan", "inf", float("nan"), 10**30, "٣", "", "x" * 10_000, "9" * 5000, True, -1e300]
+    "value", [None, [], {}, {"a": 1}, "nan", "inf", float("nan"), 10**30, "٣", "", "x" * 10_000, "9" * 5000, -1e300]
 )
 def test_a_wrong_value_of_any_numeric_key_is_refused_by_name(value: Any) -> None:
     kinds = (int,) if value == 10**30 else (int, float)  # some rates and times have no upper end
@@ -203,7 +203,7 @@ def test_settings_of_an_evaluation() -> None:
     with pytest.raises(ConfigError) as caught:
         read_settings({"knn.k": [], "semi.scale": "0.5,0.1", "resamples": 10, "linear.lr": 0})
     assert {line.split(":")[0] for line in caught.value.faults} == {"knn.k", "semi.scale", "resamples", "linear.lr"}
-    with pytest.raises(ConfigError, match=r"^protocol: 'prob' .* probe$"):
+    with pytest.raises(ConfigError, match=r"^protocol: .*'prob' .nearest: probe.$"):
         read_settings({"protocol": "knn,prob"})
 
 
@@ -219,10 +219,9 @@ def test_settings_of_an_evaluation() -> None:
         (["validate", "--max_steps=1"], "max_steps"),
         (["validate", "digits", "extra"], "extra"),
         (["recipes", "--epochs", "1"], "--epochs"),
-        (["recipes", "_extension"], "_extension"),
         (["embed", "x", "y", "--out", "z", "--k", "1"], "--k"),
         (["evaluate", "x", "--protocol", "kn"], "knn"),
-        (["compare", "a", "b", "--network", "a,b,c"], "network"),
+        (["validate", "--epochs", "--json"], "--epochs"),
         (["export", "x", "--format", "onx"], "onnx"),
     ],
 )
