@@ -37,6 +37,7 @@ from relssl.evaluation.features import LabelledFeatures
 from relssl.evaluation.knn import neighbours, votes
 from relssl.evaluation.metrics import Bootstrap
 from relssl.evaluation.probe import hold_out, probe
+from relssl.evaluation.result import Task
 from relssl.method.backbones import create_backbone
 from relssl.settings.evaluation import DetectionConfig, ProbeConfig
 from relssl.weights.spec import BackboneSpec
@@ -78,7 +79,7 @@ def probe_here(points: Points, strength: float | None) -> float:
     """Fit and test our probe, scaling included; at a strength, or at one chosen on held-out images."""
     settings = ProbeConfig() if strength is None else ProbeConfig(strengths=(strength,))
     classes = int(max(points[1].max(), points[3].max())) + 1
-    (finding,) = probe(LabelledFeatures(*points, classes=classes), settings, Bootstrap(100), seed=0)
+    (finding,) = probe(LabelledFeatures(*points, classes=classes), settings, Bootstrap(100))
     return finding.figures["top1"]
 
 
@@ -191,8 +192,8 @@ def measure_detection(args: argparse.Namespace) -> Record:
         write_coco(Path(folder, "shapes"), **counts, side=SIDE)
         for epochs in (0.01, 1.5, 6.0):
             settings = DetectionConfig(**small, epochs=epochs)
-            given = (backbone, str(Path(folder, "shapes")), spec, Reader(VIEW, workers=0), engine)
-            (finding,) = detection(*given, settings=settings, seed=0, say=lambda line: None)
+            task = Task(spec, Reader(VIEW, workers=0), engine, Bootstrap(), lambda line: None)
+            (finding,) = detection(backbone, str(Path(folder, "shapes")), settings, task)
             points.append({"step": finding.details["steps"]} | {name: round(v, 2) for name, v in finding.figures.items()})
     show(f"Detection on shapes, {spec.name}", list(points[-1]), [list(point.values()) for point in points])
     weights = "random weights" if args.run is None else args.run.name

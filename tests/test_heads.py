@@ -21,13 +21,14 @@ from relssl.data.plain import Reader, plain_batch
 from relssl.data.subsets import fingerprint, stratified
 from relssl.engine import Engine
 from relssl.errors import ConfigError, DataError, NumericError
-from relssl.evaluation.heads import Task, finetune, linear, linear_classifier, papers_choice, rate_share, semi
-from relssl.evaluation.metrics import accuracies, ranks
+from relssl.evaluation.heads import finetune, linear, linear_classifier, papers_choice, rate_share, semi
+from relssl.evaluation.metrics import Bootstrap, accuracies, ranks
 from relssl.evaluation.pairs import LabelledPair
-from relssl.evaluation.result import Finding
+from relssl.evaluation.result import Finding, Task
 from relssl.settings.evaluation import FinetuneConfig, LinearConfig, SemiConfig
 from relssl.settings.run import EngineConfig, ViewConfig
-from small_pairs import FAST, as_files, coloured, engine, network, pair, reader
+from relssl.weights.spec import BackboneSpec
+from small_pairs import as_files, engine, network, pair, reader
 
 TUNE = FinetuneConfig(epochs=3, batch_size=16, lr=0.05, head_lr=0.5, weight_decay=0.01)
 Settings = LinearConfig | FinetuneConfig | SemiConfig
@@ -43,12 +44,10 @@ def run(
     read: Reader | None = None,
     on: Engine | None = None,
 ) -> list[Finding]:
-    task = Task(data or pair(), read or reader(), on or engine(), FAST, seed, say)
-    if isinstance(settings, LinearConfig):
-        return linear(backbone or network(), task, settings)
-    if isinstance(settings, SemiConfig):  # which is a FinetuneConfig too
-        return semi(backbone or network(), task, settings)
-    return finetune(backbone or network(), task, settings)
+    seen = read or reader()
+    task = Task(BackboneSpec("tiny", {}, "small", seen.view), seen, on or engine(), Bootstrap(100, seed), say)
+    protocol: Any = {LinearConfig: linear, FinetuneConfig: finetune, SemiConfig: semi}[type(settings)]
+    return list(protocol(backbone or network(), data or pair(), settings, task))
 
 
 def pixels(images: Images) -> Tensor:
@@ -216,7 +215,7 @@ def test_shares_are_drawn_by_the_seed_and_named_by_a_hash() -> None:
     findings = run(settings, data)
     assert [each.setting for each in findings] == [{"fraction": 0.1}, {"fraction": 0.5}]
     for each, count, steps in zip(findings, (2, 10), (2 * 2, 2 * 10), strict=True):
-        rows = stratified(data.bank.labels, fraction=each.setting["fraction"], seed=3)
+        rows = stratified(data.bank.labels, each.setting["fraction"], 3)
         assert each.details["split"] == fingerprint(rows) and each.details["per_class"] == [count, count]
         assert (each.details["images"], each.details["steps"], each.notes) == (3 * count, steps, ())
     assert run(settings, data, seed=4)[0].details["split"] != findings[0].details["split"]
@@ -248,6 +247,3 @@ def test_images_that_cannot_be_used_are_refused_by_name() -> None:
     for settings in (LinearConfig(), TUNE, SemiConfig()):
         with pytest.raises(ConfigError, match="tints"):
             run(settings, LabelledPair(several, data.test))
-        for bank in (dataclasses.replace(data.bank, labels=None), coloured(50, 0, classes=1)):
-            with pytest.raises(DataError, match="tints"):
-                run(settings, LabelledPair(bank, data.test))

@@ -75,7 +75,7 @@ def digits() -> Sides:
 
 
 def measure(sides: Sides, classes: int = 10, settings: ProbeConfig | None = None) -> Finding:
-    (finding,) = probe(LabelledFeatures(*sides, classes=classes), settings or ProbeConfig(), Bootstrap(100), seed=0)
+    (finding,) = probe(LabelledFeatures(*sides, classes=classes), settings or ProbeConfig(), Bootstrap(100))
     return finding
 
 
@@ -147,7 +147,7 @@ def several(digits: Sides) -> Sides:
 
 def shoot(sides: Sides, shots: int, *, classes: int = 10, draws: int = 3, seed: int = 0, **settings: Any) -> Finding:
     config = LowshotConfig(shots=(shots,), draws=draws, **settings)
-    (finding,) = lowshot(LabelledFeatures(*few(sides), classes=classes), config, Bootstrap(200), seed=seed)
+    (finding,) = lowshot(LabelledFeatures(*few(sides), classes=classes), config, Bootstrap(200, seed))
     return finding
 
 
