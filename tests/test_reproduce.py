@@ -24,7 +24,8 @@ from relssl.reproduction.results import against_paper, outcome, page, paired, re
 from relssl.reproduction.tables import Row, read_scale, read_table
 from relssl.settings import recipes
 from relssl.settings.evaluation import read_settings
-from relssl.settings.run import to_yaml
+from relssl.settings.reading import leaves
+from relssl.settings.run import Config, to_yaml
 from relssl.train.pretrain import pretrain
 from small_runs import differing, final_state, repeatable_rows
 
@@ -353,14 +354,17 @@ def test_tables_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert "  t.04" in capsys.readouterr().out
 
 
-def test_the_pages_of_the_docs_come_from_the_recipes_and_the_stored_results(tmp_path: Path) -> None:
+def test_the_pages_of_the_docs_come_from_the_recipes_and_the_stored_results() -> None:
     root = Path(__file__).parents[1]
-    runpy.run_path(str(root / "docs/render.py"))["main"](tmp_path)
-    assert all(f"- `{name}`: " in (tmp_path / "recipes.md").read_text() for name in recipes.names())
-    for path in tmp_path.glob("*-*.md"):
-        content, text = json.loads((root / f"results/{path.stem}.json").read_text()), path.read_text()
+    pages = runpy.run_path(str(root / "docs/render.py"))["pages"]()
+    assert all(f"- `{name}`: " in pages["recipes"] for name in recipes.names())
+    assert all(f"| `{name}` | " in pages["settings"] for name in leaves(Config))
+    for name, text in pages.items():
+        if "-" not in name:
+            continue
+        content = json.loads((root / f"results/{name}.json").read_text())
         assert all(f"| {row['label']} | " in text for row in content["rows"])
         published = [number for row in content["rows"] for number in row["paper"]]
         assert all(f"{number['value']:.2f} {number['figure']} ({number['sure']}" in text for number in published)
         assert all(f"| {each['says']} | " in text for each in content["expected"])
-    assert "temperature-small" in {path.stem for path in tmp_path.iterdir()}
+    assert "temperature-small" in pages
