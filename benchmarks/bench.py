@@ -6,8 +6,8 @@
 device could do a step's products were there nothing else. `files`: photographs at 224 pixels, those of a folder, or JPEGs made
 here: 500 x 375, as in ImageNet, and 3000 x 2000, as cameras give; the loader alone and whole steps. Images per second of a core
 count the processor time of all of a contender's processes, so they do not depend on how many cores were free. `loss`: the loss and
-its gradient over the memory. `peers`: beside
-lightly, which `make bench-peers` installs.
+its gradient over the memory. `networks`: steps of the named networks on 8 images of 224 pixels, over 4096 keys, in fp32. `peers`:
+beside lightly, which `make bench-peers` installs.
 
 For figures worth quoting the machine has to be quiet: absolute speeds drift with whatever else it does, ratios within a turn do not.
 """
@@ -18,9 +18,9 @@ import argparse
 import copy
 import dataclasses
 import math
+import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,75 +32,61 @@ from PIL import Image
 from torch import Tensor, nn
 
 import contenders
-from contenders import TINY, Contender, Noise, Record, Work, compare, floor, show_records, training
+from contenders import TINY, Measures, Record, Work, compare, conventional_training, floor, show_records, training
 from relssl.data.cache import shrunken
 from relssl.engine import available_cores, fast_bf16, prepare_process
-from relssl.method.backbones import create_backbone, feature_width
+from relssl.method.backbones import NAMED, create_backbone, feature_width, measure
 from relssl.method.ressl import OBJECTIVES
 from relssl.settings.run import Config
-from relssl.train.run_folder import environment
+from relssl.train.loop import create_run
+from relssl.train.run_folder import Display
 
+FALLOFF = 1.25
 PRECISIONS = ("fp32", "bf16")
 STYLES = {"conventional, Pillow": contenders.pillow, "conventional, tensors": contenders.tensors}
 
 
-class Quiet:
-    """Takes the place of a console."""
-
-    def say(self, line: str) -> None:
-        pass
-
-    @contextmanager
-    def chore(self, what: str, done: int, total: int) -> Iterator[Callable[[int], None]]:
-        yield lambda count: None
-
-
-def loading(settings: Mapping[str, Any], source: str) -> Work:
+def loading(settings: Record, source: str) -> Work:
     """Return our views alone as work. Each turn starts and ends its loader, so that no worker runs ahead while others are measured."""
-    from relssl.train.loop import create_run
-
-    config, images, engine = contenders.start(settings, source)
+    config, images = contenders.start(settings, source)
+    engine, begin = contenders.engine_of(config), 0
     if config.loader.cache is not None:  # before anything is timed
-        images = dataclasses.replace(images, source=shrunken(images, config.loader, Quiet()))
-    stream, start = create_run(config, engine, images).loader.stream, 0
+        with Display(1, 0, show=False) as silent:
+            images = dataclasses.replace(images, source=shrunken(images, config.loader, silent))
+    stream = create_run(config, engine, images).loader.stream
 
     def run(count: int) -> None:
-        nonlocal start
-        for _ in stream(start, start + count):
+        nonlocal begin
+        for _ in stream(begin, begin + count):
             pass
-        start += count
+        begin += count
         engine.synchronise()
 
     return Work(run, config.batch_size)
 
 
-def compare_small(args: argparse.Namespace, peer: str, more: Record) -> Record:
+def settings_of(args: argparse.Namespace, **more: Any) -> Record:
+    """Return the settings that all contenders share, with a tiny network where the code is only tried."""
+    return {"engine.threads": args.threads, "loader.workers": args.workers} | more | (TINY if args.tiny else {})
+
+
+def compare_small(args: argparse.Namespace, peer: str, other: Callable[..., Work]) -> Record:
     """Compare whole steps of small images, by the recipe cifar10, with another pipeline's, and with the floor."""
-    base = {"recipe": "cifar10", "engine.threads": args.threads} | (TINY if args.tiny else {})
-    base |= {} if args.memory is None else {"method.memory_size": args.memory}
-    source, rows = Noise(64 if args.tiny else 20 * 256, 32), list[Contender]()
+    base = settings_of(args, recipe="cifar10") | ({} if args.memory is None else {"method.memory_size": args.memory})
+    source, rows = (64 if args.tiny else 20 * 256, 32), dict[str, Callable[[], Work]]()
     for precision in PRECISIONS:
-        other = {"settings": base, "source": source, "precision": precision, "workers": args.workers, "threads": args.threads}
-        shared = {"settings": base | {"engine.precision": precision}, "source": source}
-        rows.append(Contender(f"{peer} {precision}", contenders.conventional_training, other | more))
-        rows.append(Contender(f"relssl {precision}", training, shared))
-        rows.append(Contender(f"floor {precision}", floor, shared | {"seconds": 0.05 if args.tiny else 1.0}))
+        for name, work in ((peer, other), ("relssl", training), ("floor", floor)):
+            rows[f"{name} {precision}"] = partial(work, base | {"engine.precision": precision}, source)
     records = compare(rows, args.rounds, units=1 if args.tiny else 4)
     bases = [f"{name} {precision}" for name in (peer, "floor") for precision in PRECISIONS]
     show_records(f"Small images: training steps, {args.threads} threads", records, bases)
     return {"settings": base, "records": records}
 
 
-def measure_small(args: argparse.Namespace) -> Record:
-    """Compare whole steps of small images with the conventional pipeline's."""
-    return compare_small(args, "conventional", {})
-
-
 def file_settings(args: argparse.Namespace, batch: int) -> Record:
     """Return the recipe for folders, with a network that a processor can train."""
-    settings = {"recipe": "folder", "backbone": "resnet18", "engine.threads": args.threads} | (TINY if args.tiny else {})
-    settings |= {"views.weak.size": 32, "views.strong.size": 32} if args.tiny else {}
-    return settings | {"batch_size": batch, "loader.workers": args.workers}
+    size = {"views.weak.size": 32, "views.strong.size": 32} if args.tiny else {}
+    return settings_of(args, recipe="folder", backbone="resnet18") | size | {"batch_size": batch}
 
 
 def measure_files(args: argparse.Namespace) -> Record:
@@ -111,25 +97,20 @@ def measure_files(args: argparse.Namespace) -> Record:
         if not sets:
             for width, height, count, batch in ((100, 75, 16, 8),) if args.tiny else ((500, 375, 512, 32), (3000, 2000, 64, 8)):
                 sets[f"{width} x {height}"] = (write_folder(Path(folder, f"{width}"), count, width, height), batch)
+        caching = {"loader.cache": 256, "loader.cache_folder": str(Path(folder, "cache"))}
+        ways: dict[str, Record] = {"": {}, ", decoding at full size": {"loader.reduced_decode": False}, ", cache": caching}
         for name, (source, batch) in sets.items():
-            shared: Record = {"settings": file_settings(args, batch), "source": source}
-            rows = [
-                Contender(label, contenders.conventional_loading, shared | {"style": style, "workers": args.workers})
-                for label, style in STYLES.items()
-            ]
-            caching = {"loader.cache": 256, "loader.cache_folder": str(Path(folder, "cache"))}
-            for label, change in (("", {}), (", decoding at full size", {"loader.reduced_decode": False}), (", cache", caching)):
-                own = shared | {"settings": shared["settings"] | change}
-                rows.append(Contender(f"relssl{label}", loading, own))
+            base = file_settings(args, batch)
+            rows = {label: partial(contenders.conventional_loading, base, source, style) for label, style in STYLES.items()}
+            rows |= {f"relssl{way}": partial(loading, base | change, source) for way, change in ways.items()}
             records = compare(rows, args.rounds, units=1 if args.tiny else 16 if batch > 8 else 8)
             show_records(f"Files, loader alone: {name}, {args.workers} workers", records, list(STYLES), "images_per_core_second")
             results[f"loader, {name}"] = records
         name, (source, batch) = next(iter(sets.items()))
-        base, precision = file_settings(args, batch), "bf16" if fast_bf16("cpu") else "fp32"
-        shared = {"settings": base, "source": source, "precision": precision, "workers": args.workers, "threads": args.threads}
-        rows = [Contender(label, contenders.conventional_training, shared | {"style": style}) for label, style in STYLES.items()]
-        own = {"settings": base | {"engine.precision": precision}, "source": source}
-        records = compare([*rows, Contender("relssl", training, own)], args.rounds, units=1 if args.tiny else 4)
+        precision = "bf16" if fast_bf16("cpu") else "fp32"
+        base = file_settings(args, batch) | {"engine.precision": precision}
+        rows = {label: partial(conventional_training, base, source, style) for label, style in STYLES.items()}
+        records = compare(rows | {"relssl": partial(training, base, source)}, args.rounds, units=1 if args.tiny else 4)
         show_records(f"Files, training steps: {name}, ResNet-18, {precision}", records, list(STYLES))
         results[f"steps, {name}"] = records
     return results
@@ -163,8 +144,7 @@ def measure_loss(args: argparse.Namespace) -> Record:
     results: Record = {}
     shapes = [(4096, 128, 256, 1), (65536, 128, 256, 1), (131072, 512, 256, 1), (131072, 512, 256, 5)]
     for shape in [(64, 8, 16, 2)] if args.tiny else shapes:
-        forms = ["conventional", *OBJECTIVES]
-        rows = [Contender(form, loss_work, {"form": form, "shape": shape, "threads": args.threads}) for form in forms]
+        rows = {form: partial(loss_work, form, shape, args.threads) for form in ("conventional", *OBJECTIVES)}
         # About as many products as one call at the papers' small sizes takes, at least one.
         records = compare(rows, args.rounds, 1 if args.tiny else min(16, max(1, 2**31 // math.prod(shape))))
         show_records("Loss over the memory: K {}, D {}, B {}, V {}".format(*shape), records, ["conventional", "plain"])
@@ -172,51 +152,57 @@ def measure_loss(args: argparse.Namespace) -> Record:
     return results
 
 
+def measure_networks(args: argparse.Namespace) -> Record:
+    """Measure parameters, GFLOPs and steps of the named networks."""
+    names, size, batch = (["resnet18"], 32, 16) if args.tiny else (list(NAMED), 224, 8)
+    base: Record = {"recipe": "imagenet", "batch_size": batch, "method.memory_size": 4096, "engine.precision": "fp32"}
+    base = settings_of(args, **base | {"views.weak.size": size, "views.strong.size": size, "backbone_args": {}})
+    records = compare(
+        {name: partial(training, base | {"backbone": name}, (64, size + 32)) for name in names}, args.rounds, units=1
+    )
+    show_records(f"Named networks: {batch} images of {size} pixels", records, [])
+    return {name: dataclasses.asdict(measure(name, size)) | records[name] for name in names}
+
+
 def write_folder(folder: Path, count: int, width: int, height: int, different: int = 32) -> str:
     """Write `count` JPEGs of quality 90, of which `different` differ, as drawing one takes longer than reading it."""
     folder.mkdir(parents=True)
-    for number in range(min(count, different)):
-        picture(width, height, number).save(folder / f"{number:05}.jpg", quality=90)
-    for number in range(different, count):
-        (folder / f"{number:05}.jpg").write_bytes((folder / f"{number % different:05}.jpg").read_bytes())
+    files = [folder / f"{number:05}.jpg" for number in range(count)]
+    for number, file in enumerate(files[:different]):
+        picture(width, height, number).save(file, quality=90)
+    for number, file in enumerate(files[different:]):
+        shutil.copy(files[number % different], file)
     return str(folder)
 
 
 def picture(width: int, height: int, seed: int) -> Image.Image:
-    """Draw a cloudy picture with as much contrast at each scale as photographs tend to have: noise of all octaves, added up."""
-    random = np.random.default_rng(seed)
-    total = np.zeros((height, width, 3), np.float32)
-    cell = max(width, height)
-    while cell >= 1:
-        shape = (height // cell + 2, width // cell + 2)
-        grey = random.standard_normal(shape)
-        for channel in range(3):
-            # Mostly grey, as colours in photographs vary far less than brightness.
-            coarse = Image.fromarray((grey + 0.3 * random.standard_normal(shape)).astype(np.float32))
-            # Finer detail is weaker: at equal strength a JPEG would be far larger than a photograph.
-            total[..., channel] += np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)) * cell**0.25
-        cell //= 2
-    total = 128 + 48 * (total - total.mean()) / total.std()
-    return Image.fromarray(total.clip(0, 255).astype(np.uint8))
+    """Draw a cloudy picture: noise of all scales that falls off with its frequency as in photographs (Field 1987)."""
+    noise = np.random.default_rng(seed).standard_normal((height, width, 4))
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None, None], np.fft.rfftfreq(width)[:, None])
+    waves = np.fft.rfft2(noise, axes=(0, 1)) / np.maximum(frequency, 1 / max(width, height)) ** FALLOFF
+    clouds = np.fft.irfft2(waves, (height, width), axes=(0, 1))
+    pixels = clouds[..., :1] + 0.3 * clouds[..., 1:]  # mostly grey, as colours in photographs vary far less than brightness
+    pixels = 128 + 48 * (pixels - pixels.mean()) / pixels.std()
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
 def lightly_views(size: int, mean: Any, std: Any) -> tuple[Any, Any]:
     """Return lightly's weak and MoCo v2 view of a Pillow image."""
     from lightly.transforms.simclr_transform import SimCLRViewTransform
 
-    start = {
+    crop = {
         "input_size": size,
         "min_scale": 0.2,
         "normalize": {"mean": list(mean), "std": list(std)},
         "rr_prob": 0.0,
         "vf_prob": 0.0,
     }
-    weak = SimCLRViewTransform(**start, cj_prob=0.0, random_gray_scale=0.0, gaussian_blur=0.0)
+    weak = SimCLRViewTransform(**crop, cj_prob=0.0, random_gray_scale=0.0, gaussian_blur=0.0)
     colours = {"cj_prob": 0.8, "cj_strength": 1.0, "cj_bright": 0.4, "cj_contrast": 0.4, "cj_sat": 0.4, "cj_hue": 0.1}
-    return weak, SimCLRViewTransform(**start, **colours, sigmas=(0.1, 2))
+    return weak, SimCLRViewTransform(**crop, **colours, sigmas=(0.1, 2))
 
 
-def lightly_step(config: Config, device: torch.device, precision: str) -> contenders.Step:
+def lightly_step(config: Config, device: torch.device) -> contenders.Step:
     """Return a function that makes one step as lightly's MoCo examples do; it has no ReSSL loss, so the conventional one is taken."""
     from lightly.models.modules import MoCoProjectionHead
     from lightly.models.modules.memory_bank import MemoryBankModule
@@ -230,11 +216,10 @@ def lightly_step(config: Config, device: torch.device, precision: str) -> conten
     deactivate_requires_grad(teacher)
     memory = MemoryBankModule(size=(method.memory_size, dim)).to(device)
     sgd = torch.optim.SGD(student.parameters(), lr=optimizer.lr, momentum=optimizer.momentum, weight_decay=optimizer.weight_decay)
-    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=precision == "bf16")
 
     def step(weak: Tensor, strong: Tensor) -> None:
         update_momentum(student, teacher, m=method.teacher_momentum)
-        with autocast():
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.engine.precision == "bf16"):
             with torch.no_grad():
                 keys = teacher(weak)
             queries = student(strong)
@@ -250,36 +235,30 @@ def lightly_step(config: Config, device: torch.device, precision: str) -> conten
 
 def measure_peers(args: argparse.Namespace) -> Record:
     """Compare small images' steps and files' views with lightly's: its transforms, projection head, memory bank and teacher."""
-    steps = compare_small(args, "lightly", {"style": lightly_views, "create_step": lightly_step})
+    steps = compare_small(args, "lightly", partial(conventional_training, style=lightly_views, create_step=lightly_step))
     with tempfile.TemporaryDirectory() as folder:
         photos = write_folder(Path(folder, "photos"), *((16, 100, 75) if args.tiny else (512, 500, 375)))
-        shared = {"settings": file_settings(args, 8 if args.tiny else 32), "source": photos}
-        other = shared | {"style": lightly_views, "workers": args.workers}
-        rows = [Contender("lightly", contenders.conventional_loading, other), Contender("relssl", loading, shared)]
+        base = file_settings(args, 8 if args.tiny else 32)
+        rows = {
+            "lightly": partial(contenders.conventional_loading, base, photos, lightly_views),
+            "relssl": partial(loading, base, photos),
+        }
         views = compare(rows, args.rounds, units=1 if args.tiny else 8)
     show_records("Files: both views of an image beside lightly", views, ["lightly"], "images_per_core_second")
     return {"steps": steps["records"], "views": views}
 
 
-MEASURES = {"small": measure_small, "files": measure_files, "loss": measure_loss, "peers": measure_peers}
-
-
 def main() -> None:
-    """Measure the parts asked for; one that fails does not lose the others."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Measure the parts asked for."""
     cores, device = available_cores(), "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--only", default="small,files,loss", help="parts, separated by commas (default: all but peers)")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each contender (default: 3)")
-    parser.add_argument("--threads", type=int, default=cores, help="threads of a training process (default: the cores)")
+    parser = contenders.options(__doc__, ("small", "files", "loss"), f"results/bench-{device}-{cores}-cores.json")
     parser.add_argument("--workers", type=int, default=cores, help="loader processes of each contender (default: the cores)")
     parser.add_argument("--memory", type=int, help="keys in the memory of the small setting (default: the recipe's)")
     parser.add_argument("--images", type=Path, help="a folder of JPEGs for the files part (default: some are made)")
     parser.add_argument("--tiny", action="store_true", help="try the code in seconds; the figures mean nothing")
-    parser.add_argument("--out", type=Path, default=Path(f"results/bench-{device}-{cores}-cores.json"))
-    args = parser.parse_args()
-    options = {name: value for name, value in vars(args).items() if name in ("rounds", "threads", "workers", "memory", "tiny")}
-    results: Record = {"machine": environment(), "options": options}
-    contenders.measure_parts(args.only.split(","), lambda part: MEASURES[part](args), results, args.out)
+    small = partial(compare_small, peer="conventional", other=conventional_training)
+    measures: Measures = {"small": small, "files": measure_files, "loss": measure_loss, "networks": measure_networks}
+    contenders.measure_parts(parser.parse_args(), {**measures, "peers": measure_peers})
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ autocast; the loss stays in fp32, as it has to.
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import multiprocessing
@@ -20,7 +21,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -39,17 +39,17 @@ from torchvision.transforms import v2
 
 from relssl.data.images import Images, Pixels
 from relssl.data.named import load
-from relssl.engine import Engine, prepare_process
+from relssl.engine import Engine, available_cores, prepare_process
 from relssl.method.create import create_student
 from relssl.settings.run import Config, resolve
 from relssl.train.estimate import attainable, step_flops
 from relssl.train.pretrain import complete_settings
+from relssl.train.run_folder import environment
 
 Record = dict[str, Any]
-# (size, mean, std) -> the transforms of the weak and of the contrastive view
-Style = Callable[[int, Any, Any], tuple[Callable[[Any], Any], Callable[[Any], Any]]]
-# (weak, strong), each [B, 3, S, S] on the device
-Step = Callable[[Tensor, Tensor], None]
+View = Callable[[Any], Any]
+Style = Callable[[int, Any, Any], tuple[View, View]]  # (size, mean, std) -> the weak and the contrastive view
+Step = Callable[[Tensor, Tensor], None]  # (weak, strong), each [B, 3, S, S] on the device
 # A network of a few thousand weights, to try the code.
 TINY: Record = {
     "backbone_args": {"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 8], "zero_init_last": False},
@@ -76,21 +76,13 @@ class Work:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Contender:
-    """One row of a comparison: `make(**arguments)` returns its Work, in a process of its own."""
-
-    name: str
-    make: Callable[..., Work]
-    arguments: Mapping[str, Any]
+Source = tuple[int, int] | str  # random images in memory, so many of so many pixels a side; or a folder
+Measures = Mapping[str, Callable[[argparse.Namespace], Any]]  # by part of a script: what measures it
+Contenders = Mapping[str, Callable[[], Work]]  # by name: what returns its work, in a process of its own
 
 
-def compare(contenders: Sequence[Contender], rounds: int, units: int) -> dict[str, Record]:
-    """Measure the contenders in turns.
-
-    Args:
-        rounds: turns of each.
-        units: units of work in a turn, after one that is not measured.
+def compare(contenders: Contenders, rounds: int, units: int) -> dict[str, Record]:
+    """Measure so many units of work of each contender in each round, after one unit that does not count.
 
     Returns:
         By contender: images_per_second, images_per_core_second (processor time, workers included) and seconds_per_unit, each a list
@@ -100,50 +92,47 @@ def compare(contenders: Sequence[Contender], rounds: int, units: int) -> dict[st
     # A server that has done nothing but import the package forks itself: as clean as a new interpreter, and at once there.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["relssl.train.pretrain", "torchvision.transforms.v2"])
-    records: dict[str, Record] = {contender.name: {"laps": []} for contender in contenders}
+    records: dict[str, Record] = {name: {} for name in contenders}
     with ExitStack() as stack:
         pools = [stack.enter_context(ProcessPoolExecutor(1, context)) for _ in contenders]
         for turn in range(rounds + 1):
-            for contender, pool in zip(contenders, pools, strict=True):
-                record = records[contender.name]
-                if "failed" in record:
+            for (name, create), pool in zip(contenders.items(), pools, strict=True):
+                if "failed" in records[name]:
                     continue
                 try:
-                    lap = pool.submit(_lap, contender, units if turn else 1).result()
-                    record["laps"] += [lap] if turn else []
+                    figures, about = pool.submit(_lap, create, units if turn else 1).result()
                 except Exception as error:  # whatever a contender raises, the others go on
-                    died = isinstance(error, BrokenProcessPool)
-                    reason = "its process died" if died else f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-                    record["failed"] = reason
-                    print(f"{contender.name}: {reason}", flush=True)
-    return {name: _summed(record) for name, record in records.items()}
+                    records[name] = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+                    print(f"{name}: {records[name]['failed']}", flush=True)
+                    continue
+                records[name] |= about
+                for figure, value in figures.items() if turn else ():
+                    records[name].setdefault(figure, []).append(round(value, 5))
+    return records
 
 
 _work: Work | None = None
 _before = 0
 
 
-def _lap(contender: Contender, units: int) -> Record:
-    """Some units of work of this process's contender, which the first call makes."""
+def _lap(create: Callable[[], Work], units: int) -> tuple[dict[str, float], Record]:
+    """Some units of work of this process's contender, which the first call makes: figures, and what does not change by rounds."""
     global _work, _before
     if _work is None:
         # Else what runs here, such as the workers of a loader, would be started as this process was.
         multiprocessing.set_start_method(None, force=True)  # type: ignore[arg-type]
-        _work = contender.make(**contender.arguments)
+        _work = create()
         with suppress(OSError):  # count the peak from here on
             Path("/proc/self/clear_refs").write_text("5")
         _before = _memory("VmRSS")
     start, used = time.perf_counter(), _cpu_seconds()
-    seconds = _work.run(units)
-    passed = time.perf_counter() - start
-    return {
-        "units": units,
-        "seconds": passed if seconds is None else seconds,
-        "cpu_seconds": _cpu_seconds() - used,
-        "memory_mib": [_before >> 20, _memory("VmHWM") >> 20],
-        "images": _work.images,
-        "facts": dict(_work.facts),
-    }
+    counted = _work.run(units)
+    seconds, busy = time.perf_counter() - start if counted is None else counted, _cpu_seconds() - used
+    count = units * _work.images
+    # A clock that has not ticked would divide by zero; it ticks every hundredth.
+    speeds = {"images_per_second": count / seconds, "images_per_core_second": count / max(busy, 0.01)}
+    about = {"memory_mib": [_before >> 20, _memory("VmHWM") >> 20], "images": _work.images, "facts": dict(_work.facts)}
+    return speeds | {"seconds_per_unit": seconds / units}, about
 
 
 def _cpu_seconds() -> float:
@@ -165,22 +154,6 @@ def _memory(field: str) -> int:
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(field))
 
 
-def _summed(record: Record) -> Record:
-    if "failed" in record:
-        return {"failed": record["failed"]}
-    laps, last = record["laps"], record["laps"][-1]
-    images = last["images"]
-    return {
-        "memory_mib": last["memory_mib"],
-        "images": images,
-        "facts": last["facts"],
-        "images_per_second": [round(images * lap["units"] / lap["seconds"], 2) for lap in laps],
-        # A clock that has not ticked would divide by zero; it ticks every hundredth.
-        "images_per_core_second": [round(images * lap["units"] / max(lap["cpu_seconds"], 0.01), 2) for lap in laps],
-        "seconds_per_unit": [round(lap["seconds"] / lap["units"], 5) for lap in laps],
-    }
-
-
 def times(records: Mapping[str, Record], name: str, base: str, figure: str = "images_per_second") -> list[float] | None:
     """Return how many times `base` a contender reaches, by rounds; None if either failed."""
     if figure not in records[name] or figure not in records[base]:
@@ -195,19 +168,18 @@ def any_failed(records: Any) -> bool:
 
 def spread(values: Sequence[float] | None, digits: int = 2) -> str:
     """Return median [least..most], or a dash for nothing."""
-    if not values:
-        return "-"
-    low, middle, high = min(values), statistics.median(values), max(values)
-    return f"{middle:.{digits}f} [{low:.{digits}f}..{high:.{digits}f}]"
+    return (
+        "{:.{d}f} [{:.{d}f}..{:.{d}f}]".format(statistics.median(values), min(values), max(values), d=digits) if values else "-"
+    )
 
 
 def show(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Print a Markdown table, its columns aligned."""
-    cells = [[str(cell) for cell in row] for row in (columns, *rows)]
+    cells = [[str(cell) for cell in row] for row in (columns, ["---"] * len(columns), *rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(columns))]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in cells]
-    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
-    print(f"\n{title}\n\n" + "\n".join([lines[0], rule, *lines[1:]]), flush=True)
+    print(f"\n{title}\n")
+    for row in cells:
+        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |", flush=True)
 
 
 def show_records(title: str, records: dict[str, Record], bases: Sequence[str], figure: str = "images_per_second") -> None:
@@ -218,26 +190,21 @@ def show_records(title: str, records: dict[str, Record], bases: Sequence[str], f
         before, most = record.get("memory_mib", (0, 0))
         peak = record["failed"] if "failed" in record else f"{most} ({most - before} on top)"
         speeds = [spread(record.get(each), 1) for each in ("images_per_second", "images_per_core_second")]
-        rows.append([name, *speeds, *(spread(record["times"][base]) for base in bases), peak])
+        facts = ", ".join(f"{what} {value}" for what, value in record.get("facts", {}).items())
+        rows.append([name, *speeds, *(spread(record["times"][base]) for base in bases), peak, facts])
     unit = "a core, times" if figure == "images_per_core_second" else "times"
-    show(title, ["pipeline", "images/s", "images/s a core", *(f"{unit} {base}" for base in bases), "peak MiB"], rows)
+    show(title, ["pipeline", "images/s", "images/s a core", *(f"{unit} {base}" for base in bases), "peak MiB", ""], rows)
 
 
-@dataclass(frozen=True)
-class Noise:
-    """Random images in memory, so many of so many pixels a side; the time of a step does not depend on what images show."""
-
-    count: int
-    size: int
-
-
-def images_of(source: Noise | str) -> Images:
-    """Return the images of a source, noise or a folder, the same in every process."""
+def start(settings: Record, source: Source) -> tuple[Config, Images]:
+    """Return a run's complete settings, and its images, the same in every process."""
     if isinstance(source, str):
-        return load(source, None, "train")
-    shape = (source.count, 3, source.size, source.size)
-    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
-    return Images("random images", Pixels(pixels), mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+        images = load(source, None, "train")
+    else:
+        count, size = source  # what images show does not change the time of a step
+        pixels = np.random.default_rng(0).integers(0, 256, (count, 3, size, size), dtype=np.uint8)
+        images = Images("random images", Pixels(torch.from_numpy(pixels)), mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+    return complete_settings(resolve(settings), images), images
 
 
 def blur(image: Image.Image) -> Image.Image:
@@ -245,23 +212,25 @@ def blur(image: Image.Image) -> Image.Image:
     return image.filter(ImageFilter.GaussianBlur(radius=float(torch.empty(1).uniform_(0.1, 2.0))))
 
 
-def pillow(size: int, mean: Any, std: Any) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
+def _views(library: Any, ending: View, blurring: View, size: int, mean: Any, std: Any) -> tuple[View, View]:
+    """The weak and the contrastive view by one of torchvision's two libraries of transforms."""
+    crop = [library.RandomResizedCrop(size, (0.2, 1.0)), library.RandomHorizontalFlip()]
+    jitter = library.RandomApply([library.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8)
+    colours = [jitter, library.RandomGrayscale(0.2), library.RandomApply([blurring], 0.5)]
+    end = [ending, library.Normalize(mean, std)]
+    return library.Compose([*crop, *end]), library.Compose([*crop, *colours, *end])
+
+
+def pillow(size: int, mean: Any, std: Any) -> tuple[View, View]:
     """Return the weak and the contrastive view of a Pillow image."""
-    end = [v1.ToTensor(), v1.Normalize(mean, std)]
-    start = [v1.RandomResizedCrop(size, (0.2, 1.0)), v1.RandomHorizontalFlip()]
-    jitter = v1.RandomApply([v1.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8)
-    colours = [jitter, v1.RandomGrayscale(0.2), v1.RandomApply([blur], 0.5)]
-    return v1.Compose([*start, *end]), v1.Compose([*start, *colours, *end])
+    return _views(v1, v1.ToTensor(), blur, size, mean, std)
 
 
-def tensors(size: int, mean: Any, std: Any) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
+def tensors(size: int, mean: Any, std: Any) -> tuple[View, View]:
     """Return the weak and the contrastive view of a uint8 tensor [3, H, W]."""
-    end = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
-    start = [v2.RandomResizedCrop(size, (0.2, 1.0), antialias=True), v2.RandomHorizontalFlip()]
-    jitter = v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8)
     # A kernel of a tenth of the side, as SimCLR and those after it have it.
-    blurred = v2.RandomApply([v2.GaussianBlur(size // 10 // 2 * 2 + 1, (0.1, 2.0))], 0.5)
-    return v2.Compose([*start, *end]), v2.Compose([*start, jitter, v2.RandomGrayscale(0.2), blurred, *end])
+    blurring = v2.GaussianBlur(size // 10 // 2 * 2 + 1, (0.1, 2.0))
+    return _views(v2, v2.ToDtype(torch.float32, scale=True), blurring, size, mean, std)
 
 
 class TwoViews(Dataset[tuple[Tensor, Tensor]]):
@@ -285,45 +254,31 @@ class TwoViews(Dataset[tuple[Tensor, Tensor]]):
         return self.weak(image), self.strong(image)
 
 
-def conventional_loading(settings: Mapping[str, Any], source: Noise | str, style: Style, workers: int) -> Work:
+def conventional_loading(settings: Record, source: Source, style: Style) -> Work:
     """Return views alone as work. Each turn starts and ends its loader, so that no worker runs ahead while others are measured."""
-    images = images_of(source)
-    config = complete_settings(resolve(settings), images)
+    config, images = start(settings, source)
     data, batch = TwoViews(images, style, config), config.batch_size
 
     def run(count: int) -> None:
         rows = np.random.permutation(count * batch) % len(images)
-        for _ in DataLoader(Subset(data, rows.tolist()), batch, num_workers=workers):
+        for _ in DataLoader(Subset(data, rows.tolist()), batch, num_workers=config.loader.workers or 0):
             pass
 
     return Work(run, batch)
 
 
 def conventional_training(
-    settings: Mapping[str, Any],
-    source: Noise | str,
-    precision: str,
-    workers: int,
-    threads: int,
-    style: Style = pillow,
-    create_step: Callable[[Config, torch.device, str], Step] | None = None,  # default: the conventional step
+    settings: Record, source: Source, style: Style = pillow, create_step: Callable[[Config, torch.device], Step] | None = None
 ) -> Work:
-    """Return whole steps as work, of the network, memory and temperatures that `settings` have."""
-    torch.set_num_threads(threads)
-    images = images_of(source)
-    config = complete_settings(resolve(settings), images)
+    """Return whole steps as work, of the network, memory and temperatures that `settings` have; by default the conventional step."""
+    config, images = start(settings, source)
+    torch.set_num_threads(config.engine.threads or available_cores())
     device = torch.device("cuda" if torch.cuda.is_available() and config.engine.device != "cpu" else "cpu")
-    loader = DataLoader(
-        TwoViews(images, style, config),
-        config.batch_size,
-        shuffle=True,
-        num_workers=workers,
-        drop_last=True,
-        persistent_workers=workers > 0,
-        pin_memory=device.type == "cuda",
-    )
+    data, workers = TwoViews(images, style, config), config.loader.workers or 0
+    options: Record = {"persistent_workers": workers > 0, "pin_memory": device.type == "cuda"}
+    loader = DataLoader(data, config.batch_size, shuffle=True, num_workers=workers, drop_last=True, **options)
     endless = itertools.chain.from_iterable(itertools.repeat(loader))
-    step = (create_step or conventional_step)(config, device, precision)
+    step = (create_step or conventional_step)(config, device)
 
     def run(count: int) -> None:
         for weak, strong in itertools.islice(endless, count):
@@ -331,18 +286,17 @@ def conventional_training(
         if device.type == "cuda":
             torch.cuda.synchronize()
 
-    return Work(run, config.batch_size, {"precision": precision})
+    return Work(run, config.batch_size, {"precision": config.engine.precision})
 
 
-def conventional_step(config: Config, device: torch.device, precision: str) -> Step:
+def conventional_step(config: Config, device: torch.device) -> Step:
     """Return a function that makes one conventional step."""
-    method, optimizer = config.method, config.optimizer
+    method, optimizer, pointer = config.method, config.optimizer, 0
     student, teacher = create_student(config).to(device), create_student(config).to(device)
     teacher.load_state_dict(student.state_dict())
     sgd = torch.optim.SGD(student.parameters(), lr=optimizer.lr, momentum=optimizer.momentum, weight_decay=optimizer.weight_decay)
     memory = F.normalize(torch.randn(method.memory_size, config.encoder.dim), dim=1).to(device)
-    pointer = 0
-    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=precision == "bf16")
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=config.engine.precision == "bf16")
 
     def step(weak: Tensor, strong: Tensor) -> None:
         nonlocal pointer
@@ -370,61 +324,74 @@ def conventional_loss(queries: Tensor, keys: Tensor, memory: Tensor, student: fl
     return -(target * F.log_softmax(queries @ queue.T / student, dim=-1)).sum(-1).mean()
 
 
-def start(settings: Mapping[str, Any], source: Noise | str) -> tuple[Config, Images, Engine]:
-    """Return a run's complete settings, its images and its engine, with this process set up as the command line does."""
-    images = images_of(source)
-    config = complete_settings(resolve(settings), images)
+def engine_of(config: Config) -> Engine:
+    """Return a run's engine, with this process set up as the command line does."""
     prepare_process()
     engine = Engine(config.engine)
     torch.set_num_threads(engine.threads)
-    return config, images, engine
+    return engine
 
 
-def training(settings: Mapping[str, Any], source: Noise | str) -> Work:
+def training(settings: Record, source: Source) -> Work:
     """Return our whole steps as work, as `relssl pretrain` would make them."""
     from relssl.train.loop import create_run, train_step
     from relssl.train.pretrain import compile_networks
 
-    config, images, engine = start(settings, source)
-    training = create_run(config, engine, images)
+    config, images = start(settings, source)
+    training = create_run(config, engine_of(config), images)
     compiled = compile_networks(training)
     stream = training.loader.stream(0, training.total_steps)
 
     def run(count: int) -> None:
         for _ in range(count):
             train_step(training, next(stream))
-        engine.synchronise()
+        training.engine.synchronise()
 
-    return Work(run, config.batch_size, {"precision": engine.precision, "compile": compiled})
+    return Work(run, config.batch_size, {"precision": training.engine.precision, "compile": compiled})
 
 
-def floor(settings: Mapping[str, Any], source: Noise | str, seconds: float) -> Work:
-    """Return the products of a step alone as work, at the device's best rate, measured anew in each turn for so many seconds."""
-    config, _, engine = start(settings, source)
-    flops = sum(step_flops(config).values())
+def floor(settings: Record, source: Source) -> Work:
+    """Return the products of a step alone as work, at the device's best rate, measured anew in each turn for a second."""
+    config, _ = start(settings, source)
+    engine, flops = engine_of(config), sum(step_flops(config).values())
 
     def run(count: int) -> float:
-        return count * config.batch_size * flops / attainable(engine, seconds=seconds)
+        return count * config.batch_size * flops / attainable(engine, seconds=1)
 
     return Work(run, config.batch_size, {"precision": engine.precision, "flop_per_image": flops})
 
 
-def write(out: Path, results: Any) -> None:
-    """Write results as JSON, into a folder that is made if it is missing."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(results, indent=1) + "\n")
+def options(about: str | None, parts: Iterable[str], out: str) -> argparse.ArgumentParser:
+    """Return the options that all scripts take, for a script that measures these parts by default."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=",".join(parts), help="parts, separated by commas (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each contender (default: 3)")
+    parser.add_argument("--threads", type=int, default=available_cores(), help="threads of a contender (default: the cores)")
+    parser.add_argument("--out", type=Path, default=Path(out), help="JSON file (default: %(default)s)")
+    return parser
 
 
-def measure_parts(names: Sequence[str], measure: Callable[[str], Any], results: Record, out: Path) -> None:
-    """Measure part by part into `results` and the file, then exit; one that fails does not lose the others, but sets the code."""
-    for name in names:
+def measure_parts(args: argparse.Namespace, measures: Measures) -> None:
+    """Measure part by part into a file, then exit; one that fails does not lose the others, but sets the exit code.
+
+    Parts that an earlier call has left there, on this machine with these options, stay.
+    """
+    used = {name: value for name, value in vars(args).items() if name not in ("only", "out")}
+    results: Record = {
+        "machine": environment() | {"gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None},
+        "options": json.loads(json.dumps(used, default=str)),
+    }
+    if args.out.exists() and (earlier := json.loads(args.out.read_text())).items() >= results.items():
+        results = earlier
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    for name in args.only.split(","):
         begun = time.perf_counter()
         try:
-            results[name] = measure(name)
+            results[name] = measures[name](args)
         except Exception as error:
             results[name] = {"failed": f"{type(error).__name__}: {error}"}
             print(f"{name}: failed: {error}", file=sys.stderr)
         print(f"\n{name}: {time.perf_counter() - begun:.0f} s", flush=True)
-        write(out, results)
-    print(f"written to {out}")
+        args.out.write_text(json.dumps(results, indent=1) + "\n")
+    print(f"written to {args.out}")
     sys.exit(int(any_failed(results)))

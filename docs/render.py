@@ -28,6 +28,12 @@ _ALWAYS = {
     *("method.warmup", "optimizer.weight_decay", "optimizer.warmup_epochs"),
 }
 _NEVER = {"recipe", "backbone_args"}
+_SETTINGS = """# Settings
+
+Every setting of a run is an option of `relssl pretrain` (`--optimizer.lr 0.06`), a key of a YAML file (`--config FILE`), and a keyword of
+`relssl.pretrain` (`optimizer={"lr": 0.06}`). The defaults here are those without a recipe, and every run has one, which changes them:
+[recipes side by side](recipes.md). `relssl validate DATA --show` prints what a run would have.
+"""
 
 
 def pages() -> dict[str, str]:
@@ -37,13 +43,7 @@ def pages() -> dict[str, str]:
 
 def settings_page() -> str:
     """Return the tables of all settings, section by section, with what they are where no recipe says otherwise."""
-    parts = [
-        "# Settings\n\nEvery setting of a run is an option of `relssl pretrain` (`--optimizer.lr 0.06`), a key of a YAML file\n"
-    ]
-    parts.append(
-        "(`--config FILE`) and a keyword of `relssl.pretrain` (`optimizer={'lr': 0.06}`). A recipe changes the defaults:\n"
-    )
-    parts.append("[recipes side by side](recipes.md). `relssl validate DATA --show` prints what a run would have.\n")
+    parts = [_SETTINGS]
     for section, names in itertools.groupby(leaves(Config).items(), lambda each: each[0].rpartition(".")[0]):
         parts.append(f"\n## {section or 'The run'}\n\n| setting | default | what it is |\n| --- | --- | --- |\n")
         for name, field in names:
@@ -55,19 +55,19 @@ def settings_page() -> str:
 def recipe_page() -> str:
     """Return the tables of all recipes, group by group, each with what the recipes are for and where their settings come from."""
     parts = ["# The recipes' settings\n\nWhich to take, and why they are so: [recipes](../recipes.md).\n"]
-    for folder, members in itertools.groupby(map(recipes.find, recipes.names()), lambda recipe: recipe.name.rpartition("/")[0]):
+    for folder, members in itertools.groupby(map(recipes.find, recipes.NAMES), lambda recipe: recipe["name"].rpartition("/")[0]):
         group = list(members)
         parts.append(f"\n## {_GROUPS[folder]}\n\n")
         parts += [_recipe_table(group[start : start + _ACROSS]) + "\n" for start in range(0, len(group), _ACROSS)]
-        parts.append("".join(f"- `{recipe.name}`: {recipe.about}. Source: {recipe.source}\n" for recipe in group))
+        parts.append("".join(f"- `{recipe['name']}`: {recipe['about']}. Source: {recipe['source']}\n" for recipe in group))
     return "".join(parts)
 
 
-def _recipe_table(group: list[recipes.Recipe]) -> str:
+def _recipe_table(group: list[dict[str, str]]) -> str:
     """Return a table of the settings above, and of all that differ from the defaults in any of the recipes."""
-    configs = [resolve({"recipe": recipe.name}) for recipe in group]
+    configs = [resolve({"recipe": recipe["name"]}) for recipe in group]
     shown = _ALWAYS.union(*map(differences, configs)) - _NEVER
-    rows = [["", *(f"`{recipe.name}`" for recipe in group)], ["---"] * (len(group) + 1)]
+    rows = [["", *(f"`{recipe['name']}`" for recipe in group)], ["---"] * (len(group) + 1)]
     for name in (name for name in leaves(Config) if name in shown):
         values = map(attrgetter(name), configs)
         rows.append([f"`{name}`", *(value if isinstance(value, str) else json.dumps(value) for value in values)])

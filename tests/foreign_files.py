@@ -1,7 +1,5 @@
 """Files as other programs write them: names and nesting of their repositories, around a network that looks trained."""
 
-from __future__ import annotations
-
 import argparse
 import functools
 from collections.abc import Callable

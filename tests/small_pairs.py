@@ -1,10 +1,7 @@
 """Small labelled pairs and networks for protocols that train."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,27 +11,16 @@ from relssl.data.images import Files, Images, Pixels
 from relssl.data.plain import PlainView, Reader
 from relssl.engine import Engine
 from relssl.evaluation.evaluate import LabelledPair
-from relssl.evaluation.metrics import Bootstrap
-from relssl.settings.run import Config, EngineConfig, resolve
-
-FAST = Bootstrap(resamples=100, seed=0)
+from relssl.settings.run import EngineConfig
 
 
 def engine() -> Engine:
     return Engine(EngineConfig(device="cpu", precision="fp32", threads=1))
 
 
-def config(**changes: Any) -> Config:
-    """Views of 16 pixels, mirrored."""
-    small = {"data": "cifar10", "views.weak.size": 16, "views.strong.size": 16, "loader.workers": 0, "seed": 77}
-    made = resolve(small | changes)
-    return dataclasses.replace(made, views=dataclasses.replace(made.views, mean=(0.5,) * 3, std=(0.25,) * 3, margin=1.0))
-
-
-def reader(**changes: Any) -> Reader:
-    """The same as an evaluation has it."""
-    settings = config(**changes)
-    return Reader(PlainView.of(settings.views), mirrored=settings.views.weak.flip > 0)
+def reader() -> Reader:
+    """Views of 16 pixels, mirrored in training."""
+    return Reader(PlainView(16, 1.0, "bilinear", (0.5,) * 3, (0.25,) * 3))
 
 
 def coloured(count: int, seed: int, classes: int = 3) -> Images:

@@ -1,7 +1,5 @@
 """Small runs for tests: a narrow network on a few digits, a second or two each."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Every named family trains a step of ReSSL; figures are the published ones; sizes, channels and names are held to."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,7 @@ from relssl.weights.export import export
 from relssl.weights.foreign import Reading
 from relssl.weights.opening import open_backbones
 from relssl.weights.spec import BackboneSpec
-from small_runs import differing, final_state, small_run
+from small_runs import small_run
 
 SIZES = (64, 56, 48, 40, 32)  # of five crops: the paper's, as far as they go at a small scale
 # The patches of 16 that divide only two of the sizes are halved, and deep networks cut short, so that the test is quick.
@@ -96,9 +94,6 @@ def test_measuring_is_the_network_itself_and_draws_nothing() -> None:
     assert patches.parameters == sum(parameter.numel() for parameter in real.parameters()) and patches.smallest == 16
     assert convolutional.smallest == 4 and convolutional.small_stem and not patches.small_stem
     assert undivided.gflops is None and undivided.features is None and undivided.parameters > 5e6
-    # A convolution of stride 1 instead of 2 makes the rest four times as much, of a max-pool's as much again.
-    plain, small = measure("resnet18", 32).gflops, measure("resnet18", 32, "small").gflops
-    assert plain is not None and small is not None and 15 < small / plain < 17
 
 
 def test_torchvisions_networks_are_its_own_without_the_classifier() -> None:
@@ -113,8 +108,7 @@ def test_torchvisions_networks_are_its_own_without_the_classifier() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "width", "size"),
-    [("squeezenet1_1", 512, 32), ("googlenet", 1024, 32), ("swin_t", 768, 64), ("vit_b_16", 768, 32)],
+    ("name", "width", "size"), [("squeezenet1_1", 512, 32), ("googlenet", 1024, 32), ("swin_t", 768, 64), ("vit_b_16", 768, 32)]
 )
 def test_torchvisions_other_classifiers_come_off_too(name: str, width: int, size: int) -> None:
     assert measure(f"torchvision/{name}", size).features == width
@@ -145,9 +139,8 @@ def test_a_small_stem_has_no_max_pool_wherever_it_lies(name: str, pool: str) -> 
 
 
 def test_position_embeddings_have_the_runs_size_and_are_interpolated() -> None:
-    config = resolve({"data": "digits", **TINY_VIT, "encoder.stem": "standard", "views.weak.size": 64})
-    config = from_mapping({**_plain(config), "views": {"weak": {"size": 64}, "crops": [[64, 0.2, 1.0], [32, 0.1, 0.5]]}})
-    backbone = create_student(config).backbone.eval()
+    views = {"weak": {"size": 64}, "crops": [[64, 0.2, 1.0], [32, 0.1, 0.5]]}
+    backbone = create_student(from_mapping(TINY_VIT | {"encoder": {"stem": "standard"}, "views": views})).backbone.eval()
     assert backbone.pos_embed.shape == (1, 1 + 4 * 4, 24)
     # At another size the network is the one whose embeddings are those interpolated by timm's own function.
     other = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32, depth=1, embed_dim=24, num_heads=2).eval()
@@ -156,10 +149,6 @@ def test_position_embeddings_have_the_runs_size_and_are_interpolated() -> None:
     other.load_state_dict(weights)
     images = torch.rand(2, 3, 32, 32)
     torch.testing.assert_close(backbone(images), other(images))
-
-
-def _plain(config: relssl.config.Config) -> dict[str, Any]:
-    return {"backbone": config.backbone, "backbone_args": config.backbone_args, "encoder": {"stem": "standard"}}
 
 
 def test_arguments_that_are_given_stay() -> None:
@@ -182,22 +171,16 @@ def test_windows_take_several_sizes_too() -> None:
         ("shufflenet_v2_x1_0", "standard", {}, None, "backbone: .* torchvision/shufflenet_v2_x1_0"),
         ("torchvision/fasterrcnn_resnet50_fpn", "standard", {}, None, "backbone: "),
         ("torchvision/resnet18", "standard", {"depth": 3}, None, "backbone_args: "),
-        ("torchvision/vit_b_16", "standard", {}, 50, "backbone: .* 48 and 64"),
+        ("torchvision/vit_b_16", "standard", {}, 50, "backbone_args: .*'image_size': 50.* indivisible"),
         ("vit_tiny_patch16_224", "small", {}, 32, "encoder.stem: "),
         ("convnext_atto", "small", {}, 32, "encoder.stem: "),
+        ("resnet18", "standard", {"widths": 3}, None, "backbone_args: "),
     ],
 )
 def test_what_cannot_be_built_is_refused(name: str, stem: str, args: dict[str, Any], size: int | None, setting: str) -> None:
     with pytest.raises(ConfigError, match=setting) as refusal:
         create_backbone(name, stem, args, size)
     assert refusal.value.exit_code == 2 and "\n" not in str(refusal.value)
-
-
-def test_sizes_that_do_not_pass_are_refused_with_those_that_do() -> None:
-    network = create_backbone("vit_tiny_patch16_224", args={"depth": 1}, size=32)
-    for size, nearest in ((40, "32 and 48"), (8, "16")):
-        with pytest.raises(ConfigError, match=f"{size} pixels .* {nearest}$"):
-            feature_width(network, size)
 
 
 @pytest.mark.parametrize("channels", [1, 4])
@@ -221,15 +204,6 @@ def test_grey_views_are_torchvisions_grey_normalised() -> None:
         made = normalise(given, *config.views.statistics())
         assert made.shape == (4, 1, 8, 8)
         torch.testing.assert_close(made.double(), expected, rtol=1e-5, atol=1e-5)
-
-
-WRONG_CHANNELS: list[dict[str, Any]] = [{"views.channels": 2}, {"views.channels": 4}, {"backbone_args": {"in_chans": 1}}]
-
-
-@pytest.mark.parametrize("over", [*WRONG_CHANNELS, {"views.channels": 1, "backbone_args": {"in_chans": 3}}])
-def test_channels_that_do_not_fit_are_refused(over: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=r"views\.channels"):
-        resolve({"data": "cifar10", **over})
 
 
 @pytest.fixture(scope="module")
@@ -256,13 +230,6 @@ def test_a_run_of_a_torchvision_network_on_grey_views(grey_shuffle: Path, tmp_pa
     Image.new("RGB", (40, 40), (200, 10, 90)).save(tmp_path / "one.png")
     embedded = relssl.embed(grey_shuffle, str(tmp_path), tmp_path / "features.npz")
     assert embedded["dim"] == 1024 and embedded["images"] == 1
-
-
-def test_it_is_resumed_exactly(grey_shuffle: Path, tmp_path: Path) -> None:
-    first = small_run(tmp_path / "run", **_shuffle(), epochs=2, max_images=64, checkpoint={"every": 1, "keep": 3})
-    second = sorted((first.folder / "checkpoints").iterdir())[1]
-    relssl.resume(first.folder, checkpoint=second.name)
-    assert not differing(final_state(first.folder), final_state(grey_shuffle))
 
 
 @pytest.mark.parametrize("format", ["safetensors", "torchvision", "torch-export"])
@@ -343,13 +310,13 @@ def test_the_list_of_backbones(capsys: pytest.CaptureFixture[str]) -> None:
 def test_finding_networks() -> None:
     assert find() == list(NAMED)
     assert find(family="mobilenetv3") == ["mobilenetv3_large_100", "mobilenetv3_small_100"]
-    assert find(family="shufflenetv2") == ["torchvision/shufflenet_v2_x1_0"]
+    assert find(family="shufflenetv2") == ["torchvision/shufflenet_v2_x1_0"] and "swin_tiny_patch4_window7_224" in find(
+        family="swin"
+    )
     assert len(find(everything=True)) > 1000 and "torchvision/swin_t" in find("swin_t") and find("resnet1?") == ["resnet18"]
 
 
-@pytest.mark.parametrize(
-    "words", [["resnot"], ["--family", "swin"], ["--family", "mobilnetv2"], ["--size", "0"]], ids=lambda words: words[-1]
-)
+@pytest.mark.parametrize("words", [["resnot"], ["--family", "mobilnetv2"], ["--size", "0"]], ids=lambda words: words[-1])
 def test_a_search_without_result_is_one_line(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["backbones", *words]) == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 1

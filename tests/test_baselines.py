@@ -1,7 +1,5 @@
 """The baselines: each loss and gradient against float64 written pair by pair from its paper, and each as a whole run."""
 
-from __future__ import annotations
-
 import copy
 import shutil
 from collections.abc import Callable
@@ -22,7 +20,7 @@ from relssl.evaluation.pairs import choose
 from relssl.method import BYOL, SCE, Classifier, Encoder, Method, MoCo, SimCLR, SimSiam, Step, Supervised
 from relssl.settings.reading import merge
 from relssl.settings.run import resolve
-from relssl.train.loop import create_run, forward
+from relssl.train.loop import create_run, forward, scheduled
 from relssl.train.pretrain import build, complete_settings
 from small_runs import NORMLESS, SMALL, differing, final_state, repeatable_rows, small_run
 from test_ranks import finish, start
@@ -292,7 +290,7 @@ def test_a_few_of_the_labelled_images_keep_all_classes_and_their_own_labels() ->
     assert run.classes == 10 and student.projector[0].out_features == 10  # type: ignore[union-attr, index]
     ((part,),) = run.loader.stream(0, 1)
     assert part.strong == [] and run.labels is not None
-    step = forward(run, part, 0)
+    step = forward(run, part, scheduled(run, 0))
     logits = student([part.weak])[0]
     wanted = F.cross_entropy(logits, torch.from_numpy(images.labels[part.ids.numpy()]))
     torch.testing.assert_close(step.loss, wanted, rtol=1e-4, atol=1e-5)

@@ -1,10 +1,6 @@
 """Split batch norm against BatchNorm2d on each part; a shuffled teacher batch against permutations by hand."""
 
-from __future__ import annotations
-
 import copy
-import os
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +8,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -27,7 +21,7 @@ from relssl.settings.reading import merge
 from relssl.settings.run import derive, resolve
 from relssl.train.loop import train_step
 from relssl.train.pretrain import build
-from small_runs import NORMLESS, SMALL, final_state, small_run
+from small_runs import NORMLESS, SMALL
 
 
 def norms(splits: int, channels: int = 5) -> tuple[SplitBatchNorm2d, nn.BatchNorm2d]:
@@ -70,27 +64,12 @@ def test_each_part_is_normalised_as_by_a_batch_norm_of_its_own(splits: int, layo
     assert split.num_batches_tracked == 1 and found.is_contiguous(memory_format=layout)
 
 
-def test_evaluation_and_state_dict_are_the_plain_ones() -> None:
-    split, plain = norms(4)
-    images = torch.randn(7, 5, 2, 2)  # divides by nothing: no matter in evaluation
-    assert torch.equal(split.eval()(images), plain.eval()(images))
-    assert split.state_dict().keys() == plain.state_dict().keys()
-
-
 def test_two_crops_pass_where_all_statistics_lie_in_one_block() -> None:
     split, plain = norms(2)
     block = torch.cat([split.running_mean, plain.running_mean])  # type: ignore[list-item]
     split.running_mean, plain.running_mean = block[:5], block[5:]
     sum(plain(split(torch.randn(4, 5, side, side))).square().sum() for side in (4, 2)).backward()  # type: ignore[union-attr]
     assert split.weight.grad is not None and bool(split.weight.grad.isfinite().all())
-
-
-def test_a_batch_that_does_not_divide_is_refused_and_leaves_no_trace() -> None:
-    split, _ = norms(4)
-    before = copy.deepcopy(split.state_dict())
-    with pytest.raises(ValueError, match="batch of 6 does not divide into 4"):
-        split(torch.randn(6, 5, 2, 2))
-    assert all(torch.equal(tensor, before[name]) for name, tensor in split.state_dict().items())
 
 
 def test_under_bf16_statistics_are_fp32() -> None:
@@ -159,16 +138,6 @@ def test_splits_must_fit_the_batch(over: dict[str, Any]) -> None:
         resolve({"recipe": "folder", "encoder.batch_norm_splits": 3} | over)
 
 
-def test_a_run_with_split_norms_is_taken_by_plain_networks(tmp_path: Path) -> None:
-    from relssl.weights.opening import load_backbone
-
-    small_run(tmp_path / "run", **{"encoder.batch_norm_splits": 4, "epochs": 1, "max_images": 96})
-    state = final_state(tmp_path / "run")
-    plain = load_backbone(tmp_path / "run")
-    assert not any(isinstance(module, SplitBatchNorm2d) for module in plain.modules())
-    assert all(torch.equal(tensor, state[f"student.backbone.{name}"]) for name, tensor in plain.state_dict().items())
-
-
 # The shuffled batch
 
 
@@ -207,18 +176,6 @@ def test_a_batch_norm_sees_the_permuted_parts() -> None:
     assert not torch.allclose(found, split(images)) and not found.requires_grad
 
 
-def test_the_memory_layout_of_the_images_is_kept() -> None:
-    seen = []
-    images = torch.randn(4, 3, 5, 5).contiguous(memory_format=torch.channels_last)
-
-    def network(taken: Tensor) -> Tensor:
-        seen.append(taken.is_contiguous(memory_format=torch.channels_last))
-        return taken.mean((2, 3))
-
-    shuffled(network, images, torch.tensor([3, 1, 0, 2]), 0, lambda rows: rows.contiguous())
-    assert seen == [True]
-
-
 def test_the_order_is_a_permutation_that_ranks_share_and_steps_do_not() -> None:
     one, two = Plan(100, 24, parts=2, seed=5), Plan(100, 24, parts=2, rank=1, world=2, seed=5)
     orders = [one.shuffle(step, part) for step in range(3) for part in range(2)]
@@ -226,36 +183,6 @@ def test_the_order_is_a_permutation_that_ranks_share_and_steps_do_not() -> None:
     assert len({tuple(order) for order in orders}) == 6
     np.testing.assert_array_equal(orders[3], two.shuffle(1, 1))
     assert (Plan(100, 24, parts=2, seed=6).shuffle(0, 0) != orders[0]).any()
-
-
-def rank_main(rank: int, port: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    whole = torch.randn(8, 3, 2, 2, generator=torch.Generator().manual_seed(1))
-    order = torch.from_numpy(Plan(100, 8, rank=rank, world=2, seed=9).shuffle(4, 0))
-
-    def gather(rows: Tensor) -> Tensor:
-        parts = [torch.empty_like(rows) for _ in range(2)]
-        dist.all_gather(parts, rows.contiguous())
-        return torch.cat(parts)
-
-    torch.save(shuffled(nn.BatchNorm2d(3), whole.chunk(2)[rank], order, rank, gather), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
-@pytest.mark.torture
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_two_ranks_are_one_process_with_split_norms(tmp_path: Path) -> None:
-    with socket.socket() as held:
-        held.bind(("127.0.0.1", 0))
-        port = held.getsockname()[1]
-    # Forked, as loader workers are: a fresh process would import for seconds.
-    mp.start_processes(rank_main, (port, str(tmp_path)), nprocs=2, start_method="fork")
-    whole = torch.randn(8, 3, 2, 2, generator=torch.Generator().manual_seed(1))
-    order = torch.from_numpy(Plan(100, 8, seed=9).shuffle(4, 0))
-    expected = shuffled(SplitBatchNorm2d(3, 2), whole, order, 0, lambda rows: rows)
-    torch.testing.assert_close(torch.cat([torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]), expected)
 
 
 def test_a_run_shuffles_its_teachers_batch(tmp_path: Path) -> None:

@@ -1,7 +1,5 @@
 """The cache of shrunk images: exactly the images, made smaller beforehand, whatever happens while they are made."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import errno
@@ -24,13 +22,13 @@ from PIL import Image
 
 from bad_images import SKIP
 from relssl.data import decode as decoding
-from relssl.data.cache import PIXELS, TABLE, Shrunk, place, shrink, shrunken
+from relssl.data.cache import PIXELS, TABLE, Shrunk, place, shrunken
 from relssl.data.decode import BadImage, decode
 from relssl.data.images import Files, Images
 from relssl.data.loader import Plan
 from relssl.data.named import load
 from relssl.engine import Engine
-from relssl.errors import ConfigError, DataError, Interrupted, StorageError
+from relssl.errors import DataError, Interrupted, StorageError
 from relssl.settings.reading import merge
 from relssl.settings.run import LoaderConfig, resolve
 from relssl.train.pretrain import build, resume
@@ -121,20 +119,6 @@ def test_views_equal_those_of_images_shrunk_beforehand(workers: int, folder: Pat
     assert equal(seen, batches(loader_of(load(str(small), None, "train"), plan), 0, 5))
     assert not equal(seen, batches(loader_of(images, plan), 0, 5))
     assert isinstance(cached.subset([1, 2]).source, Files) and cached.fingerprint() == images.fingerprint()
-
-
-def test_photographs_are_decoded_at_a_reduced_size_unless_that_is_off(tmp_path: Path, options: LoaderConfig) -> None:
-    (tmp_path / "photos").mkdir()
-    coarse = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
-    Image.fromarray(coarse).resize((900, 640), Image.Resampling.BICUBIC).save(tmp_path / "photos/large.jpg")
-    photos = load(str(tmp_path / "photos"), None, "train")
-    reduced, whole = (
-        shrunken(photos, dataclasses.replace(options, reduced_decode=how), Report()).open(0, 0).rgb() for how in (True, False)
-    )
-    assert whole.tobytes() == shrink(photos.read(0, 10**6), SIDE).tobytes()
-    assert reduced.size == whole.size == (56, SIDE)
-    difference = np.abs(np.asarray(reduced, np.int16) - np.asarray(whole, np.int16))
-    assert 0 < difference.mean() < 2 and difference.max() < 20
 
 
 def test_a_second_run_uses_it_and_both_report_what_it_costs(images: Images, options: LoaderConfig) -> None:
@@ -268,17 +252,6 @@ def test_a_disk_that_fills_up_is_a_storage_error_and_the_build_can_be_repeated(
     assert pixels_of(shrunken(images, options, Report())) == whole_of(images, tmp_path)
 
 
-def test_a_file_system_without_locks_does(images: Images, options: LoaderConfig, tmp_path: Path, monkeypatch: Any) -> None:
-    def refuse(*_: object) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    report = Report()
-    with monkeypatch.context() as patched:
-        patched.setattr("fcntl.flock", refuse)
-        shrunk = shrunken(images, options, report)
-    assert "cannot be locked" in report.lines[0] and pixels_of(shrunk) == whole_of(images, tmp_path)
-
-
 def test_two_that_want_the_same_agree(images: Images, options: LoaderConfig) -> None:
     going, go = threading.Event(), threading.Event()
 
@@ -297,12 +270,6 @@ def test_two_that_want_the_same_agree(images: Images, options: LoaderConfig) -> 
     for thread in threads:
         thread.join(60)
     assert reports[0].steps == [8, 16, 20] and reports[1].steps == [] and len(reports[1].lines) == 2
-
-
-@pytest.mark.parametrize("over", [{"loader.cache": 31}, {"loader.cache": 40, "views.crops": [[48, 0.2, 1], [16, 0.1, 0.2]]}])
-def test_a_side_smaller_than_the_largest_view_is_refused(over: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=r"loader\.cache"):
-        resolve({"data": "digits", "views.strong": "contrastive", "views.weak": "weak"} | over)
 
 
 def test_a_run_on_shrunk_images_resumes_exactly(folder: Path, tmp_path: Path) -> None:

@@ -1,13 +1,10 @@
 """Settings and the command line: every fault at once, by name, before torch is imported; YAML means what its reader thinks."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import pickle
 import subprocess
 import sys
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from relssl.cli import VERBS, main
+from relssl.cli import main
 from relssl.data.images import Files, Images, Pixels
 from relssl.errors import ConfigError
 from relssl.settings.evaluation import Evaluation, read_settings
@@ -43,22 +40,16 @@ def test_all_faults_are_reported_at_once_by_name() -> None:
     wrong = {"lerning_rate": "1", "optimizer.lr": "-1", "epochs": "1.5", "optimizer.decay": "weihgts", "views.strong.blr": "1"}
     wrong |= {
         "method.teacher_momentum": "2",
-        "log.tensorboard": "no",
+        "log.tensorboard": "nope",
         "views.weak": "wek",
         "encoder": 3,
         "views.weak.zoom": "2,1",
     }
     lines = {line.split(":")[0]: line for line in faults(wrong)}
     assert lines.keys() == {"views.weak.name" if name == "views.weak" else name for name in wrong}
-    for name, word in {
-        "lerning_rate": "optimizer.lr",
-        "views.strong.blr": "views.strong.blur",
-        "optimizer.decay": "weights",
-        "views.weak.name": "weak",
-        "optimizer.lr": "-1",
-        "encoder": "encoder.stem",
-    }.items():
-        assert word in lines[name]
+    words = {"lerning_rate": "optimizer.lr", "views.strong.blr": "views.strong.blur", "optimizer.decay": "weights"}
+    words |= {"views.weak.name": "weak", "optimizer.lr": "-1", "encoder": "encoder.stem"}
+    assert all(word in lines[name] for name, word in words.items())
 
 
 @pytest.mark.parametrize(
@@ -90,7 +81,7 @@ def test_a_misspelling_names_the_key() -> None:
 
 
 @pytest.mark.parametrize(
-    "value", [None, [], {}, {"a": 1}, "nan", "inf", float("nan"), 10**30, "٣", "", "x" * 10_000, "9" * 5000, True, -1e300]
+    "value", [None, [], {}, {"a": 1}, "nan", "inf", float("nan"), 10**30, "٣", "", "x" * 10_000, "9" * 5000, -1e300]
 )
 def test_a_wrong_value_of_any_numeric_key_is_refused_by_name(value: Any) -> None:
     kinds = (int,) if value == 10**30 else (int, float)  # some rates and times have no upper end
@@ -212,7 +203,7 @@ def test_settings_of_an_evaluation() -> None:
     with pytest.raises(ConfigError) as caught:
         read_settings({"knn.k": [], "semi.scale": "0.5,0.1", "resamples": 10, "linear.lr": 0})
     assert {line.split(":")[0] for line in caught.value.faults} == {"knn.k", "semi.scale", "resamples", "linear.lr"}
-    with pytest.raises(ConfigError, match=r"^protocol: 'prob' .* probe$"):
+    with pytest.raises(ConfigError, match=r"^protocol: .*'prob' .nearest: probe.$"):
         read_settings({"protocol": "knn,prob"})
 
 
@@ -228,10 +219,9 @@ def test_settings_of_an_evaluation() -> None:
         (["validate", "--max_steps=1"], "max_steps"),
         (["validate", "digits", "extra"], "extra"),
         (["recipes", "--epochs", "1"], "--epochs"),
-        (["recipes", "_extension"], "_extension"),
         (["embed", "x", "y", "--out", "z", "--k", "1"], "--k"),
         (["evaluate", "x", "--protocol", "kn"], "knn"),
-        (["compare", "a", "b", "--network", "a,b,c"], "network"),
+        (["validate", "--epochs", "--json"], "--epochs"),
         (["export", "x", "--format", "onx"], "onnx"),
     ],
 )
@@ -257,38 +247,25 @@ def test_every_setting_is_an_option_that_help_lists(capsys: pytest.CaptureFixtur
     assert json.loads(capsys.readouterr().out) == {"valid": True, "recipe": "cifar10"}
 
 
-def test_light_commands_import_no_torch(tmp_path: Path) -> None:
-    commands = [["--help"], ["recipes"], ["validate", "cifar10"], ["reproduce", "--list"]]
-    commands += [[verb, "--epochs", "x"] for verb in ("validate", "pretrain", "estimate")] + [["evaluate", "x", "--seed", "y"]]
+LIGHT = {
+    "--help": 0, "recipes": 0, "validate cifar10": 0, "reproduce --list": 0, "reproduce temperature --list": 0,
+    "validate --epochs x": 2, "pretrain --epochs x": 2, "estimate --epochs x": 2, "evaluate x --seed y": 2,
+    "evaluate nowhere --protocol probes": 2, "reproduce memry": 2, "reproduce memory --scale smal": 2, "reproduce memory --only k1": 2,
+    "estimate nowhere/": 3, "pretrain nowhere/": 3,
+}  # fmt: skip
+
+
+def test_light_commands_import_no_torch_and_write_nothing(tmp_path: Path) -> None:
     code = f"""
 import sys
 from relssl.cli import main
-for command in {commands!r}:
-    try: main(command)
-    except SystemExit: pass
+for command, wanted in {LIGHT!r}.items():
+    try: code = main(command.split())
+    except SystemExit as stopped: code = stopped.code
+    assert (command, code) == (command, wanted)
 assert 'torch' not in sys.modules
 """
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    assert list(tmp_path.iterdir()) == []
-    assert {
-        "pretrain",
-        "resume",
-        "estimate",
-        "evaluate",
-        "embed",
-        "export",
-        "import",
-        "compare",
-        "list",
-        "reproduce",
-    } <= VERBS.keys()
-
-
-def test_settings_stay_as_they_are() -> None:
-    config = resolve({})
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        config.epochs = 3  # type: ignore[misc]
-    with pytest.raises(ValueError, match="epochs"):
-        dataclasses.replace(config, epochs=0)
-    assert attrgetter("optimizer.lr")(config) == dataclasses.asdict(config)["optimizer"]["lr"]
+    refusals = [line for line in run.stderr.splitlines() if line.startswith("relssl: ")]
+    assert len(refusals) == sum(code > 0 for code in LIGHT.values()) and list(tmp_path.iterdir()) == []

@@ -6,11 +6,10 @@ import socket
 import subprocess
 import sys
 import time
-import warnings
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps, features
+from PIL import Image, ImageOps
 
 from bad_images import CONTENTS, HEIGHT, LOAD, MAX_PIXELS, WIDTH, alpha_picture, jpeg, picture, png, png_16bit, save
 from relssl.data.decode import BadImage, Opened, decode
@@ -50,18 +49,16 @@ def pixels(path: str, **options) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", CONTENTS)
 def test_every_kind_is_decoded_or_refused_quietly(kind, tmp_path, capfd):
-    if kind in ("avif", "jpeg2000") and not features.check({"avif": "avif"}.get(kind, "jpg_2000")):
-        pytest.skip("this Pillow was built without the codec")
     expected, path = write(tmp_path, kind)
     begun = time.perf_counter()
     try:
         image = decode(path, MAX_PIXELS)
     except BadImage as fault:
-        assert expected != "load", str(fault)
+        assert expected == "skip", str(fault)
         assert str(fault).isprintable() and 5 < len(str(fault)) < 200
         assert str(tmp_path) not in str(fault)
     else:
-        assert expected != "skip"
+        assert expected == "load"
         assert image.mode == "RGB" and min(image.size) > 0
         assert getattr(image, "fp", None) is None and not image.info
         image.tobytes()
@@ -79,7 +76,7 @@ def test_the_whole_corpus_stays_small_and_needs_no_torch(tmp_path):
     )
     peak, torch_imported, reasons = json.loads(done.stdout)
     assert done.stderr == ""
-    assert len(reasons) == len(paths) > 75
+    assert len(reasons) == len(paths) > 65
     assert not torch_imported
     assert peak < 1 << 30
     assert len(list(tmp_path.iterdir())) == len(paths)  # nothing was written
@@ -179,15 +176,6 @@ def test_the_pixel_limit_is_read_from_the_header(tmp_path):
     assert decode(path, WIDTH * HEIGHT).size == (WIDTH, HEIGHT)
     with pytest.raises(BadImage, match=rf"{WIDTH} x {HEIGHT} pixels, none or more than max_pixels \({WIDTH * HEIGHT - 1}\)"):
         decode(path, WIDTH * HEIGHT - 1)
-
-
-def test_warnings_of_pillow_stay_inside(tmp_path, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", WIDTH * HEIGHT - 1)
-    path = stored(tmp_path, jpeg())
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always")
-        decode(path, MAX_PIXELS)
-    assert seen == []
 
 
 def test_what_is_no_file_is_refused_at_once(tmp_path):

@@ -1,7 +1,5 @@
 """Detection: boxes as they were drawn, the backbone's own maps, training and figures by hand, and faults in one line."""
 
-from __future__ import annotations
-
 import copy
 import importlib.util
 import json
@@ -25,7 +23,6 @@ from relssl.evaluation import detection as detecting
 from relssl.evaluation.detection import (
     Pyramid,
     create_detector,
-    curve,
     detection,
     freeze,
     length,
@@ -35,6 +32,8 @@ from relssl.evaluation.detection import (
     rate_share,
     train,
 )
+from relssl.evaluation.metrics import Bootstrap
+from relssl.evaluation.result import Task
 from relssl.method.backbones import create_backbone
 from relssl.settings.evaluation import DetectionConfig
 from relssl.settings.run import EngineConfig
@@ -70,16 +69,20 @@ def trained_looking(backbone: nn.Module) -> nn.Module:
     return backbone.eval()
 
 
+def task(workers: int = 0, say: Callable[[str], None] = lambda line: None) -> Task:
+    return Task(spec(), Reader(VIEW, workers), ENGINE, Bootstrap(100), say)
+
+
 def run(
     folder: Path, backbone: nn.Module | None = None, say: Callable[[str], None] = lambda line: None, **more: Any
 ) -> list[Any]:
     network = backbone or create_backbone(NAME)
-    return detection(network, str(folder), spec(), Reader(VIEW), ENGINE, settings=settings(**more), seed=0, say=say)
+    return detection(network, str(folder), settings(**more), task(say=say))
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    write_coco(tmp_path / "set", train=3, test=2, side=SIDE, seed=1)
+    write_coco(tmp_path / "set", train=3, test=2, side=SIDE, seed=4)
     return tmp_path / "set"
 
 
@@ -97,7 +100,7 @@ def first(content: dict[str, Any], **values: Any) -> None:
 @pytest.fixture
 def voc(folder: Path) -> Path:
     """The same images and boxes in VOC's layout."""
-    generator, root = np.random.Generator(np.random.PCG64(1)), folder.parent / "VOCdevkit" / "VOC2007"
+    generator, root = np.random.Generator(np.random.PCG64(4)), folder.parent / "VOCdevkit" / "VOC2007"
     for name in ("Annotations", "JPEGImages", "ImageSets/Main"):
         (root / name).mkdir(parents=True)
     for part, source, count in (("trainval", "train", 3), ("test", "val", 2)):
@@ -115,7 +118,7 @@ def voc(folder: Path) -> Path:
 
 
 def test_boxes_masks_and_labels_are_those_that_were_drawn(folder: Path) -> None:
-    generator = np.random.Generator(np.random.PCG64(1))
+    generator = np.random.Generator(np.random.PCG64(4))
     drawn = [draw(generator, SIDE) for _ in range(3)]
     split, _ = load(str(folder), masks=True, max_pixels=MANY)
     assert split.classes == ("disc", "square", "triangle")
@@ -348,7 +351,7 @@ def test_what_is_frozen_does_not_move_and_the_callers_backbone_stays(folder: Pat
     model = create_detector(backbone, spec(), frozen, 3, masks=False, autocast=nullcontext)
     before = copy.deepcopy(model.state_dict())
     split, _ = load(str(folder), masks=False, max_pixels=MANY)
-    assert len(list(train(model, split, 0, ENGINE, settings=frozen, seed=0))) == 3
+    assert len(list(train(model, split, frozen, task()))) == 3
     moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     network = {name.removeprefix("backbone.network.") for name in moved if name.startswith("backbone.network.")}
     assert network and all(name.startswith(("layer2.", "layer3.", "layer4.")) and "bn" not in name for name in network)
@@ -373,14 +376,6 @@ def test_mirrored_boxes_move_with_their_pixels(folder: Path) -> None:
     assert torch.equal(again, image) and all(torch.equal(back[name], target[name]) for name in target)
 
 
-def test_the_curve_averages_all_steps() -> None:
-    losses = np.random.default_rng(0).random(257).tolist()
-    points = curve(losses)
-    assert len(points) == 100 and points[-1][0] == 257
-    lengths = np.diff([0, *[step for step, _ in points]])
-    assert float(lengths @ [value for _, value in points]) == pytest.approx(sum(losses), abs=1e-3)
-
-
 class Answers(nn.Module):
     """The truth as answers, one an image, boxes cut to a share of their width, the first object perhaps left out."""
 
@@ -398,18 +393,18 @@ class Answers(nn.Module):
 
 def test_figures_by_hand(folder: Path) -> None:
     _, test = load(str(folder), masks=True, max_pixels=MANY)
-    for figures, per_class in measure(Answers(test), test, 0, ENGINE).values():
+    for figures, per_class in measure(Answers(test), test, task()).values():
         assert figures["map"] == figures["map_50"] == figures["map_75"] == pytest.approx(100)
         assert "map_large" not in figures  # there are none
         assert set(per_class.values()) == {100.0} and set(per_class) <= set(test.classes)
     # Boxes of 0.72 of the width overlap by 0.72: right at 0.50, 0.55, ..., 0.70, five of ten thresholds.
-    narrow = measure(Answers(test, shrink=0.72), test, 0, ENGINE)
+    narrow = measure(Answers(test, shrink=0.72), test, task())
     assert narrow["boxes"][0]["map"] == pytest.approx(50) and narrow["boxes"][0]["map_75"] == 0
     assert narrow["masks"][0]["map"] == pytest.approx(100)
     edit(folder, "val", lambda content: first(content, iscrowd=1))  # crowds are neither hit nor missed
     _, test = load(str(folder), masks=True, max_pixels=MANY)
     for skip in (0, 1):
-        assert measure(Answers(test, skip=skip), test, 0, ENGINE)["boxes"][0]["map"] == pytest.approx(100)
+        assert measure(Answers(test, skip=skip), test, task())["boxes"][0]["map"] == pytest.approx(100)
 
 
 @pytest.mark.torture
@@ -454,7 +449,7 @@ def test_workers_change_nothing_and_broken_images_are_named_through_them(folder:
     def losses(workers: int) -> list[float]:
         torch.manual_seed(0)
         model = create_detector(create_backbone(NAME), spec(), settings(), 3, masks=False, autocast=nullcontext)
-        return list(train(model, split, workers, ENGINE, settings=settings(epochs=1.0, batch_size=2), seed=0))
+        return list(train(model, split, settings(epochs=1.0, batch_size=2), task(workers)))
 
     assert losses(0) == losses(1)
     for image in (folder / "train").iterdir():

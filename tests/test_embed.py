@@ -1,7 +1,5 @@
 """Embedding: the file holds the network's own answer for each image, readable elsewhere, whole or not at all."""
 
-from __future__ import annotations
-
 import csv
 import sys
 from pathlib import Path
@@ -20,20 +18,8 @@ from small_runs import small_run
 pa = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
 
-NAMES = [
-    "a.png",
-    "sub/b,c.png",
-    'quo"te',
-    "line\nbreak\r",
-    "\udcff\udc80",
-    "=cmd|'x'!A0",
-    "+1",
-    "-1",
-    "@x",
-    "\tx",
-    "größe",
-    "x" * 90,
-]
+NAMES = ["a.png", "sub/b,c.png", 'quo"te', "line\nbreak\r", "\udcff\udc80", "=cmd|'x'!A0", "+1", "-1", "@x", "\tx", "größe"]
+NAMES.append("x" * 90)
 ESCAPED = [name.encode("utf-8", "backslashreplace").decode() for name in NAMES]
 IDS = np.random.default_rng(0).permutation(12)
 LABELS, CLASSES = np.array([-1, 0, 1] * 4), ("cat", "=1,d\udcffg")

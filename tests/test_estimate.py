@@ -1,7 +1,5 @@
 """relssl estimate: figures that agree with a real run, and nothing left behind."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math
@@ -17,18 +15,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import nn
 
 import relssl
 from relssl.cli import main
 from relssl.data.cache import shrunken
 from relssl.engine import Engine, available_cores
-from relssl.errors import ConfigError
-from relssl.files import duration, size
-from relssl.method.backbones import count_flops
 from relssl.settings.reading import merge, nest
 from relssl.settings.run import EngineConfig, resolve, to_yaml
-from relssl.train.estimate import Disk, Estimate, Extras, Memory, advise, attainable, peak_memory, step_flops, time_steps
+from relssl.train.estimate import Estimate, advise, attainable, peak_memory, step_flops
 from relssl.train.pretrain import build
 from relssl.train.run_folder import Display, read_rows
 from small_runs import SMALL, small_run
@@ -88,9 +82,8 @@ def test_the_verb_prints_a_runs_cost_and_leaves_no_file(
     # 320 images in batches of 32, two epochs, more steps than were timed.
     assert (figures["total_steps"], figures["steps_timed"], figures["images"]) == (20, 4, 320)
     assert figures["step_low"] <= figures["step_seconds"] <= figures["step_high"]
-    parts = figures["training_seconds"] + figures["evaluation_seconds"] + figures["saving_seconds"]
-    assert figures["seconds"] == pytest.approx(parts)
-    assert figures["extras"]["evaluations"] == 3 and figures["extras"]["saves"] == 2
+    assert figures["seconds"] == pytest.approx(figures["training_seconds"] + figures["evaluation_seconds"])
+    assert figures["evaluations"] == 3 and figures["disk"]["checkpoints"] == 4
     assert figures["training_seconds"] == pytest.approx(20 * 32 / figures["images_per_second"])
     assert sum(figures["shares"].values()) == pytest.approx(1) and min(figures["shares"].values()) > 0
     assert figures["floor_seconds"] == pytest.approx(32 * sum(figures["flops"].values()) / figures["attainable_flops"])
@@ -118,7 +111,7 @@ def test_the_tables_name_what_limits_and_what_to_change_and_a_cache_is_read_but_
         shrunken(build(config, Engine(config.engine)).images, config.loader, silent)
     written = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")}
     complete = estimate(merge(settings, {"loader": {"workers": 2}}))
-    assert complete.disk.cache == 0 and complete.steps_timed == 4  # each loader process delivers as often
+    assert complete.disk["cache"] == 0 and complete.steps_timed == 4  # each loader process delivers as often
     assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")} == written
 
 
@@ -129,6 +122,7 @@ def test_the_tables_name_what_limits_and_what_to_change_and_a_cache_is_read_but_
         ({"batch_size": 512, "method.memory_size": 512}, 3, "320 usable images"),
         ({"optimizer.lr": -1}, 2, "optimizer.lr: "),
         ({"backbone": "resnot18"}, 2, "backbone: "),
+        ({"steps": 0}, 2, "steps: "),
     ],
 )
 def test_what_cannot_run_is_one_line(
@@ -138,14 +132,6 @@ def test_what_cannot_run_is_one_line(
     assert main(["estimate", *([over["data"]] if "data" in over else []), "--config", str(settings_file), *words]) == code
     line = capsys.readouterr().err.strip()
     assert name in line and len(line.splitlines()) == 1
-
-
-def test_what_is_refused_early_imports_no_torch(tmp_path: Path) -> None:
-    code = "import sys; from relssl.cli import main; print(main(['estimate', 'nowhere/']), 'torch' in sys.modules)"
-    ended = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert ended.stdout.split() == ["3", "False"]
-    with pytest.raises(ConfigError, match="steps: "):
-        relssl.estimate("digits", steps=0)
 
 
 @pytest.mark.torture
@@ -161,53 +147,23 @@ def test_ctrl_c_is_one_line(settings_file: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [settings_file]
 
 
-@pytest.mark.torture
-def test_two_ranks_speak_once(settings_file: Path, tmp_path: Path) -> None:
-    """Long, as two processes start and import everything; runs of two ranks are tested elsewhere."""
-    command = [sys.executable, "-m", "relssl", "estimate", "--config", str(settings_file), "--steps", "3", "--json"]
-    ended = subprocess.run(
-        [*command, "--engine.devices", "2"], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=240
-    )
-    assert ended.returncode == 0, ended.stderr
-    (line,) = ended.stdout.splitlines()
-    figures = json.loads(line)
-    assert figures["world"] == 2 and figures["extras"]["evaluations"] == 3
-    assert figures["floor_seconds"] == pytest.approx(16 * sum(figures["flops"].values()) / figures["attainable_flops"])
-
-
-def test_saves_evaluations_and_the_disk_are_those_of_training(tmp_path: Path) -> None:
+def test_evaluations_and_checkpoints_are_those_of_training(tmp_path: Path) -> None:
     every = {"log.knn_every": 2, "checkpoint.every": 3, "checkpoint.every_steps": 3}
     over = {"epochs": 5, "max_images": 64, "log.knn_images": [40, 40], "checkpoint.keep": 100} | every
     run = small_run(tmp_path / "run", **over).folder
     figures = estimate(small(**over), steps=1)
     checkpoints = list((run / "checkpoints").iterdir())
     evaluated = [row for row in read_rows(run / "metrics.jsonl") if "knn_top1" in row]
-    assert (figures.extras.evaluations, figures.extras.saves) == (len(evaluated), len(checkpoints))
-    disk, newest = figures.disk, max(checkpoints)
-    assert disk.checkpoint == pytest.approx(sum(file.stat().st_size for file in newest.iterdir()), rel=0.3)
-    assert disk.checkpoints == len(checkpoints) + 2  # the best by kNN, and a new one before the oldest goes
-    exported = sum(file.stat().st_size for file in (run / "export").glob("*.safetensors"))
-    assert disk.exports == pytest.approx(exported, rel=0.2)  # this small a network has names as long as its weights
-    assert 0.5 < disk.logs / (run / "metrics.jsonl").stat().st_size < 3 and disk.free > 0
+    assert figures.evaluations == len(evaluated) and figures.disk["free"] > 0
+    tensors = (max(checkpoints) / "state.safetensors").stat().st_size
+    assert figures.disk["checkpoint"] == pytest.approx(tensors, rel=0.3)  # this small a network has names as long as its weights
+    assert figures.disk["checkpoints"] == len(checkpoints) + 2  # the best by kNN, and a new one before the oldest goes
 
 
 def test_methods_without_teacher_and_memory_have_no_share_of_them() -> None:
     run = estimate(small(**{"recipe": "digits", "log.knn_every": 0, "method.name": "simclr", "loader.views_ahead": 4}), steps=5)
-    assert run.shares["teacher"] == 0 and sum(run.shares.values()) == pytest.approx(1) and run.extras.evaluations == 0
+    assert run.shares["teacher"] == 0 and sum(run.shares.values()) == pytest.approx(1) and run.evaluations == 0
     assert run.steps_timed == 8  # the views of four steps are made in one go
-
-
-def test_slow_steps_are_cut_short() -> None:
-    config = resolve(SMALL)
-    assert len(time_steps(build(config, Engine(config.engine)), 50, limit=0.0).steps) == 3
-
-
-def test_a_small_network_counts_as_by_hand(tiny_net: type[nn.Module]) -> None:
-    network, images = tiny_net(), torch.randn(5, 3, 8, 8)
-    conv = 2 * 27 * 16 * 5 * 4 * 4  # 3x3x3 multiply-adds for each of 16 x 4 x 4 outputs of 5 images
-    assert count_flops(lambda: network(images)) == conv
-    # Of an only layer the weight's gradient alone is taken, which costs what the forward pass does.
-    assert count_flops(lambda: network(images).sum().backward()) == 2 * conv
 
 
 def test_resnet18_of_the_papers_counts_as_by_hand() -> None:
@@ -246,11 +202,11 @@ def test_memory_is_that_of_all_processes_of_the_machine() -> None:
     block = torch.zeros(1 << 24).add_(1)  # 64 MiB that are really there
     engine = Engine(EngineConfig(device="cpu"))
     one, four = peak_memory(engine, 1), peak_memory(engine, 4)
-    assert block.nbytes < one.used < one.total and one.device_total == 0 and one.share == one.used / one.total
-    assert four.used == pytest.approx(4 * one.used, rel=0.05)
-    assert Memory(1, 10, 72, 80).share == 0.9
+    assert block.nbytes < one["used"] < one["total"] and one["device_total"] == 0
+    assert four["used"] == pytest.approx(4 * one["used"], rel=0.05)
 
 
+FULL = {"checkpoint": GB, "checkpoints": 4, "free": 3 * GB, "cache": 0}
 SHARES = {"data": 0.02, "teacher": 0.22, "student": 0.22, "backward": 0.52, "update": 0.02}
 
 
@@ -259,9 +215,9 @@ def figures(used: float = 0.1, kind: str = "cuda", waits: float = 0.02, **change
     run = {"data": "photos", "images": 50_000, "backbone": "resnet18", "batch_size": 256, "epochs": 200, "total_steps": 39_000}
     machine = {"device": "", "kind": kind, "world": 1, "cores": 8, "threads": 8, "workers": 2, "unreadable": 0}
     steps = {"steps_timed": 20, "step_seconds": 2.0, "step_low": 1.9, "step_high": 2.2, "step_mean": 2.0}
-    length = {"seconds": 79_000.0, "training_seconds": 78_000.0, "evaluation_seconds": 900.0, "saving_seconds": 100.0}
-    space = {"memory": Memory(GB, 64 * GB, int(used * 80 * GB), 80 * GB), "extras": Extras(21, 43.0, 200, 0.5)}
-    space["disk"] = Disk(GB // 10, 4, GB // 10, 10**7, 100 * GB, 0, 90 * GB)
+    length = {"seconds": 79_000.0, "training_seconds": 78_100.0, "evaluation_seconds": 900.0, "evaluations": 21}
+    memory = {"used": GB, "total": 64 * GB, "device_used": int(used * 80 * GB), "device_total": 80 * GB}
+    space = {"memory": memory, "disk": {"checkpoint": GB // 10, "checkpoints": 4, "free": 100 * GB, "cache": 0}}
     floor = {"flops": {"student": GB}, "attainable_flops": 1e12, "floor_seconds": 1.2, "floor_multiple": 1.7}
     rest = {"images_per_second": 127.0, "shares": SHARES | {"data": waits}, "limit": "networks"}
     return Estimate(**{**run, **machine, **steps, **length, **space, **floor, **rest, **changes})
@@ -288,12 +244,10 @@ def advised(run: Estimate, **over: Any) -> dict[str, str]:
         (figures(used=0.95), {}, {"accumulate": "2"}),
         (figures(used=0.95), {"batch_size": 6, "accumulate": 3, "encoder.batch_norm_splits": 1}, {}),  # parts of one image
         (figures(used=0.15), {"accumulate": 4}, {"accumulate": "1"}),
-        (figures(saving_seconds=7900.0), {}, {"checkpoint.every": "10"}),
-        (figures(saving_seconds=7900.0), {"checkpoint.every_steps": 10}, {"checkpoint.every_steps": "null"}),
-        (figures(saving_seconds=50.0, evaluation_seconds=50.0, seconds=400.0), {}, {}),  # under a minute
+        (figures(evaluation_seconds=50.0, seconds=400.0), {}, {}),  # under a minute
         (figures(evaluation_seconds=39_500.0), {}, {"log.knn_every": "100"}),
-        (figures(disk=Disk(GB, 4, 0, 0, 3 * GB, 0, 0)), {}, {"out": "another disk"}),
-        (figures(disk=Disk(GB, 4, 0, 0, 9 * GB, 6 * GB, 5 * GB), waits=0.5), {}, {"loader.cache_folder": "another disk"}),
+        (figures(disk=FULL), {}, {"out": "another disk"}),
+        (figures(disk=FULL | {"free": 9 * GB, "cache": GB}, waits=0.5), {}, {}),  # of files that will be read shrunk
     ],
 )
 def test_one_fault_one_advice(run: Estimate, over: dict[str, Any], advice: dict[str, str]) -> None:
@@ -301,11 +255,5 @@ def test_one_fault_one_advice(run: Estimate, over: dict[str, Any], advice: dict[
 
 
 def test_the_most_important_advice_comes_first() -> None:
-    run = figures(kind="cpu", threads=2, disk=Disk(GB, 4, 0, 0, GB, 0, 0))
+    run = figures(kind="cpu", threads=2, disk=FULL)
     assert list(advised(run, **{"engine.threads": 2})) == ["out", "engine.threads"]
-
-
-def test_figures_in_the_unit_that_suits_them() -> None:
-    spoken = [duration(seconds) for seconds in (0.0123, 1.5, 119, 7199, 7200, 172_800)]
-    assert spoken == ["12.3 ms", "1.5 s", "119.0 s", "120.0 min", "2.0 h", "2.0 d"]
-    assert [size(count) for count in (1_200_000, 2_340_000_000)] == ["1.2 MB", "2.3 GB"]

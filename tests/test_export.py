@@ -1,7 +1,5 @@
 """Every format holds the backbone it was made of, and what does not is never kept."""
 
-from __future__ import annotations
-
 import dataclasses
 import importlib.util
 import json
@@ -20,14 +18,20 @@ import torch
 import torchvision
 import yaml
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor, nn
 
 import relssl
 from relssl.cli import main
-from relssl.data.plain import PlainView
+from relssl.data.named import load
+from relssl.data.plain import PlainView, Reader
+from relssl.engine import Engine
 from relssl.errors import CheckpointError, ConfigError
+from relssl.evaluation.features import extract
+from relssl.evaluation.pairs import LabelledPair
 from relssl.settings.run import Config, resolve, to_yaml
+from relssl.weights import store
 from relssl.weights.detectron import read
 from relssl.weights.export import export
 from relssl.weights.formats import FORMATS
@@ -380,3 +384,78 @@ def test_images_are_the_runs_own_if_they_are_at_hand(tmp_path: Path) -> None:
     assert images[0, 0, 0, 0] == pytest.approx(-0.25)
     for absent in ({"data": str(tmp_path / "gone")}, {"data": "cifar10", "data_root": str(tmp_path)}):
         assert real_images(view, dataclasses.replace(config, **absent))[1] == "16 images of the built-in digits"
+
+
+# A run's own files
+
+
+def test_an_export_loads_with_timm_alone_bit_for_bit(tmp_path: Path) -> None:
+    short = {
+        "epochs": 1,
+        "max_images": 64,
+        "optimizer": {"warmup_epochs": 0},
+        "log": {"knn_every": 0},
+        "method": {"memory_size": 64},
+    }
+    result = small_run(tmp_path / "run", **short, backbone_args=TINY, encoder={"stem": "standard"})
+    theirs = timm.create_model("resnet18", num_classes=0, checkpoint_path=str(result.backbone), **TINY).eval()
+    images = torch.rand(4, 3, 32, 32)
+    state = store.load(store.checkpoints(result.folder / "checkpoints")[-1])[0]
+    for network in ("student", "teacher"):
+        ours = relssl.load_backbone(result.folder, network)
+        assert all(torch.equal(value, state[f"{network}.backbone.{key}"]) for key, value in ours.state_dict().items())
+    assert torch.equal(theirs(images), relssl.load_backbone(result.folder)(images))
+
+
+def test_a_loaded_backbone_knows_its_width_and_its_view(run: Path) -> None:
+    backbone = relssl.load_backbone(run)
+    images = load("digits", None, "test").subset(range(4))
+    _, batch, _ = next(Reader(backbone.spec.view).batches(images))
+    torch.testing.assert_close(backbone.transform(images.read(0, 10**6)), batch[0])
+    assert backbone(batch).shape == (4, backbone.num_features)
+
+
+def test_weights_that_do_not_match_are_refused_with_counts(run: Path, tmp_path: Path) -> None:
+    file = tmp_path / "backbone.safetensors"
+    file.with_suffix(".yaml").write_bytes((run / "export/backbone.yaml").read_bytes())
+    weights = load_file(run / "export/backbone.safetensors")
+    weights["stem.weight"] = weights.pop("conv1.weight")
+    save_file(weights, file)
+    counts = rf"{len(weights) - 1} of {len(weights)} weights.*missing: conv1.weight; unexpected: stem.weight"
+    with pytest.raises(CheckpointError, match=counts):
+        relssl.load_backbone(file)
+    file.write_bytes(b"\x80\x04\x95not a tensor")
+    with pytest.raises(CheckpointError):
+        relssl.load_backbone(file)
+    with pytest.raises(ConfigError, match="network: "):
+        relssl.load_backbone(run, "pupil")
+
+
+def test_settings_of_other_versions(run: Path, tmp_path: Path) -> None:
+    """A setting that an older run did not have is the default; one that is not known is refused by file and name."""
+    stored = (run / "config.yaml").read_text()
+    assert "compile:" in stored
+    (tmp_path / "config.yaml").write_text("\n".join(line for line in stored.splitlines() if not line.startswith("compile:")))
+    assert relssl.load_run(tmp_path).config == relssl.load_run(run).config
+    (tmp_path / "config.yaml").write_text(stored + "warmth: 3\n")
+    (tmp_path / "backbone.yaml").write_text((run / "export/backbone.yaml").read_text() + "warmth: 3\n")
+    (tmp_path / "backbone.safetensors").write_bytes((run / "export/backbone.safetensors").read_bytes())
+    for source, file in ((tmp_path, "config.yaml"), (tmp_path / "backbone.safetensors", "backbone.yaml")):
+        with pytest.raises(ConfigError, match=f"{file}: warmth"):
+            relssl.load_backbone(source)
+
+
+def test_evaluate_equals_scikit_learn_on_the_same_features(run: Path) -> None:
+    results = relssl.evaluate(run, images=(300, 300), network="teacher", device="cpu", precision="fp32")["results"]
+    pair, backbone = LabelledPair.load("digits", None, (300, 300)), relssl.load_backbone(run, "teacher").train()
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    reader, engine = Reader(backbone.spec.view), Engine.local("cpu", "fp32")
+    bank, test = (extract(backbone, side, reader, engine).vectors.numpy() for side in (pair.bank, pair.test))
+    # Measuring changes nothing.
+    assert backbone.training and all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
+    assert len(results) == 8
+    for result in results:
+        k, temperature = result["setting"]["k"], result["setting"]["temperature"]
+        oracle = KNeighborsClassifier(k, algorithm="brute", metric="cosine", weights=lambda d, t=temperature: np.exp((1 - d) / t))
+        share = 100 * oracle.fit(bank, pair.bank.labels).score(test, pair.test.labels)
+        assert result["figures"]["top1"] == pytest.approx(share, abs=0.34)  # one tie of 300

@@ -1,8 +1,6 @@
 """Features on the disk are those that were computed, until anything that decides about them changes; what makes a pair of
 bank and test images, or their features, meaningless is refused by name."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -19,15 +17,7 @@ from relssl.data.plain import PlainView, Reader
 from relssl.data.subsets import identity, shared
 from relssl.engine import Engine
 from relssl.errors import DataError, NumericError
-from relssl.evaluation.features import (
-    LabelledFeatures,
-    cache_key,
-    cached,
-    evaluating,
-    extract,
-    frozen,
-    state_hash,
-)
+from relssl.evaluation.features import LabelledFeatures, cache_key, cached, evaluating, extract, frozen, state_hash
 from relssl.evaluation.pairs import LabelledPair, labelled, labels_hash
 
 READER = Reader(PlainView(32, 1.0, "bilinear", (0.5,) * 3, (0.25,) * 3))
@@ -189,18 +179,6 @@ def test_one_class_and_unknown_classes_are_refused_by_name() -> None:
     for classes in (("cat", "dog", "pig"), ("dog", "cat", "owl")):
         with pytest.raises(DataError, match="name their classes differently"):
             LabelledPair(bank, replace(test, classes=classes)).notes()
-
-
-def test_a_cut_says_so_and_its_missing_classes_are_noted() -> None:
-    pair = LabelledPair(pets([0, 1]), pets([0, 2], seed=1), of=(30, 20))
-    bank, test, missing, unused = pair.notes()
-    assert "2 of 30 bank images" in bank and "2 of 20 test images" in test and "owl" in missing and "dog" in unused
-    pair = LabelledPair.load("digits", None, (40, 10))
-    assert (len(pair.bank), len(pair.test)) == (40, 10)
-    assert pair.of == (len(load("digits", None, "bank")), len(load("digits", None, "test")))
-    assert pair.uncut == load("digits", None, "test").fingerprint()
-    pair = LabelledPair(pets([0, 1, 2, 0]), pets([2, 1, 0], seed=1))
-    assert pair.notes() == [] and pair.classes == 3
 
 
 def test_test_images_that_are_bank_images_are_refused_or_counted() -> None:

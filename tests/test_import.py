@@ -1,7 +1,5 @@
 """Other programs' files load whole, compute what their network does, and are refused where a single name does not match."""
 
-from __future__ import annotations
-
 import dataclasses
 import io
 import json

@@ -1,7 +1,5 @@
 """Order and views of the batches: functions of seed, epoch, sample and view, whatever the workers, ranks and parts."""
 
-from __future__ import annotations
-
 import os
 import resource
 import signal

@@ -1,7 +1,5 @@
 """Figures and retrieval against scikit-learn, intervals against a bootstrap that draws images one by one."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

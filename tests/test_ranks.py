@@ -1,7 +1,5 @@
 """Two processes behave as one."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

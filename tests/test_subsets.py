@@ -1,7 +1,5 @@
 """Which images are labelled: the same share of every class, by the seed alone, or those that a file names."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import hypothesis.strategies as st

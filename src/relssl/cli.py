@@ -1,5 +1,4 @@
-"""The command line: the verbs with their options, and what becomes of errors. torch is imported only once a command is known to be
-worth it."""
+"""The command line: the verbs with their options, and what becomes of errors. torch is imported only once a command is worth it."""
 
 from __future__ import annotations
 
@@ -11,7 +10,7 @@ import os
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +19,7 @@ from relssl.errors import ConfigError, RelsslError
 from relssl.settings import recipes
 from relssl.settings.evaluation import Evaluation, read_settings
 from relssl.settings.reading import choices, leaves, nearest_word
-from relssl.settings.run import METHODS, VIEWS, Config, differences, resolve, to_yaml
+from relssl.settings.run import Config, differences, resolve, to_yaml
 from relssl.weights.formats import FORMATS, find_format
 
 Overrides = dict[str, Any]
@@ -35,23 +34,36 @@ class Outcome(NamedTuple):
     error: BaseException | None = None  # raised once all that was finished before is shown
 
 
-class Verb(NamedTuple):
-    """A command."""
-
-    run: Callable[[argparse.Namespace, Overrides], Outcome | None]  # None in processes that have no result
-    about: str
-    options: tuple[Option, ...]
-    settings: Any  # whose fields are options, too
-
-
-VERBS: dict[str, Verb] = {}
+_ABOUT = "Pretrain image backbones on unlabelled images with ReSSL."
+PARSER = argparse.ArgumentParser(prog="relssl", description=_ABOUT, allow_abbrev=False)
+PARSER.add_argument("--version", action="version", version=f"relssl {relssl.__version__}")
+_COMMANDS = PARSER.add_subparsers(dest="verb", required=True, metavar="COMMAND")
+VERBS: dict[str, set[str]] = {}  # the names of each command's own options, which are not settings
 
 
 def verb(about: str, *options: Option, settings: Any = None) -> Callable[[Any], Any]:
-    """Make a command of a function."""
+    """Make a command of a function of its arguments and settings, which returns no outcome in processes that have none.
 
-    def add(run: Any) -> Any:
-        VERBS[run.__name__.removesuffix("_")] = Verb(run, about, options, settings)
+    The fields of `settings`, a dataclass, are options too. argparse knows them for the help alone.
+    """
+
+    def add(run: Callable[[argparse.Namespace, Overrides], Outcome | None]) -> Any:
+        name = run.__name__.removesuffix("_")
+        command = _COMMANDS.add_parser(name, help=about, description=about, allow_abbrev=False)
+        command.set_defaults(run=run, settings=settings)
+        for at, more in (*options, *_COMMON):
+            command.add_argument(at, **more)
+        own = VERBS[name] = {"--help", *(at for at, _ in (*options, *_COMMON))}
+        if settings:
+            command.usage = f"{command.format_usage().removeprefix('usage: ').rstrip()} [--SETTING VALUE ...]"
+        for setting, field in leaves(settings).items() if settings else ():
+            short = setting.removesuffix(".name")
+            flags = [f"--{each}" for each in dict.fromkeys((short if short in recipes.BY_NAME else setting, setting))]
+            default = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else str(field.default)
+            words = f" (one of {', '.join(choices(field))})" if choices(field) else ""
+            text = f"{field.description}{words} (default: {default})".replace("%", "%%")
+            if not {setting, f"--{setting}"} & own:
+                command.add_argument(*flags, metavar="VALUE", help=text)
         return run
 
     return add
@@ -62,16 +74,16 @@ def option(name: str, about: str | None = None, **more: Any) -> Option:
     return name, {"help": about, **more}
 
 
-# Sections that may be given by the name they start from.
-_NAMED: dict[str, Iterable[str]] = {"method": METHODS, "views.weak": VIEWS, "views.strong": VIEWS}
+_COMMON = (
+    option("--json", "end standard output with one JSON object of the results", action="store_true"),
+    option("--debug", "show a traceback with an error", action="store_true"),
+)
 _RUN = (
     option("data", "name of a data set, folder of images or list file (default: digits)", metavar="DATA", nargs="?"),
     option("--config", "YAML file of settings", metavar="FILE"),
-    *(option(f"--{name}", f"one of {', '.join(names)}", metavar="NAME") for name, names in _NAMED.items()),
 )
 _SOURCE = option("source", "run folder, file of weights, or timm name", metavar="SOURCE")
 _NETWORK = option("--network", "of a run; default: student", choices=("student", "teacher"))
-_FORMATS = "; ".join(f"{name}: {format.about}" for name, format in FORMATS.items())
 # How files of other programs are read.
 _FOREIGN = (
     option("--from", "official, solo, moco, dino, torchvision or timm; default: by its names", dest="layout", metavar="LAYOUT"),
@@ -83,12 +95,8 @@ _FOREIGN = (
 
 @verb("pretrain a backbone on images", *_RUN, settings=Config)
 def pretrain(args: argparse.Namespace, overrides: Overrides) -> Outcome | None:
-    from relssl.train.run_folder import default_folder, refuse_used
-
     config = _run_settings(args, overrides)
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        refuse_used(Path(config.out or default_folder(config)))
-    _prepare()
+    _prepare(config)
     return _trained(relssl.pretrain(settings=config))
 
 
@@ -100,7 +108,7 @@ def pretrain(args: argparse.Namespace, overrides: Overrides) -> Outcome | None:
 )
 def estimate(args: argparse.Namespace, overrides: Overrides) -> Outcome | None:
     config = _run_settings(args, overrides)
-    _prepare()
+    _prepare(config)
     from relssl.report.tables import show_estimate
 
     figures = relssl.estimate(settings=config, steps=args.steps)
@@ -130,11 +138,10 @@ def evaluate(args: argparse.Namespace, overrides: Overrides) -> Outcome | None:
     _prepare()
     from relssl.report.tables import show_evaluation
 
-    records: list[dict[str, Any]] = []
-    options: Any = {"settings": settings, "reading": _reading(args), "out": args.out, "done": records.append}
-    error: BaseException | None = None
+    records, error = list[dict[str, Any]](), None
+    options: Any = {"settings": settings, "reading": _reading(args), "out": args.out, "say": None if args.json else _say}
     try:
-        records.append(relssl.evaluate(args.source, args.data, say=None if args.json else _say, **options))
+        records.append(relssl.evaluate(args.source, args.data, done=records.append, **options))
     except (RelsslError, KeyboardInterrupt) as stopped:
         if not records:  # else protocols that were finished before are not lost
             raise
@@ -152,10 +159,9 @@ def evaluate(args: argparse.Namespace, overrides: Overrides) -> Outcome | None:
 def compare(args: argparse.Namespace, _: Overrides) -> Outcome | None:
     from relssl.report.tables import show_comparison
 
-    names = args.network.split(",") if args.network else []
-    if len(names) > 2:
-        raise ConfigError(f"network: one name or two are needed, got {args.network}")
-    rows = relssl.compare(args.first, args.second, network=(names[0], names[-1]) if names else None, allow=args.allow)
+    names = (args.network or "").split(",")
+    pair = (names[0], names[-1]) if args.network else None
+    rows = relssl.compare(args.first, args.second, network=pair, allow=args.allow)
     return Outcome({"comparisons": rows}, lambda: show_comparison(rows))
 
 
@@ -183,7 +189,7 @@ def embed(args: argparse.Namespace, _: Overrides) -> Outcome | None:
 @verb(
     "write a backbone for other programs, and check what they will read",
     option("source", "run folder, or exported or imported .safetensors", metavar="RUN|WEIGHTS"),
-    option("--format", f"{_FORMATS} (default: safetensors)", default="safetensors", metavar="FORMAT"),
+    option("--format", "; ".join(f"{name}: {each.about}" for name, each in FORMATS.items()), default="safetensors"),
     _NETWORK,
     option("--out", "target file, or folder for hf; default: in RUN/export, or beside the file"),
 )
@@ -218,16 +224,15 @@ def import_(args: argparse.Namespace, _: Overrides) -> Outcome | None:
 )
 def recipes_(args: argparse.Namespace, _: Overrides) -> Outcome | None:
     if args.recipe is None:
-        listed = [recipes.find(name) for name in recipes.names()]
-        groups = itertools.groupby(listed, lambda recipe: recipe.name.rpartition("/")[0])
-        text = ["\n".join(f"{recipe.name:22} {recipe.about}" for recipe in group) for _, group in groups]
-        hint = "`relssl recipes NAME` shows the settings of one and where they come from"
-        return Outcome([vars(recipe) for recipe in listed], "\n\n".join([*text, hint]))
+        listed = [recipes.find(name) for name in recipes.NAMES]
+        groups = itertools.groupby(listed, lambda recipe: recipe["name"].rpartition("/")[0])
+        text = ["\n".join(f"{recipe['name']:22} {recipe['about']}" for recipe in group) for _, group in groups]
+        return Outcome(listed, "\n\n".join([*text, "`relssl recipes NAME` shows the settings of one and where they come from"]))
     recipe = recipes.find(args.recipe)
-    settings = {name: value for name, value in differences(resolve({"recipe": recipe.name})).items() if name != "recipe"}
-    head = f"{recipe.name}: {recipe.about}\n\n{textwrap.fill(recipe.source, 120)}\n\nwhat differs from the defaults:"
+    settings = {name: value for name, value in differences(resolve({"recipe": args.recipe})).items() if name != "recipe"}
+    head = f"{args.recipe}: {recipe['about']}\n\n{textwrap.fill(recipe['source'], 120)}\n\nwhat differs from the defaults:"
     rows = (f"  {name:30} {json.dumps(value)}" for name, value in settings.items())
-    return Outcome(vars(recipe) | {"settings": settings}, "\n".join([head, *rows]))
+    return Outcome(recipe | {"settings": settings}, "\n".join([head, *rows]))
 
 
 @verb(
@@ -270,15 +275,15 @@ def backbones(args: argparse.Namespace, _: Overrides) -> Outcome | None:
     settings=Config,
 )
 def validate(args: argparse.Namespace, overrides: Overrides) -> Outcome | None:
-    config = resolve(overrides, args.config)
+    config = _run_settings(args, overrides)
     run = f"recipe {config.recipe}, {config.backbone} on {config.data}, {config.epochs} epochs of batch {config.batch_size}"
     return Outcome({"valid": True, "recipe": config.recipe}, to_yaml(config).rstrip() if args.show else f"valid: {run}")
 
 
 @verb(
-    "rerun one of the paper's comparisons; without TABLE: list them",
+    "rerun one of the paper's comparisons, with --epochs N as a rehearsal; without TABLE: list them",
     option("table", "which comparison", metavar="TABLE", nargs="?"),
-    option("--list", "list the comparisons and their rows", action="store_true"),
+    option("--list", "list the rows that TABLE has at the scale", action="store_true"),
     option("--scale", "smoke: shows that it runs; small: for two CPU cores; paper: its own (default: small)", default="small"),
     option("--seeds", "runs of each row (default: 1, at the small scale 3)", type=int, metavar="N"),
     option("--only", "run these rows alone", metavar="ROW,...", type=lambda rows: rows.split(","), default=[]),
@@ -286,36 +291,28 @@ def validate(args: argparse.Namespace, overrides: Overrides) -> Outcome | None:
     option("--runs", "folder of the run folders (default: runs/reproduce/TABLE-SCALE)", metavar="DIR"),
     option("--out", "folder of TABLE-SCALE.json and .md (default: results)", dest="results", default="results", metavar="DIR"),
     option("--time_limit", "minutes for all runs together; then exit code 75, to go on later", dest="minutes", type=float),
-    option("--epochs", "a rehearsal of so many epochs, whose results say so", metavar="N"),
-    option("--data_root", "where named data sets lie", metavar="DIR"),
     settings=Config,
 )
 def reproduce(args: argparse.Namespace, overrides: Overrides) -> Outcome | None:
-    from relssl.reproduction import tables
     from relssl.reproduction.plan import plan
+    from relssl.reproduction.tables import NAMES, read_table
 
     if args.list or args.table is None:
-        listed = [tables.read_table(name) for name in ([args.table] if args.table else tables.names())]
-        lines = []
-        for table in listed:
-            lines.append(f"{table.name:18} {table.title}")
-            lines += [f"  {row.name:24} {row.label}  ({', '.join(row.scales)})" for row in table.rows if args.table]
+        listed = [read_table(name, args.scale) for name in ([args.table] if args.table else NAMES)]
         facts = [{"table": table.name, "title": table.title, "rows": [row.name for row in table.rows]} for table in listed]
-        return Outcome(facts, "\n".join(lines))
+        lines = [f"{table.name:18} {table.title}" for table in listed]
+        return Outcome(facts, "\n".join(lines + [f"  {row.name:24} {row.label}" for row in listed[0].rows if args.table]))
     rows = _pick(args, "seeds", "only", "runs")
     # Faults come to light before torch is imported.
-    plan(tables.read_table(args.table), tables.read_scale(args.scale), overrides=overrides, **rows)
+    planned = plan(read_table(args.table, args.scale), overrides=overrides, **rows)
     _prepare()
     options = {"plan_only": args.plan, "out": args.results, "time_limit": args.minutes, **rows}
     results = relssl.reproduce(args.table, args.scale, say=_say, **options, **overrides)
     if args.plan:
         return Outcome(results, lambda: None)
     # A run outside of this request, which failed before or in another process, is not this command's failure.
-    failed = [
-        run
-        for run in results["missing"]
-        if run["exit_code"] and run["row"] in (args.only or [run["row"]]) and (args.seeds is None or run["seed"] < args.seeds)
-    ]
+    chosen = {(run.row.name, run.seed) for run in planned.chosen}
+    failed = [run for run in results["missing"] if run["exit_code"] and (run["row"], run["seed"]) in chosen]
     error = RelsslError(f"{len(failed)} runs failed, the first is {failed[0]['row']}: {failed[0]['why']}") if failed else None
     if error:
         error.exit_code = failed[0]["exit_code"]
@@ -323,19 +320,19 @@ def reproduce(args: argparse.Namespace, overrides: Overrides) -> Outcome | None:
 
 
 def _run_settings(args: argparse.Namespace, overrides: Overrides) -> Config:
-    """The settings of a run whose data exists; under torchrun the launcher has already decided how many processes there are."""
-    from relssl.data.named import exists
-
+    """The settings of a run; under torchrun the launcher has already decided how many processes there are."""
     local, world = os.environ.get("LOCAL_WORLD_SIZE"), os.environ.get("WORLD_SIZE")
     if local and world:
         overrides = {"engine.devices": local, "engine.nodes": str(int(world) // int(local))} | overrides
-    config = resolve(overrides, args.config)
-    exists(config.data, config.data_root)
-    return config
+    return resolve(overrides if args.data is None else overrides | {"data": args.data}, args.config)
 
 
-def _prepare() -> None:
-    """Import torch and tune this process for computing."""
+def _prepare(config: Config | None = None) -> None:
+    """Check that the data of a run exists, then import torch and tune this process for computing."""
+    from relssl.data.named import exists
+
+    if config is not None:
+        exists(config.data, config.data_root)
     from relssl.engine import prepare_process
 
     prepare_process()
@@ -361,65 +358,27 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of all verbs."""
-    parser = argparse.ArgumentParser(
-        prog="relssl", description="Pretrain image backbones on unlabelled images with ReSSL.", allow_abbrev=False
-    )
-    parser.add_argument("--version", action="version", version=f"relssl {relssl.__version__}")
-    commands = parser.add_subparsers(dest="verb", required=True, metavar="COMMAND")
-    for name, verb in VERBS.items():
-        command = commands.add_parser(name, help=verb.about, description=verb.about, allow_abbrev=False)
-        foreign = command.add_argument_group("files of other programs") if _FOREIGN[0] in verb.options else command
-        for each in verb.options:
-            (foreign if each in _FOREIGN else command).add_argument(each[0], **each[1])
-        command.add_argument("--json", action="store_true", help="end standard output with one JSON object of the results")
-        command.add_argument("--debug", action="store_true", help="show a traceback with an error")
-        if verb.settings:
-            # argparse's own usage would name each of the settings, over two screens.
-            places = [("[{}]" if "nargs" in more else "{}").format(more["metavar"]) for at, more in verb.options if at[0] != "-"]
-            command.usage = f"{command.prog} {' '.join(places)} [...] [--SETTING VALUE ...] [--json] [--debug]"
-        if verb.settings and name != "reproduce":
-            _add_settings(command, verb.settings)
-    return parser
-
-
-def _add_settings(command: argparse.ArgumentParser, settings: Any) -> None:
-    """Add every setting as an option; values are read and checked later, together, so that all faults are reported at once."""
-    fields = [(name, field) for name, field in leaves(settings).items() if name != "data"]
-    for section, group in itertools.groupby(fields, lambda each: each[0].rpartition(".")[0]):
-        options = command.add_argument_group(section or "settings")
-        for name, field in group:
-            default = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else str(field.default)
-            words = f" (one of {', '.join(choices(field))})" if choices(field) else ""
-            text = f"{field.description}{words} (default: {default})".replace("%", "%%")
-            options.add_argument(f"--{name}", metavar="VALUE", help=text)
-
-
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Overrides]:
-    """Return the arguments, and of them the settings as {dotted name: text}, unknown ones among these."""
-    words, verb = [*argv[:1]], VERBS.get(argv[0]) if argv else None
-    if verb is None and argv and not argv[0].startswith("-"):
+    """Return the arguments, and the settings as {dotted name: text}: all options that are not the verb's own. They are read and
+    checked later, together, so that all faults are reported at once."""
+    if argv and argv[0] not in VERBS and not argv[0].startswith("-"):
         raise ConfigError(f"unknown command {argv[0]!r}; the nearest is {nearest_word(argv[0], VERBS)}")
-    own = {"--json", "--debug", "--help", *(name for name, _ in (verb.options if verb else ()))}
-    for word in argv[1:]:  # argparse would take the value of an option that it does not know for DATA
-        if words[-1].startswith("--") and "=" not in words[-1] and words[-1] not in own and not word.startswith("--"):
-            words[-1] += f"={word}"
-        else:
+    own = VERBS.get(argv[0]) if argv else None
+    words, overrides, rest = list[str](), dict[str, Any](), iter(argv)
+    for word in rest:
+        name, equals, value = word.partition("=")
+        if own is None or name in own or not name.startswith("--"):
             words.append(word)
-    args, unknown = build_parser().parse_known_args(words)
-    settings = VERBS[args.verb].settings
-    known = {*leaves(settings), *_NAMED} if settings else set()
-    overrides = {name: value for name, value in vars(args).items() if name in known and value is not None}
-    for word in unknown:
-        name, _, value = word.partition("=")
-        if not word.startswith("--"):
-            raise ConfigError(f"{word!r}: not expected here; settings are given as --name value")
-        overrides[name[2:]] = value
-    if overrides and not settings:
+        elif not equals and (value := next(rest, "--")).startswith("--"):
+            raise ConfigError(f"{name}: needs a value")
+        else:
+            overrides[name[2:]] = value
+    args, extra = PARSER.parse_known_args(words)
+    if extra:
+        raise ConfigError(f"{extra[0]!r}: not expected here; settings are given as --name value")
+    if overrides and not args.settings:
         raise ConfigError(*(f"--{name}: unknown option of relssl {args.verb}" for name in overrides))
-    # `--views.strong NAME` beside `--views.strong.blur 0`: both speak of one section.
-    return args, {f"{name}.name" if name in _NAMED else name: value for name, value in overrides.items()}
+    return args, overrides
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -427,7 +386,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
         args, overrides = _parse(argv)
-        outcome = VERBS[args.verb].run(args, overrides)
+        outcome = args.run(args, overrides)
         if outcome is not None:
             if args.json:
                 print(json.dumps(outcome.facts))

@@ -48,7 +48,11 @@ class Engine:
     prepared: ClassVar[bool] = False  # true once `prepare_process` has run
 
     def __init__(self, config: EngineConfig) -> None:
-        kind = _usable(config.device)
+        available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+        usable = [name for name in available if available[name]]
+        if config.device not in ("auto", *usable):
+            raise ConfigError(f"engine.device: there is no {config.device} device here; usable: {', '.join(usable)}")
+        kind = usable[0] if config.device == "auto" else config.device
         best = "bf16" if fast_bf16(kind) else "fp32"
         self.precision = best if config.precision == "auto" else config.precision
         self.threads = config.threads or max(1, available_cores() // config.devices)
@@ -116,11 +120,8 @@ class Engine:
         return nullcontext() if self._fabric is None or last else self._fabric.no_backward_sync(student)
 
     def gather(self, rows: Tensor, share: int) -> Tensor:
-        """Join the rows [share, ...] of every rank in rank order, [world * share, ...]; gradients flow back to where rows came from.
-
-        DistributedError if this rank does not hold `share` rows: unequal shares would be exchanged as garbage.
-        """
-        if len(rows) != share:
+        """Join the rows [share, ...] of every rank in rank order, [world * share, ...]; gradients flow back to where rows came from."""
+        if len(rows) != share:  # unequal shares would be exchanged as garbage
             raise DistributedError(f"rank {self.rank} holds {len(rows)} rows of a step, needs {share}")
         joined: Tensor = rows if self.world == 1 else _Gather.apply(rows, self.rank, self.world)
         return joined
@@ -135,20 +136,19 @@ class Engine:
 
     def mean(self, value: Tensor) -> Tensor:
         """Average a tensor over the ranks."""
-        if self.world > 1:
-            value = value.clone()
-            dist.all_reduce(value)
-            value /= self.world
-        return value
+        if self.world == 1:
+            return value
+        total = value.clone()
+        dist.all_reduce(total)
+        return total / self.world
 
     def on_first(self, make: Callable[[], T]) -> T | None:
         """Return what `make` returns on the first rank, None on the others; its RelsslError is raised on all, so that none waits."""
         value, fault = None, None
-        if self.is_first:
-            try:
-                value = make()
-            except RelsslError as error:
-                fault = error
+        try:
+            value = make() if self.is_first else None
+        except RelsslError as error:
+            fault = error
         self.wait()  # patiently: to shrink a million images takes hours
         if self._fabric is not None:
             fault = self._fabric.broadcast(fault, src=0)
@@ -172,9 +172,10 @@ class Engine:
     def fetch(self, values: Mapping[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
         """Start to bring tensors to the host. What is returned waits for them alone, and for no later work of the device."""
         gpu = self.device.type == "cuda"
-        here = {name: torch.empty_like(value, device="cpu", pin_memory=gpu) for name, value in values.items()}
-        for name, value in values.items():
-            here[name].copy_(value.detach(), non_blocking=gpu)
+        here = {
+            name: torch.empty_like(value, device="cpu", pin_memory=gpu).copy_(value.detach(), non_blocking=gpu)
+            for name, value in values.items()
+        }
         copied = torch.cuda.current_stream().record_event() if gpu else None
 
         def wait() -> dict[str, Tensor]:
@@ -222,8 +223,7 @@ class Engine:
     def describe(self) -> str:
         """Describe the engine in one line for the console."""
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type.upper()
-        ranks = f", {self.world} ranks" if self.world > 1 else ""
-        threads = f", {self.threads} threads" if self.device.type == "cpu" else ""
+        ranks, threads = f", {self.world} ranks" * (self.world > 1), f", {self.threads} threads" * (self.device.type == "cpu")
         return f"{name}{ranks}{threads}, {self.precision}"
 
 
@@ -265,16 +265,6 @@ def keep_memory(keep: bool) -> None:
     Steps on a CPU take up to twice as long without.
     """
     if platform.libc_ver()[0] == "glibc":
-        trim_threshold, top_pad, mmap_max = -1, -2, -4  # names, numbers and defaults of <malloc.h>
-        values = ((mmap_max, 0), (trim_threshold, -1), (top_pad, 256 << 20))
-        defaults = ((mmap_max, 65536), (trim_threshold, 128 << 10), (top_pad, 128 << 10))
-        for option, value in values if keep else defaults:
-            ctypes.CDLL(None).mallopt(option, value)
-
-
-def _usable(kind: str) -> str:
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    usable = [name for name in available if available[name]]
-    if kind not in ("auto", *usable):
-        raise ConfigError(f"engine.device: there is no {kind} device here; usable: {', '.join(usable)}")
-    return usable[0] if kind == "auto" else kind
+        # Numbers of M_MMAP_MAX, M_TRIM_THRESHOLD and M_TOP_PAD in <malloc.h>, our values and the defaults there.
+        for option, kept, usual in ((-4, 0, 65536), (-1, -1, 128 << 10), (-2, 256 << 20, 128 << 10)):
+            ctypes.CDLL(None).mallopt(option, kept if keep else usual)

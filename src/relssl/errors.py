@@ -7,64 +7,44 @@ class RelsslError(Exception):
     exit_code = 1
     kind = "bug"
 
+    def __init_subclass__(cls, exit_code: int | None = None, kind: str | None = None) -> None:
+        cls.exit_code, cls.kind = exit_code or cls.exit_code, kind or cls.kind
 
-class ConfigError(RelsslError, ValueError):
-    """A setting, recipe or command line that cannot be used; holds every fault found, one a line."""
 
-    exit_code = 2
-    kind = "config"
+class ConfigError(RelsslError, ValueError, exit_code=2, kind="config"):
+    """A setting, recipe or command line that cannot be used; holds every fault, one a line."""
 
     def __init__(self, *faults: str) -> None:
         super().__init__("\n".join(faults))
         self.faults = list(faults)
 
 
-class DataError(RelsslError):
+class DataError(RelsslError, exit_code=3, kind="data"):
     """Images that are missing, unreadable or too few."""
 
-    exit_code = 3
-    kind = "data"
 
-
-class CheckpointError(RelsslError):
+class CheckpointError(RelsslError, exit_code=4, kind="checkpoint"):
     """Saved state or weights that are damaged, incomplete or of another shape."""
 
-    exit_code = 4
-    kind = "checkpoint"
 
-
-class StorageError(RelsslError):
+class StorageError(RelsslError, exit_code=5, kind="storage"):
     """The run folder cannot be written."""
 
-    exit_code = 5
-    kind = "storage"
 
-
-class NumericError(RelsslError):
+class NumericError(RelsslError, exit_code=6, kind="numeric"):
     """Training that can no longer learn: non-finite steps in a row."""
 
-    exit_code = 6
-    kind = "numeric"
 
-
-class DistributedError(RelsslError):
+class DistributedError(RelsslError, exit_code=7, kind="distributed"):
     """Ranks that disagree or no longer answer."""
 
-    exit_code = 7
-    kind = "distributed"
 
-
-class LockedError(RelsslError):
+class LockedError(RelsslError, exit_code=8, kind="locked"):
     """Another process is writing this run folder."""
 
-    exit_code = 8
-    kind = "locked"
 
-
-class Interrupted(RelsslError):
+class Interrupted(RelsslError, kind="interrupted"):
     """Stopped on request, after the state was saved; the exit code says by what."""
-
-    kind = "interrupted"
 
     def __init__(self, message: str, exit_code: int = 130) -> None:  # pickled without the code, which follows with the attributes
         super().__init__(message)

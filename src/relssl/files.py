@@ -15,9 +15,8 @@ from typing import Any, BinaryIO
 
 from relssl.errors import StorageError
 
-# A temporary name carries its process and a token of its start: once a container restarts, the same pid is another process.
-_TEMPORARY = re.compile(r"\.relssl-([0-9]{1,10})-([0-9a-f]{8})-[0-9a-f]{8}\.tmp", re.ASCII)
-_TOKEN = secrets.token_hex(4)
+_TOKEN = secrets.token_hex(4)  # once a container restarts, the same pid is another process
+_TEMPORARY = re.compile(r"\.relssl-([0-9]{1,9})-([0-9a-f]{8})-[0-9a-f]{8}\.tmp", re.ASCII)
 
 
 def temporary(folder: Path) -> Path:
@@ -30,13 +29,12 @@ def sweep(folder: Path) -> None:
     for path in folder.glob(".relssl-*.tmp"):
         match = _TEMPORARY.fullmatch(path.name)
         if match and not path.is_symlink() and not _alive(int(match[1]), match[2]):
-            shutil.rmtree(path, ignore_errors=True)
             with contextlib.suppress(OSError):
-                path.unlink()
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _alive(pid: int, token: str) -> bool:
-    with contextlib.suppress(PermissionError, OverflowError):
+    with contextlib.suppress(PermissionError):  # another user's
         try:
             os.kill(pid, 0)
         except ProcessLookupError:
@@ -77,11 +75,8 @@ def sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path, needed: int | None = None) -> Iterator[BinaryIO]:
-    """Open a binary file whose content appears at `path`, over whatever lies there, only when the block ends without an error.
-
-    Raises:
-        StorageError: for every OSError inside, naming the path, the bytes `needed` and the bytes free; nothing unfinished stays.
-    """
+    """Open a binary file whose content appears at `path`, over whatever lies there, only when the block ends without an error;
+    for an OSError inside raises what `storing` does."""
     unfinished = temporary(path.parent)
     with storing(path, needed):
         try:
@@ -108,27 +103,17 @@ def write_json(path: Path, obj: Any) -> None:
 
 
 def to_json(obj: Any) -> bytes:
-    """Return `obj` as ASCII JSON, from which floats read back exactly; TypeError for what JSON cannot hold.
-
-    Tuples become lists, keys become strings, one-element tensors and arrays become numbers; NaN and infinity, which JSON has not,
-    become null.
-    """
-
-    def number(value: Any) -> Any:
-        if getattr(value, "ndim", None) != 0:
-            raise TypeError(f"{type(value).__name__} cannot be written as JSON")
-        return value.item()
-
-    finite = json.loads(json.dumps(obj, default=number), parse_constant=lambda _: None)
+    """Return `obj` as ASCII JSON, from which floats read back exactly: tuples become lists, keys strings, tensors and arrays numbers
+    or lists, NaN and infinity null."""
+    finite = json.loads(json.dumps(obj, default=lambda value: value.tolist()), parse_constant=lambda _: None)
     return (json.dumps(finite, indent=2) + "\n").encode("ascii")
 
 
 def duration(seconds: float) -> str:
     """Write seconds in the unit that suits them."""
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
-        if seconds >= 2 * length or (unit == "s" and seconds >= 1):
-            return f"{seconds / length:.1f} {unit}"
-    return f"{seconds * 1000:.1f} ms"
+    units = {"d": (86400, 172800), "h": (3600, 7200), "min": (60, 120), "s": (1, 1), "ms": (0.001, 0)}  # length, and least of it
+    unit, length = next((unit, length) for unit, (length, least) in units.items() if seconds >= least)
+    return f"{seconds / length:.1f} {unit}"
 
 
 def size(count: int) -> str:

@@ -26,20 +26,19 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from relssl.data.boxes import Scenes, Target, load
 from relssl.data.loader import read_batches
-from relssl.data.plain import Reader
-from relssl.engine import Engine
 from relssl.errors import ConfigError, DataError, NumericError
-from relssl.evaluation.result import Finding
+from relssl.evaluation.features import evaluating
+from relssl.evaluation.result import Finding, Task
 from relssl.method.backbones import channels_of
 from relssl.settings.evaluation import DetectionConfig
 from relssl.weights.spec import BackboneSpec
 
-MOMENTUM = 0.9
+_MOMENTUM = 0.9
 _CHANNELS = 256  # of every level of the pyramid (Lin et al., section 3)
 _LEVELS = 4
 _TRIED = 128  # pixels a side of the image by which strides are measured
 _ANCHOR = 8  # side of an anchor in strides of its level: 32 pixels at stride 4, as in the papers
-_POINTS = 100  # of the loss curve
+_POINTS = 100  # of the loss curve at most
 _FIGURES = ("map", "map_50", "map_75", "map_small", "map_medium", "map_large")
 
 Autocast = Callable[[], AbstractContextManager[Any]]
@@ -50,10 +49,8 @@ Sample = tuple[Tensor, Target]
 class Pyramid(nn.Module):
     """Images [B, 3, H, W] to fp32 maps {"0": [B, 256, H/s0, W/s0], ..., "pool": half of the last}.
 
-    Args:
-        network: a timm network; what lies behind its last map is taken off.
-        levels: (index, channels, stride) of its maps, as of `pyramid_levels`.
-        autocast: the precision of the networks; boxes are always computed in fp32, as their edges need it.
+    What lies behind the network's last map is taken off. `autocast` is the precision of the networks; boxes are always computed in
+    fp32, as their edges need it.
     """
 
     def __init__(self, network: Any, levels: list[Level], autocast: Autocast) -> None:
@@ -73,16 +70,10 @@ class Pyramid(nn.Module):
 def create_detector(
     backbone: nn.Module, spec: BackboneSpec, settings: DetectionConfig, classes: int, *, masks: bool, autocast: Autocast
 ) -> nn.Module:
-    """Return torchvision's model, in training mode, on a copy of the backbone; the rest is drawn from torch's generator.
+    """Return torchvision's Faster R-CNN, or Mask R-CNN for `masks`, in training mode, on a copy of a timm network.
 
-    Args:
-        backbone, spec: timm network without classifier, and what it is.
-        classes: C, without the background.
-        masks: Mask R-CNN instead of Faster R-CNN.
-        autocast: the precision of backbone and pyramid.
-
-    Raises:
-        ConfigError: if the backbone has no maps of falling resolution, takes images of one size only, or grey ones.
+    The background is not one of the classes. What is not the network's is drawn from torch's generator. ConfigError as
+    `pyramid_levels` and `freeze`.
     """
     network = copy.deepcopy(backbone).cpu().requires_grad_(True)
     levels = pyramid_levels(network, spec.name)
@@ -90,19 +81,19 @@ def create_detector(
     # The level made by pooling has twice the stride of the last.
     sides = [_ANCHOR * stride for _, _, stride in levels] + [2 * _ANCHOR * levels[-1][2]]
     pool = partial(MultiScaleRoIAlign, [str(level) for level in range(len(levels))], sampling_ratio=2)
-    arguments: dict[str, Any] = {
-        "num_classes": classes + 1,
-        "min_size": settings.min_size,
-        "max_size": settings.max_size,
-        "box_batch_size_per_image": settings.regions,
-        "image_mean": list(spec.view.mean),
-        "image_std": list(spec.view.std),
-        "rpn_anchor_generator": AnchorGenerator(tuple((side,) for side in sides), ((0.5, 1.0, 2.0),) * len(sides)),
-        "box_roi_pool": pool(output_size=7),
-    }
-    if masks:
-        arguments["mask_roi_pool"] = pool(output_size=14)
-    model: nn.Module = (MaskRCNN if masks else FasterRCNN)(Pyramid(network, levels, autocast), **arguments)
+    mask_head = {"mask_roi_pool": pool(output_size=14)} if masks else {}
+    model: nn.Module = (MaskRCNN if masks else FasterRCNN)(
+        Pyramid(network, levels, autocast),
+        classes + 1,
+        min_size=settings.min_size,
+        max_size=settings.max_size,
+        image_mean=list(spec.view.mean),
+        image_std=list(spec.view.std),
+        rpn_anchor_generator=AnchorGenerator(tuple((side,) for side in sides), ((0.5, 1.0, 2.0),) * len(sides)),
+        box_roi_pool=pool(output_size=7),
+        box_batch_size_per_image=settings.regions,
+        **mask_head,
+    )
     return model.train()
 
 
@@ -111,24 +102,18 @@ def pyramid_levels(network: nn.Module, name: str) -> list[Level]:
     """Return (index, channels, stride) of the maps for a pyramid: the last of each stride, of the four largest strides.
 
     Strides are measured on an image, as a small stem changes what timm says of them. A map as large as the image is left out: it
-    would cost more than all others together.
-
-    Raises:
-        ConfigError: naming the network, if it has fewer than two strides or does not take colour images.
+    would cost more than all others together. ConfigError for a network with fewer than two strides, or for grey images.
     """
     other = "; take a convolutional backbone such as resnet50, or one with stages such as convnext_tiny"
     if channels_of(network) != 3:
         raise ConfigError(f"detection: takes colour images, and {name} was made for {channels_of(network)} channels")
-    if not hasattr(network, "forward_intermediates"):
-        raise ConfigError(f"detection: {name} gives no feature maps{other}")
-    training, image = network.training, torch.zeros(1, 3, _TRIED, _TRIED, device=next(network.parameters()).device)
+    image = torch.zeros(1, 3, _TRIED, _TRIED, device=next(network.parameters()).device)
     try:
-        maps = network.eval().forward_intermediates(image, intermediates_only=True)  # type: ignore[operator]
-    except Exception as error:  # whatever a network raises over a size that it was not made for
+        with evaluating(network):
+            maps = network.forward_intermediates(image, intermediates_only=True)  # type: ignore[operator]
+    except Exception as error:  # whatever a network raises that has none, or over a size that it was not made for
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ConfigError(f"detection: {name} does not take images of any size ({reason}){other}") from error
-    finally:
-        network.train(training)
+        raise ConfigError(f"detection: {name} gives no feature maps of images of any size ({reason}){other}") from error
     last = {2 ** round(math.log2(_TRIED / each.shape[-1])): index for index, each in enumerate(maps)}
     strides = sorted(stride for stride in last if stride > 1)[-_LEVELS:]
     if len(strides) < 2:
@@ -139,11 +124,8 @@ def pyramid_levels(network: nn.Module, name: str) -> list[Level]:
 def freeze(network: nn.Module, name: str, stages: int, *, all_norms: bool) -> None:
     """Fix the first stages, and batch norm in them or everywhere, which then is a constant scale and shift.
 
-    Stage n ends with timm's last map of stride 2^n or less, by the network's usual stem; where there is none, the stem alone
-    is fixed.
-
-    Raises:
-        ConfigError: if the stages of the network called `name` are no modules of their own.
+    Stage n ends with timm's last map of stride 2^n or less, by the network's usual stem; where there is none, the stem alone is
+    fixed. ConfigError if the stages are no modules of their own.
     """
     paths = [path for path, _ in network.named_modules()]  # in the order in which timm's networks build and run them
     first: list[str] = []
@@ -155,12 +137,11 @@ def freeze(network: nn.Module, name: str, stages: int, *, all_norms: bool) -> No
         within = [path for path, reduction in ends.items() if reduction <= 2**stages]
         inside = [position for position, path in enumerate(paths) if within and f"{path}.".startswith(f"{within[-1]}.")]
         first = paths[: inside[-1] + 1 if inside else paths.index(next(iter(ends)))]
-    for path in first:
-        for parameter in network.get_submodule(path).parameters(recurse=False):
+    for path, module in [*network.named_modules()]:
+        for parameter in module.parameters(recurse=False) if path in first else ():
             parameter.requires_grad_(False)
-    norms = [path for path, module in network.named_modules() if isinstance(module, nn.BatchNorm2d)]
-    for path in norms if all_norms else set(norms) & set(first):
-        network.set_submodule(path, freeze_batch_norm_2d(network.get_submodule(path)))
+        if isinstance(module, nn.BatchNorm2d) and (all_norms or path in first):
+            network.set_submodule(path, freeze_batch_norm_2d(module))
 
 
 def length(images: int, settings: DetectionConfig) -> tuple[int, int]:
@@ -178,22 +159,20 @@ def rate_share(step: int, steps: int, warmup: int) -> float:
     return float(min(1.0, (step + 1) / max(1, warmup)) * 0.1**drops)
 
 
-def train(
-    model: nn.Module, images: Scenes, workers: int, engine: Engine, *, settings: DetectionConfig, seed: int
-) -> Iterator[float]:
+def train(model: nn.Module, images: Scenes, settings: DetectionConfig, task: Task) -> Iterator[float]:
     """Train torchvision's model, yielding the loss of each step after it.
 
     Raises:
         NumericError: naming the first step whose loss is not finite; that step changes no weight.
         DataError: if an image cannot be read.
     """
-    generator, size = np.random.Generator(np.random.PCG64(seed)), settings.batch_size
+    generator, size = task.bootstrap.generator(), settings.batch_size
     steps, warmup = length(len(images), settings)
     order = np.concatenate([generator.permutation(len(images)) for _ in range(-(-steps * size // len(images)))])[: steps * size]
     flips = (generator.random(steps * size) < 0.5).reshape(steps, size)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.SGD(parameters, lr=settings.lr, momentum=MOMENTUM, weight_decay=settings.weight_decay)
-    for step, batch in enumerate(_batches(images, order.tolist(), size, workers, engine)):
+    optimizer = torch.optim.SGD(parameters, lr=settings.lr, momentum=_MOMENTUM, weight_decay=settings.weight_decay)
+    for step, batch in enumerate(_batches(images, order.tolist(), size, task)):
         model.train()
         samples = [mirror(*sample) if flip else sample for sample, flip in zip(batch, flips[step], strict=True)]
         optimizer.param_groups[0]["lr"] = settings.lr * rate_share(step, steps, warmup)
@@ -211,29 +190,22 @@ def train(
 
 def mirror(image: Tensor, target: Target) -> Sample:
     """Return the mirror image, left for right, of an image [3, H, W] with boxes [n, 4] and, if there are any, masks [n, H, W]."""
-    left, top, right, bottom = target["boxes"].unbind(1)
-    width = image.shape[-1]
-    mirrored = {**target, "boxes": torch.stack([width - right, top, width - left, bottom], dim=1)}
-    if "masks" in target:
-        mirrored["masks"] = target["masks"].flip(-1)
-    return image.flip(-1), mirrored
+    (left, top, right, bottom), width = target["boxes"].unbind(1), image.shape[-1]
+    boxes = {"boxes": torch.stack([width - right, top, width - left, bottom], dim=1)}
+    masks = {"masks": target["masks"].flip(-1)} if "masks" in target else {}
+    return image.flip(-1), target | boxes | masks
 
 
 @torch.no_grad()
-def measure(
-    model: nn.Module, images: Scenes, workers: int, engine: Engine
-) -> dict[str, tuple[dict[str, float], dict[str, float]]]:
-    """Compute COCO's average precision of a detector, by pycocotools.
-
-    Returns:
-        By "boxes" and, if the images are masked, "masks": figures in percent as of `detection`, and map by class.
-    """
+def measure(model: nn.Module, images: Scenes, task: Task) -> dict[str, tuple[dict[str, float], dict[str, float]]]:
+    """Compute COCO's average precision of a detector, by pycocotools: figures in percent as of `detection`, and map by class, of
+    "boxes" and, if the images are masked, of "masks"."""
     from torchmetrics.detection import MeanAveragePrecision
 
     kinds = {"bbox": "boxes", "segm": "masks"} if images.masked else {"bbox": "boxes"}
     metric = MeanAveragePrecision(iou_type=tuple(kinds), class_metrics=True, backend="pycocotools")
     model.eval()
-    for ((image, target),) in _batches(images, list(range(len(images))), 1, workers, engine):
+    for ((image, target),) in _batches(images, list(range(len(images))), 1, task):
         objects = {name: value.cpu() for name, value in model([image])[0].items()}
         truth = {name: value.cpu() for name, value in target.items()}
         if images.masked:
@@ -254,18 +226,19 @@ def measure(
 
 def curve(losses: list[float]) -> list[list[float]]:
     """Return [step, mean loss since the point before] of at most 100 points."""
-    ends = sorted({round(len(losses) * point / _POINTS) for point in range(1, _POINTS + 1)} - {0})
-    return [[end, round(float(np.mean(losses[start:end])), 5)] for start, end in zip([0, *ends], ends, strict=False)]
+    parts = np.array_split(losses, min(_POINTS, len(losses)))
+    ends = np.cumsum([len(part) for part in parts]).tolist()
+    return [[end, round(float(part.mean()), 5)] for end, part in zip(ends, parts, strict=True)]
 
 
-def _batches(images: Scenes, order: list[int], batch_size: int, workers: int, engine: Engine) -> Iterator[list[Sample]]:
+def _batches(images: Scenes, order: list[int], size: int, task: Task) -> Iterator[list[Sample]]:
     """Yield images in this order, on the device, in 0..1, with their targets."""
-    for batch in read_batches(order, partial(_read, images), workers, batch_size=batch_size):  # type: ignore[arg-type]
+    device = task.engine.device
+    for batch in read_batches(order, partial(_read, images), task.reader.workers, batch_size=size):  # type: ignore[arg-type]
         if isinstance(batch, str):
             raise DataError(batch)
         yield [
-            (image.to(engine.device).float() / 255, {name: value.to(engine.device) for name, value in target.items()})
-            for image, target in batch
+            (image.to(device).float() / 255, {name: each.to(device) for name, each in target.items()}) for image, target in batch
         ]
 
 
@@ -277,65 +250,50 @@ def _read(images: Scenes, rows: list[int]) -> list[Sample] | str:
         return str(error)
 
 
-def detection(
-    backbone: nn.Module,
-    folder: str,
-    spec: BackboneSpec,
-    reader: Reader,
-    engine: Engine,
-    *,
-    settings: DetectionConfig,
-    seed: int,
-    say: Callable[[str], None],
-) -> list[Finding]:
-    """Train a detector on a copy of the backbone and evaluate it by COCO's mean average precision.
+def detection(backbone: nn.Module, folder: str, settings: DetectionConfig, task: Task) -> list[Finding]:
+    """Train a detector on a copy of a timm network and evaluate it by COCO's mean average precision.
 
     Horizontal flips are the only augmentation. The same seed gives the same figures on a CPU with the same threads; on GPUs the
     gradients of region pooling are added in any order.
-
-    Args:
-        backbone, spec: timm network without classifier, left as it is, and what it is.
-        folder: a data set in COCO's or VOC's layout.
-        seed: of heads, order, flips, the regions that are trained on, and of `max_images`.
-        say: takes lines of progress.
 
     Returns:
         One finding for boxes and, of Mask R-CNN, one for masks: COCO's AP in percent, from recall at 101 points, as map (over IoU
         0.50 to 0.95), map_50, map_75, and by size where there are such objects. The main figure is map, of VOC's layout map_50.
 
     Raises:
-        ConfigError: if a package or the masks asked for are missing, or the backbone does not suit.
-        DataError, NumericError: as of `relssl.data.boxes.load` and `train`.
+        ConfigError: if a package or the masks asked for are missing, or the backbone does not suit. Others as `load` and `train`.
     """
     check(settings)
+    spec, engine = task.spec, task.engine
     strides = [stride for _, _, stride in pyramid_levels(backbone, spec.name)]
-    whole, test = load(folder, masks=settings.model != "faster-rcnn", max_pixels=reader.max_pixels)
+    whole, test = load(folder, masks=settings.model != "faster-rcnn", max_pixels=task.reader.max_pixels)
     if settings.model == "mask-rcnn" and not whole.masked:
         raise ConfigError(f"detection.model: mask-rcnn needs masks, {folder} has none in both parts; take faster-rcnn or auto")
     # Images without an object teach torchvision's losses nothing but background, and are left out as its own recipes do.
     useful = whole.for_training()
-    rows = np.random.Generator(np.random.PCG64(seed)).permutation(len(useful))[: settings.max_images]
+    rows = task.bootstrap.generator().permutation(len(useful))[: settings.max_images]
     drawn = replace(useful, scenes=[useful.scenes[row] for row in np.sort(rows)])
-    steps, kind, classes = length(len(drawn), settings)[0], "mask-rcnn" if whole.masked else "faster-rcnn", len(whole.classes)
-    where = f"{spec.name}, maps of stride {', '.join(map(str, strides))}"
-    say(f"{kind} on {where}: {classes} classes, {len(drawn)} images, {steps} steps of {settings.batch_size}")
+    details, notes = _describe(whole, useful, drawn, test, settings)
+    steps, kind = details["steps"], "mask-rcnn" if whole.masked else "faster-rcnn"
+    task.say(
+        f"{kind} on {spec.name}, maps of stride {', '.join(map(str, strides))}: {steps} steps of {settings.batch_size} images"
+    )
     start, losses, often = time.monotonic(), list[float](), max(1, steps // 10)
     with torch.random.fork_rng(devices=[engine.device] if engine.device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        model = create_detector(backbone, spec, settings, classes, masks=whole.masked, autocast=engine.autocast)
-        for loss in train(engine.place(model), drawn, reader.workers, engine, settings=settings, seed=seed):
+        torch.manual_seed(task.bootstrap.seed)
+        model = create_detector(backbone, spec, settings, len(whole.classes), masks=whole.masked, autocast=engine.autocast)
+        for loss in train(engine.place(model), drawn, settings, task):
             losses.append(loss)
             if len(losses) % often == 0:
-                say(f"step {len(losses)} of {steps}: loss {np.mean(losses[-often:]):.4g}")
+                task.say(f"step {len(losses)} of {steps}: loss {np.mean(losses[-often:]):.4g}")
     trained = time.monotonic()
-    say(f"evaluating on {len(test)} images")
-    results = measure(model, test, reader.workers, engine)
+    task.say(f"evaluating on {len(test)} images")
+    results = measure(model, test, task)
     seconds = {"training": round(trained - start, 1), "evaluation": round(time.monotonic() - trained, 1)}
-    details = {"precision": engine.precision, "strides": strides, "steps": steps, "seconds": seconds, "loss": curve(losses)}
-    about, notes = _describe(whole, useful, drawn, test, settings)
+    details |= {"precision": engine.precision, "strides": strides, "seconds": seconds, "loss": curve(losses)}
     main = "map_50" if test.layout == "voc" else "map"
     return [
-        Finding({"model": kind, "of": of}, main, figures, notes=notes, details=details | about | {"map_per_class": per_class})
+        Finding({"model": kind, "of": of}, main, figures, notes=notes, details=details | {"map_per_class": per_class})
         for of, (figures, per_class) in results.items()
     ]
 
@@ -343,9 +301,10 @@ def detection(
 def _describe(
     whole: Scenes, useful: Scenes, drawn: Scenes, test: Scenes, settings: DetectionConfig
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Return details of the data and of the warm-up, and notes on what was left out of them."""
-    warmup = length(len(drawn), settings)[1]
+    """Return details of the data and of the steps, and notes on what was left out of them."""
+    steps, warmup = length(len(drawn), settings)
     details = {
+        "steps": steps,
         "warmup_steps": warmup,
         "layout": test.layout,
         "classes": len(whole.classes),

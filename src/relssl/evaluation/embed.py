@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import io
 from collections.abc import Sequence
 from dataclasses import replace
@@ -53,18 +54,16 @@ def embed(
         {"out", "images", "dim", "bad": [(file, reason)], "notes": what to know of the weights}.
 
     Raises:
-        ConfigError: for another kind of file, an unknown network, or .parquet without pyarrow.
-        DataError, CheckpointError: for images or weights that cannot be read. StorageError: if the file cannot be written.
+        ConfigError, DataError, CheckpointError, StorageError: each with what to do about it.
     """
-    path, reading = Path(out), reading or Reading()
-    check_target(path)
+    check_target(Path(out))
+    reading = reading or Reading()
     opened = open_backbones(source, replace(reading, network=network or reading.network))
-    engine, (_, backbone) = Engine.local(device, precision), opened.one()
-    images = load(data, data_root or opened.data_root, split)
-    features = extract(engine.place(backbone), images, opened.reader(reading.size), engine)
+    engine, images = Engine.local(device, precision), load(data, data_root or opened.data_root, split)
+    features = extract(engine.place(opened.one()[1]), images, opened.reader(reading.size), engine)
     rows, vectors = features.rows, features.vectors.numpy()
-    names = [images.source.name(row) for row in rows.tolist()]
-    write_vectors(path, vectors, rows, names, None if images.labels is None else images.labels[rows], images.classes)
+    names, labels = [images.source.name(row) for row in rows.tolist()], None if images.labels is None else images.labels[rows]
+    write_vectors(Path(out), vectors, rows, names, labels, images.classes)
     bad = [*images.bad, *features.bad]
     return {"out": str(out), "images": len(rows), "dim": vectors.shape[1], "bad": bad, "notes": list(opened.notes)}
 
@@ -79,53 +78,45 @@ def write_vectors(
 ) -> None:
     """Write features [N,D] with the ids, names and labels [N] of their rows (-1: none), over whatever lies at `path`.
 
-    `.npz` holds `features` float32, `ids` int64, `names` and, where given, `labels` int64 and `classes`, the names of the labels;
-    no pickle. `.csv` has a header and the columns id, name, label and class (where given), f0, f1, ...; numbers read back to the
-    same float32, and a name that a spreadsheet would run as a formula gets a leading '. `.parquet` has the columns id, name, label
-    and class (where given), and features, a list of D float32. Both write bytes that are not UTF-8 as backslash escapes.
+    `.npz` holds `features` float32, `ids` int64, `names` and, where known, `labels` int64 and `classes`, the names of the labels.
+    `.csv` has a header and the columns id, name, label and class (where known), f0, f1, ...; numbers read back to the same
+    float32, and a name that a spreadsheet would run as a formula gets a leading '. `.parquet` has a column `features`, a list of D
+    float32, in place of f0, f1, ... Both write bytes that are not UTF-8 as backslash escapes.
 
     Raises:
-        ConfigError, StorageError: as `check_target`; StorageError too if the file cannot be written. NumericError: for NaN or Inf.
+        As `check_target`; StorageError too if the file cannot be written. NumericError: for NaN or Inf.
     """
     check_target(path)
     finite = np.isfinite(features).all(axis=1)
     if not finite.all():
         raise NumericError(f"{names[int(finite.argmin())]!r}: its features hold NaN or Inf; check the weights")
-    columns: dict[str, Any] = {"id": ids, "name": names}
-    arrays: dict[str, Any] = {"features": features, "ids": ids, "names": np.array(names)}
-    if labels is not None:
-        columns["label"] = arrays["labels"] = labels
-        if classes is not None:
-            columns["class"] = [classes[label] if label >= 0 else "" for label in labels.tolist()]
-            arrays["classes"] = np.array(classes)
-    for name in {"name", "class"} & columns.keys():
-        columns[name] = [text.encode("utf-8", "backslashreplace").decode() for text in columns[name]]
     with replacing(path, needed=features.nbytes) as file:
-        match path.suffix.lower():
-            case ".npz":
-                np.savez(file, **arrays)
-            case ".csv":
-                _write_csv(file, columns, features)
-            case _:
-                _write_parquet(file, columns, features)
+        if path.suffix.lower() == ".npz":
+            known = {} if labels is None else {"labels": labels, "classes": classes and np.array(classes)}
+            present: dict[str, Any] = {name: values for name, values in known.items() if values is not None}
+            np.savez(file, features=features, ids=ids, names=np.array(names), **present)
+            return
+        columns: dict[str, Any] = {"id": ids, "name": [_escaped(name) for name in names]}
+        if labels is not None:
+            columns["label"] = labels
+            if classes is not None:
+                columns["class"] = [_escaped(classes[label]) if label >= 0 else None for label in labels.tolist()]
+        (_write_csv if path.suffix.lower() == ".csv" else _write_parquet)(file, columns, features)
 
 
 def check_target(path: Path) -> None:
-    """Refuse, before any work, what no vectors can be written to.
-
-    Raises:
-        ConfigError: for another suffix, or .parquet without pyarrow. StorageError: for a folder, or a file in no folder.
-    """
+    """Refuse, before any work, what no vectors can be written to: ConfigError for the kind of file, StorageError for its place."""
     suffix = path.suffix.lower()
     if suffix not in (".csv", ".npz", ".parquet"):
         raise ConfigError(f"{path}: vectors are not written as {suffix or 'a file without suffix'!r}; use .csv, .npz or .parquet")
-    if suffix == ".parquet":
-        try:
-            import pyarrow.parquet  # noqa: F401
-        except ImportError as error:
-            raise ConfigError(f"{path}: parquet needs pyarrow: pip install 'relssl[parquet]'") from error
+    if suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
+        raise ConfigError(f"{path}: parquet needs pyarrow: pip install 'relssl[parquet]'")
     if path.is_dir() or not path.parent.is_dir():
-        raise StorageError(f"{path}: {'is a folder' if path.is_dir() else 'its folder does not exist'}; choose another file")
+        raise StorageError(f"{path}: must be a file in a folder that exists; choose another")
+
+
+def _escaped(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _write_csv(file: BinaryIO, columns: dict[str, Any], features: NDArray[np.float32]) -> None:
@@ -134,9 +125,7 @@ def _write_csv(file: BinaryIO, columns: dict[str, Any], features: NDArray[np.flo
     writer.writerow([*columns, *(f"f{place}" for place in range(features.shape[1]))])
     for *cells, row in zip(*columns.values(), features, strict=True):
         # str() of a float32 is the shortest text that reads back to it.
-        safe = ("'" + cell if isinstance(cell, str) and cell[:1] in _FORMULA else cell for cell in cells)
-        writer.writerow([*safe, *row])
-    text.flush()
+        writer.writerow([*("'" + cell if isinstance(cell, str) and cell.startswith(_FORMULA) else cell for cell in cells), *row])
     text.detach()
 
 
@@ -144,8 +133,9 @@ def _write_parquet(file: BinaryIO, columns: dict[str, Any], features: NDArray[np
     import pyarrow as pa
     from pyarrow import parquet
 
+    vectors = pa.FixedSizeListArray.from_arrays(features.ravel(), features.shape[1])
     if "class" in columns:
-        columns["class"] = pa.array([text or None for text in columns["class"]], pa.string())
-    columns["features"] = pa.FixedSizeListArray.from_arrays(features.ravel(), features.shape[1])
+        columns["class"] = pa.array(columns["class"], pa.string())
     # Only the classes recur; a dictionary of the features would be as large as they are.
-    parquet.write_table(pa.table(columns), file, row_group_size=max(1, _GROUP // features.shape[1]), use_dictionary=["class"])
+    size = max(1, _GROUP // features.shape[1])
+    parquet.write_table(pa.table(columns | {"features": vectors}), file, row_group_size=size, use_dictionary=["class"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import json
 import time
@@ -10,18 +11,15 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import nn
 
 from relssl.data.folder import shown
 from relssl.engine import Engine
 from relssl.errors import ConfigError, DataError, StorageError
 from relssl.evaluation.features import LabelledFeatures, cached, evaluating, extract, frozen, state_hash
-from relssl.evaluation.heads import Task
-from relssl.evaluation.metrics import Bootstrap
+from relssl.evaluation.metrics import Bootstrap, Interval
 from relssl.evaluation.pairs import LabelledPair
-from relssl.evaluation.result import Finding, Protocol, Record, card, file_name, title, writable
+from relssl.evaluation.result import Finding, Protocol, Record, Task, card, file_name, title, writable
 from relssl.files import write_json
 from relssl.settings.evaluation import Evaluation, read_settings
 from relssl.weights.foreign import Reading
@@ -78,28 +76,15 @@ def evaluate(
     Raises:
         ConfigError, DataError, CheckpointError, NumericError, StorageError: each with what to do about it.
     """
-    settings, reading, say = settings or read_settings(overrides), reading or Reading(), say or (lambda line: None)
-    if out is not None and (not Path(out).absolute().parent.is_dir() or Path(out).is_dir()):
+    settings, say, out = settings or read_settings(overrides), say or (lambda line: None), Path(out).absolute() if out else None
+    if out and (not out.parent.is_dir() or out.is_dir()):
         raise ConfigError(f"out: {out} must be a JSON file in a folder that exists")
-    if out is not None:
-        writable(Path(out).absolute().parent)  # before the work
-    wanted = set(settings.network or ())
-    network = min(wanted) if len(wanted) == 1 else reading.network
-    opened = open_backbones(source, dataclasses.replace(reading, network=network, size=settings.size or reading.size))
-    if opened.folder is not None and (unknown := wanted - opened.networks.keys()):
-        raise ConfigError(f"network: {opened.name} holds {' and '.join(opened.networks)}, not {', '.join(sorted(unknown))}")
+    opened = _open(source, reading or Reading(), settings)
     data = data or opened.data
     if data is None:
         raise ConfigError(f"data: {opened.name} does not say what it was trained on; name the labelled data to evaluate it on")
     _check_data(settings, data)
-    folder = opened.folder and opened.folder / "evaluations"
-    try:
-        folder = folder and writable(folder)
-    except StorageError as error:
-        if out is None:
-            raise StorageError(f"{error}, or give --out FILE") from error
-        say(f"{folder}: cannot be written; the results go to {out} alone")
-        folder = None
+    folder = _results_folder(opened.folder, out, say)
     evaluation = _Evaluation(opened, settings, say)
     answer: Record = {"source": opened.name, "data": title(data), "results": []}
     if any(PROTOCOLS[name].takes != "scenes" and name != "transfer" for name in settings.protocol):
@@ -109,11 +94,34 @@ def evaluate(
         answer["results"] += records
         if folder is not None:
             write_json(folder / file_name(name, data, settings), answer | {"results": records, "time": time.time()})
-        if out is not None:
-            write_json(Path(out), answer | {"time": time.time()})
+        if out:
+            write_json(out, answer | {"time": time.time()})
         if done is not None:
             done(answer)
     return answer
+
+
+def _open(source: str | Path, reading: Reading, settings: Evaluation) -> Opened:
+    """Open the backbones that are wanted, or all of a run."""
+    wanted = set(settings.network or ())
+    network = min(wanted) if len(wanted) == 1 else reading.network
+    opened = open_backbones(source, dataclasses.replace(reading, network=network, size=settings.size or reading.size))
+    if opened.folder is not None and (unknown := wanted - opened.networks.keys()):
+        raise ConfigError(f"network: {opened.name} holds {' and '.join(opened.networks)}, not {', '.join(sorted(unknown))}")
+    return opened
+
+
+def _results_folder(run: Path | None, out: Path | None, say: Say) -> Path | None:
+    """Return where a run's results go, None if to `out` alone; StorageError, before the work, if they cannot be written."""
+    if out:
+        writable(out.parent)
+    try:
+        return run and writable(run / "evaluations")
+    except StorageError as error:
+        if not out:
+            raise StorageError(f"{error}, or give --out FILE") from error
+        say(f"{run}/evaluations: cannot be written; the results go to {out} alone")
+        return None
 
 
 def _check_data(settings: Evaluation, data: str) -> None:
@@ -133,22 +141,21 @@ class _Evaluation:
     """The work that the protocols of one evaluation share."""
 
     def __init__(self, opened: Opened, settings: Evaluation, say: Say) -> None:
-        self.opened, self.settings, self.say = opened, settings, say
-        self.reader = opened.reader(settings.size, settings.workers)
-        self.engine = Engine.local(settings.device, settings.precision)
-        self.bootstrap = Bootstrap(settings.resamples, settings.seed)
+        self.opened, self.settings = opened, settings
+        reader, engine = opened.reader(settings.size, settings.workers), Engine.local(settings.device, settings.precision)
+        self.task = Task(opened.spec, reader, engine, Bootstrap(settings.resamples, settings.seed), say)
         self.notes = [*opened.notes, *_unfinished(opened.folder)]
-        self._pair: tuple[str, LabelledPair, list[str]] | None = None
+        self.pair = functools.lru_cache(maxsize=1)(self._load_pair)  # one at a time: sets may be large
 
     def records(self, name: str, data: str) -> Iterator[Record]:
         """Yield the records of one protocol, network by network."""
         protocol, section = PROTOCOLS[name], getattr(self.settings, "probe" if name == "transfer" else name)
         measure = self._transfer if name == "transfer" else self._findings
-        common = card(name, protocol, section, self.settings, self.opened.spec, self.reader, self.engine)
+        common = card(name, protocol, section, self.task)
         for network, backbone in self.opened.networks.items():
             start = time.monotonic()
-            self.say(f"{name}: {network} on {title(data)}")
-            backbone = self.engine.place(backbone)
+            self.task.say(f"{name}: {network} on {title(data)}")
+            backbone = self.task.engine.place(backbone)
             common |= {"network": network, "weights": state_hash(backbone), "source": self.opened.origin}
             with evaluating(backbone) if protocol.trains else frozen(backbone):
                 findings, notes, common["images"] = measure(protocol, section, backbone, data)
@@ -161,49 +168,39 @@ class _Evaluation:
                     settings["split"] = finding.details["split"]
                 yield record | plain | {"card": common | {"settings": settings}}
 
-    def pair(self, data: str) -> tuple[LabelledPair, list[str]]:
+    def _load_pair(self, data: str) -> tuple[LabelledPair, tuple[str, ...]]:
         """Return both sides of a data set, and what a reader of any figure on them must know."""
-        if self._pair is None or self._pair[0] != data:  # one at a time: sets may be large
-            settings = self.settings
-            pair = LabelledPair.load(data, settings.data_root or self.opened.data_root, settings.images, settings.seed)
-            notes = pair.notes()
-            if self.opened.seen is not None and self.opened.seen == pair.uncut:
-                notes.append("the test images are those that the run was pretrained on")
-            self._pair = data, pair, notes
-        return self._pair[1:]
+        settings = self.settings
+        pair = LabelledPair.load(data, settings.data_root or self.opened.data_root, settings.images, settings.seed)
+        seen = self.opened.seen is not None and self.opened.seen == pair.uncut
+        return pair, (*pair.notes(), *(["the test images are those that the run was pretrained on"] if seen else []))
 
     def _findings(self, protocol: Protocol, section: Any, backbone: nn.Module, data: str) -> Measured:
         module, _, function = protocol.place.partition(".")
         run: Callable[..., list[Finding]] = getattr(importlib.import_module(f"relssl.evaluation.{module}"), function)
-        common: dict[str, Any] = {"settings": section, "seed": self.settings.seed}
         if protocol.takes == "scenes":
-            findings = run(backbone, data, self.opened.spec, self.reader, self.engine, say=self.say, **common)
+            findings = run(backbone, data, section, self.task)
             return findings, [], findings[0].details["fingerprints"]
-        pair, pair_notes = self.pair(data)
-        notes, used = list(pair_notes), pair.card()
+        pair, (*notes,) = self.pair(data)
+        used = pair.card()
         if protocol.takes == "images":
-            task = Task(pair, self.reader, self.engine, self.bootstrap, self.settings.seed, self.say)
-            return run(backbone, task, section), notes, used
-        sides: list[torch.Tensor] = []
-        for side, images in (("bank", pair.bank), ("test", pair.test)):
-            features = (cached if self.settings.cache else extract)(backbone, images, self.reader, self.engine)
-            if features.bad:
-                first = f"{shown(features.bad[0][0])}: {features.bad[0][1]}"
-                notes.append(f"{len(features.bad)} of {len(images)} {side} images cannot be read, the first is {first}")
-                used[side]["read"] = len(features.rows)
-            known = np.asarray(images.labels if images.targets is None else images.targets)
-            sides += [features.vectors, torch.from_numpy(known[features.rows])]
-        bank, bank_labels, test, test_labels = sides
-        if self.engine.device.type == "cuda":  # protocols compute where the test features are, in fp64, which MPS has not
-            test = test.to(self.engine.device)
-        labelled = LabelledFeatures(bank, bank_labels, test, test_labels, pair.classes)
-        notes += labelled.check()
-        return run(labelled, bootstrap=self.bootstrap, **common), notes, used
+            return run(backbone, pair, section, self.task), notes, used
+        both = []
+        for side, images, _ in pair.sides:
+            both.append((cached if self.settings.cache else extract)(backbone, images, self.task.reader, self.task.engine))
+            if bad := both[-1].bad:
+                first = f"the first is {shown(bad[0][0])}: {bad[0][1]}"
+                notes.append(f"{len(bad)} of {len(images)} {side} images cannot be read, {first}")
+                used[side]["read"] = len(both[-1].rows)
+        sides = LabelledFeatures.of(pair, *both)
+        notes += sides.check()
+        if self.task.engine.device.type == "cuda":  # protocols compute where the test features are, in fp64, which MPS has not
+            sides = dataclasses.replace(sides, test=sides.test.to(self.task.engine.device))
+        return run(sides, section, self.task.bootstrap), notes, used
 
     def _transfer(self, protocol: Protocol, section: Any, backbone: nn.Module, data: str) -> Measured:
         """Run the protocol on each of several data sets."""
-        outcomes: dict[str, Finding | str] = {}
-        images: Record = {}
+        outcomes, images = dict[str, Finding | str](), Record()
         for one in filter(None, data.split(",")):
             try:
                 (finding,), notes, images[title(one)] = self._findings(protocol, section, backbone, one)
@@ -217,31 +214,26 @@ def transfer_table(outcomes: Mapping[str, Finding | str]) -> Finding:
     """Join the findings on several data sets, or the reasons why there is none, in one: the customary figure of each, and `mean`.
 
     `details` holds {"rows": [...]}, one a set: {"data", "metric", "value", "interval"} with the interval [low, high] or None, or
-    {"data", "not_run": reason}. The mean has no interval, as the sets were drawn apart.
-
-    Raises:
-        DataError: if there is no finding, with all the reasons.
+    {"data", "not_run": reason}. The mean has no interval, as the sets were drawn apart. DataError if there is no finding.
     """
-    rows: list[Record] = []
-    notes: list[str] = []
+    rows, notes, figures, intervals = list[Record](), list[str](), dict[str, float](), dict[str, Interval]()
     for name, outcome in outcomes.items():
         if isinstance(outcome, str):
             rows.append({"data": name, "not_run": outcome.removeprefix(f"{name}: ")})  # which our errors begin with
             continue
-        metric = CUSTOMARY.get(name, outcome.main)
-        interval = [round(bound, 4) for bound in outcome.intervals[metric]] if metric in outcome.intervals else None
-        rows.append({"data": name, "metric": metric, "value": round(outcome.figures[metric], 4), "interval": interval})
+        plain, metric = outcome.plain(), CUSTOMARY.get(name, outcome.main)
+        figures[name], interval = plain["figures"][metric], plain["intervals"].get(metric)
+        rows.append({"data": name, "metric": metric, "value": figures[name], "interval": interval})
+        intervals |= {name: tuple(interval)} if interval else {}
         notes += [f"{name}: {note}" for note in outcome.notes]
-    ran, missing = [row for row in rows if "value" in row], [row for row in rows if "not_run" in row]
-    if not ran:
-        reasons = "; ".join(f"{row['data']}: {row['not_run']}" for row in missing) or "no data set was named"
-        raise DataError(f"transfer: ran on none of the data sets ({reasons})")
+    missing = [not_run(row) for row in rows if "not_run" in row]
+    if not figures:
+        raise DataError(f"transfer: ran on none of the data sets ({'; '.join(missing) or 'none was named'})")
     if missing:
-        subset = f"the mean is over {len(ran)} of {len(rows)} data sets; do not compare it with one over others"
-        notes = [subset, *map(not_run, missing), *notes]
-    figures = {row["data"]: row["value"] for row in ran} | {"mean": sum(row["value"] for row in ran) / len(ran)}
-    intervals = {row["data"]: tuple(row["interval"]) for row in ran if row["interval"]}
-    return Finding({"sets": list(outcomes)}, "mean", figures, intervals, tuple(notes), {"rows": rows})
+        subset = f"the mean is over {len(figures)} of {len(rows)} data sets; do not compare it with one over others"
+        notes = [subset, *missing, *notes]
+    mean = sum(figures.values()) / len(figures)
+    return Finding({"sets": list(outcomes)}, "mean", figures | {"mean": mean}, intervals, tuple(notes), {"rows": rows})
 
 
 def not_run(row: Mapping[str, Any]) -> str:

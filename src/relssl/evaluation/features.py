@@ -1,6 +1,6 @@
-"""Backbone features of whole data sets, by one fixed view an image: computed once, kept on the disk, and read from there.
+"""Backbone features of whole data sets, by one fixed view an image: computed once, stored in a cache, and read from there.
 
-Legend: N images, F feature dimensions.
+Legend: N images, F feature dimensions, C classes.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from relssl.data.folder import cache_root, shown
@@ -24,7 +25,7 @@ from relssl.data.plain import Reader
 from relssl.data.subsets import identity
 from relssl.engine import Engine
 from relssl.errors import DataError, NumericError
-from relssl.evaluation.pairs import class_counts, numbered
+from relssl.evaluation.pairs import LabelledPair, class_counts, numbered
 from relssl.files import replacing, storing, sweep
 
 _LAYOUT = 2  # of the files in the cache
@@ -42,9 +43,7 @@ class Features:
 
 @torch.no_grad()
 def extract(backbone: nn.Module, images: Images, reader: Reader, engine: Engine) -> Features:
-    """Compute the features of a data set.
-
-    The backbone, which must be on the engine's device, runs in eval mode and is put back as it was.
+    """Compute the features of a data set by the backbone, on the engine's device, in eval mode; it is left in its own mode.
 
     Raises:
         DataError: if no image can be read, with the first reason.
@@ -104,23 +103,17 @@ def state_hash(module: nn.Module) -> str:
 def cached(backbone: nn.Module, images: Images, reader: Reader, engine: Engine, *, limit: int = _LIMIT) -> Features:
     """Return `extract`'s features: from $RELSSL_CACHE if they lie there, else computed and written there.
 
-    Args:
-        limit: bytes that all files there may take; those that were not used for longest go first.
-
-    Raises:
-        DataError: if no image can be read. StorageError: if the cache cannot be written.
+    All files there take at most `limit` bytes; those that were not used for longest go first. StorageError if it cannot be written.
     """
     folder = cache_root() / "features"
     path = folder / f"{cache_key(backbone, images, reader, engine)}.npz"
-    try:
+    with suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # not there, or damaged
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             bad = [(str(name), str(reason)) for name, reason in arrays["bad"]]
             features = Features(torch.from_numpy(arrays["vectors"]), arrays["rows"], bad)
-        with suppress(OSError):
-            os.utime(path)
+        os.utime(path)
         return features
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # not there, or damaged
-        features = extract(backbone, images, reader, engine)
+    features = extract(backbone, images, reader, engine)
     with storing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     sweep(folder)
@@ -161,6 +154,13 @@ class LabelledFeatures:
     test_labels: Tensor
     classes: int
 
+    @classmethod
+    def of(cls, pair: LabelledPair, bank: Features, test: Features) -> LabelledFeatures:
+        """Give the features of both sides their labels."""
+        known = (np.asarray(images.labels if images.targets is None else images.targets) for _, images, _ in pair.sides)
+        bank_labels, test_labels = (torch.from_numpy(each[side.rows]) for each, side in zip(known, (bank, test), strict=True))
+        return cls(bank.vectors, bank_labels, test.vectors, test_labels, pair.classes)
+
     @property
     def several(self) -> bool:
         """True if an image can have several labels."""
@@ -169,30 +169,25 @@ class LabelledFeatures:
     def check(self) -> list[str]:
         """Return what a reader of any figure must know of the labels.
 
-        Features count as constant if no dimension's range exceeds a millionth of the largest magnitude: that is what rounding
-        leaves of one vector.
+        Features count as constant if no dimension's range exceeds a millionth of the largest magnitude, which rounding may leave.
 
         Raises:
             NumericError: for NaN, Inf or constant features. DataError: without test images, or with nothing to tell apart.
         """
-        for side, features in (("bank", self.bank), ("test", self.test)):
-            if not len(features):
-                continue
-            low, high = features.amin(dim=0), features.amax(dim=0)
+        known, wanted = (class_counts(labels, self.classes) for labels in (self.bank_labels, self.test_labels))
+        for side, features, count in (("bank", self.bank, known), ("test", self.test, wanted)):
+            if not int(count.sum()):
+                raise DataError(f"labels: the {side} images are of no class; nothing can be measured")
+            low, high = (bound.double() for bound in torch.aminmax(features, dim=0))
             if not bool((low.isfinite() & high.isfinite()).all()):  # NaN passes through both
                 row = int((~features.isfinite().all(dim=1)).nonzero()[0])
                 raise NumericError(f"{side} features hold NaN or Inf, first in row {row}; check the weights and their precision")
-            scale = torch.maximum(low.abs(), high.abs()).max()
-            if len(features) > 1 and bool((high.double() - low.double()).max() <= 1e-6 * scale.double()):
+            if len(features) > 1 and bool((high - low).max() <= 1e-6 * torch.maximum(low.abs(), high.abs()).max()):
                 fault = "the network has collapsed or is broken"
                 raise NumericError(f"{side} features are constant over all {len(features)} images: {fault}")
-        known, wanted = (class_counts(labels, self.classes) for labels in (self.bank_labels, self.test_labels))
         if not self.several and int((known > 0).sum()) < 2:
             single = f"all {len(self.bank)} images of the bank are of the single class {int(known.argmax())}"
             raise DataError(f"labels: {single}; give two or more")
-        for side, count in (("bank", known), ("test", wanted)):
-            if not int(count.sum()):
-                raise DataError(f"labels: the {side} images are of no class; nothing can be measured")
         notes = []
         if missing := numbered(lacking := (known == 0) & (wanted > 0)):
             notes.append(f"The bank has no image of {missing}, so {int(wanted[lacking].sum())} test labels cannot be predicted.")
@@ -202,17 +197,11 @@ class LabelledFeatures:
 
 
 def unit(rows: Tensor) -> Tensor:
-    """Scale [n,F] to fp32 of unit norm; ValueError for NaN or Inf.
-
-    Each row's largest entry is brought to 1 first, so that no square overflows or vanishes.
-    """
-    rows = rows if rows.dtype == torch.float64 else rows.float()
-    largest = rows.abs().amax(dim=1, keepdim=True)
-    if not bool(largest.isfinite().all()):
+    """Scale [n,F] to fp32 of unit norm, whatever their length; ValueError for NaN or Inf."""
+    rows = F.normalize(rows.double(), eps=1e-300)  # where no square overflows or vanishes; a row of zeros stays zero
+    if not bool(rows.isfinite().all()):
         raise ValueError("features hold NaN or Inf")
-    rows = (rows / torch.where(largest > 0, largest, 1)).float()
-    norm: Tensor = rows.norm(dim=1, keepdim=True)
-    return rows / norm.clamp_min(1.0)  # a row of zeros stays zero, and similar to nothing
+    return rows.float()
 
 
 @contextmanager

@@ -23,7 +23,7 @@ _LOW = 0xFFFFFFFF
 _VOTERS = 4096  # queries whose votes are counted at a time
 
 
-def knn(sides: LabelledFeatures, settings: KnnConfig, bootstrap: Bootstrap, seed: int = 0) -> list[Finding]:
+def knn(sides: LabelledFeatures, settings: KnnConfig, bootstrap: Bootstrap) -> list[Finding]:
     """Classify by weighted kNN at every k and temperature of the settings, from one pass over the bank; nothing is drawn.
 
     Raises:
@@ -31,9 +31,8 @@ def knn(sides: LabelledFeatures, settings: KnnConfig, bootstrap: Bootstrap, seed
     """
     if sides.several:
         raise ConfigError("protocol: knn votes for one class, these images have several labels; use probe, lowshot or retrieval")
-    most = len(sides.bank)
+    most, findings = len(sides.bank), dict[tuple[int, float], Finding]()
     near = neighbours(sides.bank, sides.test, min(max(settings.k), most))
-    findings: dict[tuple[int, float], Finding] = {}
     for wanted, temperature in itertools.product(settings.k, settings.temperature):
         notes = (f"k lowered from {wanted} to {most}, the images of the bank",) if most < wanted else ()
         k, rank = min(wanted, most), _ranks(sides, *near, wanted, temperature)
@@ -74,18 +73,13 @@ def votes(similarity: Tensor, labels: Tensor, temperature: float, classes: int) 
 def neighbours(bank: Tensor, queries: Tensor, k: int, *, chunk: int = 1024, bank_chunk: int = 16384) -> tuple[Tensor, Tensor]:
     """Find the nearest bank features by cosine similarity; ties in fp32 go to the lower index.
 
-    Similarities of identical features can differ in the last bit, as a matrix product may sum in another order at another place.
-
     Args:
         bank, queries: [N,D] and [M,D] of any real dtype; the work is done on the queries' device, in fp32.
         k: 1..N.
-        chunk, bank_chunk: queries and bank features at a time; chunk x bank_chunk similarities are held at once.
+        chunk, bank_chunk: queries and bank features at a time, whose similarities are in memory at once.
 
     Returns:
-        Similarities [M,k], falling, and places in the bank [M,k], on the CPU.
-
-    Raises:
-        ValueError: for a k out of range, or NaN or Inf features.
+        Similarities [M,k], falling, and places in the bank [M,k], on the CPU; ValueError for another k, or NaN or Inf features.
     """
     if not 1 <= k <= len(bank):
         raise ValueError(f"k must lie in 1..{len(bank)}, the features of the bank, got {k}")

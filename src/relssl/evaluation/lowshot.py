@@ -24,7 +24,7 @@ from sklearn.svm import LinearSVC
 from torch import Tensor
 
 from relssl.errors import DataError
-from relssl.evaluation.features import LabelledFeatures, full_precision, unit
+from relssl.evaluation.features import LabelledFeatures, unit
 from relssl.evaluation.metrics import Bootstrap, accuracies, average_precision, map_samples, mean_interval, percentiles, ranks
 from relssl.evaluation.pairs import class_counts, numbered
 from relssl.evaluation.result import Finding
@@ -34,40 +34,36 @@ Ints = npt.NDArray[np.int64]
 _PARTS = 3  # of cross-validation
 _COST = 1.0  # where there is nothing to choose it by
 _ITERATIONS = 2000  # VISSL's and PCL's
-_TEST_ROWS = 4096  # test images at a time
 
 
 class Draw(NamedTuple):
-    """The outcome of one draw: scores of the test images fp32 [M,C], the cost (None: nothing to choose it by), machines that
-    did not converge."""
+    """The outcome of one draw."""
 
-    scores: Tensor
-    cost: float | None
-    stuck: int
+    scores: Tensor  # fp32 [M,C]
+    cost: float | None  # None: there was nothing to choose it by
+    stuck: int  # machines that did not converge
 
 
-def lowshot(sides: LabelledFeatures, settings: LowshotConfig, bootstrap: Bootstrap, seed: int) -> list[Finding]:
+def lowshot(sides: LabelledFeatures, settings: LowshotConfig, bootstrap: Bootstrap) -> list[Finding]:
     """Train on n images of each class, classify the test images; for every n, over several draws.
 
     A draw, which depends on the seed, puts the images of each class in an order of its own and n shots are its first n: draws are
     independent of each other, the shots of a draw contain those of fewer. All images (n = 0, or no class has more than n) are one
     draw. Where no cost can be chosen, as with one image a class, it is 1.
 
-    Returns:
-        A finding for every n, {"shots": n}: the mean over draws of top1, top5 and mean_per_class, or of map, and, with two draws
-        or more, top1_deviation or map_deviation (of draws - 1). Intervals are those of the mean over the same draws: what other
-        test images would change. `details` has the figure and the cost of each draw.
+    Figures are means over the draws, of two or more with the deviation of the main one (of draws - 1). Intervals are those of the
+    mean over the same draws: what other test images would change.
     """
-    count, findings = class_counts(sides.bank_labels, sides.classes), []
+    findings, every = [], sides.bank_labels.numpy()
+    most = int(class_counts(sides.bank_labels, sides.classes).max())
     for shots in dict.fromkeys(settings.shots):
-        seeds = [[seed, draw] for draw in range(settings.draws)]
-        orders = [np.random.Generator(np.random.PCG64(each)).permutation(len(sides.bank)) for each in seeds]
-        if not shots or (not sides.several and shots >= int(count.max())):
-            orders = [np.arange(len(sides.bank))]  # every draw would take them all
-        taken = [drawn_rows(sides.bank_labels.numpy(), sides.classes, order, shots) for order in orders]
+        seeds = [[bootstrap.seed, draw] for draw in range(settings.draws)]
+        orders = [np.random.Generator(np.random.PCG64(each)).permutation(len(every)) for each in seeds]
+        if not shots or (not sides.several and shots >= most):
+            orders = [np.arange(len(every))]  # every draw would take them all
+        taken = [drawn_rows(every, sides.classes, order, shots) for order in orders]
         with warnings.catch_warnings(action="ignore", category=ConvergenceWarning):  # a note says it instead
-            draws = [_draw(sides, rows, settings) for rows in taken]
-        findings.append(_finding(shots, draws, sides, bootstrap, _notes(sides.bank_labels, count, shots, draws)))
+            findings.append(_finding(shots, [_draw(sides, rows, settings) for rows in taken], sides, bootstrap))
     return findings
 
 
@@ -88,25 +84,19 @@ def drawn_rows(labels: npt.NDArray[np.int64 | np.int8], classes: int, order: Int
 
 def _draw(sides: LabelledFeatures, taken: dict[int | None, Ints], settings: LowshotConfig) -> Draw:
     """Train one machine for all classes, each against the rest; or one for each class: of it, or not."""
-    single, device, problems = not sides.several, sides.test.device, []
-    for own, rows in taken.items():
-        labels = sides.bank_labels if own is None else sides.bank_labels[:, own]
-        problems.append((rows, labels.numpy()[rows].astype(np.int64)))
+    labels, test = sides.bank_labels.numpy().astype(np.int64), _features(sides.test)
+    single, stuck = not sides.several, 0
+    problems = [(rows, labels[rows] if own is None else labels[rows, own]) for own, rows in taken.items()]
     cost = settings.cost[0] if len(settings.cost) == 1 else choose_cost(sides.bank, problems, settings.cost, single)
-    weight, stuck = torch.zeros(sides.classes, sides.bank.shape[1]), 0
-    bias = torch.full((sides.classes,), -torch.inf if single else 0.0)  # one machine never predicts classes without an image
+    scores = np.full((len(sides.test), sides.classes), -np.inf if single else 0, np.float32)  # without an image: never predicted
     for own, (rows, truth) in zip(taken, problems, strict=True):
-        machine = _machine(cost or _COST, single).fit(_unit_rows(sides.bank, rows), truth)
+        machine = _machine(cost or _COST, single).fit(_features(sides.bank[rows]), truth)
         stuck += int(machine.n_iter_ >= _ITERATIONS)
-        to = machine.classes_ if own is None else [own]
-        coef, intercept = machine.coef_, machine.intercept_
-        if len(coef) < len(to):  # two classes are opposites
-            coef, intercept = np.concatenate([-coef, coef]), np.concatenate([-intercept, intercept])
-        weight[to], bias[to] = torch.from_numpy(coef).float(), torch.from_numpy(intercept).float()
-    weight, bias = weight.to(device), bias.to(device)
-    with full_precision(device):
-        scores = [torch.addmm(bias, unit(rows), weight.T).cpu() for rows in torch.split(sides.test, _TEST_ROWS)]
-    return Draw(torch.cat(scores), cost, stuck)
+        decision = machine.decision_function(test)
+        if own is None and decision.ndim == 1:  # two classes are opposites
+            decision = np.stack([-decision, decision], axis=1)
+        scores[:, machine.classes_ if own is None else own] = decision
+    return Draw(torch.from_numpy(scores), cost, stuck)
 
 
 def _machine(cost: float, single: bool) -> LinearSVC:
@@ -115,8 +105,8 @@ def _machine(cost: float, single: bool) -> LinearSVC:
     return LinearSVC(C=cost, class_weight=weights, max_iter=_ITERATIONS, dual="auto", random_state=0)
 
 
-def _unit_rows(bank: Tensor, rows: Ints) -> npt.NDArray[np.float64]:
-    return unit(bank[torch.from_numpy(rows)]).double().cpu().numpy()
+def _features(rows: Tensor) -> npt.NDArray[np.float64]:
+    return unit(rows).double().cpu().numpy()
 
 
 def choose_cost(bank: Tensor, problems: Sequence[tuple[Ints, Ints]], costs: Sequence[float], single: bool) -> float | None:
@@ -129,15 +119,12 @@ def choose_cost(bank: Tensor, problems: Sequence[tuple[Ints, Ints]], costs: Sequ
     figures: dict[float, list[float]] = {cost: [] for cost in sorted(costs)}
     for rows, truth in problems:
         turn = np.full(len(truth), -1)
-        for own in np.unique(truth):
-            places = (truth == own).nonzero()[0]
-            turn[places] = np.arange(len(places)) % _PARTS if len(places) > 1 else -1
+        for own, count in zip(*np.unique(truth, return_counts=True), strict=True):
+            turn[truth == own] = np.arange(count) % _PARTS if count > 1 else -1
         splits = [sides for sides in PredefinedSplit(turn).split() if all(len(np.unique(truth[side])) > 1 for side in sides)]
-        features = _unit_rows(bank, rows) if splits else np.empty(0)
+        features, scoring = _features(bank[rows]), None if single else _precision
         for cost, scores in figures.items() if splits else ():
-            scores += list(
-                cross_val_score(_machine(cost, single), features, truth, cv=splits, scoring=None if single else _precision)
-            )
+            scores += cross_val_score(_machine(cost, single), features, truth, cv=splits, scoring=scoring).tolist()
     means = {cost: np.mean(scores) for cost, scores in figures.items() if scores}
     return max(means, key=lambda cost: means[cost], default=None)
 
@@ -147,34 +134,28 @@ def _precision(machine: LinearSVC, features: npt.NDArray[np.float64], truth: Int
     return float(average_precision(decision, torch.from_numpy(truth[:, None]), interpolated=True)[0])
 
 
-def _notes(labels: Tensor, count: Tensor, shots: int, draws: list[Draw]) -> list[str]:
-    notes = []
+def _finding(shots: int, draws: list[Draw], sides: LabelledFeatures, bootstrap: Bootstrap) -> Finding:
+    truth, labels, notes, right = sides.test_labels, sides.bank_labels, [], None
+    count, setting = class_counts(labels, sides.classes), dict[str, Any](shots=shots)
     if few := numbered((count > 0) & (count < shots)):
         notes.append(f"Fewer than {shots} bank images of {few}: all of them were used.")
-    if labels.dim() == 2 and (lone := numbered((count == 0) | ((labels == 0).sum(dim=0) == 0))):
-        notes.append(f"The bank has no images both of {lone} and not, so nothing was learnt there.")
-    if any(draw.cost is None for draw in draws):
-        notes.append(f"With so few images a class there is no cross-validation, so the cost was {_COST:g}.")
-    if stuck := sum(draw.stuck for draw in draws):
-        notes.append(f"{stuck} of the support vector machines had not converged after {_ITERATIONS} iterations.")
-    return notes
-
-
-def _finding(shots: int, draws: list[Draw], sides: LabelledFeatures, bootstrap: Bootstrap, notes: list[str]) -> Finding:
-    setting: dict[str, Any] = {"shots": shots}
-    truth, right, scores = sides.test_labels, None, [draw.scores for draw in draws]
-    figures: list[dict[str, float]]
     if sides.several:
-        setting |= {"average_precision": "interpolated"}
-        figures = [{"map": 100 * float(np.nanmean(average_precision(some, truth, interpolated=True)))} for some in scores]
-        samples = np.mean([map_samples(some, truth, bootstrap, interpolated=True) for some in scores], axis=0)
+        setting["average_precision"] = "interpolated"
+        if lone := numbered((count == 0) | ((labels == 0).sum(dim=0) == 0)):
+            notes.append(f"The bank has no images both of {lone} and not, so nothing was learnt there.")
+        figures = [{"map": 100 * float(np.nanmean(average_precision(draw.scores, truth, interpolated=True)))} for draw in draws]
+        samples = np.mean([map_samples(draw.scores, truth, bootstrap, interpolated=True) for draw in draws], axis=0)
         intervals = {"map": percentiles(100 * samples)}
     else:
-        place = torch.stack([ranks(some, truth) for some in scores])
+        place = torch.stack([ranks(draw.scores, truth) for draw in draws])
         figures = [accuracies(rank, truth, sides.classes) for rank in place]
         best = {"top1": 1, "top5": min(5, sides.classes)}
         intervals = {name: mean_interval(100 * (place < k).double().mean(dim=0), bootstrap) for name, k in best.items()}
         right = (place[0] == 0).numpy() if len(draws) == 1 else None
+    if any(draw.cost is None for draw in draws):
+        notes.append(f"With so few images a class there is no cross-validation, so the cost was {_COST:g}.")
+    if stuck := sum(draw.stuck for draw in draws):
+        notes.append(f"{stuck} of the support vector machines had not converged after {_ITERATIONS} iterations.")
     main = next(iter(figures[0]))
     mean = {name: float(np.mean([each[name] for each in figures])) for name in figures[0]}
     if len(draws) > 1:

@@ -72,15 +72,11 @@ def accuracy_intervals(rank: Tensor, truth: Tensor, classes: int, bootstrap: Boo
     cells = torch.bincount(truth * 3 + place, minlength=3 * classes).double().numpy()
     total = int(cells.sum())
     drawn = bootstrap.generator().multinomial(total, cells / total, size=bootstrap.resamples).reshape(-1, classes, 3)
-    count, right = drawn.sum(axis=2), drawn[:, :, 0]
+    right, top5 = drawn[:, :, 0], drawn[:, :, :2] if classes > 5 else drawn
     with np.errstate(invalid="ignore"):
-        shares = right / count  # NaN for a class that a resample has none of
-    top5 = drawn[:, :, :2].sum(axis=(1, 2)) if classes > 5 else np.full(len(drawn), total)
-    return {
-        "top1": percentiles(100 * right.sum(axis=1) / total),
-        "top5": percentiles(100 * top5 / total),
-        "mean_per_class": percentiles(100 * np.nanmean(shares, axis=1)),
-    }
+        per_class = np.nanmean(right / drawn.sum(axis=2), axis=1)  # NaN for a class that a resample has none of
+    shares = {"top1": right.sum(axis=1) / total, "top5": top5.sum(axis=(1, 2)) / total, "mean_per_class": per_class}
+    return {name: percentiles(100 * samples) for name, samples in shares.items()}
 
 
 def average_precision(
@@ -88,17 +84,16 @@ def average_precision(
 ) -> Floats:
     """Compute the average precision of each class over the images that are known to be of it or not.
 
-    Precision is taken at each distinct score, so equal scores count as one step, as in scikit-learn's
-    `average_precision_score`. Interpolated, precision at a recall is the best at that recall or beyond: the area that PASCAL VOC
-    measures since 2010, and with which VISSL and PCL report VOC07 (not the 11 points of 2007 itself).
+    It is scikit-learn's `average_precision_score`, for all resamples at once. Interpolated, precision at a recall is the best at
+    that recall or beyond: the area that PASCAL VOC measures since 2010, and with which VISSL and PCL report VOC07 (not the 11
+    points of 2007 itself).
 
     Args:
-        scores: [M,C], higher for more likely.
-        targets: int8 [M,C], 1 yes, 0 no, -1 unknown.
+        scores, targets: [M,C], higher for more likely, NumericError for NaN; int8 [M,C], 1 yes, 0 no, -1 unknown.
         counts: [R,M], how often each image counts; None: once.
 
     Returns:
-        [C], or [R,C] with counts, in 0..1; NaN for a class that no image is of. NumericError for NaN scores.
+        [C], or [R,C] with counts, in 0..1; NaN for a class that no image is of.
     """
     _require_numbers(scores)
     weights = np.ones((1, len(scores)), np.int64) if counts is None else counts
@@ -121,7 +116,7 @@ def average_precision(
 def map_samples(scores: Tensor, targets: Tensor, bootstrap: Bootstrap, *, interpolated: bool = False) -> Floats:
     """Compute the mean of `average_precision` over the classes that occur in each resample, [R] in 0..1.
 
-    A resample depends on the bootstrap and M alone, so those of several classes or classifiers can be averaged one by one.
+    A resample depends on the bootstrap and M alone, so those of several classifiers can be averaged one by one.
     """
     generator, images, means = bootstrap.generator(), len(scores), []
     step = max(1, _CELLS // images)

@@ -41,10 +41,8 @@ class LabelledPair:
 
     bank: Images
     test: Images
-    of: tuple[int, int] | None = None  # how many labelled images the two sides had before they were cut
-    uncut: str | None = (
-        None  # fingerprint of the test side before that; a run that was pretrained on those images names them by it
-    )
+    of: tuple[int, int] | None = None  # labelled images of the two sides before they were cut; None: they were not
+    uncut: str | None = None  # fingerprint of the test side before that, by which a run knows what it was pretrained on
 
     @staticmethod
     def load(data: str, root: str | None, at_most: tuple[int, int] | None = None, seed: int = 0) -> LabelledPair:
@@ -58,6 +56,12 @@ class LabelledPair:
         of = (len(bank), len(test))
         most = at_most or of
         return LabelledPair(choose(bank, most[0], seed), choose(test, most[1], seed), of, uncut.fingerprint())
+
+    @property
+    def sides(self) -> tuple[tuple[str, Images, int], ...]:
+        """Both sides by name, and how many labelled images each had before it was cut."""
+        whole = self.of or (len(self.bank), len(self.test))
+        return ("bank", self.bank, whole[0]), ("test", self.test, whole[1])
 
     @property
     def classes(self) -> int:
@@ -74,12 +78,11 @@ class LabelledPair:
             DataError: if no figure would mean anything: a single class, test classes that the bank lacks, or test images that are
                 all in the bank.
         """
-        bank, test, of = self.bank, self.test, self.of or (len(self.bank), len(self.test))
+        bank, test = self.bank, self.test
         if bank.classes and test.classes and bank.classes != test.classes:
             alone = sorted(set(bank.classes) ^ set(test.classes))[:3] or ["in another order"]
             raise DataError(f"{bank.name}: bank and test name their classes differently ({', '.join(alone)}); give both the same")
-        sides = (("bank", len(bank), of[0]), ("test", len(test), of[1]))
-        notes = [f"a subset: {used} of {whole} {side} images" for side, used, whole in sides if used < whole]
+        notes = [f"a subset: {len(side)} of {of} {name} images" for name, side, of in self.sides if len(side) < of]
         if bank.labels is not None and test.labels is not None:
             known, wanted = set(bank.labels.tolist()), set(test.labels.tolist())
             if len(known) < 2:
@@ -87,7 +90,7 @@ class LabelledPair:
                 raise DataError(f"{bank.name}: all bank images are of one class ({one}); give two or more")
             if unknown := wanted - known:
                 missing = f"{len(unknown)} classes of the test images have no bank image: {listed(unknown, test.classes)}"
-                if (len(bank), len(test)) == of:
+                if not notes:
                     raise DataError(f"{bank.name}: {missing}; give both sides the same classes")
                 notes.append(missing)
             if unused := known - wanted:
@@ -99,9 +102,7 @@ class LabelledPair:
 
     def card(self) -> dict[str, Any]:
         """Return which images and labels are used, by their content: the same folder elsewhere is the same."""
-        of = self.of or (len(self.bank), len(self.test))
-        sides = (("bank", self.bank, of[0]), ("test", self.test, of[1]))
-        used: dict[str, Any] = {name: {"images": len(side), "of": all, "hash": labels_hash(side)} for name, side, all in sides}
+        used: dict[str, Any] = {name: {"images": len(side), "of": of, "hash": labels_hash(side)} for name, side, of in self.sides}
         return used | {"classes": self.classes}
 
 
@@ -113,19 +114,18 @@ def labels_hash(images: Images) -> str:
 
 
 def choose(images: Images, at_most: int, seed: int) -> Images:
-    """Draw at most that many images without replacement by the seed, and keep their order."""
+    """Draw at most that many images without replacement by the seed, in the order of the data set."""
     if len(images) <= at_most:
         return images
     return images.subset(np.sort(np.random.Generator(np.random.PCG64(seed)).permutation(len(images))[:at_most]))
 
 
 def labelled(data: str, images: Images) -> Images:
-    """Leave out the images without a label."""
+    """Leave out the images without a label; DataError if none has one."""
     if images.targets is not None:
         return images
     rows = np.flatnonzero(images.labels >= 0) if images.labels is not None else np.empty(0, np.int64)
     if not len(rows):
-        raise DataError(
-            f"{shown(data)}: has no labels to evaluate with; lay it out as train/CLASS/ and val/CLASS/, two or more each"
-        )
+        fault = "has no labels to evaluate with; lay it out as train/CLASS/ and val/CLASS/, two or more each"
+        raise DataError(f"{shown(data)}: {fault}")
     return images if len(rows) == len(images) else images.subset(rows)

@@ -8,7 +8,6 @@ Legend: N bank images, M test images, F feature dimensions, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,24 +35,16 @@ class Fit(NamedTuple):
     gradient: float  # the largest magnitude of its entries
 
 
-def probe(sides: LabelledFeatures, settings: ProbeConfig, bootstrap: Bootstrap, seed: int) -> list[Finding]:
+def probe(sides: LabelledFeatures, settings: ProbeConfig, bootstrap: Bootstrap) -> list[Finding]:
     """Choose the L2 penalty on a held-out part of the bank, fit on the whole bank, classify the test images.
 
     The penalties are tried from the strongest to the weakest, each fit beginning where the last ended; of those equally good on
     the held-out images the strongest is taken, and after two in a row that are no better no weaker one is tried. Mean and
     deviation are those of the whole bank throughout. With several labels an image there is one binary regression a class, all
-    with the same penalty, chosen by their mean average precision.
-
-    Args:
-        seed: of the held-out part: a share of each class, of at least one image where it has two; of all images if they have
-            several labels.
-
-    Returns:
-        One finding: top1, top5 and mean_per_class, or map (plain average precision, as scikit-learn's); `details` with the penalty
-        chosen and how each one did.
+    with the same penalty, chosen by their mean average precision (the plain one, as scikit-learn's).
     """
-    classes, test = sides.classes, sides.test
-    out, notes = hold_out(sides.bank_labels, classes, settings.held_out, seed)
+    classes, test, truth = sides.classes, sides.test, sides.test_labels
+    out, notes = hold_out(sides.bank_labels, classes, settings.held_out, bootstrap.seed)
     order, learnt = torch.argsort(out.int(), stable=True), len(out) - int(out.sum())  # what is held out comes last
     deviation, mean = (each.to(test.device) for each in torch.std_mean(sides.bank, dim=0, correction=0))
     rows = standardise(sides.bank[order].to(test.device), mean, deviation)
@@ -80,16 +71,18 @@ def probe(sides: LabelledFeatures, settings: ProbeConfig, bootstrap: Bootstrap, 
         slope = f"largest slope {final.gradient:.1e}"
         notes.append(f"The final fit had not converged after {final.iterations} iterations ({slope}); raise probe.iterations.")
 
-    scores = torch.cat([predict(standardise(part, mean, deviation), final.weight) for part in torch.split(test, _ROWS)])
+    scores = predict(standardise(test, mean, deviation), final.weight)
     details = {"strength": strength, "held_out": int(out.sum()), "tried": tried, "iterations": final.iterations}
-    truth = sides.test_labels
+    more: dict[str, Any] = {"notes": tuple(notes), "details": details}
     if not sides.several:
-        more = {"notes": tuple(notes), "details": details}
         return [Finding.of_ranks({}, ranks(scores, truth), truth, classes, bootstrap, **more)]
-    each_class = [None if np.isnan(value) else round(float(100 * value), 4) for value in average_precision(scores, truth)]
-    figures, interval = dict([_figure(scores, truth, classes)]), percentiles(100 * map_samples(scores, truth, bootstrap))
-    details |= {"average_precision": each_class}
-    return [Finding({"average_precision": "plain"}, "map", figures, {"map": interval}, tuple(notes), details)]
+    each_class = average_precision(scores, truth)
+    details["average_precision"] = [None if np.isnan(value) else round(float(100 * value), 4) for value in each_class]
+    figures, intervals = (
+        dict([_figure(scores, truth, classes)]),
+        {"map": percentiles(100 * map_samples(scores, truth, bootstrap))},
+    )
+    return [Finding({"average_precision": "plain"}, "map", figures, intervals, **more)]
 
 
 def standardise(features: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
@@ -109,10 +102,9 @@ def fit(
 ) -> Fit:
     """Minimise mean cross-entropy + strength / 2 * |W|^2 over weights W [C,F] and free biases [C], by torch's L-BFGS.
 
-    With labels [n] the cross-entropy is that of a softmax over the classes; this is scikit-learn's `LogisticRegression` at
-    C = 1 / (strength * n) (for two classes, where scikit-learn has one row of weights and not two, at C = 2 / (strength * n)).
-    With int8 labels [n,C] it is the sum over the classes of the binary cross-entropy, each the mean of its n_c known images: C
-    regressions at once, each scikit-learn's at C = 1 / (strength * n_c).
+    With labels [n] this is scikit-learn's `LogisticRegression` at C = 1 / (strength * n), or of two classes, where scikit-learn has
+    one row of weights and not two, at C = 2 / (strength * n). With int8 labels [n,C] it is C regressions at once, each of a class
+    or not on its n_c known images, at C = 1 / (strength * n_c).
 
     Args:
         rows: [n,F] fp32, standardised.
@@ -132,21 +124,19 @@ def fit(
 
     def objective() -> float:
         """Add up loss and gradient in fp64, from products in fp32."""
-        point = weight.detach()
-        flat = point.float().requires_grad_()
-        total = strength / 2 * float(point[:, :-1].square().sum())
+        optimizer.zero_grad()
+        penalty = strength / 2 * weight[:, :-1].square().sum()
+        penalty.backward()  # type: ignore[no-untyped-call]
+        total = float(penalty.detach())
         for part in (slice(first, first + _ROWS) for first in range(0, len(rows), _ROWS)):
-            logits = torch.addmm(flat[:, -1], rows[part], flat[:, :-1].T)
+            logits = _logits(rows[part], weight)
             if labels.dim() == 2:
                 each = F.binary_cross_entropy_with_logits(logits, targets[part], shares[part], reduction="none")
             else:
-                each = F.cross_entropy(logits, labels[part], reduction="none")
-            loss = each.sum(dtype=torch.float64) / (1 if labels.dim() == 2 else len(rows))
+                each = F.cross_entropy(logits, labels[part], reduction="none") / len(rows)
+            loss = each.sum(dtype=torch.float64)
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
-        assert flat.grad is not None
-        weight.grad = flat.grad.double()
-        weight.grad[:, :-1] += strength * point[:, :-1]
         return total
 
     with full_precision(rows.device), torch.enable_grad():
@@ -158,16 +148,23 @@ def fit(
 
 def predict(rows: Tensor, weight: Tensor) -> Tensor:
     """Return the logits, fp32 [n,C] on the CPU, of standardised features [n,F]."""
-    flat = weight.float()
     with full_precision(rows.device):
-        return torch.addmm(flat[:, -1], rows, flat[:, :-1].T).cpu()
+        return _logits(rows, weight).cpu()
+
+
+def _logits(rows: Tensor, weight: Tensor) -> Tensor:
+    weight = weight.float()
+    return torch.addmm(weight[:, -1], rows, weight[:, :-1].T)
 
 
 def hold_out(labels: Tensor, classes: int, share: float, seed: int) -> tuple[Tensor, list[str]]:
-    """Draw the images of the bank that the penalty is chosen on: bool [N], and notes on classes that have none among them."""
+    """Draw the images of the bank that the penalty is chosen on: bool [N], and notes on classes that have none among them.
+
+    They are a share of each class, of at least one image where it has two; with several labels an image, of all images.
+    """
     generator = np.random.Generator(np.random.PCG64(seed))
     out, notes = torch.zeros(len(labels), dtype=torch.bool), []
-    groups: Sequence[Tensor] = [torch.arange(len(labels))]
+    groups: tuple[Tensor, ...] = (torch.arange(len(labels)),)
     if labels.dim() == 1:
         count = class_counts(labels, classes)
         groups = torch.split(labels.argsort(stable=True), count.tolist())

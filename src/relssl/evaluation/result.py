@@ -7,7 +7,8 @@ import dataclasses
 import importlib.metadata
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +30,7 @@ from relssl.weights.spec import BackboneSpec
 Record = dict[str, Any]
 
 # What may change a figure's digits. Python and the operating system do not.
-_PACKAGES = ("relssl", "torch", "torchvision", "timm", "pillow", "numpy", "scikit-learn", "scipy")
+_PACKAGES = ("torch", "torchvision", "timm", "pillow", "numpy", "scikit-learn", "scipy")
 # Who is measured, rather than how; a comparison does not ask for these to be equal.
 _SUBJECT = ("source", "weights", "backbone")
 _SHAPE = {"protocol": str, "network": str, "data": str, "setting": dict, "main": str, "figures": dict, "card": dict}
@@ -69,8 +70,23 @@ class Finding:
         return record
 
 
+@dataclass(frozen=True)
+class Task:
+    """What the protocols of one evaluation share."""
+
+    spec: BackboneSpec  # of the backbone
+    reader: Reader  # how images are read, and what the backbone sees of them
+    engine: Engine  # device, and the precision of the backbone; classifiers and losses are fp32
+    bootstrap: Bootstrap  # of the intervals; its seed is that of everything else that is drawn too
+    say: Callable[[str], None]  # takes lines of progress, some ten a training
+
+
 class Protocol(NamedTuple):
-    """A way to measure a backbone."""
+    """A way to measure a backbone.
+
+    On features it is a function (LabelledFeatures, its settings, Bootstrap) -> findings, else (backbone, a LabelledPair or the folder
+    of scenes, its settings, Task) -> findings.
+    """
 
     place: str  # module and function, imported when it runs, as scikit-learn takes seconds
     takes: str = "features"  # or images, or scenes: images with boxes
@@ -78,11 +94,9 @@ class Protocol(NamedTuple):
     trains: bool = False  # the backbone too, which otherwise stays as it is
 
 
-def card(
-    name: str, protocol: Protocol, section: Any, settings: Evaluation, spec: BackboneSpec, reader: Reader, engine: Engine
-) -> Record:
+def card(name: str, protocol: Protocol, section: Any, task: Task) -> Record:
     """Return everything that two figures of a protocol, with settings `section`, must share to compare, but network and data."""
-    view, packages = reader.view, [*_PACKAGES]
+    spec, reader, view, packages = task.spec, task.reader, task.reader.view, [*_PACKAGES]
     norms = "trained with the network" if protocol.trains else "eval mode; statistics hashed before and after, unchanged"
     seen: Record = {"mean": list(view.mean), "std": list(view.std)}
     if protocol.takes == "scenes":
@@ -94,26 +108,23 @@ def card(
         seen |= {"interpolation": f"{view.interpolation} with antialias"}
     if protocol.takes == "images":
         seen["flip_in_training"] = 0.5 if reader.mirrored else 0.0
+    versions = {"relssl": __version__} | dict.fromkeys(packages, "not installed")
+    for package in packages:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
     return {
         "protocol": name,
         "layer": "backbone",
         "settings": {name: value for name, value in dataclasses.asdict(section).items() if name not in protocol.swept},
         "view": seen,
         "batch_norm": norms,
-        "precision": engine.precision,
-        "device": engine.device.type,
-        "seed": settings.seed,
-        "resamples": settings.resamples,
-        "versions": {package: _version(package) for package in packages},
+        "precision": task.engine.precision,
+        "device": task.engine.device.type,
+        "seed": task.bootstrap.seed,
+        "resamples": task.bootstrap.resamples,
+        "versions": versions,
         "backbone": {"name": spec.name, "args": dict(spec.arguments), "stem": spec.stem},
     }
-
-
-def _version(package: str) -> str:
-    try:
-        return __version__ if package == "relssl" else importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def title(data: str) -> str:
@@ -168,7 +179,7 @@ def compare(
     for mine in sides[0]:
         others = [other for other in sides[1] if all(other[key] == mine[key] for key in alike)]
         for other in sorted(others, key=lambda other: other["data"] != mine["data"])[:1]:  # of another name if nothing else fits
-            cards = [_flat({key: value for key, value in each["card"].items() if key not in _SUBJECT}) for each in (mine, other)]
+            cards = mine["flat"], other["flat"]
             differing = [name for name in cards[0] | cards[1] if cards[0].get(name) != cards[1].get(name)]
             refused = [name for name in differing if not any(f"{name}.".startswith(f"{field}.") for field in allow)]
             where = " ".join([mine["protocol"], mine["network"], *(f"{key}={value}" for key, value in mine["setting"].items())])
@@ -189,49 +200,44 @@ def compare(
 
 
 def _read(path: Path) -> list[Record]:
+    """Return the findings in a file, each with `flat`, its card by dotted names, and `right`, its answers."""
     try:
         records: list[Record] = json.loads(path.read_bytes())["results"]
         for record in records:
             if not all(isinstance(record[key], kind) for key, kind in _SHAPE.items()):
                 raise ValueError("a finding is malformed")
-            float(record["figures"][record["main"]])
-            _answers(record)
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file") from error
+            record["figure"] = float(record["figures"][record["main"]])
+            record["flat"] = _flat({key: value for key, value in record["card"].items() if key not in _SUBJECT})
+            record["right"] = _answers(record)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{path}: is not a result of `relssl evaluate` ({' '.join(str(error).split())[:100]})") from error
     return records
 
 
 def _flat(card: Mapping[str, Any], above: str = "") -> Record:
-    """Return the card's values by their dotted names."""
     flat: Record = {}
     for key, value in card.items():
         flat |= _flat(value, f"{above}{key}.") if value and isinstance(value, Mapping) else {f"{above}{key}": value}
     return flat
 
 
-def _difference(mine: Record, other: Record) -> Record:
-    main = mine["main"]
-    first, second = (float(record["figures"][main]) for record in (mine, other))
-    row: Record = {key: mine[key] for key in ("protocol", "data", "setting")}
-    row |= {"network": [mine["network"], other["network"]], "figure": main, "first": first, "second": second}
-    row["difference"] = round(second - first, 4)
-    if main == "top1" and "correct" in mine and "correct" in other:
-        a, b = _answers(mine), _answers(other)
-        row["interval"] = None
-        if a is not None and b is not None and len(a) == len(b):  # what both get right cancels when images are drawn again
-            counts = np.array([int((b & ~a).sum()), int((a & ~b).sum()), int((a == b).sum())])
-            drawn = Bootstrap().generator().multinomial(len(a), counts / len(a), size=10_000)
-            row["interval"] = [round(bound, 4) for bound in percentiles(100 * (drawn[:, 0] - drawn[:, 1]) / len(a))]
-    return row
-
-
 def _answers(record: Record) -> npt.NDArray[np.bool_] | None:
     """Return which test images were labelled right; None where some could not be read, so that places do not match."""
     if "correct" not in record or record["tested"] != record["card"]["images"]["test"]["images"] or not record["tested"]:
         return None
-    packed = np.frombuffer(base64.b64decode(record["correct"], validate=True), np.uint8)
-    if len(packed) != -(-record["tested"] // 8):
-        raise ValueError(f"holds {len(packed)} bytes of answers, not those of {record['tested']} images")
-    return np.unpackbits(packed, count=record["tested"]).astype(bool)
+    right = np.unpackbits(np.frombuffer(base64.b64decode(record["correct"], validate=True), np.uint8))[: record["tested"]]
+    if len(right) < record["tested"]:
+        raise ValueError(f"holds {len(right)} answers, not those of {record['tested']} images")
+    return right.astype(bool)
+
+
+def _difference(mine: Record, other: Record) -> Record:
+    row: Record = {key: mine[key] for key in ("protocol", "data", "setting")}
+    row |= {"network": [mine["network"], other["network"]], "figure": mine["main"], "first": mine["figure"]}
+    row |= {"second": other["figure"], "difference": round(other["figure"] - mine["figure"], 4), "interval": None}
+    a, b = mine["right"], other["right"]
+    if mine["main"] == "top1" and a is not None and b is not None and len(a) == len(b):
+        counts = np.array([int((b & ~a).sum()), int((a & ~b).sum()), int((a == b).sum())])
+        drawn = Bootstrap().generator().multinomial(len(a), counts / len(a), size=10_000)  # what both get right cancels
+        row["interval"] = [round(bound, 4) for bound in percentiles(100 * (drawn[:, 0] - drawn[:, 1]) / len(a))]
+    return row

@@ -10,7 +10,6 @@ Legend: N gallery images, M queries, F feature dimensions, C classes.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from relssl.errors import DataError
 from relssl.evaluation.features import LabelledFeatures, full_precision, unit
@@ -19,36 +18,28 @@ from relssl.evaluation.result import Finding
 from relssl.settings.evaluation import RetrievalConfig
 
 
-def retrieval(
-    sides: LabelledFeatures, settings: RetrievalConfig, bootstrap: Bootstrap, seed: int = 0, *, cells: int = 1 << 26
-) -> list[Finding]:
+def retrieval(sides: LabelledFeatures, settings: RetrievalConfig, bootstrap: Bootstrap, *, cells: int = 1 << 26) -> list[Finding]:
     """Rank the gallery for every test image: M * N * F products and M sorts of N; exact, and nothing is drawn.
 
     With several labels an image, those that share one with the query are sought. Images that are equally similar in fp32 rank by
-    their place in the gallery, lower first.
+    their place in the gallery, lower first. Queries without any image to be found are left out; DataError if none is left.
 
     Args:
-        cells: similarities at a time; of those, a sixteenth is ranked at a time, which takes some 40 bytes each.
-
-    Returns:
-        One finding, {"gallery": ...}: map and a recall_at_k for each k. Queries without any image to be found are left out.
-
-    Raises:
-        DataError: if no query has an image to be found.
+        cells: similarities at a time, a sixteenth of which is ranked at a time.
     """
     itself, test = settings.gallery == "test", sides.test
     gallery, labels = (test, sides.test_labels) if itself else (sides.bank, sides.bank_labels)
+    gallery = torch.cat([unit(rows.to(test.device)) for rows in torch.split(gallery, 1 << 14)])
     labels, truth = labels.to(test.device), sides.test_labels.to(test.device)
-    gallery = unit(gallery.to(test.device))
-    at = [min(k, len(gallery) - itself) for k in settings.at]
-    hits, precision = [], []
+    at, hits, precision = [min(k, len(gallery) - itself) for k in settings.at], [], []
     rank = torch.arange(1, len(gallery) + 1, device=test.device, dtype=torch.float64)
     with full_precision(test.device):
         for rows in torch.split(torch.arange(len(test), device=test.device), max(1, min(1024, cells // len(gallery)))):
             similarity = unit(test[rows]) @ gallery.T
             step = max(1, cells // 16 // len(gallery))
             for near, own in zip(torch.split(similarity, step), torch.split(rows, step), strict=True):
-                alike = _alike(truth[own], labels)
+                wanted = truth[own]
+                alike = (wanted > 0).float() @ (labels > 0).float().T > 0 if sides.several else wanted[:, None] == labels
                 if itself:  # a query comes last in its own ranking, as not of its class
                     near.scatter_(1, own[:, None], -torch.inf)
                     alike.scatter_(1, own[:, None], False)
@@ -70,10 +61,3 @@ def retrieval(
     intervals = {name: mean_interval(100 * each.numpy(), bootstrap) for name, each in values.items()}
     details = {"queries": queries, "gallery": len(gallery) - itself}
     return [Finding({"gallery": settings.gallery}, "map", figures, intervals, tuple(notes), details)]
-
-
-def _alike(queries: Tensor, labels: Tensor) -> Tensor:
-    """Return true where queries [m] or [m,C] and gallery images [N] or [N,C] share a class, bool [m,N]."""
-    if labels.dim() == 1:
-        return queries[:, None] == labels
-    return (queries > 0).float() @ (labels > 0).float().T > 0

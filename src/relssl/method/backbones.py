@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import fnmatch
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -32,53 +33,41 @@ def create_backbone(
     """Create a randomly initialised network without its classifier: images [N, C, H, W] to features [N, F].
 
     Args:
-        name: timm's name, such as `resnet18` or `mobilenetv3_large_100`, or `torchvision/` and the name of a classification
-            network there, such as `torchvision/shufflenet_v2_x1_0`.
-        stem: `standard`, or for small images `small` (first convolution 3x3 with stride 1, no max-pool: the papers'
-            CIFAR networks), `small-pool` (max-pool kept: their STL-10 and Tiny-ImageNet networks) or `small-wide` (as
-            `small` but padded by 2, which makes maps of 34x34 of 32x32 pixels: solo-learn's CIFAR networks).
-        args: further arguments of `timm.create_model` or of torchvision's function; `in_chans` is the number of channels C
-            with either.
-        size: side of the images in pixels, for networks that are tied to one. Unless `args` say otherwise, position
-            embeddings have its shape, and where the network can it interpolates them for images of other sizes. None: the
-            network's own.
+        name: timm's name, such as `resnet18`, or `torchvision/` and the name of a classification network there.
+        stem: `standard`, or for small images `small` (first convolution 3x3 with stride 1, no max-pool: the papers' CIFAR networks),
+            `small-pool` (max-pool kept: their STL-10 and Tiny-ImageNet networks) or `small-wide` (as `small` but padded by 2, which
+            makes maps of 34x34 of 32x32 pixels: solo-learn's CIFAR networks).
+        args: further arguments of `timm.create_model` or of torchvision's function; `in_chans` is the number of channels C with either.
+        size: side of the images in pixels, for networks that are tied to one, None for its own. Unless `args` say otherwise, position
+            embeddings have its shape, and where the network can it interpolates them for images of other sizes.
 
     Raises:
         ConfigError: if the name or the arguments are unknown, or the network has no stem that can be made small.
     """
     full = arguments(name, args or {}, size)
     library = "torchvision" if name.startswith(TORCHVISION) else "timm"
-    if not known(name):
+    if not (timm.is_model(name) if library == "timm" else name in names()):
         raise ConfigError(f"backbone: {library} knows no {name!r}; the nearest is {nearest_word(name, names())}")
     try:
         network = _torchvision(name, full) if library == "torchvision" else _timm(name, full)
     except Exception as error:  # whatever a network raises over arguments that do not suit it
-        if (side := full.get("image_size")) and (reason := _undivided(int(name.rpartition("_")[2]), side)):
-            raise ConfigError(f"backbone: images of {side} pixels {reason}") from error
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ConfigError(f"backbone_args: {library} refuses {full} for {name}: {reason}") from error
+        raise ConfigError(f"backbone_args: {library} refuses {full} for {name}: {_reason(error)}") from error
     if stem != "standard":
-        _shrink_stem(network, name, keep_pool=stem == "small-pool", padding=2 if stem == "small-wide" else 1)
+        if fault := stem_fault(network):
+            raise ConfigError(f"encoder.stem: {name} {fault}")
+        _shrink_stem(network, stem)
     # Its first convolution need not have as many: some networks fold pixels into channels before it.
     network.in_chans = int(full.get("in_chans", 3))  # type: ignore[assignment]
     return network
 
 
-def known(name: str) -> bool:
-    """Return true if a network has this name."""
-    if name.startswith(TORCHVISION):
-        return name.removeprefix(TORCHVISION) in _torchvision_names()
-    return bool(timm.is_model(name))
+def _reason(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def names() -> list[str]:
     """List the names of all networks, timm's first."""
-    return [*timm.list_models(), *(TORCHVISION + name for name in _torchvision_names())]
-
-
-@functools.lru_cache
-def _torchvision_names() -> tuple[str, ...]:
-    return tuple(torchvision.models.list_models(module=torchvision.models))
+    return [*timm.list_models(), *(TORCHVISION + name for name in torchvision.models.list_models(module=torchvision.models))]
 
 
 def arguments(name: str, args: Mapping[str, Any], size: int | None) -> dict[str, Any]:
@@ -100,8 +89,7 @@ def _size_flags(name: str) -> dict[str, bool] | None:
     cfg = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
     if cfg is None or not cfg.fixed_input_size:
         return None
-    ways: tuple[dict[str, bool], ...] = ({"dynamic_img_size": True}, {})
-    for flags in ways:
+    for flags in ({"dynamic_img_size": True}, dict[str, bool]()):
         try:
             with torch.device("meta"):  # without memory, and without drawing random numbers
                 timm.create_model(name, num_classes=0, img_size=cfg.input_size[-1], **flags)
@@ -119,15 +107,12 @@ def _timm(name: str, args: Mapping[str, Any]) -> nn.Module:
 
 
 def _torchvision(name: str, args: Mapping[str, Any]) -> nn.Module:
-    others = {key: value for key, value in args.items() if key != "in_chans"}
+    others, channels = {key: value for key, value in args.items() if key != "in_chans"}, int(args.get("in_chans", 3))
     network: nn.Module = torchvision.models.get_model(name.removeprefix(TORCHVISION), weights=None, **others)
     drop_classifier(network)
-    channels = int(args.get("in_chans", 3))
-    if channels != 3:
-        path, first = _first_convolution(network)
-        assert first is not None
-        shape: Any = {"kernel_size": first.kernel_size, "stride": first.stride, "padding": first.padding}
-        network.set_submodule(path, _convolution(channels, first, **shape))
+    path, first = _first_convolution(network)
+    if channels != 3 and first is not None:
+        _replace(network, path, first, channels, kernel_size=first.kernel_size, stride=first.stride, padding=first.padding)
     return network
 
 
@@ -136,31 +121,38 @@ def drop_classifier(network: nn.Module) -> str:
     layers = list(network.named_modules())
     outputs = [getattr(layer, "out_features", getattr(layer, "out_channels", None)) for _, layer in layers]
     place = max(i for i, count in enumerate(outputs) if count == _CLASSES)
-    path: str = layers[place][0]
-    before = layers[place - 1]
+    (before, dropout), (path, _) = layers[place - 1], layers[place]
     network.set_submodule(path, nn.Identity())
-    if isinstance(before[1], nn.Dropout):
-        network.set_submodule(before[0], nn.Identity())
-    return path
+    if isinstance(dropout, nn.Dropout):
+        network.set_submodule(before, nn.Identity())
+    return str(path)
 
 
 def stem_fault(network: nn.Module) -> str | None:
     """Say why a network's first layers cannot be made small; None: they can."""
     _, first = _first_convolution(network)
-    if first is not None and first.kernel_size[0] > 1 and first.kernel_size[0] == first.stride[0]:
-        return f"cuts images into patches of {first.kernel_size[0]}; use stem: standard and a smaller patch (timm: patch_size)"
+    if (patch := _patch(network)) > 1:
+        return f"cuts images into patches of {patch}; use stem: standard and a smaller patch (timm: patch_size)"
     if first is None or first.stride[0] < 2 or first.kernel_size[0] < 3:
         return "does not start with a strided convolution; use stem: standard"
     return None
 
 
-def _shrink_stem(network: nn.Module, name: str, keep_pool: bool, padding: int) -> None:
+def _patch(network: nn.Module) -> int:
+    """The side of the patches that a network cuts images into; 1 if it cuts none."""
+    _, first = _first_convolution(network)
+    return first.stride[0] if first is not None and first.kernel_size[0] == first.stride[0] else 1
+
+
+def _shrink_stem(network: nn.Module, stem: str) -> None:
     path, first = _first_convolution(network)
-    if fault := stem_fault(network):
-        raise ConfigError(f"encoder.stem: {name} {fault}")
     assert first is not None
-    network.set_submodule(path, _convolution(first.in_channels, first, kernel_size=3, stride=1, padding=padding))
-    if not keep_pool and (pool := _stem_pool(network)):
+    _replace(network, path, first, first.in_channels, kernel_size=3, stride=1, padding=2 if stem == "small-wide" else 1)
+    # Of the max-pool: what ResNets call so, or one that comes before the second convolution.
+    layers = [(path, module) for path, module in network.named_modules() if isinstance(module, (nn.Conv2d, nn.MaxPool2d))]
+    pool = next((path for path, module in layers[:2] if isinstance(module, nn.MaxPool2d)), "")
+    pool = "maxpool" if hasattr(network, "maxpool") else pool
+    if pool and stem != "small-pool":
         network.set_submodule(pool, nn.Identity())
 
 
@@ -168,18 +160,11 @@ def _first_convolution(network: nn.Module) -> tuple[str, nn.Conv2d | None]:
     return next(((path, module) for path, module in network.named_modules() if isinstance(module, nn.Conv2d)), ("", None))
 
 
-def _stem_pool(network: nn.Module) -> str | None:
-    """The name of the max-pool behind the stem: what ResNets call so, or one that comes before the second convolution."""
-    if hasattr(network, "maxpool"):
-        return "maxpool"
-    layers = [(path, type(module)) for path, module in network.named_modules() if isinstance(module, (nn.Conv2d, nn.MaxPool2d))]
-    return layers[1][0] if len(layers) > 1 and layers[1][1] is nn.MaxPool2d else None
-
-
-def _convolution(channels: int, like: nn.Conv2d, **shape: Any) -> nn.Conv2d:
-    convolution = nn.Conv2d(channels, like.out_channels, bias=like.bias is not None, **shape)
+def _replace(network: nn.Module, path: str, first: nn.Conv2d, channels: int, **shape: Any) -> None:
+    """Put another first convolution in the place of `first`."""
+    convolution = nn.Conv2d(channels, first.out_channels, bias=first.bias is not None, **shape)
     nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
-    return convolution
+    network.set_submodule(path, convolution)
 
 
 def channels_of(backbone: nn.Module) -> int:
@@ -195,35 +180,16 @@ def feature_width(backbone: nn.Module, size: int) -> int:
     Raises:
         ConfigError: if images of that size do not pass, or the output is not one vector an image.
     """
-    training = backbone.training
-    device = next((parameter.device for parameter in backbone.parameters()), None)
+    training, device = backbone.training, next((parameter.device for parameter in backbone.parameters()), None)
     try:
         features = backbone.eval()(torch.zeros(2, channels_of(backbone), size, size, device=device))
     except Exception as error:  # whatever a network raises, the user needs to hear that this size does not fit
-        reason = (
-            _undivided(patch_of(backbone), size)
-            or f"do not pass through it: {(str(error) or type(error).__name__).splitlines()[0]}"
-        )
-        raise ConfigError(f"backbone: images of {size} pixels {reason}") from error
+        raise ConfigError(f"backbone: images of {size} pixels do not pass through it: {_reason(error)}") from error
     finally:
         backbone.train(training)
     if features.ndim != 2:
         raise ConfigError(f"backbone: gives {list(features.shape)} for 2 images, needs one vector an image")
     return int(features.shape[1])
-
-
-def patch_of(backbone: nn.Module) -> int:
-    """Return the side of the patches that a network cuts images into; 1 if it cuts none."""
-    size: Any = getattr(getattr(backbone, "patch_embed", backbone), "patch_size", 1)
-    return int(size[0] if isinstance(size, (tuple, list)) else size)
-
-
-def _undivided(patch: int, size: int) -> str | None:
-    """The fault of a size that is no multiple of the patches; None: there is none."""
-    if size % patch == 0:
-        return None
-    near = [side for side in (size // patch * patch, (size // patch + 1) * patch) if side]
-    return f"do not divide into its patches of {patch}; the nearest that do: {' and '.join(map(str, near))}"
 
 
 # Those of the papers, and their like: each is trained a step in the tests.
@@ -237,84 +203,62 @@ _LEAST = 4  # pixels: the smallest side a view may have
 
 @dataclass(frozen=True)
 class Network:
-    """A network and its figures.
+    """A network and its figures."""
 
-    Attributes:
-        name: as `backbone` takes it.
-        parameters: without the classifier, for images of the given size.
-        gflops: 10^9 multiply-adds, each counted once as papers do, of one image through convolutions and products; None: images
-            of that size do not pass.
-        features: width F of its output; None as above.
-        small_stem: true if `encoder.stem` may be other than standard.
-        smallest: side in pixels of the smallest image that passes; None: none up to the given size.
-    """
-
-    name: str
-    parameters: int
-    gflops: float | None
-    features: int | None
-    small_stem: bool
-    smallest: int | None
+    name: str  # as `backbone` takes it
+    parameters: int  # without the classifier, for images of the given size
+    gflops: float | None  # 10^9 multiply-adds of one image, each counted once as papers do; None: such images do not pass
+    features: int | None  # width F of its output; None as above
+    small_stem: bool  # `encoder.stem` may be other than standard
+    smallest: int | None = None  # side in pixels of the smallest image that passes; None: none up to the given size
 
 
 def find(pattern: str | None = None, family: str | None = None, everything: bool = False) -> list[str]:
-    """List names of networks.
+    """List names of networks: of `NAMED` if any of these fits, else, with a pattern or for `everything`, of all.
 
     Args:
         pattern: part of the name, or all of it with `*` and `?`; None: any.
         family: beginning of the name, underscores aside, such as `mobilenetv3`; None: any.
-        everything: search all of timm and torchvision, as with a pattern, rather than `NAMED`.
 
     Raises:
         ConfigError: if there is none, with the nearest.
     """
-    pool, glob = names() if everything or pattern else list(NAMED), pattern or "*"
+    glob, start = pattern or "*", (family or "").replace("_", "")
     glob = glob if set("*?[") & set(glob) else f"*{glob}*"
-    matches = [name for name in pool if fnmatch.fnmatchcase(name, glob) and _begins(name, family or "")]
-    if not matches and family and not (everything or pattern) and any(_begins(name, family) for name in names()):
-        raise ConfigError(f"--family: {family} is not among the networks listed by default; --all searches them all")
-    if not matches:
-        word = family or pattern or ""
-        raise ConfigError(f"backbones: no network is called {word!r}; the nearest is {nearest_word(word, names())}")
-    return matches
+    for pool in ([] if everything or pattern else NAMED, names()):
+        fitting = [name for name in pool if fnmatch.fnmatchcase(name, glob)]
+        if matches := [name for name in fitting if name.removeprefix(TORCHVISION).replace("_", "").startswith(start)]:
+            return matches
+    word = family or pattern or ""
+    raise ConfigError(f"backbones: no network is called {word!r}; the nearest is {nearest_word(word, names())}")
 
 
-def _begins(name: str, family: str) -> bool:
-    return name.removeprefix(TORCHVISION).replace("_", "").startswith(family.replace("_", ""))
+def measure(name: str, size: int = 224) -> Network:
+    """Measure a network for images of `size` pixels a side; ConfigError for an unknown name."""
+    return next(within([name], size))
 
 
-def within(names: Iterable[str], size: int, max_params: float, max_gflops: float) -> Iterator[Network]:
+def within(names: Iterable[str], size: int, max_params: float = math.inf, max_gflops: float = math.inf) -> Iterator[Network]:
     """Yield the figures of the networks that have at most so many parameters and multiply-adds, one by one."""
     for name in names:
-        network = _figures(name, size, "standard")
+        network = _figures(name, size)
         if network.parameters <= max_params and (network.gflops or 0) <= max_gflops:
-            yield replace(network, smallest=_smallest(name, size, "standard"))
+            yield replace(network, smallest=_smallest(name, size))
 
 
-def measure(name: str, size: int = 224, stem: str = "standard") -> Network:
-    """Measure a network for images of `size` pixels a side.
-
-    Raises:
-        ConfigError: for an unknown name, or a network whose stem cannot be made small.
-    """
-    return replace(_figures(name, size, stem), smallest=_smallest(name, size, stem))
-
-
-def _figures(name: str, size: int, stem: str) -> Network:
-    """All of `measure` but the smallest image, which takes longest to find."""
+def _figures(name: str, size: int) -> Network:
+    """All figures but the smallest image, which takes longest."""
     gflops = features = None
     try:
-        network = _weightless(name, size, stem)
+        network = _weightless(name, size)
         features = feature_width(network, size)
         image = torch.zeros(1, channels_of(network), size, size, device="meta")
         with torch.no_grad():
             gflops = count_flops(lambda: network.eval()(image)) / 2e9
     except ConfigError:
-        if not known(name) or stem != "standard":
-            raise
-        network = _weightless(name, None, stem)
+        network = _weightless(name, None)
     parameters = sum(parameter.numel() for parameter in network.parameters())
-    return Network(name, parameters, gflops, features, stem_fault(network) is None, None)
+    return Network(name, parameters, gflops, features, stem_fault(network) is None)
 
 
 def count_flops(work: Callable[[], object]) -> int:
@@ -324,26 +268,26 @@ def count_flops(work: Callable[[], object]) -> int:
     return int(counter.get_total_flops())
 
 
-def _smallest(name: str, size: int, stem: str) -> int | None:
+def _smallest(name: str, size: int) -> int | None:
     """The smallest side up to `size` that passes, by halving: where one passes, larger ones mostly do."""
 
     def passes(side: int) -> bool:
         try:
-            return feature_width(_weightless(name, side, stem), side) > 0
+            return feature_width(_weightless(name, side), side) > 0
         except ConfigError:
             return False
 
-    step = patch_of(_weightless(name, None, stem))
+    step = _patch(_weightless(name, None))
     sides = range(-(-_LEAST // step) * step, size + 1, step)
     position = bisect.bisect_left(sides, True, key=passes)
     return sides[position] if position < len(sides) else None
 
 
-def _weightless(name: str, size: int | None, stem: str) -> nn.Module:
+def _weightless(name: str, size: int | None) -> nn.Module:
     """A network whose weights have shapes and no values, so that trying it takes no time."""
     try:
         with torch.device("meta"):
-            return create_backbone(name, stem, size=size)
+            return create_backbone(name, size=size)
     except ConfigError:
         with torch.random.fork_rng(devices=[]):  # some compute with values as they are built, such as torchvision's RegNets
-            return create_backbone(name, stem, size=size).to("meta")
+            return create_backbone(name, size=size).to("meta")

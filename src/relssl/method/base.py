@@ -16,17 +16,11 @@ from relssl.method.memory import Memory
 
 @dataclass
 class Step:
-    """The outcome of one step, or of one accumulated part of it.
+    """The outcome of one step, or of one accumulated part of it."""
 
-    Attributes:
-        loss: scalar with the gradient's graph.
-        queries: [V, B, D], the student's embeddings that are matched to the keys, detached.
-        keys: [B, D], what they are matched to; with a teacher, its embeddings of `weak`, which go into the memory.
-    """
-
-    loss: Tensor
-    queries: Tensor
-    keys: Tensor
+    loss: Tensor  # scalar with the gradient's graph
+    queries: Tensor  # [V, B, D], the student's embeddings that are matched to the keys, detached
+    keys: Tensor  # [B, D], what they are matched to; with a teacher, its embeddings of `weak`, which go into the memory
 
 
 def _own(rows: Tensor) -> Tensor:
@@ -35,17 +29,12 @@ def _own(rows: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class World:
-    """The R processes that share a batch out, each with B of its samples, and how the teacher sees it. By default one process alone.
+    """The R processes that share a batch out, each with B of its samples, and how the teacher sees it. By default one process alone."""
 
-    Attributes:
-        rank: this process, 0 to R - 1.
-        gather: joins the rows [B, ...] of all processes in rank order, [R B, ...]; gradients flow back to where rows came from.
-        order: int64 [R B], the permutation in which the batch passes through the teacher (see `shuffled`); None: as it is.
-    """
-
-    rank: int = 0
+    rank: int = 0  # this process, 0 to R - 1
+    # Joins the rows [B, ...] of all processes in rank order, [R B, ...]; gradients flow back to where rows came from.
     gather: Callable[[Tensor], Tensor] = _own
-    order: Tensor | None = None
+    order: Tensor | None = None  # int64 [R B], in which the batch passes through the teacher (see `shuffled`); None: as it is
 
 
 ALONE = World()
@@ -60,15 +49,13 @@ class Method(nn.Module):
         push(...)  the step's keys, after its loss has seen the memory without them
         follow()   the teacher moves towards the student that the optimizer has just changed
 
-    The papers put the teacher's update at the head of the next step. Nothing happens in between, and at the very
-    first step teacher and student are equal, so every loss is the same; at the end of a step, one that turns out
-    non-finite can be dropped whole, with teacher and memory as they were.
+    The papers put the teacher's update at the head of the next step. Nothing happens in between, and at the very first step teacher and
+    student are equal, so every loss is the same; but so a step that turns out non-finite can be dropped whole.
 
     Args:
         student: the encoder to train.
         teacher: true if a teacher, the student's frozen copy without the predictor, follows it.
-        memory_size: K, how many of the teacher's keys [D] are kept; 0: none.
-        generator: source of the memory's first, random keys.
+        memory_size: K, how many of the teacher's keys [D] are kept; 0: none. Their first values are random, from `generator`.
     """
 
     # Names of the settings that `step` takes: constants of `method`, and what its schedules say of a step.
@@ -78,7 +65,6 @@ class Method(nn.Module):
     def __init__(
         self,
         student: Encoder,
-        *,
         teacher: bool = False,
         memory_size: int = 0,
         dim: int = 0,
@@ -96,7 +82,7 @@ class Method(nn.Module):
             weak: [B, C, H, W], the teacher's view of each sample, or the first of two equal ones.
             strong: V views [B, C, h, w] of the same samples; a single crop is a list of one.
             world: the processes that share the batch out.
-            settings: those named in `constants` and `scheduled`; labels [B] for a method that is told them.
+            settings: those named in `constants` and `scheduled`; labels [B] for a method that trains on them.
         """
         raise NotImplementedError
 
@@ -117,15 +103,10 @@ class Method(nn.Module):
         return torch.stack([shuffled(lambda x: teacher([x])[0], view, order, world.rank, world.gather) for view in views])
 
     def matched(self, weak: Tensor, strong: Sequence[Tensor], world: World, symmetric: bool) -> list[tuple[Tensor, Tensor]]:
-        """The student's queries [V, B, D] of one view with the teacher's keys [B, D] of another that they are to match.
+        """The student's queries [V, B, D] of `strong` with the teacher's keys [B, D] of `weak`, to which they are matched.
 
-        Each network makes one pass over all that it sees of one size.
-
-        Args:
-            symmetric: the second direction as well: of two views, weak and strong, each is matched to the other.
-
-        Returns:
-            Of `strong` with `weak`; if symmetric, then also of `weak` with `strong`.
+        If symmetric, there is one strong view, and the queries of `weak` with the keys of `strong` come second. Each network makes one
+        pass over all that it sees of one size.
         """
         assert len(strong) == 1 or not symmetric
         views = [*strong, weak] if symmetric else strong
@@ -140,17 +121,14 @@ class Method(nn.Module):
 
     @torch.no_grad()
     def follow(self, momentum: float, when: Tensor | None = None) -> None:
-        """teacher <- momentum * teacher + (1 - momentum) * student, parameters only and in fp32.
+        """teacher <- momentum * teacher + (1 - momentum) * student, parameters only and in fp32, if `when` [] says so.
 
-        Batch-norm statistics are not averaged: the teacher runs in training mode and keeps its own (official code).
-
-        Args:
-            when: a truth value on the device [], read there: no step waits for it. None: yes.
+        Batch-norm statistics are not averaged: the teacher runs in training mode and keeps its own (official code). `when` is read on
+        the device: no step waits for it.
         """
         if self.teacher is None:
             return
-        student = dict(unwrapped(self.student).named_parameters())
-        teacher = dict(self.teacher.named_parameters())
+        student, teacher = dict(unwrapped(self.student).named_parameters()), dict(self.teacher.named_parameters())
         share = 1 - momentum if when is None else [when * (1 - momentum)] * len(teacher)
         torch._foreach_lerp_(list(teacher.values()), [student[name] for name in teacher], share)  # type: ignore[arg-type]
 

@@ -34,9 +34,15 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
     def __init__(self, num_features: int, splits: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
         super().__init__(num_features, eps, momentum)
         self.splits = splits
+        self.drop: nn.Module = nn.Identity()  # these two belong to timm's BatchNormAct2d
+        self.act: nn.Module = nn.Identity()
 
     def forward(self, images: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, C, H, W]; ValueError in training if N does not divide into `splits` parts."""
+        activated: Tensor = self.act(self.drop(self._normalise(images)))
+        return activated
+
+    def _normalise(self, images: Tensor) -> Tensor:
         if not self.training or self.splits == 1:
             return super().forward(images)
         if len(images) % self.splits:
@@ -59,20 +65,6 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         return f"{super().extra_repr()}, splits={self.splits}"  # type: ignore[no-untyped-call]
 
 
-class SplitBatchNormAct2d(SplitBatchNorm2d):
-    """timm's BatchNormAct2d, a batch norm that an activation belongs to, split likewise."""
-
-    def __init__(self, norm: BatchNormAct2d, splits: int) -> None:
-        assert norm.momentum is not None
-        super().__init__(norm.num_features, splits, norm.eps, norm.momentum)
-        self.drop, self.act = norm.drop, norm.act
-
-    def forward(self, images: Tensor) -> Tensor:
-        """[N, C, H, W] -> [N, C, H, W]."""
-        activated: Tensor = self.act(self.drop(super().forward(images)))
-        return activated
-
-
 def split_batch_norms(network: nn.Module, splits: int) -> None:
     """Make each batch norm of a network, in place, split its batches; names and values in the state dict stay. 1 changes nothing.
 
@@ -81,26 +73,18 @@ def split_batch_norms(network: nn.Module, splits: int) -> None:
     Raises:
         ConfigError: if it has a batch norm of another kind than BatchNorm2d and timm's BatchNormAct2d.
     """
-    if splits == 1:
-        return
-    for path, norm in list(network.named_modules()):
-        if isinstance(norm, _BatchNorm):
-            network.set_submodule(path, _split(norm, path, splits))
-
-
-def _split(norm: _BatchNorm, path: str, splits: int) -> SplitBatchNorm2d:
-    usual = norm.affine and norm.track_running_stats and norm.momentum is not None
-    split: SplitBatchNorm2d
-    if usual and type(norm) is BatchNormAct2d:
-        split = SplitBatchNormAct2d(norm, splits)
-    elif usual and type(norm) is nn.BatchNorm2d:
+    norms = [(path, norm) for path, norm in network.named_modules() if isinstance(norm, _BatchNorm)] if splits > 1 else []
+    for path, norm in norms:
+        usual = norm.affine and norm.track_running_stats and norm.momentum is not None
+        if not usual or type(norm) not in (nn.BatchNorm2d, BatchNormAct2d):
+            raise ConfigError(f"encoder.batch_norm_splits: {path} is {norm}, which cannot be split; needs 1 with this backbone")
         split = SplitBatchNorm2d(norm.num_features, splits, norm.eps, norm.momentum or 0.0)
-    else:
-        raise ConfigError(f"encoder.batch_norm_splits: {path} is {norm}, which cannot be split; needs 1 with this backbone")
-    split.weight, split.bias = norm.weight, norm.bias
-    for name, buffer in norm.named_buffers(recurse=False):
-        split.register_buffer(name, buffer)
-    return split.train(norm.training)
+        split.weight, split.bias = norm.weight, norm.bias
+        for name, buffer in norm.named_buffers(recurse=False):
+            split.register_buffer(name, buffer)
+        if isinstance(norm, BatchNormAct2d):
+            split.drop, split.act = norm.drop, norm.act
+        network.set_submodule(path, split.train(norm.training))
 
 
 @torch.no_grad()

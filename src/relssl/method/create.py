@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from typing import Any
 
@@ -29,50 +30,35 @@ def create_method(config: Config, generator: torch.Generator | None = None, loss
     Raises:
         ConfigError: if the network cannot be built, or images of the views' sizes do not pass through it.
     """
-    method, traits = config.method, METHODS[config.method.name]
+    method, traits, settings = config.method, METHODS[config.method.name], dict[str, Any]()
     module = importlib.import_module(f"relssl.method.{method.name}")
-    kind = next(
-        each
-        for each in vars(module).values()
-        if isinstance(each, type) and each.__module__ == module.__name__ and issubclass(each, Method)
-    )
-    settings: dict[str, Any] = {}
+    own = [each for each in vars(module).values() if getattr(each, "__module__", None) == module.__name__]
+    kind = next(each for each in own if isinstance(each, type) and issubclass(each, Method))
     if traits.memory:
         settings |= {"memory_size": method.memory_size, "dim": config.encoder.dim, "generator": generator}
     if traits.tiled:
         settings["loss_form"] = loss_form
     if traits.two_way is None:
         settings["symmetric"] = method.symmetric
-    return kind(create_student(config, classes), **settings)
+    created: Method = kind(create_student(config, classes), **settings)
+    return created
 
 
 def create_student(config: Config, classes: int = 0) -> Encoder:
-    """Create the network that a run trains: an encoder, or for methods that train on labels a classifier of `classes`."""
-    backbone, width = _backbone(config)
-    if METHODS[config.method.name].labels:
-        return Classifier(backbone, width, classes)
-    settings = config.encoder
-    return Encoder(
-        backbone,
-        width,
-        projector_hidden=settings.projector_hidden,
-        dim=settings.dim,
-        projector_layers=settings.projector_layers,
-        projector_norm=settings.projector_norm,
-        projector_output_norm=settings.projector_output_norm,
-        predictor=settings.predictor,
-        predictor_hidden=settings.predictor_hidden,
-        predictor_norm=settings.predictor_norm,
-    )
+    """Create the network that a run trains: an encoder, or for methods that train on labels a classifier of `classes`.
 
-
-def _backbone(config: Config) -> tuple[nn.Module, int]:
-    """The backbone, its batch norms split as the run has it, and the number of its features; every view's size has to pass."""
+    Its backbone's batch norms are split as the run has it. ConfigError, as for `create_method`.
+    """
     derived, channels = derive(config), {} if config.views.channels == 3 else {"in_chans": config.views.channels}
     backbone = create_backbone(config.backbone, config.encoder.stem, channels | config.backbone_args, config.views.weak.size)
     split_batch_norms(backbone, derived.norm_splits)
     widths = {size: feature_width(backbone, size) for size in {view.size for view in derived.views}}
-    return backbone, widths[config.views.weak.size]
+    width = widths[config.views.weak.size]
+    if derived.traits.labels:
+        return Classifier(backbone, width, classes)
+    heads = dataclasses.asdict(config.encoder)
+    del heads["stem"], heads["batch_norm_splits"]  # which are the backbone's
+    return Encoder(backbone, width, **heads)
 
 
 def create_run_optimizer(config: Config, student: nn.Module) -> torch.optim.Optimizer:

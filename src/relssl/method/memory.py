@@ -17,16 +17,11 @@ class Memory(nn.Module):
         size: K, number of keys held.
         dim: D, dimension of a key.
         generator: source of the random directions; None draws from torch's global state.
-
-    Attributes:
-        keys: [K, D] fp32, unit norm.
-        ids: [K] int64, -1 where no sample has been written yet.
-        pointer: scalar int64, the position the next key goes to.
     """
 
-    keys: Tensor
-    ids: Tensor
-    pointer: Tensor
+    keys: Tensor  # [K, D] fp32, unit norm
+    ids: Tensor  # [K] int64, -1 where no sample has been written yet
+    pointer: Tensor  # scalar int64, the position the next key goes to
 
     def __init__(self, size: int, dim: int, generator: torch.Generator | None = None) -> None:
         super().__init__()

@@ -45,17 +45,7 @@ class MoCo(Method):
             info_nce_temperature: 0.2 in MoCo v2.
         """
         matched = self.matched(weak, strong, world, self.symmetric)
-        losses = [self.loss(queries, keys, info_nce_temperature) for queries, keys in matched]
+        # InfoNCE is ReSSL's objective with nothing but its InfoNCE part, so that the relation's temperatures play no role.
+        settings = dict.fromkeys(("student_temperature", "teacher_temperature", "info_nce_temperature"), info_nce_temperature)
+        losses = [self.objective(queries, keys, self.past, warmup_mix=1.0, **settings) for queries, keys in matched]
         return Step(torch.stack(losses).mean(), matched[0][0].detach(), matched[0][1])
-
-    def loss(self, queries: Tensor, keys: Tensor, temperature: float) -> Tensor:
-        """InfoNCE of queries [V, B, D] against keys [B, D]: ReSSL's objective with nothing but its InfoNCE part."""
-        return self.objective(
-            queries,
-            keys,
-            self.past,
-            student_temperature=temperature,
-            teacher_temperature=temperature,
-            warmup_mix=1.0,
-            info_nce_temperature=temperature,
-        )

@@ -11,21 +11,11 @@ from torch import nn
 
 # How the learning rate of all but the predictor goes.
 PLAIN = {"times": 1.0, "constant": False}
-_NORMS = (
-    nn.modules.batchnorm._NormBase,
-    nn.LayerNorm,
-    nn.GroupNorm,
-    nn.modules.normalization.LocalResponseNorm,
-)
+_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 
 
 def parameter_groups(
-    student: nn.Module,
-    *,
-    decay: str,
-    weight_decay: float,
-    predictor_lr: float = 1.0,
-    predictor_constant: bool = False,
+    student: nn.Module, *, decay: str, weight_decay: float, predictor_lr: float = 1.0, predictor_constant: bool = False
 ) -> list[dict[str, Any]]:
     """Group the student's parameters: those that decay, those that do not, and the predictor's likewise.
 

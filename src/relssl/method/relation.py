@@ -96,11 +96,10 @@ def objective(
     Returns:
         A scalar.
     """
+    temperatures = {"student_temperature": student_temperature, "teacher_temperature": teacher_temperature}
     loss = queries.new_zeros(())
     if warmup_mix < 1:
-        loss = loss + (1 - warmup_mix) * relational_loss(
-            queries, keys, memory, student_temperature=student_temperature, teacher_temperature=teacher_temperature
-        )
+        loss = loss + (1 - warmup_mix) * relational_loss(queries, keys, memory, **temperatures)
     if warmup_mix > 0:
         loss = loss + warmup_mix * info_nce(queries, keys, memory, temperature=info_nce_temperature)
     return loss

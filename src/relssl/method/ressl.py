@@ -24,55 +24,28 @@ class ReSSL(Method):
         memory_size: K.
         dim: D, the dimension of the student's embeddings.
         generator: source of the memory's first, random keys.
-        loss_form: one of OBJECTIVES, all of which give the same loss: plain, or tiled, in less memory and time.
+        loss_form: plain, or tiled: the same loss in less memory and time.
     """
 
     constants = ("student_temperature", "info_nce_temperature")
     scheduled = ("teacher_temperature", "warmup_mix")
 
     def __init__(
-        self,
-        student: Encoder,
-        memory_size: int,
-        dim: int,
-        generator: torch.Generator | None = None,
-        loss_form: str = "plain",
+        self, student: Encoder, memory_size: int, dim: int, generator: torch.Generator | None = None, loss_form: str = "plain"
     ) -> None:
-        if loss_form not in OBJECTIVES:
-            raise ValueError(f"loss_form must be one of {', '.join(OBJECTIVES)}, got {loss_form!r}")
         super().__init__(student, teacher=True, memory_size=memory_size, dim=dim, generator=generator)
         self.objective = OBJECTIVES[loss_form]
 
-    def step(
-        self,
-        weak: Tensor,
-        strong: Sequence[Tensor],
-        world: World = ALONE,
-        *,
-        student_temperature: float,
-        teacher_temperature: float,
-        warmup_mix: float = 0.0,
-        info_nce_temperature: float = 0.1,
-    ) -> Step:
+    def step(self, weak: Tensor, strong: Sequence[Tensor], world: World = ALONE, **settings: float) -> Step:
         """Algorithm 1 of the paper, up to the loss.
 
         Args:
             weak: [B, C, H, W], one weak view of each sample.
             strong: V views [B, C, h, w] of the same samples; a single crop is a list of one.
             world: the processes that share the batch out.
-            warmup_mix: share of InfoNCE in the loss, 0 to 1.
+            settings: as for `relation.objective`: temperatures, and InfoNCE's share of the loss.
         """
         keys = self.keys([weak], world)[0]  # [B, D]
         queries = self.student(strong)  # [V, B, D]
         memory = self.past  # [K, D], from before this step: no sample meets itself
-
-        loss = self.objective(
-            queries,
-            keys,
-            memory,
-            student_temperature=student_temperature,
-            teacher_temperature=teacher_temperature,
-            warmup_mix=warmup_mix,
-            info_nce_temperature=info_nce_temperature,
-        )
-        return Step(loss, queries.detach(), keys)
+        return Step(self.objective(queries, keys, memory, **settings), queries.detach(), keys)

@@ -24,12 +24,7 @@ class SCE(Method):
     scheduled = ("teacher_temperature",)
 
     def __init__(
-        self,
-        student: Encoder,
-        memory_size: int,
-        dim: int,
-        generator: torch.Generator | None = None,
-        symmetric: bool = False,
+        self, student: Encoder, memory_size: int, dim: int, generator: torch.Generator | None = None, symmetric: bool = False
     ) -> None:
         super().__init__(student, teacher=True, memory_size=memory_size, dim=dim, generator=generator)
         self.symmetric = symmetric
@@ -52,7 +47,6 @@ def similarity_contrast(
     queries: Tensor,
     keys: Tensor,
     memory: Tensor,
-    *,
     student_temperature: float,
     teacher_temperature: float,
     positive_share: float = 0.5,

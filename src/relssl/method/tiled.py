@@ -43,13 +43,7 @@ def tiled_objective(
 class _Objective(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        queries: Tensor,
-        keys: Tensor,
-        memory: Tensor,
-        temperatures: tuple[float, float, float],
-        mix: float,
-        rows: int,
+        ctx: Any, queries: Tensor, keys: Tensor, memory: Tensor, temperatures: tuple[float, float, float], mix: float, rows: int
     ) -> Tensor:
         ctx.count = queries.shape[0] * queries.shape[1]
         with torch.autocast(queries.device.type, enabled=False):
@@ -70,14 +64,7 @@ class _Objective(torch.autograd.Function):
         return gradient * (outer[0] / ctx.count), None, None, None, None, None
 
 
-def _tile(
-    q: Tensor,
-    k: Tensor,
-    memory: Tensor,
-    temperatures: tuple[float, float, float],
-    mix: float,
-    gradient: Tensor,
-) -> Tensor:
+def _tile(q: Tensor, k: Tensor, memory: Tensor, temperatures: tuple[float, float, float], mix: float, gradient: Tensor) -> Tensor:
     """The summed loss of queries [V, R, D] against keys [R, D]; its gradient is added to `gradient` [V, R, D]."""
     t_student, t_teacher, t_nce = temperatures
     views, rows, dim = q.shape

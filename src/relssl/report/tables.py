@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -25,25 +26,25 @@ _HEALTH = ("teacher_entropy", "teacher_neighbours", "kl", "agreement", "embeddin
 
 def _pairs(title: str, rows: Iterable[tuple[str, str] | None]) -> None:
     """Print a table of names and values; None draws a line."""
-    table = Table(title=Text(title), title_justify="left", show_header=False, min_width=60)
-    _print(table, rows, Console(highlight=False))
+    _print(Table(title=Text(title), title_justify="left", show_header=False, min_width=60), rows)
 
 
 def _columns(title: str, words: str, numbers: str, rows: Iterable[tuple[str, ...] | None], last: str = "") -> None:
     """Print a table with columns of text, then of numbers, then of intervals, then perhaps a last one of text; None draws a line."""
     table = Table(title=Text(title, "bold"), title_justify="left", box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-    for name in (*words.split(), *numbers.split()):
-        table.add_column(name, justify="left" if name in words.split() else "right", overflow="fold")
-    table.add_column("95 % interval", justify="right", no_wrap=True)
+    for name in words.split():
+        table.add_column(name, overflow="fold")
+    for name in (*numbers.split(), "95 % interval"):
+        table.add_column(name, justify="right", no_wrap=True)
     if last:
         table.add_column(last, overflow="fold")
-    _print(table, rows, Console(highlight=False, width=None if Console().is_terminal else _WIDTH))
+    _print(table, rows, None if Console().is_terminal else _WIDTH)
 
 
-def _print(table: Table, rows: Iterable[tuple[str, ...] | None], console: Console) -> None:
+def _print(table: Table, rows: Iterable[tuple[str, ...] | None], width: int | None = None) -> None:
     for row in rows:
         table.add_section() if row is None else table.add_row(*map(Text, row))
-    console.print(table)
+    Console(highlight=False, width=width).print(table)
 
 
 def show(networks: Iterator[Network], size: int) -> list[Network]:
@@ -52,12 +53,12 @@ def show(networks: Iterator[Network], size: int) -> list[Network]:
     print(rule.format("network", "parameters", "GFLOPs", "features", "small stem", "smallest side"))
     shown = []
     for each in networks:
-        shown.append(each)
         gflops, stem = "-" if each.gflops is None else f"{each.gflops:.2f}", "yes" if each.small_stem else "no"
         cells = (f"{each.parameters / 1e6:.1f} M", gflops, each.features or "-", stem, each.smallest or "-")
         print(rule.format(each.name, *cells), flush=True)
-    about = f"""Parameters without the classifier. GFLOPs: 10^9 multiply-adds, each counted once, of an image of {size} x {size} pixels.
-Small stem: whether encoder.stem may be small. Smallest side: of the images that pass through, in pixels."""
+        shown.append(each)
+    about = f"""Parameters without the classifier; GFLOPs of an image of {size} x {size} pixels, a multiply-add counted once.
+Small stem: encoder.stem may be small. Smallest side: of images that pass through, in pixels."""
     print(about if shown else "none that small")
     return shown
 
@@ -71,28 +72,27 @@ def show_estimate(figures: Estimate) -> None:
     """Print the run's cost, where a step's time goes, and what to change."""
     _pairs("What the run would take", _costs(figures))
     _pairs("Where a step's time goes", _step(figures))
-    if figures.disk.cache:
+    if figures.disk["cache"]:
         print("Steps read the files as they are, as the cache is not complete; with shrunk images they wait less for data.\n")
     changes = [f"{each.setting}: {each.value}  ({each.why})" for each in figures.advice]
     print("\n  ".join(["What to change", *(changes or ["nothing: no setting stands in the way"])]))
 
 
 def _costs(figures: Estimate) -> Iterator[tuple[str, str] | None]:
-    extras, memory, disk = figures.extras, figures.memory, figures.disk
+    memory, disk = figures.memory, figures.disk
     spread = f"{duration(figures.step_low)} to {duration(figures.step_high)}"
     yield "speed", f"{figures.images_per_second:,.0f} images/s, {figures.device}"
     yield f"step, median of {figures.steps_timed}", f"{duration(figures.step_seconds)} (10 to 90 %: {spread})"
     yield "whole run", f"{duration(figures.seconds)}: {figures.epochs} epochs, {figures.total_steps:,} steps"
-    if extras.evaluations:
-        yield "  of it kNN", f"{duration(figures.evaluation_seconds)}, evaluations: {extras.evaluations}"
-    yield "  of it saving", f"{duration(figures.saving_seconds)}, checkpoints: {extras.saves}, without the disk's own time"
+    if figures.evaluations:
+        yield "  of it kNN", f"{duration(figures.evaluation_seconds)}, evaluations: {figures.evaluations}"
     yield None
-    if memory.device_total:
-        yield "GPU memory, peak", f"{size(memory.device_used)} of {size(memory.device_total)}"
-    yield "memory, peak", f"{size(memory.used)} of {size(memory.total)}"
-    yield "disk", f"{size(disk.total)}, {disk.checkpoints} checkpoints of {size(disk.checkpoint)}; {size(disk.free)} free"
-    if disk.cache:
-        yield "disk for shrunk images", f"about {size(disk.cache)} more; {size(disk.cache_free)} free"
+    if memory["device_total"]:
+        yield "GPU memory, peak", f"{size(memory['device_used'])} of {size(memory['device_total'])}"
+    yield "memory, peak", f"{size(memory['used'])} of {size(memory['total'])}"
+    yield "disk", f"{disk['checkpoints']} checkpoints of {size(disk['checkpoint'])}; {size(disk['free'])} free"
+    if disk["cache"]:
+        yield "disk for shrunk images", f"about {size(disk['cache'])} more"
     if figures.workers is not None:
         yield "loader processes", str(figures.workers)
     if figures.unreadable:
@@ -110,45 +110,34 @@ def _step(figures: Estimate) -> Iterator[tuple[str, str] | None]:
 
 
 def show_evaluation(record: dict[str, Any]) -> None:
-    """Print a record of `evaluate`: a line for each result, for transfer one for each data set; what to know of them below.
-
-    Args:
-        record: {"source", "data", "results": [{"protocol", "network", "setting": {name: value}, "main", "figures": {name:
-            percent}, "intervals": {name: [low, high]}, "notes": [sentence], "details"}]}.
-    """
+    """Print what `evaluate` returns: a line for each result, for transfer one for each data set; what to know of them below."""
     numbers: dict[str, int] = {}
     rows: list[tuple[str, ...] | None] = []
-    before = record["results"][0]["protocol"] if record["results"] else ""
-    for result in record["results"]:
-        if before != (before := result["protocol"]):
-            rows.append(None)
-        for cells, notes in _lines(result):
-            marks = sorted({numbers.setdefault(note, len(numbers) + 1) for note in notes})
-            rows.append((result["protocol"], result["network"], *cells, " ".join(map(str, marks))))
-    _columns(f"{record['source']} on {record['data']}", "protocol network setting figure", "%", rows, last="notes")
-    notes = [f"{number:>2}  {note}" for note, number in numbers.items()]
-    print("\n".join(["", *notes] if notes else []), end="\n" if notes else "")
+    for _, results in itertools.groupby(record["results"], lambda result: result["protocol"]):
+        for result in results:
+            for cells, notes in _lines(result):
+                marks = sorted({numbers.setdefault(note, len(numbers) + 1) for note in notes})
+                rows.append((result["protocol"], result["network"], *cells, " ".join(map(str, marks))))
+        rows.append(None)
+    _columns(f"{record['source']} on {record['data']}", "protocol network setting figure", "%", rows[:-1], last="notes")
+    for note, number in numbers.items():
+        print(f"{number:>2}  {note}")
 
 
 def _lines(result: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], list[str]]]:
     """Yield (setting, figure, value, interval) and the notes of each line of one result."""
-    sets = result.get("details", {}).get("rows", ()) if result["protocol"] == "transfer" else ()
+    sets, main = result["details"]["rows"] if result["protocol"] == "transfer" else (), result["main"]
     for row in sets:
         if "not_run" in row:
             yield (row["data"], "not run", "", ""), [not_run(row)]
         else:
             yield (row["data"], row["metric"], f"{row['value']:.2f}", _range(row["interval"])), []
-    main, setting = result["main"], "all that ran" if sets else _setting(result["setting"])
-    cells = (setting, main, f"{result['figures'][main]:.2f}", _range(result.get("intervals", {}).get(main)))
-    yield cells, list(result.get("notes", ()))
+    setting, value = "all that ran" if sets else _setting(result["setting"]), f"{result['figures'][main]:.2f}"
+    yield (setting, main, value, _range(result["intervals"].get(main))), result["notes"]
 
 
 def show_comparison(rows: list[dict[str, Any]]) -> None:
-    """Print what `compare` returns, a line for each pair of figures.
-
-    Args:
-        rows: {"protocol", "network": [name, name], "setting", "figure", "first", "second", "difference", "interval"?, "allowed"}.
-    """
+    """Print what `compare` returns, a line for each pair of figures."""
     lines = [
         (
             *(row["protocol"], " / ".join(dict.fromkeys(row["network"])), _setting(row["setting"]), row["figure"]),
@@ -162,14 +151,12 @@ def show_comparison(rows: list[dict[str, Any]]) -> None:
 
 
 def _setting(setting: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {_plain(value)}" for name, value in setting.items())
+    def plain(value: Any) -> str:
+        if isinstance(value, (list, tuple)):
+            return " ".join(map(plain, value))
+        return f"{value:g}" if isinstance(value, float) else str(value)
 
-
-def _plain(value: Any) -> str:
-    """Return a setting's value: numbers short, lists by their elements."""
-    if isinstance(value, (list, tuple)):
-        return " ".join(map(_plain, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return ", ".join(f"{name} {plain(value)}" for name, value in setting.items())
 
 
 def _range(interval: Any) -> str:
@@ -203,22 +190,19 @@ def show_summary(result: Result, config: Config) -> None:
 
 
 def _learned(known: dict[str, Any], config: Config) -> Iterator[tuple[str, str] | None]:
+    def number(value: float | None, digits: int) -> str:
+        return "not finite" if value is None else f"{value:.{digits}f}"
+
     health, names = known["health"], {"raw_pixels": "raw pixels", "untrained": "untrained backbone"}
     for name in ("raw_pixels", "untrained", "student", "teacher"):
         if (top1 := known[f"knn_{name}"]) is not None:
             yield f"kNN top-1, {names.get(name, name)}", f"{top1:.1f} %"
     yield None
-    yield "loss, first and last row", f"{_number(known['loss_start'], 3)} -> {_number(known['loss_end'], 3)}"
+    yield "loss, first and last row", f"{number(known['loss_start'], 3)} -> {number(known['loss_end'], 3)}"
     if "teacher_neighbours" in health:  # methods without a memory have no relations
-        memory = config.method.memory_size
-        yield "teacher's effective neighbours", f"{_number(health['teacher_neighbours'], 1)} of {memory}"
-        yield "student's divergence from it", f"{_number(health['kl'], 3)} nats"
-        yield "same nearest neighbour", f"{_number(health['agreement'], 2)} of samples"
-    yield "spread of the embeddings", f"{_number(health['embedding_std'], 2)} (1 is all round)"
+        yield "teacher's effective neighbours", f"{number(health['teacher_neighbours'], 1)} of {config.method.memory_size}"
+        yield "student's divergence from it", f"{number(health['kl'], 3)} nats"
+        yield "same nearest neighbour", f"{number(health['agreement'], 2)} of samples"
+    yield "spread of the embeddings", f"{number(health['embedding_std'], 2)} (1 is all round)"
     whole = "" if METHODS[config.method.name].labels else f" of {config.encoder.dim}"
-    yield "effective rank", f"{_number(health['effective_rank'], 0)}{whole}"
-
-
-def _number(value: float | None, digits: int) -> str:
-    """Return a figure, which a non-finite step leaves empty."""
-    return "not finite" if value is None else f"{value:.{digits}f}"
+    yield "effective rank", f"{number(health['effective_rank'], 0)}{whole}"

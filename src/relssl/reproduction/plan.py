@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from relssl.errors import ConfigError
-from relssl.reproduction.tables import Row, Scale, Table, known
+from relssl.reproduction.tables import Row, Table, known
 from relssl.settings.evaluation import Evaluation, read_settings
-from relssl.settings.reading import leaves, merge, nest, read_yaml
-from relssl.settings.recipes import layer
+from relssl.settings.reading import leaves, read_yaml
+from relssl.settings.recipes import layer, spell_out
 from relssl.settings.run import Config, from_mapping, resolve
 
 # Settings that do not change what a run learns, and those that the data fills in.
@@ -29,7 +29,7 @@ _RESERVED = {"out": "--out and --runs name the folders", "seed": "use --seeds N"
 
 @dataclass(frozen=True)
 class Run:
-    """A row with one seed, the nested `settings` it was resolved from, which its command spells out, and its run folder."""
+    """A row with one seed, the `settings` it was resolved from, which its command spells out, and its run folder."""
 
     row: Row
     seed: int
@@ -54,32 +54,29 @@ class Run:
 
     def commands(self) -> list[str]:
         """Return the two commands, of training and of evaluation, that give the same numbers."""
-        names = ["recipe", *(name for name in flat(self.settings, leaves(Config)) if name not in ("data", "recipe"))]
-        train = {name: attrgetter(name)(self.config) for name in names}
-        usual = flat(dataclasses.asdict(Evaluation()))
-        own = {name: value for name, value in flat(dataclasses.asdict(self.evaluation)).items() if value != usual[name]}
-        commands = {f"pretrain {shlex.quote(self.config.data)}": train, f"evaluate {shlex.quote(str(self.folder))}": own}
-        return [
-            " ".join(["relssl", verb, *(f"--{name} {shlex.quote(_typed(value))}" for name, value in settings.items())])
-            for verb, settings in commands.items()
-        ]
+        names = {re.sub(r"^backbone_args\..*", "backbone_args", name) for name in self.settings} - {"data", "recipe"}
+        train = {name: attrgetter(name)(self.config) for name in ("recipe", *(name for name in leaves(Config) if name in names))}
+        ours, usual = self.evaluation, Evaluation()
+        pairs = {name: (attrgetter(name)(ours), attrgetter(name)(usual)) for name in leaves(Evaluation)}
+        evaluate = {name: value for name, (value, other) in pairs.items() if value != other}
+        data, folder = shlex.quote(self.config.data), shlex.quote(str(self.folder))
+        return [f"relssl pretrain {data} {options(train)}", f"relssl evaluate {folder} {options(evaluate)}"]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A table at a scale.
+    """The runs of a table.
 
     Attributes:
         name: of the results, TABLE-SCALE or TABLE-SCALE-rehearsal; a rehearsal's runs are shorter than the scale has them.
-        overrides: settings of all runs, by dotted name.
+        overrides: settings of all runs, by dotted name and as they would be typed, so that 1 and "1" are one.
         runs: those of all rows that can be set up, seed by seed, so that a plan that is stopped has compared all rows on some seeds.
         chosen: those that are to be run.
     """
 
     name: str
     table: Table
-    scale: Scale
-    overrides: dict[str, Any]
+    overrides: dict[str, str]
     runs: list[Run]
     chosen: list[Run]
 
@@ -90,7 +87,6 @@ class Plan:
 
 def plan(
     table: Table,
-    scale: Scale,
     *,
     seeds: int | None = None,
     only: Collection[str] = (),
@@ -109,65 +105,48 @@ def plan(
     Raises:
         ConfigError: for settings that cannot be used, that the rows differ in, or other than those a run was started with.
     """
-    over = flat(nest(overrides or {}), leaves(Config))
-    count = scale.seeds if seeds is None else seeds
+    over, count = spell_out(overrides or {}), table.seeds if seeds is None else seeds
     if count < 1:
         raise ConfigError(f"seeds: must be at least 1, got {count}")
-    rows = table.at(scale.name)
-    names = [row.name for row in rows]
+    names = [row.name for row in table.rows]
     wanted = {known("only", name, names) for name in only} or set(names)
-    varied = {
-        part
-        for row in rows
-        for name in flat(row.settings, leaves(Config))
-        for part in itertools.accumulate(name.split("."), "{}.{}".format)
-    }
-    why = _RESERVED | dict.fromkeys(varied, f"the rows of {table.name} differ in it")
+    why = _RESERVED | {name: f"the rows of {table.name} differ in it" for row in table.rows for name in row.settings}
     if faults := [f"{name}: cannot be given for all runs; {why[name]}" for name in over if name in why]:
         raise ConfigError(*faults)
-    name = f"{table.name}-{scale.name}" + ("-rehearsal" if "epochs" in over else "")
+    name = f"{table.name}-{table.scale}" + ("-rehearsal" if "epochs" in over else "")
     folder = Path(runs or f"runs/reproduce/{name}")
     # Seeds that have a note are in the plan, so that asking for fewer later takes nothing away from the results.
     notes = (re.fullmatch("(.+)-([0-9]{1,6})", path.stem) for path in folder.glob("*.json"))
     earlier = {int(note[2]) for note in notes if note and note[1] in names}
     planned = []
-    for seed, row in itertools.product(sorted({*range(count), *earlier}), rows):
+    for seed, row in itertools.product(sorted({*range(count), *earlier}), table.rows):
         try:
-            run = _run(table, scale, row, seed, folder, over)
-        except ConfigError:
+            run = _run(table, row, seed, folder, over)
+        except ConfigError as error:
             if row.name in wanted:
-                raise
+                raise ConfigError(*(f"{table.name}, {row.name}: {fault}" for fault in error.faults)) from error
             continue
         if seed < count or run.note.exists():
             _refuse_other_settings(run)
             planned.append(run)
     chosen = [run for run in planned if run.row.name in wanted and run.seed < count]
-    return Plan(name, table, scale, over, planned, chosen)
+    return Plan(name, table, {name: _typed(over[name]) for name in sorted(over)}, planned, chosen)
 
 
-def _run(table: Table, scale: Scale, row: Row, seed: int, folder: Path, over: Mapping[str, Any]) -> Run:
-    settings: dict[str, Any] = {}
-    for above in (scale.settings, table.scales[scale.name], row.settings):
-        settings = layer(settings, above)
-    out, evaluation = folder / f"{row.name}-{seed}", scale.evaluation
-    try:
-        if "epochs" in over:  # the learning rate's warm-up keeps its share
-            whole = resolve(settings)
-            epochs = resolve(merge(settings, {"epochs": over["epochs"], "optimizer": {"warmup_epochs": 0}})).epochs
-            warmup = round(whole.optimizer.warmup_epochs / whole.epochs * epochs, 6)
-            settings = merge(settings, {"optimizer": {"warmup_epochs": warmup}})
-            if "linear" in evaluation["protocol"]:
-                evaluation = merge(evaluation, {"linear": {"epochs": epochs}})
-            if "max_images" in over:
-                few = [over["max_images"]] * 2
-                settings, evaluation = merge(settings, {"log": {"knn_images": few}}), merge(evaluation, {"images": few})
-        settings = layer(layer(settings, nest(over)), {"seed": seed, "out": str(out)})
-        config = resolve(settings)
-    except ConfigError as error:
-        raise ConfigError(*(f"{table.name}, {row.name}: {fault}" for fault in error.faults)) from error
+def _run(table: Table, row: Row, seed: int, folder: Path, over: dict[str, Any]) -> Run:
+    settings = layer(table.settings, row.settings)
     # The figures that are compared are the student's, which every method has.
-    evaluation = merge(evaluation, {"network": ["student"], "device": config.engine.device})
-    return Run(row, seed, settings, config, read_settings(evaluation), out)
+    evaluation = table.evaluation | {"network": ["student"]}
+    if "epochs" in over:  # the learning rate's warm-up keeps its share
+        whole = resolve(settings)
+        epochs = resolve(settings | {"epochs": over["epochs"], "optimizer.warmup_epochs": 0}).epochs
+        settings |= {"optimizer.warmup_epochs": round(whole.optimizer.warmup_epochs / whole.epochs * epochs, 6)}
+        evaluation |= {"linear.epochs": epochs} if "linear" in evaluation["protocol"] else {}
+        if "max_images" in over:
+            settings["log.knn_images"] = evaluation["images"] = [over["max_images"]] * 2
+    settings = layer(settings, over) | {"seed": seed, "out": str(folder / f"{row.name}-{seed}")}
+    config = resolve(settings)
+    return Run(row, seed, settings, config, read_settings(evaluation | {"device": config.engine.device}), Path(settings["out"]))
 
 
 def _refuse_other_settings(run: Run) -> None:
@@ -198,13 +177,9 @@ def read_json(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def flat(tree: Mapping[str, Any], whole: Collection[str] = (), prefix: str = "") -> dict[str, Any]:
-    """Turn {"optimizer": {"lr": 1}} into {"optimizer.lr": 1}; mappings named in `whole` stay as they are."""
-    named: dict[str, Any] = {}
-    for key, value in tree.items():
-        name = prefix + key
-        named |= flat(value, whole, name + ".") if isinstance(value, Mapping) and name not in whole else {name: value}
-    return named
+def options(settings: Mapping[str, Any]) -> str:
+    """Return settings as options of the command line."""
+    return " ".join(f"--{name} {shlex.quote(_typed(value))}" for name, value in settings.items())
 
 
 def _typed(value: Any) -> str:

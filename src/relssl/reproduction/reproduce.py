@@ -4,25 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import signal
 import statistics
-import threading
 import time
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 from relssl.errors import ConfigError, DataError, Interrupted, LockedError, RelsslError, StorageError
 from relssl.files import duration, storing, write_json
-from relssl.reproduction.plan import Plan, Run, plain, plan, read_json
-from relssl.reproduction.results import options, outcome, typed, write_results
-from relssl.reproduction.tables import read_scale, read_table
+from relssl.reproduction.plan import Plan, Run, options, plain, plan, read_json
+from relssl.reproduction.results import outcome, write_results
+from relssl.reproduction.tables import read_table
 from relssl.settings.run import derive
 from relssl.train.signals import REASONS, TIME_LIMIT
-
-# What a note holds of an evaluation's record; its card and which images were right are in RUN/evaluations.
-_NOTED = ("protocol", "network", "data", "setting", "main", "figures", "intervals", "notes", "seconds")
 
 Say = Callable[[str], None]
 
@@ -60,63 +54,42 @@ def reproduce(
 
     Raises:
         ConfigError: for unknown names, settings that cannot be used, and folders that hold something else.
-        Interrupted: on a signal or at the time limit, after the results so far are written.
+        Interrupted: on SIGINT, on SIGTERM while training, or at the time limit, after the results so far are written.
         StorageError, LockedError: if a folder cannot be written, or another process writes it.
     """
-    planned = plan(read_table(table), read_scale(scale), seeds=seeds, only=only, runs=runs, overrides=overrides)
+    planned = plan(read_table(table, scale), seeds=seeds, only=only, runs=runs, overrides=overrides)
     if time_limit is not None and not time_limit > 0:
         raise ConfigError(f"time_limit: must be above 0 minutes, got {time_limit:g}")
-    if not plan_only:
-        _check_out(planned, Path(out))
-    log = say or (lambda line: None)
-    rows, todo = {run.row.name for run in planned.chosen}, [run for run in planned.chosen if run.state() != "done"]
-    log(f"{planned.name}: {len(rows)} rows, {len(planned.chosen)} runs, {len(planned.chosen) - len(todo)} of them done")
-    if planned.scale.name == "smoke" or planned.rehearsal:
-        log("its numbers mean nothing: runs are cut short to show that everything works")
-    costs = _costs(planned, log) if plan_only or (say and todo) else {}
     if plan_only:
-        return costs
+        return _costs(planned, say or (lambda line: None))
+    _check_out(planned, Path(out))
+    if say and any(run.state() != "done" for run in planned.chosen):
+        _costs(planned, say)
     end = math.inf if time_limit is None else time.monotonic() + 60 * time_limit
     try:
-        with _signals_raise():
-            for run in todo:
-                if run.state() != "done":  # by another process meanwhile
-                    _perform(run, end)
-                    write_results(planned, Path(out))
-                    log(f"{run.row.name} seed {run.seed}: {_summary(run)}")
+        for run in planned.chosen:
+            if run.state() != "done":
+                _perform(run, end)
+                write_results(planned, Path(out))
+                if say:
+                    say(f"{run.row.name} seed {run.seed}: {_summary(run)}")
     except (Interrupted, KeyboardInterrupt) as error:
         write_results(planned, Path(out))
-        left = sum(run.state() != "done" for run in todo)
+        left = sum(run.state() != "done" for run in planned.chosen)
         what = f"{planned.name}: stopped with {left} of {len(planned.chosen)} runs to do; the same command goes on"
-        raise Interrupted(what, error.exit_code if isinstance(error, Interrupted) else error.args[0]) from None
+        raise Interrupted(what, error.exit_code if isinstance(error, Interrupted) else 130) from None
     return write_results(planned, Path(out))
 
 
 def _check_out(planned: Plan, out: Path) -> None:
     """Refuse to write over results of other settings, and make the folder."""
     file = out / f"{planned.name}.json"
-    there, here = read_json(file).get("overrides"), typed(planned.overrides)
+    there, here = read_json(file).get("overrides"), planned.overrides
     if there is not None and there != here:
         words = f"{options(there) or 'none'} there, {options(here) or 'none'} now"
         raise ConfigError(f"{file}: holds results of other settings ({words}); give another --out")
     with storing(file):
         out.mkdir(parents=True, exist_ok=True)
-
-
-@contextmanager
-def _signals_raise() -> Iterator[None]:
-    """Let SIGINT and SIGTERM raise KeyboardInterrupt with their exit code; training has its own handlers, as it saves first."""
-
-    def stop(number: int, _: object) -> None:
-        raise KeyboardInterrupt(128 + number)
-
-    main = threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM) if main}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _perform(run: Run, end: float) -> None:
@@ -137,9 +110,7 @@ def _perform(run: Run, end: float) -> None:
         else:
             resume(run.folder, quiet=True, time_limit=left)
         _minutes(end)
-        record = evaluate(run.folder, settings=run.evaluation)
-        results = [{name: result[name] for name in _NOTED} for result in record["results"]]
-        note |= {"evaluation": plain(run.evaluation), "results": results}
+        note |= evaluate(run.folder, settings=run.evaluation) | {"evaluation": plain(run.evaluation)}
     except (Interrupted, StorageError, LockedError):
         raise
     except Exception as error:
@@ -166,21 +137,18 @@ def _summary(run: Run) -> str:
 
 def _costs(planned: Plan, say: Say) -> dict[str, Any]:
     """Tell what is left to do and how long it takes: rows by their operations, at the pace of finished runs or of a few steps."""
-    from relssl.train.estimate import estimate
-
-    rows: dict[str, list[Run]] = {}
-    for run in planned.chosen:
-        rows.setdefault(run.row.name, []).append(run)
+    rows = {run.row.name: [each for each in planned.chosen if each.row is run.row] for run in planned.chosen}
     finished = [(run.row.name, one) for run in planned.chosen if (one := outcome(run))]
+    say(f"{planned.name}: {len(rows)} rows, {len(planned.chosen)} runs, {len(finished)} of them done")
+    if planned.table.scale == "smoke" or planned.rehearsal:
+        say("its numbers mean nothing: runs are cut short to show that everything works")
     work: dict[str, tuple[float, float]] = {}
     rate, evaluation, basis = 0.0, None, "as no row can be set up here"
     for name, (first, *_) in rows.items():
         try:
             work[name] = _operations(first)
             if not rate and not finished:
-                log = dataclasses.replace(first.config.log, knn_every=0)
-                figures = estimate(settings=dataclasses.replace(first.config, log=log), steps=5, quiet=True)
-                rate = work[name][0] / figures.training_seconds if figures else 0.0
+                rate = work[name][0] / _training_seconds(first)
                 basis = f"from a few steps of {name}, the other rows by their operations; without the probe's own time"
         except (RelsslError, RuntimeError, ValueError) as error:  # its run will fail with the same
             say(f"{name}: time unknown: {str(error).splitlines()[0]}")
@@ -200,7 +168,15 @@ def _costs(planned: Plan, say: Say) -> dict[str, Any]:
         say(f"  {name:22} {todo} of {len(runs)} runs to do, {left}  ({runs[0].row.label})")
         costs.append({"row": name, "label": runs[0].row.label, "runs": len(runs), "done": len(runs) - todo, "seconds": seconds})
     say(f"{f'about {duration(total)}' if rate else 'unknown time'} in all, {basis}")
-    return {"table": planned.table.name, "scale": planned.scale.name, "rows": costs, "seconds": total, "basis": basis}
+    return {"table": planned.table.name, "scale": planned.table.scale, "rows": costs, "seconds": total, "basis": basis}
+
+
+def _training_seconds(run: Run) -> float:
+    from relssl.train.estimate import estimate
+
+    config = dataclasses.replace(run.config, log=dataclasses.replace(run.config.log, knn_every=0))
+    figures = estimate(settings=config, steps=5, quiet=True)
+    return figures.training_seconds if figures else math.inf
 
 
 def _operations(run: Run) -> tuple[float, float]:

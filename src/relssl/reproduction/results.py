@@ -6,7 +6,7 @@ import json
 import math
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,13 @@ import numpy as np
 
 from relssl.errors import CheckpointError
 from relssl.files import duration, write_file, write_json
-from relssl.reproduction.plan import Plan, Run, read_json
+from relssl.reproduction.plan import Plan, Run, options, read_json
 from relssl.reproduction.tables import REPORTED, Row
+from relssl.settings.reading import nest
 from relssl.train.run_folder import read_rows
 
 # Figures of the relations in a run's last row, and their names on the page; methods without a memory or a teacher have not all.
-ENDS = {
-    "teacher_neighbours": "effective neighbours",
-    "embedding_std": "spread of embeddings",
-    "effective_rank": "effective rank",
-}
+ENDS = {"teacher_neighbours": "effective neighbours", "embedding_std": "spread of embeddings", "effective_rank": "effective rank"}
 # Overrides that leave a setting the paper's own: where and how fast it runs, and what is logged.
 _NEUTRAL = ("engine.", "loader.", "log.", "checkpoint.", "data_root", "compile", "method.loss_form")
 
@@ -80,47 +77,43 @@ def write_results(plan: Plan, out: Path) -> dict[str, Any]:
 
 def results(plan: Plan) -> dict[str, Any]:
     """Collect everything the runs of a plan have come to, as plain values."""
-    table, scale = plan.table, plan.scale
-    finished = [(run, content) for run in plan.runs if (content := outcome(run)) is not None]
-    outcomes: dict[str, dict[int, dict[str, Any]]] = {}
-    for run, content in finished:
-        outcomes.setdefault(run.row.name, {})[run.seed] = content
-    names = [row.name for row in table.at(scale.name)]
-    reference = table.reference if table.reference in names else names[0]
+    table, reference = plan.table, plan.table.reference
+    outcomes: dict[str, dict[int, Outcome]] = {row.name: {} for row in table.rows}
+    for run in plan.runs:
+        if (content := outcome(run)) is not None:
+            outcomes[run.row.name][run.seed] = content
     data = {run.row.name: run.config.data for run in plan.runs}
-    rows = [row for row in table.at(scale.name) if row.name in data]
+    figures = {name: by_name(seeds, "figures") for name, seeds in outcomes.items()}
     # Only runs in the paper's own setting have its numbers to reach.
-    published = scale.name == "paper" and all(
-        name.startswith(_NEUTRAL) or (name == "recipe" and str(value).startswith("nips/"))
-        for name, value in plan.overrides.items()
+    published = table.scale == "paper" and all(
+        name.startswith(_NEUTRAL) or (name == "recipe" and value.startswith("nips/")) for name, value in plan.overrides.items()
     )
+    rows = []
+    for row in (row for row in table.rows if row.name in data):
+        # Figures of one data set say nothing beside those of another.
+        beside = row.name != reference and data[row.name] == data.get(reference)
+        ends = by_name(outcomes[row.name], "ends")
+        rows.append(
+            {
+                **{"row": row.name, "label": row.label, "settings": nest(row.settings), "data": data[row.name]},
+                "paper": against_paper(row, data[row.name], figures[row.name] if published else {}),
+                "ours": {name: spread(values) for name, values in figures[row.name].items()},
+                "beside_reference": paired(figures[row.name], figures[reference]) if beside else {},
+                "ends": {name: spread(values) for name, values in ends.items()},
+                "collapsed": [seed for seed, one in outcomes[row.name].items() if one["collapsed"]],
+            }
+        )
     return {
         **{"name": plan.name, "table": table.name, "title": table.title, "shows": table.shows, "source": table.source},
-        **{"scale": scale.name, "about": scale.about, "rehearsal": plan.rehearsal, "overrides": typed(plan.overrides)},
-        "reference": reference,
-        "rows": [_row(row, outcomes, reference, data, published) for row in rows],
-        "order": order(rows, data, outcomes),
-        "expected": [each | {"verdicts": verdicts(each, outcomes)} for each in table.expected if {*each["rows"]} <= {*names}],
-        "runs": [{"row": run.row.name, "seed": run.seed, "commands": run.commands()} | content for run, content in finished],
-        "missing": _missing(plan, outcomes, [name for name in names if name not in data]),
-    }
-
-
-def _row(row: Row, outcomes: Outcomes, reference: str, data: Mapping[str, str], published: bool) -> dict[str, Any]:
-    own = outcomes.get(row.name, {})
-    figures, ends = by_name(own, "figures"), by_name(own, "ends")
-    # Figures of one data set say nothing beside those of another.
-    beside = row.name != reference and data[row.name] == data.get(reference)
-    return {
-        "row": row.name,
-        "label": row.label,
-        "settings": row.settings,
-        "data": data[row.name],
-        "paper": against_paper(row, data[row.name], figures if published else {}),
-        "ours": {name: spread(values) for name, values in figures.items()},
-        "beside_reference": paired(figures, by_name(outcomes.get(reference, {}), "figures")) if beside else {},
-        "ends": {name: spread(values) for name, values in ends.items()},
-        "collapsed": [seed for seed, one in own.items() if one["collapsed"]],
+        **{"scale": table.scale, "about": table.about, "rehearsal": plan.rehearsal, "overrides": plan.overrides},
+        **{"reference": reference, "rows": rows, "order": order(table.rows, data, figures)},
+        "expected": [each | {"verdicts": verdicts(each, outcomes)} for each in table.expected],
+        "runs": [
+            {"row": run.row.name, "seed": run.seed, "commands": run.commands(), **outcomes[run.row.name][run.seed]}
+            for run in plan.runs
+            if run.seed in outcomes[run.row.name]
+        ],
+        "missing": _missing(plan, outcomes, [row.name for row in table.rows if row.name not in data]),
     }
 
 
@@ -128,18 +121,13 @@ def _missing(plan: Plan, outcomes: Outcomes, unplanned: Iterable[str]) -> list[d
     """List the runs without a result, and why."""
     missing = []
     for run in plan.runs:
-        if run.seed not in outcomes.get(run.row.name, {}):
+        if run.seed not in outcomes[run.row.name]:
             error = read_json(run.note).get("error", {})
             why = {"begun": "stopped on the way", "trained": "not evaluated yet"}.get(run.state(), "not run yet")
             why = f"failed: {error['message']}" if error else why if run in plan.chosen else "not asked for"
             missing.append({"row": run.row.name, "seed": run.seed, "why": why, "exit_code": error.get("exit_code")})
     why, seeds = "not asked for, and its settings cannot be used yet", sorted({run.seed for run in plan.runs})
     return missing + [{"row": row, "seed": seed, "why": why, "exit_code": None} for row in unplanned for seed in seeds]
-
-
-def typed(overrides: Mapping[str, Any]) -> dict[str, str]:
-    """Return overrides as they would be typed, so that 1 and "1" are one."""
-    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in sorted(overrides.items())}
 
 
 def spread(values: Values) -> dict[str, Any]:
@@ -162,8 +150,8 @@ def against_paper(row: Row, data: str, figures: Mapping[str, Values]) -> list[di
     for number in row.paper:
         ours = figures.get(REPORTED[number["figure"]])
         if number["data"] == data:
-            entry = {name: number[name] for name in ("figure", "value", "sure", "by")}
-            numbers.append(entry | {"difference": statistics.fmean(ours.values()) - number["value"] if ours else None})
+            difference = statistics.fmean(ours.values()) - number["value"] if ours else None
+            numbers.append({name: number[name] for name in ("figure", "value", "sure", "by")} | {"difference": difference})
     return numbers
 
 
@@ -188,15 +176,15 @@ def verdicts(expected: Mapping[str, Any], outcomes: Outcomes) -> dict[str, dict[
         return {}
     if expected["kind"] != "above":
         collapsed = [bool(one["collapsed"]) for one in measured[0].values()]
-        hits = sum(collapsed) if expected["kind"] == "collapse" else len(collapsed) - sum(collapsed)
+        hits = collapsed.count(expected["kind"] == "collapse")
         word = "holds" if hits == len(collapsed) else "holds for some seeds" if hits else "does not hold"
         return {"collapsed": {"verdict": word, "collapsed": sum(collapsed), "seeds": len(collapsed)}}
     judged: dict[str, dict[str, Any]] = {}
     better, worse = (by_name(one, "figures") for one in measured)
     for name in (name for name in better if name in worse):
         first, second = spread(better[name]), spread(worse[name])
-        difference, single = first["mean"] - second["mean"], None in (first["std"], second["std"])
-        noise = None if single else math.hypot(first["std"], second["std"])
+        difference = first["mean"] - second["mean"]
+        noise = None if None in (first["std"], second["std"]) else math.hypot(first["std"], second["std"])
         if noise is None:
             word = "as expected, one seed" if difference > 0 else "not as expected, one seed"
         else:
@@ -205,36 +193,30 @@ def verdicts(expected: Mapping[str, Any], outcomes: Outcomes) -> dict[str, dict[
     return judged
 
 
-def order(rows: Sequence[Row], data: Mapping[str, str], outcomes: Outcomes) -> dict[str, list[str]]:
+def order(rows: Iterable[Row], data: Mapping[str, str], figures: Mapping[str, Mapping[str, Values]]) -> dict[str, list[str]]:
     """Sort rows with a number of the paper's own, best first: by the paper and by each of our figures, each data set by itself."""
-    orders: dict[str, list[str]] = {}
-    sets = dict.fromkeys(data.values())
-    for one in sets:
-        values: dict[str, dict[str, float]] = {"paper": {}}
-        for row in rows:
-            own = [n["value"] for n in row.paper if (n["figure"], n["by"], n["data"]) == ("linear", "the paper", one)]
-            if own and data[row.name] == one and outcomes.get(row.name):
-                values["paper"][row.name] = own[0]
-                for name, seeds in by_name(outcomes[row.name], "figures").items():
-                    values.setdefault(name, {})[row.name] = statistics.fmean(seeds.values())
-        if len(values["paper"]) > 1:
-            prefix = f"{one}, " if len(sets) > 1 else ""
-            orders |= {prefix + name: sorted(means, key=lambda row: -means[row]) for name, means in values.items()}
-    return orders
+    values: dict[str, dict[str, dict[str, float]]] = {one: {"paper": {}} for one in data.values()}
+    for row in rows:
+        one = data.get(row.name)
+        own = [n["value"] for n in row.paper if (n["figure"], n["by"], n["data"]) == ("linear", "the paper", one)]
+        if one and own and figures[row.name]:
+            for name, value in {"paper": {0: own[0]}, **figures[row.name]}.items():
+                values[one].setdefault(name, {})[row.name] = statistics.fmean(value.values())
+    return {
+        (f"{one}, " if len(values) > 1 else "") + name: sorted(means, key=means.__getitem__, reverse=True)
+        for one, names in values.items()
+        if len(names["paper"]) > 1
+        for name, means in names.items()
+    }
 
 
 def page(content: Mapping[str, Any]) -> str:
     """Return the Markdown page of what `reproduce` returns."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    rows, machines = content["rows"], Counter(_machine(run["environment"]) for run in content["runs"])
-    pages = Environment(
-        loader=PackageLoader("relssl.reproduction", "."),
-        undefined=StrictUndefined,
-        extensions=["jinja2.ext.do"],
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    rows, loader = content["rows"], PackageLoader("relssl.reproduction", ".")
+    trim: Any = {"trim_blocks": True, "lstrip_blocks": True, "extensions": ["jinja2.ext.do"]}
+    pages = Environment(loader=loader, undefined=StrictUndefined, **trim)
     labels = {row["row"]: row["label"] for row in rows}
     pages.filters |= {"label": labels.__getitem__, "duration": duration, "options": options, "spread": _spread}
     text = pages.get_template("page.md.jinja").render(
@@ -243,14 +225,9 @@ def page(content: Mapping[str, Any]) -> str:
         beside=_union(row["beside_reference"] for row in rows),
         ends={name: words for name, words in ENDS.items() if any(name in row["ends"] for row in rows)},
         compared=any(number["difference"] is not None for row in rows for number in row["paper"]),
-        machines=machines,
+        machines=Counter(_machine(run["environment"]) for run in content["runs"]),
     )
     return text.strip() + "\n"
-
-
-def options(overrides: Mapping[str, str]) -> str:
-    """Return overrides as options of the command line."""
-    return " ".join(f"--{name} {value}" for name, value in overrides.items())
 
 
 def _machine(here: Mapping[str, Any]) -> str:

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic.dataclasses import dataclass
 
-from relssl.errors import ConfigError
-from relssl.settings.reading import STRICT, Text, build, nearest_word, nest, setting
+from relssl.settings.reading import STRICT, Text, build, setting
 from relssl.settings.run import Count, Device, Momentum, Natural, Pixels, Positive, Precision, Probability, Share, Shares
 
-PROTOCOLS = ("knn", "probe", "linear", "semi", "finetune", "lowshot", "retrieval", "transfer", "detection")
+Protocol = Literal["knn", "probe", "linear", "semi", "finetune", "lowshot", "retrieval", "transfer", "detection", "all"]
+PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)[:-1]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -39,15 +39,11 @@ class ProbeConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class LinearConfig:
-    """A linear classifier by SGD on augmented images, the backbone frozen: the paper's protocol.
-
-    Defaults: the official code (ImageNet), and for sets in memory what the authors advise for their second code.
-    """
+    """A linear classifier by SGD on augmented images, the backbone frozen: the official code's for ImageNet, and for sets in memory
+    what the authors advise for their second code."""
 
     schedule: Literal["cosine", "step"] = setting("cosine", "cosine to 0 per step, or step: a tenth at 60 % and at 80 %")
-    lr: tuple[Positive, ...] = setting(
-        (), "learning rates, a classifier each; empty: the paper's, 30 for step, for cosine 1 in memory and 0.3 on files"
-    )
+    lr: tuple[Positive, ...] = setting((), "a classifier each; empty: 30 for step, for cosine 1 in memory and 0.3 on files")
     epochs: Count = setting(100, "passes over the bank")
     batch_size: Count = setting(256, "images a step at most; all batches of an epoch are alike")
     momentum: Momentum = setting(0.9, "momentum of SGD")
@@ -58,10 +54,7 @@ class LinearConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class FinetuneConfig:
-    """The whole network trained on labels, from the pretrained backbone.
-
-    A reconstruction: what the papers of this method did is not known, and the rates are customary ones.
-    """
+    """The whole network trained on labels, from the pretrained backbone; a reconstruction with customary rates."""
 
     epochs: Count = setting(50, "passes over the labelled images")
     batch_size: int = setting(256, "images a step at most; all batches of an epoch are alike", ge=2, lt=1 << 63)
@@ -74,16 +67,9 @@ class FinetuneConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class SemiConfig(FinetuneConfig):
-    """Fine-tuning on few labels.
+    """Fine-tuning on few labels; a reconstruction: SimCLR's optimizer and about its length, rates as of SwAV and Barlow Twins."""
 
-    A reconstruction: what the papers of this method did is not known. SimCLR's optimizer, about its length (60 and 30 epochs;
-    SwAV and Barlow Twins: 20), and rates among those of SwAV (0.02, classifier 5 on 1 %; 0.01, 0.2 on 10 %) and of Barlow Twins
-    (0.002, 0.5).
-    """
-
-    fractions: tuple[Share, ...] = setting(
-        (0.01, 0.1), "shares of the bank whose labels are used, the same of each class", min_length=1
-    )
+    fractions: tuple[Share, ...] = setting((0.01, 0.1), "shares of the bank that are labelled, of each class alike", min_length=1)
     index: Text | None = setting(None, "file of the labelled images instead: names, or positions in the bank from 0, a line each")
     lr: Positive = setting(0.02, "learning rate of the backbone")
     head_lr: Positive = setting(0.5, "learning rate of the classifier")
@@ -96,9 +82,7 @@ class LowshotConfig:
 
     shots: tuple[Natural, ...] = setting((1, 2, 4, 8, 16), "labelled images of each class; 0 means all", min_length=1)
     draws: Count = setting(5, "independent draws, for mean and deviation")
-    cost: tuple[Positive, ...] = setting(
-        (0.01, 0.1, 1.0, 10.0), "SVM costs, chosen by cross-validation on the drawn images", min_length=1
-    )
+    cost: tuple[Positive, ...] = setting((0.01, 0.1, 1.0, 10.0), "SVM costs, one is chosen by cross-validation", min_length=1)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -131,7 +115,7 @@ class DetectionConfig:
 class Evaluation:
     """An evaluation."""
 
-    protocol: tuple[str, ...] = setting(("knn",), f"some of {', '.join(PROTOCOLS)}; all: all but detection", min_length=1)
+    protocol: tuple[Protocol, ...] = setting(("knn",), "one or several; all: all but detection", min_length=1)
     network: tuple[str, ...] | None = setting(None, "student, teacher or both of a run; null: all it has", min_length=1)
     data_root: Text | None = setting(None, "where named data sets lie; null: the run's, else $RELSSL_DATA, else ~/.cache/relssl")
     images: tuple[Count, Count] | None = setting(None, "at most this many images of bank and test, chosen by the seed")
@@ -153,15 +137,8 @@ class Evaluation:
 
 
 def read_settings(overrides: Mapping[str, Any]) -> Evaluation:
-    """Return checked settings of dotted or nested overrides.
-
-    Raises:
-        ConfigError: with a line for every fault, unknown protocols and networks among them.
-    """
-    settings: Evaluation = build(Evaluation, nest(overrides))
+    """Return checked settings of dotted or nested overrides; ConfigError with a line for every fault."""
+    settings: Evaluation = build(Evaluation, overrides)
     if settings.protocol == ("all",):
-        settings = replace(settings, protocol=tuple(name for name in PROTOCOLS if name != "detection"))
-    unknown = [name for name in settings.protocol if name not in PROTOCOLS]
-    if unknown:
-        raise ConfigError(*(f"protocol: {name!r} is unknown; the nearest is {nearest_word(name, PROTOCOLS)}" for name in unknown))
+        return replace(settings, protocol=tuple(name for name in PROTOCOLS if name != "detection"))
     return settings

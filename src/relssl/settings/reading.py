@@ -1,7 +1,7 @@
 """Plain mappings (YAML, command line, keyword arguments) to frozen pydantic dataclasses, with every fault reported at once.
 
-YAML is read with all scalars as text, and each value is then read by the type of the setting it belongs to, so `1e-3` is a
-number, `no` is a word where a word is wanted and `010` is ten: the file means what its reader thinks it means.
+Settings lie on each other by dotted names, as {"optimizer.lr": value}. YAML is read with all scalars as text, and each value is then
+read by the type of its setting, so `1e-3` is a number, `no` is a word where a word is wanted and `010` is ten.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
-import re
+import json
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -23,9 +23,8 @@ from pydantic.fields import FieldInfo
 
 from relssl.errors import ConfigError
 
-STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 NULL = {"null", "none", "~", ""}
-_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _MAX_YAML_BYTES = 1 << 20
 _WORDS = {"missing": "is too short", "too_short": "is too short", "too_long": "is too long"}  # where pydantic's say less
 
@@ -61,45 +60,37 @@ def leaves(cls: Any, prefix: str = "") -> dict[str, FieldInfo]:
 
 
 def choices(field: FieldInfo) -> tuple[str, ...]:
-    """Return the words that a setting may be, none if it may be any."""
-    return typing.get_args(field.annotation) if typing.get_origin(field.annotation) is typing.Literal else ()
+    """Return the words that a setting, or each element of it, may be; none if it may be any."""
+    kinds = (field.annotation, *typing.get_args(field.annotation))
+    return next((typing.get_args(kind) for kind in kinds if typing.get_origin(kind) is typing.Literal), ())
 
 
-def build(cls: Any, raw: Mapping[str, Any], retired: Mapping[str, str] | None = None, known: Any = None, prefix: str = "") -> Any:
-    """Make a `cls` of a nested mapping; ConfigError with a line for each unknown key, wrong type and value out of range.
+def build(cls: Any, raw: Mapping[str, Any], retired: Mapping[str, str] | None = None) -> Any:
+    """Make a `cls` of settings by name, dotted or nested; ConfigError with a line for each unknown key, wrong type and value out of range.
 
     `retired` holds settings ("loader.index") and values ("method.loss_form triton") that are no more, with a few words on what to
-    do instead. Within a section, `known` are all settings there are, and `prefix` is the section's name with a dot.
+    do instead.
     """
-    retired, known = retired or {}, known or leaves(cls)
-    faults: list[str] = []
-    values: dict[str, Any] = {}
-    for key, value in raw.items():
-        name, field = f"{prefix}{key}", cls.__pydantic_fields__.get(key)
-        if field is None:
-            faults.append(f"{name}: {retired.get(name) or f'unknown key; the nearest is {nearest(name, known)}'}")
-        elif not dataclasses.is_dataclass(field.annotation):
-            values[key] = _typed(value, field.annotation)
-        elif isinstance(value, Mapping):
-            try:
-                values[key] = build(field.annotation, value, retired, known, f"{name}.")
-            except ConfigError as error:
-                faults += error.faults
-        else:
-            example = next(each for each in known if each.startswith(f"{name}."))
-            faults.append(f"{name}: is a section, got {show(value)}; set its keys, for example {example}")
     try:
-        settings = cls(**values)
+        return cls(**_typed(nest(flat(raw)), cls))
     except ValidationError as error:
-        for fault in error.errors(include_url=False, include_context=False):
-            key, value = str(fault["loc"][0]), fault["input"]
-            words = _WORDS.get(fault["type"]) or fault["msg"].removeprefix("Value error, ").replace("Input should", "must")
-            name, options = f"{prefix}{key}", choices(cls.__pydantic_fields__[key])
-            guess = f" (nearest: {nearest_word(value, options)})" if options and isinstance(value, str) else ""
-            faults.append(f"{name}: {retired.get(f'{name} {value}') or f'{words}, got {show(value)}{guess}'}")
-    if faults:
-        raise ConfigError(*faults)
-    return settings
+        known, faults = leaves(cls), error.errors(include_url=False, include_context=False)
+        lines = [_line(fault, known, retired or {}) for fault in reversed(faults)]
+        first = {line.partition(":")[0]: line for line in lines}  # where an element is wrong, the length seems to be, too
+        raise ConfigError(*reversed(first.values())) from None
+
+
+def _line(fault: Any, known: Mapping[str, FieldInfo], retired: Mapping[str, str]) -> str:
+    name, value = ".".join(part for part in fault["loc"] if isinstance(part, str)), fault["input"]
+    if fault["type"] == "unexpected_keyword_argument":
+        return f"{name}: {retired.get(name) or f'unknown key; the nearest is {nearest(name, known)}'}"
+    if fault["type"] == "dataclass_type":
+        example = next(each for each in known if each.startswith(f"{name}."))
+        return f"{name}: is a section, got {show(value)}; set its keys, for example {example}"
+    words = _WORDS.get(fault["type"]) or fault["msg"].removeprefix("Value error, ").replace("Input should", "must")
+    options = choices(known[name])
+    guess = f" (nearest: {nearest_word(value, options)})" if options and isinstance(value, str) else ""
+    return f"{name}: {retired.get(f'{name} {value}') or f'{words}, got {show(value)}{guess}'}"
 
 
 def nearest(name: str, known: Mapping[str, FieldInfo]) -> str:
@@ -120,38 +111,32 @@ def nearest_word(word: str, words: Iterable[str]) -> str:
 
 
 def _typed(value: Any, kind: Any) -> Any:
-    """Read text by the type of its setting; what does not fit stays as it is, for pydantic to refuse."""
+    """Read text by the type of its setting, as far as pydantic does not; what does not fit stays as it is, to be refused."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin is Annotated:
-        return _typed(value, args[0])
+    if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
+        fields: Mapping[str, FieldInfo] = kind.__pydantic_fields__  # type: ignore[union-attr]
+        return {key: _typed(item, fields[key].annotation) if key in fields else item for key, item in value.items()}
     if origin in (types.UnionType, typing.Union):
         return None if isinstance(value, str) and value.lower() in NULL else _typed(value, args[0])
+    if origin is Annotated:
+        return _typed(value, args[0])
     if origin in (tuple, dict) and isinstance(value, str):
         with contextlib.suppress(yaml.YAMLError, RecursionError):
             value = yaml.load(value if value.startswith(("[", "{")) or origin is dict else f"[{value}]", _Loader)
-    if origin is tuple:
-        value = [value] if args[-1] is Ellipsis and isinstance(value, (int, float)) else value  # one of several
-        if not isinstance(value, (list, tuple)):
-            return value
-        return tuple(map(_typed, value, args[:1] * len(value) if args[-1] is Ellipsis else args + args[-1:] * len(value)))
-    if origin is dict:
-        return plain(value)
-    if isinstance(value, str) and kind in (bool, int, float):
-        return plain(value.strip())
-    return str(value) if isinstance(value, Path) else value
+    if origin is tuple and args[-1] is Ellipsis and isinstance(value, (int, float)):
+        return [value]  # one of several
+    return str(value) if isinstance(value, Path) else _plain(value) if origin is dict else value
 
 
-def plain(value: Any) -> Any:
-    """Read the number or truth value that a text looks like; mappings and lists item by item, all else stays as it is."""
+def _plain(value: Any) -> Any:
+    """Read the numbers and truth values in an argument that may be anything; all else stays as it is."""
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    if isinstance(value, str) and value.lower() in ("true", "false"):
-        return value.lower() == "true"
-    if not isinstance(value, str) or len(value) > 40 or not _NUMBER.fullmatch(value):
-        return value
-    return float(value) if set(value) & set(".eE") else int(value)
+        return [_plain(item) for item in value]
+    with contextlib.suppress(ValueError, TypeError, RecursionError):
+        return json.loads(value.lower() if value in ("True", "False") else value)
+    return value
 
 
 class _Loader(yaml.BaseLoader):
@@ -187,8 +172,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return loaded
 
 
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"optimizer": {"lr": 1}} -> {"optimizer.lr": 1}; dotted names pass through."""
+    names: dict[str, Any] = {}
+    for key, value in tree.items():
+        names |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
+    return names
+
+
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """{"optimizer.lr": 1} -> {"optimizer": {"lr": 1}}; nested input passes through."""
+    """{"optimizer.lr": 1} -> {"optimizer": {"lr": 1}}; later names win."""
     tree: dict[str, Any] = {}
     for name, value in flat.items():
         for part in reversed(name.split(".")):

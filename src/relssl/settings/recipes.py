@@ -1,5 +1,4 @@
-"""Named recipes, and how settings are laid over each other. Recipes are YAML files that state only what differs from the defaults, and
-where each setting comes from.
+"""Named recipes: YAML files that state only what differs from the defaults, and where each setting comes from.
 
 A recipe may have a `base`, one or a list, later ones above earlier ones and the recipe's own settings above all. A file whose name
 begins with _ is no recipe, only a base. That of a method, `_NAME.yaml`, says as `traits` what the method needs.
@@ -9,70 +8,53 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as show
 from typing import Any
 
 from relssl.errors import ConfigError
-from relssl.settings.reading import merge, nearest_word, read_yaml
+from relssl.settings.reading import flat, nearest_word, read_yaml
 
 _FOLDER = Path(__file__).parent / "recipes"
-_BASES = sorted((path.stem for path in _FOLDER.glob("_*.yaml")), key=lambda name: (name != "_ressl", name))
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A recipe's name, one line on what it is for, and the source of its settings."""
-
-    name: str
-    about: str
-    source: str
-
-
-@functools.cache
-def names() -> tuple[str, ...]:
-    """Return the names of the recipes that come with the package, those without a folder first."""
-    paths = (path.relative_to(_FOLDER).with_suffix("") for path in _FOLDER.rglob("*.yaml") if path.name[0] != "_")
-    return tuple(path.as_posix() for path in sorted(paths, key=lambda path: (path.parent, path)))
-
-
-def traits() -> dict[str, dict[str, Any]]:
-    """Return what the base recipes say that each method needs, by the method's name, ReSSL first."""
-    return {name[1:]: _shipped(name)["traits"] for name in _BASES if "traits" in _shipped(name)}
-
-
-def public_name(name: str | None) -> str:
-    """Return what to call a run's recipe where paths of this machine are nobody's business: its name, or that of its file."""
-    return name if name in names() else Path(name or "").name
-
-
-def find(name: str) -> Recipe:
-    """Return a recipe that comes with the package; ConfigError if there is none of that name."""
-    if name in _BASES:
-        raise ConfigError(f"recipe: {name!r} is only a base of recipes (`relssl recipes` lists these)")
-    raw = _shipped(name)
-    return Recipe(name, " ".join(raw["about"].split()), " ".join(raw["source"].split()))
-
-
-def for_run(data: str, method: str = "ressl") -> str:
-    """Return the recipe of a run: the one of its data's name, else `folder`; for another method than ReSSL in that method's
-    folder, if it has such a recipe."""
-    own = data if data in names() else "folder"
-    return next((name for name in (f"{method}/{data}", f"{method}/folder") if name in names()), own)
+# All files by their names, those without a folder first; a base is not listed.
+_FILES = {
+    path.relative_to(_FOLDER).with_suffix("").as_posix(): path
+    for path in sorted(_FOLDER.rglob("*.yaml"), key=lambda path: (path.parent, path.stem != "_ressl", path))
+}
+NAMES = tuple(name for name in _FILES if name[0] != "_")
+BY_NAME = ("method", "views.weak", "views.strong")  # sections that may be given by the name that they start from
 
 
 @functools.cache
 def _shipped(name: str) -> dict[str, Any]:
-    """Read a recipe or base of the package; layers are laid over it and leave it as it is."""
-    if name not in (*names(), *_BASES):
-        guess = nearest_word(name, names())
+    if name not in _FILES:
+        guess = nearest_word(name, NAMES)
         raise ConfigError(f"recipe: {name!r} is unknown; the nearest is {guess} (`relssl recipes` lists all)")
-    return read_yaml(_FOLDER / f"{name}.yaml")
+    return read_yaml(_FILES[name])
+
+
+def find(name: str) -> dict[str, str]:
+    """Return {"name", "about": one line, "source": of its settings} of a recipe of the package; ConfigError if there is none."""
+    return {"name": name, **{part: " ".join(_shipped(name)[part].split()) for part in ("about", "source")}}
+
+
+def traits() -> dict[str, dict[str, Any]]:
+    """Return what the base recipes say that each method needs, by the method's name, ReSSL first."""
+    return {name[1:]: _shipped(name)["traits"] for name in _FILES if name[0] == "_" and "traits" in _shipped(name)}
+
+
+def public_name(name: str | None) -> str:
+    """Return what to call a run's recipe where paths of this machine are nobody's business: its name, or that of its file."""
+    return name if name in NAMES else Path(name or "").name
+
+
+def for_run(data: str, method: str = "ressl") -> str:
+    """Return the recipe of a run: METHOD/DATA, else METHOD/folder, else the one of its data's name, else `folder`."""
+    return next(name for name in (f"{method}/{data}", f"{method}/folder", data, "folder") if name in NAMES)
 
 
 def read(name: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Read the raw settings of a recipe, by name or as a YAML file, with those of its bases below its own.
+    """Read the settings of a recipe, by name or as a YAML file, with those of its bases below its own, as {dotted name: text}.
 
     Raises:
         ConfigError: if there is no such recipe, or it is a base of itself; `above` are the recipes that are based on this one.
@@ -89,18 +71,11 @@ def read(name: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
 
 
 def spell_out(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Write short forms out, so that later layers can be merged into them: `strong: contrastive` stands for
-    `strong: {name: contrastive}`, `method: moco` for `method: {name: moco}`."""
-
-    def named(section: Mapping[str, Any], *keys: str) -> dict[str, Any]:
-        return {key: {"name": value} if key in keys and isinstance(value, str) else value for key, value in section.items()}
-
-    raw = named(raw, "method")
-    return raw | {"views": named(raw["views"], "weak", "strong")} if isinstance(raw.get("views"), Mapping) else raw
+    """Return settings by dotted names; `method: moco` stands for `method: {name: moco}`, and so for each view."""
+    return {f"{name}.name" if name in BY_NAME and isinstance(value, str) else name: value for name, value in flat(raw).items()}
 
 
 def layer(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """Lay `over` on `base`, both spelled out; arguments that were meant for another backbone stay behind."""
-    if over.get("backbone", base.get("backbone")) != base.get("backbone"):
-        base = {key: value for key, value in base.items() if key != "backbone_args"}
-    return merge(base, over)
+    other = over.get("backbone", base.get("backbone")) != base.get("backbone")
+    return {name: value for name, value in base.items() if not (other and name.startswith("backbone_args"))} | over

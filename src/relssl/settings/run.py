@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from collections.abc import Iterator, Mapping
 from operator import attrgetter
 from pathlib import Path
@@ -20,8 +19,7 @@ from pydantic.dataclasses import dataclass
 
 from relssl.errors import ConfigError
 from relssl.settings import recipes
-from relssl.settings.reading import NULL, RISING, STRICT, Text, build, leaves, merge, nest, plain, read_yaml, setting
-from relssl.settings.recipes import layer, spell_out
+from relssl.settings.reading import NULL, RISING, STRICT, Text, build, leaves, read_yaml, setting
 
 # Settings and values that are no more, and what to do instead. Saved runs, recipes and config files load without them.
 RETIRED = {
@@ -57,10 +55,7 @@ METHODS: dict[str, Traits] = {name: build(Traits, raw) for name, raw in recipes.
 LUMA = (0.2989, 0.587, 0.114)
 
 # The named view recipes; a view's other settings lie over those of its recipe.
-VIEWS: dict[str, dict[str, Any]] = {
-    name: {key: tuple(value) if isinstance(value, list) else value for key, value in plain(view).items()}
-    for name, view in read_yaml(Path(__file__).with_name("views.yaml")).items()
-}
+VIEWS: dict[str, dict[str, Any]] = read_yaml(Path(__file__).with_name("views.yaml"))
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -93,9 +88,7 @@ class ViewConfig:
     name: ViewName = setting("weak", "named view recipe that the other keys start from")
     size: Pixels = setting(32, "side of the view in pixels")
     scale: Shares | None = setting(None, "share of the image's area that the random crop keeps")
-    ratio: Annotated[tuple[Positive, Positive], RISING] = setting(
-        (0.75, 4 / 3), "aspect ratio of the random crop, width by height"
-    )
+    ratio: Annotated[tuple[Positive, Positive], RISING] = setting((0.75, 4 / 3), "aspect ratio of the crop, width by height")
     affine: Probability = setting(0.0, "probability of a random rotation, shift and zoom")
     degrees: float = setting(0.0, "largest rotation either way, in degrees", ge=0, le=180)
     translate: Probability = setting(0.0, "largest shift either way, as a share of the side")
@@ -124,7 +117,7 @@ class ViewsConfig:
     enlarge: bool = setting(False, "let views be larger than the images of a set in memory, which blows them up")
     mean: tuple[Probability, Probability, Probability] | None = setting(None, "channel means in 0..1; null: the data set's")
     margin: Margin | None = setting(
-        None, "plain view: shorter side before the centre crop, in sizes; null: 1 for sets in memory, 256/224 for files"
+        None, "plain view: sizes that the shorter side has before the crop; null: 1, of files 256/224"
     )
     interpolation: Literal["bilinear", "bicubic"] = setting("bilinear", "plain view: how images are scaled, antialiased")
     std: tuple[Share, Share, Share] | None = setting(None, "channel deviations in 0..1; null: the data set's")
@@ -132,8 +125,7 @@ class ViewsConfig:
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Return means and deviations of the channels that the networks see, in 0..1, once the data has filled them in.
 
-        Those of grey views are weighted as grey is made; of the deviation that is exact where the three channels vary together,
-        as in grey images, and a little too large elsewhere.
+        Those of grey views are weighted as grey is made, which makes the deviation a little too large for colourful images.
         """
         assert self.mean is not None and self.std is not None
         if self.channels == 3:
@@ -147,24 +139,20 @@ class EncoderConfig:
     """The network around the backbone."""
 
     stem: Literal["standard", "small", "small-pool", "small-wide"] = setting(
-        "standard",
-        "first layers: the backbone's own, or a 3x3 convolution of stride 1 without or with the max-pool; small-wide: without, "
-        "and padded by 2, as solo-learn's CIFAR networks are",
+        "standard", "first layers: the backbone's own, or a 3x3 convolution of stride 1; -pool: and max-pool; -wide: padded by 2"
     )
     projector_hidden: Width = setting(2048, "hidden width of the projector")
     dim: int = setting(128, "dimension D of the embeddings", ge=2, le=65536)
     projector_layers: int = setting(2, "linear layers of the projector", ge=1, le=8)
     projector_norm: Literal["none", "batch"] = setting("none", "normalisation of the projector's hidden layers")
     projector_output_norm: Literal["none", "batch", "plain"] = setting(
-        "none", "normalisation of the projector's output: none, batch, or plain, which is batch without scale and shift"
+        "none", "normalisation of the projector's output; plain is batch without scale and shift"
     )
-    predictor: Literal["none", "mlp", "residual"] = setting(
-        "none", "the student's asymmetric head (TPAMI): none (NIPS), mlp, or residual, which starts as the identity"
-    )
+    predictor: Literal["none", "mlp", "residual"] = setting("none", "the student's own head; residual starts as the identity")
     predictor_hidden: Width = setting(512, "hidden width of the predictor")
     predictor_norm: Literal["none", "batch"] = setting("batch", "normalisation of the predictor's hidden layer")
     batch_norm_splits: Parts = setting(
-        1, "least parts of the batch that batch norms treat apart; devices and accumulated parts count (papers: 8)"
+        1, "least parts of a batch for batch norms; devices and accumulated parts count (papers: 8)"
     )
 
 
@@ -173,9 +161,7 @@ class MethodConfig:
     """ReSSL itself, and what it is compared with."""
 
     name: MethodName = setting("ressl", "; ".join(f"{name}: {traits.about}" for name, traits in METHODS.items()))
-    symmetric: bool = setting(
-        False, "moco, sce: teacher and student see both views, each is matched to the other, and the first one's keys are kept"
-    )
+    symmetric: bool = setting(False, "moco, sce: both networks see both views, matched crosswise; the first one's keys are kept")
     shuffle: bool = setting(False, "the teacher's batch is shuffled over parts and ranks, so that batch norm tells it nothing")
     positive_share: Probability = setting(0.5, "sce: the positive's share of the target, the teacher's relation has the rest")
     allow_unsharpened: bool = setting(False, "let the teacher's temperature reach the student's, for ablations: it collapses")
@@ -188,9 +174,7 @@ class MethodConfig:
     teacher_momentum_end: Probability | None = setting(None, "momentum at the last step, reached on a cosine; null: constant")
     warmup: Literal["none", "hard", "linear", "cosine"] = setting("none", "how InfoNCE's part of the loss falls from 1 to 0")
     warmup_share: Probability = setting(0.2, "share of the run over which InfoNCE's part falls")
-    loss_form: Literal["auto", "plain", "tiled"] = setting(
-        "auto", "how the loss is computed, always the same number: tiled takes less memory and time; auto: tiled, on MPS plain"
-    )
+    loss_form: Literal["auto", "plain", "tiled"] = setting("auto", "tiled takes less memory and time; auto: tiled, on MPS plain")
     info_nce_temperature: float = setting(0.1, "temperature of the InfoNCE loss (moco and simclr: of their loss)", gt=0, le=10)
 
 
@@ -208,8 +192,7 @@ class OptimizerConfig:
     weight_decay: Probability = setting(5e-4, "weight decay")
     decay: Literal["all", "weights", "official"] = setting(
         "all",
-        "what decays: all parameters (the papers' small sets), weights (all but norms and biases, by module type), "
-        "or official (the ImageNet code's rule by name, which lets downsampling norms decay)",
+        "what decays; weights: all but norms and biases; official: so by the ImageNet code's names, with downsampling norms",
     )
     warmup_epochs: float = setting(5.0, "epochs over which the learning rate rises from lr_start to lr", ge=0)
     clip: float | None = setting(None, "largest gradient norm; null: no clipping", gt=0)
@@ -233,16 +216,14 @@ class LoaderConfig:
     """The way of images to the networks."""
 
     path: Literal["auto", "resident", "files"] = setting(
-        "auto", "resident: uint8 images on the device, views made in batches; files: decoded and viewed in workers"
+        "auto", "resident: uint8 images on the device; files: decoded in workers"
     )
     views_ahead: Parts | None = setting(
         None, "resident path: steps whose views are made in one go; null: up to 8 on GPUs, else 1"
     )
     workers: int | None = setting(None, "loader processes of the files path; null: one fewer than the cores", ge=0, le=1024)
     reduced_decode: bool = setting(True, "files path: decode a JPEG at 1/2, 1/4 or 1/8 where each view keeps its resolution")
-    cache: int | None = setting(
-        None, "files path: decode all images once and shrink their shorter sides to this many pixels; null: no", ge=16, le=8192
-    )
+    cache: int | None = setting(None, "files path: shrink shorter sides to this many pixels, once; null: no", ge=16, le=8192)
     cache_folder: Text | None = setting(None, "where shrunk images lie; null: `shrunk` in $RELSSL_CACHE, else ~/.cache/relssl")
     max_bad_fraction: Probability = setting(0.1, "stop when more than this share of the images cannot be read")
     max_pixels: Count = setting(89_000_000, "images with more pixels than this are skipped")
@@ -333,75 +314,57 @@ def resolve(overrides: Mapping[str, Any], config_file: str | Path | None = None)
     Raises:
         ConfigError: with one line for every fault.
     """
-    over: dict[str, Any] = {}
-    for key, value in overrides.items():  # each spelled out by itself: `method` beside `method.symmetric` stays a method's name
-        over = merge(over, spell_out(nest({key: value})))
+    over = recipes.spell_out(overrides)
     if config_file is not None:
-        over = layer(without_retired(spell_out(read_yaml(Path(config_file)))), over)
+        over = recipes.layer(_current(read_yaml(Path(config_file))), over)
     recipe = str(over.get("recipe") or "")
     if recipe.lower() in NULL:
-        method = over.get("method")
-        name = method.get("name", "ressl") if isinstance(method, Mapping) else "ressl"
-        recipe = recipes.for_run(str(over.get("data", "digits")), str(name))
-    return _checked(layer(without_retired(recipes.read(recipe)), over | {"recipe": recipe}))
+        recipe = recipes.for_run(str(over.get("data", "digits")), str(over.get("method.name", "ressl")))
+    return _checked(recipes.layer(_current(recipes.read(recipe)), over | {"recipe": recipe}))
 
 
 def from_mapping(raw: Mapping[str, Any]) -> Config:
-    """Return the checked Config of a nested mapping, such as a run's config.yaml; retired settings in it are passed over."""
-    return _checked(without_retired(spell_out(raw)))
+    """Return the checked Config of a mapping, such as a run's config.yaml; retired settings in it are passed over."""
+    return _checked(_current(raw))
 
 
-def without_retired(raw: Mapping[str, Any]) -> dict[str, Any]:
+def _current(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of a file without those that are no more."""
-    rest = dict(raw)
-    for name in RETIRED:
-        section, key, *value = re.split("[. ]", name)
-        inner = rest.get(section)
-        if isinstance(inner, Mapping) and key in inner and value in ([], [inner[key]]):
-            rest[section] = {each: inner[each] for each in inner if each != key}
-    return rest
+    return {name: value for name, value in recipes.spell_out(raw).items() if not {name, f"{name} {value}"} & RETIRED.keys()}
 
 
-def _checked(raw: Mapping[str, Any]) -> Config:
+def _checked(raw: dict[str, Any]) -> Config:
     """Put the named view recipes under the keys of each view, build, and check what lies between settings."""
-    raw = merge({"views": {"weak": {"name": "weak"}, "strong": {"name": "contrastive"}}}, raw)
-    for side in ("weak", "strong"):
-        view = raw["views"].get(side) if isinstance(raw["views"], Mapping) else None
-        if isinstance(view, Mapping):
-            raw = merge(raw, {"views": {side: merge(VIEWS.get(str(view.get("name")), {}), view)}})
+    for name, usual in (("views.weak", "weak"), ("views.strong", "contrastive")):
+        named = {"name": usual} | VIEWS.get(str(raw.get(f"{name}.name", usual)), {})
+        raw = {f"{name}.{key}": value for key, value in named.items()} | raw
     config: Config = build(Config, raw, RETIRED)
-    derived = derive(config)
-    faults = [*_method_faults(config, derived), *_sharing_faults(config, derived), *_view_faults(config, derived)]
-    if faults:
+    if faults := list(_faults(config, derive(config))):
         raise ConfigError(*faults)
     return config
 
 
-def _method_faults(config: Config, derived: Derived) -> Iterator[str]:
-    method, traits, optimizer = config.method, derived.traits, config.optimizer
+def _faults(config: Config, derived: Derived) -> Iterator[str]:
+    """Yield a line for each two settings that do not fit each other."""
+    method, traits, encoder, size, passes = config.method, derived.traits, config.encoder, config.batch_size, derived.passes
     flattest = max(method.teacher_temperature, method.teacher_temperature_start or 0)
     if traits.sharpened and flattest >= method.student_temperature and not method.allow_unsharpened:
         yield (
-            f"method.teacher_temperature: {flattest:g} must be below method.student_temperature "
-            f"({method.student_temperature:g}), or the teacher's relation is not sharper and training collapses; "
-            "method.allow_unsharpened true runs it all the same"
+            f"method.teacher_temperature: {flattest:g} must be below method.student_temperature ({method.student_temperature:g}), or "
+            "the teacher's relation is not sharper and training collapses; method.allow_unsharpened true runs it all the same"
         )
     if method.symmetric and traits.two_way is not None:
         symmetric = ", ".join(name for name, other in METHODS.items() if other.two_way is None)
         yield f"method.symmetric: is for {symmetric}; {method.name} {'is so' if traits.two_way else 'has one direction'}"
-    if traits.predictor and config.encoder.predictor == "none":
+    if traits.predictor and encoder.predictor == "none":
         yield f"encoder.predictor: {method.name} collapses without one; needs mlp or residual"
     if config.accumulate > 1 and traits.whole_batch:
         yield f"accumulate: must be 1 with {method.name}, whose negatives are the rest of the batch"
-    if traits.memory and method.memory_size < config.batch_size:
-        yield f"method.memory_size: {method.memory_size} must be at least batch_size ({config.batch_size})"
-    if optimizer.warmup_epochs > config.epochs:
-        yield f"optimizer.warmup_epochs: {optimizer.warmup_epochs:g} must not exceed epochs ({config.epochs})"
-
-
-def _sharing_faults(config: Config, derived: Derived) -> Iterator[str]:
-    size, passes, splits = config.batch_size, derived.passes, config.encoder.batch_norm_splits
-    parts = f"accumulate x devices x nodes ({passes})"
+    if traits.memory and method.memory_size < size:
+        yield f"method.memory_size: {method.memory_size} must be at least batch_size ({size})"
+    if config.optimizer.warmup_epochs > config.epochs:
+        yield f"optimizer.warmup_epochs: {config.optimizer.warmup_epochs:g} must not exceed epochs ({config.epochs})"
+    parts, splits = f"accumulate x devices x nodes ({passes})", encoder.batch_norm_splits
     if size % passes:
         yield f"batch_size: {size} must divide into {parts} equal parts"
     elif derived.share < 2:
@@ -410,12 +373,9 @@ def _sharing_faults(config: Config, derived: Derived) -> Iterator[str]:
         yield f"encoder.batch_norm_splits: {splits} must divide batch_size ({size}) and be a multiple of {parts}, or not exceed it"
     elif splits > passes and size // splits < 2:
         yield f"encoder.batch_norm_splits: {splits} leaves one image a part; needs {size // 2} at most"
-
-
-def _view_faults(config: Config, derived: Derived) -> Iterator[str]:
     channels, inputs = config.views.channels, config.backbone_args.get("in_chans", config.views.channels)
     if derived.two_way and config.views.crops:
-        yield f"views.crops: {config.method.name} compares two views, views.weak and views.strong; leave views.crops empty"
+        yield f"views.crops: {method.name} compares two views, views.weak and views.strong; leave views.crops empty"
     if channels == 2:
         yield "views.channels: must be 3, or 1 for grey views, got 2"
     elif inputs != channels:
@@ -428,12 +388,9 @@ def _view_faults(config: Config, derived: Derived) -> Iterator[str]:
 def differences(config: Config) -> dict[str, Any]:
     """Return {dotted name: value} of the settings that are not what they would be without a recipe, in the order of the fields;
     those of a view, that are not what its named view recipe says."""
-    plain = from_mapping({})
-    named = from_mapping({"views": {"weak": config.views.weak.name, "strong": config.views.strong.name}})
-    values = {name: attrgetter(name)(config) for name in leaves(Config)}
-    return {
-        name: value for name, value in values.items() if value != attrgetter(name)(plain if name.endswith(".name") else named)
-    }
+    plain, named = from_mapping({}), from_mapping({"views": {"weak": config.views.weak.name, "strong": config.views.strong.name}})
+    pairs = {name: (attrgetter(name)(config), attrgetter(name)(plain if ".name" in name else named)) for name in leaves(Config)}
+    return {name: value for name, (value, usual) in pairs.items() if value != usual}
 
 
 def to_yaml(config: Config) -> str:

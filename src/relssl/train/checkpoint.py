@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +30,10 @@ def save(folder: Path | None, state: State, engine: Engine, origin: dict[str, An
     if folder is None:
         return None
     tensors, rest = store.flatten(tree)
-    facts = {"step": state.step, "best": state.best, "unreadable": sorted(state.unreadable)}
+    facts = {"step": state.step, "best": state.best, "unreadable": sorted(state.unreadable), "hashes": hashes, "tree": rest}
     facts |= {"non_finite": int(state.guard.streak), "non_finite_worst": int(state.guard.worst)}
     target = store.step_folder(folder, state.step)
-    store.save(target, tensors, facts | _arithmetic(engine) | origin | {"hashes": hashes, "tree": rest})
+    store.save(target, tensors, facts | _arithmetic(engine) | origin)
     return target
 
 
@@ -56,26 +55,19 @@ def _parts(model: Method) -> dict[str, nn.Module]:
 def agreed_hashes(model: Method, engine: Engine) -> list[dict[str, str]]:
     """Hash, for each of several ranks, what has to be the same everywhere: student, teacher and memory.
 
-    Batch-norm statistics are left out: each rank keeps those of its own share.
-
-    Raises:
-        DistributedError: if ranks have drifted apart, naming what differs.
+    Batch-norm statistics are left out: each rank keeps those of its own share. DistributedError, naming what differs, if ranks have
+    drifted apart.
     """
     if engine.world == 1:
         return []
-    parts = {name: part.buffers() if name == "memory" else part.parameters() for name, part in _parts(model).items()}
-    ranks = engine.gather_items([{name: _digest(tensors) for name, tensors in parts.items()}])
-    apart = [name for name in parts if len({rank[name] for rank in ranks}) > 1]
-    if apart:
+    hashes = {name: hashlib.sha256() for name in _parts(model)}
+    for name, part in _parts(model).items():
+        for tensor in part.buffers() if name == "memory" else part.parameters():
+            hashes[name].update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    ranks = engine.gather_items([{name: digest.hexdigest() for name, digest in hashes.items()}])
+    if apart := [name for name in hashes if len({rank[name] for rank in ranks}) > 1]:
         raise DistributedError(f"the ranks' {' and '.join(apart)} differ; the last checkpoint is good, resume from it")
     return ranks
-
-
-def _digest(tensors: Iterable[torch.Tensor]) -> str:
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def restore(path: Path, state: State, engine: Engine, origin: dict[str, Any]) -> list[str]:
@@ -95,8 +87,7 @@ def restore(path: Path, state: State, engine: Engine, origin: dict[str, Any]) ->
         state.optimizer.load_state_dict(tree["optimizer"])
     except (KeyError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{path}: does not fit this configuration: {store.one_line(error)}") from error
-    before, now = facts["steps_per_epoch"], origin["steps_per_epoch"]
-    if before != now:
+    if (before := facts["steps_per_epoch"]) != (now := origin["steps_per_epoch"]):
         raise CheckpointError(f"{path}: was saved at {before} steps an epoch, the data now gives {now}")
     # Saved tensors come back row by row; the fused optimizer walks parameter and momentum side by side in memory, so a
     # momentum has to lie as its parameter does (channels last).
@@ -107,7 +98,7 @@ def restore(path: Path, state: State, engine: Engine, origin: dict[str, Any]) ->
     state.guard.streak.fill_(facts["non_finite"])
     state.guard.worst.fill_(facts["non_finite_worst"])
     present, saved = _arithmetic(engine) | origin["choices"], facts | facts["choices"]
-    inexact = [f"{name} {saved[name]} -> {now}" for name, now in present.items() if saved[name] != now]
+    inexact = [f"{name} {saved[name]} -> {value}" for name, value in present.items() if saved[name] != value]
     if not engine.restore_random_state(tree["random"]):
         inexact.append("random generators of another world or device")
     return inexact if facts["data"] == origin["data"] else [*inexact, "the data has changed"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
 import math
 import os
@@ -11,7 +10,6 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -21,8 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils.benchmark import Timer
 
-from relssl.data.cache import Shrunk, place, root
+from relssl.data.cache import Shrunk, place
 from relssl.data.images import Files
 from relssl.data.loader import FromFiles, Resident
 from relssl.engine import Engine, available_cores, fast_bf16
@@ -30,66 +29,23 @@ from relssl.errors import ConfigError
 from relssl.files import size
 from relssl.method import create_student
 from relssl.method.backbones import count_flops
-from relssl.settings.run import METHODS, Config, derive, resolve
+from relssl.settings.run import Config, derive, resolve
 from relssl.train.checkpoint import whole_state
 from relssl.train.loop import Run, knn_due, save_due, train_step
 from relssl.train.pretrain import WORTH_COMPILING, build, compile_networks, explaining, read
 from relssl.train.run_folder import default_folder
 from relssl.weights import store
 
-# Bytes of a logged row: JSON in metrics.jsonl, and events of TensorBoard.
-_ROW, _EVENTS = 500, 900
 # Weights that hardly move stay finite on networks that skipped their warm-up; how fast they move costs no time.
 _STILL = 1e-8
 # Steps before the clock starts; fewer where they are slow.
 _WARM, _WARM_SECONDS = 3, 30.0
+# A step's: waiting for data (of images in memory, making the views); forward passes; the loss and the way back; optimizer, memory,
+# teacher's average and figures.
+_PARTS = ("data", "teacher", "student", "backward", "update")
 # Side of the matrices that are multiplied, and images [N, C, S, S] of 3x3 convolutions C -> C as in residual networks.
 _SMALL = (2048, ((32, 64, 32), (32, 128, 28), (32, 256, 14)))
 _LARGE = (8192, ((256, 64, 56), (256, 128, 28), (256, 256, 14), (256, 512, 14)))
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes at the peak of the training processes of this machine, and its bytes; `device`: those of its GPU, 0 of 0 without one."""
-
-    used: int
-    total: int
-    device_used: int
-    device_total: int
-
-    @property
-    def share(self) -> float:
-        """The fuller of the two, 0 to 1."""
-        return max(self.used / self.total, self.device_used / max(self.device_total, 1))
-
-
-@dataclass(frozen=True)
-class Disk:
-    """Bytes of a checkpoint, of which there are `checkpoints` at most, of both exports and the logs, and those free where the run folder
-    would lie; of the images that the cache still lacks, about, and those free where it would lie."""
-
-    checkpoint: int
-    checkpoints: int
-    exports: int
-    logs: int
-    free: int
-    cache: int
-    cache_free: int
-
-    @property
-    def total(self) -> int:
-        """The run folder in the end."""
-        return self.checkpoint * self.checkpoints + self.exports + self.logs
-
-
-@dataclass(frozen=True)
-class Extras:
-    """The number of evaluations and checkpoints of the whole run, and the seconds of each; saving without the disk's own time."""
-
-    evaluations: int
-    evaluation_seconds: float
-    saves: int
-    save_seconds: float
 
 
 @dataclass(frozen=True)
@@ -103,20 +59,7 @@ class Advice:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run would take on this machine, extrapolated from its middle, where InfoNCE is on if it is most of the time.
-
-    Attributes:
-        device: in words; `kind`: cpu, cuda or mps; `world`: processes; `cores`: of this machine; `threads`: of a process; `workers`: its
-            loader's processes, None without files.
-        step_seconds, step_low, step_high: median, 10 and 90 % of the steps timed; step_mean: what the whole run follows from.
-        seconds: of the whole run = training_seconds + evaluation_seconds + saving_seconds.
-        flops: operations an image, see `step_flops`; attainable_flops: a second, of one device at its best, measured.
-        floor_seconds, floor_multiple: the step's operations at that rate, and how often that goes into the mean step.
-        shares: of a step, summing to 1: data (waiting for it; for images in memory, making the views), teacher, student, backward
-            (with the loss), update (optimizer, memory, teacher's average, figures); limit: the largest of data, networks and update.
-        unreadable: images met that could not be read.
-        advice: what to change, three changes at most, the most important first.
-    """
+    """What a run would take on this machine, extrapolated from its middle, where InfoNCE is on if it is most of the time."""
 
     data: str
     images: int
@@ -124,33 +67,32 @@ class Estimate:
     batch_size: int
     epochs: int
     total_steps: int
-    device: str
-    kind: str
-    world: int
-    cores: int
-    threads: int
-    workers: int | None
+    device: str  # in words
+    kind: str  # cpu, cuda or mps
+    world: int  # processes
+    cores: int  # of this machine
+    threads: int  # of a process
+    workers: int | None  # the loader's processes; None without files
     steps_timed: int
-    step_seconds: float
-    step_low: float
+    step_seconds: float  # the median
+    step_low: float  # 10 and 90 % of the steps
     step_high: float
-    step_mean: float
+    step_mean: float  # what the whole run follows from
     images_per_second: float
-    seconds: float
+    seconds: float  # of the whole run, the sum of the next two
     training_seconds: float
     evaluation_seconds: float
-    saving_seconds: float
-    memory: Memory
-    disk: Disk
-    extras: Extras
-    flops: dict[str, int]
-    attainable_flops: float
-    floor_seconds: float
-    floor_multiple: float
-    shares: dict[str, float]
-    limit: str
-    unreadable: int
-    advice: tuple[Advice, ...] = ()
+    evaluations: int
+    memory: dict[str, int]  # bytes at this machine's peak: used, total; of its GPU, 0 without one: device_used, device_total
+    disk: dict[str, int]  # bytes of a checkpoint, the most checkpoints there are, bytes free; cache: bytes that it lacks, about
+    flops: dict[str, int]  # operations an image, see `step_flops`
+    attainable_flops: float  # a second, of one device at its best, measured
+    floor_seconds: float  # the step's operations at that rate
+    floor_multiple: float  # how often that goes into the mean step
+    shares: dict[str, float]  # of a step, by _PARTS, summing to 1
+    limit: str  # the largest of data, networks and update
+    unreadable: int  # images met that could not be read
+    advice: tuple[Advice, ...] = ()  # what to change, three changes at most, the most important first
 
 
 def estimate(
@@ -168,15 +110,11 @@ def estimate(
     if it is complete; else the steps read the files themselves.
 
     Args:
-        data, config, settings, overrides: as for `pretrain`.
+        data, config, settings, quiet, overrides: as for `pretrain`; it raises the same, and ConfigError if a batch does not fit in memory.
         steps: how many are timed, at least 1; fewer, but three, if they take over a minute.
-        quiet: print nothing.
 
     Returns:
         The figures; None on ranks other than the first.
-
-    Raises:
-        ConfigError, DataError: as `pretrain` would, and for a batch that does not fit in memory.
     """
     if steps < 1:
         raise ConfigError(f"steps: must be at least 1, got {steps}")
@@ -194,48 +132,35 @@ def estimate(
 
 def _measure(run: Run, steps: int) -> Estimate:
     """Return all figures but the advice; every rank measures its own."""
-    config, engine, cache = run.config, run.engine, _missing_cache(run)
-    evaluations, saves = _interruptions(run)
-    run.state.step = run.total_steps // 2
-    timing = time_steps(run, steps)
+    config, engine, state, lacking = run.config, run.engine, run.state, _missing_cache(run)
+    evaluations, saves = int(run.online is not None), 0  # one evaluation comes before the first step
+    for state.step in range(1, run.total_steps + 1):
+        evaluations, saves = evaluations + (knn_due(run) and run.online is not None), saves + save_due(run)
+    state.step = run.total_steps // 2
+    seconds, shares, unreadable = time_steps(run, steps)
     memory = peak_memory(engine, config.engine.devices)  # before anything is measured that training does not do
-    shares, mean = timing.shares, float(np.mean(timing.steps))
-    low, middle, high = np.quantile(timing.steps, [0.1, 0.5, 0.9]).tolist()
+    mean, (low, middle, high) = float(np.mean(seconds)), np.quantile(seconds, [0.1, 0.5, 0.9]).tolist()
     flops, rate = step_flops(config, run.classes), attainable(engine)
-    floor = sum(flops.values()) * config.batch_size / engine.world / rate
+    floor, training = sum(flops.values()) * config.batch_size / engine.world / rate, run.total_steps * mean
     # An evaluated image is waited for and passes each network once: about what one of the student's views takes.
     each = (shares["data"] + shares["student"] / max(1, len(derive(config).strong))) * mean * engine.world / config.batch_size
     evaluated = len(run.networks) * (len(run.online.pair.bank) + len(run.online.pair.test)) if run.online else 0
-    disk, save_seconds = _saving(run, saves, cache)
-    extras = Extras(evaluations if run.online else 0, each * evaluated, saves, save_seconds)
-    training, evaluating, saving = run.total_steps * mean, extras.evaluations * each * evaluated, saves * save_seconds
+    evaluating = evaluations * each * evaluated
+    folder = Path(config.out or default_folder(config)).absolute()
+    disk = {"checkpoint": sum(tensor.nbytes for tensor in store.flatten(whole_state(state, engine))[0].values())}
+    # At most there are the newest, the best, and a new one before the oldest goes.
+    disk |= {"checkpoints": min(config.checkpoint.keep, saves) + (run.online is not None) + 1, "cache": lacking}
+    disk["free"] = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
     groups = {"data": shares["data"], "networks": 1 - shares["data"] - shares["update"], "update": shares["update"]}
-    workers = run.loader.workers if isinstance(run.loader, FromFiles) else None
     what: dict[str, Any] = {name: getattr(config, name) for name in ("data", "backbone", "batch_size", "epochs")}
-    what |= {"images": len(run.images), "total_steps": run.total_steps, "unreadable": timing.unreadable, "workers": workers}
+    what |= {"images": len(run.images), "total_steps": run.total_steps, "unreadable": unreadable, "evaluations": evaluations}
     what |= {"device": engine.describe(), "kind": engine.device.type, "world": engine.world, "threads": engine.threads}
-    what |= {"step_seconds": middle, "step_low": low, "step_high": high, "step_mean": mean, "steps_timed": len(timing.steps)}
-    what |= {"training_seconds": training, "evaluation_seconds": evaluating, "saving_seconds": saving}
-    what |= {"attainable_flops": rate, "floor_seconds": floor, "floor_multiple": mean / floor, "cores": available_cores()}
-    return Estimate(
-        **what,
-        images_per_second=config.batch_size / mean,
-        seconds=training + evaluating + saving,
-        memory=memory,
-        disk=disk,
-        extras=extras,
-        flops=flops,
-        shares=shares,
-        limit=max(groups, key=lambda name: groups[name]),
-    )
-
-
-def _interruptions(run: Run) -> tuple[int, int]:
-    """Count the kNN evaluations of a whole run, one before the first step included, and the checkpoints."""
-    state, evaluations, saves = run.state, int(run.config.log.knn_every > 0), 0
-    for state.step in range(1, run.total_steps + 1):
-        evaluations, saves = evaluations + knn_due(run), saves + save_due(run)
-    return evaluations, saves
+    what |= {"cores": available_cores(), "workers": run.loader.workers if isinstance(run.loader, FromFiles) else None}
+    what |= {"step_seconds": middle, "step_low": low, "step_high": high, "step_mean": mean, "steps_timed": len(seconds)}
+    what |= {"images_per_second": config.batch_size / mean, "seconds": training + evaluating, "training_seconds": training}
+    what |= {"evaluation_seconds": evaluating, "memory": memory, "disk": disk, "flops": flops, "attainable_flops": rate}
+    what |= {"floor_seconds": floor, "floor_multiple": mean / floor, "shares": shares}
+    return Estimate(**what, limit=max(groups, key=lambda name: groups[name]))
 
 
 def _missing_cache(run: Run) -> int:
@@ -251,20 +176,14 @@ def _missing_cache(run: Run) -> int:
     return lacking * 3 * loader.cache * round(loader.cache * 4 / 3)  # the shape of most photographs
 
 
-@dataclass(frozen=True)
-class Timing:
-    """Seconds of steps one after another, the shares of what they are spent on, and the number of unreadable images among them."""
-
-    steps: list[float]
-    shares: dict[str, float]
-    unreadable: int
-
-
-def time_steps(run: Run, steps: int, limit: float = 60.0) -> Timing:
+def time_steps(run: Run, steps: int, limit: float = 60.0) -> tuple[list[float], dict[str, float], int]:
     """Train some steps and time them, for so many seconds, but three steps at least; every rank has to call it.
 
     A few steps more are timed where the loader's processes deliver in turns, so that each has had as many, or where views of several
     steps are made in one go.
+
+    Returns:
+        The seconds of each step, the shares of what they are spent on, and the number of unreadable images among them.
     """
     engine, loader, state, begun = run.engine, run.loader, run.state, time.perf_counter()
     gpu, marks = engine.device.type == "cuda", list[tuple[str, Any]]()
@@ -276,20 +195,22 @@ def time_steps(run: Run, steps: int, limit: float = 60.0) -> Timing:
     def mark(name: str, *_: Any) -> None:
         """Note when the device is through with all that was asked of it so far, without waiting for it on a GPU; here ends `name`."""
         if gpu:
-            event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-            event.record()
-            marks.append((name, event))
+            moment: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            moment.record()
         else:
             engine.synchronise()
-            marks.append((name, time.perf_counter()))
+            moment = time.perf_counter()
+        marks.append((name, moment))
 
-    (first,) = loader.stream(state.step, state.step + 1)
+    def spans(marks: list[tuple[str, Any]]) -> list[tuple[str, float]]:
+        pairs = itertools.pairwise(marks)
+        return [(name, start.elapsed_time(end) / 1000 if gpu else end - start) for (_, start), (name, end) in pairs]
+
     turns = loader.ahead if isinstance(loader, Resident) else math.ceil(loader.workers / run.plan.parts)
     turns = max(1, engine.largest(turns))  # machines may differ in their cores
-    count = turns * math.ceil(steps / turns)
-    stream = loader.stream(state.step, state.step + turns + count)
-    # On one batch kernels are chosen and memory is taken; the stream's own first steps have its start-up to wait for, or lie ready.
-    for batches in itertools.chain(itertools.repeat(first, _WARM), itertools.islice(stream, turns)):
+    warm, count = max(_WARM, turns), turns * math.ceil(steps / turns)
+    stream, unreadable = loader.stream(state.step, state.step + warm + count), set[str]()
+    for batches in itertools.islice(stream, warm):  # kernels are chosen, memory is taken, and loaders start
         train_step(run, batches)
         if over(_WARM_SECONDS):
             break
@@ -299,7 +220,7 @@ def time_steps(run: Run, steps: int, limit: float = 60.0) -> Timing:
         if network is not None:
             handles += [network.register_forward_pre_hook(partial(mark, "backward"))]
             handles += [network.register_forward_hook(partial(mark, name))]
-    begun, unreadable = time.perf_counter(), set[str]()
+    begun = time.perf_counter()
     mark("begin")
     for number, batches in enumerate(itertools.islice(stream, count), start=1):
         mark("data")
@@ -311,43 +232,21 @@ def time_steps(run: Run, steps: int, limit: float = 60.0) -> Timing:
     for handle in handles:
         handle.remove()
     engine.synchronise()
-    spent, seconds = dict.fromkeys(("data", "teacher", "student", "backward", "update"), 0.0), [0.0]
-    for (_, start), (name, end) in itertools.pairwise(marks):
-        span = start.elapsed_time(end) / 1000 if gpu else end - start
-        spent[name] += span
-        seconds[-1] += span
-        if name == "update":
-            seconds.append(0.0)
-    return Timing(seconds[:-1], {name: span / sum(seconds) for name, span in spent.items()}, len(unreadable))
+    seconds = [span for _, span in spans([each for each in marks if each[0] in ("begin", "update")])]
+    parts = {name: sum(span for each, span in spans(marks) if each == name) for name in _PARTS}
+    return seconds, {name: span / sum(seconds) for name, span in parts.items()}, len(unreadable)
 
 
-def peak_memory(engine: Engine, processes: int) -> Memory:
-    """Return the peak up to now, if all `processes` of this machine take as much as this one."""
+def peak_memory(engine: Engine, processes: int) -> dict[str, int]:
+    """Return `Estimate.memory` up to now, if all `processes` of this machine take as much as this one."""
     used = processes * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    total, device_used, device_total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), 0, 0
     with suppress(OSError, ValueError):  # no container, or one without a limit
         total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    if engine.device.type != "cuda":
-        return Memory(used, total, 0, 0)
-    device = torch.cuda.get_device_properties(engine.device).total_memory
-    return Memory(used, total, torch.cuda.max_memory_reserved(engine.device), device)
-
-
-def _saving(run: Run, saves: int, cache: int) -> tuple[Disk, float]:
-    """Return the disk a run needs, and the seconds to make a checkpoint's bytes and their hash; nothing is written."""
-    config, begun = run.config, time.perf_counter()
-    checkpoint = store.encode(store.flatten(whole_state(run.state, run.engine))[0])
-    hashlib.sha256(checkpoint).hexdigest()
-    seconds = time.perf_counter() - begun
-    folders = (Path(config.out or default_folder(config)), root(config.loader))
-    places = [next(each for each in (path, *path.absolute().parents) if each.exists()) for path in folders]
-    free, cache_free = (shutil.disk_usage(each).free for each in places)
-    checkpoints = (
-        min(config.checkpoint.keep, saves) + (run.online is not None) + 1
-    )  # the best, and a new one before the oldest goes
-    exports = sum(tensor.nbytes for network in run.networks for tensor in network.backbone.state_dict().values())
-    logs = (run.total_steps // config.log.every + config.epochs) * (_ROW + _EVENTS * config.log.tensorboard)
-    return Disk(len(checkpoint), checkpoints, exports, logs, free, cache, cache_free), seconds
+    if engine.device.type == "cuda":
+        device_used = torch.cuda.max_memory_reserved(engine.device)
+        device_total = torch.cuda.get_device_properties(engine.device).total_memory
+    return {"used": used, "total": total, "device_used": device_used, "device_total": device_total}
 
 
 def step_flops(config: Config, classes: int = 1) -> dict[str, int]:
@@ -360,7 +259,7 @@ def step_flops(config: Config, classes: int = 1) -> dict[str, int]:
     Returns:
         {"teacher", "student": forward, "backward": the student's, "memory": similarities and their gradient}; 0 for what there is not.
     """
-    derived, traits = derive(config), METHODS[config.method.name]
+    derived = derive(config)
     # Split norms need whole batches, and cost nothing that is counted.
     config = dataclasses.replace(config, encoder=dataclasses.replace(config.encoder, batch_norm_splits=1))
     with torch.random.fork_rng(devices=[]):  # networks are drawn, and others go on drawing afterwards
@@ -372,72 +271,64 @@ def step_flops(config: Config, classes: int = 1) -> dict[str, int]:
         embeddings: list[torch.Tensor] = []
         flops = {"teacher": 0, "student": count_flops(lambda: embeddings.append(student(seen)))}
         flops["backward"] = count_flops(lambda: embeddings[0].sum().backward())  # type: ignore[no-untyped-call]
-        if "teacher" in derived.networks:
+        if derived.traits.teacher:
             teacher = student.teacher()
-            with torch.no_grad():
-                flops["teacher"] = count_flops(lambda: teacher(taught))
-    if traits.whole_batch:  # each query with two views of each image, and its gradient
+            flops["teacher"] = count_flops(lambda: teacher(taught))
+    if derived.traits.whole_batch:  # each query with two views of each image, and its gradient
         products = 2 * len(seen) * 2 * config.batch_size
     else:  # the queries and their gradient by the memory, and the keys where the teacher's relation is wanted
-        products = (2 * len(seen) + len(taught) * traits.sharpened) * config.method.memory_size * traits.memory
+        products = 2 * len(seen) + len(taught) * derived.traits.sharpened
+        products *= config.method.memory_size * derived.traits.memory
     return {name: count // 2 for name, count in flops.items()} | {"memory": products * 2 * config.encoder.dim}
 
 
 def attainable(engine: Engine, seconds: float = 1.0) -> float:
     """Measure, for so many seconds, the operations a second that this rank's device reaches at its best in the engine's precision: in
     several 3x3 convolutions, channels last, and a large matrix product. No step is faster than its operations at this rate."""
-    dtype = torch.bfloat16 if engine.precision == "bf16" else torch.float32
+    dtype, rates = torch.bfloat16 if engine.precision == "bf16" else torch.float32, []
     side, shapes = _LARGE if engine.device.type == "cuda" else _SMALL
     left, right = (torch.randn(side, side).to(engine.device, dtype) for _ in range(2))
-    candidates: list[tuple[Callable[[], object], int]] = [(partial(torch.mm, left, right), 2 * side**3)]
+    work = [partial(torch.mm, left, right)]
     for batch, channels, pixels in shapes:
         images = engine.place(torch.randn(batch, channels, pixels, pixels)).to(dtype)
         weight = engine.place(torch.randn(channels, channels, 3, 3)).to(dtype)
-        candidates.append((partial(F.conv2d, images, weight, padding=1), 2 * 9 * batch * channels**2 * pixels**2))
-    rates = []
-    with torch.no_grad():
-        for work, flops in candidates:
-            work()  # builds the kernels
-            calls, best, end = (
-                10 if engine.device.type == "cuda" else 1,
-                math.inf,
-                time.perf_counter() + seconds / len(candidates),
-            )
-            while time.perf_counter() < end or best == math.inf:  # others may use the machine: its best counts
-                engine.synchronise()
-                begun = time.perf_counter()
-                for _ in range(calls):
-                    work()
-                engine.synchronise()
-                best = min(best, (time.perf_counter() - begun) / calls)
-            rates.append(flops / best)
+        work.append(partial(F.conv2d, images, weight, padding=1))
+    for each in work:
+        flops = count_flops(each)  # which builds the kernels, too
+        timer = Timer("each()", globals={"each": each}, num_threads=torch.get_num_threads())
+        measured = timer.blocked_autorange(min_run_time=seconds / len(work))
+        rates.append(flops / min(measured.times))  # others may use the machine: its best counts
     return max(rates)
 
 
 def advise(figures: Estimate, config: Config) -> tuple[Advice, ...]:
     """Return the three changes most worth trying, the most important first."""
-    disk, used, waiting, gpu = figures.disk, figures.memory.share, figures.shares["data"], figures.kind == "cuda"
-    computing, spare = figures.threads * config.engine.devices, figures.cores // config.engine.devices - 1
-    parts, knn, saving = 2 * config.accumulate, config.log.knn_every, config.checkpoint
-    more = used > 0.9 and not config.batch_size % (parts * figures.world) and config.batch_size // figures.world >= 2 * parts
-    slow = figures.workers is not None and waiting > 0.1 and not disk.cache
-    idle = slow and (figures.workers or 0) < spare
-    side = round(max(view.size for view in derive(config).views) * 8 / 7)
-    knn_share, saving_share = figures.evaluation_seconds / figures.seconds, figures.saving_seconds / figures.seconds
-    often = figures.evaluation_seconds > 60 and knn_share > 0.1 and knn < config.epochs
-    saves = figures.saving_seconds > 60 and saving_share > 0.05 and saving.every < config.epochs
-    rare = (
-        ("checkpoint.every_steps", "null")
-        if saving.every_steps
-        else ("checkpoint.every", str(min(10 * saving.every, config.epochs)))
+    disk, memory, waiting, gpu = figures.disk, figures.memory, figures.shares["data"], figures.kind == "cuda"
+    needed, parts, knn, derived = (
+        disk["checkpoint"] * disk["checkpoints"],
+        2 * config.accumulate,
+        config.log.knn_every,
+        derive(config),
     )
+    used = max(memory["used"] / memory["total"], memory["device_used"] / max(memory["device_total"], 1))
+    computing, spare = figures.threads * config.engine.devices, figures.cores // config.engine.devices - 1
+    fits = config.batch_size % (parts * figures.world) == 0 and config.batch_size // figures.world >= 2 * parts
+    slow = figures.workers is not None and waiting > 0.1 and not disk["cache"]
+    idle = slow and (figures.workers or 0) < spare
+    side = round(max(view.size for view in derived.views) * 8 / 7)
+    knn_share = figures.evaluation_seconds / figures.seconds
+    often = figures.evaluation_seconds > 60 and knn_share > 0.1 and knn < config.epochs
     compiling = config.compile == "off" and gpu and figures.total_steps >= WORTH_COMPILING
     small = gpu and figures.floor_multiple > 4 and waiting <= 0.1 and used <= 0.4 and parts == 2
     full, waits = f"{used:.0%} of the memory is taken", f"{waiting:.0%} of a step is waiting for data"
     rules = (
-        (disk.total > disk.free, "out", "another disk", f"the run folder needs {size(disk.total)}, {size(disk.free)} are free"),
-        (disk.cache > disk.cache_free, "loader.cache_folder", "another disk", f"{size(disk.cache_free)} are free"),
-        (more and not METHODS[config.method.name].whole_batch, "accumulate", str(parts), f"{full}; in parts, a batch takes less"),
+        (needed > disk["free"], "out", "another disk", f"checkpoints need {size(needed)}, {size(disk['free'])} are free"),
+        (
+            used > 0.9 and fits and not derived.traits.whole_batch,
+            "accumulate",
+            str(parts),
+            f"{full}; in parts, a batch takes less",
+        ),
         (parts > 2 and used * parts <= 1.6, "accumulate", "1", f"{full}; the batch fits as a whole"),
         (idle, "loader.workers", "null", f"{waits}, and each process has {spare + 1} cores"),
         (slow and not idle and config.loader.cache is None, "loader.cache", str(side), f"{waits}; decode each image only once"),
@@ -446,7 +337,6 @@ def advise(figures: Estimate, config: Config) -> tuple[Advice, ...]:
         (config.engine.precision == "fp32" and fast_bf16(figures.kind), "engine.precision", "bf16", "the device is built for it"),
         (compiling, "compile", "auto", "compiled networks mostly pay in a run of so many steps"),
         (often, "log.knn_every", str(min(10 * knn, config.epochs)), f"kNN while training takes {knn_share:.0%} of the run"),
-        (saves, *rare, f"saving takes {saving_share:.0%} of the run"),
         (small, "batch_size", str(2 * config.batch_size), f"{full}, and too little work; choose the learning rate anew"),
     )
     return tuple(Advice(*change) for applies, *change in rules if applies)[:3]

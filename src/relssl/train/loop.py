@@ -18,7 +18,7 @@ from relssl.data.loader import Batch, FromFiles, Plan, Resident, Unreadable, cre
 from relssl.engine import Engine, send
 from relssl.errors import DataError, NumericError
 from relssl.method import create_method, health, schedules
-from relssl.method.base import Step, World, unwrapped
+from relssl.method.base import ALONE, Step, World, unwrapped
 from relssl.method.create import create_run_optimizer
 from relssl.method.encoder import Encoder
 from relssl.method.health import effective_rank, spread, verdict
@@ -71,12 +71,10 @@ def create_run(config: Config, engine: Engine, images: Images, online: OnlineKnn
     Every rank creates the same networks and memory from the same seed; they stay equal by moving alike.
     """
     plan = Plan(len(images), config.batch_size, config.accumulate, engine.rank, engine.world, config.seed)
-    loader = open_loader(config, engine, plan, images)
-    labels, classes = None, 0
-    if METHODS[config.method.name].labels:
-        assert images.labels is not None
+    loader, traits, labels, classes = open_loader(config, engine, plan, images), METHODS[config.method.name], None, 0
+    if traits.labels and images.labels is not None:
         labels, classes = torch.from_numpy(images.labels).to(engine.device), images.class_count
-    best = "tiled" if METHODS[config.method.name].tiled and engine.device.type != "mps" else "plain"
+    best = "tiled" if traits.tiled and engine.device.type != "mps" else "plain"
     form = best if config.method.loss_form == "auto" else config.method.loss_form
 
     torch.manual_seed(config.seed)
@@ -102,12 +100,10 @@ def open_loader(config: Config, engine: Engine, plan: Plan, images: Images) -> R
 
 @dataclass
 class Figures:
-    """The figures of one step, as far as the host knows them, and a way to get those that the device computes."""
+    """The figures of one step: what the schedules say of it, and a way to get those that the device computes."""
 
     step: int  # optimizer steps so far, this one included
-    schedule: (
-        dict[str, float] | None
-    )  # settings of the step; None if it is not logged, and its figures only tell of non-finite steps
+    schedule: dict[str, float]
     read: Callable[[], dict[str, Tensor]]  # waits for the figures of the device
     speed: tuple[float, float] = (0.0, 0.0)  # images per second and share of time spent waiting for data, which the loop adds
 
@@ -116,8 +112,7 @@ def train_step(run: Run, parts: list[Batch]) -> Figures | None:
     """Make one optimizer step: views -> loss -> gradient -> student, memory and teacher.
 
     All of it is queued on the device, and nothing here waits for it. A step whose loss or gradient is not finite changes nothing.
-    `parts` are this rank's shares of the accumulated parts of the batch. Returns the step's figures, if it is logged or the host has
-    to look for non-finite steps again.
+    `parts` are this rank's shares of the accumulated parts of the batch. Returns the step's figures, if it is logged.
     """
     config, engine, state = run.config, run.engine, run.state
     model, optimizer, guard, student = state.model, state.optimizer, state.guard, unwrapped(state.model.student)
@@ -131,13 +126,12 @@ def train_step(run: Run, parts: list[Batch]) -> Figures | None:
     for number, part in enumerate(parts):
         with engine.part(model.student, last=number == len(parts) - 1):
             with engine.autocast():
-                step = forward(run, part, number)
+                step = forward(run, part, now, world(run, number))
             # Outside autocast, which would round the loss's fp32 products to bf16 on the way back.
             (step.loss / len(parts)).backward()  # type: ignore[no-untyped-call]
         steps.append(step)
     loss = engine.mean(torch.stack([step.loss.detach() for step in steps]).mean())
-    gradients = [parameter.grad for parameter in student.parameters() if parameter.grad is not None]
-    norm = get_total_norm(gradients)
+    norm = get_total_norm([parameter.grad for parameter in student.parameters() if parameter.grad is not None])
     if config.optimizer.clip is not None:
         clip_grads_with_norm_(student.parameters(), config.optimizer.clip, norm)
     keys = joined(run, [step.keys for step in steps])
@@ -145,7 +139,7 @@ def train_step(run: Run, parts: list[Batch]) -> Figures | None:
     # Before the memory moves: figures are those of the relations that the loss has seen.
     state.step += 1
     logged = state.step % config.log.every == 0 or state.step % run.plan.steps_per_epoch == 0
-    figures = {"loss": loss, "grad_norm": norm, "keys": keys} if logged else {}
+    figures = {"loss": loss, "grad_norm": norm, "keys": keys}
     if logged:
         queries = joined(run, [step.queries.transpose(0, 1) for step in steps]).transpose(0, 1)
         figures |= relations(run, queries, keys, now)
@@ -162,10 +156,7 @@ def train_step(run: Run, parts: list[Batch]) -> Figures | None:
     optimizer.zero_grad(set_to_none=True)
     model.push(keys, joined(run, [part.ids for part in parts]), good)
     model.follow(now["teacher_momentum"], good)
-
-    if not logged and state.step % PATIENCE:
-        return None
-    return Figures(state.step, now if logged else None, engine.fetch(figures | {"streak": guard.longest()}))
+    return Figures(state.step, now, engine.fetch(figures | {"streak": guard.longest()})) if logged else None
 
 
 def scheduled(run: Run, step: int) -> dict[str, float]:
@@ -181,21 +172,22 @@ def scheduled(run: Run, step: int) -> dict[str, float]:
     }
 
 
-def forward(run: Run, part: Batch, number: int) -> Step:
-    """Compute the method's loss on part `number` of the present step's batch."""
-    engine, plan, shuffle = run.engine, run.plan, run.config.method.shuffle
-    order = send(torch.from_numpy(plan.shuffle(run.state.step, number)), engine.device) if shuffle else None
-    world = World(engine.rank, partial(engine.gather, share=plan.share), order)
-    weak, strong = engine.place(part.weak), [engine.place(view) for view in part.strong]
-    return run.state.model.step(weak, strong, world, **step_settings(run, run.state.step, part.ids))
+def world(run: Run, number: int) -> World:
+    """Return the ranks, and the order in which the teacher sees part `number` of the present step's batch."""
+    engine, plan, order = run.engine, run.plan, None
+    if run.config.method.shuffle:
+        order = send(torch.from_numpy(plan.shuffle(run.state.step, number)), engine.device)
+    return World(engine.rank, partial(engine.gather, share=plan.share), order)
 
 
-def step_settings(run: Run, step: int, ids: Tensor) -> dict[str, Any]:
-    """Return what the method's step takes besides views: constants, what the schedules say, and the labels of these samples."""
-    model, now = run.state.model, scheduled(run, step)
-    settings = {name: getattr(run.config.method, name) for name in model.constants}
+def forward(run: Run, part: Batch, now: dict[str, float], world: World = ALONE) -> Step:
+    """Compute the method's loss on one part of a batch, at what the schedules say `now`."""
+    model, place = run.state.model, run.engine.place
+    settings: dict[str, Any] = {name: getattr(run.config.method, name) for name in model.constants}
     settings |= {name: now[name] for name in model.scheduled}
-    return settings if run.labels is None else settings | {"labels": run.labels[ids.to(run.labels.device)]}
+    if run.labels is not None:
+        settings["labels"] = run.labels[part.ids]
+    return model.step(place(part.weak), [place(view) for view in part.strong], world, **settings)
 
 
 def joined(run: Run, parts: list[Tensor]) -> Tensor:
@@ -226,21 +218,21 @@ def train(run: Run, display: Display, stop: StopRequest) -> None:
         if state.step == 0 and journal is not None and run.online is not None:
             journal.write({"step": 0, "epoch": 0, "samples": 0} | run.online.baselines(state.model, engine))
         engine.wait()
-        watch, pending = Stopwatch(config.batch_size), None
-        for parts in watch.timed(run.loader.stream(state.step, run.total_steps)):
+        watch, pending = Stopwatch(run.loader.stream(state.step, run.total_steps), config.batch_size), None
+        for parts in watch:
             figures = train_step(run, parts)
             note_unreadable(run, [fault for part in parts for fault in part.bad])
             # Figures are read once the next step is on its way, so that the device never waits for the host.
             if pending is not None:
                 report(run, pending, journal, display)
-            if figures is not None and figures.schedule is not None:
+            if figures is not None:
                 figures.speed = watch.split()
             pending, code, due = figures, engine.largest(stop.pending()), save_due(run)
-            if pending is not None and (code or due):
-                report(run, pending, journal, display)
-                pending = None
-            # After the row, so that rows up to a checkpoint are on disk before it is.
             if code or due:
+                # The row first, so that rows up to a checkpoint are on disk before it is.
+                if pending is not None:
+                    report(run, pending, journal, display)
+                    pending = None
                 save(run)
                 watch.split()  # evaluating and saving is not training
             if code and state.step < run.total_steps:
@@ -255,16 +247,15 @@ def train(run: Run, display: Display, stop: StopRequest) -> None:
 
 
 class Stopwatch:
-    """Counts steps, and the seconds spent waiting for their data out of all."""
+    """Passes batches on; counts them, and the seconds spent waiting for them out of all."""
 
-    def __init__(self, batch_size: int) -> None:
-        self.batch_size = batch_size
+    def __init__(self, batches: Iterator[list[Batch]], batch_size: int) -> None:
+        self.batches, self.batch_size = batches, batch_size
         self.start, self.waited, self.steps = time.perf_counter(), 0.0, 0
 
-    def timed(self, batches: Iterator[list[Batch]]) -> Iterator[list[Batch]]:
-        """Yield the same batches, with the time to get each one counted."""
+    def __iter__(self) -> Iterator[list[Batch]]:
         start = time.perf_counter()
-        for batch in batches:
+        for batch in self.batches:
             self.waited += time.perf_counter() - start
             self.steps += 1
             yield batch
@@ -294,7 +285,7 @@ def note_unreadable(run: Run, faults: list[tuple[str, str]]) -> None:
 
 
 def report(run: Run, figures: Figures, journal: Journal | None, display: Display) -> None:
-    """Read a step's figures and write their row, with kNN where it is due; of a step that is not logged, only see if it was finite."""
+    """Read a step's figures and write their row, with kNN where it is due; NumericError after too many bad steps in a row."""
     state, epoch = run.state, figures.step / run.plan.steps_per_epoch
     values = figures.read()
     if values.pop("streak") >= PATIENCE:
@@ -302,8 +293,6 @@ def report(run: Run, figures: Figures, journal: Journal | None, display: Display
             f"step {figures.step}: loss or gradient was not finite {PATIENCE} steps in a row; "
             "lower optimizer.lr, or set optimizer.clip or engine.precision fp32; the last checkpoint is good"
         )
-    if figures.schedule is None:
-        return
     keys, (speed, waiting) = values.pop("keys"), figures.speed
     row: dict[str, Any] = {"step": figures.step, "epoch": int(epoch), "samples": figures.step * run.config.batch_size}
     row |= figures.schedule | {name: float(value) for name, value in values.items()}
@@ -341,8 +330,7 @@ def save_due(run: Run) -> bool:
 
 def origin(run: Run) -> dict[str, Any]:
     """What a checkpoint depends on beside its state: the epoch's length, the data, and what rounds otherwise."""
-    compiled = run.networks[0].compiled_heads is not None
-    choices = {"loss form": run.loss_form, "compiled": compiled}
+    choices = {"loss form": run.loss_form, "compiled": run.networks[0].compiled_heads is not None}
     return {"steps_per_epoch": run.plan.steps_per_epoch, "data": run.fingerprint, "choices": choices}
 
 

@@ -15,13 +15,14 @@ import torch
 
 from relssl.data.cache import shrunken
 from relssl.data.images import Images, Pixels
+from relssl.data.loader import Batch
 from relssl.data.named import load
 from relssl.engine import Engine
 from relssl.errors import ConfigError, DataError, DistributedError, RelsslError, StorageError
 from relssl.evaluation.pairs import LabelledPair, choose
 from relssl.settings.run import METHODS, Config, derive, resolve
 from relssl.train import checkpoint
-from relssl.train.loop import Run, create_run, open_loader, origin, step_settings, train
+from relssl.train.loop import Run, create_run, forward, open_loader, origin, scheduled, train
 from relssl.train.online import OnlineKnn
 from relssl.train.run_folder import Display, RunFolder, default_folder, read_rows, refuse_used
 from relssl.train.signals import StopRequest
@@ -113,41 +114,58 @@ def _run(config: Config, path: Path, engine: Engine, quiet: bool, saved: Path | 
     with engine.running():
         with explaining(config, engine):
             run = build(config, engine)
-        folder = run.folder = engine.on_first(lambda: RunFolder(path))
+        config, folder, notes = run.config, engine.on_first(lambda: RunFolder(path)), list[str | None]()
         with closing(folder) if folder else nullcontext():
             if folder is not None:
+                run.folder = folder
                 if fresh:
                     refuse_used(path)  # again, now that nobody else can write it
                 if not (path / "config.yaml").exists():
                     data = {"images": len(run.images), "fingerprint": run.fingerprint}
-                    folder.describe(run.config, {"data": data, "engine": engine.describe()})
+                    folder.describe(config, {"data": data, "engine": engine.describe()})
                 folder.bad_samples(run.images.bad)
-            notes = [compile_networks(run)]
+            memory = config.method.memory_size
+            if run.state.model.memory is not None and memory > 0.5 * len(run.images):
+                notes.append(f"note: the memory ({memory}) is over half of the data: samples meet old copies of themselves")
+            notes.append(compile_networks(run))
             if saved is not None:
                 inexact = checkpoint.restore(saved, run.state, engine, origin(run))
                 manner = f"not bit for bit ({'; '.join(inexact)})" if inexact else "exactly"
                 notes.append(f"going on {manner} from step {run.state.step}")
-            if folder is not None:
-                folder.give_up_after(run.state.step)
-            show = engine.is_first and not quiet
-            with (
-                StopRequest(run.config.time_limit, run.config.out) as stop,
-                Display(run.total_steps, run.state.step, show, stop) as display,
-            ):
-                _introduce(run, display, notes)
-                _train(run, display, stop)
+            show, stop = engine.is_first and not quiet, StopRequest(config.time_limit, config.out)
+            with stop, Display(run.total_steps, run.state.step, show, stop) as display:
+                subject = f"{config.backbone} on {len(run.images)} images of {run.images.name}, recipe {config.recipe}"
+                display.say(f"{config.method.name}: {subject}, {run.total_steps} steps, {engine.describe()}")
+                for note in filter(None, notes):
+                    display.say(note)
+                try:
+                    with explaining(config, engine):
+                        if folder is not None:
+                            folder.give_up_after(run.state.step)
+                            folder.status("running", run.state.step)
+                        shrink(run, display)
+                        train(run, display, stop)
+                except BaseException as error:
+                    if folder is not None:
+                        with suppress(StorageError):  # a full disk must not hide the error that there is to report
+                            folder.failed(run.state.step, error)
+                    raise
             if folder is None:
                 return None
             few = run.images.subset(range(min(4, len(run.images))))  # enough to notice a wrong file, and quick
-            for network in derive(run.config).networks:
+            for network in derive(config).networks:
                 export(path, network=network, images=few)
             folder.status("complete", run.state.step, exit_code=0, last_checkpoint=store.step_folder(path, run.state.step).name)
             return _result(path)
 
 
+def _result(folder: Path) -> Result:
+    return Result(folder, default_target(folder, "student"), read_rows(folder / "metrics.jsonl"))
+
+
 def build(config: Config, engine: Engine) -> Run:
     """Load a run's images and create the run, ready for its first step and without a folder."""
-    labelled = METHODS[config.method.name].labels
+    labelled, online = METHODS[config.method.name].labels, None
     images = load(config.data, config.data_root, "bank" if labelled else "train")
     if config.max_images is not None:
         images = choose(images, config.max_images, config.seed)
@@ -157,15 +175,16 @@ def build(config: Config, engine: Engine) -> Run:
             "images out as train/CLASS/ and val/CLASS/, or take a method without labels"
         )
     config = complete_settings(config, images)
-    return create_run(config, engine, images, _online(config) if engine.is_first else None)
+    with suppress(DataError):  # data without a test part is not evaluated, nor is one without labels to vote about
+        if config.log.knn_every and engine.is_first:
+            pair = LabelledPair.load(config.data, config.data_root, config.log.knn_images, config.seed)
+            if pair.bank.labels is not None and pair.bank.labels.min() != pair.bank.labels.max():
+                online = OnlineKnn(pair, config)
+    return create_run(config, engine, images, online)
 
 
 def complete_settings(config: Config, images: Images) -> Config:
-    """Return the settings with what only the data can say.
-
-    Raises:
-        ConfigError: if a view is larger than the images of a set in memory.
-    """
+    """Return the settings with what only the data can say; ConfigError if a view is larger than the images of a set in memory."""
     views = config.views
     if isinstance(images.source, Pixels) and not views.enlarge:
         side = min(images.source.tensor.shape[-2:])
@@ -182,16 +201,6 @@ def complete_settings(config: Config, images: Images) -> Config:
     margin = views.margin or (1.0 if images.in_memory else 256 / 224)
     views = dataclasses.replace(views, mean=views.mean or images.mean, std=views.std or images.std, margin=margin)
     return dataclasses.replace(config, views=views)
-
-
-def _online(config: Config) -> OnlineKnn | None:
-    """Return the kNN evaluation, if it is wanted and the data has a test part and labels to vote about."""
-    with suppress(DataError):
-        if config.log.knn_every:
-            pair = LabelledPair.load(config.data, config.data_root, config.log.knn_images, config.seed)
-            if pair.bank.labels is not None and pair.bank.labels.min() != pair.bank.labels.max():
-                return OnlineKnn(pair, config)
-    return None
 
 
 @contextmanager
@@ -233,11 +242,19 @@ def compile_networks(run: Run) -> str | None:
     torch.compiler.reset()  # type: ignore[no-untyped-call]  # one cache serves all networks of a process
     for network in run.networks:
         network.compile_heads(graphs)
+    ids, now = torch.arange(run.plan.share), scheduled(run, run.total_steps - 1)
     state.guard.watch()
     try:
         with torch.random.fork_rng([engine.device] if gpu else []):
-            for _ in range(3):  # graphs are warmed up, recorded and replayed
-                _pass_noise(run)
+            for _ in range(3):  # graphs are warmed up, recorded and replayed, on noise of the run's own shapes
+                weak, *strong = (torch.rand(len(ids), config.views.channels, *[view.size] * 2) for view in derive(config).views)
+                torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+                # As a part that others follow, in a world of its own: ranks exchange nothing, so that one that fails leaves none waiting.
+                with engine.part(state.model.student, last=False):
+                    with engine.autocast():
+                        step = forward(run, Batch(ids, weak, strong), now)
+                    step.loss.backward()  # type: ignore[no-untyped-call]
+                state.optimizer.zero_grad(set_to_none=True)
     except Exception as error:  # whatever a compiler runs into
         fault = next(iter(str(error).splitlines()), type(error).__name__)[:160]
     state.guard.take_back()
@@ -249,46 +266,6 @@ def compile_networks(run: Run) -> str | None:
         return f"compile: not possible here ({fault or 'another rank could not'}); going on without"
     run.graphs = graphs
     return "compile: the networks are compiled" + (", and replayed as CUDA graphs" if gpu and graphs else "")
-
-
-def _pass_noise(run: Run) -> None:
-    """Pass views of noise, of the run's own shapes, forward and back."""
-    config, engine, model, share = run.config, run.engine, run.state.model, run.plan.share
-    sizes = [(share, config.views.channels, view.size, view.size) for view in derive(config).views]
-    weak, *strong = (engine.place(torch.rand(size)) for size in sizes)
-    torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-    # As a part that others follow, in a world of its own: ranks exchange nothing, so that one that fails leaves none waiting.
-    with engine.part(model.student, last=False):
-        with engine.autocast():
-            step = model.step(weak, strong, **step_settings(run, run.total_steps - 1, torch.arange(share)))
-        step.loss.backward()  # type: ignore[no-untyped-call]
-    run.state.optimizer.zero_grad(set_to_none=True)
-
-
-def _introduce(run: Run, display: Display, notes: list[str | None]) -> None:
-    """Print what is about to run."""
-    config, images, memory = run.config, run.images, run.config.method.memory_size
-    subject = f"{config.backbone} on {len(images)} images of {images.name}"
-    display.say(f"{config.method.name}: {subject}, recipe {config.recipe}, {run.total_steps} steps, {run.engine.describe()}")
-    if run.state.model.memory is not None and memory > 0.5 * len(images):
-        display.say(f"note: the memory ({memory}) is over half of the data: samples meet old copies of themselves")
-    for note in filter(None, notes):
-        display.say(note)
-
-
-def _train(run: Run, display: Display, stop: StopRequest) -> None:
-    """Train, and note in status.json how that went."""
-    try:
-        with explaining(run.config, run.engine):
-            if run.folder is not None:
-                run.folder.status("running", run.state.step)
-            shrink(run, display)
-            train(run, display, stop)
-    except BaseException as error:
-        if run.folder is not None:
-            with suppress(StorageError):  # a full disk must not hide the error that there is to report
-                run.folder.failed(run.state.step, error)
-        raise
 
 
 def shrink(run: Run, display: Display) -> None:
@@ -310,7 +287,3 @@ def read(run: Run, images: Images) -> None:
     """Train on the same images from another source."""
     assert images.fingerprint() == run.fingerprint
     run.images, run.loader = images, open_loader(run.config, run.engine, run.plan, images)
-
-
-def _result(folder: Path) -> Result:
-    return Result(folder, default_target(folder, "student"), read_rows(folder / "metrics.jsonl"))

@@ -9,7 +9,6 @@ import json
 import math
 import os
 import platform
-import re
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+import relssl
 from relssl.errors import ConfigError, Interrupted, LockedError, StorageError
 from relssl.files import write_file, write_json
 from relssl.settings.recipes import public_name
@@ -25,7 +25,7 @@ from relssl.settings.run import Config, to_yaml
 from relssl.train.signals import StopRequest
 from relssl.weights import store
 
-_PACKAGES = ("relssl", "torch", "torchvision", "timm", "lightning", "numpy", "scikit-learn", "safetensors", "Pillow")
+_PACKAGES = ("torch", "torchvision", "timm", "lightning", "numpy", "scikit-learn", "safetensors", "Pillow")
 
 
 def refuse_used(folder: Path) -> None:
@@ -94,8 +94,7 @@ class RunFolder:
 
     def bad_samples(self, faults: list[tuple[str, str]]) -> None:
         """List images that could not be read, each file once: one object a line with the file and the reason."""
-        new = {name: reason for name, reason in faults if name not in self._listed}
-        if new:
+        if new := {name: reason for name, reason in faults if name not in self._listed}:
             self._listed |= new.keys()
             with (self.path / "bad_samples.jsonl").open("a") as file:
                 file.writelines(json.dumps({"file": name, "reason": reason}) + "\n" for name, reason in new.items())
@@ -107,27 +106,18 @@ class RunFolder:
 
 def environment() -> dict[str, Any]:
     """Return versions, hardware and source revision for the run's record; no user names, paths or variables."""
-    processor, revision, source = "", None, Path(__file__).parents[3]
-    with contextlib.suppress(OSError):  # not everywhere is there a /proc, or git
-        processor = "".join(re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.M)[:1])
+    processor, source, git = platform.processor() or platform.machine(), Path(__file__).parents[3], None
+    with contextlib.suppress(OSError, StopIteration):  # not everywhere is there a /proc, or git
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = next(line.partition(": ")[2] for line in lines if line.startswith("model name"))
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         if (source / ".git").exists():  # the package runs from its own source tree
-            git = ["git", "-C", str(source), "rev-parse", "HEAD"]
-            revision = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "processor": processor or platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "versions": {name: _version(name) for name in _PACKAGES},
-        "git": revision,
-    }
-
-
-def _version(package: str) -> str:
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        return importlib.metadata.version(package)
-    return "not installed"
+            git = subprocess.check_output(
+                ["git", "-C", str(source), "rev-parse", "HEAD"], stderr=subprocess.DEVNULL, text=True
+            ).strip()
+    where = {"platform": platform.platform(), "processor": processor, "cores": os.cpu_count()}
+    versions = {"relssl": relssl.__version__} | {name: importlib.metadata.version(name) for name in _PACKAGES}
+    return {"python": platform.python_version(), **where, "versions": versions, "git": git}
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -156,9 +146,8 @@ class Journal:
         self._file.write(_line(row))
         self._file.flush()
         if self._board is not None:
-            for name, value in row.items():
-                if name != "step":
-                    self._board.add_scalar(name, value, row["step"])  # type: ignore[no-untyped-call]
+            for name in row.keys() - {"step"}:
+                self._board.add_scalar(name, row[name], row["step"])  # type: ignore[no-untyped-call]
 
     def close(self) -> None:
         """Flush and close everything."""
@@ -181,12 +170,11 @@ class Display:
     """
 
     def __init__(self, total: int, start: int, show: bool, stop: StopRequest | None = None) -> None:
-        self._stop = stop
-        self._console = Console(stderr=True, quiet=not show, highlight=False)
-        self._live = self._console.is_terminal and show
+        console, self._stop = Console(stderr=True, quiet=not show, highlight=False), stop
+        self._live = console.is_terminal and show
         bar = BarColumn(bar_width=10)  # narrow, so that 80 columns hold the figures as well
         columns = (bar, MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[figures]}"))
-        self._progress = Progress(*columns, console=self._console, disable=not self._live)
+        self._progress = Progress(*columns, console=console, disable=not self._live)
         self._steps = self._progress.add_task("steps", total=total, completed=start, figures="")
 
     def __enter__(self) -> Display:
@@ -198,7 +186,7 @@ class Display:
 
     def say(self, line: str) -> None:
         """Print a line, above the bar if there is one."""
-        self._console.print(line, markup=False, soft_wrap=True)
+        self._progress.console.print(line, markup=False, soft_wrap=True)
 
     @contextlib.contextmanager
     def chore(self, title: str, start: int, total: int) -> Iterator[Callable[[int], None]]:
@@ -227,14 +215,12 @@ class Display:
 
     def row(self, row: dict[str, Any], epoch_ended: bool) -> None:
         """Show a row's main figures."""
-        words = [f"loss {row['loss']:.3f}"]
+        words = [f"loss {row['loss']:.3f}", f"{row['images_per_second']:.0f} img/s", f"data wait {row['data_wait']:.0%}"]
         if "teacher_neighbours" in row:
-            words.append(f"neighbours {row['teacher_neighbours']:.0f}")
-        words += [f"{row['images_per_second']:.0f} img/s", f"data wait {row['data_wait']:.0%}"]
+            words.insert(1, f"neighbours {row['teacher_neighbours']:.0f}")
         if "knn_top1" in row:
             teacher = f" (teacher {row['knn_teacher_top1']:.1f} %)" if "knn_teacher_top1" in row else ""
             words.append(f"kNN {row['knn_top1']:.1f} %{teacher}")
-        figures = "  ".join(words)
-        self._progress.update(self._steps, completed=row["step"], figures=figures)
+        self._progress.update(self._steps, completed=row["step"], figures="  ".join(words))
         if epoch_ended and (not self._live or "knn_top1" in row):
-            self.say(f"epoch {row['epoch']:>4}  {figures}")
+            self.say(f"epoch {row['epoch']:>4}  {'  '.join(words)}")

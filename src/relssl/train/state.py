@@ -62,12 +62,13 @@ class _Copies:
     """Buffers of one type and two copies of each, side by side in blocks, so that a choice between the copies is one kernel."""
 
     def __init__(self, buffers: list[Tensor]) -> None:
-        self.buffers, sizes = buffers, [buffer.numel() for buffer in buffers]
-        self.block_before, self.block_after = (buffers[0].new_empty(sum(sizes)) for _ in range(2))
-        self.before, self.after = (
-            [part.view(buffer.shape) for part, buffer in zip(torch.split(block, sizes), buffers, strict=True)]
-            for block in (self.block_before, self.block_after)
-        )
+        self.buffers = buffers
+        (self.block_before, self.before), (self.block_after, self.after) = (self._block() for _ in range(2))
+
+    def _block(self) -> tuple[Tensor, list[Tensor]]:
+        block = self.buffers[0].new_empty(sum(buffer.numel() for buffer in self.buffers))
+        parts = torch.split(block, [buffer.numel() for buffer in self.buffers])
+        return block, [part.view(buffer.shape) for part, buffer in zip(parts, self.buffers, strict=True)]
 
 
 @dataclass
