@@ -88,7 +88,7 @@ def results(plan: Plan) -> dict[str, Any]:
     for row in (row for row in table.rows if row.name in data):
         # Figures of one data set say nothing beside those of another.
         beside = row.name != reference and data[row.name] == data.get(reference)
-        entry = {"row": row.name, "label": row.label, "settings": nest(row.settings), "data": data[row.name]}
+        entry: dict[str, Any] = {"row": row.name, "label": row.label, "settings": nest(row.settings), "data": data[row.name]}
         entry["paper"] = against_paper(row, data[row.name], figures[row.name] if published else {})
         entry["ours"] = {name: spread(values) for name, values in figures[row.name].items()}
         entry["beside_reference"] = paired(figures[row.name], figures[reference]) if beside else {}
