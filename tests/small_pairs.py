@@ -45,7 +45,9 @@ def as_files(images: Images, folder: Path) -> Images:
     for row, name in enumerate(names):
         images.read(row, 10**6).save(folder / name)
     sizes = [(folder / name).stat().st_size for name in names]
-    return dataclasses.replace(images, source=Files(str(folder), [name.encode() for name in names], sizes))
+    return dataclasses.replace(
+        images, source=Files(str(folder), [(name.encode(), size) for name, size in zip(names, sizes, strict=True)])
+    )
 
 
 def network(width: int = 8, dropout: float = 0.0) -> nn.Module:

@@ -7,11 +7,11 @@ import torch
 
 from relssl.data.named import load
 from relssl.engine import Engine
+from relssl.files import read_rows
 from relssl.settings.reading import merge, nest
 from relssl.settings.run import resolve
 from relssl.train.loop import Run, create_run
 from relssl.train.pretrain import Result, complete_settings, pretrain
-from relssl.train.run_folder import read_rows
 from relssl.weights import store
 
 SMALL: dict[str, Any] = {

@@ -263,7 +263,7 @@ def test_a_transformers_size_and_channels_go_with_it(tmp_path: Path) -> None:
     torch.testing.assert_close(scope["transform"](image), ours.transform(image), rtol=0, atol=0.02)  # grey rounded to 8 bits
     # Evaluated at another size, the network made for 32 pixels interpolates.
     opened = open_backbones(run.folder, Reading())
-    assert feature_width(opened.one()[1], opened.reader(48).view.size) == 24
+    assert feature_width(opened.backbone, opened.reader(48).view.size) == 24
     with pytest.raises(ConfigError, match="hf is read with colour images"):
         export(run.folder, format="hf", out=tmp_path / "hf")
     with pytest.raises(ConfigError, match="detection: takes colour images"):
@@ -282,7 +282,7 @@ def test_torchvisions_own_files_are_read(tmp_path: Path) -> None:
     opened = open_backbones(tmp_path / "shuffle.pth", Reading(backbone="torchvision/shufflenet_v2_x0_5", size=64))
     theirs.fc = torch.nn.Identity()
     images = torch.rand(2, 3, 64, 64)
-    assert torch.equal(opened.one()[1](images), theirs.eval()(images))
+    assert torch.equal(opened.backbone(images), theirs.eval()(images))
     with pytest.raises(CheckpointError, match="match"):
         open_backbones(tmp_path / "shuffle.pth", Reading(backbone="torchvision/shufflenet_v2_x1_0"))
 
@@ -293,7 +293,7 @@ def test_a_foreign_transformer_seen_at_another_size_keeps_its_embeddings(tmp_pat
     for value in theirs.state_dict().values():
         value.mul_(1.3).add_(0.01)
     torch.save(theirs.state_dict(), tmp_path / "vit.pth")
-    backbone = open_backbones(tmp_path / "vit.pth", Reading(backbone="vit_tiny_patch16_224", size=64)).one()[1]
+    backbone = open_backbones(tmp_path / "vit.pth", Reading(backbone="vit_tiny_patch16_224", size=64)).backbone
     images = torch.rand(2, 3, 64, 64)
     assert torch.equal(backbone(images), theirs(images))
 

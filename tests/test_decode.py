@@ -12,7 +12,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from bad_images import CONTENTS, HEIGHT, LOAD, MAX_PIXELS, WIDTH, alpha_picture, jpeg, picture, png, png_16bit, save
-from relssl.data.decode import BadImage, Opened, decode
+from relssl.data.decode import BadImage, decode, open_image
 
 WHOLE_CORPUS = """
 import json, os, resource, sys
@@ -134,7 +134,7 @@ def test_16_bit_grey_is_scaled_not_cut(kind, tmp_path):
 def test_a_jpeg_may_be_decoded_smaller(tmp_path):
     path = stored(tmp_path, jpeg(picture().resize((961, 642))))
     for reduction, size in ((1, (961, 642)), (2, (481, 321)), (4, (241, 161)), (8, (121, 81))):
-        with Opened(path, MAX_PIXELS) as opened:
+        with open_image(path, MAX_PIXELS) as opened:
             assert (opened.size, opened.reductions) == ((642, 961), (1, 2, 4, 8))
             small = opened.rgb(reduction)
         assert small.size == size
@@ -149,7 +149,7 @@ def test_only_a_jpeg_and_only_down_to_a_pixel_is_reduced(tmp_path):
         (CONTENTS["jpeg_mpo"][2](), (1, 2, 4, 8)),
         (jpeg(picture().resize((3, 90))), (1, 2)),
     ):
-        with Opened(stored(tmp_path, data), MAX_PIXELS) as opened:
+        with open_image(stored(tmp_path, data), MAX_PIXELS) as opened:
             assert opened.reductions == wanted
             image = opened.rgb(wanted[-1])
             assert image.size == tuple(-(-side // wanted[-1]) for side in opened.size[::-1])
@@ -163,7 +163,7 @@ def test_the_size_is_known_upright_before_decoding(turn, size, tmp_path):
     image = picture().resize(size)
     path = stored(tmp_path, jpeg(image, exif=exif))
     whole = decode(path, MAX_PIXELS)
-    with Opened(path, MAX_PIXELS) as opened:
+    with open_image(path, MAX_PIXELS) as opened:
         assert opened.size == (whole.height, whole.width)
         # A square that is cut short must not come to lie at the top or left.
         assert opened.reductions == ((1, 2, 4, 8) if turn == 1 or size == (96, 64) else (1,))
@@ -187,13 +187,6 @@ def test_what_is_no_file_is_refused_at_once(tmp_path):
                 decode(str(path), MAX_PIXELS)
 
 
-def test_a_file_far_too_large_is_not_read(tmp_path):
-    path = stored(tmp_path, b"RIFF\xff\xff\xff\xffWEBPVP8 ")
-    os.truncate(path, 4 << 30)
-    with pytest.raises(BadImage, match="larger than any image"):
-        decode(path, MAX_PIXELS)
-
-
 @pytest.mark.parametrize(
     "kind", ["jpeg_plain", "jpeg_progressive", "png_palette", "gif_static", "webp_alpha", "bmp_24", "tiff_lzw_multi"]
 )
@@ -206,7 +199,7 @@ def test_random_damage_never_raises_anything_else(kind, tmp_path):
         damaged[spots] = rng.integers(0, 256, len(spots))
         path = stored(tmp_path, damaged[: rng.integers(1, 2 * len(data))].tobytes())
         try:
-            with Opened(path, 10_000_000) as opened:
+            with open_image(path, 10_000_000) as opened:
                 assert opened.rgb(opened.reductions[-1]).mode == "RGB"
             assert decode(path, 10_000_000).mode == "RGB"
         except BadImage as fault:

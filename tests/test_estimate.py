@@ -20,11 +20,12 @@ import relssl
 from relssl.cli import main
 from relssl.data.cache import shrunken
 from relssl.engine import Engine, available_cores
+from relssl.files import read_rows
 from relssl.settings.reading import merge, nest
 from relssl.settings.run import EngineConfig, resolve, to_yaml
 from relssl.train.estimate import Estimate, advise, attainable, peak_memory, step_flops
 from relssl.train.pretrain import build
-from relssl.train.run_folder import Display, read_rows
+from relssl.train.run_folder import Display
 from small_runs import SMALL, small_run
 
 GB = 10**9

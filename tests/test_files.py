@@ -56,7 +56,7 @@ def test_any_name_survives_a_scan_a_list_and_json(kind, tmp_path):
     name = files.name(0)
     assert os.fsencode(name) == os.path.join(os.fsencode(tmp_path), NAMES[kind])
     with files.open(0, 10**6) as image:
-        assert image.rgb().mode == "RGB"
+        assert image.rgb(1).mode == "RGB"
     line = json.dumps({"file": name})
     assert line.isascii() and json.loads(line)["file"] == name and shown(name).isprintable()
     if not {b"\n"[0], b"\t"[0]} & set(NAMES[kind]):
@@ -113,12 +113,12 @@ def test_traps_are_listed_with_a_reason_and_links_never_followed_away(trapped):
         "beside.jpg": "is a link to outside the folder; copy the file, or name it in a list file",
         "broken.jpg": "is a broken link",
         "empty.jpg": "is empty",
-        "null.jpg": "is a device, not a file",
+        "null.jpg": "is not a regular file",
         "out.jpg": "is a link to outside the folder; copy the file, or name it in a list file",
-        "pipe.jpg": "is a named pipe, not a file",
+        "pipe.jpg": "is not a regular file",
         "self.jpg": "is a broken link",
-        "socket.jpg": "is a socket, not a file",
-        "zero.jpg": "is a device, not a file",
+        "socket.jpg": "is not a regular file",
+        "zero.jpg": "is not a regular file",
     }
     assert [file for file, _ in bad] == sorted(file for file, _ in bad)
     (trapped.parent / "alias").symlink_to(trapped)  # the folder itself may be a link
@@ -181,7 +181,7 @@ def test_a_written_list_stands_for_its_folder(tmp_path, capsysbinary, monkeypatc
     st.randoms(),
 )
 def test_files_keep_what_was_put_in(names, random):
-    files = Files("/top", names, range(len(names)))
+    files = Files("/top", [(name, row) for row, name in enumerate(names)])
     wanted = [os.fsdecode(b"/top/" + name) for name in names]
     assert list(files) == wanted and len(files) == len(names)
     rows = [random.randrange(len(names)) for _ in range(5 * bool(names))]
@@ -191,10 +191,10 @@ def test_files_keep_what_was_put_in(names, random):
 
 
 def test_the_fingerprint_sees_names_sizes_order_and_count():
-    base = Files("/a", [b"one", b"two"], [1, 2])
-    assert Files("/elsewhere", [b"one", b"two"], [1, 2]).fingerprint() == base.fingerprint()
-    others = [([b"one", b"twx"], [1, 2]), ([b"one", b"two"], [1, 3]), ([b"two", b"one"], [2, 1]), ([b"on", b"etwo"], [1, 2])]
-    files = [base, base.take(np.arange(1)), *(Files("/a", names, sizes) for names, sizes in others)]
+    base = Files("/a", [(b"one", 1), (b"two", 2)])
+    assert Files("/elsewhere", [(b"one", 1), (b"two", 2)]).fingerprint() == base.fingerprint()
+    others = [((b"one", 1), (b"twx", 2)), ((b"one", 1), (b"two", 3)), ((b"two", 2), (b"one", 1)), ((b"on", 1), (b"etwo", 2))]
+    files = [base, base.take(np.arange(1)), *(Files("/a", entries) for entries in others)]
     assert len({each.fingerprint() for each in files}) == 6
 
 
@@ -212,7 +212,7 @@ def test_exists_accepts_what_can_be_loaded(tmp_path):
     [
         *(("cifar-10", "nearest is cifar10"), ("digit", "nearest is digits"), ("FashionMNIST", "nearest is fashion-mnist")),
         *(("{}/missing", "{}/missing"), ("missing.txt", "missing.txt"), ("a\0b", "a"), ("line\nbreak/x", "line")),
-        *(("{}/empty", "{}/empty"), ("{}/texts", "{}/texts"), ("{}/broken", "a.jpg is empty"), ("{}/half", "half/val")),
+        *(("{}/empty", "{}/empty"), ("{}/texts", "{}/texts"), ("{}/broken", "1 cannot be used"), ("{}/half", "half/val")),
         *(("{}/empty.txt", "empty.txt"), ("{}/image.jpg", "image.jpg"), ("{}/pipe.txt", "pipe.txt"), ("imagenet", "data_root")),
     ],
 )

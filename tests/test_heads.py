@@ -215,7 +215,7 @@ def test_shares_are_drawn_by_the_seed_and_named_by_a_hash() -> None:
     findings = run(settings, data)
     assert [each.setting for each in findings] == [{"fraction": 0.1}, {"fraction": 0.5}]
     for each, count, steps in zip(findings, (2, 10), (2 * 2, 2 * 10), strict=True):
-        rows = stratified(data.bank.labels, fraction=each.setting["fraction"], seed=3)
+        rows = stratified(data.bank.labels, each.setting["fraction"], 3)
         assert each.details["split"] == fingerprint(rows) and each.details["per_class"] == [count, count]
         assert (each.details["images"], each.details["steps"], each.notes) == (3 * count, steps, ())
     assert run(settings, data, seed=4)[0].details["split"] != findings[0].details["split"]

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from relssl.data import batched
 from relssl.data.draws import draw
 from relssl.data.images import Images, Pixels
-from relssl.data.loader import Crops, FromFiles, Plan, Resident, create_loader, crop, crop_reduced, read_batches
+from relssl.data.loader import Crops, Loader, Plan, crop, crop_reduced, read_batches
 from relssl.data.named import load
 from relssl.errors import ConfigError, DataError
 from relssl.settings.run import VIEWS, LoaderConfig, ViewConfig
@@ -96,11 +96,11 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Images:
     return load(str(path), None, "train")
 
 
-def loader_of(images: Images, plan: Plan, views: Any = PAIR, **options: Any) -> Resident | FromFiles:
-    return create_loader(images, views, plan, CPU, STATISTICS, LoaderConfig(**({"workers": 0} | options)))
+def loader_of(images: Images, plan: Plan, views: Any = PAIR, **options: Any) -> Loader:
+    return Loader(images, views, plan, CPU, STATISTICS, LoaderConfig(**({"workers": 0} | options)))
 
 
-def batches(loader: Resident | FromFiles, start: int, stop: int) -> list[list[Tensor]]:
+def batches(loader: Loader, start: int, stop: int) -> list[list[Tensor]]:
     return [[b.ids, b.weak, *b.strong] for parts in loader.stream(start, stop) for b in parts]
 
 
@@ -155,7 +155,7 @@ def test_files_are_cropped_and_everything_else_follows_in_the_batch(folder: Path
         for part in parts:
             rows = part.ids.numpy()
             draws = draw(config, 4, number // 2, rows, 0, (40, 48))
-            crops = torch.stack([Crops(images, [config], 4, 10**6, True)[number // 2, row].crops[0] for row in rows])
+            crops = torch.stack([Crops(images, [config], 4, LoaderConfig())[number // 2, row].crops[0] for row in rows])
             moved = batched.apply(crops, view("digit-strong", scale=None, flip=0.5, size=20), draws)
             assert torch.equal(part.weak, batched.normalise(moved, *STATISTICS))
             assert 3 not in rows
@@ -198,7 +198,7 @@ def test_too_few_images_and_impossible_paths_are_refused(folder: Path) -> None:
 
 
 def crops_of(images: Images, views: Any, reduce: bool) -> list[list[np.ndarray]]:
-    crops = Crops(images, views, 0, 10**7, reduce)
+    crops = Crops(images, views, 0, LoaderConfig(reduced_decode=reduce))
     return [[each.numpy().astype(int) for each in crops[epoch, row].crops] for epoch in range(2) for row in range(len(images))]
 
 
@@ -221,7 +221,7 @@ def test_an_image_is_decoded_as_small_as_its_largest_view_allows(photos: Images,
     boxes = np.array([[0, 0, 300, 420]] * 2)
     with photos.source.open(0, 10**6) as opened:
         image = opened.rgb(reduction)
-    seen = Crops(photos, [ViewConfig(size=size) for size in sizes], 0, 10**6, True)[0, 0].crops
+    seen = Crops(photos, [ViewConfig(size=size) for size in sizes], 0, LoaderConfig())[0, 0].crops
     for box, one, other in zip(boxes, views, seen, strict=True):
         by_hand = crop_reduced(image, box / reduction, one.size)
         assert (by_hand.int() - other.int()).abs().max() <= 1  # torch and Pillow round apart

@@ -109,6 +109,14 @@ def to_json(obj: Any) -> bytes:
     return (json.dumps(finite, indent=2) + "\n").encode("ascii")
 
 
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Read the rows of a .jsonl file; a last line cut short by a crash is left out."""
+    rows: list[dict[str, Any]] = []
+    with contextlib.suppress(json.JSONDecodeError):
+        rows += map(json.loads, path.read_text().splitlines() if path.exists() else [])
+    return rows
+
+
 def duration(seconds: float) -> str:
     """Write seconds in the unit that suits them."""
     units = {"d": (86400, 172800), "h": (3600, 7200), "min": (60, 120), "s": (1, 1), "ms": (0.001, 0)}  # length, and least of it

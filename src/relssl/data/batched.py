@@ -9,16 +9,16 @@ All in fp32, also under autocast; only TF32, where the caller has switched it on
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from relssl.data import ops
 from relssl.data.draws import CONTRAST, HUE, SATURATION, Bools, Draws, Floats, Ints
+from relssl.data.ops import column, on
 from relssl.engine import send
 from relssl.settings.run import LUMA, ViewConfig
 
@@ -35,8 +35,6 @@ def apply(images: Tensor, view: ViewConfig, draws: Draws) -> Tensor:
     Returns:
         fp32 [B,3,S,S] in 0..1 on the images' device, in memory of its own.
     """
-    if len(images) != len(draws):
-        raise ValueError(f"images and draws must have one row a sample, got {len(images)} and {len(draws)}")
     with torch.autocast(images.device.type, enabled=False):
         # The flip costs nothing inside the crop's or the affine's own resampling.
         moves = view.affine > 0
@@ -44,14 +42,14 @@ def apply(images: Tensor, view: ViewConfig, draws: Draws) -> Tensor:
         if moves:
             x = _affine(x, draws)
         if view.jitter:
-            x = _on(x, draws.jitter, lambda part, rows: _jitter(part, view, draws.take(rows)))
+            x = on(x, draws.jitter, lambda part, rows: _jitter(part, view, draws.take(rows)))
         if view.grey:
-            x = _on(x, draws.grey, lambda part, rows: luma(part).expand_as(part))
+            x = on(x, draws.grey, lambda part, rows: luma(part).expand_as(part))
         if view.blur:
             radius = math.ceil(4 * view.blur_sigma[1])
-            x = _on(x, draws.sigma > 0, lambda part, rows: _blur(part, draws.sigma[rows], radius))
+            x = on(x, draws.sigma > 0, lambda part, rows: _blur(part, draws.sigma[rows], radius))
         if view.solarize:
-            x = _on(x, draws.solarize, lambda part, rows: torch.where(part < 0.5, part, 1 - part))
+            x = on(x, draws.solarize, lambda part, rows: torch.where(part < 0.5, part, 1 - part))
         if view.randaugment:
             x = ops.apply(x, draws)
     return x
@@ -70,22 +68,8 @@ def normalise(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     if len(mean) == 1 and x.shape[1] == 3:
         x = luma(x / 255 if x.dtype == torch.uint8 else x)
     scale = 255.0 if x.dtype == torch.uint8 else 1.0
-    weight = _column(1.0 / (scale * np.asarray(std)), x).view(-1, 1, 1)
-    return torch.addcmul(_column(-np.asarray(mean) / np.asarray(std), x).view(-1, 1, 1), x.float(), weight)
-
-
-def _column(values: npt.ArrayLike, like: Tensor) -> Tensor:
-    """Send numbers of the host, as fp32, to `like`'s device."""
-    return send(torch.as_tensor(np.asarray(values, dtype=np.float32)), like.device)
-
-
-def _on(x: Tensor, where: Bools, operation: Callable[[Tensor, Ints], Tensor]) -> Tensor:
-    """Replace in x, in place, the rows marked on the host by operation(those rows, their indices)."""
-    rows = np.flatnonzero(where)
-    if len(rows) == 0:
-        return x
-    index = send(torch.as_tensor(rows), x.device)
-    return x.index_copy_(0, index, operation(x.index_select(0, index), rows))
+    weight, bias = (column(values, x)[..., 0] for values in (1 / (scale * np.asarray(std)), -np.asarray(mean) / np.asarray(std)))
+    return torch.addcmul(bias, x.float(), weight)
 
 
 def _crop(images: Tensor, view: ViewConfig, draws: Draws, flip: Bools | None) -> Tensor:
@@ -94,11 +78,11 @@ def _crop(images: Tensor, view: ViewConfig, draws: Draws, flip: Bools | None) ->
     white = 255.0 if images.dtype == torch.uint8 else 1.0
     if view.scale is None and (height, width) == (view.size, view.size):
         x = images / white  # always a copy: what follows works in place
-        return x if flip is None else _on(x, flip, lambda part, rows: part.flip(-1))
+        return x if flip is None else on(x, flip, lambda part, rows: part.flip(-1))
     x = images.float()
     top, left, rows, columns = draws.crop.T
-    down = _resize_weights(_column(top, x), _column(rows, x), None, height, view.size)
-    across = _resize_weights(_column(left, x), _column(columns, x), flip, width, view.size).div_(white)
+    down = _resize_weights(column(top, x), column(rows, x), None, height, view.size)
+    across = _resize_weights(column(left, x), column(columns, x), flip, width, view.size).div_(white)
     wide = torch.bmm(x.reshape(len(x), 3 * height, width), across.transpose(1, 2))
     return torch.matmul(down[:, None], wide.view(len(x), 3, height, view.size))
 
@@ -109,14 +93,15 @@ def _resize_weights(start: Tensor, length: Tensor, flip: Bools | None, source: i
     Pillow's and ATen's definition: a triangle as wide as a target pixel (at least a source pixel), cut at the crop's edges and
     normalised again.
     """
-    scale = (length / size)[:, None, None]
+    start, length = start.view(-1, 1, 1), length.view(-1, 1, 1)
+    scale = length / size
     target = torch.arange(size, device=start.device, dtype=torch.float32).expand(len(start), size)
     if flip is not None:
         target = torch.where(send(torch.as_tensor(flip), start.device)[:, None], size - 1 - target, target)
-    offset = torch.arange(source, device=start.device, dtype=torch.float32) - start[:, None]
+    offset = torch.arange(source, device=start.device, dtype=torch.float32) - start
     centre = (target[:, :, None] + 0.5) * scale
-    weights = (1 - (offset[:, None] + 0.5 - centre).abs_().div_(scale.clamp(min=1.0))).clamp_(min=0)
-    weights *= ((offset >= 0) & (offset < length[:, None]))[:, None]
+    weights = (1 - (offset + 0.5 - centre).abs_().div_(scale.clamp(min=1.0))).clamp_(min=0)
+    weights *= (offset >= 0) & (offset < length)
     return weights.div_(weights.sum(-1, keepdim=True))
 
 
@@ -132,7 +117,7 @@ def _affine(x: Tensor, draws: Draws) -> Tensor:
     theta = np.stack(
         [cos * mirror, sin, -cos * shift_x - sin * shift_y, -sin * mirror, cos, sin * shift_x - cos * shift_y], axis=1
     )
-    grid = F.affine_grid(_column(theta, x).view(-1, 2, 3), list(x.shape), align_corners=False)
+    grid = F.affine_grid(column(theta, x).view(-1, 2, 3), list(x.shape), align_corners=False)
     return F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
@@ -149,7 +134,7 @@ def _jitter(x: Tensor, view: ViewConfig, draws: Draws) -> Tensor:
         turn = np.where(strengths[turn] > 0, turn, -1)
         if (blended := (turn >= 0) & (turn != HUE)).any():
             x = _blend(x, turn, np.where(blended, draws.factors[np.arange(len(turn)), np.clip(turn, 0, 2)], 1.0))
-        x = _on(x, turn == HUE, lambda part, rows: _shift_hue(part, _column(draws.hue[rows], part)))
+        x = on(x, turn == HUE, lambda part, rows: _shift_hue(part, column(draws.hue[rows], part)))
     return x
 
 
@@ -158,14 +143,14 @@ def _blend(x: Tensor, turn: Ints, factor: Floats) -> Tensor:
     grey = luma(x)
     mean = grey.mean(dim=(2, 3), keepdim=True)
     rest = 1.0 - factor
-    towards_grey = _column(np.where(turn == SATURATION, rest, 0.0), x).view(-1, 1, 1, 1)
-    towards_mean = _column(np.where(turn == CONTRAST, rest, 0.0), x).view(-1, 1, 1, 1)
+    towards_grey = column(np.where(turn == SATURATION, rest, 0.0), x)
+    towards_mean = column(np.where(turn == CONTRAST, rest, 0.0), x)
     base = grey.mul_(towards_grey).add_(mean.mul_(towards_mean))
-    return x.mul_(_column(factor, x).view(-1, 1, 1, 1)).add_(base).clamp_(0.0, 1.0)
+    return x.mul_(column(factor, x)).add_(base).clamp_(0.0, 1.0)
 
 
 def _shift_hue(x: Tensor, shift: Tensor) -> Tensor:
-    """Turn the hue by `shift` [B] of the circle, in HSV as torchvision's adjust_hue; x [B,3,S,S] in 0..1.
+    """Turn the hue by `shift` [B,1,1,1] of the circle, in HSV as torchvision's adjust_hue; x [B,3,S,S] in 0..1.
 
     Back from hue in sixths h, value v and chroma c: channel = v - c * clamp(min(k, 4 - k), 0, 1), k = (n + h) mod 6, n = 5, 3, 1.
     """
@@ -178,8 +163,8 @@ def _shift_hue(x: Tensor, shift: Tensor) -> Tensor:
         (green - blue) / divisor,
         torch.where(value == green, 2.0 + (blue - red) / divisor, 4.0 + (red - green) / divisor),
     )
-    sixths += 6.0 * shift.view(-1, 1, 1, 1)
-    k = (sixths + _column([5.0, 3.0, 1.0], x).view(3, 1, 1)).remainder_(6.0)
+    sixths += 6.0 * shift
+    k = (sixths + column([5.0, 3.0, 1.0], x)[..., 0]).remainder_(6.0)
     return value - chroma * torch.minimum(k, 4.0 - k).clamp_(0.0, 1.0)
 
 
@@ -187,7 +172,7 @@ def _blur(x: Tensor, sigma: Floats, radius: int) -> Tensor:
     """Blur by a Gaussian of each sample's own `sigma` [B], cut at `radius`, edges repeated as Pillow does; [B,C,S,S]."""
     size = x.shape[-1]
     offsets = torch.arange(-radius, radius + 1, device=x.device)
-    kernel = torch.exp(-0.5 * (offsets / _column(sigma, x)[:, None]) ** 2)
+    kernel = torch.exp(-0.5 * (offsets / column(sigma, x).view(-1, 1)) ** 2)
     kernel /= kernel.sum(dim=1, keepdim=True)
     # reach[d, o, j] = 1 where offset d from pixel o lands on pixel j once it is clamped to the image.
     landed = (torch.arange(size, device=x.device) + offsets[:, None]).clamp_(0, size - 1)

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
@@ -30,14 +31,27 @@ from relssl.errors import DataError
 
 Target = dict[str, Any]
 Size = tuple[int, int]
-# Edges left, top, right, bottom; category by number or name; area (0: that of the box); crowd or difficult; run-length mask.
-Entry = tuple[tuple[float, float, float, float], int | str, float, bool, bytes | None]
+# Edges left, top, right, bottom; class; area (0: that of the box); crowd or difficult; run-length mask.
+Entry = tuple[tuple[float, float, float, float], str, float, bool, bytes | None]
+Picture = tuple[str, Size, list[Entry]]  # an image as its annotation says: its path, its size, what is on it
 
 _OBJECT = np.dtype([("boxes", "f4", 4), ("labels", "i8"), ("area", "f4"), ("iscrowd", "i8"), ("masks", "O")])
 _THINNEST = 0.01  # pixels below which a side is nothing: boxes of no width divide by zero in a detector
 # How releases of COCO, and sets laid out like it, name their parts. Those of two releases must not be mixed: most images of
 # val2014 are in train2017 too, under other names.
 _COCO_PARTS = (("train2017", "val2017"), ("train2014", "val2014"), ("train", "val"))
+_NEEDS = (
+    "detection needs a folder in COCO's layout (annotations/ with instances_train2017.json and instances_val2017.json, train2017/, "
+    "val2017/), or one year of VOC (Annotations/, JPEGImages/, ImageSets/Main/ with trainval.txt and test.txt, or train.txt and val.txt)"
+)
+
+
+class Part(NamedTuple):
+    """A part of a data set as its annotations say."""
+
+    name: str
+    pictures: list[Picture]
+    classes: list[str]
 
 
 class Scene(NamedTuple):
@@ -74,7 +88,7 @@ class Scenes(Dataset[tuple[Tensor, Target]]):
     classes: tuple[str, ...]
     max_pixels: int
     dropped: dict[str, int]
-    masked: bool = False
+    masked: bool
 
     def __len__(self) -> int:
         return len(self.scenes)
@@ -94,7 +108,12 @@ class Scenes(Dataset[tuple[Tensor, Target]]):
         except (BadImage, OSError) as error:
             raise DataError(f"{shown(file)}: {error}; replace it, or take it out of {self.name}") from error
         target: Target = {name: torch.from_numpy(objects[name].copy()) for name in ("boxes", "labels", "area", "iscrowd")}
-        return image, target | {"masks": _planes(objects["masks"], size)} if self.masked else target
+        if self.masked:
+            from pycocotools import mask as coco
+
+            planes = [coco.decode({"size": size, "counts": counts}) for counts in objects["masks"]]
+            target["masks"] = torch.from_numpy(np.array(planes, np.uint8).reshape(-1, *size))
+        return image, target
 
     def fingerprint(self) -> str:
         """Return 16 hex digits that change with the images' names, sizes, order or annotations, but not with the folder's place."""
@@ -116,12 +135,6 @@ class Scenes(Dataset[tuple[Tensor, Target]]):
         scenes = [scene._replace(objects=scene.objects[scene.objects["iscrowd"] == 0]) for scene in self.scenes]
         return replace(self, scenes=[scene for scene in scenes if len(scene.objects)])
 
-    def with_masks(self) -> Scenes:
-        """Return the split with masks in its targets; objects that have none are left out and counted."""
-        scenes = [scene._replace(objects=scene.objects[scene.objects["masks"].astype(bool)]) for scene in self.scenes]
-        lost = sum(len(scene.objects) for scene in self.scenes) - sum(len(scene.objects) for scene in scenes)
-        return replace(self, scenes=scenes, masked=True, dropped=self.dropped | ({"without a mask": lost} if lost else {}))
-
 
 def load(folder: str, *, masks: bool, max_pixels: int) -> tuple[Scenes, Scenes]:
     """Return what to train on and what to evaluate on.
@@ -132,117 +145,92 @@ def load(folder: str, *, masks: bool, max_pixels: int) -> tuple[Scenes, Scenes]:
         max_pixels: images with more pixels are refused.
 
     Raises:
-        DataError: for a folder in neither layout; a missing part, image or category; malformed annotations; an image listed twice,
-            or outside of the folder; splits that share images or differ in their categories; a split without a single box.
+        DataError: for a folder in neither layout; a missing part or image; malformed annotations; an image listed twice, or outside
+            of the folder; splits that share images; classes that only the second has; a split without a single box.
     """
     path = os.path.expanduser(folder)
     coco = os.path.isdir(os.path.join(path, "annotations"))
-    train, test = _read_coco(path, masks, max_pixels) if coco else _read_voc(_voc_year(path), max_pixels)
-    if all(any(scene.objects["masks"].any() for scene in split.scenes) for split in (train, test)):
-        train, test = train.with_masks(), test.with_masks()
+    parts = _read_coco(path, masks, max_pixels) if coco else _read_voc(_voc_year(path), max_pixels)
+    masked = all(any(mask for *_, entries in part.pictures for *_, mask in entries) for part in parts)
+    train, test = (_split(part, parts[0].classes, "coco" if coco else "voc", masked, max_pixels) for part in parts)
+    files = Counter(scene.file for split in (train, test) for scene in split.scenes)
+    if gone := [file for file in files if not os.path.isfile(file)]:
+        raise DataError(f"{shown(folder)}: {len(gone)} of its {len(files)} images are missing, the first is {shown(gone[0])}")
+    if twice := [file for file, times in files.items() if times > 1]:
+        fault = f"{len(twice)} images are listed more than once, such as {shown(twice[0])}"
+        raise DataError(f"{shown(folder)}: {fault}; list each once, as figures on images that were trained on prove nothing")
     for split in (train, test):
-        files = Counter(scene.file for scene in split.scenes)
-        if gone := [file for file in files if not os.path.isfile(file)]:
-            raise DataError(f"{split.name}: {len(gone)} of its {len(files)} images are missing, the first is {shown(gone[0])}")
-        if twice := [file for file, times in files.items() if times > 1]:
-            raise DataError(f"{split.name}: names {shown(twice[0])} {files[twice[0]]} times; list each image once")
         if not split.objects():
             raise DataError(f"{split.name}: has no box that counts on any of its {len(split)} images; left out: {split.dropped}")
-    if both := {scene.file for scene in train.scenes} & {scene.file for scene in test.scenes}:
-        fault = f"{len(both)} of its {len(test)} images are trained on as well, such as {shown(min(both))}"
-        raise DataError(f"{test.name}: {fault}; figures on them prove nothing, list them in one part only")
     return train, test
 
 
-def _split(
-    name: str, layout: str, images: Sequence[tuple[str, Size, list[Entry]]], categories: Mapping[Any, str], max_pixels: int
-) -> Scenes:
-    """Return the split of images (file, size, entries): boxes are cut at the images' edges, and those without extent left out."""
-    labels, scenes, lost = {category: label for label, category in enumerate(categories, 1)}, [], 0
-    for file, (height, width), entries in images:
+def _split(part: Part, classes: Sequence[str], layout: str, masked: bool, max_pixels: int) -> Scenes:
+    """Return a split whose boxes are cut at the images' edges; objects without extent, or a mask where masks are wanted, are left out."""
+    labels, scenes, dropped = {word: label for label, word in enumerate(classes, 1)}, [], Counter[str]()
+    if strange := {word for *_, entries in part.pictures for _, word, *_ in entries} - labels.keys():
+        raise DataError(f"{part.name}: has objects of the class {shown(min(strange))}, training has not; give both the same")
+    for file, (height, width), entries in part.pictures:
         with np.errstate(invalid="ignore", over="ignore"):  # NaN stays NaN, and is left out below
-            objects = np.array([(edges, labels[category], *rest) for edges, category, *rest in entries], _OBJECT)
+            objects = np.array([(edges, labels[word], *rest) for edges, word, *rest in entries], _OBJECT)
         edges = np.clip(objects["boxes"].astype(np.float64), 0, [width, height, width, height])
         sides = edges[:, 2:] - edges[:, :2]
         known = (objects["area"] > 0) & np.isfinite(objects["area"])
         objects["boxes"], objects["area"] = edges, np.where(known, objects["area"], sides.prod(axis=1))
-        scenes.append(Scene(file, (height, width), objects[(sides >= _THINNEST).all(axis=1)]))
-        lost += len(objects) - len(scenes[-1].objects)
-    return Scenes(name, layout, scenes, tuple(categories.values()), max_pixels, {"without extent": lost} if lost else {})
+        solid, outlined = (sides >= _THINNEST).all(axis=1), objects["masks"].astype(bool) | (not masked)
+        scenes.append(Scene(file, (height, width), objects[solid & outlined]))
+        dropped.update({"without extent": int((~solid).sum()), "without a mask": int((solid & ~outlined).sum())})
+    return Scenes(part.name, layout, scenes, tuple(classes), max_pixels, dict(+dropped), masked)
 
 
 @contextmanager
-def _reading(file: str, place: Sequence[str] = ("it",)) -> Iterator[None]:
+def _reading(file: str | Path, place: Sequence[str] = ("it",)) -> Iterator[None]:
     """Turn whatever a file of any content raises while it is read into a DataError of one line that names the last `place`."""
     try:
         yield
-    except OSError as error:
-        raise DataError(f"{shown(file)}: cannot be read: {error.strerror}") from error
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, ElementTree.ParseError) as error:
+    except (OSError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError, SyntaxError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())[:120]
-        raise DataError(f"{shown(file)}: {place[-1]} is malformed ({reason}); correct it, or take it out") from error
+        raise DataError(f"{shown(str(file))}: {place[-1]} cannot be read ({reason}); correct it, or take it out") from error
 
 
-def _size(width: float, height: float, max_pixels: int) -> Size:
-    """Return (height, width) of an annotation; larger images are refused before their outlines take memory by the pixels."""
-    if min(width, height) < 1 or width * height > max_pixels or width % 1 or height % 1:
-        raise ValueError(f"its size is {width:g} x {height:g}, loader.max_pixels is {max_pixels}")
-    return int(height), int(width)
-
-
-def _within(folder: str, name: str) -> str:
-    """Return the path of an image of this name in a folder, so that annotations can make nobody read what lies elsewhere."""
+def _picture(folder: str, name: str, width: float, height: float, max_pixels: int) -> Picture:
+    """Return an image in a folder: annotations can make nobody read what lies elsewhere, nor outlines take any memory."""
     path = os.path.normpath(os.path.join(folder, name))
     if not path.startswith(os.path.join(os.path.normpath(folder), "")):
         raise ValueError(f"{shown(name)} lies outside of the image folder")
-    return path
+    if min(width, height) < 1 or width * height > max_pixels or width % 1 or height % 1:
+        raise ValueError(f"its size is {width:g} x {height:g}, loader.max_pixels is {max_pixels}")
+    return path, (int(height), int(width)), []
 
 
-def _read_coco(folder: str, masks: bool, max_pixels: int) -> tuple[Scenes, Scenes]:
-    """Return the first pair of parts of which both have their annotations."""
-    there = {os.path.basename(file) for file in glob.glob(os.path.join(glob.escape(folder), "annotations", "*.json"))}
-    for train, test in _COCO_PARTS:
-        if {f"instances_{train}.json", f"instances_{test}.json"} <= there:
-            split, categories = _read_instances(folder, train, masks, max_pixels, None)
-            return split, _read_instances(folder, test, masks, max_pixels, categories)[0]
-    parts, present = ", or ".join(map(" and ".join, _COCO_PARTS)), ", ".join(sorted(there)) or "no json"
-    raise DataError(f"{shown(folder)}: annotations/ needs instances_PART.json of {parts}; has {present}")
+def _read_coco(folder: str, masks: bool, max_pixels: int) -> list[Part]:
+    """Read the first pair of parts of which both have their annotations; classes are in the order of their numbers."""
+    for names in _COCO_PARTS:
+        files = {name: os.path.join(folder, "annotations", f"instances_{name}.json") for name in names}
+        if all(map(os.path.isfile, files.values())):
+            return [_read_instances(folder, name, file, masks, max_pixels) for name, file in files.items()]
+    raise DataError(f"{shown(folder)}: annotations/ has not the files of both parts; {_NEEDS}")
 
 
-def _read_instances(
-    folder: str, part: str, masks: bool, max_pixels: int, known: dict[int, str] | None
-) -> tuple[Scenes, dict[int, str]]:
-    """Return a part of a set in COCO's layout and its categories, {number: name}: those that are `known` from training, if any.
-
-    Categories that only training has are allowed, as they are merely never met.
-    """
-    file, place = os.path.join(folder, "annotations", f"instances_{part}.json"), ["it"]
-    pictures = next(filter(os.path.isdir, (os.path.join(folder, part), os.path.join(folder, "images", part))), folder)
-    images: dict[int, tuple[str, Size, list[Entry]]] = {}
+def _read_instances(folder: str, name: str, file: str, masks: bool, max_pixels: int) -> Part:
+    place, pictures = ["it"], dict[int, Picture]()
+    within = next(filter(os.path.isdir, (os.path.join(folder, name), os.path.join(folder, "images", name))), folder)
     with _reading(file, place):
-        with open(file, "rb") as opened:
-            content = json.load(opened)
-        categories = dict(sorted((int(entry["id"]), str(entry["name"])) for entry in content["categories"]))
-        for number, name in categories.items():
-            if known is not None and known.get(number) != name:
-                raise ValueError(f"its category {number} is {name}, in training it is {known.get(number)}; number them alike")
-        categories = known or categories
+        content = json.loads(Path(file).read_bytes())
+        classes = dict(sorted((int(entry["id"]), str(entry["name"])) for entry in content["categories"]))
         for position, entry in enumerate(content["images"]):
             place[0] = f"image {position}"
-            if entry["id"] in images:
+            if entry["id"] in pictures:
                 raise ValueError(f"id {entry['id']} occurs twice")
-            path, size = _within(pictures, entry["file_name"]), _size(entry["width"], entry["height"], max_pixels)
-            images[entry["id"]] = (path, size, [])
+            pictures[entry["id"]] = _picture(within, entry["file_name"], entry["width"], entry["height"], max_pixels)
         for position, entry in enumerate(content["annotations"]):
             place[0] = f"annotation {position}"
-            if entry["category_id"] not in categories or (crowd := entry.get("iscrowd") or 0) not in (0, 1):
-                raise ValueError("its category_id is not in the file, or iscrowd not 0 or 1")
-            _, size, entries = images[entry["image_id"]]
+            _, size, entries = pictures[entry["image_id"]]
             left, top, width, height = map(float, entry["bbox"])
             mask = _mask(entry.get("segmentation"), size) if masks else None
             edges, area = (left, top, left + width, top + height), float(entry.get("area") or 0)
-            entries.append((edges, entry["category_id"], area, crowd == 1, mask))
-    return _split(shown(file), "coco", list(images.values()), categories, max_pixels), categories
+            entries.append((edges, classes[entry["category_id"]], area, bool(entry.get("iscrowd")), mask))
+    return Part(shown(file), list(pictures.values()), list(dict.fromkeys(classes.values())))
 
 
 def _mask(outline: Any, size: Size) -> bytes | None:
@@ -255,7 +243,7 @@ def _mask(outline: Any, size: Size) -> bytes | None:
     if isinstance(outline, Mapping):
         runs = _runs(outline["counts"]) if isinstance(outline["counts"], str) else outline["counts"]
         # Of other runs pycocotools fills a part, and leaves in the rest what the memory held before.
-        if list(outline["size"]) != [height, width] or min(runs) < 0 or sum(runs) != height * width:
+        if list(outline["size"]) != [height, width] or sum(runs) != height * width:
             raise ValueError("the runs of its mask do not add up to the image's pixels")
         encoded: dict[str, bytes] = coco.frPyObjects({"size": [height, width], "counts": runs}, height, width)
     else:
@@ -281,67 +269,49 @@ def _runs(text: str) -> list[int]:
     return runs
 
 
-def _planes(masks: npt.NDArray[Any], size: Size) -> Tensor:
-    """Return uint8 [n, H, W] of n run-length encoded masks."""
-    from pycocotools import mask as coco
-
-    encoded = [{"size": list(size), "counts": counts} for counts in masks]
-    planes = coco.decode(encoded) if encoded else np.empty((*size, 0), np.uint8)
-    return torch.from_numpy(np.ascontiguousarray(planes.transpose(2, 0, 1)))
-
-
 def _voc_year(folder: str) -> str:
     """Return the year's folder: `folder` itself, its only VOCxxxx, or that of its VOCdevkit."""
-    places = [folder, *(place for way in ("VOC*", "VOCdevkit/VOC*") for place in glob.glob(f"{glob.escape(folder)}/{way}"))]
-    years = sorted(place for place in places if os.path.isdir(os.path.join(place, "Annotations")))
-    if len(years) == 1:
-        return years[0]
-    fault = f"holds {len(years)} years; name one of them, such as {shown(years[0])}" if years else "holds no boxes"
-    layouts = "COCO's layout (annotations/instances_train2017.json, instances_val2017.json, train2017/, val2017/) or in VOC's"
-    raise DataError(f"{shown(folder)}: {fault}; detection needs a folder in {layouts} (Annotations, ImageSets/Main, JPEGImages)")
+    ways = (os.path.join(glob.escape(folder), way, "Annotations") for way in ("", "VOC*", "VOCdevkit/VOC*"))
+    years = [os.path.dirname(place) for way in ways for place in glob.glob(way)]
+    if len(years) != 1:
+        raise DataError(f"{shown(folder)}: holds {len(years)} years of VOC; {_NEEDS}")
+    return years[0]
 
 
-def _read_voc(folder: str, max_pixels: int) -> tuple[Scenes, Scenes]:
-    """Return trainval and test where test has its annotations, as VOC2012's has not; else train and val.
+def _read_voc(folder: str, max_pixels: int) -> list[Part]:
+    """Read trainval and test where test has its annotations, as VOC2012's has not; else train and val.
 
-    Difficult objects are ignored. The classes are those of the training images, by name.
+    Difficult objects are ignored. The classes are those of a part's images, by name.
     """
     names: dict[str, list[str]] = {}
     for part in ("trainval", "train", "val", "test"):
-        file = os.path.join(folder, "ImageSets", "Main", f"{part}.txt")
-        if os.path.isfile(file):
-            with _reading(file), open(file, encoding="utf-8") as opened:
-                names[part] = [line.split()[0] for line in opened if line.strip()]
-    tested = any(os.path.isfile(os.path.join(folder, "Annotations", f"{name}.xml")) for name in names.get("test", ())[:1])
-    parts = ("trainval" if tested and "trainval" in names else "train", "test" if tested else "val")
-    if not set(parts) <= set(names):
-        needs = "ImageSets/Main needs trainval.txt and test.txt, or train.txt and val.txt"
-        raise DataError(f"{shown(folder)}: no images to train and to evaluate on; {needs}, and has {sorted(names) or 'none'}")
-    sides = [[_parse(folder, name, max_pixels) for name in names[part]] for part in parts]
-    known, met = (sorted({str(category) for *_, entries in side for _, category, *_ in entries}) for side in sides)
-    if strange := sorted(set(met) - set(known)):
-        raise DataError(f"{shown(folder)}: {parts[1]} has objects of the class {shown(strange[0])}, {parts[0]} has none")
-    classes = {word: word for word in known}
-    train, test = (
-        _split(f"{shown(folder)} ({part})", "voc", side, classes, max_pixels) for part, side in zip(parts, sides, strict=True)
-    )
-    return train, test
+        file = Path(folder, "ImageSets", "Main", f"{part}.txt")
+        with _reading(file):
+            lines = file.read_text("utf-8").splitlines() if file.is_file() else []
+        names[part] = [line.split()[0] for line in lines if line.strip()]
+    tested = any(os.path.isfile(os.path.join(folder, "Annotations", f"{name}.xml")) for name in names["test"][:1])
+    parts = ("trainval" if tested and names["trainval"] else "train", "test" if tested else "val")
+    if not all(names[part] for part in parts):
+        raise DataError(f"{shown(folder)}: {' or '.join(parts)} has no images; {_NEEDS}")
+    read = {f"{shown(folder)} ({part})": [_parse(folder, name, max_pixels) for name in names[part]] for part in parts}
+    return [
+        Part(title, pictures, sorted({entry[1] for *_, entries in pictures for entry in entries}))
+        for title, pictures in read.items()
+    ]
 
 
-def _parse(folder: str, name: str, max_pixels: int) -> tuple[str, Size, list[Entry]]:
-    """Return an image's path, size and objects; expat fetches no other file, and refuses entities that grow."""
-    entries, file = list[Entry](), os.path.join(folder, "Annotations", f"{name}.xml")
+def _parse(folder: str, name: str, max_pixels: int) -> Picture:
+    """Return an image and its objects; expat fetches no other file, and refuses entities that grow."""
+    file = os.path.join(folder, "Annotations", f"{name}.xml")
     with _reading(file):
-        image = _within(os.path.join(folder, "JPEGImages"), f"{name}.jpg")
         root = ElementTree.parse(file).getroot()
         width, height = (float(root.findtext(f"size/{side}", "missing")) for side in ("width", "height"))
-        size = _size(width, height, max_pixels)
+        picture = _picture(os.path.join(folder, "JPEGImages"), f"{name}.jpg", width, height, max_pixels)
         for element in root.iterfind("object"):
-            left, top, right, bottom = (
-                float(element.findtext(f"bndbox/{edge}", "missing")) for edge in ("xmin", "ymin", "xmax", "ymax")
-            )
+            edges = (f"bndbox/{edge}" for edge in ("xmin", "ymin", "xmax", "ymax"))
+            left, top, right, bottom = (float(element.findtext(edge, "missing")) for edge in edges)
             if not (word := element.findtext("name", "").strip()):
                 raise ValueError("an object has no name")
             difficult = element.findtext("difficult", "").strip() == "1"
-            entries.append(((left - 1, top - 1, right, bottom), word, 0, difficult, None))
-    return image, size, entries
+            picture[2].append(((left - 1, top - 1, right, bottom), word, 0, difficult, None))
+    return picture

@@ -9,21 +9,22 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import json
 import os
 import shutil
 import time
+import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import Dataset
+from torch import Tensor
 
-from relssl.data.decode import BadImage, Decoded, Opened
+from relssl.data.decode import BadImage, Opened
 from relssl.data.folder import cache_root, shown
 from relssl.data.images import Files, Images
 from relssl.data.loader import read_batches, worker_count
@@ -32,10 +33,7 @@ from relssl.errors import DataError, StorageError
 from relssl.files import replacing, size, storing, sweep, write_all
 from relssl.settings.run import LoaderConfig
 
-LAYOUT = "shrunk 1"
-PIXELS, TABLE = "pixels", "table"
-# What a table begins with, before the SHA-256 of the rest: 8 bytes of length, a header in JSON, then the sizes.
-_MAGIC = b"relssl arrays 1\n"
+PIXELS, TABLE = "pixels", "table.npz"
 _BATCH = 8  # images a worker sends at once: a few MB, for shared memory is small in containers
 _SAVE_EVERY = 30.0  # seconds between tables: what a kill costs
 _SAMPLE = 64  # images by which the size of a cache is estimated
@@ -61,27 +59,21 @@ class Shrunk:
         self.total = int(self._ends[-1])
         self._pixels: np.ndarray | None = None
 
-    @classmethod
-    def load(cls, folder: Path, files: Files) -> Shrunk:
+    @staticmethod
+    def load(folder: Path, files: Files) -> Shrunk:
         """Return what the table of a folder names: no image if there is no table, it is damaged, or pixels are missing."""
-        with contextlib.suppress(OSError):
-            table, start = (folder / TABLE).read_bytes(), len(_MAGIC) + 32
-            if table.startswith(_MAGIC) and hashlib.sha256(table[start:]).digest() == table[len(_MAGIC) : start]:
-                end = start + 8 + int.from_bytes(table[start : start + 8], "little")
-                header = json.loads(table[start + 8 : end])
-                sizes = np.frombuffer(table[end:], "<i4").reshape(-1, 2)
-                shrunk = cls(folder, files, sizes, {int(row): reason for row, reason in header["facts"]["bad"].items()})
-                if header["kind"] == LAYOUT and (folder / PIXELS).stat().st_size >= shrunk.total:
-                    return shrunk
-        return cls(folder, files, np.zeros((0, 2), np.int32), {})
+        with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            with (folder / TABLE).open("rb") as file, np.load(file, allow_pickle=False) as table:
+                bad = dict(zip(table["rows"].tolist(), table["reasons"].tolist(), strict=True))
+                shrunk = Shrunk(folder, files, table["sizes"], bad)
+            if (folder / PIXELS).stat().st_size >= shrunk.total:
+                return shrunk
+        return Shrunk(folder, files, np.zeros((0, 2), np.int32), {})
 
     def save(self) -> None:
         """Write the table, whose pixels must be safe on the disk; StorageError if it cannot be, and an older one is kept then."""
-        layout = {"sizes": ["<i4", list(self.sizes.shape)]}
-        header = json.dumps({"kind": LAYOUT, "facts": {"bad": self.bad}, "arrays": layout}).encode("ascii")
-        body = len(header).to_bytes(8, "little") + header + self.sizes.astype("<i4").tobytes()
-        with replacing(self.folder / TABLE, len(body)) as file:
-            file.write(_MAGIC + hashlib.sha256(body).digest() + body)
+        with replacing(self.folder / TABLE) as file:
+            np.savez(file, sizes=self.sizes, rows=np.array([*self.bad], int), reasons=np.array([*self.bad.values()], str))
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -91,34 +83,30 @@ class Shrunk:
         return self.files.take(rows)
 
     def fingerprint(self) -> str:
-        """Return that of the files."""
         return self.files.fingerprint()
 
     def name(self, row: int) -> str:
-        """Return the path of one file."""
         return self.files.name(row)
 
-    def open(self, row: int, max_pixels: int) -> Decoded:
-        """Return one RGB image; BadImage with the reason for which its file could not be read."""
+    def open(self, row: int, max_pixels: int) -> AbstractContextManager[Opened]:
+        """Open one image; BadImage with the reason for which its file could not be read."""
         if row in self.bad:
             raise BadImage(self.bad[row])
         if self._pixels is None:
             self._pixels = np.memmap(self.folder / PIXELS, np.uint8, "r", shape=(self.total,))
         start, end = self._ends[row : row + 2]
-        return Decoded(Image.fromarray(self._pixels[start:end].reshape(*self.sizes[row], 3)))
+        return nullcontext(Opened.of(Image.fromarray(self._pixels[start:end].reshape(*self.sizes[row], 3))))
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_pixels": None}
 
 
 class Progress(Protocol):
-    """Where a long piece of work is reported."""
+    """Where a long piece of work is reported, such as `relssl.train.run_folder.Display`."""
 
-    def say(self, line: str) -> None:
-        """Show one line."""
+    def say(self, line: str) -> None: ...
 
-    def chore(self, what: str, done: int, total: int) -> AbstractContextManager[Callable[[int], None]]:
-        """Surround the work; what it yields is called with how many items are done."""
+    def chore(self, title: str, start: int, total: int) -> AbstractContextManager[Callable[[int], None]]: ...
 
 
 def shrunken(images: Images, settings: LoaderConfig, progress: Progress, processes: int = 1) -> Shrunk:
@@ -131,28 +119,25 @@ def shrunken(images: Images, settings: LoaderConfig, progress: Progress, process
         StorageError: if the disk has no room, or cannot be written.
         DataError: if a worker process dies, or a file cannot be read for a reason that may pass; the next call goes on there.
     """
-    assert isinstance(images.source, Files) and settings.cache is not None
+    assert isinstance(images.source, Files)
     folder, files = place(images, settings), images.source
     shrunk = Shrunk.load(folder, files)
-    if len(shrunk) < len(images):
+    if len(shrunk) < len(files):
         try:
             with _locked(folder, progress):
                 shrunk = Shrunk.load(folder, files)  # another process may have made it meanwhile
-                if len(shrunk) < len(images):
-                    sweep(folder)
-                    shrunk = _extend(shrunk, settings, progress, processes)
+                if len(shrunk) < len(files):
+                    shrunk = _extend(shrunk, settings, progress, worker_count(settings.workers, processes) * processes)
         except StorageError as error:
             raise StorageError(f"{error}, or set loader.cache_folder to another place") from error
-    progress.say(
-        f"cache: {len(images)} images in {size(shrunk.total)}, {shown(str(folder))}; shorter sides are "
-        f"{settings.cache} pixels at most"
-    )
+    about = f"{len(files)} images in {size(shrunk.total)}, {shown(str(folder))}"
+    progress.say(f"cache: {about}; shorter sides are {settings.cache} pixels at most")
     return shrunk
 
 
 def place(images: Images, settings: LoaderConfig) -> Path:
     """Return the folder of a cache: another one for other images, another side or what else decides about the pixels."""
-    key = f"{LAYOUT} {identity(images)} {settings.cache} {settings.max_pixels} {settings.reduced_decode}"
+    key = f"shrunk 1 {identity(images)} {settings.cache} {settings.max_pixels} {settings.reduced_decode}"
     return root(settings) / f"shrunk-{settings.cache}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
 
 
@@ -161,38 +146,29 @@ def root(settings: LoaderConfig) -> Path:
     return Path(settings.cache_folder).expanduser() if settings.cache_folder else cache_root() / "shrunk"
 
 
-class _Small(Dataset[np.ndarray | BadImage]):
-    """Each image shrunk, uint8 [H,W,3], or the reason why it cannot be read."""
+def _shrink_files(
+    files: Files, settings: LoaderConfig, rows: list[int]
+) -> tuple[Tensor, list[tuple[int, ...]], dict[int, BadImage]]:
+    """Scale images to shorter sides of `loader.cache` pixels at most.
 
-    def __init__(self, files: Files, settings: LoaderConfig) -> None:
-        self.files, self.settings, self.side = files, settings, settings.cache or 0
-
-    def __getitem__(self, row: int) -> np.ndarray | BadImage:
+    Returns:
+        All pixels, uint8 in one row; the height and width of each image, 0 if it cannot be read; and the reasons, by position.
+    """
+    images, faults, side = list[np.ndarray](), dict[int, BadImage](), settings.cache or 0
+    for row in rows:
         try:
-            with Opened(self.files.name(row), self.settings.max_pixels) as opened:
+            with files.open(row, settings.max_pixels) as opened:
                 # The filter still gets twice the side, as in Pillow's own thumbnails.
-                reductions = opened.reductions if self.settings.reduced_decode else ()
-                reduction = max((each for each in reductions if min(opened.size) >= 2 * self.side * each), default=1)
-                return np.asarray(shrink(opened.rgb(reduction), self.side))
+                reductions = opened.reductions if settings.reduced_decode else ()
+                reduction = max((each for each in reductions if min(opened.size) >= 2 * side * each), default=1)
+                image = opened.rgb(reduction)
+            if (shorter := min(image.size)) > side:
+                image = image.resize([round(length * side / shorter) for length in image.size], Image.Resampling.LANCZOS)
+            images.append(np.asarray(image))
         except BadImage as fault:
-            return fault if fault.lasting else BadImage(f"{shown(self.files.name(row))}: {fault}", lasting=False)
-
-
-def shrink(image: Image.Image, side: int) -> Image.Image:
-    """Scale an image to a shorter side of `side` pixels, its shape kept; return it as it is if it is no larger."""
-    shorter = min(image.size)
-    if shorter <= side:
-        return image
-    width, height = (round(length * side / shorter) for length in image.size)
-    return image.resize((width, height), Image.Resampling.LANCZOS)
-
-
-def _join(images: list[np.ndarray | BadImage]) -> tuple[torch.Tensor, list[tuple[int, ...]], list[BadImage | None]]:
-    """Join all pixels, uint8 in one row, with the height and width of each image, and the reasons."""
-    pixels = [image.reshape(-1) for image in images if isinstance(image, np.ndarray)]
-    sizes = [image.shape[:2] if isinstance(image, np.ndarray) else (0, 0) for image in images]
-    reasons = [image if isinstance(image, BadImage) else None for image in images]
-    return torch.from_numpy(np.concatenate([np.zeros(0, np.uint8), *pixels])), sizes, reasons
+            images.append(np.empty((0, 0, 3), np.uint8))
+            faults[row] = fault
+    return torch.from_numpy(np.concatenate([*map(np.ravel, images)])), [image.shape[:2] for image in images], faults
 
 
 @contextlib.contextmanager
@@ -212,56 +188,33 @@ def _locked(folder: Path, progress: Progress) -> Iterator[None]:
         yield
 
 
-def _extend(shrunk: Shrunk, settings: LoaderConfig, progress: Progress, processes: int) -> Shrunk:
+def _extend(shrunk: Shrunk, settings: LoaderConfig, progress: Progress, workers: int) -> Shrunk:
     """Append the missing images to the pixels that the table names, and save the table now and then, and at the end."""
-    small, path, start, count = _Small(shrunk.files, settings), shrunk.folder / PIXELS, len(shrunk), len(shrunk.files)
-    needed = _require_room(small, shrunk)
-    workers = worker_count(settings.workers, processes) * processes
-    batches = read_batches(small, _join, workers, batch_size=_BATCH, sampler=range(start, count))
+    folder, files, start, path = shrunk.folder, shrunk.files, len(shrunk), shrunk.folder / PIXELS
     sizes, bad, saved = shrunk.sizes.tolist(), dict(shrunk.bad), time.monotonic()
-
-    def save() -> Shrunk:
-        with storing(path, needed):
-            os.fsync(file)
-        extended = Shrunk(shrunk.folder, shrunk.files, np.array(sizes, np.int32).reshape(-1, 2), bad)
-        extended.save()
-        return extended
-
-    title = f"shrinking to {settings.cache} pixels, about {size(needed)}"
-    with storing(path):
-        file = path.open("ab")
+    sample = spread(start, len(files), _SAMPLE)
+    needed = _shrink_files(files, settings, sample)[0].nbytes * (len(files) - start) // len(sample)
+    batches = read_batches(range(start, len(files)), partial(_shrink_files, files, settings), workers, batch_size=_BATCH)
+    sweep(folder)
+    # Workers hold the lock too until they end, so they are not left to the garbage collector.
+    with contextlib.closing(batches), storing(path, needed), path.open("ab") as file:
         file.truncate(shrunk.total)
-    with file, progress.chore(title, start, count) as advance:
-        for pixels, shapes, reasons in batches:
-            passing = next((reason for reason in reasons if reason is not None and not reason.lasting), None)
-            if passing is not None:
-                save()
-                raise DataError(f"{passing}; that may pass, so nothing is noted and the next start goes on here; else remove it")
-            with storing(path, needed):
-                write_all(file.fileno(), pixels.numpy().data)
-            bad |= {len(sizes) + number: str(reason) for number, reason in enumerate(reasons) if reason is not None}
-            sizes += shapes
-            advance(len(sizes))
-            if time.monotonic() - saved >= _SAVE_EVERY:
-                save()
-                saved = time.monotonic()
-        extended = save()
-    if len(extended) < count or path.stat().st_size != extended.total:
-        raise StorageError(f"{extended.folder}: is not what was written to it; remove it and check the disk")
-    return extended
-
-
-def _require_room(small: _Small, shrunk: Shrunk) -> int:
-    """Estimate the bytes still to be written, by a sample; StorageError if there are fewer on the disk."""
-    start, count = len(shrunk), len(shrunk.files)
-    rows = spread(start, count, _SAMPLE)
-    sampled = sum(image.size for image in map(small.__getitem__, rows) if isinstance(image, np.ndarray))
-    needed = sampled * (count - start) // len(rows)
-    with storing(shrunk.folder):
-        leftover = shrunk.folder / PIXELS
-        free = shutil.disk_usage(shrunk.folder).free + (leftover.stat().st_size - shrunk.total if leftover.exists() else 0)
-    if needed > free:
-        raise StorageError(
-            f"{shrunk.folder}: the cache needs about {size(needed)}, {size(free)} are free; free some space, or lower loader.cache"
-        )
-    return needed
+        if needed > (free := shutil.disk_usage(folder).free):
+            needs = f"the cache needs about {size(needed)}, {size(free)} are free"
+            raise StorageError(f"{folder}: {needs}; free some space, or lower loader.cache")
+        with progress.chore(f"shrinking to {settings.cache} pixels, about {size(needed)}", start, len(files)) as advance:
+            for pixels, shapes, faults in batches:
+                passing = next((row for row, fault in faults.items() if not fault.lasting), None)
+                if passing is None:
+                    write_all(file.fileno(), pixels.numpy().data)
+                    bad |= {row: str(fault) for row, fault in faults.items()}
+                    sizes += shapes
+                if passing is not None or len(sizes) == len(files) or time.monotonic() - saved >= _SAVE_EVERY:
+                    os.fsync(file)
+                    shrunk, saved = Shrunk(folder, files, np.array(sizes, np.int32).reshape(-1, 2), bad), time.monotonic()
+                    shrunk.save()
+                if passing is not None:
+                    then = "that may pass, and the next start goes on here; if it does not, remove the file"
+                    raise DataError(f"{shown(files.name(passing))}: {faults[passing]}; {then}")
+                advance(len(sizes))
+    return shrunk

@@ -7,7 +7,9 @@ import errno
 import os
 import stat
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from typing import IO
 
 import numpy as np
@@ -34,91 +36,64 @@ class BadImage(Exception):
         self.lasting = lasting
 
 
+@dataclass(frozen=True)
 class Opened:
-    """An image file whose size is known, and whose pixels may still be read at a reduced size; a context manager.
+    """An image whose size is known, and whose pixels may still be read at a reduced size.
 
-    A JPEG is decoded by `rgb`; any other file at once, as its header need not say how it lies.
+    Attributes:
+        size: (height, width) in pixels, upright.
+        rgb: reads the pixels, 8-bit RGB and upright, once, given one of `reductions`: each pixel then stands for a square of so
+            many a side, from the top left on, and the sides are rounded up. BadImage if they cannot be read.
+        reductions: what the sides may be divided by while they are decoded, rising; 1 alone for all but JPEG.
+    """
+
+    size: tuple[int, int]
+    rgb: Callable[[int], Image.Image]
+    reductions: tuple[int, ...] = (1,)
+
+    @staticmethod
+    def of(image: Image.Image) -> Opened:
+        """Wrap an RGB image whose pixels are at hand."""
+        return Opened((image.height, image.width), lambda reduction: image)
+
+
+@contextlib.contextmanager
+def open_image(path: str, max_pixels: int) -> Iterator[Opened]:
+    """Open an image file. A JPEG is decoded by `rgb`; any other file at once, as its header need not say how it lies.
+
+    Transparent pixels are laid on white. Palettes, grey, 1-bit, CMYK and YCbCr are converted; 16-bit grey is scaled by 255/65535;
+    of an animation the first frame is taken; the EXIF orientation is applied. Floating-point and 32-bit images have no defined
+    white and are refused, as are cut-off files.
 
     Args:
         path: the file; anything but a regular file is refused without reading it.
         max_pixels: refuse images with more pixels than this, before decoding them. Above 178,956,970 Pillow's own limit rules.
 
-    Attributes:
-        size: (height, width) in pixels, upright.
-        reductions: what the sides may be divided by while they are decoded, rising; 1 alone for all but JPEG.
-
     Raises:
-        BadImage: for every file that cannot be read, whatever it holds; `rgb` raises it too.
+        BadImage: for every file that cannot be read, whatever it holds.
     """
-
-    def __init__(self, path: str, max_pixels: int) -> None:
-        self.reductions: tuple[int, ...] = (1,)
-        self._decoded: Image.Image | None = None
-        self._max_pixels = max_pixels
-        with contextlib.ExitStack() as unless_whole, _refusals(max_pixels):
-            self._file = unless_whole.enter_context(open_regular(path))
-            self._image = _read_header(self._file, max_pixels)
-            if self._image.format in ("JPEG", "MPO"):
-                turn, sides = _orientation(self._image), self._image.size
+    with contextlib.ExitStack() as files:
+        with _refusals():
+            file = files.enter_context(open(path, "rb", opener=open_regular))
+            image = _read_header(file, max_pixels)
+            if image.format in ("JPEG", "MPO"):
+                turn, sides = _orientation(image), image.size
                 # A turned image's far side becomes its top or left: it must hold whole squares of pixels.
-                whole = [r for r in (1, 2, 4, 8) if r <= min(sides) and (turn == 1 or not any(side % r for side in sides))]
-                self.reductions = tuple(whole)
-                self.size = sides if turn >= 5 else sides[::-1]
+                whole = (r for r in (1, 2, 4, 8) if r <= min(sides) and (turn == 1 or not any(side % r for side in sides)))
+                opened = Opened(sides if turn >= 5 else sides[::-1], partial(_upright_rgb, image), tuple(whole))
             else:
-                self._decoded = _upright_rgb(self._image)
-                self.size = self._decoded.size[::-1]
-            unless_whole.pop_all()
-
-    def rgb(self, reduction: int = 1) -> Image.Image:
-        """Read the pixels, upright 8-bit RGB; once.
-
-        Transparent pixels are laid on white. Palettes, grey, 1-bit, CMYK and YCbCr are converted; 16-bit grey is scaled by
-        255/65535; of an animation the first frame is taken; the EXIF orientation is applied. Floating-point and 32-bit
-        images have no defined white and are refused, as are cut-off files.
-
-        Args:
-            reduction: one of `reductions`: each pixel then stands for a square of so many a side, from the top left on, and the
-                sides are rounded up.
-        """
-        assert reduction in self.reductions
-        if self._decoded is not None:
-            return self._decoded
-        with _refusals(self._max_pixels):
-            if reduction > 1:
-                self._image.draft(None, (self._image.width // reduction, self._image.height // reduction))
-            return _upright_rgb(self._image)
-
-    def __enter__(self) -> Opened:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._file.close()
-
-
-class Decoded(contextlib.AbstractContextManager["Decoded", None]):
-    """An image whose pixels are at hand, in the place of `Opened`."""
-
-    reductions = (1,)
-
-    def __init__(self, image: Image.Image) -> None:
-        self.image, self.size = image, (image.height, image.width)
-
-    def rgb(self, reduction: int = 1) -> Image.Image:
-        """Return the image."""
-        return self.image
-
-    def __exit__(self, *exception: object) -> None:
-        pass
+                opened = Opened.of(_upright_rgb(image))
+        yield opened
 
 
 def decode(path: str, max_pixels: int) -> Image.Image:
-    """Read an image file whole; see `Opened`."""
-    with Opened(path, max_pixels) as opened:
-        return opened.rgb()
+    """Read an image file whole, as `open_image` does."""
+    with open_image(path, max_pixels) as opened:
+        return opened.rgb(1)
 
 
 @contextlib.contextmanager
-def _refusals(max_pixels: int) -> Iterator[None]:
+def _refusals() -> Iterator[None]:
     """Turn whatever goes wrong inside into a BadImage."""
     try:
         # Pillow warns about odd EXIF data, palettes and sizes; none of that is news in a folder of a million images. The
@@ -129,7 +104,7 @@ def _refusals(max_pixels: int) -> Iterator[None]:
     except BadImage:
         raise
     except Image.DecompressionBombError as error:
-        raise BadImage(f"has far more than max_pixels ({max_pixels}) pixels") from error
+        raise BadImage("has far more than max_pixels pixels") from error
     except MemoryError as error:
         raise BadImage("needs more memory than there is", lasting=False) from error
     except Exception as error:  # Decoders of foreign bytes raise nearly everything, from struct.error to KeyError.
@@ -139,19 +114,14 @@ def _refusals(max_pixels: int) -> Iterator[None]:
         raise BadImage(f"cannot be read: {line or type(error).__name__}", lasting=not passing) from error
 
 
-def open_regular(path: str) -> IO[bytes]:
+def open_regular(path: str, flags: int) -> int:
     """Open a file only if it is one; not blocking, for to open a named pipe would wait until somebody writes."""
-    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0) | getattr(os, "O_BINARY", 0))
-    try:
-        status = os.fstat(handle)
-        if not stat.S_ISREG(status.st_mode):
-            raise BadImage("is not a regular file")
-        if status.st_size == 0:
-            raise BadImage("is empty")
-        return os.fdopen(handle, "rb")
-    except BaseException:
-        os.close(handle)
-        raise
+    handle = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)
+    status = os.fstat(handle)
+    if stat.S_ISREG(status.st_mode) and status.st_size:
+        return handle
+    os.close(handle)
+    raise BadImage("is empty" if stat.S_ISREG(status.st_mode) else "is not a regular file")
 
 
 def _read_header(file: IO[bytes], max_pixels: int) -> ImageFile.ImageFile:
@@ -165,11 +135,9 @@ def _read_header(file: IO[bytes], max_pixels: int) -> ImageFile.ImageFile:
         image = Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN])
     except UnidentifiedImageError as error:
         file.seek(0)
-        beginning = file.read(64).lstrip()
-        if beginning.startswith(b"version https://git-lfs"):
+        if file.read(64).lstrip().startswith(b"version https://git-lfs"):
             raise BadImage("is a Git LFS pointer; fetch the image with `git lfs pull`") from error
-        what = "holds HTML, SVG or XML, and is" if beginning.startswith(b"<") else "is broken, or"
-        raise BadImage(f"{what} none of {', '.join(FORMATS)}") from error
+        raise BadImage(f"is broken, or none of {', '.join(FORMATS)}") from error
     width, height = image.size
     if not 0 < width * height <= max_pixels:
         raise BadImage(f"has {width} x {height} pixels, none or more than max_pixels ({max_pixels})")
@@ -178,31 +146,31 @@ def _read_header(file: IO[bytes], max_pixels: int) -> ImageFile.ImageFile:
 
 def _orientation(image: Image.Image) -> int:
     """Return the EXIF orientation 1..8; 1 if there is none or the data is broken, which says nothing about the pixels."""
-    try:
-        turn: int = image.getexif().get(ExifTags.Base.Orientation, 1)
-        return turn if 1 < turn < 9 else 1
-    except Exception:
-        return 1
+    turn = 1
+    with contextlib.suppress(Exception):
+        turn = image.getexif().get(ExifTags.Base.Orientation, 1)
+    return turn if turn in range(2, 9) else 1
 
 
-def _upright_rgb(image: ImageFile.ImageFile) -> Image.Image:
+def _upright_rgb(image: ImageFile.ImageFile, reduction: int = 1) -> Image.Image:
     """Return the image turned as its EXIF orientation says, as RGB."""
-    image.load()
-    image.fp = None  # Pillow closes only files that it opened itself
-    turn = _orientation(image)
-    rgb = _to_rgb(image)
-    rgb.info.clear()  # or a colour key or orientation that is already applied could be applied again
-    return rgb.transpose(Image.Transpose[_TURNS[turn - 2]]) if turn > 1 else rgb
+    with _refusals():
+        if reduction > 1:
+            image.draft(None, (image.width // reduction, image.height // reduction))
+        image.load()
+        image.fp = None  # Pillow closes only files that it opened itself
+        turn = _orientation(image)
+        rgb = _to_rgb(image)
+        rgb.info.clear()  # or a colour key or orientation that is already applied could be applied again
+        return rgb.transpose(Image.Transpose[_TURNS[turn - 2]]) if turn > 1 else rgb
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     """Return a loaded image of any mode as RGB; itself, not copied, if it is that already."""
-    if image.mode == "F":
-        raise BadImage("has floating-point pixels, which have no defined white; save it with 8 or 16 bits")
-    if image.mode.startswith("I"):  # grey of 16 bits has mode I;16, or I where the decoder gives it so
+    if image.mode.startswith(("F", "I")):  # grey of 16 bits has mode I;16, or I where the decoder gives it so
         values = np.asarray(image)
-        if values.dtype.itemsize > 2 and (values.min() < 0 or values.max() > 0xFFFF):
-            raise BadImage("has 32-bit pixels, which have no defined white; save it with 8 or 16 bits")
+        if image.mode == "F" or values.min() < 0 or values.max() > 0xFFFF:
+            raise BadImage("has floating-point or 32-bit pixels, which have no defined white; save it with 8 or 16 bits")
         image = Image.fromarray(((values.astype(np.uint32) * 255 + 0x7FFF) // 0xFFFF).astype(np.uint8))
     if not image.has_transparency_data:
         return image if image.mode == "RGB" else image.convert("RGB")

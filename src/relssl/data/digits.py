@@ -28,25 +28,20 @@ _SOURCE = 8  # side of the originals, whose values are 0..16
 _FRACTION = 8  # bits of a source position's fraction: bilinear weights are whole numbers of 1/256
 
 
+@functools.cache  # a run asks for the same side more than once: to train on, and as the bank of its evaluations
 def load(split: str) -> tuple[np.ndarray, np.ndarray]:
     """Draw the "train" side (5,748 drawings of 1,437 originals) or the "test" side (1,440 drawings of the other 360).
 
     Returns:
         Pixels uint8 [N, 3, 32, 32], grey in three equal channels, and labels int64 [N]; copies of an original are adjacent.
     """
-    drawings, labels = _drawings(split == "train")
-    return np.repeat(drawings[:, None], 3, axis=1), np.repeat(labels, COPIES)
-
-
-@functools.cache  # a run asks for the same side more than once: to train on, and as the bank of its evaluations
-def _drawings(training: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Drawings uint8 [COPIES * N, 32, 32], and the labels of their N originals."""
     from sklearn.datasets import load_digits
 
     originals, labels = load_digits(return_X_y=True)
-    rows = split_originals(labels)[not training]
+    rows = split_originals(labels)[split != "train"]
     images = originals.reshape(-1, _SOURCE, _SOURCE).astype(np.int32)[rows]
-    return draw(images, np.random.PCG64([SEED, training])), labels[rows].astype(np.int64)
+    drawings = draw(images, np.random.PCG64([SEED, split == "train"]))
+    return np.repeat(drawings[:, None], 3, axis=1), np.repeat(labels[rows].astype(np.int64), COPIES)
 
 
 def split_originals(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

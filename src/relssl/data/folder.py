@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,6 @@ EXTENSIONS = frozenset(
     b"jpg jpeg jpe jfif png webp gif bmp tif tiff ppm pgm pbm pnm jp2 j2k avif".split()  # of the formats that `decode` reads
 )
 LIST_SUFFIXES = (".txt", ".lst")
-_KINDS = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
 
 
 def cache_root() -> Path:
@@ -38,7 +38,7 @@ def scan(folder: str) -> tuple[Files, list[Fault]]:
     faults: dict[bytes, str] = {}
     entries = sorted(walk(folder, faults))
     bad = [(os.fsdecode(os.path.join(os.fsencode(folder), name)), faults[name]) for name in sorted(faults)]
-    return Files(folder, [name for name, _ in entries], [size for _, size in entries]), bad
+    return Files(folder, entries), bad
 
 
 def walk(folder: str, faults: dict[bytes, str]) -> Iterator[tuple[bytes, int]]:
@@ -83,14 +83,12 @@ def _judge(path: bytes, inside: bytes = b"") -> tuple[int, str | None]:
     """
     try:
         status = os.stat(path)
-    except OSError as error:
-        return 0, "is a broken link" if inside else f"cannot be read: {error.strerror}"
-    except ValueError:
-        return 0, "cannot be read: the name holds a zero byte"
+    except (OSError, ValueError) as error:  # the latter for a name with a zero byte
+        return 0, "is a broken link" if inside else f"cannot be read: {getattr(error, 'strerror', error)}"
     if inside and stat.S_ISDIR(status.st_mode):
         return 0, None
     if not stat.S_ISREG(status.st_mode):
-        return 0, f"is {_KINDS.get(stat.S_IFMT(status.st_mode), 'a folder')}, not a file"
+        return 0, "is not a regular file"
     if inside and not os.path.realpath(path).startswith(inside):
         return 0, "is a link to outside the folder; copy the file, or name it in a list file"
     return status.st_size, None if status.st_size else "is empty"
@@ -123,75 +121,64 @@ def read_list(path: str) -> Images:
             bad.append((os.fsdecode(name), fault))
         else:
             usable.append((name, count, word.strip().decode("utf-8", "backslashreplace")))
-    names, sizes, words = zip(*usable, strict=True) if usable else ((), (), ())
-    return Images(shown(path), Files(folder, names, sizes), *_number(words), bad=bad)
-
-
-def _number(words: Sequence[str]) -> tuple[np.ndarray | None, tuple[str, ...] | None]:
-    """Labels, and the classes that they count, from the words of a label column; whole numbers are ordered as such."""
-    distinct = set(words) - {""}
-    if not distinct:
-        return None, None
-    numeric = all(word.isascii() and word.isdigit() and len(word) < 19 for word in distinct)
+    images = Images(shown(path), Files(folder, [(name, size) for name, size, _ in usable]), bad=bad)
+    if not (distinct := {word for *_, word in usable} - {""}):
+        return images
+    numeric = all(word.isascii() and word.isdigit() and len(word) < 19 for word in distinct)  # ordered as numbers
     classes = tuple(sorted(distinct, key=lambda word: (int(word), word) if numeric else (0, word)))
     rank = {word: position for position, word in enumerate(classes)} | {"": -1}
-    return np.array([rank[word] for word in words], np.int64), classes
+    return replace(images, labels=np.array([rank[word] for *_, word in usable], np.int64), classes=classes)
 
 
-def complete(name: str, folder: str, names: Sequence[bytes]) -> Files:
+def complete(name: str, folder: str, names: Sequence[str]) -> Files:
     """Return the files of an official list, relative to a folder; DataError, which names the data set, if one is missing or empty.
 
     Without it a figure would not be that of the data set.
     """
-    judged = [_judge(os.path.join(os.fsencode(folder), file)) for file in names]
-    bad = [(os.fsdecode(file), fault) for file, (_, fault) in zip(names, judged, strict=True) if fault]
-    if bad:
-        raise DataError(
-            f"{name}: {len(bad)} of {len(names)} images cannot be used, the first: {shown(bad[0][0])} {bad[0][1]}; "
-            f"remove {shown(folder)} and unpack it anew"
-        )
-    return Files(folder, names, [size for size, _ in judged])
+    judged = [_judge(os.fsencode(os.path.join(folder, file))) for file in names]
+    if bad := [(file, fault) for file, (_, fault) in zip(names, judged, strict=True) if fault]:
+        unusable = f"{len(bad)} of {len(names)} images cannot be used, the first: {shown(bad[0][0])} {bad[0][1]}"
+        raise DataError(f"{name}: {unusable}; remove {shown(folder)} and unpack it anew")
+    return Files(folder, [(os.fsencode(file), size) for file, (size, _) in zip(names, judged, strict=True)])
 
 
-def split_folders(folder: str) -> dict[str, str] | None:
-    """Return the subfolder of each of "train", "bank" and "test", if there are train/ and val/, or train/ and test/; else None."""
+def split_folders(folder: str) -> dict[str, str]:
+    """Return the subfolder of "train", "bank" and "test", if there are train/ and val/, or train/ and test/; else `folder`, no "test"."""
     train = os.path.join(folder, "train")
-    for name in ("val", "test"):
-        test = os.path.join(folder, name)
+    for test in (os.path.join(folder, "val"), os.path.join(folder, "test")):
         if os.path.isdir(train) and os.path.isdir(test):
             return {"train": train, "bank": train, "test": test}
-    return None
+    return {"train": folder, "bank": folder}
 
 
-def class_folders(folder: str) -> list[str]:
-    """List the names of the folders right below, sorted by their bytes."""
-    with os.scandir(os.fsencode(folder)) as entries:
-        names = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
-    return [os.fsdecode(name) for name in sorted(names) if not _is_hidden(name)]
+def class_labels(files: Files, sides: Iterable[str]) -> tuple[np.ndarray | None, tuple[str, ...] | None]:
+    """Return the class of each file, int64 [N], and the classes, which are the folders right below some folders, by their bytes.
 
-
-def class_labels(files: Files, classes: Sequence[str]) -> np.ndarray | None:
-    """Return the class folder that each file lies in, int64 [N]; None if a file lies in none, or there is but one."""
-    rank = {os.fsencode(word): position for position, word in enumerate(classes)}
-    parts = (name.partition(b"/") for name in files.names())
+    None and None if a file lies in none of them, or there is but one.
+    """
+    rank: dict[bytes, int] = {}
+    for side in sides:
+        with os.scandir(os.fsencode(side)) as entries:
+            names = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False) and not _is_hidden(entry.name)]
+        for name in sorted(names):
+            rank.setdefault(name, len(rank))
+    parts = (files.relative(row).partition(b"/") for row in range(len(files)))
     labels = np.array([rank.get(top, -1) if slash else -1 for top, slash, _ in parts], np.int64)
-    return labels if len(classes) > 1 and (labels >= 0).all() else None
+    return (None, None) if len(rank) < 2 or (labels < 0).any() else (labels, tuple(map(os.fsdecode, rank)))
 
 
 def read_folder(folder: str, split: str) -> Images:
     """Read the images of one split of a folder; labelled by the folders below if each image lies in one of several.
 
-    A folder without `split_folders` is pretrained on as a whole, and its folders are no classes; it has no test images: DataError.
+    A folder that is not split is pretrained on as a whole, and its folders are no classes; it has no test images: DataError.
     """
-    layout = split_folders(folder)
-    if layout is None and split == "test":
+    sides = split_folders(folder)
+    if split not in sides:
         raise DataError(f"{shown(folder)}: has no test images; lay it out as train/CLASS/ and val/CLASS/ (or test/CLASS/)")
-    files, bad = scan(layout[split] if layout else folder)
+    files, bad = scan(sides[split])
     # Training classes come first, so that a class met only in testing does not renumber them.
-    sides = (layout["train"], layout["test"]) if layout else ()
-    classes = tuple(dict.fromkeys(word for side in sides for word in class_folders(side)))
-    labels = class_labels(files, classes)
-    return Images(shown(folder), files, labels, None if labels is None else classes, bad=bad)
+    labels, classes = class_labels(files, sides.values() if "test" in sides else ())
+    return Images(shown(folder), files, labels, classes, bad=bad)
 
 
 def list_lines(folder: str) -> tuple[list[bytes], list[Fault]]:
@@ -203,14 +190,12 @@ def list_lines(folder: str) -> tuple[list[bytes], list[Fault]]:
     Raises:
         DataError: if the folder cannot be read, or holds no image.
     """
-    path = os.path.abspath(os.path.expanduser(folder))
-    side = (split_folders(path) or {"train": path})["train"]
+    side = split_folders(os.path.abspath(os.path.expanduser(folder)))["train"]
     files, bad = scan(side)
-    classes = class_folders(side)
-    labels = class_labels(files, classes)
-    words = [""] * len(files) if labels is None else [classes[label] for label in labels]
+    labels, classes = class_labels(files, [side])
     lines = []
-    for name, word, size in zip(files, words, files.sizes.tolist(), strict=True):
+    for row, (name, size) in enumerate(zip(files, files.sizes.tolist(), strict=True)):
+        word = "" if labels is None or classes is None else classes[labels[row]]
         line = os.fsencode(f"{name}\t{word}\t{size}")
         if line.count(b"\t") == 2 and b"\n" not in line and b"\r" not in line:
             lines.append(line)

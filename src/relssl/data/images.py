@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from PIL import Image
 
-from relssl.data.decode import Decoded, Opened
+from relssl.data.decode import Opened, open_image
 
 if TYPE_CHECKING:  # DATA is checked before torch is imported
     from torch import Tensor
@@ -38,28 +38,16 @@ class Source(Protocol):
     def name(self, row: int) -> str:
         """Return the name of one image, by which messages and tables speak of it; of files, the path."""
 
-    def open(self, row: int, max_pixels: int) -> Opened | Decoded:
-        """Open one image, as a context manager: its `size` is then known, and `rgb` reads its pixels.
-
-        Raises:
-            BadImage: if it cannot be read, or has more than `max_pixels` pixels; the message is the reason, without the name.
-        """
+    def open(self, row: int, max_pixels: int) -> AbstractContextManager[Opened]:
+        """Open one image; BadImage, without its name, if it cannot be read, or if a file has more than `max_pixels` pixels."""
 
 
 @dataclass(frozen=True, eq=False)
 class Pixels:
-    """Images in memory.
+    """Images in memory."""
 
-    Attributes:
-        tensor: uint8 [N, 3, H, W], contiguous, on the CPU.
-        title: what the name of each image begins with; its position follows.
-    """
-
-    tensor: Tensor
-    title: str = "image"
-
-    def __post_init__(self) -> None:
-        assert str(self.tensor.dtype) == "torch.uint8" and self.tensor.is_contiguous()
+    tensor: Tensor  # uint8 [N, 3, H, W], contiguous, on the CPU
+    title: str = "image"  # what the name of each image begins with; its position follows
 
     def __len__(self) -> int:
         return len(self.tensor)
@@ -75,8 +63,8 @@ class Pixels:
     def name(self, row: int) -> str:
         return f"{self.title}/{row:06}"
 
-    def open(self, row: int, max_pixels: int) -> Decoded:
-        return Decoded(Image.fromarray(self.tensor[row].permute(1, 2, 0).numpy()))
+    def open(self, row: int, max_pixels: int) -> AbstractContextManager[Opened]:
+        return nullcontext(Opened.of(Image.fromarray(self.tensor[row].permute(1, 2, 0).numpy())))
 
 
 class Files:
@@ -85,13 +73,17 @@ class Files:
     The names lie in one block of bytes, not as N strings: loader workers share it with their parent, where counting the
     references of a million strings would copy them into each worker. Names that are no text keep their bytes
     (`surrogateescape`), so every file can be opened again.
+
+    Args:
+        folder: that folder.
+        entries: the path of each file, relative to the folder or absolute, and its size.
     """
 
-    def __init__(self, folder: str, names: Sequence[bytes], sizes: Sequence[int]) -> None:
+    def __init__(self, folder: str, entries: Sequence[tuple[bytes, int]]) -> None:
         self.folder = os.fsencode(folder)
-        self.sizes = np.array(sizes, np.int64)
-        self._block = b"".join(names)
-        self._ends = np.cumsum([0, *map(len, names)], dtype=np.int64)
+        self.sizes = np.array([size for _, size in entries], np.int64)
+        self._block = b"".join(name for name, _ in entries)
+        self._ends = np.cumsum([0, *(len(name) for name, _ in entries)], dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -100,15 +92,14 @@ class Files:
         return map(self.name, range(len(self)))
 
     def name(self, row: int) -> str:
-        return os.fsdecode(os.path.join(self.folder, self._block[self._ends[row] : self._ends[row + 1]]))
+        return os.fsdecode(os.path.join(self.folder, self.relative(row)))
 
-    def names(self) -> Iterator[bytes]:
-        """Yield the path of each file, relative to the folder."""
-        return (self._block[start:end] for start, end in itertools.pairwise(self._ends.tolist()))
+    def relative(self, row: int) -> bytes:
+        """Return the path of one file, relative to the folder."""
+        return self._block[self._ends[row] : self._ends[row + 1]]
 
     def take(self, rows: np.ndarray) -> Files:
-        ends = zip(self._ends[rows].tolist(), self._ends[rows + 1].tolist(), strict=True)
-        return Files(os.fsdecode(self.folder), [self._block[start:end] for start, end in ends], self.sizes[rows].tolist())
+        return Files(os.fsdecode(self.folder), [(self.relative(row), self.sizes[row]) for row in rows])
 
     def fingerprint(self) -> str:
         """Compute 16 hex digits of names, order and sizes; where the folder lies does not count."""
@@ -117,8 +108,8 @@ class Files:
             digest.update(part)
         return digest.hexdigest()[:16]
 
-    def open(self, row: int, max_pixels: int) -> Opened:
-        return Opened(self.name(row), max_pixels)
+    def open(self, row: int, max_pixels: int) -> AbstractContextManager[Opened]:
+        return open_image(self.name(row), max_pixels)
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,10 +124,6 @@ class Images:
     std: Channels = IMAGENET_STD
     bad: list[Fault] = field(default_factory=list)  # unusable files that listing already showed; not counted in N
     targets: np.ndarray | None = None  # int8 [N,C] of images with several labels each: 1 yes, 0 no, -1 unknown; labels are None
-
-    def __post_init__(self) -> None:
-        assert self.labels is None or (self.labels.dtype == np.int64 and len(self.labels) == len(self))
-        assert self.targets is None or (self.targets.dtype == np.int8 and len(self.targets) == len(self) and self.labels is None)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -162,7 +149,7 @@ class Images:
     def read(self, row: int, max_pixels: int) -> Image.Image:
         """Return one image whole, 8-bit RGB; BadImage if it cannot be read."""
         with self.source.open(row, max_pixels) as opened:
-            return opened.rgb()
+            return opened.rgb(1)
 
     def fingerprint(self) -> str:
         """Compute 16 hex digits of the pixels, or of the files' names and sizes; labels do not count."""

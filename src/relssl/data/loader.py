@@ -7,7 +7,7 @@ import math
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, islice
@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torchvision.transforms.functional import pil_to_tensor
 
 from relssl.data import batched
-from relssl.data.decode import BadImage, Decoded, Opened
+from relssl.data.decode import BadImage, Opened
 from relssl.data.draws import Ints, Slot, draw, draw_crops, uniforms
 from relssl.data.folder import shown
 from relssl.data.images import Fault, Images, Pixels
@@ -92,70 +92,28 @@ class Plan:
             yield epoch, list(batch.reshape(self.parts, self.world, self.share)[:, self.rank])
 
 
-def create_loader(
-    images: Images,
-    views: Sequence[ViewConfig],
-    plan: Plan,
-    device: torch.device,
-    statistics: Statistics,
-    settings: LoaderConfig,
-    processes: int = 1,
-) -> Resident | FromFiles:
-    """Create the loader that `loader.path` asks for.
-
-    Args:
-        images: the data set.
-        views: the views of each image, the first as `Batch.weak`, the others as `Batch.strong`.
-        plan: which samples each step sees, and the seed of their views.
-        device, statistics, settings: where batches are wanted, what normalises them, and how to load.
-        processes: training processes that share this machine's cores.
-
-    Raises:
-        DataError: if there are fewer images than one batch.
-        ConfigError: if files are to be resident, or images in memory to be cached.
-    """
-    if plan.steps_per_epoch == 0:
-        raise DataError(
-            f"{images.name}: {plan.count} usable images, batch is {plan.batch_size}; "
-            f"lower batch_size to {max(2, plan.count)} or less, or add images"
-        )
-    if settings.path == "resident" and not images.in_memory:
-        raise ConfigError("loader.path: resident is for data sets held in memory; use files for folders and lists")
-    if settings.cache is not None and images.in_memory:
-        raise ConfigError(f"loader.cache: is for folders and lists of files, {images.name} is held in memory; use null")
-    arguments = (images, views, plan, device, statistics, settings)
-    if images.in_memory and settings.path != "files":
-        return Resident(*arguments)
-    return FromFiles(*arguments, worker_count(settings.workers, processes))
-
-
-def make_views(
-    images: Sequence[Tensor], views: Sequence[ViewConfig], seed: int, epoch: int, rows: Ints, statistics: Statistics
-) -> list[Tensor]:
-    """Make the normalised views fp32 [B,C,S,S] of a batch, all at once, on the device of the images, uint8 [B,3,H,W] for each view.
-
-    The draws depend on seed, epoch and the images' positions in the data set, `rows`.
-    """
-    normalised = []
-    for slot, (pixels, view) in enumerate(zip(images, views, strict=True)):
-        draws = draw(view, seed, epoch, rows, slot, (pixels.shape[-2], pixels.shape[-1]))
-        normalised.append(batched.normalise(batched.apply(pixels, view, draws), *statistics))
-    return normalised
-
-
 # Bytes of one view of all the images of a stretch; a handful of such blocks lives at a time.
 _VIEW_BYTES = 256 << 20
 
 
 @dataclass
-class Resident:
-    """Images held as uint8 on the device, whose views are computed there in batches, without workers.
+class Loader:
+    """Views of images, made on the device in batches: of images that lie there as uint8, or of what worker processes decode and crop.
 
-    A GPU computes the views of one step faster than the host can launch them, operation by operation; so those of several
-    steps, a stretch, are made in one go. Fields as for `create_loader`.
+    A GPU computes the views of one step of resident images faster than the host can launch them, operation by operation; so those of
+    several steps, a stretch, are made in one go.
 
     Attributes:
+        views: of each image, the first as `Batch.weak`, the others as `Batch.strong`.
+        plan: which samples each step sees, and the seed of their views.
+        statistics: what normalises views.
+        processes: training processes that share this machine's cores.
+        workers: loader processes, 0: this one; None for images that lie on the device.
         ahead: steps of a stretch; without `loader.views_ahead` up to 8 on GPUs, else 1.
+
+    Raises:
+        DataError: if there are fewer images than one batch.
+        ConfigError: if files are to be resident, or images in memory to be cached.
     """
 
     images: Images
@@ -164,34 +122,69 @@ class Resident:
     device: torch.device
     statistics: Statistics
     settings: LoaderConfig
+    processes: int = 1
 
     def __post_init__(self) -> None:
-        assert isinstance(self.images.source, Pixels)
-        self.pixels = self.images.source.tensor.to(self.device)
+        images, settings, most = self.images, self.settings, max(2, self.plan.count)
+        if self.plan.steps_per_epoch == 0:
+            few = f"{images.name}: {self.plan.count} usable images, batch is {self.plan.batch_size}"
+            raise DataError(f"{few}; lower batch_size to {most} or less, or add images")
+        if settings.path == "resident" and not images.in_memory:
+            raise ConfigError("loader.path: resident is for data sets held in memory; use files for folders and lists")
+        if settings.cache is not None and images.in_memory:
+            raise ConfigError(f"loader.cache: is for folders and lists of files, {images.name} is held in memory; use null")
+        self.workers: int | None = worker_count(settings.workers, self.processes)
+        if isinstance(images.source, Pixels) and settings.path != "files":
+            self.workers, self._pixels = None, images.source.tensor.to(self.device)
         step_bytes = self.plan.share * self.plan.parts * 3 * 4 * max(view.size for view in self.views) ** 2
         fitting = max(1, min(8, _VIEW_BYTES // step_bytes)) if self.device.type == "cuda" else 1
-        self.ahead = self.settings.views_ahead or fitting
+        self.ahead = settings.views_ahead or fitting
 
     def stream(self, start: int, stop: int) -> Iterator[list[Batch]]:
-        """Yield the parts of each step from `start` to `stop`."""
+        """Yield the parts of each step from `start` to `stop`; Unreadable if one has no image."""
+        return self._from_memory(start, stop) if self.workers is None else self._from_files(start, stop, self.workers)
+
+    def _from_memory(self, start: int, stop: int) -> Iterator[list[Batch]]:
         # Stretches begin and end at the same steps wherever the stream does, and none spans two epochs.
-        epoch = self.plan.steps_per_epoch
-        step = start - start % epoch % self.ahead
+        length, parts, share = self.plan.steps_per_epoch, self.plan.parts, self.plan.share
+        step = start - start % length % self.ahead
         source = self.plan.steps(step, stop + self.ahead)
         while step < stop:
-            count = min(self.ahead, epoch - step % epoch)
-            yield from islice(self._batches(list(islice(source, count))), max(0, start - step), stop - step)
-            step += count
+            steps = list(islice(source, min(self.ahead, length - step % length)))
+            rows = np.concatenate([positions for _, shares in steps for positions in shares])
+            ids = send(torch.from_numpy(rows), self.device)
+            weak, *strong = self._views([self._pixels[ids]] * len(self.views), self.views, steps[0][0], rows)
+            cuts = [slice(first, first + share) for first in range(0, len(rows), share)]
+            batches = [Batch(ids[cut], weak[cut], [view[cut] for view in strong]) for cut in cuts]
+            for number in range(max(0, start - step), min(len(steps), stop - step)):
+                yield batches[number * parts : (number + 1) * parts]
+            step += len(steps)
 
-    def _batches(self, steps: list[tuple[int, list[Ints]]]) -> Iterator[list[Batch]]:
-        """Yield the parts of some steps of one epoch."""
-        rows = np.concatenate([part for _, parts in steps for part in parts])
-        ids = send(torch.from_numpy(rows), self.device)
-        pixels = [self.pixels[ids]] * len(self.views)
-        views = make_views(pixels, self.views, self.plan.seed, steps[0][0], rows, self.statistics)
-        cuts = [slice(first, first + self.plan.share) for first in range(0, len(rows), self.plan.share)]
-        batches = (Batch(ids[cut], views[0][cut], [view[cut] for view in views[1:]]) for cut in cuts)
-        return iter(lambda: list(islice(batches, self.plan.parts)), [])
+    def _from_files(self, start: int, stop: int, workers: int) -> Iterator[list[Batch]]:
+        steps, pin = self.plan.steps(start, stop), self.device.type == "cuda"
+        requests = ([(epoch, int(row)) for row in rows] for epoch, parts in steps for rows in parts)
+        crops = Crops(self.images, self.views, self.plan.seed, self.settings)
+        batches = map(self._finish, read_batches(crops, collate, workers, batch_sampler=requests, pin_memory=pin))
+        while parts := list(islice(batches, self.plan.parts)):
+            yield parts
+
+    def _finish(self, sample: Sample) -> Batch:
+        """Make the views of joined samples from their crops."""
+        if not sample.crops:
+            raise Unreadable(sample.bad)
+        rows, crops = np.array(sample.rows, np.int64), [send(pixels, self.device) for pixels in sample.crops]
+        # Of the parameters of a view, its crop alone depends on the image's size, so all others can be drawn without it.
+        rest = [dataclasses.replace(view, scale=None) for view in self.views]
+        weak, *strong = self._views(crops, rest, sample.epoch, rows)
+        return Batch(send(torch.from_numpy(rows), self.device), weak, strong, sample.bad)
+
+    def _views(self, images: Sequence[Tensor], views: Sequence[ViewConfig], epoch: int, rows: Ints) -> list[Tensor]:
+        """Make the normalised views fp32 [B,C,S,S] of images at these positions in the data set, uint8 [B,3,H,W] for each view."""
+        normalised = []
+        for slot, (pixels, view) in enumerate(zip(images, views, strict=True)):
+            draws = draw(view, self.plan.seed, epoch, rows, slot, (pixels.shape[-2], pixels.shape[-1]))
+            normalised.append(batched.normalise(batched.apply(pixels, view, draws), *self.statistics))
+        return normalised
 
 
 class Unreadable(DataError):
@@ -203,47 +196,11 @@ class Unreadable(DataError):
         self.faults = faults
 
 
-@dataclass
-class FromFiles:
-    """Images decoded and cropped by worker processes; the rest of each view is made on the device, in batches.
-
-    Fields as for `create_loader`, and the number of loader processes; 0: this one.
-    """
-
-    images: Images
-    views: Sequence[ViewConfig]
-    plan: Plan
-    device: torch.device
-    statistics: Statistics
-    settings: LoaderConfig
-    workers: int
-
-    def stream(self, start: int, stop: int) -> Iterator[list[Batch]]:
-        """Yield the parts of each step from `start` to `stop`; Unreadable if one has no image."""
-        steps, pin = self.plan.steps(start, stop), self.device.type == "cuda"
-        requests = ([(epoch, int(row)) for row in rows] for epoch, parts in steps for rows in parts)
-        crops = Crops(self.images, self.views, self.plan.seed, self.settings.max_pixels, self.settings.reduced_decode)
-        batches = map(self._finish, read_batches(crops, collate, self.workers, batch_sampler=requests, pin_memory=pin))
-        while parts := list(islice(batches, self.plan.parts)):
-            yield parts
-
-    def _finish(self, sample: Sample) -> Batch:
-        """Make the views of joined samples from their crops."""
-        if not sample.crops:
-            raise Unreadable(sample.bad)
-        assert isinstance(sample.row, Tensor)
-        crops = [send(pixels, self.device) for pixels in sample.crops]
-        # Of the parameters of a view, its crop alone depends on the image's size, so all others can be drawn without it.
-        rest = [dataclasses.replace(view, scale=None) for view in self.views]
-        views = make_views(crops, rest, self.plan.seed, sample.epoch, sample.row.numpy(), self.statistics)
-        return Batch(send(sample.row, self.device), views[0], views[1:], sample.bad)
-
-
 class Sample(NamedTuple):
     """The crops of one image; of several, stacked, once collated."""
 
     epoch: int
-    row: int | Tensor  # position in the data set; [B] int64 once collated
+    rows: list[int]  # positions in the data set
     crops: list[Tensor]  # for each view, uint8 [3,S,S], or [B,3,S,S]; none if no image can be read
     bad: list[Fault]  # unreadable files on the way
 
@@ -261,8 +218,7 @@ class Crops(Dataset[Sample]):
     images: Images
     views: Sequence[ViewConfig]
     seed: int
-    max_pixels: int
-    reduced_decode: bool
+    settings: LoaderConfig
 
     def __getitem__(self, request: tuple[int, int]) -> Sample:
         epoch, row = request
@@ -270,17 +226,17 @@ class Crops(Dataset[Sample]):
         for offset in range(min(_TRIES, len(self.images))):
             position = (row + offset) % len(self.images)
             try:
-                with self.images.source.open(position, self.max_pixels) as opened:
-                    return Sample(epoch, position, self._crops(opened, epoch, position), bad)
+                with self.images.source.open(position, self.settings.max_pixels) as opened:
+                    return Sample(epoch, [position], self._crops(opened, epoch, position), bad)
             except BadImage as fault:
                 bad.append((self.images.source.name(position), str(fault)))
-        return Sample(epoch, row, [], bad)
+        return Sample(epoch, [row], [], bad)
 
-    def _crops(self, opened: Opened | Decoded, epoch: int, row: int) -> list[Tensor]:
+    def _crops(self, opened: Opened, epoch: int, row: int) -> list[Tensor]:
         """Decode an image once for all views, as small as the largest reduction at which no crop has fewer pixels than its view."""
         ids, sizes = np.array([row]), [view.size for view in self.views]
         boxes = [draw_crops(view, self.seed, epoch, ids, slot, opened.size)[0] for slot, view in enumerate(self.views)]
-        spare = min(box[2:].min() / size for box, size in zip(boxes, sizes, strict=True)) if self.reduced_decode else 1
+        spare = min(box[2:].min() / size for box, size in zip(boxes, sizes, strict=True)) if self.settings.reduced_decode else 1
         reduction = max((each for each in opened.reductions if each <= spare), default=1)
         image = opened.rgb(reduction)
         if reduction > 1:  # boxes then have parts of pixels at their edges, which only Pillow takes
@@ -311,12 +267,11 @@ def collate(samples: Sequence[Sample]) -> Sample:
     """Join samples of one epoch; without crops if one of them has none."""
     epochs, rows, crops, bad = zip(*samples, strict=True)
     stacked = [torch.stack(each) for each in zip(*crops, strict=True)] if all(crops) else []
-    return Sample(epochs[0], torch.tensor(rows), stacked, list(chain(*bad)))
+    return Sample(epochs[0], list(chain(*rows)), stacked, list(chain(*bad)))
 
 
 # Signs in errors that a worker is gone, or that /dev/shm or memory is full.
-_DIED = ("exited unexpectedly", "killed by signal", "bus error")
-_FULL = ("unable to", "no space left", "cannot allocate", "can't allocate")
+_DIED = ("exited unexpectedly", "killed by signal", "bus error", "unable to", "no space left", "allocate")
 
 
 def worker_count(workers: int | None, processes: int = 1) -> int:
@@ -324,8 +279,8 @@ def worker_count(workers: int | None, processes: int = 1) -> int:
     return max(1, available_cores() // processes - 1) if workers is None else workers
 
 
-def read_batches(dataset: Dataset[Any], join: Callable[[list[Any]], Any], workers: int, **batching: Any) -> Iterator[Any]:
-    """Yield batches that worker processes (0: this process) read item by item and join; `batching` is for torch's DataLoader.
+def read_batches(dataset: Any, join: Callable[[list[Any]], Any], workers: int, **batching: Any) -> Generator[Any, None, None]:
+    """Yield batches of a sequence's items that worker processes (0: this process) take and join; `batching` is for torch's DataLoader.
 
     Raises:
         DataError: if a worker dies, or has no shared or other memory left.
@@ -344,9 +299,12 @@ def read_batches(dataset: Dataset[Any], join: Callable[[list[Any]], Any], worker
     try:
         yield from batches
     except (RuntimeError, ConnectionError, OSError) as error:
-        _dismiss(batches)
-        signs = (*_DIED, *_FULL) if workers else _DIED
-        if not isinstance(error, ConnectionError) and not any(sign in str(error).lower() for sign in signs):
+        # Until workers are forgotten, torch raises the death of one anew, in whatever the main thread does, whenever another child ends.
+        if workers and threading.current_thread() is threading.main_thread():
+            before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            batches._shutdown_workers()
+            signal.signal(signal.SIGCHLD, before)
+        if not workers or not (isinstance(error, ConnectionError) or any(sign in str(error).lower() for sign in _DIED)):
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
         raise DataError(
@@ -370,12 +328,3 @@ def _join_shared(join: Callable[[Any], Any], items: Any) -> Any:
         if isinstance(leaf, Tensor):
             leaf.share_memory_()  # type: ignore[no-untyped-call]
     return joined
-
-
-def _dismiss(batches: Any) -> None:
-    """End the workers that are left. Until they are forgotten, torch raises the death of one anew, in whatever the main thread is
-    doing, whenever another child ends."""
-    if hasattr(batches, "_shutdown_workers") and threading.current_thread() is threading.main_thread():
-        before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        batches._shutdown_workers()
-        signal.signal(signal.SIGCHLD, before)

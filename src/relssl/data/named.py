@@ -7,7 +7,8 @@ import fcntl
 import os
 import re
 import socket
-from collections.abc import Callable, Iterator
+import tomllib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from relssl.data import digits
 from relssl.data.folder import LIST_SUFFIXES, complete, read_folder, read_list, shown, split_folders, walk
@@ -29,19 +31,19 @@ IMAGENET100 = tuple(Path(__file__).with_name("imagenet100.txt").read_text("ascii
 
 @dataclass(frozen=True)
 class NamedSet:
-    """A data set known by its name.
+    """A data set known by its name; `named.toml` says what the fields mean."""
 
-    The channel statistics of CIFAR, STL-10 and Tiny-ImageNet are those of the paper's code; those of Fashion-MNIST and SVHN are of
-    all training pixels.
-    """
-
-    read: Callable[[str, str, str], Images]  # returns its images for the name, the root of data sets, and one of `SPLITS`
-    reader: str = ""  # the class of torchvision.datasets that knows its files
-    folder: str = ""  # where they lie below the root
-    source: str = ""  # where they can be had; empty for sets that are never downloaded
-    parts: tuple[tuple[Any, ...], ...] = ()  # the reader's argument for train, bank and test; images of several are joined
+    kind: str
+    reader: str = ""
+    folder: str = ""
+    source: str = ""  # empty for sets that are never downloaded
+    parts: tuple[list[Any], ...] = ()
     mean: Channels = IMAGENET_MEAN
     std: Channels = IMAGENET_STD
+
+
+# A folder of the same name is meant by `./NAME`.
+SETS = TypeAdapter(dict[str, NamedSet]).validate_python(tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8")))
 
 
 def load(data: str, root: str | None, split: str) -> Images:
@@ -59,11 +61,11 @@ def load(data: str, root: str | None, split: str) -> Images:
     """
     if split not in SPLITS:
         raise ConfigError(f"split: must be one of {', '.join(SPLITS)}, got {split!r} (nearest: {nearest_word(split, SPLITS)})")
-    exists(data, root)
-    if data in SETS:
-        images = SETS[data].read(data, data_root(root), split)
-    elif os.path.isdir(path := locate(data)):
-        images = read_voc(path, split) if is_voc(path) else read_folder(path, split)
+    path = exists(data, root)
+    if path is None or data in SETS:
+        images = _READERS[SETS[data].kind](data, data_root(root), split)
+    elif os.path.isdir(path):
+        images = read_voc(path, split) if _voc_lists(path) else read_folder(path, split)
     elif split == "test":
         raise DataError(f"{shown(data)}: a list file has no test images; use a folder with train/CLASS/ and val/CLASS/")
     else:
@@ -81,15 +83,12 @@ def sample(data: str, root: str | None, count: int) -> Images | None:
     """
     if not at_hand(data, root):
         return None
-    try:
-        path = _path(data, root)
-        if path is None or not os.path.isdir(path):
+    with contextlib.suppress(DataError):
+        if (path := exists(data, root)) is None or not os.path.isdir(path):
             return load(data, root, "train")
-        folder = (split_folders(path) or {"train": path})["train"]
-        entries = sorted(islice(walk(folder, {}), count))
-        return Images(data, Files(folder, [name for name, _ in entries], [size for _, size in entries]))
-    except DataError:
-        return None
+        folder = split_folders(path)["train"]
+        return Images(data, Files(folder, sorted(islice(walk(folder, {}), count))))
+    return None
 
 
 def at_hand(data: str, root: str | None) -> bool:
@@ -104,60 +103,54 @@ def data_root(root: str | None) -> str:
     return os.path.expanduser(root or os.environ.get("RELSSL_DATA") or "~/.cache/relssl")
 
 
-def exists(data: str, root: str | None) -> None:
+def exists(data: str, root: str | None) -> str | None:
     """Check that DATA can be what it names, before anything slow is imported; images are not read.
+
+    Returns:
+        The folder or list file that it names; None for a set that `load` may download or draw.
 
     Raises:
         DataError: for a name that is not known, a path that does not exist, a folder without images, an empty list file.
     """
-    path = _path(data, root)
-    if path is None:
-        return
+    path = os.path.expanduser(data)
+    if data in SETS:
+        if SETS[data].kind != "imagenet":
+            return None
+        path = os.path.join(data_root(root), "imagenet")
+        if "test" not in split_folders(path):
+            raise DataError(f"{data}: not found; put train/CLASS/ and val/CLASS/ below {shown(path)}, or set data_root")
+    elif not os.path.exists(path):
+        if os.sep in data or data.lower().endswith(LIST_SUFFIXES):
+            raise DataError(f"{shown(data)}: no such folder or list file (looked in {shown(os.getcwd())})")
+        guess, known = nearest_word(data, SETS), ", ".join(SETS)
+        raise DataError(f"{shown(data)}: neither a folder nor a known data set; the nearest is {guess} (known: {known})")
     if os.path.isdir(path):
-        for folder in sorted(set((split_folders(path) or {"train": path}).values())):
+        for folder in sorted(set(split_folders(path).values())):
             faults: dict[bytes, str] = {}
             if next(walk(folder, faults), None) is None:
-                name, fault = min(faults.items(), default=(b"", ""))
-                reason = f" ({len(faults)} cannot be used; {shown(os.fsdecode(name))} {fault})" if faults else ""
-                raise DataError(f"{shown(folder)}: holds no images{reason}; needs files such as .jpg or .png")
-    elif os.path.splitext(path)[1].lower() not in LIST_SUFFIXES or not os.path.isfile(path):
+                raise DataError(f"{shown(folder)}: holds no usable images such as .jpg or .png ({len(faults)} cannot be used)")
+    elif not path.lower().endswith(LIST_SUFFIXES) or not os.path.isfile(path):
         raise DataError(f"{shown(path)}: is neither a folder of images nor a list file ({' or '.join(LIST_SUFFIXES)})")
     elif os.path.getsize(path) == 0:
         raise DataError(f"{shown(path)}: is an empty list; needs the path of an image on each line")
-
-
-def _path(data: str, root: str | None) -> str | None:
-    """The folder or list file that DATA names; None for a set that `load` may download or draw."""
-    if data not in SETS:
-        return locate(data)
-    if SETS[data].read is not _read_imagenet:
-        return None
-    path = os.path.join(data_root(root), "imagenet")
-    if split_folders(path) is None:
-        raise DataError(f"{data}: not found; put train/CLASS/ and val/CLASS/ below {shown(path)}, or set data_root")
     return path
-
-
-def locate(data: str) -> str:
-    """Return the path of a folder or a list file; DataError if nothing is there, with the nearest name."""
-    path = os.path.expanduser(data)
-    if "\0" not in path and os.path.exists(path):
-        return path
-    if any(separator in data for separator in (os.sep, os.altsep) if separator) or data.lower().endswith(LIST_SUFFIXES):
-        raise DataError(f"{shown(data)}: no such folder or list file (looked in {shown(os.getcwd())})")
-    guess, known = nearest_word(data, SETS), ", ".join(SETS)
-    raise DataError(f"{shown(data)}: neither a folder nor a known data set; the nearest is {guess} (known: {known})")
 
 
 def fetch(name: str, root: str, read: Callable[[bool], T]) -> T:
     """Return `read(False)`, or where that fails, `read(True)`, which downloads first; torchvision checks that by its hash.
 
-    DataError, which says where the files belong, if they are not complete and cannot be downloaded.
+    One process of a machine downloads while the others wait, and none waits for a dead server. DataError, which says where the files
+    belong, if they are not complete and cannot be downloaded.
     """
     with contextlib.suppress(Exception):  # missing and damaged files make the readers raise all sorts of errors
         return read(False)
+    timeout = socket.getdefaulttimeout()
     try:
-        with _one_at_a_time(root, name):
+        Path(root).mkdir(parents=True, exist_ok=True)
+        with Path(root, f".{name}.lock").open("w") as lock:
+            with contextlib.suppress(OSError):  # not on every network drive
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            socket.setdefaulttimeout(30)
             return read(True)
     except MemoryError:
         raise
@@ -167,21 +160,8 @@ def fetch(name: str, root: str, read: Callable[[bool], T]) -> T:
             f"{name}: not complete in {shown(os.path.join(root, SETS[name].folder))} and cannot be downloaded ({reason}); "
             f"put the files of {SETS[name].source} there, or set data_root to where they are"
         ) from error
-
-
-@contextlib.contextmanager
-def _one_at_a_time(root: str, name: str) -> Iterator[None]:
-    """Let one process of this machine download while the others wait, and never wait for a dead server."""
-    Path(root).mkdir(parents=True, exist_ok=True)
-    timeout = socket.getdefaulttimeout()
-    with Path(root, f".{name}.lock").open("w") as lock:
-        with contextlib.suppress(OSError):  # not on every network drive
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        socket.setdefaulttimeout(30)
-        try:
-            yield
-        finally:
-            socket.setdefaulttimeout(timeout)
+    finally:
+        socket.setdefaulttimeout(timeout)
 
 
 def _torchvision(name: str, root: str, split: str, **options: Any) -> list[Any]:
@@ -189,10 +169,10 @@ def _torchvision(name: str, root: str, split: str, **options: Any) -> list[Any]:
     import torchvision.datasets
 
     entry = SETS[name]
-    reader = partial(getattr(torchvision.datasets, entry.reader), root, **options)
+    reader, argument = getattr(torchvision.datasets, entry.reader), "split" if isinstance(entry.parts[0][0], str) else "train"
 
     def read(part: Any, download: bool) -> Any:
-        return reader(**{"train" if entry.parts == _BOOL else "split": part}, download=download)
+        return reader(root, download=download, **{argument: part}, **options)
 
     return [fetch(name, root, partial(read, part)) for part in entry.parts[SPLITS.index(split)]]
 
@@ -228,15 +208,14 @@ def _read_pixels(name: str, root: str, split: str) -> Images:
 
 def _read_files(name: str, root: str, split: str) -> Images:
     """A set of files in the order of its official lists; its training and validation images are both train and bank."""
-    folder = os.path.join(root, SETS[name].folder)
-    pets = name == "oxford-pets"
+    folder, pets = os.path.join(root, SETS[name].folder), name == "oxford-pets"
     datasets = _torchvision(name, root, split, **({} if pets else {"loader": os.fspath}))  # a path in place of an image
     if len({tuple(dataset.classes) for dataset in datasets}) > 1:  # torchvision numbers the classes that it meets in each part
         raise DataError(f"{name}: its parts {' and '.join(SETS[name].parts[1])} have other classes; get {shown(folder)} anew")
     pairs: list[tuple[Any, Any]] = []
     for dataset in datasets:  # the reader of the pets offers no way to its lists but these
         pairs += zip(dataset._images, dataset._labels, strict=True) if pets else (dataset[row] for row in range(len(dataset)))
-    files = complete(name, folder, [os.fsencode(os.path.relpath(path, folder)) for path, _ in pairs])
+    files = complete(name, folder, [os.path.relpath(path, folder) for path, _ in pairs])
     return Images(name, files, np.array([label for _, label in pairs], np.int64), tuple(map(str, datasets[0].classes)))
 
 
@@ -269,41 +248,36 @@ def _read_tiny_imagenet(name: str, root: str, split: str) -> Images:
             os.stat(os.path.join(folder, file))
 
     fetch(name, root, read)
-    classes = tuple(sorted(word for (word,) in _rows(os.path.join(folder, "wnids.txt"), 1)))
+    classes = tuple(sorted(word for (word,) in _rows(1, folder, "wnids.txt")))
     if split == "test":
-        pairs = [(f"val/images/{row[0]}", row[1]) for row in _rows(os.path.join(folder, "val", "val_annotations.txt"), 6)]
+        pairs = [(f"val/images/{file}", word) for file, word, *_ in _rows(6, folder, "val", "val_annotations.txt")]
     else:  # the list of each class's boxes names its images
-        boxes = ((word, _rows(os.path.join(folder, "train", word, f"{word}_boxes.txt"), 5)) for word in classes)
-        pairs = [(f"train/{word}/images/{row[0]}", word) for word, rows in boxes for row in rows]
+        boxes = ((word, _rows(5, folder, "train", word, f"{word}_boxes.txt")) for word in classes)
+        pairs = [(f"train/{word}/images/{file}", word) for word, rows in boxes for file, *_ in rows]
     rank = {word: position for position, word in enumerate(classes)}
     if strange := sorted({word for _, word in pairs} - rank.keys()):
         raise DataError(f"{shown(folder)}: {shown(strange[0])} is none of the classes of wnids.txt; unpack it anew")
-    files = complete(name, folder, [os.fsencode(file) for file, _ in pairs])
+    files = complete(name, folder, [file for file, _ in pairs])
     return Images(name, files, np.array([rank[word] for _, word in pairs], np.int64), classes, entry.mean, entry.std)
 
 
-def _rows(path: str, columns: int) -> list[list[str]]:
+def _rows(columns: int, *path: str) -> list[list[str]]:
     """Return the lines of a list, of so many words each."""
     try:
-        with open(path, encoding="utf-8", errors="surrogateescape") as lines:
-            rows = [line.split() for line in lines if line.strip()]
+        lines = Path(*path).read_text("utf-8", errors="surrogateescape").split("\n")
     except OSError as error:
-        raise DataError(f"{shown(path)}: cannot be read: {error.strerror}") from error
+        raise DataError(f"{shown(os.path.join(*path))}: cannot be read: {error.strerror}") from error
+    rows = [line.split() for line in lines if line.strip()]
     if any(len(row) != columns for row in rows):
-        raise DataError(f"{shown(path)}: needs lines of {columns} word{'s' if columns > 1 else ''} each; get the set anew")
+        raise DataError(f"{shown(os.path.join(*path))}: needs lines of {columns} words each; get the set anew")
     return rows
 
 
-def is_voc(folder: str) -> bool:
-    """Return whether a folder is that of a VOC year: it has JPEGImages/ and lists of classes in ImageSets/Main/."""
-    return os.path.isdir(os.path.join(folder, "JPEGImages")) and bool(_voc_lists(folder))
-
-
 def _voc_lists(folder: str) -> dict[str, list[str]]:
-    """Return the classes, sorted, that have a list for each of the parts."""
+    """Return the classes, sorted, that have a list for each of the parts of a VOC year; none of another folder."""
     lists: dict[str, list[str]] = {}
     main = os.path.join(folder, "ImageSets", "Main")
-    for file in os.listdir(main) if os.path.isdir(main) else ():
+    for file in os.listdir(main) if os.path.isdir(main) and os.path.isdir(os.path.join(folder, "JPEGImages")) else ():
         if match := re.fullmatch(r"(.+)_(train|val|trainval|test)\.txt", file):
             lists.setdefault(match[2], []).append(match[1])
     return {part: sorted(words) for part, words in lists.items()}
@@ -313,15 +287,10 @@ def read_voc(folder: str, split: str) -> Images:
     """Read the images of a split of a VOC folder; the name says which of the folder's parts that is.
 
     Tested is on `test` after `trainval`; on `val` after `train` where the labels of `test` were never published, as for VOC2012.
-
-    Raises:
-        DataError: if there is no such part, a list is damaged or does not fit the others, or images are missing.
     """
     lists = _voc_lists(folder)
     train, test = ("trainval", "test") if "test" in lists or not {"train", "val"} <= lists.keys() else ("train", "val")
     part = test if split == "test" else train
-    if part not in lists:
-        raise DataError(f"{shown(folder)}: has no lists ImageSets/Main/CLASS_{part}.txt, nor those of both train and val")
     return _read_voc_part(f"{shown(folder)} ({part})", folder, part)
 
 
@@ -339,53 +308,23 @@ def _read_voc_part(name: str, folder: str, part: str) -> Images:
     classes = _voc_lists(folder).get(part, [])
     columns: list[dict[str, int]] = []  # by class: the target of each image
     for word in classes:
-        path = os.path.join(folder, "ImageSets", "Main", f"{word}_{part}.txt")
-        rows = _rows(path, 2)
+        rows = _rows(2, folder, "ImageSets", "Main", f"{word}_{part}.txt")
         columns.append({image: {"1": 1, "-1": 0, "0": -1}.get(sign, 2) for image, sign in rows})
-        if len(columns[-1]) < len(rows) or 2 in columns[-1].values() or list(columns[-1]) != list(columns[0]):
+        if not rows or len(columns[-1]) < len(rows) or 2 in columns[-1].values() or list(columns[-1]) != list(columns[0]):
             others = f"the images of {classes[0]}_{part}.txt, each once, with 1, 0 or -1"
-            raise DataError(f"{name}: {shown(path)} must name {others}; get the folder anew")
-    if not columns or not columns[0]:
-        raise DataError(f"{name}: {shown(folder)} has no images in ImageSets/Main/CLASS_{part}.txt")
-    files = complete(name, os.path.join(folder, "JPEGImages"), [os.fsencode(f"{image}.jpg") for image in columns[0]])
+            raise DataError(f"{name}: ImageSets/Main/{shown(word)}_{part}.txt in {shown(folder)} must name {others}; get it anew")
+    if not columns:
+        raise DataError(f"{name}: {shown(folder)} has no lists ImageSets/Main/CLASS_{part}.txt")
+    files = complete(name, os.path.join(folder, "JPEGImages"), [f"{image}.jpg" for image in columns[0]])
     targets = np.ascontiguousarray(np.array([list(column.values()) for column in columns], np.int8).T)
     return Images(name, files, classes=tuple(classes), targets=targets)
 
 
-# What readers take for train, bank and test.
-_BOOL = ((True,), (True,), (False,))
-_TRAIN, _TRAINVAL = (("train",), ("train",), ("test",)), (("trainval",), ("trainval",), ("test",))
-_BOTH, _STL10 = (("train", "val"), ("train", "val"), ("test",)), (("train+unlabeled",), ("train",), ("test",))
-
-_FASHION = "https://github.com/zalandoresearch/fashion-mnist"
-_CIFAR, _STL = "https://www.cs.toronto.edu/~kriz/cifar.html", "http://ai.stanford.edu/~acoates/stl10/"
-_TINY, _SVHN = "http://cs231n.stanford.edu/tiny-imagenet-200.zip", "http://ufldl.stanford.edu/housenumbers/"
-_VGG, _FOOD = "https://www.robots.ox.ac.uk/~vgg/data", "http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz"
-_CARS = "https://github.com/pytorch/vision/issues/7545"  # its home is gone; the thread tells of mirrors
-_VOC = "http://host.robots.ox.ac.uk/pascal/VOC/voc2007/"
-
-# A folder of the same name is meant by `./NAME`.
-SETS = {
-    "digits": NamedSet(_read_digits),
-    "fashion-mnist": NamedSet(_read_pixels, "FashionMNIST", "FashionMNIST/raw", _FASHION, _BOOL, (0.2860,) * 3, (0.3530,) * 3),
-    "cifar10": NamedSet(
-        _read_pixels, "CIFAR10", "cifar-10-batches-py", _CIFAR, _BOOL, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
-    ),
-    "cifar100": NamedSet(
-        _read_pixels, "CIFAR100", "cifar-100-python", _CIFAR, _BOOL, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
-    ),
-    "stl10": NamedSet(_read_pixels, "STL10", "stl10_binary", _STL, _STL10, (0.4408, 0.4279, 0.3867), (0.2682, 0.2610, 0.2686)),
-    "tiny-imagenet": NamedSet(
-        _read_tiny_imagenet, "", "tiny-imagenet-200", _TINY, (), (0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262)
-    ),
-    "imagenet": NamedSet(_read_imagenet),
-    "imagenet100": NamedSet(_read_imagenet),
-    "svhn": NamedSet(_read_pixels, "SVHN", "", _SVHN, _TRAIN, (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
-    "food101": NamedSet(_read_files, "Food101", "food-101", _FOOD, _TRAIN),
-    "flowers102": NamedSet(_read_files, "Flowers102", "flowers-102", f"{_VGG}/flowers/102/", _BOTH),
-    "oxford-pets": NamedSet(_read_files, "OxfordIIITPet", "oxford-iiit-pet", f"{_VGG}/pets/", _TRAINVAL),
-    "fgvc-aircraft": NamedSet(_read_files, "FGVCAircraft", "fgvc-aircraft-2013b", f"{_VGG}/fgvc-aircraft/", _TRAINVAL),
-    "dtd": NamedSet(_read_files, "DTD", "dtd", f"{_VGG}/dtd/", _BOTH),
-    "stanford-cars": NamedSet(_read_files, "StanfordCars", "stanford_cars", _CARS, _TRAIN),
-    "voc07": NamedSet(_read_voc07, "", "VOCdevkit/VOC2007", _VOC),
+_READERS: dict[str, Callable[[str, str, str], Images]] = {  # of the name, the root of data sets, and one of `SPLITS`
+    "digits": _read_digits,
+    "pixels": _read_pixels,
+    "files": _read_files,
+    "imagenet": _read_imagenet,
+    "tiny-imagenet": _read_tiny_imagenet,
+    "voc07": _read_voc07,
 }

@@ -11,47 +11,57 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from relssl.data.draws import POOL, Draws, Floats, Ints
+from relssl.data.draws import POOL, Bools, Draws, Floats, Ints
 from relssl.engine import send
 
 
 def apply(x: Tensor, draws: Draws) -> Tensor:
     """Apply each sample's drawn operations, in turn, in place; x fp32 [B,3,S,S] in 0..1, on any device."""
-    touched = np.flatnonzero(draws.ops_applied.any(axis=1))
-    if len(touched) == 0:
+    return on(x, draws.ops_applied.sum(axis=1) > 0, lambda part, rows: _apply_drawn(part, draws.take(rows)))
+
+
+def on(x: Tensor, where: Bools, operation: Callable[[Tensor, Ints], Tensor]) -> Tensor:
+    """Replace in x, in place, the rows marked on the host by operation(those rows, their indices)."""
+    rows = np.flatnonzero(where)
+    if len(rows) == 0:
         return x
-    index = _index(touched, x)
-    pixels = (x.index_select(0, index) * 255).round_()
-    draws = draws.take(touched)
+    index = send(torch.as_tensor(rows), x.device)
+    return x.index_copy_(0, index, operation(x.index_select(0, index), rows))
+
+
+def _apply_drawn(x: Tensor, draws: Draws) -> Tensor:
+    pixels = (x * 255).round_()
     for turn in range(draws.ops.shape[1]):
         for op, name in enumerate(POOL):
-            rows = np.flatnonzero((draws.ops[:, turn] == op) & draws.ops_applied[:, turn])
-            if len(rows) and name != "identity":
-                part = _index(rows, x)
-                pixels.index_copy_(0, part, _apply(name, pixels.index_select(0, part), draws.levels[rows, turn]))
-    return x.index_copy_(0, index, pixels.div_(255))
+            if name != "identity":
+                where = (draws.ops[:, turn] == op) & draws.ops_applied[:, turn]
+                pixels = on(pixels, where, partial(_apply, name, draws.levels[:, turn]))
+    return pixels.div_(255)
 
 
-def _apply(name: str, x: Tensor, levels: Ints) -> Tensor:
-    """Apply one operation to whole numbers 0..255 [B,3,S,S], each sample at its own level."""
+def _apply(name: str, levels: Ints, x: Tensor, rows: Ints) -> Tensor:
+    """Apply one operation to whole numbers 0..255 [B,3,S,S], each sample at its own level, that of its row."""
+    levels = levels[rows]
     strength = np.abs(levels)
     if name in _BASES:  # blended as by Pillow's Image.blend, which truncates
         base = _BASES[name](x)
-        return (base + _column(0.9 * strength / 10 + 0.05, x) * (x - base)).floor_()
+        return (base + column(0.9 * strength / 10 + 0.05, x) * (x - base)).floor_()
     if name == "autocontrast":
         return _autocontrast(x)
     if name == "equalize":
         return _equalize(x)
     if name == "posterize":
-        return x - x.remainder(_column(2 ** (4 - 4 * strength // 10), x))
+        return x - x.remainder(column(2 ** (4 - 4 * strength // 10), x))
     if name == "solarize":
-        return torch.where(x < _column(256 - 256 * strength // 10, x), x, 255 - x)
+        return torch.where(x < column(256 - 256 * strength // 10, x), x, 255 - x)
     return _warp(x, np.array([_matrix(name, level, x.shape[-1]) for level in levels]))
 
 
@@ -68,13 +78,9 @@ def _matrix(name: str, level: int, side: int) -> tuple[float, ...]:
     }[name]
 
 
-def _index(rows: Ints, like: Tensor) -> Tensor:
-    return send(torch.as_tensor(rows), like.device)
-
-
-def _column(values: Floats | Ints, like: Tensor) -> Tensor:
-    """Send one number a sample, as [B,1,1,1], to `like`'s device."""
-    return send(torch.as_tensor(values, dtype=like.dtype), like.device).view(-1, 1, 1, 1)
+def column(values: npt.ArrayLike, like: Tensor) -> Tensor:
+    """Send numbers of the host, one a sample, to `like`'s device: fp32 [B,1,1,1]."""
+    return send(torch.as_tensor(np.asarray(values, np.float32)), like.device).view(-1, 1, 1, 1)
 
 
 def _luma(x: Tensor) -> Tensor:
@@ -122,7 +128,9 @@ def _warp(x: Tensor, matrices: Floats) -> Tensor:
     side = x.shape[-1]
     matrices = matrices.astype(np.float64)
     matrices[:, [2, 5]] += 0.5 * (matrices[:, [0, 3]] + matrices[:, [1, 4]])  # pixels are taken at their centres
-    a, b, c, d, e, f = _index(np.floor(matrices * 65536 + 0.5).astype(np.int64), x).view(-1, 6, 1, 1).unbind(1)
+    a, b, c, d, e, f = (
+        send(torch.as_tensor(np.floor(matrices * 65536 + 0.5).astype(np.int64)), x.device).view(-1, 6, 1, 1).unbind(1)
+    )
     across = torch.arange(side, device=x.device)
     down = across[:, None]
     column, row = (c + a * across + b * down) >> 16, (f + d * across + e * down) >> 16

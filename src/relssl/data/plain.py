@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 from torchvision.transforms.functional import InterpolationMode, center_crop, pil_to_tensor, resize
 
 from relssl.data.batched import normalise
@@ -38,17 +38,13 @@ class PlainView:
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
-    @classmethod
-    def of(cls, views: ViewsConfig, size: int | None = None) -> PlainView:
-        """Return the plain view of a run whose data has filled in its statistics; `size` replaces that of its weak view.
-
-        Raises:
-            ConfigError: if the margin or the statistics are null.
-        """
+    @staticmethod
+    def of(views: ViewsConfig) -> PlainView:
+        """Return the plain view of a run whose data has filled in its statistics; ConfigError if they or the margin are null."""
         if empty := [name for name in ("margin", "mean", "std") if getattr(views, name) is None]:
             raise ConfigError(*(f"views.{name}: is null; what the network sees is not known without it" for name in empty))
         assert views.margin is not None
-        return cls(size or views.weak.size, views.margin, views.interpolation, *views.statistics())
+        return PlainView(views.weak.size, views.margin, views.interpolation, *views.statistics())
 
     @property
     def channels(self) -> int:
@@ -69,9 +65,15 @@ class PlainView:
         """Normalise images of the view's size: uint8, or floats in 0..1, [B,3,S,S] to fp32 [B,channels,S,S]."""
         return normalise(images, self.mean, self.std)
 
+    def pixels(self, image: Image.Image) -> Tensor:
+        """Return the view of an RGB image, not yet normalised, as uint8 [3,S,S]."""
+        scaled = resize(image, self.shorter_side, InterpolationMode(self.interpolation))
+        pixels: Tensor = pil_to_tensor(center_crop(scaled, [self.size] * 2))
+        return pixels
+
     def __call__(self, image: Image.Image) -> Tensor:
         """Return the normalised view [C,S,S] of any PIL image."""
-        return self.normalise(plain_view(image.convert("RGB"), self)[None])[0]
+        return self.normalise(self.pixels(image.convert("RGB"))[None])[0]
 
 
 @dataclass(frozen=True)
@@ -81,9 +83,7 @@ class Reader:
     view: PlainView
     workers: int = 0  # loader processes, for files
     max_pixels: int = LoaderConfig().max_pixels  # files with larger images count as unreadable
-    mirrored: bool = (
-        True  # classifiers trained on images see them mirrored too; False where pretraining never mirrors, as of digits
-    )
+    mirrored: bool = True  # so that classifiers are trained on mirrored images too; false where pretraining mirrors none
 
     def batches(self, images: Images, size: int = 256) -> Iterator[tuple[np.ndarray, Tensor, list[Fault]]]:
         """Yield (rows, normalised views [B,C,S,S] on the CPU, unreadable files) over a data set, in its order, `size` images each."""
@@ -92,35 +92,20 @@ class Reader:
                 pixels = images.source.tensor[start : start + size]
                 yield np.arange(start, start + len(pixels)), self.view.normalise(plain_batch(pixels, self.view)), []
             return
-        for samples in read_batches(_Plain(images, self), list, self.workers, batch_size=size):
-            views = {row: pixels for row, pixels in samples if isinstance(pixels, Tensor)}
-            bad = [(images.source.name(row), reason) for row, reason in samples if isinstance(reason, str)]
-            pixels = torch.stack([*views.values()]) if views else torch.empty(0, 3, 1, 1)
-            yield np.array([*views], np.int64), self.view.normalise(pixels), bad
+        read = partial(self._read, images)
+        for rows, pixels, bad in read_batches(range(len(images)), read, self.workers, batch_size=size):
+            yield rows, self.view.normalise(pixels), bad
 
-
-@dataclass
-class _Plain(Dataset[tuple[int, Tensor | str]]):
-    """The row and plain view of each image, or the reason why it cannot be read."""
-
-    images: Images
-    reader: Reader
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, row: int) -> tuple[int, Tensor | str]:
-        try:
-            return row, plain_view(self.images.read(row, self.reader.max_pixels), self.reader.view)
-        except BadImage as fault:
-            return row, str(fault)
-
-
-def plain_view(image: Image.Image, view: PlainView) -> Tensor:
-    """Return the plain view of an RGB image, not yet normalised, as uint8 [3,S,S]."""
-    scaled = resize(image, view.shorter_side, InterpolationMode(view.interpolation))
-    pixels: Tensor = pil_to_tensor(center_crop(scaled, [view.size] * 2))
-    return pixels
+    def _read(self, images: Images, rows: list[int]) -> tuple[np.ndarray, Tensor, list[Fault]]:
+        """Return which of these images can be read, their views, uint8, and the others."""
+        views, bad = dict[int, Tensor](), list[Fault]()
+        for row in rows:
+            try:
+                views[row] = self.view.pixels(images.read(row, self.max_pixels))
+            except BadImage as fault:
+                bad.append((images.source.name(row), str(fault)))
+        pixels = torch.stack([*views.values()]) if views else torch.empty(0, 3, 1, 1)
+        return np.array([*views], np.int64), pixels, bad
 
 
 def plain_batch(pixels: Tensor, view: PlainView) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import posixpath
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy.typing as npt
 
 from relssl.data.draws import Slot, uniforms
 from relssl.data.folder import shown
-from relssl.data.images import Files, Images, Pixels
+from relssl.data.images import Files, Images, Pixels, Source
 from relssl.errors import DataError
 
 Rows = npt.NDArray[np.int64]
@@ -23,8 +22,8 @@ _SAMPLE = 64  # files whose beginnings count,
 _BEGINNING = 1 << 20  # and bytes of each
 
 
-def stratified(labels: Rows, *, fraction: float | None = None, per_class: int | None = None, seed: int = 0) -> Rows:
-    """Draw the same share, or number, of images of each class, without replacement: int64 positions, ascending.
+def stratified(labels: Rows, fraction: float, seed: int) -> Rows:
+    """Draw the same share of the images of each class, without replacement: int64 positions, ascending.
 
     Each image has a random number that depends on the seed and its position alone, and a class gives those with the lowest. So
     of one seed a smaller subset lies in a larger one: the 1 % are among the 10 %.
@@ -32,20 +31,13 @@ def stratified(labels: Rows, *, fraction: float | None = None, per_class: int | 
     Args:
         labels: int64 [N]; images of label -1 are never drawn.
         fraction: above 0 and at most 1; of n images of a class n * fraction rounded are drawn, and at least one.
-        per_class: at least 1; a class that has fewer gives all.
         seed: another gives an independent draw.
-
-    Raises:
-        ValueError: unless exactly one of `fraction` and `per_class` is given, and in its range.
     """
-    if (fraction is None) == (per_class is None) or not (0 < (fraction or 0) <= 1 or (per_class or 0) >= 1):
-        raise ValueError(f"give a fraction above 0 and at most 1, or per_class at least 1, got {fraction} and {per_class}")
     lots = uniforms(seed, 0, np.arange(len(labels)), Slot.SUBSET, 1)[:, 0]
     drawn = [np.empty(0, np.int64)]
     for word in np.unique(labels[labels >= 0]):
         rows = np.flatnonzero(labels == word)
-        count = per_class if fraction is None else max(1, round(len(rows) * fraction))
-        drawn.append(rows[np.argsort(lots[rows], kind="stable")[:count]])
+        drawn.append(rows[np.argsort(lots[rows], kind="stable")[: max(1, round(len(rows) * fraction))]])
     return np.sort(np.concatenate(drawn))
 
 
@@ -64,29 +56,25 @@ def from_index(path: str, images: Images) -> Rows:
     except OSError as error:
         raise DataError(f"{shown(path)}: cannot be read ({error.strerror}); give a text file with one image a line") from error
     lines = [line.strip() for line in text.split("\n") if line.strip()]
-    if not lines:
-        raise DataError(f"{shown(path)}: names no image; give one a line, by name or position")
-    rows: dict[str, list[int]] = {line: [] for line in lines}
-    by_base: dict[str, list[str]] = defaultdict(list)
-    for line in rows:
-        if not (line.isascii() and line.isdigit() and len(line) < 19):
-            by_base[posixpath.basename(line)].append(line)
-        elif int(line) < len(images):
-            rows[line].append(int(line))
-    for row in range(0 if images.in_memory or not by_base else len(images)):
-        name = images.source.name(row)
-        for line in by_base.get(posixpath.basename(name), ()):
-            if f"/{name}".endswith(f"/{line}"):
-                rows[line].append(row)
+    wanted = {os.path.basename(line) for line in lines}
+    paths: dict[str, list[tuple[int, str]]] = defaultdict(list)  # by base name
+    for row in range(0 if images.in_memory else len(images)):
+        if (base := os.path.basename(name := images.source.name(row))) in wanted:
+            paths[base].append((row, f"/{name}"))
     chosen: set[int] = set()
     for line in lines:
-        if len(rows[line]) != 1 or rows[line][0] in chosen:
-            fault = ("none", "again one")[len(rows[line])] if len(rows[line]) < 2 else "several"
+        rows = [row for row, name in paths[os.path.basename(line)] if name.endswith(f"/{line}")]
+        if line.isascii() and line.isdigit() and len(line) < 19:
+            rows = [int(line)] if int(line) < len(images) else []
+        if len(rows) != 1 or rows[0] in chosen:
+            fault = "several" if len(rows) > 1 else "again one" if rows else "none"
             kind = "images (in memory, so they have positions alone)" if images.in_memory else "images"
             raise DataError(
                 f"{shown(path)}: {shown(line)} names {fault} of the {len(images)} {kind} of {images.name}; correct it"
             )
-        chosen.add(rows[line][0])
+        chosen.add(rows[0])
+    if not chosen:
+        raise DataError(f"{shown(path)}: names no image; give one a line, by name or position")
     return np.array(sorted(chosen), np.int64)
 
 
@@ -113,29 +101,23 @@ def spread(start: int, stop: int, count: int) -> list[int]:
 
 def shared(bank: Images, test: Images) -> int:
     """Count the test images that are in the bank too: the same pixels; of files, the same name, size and beginning."""
-    if isinstance(bank.source, Pixels) and isinstance(test.source, Pixels):
-        known = set(_pixel_marks(bank.source))
-        return sum(mark in known for mark in _pixel_marks(test.source))
-    if not (isinstance(bank.source, Files) and isinstance(test.source, Files)):
-        return 0
-    by_mark: dict[bytes, list[int]] = defaultdict(list)
-    for row, mark in enumerate(_file_marks(test.source)):
-        by_mark[mark].append(row)
+    alike: dict[bytes, list[int]] = defaultdict(list)  # of the test images; the larger side is gone through without being held
+    for row, mark in enumerate(_marks(test.source)):
+        alike[mark].append(row)
     common: set[int] = set()
-    for row, mark in enumerate(_file_marks(bank.source)):  # the larger side is gone through without being held
-        for other in set(by_mark.get(mark, ())) - common:
-            if _beginning(bank.source.name(row)) == _beginning(test.source.name(other)):
+    for row, mark in enumerate(_marks(bank.source)):
+        for other in set(alike.get(mark, ())) - common:
+            if bank.in_memory or _beginning(bank.source.name(row)) == _beginning(test.source.name(other)):
                 common.add(other)
     return len(common)
 
 
-def _pixel_marks(pixels: Pixels) -> Iterator[bytes]:
-    return (hashlib.blake2b(image.data, digest_size=12).digest() for image in pixels.tensor.numpy())
-
-
-def _file_marks(files: Files) -> Iterator[bytes]:
-    """Base name and size of each file."""
-    return (name.rpartition(b"/")[2] + b"/%d" % size for name, size in zip(files.names(), files.sizes.tolist(), strict=True))
+def _marks(source: Source) -> Iterator[bytes]:
+    """Yield a hash of each image's pixels; of files, base name and size."""
+    if isinstance(source, Pixels):
+        return (hashlib.blake2b(image.data, digest_size=12).digest() for image in source.tensor.numpy())
+    assert isinstance(source, Files)
+    return (os.path.basename(source.relative(row)) + b"/%d" % size for row, size in enumerate(source.sizes.tolist()))
 
 
 def _beginning(file: str) -> bytes:

@@ -234,7 +234,7 @@ def curve(losses: list[float]) -> list[list[float]]:
 def _batches(images: Scenes, order: list[int], size: int, task: Task) -> Iterator[list[Sample]]:
     """Yield images in this order, on the device, in 0..1, with their targets."""
     device = task.engine.device
-    for batch in read_batches(order, partial(_read, images), task.reader.workers, batch_size=size):  # type: ignore[arg-type]
+    for batch in read_batches(order, partial(_read, images), task.reader.workers, batch_size=size):
         if isinstance(batch, str):
             raise DataError(batch)
         yield [

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from relssl.data.loader import Plan, create_loader
+from relssl.data.loader import Loader, Plan
 from relssl.data.subsets import fingerprint, from_index, stratified
 from relssl.errors import ConfigError, NumericError
 from relssl.evaluation.features import Features, extract
@@ -83,7 +83,7 @@ class Training:
         # The papers train classifiers on a random crop and a flip; what pretraining never mirrors, such as digits, is not here.
         view = ViewConfig(size=reader.view.size, scale=settings.scale, flip=0.5 if reader.mirrored else 0.0)
         loading = LoaderConfig(workers=reader.workers, max_pixels=reader.max_pixels)
-        loader = create_loader(self.pair.bank, [view], self.plan, engine.device, (reader.view.mean, reader.view.std), loading)
+        loader = Loader(self.pair.bank, [view], self.plan, engine.device, (reader.view.mean, reader.view.std), loading)
         optimizer = torch.optim.SGD(groups, momentum=settings.momentum, nesterov=nesterov)
         peaks = [group["lr"] for group in groups]
         finite = torch.ones(len(self.classifiers), dtype=torch.bool, device=engine.device)

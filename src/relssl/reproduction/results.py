@@ -13,11 +13,10 @@ from typing import Any
 import numpy as np
 
 from relssl.errors import CheckpointError
-from relssl.files import duration, write_file, write_json
+from relssl.files import duration, read_rows, write_file, write_json
 from relssl.reproduction.plan import Plan, Run, options, read_json
 from relssl.reproduction.tables import REPORTED, Row
 from relssl.settings.reading import nest
-from relssl.train.run_folder import read_rows
 
 # Figures of the relations in a run's last row, and their names on the page; methods without a memory or a teacher have not all.
 ENDS = {"teacher_neighbours": "effective neighbours", "embedding_std": "spread of embeddings", "effective_rank": "effective rank"}

@@ -23,7 +23,6 @@ from torch.utils.benchmark import Timer
 
 from relssl.data.cache import Shrunk, place
 from relssl.data.images import Files
-from relssl.data.loader import FromFiles, Resident
 from relssl.engine import Engine, available_cores, fast_bf16
 from relssl.errors import ConfigError
 from relssl.files import size
@@ -155,7 +154,7 @@ def _measure(run: Run, steps: int) -> Estimate:
     what: dict[str, Any] = {name: getattr(config, name) for name in ("data", "backbone", "batch_size", "epochs")}
     what |= {"images": len(run.images), "total_steps": run.total_steps, "unreadable": unreadable, "evaluations": evaluations}
     what |= {"device": engine.describe(), "kind": engine.device.type, "world": engine.world, "threads": engine.threads}
-    what |= {"cores": available_cores(), "workers": run.loader.workers if isinstance(run.loader, FromFiles) else None}
+    what |= {"cores": available_cores(), "workers": run.loader.workers}
     what |= {"step_seconds": middle, "step_low": low, "step_high": high, "step_mean": mean, "steps_timed": len(seconds)}
     what |= {"images_per_second": config.batch_size / mean, "seconds": training + evaluating, "training_seconds": training}
     what |= {"evaluation_seconds": evaluating, "memory": memory, "disk": disk, "flops": flops, "attainable_flops": rate}
@@ -206,7 +205,7 @@ def time_steps(run: Run, steps: int, limit: float = 60.0) -> tuple[list[float], 
         pairs = itertools.pairwise(marks)
         return [(name, start.elapsed_time(end) / 1000 if gpu else end - start) for (_, start), (name, end) in pairs]
 
-    turns = loader.ahead if isinstance(loader, Resident) else math.ceil(loader.workers / run.plan.parts)
+    turns = loader.ahead if loader.workers is None else math.ceil(loader.workers / run.plan.parts)
     turns = max(1, engine.largest(turns))  # machines may differ in their cores
     warm, count = max(_WARM, turns), turns * math.ceil(steps / turns)
     stream, unreadable = loader.stream(state.step, state.step + warm + count), set[str]()

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from relssl.data.images import Images
-from relssl.data.loader import Batch, FromFiles, Plan, Resident, Unreadable, create_loader
+from relssl.data.loader import Batch, Loader, Plan, Unreadable
 from relssl.engine import Engine, send
 from relssl.errors import DataError, NumericError
 from relssl.method import create_method, health, schedules
@@ -43,7 +43,7 @@ class Run:
     images: Images
     fingerprint: str  # 16 hex digits that change with the images
     plan: Plan  # the samples of each step, part and rank
-    loader: Resident | FromFiles  # makes the views of these samples
+    loader: Loader  # makes the views of these samples
     labels: Tensor | None  # int64 [N] on the device, for methods that train on them
     classes: int  # how many the labels tell apart; else 0
     loss_form: str  # plain or tiled, two ways to the same number
@@ -92,10 +92,10 @@ def create_run(config: Config, engine: Engine, images: Images, online: OnlineKnn
     return Run(config, engine, images, images.fingerprint(), plan, loader, labels, classes, form, state, online)
 
 
-def open_loader(config: Config, engine: Engine, plan: Plan, images: Images) -> Resident | FromFiles:
+def open_loader(config: Config, engine: Engine, plan: Plan, images: Images) -> Loader:
     """Create what makes a run's views on its device."""
     views, statistics = derive(config).views, config.views.statistics()
-    return create_loader(images, views, plan, engine.device, statistics, config.loader, config.engine.devices)
+    return Loader(images, views, plan, engine.device, statistics, config.loader, config.engine.devices)
 
 
 @dataclass

@@ -20,11 +20,12 @@ from relssl.data.named import load
 from relssl.engine import Engine
 from relssl.errors import ConfigError, DataError, DistributedError, RelsslError, StorageError
 from relssl.evaluation.pairs import LabelledPair, choose
+from relssl.files import read_rows
 from relssl.settings.run import METHODS, Config, derive, resolve
 from relssl.train import checkpoint
 from relssl.train.loop import Run, create_run, forward, open_loader, origin, scheduled, train
 from relssl.train.online import OnlineKnn
-from relssl.train.run_folder import Display, RunFolder, default_folder, read_rows, refuse_used
+from relssl.train.run_folder import Display, RunFolder, default_folder, refuse_used
 from relssl.train.signals import StopRequest
 from relssl.weights import store
 from relssl.weights.export import default_target, export

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import relssl
 from relssl.errors import ConfigError, Interrupted, LockedError, StorageError
-from relssl.files import write_file, write_json
+from relssl.files import read_rows, write_file, write_json
 from relssl.settings.recipes import public_name
 from relssl.settings.run import Config, to_yaml
 from relssl.train.signals import StopRequest
@@ -118,14 +118,6 @@ def environment() -> dict[str, Any]:
     where = {"platform": platform.platform(), "processor": processor, "cores": os.cpu_count()}
     versions = {"relssl": relssl.__version__} | {name: importlib.metadata.version(name) for name in _PACKAGES}
     return {"python": platform.python_version(), **where, "versions": versions, "git": git}
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read the rows of a .jsonl file; a last line cut short by a crash is left out."""
-    rows: list[dict[str, Any]] = []
-    with contextlib.suppress(json.JSONDecodeError):
-        rows += map(json.loads, path.read_text().splitlines() if path.exists() else [])
-    return rows
 
 
 class Journal:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,12 @@ import torchvision
 from huggingface_hub import ModelCard, ModelCardData
 
 from relssl import __version__
+from relssl.files import read_rows
 from relssl.settings.recipes import public_name
 from relssl.settings.run import METHODS, Config
+from relssl.weights.opening import Opened
 from relssl.weights.parity import Parity
-from relssl.weights.writers import Source, Written
+from relssl.weights.writers import Written
 
 _TEMPLATE = """---
 {{ card_data }}
@@ -70,23 +71,22 @@ def public(config: Config) -> Config:
     return dataclasses.replace(config, out=None, data_root=None, data=data, recipe=recipe, loader=loader)
 
 
-def card(source: Source, written: Written, parity: Parity, file: str, settings: str | None) -> str:
+def card(source: Opened, written: Written, parity: Parity, file: str, settings: str | None) -> str:
     """Return the card of a file or folder `file`, as Markdown; `settings` names the file beside it that holds all settings."""
-    config = None if source.config is None or source.network == "backbone" else public(source.config)
+    network, origin = source.header["network"], source.header["origin"]
+    config = None if source.config is None or network == "backbone" else public(source.config)
     title, tags = source.spec.name, ["timm", "transformers", "image-feature-extraction"]
     if config is None:
-        about = f"Backbone from `{source.origin}`, imported; how it was trained is not known here."
-        about += "\n" * bool(source.account) + "".join(f"\n- {line}" for line in source.account)
+        about = f"Backbone from `{origin}`, imported; how it was trained is not known here.\n"
+        about += "".join(f"\n- {line}" for line in (source.report.lines() if source.report else ()))
     else:
         traits = METHODS[config.method.name]
         tags += [config.method.name] if traits.labels else ["self-supervised-learning", config.method.name]
         title += f", pretrained with {traits.title}"
-        unlabelled = f"No labels were used: {traits.title} ({traits.paper}), {traits.about}."
-        about = (
-            f"{source.network.capitalize()} backbone of {source.origin}, recipe `{config.recipe}`, {config.epochs} epochs on "
-            f"{_images(source.folder)}`{config.data}`, seed {config.seed}. "
-            f"{'It was trained on labels.' if traits.labels else unlabelled}"
-        )
+        unlabelled = f"No labels were used: {traits.title} ({traits.paper}), {traits.about}"
+        images = f"{source.run_data['images']} images of " if "images" in source.run_data else ""
+        length = f"{config.epochs} epochs on {images}`{config.data}`, seed {config.seed}"
+        about = f"{network.capitalize()} backbone of {origin}, recipe `{config.recipe}`, {length}. {'It was trained on labels' if traits.labels else unlabelled}."
     data = ModelCardData(
         library_name="timm", pipeline_tag="image-feature-extraction", license="other", license_name="to-be-chosen", tags=tags
     )
@@ -96,54 +96,31 @@ def card(source: Source, written: Written, parity: Parity, file: str, settings: 
     return str(ModelCard.from_template(data, template_str=_TEMPLATE, **names))
 
 
-def _json(text: str) -> Any:
-    """Return the object in a text, or an empty one: what a run left may be torn, or of another version."""
-    try:
-        content = json.loads(text)
-    except ValueError:
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _images(folder: Path | None) -> str:
-    """Return how many images the run learned from, as it noted, in words for the card."""
-    file = folder / "environment.json" if folder is not None else None
-    data = _json(file.read_text()).get("data") if file is not None and file.is_file() else None
-    return f"{data['images']} images of " if isinstance(data, dict) and "images" in data else ""
-
-
-def _results(source: Source) -> list[tuple[str, str]]:
+def _results(source: Opened) -> list[tuple[str, str]]:
     """List (what, figure) of what the run measured of this network: while it trained, and in evaluations since."""
     if source.folder is None or source.config is None:
         return []
-    metrics, column = source.folder / "metrics.jsonl", "knn_top1" if source.network == "student" else "knn_teacher_top1"
-    lines = map(_json, metrics.read_text().splitlines() if metrics.is_file() else ())
-    measured = [row for row in lines if isinstance(row.get(column), (int, float))]
-    rows = []
-    if measured:
-        k, temperature = source.config.log.knn
-        figures = {f"kNN top-1 while training, k {k:g}, T {temperature:g}, at the end": measured[-1][column]}
-        if len(measured) > 1 and measured[0].get("step") == 0:
+    network, (k, temperature), figures = source.header["network"], source.config.log.knn, {}
+    column = "knn_top1" if network == "student" else "knn_teacher_top1"
+    if measured := [row for row in read_rows(source.folder / "metrics.jsonl") if row.get(column) is not None]:
+        figures[f"kNN top-1 while training, k {k:g}, T {temperature:g}, at the end"] = measured[-1][column]
+        if len(measured) > 1 and measured[0]["step"] == 0:
             figures["the same, untrained"] = measured[0][column]
-        if isinstance(raw := measured[0].get("knn_raw_pixels"), (int, float)):
+        if (raw := measured[0].get("knn_raw_pixels")) is not None:
             figures["the same, raw pixels"] = raw
-        rows = [(what, f"{figure:.2f} %") for what, figure in figures.items()]
+    rows = [(what, f"{figure:.2f} %") for what, figure in figures.items()]
     for path in sorted((source.folder / "evaluations").glob("*.json")):
-        evaluation = _json(path.read_text())
-        data, listed = Path(str(evaluation.get("data", ""))).name, evaluation.get("results")
-        for record in listed if isinstance(listed, list) else []:
-            with contextlib.suppress(LookupError, TypeError, ValueError, AttributeError):  # of another version
-                rows += _evaluated(record, data, source)
+        with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):  # torn, or of another version
+            evaluation = json.loads(path.read_text())
+            measured = [record for record in evaluation["results"] if record["network"] == network]
+            these = [record for record in measured if record["card"]["source"]["checkpoint"] == source.header["origin"]]
+            rows += [_row(record, Path(evaluation["data"]).name) for record in these]
     return rows
 
 
-def _evaluated(record: Mapping[str, Any], data: str, source: Source) -> list[tuple[str, str]]:
-    """Return the main figure of one evaluation, if it is of these weights: not of the other network, nor of another checkpoint."""
-    checkpoint = ((record.get("card") or {}).get("source") or {}).get("checkpoint")
-    if record["network"] != source.network or checkpoint not in (None, source.origin):
-        return []
-    main, settings = record["main"], "".join(f", {name} {value}" for name, value in (record.get("setting") or {}).items())
-    what = f"{record['protocol']} {main}{f' on {data}' if data else ''}{settings}"
-    notes, interval = "; ".join(map(str, record.get("notes") or ())), (record.get("intervals") or {}).get(main)
+def _row(record: dict[str, Any], data: str) -> tuple[str, str]:
+    """Return the main figure of one evaluation, and what it is."""
+    main, settings = record["main"], "".join(f", {name} {value}" for name, value in record["setting"].items())
+    notes, interval = "; ".join(record["notes"]), record["intervals"].get(main)
     figure = f"{record['figures'][main]:.2f}" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "")
-    return [(f"{what} ({notes})" if notes else what, figure)]
+    return f"{record['protocol']} {main} on {data}{settings}{f' ({notes})' if notes else ''}", figure

@@ -12,33 +12,23 @@ from relssl.errors import ConfigError
 from relssl.files import storing, sweep, sync_folder, temporary, write_file
 from relssl.settings.run import to_yaml
 from relssl.weights.card import card, public
-from relssl.weights.foreign import LoadReport, Reading, load_foreign
+from relssl.weights.foreign import LoadReport, Reading
 from relssl.weights.formats import FORMATS, find_format
-from relssl.weights.opening import is_exported, open_backbones, provenance, settings_of
+from relssl.weights.opening import Opened, header_of, is_exported, open_backbones, open_foreign, settings_of
 from relssl.weights.parity import Parity, compare, real_images
-from relssl.weights.spec import BackboneSpec
-from relssl.weights.writers import WRITERS, Source
+from relssl.weights.writers import WRITERS
 
 
 @dataclass(frozen=True)
 class Exported:
-    """A backbone that was handed over.
+    """A backbone that was handed over."""
 
-    Attributes:
-        path: the file, or the folder for Hugging Face.
-        files: all that was written, the card among them.
-        format: one of `formats.FORMATS`.
-        network: student or teacher; `backbone` where a file does not say which it holds.
-        lines: Python that loads it without relssl.
-        parity: how close it is to the source.
-    """
-
-    path: Path
-    files: tuple[Path, ...]
-    format: str
-    network: str
-    lines: tuple[str, ...]
-    parity: Parity
+    path: Path  # the file, or the folder for Hugging Face
+    files: tuple[Path, ...]  # all that was written, the card among them
+    format: str  # one of `formats.FORMATS`
+    network: str  # student or teacher; `backbone` where a file does not say which it holds
+    lines: tuple[str, ...]  # Python that loads it without relssl
+    parity: Parity  # how close it is to the source
 
 
 def export(
@@ -69,28 +59,15 @@ def export(
     find_format(format)
     path = Path(source)
     if not path.is_dir() and not (path.is_file() and is_exported(path)):
-        raise ConfigError(
-            f"{path}: is no run folder and no weights with settings beside them, such as `relssl import FILE` writes"
-        )
+        raise ConfigError(f"{path}: is no run, and no weights with settings beside them, such as `relssl import FILE` writes")
     opened = open_backbones(path, Reading(network=network))
-    name, backbone = opened.one()
-    origin, default = opened.origin, path.with_name(_file_name(path.stem, format))
-    if opened.folder is not None:
-        origin, default = {"network": name, "origin": origin["checkpoint"]}, default_target(path, name, format)
-    leaving = Source(backbone, opened.spec, origin["network"], origin["origin"], opened.config, opened.folder)
-    target, suffix = default if out is None else Path(out), FORMATS[format].suffix
-    if suffix and target.suffix != suffix:
-        raise ConfigError(f"out: {target} must end in {suffix} for {format}")
-    if suffix == ".safetensors" and target.stem == "config":
-        raise ConfigError(f"out: {target}: its settings, beside it, would replace a config.yaml; choose another name")
-    # What is in the way may be a user's own: weights and folders are replaced only by their like, and never the source.
-    like = target.is_file() and not target.samefile(path) and (suffix != ".safetensors" or provenance(target) is not None)
-    if target.exists() and not (like if suffix else (target / "model.safetensors").is_file()):
-        raise ConfigError(f"out: {target} is the source, or in the way and no earlier export; choose another name")
-    return _hand_over(leaving, target, format, images)
+    beside = path.with_name(_file_name(path.stem, format))
+    target = Path(out or (default_target(path, opened.header["network"], format) if path.is_dir() else beside))
+    _check_target(target, format, path)
+    return _hand_over(opened, target, format, images)
 
 
-def _hand_over(source: Source, target: Path, format: str, images: Images | None = None) -> Exported:
+def _hand_over(source: Opened, target: Path, format: str, images: Images | None = None) -> Exported:
     """Write a backbone and its card beside `target` under a temporary name, check them, and move them to their place."""
     written, name = WRITERS[format](source, format), target.name
     batch, what = real_images(source.spec.view, source.config, images)
@@ -99,29 +76,40 @@ def _hand_over(source: Source, target: Path, format: str, images: Images | None 
     if target.suffix == ".safetensors":
         settings = settings_of(target).name
         files[settings] = (source.spec.to_yaml() if source.config is None else to_yaml(public(source.config))).encode()
+    entries = dict.fromkeys(Path(file).parts[0] for file in (*files, beside))  # the weights first, by which ours are recognised
+    unfinished = temporary(target.parent)
     with storing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-    sweep(target.parent)
-    unfinished = temporary(target.parent)
-    try:
-        with storing(target):
+        sweep(target.parent)
+        try:
             (unfinished / beside).parent.mkdir(parents=True)
-        for file, data in files.items():
-            write_file(unfinished / file, data)
-        parity = compare(source.backbone, written, unfinished / name, batch, what)
-        write_file(unfinished / beside, card(source, written, parity, name, settings).encode())
-        with storing(target):
-            entries = sorted(entry.name for entry in unfinished.iterdir())
-            if target.is_dir():
-                # Folders cannot be replaced in one go: the old one waits where it is removed with the rest.
+            for file, data in files.items():
+                write_file(unfinished / file, data)
+            parity = compare(source.backbone, written, unfinished / name, batch, what)
+            write_file(unfinished / beside, card(source, written, parity, name, settings).encode())
+            if target.is_dir():  # folders cannot be replaced in one go: the old one waits where it is removed with the rest
                 target.rename(unfinished / f"{name}.before")
             for entry in entries:
                 (unfinished / entry).replace(target.parent / entry)
             sync_folder(target.parent)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
     paths = tuple(sorted(target.parent / file for file in (*files, beside)))
-    return Exported(target, paths, format, source.network, tuple(written.snippets[0].lines(str(target))), parity)
+    return Exported(target, paths, format, source.header["network"], tuple(written.snippets[0].lines(str(target))), parity)
+
+
+def _check_target(target: Path, format: str, source: Path) -> None:
+    """Refuse to replace what may be a user's own: only an earlier export or import goes, and never the source."""
+    suffix, beside = FORMATS[format].suffix, [target]
+    if suffix and target.suffix != suffix:
+        raise ConfigError(f"out: {target} must end in {suffix} for {format}")
+    earlier = target.is_file() if suffix else (target / "model.safetensors").is_file()
+    if suffix == ".safetensors":
+        if target.stem == "config":
+            raise ConfigError(f"out: {target}: its settings, beside it, would replace a config.yaml; choose another name")
+        earlier, beside = bool(header_of(target)), [target, settings_of(target), target.with_suffix(".md")]
+    if (taken := next(filter(Path.exists, beside), None)) and not (earlier and target.resolve() != source.resolve()):
+        raise ConfigError(f"out: {taken} is the source, or in the way and not written by relssl; choose another name with --out")
 
 
 def default_target(folder: Path, network: str, format: str = "safetensors") -> Path:
@@ -140,8 +128,7 @@ def import_weights(path: str | Path, *, out: str | Path | None = None, **reading
     It is checked as an export is, and exported like one.
 
     Args:
-        out: ends in .safetensors; default: beside the file, under its name. An older file there is replaced only if this
-            function wrote it.
+        out: ends in .safetensors; default: beside the file, under its name. An older file there is replaced only if relssl wrote it.
         reading: layout, backbone, stem, network, allow, size, as of `Reading`.
 
     Returns:
@@ -152,17 +139,12 @@ def import_weights(path: str | Path, *, out: str | Path | None = None, **reading
         StorageError: if it cannot be.
     """
     path = Path(path)
-    if provenance(path):
+    if header_of(path):
         raise ConfigError(f"{path}: was written by relssl and is used as it is; there is nothing to import")
-    target = Path(out) if out is not None else path.with_name(path.name.removesuffix(".tar")).with_suffix(".safetensors")
-    if target.suffix != ".safetensors" or target.stem == "config":
-        raise ConfigError(f"out: {target} must end in .safetensors, and its settings, beside it, must not replace a config.yaml")
-    taken = [file for file in (target, settings_of(target), target.with_suffix(".md")) if file.exists()]
-    if taken and (provenance(target) or ("",))[0] != "backbone":
-        raise ConfigError(f"out: {taken[0]} exists and was not written by relssl import; give another name with --out")
-    loaded, report = load_foreign(path, Reading(**reading))
-    spec = loaded.spec
-    assert isinstance(spec, BackboneSpec)
-    _hand_over(Source(loaded, spec, "backbone", report.file, account=report.lines()), target, "safetensors")
-    report.out = str(target)
-    return report
+    target = path.with_name(path.name.removesuffix(".tar")).with_suffix(".safetensors") if out is None else Path(out)
+    _check_target(target, "safetensors", path)
+    opened = open_foreign(path, Reading(**reading))
+    _hand_over(opened, target, "safetensors")
+    assert opened.report is not None
+    opened.report.out = str(target)
+    return opened.report

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from relssl.errors import CheckpointError
-from relssl.method.backbones import TORCHVISION, create_backbone
-from relssl.weights import store, twins
+from relssl.weights import store
 
 
 @dataclass(frozen=True)
@@ -28,38 +27,21 @@ class Layout:
     student: tuple[str, ...] = ("",)
     teacher: tuple[str, ...] = ()
     default: str = "student"  # the network that is taken where both exist: the one its authors evaluate
-    heads: tuple[str, ...] = ()  # among the backbone's names, but no part of it
-    beside: tuple[str, ...] = ()  # names, or prefixes ending in a dot, of everything else the program saves
     small_stem: str = "small"  # of its networks whose first convolution is 3x3
     small_std: tuple[float, float, float] | None = None  # what it divides CIFAR-10 by, in 0..1; None: ImageNet's
 
 
-_SOLO_PARTS = ("projector.", "predictor.", "head.", "classifier.")
+HEADS = ("fc.", "head.", "heads.", "head_dist.", "classifier.", "last_linear.")  # among the backbone's names, but no part of it
 LAYOUTS = {
-    "official": Layout(
-        ("encoder_q.net.", "net.net."),
-        ("encoder_k.net.",),
-        heads=("fc.",),
-        beside=("encoder_q.head.", "encoder_k.head.", "head_q.", "head_k.", "queue", "queue_ptr"),
-        small_std=(0.2023, 0.1994, 0.2010),
-    ),
+    "official": Layout(("encoder_q.net.", "net.net."), ("encoder_k.net.",), small_std=(0.2023, 0.1994, 0.2010)),
     "solo": Layout(
         ("backbone.", "encoder."),
         ("momentum_backbone.", "momentum_encoder."),
-        beside=(
-            *(side + part for part in _SOLO_PARTS for side in ("", "momentum_")),
-            *("queue", "queue_y", "queue_ptr", "prototypes.", "dino_loss_func."),
-        ),
         small_stem="small-wide",
         small_std=(0.2470, 0.2435, 0.2616),
     ),
-    "moco": Layout(
-        ("encoder_q.", "base_encoder."),
-        ("encoder_k.", "momentum_encoder."),
-        heads=("fc.", "head."),
-        beside=("queue", "queue_ptr", "predictor."),
-    ),
-    "dino": Layout(("student.backbone.",), ("teacher.backbone.",), default="teacher", beside=("student.head.", "teacher.head.")),
+    "moco": Layout(("encoder_q.", "base_encoder."), ("encoder_k.", "momentum_encoder.")),
+    "dino": Layout(("student.backbone.",), ("teacher.backbone.",), default="teacher"),
     "torchvision": Layout(),
     "timm": Layout(),
 }
@@ -86,14 +68,11 @@ _IGNORED = (
     *("omegaconf.base.ContainerMetadata", "omegaconf.base.Metadata", "omegaconf.nodes.AnyNode"),
     "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",  # old versions key the state of callbacks by their class
 )
-# Hyper-parameters of Lightning's checkpoints; the unpickler fills only dictionaries of Python's own.
-_DICTIONARIES = tuple(
-    f"{module}.AttributeDict"
-    for module in ("lightning.fabric.utilities.data", "lightning_fabric.utilities.data", "pytorch_lightning.utilities.parsing")
-)
+# Lightning keeps hyper-parameters in dictionaries of its own; the unpickler fills Python's alone.
+_LIGHTNING = ("lightning.fabric.utilities.data", "lightning_fabric.utilities.data", "pytorch_lightning.utilities.parsing")
 _HARMLESS: list[Any] = [
     *((Ignored, name) for name in _IGNORED),
-    *((collections.OrderedDict, name) for name in _DICTIONARIES),
+    *((collections.OrderedDict, f"{module}.AttributeDict") for module in _LIGHTNING),
     (lambda *_: collections.OrderedDict(), "collections.defaultdict"),  # its factory is dropped
 ]
 
@@ -106,8 +85,6 @@ def read(path: Path) -> Mapping[str, Any]:
     Raises:
         CheckpointError: if it is damaged, holds an object that is not known to be harmless, or is no mapping.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path}: is no file")
     if path.suffix == ".safetensors":
         return store.read(path)
     try:
@@ -117,7 +94,8 @@ def read(path: Path) -> Mapping[str, Any]:
         if not isinstance(content, Mapping):
             raise RuntimeError(f"it holds a {type(content).__name__}, not names and weights")
     except Exception as error:  # torch raises KeyError, RuntimeError, EOFError ... over files that are none of its own
-        reason = store.one_line(error)[:120] if isinstance(error, RuntimeError) else "it is damaged or of another kind"
+        plain = isinstance(error, (OSError, RuntimeError))
+        reason = store.one_line(error)[:120] if plain else "it is damaged or of another kind"
         if refused := re.search(r"GLOBAL ([\w.]+)", str(error)):
             reason = f"it holds a {refused[1]}, which is refused, as making one could run code of the file"
         advice = "open it with the program that wrote it and save model.state_dict() as safetensors"
@@ -147,10 +125,8 @@ def find_state(content: Mapping[str, Any], path: Path) -> tuple[dict[str, Tensor
             else:
                 left_out[name] = _count(value)
     if not tensors:
-        raise CheckpointError(
-            f"{path}: holds no weights under state_dict, model, student, teacher or at its top; it holds "
-            f"{', '.join(map(str, list(content)[:4])) or 'nothing'}"
-        )
+        looked, held = "state_dict, model, student, teacher or at its top", ", ".join(map(str, list(content)[:4]))
+        raise CheckpointError(f"{path}: holds no weights under {looked}; it holds {held or 'nothing'}")
     return tensors, left_out
 
 
@@ -176,79 +152,57 @@ def _first(prefixes: Iterable[str], names: Iterable[str]) -> str | None:
     return next((prefix for prefix in prefixes if any(name.startswith(prefix) for name in names)), None)
 
 
-def find_layout(tensors: Mapping[str, Tensor], backbone: str | None, path: Path) -> str:
-    """Recognise the layout by the longest prefix that occurs; of bare names, by whether timm or torchvision shares more of them."""
+def find_layout(tensors: Mapping[str, Tensor]) -> str:
+    """Recognise the layout by the longest prefix that occurs; timm, if there is none."""
     # `encoder_q.` begins the official names as well as MoCo's.
     layouts = {name: layout for name, layout in LAYOUTS.items() if name not in PLAIN}
     prefixes = {prefix: name for name, layout in layouts.items() for prefix in layout.student + layout.teacher * (name == "dino")}
-    if (prefix := _first(sorted(prefixes, key=len, reverse=True), tensors)) is not None:
-        return prefixes[prefix]
-    network = backbone or infer_resnet(tensors)
-    if network is not None and network.startswith(TORCHVISION):
-        return "torchvision"
-    ours = len(create_backbone(network).state_dict().keys() & tensors.keys()) if network else 0
-    theirs = len(twins.bare(twins.TWINS[network])[0].state_dict().keys() & tensors.keys()) if network in twins.TWINS else 0
-    if not ours and not theirs:
-        raise CheckpointError(
-            f"{path}: its names fit no known layout: looked for {', '.join(prefixes)} and for the bare names of "
-            f"{network or 'a ResNet'}; they begin {', '.join(list(tensors)[:3])}; for another network with its own names give "
-            "timm's name with --backbone"
-        )
-    return "timm" if ours >= theirs else "torchvision"
+    prefix = _first(sorted(prefixes, key=len, reverse=True), tensors)
+    return "timm" if prefix is None else prefixes[prefix]
 
 
 def split(
     tensors: Mapping[str, Tensor], name: str, network: str | None, left_out: dict[str, int], path: Path
-) -> tuple[str, str, dict[str, Tensor], list[str]]:
-    """Take one network of a layout out of a file, and count in `left_out` what is known to be something else.
+) -> tuple[str, str, dict[str, Tensor]]:
+    """Take one network of a layout out of a file, and count in `left_out` what lies beside it: heads, queue, the other network.
 
     Returns:
-        Student, teacher, or backbone where a layout holds a single one; the prefix of its names in the file; its weights by
-        their names in the backbone; and the names that are not known.
+        Student, teacher, or backbone where a layout holds a single one; the prefix of its names in the file; and its weights by
+        their names in the backbone.
     """
     layout = LAYOUTS[name]
     prefixes = {"student": _first(layout.student, tensors), "teacher": _first(layout.teacher, tensors)}
-    others = {"student": "teacher", "teacher": "student"}
-    chosen = network or (layout.default if prefixes[layout.default] is not None else others[layout.default])
-    prefix, other = prefixes[chosen], prefixes[others[chosen]]
-    if prefix is None:
-        raise CheckpointError(
-            f"{path}: holds no {network or 'backbone'} of layout {name} (looked for "
-            f"{' or '.join(layout.student + layout.teacher)}); it holds {', '.join(list(tensors)[:4])}"
-        )
-    weights: dict[str, Tensor] = {}
-    unknown = []
-    for key, value in tensors.items():
-        known = (each for each in layout.beside if key == each or (each.endswith(".") and key.startswith(each)))
-        group = next(known, other if other is not None and key.startswith(other) else None)
-        if group is not None:
-            left_out[group] = left_out.get(group, 0) + 1
-        elif key.startswith(prefix):
-            weights[key.removeprefix(prefix)] = value
-        else:
-            unknown.append(key)
-    return "backbone" if name in PLAIN else chosen, prefix, weights, unknown
+    chosen = network or next((side for side in (layout.default, *prefixes) if prefixes[side] is not None), layout.default)
+    if (prefix := prefixes[chosen]) is None:
+        looked, held = " or ".join(layout.student + layout.teacher), ", ".join(list(tensors)[:4])
+        raise CheckpointError(f"{path}: holds no {network or 'backbone'} of layout {name} (looked for {looked}); it holds {held}")
+    for key in tensors:
+        if not key.startswith(prefix):
+            part, dot, _ = key.partition(".")
+            left_out[part + dot] = left_out.get(part + dot, 0) + 1
+    weights = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+    return "backbone" if name in PLAIN else chosen, prefix, weights
 
 
-def name_children(weights: Mapping[str, Tensor], path: Path) -> tuple[dict[str, Tensor], str | None]:
-    """Give the children of a ResNet that was put into an nn.Sequential their names again.
+def name_children(weights: Mapping[str, Tensor], small_stem: str, path: Path) -> tuple[dict[str, Tensor], str]:
+    """Give the children of a ResNet that was put into an nn.Sequential their names again, and recognise its stem.
 
     MoCo's CIFAR demo, which the small-set code of ReSSL follows, drops the fully connected layer or appends it, and leaves out the
     max-pool or keeps it: it has no weights, but shows as a gap in the numbers.
 
     Returns:
-        The weights by name, and the stem that the numbers show, or None; weights with other names as they are.
+        The weights by name, those with other names as they are; and the stem, `small_stem` where only its 3x3 convolution shows.
     """
     layers = sorted({int(name.split(".")[0]) for name in weights if re.match(r"[0-9]{1,2}\.[0-9]+\.", name)})[:4]
-    if "0.weight" not in weights and not layers:
-        return dict(weights), None
     children = {"0": "conv1", "1": "bn1"} | {str(number): f"layer{i + 1}" for i, number in enumerate(layers)}
     named: dict[str, Tensor] = {}
     for name, value in weights.items():
         number, _, rest = name.partition(".")
-        _add(named, f"{children.get(number, f'fc.{number}')}.{rest}" if number.isdecimal() else name, value, path)
-    small = bool(layers) and "conv1.weight" in named and named["conv1.weight"].shape[-1:] == (3,)
-    return named, ("small" if layers[0] == 3 else "small-pool") if small else None
+        numbered = number.isdecimal() and (layers or "0.weight" in weights)
+        _add(named, f"{children.get(number, f'fc.{number}')}.{rest}" if numbered else name, value, path)
+    if "conv1.weight" not in named or named["conv1.weight"].shape[-1:] != (3,):
+        return named, "standard"
+    return named, ("small" if layers[0] == 3 else "small-pool") if layers else small_stem
 
 
 _RESNETS = (

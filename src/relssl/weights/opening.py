@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import timm
+from safetensors import safe_open
 from torch import nn
 
 from relssl.data.loader import worker_count
@@ -17,7 +19,7 @@ from relssl.settings.reading import read_yaml
 from relssl.settings.recipes import public_name
 from relssl.settings.run import Config, derive, from_mapping
 from relssl.weights import store
-from relssl.weights.foreign import Reading, load_foreign, load_timm
+from relssl.weights.foreign import LoadReport, Reading, load_foreign, load_timm
 from relssl.weights.spec import NO_DATA, BackboneSpec
 
 
@@ -73,14 +75,13 @@ def settings_of(path: Path) -> Path:
     return path.with_suffix(".yaml")
 
 
-def provenance(path: Path) -> tuple[str, str] | None:
-    """Return the network that a `.safetensors` file of ours says it holds, and its origin; None for any other file."""
-    try:
-        header = store.metadata(path) if path.is_file() else {}
-    except CheckpointError:
-        return None
-    network, origin = header.get("network", ""), header.get("origin", "")
-    return (network, origin) if network in ("student", "teacher", "backbone") and origin else None
+def header_of(path: Path) -> dict[str, str]:
+    """Return what a `.safetensors` file of ours says of its weights, as in `Opened.header`; nothing for any other file."""
+    with contextlib.suppress(Exception), safe_open(path, "pt") as file:  # whatever a file of any kind makes the library raise
+        header = file.metadata()
+        if header["network"] in ("student", "teacher", "backbone") and header["origin"]:
+            return {"network": header["network"], "origin": header["origin"]}
+    return {}
 
 
 def is_exported(path: Path) -> bool:
@@ -90,48 +91,34 @@ def is_exported(path: Path) -> bool:
         ConfigError: if it is and they are missing: weights do not say what the network sees.
     """
     ours = path.suffix == ".safetensors" and settings_of(path).is_file()
-    if path.suffix == ".safetensors" and not ours and provenance(path):
+    if path.suffix == ".safetensors" and not ours and header_of(path):
         raise ConfigError(f"{path}: its settings {settings_of(path).name}, written with it, are needed beside it")
     return ours
 
 
 @dataclass(frozen=True)
 class Opened:
-    """Backbones in eval mode, ready to be measured.
+    """Backbones in eval mode, on the CPU, ready to be measured or handed over."""
 
-    Attributes:
-        name: what to call them in messages and results; no path of this machine.
-        networks: by name: student, teacher or both of a run, as far as it has them, else one `backbone`.
-        spec: what they are.
-        config: settings of the run that trained them, if one of ours did.
-        folder: of a run.
-        origin: where the weights come from, as plain JSON.
-        seen: fingerprint of the images that the run was pretrained on, if it is known.
-        notes: what a reader of any figure of these weights must know, such as names that were allowed to be missing.
-    """
-
-    name: str
-    networks: dict[str, nn.Module]
-    spec: BackboneSpec
-    config: Config | None = None
-    folder: Path | None = None
-    origin: dict[str, Any] = field(default_factory=dict)
-    seen: str | None = None
-    notes: tuple[str, ...] = ()
-
-    def one(self) -> tuple[str, nn.Module]:
-        """Return a single network and its name: the student, where there is a choice."""
-        return next(iter(self.networks.items()))
+    name: str  # what to call them in messages and results; no path of this machine
+    networks: dict[str, nn.Module]  # student, teacher or both of a run, as far as it has them, else one `backbone`
+    spec: BackboneSpec  # what they are
+    header: dict[str, str]  # {"network": student, teacher or backbone, "origin": checkpoint or file of its weights}
+    origin: dict[str, Any]  # the same in detail, as plain JSON for the cards of results
+    config: Config | None = None  # settings of the run that trained them, if one of ours did
+    folder: Path | None = None  # of a run
+    run_data: dict[str, Any] = field(default_factory=dict)  # {"images": count, "fingerprint"} of a run, as far as it is known
+    report: LoadReport | None = None  # how another program's file was read
 
     @property
-    def data(self) -> str | None:
-        """The data set they were trained on, if it is known."""
-        return None if self.config is None else self.config.data
+    def backbone(self) -> Any:
+        """A single network: the student, where there is a choice."""
+        return next(iter(self.networks.values()))
 
     @property
-    def data_root(self) -> str | None:
-        """Where the run looked for named data sets, if it said so."""
-        return None if self.config is None else self.config.data_root
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of any figure of these weights must know, such as names that were allowed to be missing."""
+        return () if self.report is None else self.report.gaps()
 
     def reader(self, size: int | None = None, workers: int | None = None) -> Reader:
         """Return how images are read for these backbones: as the run does, with another size or number of workers if given."""
@@ -146,7 +133,7 @@ def load_backbone(source: str | Path, network: str | None = None) -> nn.Module:
 
     Args:
         source: a run folder; an exported or imported `.safetensors` file with its settings beside it; another program's file
-            whose layout its names show; or a timm name.
+            whose layout its names show; or a timm name, such as `resnet50` or `timm:resnet50.a1_in1k`.
         network: student or teacher, of a run (default: student) or of a file that holds both (default: the one its authors
             evaluate).
 
@@ -158,16 +145,12 @@ def load_backbone(source: str | Path, network: str | None = None) -> nn.Module:
         ConfigError: if `source` is none of these, or does not hold `network`.
         CheckpointError: if weights are damaged or do not match the network exactly.
     """
-    return open_backbones(source, Reading(network=network)).one()[1]
+    backbone: nn.Module = open_backbones(source, Reading(network=network)).backbone
+    return backbone
 
 
 def open_backbones(source: str | Path, reading: Reading | None = None) -> Opened:
-    """Return the backbones that `source` names.
-
-    Args:
-        source: a run folder; a `.safetensors` file with its settings beside it; any other file of weights; or a timm name,
-            such as `resnet50` or `timm:resnet50.a1_in1k`, for timm's own pretrained weights, which may be downloaded.
-        reading: how to read it.
+    """Return the backbones that `source` names, as of `load_backbone`; timm's own pretrained weights may be downloaded.
 
     Raises:
         ConfigError: if it is none of these, or options are given that the kind of source has no use for.
@@ -175,56 +158,55 @@ def open_backbones(source: str | Path, reading: Reading | None = None) -> Opened
     """
     reading, path, name = reading or Reading(), Path(source), str(source)
     if path.is_file() and not is_exported(path):
-        backbone, report = load_foreign(path, reading)
-        return _single(path.name, backbone, origin=asdict(report), notes=report.gaps())
+        return open_foreign(path, reading)
     options = {"--from": reading.layout, "--backbone": reading.backbone, "--stem": reading.stem, "--allow": reading.allow}
     if useless := [option for option, value in options.items() if value]:
         raise ConfigError(*(f"{option}: is for files of other programs, which {name} is not; leave it out" for option in useless))
     if path.is_dir():
-        return _run(path, reading.network)
+        return _open_run(path, reading.network)
     if reading.network:
         raise ConfigError(f"network: {name} holds one network; leave the option out")
     if path.is_file():
-        return _exported(path)
+        return _open_exported(path)
     if timm.is_model(name.removeprefix("timm:").partition(".")[0]):
-        return _single(name, load_timm(name), origin={"kind": "timm", "name": name})
+        backbone, header = load_timm(name), {"network": "backbone", "origin": name}
+        return Opened(name, {"backbone": backbone}, backbone.spec, header, {"kind": "timm", "name": name})
     raise ConfigError(f"{name}: is no run folder, no file of weights and no timm name")
 
 
-def _single(name: str, backbone: Any, **more: Any) -> Opened:
-    return Opened(name, {"backbone": backbone}, backbone.spec, **more)
+def open_foreign(path: Path, reading: Reading) -> Opened:
+    """Return the backbone in a file that another program wrote; raises as `load_foreign`."""
+    backbone, report = load_foreign(path, reading)
+    header = {"network": "backbone", "origin": path.name}
+    return Opened(path.name, {"backbone": backbone}, backbone.spec, header, asdict(report), report=report)
 
 
-def _exported(path: Path) -> Opened:
-    config = _settings(settings_of(path))
+def _open_exported(path: Path) -> Opened:
+    config, header = _settings(settings_of(path)), header_of(path) or {"network": "backbone", "origin": path.name}
     # timm would open that file too, which some of its versions unpickle in full.
     if "checkpoint_path" in config.backbone_args:
         raise ConfigError(f"{settings_of(path)}: backbone_args: checkpoint_path is refused; the weights are those of {path.name}")
-    network, origin = provenance(path) or ("backbone", path.name)
-    return _single(
-        path.name,
-        BackboneSpec.of(config).load(store.read(path), path),
-        config=None if config.data == NO_DATA else config,
-        origin={"kind": "exported", "file": path.name, "network": network, "origin": origin},
-    )
+    spec, origin = BackboneSpec.of(config), {"kind": "exported", "file": path.name, **header}
+    networks = {"backbone": spec.load(store.read(path), path)}
+    return Opened(path.name, networks, spec, header, origin, None if config.data == NO_DATA else config)
 
 
-def _run(path: Path, network: str | None) -> Opened:
+def _open_run(path: Path, network: str | None) -> Opened:
     run = load_run(path)
     networks, title = derive(run.config).networks, path.resolve().name
     if network is not None and network not in networks:
         why = "" if "teacher" in networks else f" ({run.config.method.name} has no teacher)"
         raise ConfigError(f"network: {path.name} holds {' and '.join(networks)}, not {network}{why}")
-    checkpoint, spec = run.checkpoint(), BackboneSpec.of(run.config)
+    checkpoint, spec, wanted = run.checkpoint(), BackboneSpec.of(run.config), networks if network is None else (network,)
     tensors, _ = store.load(checkpoint)
     backbones = {}
-    for name in networks if network is None else (network,):
+    for name in wanted:
         prefix = f"{name}.backbone."
         weights = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         backbones[name] = spec.load(weights, checkpoint)
+    header = {"network": wanted[0], "origin": checkpoint.name}
     origin = {"kind": "run", "run": title, "checkpoint": checkpoint.name, "recipe": public_name(run.config.recipe)}
-    try:
-        seen = json.loads((path / "environment.json").read_text())["data"]["fingerprint"]
-    except (OSError, ValueError, LookupError, TypeError):
-        seen = None
-    return Opened(title, backbones, spec, run.config, path, origin, seen if isinstance(seen, str) else None)
+    run_data: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # torn, or of another version
+        run_data |= json.loads((path / "environment.json").read_text())["data"]
+    return Opened(title, backbones, spec, header, origin, run.config, path, run_data)

@@ -7,9 +7,7 @@ import importlib.util
 import io
 import math
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ from relssl.data.images import Images
 from relssl.data.named import load, sample
 from relssl.data.plain import PlainView
 from relssl.errors import CheckpointError
-from relssl.settings.run import Config, LoaderConfig
+from relssl.settings.run import Config
 from relssl.weights.store import one_line
 from relssl.weights.writers import Snippet, Written
 
@@ -31,19 +29,12 @@ COUNT = 16  # images compared
 
 @dataclass(frozen=True)
 class Parity:
-    """The distance of a file that was loaded back from the network in it.
+    """The distance of a file that was loaded back from the network in it."""
 
-    Attributes:
-        difference: the largest absolute difference of features, in fp32, over batches of all the images and of one.
-        relative: the same as a share of the largest feature.
-        images: which images, in words.
-        checked: titles of the snippets that were run.
-    """
-
-    difference: float
-    relative: float
-    images: str
-    checked: tuple[str, ...]
+    difference: float  # the largest absolute difference of features, in fp32, over batches of all the images and of one
+    relative: float  # the same as a share of the largest feature
+    images: str  # which images, in words
+    checked: tuple[str, ...]  # titles of the snippets that were run
 
 
 def compare(backbone: nn.Module, written: Written, file: Path, images: Tensor, what: str) -> Parity:
@@ -53,32 +44,28 @@ def compare(backbone: nn.Module, written: Written, file: Path, images: Tensor, w
         CheckpointError: if it does not load, or a feature differs by more than the format's tolerance.
     """
     with torch.no_grad():
-        wanted = [backbone(batch) for batch in (images, images[:1])]
-    largest, worst = float(wanted[0].abs().max()), 0.0
+        wanted = torch.cat([backbone(images), backbone(images[:1])])
+    largest, worst = float(wanted.abs().max()), 0.0
     if not math.isfinite(largest):
         raise CheckpointError(f"{file.name}: the backbone's own features are not finite on {what}, so nothing is kept")
     snippets = [snippet for snippet in written.snippets if snippet.needs is None or importlib.util.find_spec(snippet.needs)]
     for snippet in snippets:
-        loaded = f"{file.name}: loaded with {snippet.title}"
         network, features = _run(snippet, file, images)
+        difference = float((features - wanted).abs().max()) if features.shape == wanted.shape else math.nan
         # Bit for bit, in order: features alone would miss a weight that these images do not use.
-        pairs = zip_longest(*(n.state_dict().values() for n in (backbone, network))) if written.exact else ()
-        if not all(ours is not None and theirs is not None and torch.equal(ours, theirs) for ours, theirs in pairs):
-            raise CheckpointError(f"{loaded} its weights differ from the backbone's, so nothing is kept")
-        if [value.shape for value in features] != [value.shape for value in wanted]:
-            raise CheckpointError(f"{loaded} it gives {list(features[0].shape)} features, so nothing is kept")
-        difference = max(float((ours - theirs).abs().max()) for ours, theirs in zip(wanted, features, strict=True))
-        if not difference <= snippet.tolerance * largest:  # so that NaN is refused as well
+        ours, theirs = ([*net.state_dict().values()] if written.exact else [] for net in (backbone, network))
+        equal = len(ours) == len(theirs) and all(map(torch.equal, ours, theirs))
+        if not equal or not difference <= snippet.tolerance * largest:  # NaN is refused too
+            figures = f"features by {difference:.2g}, where {snippet.tolerance:g} of the largest, {largest:.2g}, is allowed"
             raise CheckpointError(
-                f"{loaded} its features differ by {difference:.2g} from the backbone's, whose largest is {largest:.2g}; at most "
-                f"{snippet.tolerance:g} of that is allowed, so nothing is kept"
+                f"{file.name}: loaded with {snippet.title} its weights or features differ: {figures}; it is not kept"
             )
         worst = max(worst, difference)
     return Parity(worst, worst / largest if largest else 0.0, what, tuple(snippet.title for snippet in snippets))
 
 
-def _run(snippet: Snippet, file: Path, images: Tensor) -> tuple[Any, list[Tensor]]:
-    """Return what the snippet's own code loads, and its features [N, F] of all images and of the first alone."""
+def _run(snippet: Snippet, file: Path, images: Tensor) -> tuple[Any, Tensor]:
+    """Return what the snippet's own code loads, and its features [N+1, F] of all images and of the first alone."""
     scope: dict[str, Any] = {}
     features = []
     try:
@@ -93,7 +80,7 @@ def _run(snippet: Snippet, file: Path, images: Tensor) -> tuple[Any, list[Tensor
     except Exception as error:  # whatever a library raises over a file that it cannot use
         reason = one_line(error) or type(error).__name__
         raise CheckpointError(f"{file.name}: does not load with {snippet.title}: {reason}") from error
-    return scope.get("backbone"), features
+    return scope.get("backbone"), torch.cat(features)
 
 
 def real_images(view: PlainView, config: Config | None = None, images: Images | None = None) -> tuple[Tensor, str]:
@@ -104,17 +91,19 @@ def real_images(view: PlainView, config: Config | None = None, images: Images | 
         config: of the run that trained it, if one of ours did.
         images: what to take; None: the first of the run's data if they lie on this machine, else drawn digits.
     """
-    limit, max_pixels = 4 * COUNT, (config.loader if config else LoaderConfig()).max_pixels
+    max_pixels = (config or Config()).loader.max_pixels
     if images is None and config is not None:
-        images = sample(config.data, config.data_root, limit)
+        images = sample(config.data, config.data_root, 4 * COUNT)
 
-    def viewed(source: Images) -> Iterator[Tensor]:
-        for row in range(min(len(source), limit)):  # a few more than are needed, for files that cannot be read
-            with contextlib.suppress(BadImage):
-                yield view(source.read(row, max_pixels))
+    def views(source: Images) -> list[Tensor]:
+        viewed: list[Tensor] = []
+        for row in range(min(len(source), 4 * COUNT)):  # a few more than are needed, for files that cannot be read
+            if len(viewed) < COUNT:
+                with contextlib.suppress(BadImage):
+                    viewed.append(view(source.read(row, max_pixels)))
+        return viewed
 
-    name = Path(config.data).name if config else "the data"
-    views = [] if images is None else list(islice(viewed(images), COUNT))
-    if not views:
-        views, name = list(islice(viewed(load("digits", None, "test")), COUNT)), "the built-in digits"
-    return torch.stack(views), f"{len(views)} images of {name}"
+    if images is not None and (batch := views(images)):
+        return torch.stack(batch), f"{len(batch)} images of {Path(images.name).name}"
+    batch = views(load("digits", None, "test"))
+    return torch.stack(batch), f"{len(batch)} images of the built-in digits"

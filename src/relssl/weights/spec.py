@@ -21,19 +21,12 @@ NO_DATA = "imported"
 
 @dataclass(frozen=True)
 class BackboneSpec:
-    """A network and what it sees.
+    """A network and what it sees."""
 
-    Attributes:
-        name: timm's name, or `torchvision/` and torchvision's.
-        arguments: what the user passes to timm.create_model or to torchvision's function.
-        stem: as `encoder.stem`.
-        view: the images it sees when it is evaluated.
-    """
-
-    name: str
-    arguments: Mapping[str, Any]
-    stem: str
-    view: PlainView
+    name: str  # timm's name, or `torchvision/` and torchvision's
+    arguments: Mapping[str, Any]  # what the user passes to timm.create_model or to torchvision's function
+    stem: str  # as `encoder.stem`
+    view: PlainView  # the images it sees when it is evaluated
 
     @staticmethod
     def of(config: Config) -> BackboneSpec:
@@ -56,14 +49,11 @@ class BackboneSpec:
             The network, with `.num_features`, `.transform` (PIL image to normalised [C, S, S]) and `.spec`.
 
         Raises:
-            CheckpointError: naming how many weights match and which do not.
+            CheckpointError: as `mismatch` says.
         """
         network = self.create()
-        state = network.state_dict()
-        if faults := mismatches(state, weights):
-            matched = len(state.keys() & weights.keys()) - len(faults.get("other shape", ()))
-            lists = "; ".join(f"{kind}: {', '.join(names[:3])}" for kind, names in faults.items())
-            raise CheckpointError(f"{origin}: {matched} of {len(state)} weights of {self.name} match; {lists}")
+        if fault := mismatch(network.state_dict(), weights):
+            raise CheckpointError(f"{origin}: is no {self.name}: {fault}")
         network.load_state_dict(dict(weights))
         network.transform, network.spec = self.view, self  # type: ignore[assignment]
         # timm's own figure is that before the layer which its MobileNetV3 ends with.
@@ -72,20 +62,26 @@ class BackboneSpec:
 
     def to_yaml(self) -> str:
         """Write it under the names that a run's settings have, for the file beside imported weights."""
-        view, size = self.view, self.view.size
-        views = {
-            "weak": {"name": "weak", "size": size},
-            "strong": {"name": "contrastive", "size": size},
-            "channels": view.channels,
-        }
-        views |= {"mean": list(view.mean), "std": list(view.std), "margin": view.margin, "interpolation": view.interpolation}
+        view = self.view
+        views = {"weak": {"name": "weak", "size": view.size}, "strong": {"name": "contrastive", "size": view.size}}
+        pixels = {"channels": view.channels, "mean": list(view.mean), "std": list(view.std)}
+        scaling = {"margin": view.margin, "interpolation": view.interpolation}
         network = {"backbone": self.name, "backbone_args": dict(self.arguments), "encoder": {"stem": self.stem}}
-        described = {"data": NO_DATA, "recipe": "imported", **network, "views": views}
+        described = {"data": NO_DATA, "recipe": "imported", **network, "views": {**views, **pixels, **scaling}}
         return yaml.safe_dump(described, sort_keys=False, width=120, default_flow_style=None)
 
 
-def mismatches(wanted: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, list[str]]:
-    """Return the names that are missing, unexpected or of another shape, by kind; empty if all match."""
-    shapes = [name for name in wanted if name in weights and wanted[name].shape != weights[name].shape]
-    kinds = {"missing": wanted.keys() - weights.keys(), "unexpected": weights.keys() - wanted.keys(), "other shape": shapes}
-    return {kind: sorted(names) for kind, names in kinds.items() if names}
+def mismatch(wanted: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> str | None:
+    """Say how many weights match and which are missing, unexpected or of another shape; None if all match."""
+    both = sorted(wanted.keys() & weights.keys())
+    shapes = {name: (list(weights[name].shape), list(wanted[name].shape)) for name in both}
+    kinds = {
+        "missing": sorted(wanted.keys() - weights.keys()),
+        "unexpected": sorted(weights.keys() - wanted.keys()),
+        "other shape": [f"{name} {one} for {other}" for name, (one, other) in shapes.items() if one != other],
+    }
+    lists = [
+        f"{kind} ({len(names)}): {', '.join(names[:3])}{' ...' * (len(names) > 3)}" for kind, names in kinds.items() if names
+    ]
+    matched = len(both) - len(kinds["other shape"])
+    return f"{matched} of {len(wanted)} weights match; {'; '.join(lists)}" if lists else None

@@ -22,18 +22,11 @@ from relssl.data import digits
 from relssl.errors import ConfigError
 from relssl.method.backbones import drop_classifier
 from relssl.settings.reading import nearest_word
+from relssl.weights.spec import mismatch
 
 TOLERANCE = 1e-4  # largest difference of outputs, relative to the largest output, in fp32
 SIDE = 64  # pixels of the images of a comparison, where the network takes any size
 
-_SAME_NAME = (
-    *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
-    *("resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d", "wide_resnet50_2", "wide_resnet101_2"),
-    *("densenet121", "densenet161", "densenet169", "densenet201"),
-    *("vgg11", "vgg13", "vgg16", "vgg19", "vgg11_bn", "vgg13_bn", "vgg16_bn", "vgg19_bn"),
-    *("convnext_tiny", "convnext_small", "convnext_base", "convnext_large"),
-    *(f"efficientnet_b{number}" for number in range(8)),
-)
 # timm's name, less `regnet`, -> torchvision's. timm rounds the widths of a few RegNets to other numbers: their `_tv` forms are the twins.
 _REGNETS = {
     **{"x_004_tv": "x_400mf", "x_008": "x_800mf", "x_016": "x_1_6gf", "x_032": "x_3_2gf"},
@@ -42,7 +35,11 @@ _REGNETS = {
     **{"y_080_tv": "y_8gf", "y_160": "y_16gf", "y_320": "y_32gf"},
 }
 TWINS = {
-    **{name: name for name in _SAME_NAME},
+    **{
+        name: name
+        for name in torchvision.models.list_models(module=torchvision.models, exclude="inception*")
+        if timm.is_model(name)
+    },
     **{f"mobilenetv3_{size}_100": f"mobilenet_v3_{size}" for size in ("large", "small")},
     **{"mobilenetv2_100": "mobilenet_v2", "mnasnet_050": "mnasnet0_5", "mnasnet_100": "mnasnet1_0"},
     **{f"regnet{ours}": f"regnet_{theirs}" for ours, theirs in _REGNETS.items()},
@@ -59,13 +56,15 @@ def to_torchvision(weights: Mapping[str, Tensor], timm_name: str) -> dict[str, T
     Raises:
         ConfigError: if torchvision has no such network, or in the installed versions the two are not the same function.
     """
-    ours, theirs, names = _networks(timm_name)
+    ours, theirs, names = _paired(timm_name)
+    if fault := mismatch(ours.state_dict(), weights):
+        raise ConfigError(f"backbone: is no plain {timm_name}: {fault}")
     return _renamed(weights, ours, theirs, names)
 
 
 def from_torchvision(weights: Mapping[str, Tensor], timm_name: str) -> dict[str, Tensor]:
     """Return torchvision's weights, without its last linear layer, under timm's names; raises as `to_torchvision`."""
-    ours, theirs, names = _networks(timm_name)
+    ours, theirs, names = _paired(timm_name)
     return _renamed(weights, theirs, ours, {other: name for name, other in names.items()})
 
 
@@ -77,8 +76,8 @@ def bare(name: str, args: Mapping[str, Any] | None = None) -> tuple[nn.Module, s
 
 
 @functools.lru_cache(maxsize=2)
-def _networks(timm_name: str) -> tuple[nn.Module, nn.Module, dict[str, str]]:
-    """Return timm's network, torchvision's, and torchvision's name of every weight by timm's, proven on random weights."""
+def _paired(timm_name: str) -> tuple[nn.Module, nn.Module, dict[str, str]]:
+    """Return timm's network, torchvision's, and torchvision's name of every weight by timm's."""
     if timm_name not in TWINS:
         near = nearest_word(timm_name, list(TWINS))
         raise ConfigError(f"backbone: torchvision's twin of {timm_name!r} is not known; near: {near}")
@@ -90,12 +89,9 @@ def _networks(timm_name: str) -> tuple[nn.Module, nn.Module, dict[str, str]]:
     if state.keys() != other.keys():
         left, right = _by_shape(state), _by_shape(other)
         names = {one: two for shape, those in left.items() for one, two in zip(those, right.get(shape, ()), strict=False)}
-    difference = _difference(ours, theirs, names) if len(names) == len(state) == len(other) else float("inf")
-    if not difference <= TOLERANCE:  # NaN is refused as well
-        raise ConfigError(
-            f"backbone: {timm_name} and torchvision's {TWINS[timm_name]} are not the same network in these versions of the two "
-            f"libraries (outputs differ by {difference:.1e} of the largest)"
-        )
+    if not len(names) == len(state) == len(other) or not _difference(ours, theirs, names) <= TOLERANCE:  # NaN is refused as well
+        versions = "in these versions of the two libraries"
+        raise ConfigError(f"backbone: {timm_name} and torchvision's {TWINS[timm_name]} are not the same network {versions}")
     return ours, theirs, names
 
 
@@ -141,8 +137,7 @@ def _difference(ours: nn.Module, theirs: nn.Module, names: Mapping[str, str]) ->
         value.copy_(renamed[name])
     cfg: Any = ours.pretrained_cfg
     side = int(cfg["input_size"][-1]) if cfg.get("fixed_input_size") else SIDE
-    noise = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
     real = torch.from_numpy(digits.load("test")[0][[0, 40]]).float() / 127.5 - 1
-    images = torch.cat([noise, F.interpolate(real, (side, side), mode="bilinear")])
+    images = torch.cat([torch.randn(2, 3, side, side, generator=generator), F.interpolate(real, (side, side), mode="bilinear")])
     one, other = (network(images).flatten(1) for network in (ours, theirs))
     return float((one - other).abs().max() / one.abs().max()) if one.shape == other.shape else float("inf")

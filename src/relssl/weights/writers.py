@@ -10,61 +10,29 @@ import textwrap
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from torch import nn
 
-from relssl.errors import CheckpointError, ConfigError
+from relssl.errors import ConfigError
 from relssl.method.backbones import TORCHVISION, create_backbone
-from relssl.settings.run import Config
 from relssl.weights import detectron, store
-from relssl.weights.spec import BackboneSpec, mismatches
+from relssl.weights.opening import Opened
+from relssl.weights.spec import BackboneSpec, mismatch
 from relssl.weights.twins import TWINS, bare, to_torchvision
 
 
 @dataclass(frozen=True)
-class Source:
-    """A backbone that leaves.
-
-    Attributes:
-        backbone: in eval mode, on the CPU.
-        spec: what it is.
-        network: student or teacher of a run of ours; `backbone` of anything else.
-        origin: name of the checkpoint, or of the file, that the weights come from.
-        config: settings of the run that trained it, if one of ours did.
-        folder: the run's, if it is one.
-        account: of an imported file, a line each: how it was read and what was assumed.
-    """
-
-    backbone: nn.Module
-    spec: BackboneSpec
-    network: str
-    origin: str
-    config: Config | None = None
-    folder: Path | None = None
-    account: Sequence[str] = ()
-
-
-@dataclass(frozen=True)
 class Snippet:
-    """Python that loads what was written: printed in the card, and run to check it.
+    """Python that loads what was written: printed in the card, and run to check it."""
 
-    Attributes:
-        title: the library that loads it.
-        code: lines with `{file}` for the path of what was written, and `{folder}` for timm's name of a local folder.
-        use: the last line, which sets `features` [N, F] from the tensor `images` [N, C, S, S].
-        needs: module that may be missing; then the code is printed and not run.
-        tolerance: how far features may be off, relative to the largest one; 0 where the same code runs the same weights.
-    """
-
-    title: str
-    code: Sequence[str]
-    use: str = "features = backbone(images)"
-    needs: str | None = None
-    tolerance: float = 0.0
+    title: str  # the library that loads it
+    code: Sequence[str]  # lines with `{file}` for the path of what was written, and `{folder}` for timm's name of a local folder
+    use: str = "features = backbone(images)"  # the last line: `images` [N, C, S, S] to `features` [N, F]
+    needs: str | None = None  # a module that may be missing; then the code is printed and not run
+    tolerance: float = 0.0  # of features, relative to the largest one; 0 where the same code runs the same weights
 
     def lines(self, file: str) -> list[str]:
         """Return the code for the file of that path."""
@@ -73,19 +41,12 @@ class Snippet:
 
 @dataclass(frozen=True)
 class Written:
-    """A backbone in a format, in memory.
+    """A backbone in a format, in memory."""
 
-    Attributes:
-        data: the bytes of each file of a folder, by name; of a format that is one file, under the name "".
-        snippets: the ways to load it.
-        exact: the loaded network has the source's very weights, in its order.
-        notes: more about loading it, as Markdown, with `{file}`.
-    """
-
-    data: Mapping[str, bytes]
-    snippets: Sequence[Snippet]
-    exact: bool = True
-    notes: str = ""
+    data: Mapping[str, bytes]  # the bytes of each file of a folder, by name; of a format that is one file, under the name ""
+    snippets: Sequence[Snippet]  # the ways to load it
+    exact: bool = True  # the loaded network has the source's very weights, in its order
+    notes: str = ""  # more about loading it, as Markdown, with `{file}`
 
 
 _TOLERANCE = 1e-4  # another implementation of the same function, in fp32; a compiler may fold batch norm and reorder sums
@@ -96,26 +57,24 @@ def _unsuited(format: str, why: str) -> ConfigError:
     return ConfigError(f"format: {format} {why}; safetensors, onnx and torch-export take every network")
 
 
-def as_safetensors(source: Source, format: str) -> Written:
+def as_safetensors(source: Opened, format: str) -> Written:
     """Write the network's own names; those of timm's networks, and `timm` takes no others, in a file for its `checkpoint_path`."""
     ours = Snippet("relssl", ("import relssl", "backbone = relssl.load_backbone({file})"))
     theirs = Snippet("timm alone", timm_lines(source.spec))
-    if source.spec.name.startswith(TORCHVISION):
+    if _theirs(source.spec):
         if format != "safetensors":
             raise _unsuited(format, f"is read by timm, which does not know {source.spec.name}")
         theirs = Snippet("torchvision", _torchvision_lines(source.spec, "safetensors.torch.load_file({file})"))
-    facts = {"format": "pt", "network": source.network, "origin": source.origin}
-    return Written({"": store.encode(source.backbone.state_dict(), facts)}, (theirs, ours))
+    return Written({"": store.encode(source.backbone.state_dict(), {"format": "pt", **source.header})}, (theirs, ours))
 
 
-def as_hf(source: Source, format: str) -> Written:
+def as_hf(source: Opened, format: str) -> Written:
     """Write Hugging Face's layout: timm's config.json and model.safetensors; the card becomes README.md."""
     weights, spec, known = as_safetensors(source, format).data[""], source.spec, source.backbone.pretrained_cfg
     if spec.view.channels != 3:
         raise _unsuited(format, f"is read with colour images, and {spec.name} was trained on grey ones")
     if spec.stem != "standard":
         raise _unsuited(format, f"cannot describe a {spec.stem} stem, which timm cannot be asked for")
-    assert isinstance(known, dict)
     pretrained = {  # as timm writes it, about these weights: none of what it says of timm's own is taken over
         "tag": "ressl",
         "custom_load": False,
@@ -147,48 +106,42 @@ def as_hf(source: Source, format: str) -> Written:
     return Written(files, (Snippet("timm", with_timm), theirs))
 
 
-def as_graph(source: Source, format: str) -> Written:
+def as_graph(source: Opened, format: str) -> Written:
     """Write a graph in one file, for torch.export or ONNX: `images` float32 [N, C, S, S] to `features` float32 [N, F]."""
     view, buffer = source.spec.view, io.BytesIO()
     # Traced with a batch of two, for one would be taken for a constant.
     inputs, shapes = (torch.zeros(2, view.channels, view.size, view.size),), ({0: torch.export.Dim("batch", min=1)},)
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # about torch's own code; the result is compared
-        try:
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")  # about torch's own code; the result is compared
             if format == "onnx":
                 names: Any = {"input_names": ["images"], "output_names": ["features"]}
-                graph = torch.onnx.export(source.backbone, inputs, dynamo=True, verbose=False, dynamic_shapes=shapes, **names)
-                assert graph is not None
+                graph: Any = torch.onnx.export(
+                    source.backbone, inputs, dynamo=True, verbose=False, dynamic_shapes=shapes, **names
+                )
                 buffer.write(graph.model_proto.SerializeToString())
+                code = ("import onnxruntime", "session = onnxruntime.InferenceSession({file})")
+                use = 'features = session.run(["features"], {"images": images.numpy()})[0]'
+                snippet = Snippet("ONNX Runtime", code, use, tolerance=_TOLERANCE)
             else:
                 torch.export.save(torch.export.export(source.backbone, inputs, dynamic_shapes=shapes), buffer)
-        except Exception as error:  # whatever torch raises over a network that it cannot follow, and protobuf beyond 2 GiB
-            reason = f"torch cannot write the graph of {source.spec.name} ({store.one_line(error)})"
-            raise ConfigError(f"format: {format}: {reason}; use safetensors or timm") from error
-    if format == "onnx":
-        code = ("import onnxruntime", "session = onnxruntime.InferenceSession({file})")
-        use = 'features = session.run(["features"], {"images": images.numpy()})[0]'
-        snippet = Snippet("ONNX Runtime", code, use, tolerance=_TOLERANCE)
-    else:
-        code = ("import torch", "backbone = torch.export.load({file}).module()")
-        snippet = Snippet("torch alone", code, tolerance=_TOLERANCE)
+                code = ("import torch", "backbone = torch.export.load({file}).module()")
+                snippet = Snippet("torch alone", code, tolerance=_TOLERANCE)
+    except Exception as error:  # whatever torch raises over a network that it cannot follow, and protobuf beyond 2 GiB
+        reason = f"torch cannot write the graph of {source.spec.name} ({store.one_line(error)})"
+        raise ConfigError(f"format: {format}: {reason}; use safetensors or timm") from error
     return Written({"": buffer.getvalue()}, (snippet,), exact=False)
 
 
-def as_torchvision(source: Source, format: str) -> Written:
+def as_torchvision(source: Opened, format: str) -> Written:
     """Write torchvision's names, for a strict load into its network without the last layer."""
     spec, state = source.spec, source.backbone.state_dict()
-    if _torchvision_name(spec) is None:
-        raise _unsuited(format, f"has no network that is known to equal {spec.name}")
     network, _ = _torchvision_network(spec)
-    for path, module in stem_layers(spec).items():
-        network.set_submodule(path, module)
     try:
-        renamed = spec.stem == "standard" and not spec.name.startswith(TORCHVISION)
-        weights = to_torchvision(state, spec.name) if renamed else state
-    except (CheckpointError, ConfigError) as error:
+        weights = to_torchvision(state, spec.name) if spec.stem == "standard" and not _theirs(spec) else state
+    except ConfigError as error:
         raise _unsuited(format, f"cannot take this {spec.name} ({error})") from error
-    if mismatches(network.state_dict(), weights):
+    if mismatch(network.state_dict(), weights):
         raise _unsuited(format, f"cannot take {spec.name} with a {spec.stem} stem")
     for key, value in network.state_dict().items():
         value.copy_(weights[key])
@@ -199,11 +152,11 @@ def as_torchvision(source: Source, format: str) -> Written:
     return Written({"": buffer.getvalue()}, (Snippet("torchvision", code, tolerance=0.0 if exact else _TOLERANCE),), exact)
 
 
-def as_detectron2(source: Source, format: str) -> Written:
+def as_detectron2(source: Opened, format: str) -> Written:
     """Write detectron2's pickle, and the part of its configuration that goes with it."""
     spec, name, state = source.spec, TWINS.get(source.spec.name, ""), source.backbone.state_dict()
     network: Any = bare(name)[0] if "resne" in name and spec.stem == "standard" else None
-    if network is None or mismatches(network.state_dict(), state):
+    if network is None or mismatch(network.state_dict(), state):
         what = f"{spec.name} with {spec.stem} stem" + (" and backbone_args" if spec.arguments else "")
         raise _unsuited(format, f"takes timm's ResNets with torchvision's shapes, not {what}")
     first = network.layer1[0]
@@ -227,7 +180,7 @@ def as_detectron2(source: Source, format: str) -> Written:
     return Written({"": detectron.dump(state)}, (Snippet("timm, to look into the file without detectron2", code),), notes=notes)
 
 
-WRITERS: dict[str, Callable[[Source, str], Written]] = {
+WRITERS: dict[str, Callable[[Opened, str], Written]] = {
     "safetensors": as_safetensors,
     "timm": as_safetensors,
     "torchvision": as_torchvision,
@@ -245,12 +198,14 @@ def timm_lines(spec: BackboneSpec) -> list[str]:
     if spec.view.channels == 1:
         imports += ", torchvision.transforms"
         transform = f"torchvision.transforms.Compose([torchvision.transforms.Grayscale(), {transform}])"
-    create = f"timm.create_model({spec.name!r}, num_classes=0{_arguments(spec)}"
-    if not (stem := _stem_lines(spec)):
-        return [imports, f"backbone = {create}, checkpoint_path={{file}}).eval()", f"transform = {transform}"]
     # timm cannot be asked for a small stem, so the layers that differ are put in before the weights.
-    load = "timm.models.load_checkpoint(backbone, {file})"
-    return [f"{imports}, torch", f"backbone = {create}).eval()", *stem, load, f"transform = {transform}"]
+    return [
+        f"{imports}, torch",
+        f"backbone = timm.create_model({spec.name!r}, num_classes=0{_arguments(spec)}).eval()",
+        *_stem_lines(spec),
+        "timm.models.load_checkpoint(backbone, {file})",
+        f"transform = {transform}",
+    ]
 
 
 def timm_view(spec: BackboneSpec) -> dict[str, Any]:
@@ -263,22 +218,29 @@ def timm_view(spec: BackboneSpec) -> dict[str, Any]:
     return {"crop_pct": share, "interpolation": view.interpolation, "mean": view.mean, "std": view.std}
 
 
-def _torchvision_name(spec: BackboneSpec) -> str | None:
-    return spec.name.removeprefix(TORCHVISION) if spec.name.startswith(TORCHVISION) else TWINS.get(spec.name)
+def _theirs(spec: BackboneSpec) -> bool:
+    return spec.name.startswith(TORCHVISION)
 
 
 def _torchvision_network(spec: BackboneSpec) -> tuple[nn.Module, str]:
-    return bare(_torchvision_name(spec) or "", _library_arguments(spec) if spec.name.startswith(TORCHVISION) else None)
+    """Return torchvision's network with the first layers that the backbone has, and the name of the last layer, which is out."""
+    name = spec.name.removeprefix(TORCHVISION) if _theirs(spec) else TWINS.get(spec.name)
+    if name is None:
+        raise _unsuited("torchvision", f"has no network that is known to equal {spec.name}")
+    network, last = bare(name, _library_arguments(spec) if _theirs(spec) else None)
+    for path, module in stem_layers(spec).items():
+        network.set_submodule(path, module)
+    return network, last
 
 
 def _torchvision_lines(spec: BackboneSpec, load: str) -> list[str]:
     """Return Python that loads the file with torchvision, as `backbone` and the `transform` of its images; `load` reads it."""
-    view, arguments = spec.view, _arguments(spec)[2:] if spec.name.startswith(TORCHVISION) else ""
+    view, arguments = spec.view, _arguments(spec)[2:] if _theirs(spec) else ""
     resize = f"v.Resize({view.shorter_side}, v.InterpolationMode.{view.interpolation.upper()}), v.CenterCrop({view.size})"
     steps = f"{'v.Grayscale(), ' * (view.channels == 1)}{resize}, v.ToTensor(), v.Normalize({view.mean}, {view.std})"
     return [
         f"import {'safetensors.torch, ' * ('safetensors' in load)}torch, torchvision, torchvision.transforms as v",
-        f"backbone = torchvision.models.{_torchvision_name(spec)}({arguments}).eval()",
+        f"backbone = torchvision.models.{TWINS.get(spec.name, spec.name.removeprefix(TORCHVISION))}({arguments}).eval()",
         f"backbone.set_submodule({_torchvision_network(spec)[1]!r}, torch.nn.Identity())",
         *_stem_lines(spec),
         f"backbone.load_state_dict({load})",
@@ -295,8 +257,7 @@ def _arguments(spec: BackboneSpec) -> str:
 
 def _library_arguments(spec: BackboneSpec) -> dict[str, Any]:
     """Return the arguments that the network's library takes; the channels of torchvision's networks are not among them."""
-    theirs = spec.name.startswith(TORCHVISION)
-    return {name: value for name, value in spec.all_arguments().items() if not (theirs and name == "in_chans")}
+    return {name: value for name, value in spec.all_arguments().items() if not (_theirs(spec) and name == "in_chans")}
 
 
 def _stem_lines(spec: BackboneSpec) -> list[str]:
@@ -305,11 +266,10 @@ def _stem_lines(spec: BackboneSpec) -> list[str]:
 
 def stem_layers(spec: BackboneSpec) -> dict[str, nn.Module]:
     """Return the first layers that differ from the network's own: a small stem, or other channels in torchvision's networks."""
-    args = _library_arguments(spec)
-    if spec.stem == "standard" and args == spec.all_arguments():
+    if spec.stem == "standard" and _library_arguments(spec) == spec.all_arguments():
         return {}
     with torch.random.fork_rng(devices=[]):
-        plain = dict(create_backbone(spec.name, args=args, size=spec.view.size).named_modules())
+        plain = dict(create_backbone(spec.name, args=_library_arguments(spec), size=spec.view.size).named_modules())
         ours = spec.create().named_modules()
     kinds = (nn.Conv2d, nn.Identity)
     return {name: module for name, module in ours if type(module) in kinds and repr(module) != repr(plain.get(name))}
