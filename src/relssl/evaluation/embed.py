@@ -59,8 +59,9 @@ def embed(
     check_target(Path(out))
     reading = reading or Reading()
     opened = open_backbones(source, replace(reading, network=network or reading.network))
-    engine, images = Engine.local(device, precision), load(data, data_root or opened.data_root, split)
-    features = extract(engine.place(opened.one()[1]), images, opened.reader(reading.size), engine)
+    engine, root = Engine.local(device, precision), data_root or (opened.config.data_root if opened.config else None)
+    images = load(data, root, split)
+    features = extract(engine.place(opened.backbone), images, opened.reader(reading.size), engine)
     rows, vectors = features.rows, features.vectors.numpy()
     names, labels = [images.source.name(row) for row in rows.tolist()], None if images.labels is None else images.labels[rows]
     write_vectors(Path(out), vectors, rows, names, labels, images.classes)
