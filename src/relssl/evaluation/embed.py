@@ -85,9 +85,8 @@ def write_vectors(
     float32, in place of f0, f1, ... Both write bytes that are not UTF-8 as backslash escapes.
 
     Raises:
-        As `check_target`; StorageError too if the file cannot be written. NumericError: for NaN or Inf.
+        StorageError: if the file cannot be written. NumericError: for NaN or Inf.
     """
-    check_target(path)
     finite = np.isfinite(features).all(axis=1)
     if not finite.all():
         raise NumericError(f"{names[int(finite.argmin())]!r}: its features hold NaN or Inf; check the weights")

@@ -168,13 +168,12 @@ class _Evaluation:
                     settings["split"] = finding.details["split"]
                 yield record | plain | {"card": common | {"settings": settings}}
 
-    def _load_pair(self, data: str) -> tuple[LabelledPair, tuple[str, ...]]:
+    def _load_pair(self, data: str) -> tuple[LabelledPair, list[str]]:
         """Return both sides of a data set, and what a reader of any figure on them must know."""
         settings = self.settings
         root = settings.data_root or (self.opened.config.data_root if self.opened.config else None)
         pair = LabelledPair.load(data, root, settings.images, settings.seed)
-        seen = self.opened.run_data.get("fingerprint", "unknown") == pair.uncut
-        return pair, (*pair.notes(), *(["the test images are those that the run was pretrained on"] if seen else []))
+        return pair, pair.notes(self.opened.run_data.get("fingerprint"))
 
     def _findings(self, protocol: Protocol, section: Any, backbone: nn.Module, data: str) -> Measured:
         module, _, function = protocol.place.partition(".")
