@@ -7,7 +7,7 @@ SEED ?= 0
 PEERS ?= .venv-peers
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint torture smoke docs-pages bench bench-peers clean
+.PHONY: demo test lint torture smoke docs bench bench-peers clean
 
 demo: $(VENV)/ready
 	$(BIN)/relssl pretrain digits --seed $(SEED) --out $(OUT)
@@ -26,8 +26,9 @@ torture: $(VENV)/ready-dev
 smoke: $(VENV)/ready
 	$(BIN)/relssl reproduce $(or $(TABLE),temperature) --scale smoke --runs runs/smoke-$(or $(TABLE),temperature) --out runs/smoke
 
-docs-pages: $(VENV)/ready
-	$(BIN)/python docs/render.py
+docs: $(VENV)/ready-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "open build/site/index.html"
 
 bench: $(VENV)/ready
 	$(BIN)/python benchmarks/bench.py $(ARGS)
@@ -39,11 +40,16 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/ready: $(VENV)/bin/python pyproject.toml
+	@echo "Installing into $(VENV). PyTorch is large, and pip says nothing until it is done: minutes on a slow line."
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable .
 	@touch $@
 
 $(VENV)/ready-dev: $(VENV)/ready
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+$(VENV)/ready-docs: $(VENV)/ready
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[docs]'
 	@touch $@
 
 $(PEERS)/ready: $(VENV)/ready

@@ -36,12 +36,11 @@ from contenders import TINY, Measures, Record, Work, compare, conventional_train
 from relssl.data.cache import shrunken
 from relssl.engine import available_cores, fast_bf16, prepare_process
 from relssl.method.backbones import NAMED, create_backbone, feature_width, measure
-from relssl.method.ressl import OBJECTIVES
+from relssl.method.base import OBJECTIVES
 from relssl.settings.run import Config
 from relssl.train.loop import create_run
 from relssl.train.run_folder import Display
 
-FALLOFF = 1.25
 PRECISIONS = ("fp32", "bf16")
 STYLES = {"conventional, Pillow": contenders.pillow, "conventional, tensors": contenders.tensors}
 
@@ -179,7 +178,7 @@ def picture(width: int, height: int, seed: int) -> Image.Image:
     """Draw a cloudy picture: noise of all scales that falls off with its frequency as in photographs (Field 1987)."""
     noise = np.random.default_rng(seed).standard_normal((height, width, 4))
     frequency = np.hypot(np.fft.fftfreq(height)[:, None, None], np.fft.rfftfreq(width)[:, None])
-    waves = np.fft.rfft2(noise, axes=(0, 1)) / np.maximum(frequency, 1 / max(width, height)) ** FALLOFF
+    waves = np.fft.rfft2(noise, axes=(0, 1)) / np.maximum(frequency, 1 / max(width, height)) ** 1.33
     clouds = np.fft.irfft2(waves, (height, width), axes=(0, 1))
     pixels = clouds[..., :1] + 0.3 * clouds[..., 1:]  # mostly grey, as colours in photographs vary far less than brightness
     pixels = 128 + 48 * (pixels - pixels.mean()) / pixels.std()

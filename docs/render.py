@@ -1,15 +1,16 @@
-"""Write the generated pages of the documentation: the tables of the recipes, and a page for each stored result of `relssl reproduce`.
+"""The generated pages of the documentation: tables of all settings and recipes, and a page for each stored result of `relssl reproduce`.
 
-python docs/render.py [FOLDER]        # default: docs/generated, which git ignores
+mkdocs calls `on_config` and `on_files` (mkdocs.yml); no page is written to the disk but those of the site.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-import sys
+from collections.abc import Iterator
 from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 from relssl.reproduction.results import page
 from relssl.settings import recipes
@@ -27,20 +28,42 @@ _ALWAYS = {
     *("method.warmup", "optimizer.weight_decay", "optimizer.warmup_epochs"),
 }
 _NEVER = {"recipe", "backbone_args"}
+_SETTINGS = """# Settings
+
+Every setting of a run is an option of `relssl pretrain` (`--optimizer.lr 0.06`), a key of a YAML file (`--config FILE`), and a keyword of
+`relssl.pretrain` (`optimizer={"lr": 0.06}`). The defaults here are those without a recipe, and every run has one, which changes them:
+[recipes side by side](recipes.md). `relssl validate DATA --show` prints what a run would have.
+"""
+
+
+def pages() -> dict[str, str]:
+    """Return {name: page in Markdown} of all generated pages."""
+    return {"settings": settings_page(), "recipes": recipe_page()} | result_pages()
+
+
+def settings_page() -> str:
+    """Return the tables of all settings, section by section, with what they are where no recipe says otherwise."""
+    parts = [_SETTINGS]
+    for section, names in itertools.groupby(leaves(Config).items(), lambda each: each[0].rpartition(".")[0]):
+        parts.append(f"\n## {section or 'The run'}\n\n| setting | default | what it is |\n| --- | --- | --- |\n")
+        for name, field in names:
+            about = (field.description or "").replace("|", "\\|").replace("*", "\\*")
+            parts.append(f"| `{name}` | `{json.dumps(field.default)}` | {about} |\n")
+    return "".join(parts)
 
 
 def recipe_page() -> str:
     """Return the tables of all recipes, group by group, each with what the recipes are for and where their settings come from."""
-    parts = ["# The recipes' settings\n\nWhich to take, and why they are so: [recipes.md](../recipes.md).\n"]
+    parts = ["# The recipes' settings\n\nWhich to take, and why they are so: [recipes](../recipes.md).\n"]
     for folder, members in itertools.groupby(map(recipes.find, recipes.NAMES), lambda recipe: recipe["name"].rpartition("/")[0]):
         group = list(members)
         parts.append(f"\n## {_GROUPS[folder]}\n\n")
-        parts += [_settings(group[start : start + _ACROSS]) + "\n" for start in range(0, len(group), _ACROSS)]
+        parts += [_recipe_table(group[start : start + _ACROSS]) + "\n" for start in range(0, len(group), _ACROSS)]
         parts.append("".join(f"- `{recipe['name']}`: {recipe['about']}. Source: {recipe['source']}\n" for recipe in group))
     return "".join(parts)
 
 
-def _settings(group: list[dict[str, str]]) -> str:
+def _recipe_table(group: list[dict[str, str]]) -> str:
     """Return a table of the settings above, and of all that differ from the defaults in any of the recipes."""
     configs = [resolve({"recipe": recipe["name"]}) for recipe in group]
     shown = _ALWAYS.union(*map(differences, configs)) - _NEVER
@@ -53,17 +76,30 @@ def _settings(group: list[dict[str, str]]) -> str:
 
 def result_pages() -> dict[str, str]:
     """Return {TABLE-SCALE: page} of the stored results, without smoke tables and rehearsals, which say nothing."""
+    return {table["name"]: page(table) for table in _results()}
+
+
+def _results() -> Iterator[dict[str, Any]]:
     stored = (json.loads(path.read_text()) for path in sorted((ROOT / "results").glob("*.json")))
-    tables = [content for content in stored if isinstance(content, dict) and {"table", "scale", "rows"} <= content.keys()]
-    return {table["name"]: page(table) for table in tables if table["scale"] != "smoke" and not table["rehearsal"]}
+    tables = (each for each in stored if isinstance(each, dict) and {"table", "scale", "rows"} <= each.keys())
+    yield from (table for table in tables if table["scale"] != "smoke" and not table["rehearsal"])
 
 
-def main(folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in ({"recipes": recipe_page()} | result_pages()).items():
-        (folder / f"{name}.md").write_text(text, encoding="utf-8")
-        print(folder / f"{name}.md")
+def on_config(config: Any) -> Any:
+    """Add the pages of results to the navigation, below the one that sums them up."""
+    results = [{"Summary": "results.md"}, *({table["title"]: f"tables/{table['name']}.md"} for table in _results())]
+    config.nav = [{"Results": results} if "Results" in entry else entry for entry in config.nav]
+    return config
 
 
-if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "docs/generated")
+def on_files(files: Any, config: Any) -> Any:
+    """Add the generated pages, and those that lie in the root of the repository."""
+    from mkdocs.structure.files import File
+
+    for name, text in pages().items():
+        files.append(File.generated(config, f"tables/{name}.md", content=text))
+    for name in ("CONTRIBUTING", "CHANGELOG"):
+        text = (ROOT / f"{name}.md").read_text(encoding="utf-8")
+        place = {"CONTRIBUTING": "contributing.md", "CHANGELOG": "changes.md"}[name]
+        files.append(File.generated(config, place, content=text))
+    return files

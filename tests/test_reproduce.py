@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import runpy
 import shlex
 import shutil
 import signal
@@ -18,7 +17,6 @@ from relssl.reproduction import tables
 from relssl.reproduction.plan import Plan, plain, plan
 from relssl.reproduction.results import against_paper, outcome, page, paired, results, spread, verdicts
 from relssl.reproduction.tables import Row, read_table
-from relssl.settings import recipes
 from relssl.settings.evaluation import read_settings
 from relssl.settings.run import to_yaml
 from relssl.train.pretrain import pretrain
@@ -332,16 +330,3 @@ def test_collapse_is_judged_seed_by_seed() -> None:
 
     assert word("collapse", "a") == "holds" and word("sound", "a") == "does not hold"
     assert word("collapse", "b") == word("sound", "b") == "holds for some seeds"
-
-
-def test_the_pages_of_the_docs_come_from_the_recipes_and_the_stored_results(tmp_path: Path) -> None:
-    root = Path(__file__).parents[1]
-    runpy.run_path(str(root / "docs/render.py"))["main"](tmp_path)
-    assert all(f"- `{name}`: " in (tmp_path / "recipes.md").read_text() for name in recipes.NAMES)
-    for path in tmp_path.glob("*-*.md"):
-        content, text = json.loads((root / f"results/{path.stem}.json").read_text()), path.read_text()
-        assert all(f"| {row['label']} | " in text for row in content["rows"])
-        published = [number for row in content["rows"] for number in row["paper"]]
-        assert all(f"{number['value']:.2f} {number['figure']} ({number['sure']}" in text for number in published)
-        assert all(f"| {each['says']} | " in text for each in content["expected"])
-    assert "temperature-small" in {path.stem for path in tmp_path.iterdir()}

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import random
-import resource
 import shutil
 import struct
 import subprocess
@@ -318,19 +317,6 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.M
         with pytest.raises(StorageError, match=r"status\.json.*3 bytes needed, \d+ bytes free"):
             files.write_file(path, b"new")
     assert (names(tmp_path), path.read_bytes()) == (["status.json"], b"old")
-
-
-def test_a_size_limit_is_a_full_disk(saved: Path) -> None:
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
-    try:
-        with pytest.raises(StorageError, match=r"File too large.*free some space"):
-            store.save(saved.with_name("step-00000008"), {"a": torch.zeros(50_000)}, {})
-        with pytest.raises(StorageError, match="80000 bytes needed"):
-            files.write_file(saved.parent / "big", bytes(80_000))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert names(saved.parent) == [saved.name]
 
 
 def test_a_vanished_folder_is_named(tmp_path: Path) -> None:
