@@ -39,8 +39,8 @@ from relssl.weights import store
 _STILL = 1e-8
 # Steps before the clock starts; fewer where they are slow.
 _WARM, _WARM_SECONDS = 3, 30.0
-# Seconds that the timed steps may take in all, and how many there are at least.
-_AFFORDABLE, _LEAST = 60.0, 6
+# Steps that are made at least, those before the clock starts among them.
+_LEAST = 6
 # A step's: waiting for data (of images in memory, making the views); forward passes; the loss and the way back; optimizer, memory,
 # teacher's average and figures.
 _PARTS = ("data", "teacher", "student", "backward", "update")
@@ -134,8 +134,8 @@ def estimate(
     return dataclasses.replace(figures, advice=advise(figures, settings)) if engine.is_first else None
 
 
-def affordable(run: Run) -> Run:
-    """Return the run, or one like it of a smaller batch if steps of its own would take minutes."""
+def affordable(run: Run, seconds: float = 60.0) -> Run:
+    """Return the run, or one like it of a smaller batch if a few steps of its own would take longer than so many seconds."""
     config, engine, derived = run.config, run.engine, derive(run.config)
     share = smallest = min(run.plan.share, max(4, 2 * derived.norm_splits))
     pass_noise(run, smallest)  # kernels are chosen
@@ -146,7 +146,7 @@ def affordable(run: Run) -> Run:
     run.state.optimizer.zero_grad(set_to_none=True)
     while (
         2 * share <= run.plan.share
-        and _LEAST * 2 * share * derived.passes / engine.world * milliseconds <= 1000 * _AFFORDABLE * smallest
+        and _LEAST * 2 * share * derived.passes / engine.world * milliseconds <= 1000 * seconds * smallest
     ):
         share *= 2
     if share * 2 > run.plan.share:

@@ -28,31 +28,33 @@ from relssl.settings.run import METHODS, Config, derive
 
 # A step can hardly take more than so many times the bytes of its views: a huge transformer takes about 1,400 times as many.
 _MOST = 2000
-# What kernels take for themselves and allocators hold beside it: up to a third was measured on CPUs.
-_MARGINS = {"cpu": 1.35, "cuda": 1.15}
+# What is held beside a step's tensors, as measured: by kernels and by fragments, in times, and by malloc for what may come (`keep_memory`).
+_MARGINS, _RESERVES = {"cpu": 1.25, "cuda": 1.15}, {"cpu": 256 << 20}
 
 
-def fit(config: Config, engine: Engine, workers: int, classes: int = 1) -> Config:
+def fit(config: Config, engine: Engine, workers: int, classes: int = 1, free: int | None = None) -> Config:
     """Return the settings, with `fit_batch` those of the largest batch that fits in memory, before any of it is taken.
 
     Args:
         config: the resolved settings.
         workers: loader processes of each training process, which hold batches ahead.
         classes: of the labels, for supervised learning.
+        free: bytes that there are; default: those of `free_memory`.
 
     Raises:
         ConfigError: if a step would take more memory than there is, with the batch size or the accumulation that would not.
     """
-    derived, free = derive(config), -engine.largest(-free_memory(engine.device))  # ranks agree
+    derived, free = derive(config), -engine.largest(-(free or free_memory(engine.device)))  # ranks agree
     image = sum(4 * config.views.channels * view.size**2 for view in derived.views)
     here = 1 if engine.device.type == "cuda" else config.engine.devices
     if here * derived.share * image * _MOST <= free:
         return config
-    smallest = 2 * derived.norm_splits
+    smallest, kind = 2 * derived.norm_splits, engine.device.type
+    margin, reserve = _MARGINS.get(kind, 1.25), _RESERVES.get(kind, 0)
 
     def needed(share: int) -> float:
         ahead = 0 if engine.device.type == "cuda" else (2 * workers + 1) * share * image
-        return here * (_MARGINS.get(engine.device.type, 1.35) * step_memory(config, engine, share, classes) + ahead)
+        return here * (margin * step_memory(config, engine, share, classes) + reserve + ahead)
 
     most, least = needed(derived.share), needed(smallest)
     if most <= free:

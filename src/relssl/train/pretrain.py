@@ -214,17 +214,17 @@ def explaining(config: Config, engine: Engine) -> Iterator[None]:
         yield
     except RelsslError:
         raise
-    except torch.OutOfMemoryError as error:
-        parts = "" if METHODS[config.method.name].whole_batch else "raise accumulate to compute it in parts, "
-        raise ConfigError(
-            f"batch_size: {config.batch_size} does not fit the device's memory; lower it, {parts}"
-            "or set loader.path files to keep the images out of it"
-        ) from error
     except OSError as error:
         # Whatever is read or written besides checkpoints (data, metrics, TensorBoard): the checkpoints before it are whole.
         reason = f"{error.filename or config.out}: cannot be read or written ({error.strerror or error})"
         raise StorageError(f"{reason}; check the disk, then go on with `relssl resume` or start again") from error
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
+            parts = "" if METHODS[config.method.name].whole_batch else "raise accumulate to compute it in parts, "
+            raise ConfigError(
+                f"batch_size: {config.batch_size} does not fit the device's memory; lower it, {parts}"
+                "or set loader.path files to keep the images out of it"
+            ) from error
         if engine.world == 1:
             raise
         reason = f"rank {engine.rank} failed, another may have been lost: {store.one_line(error)}"
