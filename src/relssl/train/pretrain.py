@@ -21,6 +21,7 @@ from relssl.engine import Engine
 from relssl.errors import ConfigError, DataError, DistributedError, ExportError, RelsslError, StorageError
 from relssl.evaluation.pairs import LabelledPair, choose
 from relssl.files import read_rows, write_file, write_json
+from relssl.settings.launcher import with_launch
 from relssl.settings.run import METHODS, Config, derive, resolve, to_yaml
 from relssl.train import checkpoint
 from relssl.train.console import Display
@@ -79,10 +80,11 @@ def pretrain(
         ConfigError, DataError, StorageError, NumericError, LockedError: each with what to do about it.
         Interrupted: on a signal or at the time limit, after saving.
     """
-    resolved = settings or resolve(({} if data is None else {"data": data}) | overrides, config)
+    resolved = with_launch(settings or resolve(({} if data is None else {"data": data}) | overrides, config))
     folder = Path(resolved.out or default_folder(resolved))
     refuse_missing(resolved.log.to)
     engine = Engine(resolved.engine)
+    folder = engine.gather_items([folder])[0]  # of the first rank, whatever a script makes of its name on the others
     engine.on_first(lambda: refuse_used(folder))
     return _run(dataclasses.replace(resolved, out=str(folder)), folder, engine, quiet, fresh=True)
 
@@ -104,13 +106,18 @@ def resume(run: str | Path, *, checkpoint: str | None = None, quiet: bool = Fals
     """
     loaded = load_run(run)
     folder, config = loaded.folder, loaded.config
-    with suppress(OSError, ValueError, KeyError):  # without a status that can be read, the run goes on
-        if checkpoint is None and json.loads((folder / "status.json").read_text())["state"] == "complete":
-            return _result(folder)
+    status: dict[str, Any] = {}
+    with suppress(OSError, ValueError):  # without a status that can be read, the run goes on
+        status = json.loads((folder / "status.json").read_text())
+    if checkpoint is None and status.get("state") == "complete":
+        if "export" in status and not default_target(folder, "student").exists():
+            raise unexported(folder, status["export"]["error"])
+        return _result(folder)
     begun = any((folder / "checkpoints").glob("step-*"))
     saved = loaded.checkpoint(checkpoint) if checkpoint is not None or begun else None
     if time_limit is not None:
         config = dataclasses.replace(config, time_limit=None if math.isinf(time_limit) else time_limit)
+    config = with_launch(config, resumed=True)
     return _run(config, folder, Engine(config.engine), quiet, saved, fresh=False)
 
 
@@ -198,6 +205,11 @@ def hand_over(run: Run, display: Display) -> None:
         ) from error
     run.folder.status("complete", run.state.step, **done)
     display.note(f"complete: weights in {default_target(path, 'student')}")
+
+
+def unexported(folder: Path, reason: str) -> ExportError:
+    """Return the error of a complete run without its export."""
+    return ExportError(f"{folder}: the run is complete, its export failed ({reason}); try again with `relssl export {folder}`")
 
 
 def _result(folder: Path, rank: int = 0) -> Result:
