@@ -36,7 +36,7 @@ from contenders import TINY, Measures, Record, Work, compare, conventional_train
 from relssl.data.cache import shrunken
 from relssl.engine import available_cores, fast_bf16, prepare_process
 from relssl.method.backbones import NAMED, create_backbone, feature_width, measure
-from relssl.method.ressl import OBJECTIVES
+from relssl.method.base import OBJECTIVES
 from relssl.settings.run import Config
 from relssl.train.loop import create_run
 from relssl.train.run_folder import Display

@@ -152,10 +152,6 @@ def test_a_config_survives_its_file(
     assert len(derive(config).strong) == max(1, len(sizes))
 
 
-def test_names_that_are_not_unicode_are_text() -> None:
-    assert resolve({"data": "photos-\udcff"}).data == "photos-\udcff"
-
-
 def test_later_layers_win_and_named_views_keep_their_overrides(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("epochs: 7\noptimizer: {lr: 0.5, warmup_epochs: 1}\nviews: {strong: {blur: 0.25}}\n")

@@ -150,7 +150,7 @@ def load(folder: str, *, masks: bool, max_pixels: int) -> tuple[Scenes, Scenes]:
     """
     path = os.path.expanduser(folder)
     coco = os.path.isdir(os.path.join(path, "annotations"))
-    parts = _read_coco(path, masks, max_pixels) if coco else _read_voc(_voc_year(path), max_pixels)
+    parts = _read_coco(path, masks, max_pixels) if coco else _read_voc(path, max_pixels)
     masked = all(any(mask for *_, entries in part.pictures for *_, mask in entries) for part in parts)
     train, test = (_split(part, parts[0].classes, "coco" if coco else "voc", masked, max_pixels) for part in parts)
     files = Counter(scene.file for split in (train, test) for scene in split.scenes)
@@ -269,20 +269,17 @@ def _runs(text: str) -> list[int]:
     return runs
 
 
-def _voc_year(folder: str) -> str:
-    """Return the year's folder: `folder` itself, its only VOCxxxx, or that of its VOCdevkit."""
+def _read_voc(folder: str, max_pixels: int) -> list[Part]:
+    """Read trainval and test where test has its annotations, as VOC2012's has not; else train and val.
+
+    The folder is a year's, or holds one VOCxxxx, itself or in VOCdevkit. Difficult objects are ignored. The classes are those of a
+    part's images, by name.
+    """
     ways = (os.path.join(glob.escape(folder), way, "Annotations") for way in ("", "VOC*", "VOCdevkit/VOC*"))
     years = [os.path.dirname(place) for way in ways for place in glob.glob(way)]
     if len(years) != 1:
         raise DataError(f"{shown(folder)}: holds {len(years)} years of VOC; {_NEEDS}")
-    return years[0]
-
-
-def _read_voc(folder: str, max_pixels: int) -> list[Part]:
-    """Read trainval and test where test has its annotations, as VOC2012's has not; else train and val.
-
-    Difficult objects are ignored. The classes are those of a part's images, by name.
-    """
+    folder = years[0]
     names: dict[str, list[str]] = {}
     for part in ("trainval", "train", "val", "test"):
         file = Path(folder, "ImageSets", "Main", f"{part}.txt")
@@ -293,11 +290,9 @@ def _read_voc(folder: str, max_pixels: int) -> list[Part]:
     parts = ("trainval" if tested and names["trainval"] else "train", "test" if tested else "val")
     if not all(names[part] for part in parts):
         raise DataError(f"{shown(folder)}: {' or '.join(parts)} has no images; {_NEEDS}")
-    read = {f"{shown(folder)} ({part})": [_parse(folder, name, max_pixels) for name in names[part]] for part in parts}
-    return [
-        Part(title, pictures, sorted({entry[1] for *_, entries in pictures for entry in entries}))
-        for title, pictures in read.items()
-    ]
+    read = {part: [_parse(folder, name, max_pixels) for name in names[part]] for part in parts}
+    words = {part: sorted({word for *_, entries in pictures for _, word, *_ in entries}) for part, pictures in read.items()}
+    return [Part(f"{shown(folder)} ({part})", pictures, words[part]) for part, pictures in read.items()]
 
 
 def _parse(folder: str, name: str, max_pixels: int) -> Picture:

@@ -138,12 +138,8 @@ def shrunken(images: Images, settings: LoaderConfig, progress: Progress, process
 def place(images: Images, settings: LoaderConfig) -> Path:
     """Return the folder of a cache: another one for other images, another side or what else decides about the pixels."""
     key = f"shrunk 1 {identity(images)} {settings.cache} {settings.max_pixels} {settings.reduced_decode}"
-    return root(settings) / f"shrunk-{settings.cache}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-
-
-def root(settings: LoaderConfig) -> Path:
-    """Return the folder that caches lie in."""
-    return Path(settings.cache_folder).expanduser() if settings.cache_folder else cache_root() / "shrunk"
+    root = Path(settings.cache_folder).expanduser() if settings.cache_folder else cache_root() / "shrunk"
+    return root / f"shrunk-{settings.cache}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
 
 
 def _shrink_files(

@@ -76,9 +76,6 @@ class Draws:
     sigma: Floats  # [B] of the blur, in pixels; 0 = not blurred
     solarize: Bools  # [B]
 
-    def __len__(self) -> int:
-        return len(self.flip)
-
     def take(self, rows: Any) -> Draws:
         """Return the draws of `rows`: an index array, a boolean mask or a slice."""
         return Draws(*(getattr(self, field.name)[rows] for field in dataclasses.fields(self)))

@@ -59,8 +59,9 @@ def embed(
     check_target(Path(out))
     reading = reading or Reading()
     opened = open_backbones(source, replace(reading, network=network or reading.network))
-    engine, images = Engine.local(device, precision), load(data, data_root or opened.data_root, split)
-    features = extract(engine.place(opened.one()[1]), images, opened.reader(reading.size), engine)
+    engine, root = Engine.local(device, precision), data_root or (opened.config.data_root if opened.config else None)
+    images = load(data, root, split)
+    features = extract(engine.place(opened.backbone), images, opened.reader(reading.size), engine)
     rows, vectors = features.rows, features.vectors.numpy()
     names, labels = [images.source.name(row) for row in rows.tolist()], None if images.labels is None else images.labels[rows]
     write_vectors(Path(out), vectors, rows, names, labels, images.classes)
@@ -84,9 +85,8 @@ def write_vectors(
     float32, in place of f0, f1, ... Both write bytes that are not UTF-8 as backslash escapes.
 
     Raises:
-        As `check_target`; StorageError too if the file cannot be written. NumericError: for NaN or Inf.
+        StorageError: if the file cannot be written. NumericError: for NaN or Inf.
     """
-    check_target(path)
     finite = np.isfinite(features).all(axis=1)
     if not finite.all():
         raise NumericError(f"{names[int(finite.argmin())]!r}: its features hold NaN or Inf; check the weights")

@@ -80,7 +80,7 @@ def evaluate(
     if out and (not out.parent.is_dir() or out.is_dir()):
         raise ConfigError(f"out: {out} must be a JSON file in a folder that exists")
     opened = _open(source, reading or Reading(), settings)
-    data = data or opened.data
+    data = data or (opened.config.data if opened.config else None)
     if data is None:
         raise ConfigError(f"data: {opened.name} does not say what it was trained on; name the labelled data to evaluate it on")
     _check_data(settings, data)
@@ -168,12 +168,12 @@ class _Evaluation:
                     settings["split"] = finding.details["split"]
                 yield record | plain | {"card": common | {"settings": settings}}
 
-    def _load_pair(self, data: str) -> tuple[LabelledPair, tuple[str, ...]]:
+    def _load_pair(self, data: str) -> tuple[LabelledPair, list[str]]:
         """Return both sides of a data set, and what a reader of any figure on them must know."""
         settings = self.settings
-        pair = LabelledPair.load(data, settings.data_root or self.opened.data_root, settings.images, settings.seed)
-        seen = self.opened.seen is not None and self.opened.seen == pair.uncut
-        return pair, (*pair.notes(), *(["the test images are those that the run was pretrained on"] if seen else []))
+        root = settings.data_root or (self.opened.config.data_root if self.opened.config else None)
+        pair = LabelledPair.load(data, root, settings.images, settings.seed)
+        return pair, pair.notes(self.opened.run_data.get("fingerprint"))
 
     def _findings(self, protocol: Protocol, section: Any, backbone: nn.Module, data: str) -> Measured:
         module, _, function = protocol.place.partition(".")

@@ -86,10 +86,11 @@ def neighbours(bank: Tensor, queries: Tensor, k: int, *, chunk: int = 1024, bank
     device = queries.device
     best = torch.full((len(queries), k), torch.iinfo(torch.int64).min, device=device)
     with full_precision(device):
+        parts = [unit(part) for part in torch.split(queries, chunk)]
         for first in range(0, len(bank), bank_chunk):
             rows = unit(bank[first : first + bank_chunk].to(device))
-            for part, place in zip(torch.split(queries, chunk), torch.split(best, chunk), strict=True):
-                nearest = _nearest(unit(part) @ rows.T, first, k)
+            for part, place in zip(parts, torch.split(best, chunk), strict=True):
+                nearest = _nearest(part @ rows.T, first, k)
                 place.copy_(torch.cat([place, nearest], dim=1).topk(k, dim=1).values)
     bits = best >> 32
     similarity = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).int().view(torch.float32)

@@ -71,8 +71,8 @@ class LabelledPair:
         assert self.bank.labels is not None and self.test.labels is not None
         return max(len(self.bank.classes or ()), int(self.bank.labels.max()) + 1, int(self.test.labels.max()) + 1)
 
-    def notes(self) -> list[str]:
-        """Return what a reader of any figure of this pair must know.
+    def notes(self, seen: str | None = None) -> list[str]:
+        """Return what a reader of any figure of this pair must know; `seen` is the fingerprint of what was pretrained on.
 
         Raises:
             DataError: if no figure would mean anything: a single class, test classes that the bank lacks, or test images that are
@@ -98,7 +98,8 @@ class LabelledPair:
         again = shared(bank, test)
         if again == len(test):
             raise DataError(f"{test.name}: all {again} test images are in the bank too; evaluate on images of their own")
-        return [*notes, f"{again} of {len(test)} test images are in the bank too"] if again else notes
+        notes += [f"{again} of {len(test)} test images are in the bank too"] if again else []
+        return [*notes, "the test images are those that the run was pretrained on"] if seen and seen == self.uncut else notes
 
     def card(self) -> dict[str, Any]:
         """Return which images and labels are used, by their content: the same folder elsewhere is the same."""

@@ -18,14 +18,12 @@ from relssl.evaluation.result import Finding
 from relssl.settings.evaluation import RetrievalConfig
 
 
-def retrieval(sides: LabelledFeatures, settings: RetrievalConfig, bootstrap: Bootstrap, *, cells: int = 1 << 26) -> list[Finding]:
+def retrieval(sides: LabelledFeatures, settings: RetrievalConfig, bootstrap: Bootstrap, *, cells: int = 1 << 24) -> list[Finding]:
     """Rank the gallery for every test image: M * N * F products and M sorts of N; exact, and nothing is drawn.
 
     With several labels an image, those that share one with the query are sought. Images that are equally similar in fp32 rank by
     their place in the gallery, lower first. Queries without any image to be found are left out; DataError if none is left.
-
-    Args:
-        cells: similarities at a time, a sixteenth of which is ranked at a time.
+    `cells` similarities are ranked at a time, which takes some 40 bytes each.
     """
     itself, test = settings.gallery == "test", sides.test
     gallery, labels = (test, sides.test_labels) if itself else (sides.bank, sides.bank_labels)
@@ -34,20 +32,17 @@ def retrieval(sides: LabelledFeatures, settings: RetrievalConfig, bootstrap: Boo
     at, hits, precision = [min(k, len(gallery) - itself) for k in settings.at], [], []
     rank = torch.arange(1, len(gallery) + 1, device=test.device, dtype=torch.float64)
     with full_precision(test.device):
-        for rows in torch.split(torch.arange(len(test), device=test.device), max(1, min(1024, cells // len(gallery)))):
-            similarity = unit(test[rows]) @ gallery.T
-            step = max(1, cells // 16 // len(gallery))
-            for near, own in zip(torch.split(similarity, step), torch.split(rows, step), strict=True):
-                wanted = truth[own]
-                alike = (wanted > 0).float() @ (labels > 0).float().T > 0 if sides.several else wanted[:, None] == labels
-                if itself:  # a query comes last in its own ranking, as not of its class
-                    near.scatter_(1, own[:, None], -torch.inf)
-                    alike.scatter_(1, own[:, None], False)
-                right = alike.gather(1, near.sort(dim=1, descending=True, stable=True).indices)
-                right = right[right.any(dim=1)]
-                so_far = right.cumsum(dim=1)
-                hits.append(torch.stack([so_far[:, k - 1] > 0 for k in at], dim=1).double().cpu())
-                precision.append((((so_far / rank) * right).sum(dim=1) / so_far[:, -1]).cpu())
+        for rows in torch.split(torch.arange(len(test), device=test.device), max(1, cells // len(gallery))):
+            near, wanted = unit(test[rows]) @ gallery.T, truth[rows]
+            alike = (wanted > 0).float() @ (labels > 0).float().T > 0 if sides.several else wanted[:, None] == labels
+            if itself:  # a query comes last in its own ranking, as not of its class
+                near.scatter_(1, rows[:, None], -torch.inf)
+                alike.scatter_(1, rows[:, None], False)
+            right = alike.gather(1, near.sort(dim=1, descending=True, stable=True).indices)
+            right = right[right.any(dim=1)]
+            so_far = right.cumsum(dim=1)
+            hits.append(torch.stack([so_far[:, k - 1] > 0 for k in at], dim=1).double().cpu())
+            precision.append((((so_far / rank) * right).sum(dim=1) / so_far[:, -1]).cpu())
     values = {"map": torch.cat(precision)}
     if not (queries := len(values["map"])):
         raise DataError(f"labels: no test image has another of its class in the gallery ({settings.gallery}); none can be found")

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from relssl.method.batchnorm import shuffled
 from relssl.method.encoder import Encoder
 from relssl.method.memory import Memory
+from relssl.method.relation import objective
+from relssl.method.tiled import tiled_objective
 
 
 @dataclass
@@ -38,6 +40,8 @@ class World:
 
 
 ALONE = World()
+# The forms of one and the same loss.
+OBJECTIVES: dict[str, Callable[..., Tensor]] = {"plain": objective, "tiled": tiled_objective}
 
 
 class Method(nn.Module):
@@ -53,11 +57,15 @@ class Method(nn.Module):
     student are equal, so every loss is the same; but so a step that turns out non-finite can be dropped whole.
 
     Args:
-        student: the encoder to train.
-        teacher: true if a teacher, the student's frozen copy without the predictor, follows it.
-        memory_size: K, how many of the teacher's keys [D] are kept; 0: none. Their first values are random, from `generator`.
+        student: the encoder to train; the teacher is its frozen copy without the predictor.
+        memory_size: K, how many of the teacher's keys are kept; 0: none.
+        dim: D, the dimension of the student's embeddings.
+        generator: source of the memory's first, random keys.
+        loss_form: plain, or tiled: the same loss over the memory in less memory and time.
+        symmetric: teacher and student see both views, and each is matched to the other, where a method leaves that open.
     """
 
+    has_teacher: ClassVar[bool] = True
     # Names of the settings that `step` takes: constants of `method`, and what its schedules say of a step.
     constants: ClassVar[tuple[str, ...]] = ()
     scheduled: ClassVar[tuple[str, ...]] = ()
@@ -65,15 +73,17 @@ class Method(nn.Module):
     def __init__(
         self,
         student: Encoder,
-        teacher: bool = False,
         memory_size: int = 0,
         dim: int = 0,
         generator: torch.Generator | None = None,
+        loss_form: str = "plain",
+        symmetric: bool = False,
     ) -> None:
         super().__init__()
         self.student: nn.Module = student
-        self.teacher = student.teacher() if teacher else None
+        self.teacher = student.teacher() if self.has_teacher else None
         self.memory = Memory(memory_size, dim, generator) if memory_size else None
+        self.objective, self.symmetric = OBJECTIVES[loss_form], symmetric
 
     def step(self, *views: Any, **settings: Any) -> Step:
         """step(weak, strong, world, **settings): views to a loss.

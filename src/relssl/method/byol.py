@@ -8,18 +8,10 @@ import torch
 from torch import Tensor
 
 from relssl.method.base import ALONE, Method, Step, World
-from relssl.method.encoder import Encoder
 
 
 class BYOL(Method):
-    """Bootstrap your own latent; no negatives, no memory.
-
-    Args:
-        student: an encoder with a predictor, which the teacher is without.
-    """
-
-    def __init__(self, student: Encoder) -> None:
-        super().__init__(student, teacher=True)
+    """Bootstrap your own latent; no negatives, no memory. The student has a predictor, which the teacher is without."""
 
     def step(self, weak: Tensor, strong: Sequence[Tensor], world: World = ALONE) -> Step:
         """|prediction - embedding|^2 = 2 - 2 cos of both directions, added up (their eq. 2 and Algorithm 1), 0 to 8.

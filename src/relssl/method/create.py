@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from typing import Any
 
 import torch
 from torch import nn
@@ -23,24 +22,20 @@ def create_method(config: Config, generator: torch.Generator | None = None, loss
 
     Args:
         config: the resolved settings.
-        generator: source of the memory's first, random keys.
-        loss_form: of methods with a memory, see ReSSL.
+        generator, loss_form: as for Method.
         classes: number of labels, for supervised learning.
 
     Raises:
         ConfigError: if the network cannot be built, or images of the views' sizes do not pass through it.
     """
-    method, traits, settings = config.method, METHODS[config.method.name], dict[str, Any]()
+    method = config.method
     module = importlib.import_module(f"relssl.method.{method.name}")
     own = [each for each in vars(module).values() if getattr(each, "__module__", None) == module.__name__]
     kind = next(each for each in own if isinstance(each, type) and issubclass(each, Method))
-    if traits.memory:
-        settings |= {"memory_size": method.memory_size, "dim": config.encoder.dim, "generator": generator}
-    if traits.tiled:
-        settings["loss_form"] = loss_form
-    if traits.two_way is None:
-        settings["symmetric"] = method.symmetric
-    created: Method = kind(create_student(config, classes), **settings)
+    memory_size = method.memory_size if METHODS[method.name].memory else 0
+    created: Method = kind(
+        create_student(config, classes), memory_size, config.encoder.dim, generator, loss_form, method.symmetric
+    )
     return created
 
 

@@ -8,32 +8,12 @@ import torch
 from torch import Tensor
 
 from relssl.method.base import ALONE, Method, Step, World
-from relssl.method.encoder import Encoder
-from relssl.method.ressl import OBJECTIVES
 
 
 class MoCo(Method):
-    """Momentum contrast.
-
-    Args:
-        student, memory_size, dim, generator, loss_form: as for ReSSL.
-        symmetric: teacher and student see both views, and each is matched to the other; the first view's keys are kept
-            (as those who symmetrise MoCo v2 for small images do).
-    """
+    """Momentum contrast. If symmetric, the first view's keys are kept (as those who symmetrise MoCo v2 for small images do)."""
 
     constants = ("info_nce_temperature",)
-
-    def __init__(
-        self,
-        student: Encoder,
-        memory_size: int,
-        dim: int,
-        generator: torch.Generator | None = None,
-        loss_form: str = "plain",
-        symmetric: bool = False,
-    ) -> None:
-        super().__init__(student, teacher=True, memory_size=memory_size, dim=dim, generator=generator)
-        self.objective, self.symmetric = OBJECTIVES[loss_form], symmetric
 
     def step(self, weak: Tensor, strong: Sequence[Tensor], world: World = ALONE, *, info_nce_temperature: float) -> Step:
         """The InfoNCE loss of V queries, or the mean of both views' against each other.

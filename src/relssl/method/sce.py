@@ -8,26 +8,14 @@ import torch
 from torch import Tensor
 
 from relssl.method.base import ALONE, Method, Step, World
-from relssl.method.encoder import Encoder
 from relssl.method.relation import log_choice, relation
 
 
 class SCE(Method):
-    """A student's choice among its own key and the memory, matched to a mixture of that key and the teacher's relation.
-
-    Args:
-        student, memory_size, dim, generator: as for ReSSL.
-        symmetric: as for MoCo.
-    """
+    """A student's choice among its own key and the memory, matched to a mixture of that key and the teacher's relation."""
 
     constants = ("student_temperature", "positive_share")
     scheduled = ("teacher_temperature",)
-
-    def __init__(
-        self, student: Encoder, memory_size: int, dim: int, generator: torch.Generator | None = None, symmetric: bool = False
-    ) -> None:
-        super().__init__(student, teacher=True, memory_size=memory_size, dim=dim, generator=generator)
-        self.symmetric = symmetric
 
     def step(self, weak: Tensor, strong: Sequence[Tensor], world: World = ALONE, **settings: float) -> Step:
         """The loss of V queries, or the mean of both views' against each other.

@@ -15,6 +15,7 @@ from relssl.method.relation import logits
 class SimCLR(Method):
     """Contrast within the batch of all ranks; no teacher, no memory."""
 
+    has_teacher = False
     constants = ("info_nce_temperature",)
 
     def step(self, weak: Tensor, strong: Sequence[Tensor], world: World = ALONE, *, info_nce_temperature: float) -> Step:

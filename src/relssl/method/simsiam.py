@@ -13,6 +13,8 @@ class SimSiam(Method):
     """A simple Siamese network: BYOL without the teacher. What keeps it from collapsing is that no gradient enters what is
     predicted."""
 
+    has_teacher = False
+
     def step(self, weak: Tensor, strong: Sequence[Tensor], world: World = ALONE) -> Step:
         """Minus the cosine of prediction and embedding, the mean of both directions (their eq. 4), -1 to 1.
 

@@ -31,14 +31,9 @@ class Classifier(Encoder):
 
 
 class Supervised(Method):
-    """Cross-entropy to the labels.
+    """Cross-entropy to the labels; the student is a Classifier."""
 
-    Args:
-        student: the network to train.
-    """
-
-    def __init__(self, student: Classifier) -> None:
-        super().__init__(student)
+    has_teacher = False
 
     def step(self, weak: Tensor, strong: Sequence[Tensor], world: World = ALONE, *, labels: Tensor) -> Step:
         """The mean cross-entropy. Its queries and keys are the logits at unit length, whose spread tells of the network's health.

@@ -137,6 +137,8 @@ def _summary(run: Run) -> str:
 
 def _costs(planned: Plan, say: Say) -> dict[str, Any]:
     """Tell what is left to do and how long it takes: rows by their operations, at the pace of finished runs or of a few steps."""
+    from relssl.train.estimate import estimate
+
     rows = {run.row.name: [each for each in planned.chosen if each.row is run.row] for run in planned.chosen}
     finished = [(run.row.name, one) for run in planned.chosen if (one := outcome(run))]
     say(f"{planned.name}: {len(rows)} rows, {len(planned.chosen)} runs, {len(finished)} of them done")
@@ -148,7 +150,9 @@ def _costs(planned: Plan, say: Say) -> dict[str, Any]:
         try:
             work[name] = _operations(first)
             if not rate and not finished:
-                rate = work[name][0] / _training_seconds(first)
+                without = dataclasses.replace(first.config.log, knn_every=0)
+                figures = estimate(settings=dataclasses.replace(first.config, log=without), steps=5, quiet=True)
+                rate = work[name][0] / figures.training_seconds if figures else 0.0
                 basis = f"from a few steps of {name}, the other rows by their operations; without the probe's own time"
         except (RelsslError, RuntimeError, ValueError) as error:  # its run will fail with the same
             say(f"{name}: time unknown: {str(error).splitlines()[0]}")
@@ -169,14 +173,6 @@ def _costs(planned: Plan, say: Say) -> dict[str, Any]:
         costs.append({"row": name, "label": runs[0].row.label, "runs": len(runs), "done": len(runs) - todo, "seconds": seconds})
     say(f"{f'about {duration(total)}' if rate else 'unknown time'} in all, {basis}")
     return {"table": planned.table.name, "scale": planned.table.scale, "rows": costs, "seconds": total, "basis": basis}
-
-
-def _training_seconds(run: Run) -> float:
-    from relssl.train.estimate import estimate
-
-    config = dataclasses.replace(run.config, log=dataclasses.replace(run.config.log, knn_every=0))
-    figures = estimate(settings=config, steps=5, quiet=True)
-    return figures.training_seconds if figures else math.inf
 
 
 def _operations(run: Run) -> tuple[float, float]:

@@ -29,11 +29,8 @@ Outcomes = Mapping[str, Mapping[int, Outcome]]  # by row and seed
 
 
 def outcome(run: Run) -> dict[str, Any] | None:
-    """Read what a finished run left; None while it is not done.
-
-    Returns:
-        {"figures": {"knn student": percent, ...}, "ends": {name: value}, "collapsed": bool, "images_per_second",
-        "training_seconds", "evaluation_seconds", "environment"}.
+    """Read what a finished run left, {"figures": {"knn student": percent, ...}, "ends": {name: value}, "collapsed": bool,
+    "images_per_second", "training_seconds", "evaluation_seconds", "environment"}; None while it is not done.
 
     Raises:
         CheckpointError: if what it left is damaged.
@@ -91,17 +88,13 @@ def results(plan: Plan) -> dict[str, Any]:
     for row in (row for row in table.rows if row.name in data):
         # Figures of one data set say nothing beside those of another.
         beside = row.name != reference and data[row.name] == data.get(reference)
-        ends = by_name(outcomes[row.name], "ends")
-        rows.append(
-            {
-                **{"row": row.name, "label": row.label, "settings": nest(row.settings), "data": data[row.name]},
-                "paper": against_paper(row, data[row.name], figures[row.name] if published else {}),
-                "ours": {name: spread(values) for name, values in figures[row.name].items()},
-                "beside_reference": paired(figures[row.name], figures[reference]) if beside else {},
-                "ends": {name: spread(values) for name, values in ends.items()},
-                "collapsed": [seed for seed, one in outcomes[row.name].items() if one["collapsed"]],
-            }
-        )
+        entry: dict[str, Any] = {"row": row.name, "label": row.label, "settings": nest(row.settings), "data": data[row.name]}
+        entry["paper"] = against_paper(row, data[row.name], figures[row.name] if published else {})
+        entry["ours"] = {name: spread(values) for name, values in figures[row.name].items()}
+        entry["beside_reference"] = paired(figures[row.name], figures[reference]) if beside else {}
+        entry["ends"] = {name: spread(values) for name, values in by_name(outcomes[row.name], "ends").items()}
+        entry["collapsed"] = [seed for seed, one in outcomes[row.name].items() if one["collapsed"]]
+        rows.append(entry)
     return {
         **{"name": plan.name, "table": table.name, "title": table.title, "shows": table.shows, "source": table.source},
         **{"scale": table.scale, "about": table.about, "rehearsal": plan.rehearsal, "overrides": plan.overrides},
@@ -131,9 +124,8 @@ def _missing(plan: Plan, outcomes: Outcomes, unplanned: Iterable[str]) -> list[d
 
 def spread(values: Values) -> dict[str, Any]:
     """Return {"mean", "std" (sample standard deviation, None of one), "min", "max", "seeds": {seed: value}}."""
-    numbers = list(values.values())
+    numbers, seeds = list(values.values()), {str(seed): value for seed, value in values.items()}
     std = statistics.stdev(numbers) if len(numbers) > 1 else None
-    seeds = {str(seed): value for seed, value in values.items()}
     return {"mean": statistics.fmean(numbers), "std": std, "min": min(numbers), "max": max(numbers), "seeds": seeds}
 
 
@@ -145,12 +137,10 @@ def by_name(outcomes: Mapping[int, Outcome], part: str) -> dict[str, dict[int, f
 
 def against_paper(row: Row, data: str, figures: Mapping[str, Values]) -> list[dict[str, Any]]:
     """Return the published numbers of a row on that data, each with the difference of our mean where `figures` has one."""
-    numbers = []
-    for number in row.paper:
+    numbers = [{name: each[name] for name in ("figure", "value", "sure", "by")} for each in row.paper if each["data"] == data]
+    for number in numbers:
         ours = figures.get(REPORTED[number["figure"]])
-        if number["data"] == data:
-            difference = statistics.fmean(ours.values()) - number["value"] if ours else None
-            numbers.append({name: number[name] for name in ("figure", "value", "sure", "by")} | {"difference": difference})
+        number["difference"] = statistics.fmean(ours.values()) - number["value"] if ours else None
     return numbers
 
 

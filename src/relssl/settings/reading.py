@@ -158,17 +158,15 @@ class _Loader(yaml.BaseLoader):
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read the mapping in a YAML file, all scalars as text; ConfigError if there is none, or none of a readable size."""
     try:
-        if not path.is_file():
-            raise ConfigError(f"{path}: no such file")
-        if path.stat().st_size > _MAX_YAML_BYTES:
-            raise ConfigError(f"{path}: is larger than {_MAX_YAML_BYTES} bytes, which no config is")
+        if not path.is_file() or path.stat().st_size > _MAX_YAML_BYTES:
+            raise ValueError(f"no such file, or one of more than {_MAX_YAML_BYTES} bytes, which no config is")
         loaded = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)
-    except (yaml.YAMLError, OSError, UnicodeDecodeError, RecursionError) as error:
+        if not isinstance(loaded, dict):
+            raise ValueError("it holds no settings; needs lines of the form `key: value`")
+    except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or error
         where = f" line {mark.line + 1}:" if mark else ""
         raise ConfigError(f"{path}:{where} cannot be read: {' '.join(str(problem).split())}") from error
-    if not isinstance(loaded, dict):
-        raise ConfigError(f"{path}: holds no settings; needs lines of the form `key: value`")
     return loaded
 
 

@@ -19,7 +19,7 @@ _FOLDER = Path(__file__).parent / "recipes"
 # All files by their names, those without a folder first; a base is not listed.
 _FILES = {
     path.relative_to(_FOLDER).with_suffix("").as_posix(): path
-    for path in sorted(_FOLDER.rglob("*.yaml"), key=lambda path: (path.parent, path.stem != "_ressl", path))
+    for path in sorted(_FOLDER.rglob("*.yaml"), key=lambda path: (path.parent, path.stem != "_ressl", path.stem))
 }
 NAMES = tuple(name for name in _FILES if name[0] != "_")
 BY_NAME = ("method", "views.weak", "views.strong")  # sections that may be given by the name that they start from

@@ -21,7 +21,7 @@ def save(folder: Path | None, state: State, engine: Engine, origin: dict[str, An
 
     Args:
         folder: of the run's checkpoints.
-        origin: what a run that goes on from here has to agree with: {"steps_per_epoch", "data", "choices"}.
+        origin: what a run that goes on from here has to agree with, see `loop.origin`.
 
     Raises:
         DistributedError: if ranks have drifted apart; such a state is never saved.
@@ -33,7 +33,7 @@ def save(folder: Path | None, state: State, engine: Engine, origin: dict[str, An
     facts = {"step": state.step, "best": state.best, "unreadable": sorted(state.unreadable), "hashes": hashes, "tree": rest}
     facts |= {"non_finite": int(state.guard.streak), "non_finite_worst": int(state.guard.worst)}
     target = store.step_folder(folder, state.step)
-    store.save(target, tensors, facts | _arithmetic(engine) | origin)
+    store.save(target, tensors, facts | origin)
     return target
 
 
@@ -41,10 +41,6 @@ def whole_state(state: State, engine: Engine) -> dict[str, Any]:
     """Return the tensors and numbers that a checkpoint holds, as a tree; every rank calls it, for its random generators."""
     tree = {name: part.state_dict() for name, part in _parts(state.model).items()}
     return tree | {"optimizer": state.optimizer.state_dict(), "random": engine.random_state()}
-
-
-def _arithmetic(engine: Engine) -> dict[str, Any]:
-    return {"threads": engine.threads, "world": engine.world, "precision": engine.precision}
 
 
 def _parts(model: Method) -> dict[str, nn.Module]:
@@ -87,8 +83,8 @@ def restore(path: Path, state: State, engine: Engine, origin: dict[str, Any]) ->
         state.optimizer.load_state_dict(tree["optimizer"])
     except (KeyError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{path}: does not fit this configuration: {store.one_line(error)}") from error
-    if (before := facts["steps_per_epoch"]) != (now := origin["steps_per_epoch"]):
-        raise CheckpointError(f"{path}: was saved at {before} steps an epoch, the data now gives {now}")
+    if (before := facts["steps_per_epoch"]) != (length := origin["steps_per_epoch"]):
+        raise CheckpointError(f"{path}: was saved at {before} steps an epoch, the data now gives {length}")
     # Saved tensors come back row by row; the fused optimizer walks parameter and momentum side by side in memory, so a
     # momentum has to lie as its parameter does (channels last).
     for parameter, moments in state.optimizer.state.items():
@@ -97,8 +93,9 @@ def restore(path: Path, state: State, engine: Engine, origin: dict[str, Any]) ->
     state.step, state.best, state.unreadable = facts["step"], facts["best"], set(facts["unreadable"])
     state.guard.streak.fill_(facts["non_finite"])
     state.guard.worst.fill_(facts["non_finite_worst"])
-    present, saved = _arithmetic(engine) | origin["choices"], facts | facts["choices"]
-    inexact = [f"{name} {saved[name]} -> {value}" for name, value in present.items() if saved[name] != value]
+    now, saved = origin | origin["choices"], facts | facts["choices"]
+    matters = ("threads", "world", "precision", *origin["choices"])
+    inexact = [f"{name} {saved[name]} -> {now[name]}" for name in matters if saved[name] != now[name]]
     if not engine.restore_random_state(tree["random"]):
         inexact.append("random generators of another world or device")
     return inexact if facts["data"] == origin["data"] else [*inexact, "the data has changed"]

@@ -201,10 +201,6 @@ def time_steps(run: Run, steps: int, limit: float = 60.0) -> tuple[list[float], 
             moment = time.perf_counter()
         marks.append((name, moment))
 
-    def spans(marks: list[tuple[str, Any]]) -> list[tuple[str, float]]:
-        pairs = itertools.pairwise(marks)
-        return [(name, start.elapsed_time(end) / 1000 if gpu else end - start) for (_, start), (name, end) in pairs]
-
     turns = loader.ahead if loader.workers is None else math.ceil(loader.workers / run.plan.parts)
     turns = max(1, engine.largest(turns))  # machines may differ in their cores
     warm, count = max(_WARM, turns), turns * math.ceil(steps / turns)
@@ -231,8 +227,10 @@ def time_steps(run: Run, steps: int, limit: float = 60.0) -> tuple[list[float], 
     for handle in handles:
         handle.remove()
     engine.synchronise()
-    seconds = [span for _, span in spans([each for each in marks if each[0] in ("begin", "update")])]
-    parts = {name: sum(span for each, span in spans(marks) if each == name) for name in _PARTS}
+    times = [marks[0][1].elapsed_time(moment) / 1000 if gpu else moment for _, moment in marks]
+    spans = list(zip((name for name, _ in marks[1:]), np.diff(times).tolist(), strict=True))
+    seconds = np.diff([time for (name, _), time in zip(marks, times, strict=True) if name in ("begin", "update")]).tolist()
+    parts = {name: sum(span for each, span in spans if each == name) for name in _PARTS}
     return seconds, {name: span / sum(seconds) for name, span in parts.items()}, len(unreadable)
 
 

@@ -25,7 +25,7 @@ from relssl.method.health import effective_rank, spread, verdict
 from relssl.settings.run import METHODS, Config, derive
 from relssl.train import checkpoint
 from relssl.train.online import OnlineKnn
-from relssl.train.run_folder import Display, Journal, RunFolder
+from relssl.train.run_folder import Display, RunFolder
 from relssl.train.signals import StopRequest
 from relssl.train.state import Guard, State
 from relssl.weights import store
@@ -212,38 +212,36 @@ def train(run: Run, display: Display, stop: StopRequest) -> None:
         NumericError: after too many non-finite steps in a row.
         DataError: when too many images cannot be read.
     """
-    config, engine, state = run.config, run.engine, run.state
-    journal = Journal(run.folder.path, state.step, config.log.tensorboard) if run.folder else None
+    config, engine, state, folder = run.config, run.engine, run.state, run.folder
+    if folder is not None:
+        folder.open_rows(state.step, config.log.tensorboard)
+        if state.step == 0 and run.online is not None:
+            folder.write_row({"step": 0, "epoch": 0, "samples": 0} | run.online.baselines(state.model, engine))
+    engine.wait()
+    watch, pending = Stopwatch(run.loader.stream(state.step, run.total_steps), config.batch_size), None
     try:
-        if state.step == 0 and journal is not None and run.online is not None:
-            journal.write({"step": 0, "epoch": 0, "samples": 0} | run.online.baselines(state.model, engine))
-        engine.wait()
-        watch, pending = Stopwatch(run.loader.stream(state.step, run.total_steps), config.batch_size), None
         for parts in watch:
             figures = train_step(run, parts)
             note_unreadable(run, [fault for part in parts for fault in part.bad])
             # Figures are read once the next step is on its way, so that the device never waits for the host.
             if pending is not None:
-                report(run, pending, journal, display)
+                report(run, pending, display)
             if figures is not None:
                 figures.speed = watch.split()
             pending, code, due = figures, engine.largest(stop.pending()), save_due(run)
             if code or due:
                 # The row first, so that rows up to a checkpoint are on disk before it is.
                 if pending is not None:
-                    report(run, pending, journal, display)
+                    report(run, pending, display)
                     pending = None
                 save(run)
                 watch.split()  # evaluating and saving is not training
             if code and state.step < run.total_steps:
                 raise stop.interruption(code, f"after step {state.step} of {run.total_steps}, saved")
     except Unreadable as error:
-        if run.folder is not None:
-            run.folder.bad_samples(error.faults)
+        if folder is not None:
+            folder.bad_samples(error.faults)
         raise
-    finally:
-        if journal is not None:
-            journal.close()
 
 
 class Stopwatch:
@@ -284,7 +282,7 @@ def note_unreadable(run: Run, faults: list[tuple[str, str]]) -> None:
         )
 
 
-def report(run: Run, figures: Figures, journal: Journal | None, display: Display) -> None:
+def report(run: Run, figures: Figures, display: Display) -> None:
     """Read a step's figures and write their row, with kNN where it is due; NumericError after too many bad steps in a row."""
     state, epoch = run.state, figures.step / run.plan.steps_per_epoch
     values = figures.read()
@@ -303,8 +301,8 @@ def report(run: Run, figures: Figures, journal: Journal | None, display: Display
             if state.best is None or row["knn_top1"] > state.best["knn_top1"]:
                 state.best = {"knn_top1": row["knn_top1"], "checkpoint": store.step_folder(Path(), state.step).name}
         run.engine.wait()
-    if journal is not None:
-        journal.write(row)
+    if run.folder is not None:
+        run.folder.write_row(row)
         display.row(row, epoch_ended=epoch.is_integer())
         warms = "warmup_mix" in state.model.scheduled
         collapse = verdict(row, run.config.method.memory_size, keys.shape[1], warms=warms)
@@ -331,7 +329,8 @@ def save_due(run: Run) -> bool:
 def origin(run: Run) -> dict[str, Any]:
     """What a checkpoint depends on beside its state: the epoch's length, the data, and what rounds otherwise."""
     choices = {"loss form": run.loss_form, "compiled": run.networks[0].compiled_heads is not None}
-    return {"steps_per_epoch": run.plan.steps_per_epoch, "data": run.fingerprint, "choices": choices}
+    facts = {"threads": run.engine.threads, "world": run.engine.world, "precision": run.engine.precision}
+    return {"steps_per_epoch": run.plan.steps_per_epoch, "data": run.fingerprint, "choices": choices, **facts}
 
 
 def save(run: Run) -> None:

@@ -20,12 +20,12 @@ from relssl.data.named import load
 from relssl.engine import Engine
 from relssl.errors import ConfigError, DataError, DistributedError, RelsslError, StorageError
 from relssl.evaluation.pairs import LabelledPair, choose
-from relssl.files import read_rows
-from relssl.settings.run import METHODS, Config, derive, resolve
+from relssl.files import read_rows, write_file, write_json
+from relssl.settings.run import METHODS, Config, derive, resolve, to_yaml
 from relssl.train import checkpoint
 from relssl.train.loop import Run, create_run, forward, open_loader, origin, scheduled, train
 from relssl.train.online import OnlineKnn
-from relssl.train.run_folder import Display, RunFolder, default_folder, refuse_used
+from relssl.train.run_folder import Display, RunFolder, default_folder, environment, refuse_used
 from relssl.train.signals import StopRequest
 from relssl.weights import store
 from relssl.weights.export import default_target, export
@@ -122,8 +122,9 @@ def _run(config: Config, path: Path, engine: Engine, quiet: bool, saved: Path | 
                 if fresh:
                     refuse_used(path)  # again, now that nobody else can write it
                 if not (path / "config.yaml").exists():
-                    data = {"images": len(run.images), "fingerprint": run.fingerprint}
-                    folder.describe(config, {"data": data, "engine": engine.describe()})
+                    facts = {"data": {"images": len(run.images), "fingerprint": run.fingerprint}, "engine": engine.describe()}
+                    write_file(path / "config.yaml", to_yaml(config).encode())
+                    write_json(path / "environment.json", environment() | facts)
                 folder.bad_samples(run.images.bad)
             memory = config.method.memory_size
             if run.state.model.memory is not None and memory > 0.5 * len(run.images):

@@ -21,7 +21,7 @@ import relssl
 from relssl.errors import ConfigError, Interrupted, LockedError, StorageError
 from relssl.files import read_rows, write_file, write_json
 from relssl.settings.recipes import public_name
-from relssl.settings.run import Config, to_yaml
+from relssl.settings.run import Config
 from relssl.train.signals import StopRequest
 from relssl.weights import store
 
@@ -69,11 +69,8 @@ class RunFolder:
         self._lock.write(f"process {os.getpid()} on {platform.node()}")
         self._lock.flush()
         self._listed = {row["file"] for row in read_rows(path / "bad_samples.jsonl")}
-
-    def describe(self, config: Config, facts: dict[str, Any]) -> None:
-        """Write what the run is: its whole configuration and where it runs."""
-        write_file(self.path / "config.yaml", to_yaml(config).encode())
-        write_json(self.path / "environment.json", environment() | facts)
+        self._rows: Any = None
+        self._board: Any = None
 
     def status(self, state: str, step: int, **facts: Any) -> None:
         """Write to status.json where the run stands; state is running, complete, interrupted or failed."""
@@ -99,9 +96,30 @@ class RunFolder:
             with (self.path / "bad_samples.jsonl").open("a") as file:
                 file.writelines(json.dumps({"file": name, "reason": reason}) + "\n" for name, reason in new.items())
 
+    def open_rows(self, start: int, tensorboard: bool) -> None:
+        """Begin to write metrics.jsonl. A resumed run drops rows after the step it starts from, as if it had never stopped."""
+        path = self.path / "metrics.jsonl"
+        rows = [row for row in read_rows(path) if start > 0 and row["step"] <= start]
+        write_file(path, "".join(_line(row) for row in rows).encode())
+        self._rows = path.open("a")
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # a second of imports that not every run needs
+
+            self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=start + 1)  # type: ignore[no-untyped-call]
+
+    def write_row(self, row: dict[str, Any]) -> None:
+        """Append one row of figures; it has reached the operating system when this returns."""
+        self._rows.write(_line(row))
+        self._rows.flush()
+        if self._board is not None:
+            for name in row.keys() - {"step"}:
+                self._board.add_scalar(name, row[name], row["step"])
+
     def close(self) -> None:
-        """Let others write the folder."""
-        self._lock.close()
+        """Close all files, and let others write the folder."""
+        for file in (self._rows, self._board, self._lock):
+            if file is not None:
+                file.close()
 
 
 def environment() -> dict[str, Any]:
@@ -118,34 +136,6 @@ def environment() -> dict[str, Any]:
     where = {"platform": platform.platform(), "processor": processor, "cores": os.cpu_count()}
     versions = {"relssl": relssl.__version__} | {name: importlib.metadata.version(name) for name in _PACKAGES}
     return {"python": platform.python_version(), **where, "versions": versions, "git": git}
-
-
-class Journal:
-    """Rows of figures, one a logged step. A resumed run drops those after the checkpoint it starts from, as if it had never stopped."""
-
-    def __init__(self, folder: Path, start: int, tensorboard: bool) -> None:
-        path, self._board = folder / "metrics.jsonl", None
-        rows = [row for row in read_rows(path) if start > 0 and row["step"] <= start]
-        write_file(path, "".join(_line(row) for row in rows).encode())
-        self._file = path.open("a")
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # a second of imports that not every run needs
-
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)  # type: ignore[no-untyped-call]
-
-    def write(self, row: dict[str, Any]) -> None:
-        """Append one row; it has reached the operating system when this returns."""
-        self._file.write(_line(row))
-        self._file.flush()
-        if self._board is not None:
-            for name in row.keys() - {"step"}:
-                self._board.add_scalar(name, row[name], row["step"])  # type: ignore[no-untyped-call]
-
-    def close(self) -> None:
-        """Flush and close everything."""
-        self._file.close()
-        if self._board is not None:
-            self._board.close()  # type: ignore[no-untyped-call]
 
 
 def _line(row: dict[str, Any]) -> str:

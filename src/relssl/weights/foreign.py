@@ -29,23 +29,17 @@ _SIZES = {"standard": 224, "small": 32, "small-wide": 32, "small-pool": 64}
 class Reading:
     """Options for reading weights; all but `network` and `size` is about files of other programs.
 
-    Attributes:
-        layout: one of `LAYOUTS`; None: recognised by the names in the file.
-        backbone: timm's name; None: inferred from names and shapes, for ResNets.
-        stem: as `encoder.stem`; None: standard, or for a 3x3 first convolution that of the layout. A max-pool has no weights and
-            cannot be seen: say small-pool for STL-10 and Tiny-ImageNet networks.
-        network: student or teacher, of runs (None: all they have) and of files that hold both (None: the one their authors evaluate).
-        allow: names, or beginnings of names that end in `.` or `*`, that may be missing or unexpected; `untrained` allows weights
-            that look like those of a fresh network.
-        size: side of the view in pixels; None: the run's own; of a file 224, 32 for small stems, 64 for small-pool.
+    A max-pool has no weights and cannot be seen: say stem small-pool for networks of STL-10 and Tiny-ImageNet.
     """
 
-    layout: str | None = None
-    backbone: str | None = None
-    stem: str | None = None
-    network: str | None = None
-    allow: Sequence[str] = ()
-    size: int | None = None
+    layout: str | None = None  # one of `LAYOUTS`; None: recognised by the names in the file
+    backbone: str | None = None  # timm's name; None: inferred from names and shapes, for ResNets
+    stem: str | None = None  # as `encoder.stem`; None: standard, or for a 3x3 first convolution that of the layout
+    network: str | None = None  # student or teacher; None: all that a run has, or of a file the one its authors evaluate
+    allow: Sequence[str] = ()  # names that may not match, or their beginnings ending in `.` or `*`; `untrained`: fresh weights
+    size: int | None = (
+        None  # side of the view in pixels; None: the run's own; of a file 224, 32 for small stems, 64 for small-pool
+    )
 
 
 @dataclass

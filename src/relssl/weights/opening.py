@@ -113,31 +113,12 @@ class Opened:
     @property
     def backbone(self) -> Any:
         """A single network: the student, where there is a choice."""
-        return self.one()[1]
+        return next(iter(self.networks.values()))
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What a reader of any figure of these weights must know, such as names that were allowed to be missing."""
         return () if self.report is None else self.report.gaps()
-
-    @property
-    def seen(self) -> str | None:
-        """The fingerprint of the images that the run was pretrained on, if it is known."""
-        return self.run_data.get("fingerprint")
-
-    @property
-    def data(self) -> str | None:
-        """The data set they were trained on, if it is known."""
-        return None if self.config is None else self.config.data
-
-    @property
-    def data_root(self) -> str | None:
-        """Where the run looked for named data sets, if it said so."""
-        return None if self.config is None else self.config.data_root
-
-    def one(self) -> tuple[str, nn.Module]:
-        """Return a single network and its name: the student, where there is a choice."""
-        return next(iter(self.networks.items()))
 
     def reader(self, size: int | None = None, workers: int | None = None) -> Reader:
         """Return how images are read for these backbones: as the run does, with another size or number of workers if given."""
