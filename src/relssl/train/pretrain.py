@@ -43,11 +43,13 @@ class Result:
         folder: the run folder.
         backbone: the exported student.
         rows: what metrics.jsonl holds; with labels its first row has the kNN of the untrained networks and of raw pixels.
+        rank: of this process; the first one wrote all that.
     """
 
     folder: Path
     backbone: Path
     rows: list[dict[str, Any]]
+    rank: int = 0
 
 
 def pretrain(
@@ -57,7 +59,7 @@ def pretrain(
     settings: Config | None = None,
     quiet: bool = False,
     **overrides: Any,
-) -> Result | None:
+) -> Result:
     """Pretrain a backbone, with ReSSL or the method that `method` names.
 
     Args:
@@ -68,7 +70,7 @@ def pretrain(
         overrides: settings by name; sections as mappings (`optimizer={"lr": 0.03}`) or dotted names through `**`.
 
     Returns:
-        The finished run; None on ranks other than the first.
+        The finished run, on every rank.
 
     Raises:
         ConfigError, DataError, StorageError, NumericError, LockedError: each with what to do about it.
@@ -81,9 +83,7 @@ def pretrain(
     return _run(dataclasses.replace(resolved, out=str(folder)), folder, engine, quiet, fresh=True)
 
 
-def resume(
-    run: str | Path, *, checkpoint: str | None = None, quiet: bool = False, time_limit: float | None = None
-) -> Result | None:
+def resume(run: str | Path, *, checkpoint: str | None = None, quiet: bool = False, time_limit: float | None = None) -> Result:
     """Go on with a run exactly where it was saved.
 
     Args:
@@ -93,7 +93,7 @@ def resume(
         time_limit: minutes after which it saves and stops, infinite for never; default: the run's own setting.
 
     Returns:
-        The finished run, at once if it had finished already; None on ranks other than the first.
+        The finished run, at once if it had finished already.
 
     Raises:
         CheckpointError: if the checkpoint is missing or damaged; the good one before it is named.
@@ -110,7 +110,7 @@ def resume(
     return _run(config, folder, Engine(config.engine), quiet, saved, fresh=False)
 
 
-def _run(config: Config, path: Path, engine: Engine, quiet: bool, saved: Path | None = None, *, fresh: bool) -> Result | None:
+def _run(config: Config, path: Path, engine: Engine, quiet: bool, saved: Path | None = None, *, fresh: bool) -> Result:
     """Train in a folder, from the checkpoint `saved` or from the start."""
     with engine.running():
         with explaining(config, engine):
@@ -152,17 +152,23 @@ def _run(config: Config, path: Path, engine: Engine, quiet: bool, saved: Path | 
                         with suppress(StorageError):  # a full disk must not hide the error that there is to report
                             folder.failed(run.state.step, error)
                     raise
-            if folder is None:
-                return None
-            few = run.images.subset(range(min(4, len(run.images))))  # enough to notice a wrong file, and quick
-            for network in derive(config).networks:
-                export(path, network=network, images=few)
-            folder.status("complete", run.state.step, exit_code=0, last_checkpoint=store.step_folder(path, run.state.step).name)
-            return _result(path)
+            with explaining(config, engine):
+                engine.on_first(lambda: _hand_over(run))
+            return _result(path, engine.rank)
 
 
-def _result(folder: Path) -> Result:
-    return Result(folder, default_target(folder, "student"), read_rows(folder / "metrics.jsonl"))
+def _hand_over(run: Run) -> None:
+    """Export the networks of a run that is done."""
+    assert run.folder is not None
+    path, few = run.folder.path, run.images.subset(range(min(4, len(run.images))))  # enough to notice a wrong file, and quick
+    for network in derive(run.config).networks:
+        export(path, network=network, images=few)
+    last = store.step_folder(path, run.state.step).name
+    run.folder.status("complete", run.state.step, exit_code=0, last_checkpoint=last)
+
+
+def _result(folder: Path, rank: int = 0) -> Result:
+    return Result(folder, default_target(folder, "student"), read_rows(folder / "metrics.jsonl"), rank)
 
 
 def build(config: Config, engine: Engine) -> Run:
