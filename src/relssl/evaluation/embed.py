@@ -27,7 +27,7 @@ _GROUP = 1 << 22  # numbers in a row group of parquet
 
 def embed(
     source: str | Path,
-    data: str,
+    data: str | Path,
     out: str | Path,
     *,
     network: str | None = None,
@@ -60,7 +60,7 @@ def embed(
     reading = reading or Reading()
     opened = open_backbones(source, replace(reading, network=network or reading.network))
     engine, root = Engine.local(device, precision), data_root or (opened.config.data_root if opened.config else None)
-    images = load(data, root, split)
+    images = load(str(data), root, split)
     features = extract(engine.place(opened.backbone), images, opened.reader(reading.size), engine)
     rows, vectors = features.rows, features.vectors.numpy()
     names, labels = [images.source.name(row) for row in rows.tolist()], None if images.labels is None else images.labels[rows]
