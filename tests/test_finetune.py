@@ -19,7 +19,6 @@ from relssl.cli import main
 from relssl.data.plain import PlainView
 from relssl.errors import ConfigError
 from relssl.weights.spec import BackboneSpec
-from small_pairs import coloured
 
 SIZE = 32
 TINY: dict[str, dict[str, Any]] = {
@@ -49,11 +48,12 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Red, green and blue as folders of train and val; one file of val cannot be read."""
     folder = tmp_path_factory.mktemp("labelled")
     for part, count in (("train", 33), ("val", 15)):
-        images = coloured(count, seed=count)
-        for row, label in enumerate(images.labels):
-            place = folder / part / images.classes[label]
+        pixels = np.random.default_rng(count).integers(60, 120, (count, 16, 16, 3), np.uint8)
+        for row, image in enumerate(pixels):
+            place = folder / part / ("red", "green", "blue")[row % 3]
             place.mkdir(parents=True, exist_ok=True)
-            images.read(row, 10**6).save(place / f"{row:02}.png")
+            image[..., row % 3] += 100
+            Image.fromarray(image).save(place / f"{row:02}.png")
     (folder / "val/blue/broken.png").write_bytes(b"not an image")
     return folder
 
