@@ -326,9 +326,7 @@ def test_networks_without_a_pyramid_are_refused_by_name(arguments: dict[str, Any
 @pytest.mark.parametrize(
     ("name", "stages", "frozen"),
     [
-        ("test_resnet", 1, ("conv1", "bn1")),
         ("test_resnet", 2, ("conv1", "bn1", "layer1")),
-        ("test_resnet", 5, ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")),
         ("mobilenetv3_small_050", 2, ("conv_stem", "bn1", "blocks.0")),
         ("convnext_atto", 2, ("stem", "stages.0")),
     ],

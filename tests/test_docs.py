@@ -1,7 +1,5 @@
 """The documentation is true: its commands are accepted, its links lead somewhere, and what it tells a contributor to do works."""
 
-from __future__ import annotations
-
 import json
 import re
 import runpy
@@ -105,12 +103,8 @@ def test_a_method_is_added_as_the_guide_says(tmp_path: Path) -> None:
     (package / "settings/recipes/align").mkdir()
     (package / "settings/recipes/align/digits.yaml").write_text(recipe)
     words = "pretrain digits --method align --max_images 128 --epochs 1 --log.knn_every 0 --engine.device cpu --engine.threads 1 --out run"
-    ran = subprocess.run(
-        [sys.executable, "-m", "relssl", *words.split()],
-        cwd=tmp_path,  # where the copy of the package is
-        env={"PYTHONPATH": str(tmp_path), "PATH": "", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
+    env = {"PYTHONPATH": str(tmp_path), "PATH": "", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "relssl", *words.split()]
+    ran = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)  # where the copy of the package is
     assert ran.returncode == 0, ran.stderr
     assert (tmp_path / "run/export/backbone.safetensors").exists()

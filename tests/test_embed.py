@@ -137,14 +137,3 @@ def test_a_file_holds_what_the_network_says(network: str, finished: Path, tmp_pa
     assert read["name"].to_pylist() == [str(files[3]), str(files[2])]
     assert (read["label"].to_pylist(), read["class"].to_pylist()) == ([0, 1], ["cat", "dog"])
     np.testing.assert_allclose(np.array(read["features"].to_pylist(), np.float32), expected.numpy(), rtol=1e-4, atol=1e-5)
-
-
-def test_several_labels_an_image_are_left_out(finished: Path, tmp_path: Path) -> None:
-    (tmp_path / "voc/ImageSets/Main").mkdir(parents=True)
-    for word in ("cat", "dog"):
-        (tmp_path / f"voc/ImageSets/Main/{word}_trainval.txt").write_text("1  1\n2 -1\n")
-    for seed in (1, 2):
-        picture(tmp_path / f"voc/JPEGImages/{seed}.jpg", seed)
-    relssl.embed(finished, str(tmp_path / "voc"), tmp_path / "v.npz", device="cpu")
-    with np.load(tmp_path / "v.npz", allow_pickle=False) as read:
-        assert sorted(read.files) == ["features", "ids", "names"] and read["features"].shape == (2, 16)

@@ -18,7 +18,7 @@ from relssl.data.subsets import identity, shared
 from relssl.engine import Engine
 from relssl.errors import DataError, NumericError
 from relssl.evaluation.features import LabelledFeatures, cache_key, cached, evaluating, extract, frozen, state_hash
-from relssl.evaluation.pairs import LabelledPair, labelled, labels_hash
+from relssl.evaluation.pairs import LabelledPair, labelled
 
 READER = Reader(PlainView(32, 1.0, "bilinear", (0.5,) * 3, (0.25,) * 3))
 ENGINE = Engine.local("cpu", "fp32")
@@ -210,9 +210,3 @@ def test_images_without_a_label_are_left_out() -> None:
     assert rest.labels is not None and rest.labels.tolist() == [0, 2]
     with pytest.raises(DataError, match="pets: has no labels"):
         labelled("pets", pets([-1, -1]))
-
-
-def test_the_labels_hash_knows_images_and_labels() -> None:
-    one = pets([0, 1, 2])
-    assert labels_hash(one) == labels_hash(pets([0, 1, 2]))
-    assert len({labels_hash(one), labels_hash(pets([0, 2, 1])), labels_hash(pets([0, 1, 2], seed=1))}) == 3

@@ -150,12 +150,6 @@ def test_lists_without_and_with_numeric_labels(tmp_path):
     assert images.classes == ("2", "9", "10") and images.labels.tolist() == [2, 1, 0]
 
 
-def test_a_list_of_any_bytes_is_survived(tmp_path):
-    (tmp_path / "list.txt").write_bytes(bytes(range(256)) * 50 + b"x\0y\n" + b"n" * 5000)
-    images = read_list(str(tmp_path / "list.txt"))
-    assert len(images) == 0 and all(reason for _, reason in images.bad)
-
-
 def test_a_written_list_stands_for_its_folder(tmp_path, capsysbinary, monkeypatch):
     plant(tmp_path, *(f"photos/{name}.jpg" for name in ("train/dog/1", "train/cat/2", "val/dog/3")), data=b"abc")
     plant(tmp_path, "photos/train/dog/a\tb.jpg", "photos/train/dog/a\nb.jpg", b"photos/train/dog/\xff.jpg")

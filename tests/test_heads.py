@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from relssl.data.batched import apply
 from relssl.data.draws import draw
-from relssl.data.images import Images, Pixels
+from relssl.data.images import Files, Images, Pixels
 from relssl.data.loader import Plan
-from relssl.data.plain import Reader, plain_batch
+from relssl.data.plain import PlainView, Reader, plain_batch
 from relssl.data.subsets import fingerprint, stratified
 from relssl.engine import Engine
 from relssl.errors import ConfigError, DataError, NumericError
@@ -28,26 +28,70 @@ from relssl.evaluation.result import Finding, Task
 from relssl.settings.evaluation import FinetuneConfig, LinearConfig, SemiConfig
 from relssl.settings.run import EngineConfig, ViewConfig
 from relssl.weights.spec import BackboneSpec
-from small_pairs import as_files, engine, network, pair, reader
+
+
+def engine() -> Engine:
+    return Engine(EngineConfig(device="cpu", precision="fp32", threads=1))
+
+
+def reader() -> Reader:
+    """Views of 16 pixels, mirrored in training."""
+    return Reader(PlainView(16, 1.0, "bilinear", (0.5,) * 3, (0.25,) * 3))
+
+
+def coloured(count: int, seed: int, classes: int = 3) -> Images:
+    """Noise with a tint for each class, which a crop keeps: easily told apart."""
+    generator = np.random.default_rng(seed)
+    labels = np.arange(count) % classes
+    pixels = generator.integers(60, 120, (count, 3, 16, 16))
+    for channel in range(3):
+        pixels[labels == channel, channel] += 100
+    return Images("tints", Pixels(torch.from_numpy(pixels.astype(np.uint8))), labels.astype(np.int64), ("red", "green", "blue"))
+
+
+def pair(bank: int = 50, test: int = 33) -> LabelledPair:
+    return LabelledPair(coloured(bank, 0), coloured(test, 1))
+
+
+def as_files(images: Images, folder: Path) -> Images:
+    """The same images as PNG files, named as ImageNet names them."""
+    assert isinstance(images.source, Pixels) and images.labels is not None
+    folder.mkdir()
+    names = [f"n{label}_{row}.png" for row, label in enumerate(images.labels)]
+    for row, name in enumerate(names):
+        images.read(row, 10**6).save(folder / name)
+    sizes = [(folder / name).stat().st_size for name in names]
+    return dataclasses.replace(
+        images, source=Files(str(folder), [(name.encode(), size) for name, size in zip(names, sizes, strict=True)])
+    )
+
+
+def network(width: int = 8, dropout: float = 0.0) -> nn.Module:
+    """[B, 3, 16, 16] -> [B, width], with batch norm, from the same weights each time."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(5)
+        made = nn.Sequential(
+            nn.Conv2d(3, width, 3, stride=2, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+        )
+        for images in torch.randn(4, 8, 3, 16, 16):  # running statistics of their own
+            made(images)
+    return made.eval()
+
 
 TUNE = FinetuneConfig(epochs=3, batch_size=16, lr=0.05, head_lr=0.5, weight_decay=0.01)
 Settings = LinearConfig | FinetuneConfig | SemiConfig
 
 
-def run(
-    settings: Settings,
-    data: LabelledPair | None = None,
-    backbone: nn.Module | None = None,
-    seed: int = 3,
-    say: Callable[[str], None] = lambda line: None,
-    *,
-    read: Reader | None = None,
-    on: Engine | None = None,
-) -> list[Finding]:
-    seen = read or reader()
-    task = Task(BackboneSpec("tiny", {}, "small", seen.view), seen, on or engine(), Bootstrap(100, seed), say)
+def run(settings: Settings, data: LabelledPair | None = None, backbone: nn.Module | None = None, **task: Any) -> list[Finding]:
+    on, seed, say = task.get("on", engine()), task.get("seed", 3), task.get("say", lambda line: None)
+    given = Task(BackboneSpec("tiny", {}, "small", reader().view), reader(), on, Bootstrap(100, seed), say)
     protocol: Any = {LinearConfig: linear, FinetuneConfig: finetune, SemiConfig: semi}[type(settings)]
-    return list(protocol(backbone or network(), data or pair(), settings, task))
+    return list(protocol(backbone or network(), data or pair(), settings, given))
 
 
 def pixels(images: Images) -> Tensor:

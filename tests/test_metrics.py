@@ -45,16 +45,6 @@ def test_accuracies_are_those_of_scikit_learn(classes: int) -> None:
     assert figures["mean_per_class"] == pytest.approx(100 * balanced_accuracy_score(truth, scores.argmax(1)))
 
 
-@settings(deadline=None, max_examples=50)
-@given(st.integers(1, 8), st.integers(2, 6), st.integers(0, 10**6))
-def test_a_rank_is_a_place_in_a_stable_sort(images: int, classes: int, seed: int) -> None:
-    g = torch.Generator().manual_seed(seed)
-    scores = torch.randint(-2, 3, (images, classes), generator=g).float()  # few values: many ties
-    truth = torch.randint(classes, (images,), generator=g)
-    order = scores.sort(dim=1, descending=True, stable=True).indices
-    assert torch.equal(ranks(scores, truth), (order == truth[:, None]).int().argmax(dim=1))
-
-
 def test_scores_that_are_nan_are_refused() -> None:
     scores = torch.full((1, 3), torch.nan)
     with pytest.raises(NumericError):

@@ -29,6 +29,7 @@ _WORDS = {
     "engine.threads": "threads",
     "engine.deterministic": "deterministic",
     "loader.workers": "workers num_workers",
+    "log.to": "logger loggers",
 }
 _MEANT = {word: setting.split() for setting, words in _WORDS.items() for word in words.split()}
 

@@ -75,11 +75,18 @@ def read(name: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
 def spell_out(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings by their dotted names; `method: moco` stands for `method: {name: moco}`, and so for each view.
 
+    `batch_size: auto` is `fit_batch: true`; `log.tensorboard: false`, as older runs have it, is `log.to: []`.
+
     Raises:
         ConfigError: if two names give one setting two values.
     """
     own = spell(flat(raw))
-    return {f"{name}.name" if name in BY_NAME and isinstance(value, str) else name: value for name, value in own.items()}
+    names = {f"{name}.name" if name in BY_NAME and isinstance(value, str) else name: value for name, value in own.items()}
+    if str(names.get("batch_size")).lower() == "auto":
+        names = {name: value for name, value in names.items() if name != "batch_size"} | {"fit_batch": True}
+    if (board := names.pop("log.tensorboard", None)) is not None:
+        names = {"log.to": {"true": ["tensorboard"], "false": []}.get(str(board).lower(), board)} | names
+    return names
 
 
 def layer(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
