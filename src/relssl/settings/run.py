@@ -244,7 +244,9 @@ class LoaderConfig:
     workers: int | None = setting(None, "loader processes of the files path; null: one fewer than the cores", ge=0, le=1024)
     reduced_decode: bool = setting(True, "files path: decode a JPEG at 1/2, 1/4 or 1/8 where each view keeps its resolution")
     cache: int | None = setting(None, "files path: shrink shorter sides to this many pixels, once; null: no", ge=16, le=8192)
-    cache_folder: PathText | None = setting(None, "where shrunk images lie; null: `shrunk` in $RELSSL_CACHE, else ~/.cache/relssl")
+    cache_folder: PathText | None = setting(
+        None, "where shrunk images lie; null: `shrunk` in $RELSSL_CACHE, else ~/.cache/relssl"
+    )
     max_bad_fraction: Probability = setting(0.1, "stop when more than this share of the images cannot be read")
     max_pixels: Count = setting(89_000_000, "images with more pixels than this are skipped")
 
@@ -350,7 +352,8 @@ def resolve(overrides: Mapping[str, Any], config_file: str | Path | None = None)
     recipe = str(over.get("recipe") or "")
     if recipe.lower() in NULL:
         recipe = recipes.for_run(str(over.get("data", "digits")), str(over.get("method.name", "ressl")))
-    return _checked(recipes.layer(_current(recipes.read(recipe)), over | {"recipe": recipe}), frozenset(over))
+    typed = frozenset(re.sub(r"^backbone_args\..*", "backbone_args", name) for name in over)
+    return _checked(recipes.layer(_current(recipes.read(recipe)), over | {"recipe": recipe}), typed)
 
 
 def replace(config: Config, **changes: Any) -> Config:
