@@ -210,9 +210,9 @@ def test_settings_of_an_evaluation() -> None:
     ("command", "word"),
     [
         (["pretrian"], "pretrain"),
-        (["validate", "--lr", "1"], "optimizer.lr"),
-        (["pretrain", "--loader.decoder", "pillow", "--workers", "2"], "loader.workers"),
-        (["validate", "--max_steps=1"], "max_steps"),
+        (["validate", "--temperature", "1"], "method.teacher_temperature"),
+        (["pretrain", "--loader.workes", "2"], "loader.workers"),
+        (["validate", "--crops_size=1"], "views."),
         (["validate", "digits", "extra"], "extra"),
         (["recipes", "--epochs", "1"], "--epochs"),
         (["embed", "x", "y", "--out", "z", "--k", "1"], "--k"),
@@ -232,7 +232,7 @@ def test_what_is_not_known_ends_with_2_and_names_the_nearest(
 def test_every_setting_is_an_option_that_help_lists(capsys: pytest.CaptureFixture[str]) -> None:
     for verb, cls in (("pretrain", Config), ("estimate", Config), ("validate", Config), ("evaluate", Evaluation)):
         with pytest.raises(SystemExit) as stopped:
-            main([verb, "--help"])
+            main([verb, "--help-all"])
         text = capsys.readouterr().out
         assert stopped.value.code == 0 and all(f"--{name} " in text for name in leaves(cls) if name != "data")
     typed = resolve({}).views.strong.blur / 2
@@ -240,7 +240,7 @@ def test_every_setting_is_an_option_that_help_lists(capsys: pytest.CaptureFixtur
     shown = capsys.readouterr().out
     assert "epochs: 77" in shown and f"blur: {typed}" in shown
     assert main(["validate", "cifar10", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"valid": True, "recipe": "cifar10"}
+    assert json.loads(capsys.readouterr().out)["recipe"] == "cifar10"
 
 
 LIGHT = {

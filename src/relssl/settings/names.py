@@ -33,6 +33,13 @@ _WORDS = {
 }
 _MEANT = {word: setting.split() for setting, words in _WORDS.items() for word in words.split()}
 
+# The settings of a run that nearly everyone has a use for.
+MAIN = (
+    *("recipe", "backbone", "method.name", "epochs", "max_steps", "time_limit", "batch_size", "accumulate", "optimizer.lr"),
+    *("optimizer.weight_decay", "optimizer.warmup_epochs", "views.weak.size", "method.memory_size", "max_images", "out", "seed"),
+    *("engine.device", "engine.devices", "engine.precision", "loader.workers", "log.knn_every", "log.to"),
+)
+
 _WEIGHTS = "a run starts from random weights; `relssl evaluate` and `relssl embed` take weights that exist"
 _VIEWS = "views are made as the settings below views.weak and views.strong say"
 _SCHEDULE = "the learning rate rises over optimizer.warmup_epochs and falls to 0 on a cosine"

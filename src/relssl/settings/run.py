@@ -19,7 +19,7 @@ import yaml
 from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
-from relssl.errors import ConfigError
+from relssl.errors import ConfigError, DataError
 from relssl.settings import recipes
 from relssl.settings.reading import NULL, RISING, STRICT, PathText, Text, build, leaves, nest, read_yaml, setting
 
@@ -371,7 +371,10 @@ def give_way(config: Config, images: int) -> Config:
 
     Raises:
         ConfigError: if what was typed does not fit what the rest became.
+        DataError: if there are fewer than four images.
     """
+    if images < 4:
+        raise DataError(f"{config.data}: too few images to pretrain on; {images} can be used, and four is the least")
     if config.typed is None:
         return config
     derived, before, method, optimizer = derive(config), config.batch_size, config.method, config.optimizer

@@ -316,8 +316,6 @@ def complete_settings(config: Config, images: Images) -> Config:
         ConfigError: if a view is larger than the images of a set in memory, or settings do not fit so few images.
         DataError: if there are fewer than four images.
     """
-    if len(images) < 4:
-        raise DataError(f"{images.name}: too few images to pretrain on; {len(images)} can be used, and four is the least")
     config = give_way(config, len(images))
     views = config.views
     if isinstance(images.source, Pixels) and not views.enlarge:
