@@ -67,6 +67,18 @@ def test_all_faults_are_reported_at_once_by_name() -> None:
         ({"method.symmetric": True}, "method.symmetric"),
         ({"views.channels": 2}, "views.channels"),
         ({"backbone_args": {"in_chans": 4}}, "backbone_args"),
+        *(
+            ({"backbone_args": {name: value}}, f"backbone_args: {name}")
+            for name, value in {
+                "pretrained": True,
+                "checkpoint_path": "start.pth",
+                "weights": "DEFAULT",
+                "pretrained_cfg_overlay": {"file": "start.pth"},
+                "num_classes": 10,
+                "global_pool": "",
+                "features_only": True,
+            }.items()
+        ),
         ({"loader.cache": 16, "views.weak.size": 64}, "loader.cache"),
         ({"recipe": "cifr10"}, "recipe"),
     ],

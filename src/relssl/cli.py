@@ -20,8 +20,9 @@ import relssl
 from relssl.data.folder import shown
 from relssl.data.named import at_hand, exists, load
 from relssl.errors import ConfigError, DataError, RelsslError
+from relssl.files import size
 from relssl.settings import recipes
-from relssl.settings.evaluation import Evaluation, read_settings
+from relssl.settings.evaluation import Evaluation, Tuning, read_settings
 from relssl.settings.names import MAIN, meant, spell
 from relssl.settings.reading import build, leaves, nearest_word
 from relssl.settings.run import Config, adjustments, differences, give_way, resolve, to_yaml
@@ -93,6 +94,13 @@ _RUN = (
 )
 _SOURCE = option("source", "run folder, file of weights, or timm name", metavar="SOURCE")
 _NETWORK = option("--network", "of a run; default: student", choices=("student", "teacher"))
+# How features of images are computed.
+_EXTRACTION = (
+    option("--split", default="train", choices=("train", "bank", "test")),
+    option("--data_root", "where named data sets lie"),
+    option("--device", default="auto", choices=("auto", "cpu", "cuda", "mps")),
+    option("--precision", "of the network's arithmetic", default="fp32", choices=("auto", "fp32", "bf16")),
+)
 # How files of other programs are read.
 _FOREIGN = (
     option("--from", "official, solo, moco, dino, torchvision or timm; default: by its names", dest="layout", metavar="LAYOUT"),
@@ -191,10 +199,7 @@ def compare(args: argparse.Namespace, _: Overrides) -> Outcome | None:
     option("--out", "target .npz, .csv or .parquet", required=True),
     option("--size", "side of the view in pixels; default: the one pretraining used", type=int),
     _NETWORK,
-    option("--split", default="train", choices=("train", "bank", "test")),
-    option("--data_root", "where named data sets lie"),
-    option("--device", default="auto", choices=("auto", "cpu", "cuda", "mps")),
-    option("--precision", "of the network's arithmetic", default="fp32", choices=("auto", "fp32", "bf16")),
+    *_EXTRACTION,
     *_FOREIGN,
 )
 def embed(args: argparse.Namespace, _: Overrides) -> Outcome | None:
@@ -206,21 +211,64 @@ def embed(args: argparse.Namespace, _: Overrides) -> Outcome | None:
 
 
 @verb(
+    "train a backbone and a classifier on labelled images, and write both to a file that timm loads",
+    _SOURCE,
+    option("data", "labelled images with a test part: train/CLASS/ and val/CLASS/, or a named set", metavar="DATA"),
+    option("--out", "target .safetensors", required=True, metavar="MODEL"),
+    *_FOREIGN,
+    settings=Tuning,
+)
+def finetune(args: argparse.Namespace, overrides: Overrides) -> Outcome | None:
+    settings = build(Tuning, spell(overrides, leaves(Tuning)))
+    _prepare()
+    say = None if args.json else _say
+    facts = relssl.finetune(args.source, args.data, args.out, settings=settings, reading=_reading(args), say=say)
+    figure = (
+        f"top-1 {facts['top1']:.2f} % [{facts['interval'][0]:.2f}, {facts['interval'][1]:.2f}] on {facts['tested']} test images"
+    )
+    use = f"classify images: relssl predict {facts['out']} DATA --out FILE.csv"
+    return Outcome(facts, "\n".join([f"{facts['out']}: {len(facts['classes'])} classes, {figure}", *facts["notes"], use]))
+
+
+@verb(
+    "classify images by a file that finetune wrote",
+    option("model", "the .safetensors file, with its .yaml beside it", metavar="MODEL"),
+    option("data", metavar="DATA"),
+    option("--out", "target .csv, or .parquet or .npz with the scores of all classes", required=True, metavar="FILE"),
+    *_EXTRACTION,
+)
+def predict(args: argparse.Namespace, _: Overrides) -> Outcome | None:
+    _prepare()
+    facts = relssl.predict(args.model, args.data, args.out, **_pick(args, "split", "data_root", "device", "precision"))
+    left_out = f"; {len(facts['bad'])} could not be read" if facts["bad"] else ""
+    return Outcome(facts, f"{facts['images']} images of {args.data} classified in {facts['out']}, split {args.split}{left_out}")
+
+
+@verb(
     "write a backbone for other programs, and check what they will read",
     option("source", "run folder, or exported or imported .safetensors", metavar="RUN|WEIGHTS"),
-    option("--format", "; ".join(f"{name}: {each.about}" for name, each in FORMATS.items()), default="safetensors"),
+    option(
+        "--format", "; ".join(f"{name}: {each.about}" for name, each in FORMATS.items()) + "; default: safetensors, hf to push"
+    ),
     _NETWORK,
     option("--out", "target file, or folder for hf; default: in RUN/export, or beside the file"),
+    option("--push", "upload it to the Hugging Face Hub, as a private repository if there is none yet", metavar="ORG/NAME"),
+    option("--dry_run", "with --push: say what would be uploaded, and leave everything as it is", action="store_true"),
 )
 def export(args: argparse.Namespace, _: Overrides) -> Outcome | None:
-    find_format(args.format)  # before torch is imported
+    find_format(args.format or "safetensors")  # before torch is imported
     _prepare()
-    result = relssl.export(args.source, **_pick(args, "format", "network", "out"))
+    result = relssl.export(args.source, **_pick(args, "format", "network", "out", "push", "dry_run"))
     parity, files = result.parity, [str(file) for file in result.files]
     facts = {"out": str(result.path), "files": files, **_pick(result, "format", "network")} | dataclasses.asdict(parity)
     how = f"features differ by {parity.difference:.2g} at most, {parity.relative:.2g} of the largest"
     code = "\n".join("    " + line for line in result.lines)
-    return Outcome(facts, f"{result.path}\nchecked on {parity.images}: {how}\n\nLoad it:\n\n{code}")
+    where = result.address or str(result.path)
+    if args.dry_run:
+        each = (f"    {file.name:20} {size(count)}" for file, count in zip(result.files, result.sizes, strict=True))
+        where = "\n".join([f"would be uploaded as {args.push}, and was not:\n", *each, ""])
+    facts |= {"push": args.push, "address": result.address, "sizes": list(result.sizes)} if args.push else {}
+    return Outcome(facts, f"{where}\nchecked on {parity.images}: {how}\n\nLoad it:\n\n{code}")
 
 
 @verb(

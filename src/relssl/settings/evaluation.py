@@ -67,6 +67,19 @@ class FinetuneConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
+class Tuning(FinetuneConfig):
+    """Fine-tuning for a classifier to use."""
+
+    network: Literal["student", "teacher"] | None = setting(None, "of a run; null: student")
+    data_root: Text | None = setting(None, "where named data sets lie; null: the run's, else $RELSSL_DATA, else ~/.cache/relssl")
+    size: Pixels | None = setting(None, "side of the view in pixels; null: the one pretraining used")
+    seed: Natural = setting(0, "seed of the classifier's start, the order and the views")
+    device: Device = setting("auto", "where to run")
+    precision: Precision = setting("fp32", "of the network; auto: bf16 where it is fast")
+    workers: int | None = setting(None, "processes that read files; null: one fewer than the cores", ge=0, le=1024)
+
+
+@dataclass(frozen=True, config=STRICT)
 class SemiConfig(FinetuneConfig):
     """Fine-tuning on few labels; a reconstruction: SimCLR's optimizer and about its length, rates as of SwAV and Barlow Twins."""
 

@@ -53,6 +53,10 @@ class Traits:
 
 METHODS: dict[str, Traits] = {name: build(Traits, raw) for name, raw in recipes.traits().items()}
 
+# Arguments of timm and torchvision that bring weights, whatever theirs are called, and those that make the output another thing.
+_WEIGHT_ARGS = ("pretrained", "checkpoint_path", "weights", "weights_backbone")
+_OUTPUT_ARGS = ("num_classes", "features_only", "out_indices")
+
 # Shares of red, green and blue in grey, as torchvision makes it.
 LUMA = (0.2989, 0.587, 0.114)
 
@@ -459,6 +463,7 @@ def _faults(config: Config, derived: Derived) -> Iterator[str]:
         yield f"encoder.batch_norm_splits: {splits} must divide batch_size ({size}) and be a multiple of {parts}, or not exceed it"
     elif splits > passes and size // splits < 2:
         yield f"encoder.batch_norm_splits: {splits} leaves one image a part; needs {size // 2} at most"
+    yield from _argument_faults(config.backbone_args)
     channels, inputs = config.views.channels, config.backbone_args.get("in_chans", config.views.channels)
     if derived.two_way and config.views.crops:
         yield f"views.crops: {method.name} compares two views, views.weak and views.strong; leave views.crops empty"
@@ -473,6 +478,18 @@ def _faults(config: Config, derived: Derived) -> Iterator[str]:
     cache, largest = config.loader.cache, max(view.size for view in derived.views)
     if cache is not None and cache < largest:
         yield f"loader.cache: {cache} pixels are fewer than the largest view has; needs {largest} or more, or it would be enlarged"
+
+
+def _argument_faults(arguments: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a line for each argument that would make something else of the network than a backbone with random weights."""
+    for name, value in arguments.items():
+        if name in _WEIGHT_ARGS or name.startswith("pretrained_cfg"):
+            yield (
+                f"backbone_args: {name}: would bring weights, and training begins with random ones; leave it out. To measure a network that "
+                "is trained already: `relssl evaluate SOURCE DATA`; to train it on labels: `relssl finetune SOURCE DATA --out FILE`"
+            )
+        elif name in _OUTPUT_ARGS or (name == "global_pool" and not value):
+            yield f"backbone_args: {name}: needs to stay as it is, for one vector of features an image; leave it out"
 
 
 def differences(config: Config) -> dict[str, Any]:
