@@ -71,7 +71,9 @@ class Tuning(FinetuneConfig):
     """Fine-tuning for a classifier to use."""
 
     network: Literal["student", "teacher"] | None = setting(None, "of a run; null: student")
-    data_root: Text | None = setting(None, "where named data sets lie; null: the run's, else $RELSSL_DATA, else ~/.cache/relssl")
+    data_root: PathText | None = setting(
+        None, "where named data sets lie; null: the run's, else $RELSSL_DATA, else ~/.cache/relssl"
+    )
     size: Pixels | None = setting(None, "side of the view in pixels; null: the one pretraining used")
     seed: Natural = setting(0, "seed of the classifier's start, the order and the views")
     device: Device = setting("auto", "where to run")
