@@ -91,5 +91,5 @@ def spell_out(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 def layer(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """Lay `over` on `base`, both spelled out; arguments that were meant for another backbone stay behind."""
-    other = over.get("backbone", base.get("backbone")) != base.get("backbone")
+    other = str(over.get("backbone", base.get("backbone"))) != str(base.get("backbone"))
     return {name: value for name, value in base.items() if not (other and name.startswith("backbone_args"))} | over

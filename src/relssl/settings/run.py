@@ -467,7 +467,7 @@ def _faults(config: Config, derived: Derived) -> Iterator[str]:
     channels, inputs = config.views.channels, config.backbone_args.get("in_chans", config.views.channels)
     if derived.two_way and config.views.crops:
         yield f"views.crops: {method.name} compares two views, views.weak and views.strong; leave views.crops empty"
-    if config.views.crops and "views.strong.size" in (config.typed or ()):
+    if config.views.crops and {"views.strong.size", "views.crops"} & (config.typed or set()) == {"views.strong.size"}:
         yield "views.strong.size: views.crops has the sizes of the student's views; set that, and views.weak.size"
     if config.engine.device.startswith("cuda:") and config.engine.devices * config.engine.nodes > 1:
         yield f"engine.device: {config.engine.device} is one device of {config.engine.devices}; leave the number out"
