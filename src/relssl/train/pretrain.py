@@ -158,11 +158,14 @@ def resume(
 
 def _complete(folder: Path, config: Config) -> bool:
     """Return whether a run has made all steps that its settings, which may have changed since, ask for."""
+    length = 0
     with suppress(OSError, ValueError, KeyError):  # without a status that can be read, the run goes on
         status = json.loads((folder / "status.json").read_text())
-        newest = store.step_folder(folder / "checkpoints", status["step"]) / "state.json"
-        length = json.loads(newest.read_text())["steps_per_epoch"] if newest.exists() else 0
-        return bool(status["state"] == "complete" and config.steps(length * config.batch_size) <= status["step"])
+        if status["state"] == "complete":
+            newest = store.step_folder(folder / "checkpoints", status["step"]) / store.META
+            with suppress(OSError, ValueError, KeyError):  # its checkpoint may be gone
+                length = json.loads(newest.read_text())["meta"]["steps_per_epoch"]
+            return config.steps(length * config.batch_size) <= int(status["step"])
     return False
 
 
