@@ -35,13 +35,13 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(cwd: Path, *words: str, programs: Path | None = None, **environment: str) -> str:
-    """What a command prints; it must not fail."""
+    """What a command prints, notes included; it must not fail."""
     path = f"{programs}:{os.environ['PATH']}" if programs else os.environ["PATH"]
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
     env = inherited | {"PYTHONPATH": f"{ROOT / 'src'}", "OMP_NUM_THREADS": "1", "PATH": path, **environment}
     ran = subprocess.run(words, cwd=cwd, env=env, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    return ran.stdout
+    return ran.stdout + ran.stderr
 
 
 def state(folder: Path) -> dict[str, object]:
