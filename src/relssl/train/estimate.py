@@ -26,7 +26,7 @@ from relssl.errors import ConfigError
 from relssl.files import size
 from relssl.method import create_student
 from relssl.method.backbones import count_flops
-from relssl.settings.run import Config, derive, resolve
+from relssl.settings.run import Config, derive, replace, resolve
 from relssl.train.checkpoint import whole_state
 from relssl.train.loop import Run, create_run, knn_due, save_due, train_step
 from relssl.train.memory import memory_used, step_memory
@@ -122,7 +122,7 @@ def estimate(
     settings = settings or resolve(({} if data is None else {"data": data}) | overrides, config)
     engine, still = Engine(settings.engine), dataclasses.replace(settings.optimizer, lr=_STILL)
     with engine.running(), explaining(settings, engine):
-        run = build(dataclasses.replace(settings, optimizer=still), engine)
+        run = build(replace(settings, optimizer=still), engine)
         compile_networks(run)
         timed = affordable(run)
         if engine.is_first and not quiet:
