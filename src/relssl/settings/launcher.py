@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 
 from relssl.errors import ConfigError
-from relssl.settings.run import Config, check
+from relssl.settings.run import Config, check, replace
 
 MARK = "RELSSL_LAUNCHER"  # variable with the id of the process that started the others
 
@@ -79,7 +79,7 @@ def with_launch(config: Config, *, resumed: bool = False) -> Config:
             f"engine.devices: asks for {count} processes, {launch.name} has started {launch.world}; leave devices and nodes to it"
         )
     engine = dataclasses.replace(config.engine, devices=launch.local_world, nodes=launch.world // launch.local_world)
-    return check(dataclasses.replace(config, engine=engine))
+    return check(replace(config, engine=engine))
 
 
 def rank() -> int:
