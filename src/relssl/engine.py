@@ -299,7 +299,11 @@ def _environment() -> Any:
     if launch := find_launch():
         os.environ |= launch.variables()
         return TorchElasticEnvironment()
-    if os.environ.get(MARK) not in (str(os.getpid()), str(os.getppid())):
+    parent = os.getppid() if os.environ.get("LOCAL_RANK") != "0" else None
+    if os.environ.get(MARK) not in (
+        str(os.getpid()),
+        str(parent),
+    ):  # else this is one of those processes, or has started them before
         if hasattr(sys, "ps1") or not hasattr(sys.modules["__main__"], "__file__"):
             raise ConfigError(
                 "engine.devices: several processes start from a script or the command line, not from a notebook or an interactive "

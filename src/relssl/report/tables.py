@@ -229,7 +229,7 @@ def _judge(known: dict[str, Any], config: Config) -> Iterator[str]:
         yield "Healthy: the embeddings are spread out, and none of the signs of a collapse is there."
         yield "What that is worth, labelled images can say: relssl evaluate RUN DATA"
     start, end = known["info_nce_start"], known["info_nce_end"]
-    if end < start and (known["loss_end"] or 0) > (known["loss_start"] or math.inf):
+    if not fault and end < start and (known["loss_end"] or 0) > (known["loss_start"] or math.inf):
         yield f"The loss rose as InfoNCE's part of it, the smaller one, went from {start:.0%} to {end:.0%}: that is no fault."
 
 
