@@ -240,12 +240,14 @@ def recipes_(args: argparse.Namespace, _: Overrides) -> Outcome | None:
     option("folder", metavar="FOLDER"),
 )
 def list_(args: argparse.Namespace, _: Overrides) -> Outcome | None:
-    from relssl.data.folder import list_lines, shown
+    from relssl.data.folder import list_lines
 
-    lines, bad = list_lines(args.folder)
-    if bad:
-        _say(f"relssl: {len(bad)} files are left out, the first: {shown(bad[0][0])} {bad[0][1]}")
-    return Outcome({"images": len(lines), "bad": bad}, lambda: sys.stdout.buffer.writelines(line + b"\n" for line in lines))
+    lines, images = list_lines(args.folder)
+    for note in images.notes:
+        _say(f"relssl: {note}")
+    return Outcome(
+        {"images": len(lines), "bad": images.bad}, lambda: sys.stdout.buffer.writelines(line + b"\n" for line in lines)
+    )
 
 
 @verb(

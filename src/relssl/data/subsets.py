@@ -84,11 +84,13 @@ def fingerprint(rows: Rows) -> str:
 
 
 def identity(images: Images) -> str:
-    """Compute 16 hex digits of a set for caches: of its fingerprint, and of the beginnings of a sample of its files.
+    """Compute 16 hex digits of a set for caches: of its fingerprint, when its files were changed, and the beginnings of a sample of them.
 
     Uncompressed images of two sets may agree in names and sizes, which are all that the fingerprint of files looks at.
     """
     digest = hashlib.sha256(images.fingerprint().encode())
+    if isinstance(images.source, Files):
+        digest.update(images.source.times.astype("<i8").tobytes())
     for row in [] if images.in_memory else spread(0, len(images), _SAMPLE):
         digest.update(_beginning(images.source.name(row)))
     return digest.hexdigest()[:16]

@@ -126,6 +126,7 @@ def _run(config: Config, path: Path, engine: Engine, quiet: bool, saved: Path | 
                     write_file(path / "config.yaml", to_yaml(config).encode())
                     write_json(path / "environment.json", environment() | facts)
                 folder.bad_samples(run.images.bad)
+            notes += run.images.notes
             memory = config.method.memory_size
             if run.state.model.memory is not None and memory > 0.5 * len(run.images):
                 notes.append(f"note: the memory ({memory}) is over half of the data: samples meet old copies of themselves")
@@ -177,11 +178,14 @@ def build(config: Config, engine: Engine) -> Run:
             "images out as train/CLASS/ and val/CLASS/, or take a method without labels"
         )
     config = complete_settings(config, images)
-    with suppress(DataError):  # data without a test part is not evaluated, nor is one without labels to vote about
-        if config.log.knn_every and engine.is_first:
+    if config.log.knn_every and engine.is_first:
+        try:
             pair = LabelledPair.load(config.data, config.data_root, config.log.knn_images, config.seed)
             if pair.bank.labels is not None and pair.bank.labels.min() != pair.bank.labels.max():
                 online = OnlineKnn(pair, config)
+        except DataError as error:  # data without a test part is not evaluated, nor is one without labels to vote about
+            if images.labels is not None:
+                images = dataclasses.replace(images, notes=(*images.notes, f"no kNN while training: {error}"))
     return create_run(config, engine, images, online)
 
 
