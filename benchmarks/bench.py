@@ -38,8 +38,8 @@ from relssl.engine import available_cores, fast_bf16, prepare_process
 from relssl.method.backbones import NAMED, create_backbone, feature_width, measure
 from relssl.method.base import OBJECTIVES
 from relssl.settings.run import Config
+from relssl.train.console import Display
 from relssl.train.loop import create_run
-from relssl.train.run_folder import Display
 
 PRECISIONS = ("fp32", "bf16")
 STYLES = {"conventional, Pillow": contenders.pillow, "conventional, tensors": contenders.tensors}
@@ -50,7 +50,7 @@ def loading(settings: Record, source: str) -> Work:
     config, images = contenders.start(settings, source)
     engine, begin = contenders.engine_of(config), 0
     if config.loader.cache is not None:  # before anything is timed
-        with Display(1, 0, show=False) as silent:
+        with Display(show=False) as silent:
             images = dataclasses.replace(images, source=shrunken(images, config.loader, silent))
     stream = create_run(config, engine, images).loader.stream
 

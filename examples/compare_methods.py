@@ -12,19 +12,19 @@ from __future__ import annotations
 import argparse
 import statistics
 from pathlib import Path
+from typing import Any
 
 import relssl
 
 FIGURES = {"knn": "kNN", "probe": "probe"}
 
 
-def train(folder: Path, data: str, method: str, seed: int, epochs: int | None) -> Path:
+def train(folder: Path, data: str, **settings: Any) -> Path:
     """Pretrain one run, or go on with it, and return its folder."""
     if (folder / "config.yaml").exists():
         relssl.resume(folder, quiet=True)
     else:
-        length = {} if epochs is None else {"epochs": epochs}
-        relssl.pretrain(data, method=method, seed=seed, out=str(folder), quiet=True, **length)
+        relssl.pretrain(data, out=str(folder), quiet=True, **settings)
     return folder
 
 
@@ -41,14 +41,16 @@ def main() -> None:
     parser.add_argument("--methods", default="ressl,moco,simclr")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--epochs", type=int, help="default: as the recipes say")
+    parser.add_argument("--max_images", type=int, help="train on this many images alone; default: on all")
     parser.add_argument("--out", type=Path, default=Path("runs/compare"))
     args = parser.parse_args()
     methods = args.methods.split(",")
+    limits = {name: vars(args)[name] for name in ("epochs", "max_images") if vars(args)[name] is not None}
 
     figures: dict[str, list[dict[str, float]]] = {method: [] for method in methods}
     for seed in range(args.seeds):  # every method has one run before any has two
         for method in methods:
-            folder = train(args.out / f"{method}-{seed}", args.data, method, seed, args.epochs)
+            folder = train(args.out / f"{method}-{seed}", args.data, method=method, seed=seed, **limits)
             figures[method].append(measure(folder, args.data))
             last = ", ".join(f"{FIGURES[name]} {value:.1f}" for name, value in figures[method][-1].items())
             print(f"{method} seed {seed}: {last}", flush=True)

@@ -13,14 +13,14 @@ import argparse
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 import relssl
 from relssl.data import batched
 from relssl.data.draws import draw
 from relssl.data.named import load
 
-ZOOM, GAP, NEAREST = 2, 4, 8
+ZOOM, GAP, NEAREST, TITLE = 2, 4, 8, 30
 
 
 def main() -> None:
@@ -45,17 +45,23 @@ def main() -> None:
         columns.append((batched.apply(queries, view, draws) * 255).byte())
     side = 32 * ZOOM
     step = side + GAP
-    sheet = Image.new("RGB", (step * (len(columns) + 2 * NEAREST) + 6 * GAP, step * len(rows) + GAP), "white")
-    canvas = ImageDraw.Draw(sheet)
+    sheet = Image.new("RGB", (step * (len(columns) + 2 * NEAREST) + 6 * GAP, TITLE + step * len(rows) + GAP), "white")
+    canvas, font = ImageDraw.Draw(sheet), ImageFont.load_default(TITLE * 2 // 3)
+    titles = {0: "test", 1: "two views", 3: "nearest by raw pixels", 3 + NEAREST: "nearest by features learned without labels"}
+
+    def left(column: int) -> int:
+        group = 0 if column == 0 else 1 if column < 3 else 2 if column < 3 + NEAREST else 3
+        return step * column + 2 * GAP * group
 
     def put(image: torch.Tensor, column: int, row: int, right: bool = True) -> None:
-        group = 0 if column == 0 else 1 if column < 3 else 2 if column < 3 + NEAREST else 3
-        place = (GAP + step * column + 2 * GAP * group - GAP, GAP + step * row)
+        place = (left(column), TITLE + GAP + step * row)
         picture = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((side, side), Image.Resampling.NEAREST)
         sheet.paste(picture, place)
         if not right:
             canvas.rectangle((*place, place[0] + side - 1, place[1] + side - 1), outline=(220, 60, 40), width=3)
 
+    for column, title in titles.items():
+        canvas.text((left(column), 2), title, fill="black", font=font)
     for row in range(len(rows)):
         for column, images in enumerate(columns):
             put(images[row], column, row)
@@ -63,7 +69,7 @@ def main() -> None:
             for i, neighbour in enumerate(order[row].tolist()):
                 same = bool(bank.labels[neighbour] == test.labels[rows[row]])
                 put(keys[neighbour], 3 + which * NEAREST + i, row, same)
-    sheet.save(args.out)
+    sheet.quantize(32, dither=Image.Dither.NONE).save(args.out, optimize=True)
 
 
 if __name__ == "__main__":

@@ -30,9 +30,9 @@ from relssl.engine import Engine
 from relssl.errors import DataError, Interrupted, StorageError
 from relssl.settings.reading import merge
 from relssl.settings.run import LoaderConfig, resolve
+from relssl.train.console import Display
 from relssl.train.pretrain import build, resume
 from relssl.train.pretrain import shrink as shrink_images
-from relssl.train.run_folder import Display
 from relssl.train.signals import StopRequest
 from small_runs import SMALL, differing, final_state, repeatable_rows, small_run
 from test_loaders import batches, equal, loader_of
@@ -302,11 +302,11 @@ def test_a_build_ends_when_the_run_is_asked_to_stop_and_goes_on_later(folder: Pa
     settings = merge(merge({k: v for k, v in SMALL.items() if k != "encoder"}, over), small | {"out": str(tmp_path / "run")})
     config = resolve(settings)
     run = build(config, Engine(config.engine))
-    with Display(1, 0, show=False, stop=Asked(None)) as display:
+    with Display(show=False, stop=Asked(None)) as display:
         with pytest.raises(Interrupted, match="resume") as caught:
             shrink_images(run, display)
         assert caught.value.exit_code == 143
         assert isinstance(run.images.source, Files)
-    with Display(1, 0, show=False) as display:
+    with Display(show=False) as display:
         shrink_images(run, display)
     assert isinstance(run.images.source, Shrunk) and len(run.images) == COUNT

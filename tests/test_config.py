@@ -40,7 +40,7 @@ def test_all_faults_are_reported_at_once_by_name() -> None:
     wrong = {"lerning_rate": "1", "optimizer.lr": "-1", "epochs": "1.5", "optimizer.decay": "weihgts", "views.strong.blr": "1"}
     wrong |= {
         "method.teacher_momentum": "2",
-        "log.tensorboard": "nope",
+        "loader.reduced_decode": "nope",
         "views.weak": "wek",
         "encoder": 3,
         "views.weak.zoom": "2,1",

@@ -22,9 +22,9 @@ from relssl.engine import Engine, available_cores
 from relssl.files import read_rows
 from relssl.settings.reading import merge, nest
 from relssl.settings.run import EngineConfig, resolve, to_yaml
+from relssl.train.console import Display
 from relssl.train.estimate import Estimate, advise, peak_memory, step_flops
 from relssl.train.pretrain import build
-from relssl.train.run_folder import Display
 from small_runs import SMALL, small_run
 
 GB = 10**9
@@ -107,7 +107,7 @@ def test_the_tables_name_what_limits_and_what_to_change_and_a_cache_is_read_but_
     )
     assert "images met that cannot be read" in out  # six steps of four meet all twelve
     assert max(len(line) for line in out.splitlines() if line[0:1] in "│┌├") <= 80 and sorted(tmp_path.rglob("*")) == before
-    with Display(1, 0, show=False) as silent:
+    with Display(show=False) as silent:
         shrunken(build(config, Engine(config.engine)).images, config.loader, silent)
     written = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")}
     complete = estimate(merge(settings, {"loader": {"workers": 2}}))

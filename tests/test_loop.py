@@ -14,9 +14,10 @@ from relssl.errors import NumericError
 from relssl.method import Encoder
 from relssl.method.optim import PLAIN, create_optimizer, parameter_groups
 from relssl.train import checkpoint
+from relssl.train.console import Display
 from relssl.train.loop import Run, origin, save, scheduled, train, train_step
 from relssl.train.pretrain import compile_networks
-from relssl.train.run_folder import Display, RunFolder
+from relssl.train.run_folder import RunFolder
 from relssl.train.signals import StopRequest
 from relssl.train.state import Guard
 from small_runs import differing, ready_run, training_state
@@ -77,14 +78,14 @@ def test_a_non_finite_step_leaves_no_trace(tmp_path: Path, optimizer: str) -> No
     assert {"memory.keys", "student.backbone.bn1.running_mean"} <= set(differing(before, training_state(run)))
 
 
-@pytest.mark.parametrize("good", [{9}, {3, 9}, set()])
-def test_ten_non_finite_steps_in_a_row_stop_the_run(tmp_path: Path, good: set[int]) -> None:
-    run = ready_run(tmp_path, **{"log.every": 4})
+@pytest.mark.parametrize(("good", "every"), [({9}, 4), ({3, 9}, 4), (set(), 4), (set(), 100)])
+def test_ten_non_finite_steps_in_a_row_stop_the_run(tmp_path: Path, good: set[int], every: int) -> None:
+    run = ready_run(tmp_path, images=640, **{"log.every": every})
     (clean,) = next(run.loader.stream(0, 1))
     poisoned = type(clean)(clean.ids, clean.weak * float("nan"), clean.strong)
     run.loader = SimpleNamespace(stream=lambda start, stop: ([clean if step in good else poisoned] for step in range(stop)))  # type: ignore[assignment]
     run.folder = RunFolder(tmp_path / "run")
-    with Display(1, 0, show=False) as display, pytest.raises(NumericError, match="10 steps in a row") as fault:
+    with Display(show=False) as display, pytest.raises(NumericError, match="10 steps in a row") as fault:
         train(run, display, StopRequest(None))
     run.folder.close()
     first = 10 if 9 not in good else 20  # of the row of ten, the last

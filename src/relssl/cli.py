@@ -343,7 +343,7 @@ def _prepare(config: Config | None = None) -> None:
 def _trained(result: Any) -> Outcome | None:
     from relssl.report.tables import facts, show_summary
 
-    return result and Outcome(facts(result), lambda: show_summary(result, relssl.load_run(result.folder).config))
+    return None if result.rank else Outcome(facts(result), lambda: show_summary(result, relssl.load_run(result.folder).config))
 
 
 def _reading(args: argparse.Namespace, **more: Any) -> Any:

@@ -1,5 +1,15 @@
 """Errors a user can act on: each is one line that says what, where and what to do, and carries the exit code of its kind."""
 
+import signal
+
+TIME_LIMIT = 75
+# Signals on which a run saves and stops, with their exit codes. Batch systems send SIGUSR1 or SIGUSR2 some time before their limit.
+STOPPING = {
+    number: TIME_LIMIT if "USR" in number.name else 128 + number
+    for number in signal.Signals
+    if number.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")  # not every system has them all
+}
+
 
 class RelsslError(Exception):
     """Base of every expected failure; `exit_code` is what the command line ends with, `kind` names it in status.json."""
@@ -29,6 +39,10 @@ class CheckpointError(RelsslError, exit_code=4, kind="checkpoint"):
 
 class StorageError(RelsslError, exit_code=5, kind="storage"):
     """The run folder cannot be written."""
+
+
+class ExportError(RelsslError, kind="export"):
+    """A run that is complete, but whose networks could not be written for others."""
 
 
 class NumericError(RelsslError, exit_code=6, kind="numeric"):

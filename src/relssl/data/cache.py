@@ -102,7 +102,7 @@ class Shrunk:
 
 
 class Progress(Protocol):
-    """Where a long piece of work is reported, such as `relssl.train.run_folder.Display`."""
+    """Where a long piece of work is reported, such as `relssl.train.console.Display`."""
 
     def say(self, line: str) -> None: ...
 

@@ -28,7 +28,7 @@ from relssl.data.draws import Ints, Slot, draw, draw_crops, uniforms
 from relssl.data.folder import shown
 from relssl.data.images import Fault, Images, Pixels
 from relssl.engine import available_cores, send
-from relssl.errors import ConfigError, DataError
+from relssl.errors import STOPPING, ConfigError, DataError
 from relssl.settings.run import LoaderConfig, ViewConfig
 
 Statistics = tuple[Sequence[float], Sequence[float]]  # means and deviations of the channels that the networks see, in 0..1
@@ -291,7 +291,7 @@ def read_batches(dataset: Any, join: Callable[[list[Any]], Any], workers: int, *
             dataset,
             num_workers=workers,
             collate_fn=partial(_join_shared, join),
-            worker_init_fn=_reset_signals,
+            worker_init_fn=_set_signals,
             generator=torch.Generator(),  # else it would draw from the global one, and a resumed run once more
             **batching,
         )
@@ -312,10 +312,14 @@ def read_batches(dataset: Any, join: Callable[[list[Any]], Any], workers: int, *
         ) from error
 
 
-def _reset_signals(worker: int) -> None:
-    """Let workers end when their loader says so: Ctrl-C is for the main process, which finishes its step and saves."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+def _set_signals(worker: int) -> None:
+    """Let workers end when their loader says so: signals to the whole group are for the main process, which saves and stops them.
+
+    One SIGTERM is such a signal; the second is meant, as by a main process that waits for this worker in vain.
+    """
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 def _join_shared(join: Callable[[Any], Any], items: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections import defaultdict
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from relssl.data.decode import BadImage
 from relssl.data.draws import Slot, uniforms
 from relssl.data.folder import shown
 from relssl.data.images import Files, Images, Pixels, Source
@@ -94,6 +96,20 @@ def identity(images: Images) -> str:
     for row in [] if images.in_memory else spread(0, len(images), _SAMPLE):
         digest.update(_beginning(images.source.name(row)))
     return digest.hexdigest()[:16]
+
+
+def check_variety(images: Images, max_pixels: int) -> None:
+    """Check that a sample of the images shows several pictures; DataError if it is one picture, or one colour, again and again."""
+    pictures, readable = set[bytes](), 0
+    for row in spread(0, len(images), 16):
+        with contextlib.suppress(BadImage), images.source.open(row, max_pixels) as opened:
+            pictures.add(opened.rgb(opened.reductions[-1]).resize((16, 16)).tobytes())
+            readable += 1
+    if readable > 1 and len(pictures) == 1:
+        alike = "of one colour" if len({*zip(*[iter(pictures.pop())] * 3, strict=True)}) == 1 else "the same picture"
+        raise DataError(
+            f"{images.name}: {readable} images looked at are all {alike}, from which nothing can be learned; check the files"
+        )
 
 
 def spread(start: int, stop: int, count: int) -> list[int]:

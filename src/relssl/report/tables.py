@@ -83,6 +83,11 @@ def _costs(figures: Estimate) -> Iterator[tuple[str, str] | None]:
     spread = f"{duration(figures.step_low)} to {duration(figures.step_high)}"
     yield "speed", f"{figures.images_per_second:,.0f} images/s, {figures.device}"
     yield f"step, median of {figures.steps_timed}", f"{duration(figures.step_seconds)} (10 to 90 %: {spread})"
+    if figures.timed_batch < figures.batch_size:
+        yield (
+            "  extrapolated",
+            f"from steps of {figures.timed_batch} images, as those of {figures.batch_size} take too long to time",
+        )
     yield "whole run", f"{duration(figures.seconds)}: {figures.epochs} epochs, {figures.total_steps:,} steps"
     if figures.evaluations:
         yield "  of it kNN", f"{duration(figures.evaluation_seconds)}, evaluations: {figures.evaluations}"

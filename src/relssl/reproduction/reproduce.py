@@ -10,13 +10,12 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-from relssl.errors import ConfigError, DataError, Interrupted, LockedError, RelsslError, StorageError
+from relssl.errors import TIME_LIMIT, ConfigError, DataError, Interrupted, LockedError, RelsslError, StorageError
 from relssl.files import duration, storing, write_json
 from relssl.reproduction.plan import Plan, Run, options, plain, plan, read_json
 from relssl.reproduction.results import outcome, write_results
 from relssl.reproduction.tables import read_table
 from relssl.settings.run import derive
-from relssl.train.signals import REASONS, TIME_LIMIT
 
 Say = Callable[[str], None]
 
@@ -122,7 +121,7 @@ def _perform(run: Run, end: float) -> None:
 
 def _minutes(end: float) -> float:
     if (left := (end - time.monotonic()) / 60) <= 0:
-        raise Interrupted(REASONS[TIME_LIMIT], TIME_LIMIT)
+        raise Interrupted("at its time limit", TIME_LIMIT)
     return left
 
 

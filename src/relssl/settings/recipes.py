@@ -71,8 +71,14 @@ def read(name: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
 
 
 def spell_out(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings by dotted names; `method: moco` stands for `method: {name: moco}`, and so for each view."""
-    return {f"{name}.name" if name in BY_NAME and isinstance(value, str) else name: value for name, value in flat(raw).items()}
+    """Return settings by dotted names; `method: moco` stands for `method: {name: moco}`, and so for each view.
+
+    `log.tensorboard: false`, as older runs have it, is `log.to: []`.
+    """
+    names = {f"{name}.name" if name in BY_NAME and isinstance(value, str) else name: value for name, value in flat(raw).items()}
+    if (board := names.pop("log.tensorboard", None)) is not None:
+        names = {"log.to": {"true": ["tensorboard"], "false": []}.get(str(board).lower(), board)} | names
+    return names
 
 
 def layer(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

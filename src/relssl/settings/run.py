@@ -71,6 +71,7 @@ Crop = Annotated[tuple[Pixels, Share, Share], RISING]
 Zoom = Annotated[float, Field(gt=0, le=10)]
 Sigma = Annotated[float, Field(gt=0, le=16)]
 Margin = Annotated[float, Field(ge=1, le=4)]
+Logger = Literal["tensorboard", "csv", "wandb", "mlflow"]
 if TYPE_CHECKING:  # callers hold these as text from elsewhere; what they may be is checked as settings are read
     MethodName: TypeAlias = str
     ViewName: TypeAlias = str
@@ -237,7 +238,7 @@ class LogConfig:
     knn_every: Natural = setting(10, "epochs between online kNN evaluations, when labels exist; 0: never")
     knn: tuple[Count, Positive] = setting((200, 0.1), "neighbours k and temperature of the online kNN")
     knn_images: tuple[Count, Count] | None = setting(None, "training and test images of the online kNN at most; null: all")
-    tensorboard: bool = setting(True, "write TensorBoard event files")
+    to: tuple[Logger, ...] = setting(("tensorboard",), "where rows go besides metrics.jsonl; empty: nowhere")
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -262,6 +263,9 @@ class Config:
     compile: Literal["auto", "off", "on"] = setting("auto", "torch.compile; auto: for CUDA in runs of 2,000 steps or more")
     epochs: Count = setting(200, "passes over the images")
     batch_size: int = setting(256, "images an optimizer step, over all devices and accumulated parts", ge=2, lt=1 << 63)
+    fit_batch: bool = setting(
+        False, "lower batch_size to what fits in memory, and optimizer.lr with it; batch_size auto is the same"
+    )
     accumulate: Count = setting(1, "equal parts a batch is computed in, one after another")
     seed: Natural = setting(0, "seed of the weights, the memory, the order and the views")
     max_images: Count | None = setting(None, "train on this many images, chosen by the seed; null: all")

@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 import math
 import os
-import resource
 import shutil
 import sys
 import time
@@ -30,8 +29,9 @@ from relssl.method import create_student
 from relssl.method.backbones import count_flops
 from relssl.settings.run import Config, derive, resolve
 from relssl.train.checkpoint import whole_state
-from relssl.train.loop import Run, knn_due, save_due, train_step
-from relssl.train.pretrain import WORTH_COMPILING, build, compile_networks, explaining, read
+from relssl.train.loop import Run, create_run, knn_due, save_due, train_step
+from relssl.train.memory import memory_used, step_memory
+from relssl.train.pretrain import WORTH_COMPILING, build, compile_networks, explaining, pass_noise, read
 from relssl.train.run_folder import default_folder
 from relssl.weights import store
 
@@ -39,6 +39,8 @@ from relssl.weights import store
 _STILL = 1e-8
 # Steps before the clock starts; fewer where they are slow.
 _WARM, _WARM_SECONDS = 3, 30.0
+# Steps that are made at least, those before the clock starts among them.
+_LEAST = 6
 # A step's: waiting for data (of images in memory, making the views); forward passes; the loss and the way back; optimizer, memory,
 # teacher's average and figures.
 _PARTS = ("data", "teacher", "student", "backward", "update")
@@ -73,6 +75,7 @@ class Estimate:
     threads: int  # of a process
     workers: int | None  # the loader's processes; None without files
     steps_timed: int
+    timed_batch: int  # images of the steps that were timed; fewer than a batch where its own steps take too long
     step_seconds: float  # the median
     step_low: float  # 10 and 90 % of the steps
     step_high: float
@@ -105,7 +108,7 @@ def estimate(
 ) -> Estimate | None:
     """Set up a run, make a few of its steps, and say what the whole would take and what to change.
 
-    Takes a minute or so, longer where a step takes seconds. Leaves no run folder and no cache: one that `loader.cache` asks for is read
+    Takes a minute or so, and below two on any network: where steps take too long, smaller ones are timed. Leaves no run folder and no cache: one that `loader.cache` asks for is read
     if it is complete; else the steps read the files themselves.
 
     Args:
@@ -122,22 +125,48 @@ def estimate(
     with engine.running(), explaining(settings, engine):
         run = build(dataclasses.replace(settings, optimizer=still), engine)
         compile_networks(run)
+        timed = affordable(run)
         if engine.is_first and not quiet:
-            what = f"timing {steps} steps of {settings.backbone} on {len(run.images)} images, {engine.describe()}"
+            batch = "" if timed is run else f" of {timed.config.batch_size} instead of {run.config.batch_size} images"
+            what = f"timing steps{batch} of {settings.backbone} on {len(run.images)} images, {engine.describe()}"
             print(what, file=sys.stderr, flush=True)
-        figures = _measure(run, steps)
+        figures = _measure(run, timed, steps)
     return dataclasses.replace(figures, advice=advise(figures, settings)) if engine.is_first else None
 
 
-def _measure(run: Run, steps: int) -> Estimate:
-    """Return all figures but the advice; every rank measures its own."""
+def affordable(run: Run, seconds: float = 60.0) -> Run:
+    """Return the run, or one like it of a smaller batch if a few steps of its own would take longer than so many seconds."""
+    config, engine, derived = run.config, run.engine, derive(run.config)
+    share = smallest = min(run.plan.share, max(4, 2 * derived.norm_splits))
+    pass_noise(run, smallest)  # kernels are chosen
+    begun = time.perf_counter()
+    pass_noise(run, smallest)
+    engine.synchronise()
+    milliseconds = engine.largest(int(1000 * (time.perf_counter() - begun)) + 1)
+    run.state.optimizer.zero_grad(set_to_none=True)
+    while (
+        2 * share <= run.plan.share
+        and _LEAST * 2 * share * derived.passes / engine.world * milliseconds <= 1000 * seconds * smallest
+    ):
+        share *= 2
+    if share * 2 > run.plan.share:
+        return run
+    return create_run(dataclasses.replace(config, batch_size=share * derived.passes), engine, run.images, run.online)
+
+
+def _measure(run: Run, timed: Run, steps: int) -> Estimate:
+    """Return all figures but the advice, from the steps of `timed`; every rank measures its own."""
     config, engine, state, lacking = run.config, run.engine, run.state, _missing_cache(run)
     evaluations, saves = int(run.online is not None), 0  # one evaluation comes before the first step
     for state.step in range(1, run.total_steps + 1):
         evaluations, saves = evaluations + (knn_due(run) and run.online is not None), saves + save_due(run)
-    state.step = run.total_steps // 2
-    seconds, shares, unreadable = time_steps(run, steps)
+    timed.state.step, times = timed.total_steps // 2, config.batch_size / timed.config.batch_size
+    seconds, shares, unreadable = time_steps(timed, steps)
+    seconds = [times * each for each in seconds]
     memory = peak_memory(engine, config.engine.devices)  # before anything is measured that training does not do
+    if timed is not run:
+        extra = [step_memory(each.config, engine, each.plan.share, max(1, run.classes)) for each in (run, timed)]
+        memory["device_used" if memory["device_total"] else "used"] += (extra[0] - extra[1]) * config.engine.devices
     mean, (low, middle, high) = float(np.mean(seconds)), np.quantile(seconds, [0.1, 0.5, 0.9]).tolist()
     flops, rate = step_flops(config, run.classes), attainable(engine)
     floor, training = sum(flops.values()) * config.batch_size / engine.world / rate, run.total_steps * mean
@@ -156,6 +185,7 @@ def _measure(run: Run, steps: int) -> Estimate:
     what |= {"device": engine.describe(), "kind": engine.device.type, "world": engine.world, "threads": engine.threads}
     what |= {"cores": available_cores(), "workers": run.loader.workers}
     what |= {"step_seconds": middle, "step_low": low, "step_high": high, "step_mean": mean, "steps_timed": len(seconds)}
+    what["timed_batch"] = timed.config.batch_size
     what |= {"images_per_second": config.batch_size / mean, "seconds": training + evaluating, "training_seconds": training}
     what |= {"evaluation_seconds": evaluating, "memory": memory, "disk": disk, "flops": flops, "attainable_flops": rate}
     what |= {"floor_seconds": floor, "floor_multiple": mean / floor, "shares": shares}
@@ -236,7 +266,7 @@ def time_steps(run: Run, steps: int, limit: float = 60.0) -> tuple[list[float], 
 
 def peak_memory(engine: Engine, processes: int) -> dict[str, int]:
     """Return `Estimate.memory` up to now, if all `processes` of this machine take as much as this one."""
-    used = processes * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    used = processes * memory_used()
     total, device_used, device_total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), 0, 0
     with suppress(OSError, ValueError):  # no container, or one without a limit
         total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))

@@ -24,13 +24,14 @@ from relssl.method.encoder import Encoder
 from relssl.method.health import effective_rank, spread, verdict
 from relssl.settings.run import METHODS, Config, derive
 from relssl.train import checkpoint
+from relssl.train.console import Display
 from relssl.train.online import OnlineKnn
-from relssl.train.run_folder import Display, RunFolder
+from relssl.train.run_folder import RunFolder
 from relssl.train.signals import StopRequest
 from relssl.train.state import Guard, State
 from relssl.weights import store
 
-# Non-finite steps in a row after which a run cannot be expected to recover.
+# Non-finite steps in a row after which a run cannot be expected to recover; they are counted on the device, which is asked as often.
 PATIENCE = 10
 
 
@@ -105,6 +106,7 @@ class Figures:
     step: int  # optimizer steps so far, this one included
     schedule: dict[str, float]
     read: Callable[[], dict[str, Tensor]]  # waits for the figures of the device
+    logged: bool  # all of them; else the count of bad steps alone
     speed: tuple[float, float] = (0.0, 0.0)  # images per second and share of time spent waiting for data, which the loop adds
 
 
@@ -112,7 +114,7 @@ def train_step(run: Run, parts: list[Batch]) -> Figures | None:
     """Make one optimizer step: views -> loss -> gradient -> student, memory and teacher.
 
     All of it is queued on the device, and nothing here waits for it. A step whose loss or gradient is not finite changes nothing.
-    `parts` are this rank's shares of the accumulated parts of the batch. Returns the step's figures, if it is logged.
+    `parts` are this rank's shares of the accumulated parts of the batch. Returns the step's figures, if they are to be read.
     """
     config, engine, state = run.config, run.engine, run.state
     model, optimizer, guard, student = state.model, state.optimizer, state.guard, unwrapped(state.model.student)
@@ -156,7 +158,9 @@ def train_step(run: Run, parts: list[Batch]) -> Figures | None:
     optimizer.zero_grad(set_to_none=True)
     model.push(keys, joined(run, [part.ids for part in parts]), good)
     model.follow(now["teacher_momentum"], good)
-    return Figures(state.step, now, engine.fetch(figures | {"streak": guard.longest()})) if logged else None
+    if not logged and state.step % PATIENCE:
+        return None
+    return Figures(state.step, now, engine.fetch((figures if logged else {}) | {"streak": guard.longest()}), logged)
 
 
 def scheduled(run: Run, step: int) -> dict[str, float]:
@@ -214,19 +218,22 @@ def train(run: Run, display: Display, stop: StopRequest) -> None:
     """
     config, engine, state, folder = run.config, run.engine, run.state, run.folder
     if folder is not None:
-        folder.open_rows(state.step, config.log.tensorboard)
+        folder.open_rows(state.step, config, display.say)
         if state.step == 0 and run.online is not None:
+            display.say("measuring kNN of the untrained network")
             folder.write_row({"step": 0, "epoch": 0, "samples": 0} | run.online.baselines(state.model, engine))
     engine.wait()
+    display.begin(state.step, run.total_steps, run.plan.steps_per_epoch, config.batch_size)
     watch, pending = Stopwatch(run.loader.stream(state.step, run.total_steps), config.batch_size), None
     try:
         for parts in watch:
             figures = train_step(run, parts)
+            display.step(state.step)
             note_unreadable(run, [fault for part in parts for fault in part.bad])
             # Figures are read once the next step is on its way, so that the device never waits for the host.
             if pending is not None:
                 report(run, pending, display)
-            if figures is not None:
+            if figures is not None and figures.logged:
                 figures.speed = watch.split()
             pending, code, due = figures, engine.largest(stop.pending()), save_due(run)
             if code or due:
@@ -291,6 +298,8 @@ def report(run: Run, figures: Figures, display: Display) -> None:
             f"step {figures.step}: loss or gradient was not finite {PATIENCE} steps in a row; "
             "lower optimizer.lr, or set optimizer.clip or engine.precision fp32; the last checkpoint is good"
         )
+    if not figures.logged:
+        return
     keys, (speed, waiting) = values.pop("keys"), figures.speed
     row: dict[str, Any] = {"step": figures.step, "epoch": int(epoch), "samples": figures.step * run.config.batch_size}
     row |= figures.schedule | {name: float(value) for name, value in values.items()}

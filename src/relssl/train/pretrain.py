@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterator
-from contextlib import closing, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,17 +15,21 @@ import torch
 
 from relssl.data.cache import shrunken
 from relssl.data.images import Images, Pixels
-from relssl.data.loader import Batch
+from relssl.data.loader import Batch, worker_count
 from relssl.data.named import load
+from relssl.data.subsets import check_variety
 from relssl.engine import Engine
-from relssl.errors import ConfigError, DataError, DistributedError, RelsslError, StorageError
+from relssl.errors import ConfigError, DataError, DistributedError, ExportError, RelsslError, StorageError
 from relssl.evaluation.pairs import LabelledPair, choose
 from relssl.files import read_rows, write_file, write_json
 from relssl.settings.run import METHODS, Config, derive, resolve, to_yaml
 from relssl.train import checkpoint
+from relssl.train.console import Display
+from relssl.train.loggers import refuse_missing
 from relssl.train.loop import Run, create_run, forward, open_loader, origin, scheduled, train
+from relssl.train.memory import fit
 from relssl.train.online import OnlineKnn
-from relssl.train.run_folder import Display, RunFolder, default_folder, environment, refuse_used
+from relssl.train.run_folder import RunFolder, default_folder, environment, refuse_used
 from relssl.train.signals import StopRequest
 from relssl.weights import store
 from relssl.weights.export import default_target, export
@@ -43,11 +47,13 @@ class Result:
         folder: the run folder.
         backbone: the exported student.
         rows: what metrics.jsonl holds; with labels its first row has the kNN of the untrained networks and of raw pixels.
+        rank: of this process; the first one wrote all that.
     """
 
     folder: Path
     backbone: Path
     rows: list[dict[str, Any]]
+    rank: int = 0
 
 
 def pretrain(
@@ -57,7 +63,7 @@ def pretrain(
     settings: Config | None = None,
     quiet: bool = False,
     **overrides: Any,
-) -> Result | None:
+) -> Result:
     """Pretrain a backbone, with ReSSL or the method that `method` names.
 
     Args:
@@ -68,7 +74,7 @@ def pretrain(
         overrides: settings by name; sections as mappings (`optimizer={"lr": 0.03}`) or dotted names through `**`.
 
     Returns:
-        The finished run; None on ranks other than the first.
+        The finished run, on every rank.
 
     Raises:
         ConfigError, DataError, StorageError, NumericError, LockedError: each with what to do about it.
@@ -76,14 +82,13 @@ def pretrain(
     """
     resolved = settings or resolve(({} if data is None else {"data": data}) | overrides, config)
     folder = Path(resolved.out or default_folder(resolved))
+    refuse_missing(resolved.log.to)
     engine = Engine(resolved.engine)
     engine.on_first(lambda: refuse_used(folder))
     return _run(dataclasses.replace(resolved, out=str(folder)), folder, engine, quiet, fresh=True)
 
 
-def resume(
-    run: str | Path, *, checkpoint: str | None = None, quiet: bool = False, time_limit: float | None = None
-) -> Result | None:
+def resume(run: str | Path, *, checkpoint: str | None = None, quiet: bool = False, time_limit: float | None = None) -> Result:
     """Go on with a run exactly where it was saved.
 
     Args:
@@ -93,7 +98,7 @@ def resume(
         time_limit: minutes after which it saves and stops, infinite for never; default: the run's own setting.
 
     Returns:
-        The finished run, at once if it had finished already; None on ranks other than the first.
+        The finished run, at once if it had finished already.
 
     Raises:
         CheckpointError: if the checkpoint is missing or damaged; the good one before it is named.
@@ -110,66 +115,103 @@ def resume(
     return _run(config, folder, Engine(config.engine), quiet, saved, fresh=False)
 
 
-def _run(config: Config, path: Path, engine: Engine, quiet: bool, saved: Path | None = None, *, fresh: bool) -> Result | None:
-    """Train in a folder, from the checkpoint `saved` or from the start."""
-    with engine.running():
+def _run(config: Config, path: Path, engine: Engine, quiet: bool, saved: Path | None = None, *, fresh: bool) -> Result:
+    """Train in a folder, from the checkpoint `saved` or from the start, then export the networks."""
+    stop = StopRequest(config.time_limit, config.out)
+    with engine.running(), Display(engine.is_first and not quiet, stop) as display, ExitStack() as stack:
         with explaining(config, engine):
-            run = build(config, engine)
-        config, folder, notes = run.config, engine.on_first(lambda: RunFolder(path)), list[str | None]()
-        with closing(folder) if folder else nullcontext():
-            if folder is not None:
-                run.folder = folder
-                if fresh:
-                    refuse_used(path)  # again, now that nobody else can write it
-                if not (path / "config.yaml").exists():
-                    facts = {"data": {"images": len(run.images), "fingerprint": run.fingerprint}, "engine": engine.describe()}
-                    write_file(path / "config.yaml", to_yaml(config).encode())
-                    write_json(path / "environment.json", environment() | facts)
-                folder.bad_samples(run.images.bad)
-            notes += run.images.notes
-            memory = config.method.memory_size
-            if run.state.model.memory is not None and memory > 0.5 * len(run.images):
-                notes.append(f"note: the memory ({memory}) is over half of the data: samples meet old copies of themselves")
-            notes.append(compile_networks(run))
-            if saved is not None:
-                inexact = checkpoint.restore(saved, run.state, engine, origin(run))
-                manner = f"not bit for bit ({'; '.join(inexact)})" if inexact else "exactly"
-                notes.append(f"going on {manner} from step {run.state.step}")
-            show, stop = engine.is_first and not quiet, StopRequest(config.time_limit, config.out)
-            with stop, Display(run.total_steps, run.state.step, show, stop) as display:
-                subject = f"{config.backbone} on {len(run.images)} images of {run.images.name}, recipe {config.recipe}"
-                display.say(f"{config.method.name}: {subject}, {run.total_steps} steps, {engine.describe()}")
-                for note in filter(None, notes):
-                    display.say(note)
-                try:
-                    with explaining(config, engine):
-                        if folder is not None:
-                            folder.give_up_after(run.state.step)
-                            folder.status("running", run.state.step)
-                        shrink(run, display)
-                        train(run, display, stop)
-                except BaseException as error:
-                    if folder is not None:
-                        with suppress(StorageError):  # a full disk must not hide the error that there is to report
-                            folder.failed(run.state.step, error)
-                    raise
-            if folder is None:
-                return None
-            few = run.images.subset(range(min(4, len(run.images))))  # enough to notice a wrong file, and quick
-            for network in derive(config).networks:
-                export(path, network=network, images=few)
-            folder.status("complete", run.state.step, exit_code=0, last_checkpoint=store.step_folder(path, run.state.step).name)
-            return _result(path)
+            run = build(config, engine, display.say)
+        run.folder = engine.on_first(lambda: stack.enter_context(closing(RunFolder(path))))
+        if run.folder is not None:
+            begin(run, run.folder, fresh)
+            display.log_to(path / "run.log")
+        for note in prepare(run, saved):
+            display.say(note)
+        with stop, recording(run, display), explaining(run.config, engine):
+            if run.folder is not None:
+                run.folder.give_up_after(run.state.step)
+                run.folder.status("running", run.state.step)
+            shrink(run, display)
+            train(run, display, stop)
+        engine.on_first(lambda: hand_over(run, display))
+        return _result(path, engine.rank)
 
 
-def _result(folder: Path) -> Result:
-    return Result(folder, default_target(folder, "student"), read_rows(folder / "metrics.jsonl"))
+def begin(run: Run, folder: RunFolder, fresh: bool) -> None:
+    """Write what the run is; ConfigError if the folder was used in the meantime."""
+    if fresh:
+        refuse_used(folder.path)  # again, now that nobody else can write it
+    if not (folder.path / "config.yaml").exists():
+        facts = {"data": {"images": len(run.images), "fingerprint": run.fingerprint}, "engine": run.engine.describe()}
+        write_file(folder.path / "config.yaml", to_yaml(run.config).encode())
+        write_json(folder.path / "environment.json", environment() | facts)
+    folder.bad_samples(run.images.bad)
 
 
-def build(config: Config, engine: Engine) -> Run:
-    """Load a run's images and create the run, ready for its first step and without a folder."""
+def prepare(run: Run, saved: Path | None) -> Iterator[str]:
+    """Compile the networks and load the checkpoint `saved`, if there is one; yield what there is to say of the run."""
+    config, method, memory = run.config, run.config.method, run.config.method.memory_size
+    subject = f"{config.backbone} on {len(run.images)} images of {run.images.name}, recipe {config.recipe}"
+    yield f"{method.name}: {subject}, {run.total_steps} steps, {run.engine.describe()}"
+    yield from run.images.notes
+    if run.state.model.memory is not None and memory > 0.5 * len(run.images):
+        yield f"note: the memory ({memory}) is over half of the data: samples meet old copies of themselves"
+    if compiled := compile_networks(run):
+        yield compiled
+    if saved is not None:
+        inexact = checkpoint.restore(saved, run.state, run.engine, origin(run))
+        manner = f"not bit for bit ({'; '.join(inexact)})" if inexact else "exactly"
+        yield f"going on {manner} from step {run.state.step}"
+
+
+@contextmanager
+def recording(run: Run, display: Display) -> Iterator[None]:
+    """Write to status.json, and to the log, why the run ends before its last step."""
+    try:
+        yield
+    except BaseException as error:
+        display.note(str(error) or type(error).__name__)
+        if run.folder is not None:
+            with suppress(StorageError):  # a full disk must not hide the error that there is to report
+                run.folder.failed(run.state.step, error)
+        raise
+
+
+def hand_over(run: Run, display: Display) -> None:
+    """Export the networks of a run that is done; it stays so if that fails, and `relssl export` can try again.
+
+    Raises:
+        ExportError: what went wrong, and what to do.
+    """
+    assert run.folder is not None
+    path, few = run.folder.path, run.images.subset(range(min(4, len(run.images))))  # enough to notice a wrong file, and quick
+    done = {"exit_code": 0, "last_checkpoint": store.step_folder(path, run.state.step).name}
+    run.folder.status(
+        "complete", run.state.step, **done, export={"error": "it was stopped"}
+    )  # which holds if this process dies now
+    try:
+        for network in derive(run.config).networks:
+            export(path, network=network, images=few)
+    except Exception as error:  # writers, networks and checks are others' code
+        reason = store.one_line(error)
+        run.folder.status("complete", run.state.step, **done, export={"error": reason})
+        raise ExportError(
+            f"{path}: the run is complete, its export failed ({reason}); try again with `relssl export {path}`"
+        ) from error
+    run.folder.status("complete", run.state.step, **done)
+    display.note(f"complete: weights in {default_target(path, 'student')}")
+
+
+def _result(folder: Path, rank: int = 0) -> Result:
+    return Result(folder, default_target(folder, "student"), read_rows(folder / "metrics.jsonl"), rank)
+
+
+def build(config: Config, engine: Engine, say: Callable[[str], None] = lambda line: None) -> Run:
+    """Load a run's images and create the run, ready for its first step and without a folder; `say` gets a line for what takes a while."""
     labelled, online = METHODS[config.method.name].labels, None
+    say(f"reading the images of {config.data}")
     images = load(config.data, config.data_root, "bank" if labelled else "train")
+    check_variety(images, config.loader.max_pixels)
     if config.max_images is not None:
         images = choose(images, config.max_images, config.seed)
     if labelled and images.class_count < 2:
@@ -177,7 +219,8 @@ def build(config: Config, engine: Engine) -> Run:
             f"{images.name}: {config.method.name} needs a label for each image, of two classes or more; take a labelled set, lay the "
             "images out as train/CLASS/ and val/CLASS/, or take a method without labels"
         )
-    config = complete_settings(config, images)
+    workers = 0 if images.in_memory else worker_count(config.loader.workers, config.engine.devices)
+    config = fit(complete_settings(config, images), engine, workers, images.class_count if labelled else 1)
     if config.log.knn_every and engine.is_first:
         try:
             pair = LabelledPair.load(config.data, config.data_root, config.log.knn_images, config.seed)
@@ -186,6 +229,7 @@ def build(config: Config, engine: Engine) -> Run:
         except DataError as error:  # data without a test part is not evaluated, nor is one without labels to vote about
             if images.labels is not None:
                 images = dataclasses.replace(images, notes=(*images.notes, f"no kNN while training: {error}"))
+    say(f"building {config.backbone}")
     return create_run(config, engine, images, online)
 
 
@@ -216,17 +260,17 @@ def explaining(config: Config, engine: Engine) -> Iterator[None]:
         yield
     except RelsslError:
         raise
-    except torch.OutOfMemoryError as error:
-        parts = "" if METHODS[config.method.name].whole_batch else "raise accumulate to compute it in parts, "
-        raise ConfigError(
-            f"batch_size: {config.batch_size} does not fit the device's memory; lower it, {parts}"
-            "or set loader.path files to keep the images out of it"
-        ) from error
     except OSError as error:
         # Whatever is read or written besides checkpoints (data, metrics, TensorBoard): the checkpoints before it are whole.
         reason = f"{error.filename or config.out}: cannot be read or written ({error.strerror or error})"
         raise StorageError(f"{reason}; check the disk, then go on with `relssl resume` or start again") from error
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
+            parts = "" if METHODS[config.method.name].whole_batch else "raise accumulate to compute it in parts, "
+            raise ConfigError(
+                f"batch_size: {config.batch_size} does not fit the device's memory; lower it, {parts}"
+                "or set loader.path files to keep the images out of it"
+            ) from error
         if engine.world == 1:
             raise
         reason = f"rank {engine.rank} failed, another may have been lost: {store.one_line(error)}"
@@ -248,18 +292,12 @@ def compile_networks(run: Run) -> str | None:
     torch.compiler.reset()  # type: ignore[no-untyped-call]  # one cache serves all networks of a process
     for network in run.networks:
         network.compile_heads(graphs)
-    ids, now = torch.arange(run.plan.share), scheduled(run, run.total_steps - 1)
     state.guard.watch()
     try:
         with torch.random.fork_rng([engine.device] if gpu else []):
-            for _ in range(3):  # graphs are warmed up, recorded and replayed, on noise of the run's own shapes
-                weak, *strong = (torch.rand(len(ids), config.views.channels, *[view.size] * 2) for view in derive(config).views)
+            for _ in range(3):  # graphs are warmed up, recorded and replayed
                 torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-                # As a part that others follow, in a world of its own: ranks exchange nothing, so that one that fails leaves none waiting.
-                with engine.part(state.model.student, last=False):
-                    with engine.autocast():
-                        step = forward(run, Batch(ids, weak, strong), now)
-                    step.loss.backward()  # type: ignore[no-untyped-call]
+                pass_noise(run, run.plan.share)
                 state.optimizer.zero_grad(set_to_none=True)
     except Exception as error:  # whatever a compiler runs into
         fault = next(iter(str(error).splitlines()), type(error).__name__)[:160]
@@ -272,6 +310,19 @@ def compile_networks(run: Run) -> str | None:
         return f"compile: not possible here ({fault or 'another rank could not'}); going on without"
     run.graphs = graphs
     return "compile: the networks are compiled" + (", and replayed as CUDA graphs" if gpu and graphs else "")
+
+
+def pass_noise(run: Run, share: int) -> None:
+    """Pass noise of the run's own shapes forward and back, as `share` images of a part that others follow.
+
+    Ranks exchange nothing, so that one that fails leaves none waiting.
+    """
+    config, ids = run.config, torch.arange(share)
+    weak, *strong = (torch.rand(share, config.views.channels, view.size, view.size) for view in derive(config).views)
+    with run.engine.part(run.state.model.student, last=False):
+        with run.engine.autocast():
+            step = forward(run, Batch(ids, weak, strong), scheduled(run, run.total_steps - 1))
+        step.loss.backward()  # type: ignore[no-untyped-call]
 
 
 def shrink(run: Run, display: Display) -> None:

@@ -1,4 +1,4 @@
-"""The run folder: created once, never overwritten silently, written by one process at a time; and the console."""
+"""The run folder: created once, never overwritten silently, written by one process at a time."""
 
 from __future__ import annotations
 
@@ -10,19 +10,16 @@ import math
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import relssl
 from relssl.errors import ConfigError, Interrupted, LockedError, StorageError
 from relssl.files import read_rows, write_file, write_json
 from relssl.settings.recipes import public_name
 from relssl.settings.run import Config
-from relssl.train.signals import StopRequest
+from relssl.train.loggers import Loggers
 from relssl.weights import store
 
 _PACKAGES = ("torch", "torchvision", "timm", "lightning", "numpy", "scikit-learn", "safetensors", "Pillow")
@@ -70,7 +67,7 @@ class RunFolder:
         self._lock.flush()
         self._listed = {row["file"] for row in read_rows(path / "bad_samples.jsonl")}
         self._rows: Any = None
-        self._board: Any = None
+        self._loggers: Loggers | None = None
 
     def status(self, state: str, step: int, **facts: Any) -> None:
         """Write to status.json where the run stands; state is running, complete, interrupted or failed."""
@@ -96,28 +93,27 @@ class RunFolder:
             with (self.path / "bad_samples.jsonl").open("a") as file:
                 file.writelines(json.dumps({"file": name, "reason": reason}) + "\n" for name, reason in new.items())
 
-    def open_rows(self, start: int, tensorboard: bool) -> None:
-        """Begin to write metrics.jsonl. A resumed run drops rows after the step it starts from, as if it had never stopped."""
+    def open_rows(self, start: int, config: Config, say: Callable[[str], None]) -> None:
+        """Begin to write metrics.jsonl, and what `log.to` names; `say` tells of loggers that fail.
+
+        A resumed run drops rows after the step it starts from, as if it had never stopped.
+        """
         path = self.path / "metrics.jsonl"
         rows = [row for row in read_rows(path) if start > 0 and row["step"] <= start]
         write_file(path, "".join(_line(row) for row in rows).encode())
         self._rows = path.open("a")
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # a second of imports that not every run needs
-
-            self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=start + 1)  # type: ignore[no-untyped-call]
+        self._loggers = Loggers(config, self.path, rows, start, say)
 
     def write_row(self, row: dict[str, Any]) -> None:
         """Append one row of figures; it has reached the operating system when this returns."""
         self._rows.write(_line(row))
         self._rows.flush()
-        if self._board is not None:
-            for name in row.keys() - {"step"}:
-                self._board.add_scalar(name, row[name], row["step"])
+        if self._loggers is not None:
+            self._loggers.write(row)
 
     def close(self) -> None:
         """Close all files, and let others write the folder."""
-        for file in (self._rows, self._board, self._lock):
+        for file in (self._rows, self._loggers, self._lock):
             if file is not None:
                 file.close()
 
@@ -141,68 +137,3 @@ def environment() -> dict[str, Any]:
 def _line(row: dict[str, Any]) -> str:
     finite = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()}
     return json.dumps(finite) + "\n"
-
-
-class Display:
-    """The console: a live bar on a terminal, a line an epoch elsewhere.
-
-    Args:
-        total, start: steps of the run, and those that are done already.
-        stop: ends chores; None: nothing does.
-    """
-
-    def __init__(self, total: int, start: int, show: bool, stop: StopRequest | None = None) -> None:
-        console, self._stop = Console(stderr=True, quiet=not show, highlight=False), stop
-        self._live = console.is_terminal and show
-        bar = BarColumn(bar_width=10)  # narrow, so that 80 columns hold the figures as well
-        columns = (bar, MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[figures]}"))
-        self._progress = Progress(*columns, console=console, disable=not self._live)
-        self._steps = self._progress.add_task("steps", total=total, completed=start, figures="")
-
-    def __enter__(self) -> Display:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def say(self, line: str) -> None:
-        """Print a line, above the bar if there is one."""
-        self._progress.console.print(line, markup=False, soft_wrap=True)
-
-    @contextlib.contextmanager
-    def chore(self, title: str, start: int, total: int) -> Iterator[Callable[[int], None]]:
-        """Show work on images that comes before the steps: a bar in the place of theirs, elsewhere a line each tenth.
-
-        What is yielded is called with how many of `total` are done; it raises Interrupted when the run is asked to stop.
-        """
-        self._progress.update(self._steps, visible=False)
-        task, tenth = self._progress.add_task("chore", total=total, completed=start, figures=title), -1
-
-        def advance(now: int) -> None:
-            nonlocal tenth
-            self._progress.update(task, completed=now)
-            if not self._live and 10 * now // total > tenth:
-                tenth = 10 * now // total
-                self.say(f"{title}: {now} of {total}")
-            if self._stop is not None and (code := self._stop.pending()):
-                raise self._stop.interruption(code, "while images were shrunk")
-
-        try:
-            advance(start)
-            yield advance
-        finally:
-            self._progress.remove_task(task)
-            self._progress.update(self._steps, visible=True)
-
-    def row(self, row: dict[str, Any], epoch_ended: bool) -> None:
-        """Show a row's main figures."""
-        words = [f"loss {row['loss']:.3f}", f"{row['images_per_second']:.0f} img/s", f"data wait {row['data_wait']:.0%}"]
-        if "teacher_neighbours" in row:
-            words.insert(1, f"neighbours {row['teacher_neighbours']:.0f}")
-        if "knn_top1" in row:
-            teacher = f" (teacher {row['knn_teacher_top1']:.1f} %)" if "knn_teacher_top1" in row else ""
-            words.append(f"kNN {row['knn_top1']:.1f} %{teacher}")
-        self._progress.update(self._steps, completed=row["step"], figures="  ".join(words))
-        if epoch_ended and (not self._live or "knn_top1" in row):
-            self.say(f"epoch {row['epoch']:>4}  {'  '.join(words)}")

@@ -10,42 +10,46 @@ import time
 from types import FrameType
 from typing import Any
 
-from relssl.errors import Interrupted
+from relssl.errors import STOPPING, TIME_LIMIT, Interrupted
 
-TIME_LIMIT = 75
-REASONS = {TIME_LIMIT: "at its time limit", 130: "by SIGINT", 143: "by SIGTERM"}
+_SAME = 2.0  # seconds within which a signal that comes again is the same request: launchers pass on what their group gets as well
 
 
 class StopRequest:
-    """Listens for SIGINT, SIGTERM and a limit of `minutes` while a run goes on, whose folder messages name; a second signal leaves at
-    once."""
+    """Listens for signals and a limit of `minutes` while a run goes on, whose folder messages name; a second signal leaves at once."""
 
     def __init__(self, minutes: float | None, run: str | None = None) -> None:
-        self.code, self.run = 0, run
+        self.code, self.run, self.reason = 0, run, "on another rank's request"
         self._deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
         self._handlers: dict[int, Any] = {}
+        self._received = math.inf
 
     def __enter__(self) -> StopRequest:
         # Python allows handlers in the main thread only; a run started from another thread goes without.
         if threading.current_thread() is threading.main_thread():
-            self._handlers = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
+            heard = [
+                number for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN
+            ]  # which nohup says of SIGHUP
+            self._handlers = {number: signal.signal(number, self._receive) for number in heard}
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: one that is not Python's
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.code:
+        if time.monotonic() - self._received > _SAME:
             os._exit(128 + number)  # checkpoints are renamed into place whole, so leaving in the middle of one harms none
-        self.code = 128 + number
+        self._received = min(self._received, time.monotonic())
+        if not self.code:
+            self.code, self.reason = STOPPING[signal.Signals(number)], f"by {signal.Signals(number).name}"
 
     def pending(self) -> int:
         """Return the exit code of a pending request, or 0."""
         if not self.code and time.monotonic() > self._deadline:
-            self.code = TIME_LIMIT
+            self.code, self.reason = TIME_LIMIT, "at its time limit"
         return self.code
 
     def interruption(self, code: int, when: str) -> Interrupted:
         """Return the error that ends a run, with the exit code on which all ranks agree."""
-        return Interrupted(f"stopped {REASONS[code]} {when}; go on with `relssl resume {self.run}`", code)
+        return Interrupted(f"stopped {self.reason} {when}; go on with `relssl resume {self.run}`", code)

@@ -1,0 +1,102 @@
+"""Loggers that the rows of metrics.jsonl go to besides, through Lightning's own; those that nobody asked for are not imported."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from relssl.errors import ConfigError
+from relssl.files import write_json
+from relssl.settings.run import Config
+
+_RELATION = ("teacher_entropy", "teacher_neighbours", "kl", "agreement", "embedding_std", "effective_rank")
+_SPEED = ("images_per_second", "data_wait")
+
+
+def tag(name: str) -> str:
+    """Return a figure's name with its group, by which loggers sort: relation/kl, eval/knn_top1."""
+    evaluated = "eval" if name.startswith("knn_") else "train"
+    return f"{'relation' if name in _RELATION else 'speed' if name in _SPEED else evaluated}/{name}"
+
+
+def refuse_missing(names: Sequence[str]) -> None:
+    """Raise ConfigError if a logger's package is not installed, which imports none of them."""
+    if missing := [name for name in names if name != "csv" and importlib.util.find_spec(name) is None]:
+        raise ConfigError(*(f"log.to: {name} is not installed; pip install {name}, or leave it out" for name in missing))
+
+
+class Loggers:
+    """The loggers that `log.to` names. One that fails is left out from then on, in a line; the run goes on.
+
+    Args:
+        folder: the run folder, which TensorBoard's and CSV files lie in.
+        rows: of metrics.jsonl so far, if the run is resumed after step `start`.
+        say: tells of failures.
+    """
+
+    def __init__(self, config: Config, folder: Path, rows: list[dict[str, Any]], start: int, say: Callable[[str], None]) -> None:
+        self._say, self._loggers = say, dict[str, Any]()
+        known, ids = folder / "loggers.json", dict[str, Any]()
+        with contextlib.suppress(OSError, ValueError):
+            ids = json.loads(known.read_text())
+        for name in dict.fromkeys(config.log.to):
+            with self._surviving(name):
+                self._loggers[name] = logger = _open(name, folder, start, ids.get(name))
+                if name == "csv":  # begun anew, as rows after the checkpoint do not count
+                    for row in rows:
+                        self._log(logger, row)
+                elif name != "tensorboard":
+                    logger.log_hyperparams(dataclasses.asdict(config))
+                    ids[name] = logger.version if name == "wandb" else logger.run_id
+        if ids:
+            write_json(known, ids)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Pass a row on."""
+        for name, logger in list(self._loggers.items()):
+            with self._surviving(name):
+                self._log(logger, row)
+
+    def close(self) -> None:
+        """Let all loggers write what they have."""
+        for name, logger in list(self._loggers.items()):
+            with self._surviving(name):
+                logger.save()
+                logger.finalize("success")
+                if name == "wandb":
+                    logger.experiment.finish()
+
+    def _log(self, logger: Any, row: dict[str, Any]) -> None:
+        logger.log_metrics({tag(name): row[name] for name in sorted(row.keys() - {"step"})}, row["step"])
+
+    @contextlib.contextmanager
+    def _surviving(self, name: str) -> Any:
+        try:
+            yield
+        except Exception as error:  # whatever others' services run into
+            self._loggers.pop(name, None)
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            self._say(f"log.to: {name} gets no more figures ({reason}); metrics.jsonl has them all")
+
+
+def _open(name: str, folder: Path, start: int, known: str | None) -> Any:
+    """Open a logger; `known` is the name that a service gave to this run when it began."""
+    if name == "tensorboard":
+        from lightning.fabric.loggers import TensorBoardLogger
+
+        return TensorBoardLogger(folder, name="tensorboard", version="", purge_step=start + 1)
+    if name == "csv":
+        from lightning.fabric.loggers import CSVLogger
+
+        (folder / "csv" / "metrics.csv").unlink(missing_ok=True)
+        return CSVLogger(folder, name="csv", version="", flush_logs_every_n_steps=1)
+    from lightning.pytorch import loggers
+
+    if name == "wandb":
+        return loggers.WandbLogger(name=folder.name, save_dir=folder, project="relssl", id=known, resume="allow")
+    return loggers.MLFlowLogger(experiment_name="relssl", run_name=folder.name, save_dir=str(folder / "mlruns"), run_id=known)

@@ -1,0 +1,173 @@
+"""The memory that an optimizer step takes, computed without taking any of it, and the memory that there is."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import resource
+import sys
+import weakref
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from relssl.engine import Engine
+from relssl.errors import ConfigError
+from relssl.files import size
+from relssl.method import create_method
+from relssl.method.base import Method
+from relssl.method.create import create_run_optimizer
+from relssl.settings.run import METHODS, Config, derive
+
+# A step can hardly take more than so many times the bytes of its views: a huge transformer takes about 1,400 times as many.
+_MOST = 2000
+# What is held beside a step's tensors, as measured: by kernels and by fragments, in times, and by malloc for what may come (`keep_memory`).
+_MARGINS, _RESERVES = {"cpu": 1.25, "cuda": 1.15}, {"cpu": 256 << 20}
+
+
+def fit(config: Config, engine: Engine, workers: int, classes: int = 1, free: int | None = None) -> Config:
+    """Return the settings, with `fit_batch` those of the largest batch that fits in memory, before any of it is taken.
+
+    Args:
+        config: the resolved settings.
+        workers: loader processes of each training process, which hold batches ahead.
+        classes: of the labels, for supervised learning.
+        free: bytes that there are; default: those of `free_memory`.
+
+    Raises:
+        ConfigError: if a step would take more memory than there is, with the batch size or the accumulation that would not.
+    """
+    derived, free = derive(config), -engine.largest(-(free or free_memory(engine.device)))  # ranks agree
+    image = sum(4 * config.views.channels * view.size**2 for view in derived.views)
+    here = 1 if engine.device.type == "cuda" else config.engine.devices
+    if here * derived.share * image * _MOST <= free:
+        return config
+    smallest, kind = 2 * derived.norm_splits, engine.device.type
+    margin, reserve = _MARGINS.get(kind, 1.25), _RESERVES.get(kind, 0)
+
+    def needed(share: int) -> float:
+        ahead = 0 if engine.device.type == "cuda" else (2 * workers + 1) * share * image
+        return here * (margin * step_memory(config, engine, share, classes) + reserve + ahead)
+
+    most, least = needed(derived.share), needed(smallest)
+    if most <= free:
+        return config
+    slope = (most - least) / max(1, derived.share - smallest)
+    share = smallest
+    while least + slope * (2 * share - smallest) <= free and 2 * share < derived.share:
+        share *= 2
+    batch, fits = share * derived.passes, least <= free
+    if config.fit_batch and fits:
+        scaled = dataclasses.replace(config.optimizer, lr=config.optimizer.lr * batch / config.batch_size)
+        return dataclasses.replace(config, batch_size=batch, fit_batch=False, optimizer=scaled)
+    views = f"{config.batch_size} images in views of {', '.join(sorted({str(view.size) for view in derived.views}))} pixels"
+    parts = derived.share // share * config.accumulate
+    whole = derived.traits.whole_batch or config.batch_size % (parts * here) or not fits
+    advice = f"take batch_size {batch}" if fits else "take a smaller network or smaller views"
+    advice += "" if whole else f", or keep the batch with accumulate {parts}"
+    raise ConfigError(
+        f"batch_size: a step of {config.backbone} with {views} takes about {size(round(most))} of memory, {size(free)} are free; {advice}"
+    )
+
+
+def step_memory(config: Config, engine: Engine, share: int, classes: int = 1) -> int:
+    """Compute the bytes that training holds at the peak of a step: networks, memory, optimizer, views and what the gradient needs.
+
+    A step of the run's own networks is made with tensors that have shapes and no content, so that it takes a second or two and no
+    memory, whatever the batch. What kernels take for themselves while they run is not in it.
+
+    Args:
+        config: the resolved settings.
+        share: images of one accumulated part on one process.
+        classes: of the labels, for supervised learning.
+    """
+    devices = [engine.device] if engine.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        model = create_method(config, torch.Generator(), "tiled" if derive(config).traits.tiled else "plain", classes)
+    fake = FakeTensorMode()
+    with FakeCopyMode(fake):
+        model = copy.deepcopy(model.train())
+    with fake, _Living() as living:
+        for tensor in [*model.parameters(), *model.buffers()]:
+            living.note(tensor)
+        guarded = 3 * sum(buffer.nbytes for buffer in model.buffers())  # the guard's copies, and one for what is read of figures
+        optimizer = create_run_optimizer(config, model.student)
+        _pass(model, config, engine, share)
+        optimizer.step()  # its state is there from now on
+        if config.accumulate == 1:
+            optimizer.zero_grad()
+        _pass(model, config, engine, share)
+        peak: int = living.peak
+    return peak + guarded
+
+
+def _pass(model: Method, config: Config, engine: Engine, share: int) -> None:
+    """Pass views of a share forward and back."""
+    schedules = {"teacher_temperature": config.method.teacher_temperature, "teacher_momentum": 0.99, "warmup_mix": 0.5}
+    settings: dict[str, Any] = {name: getattr(config.method, name) for name in model.constants}
+    settings |= {name: schedules[name] for name in model.scheduled}
+    if METHODS[config.method.name].labels:
+        settings["labels"] = torch.zeros(share, dtype=torch.int64)
+    weak, *strong = (torch.empty(share, config.views.channels, view.size, view.size) for view in derive(config).views)
+    with engine.autocast():
+        step = model.step(weak, strong, **settings)
+    step.loss.backward()  # type: ignore[no-untyped-call]
+
+
+class _Living(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of all storages that operations make, as long as each lives."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now, self.peak = 0, 0
+        self._storages: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self.note(leaf)
+        return result
+
+    def note(self, tensor: Tensor) -> None:
+        """Count the storage of a tensor, once."""
+        storage = tensor.untyped_storage()
+        if (key := storage._cdata) not in self._storages:
+            self._storages.add(key)
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._forget, key, storage.nbytes())
+
+    def _forget(self, key: int, size: int) -> None:
+        self._storages.discard(key)
+        self.now -= size
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that this process may still take: of a GPU, or of the machine, its container and the process's own limits."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    free = [psutil.virtual_memory().available]
+    for limit, usage in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+        with suppress(OSError, ValueError):  # no container, or one without a limit
+            free.append(int(_cgroup(limit)) - int(_cgroup(usage)))
+    most, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if most != resource.RLIM_INFINITY:
+        free.append(most - psutil.Process().memory_info().vms)
+    return max(0, min(free))
+
+
+def _cgroup(name: str) -> str:
+    return (Path("/sys/fs/cgroup") / name).read_text()
+
+
+def memory_used() -> int:
+    """Return the most bytes that this process has held at once."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,92 @@
+"""The examples run as they are written, on little data."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from relssl.data.named import load
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of programs that the scripts call: `relssl`, and stand-ins for SLURM's."""
+    folder = tmp_path_factory.mktemp("programs")
+    relssl = f'exec "{sys.executable}" -m relssl "$@"'
+    torchrun = f'exec "{sys.executable}" -m torch.distributed.run "$@"'
+    srun = """
+    pids=() code=0
+    for ((rank = 0; rank < SLURM_NTASKS; rank++)); do
+        SLURM_PROCID=$rank SLURM_LOCALID=$rank SLURM_NODEID=0 "$@" & pids+=($!)
+    done
+    for pid in "${pids[@]}"; do wait "$pid" || code=$?; done
+    exit $code"""
+    for name, body in {"relssl": relssl, "torchrun": torchrun, "srun": srun, "scontrol": 'echo "scontrol $*"'}.items():
+        (folder / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (folder / name).chmod(0o755)
+    return folder
+
+
+def run(cwd: Path, *words: str, programs: Path | None = None, **environment: str) -> str:
+    """What a command prints; it must not fail."""
+    path = f"{programs}:{os.environ['PATH']}" if programs else os.environ["PATH"]
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
+    env = inherited | {"PYTHONPATH": f"{ROOT / 'src'}", "OMP_NUM_THREADS": "1", "PATH": path, **environment}
+    ran = subprocess.run(words, cwd=cwd, env=env, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return ran.stdout
+
+
+def state(folder: Path) -> dict[str, object]:
+    answer: dict[str, object] = json.loads((folder / "status.json").read_text())
+    return answer
+
+
+def test_own_photos(tmp_path: Path) -> None:
+    pixels = load("digits", None, "train").source.tensor[:24].permute(0, 2, 3, 1).numpy()
+    for folder in ("photos", "photos/more"):
+        (tmp_path / folder).mkdir()
+    for number, image in enumerate(pixels):
+        Image.fromarray(image).save(tmp_path / ("photos/more" if number % 2 else "photos") / f"{number}.png")
+    words = ("--size", "32", "--epochs", "1", "--backbone", "resnet10t", "--out", "run")
+    shown = run(tmp_path, sys.executable, str(EXAMPLES / "own_photos.py"), "photos", *words)
+    assert re.search(r"^[01]\.\d+ +\S+\.png +\S+\.png$", shown, re.MULTILINE)
+    with np.load(tmp_path / "run/features.npz") as stored:
+        assert stored["features"].shape == (24, 512)
+    with Image.open(tmp_path / "run/alike.jpg") as sheet:
+        assert sheet.width > sheet.height / 8 * 6
+
+
+def test_compare_methods(tmp_path: Path) -> None:
+    words = ("--methods", "ressl,moco", "--seeds", "1", "--epochs", "1", "--max_images", "128", "--out", "runs")
+    shown = run(tmp_path, sys.executable, str(EXAMPLES / "compare_methods.py"), *words)
+    assert re.search(r"^ressl +\d+\.\d \+- \d\.\d +\d+\.\d \+- \d\.\d$", shown, re.MULTILINE)
+    assert re.search(r"^moco +[+-]\d+\.\d \[[+-]\d+\.\d\.\.[+-]\d+\.\d\]$", shown, re.MULTILINE)
+
+
+TINY = ("--engine.device", "cpu", "--max_images", "256", "--log.knn_every", "0")
+
+
+def test_torchrun_starts_two_processes(tmp_path: Path, programs: Path) -> None:
+    shown = run(tmp_path, str(EXAMPLES / "torchrun.sh"), "digits", *TINY, "--epochs", "1", "--out", "run", programs=programs)
+    assert "2 ranks" in shown and state(tmp_path / "run")["state"] == "complete"
+
+
+def test_a_slurm_job_stops_in_time_asks_for_its_place_in_the_queue_and_goes_on(tmp_path: Path, programs: Path) -> None:
+    job = {"JOB_ID": "4711", "JOB_NAME": "relssl", "NNODES": "1", "JOB_NUM_NODES": "1", "NODELIST": "localhost"}
+    job |= {"JOB_NODELIST": "localhost", "NTASKS": "2", "NTASKS_PER_NODE": "2"}
+    environment = {f"SLURM_{name}": value for name, value in job.items()}
+    words = ("bash", str(EXAMPLES / "slurm.sbatch"), "digits", "run", *TINY, "--epochs", "1")
+    assert "scontrol requeue 4711" in run(tmp_path, *words, programs=programs, MINUTES="0.001", **environment)
+    assert state(tmp_path / "run")["exit_code"] == 75

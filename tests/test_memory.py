@@ -1,0 +1,136 @@
+"""The memory of a step: predicted before it is taken, refused where there is not enough, lowered where that is wanted."""
+
+import dataclasses
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from relssl.engine import Engine
+from relssl.errors import ConfigError
+from relssl.settings.run import EngineConfig, resolve
+from relssl.train.estimate import affordable
+from relssl.train.memory import fit, step_memory
+from relssl.train.pretrain import build
+from small_runs import SMALL
+
+MALLOC = 256 << 20  # that malloc holds ahead while a run goes on
+# Trains two steps of a batch and prints what it had said they would take, beside what it has taken.
+_STEPS = """
+    import sys
+    import psutil, torch
+    from relssl.engine import Engine
+    from relssl.settings.run import resolve
+    from relssl.train.loop import create_run
+    from relssl.train.memory import memory_used, step_memory
+    from relssl.train.pretrain import complete_settings, pass_noise
+    from relssl.data.named import load
+
+    name, size, batch = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    views = {side: {"size": size} for side in ("weak", "strong")} | {"enlarge": True}
+    config = resolve({
+        "data": "digits", "recipe": "folder", "backbone": name, "batch_size": batch, "views": views, "encoder.batch_norm_splits": 1,
+        "engine": {"device": "cpu", "threads": 1, "precision": "fp32"}, "method.memory_size": max(64, batch),
+    })
+    engine, images = Engine(config.engine), load("digits", None, "train")
+    with engine.running():
+        config = complete_settings(config, images)
+        before = psutil.Process().memory_info().rss
+        run = create_run(config, engine, images)
+        for _ in range(2):
+            pass_noise(run, batch)
+            run.state.optimizer.step()
+            run.state.optimizer.zero_grad()
+        taken = memory_used() - before
+    print(step_memory(config, engine, batch), taken)
+"""
+
+
+def predicted_and_taken(name: str, size: int, batch: int) -> tuple[int, int]:
+    command = [sys.executable, "-c", textwrap.dedent(_STEPS), name, str(size), str(batch)]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    predicted, taken = map(int, output.split())
+    return predicted, taken
+
+
+def test_what_a_step_takes_is_known_before_it_is_made() -> None:
+    predicted, taken = predicted_and_taken("resnet18", 64, 64)
+    assert 0.6 < (taken - MALLOC) / predicted < 1.25
+
+
+@pytest.mark.torture
+@pytest.mark.parametrize("size", [128, 224])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resnet18",
+        "resnet50",
+        "mobilenetv3_small_100",
+        "efficientnet_b0",
+        "vit_tiny_patch16_224",
+        "convnext_tiny",
+        "densenet121",
+        "regnety_002",
+        "swin_tiny_patch4_window7_224",
+        "mobilenetv2_100",
+    ],
+)
+def test_what_a_step_of_any_network_takes_is_known(name: str, size: int) -> None:
+    """Ten networks, two sizes: what is refused is what would not fit, with the margin that `fit` takes."""
+    predicted, taken = predicted_and_taken(name, size, 16)
+    print(f"{name} {size}: predicted {predicted / 1e6:.0f} MB, taken {taken / 1e6:.0f} MB, {taken / predicted:.2f}")
+    assert 0.5 < (taken - MALLOC) / predicted < 1.25
+
+
+def test_it_grows_with_the_batch_and_less_in_parts() -> None:
+    """Activations grow with the images of a part; the rest stays."""
+    config = resolve(SMALL)
+    engine = Engine(EngineConfig(device="cpu"))
+    few, some, more = (step_memory(config, engine, share) for share in (4, 8, 16))
+    assert few < some < more
+    assert 2 * (some - few) == pytest.approx(more - some, rel=0.05)
+
+
+def test_what_fits_is_taken_where_that_is_wanted() -> None:
+    """The largest batch of a power of two that fits, its learning rate in proportion, else a refusal that names one."""
+    config = resolve(SMALL | {"batch_size": 256, "method.memory_size": 512})
+    engine = Engine(EngineConfig(device="cpu"))
+    free = MALLOC + 2 * step_memory(config, engine, 64)
+    fitting = fit(dataclasses.replace(config, fit_batch=True), engine, 0, free=free)
+    assert fit(fitting, engine, 0, free=free) == fitting
+    assert fitting.optimizer.lr / config.optimizer.lr == fitting.batch_size / 256
+    with pytest.raises(ConfigError, match=f"batch_size.* {fitting.batch_size}, .*accumulate {256 // fitting.batch_size}"):
+        fit(config, engine, 0, free=free)
+    with pytest.raises(ConfigError, match="batch_size"):
+        fit(dataclasses.replace(fitting, batch_size=2 * fitting.batch_size), engine, 0, free=free)
+    accumulated = dataclasses.replace(config, accumulate=256 // fitting.batch_size)
+    assert fit(accumulated, engine, 0, free=free) == accumulated
+
+
+def test_what_does_not_fit_is_refused_before_it_is_taken(tmp_path: Path) -> None:
+    """Where a process may map 2 GB more than torch's libraries are: exit code 2 in one line, and nothing is written."""
+    script = """
+        import resource, sys, psutil, torch, timm, relssl.train.estimate, relssl.report.tables
+        most = psutil.Process().memory_info().vms + 2 * 10**9
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+        from relssl.cli import main
+        sys.exit(main(["estimate", "digits", "--backbone", "resnet50", "--batch_size", "256", *sys.argv[1:]]))
+    """
+    views = [option for side in ("weak", "strong") for option in (f"--views.{side}.size", "224")]
+    options = [*views, "--views.enlarge", "true", "--engine.device", "cpu", "--engine.precision", "fp32"]
+    command = [sys.executable, "-c", textwrap.dedent(script), *options]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert result.returncode == 2
+    (line,) = [line for line in result.stderr.splitlines() if "batch_size" in line]
+    assert "accumulate" in line and "GB" in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_steps_that_take_minutes_are_timed_on_fewer_images() -> None:
+    run = build(resolve(SMALL), Engine(EngineConfig(device="cpu")))
+    assert affordable(run) is run
+    smaller = affordable(run, seconds=0)
+    assert smaller.plan.share < run.plan.share
+    assert smaller.config.batch_size == smaller.plan.share * run.plan.parts
