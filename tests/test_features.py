@@ -206,7 +206,7 @@ def test_files_are_the_same_by_name_size_and_content(tmp_path: Path) -> None:
 
 
 def test_images_without_a_label_are_left_out() -> None:
-    rest = labelled("pets", pets([0, -1, 2, -1]))
+    rest = labelled("pets", pets([0, -1, 2, -1]), "test")
     assert rest.labels is not None and rest.labels.tolist() == [0, 2]
     with pytest.raises(DataError, match="pets: has no labels"):
-        labelled("pets", pets([-1, -1]))
+        labelled("pets", pets([-1, -1]), "test")

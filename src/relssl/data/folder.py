@@ -84,7 +84,7 @@ def walk(folder: str, left: LeftOut) -> Iterator[tuple[bytes, int, int]]:
     up the others."""
     root = os.fsencode(folder)
     above, inside = Path(os.path.realpath(folder)), os.path.join(root, b"")
-    seen = {_place(os.fsencode(each)) for each in (above, *above.parents)}
+    seen = {_place(os.fsencode(each)) for each in (above, *above.parents) if each.exists()}
     pending, links = [b""], list[bytes]()
     while pending or links:
         if not pending:  # links last and in order: which of two ways into a folder is taken must not depend on the disk

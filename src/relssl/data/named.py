@@ -132,14 +132,10 @@ def exists(data: str, root: str | None) -> str | None:
         for folder in sorted(set(split_folders(path).values())):
             left = LeftOut()
             if next(walk(folder, left), None) is None:
-                faults = (
-                    [f"{len(left.faults)} that cannot be used, the first {next(iter(left.faults.values()))}"]
-                    if left.faults
-                    else []
-                )
-                there = "; ".join(filter(None, [left.counts(), *faults])) or "nothing"
+                faults = f"{len(left.faults)} cannot be used, the first {next(iter(left.faults.values()))}" if left.faults else ""
+                there = "; ".join(filter(None, [left.counts(), faults])) or "nothing is there"
                 advice = "convert them, end their names in .jpg or .png, or name them in a list file"
-                raise DataError(f"{shown(folder)}: holds no usable image, but {there}; {advice}")
+                raise DataError(f"{shown(folder)}: holds no usable image ({there}); {advice}")
     elif not path.lower().endswith(LIST_SUFFIXES) or not os.path.isfile(path):
         advice = _advice(path) or f"is neither a folder of images nor a list file ({', '.join(LIST_SUFFIXES)})"
         raise DataError(f"{shown(path)}: {advice}")
