@@ -9,11 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
-
-from relssl.data.named import load
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -39,33 +35,18 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(cwd: Path, *words: str, programs: Path | None = None, **environment: str) -> str:
-    """What a command prints; it must not fail."""
+    """What a command prints, notes included; it must not fail."""
     path = f"{programs}:{os.environ['PATH']}" if programs else os.environ["PATH"]
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
     env = inherited | {"PYTHONPATH": f"{ROOT / 'src'}", "OMP_NUM_THREADS": "1", "PATH": path, **environment}
     ran = subprocess.run(words, cwd=cwd, env=env, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    return ran.stdout
+    return ran.stdout + ran.stderr
 
 
 def state(folder: Path) -> dict[str, object]:
     answer: dict[str, object] = json.loads((folder / "status.json").read_text())
     return answer
-
-
-def test_own_photos(tmp_path: Path) -> None:
-    pixels = load("digits", None, "train").source.tensor[:24].permute(0, 2, 3, 1).numpy()
-    for folder in ("photos", "photos/more"):
-        (tmp_path / folder).mkdir()
-    for number, image in enumerate(pixels):
-        Image.fromarray(image).save(tmp_path / ("photos/more" if number % 2 else "photos") / f"{number}.png")
-    words = ("--size", "32", "--epochs", "1", "--backbone", "resnet10t", "--out", "run")
-    shown = run(tmp_path, sys.executable, str(EXAMPLES / "own_photos.py"), "photos", *words)
-    assert re.search(r"^[01]\.\d+ +\S+\.png +\S+\.png$", shown, re.MULTILINE)
-    with np.load(tmp_path / "run/features.npz") as stored:
-        assert stored["features"].shape == (24, 512)
-    with Image.open(tmp_path / "run/alike.jpg") as sheet:
-        assert sheet.width > sheet.height / 8 * 6
 
 
 def test_compare_methods(tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from relssl.evaluation.embed import embed as embed
     from relssl.evaluation.evaluate import evaluate as evaluate
+    from relssl.evaluation.finetune import finetune as finetune
+    from relssl.evaluation.finetune import predict as predict
     from relssl.evaluation.result import compare as compare
     from relssl.reproduction.reproduce import reproduce as reproduce
     from relssl.train.estimate import estimate as estimate
@@ -32,9 +34,11 @@ _HOMES = {
     "estimate": "train.estimate",
     "evaluate": "evaluation.evaluate",
     "export": "weights.export",
+    "finetune": "evaluation.finetune",
     "import_weights": "weights.export",
     "load_backbone": "weights.opening",
     "load_run": "weights.opening",
+    "predict": "evaluation.finetune",
     "pretrain": "train.pretrain",
     "reproduce": "reproduction.reproduce",
     "resume": "train.pretrain",

@@ -47,7 +47,7 @@ Measured = tuple[list[Finding], list[str], Record]  # findings, notes on all of 
 
 def evaluate(
     source: str | Path,
-    data: str | None = None,
+    data: str | Path | None = None,
     *,
     settings: Evaluation | None = None,
     reading: Reading | None = None,
@@ -80,8 +80,8 @@ def evaluate(
     if out and (not out.parent.is_dir() or out.is_dir()):
         raise ConfigError(f"out: {out} must be a JSON file in a folder that exists")
     opened = _open(source, reading or Reading(), settings)
-    data = data or (opened.config.data if opened.config else None)
-    if data is None:
+    data = str(data or (opened.config.data if opened.config else ""))
+    if not data:
         raise ConfigError(f"data: {opened.name} does not say what it was trained on; name the labelled data to evaluate it on")
     _check_data(settings, data)
     folder = _results_folder(opened.folder, out, say)
