@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from relssl.errors import ConfigError, DistributedError, RelsslError
+from relssl.settings.reading import build
 from relssl.settings.run import EngineConfig
 
 T = TypeVar("T")
@@ -50,14 +51,17 @@ class Engine:
     def __init__(self, config: EngineConfig) -> None:
         available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
         usable = [name for name in available if available[name]]
-        if config.device not in ("auto", *usable):
+        wanted, _, number = config.device.partition(":")
+        if wanted not in ("auto", *usable) or int(number or 0) >= max(1, torch.cuda.device_count()):
             raise ConfigError(f"engine.device: there is no {config.device} device here; usable: {', '.join(usable)}")
-        kind = usable[0] if config.device == "auto" else config.device
+        kind = usable[0] if wanted == "auto" else wanted
         best = "bf16" if fast_bf16(kind) else "fp32"
         self.precision = best if config.precision == "auto" else config.precision
         self.threads = config.threads or max(1, available_cores() // config.devices)
         self.deterministic = config.deterministic
-        self.device = torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+        self.device = torch.device(kind)
+        if kind == "cuda":
+            self.device = torch.device(kind, int(number) if number else torch.cuda.current_device())
         self.rank, self.world, self._fabric = 0, 1, None
         if config.devices * config.nodes > 1:
             self._launch(kind, config)
@@ -66,7 +70,8 @@ class Engine:
     @classmethod
     def local(cls, device: str = "auto", precision: str = "auto") -> Engine:
         """Create an engine of this process alone, with the threads it has: for evaluation, and for networks outside of runs."""
-        return cls(EngineConfig(device=device, precision=precision, threads=torch.get_num_threads()))
+        settings = {"device": device, "precision": precision, "threads": torch.get_num_threads()}
+        return cls(build(EngineConfig, settings))
 
     def _launch(self, kind: str, config: EngineConfig) -> None:
         from lightning.fabric import Fabric  # a second of imports that one process does not need
@@ -94,7 +99,8 @@ class Engine:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, by the first product on a GPU
             torch.use_deterministic_algorithms(True)
         try:
-            yield
+            with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+                yield
         finally:
             torch.set_num_threads(threads)
             torch.use_deterministic_algorithms(strict)

@@ -17,6 +17,7 @@ from relssl.data.named import load
 from relssl.engine import Engine
 from relssl.errors import ConfigError, NumericError, StorageError
 from relssl.evaluation.features import extract
+from relssl.evaluation.result import writable
 from relssl.files import replacing
 from relssl.weights.foreign import Reading
 from relssl.weights.opening import open_backbones
@@ -51,7 +52,7 @@ def embed(
         reading: how to read another program's file, and the size of the view.
 
     Returns:
-        {"out", "images", "dim", "bad": [(file, reason)], "notes": what to know of the weights}.
+        {"out", "images", "dim", "bad": [(file, reason)], "notes": what to know of the weights and images}.
 
     Raises:
         ConfigError, DataError, CheckpointError, StorageError: each with what to do about it.
@@ -66,7 +67,7 @@ def embed(
     names, labels = [images.source.name(row) for row in rows.tolist()], None if images.labels is None else images.labels[rows]
     write_vectors(Path(out), vectors, rows, names, labels, images.classes)
     bad = [*images.bad, *features.bad]
-    return {"out": str(out), "images": len(rows), "dim": vectors.shape[1], "bad": bad, "notes": list(opened.notes)}
+    return {"out": str(out), "images": len(rows), "dim": vectors.shape[1], "bad": bad, "notes": [*opened.notes, *images.notes]}
 
 
 def write_vectors(
@@ -121,6 +122,7 @@ def check_target(path: Path) -> None:
         raise ConfigError(f"{path}: parquet needs pyarrow: pip install 'relssl[parquet]'")
     if path.is_dir() or not path.parent.is_dir():
         raise StorageError(f"{path}: must be a file in a folder that exists; choose another")
+    writable(path.parent)
 
 
 def escaped(text: str) -> str:

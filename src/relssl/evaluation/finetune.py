@@ -153,7 +153,7 @@ def predict(
         precision: fp32, bf16 or auto: bf16 where it is faster.
 
     Returns:
-        {"out", "images", "classes", "bad": [(file, reason)]}.
+        {"out", "images", "classes", "bad": [(file, reason)], "notes": what to know of the images}.
 
     Raises:
         ConfigError, DataError, CheckpointError, NumericError, StorageError: each with what to do about it.
@@ -171,7 +171,8 @@ def predict(
     if not bool(finite.all()):
         raise NumericError(f"{names[int(finite.int().argmin())]!r}: its scores hold NaN or Inf; check the weights")
     _write(path, names, classes, features.vectors.softmax(dim=1))
-    return {"out": str(out), "images": len(names), "classes": classes.tolist(), "bad": [*images.bad, *features.bad]}
+    bad = [*images.bad, *features.bad]
+    return {"out": str(out), "images": len(names), "classes": classes.tolist(), "bad": bad, "notes": list(images.notes)}
 
 
 def _write(path: Path, names: list[str], classes: np.ndarray, scores: Tensor) -> None:

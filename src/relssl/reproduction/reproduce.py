@@ -183,7 +183,7 @@ def _operations(run: Run) -> tuple[float, float]:
     if not at_hand(config.data, config.data_root):
         raise DataError(f"{config.data} is not under data_root, and no plan downloads it; its runs do")
     images = len(load(config.data, config.data_root, "bank" if derived.traits.labels else "train"))
-    steps = config.epochs * (min(images, config.max_images or images) // config.batch_size)
+    steps = config.steps(min(images, config.max_images or images))
     # A classifier trained on augmented images passes them through the frozen network again in each epoch.
     passes = 1 + (run.evaluation.linear.epochs if "linear" in run.evaluation.protocol else 0)
     evaluated = min(images, (run.evaluation.images or (images,))[0])

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.benchmark import Timer
 
 from relssl.data.cache import Shrunk, place
 from relssl.data.images import Files
@@ -27,7 +26,7 @@ from relssl.errors import ConfigError
 from relssl.files import size
 from relssl.method import create_student
 from relssl.method.backbones import count_flops
-from relssl.settings.run import Config, derive, resolve
+from relssl.settings.run import Config, derive, replace, resolve
 from relssl.train.checkpoint import whole_state
 from relssl.train.loop import Run, create_run, knn_due, save_due, train_step
 from relssl.train.memory import memory_used, step_memory
@@ -123,7 +122,7 @@ def estimate(
     settings = settings or resolve(({} if data is None else {"data": data}) | overrides, config)
     engine, still = Engine(settings.engine), dataclasses.replace(settings.optimizer, lr=_STILL)
     with engine.running(), explaining(settings, engine):
-        run = build(dataclasses.replace(settings, optimizer=still), engine)
+        run = build(replace(settings, optimizer=still), engine)
         compile_networks(run)
         timed = affordable(run)
         if engine.is_first and not quiet:
@@ -322,9 +321,14 @@ def attainable(engine: Engine, seconds: float = 1.0) -> float:
         work.append(partial(F.conv2d, images, weight, padding=1))
     for each in work:
         flops = count_flops(each)  # which builds the kernels, too
-        timer = Timer("each()", globals={"each": each}, num_threads=torch.get_num_threads())
-        measured = timer.blocked_autorange(min_run_time=seconds / len(work))
-        rates.append(flops / min(measured.times))  # others may use the machine: its best counts
+        engine.synchronise()
+        fastest, until = math.inf, time.perf_counter() + seconds / len(work)
+        while (begun := time.perf_counter()) < until:
+            for _ in range(4):
+                each()
+            engine.synchronise()
+            fastest = min(fastest, (time.perf_counter() - begun) / 4)  # others may use the machine: its best counts
+        rates.append(flops / fastest)
     return max(rates)
 
 

@@ -98,7 +98,7 @@ def card(source: Opened, written: Written, parity: Parity, file: str, settings: 
         title += f", pretrained with {traits.title}"
         unlabelled = f"No labels were used: {traits.title} ({traits.paper}), {traits.about}"
         images = f"{source.run_data['images']} images of " if "images" in source.run_data else ""
-        length = f"{config.epochs} epochs on {images}`{config.data}`, seed {config.seed}"
+        length = f"{config.epochs} epochs{f' or {config.max_steps} steps' if config.max_steps else ''} on {images}`{config.data}`, seed {config.seed}"
         about = f"{network.capitalize()} backbone of {origin}, recipe `{config.recipe}`, {length}. {'It was trained on labels' if traits.labels else unlabelled}."
     data = ModelCardData(library_name="timm", pipeline_tag=use, license="other", license_name="to-be-chosen", tags=tags)
     versions = f"relssl {__version__}, torch {torch.__version__}, timm {timm.__version__}, torchvision {torchvision.__version__}"

@@ -29,6 +29,13 @@ class Run:
     folder: Path
     config: Config
 
+    @property
+    def data(self) -> dict[str, Any]:
+        """What the run was trained on, {"images": count, "fingerprint"}, as far as it is known."""
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # torn, or of another version
+            return dict(json.loads((self.folder / "environment.json").read_text())["data"])
+        return {}
+
     def checkpoint(self, name: str | None = None) -> Path:
         """Return the checkpoint of that name, or the newest, after its hashes were checked.
 
@@ -217,7 +224,4 @@ def _open_run(path: Path, network: str | None) -> Opened:
         backbones[name] = spec.load(weights, checkpoint)
     header = {"network": wanted[0], "origin": checkpoint.name}
     origin = {"kind": "run", "run": title, "checkpoint": checkpoint.name, "recipe": public_name(run.config.recipe)}
-    run_data: dict[str, Any] = {}
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # torn, or of another version
-        run_data |= json.loads((path / "environment.json").read_text())["data"]
-    return Opened(title, backbones, spec, header, origin, run.config, path, run_data)
+    return Opened(title, backbones, spec, header, origin, run.config, path, run.data)
