@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import relssl
-from relssl.data.folder import shown
 from relssl.data.named import at_hand, exists, load
 from relssl.errors import ConfigError, DataError, RelsslError
 from relssl.settings import recipes
@@ -239,10 +238,9 @@ def finetune(args: argparse.Namespace, overrides: Overrides) -> Outcome | None:
 def predict(args: argparse.Namespace, _: Overrides) -> Outcome | None:
     _prepare()
     facts = relssl.predict(args.model, args.data, args.out, **_pick(args, "split", "data_root", "device", "precision"))
-    left_out = "".join(
-        [f"; {len(facts['bad'])} could not be read" * bool(facts["bad"]), *(f"\n{note}" for note in facts["notes"])]
-    )
-    return Outcome(facts, f"{facts['images']} images of {args.data} classified in {facts['out']}, split {args.split}{left_out}")
+    left_out = f"; {len(facts['bad'])} could not be read" if facts["bad"] else ""
+    written = f"{facts['images']} images of {args.data} classified in {facts['out']}, split {args.split}{left_out}"
+    return Outcome(facts, "\n".join([written, *facts["notes"]]))
 
 
 @verb(
@@ -357,10 +355,10 @@ def validate(args: argparse.Namespace, overrides: Overrides) -> Outcome | None:
             test = load(typed.data, typed.data_root, "test")
         used = min(len(images), typed.max_images or len(images))
         config = give_way(typed, used)
-        data |= {"images": len(images), "test": len(test or ()), "classes": images.class_count, "left_out": len(images.bad)}
+        data |= {"images": len(images), "test": len(test or ()), "classes": images.class_count, "notes": list(images.notes)}
         classes = f" of {images.class_count} classes" if images.class_count else ""
         lines.append(f"{images.name}: {len(images)} images{classes} to pretrain on, {data['test']} to test on")
-        lines += [f"left out: {len(images.bad)} files, the first: {shown(name)} {why}" for name, why in images.bad[:1]]
+        lines += images.notes
         lines += adjustments(typed, config, used)
     run = f"recipe {config.recipe}, {config.backbone} on {config.data}, {config.epochs} epochs of batch {config.batch_size}"
     text = to_yaml(config).rstrip() if args.show else "\n".join([f"valid: {run}", *lines])

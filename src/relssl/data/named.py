@@ -170,6 +170,8 @@ def fetch(name: str, root: str, read: Callable[[bool], T]) -> T:
         return read(False)
     timeout = socket.getdefaulttimeout()
     try:
+        if root.startswith("~"):
+            raise FileNotFoundError("no home folder is known here")
         Path(root).mkdir(parents=True, exist_ok=True)
         with Path(root, f".{name}.lock").open("w") as lock:
             with contextlib.suppress(OSError):  # not on every network drive

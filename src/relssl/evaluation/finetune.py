@@ -166,14 +166,11 @@ def predict(
     if not bool(finite.all()):
         raise NumericError(f"{names[int(finite.int().argmin())]!r}: its scores hold NaN or Inf; check the weights")
     scores, kind = features.vectors.softmax(dim=1).numpy(), path.suffix.lower()
-    best, facts = (
-        scores.argmax(axis=1),
-        {"classes": classes.tolist(), "bad": [*images.bad, *features.bad], "notes": [*images.notes]},
-    )
+    best, bad = scores.argmax(axis=1), [*images.bad, *features.bad]
     with replacing(path, needed=scores.nbytes) as file:
         if kind == ".npz":
             np.savez(file, names=np.array(names), predicted=best, scores=scores, classes=classes)
         else:
             columns = {"name": [*map(escaped, names)], "class": classes[best].tolist(), "score": scores.max(axis=1)}
             TABLES[kind](file, columns, "scores", scores[:, :0] if kind == ".csv" else scores)
-    return {"out": str(out), "images": len(names), **facts}
+    return {"out": str(out), "images": len(names), "classes": classes.tolist(), "bad": bad, "notes": list(images.notes)}
