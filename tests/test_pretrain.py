@@ -349,7 +349,7 @@ def test_too_many_bad_images_stop_the_run(pictures: Path, tmp_path: Path) -> Non
     [
         (["pretrain", "nowhere/", "--out", "{run}"], 3, "nowhere"),
         (["pretrain", "cifr10", "--out", "{run}"], 3, "cifar10"),
-        (["pretrain", "{empty}", "--out", "{run}"], 3, "no usable images"),
+        (["pretrain", "{empty}", "--out", "{run}"], 3, "no usable image"),
         (["pretrain", "{pictures}", "--out", "{run}", "--batch_size", "64"], 3, "batch_size"),
         (["pretrain", "--backbone", "resnet81", "--epochs", "20", "--out", "{run}"], 2, "resnet81"),
         (["resume", "{empty}"], 2, "is no run folder"),

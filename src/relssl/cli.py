@@ -19,10 +19,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import relssl
-from relssl.data.folder import shown
 from relssl.data.named import at_hand, exists, load
 from relssl.errors import CheckpointError, ConfigError, DataError, Interrupted, LockedError, NumericError, RelsslError
-from relssl.files import size
 from relssl.settings import recipes
 from relssl.settings.evaluation import Evaluation, Tuning, read_settings
 from relssl.settings.launcher import rank, with_launch
@@ -244,7 +242,8 @@ def predict(args: argparse.Namespace, _: Overrides) -> Outcome | None:
     _prepare()
     facts = relssl.predict(args.model, args.data, args.out, **_pick(args, "split", "data_root", "device", "precision"))
     left_out = f"; {len(facts['bad'])} could not be read" if facts["bad"] else ""
-    return Outcome(facts, f"{facts['images']} images of {args.data} classified in {facts['out']}, split {args.split}{left_out}")
+    written = f"{facts['images']} images of {args.data} classified in {facts['out']}, split {args.split}{left_out}"
+    return Outcome(facts, "\n".join([written, *facts["notes"]]))
 
 
 @verb(
@@ -268,7 +267,7 @@ def export(args: argparse.Namespace, _: Overrides) -> Outcome | None:
     code = "\n".join("    " + line for line in result.lines)
     where = result.address or str(result.path)
     if args.dry_run:
-        each = (f"    {file.name:20} {size(count)}" for file, count in zip(result.files, result.sizes, strict=True))
+        each = (f"    {file.name:20} {count:12,} bytes" for file, count in zip(result.files, result.sizes, strict=True))
         where = "\n".join([f"would be uploaded as {args.push}, and was not:\n", *each, ""])
     facts |= {"push": args.push, "address": result.address, "sizes": list(result.sizes)} if args.push else {}
     return Outcome(facts, f"{where}\nchecked on {parity.images}: {how}\n\nLoad it:\n\n{code}")
@@ -312,10 +311,12 @@ def recipes_(args: argparse.Namespace, _: Overrides) -> Outcome | None:
 def list_(args: argparse.Namespace, _: Overrides) -> Outcome | None:
     from relssl.data.folder import list_lines
 
-    lines, bad = list_lines(args.folder)
-    if bad:
-        _say(f"relssl: {len(bad)} files are left out, the first: {shown(bad[0][0])} {bad[0][1]}")
-    return Outcome({"images": len(lines), "bad": bad}, lambda: sys.stdout.buffer.writelines(line + b"\n" for line in lines))
+    lines, images = list_lines(args.folder)
+    for note in images.notes:
+        _say(f"relssl: {note}")
+    return Outcome(
+        {"images": len(lines), "bad": images.bad}, lambda: sys.stdout.buffer.writelines(line + b"\n" for line in lines)
+    )
 
 
 @verb(
@@ -357,10 +358,10 @@ def validate(args: argparse.Namespace, overrides: Overrides) -> Outcome | None:
             test = load(typed.data, typed.data_root, "test")
         used = min(len(images), typed.max_images or len(images))
         config = give_way(typed, used)
-        data |= {"images": len(images), "test": len(test or ()), "classes": images.class_count, "left_out": len(images.bad)}
+        data |= {"images": len(images), "test": len(test or ()), "classes": images.class_count, "notes": list(images.notes)}
         classes = f" of {images.class_count} classes" if images.class_count else ""
         lines.append(f"{images.name}: {len(images)} images{classes} to pretrain on, {data['test']} to test on")
-        lines += [f"left out: {len(images.bad)} files, the first: {shown(name)} {why}" for name, why in images.bad[:1]]
+        lines += images.notes
         lines += adjustments(typed, config, used)
     run = f"recipe {config.recipe}, {config.backbone} on {config.data}, {config.epochs} epochs of batch {config.batch_size}"
     text = to_yaml(config).rstrip() if args.show else "\n".join([f"valid: {run}", *lines])

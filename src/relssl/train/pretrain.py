@@ -19,6 +19,7 @@ from relssl.data.cache import shrunken
 from relssl.data.images import Images, Pixels
 from relssl.data.loader import Batch, worker_count
 from relssl.data.named import SETS, exists, load
+from relssl.data.subsets import check_variety
 from relssl.engine import Engine
 from relssl.errors import ConfigError, DataError, DistributedError, ExportError, RelsslError, StorageError
 from relssl.evaluation.pairs import LabelledPair, choose
@@ -233,6 +234,7 @@ def prepare(run: Run, saved: Path | None) -> Iterator[str]:
     config, method, memory = run.config, run.config.method, run.config.method.memory_size
     subject = f"{config.backbone} on {len(run.images)} images of {run.images.name}, recipe {config.recipe}"
     yield f"{method.name}: {subject}, {run.total_steps} steps, {run.engine.describe()}"
+    yield from run.images.notes
     if run.state.model.memory is not None and memory > 0.5 * len(run.images):
         yield f"note: the memory ({memory}) is over half of the data: samples meet old copies of themselves"
     if compiled := compile_networks(run):
@@ -295,6 +297,7 @@ def build(config: Config, engine: Engine, say: Callable[[str], None] = lambda li
     labelled, online = METHODS[config.method.name].labels, None
     say(f"reading the images of {config.data}")
     images = load(config.data, config.data_root, "bank" if labelled else "train")
+    check_variety(images, config.loader.max_pixels)
     if config.max_images is not None:
         images = choose(images, config.max_images, config.seed)
     if labelled and images.class_count < 2:
@@ -309,11 +312,14 @@ def build(config: Config, engine: Engine, say: Callable[[str], None] = lambda li
     config = fit(settings, engine, workers, images.class_count if labelled else 1)
     if config.batch_size != settings.batch_size:
         say(f"batch_size is {config.batch_size}, which fits in memory, with optimizer.lr {config.optimizer.lr:g}")
-    with suppress(DataError):  # data without a test part is not evaluated, nor is one without labels to vote about
-        if config.log.knn_every and engine.is_first:
+    if config.log.knn_every and engine.is_first:
+        try:
             pair = LabelledPair.load(config.data, config.data_root, config.log.knn_images, config.seed)
             if pair.bank.labels is not None and pair.bank.labels.min() != pair.bank.labels.max():
                 online = OnlineKnn(pair, config)
+        except DataError as error:  # data without a test part is not evaluated, nor is one without labels to vote about
+            if images.labels is not None:
+                images = dataclasses.replace(images, notes=(*images.notes, f"no kNN while training: {error}"))
     say(f"building {config.backbone}")
     return create_run(config, engine, images, online)
 
