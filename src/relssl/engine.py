@@ -89,11 +89,20 @@ class Engine:
         patience, backend = timedelta(seconds=config.timeout), "nccl" if kind == "cuda" else "gloo"
         shared = {"broadcast_buffers": False, "gradient_as_bucket_view": True, "cluster_environment": _environment()}
         ddp = DDPStrategy(process_group_backend=backend, timeout=patience, **shared)
-        with quiet_libraries():
-            fabric = Fabric(accelerator=kind, devices=config.devices, num_nodes=config.nodes, precision="32-true", strategy=ddp)
-            threads = torch.get_num_threads()
-            fabric.launch()
-            torch.set_num_threads(threads)  # Lightning shares them out, as `running` does
+        threads = torch.get_num_threads()
+        try:
+            with quiet_libraries():
+                fabric = Fabric(
+                    accelerator=kind, devices=config.devices, num_nodes=config.nodes, precision="32-true", strategy=ddp
+                )
+                fabric.launch()
+        except (RuntimeError, ValueError) as error:
+            where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise DistributedError(
+                f"engine.devices: the processes did not meet at {where} ({reason}); start all of them alike"
+            ) from error
+        torch.set_num_threads(threads)  # Lightning shares them out, as `running` does
         self._fabric, self.device, self.rank, self.world = fabric, fabric.device, fabric.global_rank, fabric.world_size
         # What ranks exchange at every step beside tensors goes by the host, so that it waits for no device.
         self._host: Any = dist.new_group(backend="gloo", timeout=patience)
