@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -89,6 +90,19 @@ def test_sigterm_to_one_rank_stops_both(tmp_path: Path) -> None:
     finish(cut, 143)
     assert json.loads((tmp_path / "cut/status.json").read_text())["exit_code"] == 143
     assert "step-00000005" <= store.checkpoints(tmp_path / "cut/checkpoints")[-1].name < "step-00000500"
+
+
+@pytest.mark.torture
+def test_a_rank_that_dies_ends_the_run_with_a_line_and_a_status(tmp_path: Path) -> None:
+    """One more launch of two ranks: torture."""
+    cut = start(tmp_path / "cut", merge(SETTINGS, {"epochs": 500, "log": {"knn_every": 0}, "checkpoint": {"every_steps": 5}}))
+    while cut.poll() is None and not (tmp_path / "cut/checkpoints/step-00000005").exists():
+        time.sleep(0.02)
+    (other,) = psutil.Process(cut.pid).children()
+    other.kill()
+    assert "relssl: " in finish(cut, 7)
+    status = json.loads((tmp_path / "cut/status.json").read_text())
+    assert (status["state"], status["exit_code"], status["error"]["kind"]) == ("failed", 7, "distributed")
 
 
 @pytest.mark.torture
