@@ -24,7 +24,7 @@ EXTENSIONS = frozenset(
 _OTHER_PICTURES = frozenset(
     b"heic heif hif dcm dicom dng cr2 cr3 nef nrw arw orf raf rw2 pef raw psd svg exr hdr jxl tga fits fit".split()
 )
-_APPLE_DOUBLE = "._* of macOS"
+_APPLE_DOUBLE, _HIDDEN = "._* of macOS", "hidden"
 # Names of the parts of a folder; the first there is wins.
 _TRAIN, _TEST = ("train", "training"), ("val", "valid", "validation", "test", "testing")
 
@@ -62,7 +62,7 @@ class LeftOut:
 
     def note(self, folder: str, images: int) -> list[str]:
         """Return a line on the kinds in a folder that are not read, if pictures are among them, or if they outnumber the images."""
-        pictures = any(kind == _APPLE_DOUBLE or kind[1:].encode() in _OTHER_PICTURES for kind in self.kinds)
+        pictures = any(kind in (_APPLE_DOUBLE, _HIDDEN) or kind[1:].encode() in _OTHER_PICTURES for kind in self.kinds)
         if self.kinds.total() <= images and not pictures:
             return []
         return [f"left out of {folder}/, as files of other kinds: {self.counts()}"]
@@ -103,8 +103,8 @@ def walk(folder: str, left: LeftOut) -> Iterator[tuple[bytes, int, int]]:
                     name = entry.name
                     ending = name.rpartition(b".")[2].lower() if b"." in name else b""
                     if _is_hidden(name):
-                        if name.startswith(b"._") and ending in EXTENSIONS:
-                            left.kinds[_APPLE_DOUBLE] += 1
+                        if ending in EXTENSIONS:
+                            left.kinds[_APPLE_DOUBLE if name.startswith(b"._") else _HIDDEN] += 1
                     elif _is_folder(entry):
                         (links if entry.is_symlink() else pending).append(below + name + b"/")
                     elif ending not in EXTENSIONS:
