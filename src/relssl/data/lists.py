@@ -8,6 +8,7 @@ import os
 import unicodedata
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -89,27 +90,17 @@ def _tabs(line: bytes) -> list[bytes]:
     return line.split(b"\t")
 
 
-def _trimmed(line: bytes) -> list[bytes]:
-    return [line.strip()]
-
-
-def _commas(line: bytes, delimiter: str = ",") -> list[bytes]:
+def _csv(line: bytes, delimiter: str) -> list[bytes]:
     try:
-        return [
-            cell.strip().encode("utf-8", "surrogateescape")
-            for cell in next(csv.reader([line.decode("utf-8", "surrogateescape")], delimiter=delimiter), [])
-        ]
+        cells = next(csv.reader([line.decode("utf-8", "surrogateescape")], delimiter=delimiter), [])
     except csv.Error:
         return [line]
-
-
-def _semicolons(line: bytes) -> list[bytes]:
-    return _commas(line, ";")
+    return [cell.strip().encode("utf-8", "surrogateescape") for cell in cells]
 
 
 def _blank(line: bytes) -> list[bytes]:
     return line.rsplit(None, 1)
 
 
-_CSV = (_commas, _semicolons)
-_CELLS: tuple[Cells, ...] = (_tabs, _trimmed, *_CSV, _blank)
+_CSV = (partial(_csv, delimiter=","), partial(_csv, delimiter=";"))
+_CELLS: tuple[Cells, ...] = (_tabs, *_CSV, _blank)  # a line without a comma is a single cell, without the blanks around it
