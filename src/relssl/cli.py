@@ -6,22 +6,24 @@ import argparse
 import collections
 import contextlib
 import dataclasses
+import io
 import itertools
 import json
 import os
 import sys
 import textwrap
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import relssl
 from relssl.data.named import at_hand, exists, load
-from relssl.errors import ConfigError, DataError, RelsslError
-from relssl.files import size
+from relssl.errors import CheckpointError, ConfigError, DataError, Interrupted, LockedError, NumericError, RelsslError
 from relssl.settings import recipes
 from relssl.settings.evaluation import Evaluation, Tuning, read_settings
+from relssl.settings.launcher import rank, with_launch
 from relssl.settings.names import MAIN, meant, spell
 from relssl.settings.reading import build, leaves, nearest_word
 from relssl.settings.run import Config, adjustments, differences, give_way, resolve, to_yaml
@@ -265,7 +267,7 @@ def export(args: argparse.Namespace, _: Overrides) -> Outcome | None:
     code = "\n".join("    " + line for line in result.lines)
     where = result.address or str(result.path)
     if args.dry_run:
-        each = (f"    {file.name:20} {size(count)}" for file, count in zip(result.files, result.sizes, strict=True))
+        each = (f"    {file.name:20} {count:12,} bytes" for file, count in zip(result.files, result.sizes, strict=True))
         where = "\n".join([f"would be uploaded as {args.push}, and was not:\n", *each, ""])
     facts |= {"push": args.push, "address": result.address, "sizes": list(result.sizes)} if args.push else {}
     return Outcome(facts, f"{where}\nchecked on {parity.images}: {how}\n\nLoad it:\n\n{code}")
@@ -407,15 +409,14 @@ def reproduce(args: argparse.Namespace, overrides: Overrides) -> Outcome | None:
 
 
 def _run_settings(args: argparse.Namespace, overrides: Overrides) -> Config:
-    """The settings of a run; under torchrun the launcher has already decided how many processes there are."""
-    local, world = os.environ.get("LOCAL_WORLD_SIZE"), os.environ.get("WORLD_SIZE")
-    if local and world:
-        overrides = {"engine.devices": local, "engine.nodes": str(int(world) // int(local))} | overrides
-    return resolve(overrides if args.data is None else overrides | {"data": args.data}, args.config)
+    return with_launch(resolve(overrides if args.data is None else overrides | {"data": args.data}, args.config))
 
 
 def _prepare(config: Config | None = None) -> None:
-    """Check that the data of a run exists, then import torch and tune this process for computing."""
+    """Check that the data of a run exists, then import torch and tune this process for computing, without what libraries have to say."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
     if config is not None:
         exists(config.data, config.data_root)
     from relssl.engine import prepare_process
@@ -426,7 +427,10 @@ def _prepare(config: Config | None = None) -> None:
 def _trained(result: Any) -> Outcome | None:
     from relssl.report.tables import facts, show_summary
 
-    return None if result.rank else Outcome(facts(result), lambda: show_summary(result, relssl.load_run(result.folder).config))
+    if result.rank:
+        return None
+    config = relssl.load_run(result.folder).config
+    return Outcome(facts(result, config), lambda: show_summary(result, config))
 
 
 def _reading(args: argparse.Namespace, **more: Any) -> Any:
@@ -440,7 +444,8 @@ def _pick(args: Any, *names: str) -> dict[str, Any]:
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # its reader has left
+        print(line, file=sys.stderr, flush=True)
 
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Overrides]:
@@ -534,7 +539,10 @@ def _nearest_option(name: str, verb: Verb) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return its exit code."""
-    argv = sys.argv[1:] if argv is None else argv
+    argv, outcome = sys.argv[1:] if argv is None else argv, None
+    for stream in (sys.stdout, sys.stderr):  # names that the console has no characters for end no command
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         args, overrides = _parse(argv)
         outcome = args.run(args, overrides)
@@ -543,21 +551,34 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(json.dumps(outcome.facts))
             else:
                 print(outcome.show) if isinstance(outcome.show, str) else outcome.show()
+            sys.stdout.flush()
             if outcome.error:
                 raise outcome.error
         return 0
-    except BrokenPipeError:
-        # The reader of our output has left, and no message would reach it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+    except BrokenPipeError:  # the reader of our output has left, and no message would reach it; what is done is done
+        return 141 if outcome is None else getattr(outcome.error, "exit_code", 0)
     except (Exception, KeyboardInterrupt) as error:
-        if "--debug" in argv:
-            traceback.print_exc()
-        code, lines = 1, f"a bug: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}; --debug shows where"
-        if isinstance(error, RelsslError):
-            code, lines = error.exit_code, str(error)
-        elif isinstance(error, KeyboardInterrupt):
-            code, lines = 130, "interrupted"
+        return _failed(error, debug="--debug" in argv)
+    finally:
+        for stream in (sys.stdout, sys.stderr):  # Python would flush them once more, and fail
+            try:
+                stream.flush()
+            except (OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _failed(error: BaseException, debug: bool) -> int:
+    """Tell why a command failed, and return its exit code; of several processes one speaks of what all of them have met."""
+    if debug:
+        traceback.print_exc()
+    code, lines = 1, f"a bug: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}; --debug shows where"
+    if isinstance(error, RelsslError):
+        code, lines = error.exit_code, str(error)
+    elif isinstance(error, KeyboardInterrupt):
+        code, lines = 130, "interrupted"
+    number, torch = rank(), sys.modules.get("torch")
+    met_by_all = isinstance(error, (CheckpointError, LockedError, NumericError, Interrupted))
+    if number == 0 or (torch and torch.distributed.is_initialized() and not met_by_all):
         for line in lines.splitlines():
-            _say(f"relssl: {line}")
-        return code
+            _say(f"relssl: {f'rank {number}: ' if number else ''}{line}")
+    return code
