@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import relssl
 from relssl.data.named import at_hand, exists, load
 from relssl.errors import ConfigError, DataError, RelsslError
-from relssl.files import size
 from relssl.settings import recipes
 from relssl.settings.evaluation import Evaluation, Tuning, read_settings
 from relssl.settings.names import MAIN, meant, spell
@@ -265,7 +264,7 @@ def export(args: argparse.Namespace, _: Overrides) -> Outcome | None:
     code = "\n".join("    " + line for line in result.lines)
     where = result.address or str(result.path)
     if args.dry_run:
-        each = (f"    {file.name:20} {size(count)}" for file, count in zip(result.files, result.sizes, strict=True))
+        each = (f"    {file.name:20} {count:12,} bytes" for file, count in zip(result.files, result.sizes, strict=True))
         where = "\n".join([f"would be uploaded as {args.push}, and was not:\n", *each, ""])
     facts |= {"push": args.push, "address": result.address, "sizes": list(result.sizes)} if args.push else {}
     return Outcome(facts, f"{where}\nchecked on {parity.images}: {how}\n\nLoad it:\n\n{code}")

@@ -102,15 +102,7 @@ def write_vectors(
             columns["label"] = labels
             if classes is not None:
                 columns["class"] = [escaped(classes[label]) if label >= 0 else None for label in labels.tolist()]
-        write_columns(path, file, columns, "features", features)
-
-
-def write_columns(path: Path, file: BinaryIO, columns: dict[str, Any], title: str, vectors: NDArray[np.float32]) -> None:
-    """Write columns of N values and vectors [N,D], which have the `title`, as .csv or .parquet, as the suffix of `path` says."""
-    if path.suffix.lower() == ".csv":
-        _write_csv(file, columns, vectors)
-    else:
-        _write_parquet(file, columns, title, vectors)
+        TABLES[path.suffix.lower()](file, columns, "features", features)
 
 
 def check_target(path: Path) -> None:
@@ -130,7 +122,7 @@ def escaped(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def _write_csv(file: BinaryIO, columns: dict[str, Any], features: NDArray[np.float32]) -> None:
+def _write_csv(file: BinaryIO, columns: dict[str, Any], title: str, features: NDArray[np.float32]) -> None:
     text = io.TextIOWrapper(file, "utf-8", newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([*columns, *(f"f{place}" for place in range(features.shape[1]))])
@@ -150,3 +142,6 @@ def _write_parquet(file: BinaryIO, columns: dict[str, Any], title: str, features
     # Only the classes recur; a dictionary of the features would be as large as they are.
     size = max(1, _GROUP // features.shape[1])
     parquet.write_table(pa.table(columns | {title: vectors}), file, row_group_size=size, use_dictionary=["class"])
+
+
+TABLES = {".csv": _write_csv, ".parquet": _write_parquet}  # of a file, columns of N values, and vectors [N,D] with their title

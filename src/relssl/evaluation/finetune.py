@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from relssl.data.named import load
 from relssl.engine import Engine
 from relssl.errors import CheckpointError, ConfigError, NumericError
-from relssl.evaluation.embed import check_target, escaped, write_columns
+from relssl.evaluation.embed import TABLES, check_target, escaped
 from relssl.evaluation.features import extract
 from relssl.evaluation.heads import labels_of, linear_classifier, train_whole
 from relssl.evaluation.metrics import Bootstrap
@@ -68,7 +68,9 @@ def finetune(
     notes = [*opened.notes, *pair.notes(opened.run_data.get("fingerprint"))]
     labels_of(pair, "finetune")
     reader = opened.reader(settings.size, settings.workers)
-    spec = _sized(opened.spec, settings.size)
+    spec = replace(opened.spec, view=reader.view)
+    if settings.size is not None:  # which the arguments would follow, and the shapes of weights
+        spec = replace(spec, arguments=opened.spec.all_arguments())
     task = Task(spec, reader, engine, Bootstrap(1000, settings.seed), say or (lambda line: None))
     names = [*map(escaped, pair.bank.classes or pair.test.classes or ())]
     names += map(str, range(len(names), pair.classes))
@@ -86,13 +88,6 @@ def finetune(
     export.hand_over(Opened(target.name, {"backbone": whole}, spec, header, {}), target, "safetensors", pair.test)
     notes += figures["notes"]
     return {"out": str(target), "classes": names, **facts, "interval": figures["intervals"]["top1"], "notes": notes}
-
-
-def _sized(spec: BackboneSpec, size: int | None) -> BackboneSpec:
-    """Return the description of a network that sees images of another size and keeps its weights' shapes."""
-    if size in (None, spec.view.size):
-        return spec
-    return replace(spec, arguments=spec.all_arguments(), view=replace(spec.view, size=size))
 
 
 def _joined(
@@ -170,16 +165,12 @@ def predict(
     finite = features.vectors.isfinite().all(dim=1)
     if not bool(finite.all()):
         raise NumericError(f"{names[int(finite.int().argmin())]!r}: its scores hold NaN or Inf; check the weights")
-    _write(path, names, classes, features.vectors.softmax(dim=1))
-    bad = [*images.bad, *features.bad]
+    scores, kind = features.vectors.softmax(dim=1).numpy(), path.suffix.lower()
+    best, bad = scores.argmax(axis=1), [*images.bad, *features.bad]
+    with replacing(path, needed=scores.nbytes) as file:
+        if kind == ".npz":
+            np.savez(file, names=np.array(names), predicted=best, scores=scores, classes=classes)
+        else:
+            columns = {"name": [*map(escaped, names)], "class": classes[best].tolist(), "score": scores.max(axis=1)}
+            TABLES[kind](file, columns, "scores", scores[:, :0] if kind == ".csv" else scores)
     return {"out": str(out), "images": len(names), "classes": classes.tolist(), "bad": bad, "notes": list(images.notes)}
-
-
-def _write(path: Path, names: list[str], classes: np.ndarray, scores: Tensor) -> None:
-    best, values = scores.argmax(dim=1).numpy(), scores.numpy()
-    with replacing(path, needed=values.nbytes) as file:
-        if path.suffix.lower() == ".npz":
-            np.savez(file, names=np.array(names), predicted=best, scores=values, classes=classes)
-            return
-        columns = {"name": [*map(escaped, names)], "class": classes[best].tolist(), "score": values.max(axis=1)}
-        write_columns(path, file, columns, "scores", values[:, :0] if path.suffix.lower() == ".csv" else values)
