@@ -388,15 +388,15 @@ def test_the_same_thing_may_be_typed_in_several_ways(tmp_path: Path, capsys: pyt
     facts = json.loads(capsys.readouterr().out)
     assert facts["data"] == {"images": 8, "test": 0, "classes": 0, "left_out": 0}
     for words, word in (
-        ([photos, "--data", "digits"], photos),
+        ([photos, "--data", "digits"], "DATA once"),
         ([photos, "--data_dir", "digits"], "given twice"),
         ([photos, "batch_size=4"], "--batch_size 4"),
         ([photos, "lr=4"], "--lr 4"),
     ):
         assert main(["validate", *words]) == 2
         assert word in capsys.readouterr().err
-    assert main(["embed", "--data", photos, "--out", "x.npz"]) == 2
-    assert "source" in capsys.readouterr().err
+    assert main(["embed", "--data", photos, "--out", "x.npz", "--source", "nowhere"]) == 2
+    assert "nowhere: is no run folder" in capsys.readouterr().err
     assert main(["embed", "a", "b", "--out", "x.npz", "--img-size", "3"]) == 2
     assert "--size" in capsys.readouterr().err
     assert main(["validate", str(tmp_path / "none")]) == 3

@@ -5,14 +5,17 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import copy
 import dataclasses
 import itertools
 import json
 import os
+import re
 import sys
 import textwrap
 import traceback
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,8 +26,8 @@ from relssl.errors import ConfigError, DataError, RelsslError
 from relssl.files import size
 from relssl.settings import recipes
 from relssl.settings.evaluation import Evaluation, Tuning, read_settings
-from relssl.settings.names import MAIN, meant, spell
-from relssl.settings.reading import build, leaves, nearest_word
+from relssl.settings.names import MAIN, meant, spell, words
+from relssl.settings.reading import build, choices, leaves, nearest_word
 from relssl.settings.run import Config, adjustments, differences, give_way, resolve, to_yaml
 from relssl.weights.formats import FORMATS, find_format
 
@@ -49,9 +52,8 @@ _COMMANDS = PARSER.add_subparsers(dest="verb", required=True, metavar="COMMAND")
 class Verb(NamedTuple):
     """A command, as it is read and shown."""
 
-    about: str
-    usage: str
-    options: dict[str, dict[str, Any]]  # its own, which are not settings, with their arguments for argparse
+    parser: argparse.ArgumentParser  # of its own options, and not of the settings
+    options: dict[str, dict[str, Any]]  # its own, with their arguments for argparse
     settings: Any  # the dataclass whose fields are options, too
     main: tuple[str, ...] | None  # the settings that `--help` shows; None: those outside of sections
 
@@ -60,10 +62,7 @@ VERBS: dict[str, Verb] = {}
 
 
 def verb(about: str, *options: Option, settings: Any = None, main: tuple[str, ...] | None = None) -> Callable[[Any], Any]:
-    """Make a command of a function of its arguments and settings, which returns no outcome in processes that have none.
-
-    The fields of `settings`, a dataclass, are options too; argparse does not know them.
-    """
+    """Make a command of a function of its arguments and settings, which returns no outcome in processes that have none."""
 
     def add(run: Callable[[argparse.Namespace, Overrides], Outcome | None]) -> Any:
         name, own = run.__name__.removesuffix("_"), dict((*options, *_COMMON))
@@ -73,7 +72,7 @@ def verb(about: str, *options: Option, settings: Any = None, main: tuple[str, ..
             command.add_argument(at, **more)
         if settings:
             command.usage = f"{command.format_usage().removeprefix('usage: ').rstrip()} [--SETTING VALUE ...]"
-        VERBS[name] = Verb(about, command.format_usage(), own, settings, main)
+        VERBS[name] = Verb(command, own, settings, main)
         return run
 
     return add
@@ -85,7 +84,7 @@ def option(name: str, about: str | None = None, **more: Any) -> Option:
 
 
 _COMMON = (
-    option("--json", "end standard output with one JSON object of the results", action="store_true"),
+    option("--json", "end the output with one JSON object of the results", action="store_true"),
     option("--debug", "show a traceback with an error", action="store_true"),
 )
 _RUN = (
@@ -449,85 +448,84 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Overrides]:
     if argv[0] not in VERBS:
         raise ConfigError(f"unknown command {argv[0]!r}; the nearest is {nearest_word(argv[0], VERBS)}")
     verb = VERBS[argv[0]]
-    words, options, named, overrides = _sort(verb, argv[1:])
-    places = _places(verb, words, named)
+    words, options, overrides = _sort(verb, argv[1:])
     if verb.settings and {"-h", "--help", "--help_all"} & {*options}:
-        print(_help(verb, overrides | places, "--help_all" in options))
+        given = dict(zip((name for name in verb.options if name[0] != "-"), words, strict=False)) | overrides
+        _help(verb, given, "--help_all" in options).print_help()
         raise SystemExit(0)
     if overrides and not verb.settings:
         raise ConfigError(*(f"--{name}: unknown option of relssl {argv[0]}; {_nearest_option(name, verb)}" for name in overrides))
-    args, extra = PARSER.parse_known_args([argv[0], *places.values(), *options])
+    args, extra = PARSER.parse_known_args([argv[0], *words, *options])
     if extra:
-        raise ConfigError(f"{extra[0]!r}: not expected here; settings are given as --name value")
+        raise ConfigError(f"{extra[0]!r}: not expected here; settings are given as --name value, and DATA once")
     for name, value in vars(args).items():
         if isinstance(value, str) and value.startswith("~"):  # where no shell has done so
             setattr(args, name, os.path.expanduser(value))
     return args, overrides
 
 
-def _sort(verb: Verb, argv: Sequence[str]) -> tuple[list[str], list[str], dict[str, str], Overrides]:
-    """Return the words of a command that stand alone, its own options, those among them that may stand alone, and settings; in options
-    - is the same as _."""
+def _sort(verb: Verb, argv: Sequence[str]) -> tuple[list[str], list[str], Overrides]:
+    """Return the words of a command that stand alone, those given as an option (`--data DIR`) last, its own options, and settings."""
     words, options, named, overrides, rest = list[str](), list[str](), dict[str, str](), Overrides(), collections.deque(argv)
+    known = leaves(verb.settings) if verb.settings else {}
     while rest:
         word = rest.popleft()
         name, equals, value = word.partition("=")
-        key = name[2:].replace("-", "_")
+        key = name.removeprefix("--").replace("-", "_")  # which are the same
         how = verb.options.get(f"--{key}", {})
         if not word.startswith("-"):
+            if equals and set(meant(key, known)) & known.keys() and not os.path.exists(word):
+                raise ConfigError(f"{word!r}: settings are given as --{key} {value}")
             words.append(word)
-        elif not word.startswith("--") or key in ("help", "help_all") or how.get("action") == "store_true":
-            options.append(word if equals or word[:2] != "--" else f"--{key}")
+        elif word[:2] != "--" or key in ("help", "help_all") or how.get("action") == "store_true":
+            options.append(f"--{key}" if word[:2] == "--" else word)
         elif not equals and (not rest or rest[0].startswith("--")):
             raise ConfigError(f"{name}: needs a value")
+        elif how.get("nargs") == "+":
+            options += [f"--{key}", value if equals else rest.popleft()]
+            while rest and not rest[0].startswith("--"):
+                options.append(rest.popleft())
         else:
             value = value if equals else rest.popleft()
             if how:
                 options.append(f"--{key}={value}")
-                while how.get("nargs") == "+" and rest and not rest[0].startswith("--"):
-                    options[-1:] = [f"--{key}", *options[-1].split("=", 1)[1:], rest.popleft()]
             else:
                 (named if key in verb.options else overrides)[key] = value
-    return words, options, named, overrides
+    return [*words, *(named[name] for name in verb.options if name in named)], options, overrides
 
 
-def _places(verb: Verb, words: Sequence[str], named: dict[str, str]) -> dict[str, str]:
-    """Return the arguments that stand alone by their names, those given as an option, `--data DIR`, included."""
-    known, places = leaves(verb.settings) if verb.settings else {}, [name for name in verb.options if not name.startswith("-")]
-    for word in words:
-        name, equals, value = word.partition("=")
-        if equals and set(meant(name, known)) & known.keys() and not os.path.exists(word):
-            raise ConfigError(f"{word!r}: settings are given as --{name} {value}")
-    free = [name for name in places if name not in named]
-    given = named | dict(zip(free, words, strict=False))
-    for word in words[len(free) :]:
-        if word not in named.values():
-            twice = next((f"{name} is given as {named[name]}, too" for name in named), "settings are given as --name value")
-            raise ConfigError(f"{word!r}: not expected here; {twice}")
-    if missing := next((name for name, after in itertools.pairwise(places) if name not in given and after in given), None):
-        raise ConfigError(f"{missing}: is missing, see relssl {verb.usage.split()[2]} --help")
-    return {name: given[name] for name in places if name in given}
+def _help(verb: Verb, given: Overrides, every: bool) -> argparse.ArgumentParser:
+    """Return a verb's parser with the settings that matter, or all section by section, as they would be with those that are given."""
 
+    def read(over: Overrides) -> Any:
+        return resolve(over) if verb.settings is Config else build(verb.settings, spell(over, fields))
 
-def _help(verb: Verb, overrides: Overrides, every: bool) -> str:
-    """Return the help of a verb that takes settings: what they would be with those that are given."""
-    from relssl.help import page
-
-    def read(given: Overrides) -> Any:
-        return resolve(given) if verb.settings is Config else build(verb.settings, spell(given, leaves(verb.settings)))
-
-    own = {name: value for name, value in overrides.items() if name == "data" or name not in verb.options}
+    fields = leaves(verb.settings)
     try:
-        settings = read(own)
+        settings = read({name: value for name, value in given.items() if name == "data" or name not in verb.options})
     except ConfigError:
         settings = read({})
-    return page(verb.usage, verb.about, verb.options, settings, verb.main, every)
+    shown = fields if every else [name for name in fields if "." not in name] if verb.main is None else verb.main
+    parser = copy.deepcopy(verb.parser)
+    parser.add_argument("--help-all", action="store_true", help=f"show all {len(fields)} settings, too")
+    whole = f"settings, as recipe {settings.recipe} has them" if hasattr(settings, "recipe") else "settings and their defaults"
+    groups: dict[str, Any] = {"": parser.add_argument_group(whole)} if shown else {}
+    for name in (name for name in shown if name != "data" and f"--{name}" not in verb.options):
+        section, value, one_of = name.rpartition(".")[0] * every, attrgetter(name)(settings), ", ".join(choices(fields[name]))
+        if section not in groups:
+            groups[section] = parser.add_argument_group(section, attrgetter(section)(settings).__doc__)
+        flag, text = name, f"{fields[name].description}{f' (one of {one_of})' if one_of else ''}"
+        if not every:
+            flag = next(iter(words(name)), name.removesuffix(".name")) if "." in name else name
+            text = one_of or re.split("; | [(]", text)[0]
+        typed = value if isinstance(value, str) else json.dumps(value).strip("[]").replace(", ", ",").replace('"', "")
+        groups[section].add_argument(f"--{flag}", metavar=typed or '""', help=text.replace("%", "%%"))
+    return parser
 
 
 def _nearest_option(name: str, verb: Verb) -> str:
     options = [each[2:] for each in verb.options if each.startswith("--")]
-    same = next((each for each in meant(name, options) if each in options), None)
-    return f"the nearest is --{same or nearest_word(name, options)}"
+    return f"the nearest is --{next((each for each in meant(name, options) if each in options), nearest_word(name, options))}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

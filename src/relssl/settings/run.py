@@ -207,7 +207,7 @@ class OptimizerConfig:
     """A linear warm-up and a cosine to zero, per step."""
 
     name: Literal["sgd", "lars", "adamw"] = setting("sgd", "sgd, lars (large batches; timm's) or adamw (transformers)")
-    lr: float = setting(0.06, "learning rate at its peak, for the whole batch as it is", gt=0, le=1000)
+    lr: float = setting(0.06, "peak learning rate, for the whole batch as it is", gt=0, le=1000)
     lr_start: float = setting(0.0, "learning rate at the first step", ge=0, le=1000)
     predictor_lr: float = setting(1.0, "the predictor's learning rate, in times the others'", gt=0, le=1000)
     predictor_schedule: Literal["same", "constant"] = setting("same", "of the predictor's learning rate; constant: as SimSiam's")
@@ -293,7 +293,7 @@ class Config:
         False, "lower batch_size to what fits in memory, and optimizer.lr with it; batch_size auto is the same"
     )
     accumulate: Count = setting(1, "equal parts a batch is computed in, one after another")
-    seed: Natural = setting(0, "seed of the weights, the memory, the order and the views")
+    seed: Natural = setting(0, "seed of weights, memory, order and views")
     max_images: Count | None = setting(None, "train on this many images, chosen by the seed; null: all")
     time_limit: float | None = setting(None, "minutes after which the run saves and stops with exit code 75", gt=0)
     views: ViewsConfig = ViewsConfig()
