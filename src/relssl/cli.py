@@ -342,20 +342,18 @@ def backbones(args: argparse.Namespace, _: Overrides) -> Outcome | None:
     main=MAIN,
 )
 def validate(args: argparse.Namespace, overrides: Overrides) -> Outcome | None:
-    typed = _run_settings(args, overrides)
-    config, data, lines = typed, dict[str, Any](), list[str]()
+    typed = config = _run_settings(args, overrides)
     if exists(typed.data, typed.data_root) is None:
-        here = data["here"] = at_hand(typed.data, typed.data_root)
-        lines.append(f"{typed.data}: a known data set, {'here' if here else 'to be downloaded'}")
+        data: dict[str, Any] = {"here": at_hand(typed.data, typed.data_root)}
+        lines = [f"{typed.data}: a known data set, {'here' if data['here'] else 'to be downloaded'}"]
     else:
         images, test = load(typed.data, typed.data_root, "train"), None
         with contextlib.suppress(DataError):  # there is none
             test = load(typed.data, typed.data_root, "test")
-        used = min(len(images), typed.max_images or len(images))
-        config = give_way(typed, used)
-        data |= {"images": len(images), "test": len(test or ()), "classes": images.class_count, "left_out": len(images.bad)}
-        classes = f" of {images.class_count} classes" if images.class_count else ""
-        lines.append(f"{images.name}: {len(images)} images{classes} to pretrain on, {data['test']} to test on")
+        config = give_way(typed, used := min(len(images), typed.max_images or len(images)))
+        data = {"images": len(images), "test": len(test or ()), "classes": images.class_count, "left_out": len(images.bad)}
+        classes = f" of {images.class_count} classes" * bool(images.class_count)
+        lines = [f"{images.name}: {len(images)} images{classes} to pretrain on, {data['test']} to test on"]
         lines += [f"left out: {len(images.bad)} files, the first: {shown(name)} {why}" for name, why in images.bad[:1]]
         lines += adjustments(typed, config, used)
     run = f"recipe {config.recipe}, {config.backbone} on {config.data}, {config.epochs} epochs of batch {config.batch_size}"

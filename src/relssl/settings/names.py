@@ -78,12 +78,10 @@ def spell(given: Mapping[str, Any], known: Collection[str] = ()) -> dict[str, An
         ConfigError: if two names give one setting two values.
     """
     known = known or [setting for settings in _MEANT.values() for setting in settings]
-    spelled, faults = dict[str, Any](), []
+    spelled = dict[str, Any]()
     for name, value in given.items():
         for setting in meant(name, known):
             before = spelled.setdefault(setting, value)
             if before is not value and str(before) != str(value):
-                faults.append(f"{setting}: is given twice, as {before} and as {value} ({name}); give it once")
-    if faults:
-        raise ConfigError(*faults)
+                raise ConfigError(f"{setting}: is given twice, as {before} and as {value} ({name}); give it once")
     return spelled

@@ -88,12 +88,6 @@ def _device(name: Any) -> Any:
     return name.replace("gpu", "cuda")
 
 
-def _precision(name: Any) -> Any:
-    if str(name) in ("16", "16-mixed", "16-true", "fp16", "float16", "half"):
-        raise ValueError("must be bf16 or fp32, as fp16 is not used here")
-    return _PRECISIONS.get(str(name), name)
-
-
 if TYPE_CHECKING:  # callers hold these as text from elsewhere; what they may be is checked as settings are read
     MethodName: TypeAlias = str
     ViewName: TypeAlias = str
@@ -102,7 +96,7 @@ if TYPE_CHECKING:  # callers hold these as text from elsewhere; what they may be
 else:
     MethodName, ViewName = Literal[tuple(METHODS)], Literal[tuple(VIEWS)]
     Device = Annotated[str, BeforeValidator(_device)]
-    Precision = Annotated[Literal["auto", "fp32", "bf16"], BeforeValidator(_precision)]
+    Precision = Annotated[Literal["auto", "fp32", "bf16"], BeforeValidator(lambda name: _PRECISIONS.get(str(name), name))]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -229,7 +223,7 @@ class EngineConfig:
     device: Device = setting("auto", "where to run: auto, cpu, mps, cuda, or one of several such as cuda:1")
     devices: Parts = setting(1, "processes on this machine, one a device; the batch is shared out among them")
     nodes: int = setting(1, "machines", ge=1, le=4096)
-    precision: Precision = setting("auto", "auto: bf16 where the hardware is fast at it, else fp32")
+    precision: Precision = setting("auto", "auto: bf16 where the hardware is fast at it, else fp32; fp16 is not used")
     threads: Parts | None = setting(None, "CPU threads a process; null: all cores shared out")
     deterministic: bool = setting(False, "refuse GPU kernels whose result varies from run to run")
     timeout: float = setting(600.0, "seconds a rank waits for the others", gt=0)
@@ -404,13 +398,11 @@ def give_way(config: Config, images: int) -> Config:
 
 def adjustments(before: Config, after: Config, images: int) -> list[str]:
     """Return a line for each setting that gave way."""
-    why = {"_epochs": "a quarter of the run", "": f"for {images} images"}
-    pairs = {name: (attrgetter(name)(before), attrgetter(name)(after)) for name in leaves(Config) if not name.startswith("views")}
-    return [
-        f"note: {name} is {now:g} instead of {was:g}, {next(words for end, words in why.items() if name.endswith(end))}"
-        for name, (was, now) in pairs.items()
-        if was != now and isinstance(now, (int, float)) and was is not None
-    ]
+    pairs = {
+        name: (attrgetter(name)(before), attrgetter(name)(after)) for name in leaves(Config) if not name.startswith("views.")
+    }
+    why = f"for {after.steps(images)} steps on {images} images"
+    return [f"note: {name} is {now:g} instead of {was:g}, {why}" for name, (was, now) in pairs.items() if was != now]
 
 
 def from_mapping(raw: Mapping[str, Any]) -> Config:
