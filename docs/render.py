@@ -14,6 +14,7 @@ from typing import Any
 
 from relssl.reproduction.results import page
 from relssl.settings import recipes
+from relssl.settings.names import words
 from relssl.settings.reading import leaves
 from relssl.settings.run import METHODS, Config, differences, resolve
 
@@ -48,6 +49,7 @@ def settings_page() -> str:
         parts.append(f"\n## {section or 'The run'}\n\n| setting | default | what it is |\n| --- | --- | --- |\n")
         for name, field in names:
             about = (field.description or "").replace("|", "\\|").replace("*", "\\*")
+            about += "".join(f"; also `{word}`" for word in words(name)[:1])
             parts.append(f"| `{name}` | `{json.dumps(field.default)}` | {about} |\n")
     return "".join(parts)
 
