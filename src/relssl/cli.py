@@ -97,7 +97,7 @@ _NETWORK = option("--network", "of a run; default: student", choices=("student",
 _EXTRACTION = (
     option("--split", default="train", choices=("train", "bank", "test")),
     option("--data_root", "where named data sets lie"),
-    option("--device", default="auto", choices=("auto", "cpu", "cuda", "mps")),
+    option("--device", "auto, cpu, mps, cuda, or one of several such as cuda:1", default="auto"),
     option("--precision", "of the network's arithmetic", default="fp32", choices=("auto", "fp32", "bf16")),
 )
 # How files of other programs are read.
