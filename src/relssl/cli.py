@@ -278,12 +278,14 @@ def backbones(args: argparse.Namespace, _: Overrides) -> Outcome | None:
 @verb(
     "check settings and data without running anything",
     *_RUN,
-    option("--show", "print all settings as YAML", action="store_true"),
+    option("--show", "print all settings as YAML, without a look at the data", action="store_true"),
     settings=Config,
     main=MAIN,
 )
 def validate(args: argparse.Namespace, overrides: Overrides) -> Outcome | None:
     typed = config = _run_settings(args, overrides)
+    if args.show:
+        return Outcome({"valid": True, "recipe": config.recipe}, to_yaml(config).rstrip())
     if exists(typed.data, typed.data_root) is None:
         data: dict[str, Any] = {"here": at_hand(typed.data, typed.data_root)}
         lines = [f"{typed.data}: a known data set, {'here' if data['here'] else 'to be downloaded'}"]
@@ -298,8 +300,7 @@ def validate(args: argparse.Namespace, overrides: Overrides) -> Outcome | None:
         lines += [f"left out: {len(images.bad)} files, the first: {shown(name)} {why}" for name, why in images.bad[:1]]
         lines += adjustments(typed, config, used)
     run = f"recipe {config.recipe}, {config.backbone} on {config.data}, {config.epochs} epochs of batch {config.batch_size}"
-    text = to_yaml(config).rstrip() if args.show else "\n".join([f"valid: {run}", *lines])
-    return Outcome({"valid": True, "recipe": config.recipe, "data": data}, text)
+    return Outcome({"valid": True, "recipe": config.recipe, "data": data}, "\n".join([f"valid: {run}", *lines]))
 
 
 @verb(
