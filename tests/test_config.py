@@ -386,7 +386,7 @@ def test_the_same_thing_may_be_typed_in_several_ways(tmp_path: Path, capsys: pyt
     assert len(set(shown)) == 1
     assert main(["validate", photos, "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert facts["data"] == {"images": 8, "test": 0, "classes": 0, "left_out": 0}
+    assert facts["data"] == {"images": 8, "test": 0, "classes": 0, "notes": []}
     for words, word in (
         ([photos, "--data", "digits"], "DATA once"),
         ([photos, "--data_dir", "digits"], "given twice"),

@@ -10,6 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
+
+from relssl.data.named import load
+from small_runs import small_run
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -47,6 +51,28 @@ def run(cwd: Path, *words: str, programs: Path | None = None, **environment: str
 def state(folder: Path) -> dict[str, object]:
     answer: dict[str, object] = json.loads((folder / "status.json").read_text())
     return answer
+
+
+def photos(folder: Path, split: str, count: int) -> Path:
+    """A folder of digits as files, CLASS/NUMBER.png."""
+    images = load("digits", None, split)
+    assert images.labels is not None
+    for number in range(0, len(images), len(images) // count)[:count]:
+        pixels = images.source.tensor[number].permute(1, 2, 0).numpy()
+        place = folder / str(images.labels[number])
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(place / f"{number}.png")
+    return folder
+
+
+def test_finetune_and_deploy(tmp_path: Path) -> None:
+    small_run(tmp_path / "run", epochs=1)
+    for part, split, count in (("train", "train", 60), ("val", "test", 20)):
+        photos(tmp_path / "labelled" / part, split, count)
+    words = ("run", "labelled", "--epochs", "1", "--batch_size", "16")
+    shown = run(tmp_path, sys.executable, str(EXAMPLES / "finetune_and_deploy.py"), *words)
+    assert "agree on 20 of 20 images" in shown
+    assert {path.suffix for path in (tmp_path / "model").iterdir()} == {".safetensors", ".yaml", ".md", ".csv", ".onnx"}
 
 
 def test_compare_methods(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from PIL import Image
 import relssl
 from relssl.cli import main
 from relssl.data.named import load
-from relssl.errors import CheckpointError, ConfigError, DataError, Interrupted, LockedError, StorageError
+from relssl.errors import STOPPING, CheckpointError, ConfigError, DataError, Interrupted, LockedError, StorageError
 from relssl.settings.reading import merge
 from relssl.train.pretrain import explaining
 from relssl.train.run_folder import RunFolder
@@ -218,6 +219,30 @@ def test_the_python_function_takes_names_and_sections_and_leaves_the_process_as_
     assert not (tmp_path / "none").exists()
 
 
+def process_state() -> list[Any]:
+    """What a call may change for the rest of a user's process."""
+    generators = torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()  # type: ignore[index]
+    signals = [signal.getsignal(number) for number in STOPPING]
+    return [generators, signals, torch.get_default_dtype(), torch.is_grad_enabled(), os.environ.copy(), len(warnings.filters)]
+
+
+def test_a_run_neither_changes_nor_depends_on_the_users_process(tmp_path: Path) -> None:
+    short = {"max_images": 64, "epochs": 1, "log.knn_every": 0}
+    first, before = small_run(tmp_path / "first", **short), process_state()
+    with torch.inference_mode():
+        second = small_run(tmp_path / "second", **short)
+    assert process_state() == before
+    torch.set_default_dtype(torch.float64)
+    try:
+        third = small_run(tmp_path / "third", **short)
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert equal_runs(first.folder, second.folder) and equal_runs(first.folder, third.folder)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ConfigError, match=r"torch\.autocast"):
+        small_run(tmp_path / "fourth", **short)
+
+
 @pytest.mark.parametrize(
     ("fault", "kind", "text"),
     [
@@ -324,7 +349,7 @@ def test_too_many_bad_images_stop_the_run(pictures: Path, tmp_path: Path) -> Non
     [
         (["pretrain", "nowhere/", "--out", "{run}"], 3, "nowhere"),
         (["pretrain", "cifr10", "--out", "{run}"], 3, "cifar10"),
-        (["pretrain", "{empty}", "--out", "{run}"], 3, "no usable images"),
+        (["pretrain", "{empty}", "--out", "{run}"], 3, "no usable image"),
         (["pretrain", "{pictures}", "--out", "{run}", "--batch_size", "64"], 3, "batch_size"),
         (["pretrain", "--backbone", "resnet81", "--epochs", "20", "--out", "{run}"], 2, "resnet81"),
         (["resume", "{empty}"], 2, "is no run folder"),

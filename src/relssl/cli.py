@@ -5,24 +5,25 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import io
 import itertools
 import json
 import os
 import sys
 import textwrap
 import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import relssl
-from relssl.data.folder import shown
 from relssl.data.named import at_hand, exists, load
-from relssl.errors import ConfigError, DataError, RelsslError
-from relssl.files import size
+from relssl.errors import CheckpointError, ConfigError, DataError, Interrupted, LockedError, NumericError, RelsslError
 from relssl.options import Outcome, Overrides, option, parse, verb
 from relssl.settings import recipes
 from relssl.settings.evaluation import Evaluation, Tuning, read_settings
+from relssl.settings.launcher import rank, with_launch
 from relssl.settings.names import MAIN, spell
 from relssl.settings.reading import build, leaves
 from relssl.settings.run import Config, adjustments, differences, give_way, resolve, to_yaml
@@ -181,7 +182,8 @@ def predict(args: argparse.Namespace, _: Overrides) -> Outcome | None:
     _prepare()
     facts = relssl.predict(args.model, args.data, args.out, **_pick(args, "split", "data_root", "device", "precision"))
     left_out = f"; {len(facts['bad'])} could not be read" if facts["bad"] else ""
-    return Outcome(facts, f"{facts['images']} images of {args.data} classified in {facts['out']}, split {args.split}{left_out}")
+    written = f"{facts['images']} images of {args.data} classified in {facts['out']}, split {args.split}{left_out}"
+    return Outcome(facts, "\n".join([written, *facts["notes"]]))
 
 
 @verb(
@@ -205,7 +207,7 @@ def export(args: argparse.Namespace, _: Overrides) -> Outcome | None:
     code = "\n".join("    " + line for line in result.lines)
     where = result.address or str(result.path)
     if args.dry_run:
-        each = (f"    {file.name:20} {size(count)}" for file, count in zip(result.files, result.sizes, strict=True))
+        each = (f"    {file.name:20} {count:12,} bytes" for file, count in zip(result.files, result.sizes, strict=True))
         where = "\n".join([f"would be uploaded as {args.push}, and was not:\n", *each, ""])
     facts |= {"push": args.push, "address": result.address, "sizes": list(result.sizes)} if args.push else {}
     return Outcome(facts, f"{where}\nchecked on {parity.images}: {how}\n\nLoad it:\n\n{code}")
@@ -249,10 +251,12 @@ def recipes_(args: argparse.Namespace, _: Overrides) -> Outcome | None:
 def list_(args: argparse.Namespace, _: Overrides) -> Outcome | None:
     from relssl.data.folder import list_lines
 
-    lines, bad = list_lines(args.folder)
-    if bad:
-        _say(f"relssl: {len(bad)} files are left out, the first: {shown(bad[0][0])} {bad[0][1]}")
-    return Outcome({"images": len(lines), "bad": bad}, lambda: sys.stdout.buffer.writelines(line + b"\n" for line in lines))
+    lines, images = list_lines(args.folder)
+    for note in images.notes:
+        _say(f"relssl: {note}")
+    return Outcome(
+        {"images": len(lines), "bad": images.bad}, lambda: sys.stdout.buffer.writelines(line + b"\n" for line in lines)
+    )
 
 
 @verb(
@@ -294,10 +298,9 @@ def validate(args: argparse.Namespace, overrides: Overrides) -> Outcome | None:
         with contextlib.suppress(DataError):  # there is none
             test = load(typed.data, typed.data_root, "test")
         config = give_way(typed, used := min(len(images), typed.max_images or len(images)))
-        data = {"images": len(images), "test": len(test or ()), "classes": images.class_count, "left_out": len(images.bad)}
+        data = {"images": len(images), "test": len(test or ()), "classes": images.class_count, "notes": list(images.notes)}
         classes = f" of {images.class_count} classes" * bool(images.class_count)
-        lines = [f"{images.name}: {len(images)} images{classes} to pretrain on, {data['test']} to test on"]
-        lines += [f"left out: {len(images.bad)} files, the first: {shown(name)} {why}" for name, why in images.bad[:1]]
+        lines = [f"{images.name}: {len(images)} images{classes} to pretrain on, {data['test']} to test on", *images.notes]
         lines += adjustments(typed, config, used)
     run = f"recipe {config.recipe}, {config.backbone} on {config.data}, {config.epochs} epochs of batch {config.batch_size}"
     return Outcome({"valid": True, "recipe": config.recipe, "data": data}, "\n".join([f"valid: {run}", *lines]))
@@ -344,15 +347,14 @@ def reproduce(args: argparse.Namespace, overrides: Overrides) -> Outcome | None:
 
 
 def _run_settings(args: argparse.Namespace, overrides: Overrides) -> Config:
-    """The settings of a run; under torchrun the launcher has already decided how many processes there are."""
-    local, world = os.environ.get("LOCAL_WORLD_SIZE"), os.environ.get("WORLD_SIZE")
-    if local and world:
-        overrides = {"engine.devices": local, "engine.nodes": str(int(world) // int(local))} | overrides
-    return resolve(overrides if args.data is None else overrides | {"data": args.data}, args.config)
+    return with_launch(resolve(overrides if args.data is None else overrides | {"data": args.data}, args.config))
 
 
 def _prepare(config: Config | None = None) -> None:
-    """Check that the data of a run exists, then import torch and tune this process for computing."""
+    """Check that the data of a run exists, then import torch and tune this process for computing, without what libraries have to say."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
     if config is not None:
         exists(config.data, config.data_root)
     from relssl.engine import prepare_process
@@ -363,7 +365,10 @@ def _prepare(config: Config | None = None) -> None:
 def _trained(result: Any) -> Outcome | None:
     from relssl.report.tables import facts, show_summary
 
-    return None if result.rank else Outcome(facts(result), lambda: show_summary(result, relssl.load_run(result.folder).config))
+    if result.rank:
+        return None
+    config = relssl.load_run(result.folder).config
+    return Outcome(facts(result, config), lambda: show_summary(result, config))
 
 
 def _reading(args: argparse.Namespace, **more: Any) -> Any:
@@ -377,12 +382,16 @@ def _pick(args: Any, *names: str) -> dict[str, Any]:
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # its reader has left
+        print(line, file=sys.stderr, flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return its exit code."""
-    argv = sys.argv[1:] if argv is None else argv
+    argv, outcome = sys.argv[1:] if argv is None else argv, None
+    for stream in (sys.stdout, sys.stderr):  # names that the console has no characters for end no command
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         args, overrides = parse(argv)
         outcome = args.run(args, overrides)
@@ -391,21 +400,34 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(json.dumps(outcome.facts))
             else:
                 print(outcome.show) if isinstance(outcome.show, str) else outcome.show()
+            sys.stdout.flush()
             if outcome.error:
                 raise outcome.error
         return 0
-    except BrokenPipeError:
-        # The reader of our output has left, and no message would reach it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+    except BrokenPipeError:  # the reader of our output has left, and no message would reach it; what is done is done
+        return 141 if outcome is None else getattr(outcome.error, "exit_code", 0)
     except (Exception, KeyboardInterrupt) as error:
-        if "--debug" in argv:
-            traceback.print_exc()
-        code, lines = 1, f"a bug: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}; --debug shows where"
-        if isinstance(error, RelsslError):
-            code, lines = error.exit_code, str(error)
-        elif isinstance(error, KeyboardInterrupt):
-            code, lines = 130, "interrupted"
+        return _failed(error, debug="--debug" in argv)
+    finally:
+        for stream in (sys.stdout, sys.stderr):  # Python would flush them once more, and fail
+            try:
+                stream.flush()
+            except (OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _failed(error: BaseException, debug: bool) -> int:
+    """Tell why a command failed, and return its exit code; of several processes one speaks of what all of them have met."""
+    if debug:
+        traceback.print_exc()
+    code, lines = 1, f"a bug: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}; --debug shows where"
+    if isinstance(error, RelsslError):
+        code, lines = error.exit_code, str(error)
+    elif isinstance(error, KeyboardInterrupt):
+        code, lines = 130, "interrupted"
+    number, torch = rank(), sys.modules.get("torch")
+    met_by_all = isinstance(error, (CheckpointError, LockedError, NumericError, Interrupted))
+    if number == 0 or (torch and torch.distributed.is_initialized() and not met_by_all):
         for line in lines.splitlines():
-            _say(f"relssl: {line}")
-        return code
+            _say(f"relssl: {f'rank {number}: ' if number else ''}{line}")
+    return code

@@ -17,6 +17,7 @@ from relssl.data.named import load
 from relssl.engine import Engine
 from relssl.errors import ConfigError, NumericError, StorageError
 from relssl.evaluation.features import extract
+from relssl.evaluation.result import writable
 from relssl.files import replacing
 from relssl.weights.foreign import Reading
 from relssl.weights.opening import open_backbones
@@ -51,7 +52,7 @@ def embed(
         reading: how to read another program's file, and the size of the view.
 
     Returns:
-        {"out", "images", "dim", "bad": [(file, reason)], "notes": what to know of the weights}.
+        {"out", "images", "dim", "bad": [(file, reason)], "notes": what to know of the weights and images}.
 
     Raises:
         ConfigError, DataError, CheckpointError, StorageError: each with what to do about it.
@@ -66,7 +67,7 @@ def embed(
     names, labels = [images.source.name(row) for row in rows.tolist()], None if images.labels is None else images.labels[rows]
     write_vectors(Path(out), vectors, rows, names, labels, images.classes)
     bad = [*images.bad, *features.bad]
-    return {"out": str(out), "images": len(rows), "dim": vectors.shape[1], "bad": bad, "notes": list(opened.notes)}
+    return {"out": str(out), "images": len(rows), "dim": vectors.shape[1], "bad": bad, "notes": [*opened.notes, *images.notes]}
 
 
 def write_vectors(
@@ -101,15 +102,7 @@ def write_vectors(
             columns["label"] = labels
             if classes is not None:
                 columns["class"] = [escaped(classes[label]) if label >= 0 else None for label in labels.tolist()]
-        write_columns(path, file, columns, "features", features)
-
-
-def write_columns(path: Path, file: BinaryIO, columns: dict[str, Any], title: str, vectors: NDArray[np.float32]) -> None:
-    """Write columns of N values and vectors [N,D], which have the `title`, as .csv or .parquet, as the suffix of `path` says."""
-    if path.suffix.lower() == ".csv":
-        _write_csv(file, columns, vectors)
-    else:
-        _write_parquet(file, columns, title, vectors)
+        TABLES[path.suffix.lower()](file, columns, "features", features)
 
 
 def check_target(path: Path) -> None:
@@ -121,6 +114,7 @@ def check_target(path: Path) -> None:
         raise ConfigError(f"{path}: parquet needs pyarrow: pip install 'relssl[parquet]'")
     if path.is_dir() or not path.parent.is_dir():
         raise StorageError(f"{path}: must be a file in a folder that exists; choose another")
+    writable(path.parent)
 
 
 def escaped(text: str) -> str:
@@ -128,7 +122,7 @@ def escaped(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def _write_csv(file: BinaryIO, columns: dict[str, Any], features: NDArray[np.float32]) -> None:
+def _write_csv(file: BinaryIO, columns: dict[str, Any], title: str, features: NDArray[np.float32]) -> None:
     text = io.TextIOWrapper(file, "utf-8", newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([*columns, *(f"f{place}" for place in range(features.shape[1]))])
@@ -148,3 +142,6 @@ def _write_parquet(file: BinaryIO, columns: dict[str, Any], title: str, features
     # Only the classes recur; a dictionary of the features would be as large as they are.
     size = max(1, _GROUP // features.shape[1])
     parquet.write_table(pa.table(columns | {title: vectors}), file, row_group_size=size, use_dictionary=["class"])
+
+
+TABLES = {".csv": _write_csv, ".parquet": _write_parquet}  # of a file, columns of N values, and vectors [N,D] with their title

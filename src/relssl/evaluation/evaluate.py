@@ -185,9 +185,10 @@ class _Evaluation:
         used = pair.card()
         if protocol.takes == "images":
             return run(backbone, pair, section, self.task), notes, used
+        take = functools.partial(cached, say=self.task.say) if self.settings.cache else extract
         both = []
         for side, images, _ in pair.sides:
-            both.append((cached if self.settings.cache else extract)(backbone, images, self.task.reader, self.task.engine))
+            both.append(take(backbone, images, self.task.reader, self.task.engine))
             if bad := both[-1].bad:
                 first = f"the first is {shown(bad[0][0])}: {bad[0][1]}"
                 notes.append(f"{len(bad)} of {len(images)} {side} images cannot be read, {first}")

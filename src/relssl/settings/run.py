@@ -420,7 +420,11 @@ def _checked(raw: dict[str, Any], typed: frozenset[str] | None = None) -> Config
     for name, usual in (("views.weak", "weak"), ("views.strong", "contrastive")):
         named = {"name": usual} | VIEWS.get(str(raw.get(f"{name}.name", usual)), {})
         raw = {f"{name}.{key}": value for key, value in named.items()} | raw
-    config = _typed(build(Config, raw, RETIRED), typed)
+    return check(_typed(build(Config, raw, RETIRED), typed))
+
+
+def check(config: Config) -> Config:
+    """Return settings that fit each other; ConfigError with a line for each two that do not."""
     if faults := list(_faults(config, derive(config))):
         raise ConfigError(*faults)
     return config

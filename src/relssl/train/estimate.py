@@ -26,6 +26,7 @@ from relssl.errors import ConfigError
 from relssl.files import size
 from relssl.method import create_student
 from relssl.method.backbones import count_flops
+from relssl.settings.launcher import with_launch
 from relssl.settings.run import Config, derive, replace, resolve
 from relssl.train.checkpoint import whole_state
 from relssl.train.loop import Run, create_run, knn_due, save_due, train_step
@@ -119,7 +120,7 @@ def estimate(
     """
     if steps < 1:
         raise ConfigError(f"steps: must be at least 1, got {steps}")
-    settings = settings or resolve(({} if data is None else {"data": data}) | overrides, config)
+    settings = with_launch(settings or resolve(({} if data is None else {"data": data}) | overrides, config))
     engine, still = Engine(settings.engine), dataclasses.replace(settings.optimizer, lr=_STILL)
     with engine.running(), explaining(settings, engine):
         run = build(replace(settings, optimizer=still), engine)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, get_token
-from huggingface_hub.utils import HFValidationError, validate_repo_id
+from huggingface_hub.utils import validate_repo_id
 
 from relssl import __version__
 from relssl.data.images import Images
@@ -83,7 +83,8 @@ def export(
     target = Path(out or (default_target(path, opened.header["network"], format) if path.is_dir() else beside))
     if dry_run:
         with tempfile.TemporaryDirectory() as folder:
-            return hand_over(opened, Path(folder) / target.name, format, images, push)
+            exported = hand_over(opened, Path(folder) / target.name, format, images, push)
+            return replace(exported, path=target, files=tuple(target / file.name for file in exported.files))
     check_target(target, format, path)
     exported = hand_over(opened, target, format, images, push)
     return exported if push is None else replace(exported, address=_upload(target, push))
@@ -99,10 +100,9 @@ def check_push(name: str | None, dry_run: bool, format: str) -> None:
         raise ConfigError(f"push: the Hugging Face Hub takes format hf, not {format}; leave format out")
     try:
         validate_repo_id(name)
-    except HFValidationError as error:
-        raise ConfigError(f"push: {name!r} is no name of a repository ({store.one_line(error)})") from error
-    if "/" not in name:
-        raise ConfigError(f"push: must be ORG/NAME, with the user or organisation, got {name!r}")
+        _, _ = name.split("/")
+    except ValueError as error:
+        raise ConfigError(f"push: must be ORG/NAME, of a user or organisation and plain letters, got {name!r}") from error
     if not dry_run and get_token() is None:
         raise ConfigError("push: there is no login to the Hugging Face Hub; run `hf auth login`, or set HF_TOKEN")
 
