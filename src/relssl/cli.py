@@ -77,7 +77,7 @@ def estimate(args: argparse.Namespace, overrides: Overrides) -> Outcome | None:
     from relssl.report.tables import show_estimate
 
     figures = relssl.estimate(settings=config, steps=args.steps)
-    return None if figures is None else Outcome(dataclasses.asdict(figures), lambda: show_estimate(figures))
+    return None if figures.rank else Outcome(dataclasses.asdict(figures), lambda: show_estimate(figures))
 
 
 @verb(
