@@ -33,7 +33,8 @@ _SETTINGS = """# Settings
 
 Every setting of a run is an option of `relssl pretrain` (`--optimizer.lr 0.06`), a key of a YAML file (`--config FILE`), and a keyword of
 `relssl.pretrain` (`optimizer={"lr": 0.06}`). The defaults here are those without a recipe, and every run has one, which changes them:
-[recipes side by side](recipes.md). `relssl validate DATA --show` prints what a run would have. In options `-` and `_` are the same.
+[recipes side by side](recipes.md). `relssl validate DATA --show` prints what a run would have, before few images make some of
+it smaller. In options `-` and `_` are the same.
 """
 _WORDS = """
 ## Short names

@@ -61,7 +61,6 @@ def settings_file(tmp_path: Path) -> Path:
 
 def estimate(settings: dict[str, Any], **options: Any) -> Estimate:
     figures = relssl.estimate(settings=resolve(settings), quiet=True, **({"steps": 3} | options))
-    assert figures is not None
     return figures
 
 

@@ -40,6 +40,7 @@ from relssl.errors import CheckpointError, ConfigError, StorageError
 from relssl.evaluation.features import extract
 from relssl.evaluation.pairs import LabelledPair
 from relssl.settings.run import Config, resolve, to_yaml
+from relssl.train.estimate import Estimate
 from relssl.train.pretrain import Result
 from relssl.weights import store
 from relssl.weights.detectron import read
@@ -498,6 +499,7 @@ def test_a_loaded_backbone_goes_to_files_and_other_processes(run: Path, tmp_path
 
 def test_the_interface_has_types_that_need_no_asking() -> None:
     assert typing.get_type_hints(relssl.pretrain)["return"] is typing.get_type_hints(relssl.resume)["return"] is Result
+    assert typing.get_type_hints(relssl.estimate)["return"] is Estimate
     loaded = typing.get_type_hints(typing.get_type_hints(relssl.load_backbone)["return"])
     assert loaded["num_features"] is int and loaded["transform"] is PlainView
 

@@ -73,7 +73,7 @@ def test_hidden_files_and_junk_are_passed_over(tmp_path):
     (tmp_path / "folder.jpg").mkdir()
     files, left = scan(str(tmp_path))
     assert below(tmp_path, files) == ["..c.jpg", "a.jpg"] and left.faults == {}
-    assert left.kinds.total() == 6  # ._a.jpg is counted too, hidden files of other names are not
+    assert left.kinds.total() == 7 and len(left.note("", 7)) == 1  # hidden images are counted too, and said
 
 
 @pytest.fixture
@@ -165,9 +165,11 @@ LISTS: dict[
     "windows": (b"sub\\d.jpg\r\nc.jpg\r\n", ["sub/d.jpg", "c.jpg"], []),
     "utf-16": ("\ufeffc.jpg\r\nü.jpg\r\n".encode("utf-16-le"), ["c.jpg", "ü.jpg"], []),
     "csv": (b'path,label\n"a b.jpg",cat\nc.jpg,"a, dog"\n', ["a b.jpg", "c.jpg"], ["cat", "a, dog"]),
+    "columns": (b"image,width,class\nc.jpg,40,cat\nsub/d.jpg,40,dog\n", ["c.jpg", "sub/d.jpg"], ["cat", "dog"]),
+    "columns without a head": (b"c.jpg,40,cat\nsub/d.jpg,40,dog\n", ["c.jpg", "sub/d.jpg"], []),
     "semicolons": (b"c.jpg;1\nsub/d.jpg;2\n", ["c.jpg", "sub/d.jpg"], ["1", "2"]),
     "working folder": (b"photos/c.jpg\nphotos/sub/d.jpg\n", ["c.jpg", "sub/d.jpg"], []),
-    "one is missing": (b"c.jpg 1\ngone.jpg 1\nsub/d.jpg 2\n", ["c.jpg", "sub/d.jpg"], ["1", "2"]),
+    "one is missing": (b"gone.jpg,1\nc.jpg,1\nsub/d.jpg,2\n", ["c.jpg", "sub/d.jpg"], ["1", "2"]),
 }
 
 
@@ -181,7 +183,7 @@ def test_lists_as_other_programs_write_them(kind, tmp_path, monkeypatch):
         images = load(data, None, "train")
         assert [os.path.relpath(file, "photos") for file in images.source] == files
         assert [images.classes[label] for label in images.labels] == labels if labels else images.labels is None
-        assert [reason.endswith("(line 2)") for _, reason in images.bad] == [True] * (kind == "one is missing")
+        assert [reason.endswith("(line 1)") for _, reason in images.bad] == [True] * (kind == "one is missing")
 
 
 def test_a_list_of_any_bytes_is_refused_by_its_lines(tmp_path):
@@ -198,7 +200,7 @@ def test_a_written_list_stands_for_its_folder(tmp_path, capsysbinary, monkeypatc
     assert main(["list", "photos"]) == 0
     written, notes = capsysbinary.readouterr()
     (tmp_path / "list.txt").write_bytes(written)
-    assert b"files that cannot be used: 3" in notes
+    assert b"be used: 1," in notes and b"be used: 2," in notes  # the empty file, and those whose names a list cannot hold
     listed, folder = load("list.txt", None, "train"), load("photos", None, "train").subset([0, 1, 4])
     assert [os.path.abspath(file) for file in folder.source] == list(listed.source)
     assert listed.classes == ("cat", "dog") == folder.classes and listed.labels.tolist() == folder.labels.tolist() == [0, 1, 1]

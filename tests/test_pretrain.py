@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from PIL import Image
 import relssl
 from relssl.cli import main
 from relssl.data.named import load
-from relssl.errors import CheckpointError, ConfigError, DataError, Interrupted, LockedError, StorageError
+from relssl.errors import STOPPING, CheckpointError, ConfigError, DataError, Interrupted, LockedError, StorageError
 from relssl.settings.reading import merge
 from relssl.train.pretrain import explaining
 from relssl.train.run_folder import RunFolder
@@ -216,6 +217,30 @@ def test_the_python_function_takes_names_and_sections_and_leaves_the_process_as_
     with pytest.raises(ConfigError, match=r"optimizer.lrr: unknown key; the nearest is optimizer.lr"):
         relssl.pretrain("digits", out=str(tmp_path / "none"), optimizer={"lrr": 3})
     assert not (tmp_path / "none").exists()
+
+
+def process_state() -> list[Any]:
+    """What a call may change for the rest of a user's process."""
+    generators = torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()  # type: ignore[index]
+    signals = [signal.getsignal(number) for number in STOPPING]
+    return [generators, signals, torch.get_default_dtype(), torch.is_grad_enabled(), os.environ.copy(), len(warnings.filters)]
+
+
+def test_a_run_neither_changes_nor_depends_on_the_users_process(tmp_path: Path) -> None:
+    short = {"max_images": 64, "epochs": 1, "log.knn_every": 0}
+    first, before = small_run(tmp_path / "first", **short), process_state()
+    with torch.inference_mode():
+        second = small_run(tmp_path / "second", **short)
+    assert process_state() == before
+    torch.set_default_dtype(torch.float64)
+    try:
+        third = small_run(tmp_path / "third", **short)
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert equal_runs(first.folder, second.folder) and equal_runs(first.folder, third.folder)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ConfigError, match=r"torch\.autocast"):
+        small_run(tmp_path / "fourth", **short)
 
 
 @pytest.mark.parametrize(

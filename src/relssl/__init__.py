@@ -10,6 +10,7 @@ Everything is imported on first use, so that `import relssl` itself needs no tor
 from __future__ import annotations
 
 import importlib
+import random
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -49,4 +50,8 @@ __all__ = list(_HOMES)
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'relssl' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"relssl.{_HOMES[name]}"), name)
+    state = random.getstate()
+    try:
+        return getattr(importlib.import_module(f"relssl.{_HOMES[name]}"), name)
+    finally:
+        random.setstate(state)  # some libraries draw from it as they are imported

@@ -8,7 +8,7 @@ import stat
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ EXTENSIONS = frozenset(
 _OTHER_PICTURES = frozenset(
     b"heic heif hif dcm dicom dng cr2 cr3 nef nrw arw orf raf rw2 pef raw psd svg exr hdr jxl tga fits fit".split()
 )
-_APPLE_DOUBLE = "._* of macOS"
+_APPLE_DOUBLE, _HIDDEN = "._* of macOS", "hidden"
 # Names of the parts of a folder; the first there is wins.
 _TRAIN, _TEST = ("train", "training"), ("val", "valid", "validation", "test", "testing")
 
@@ -62,7 +62,7 @@ class LeftOut:
 
     def note(self, folder: str, images: int) -> list[str]:
         """Return a line on the kinds in a folder that are not read, if pictures are among them, or if they outnumber the images."""
-        pictures = any(kind == _APPLE_DOUBLE or kind[1:].encode() in _OTHER_PICTURES for kind in self.kinds)
+        pictures = any(kind in (_APPLE_DOUBLE, _HIDDEN) or kind[1:].encode() in _OTHER_PICTURES for kind in self.kinds)
         if self.kinds.total() <= images and not pictures:
             return []
         return [f"left out of {folder}/, as files of other kinds: {self.counts()}"]
@@ -103,8 +103,8 @@ def walk(folder: str, left: LeftOut) -> Iterator[tuple[bytes, int, int]]:
                     name = entry.name
                     ending = name.rpartition(b".")[2].lower() if b"." in name else b""
                     if _is_hidden(name):
-                        if name.startswith(b"._") and ending in EXTENSIONS:
-                            left.kinds[_APPLE_DOUBLE] += 1
+                        if ending in EXTENSIONS:
+                            left.kinds[_APPLE_DOUBLE if name.startswith(b"._") else _HIDDEN] += 1
                     elif _is_folder(entry):
                         (links if entry.is_symlink() else pending).append(below + name + b"/")
                     elif ending not in EXTENSIONS:
@@ -217,19 +217,18 @@ def read_folder(folder: str, split: str) -> Images:
     sides = split_folders(folder)
     if split not in sides:
         raise DataError(f"{shown(folder)}: has no test images; lay it out as train/CLASS/ and val/CLASS/ (or test/CLASS/)")
-    files, left = scan(sides[split])
     # Training classes come first, so that a class met only in testing does not renumber them.
-    labels, classes, notes = class_labels(files, sides.values() if "test" in sides else ())
-    return listed(shown(folder), files, left, [*_parts(folder, sides, split), *notes], labels, classes)
+    return _read(folder, sides, split, sides.values() if "test" in sides else ())
 
 
-def listed(
-    name: str, files: Files, left: LeftOut, notes: Sequence[str], labels: np.ndarray | None, classes: tuple[str, ...] | None
-) -> Images:
-    """Return the set of some files, with notes on what of its folder is not in it."""
-    where = shown(os.path.basename(os.fsdecode(files.folder)))
+def _read(folder: str, sides: dict[str, str], split: str, classes_of: Iterable[str]) -> Images:
+    """Read the images of one side of a folder, labelled by the class folders of some sides, with notes on what is left out."""
+    files, left = scan(sides[split])
+    labels, classes, notes = class_labels(files, classes_of)
     bad = [(os.fsdecode(os.path.join(files.folder, name)), left.faults[name]) for name in sorted(left.faults)]
-    return Images(name, files, labels, classes, bad=bad, notes=(*notes, *left.note(where, len(files)), *unusable(bad)))
+    kinds = left.note(shown(os.path.basename(os.path.normpath(sides[split]))), len(files))
+    notes = [*_parts(folder, sides, split), *notes, *kinds, *unusable(bad)]
+    return Images(shown(folder), files, labels, classes, bad=bad, notes=tuple(notes))
 
 
 def unusable(bad: Sequence[Fault]) -> list[str]:
@@ -275,17 +274,18 @@ def list_lines(folder: str) -> tuple[list[bytes], Images]:
     """
     folder = os.path.abspath(os.path.expanduser(folder))
     sides = split_folders(folder)
-    files, left = scan(sides["train"])
-    labels, classes, notes = class_labels(files, [sides["train"]])
-    lines = []
-    for row, (name, size) in enumerate(zip(files, files.sizes.tolist(), strict=True)):
-        word = "" if labels is None or classes is None or labels[row] < 0 else classes[labels[row]]
+    images = _read(folder, sides, "train", [sides["train"]])
+    lines, odd = list[bytes](), list[Fault]()
+    files, labels = images.source, np.full(len(images), -1) if images.labels is None else images.labels
+    assert isinstance(files, Files)
+    for name, label, size in zip(files, labels.tolist(), files.sizes.tolist(), strict=True):
+        word = images.classes[label] if images.classes and label >= 0 else ""
         line = os.fsencode(f"{name}\t{word}\t{size}")
         if line.count(b"\t") == 2 and b"\n" not in line and b"\r" not in line:
             lines.append(line)
         else:
-            left.faults[files.relative(row)] = "has a tab or a line break in its name"
-    images = listed(shown(folder), files, left, [*_parts(folder, sides, "train"), *notes], labels, classes)
+            odd.append((name, "has a tab or a line break in its name"))
+    images = replace(images, bad=[*images.bad, *odd], notes=(*images.notes, *unusable(odd)))
     if not lines:
         raise DataError(f"{images.name}: holds no images that can be listed ({'; '.join(images.notes) or 'it is empty'})")
     return lines, images

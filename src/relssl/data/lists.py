@@ -8,6 +8,7 @@ import os
 import unicodedata
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from relssl.errors import DataError
 
 LIST_SUFFIXES = (".txt", ".lst", ".csv", ".tsv")
 _TRIED = 100  # lines by which it is found out how a list is written
+_LABELS = (b"label", b"labels", b"class", b"target", b"category")
 
 Cells = Callable[[bytes], list[bytes]]
 
@@ -28,7 +30,7 @@ def read_list(path: str) -> Images:
     lines that begin with # are passed over. Lines may hold any bytes; a file may be named more than once, have any extension
     and lie anywhere: what is written down is meant.
 
-    What other programs write is read too: blanks around a path, CSV with commas or semicolons, with or without a header, `path label`
+    What other programs write is read too: blanks around a path, CSV with commas or semicolons, with or without a head, `path label`
     with a blank, backslashes, UTF-16. Paths are absolute, or relative to the list's folder or to the working folder. Whatever makes
     most of the first lines name files holds for the whole list.
 
@@ -41,12 +43,15 @@ def read_list(path: str) -> Images:
     folder, cells, turned = max(ways, key=lambda way: sum(_entry(line, *way)[-1] is None for _, line in lines[:_TRIED]))
     usable: list[tuple[bytes, int, int, str]] = []
     bad: list[Fault] = []
+    # The head of a CSV says which column holds the labels; without one, a second column must be the last.
+    head = [cell.strip().lower() for cell in cells(lines[0][1])] if lines and cells in _CSV else []
+    column = next((place for place, cell in enumerate(head) if cell in _LABELS), 1 if len(head) < 3 else len(head))
     for number, line in lines:
-        name, word, size, time, fault = _entry(line, folder, cells, turned)
+        name, word, size, time, fault = _entry(line, folder, cells, turned, column)
         if fault is None:
             label = word.strip().decode("utf-8", "backslashreplace")
             usable.append((name, size, time, unicodedata.normalize("NFC", label)))
-        elif cells not in _CSV or (number, line) != lines[0]:  # else it is the header
+        elif not head or number != lines[0][0] or b"." in name:  # else it is the head
             bad.append((os.fsdecode(name), f"{fault} (line {number})"))
     files = Files(folder, [each[:2] for each in usable], [time for _, _, time, _ in usable])
     images = Images(shown(path), files, bad=bad, notes=tuple(unusable(bad)))
@@ -71,9 +76,10 @@ def _lines(path: str) -> list[tuple[int, bytes]]:
     return [(number, line) for number, line in lines if line.strip() and not line.startswith(b"#")]
 
 
-def _entry(line: bytes, folder: str, cells: Cells, turned: bool) -> tuple[bytes, bytes, int, int, str | None]:
+def _entry(line: bytes, folder: str, cells: Cells, turned: bool, column: int = 1) -> tuple[bytes, bytes, int, int, str | None]:
     """Return path, label, bytes, time of change, and why the file cannot be used, else None, of a line."""
-    name, word, size, *_ = (*cells(line), b"", b"", b"")
+    row = dict(enumerate(cells(line)))
+    name, word, size = row.get(0, b""), row.get(column, b""), row.get(2, b"")
     name = name.replace(b"\\", b"/") if turned else name
     if cells is _tabs and size.isdigit():
         return name, word, int(size), 0, None
@@ -84,27 +90,17 @@ def _tabs(line: bytes) -> list[bytes]:
     return line.split(b"\t")
 
 
-def _trimmed(line: bytes) -> list[bytes]:
-    return [line.strip()]
-
-
-def _commas(line: bytes, delimiter: str = ",") -> list[bytes]:
+def _csv(line: bytes, delimiter: str) -> list[bytes]:
     try:
-        return [
-            cell.strip().encode("utf-8", "surrogateescape")
-            for cell in next(csv.reader([line.decode("utf-8", "surrogateescape")], delimiter=delimiter), [])
-        ]
+        cells = next(csv.reader([line.decode("utf-8", "surrogateescape")], delimiter=delimiter), [])
     except csv.Error:
         return [line]
-
-
-def _semicolons(line: bytes) -> list[bytes]:
-    return _commas(line, ";")
+    return [cell.strip().encode("utf-8", "surrogateescape") for cell in cells]
 
 
 def _blank(line: bytes) -> list[bytes]:
     return line.rsplit(None, 1)
 
 
-_CSV = (_commas, _semicolons)
-_CELLS: tuple[Cells, ...] = (_tabs, _trimmed, *_CSV, _blank)
+_CSV = (partial(_csv, delimiter=","), partial(_csv, delimiter=";"))
+_CELLS: tuple[Cells, ...] = (_tabs, *_CSV, _blank)  # a line without a comma is a single cell, without the blanks around it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -44,13 +45,10 @@ def finetune(
     """Train a backbone and a linear classifier on it on labelled images, test them, and write both to a file that timm loads.
 
     Args:
-        source: a run folder, an exported file, another program's file, or a timm name; see `open_backbones`.
+        source, reading, say: as for `evaluate`.
         data: labelled images with a test part: a named set, or a folder with train/CLASS/ and val/CLASS/.
         out: a `.safetensors` file; its settings with the names of the classes, `.yaml`, and its card, `.md`, come beside it.
-        settings: all settings, instead of `overrides`.
-        reading: how to read another program's file.
-        say: takes lines of progress.
-        overrides: settings by name, such as `epochs=20`; see `settings.evaluation.Tuning`.
+        settings, overrides: `settings.evaluation.Tuning`, whole or by name, such as `epochs=20`.
 
     Returns:
         {"out", "classes": names, "images": trained on, "tested": images, "top1": percent, "interval": [low, high] of 95 %, "notes"}.
@@ -60,68 +58,53 @@ def finetune(
     """
     settings, target, reading = settings or build(Tuning, overrides), Path(out), reading or Reading()
     export.check_target(target, "safetensors", Path(source))
-    opened = open_backbones(
-        source, replace(reading, network=settings.network or reading.network, size=settings.size or reading.size)
-    )
+    network, size = settings.network or reading.network, settings.size or reading.size
+    opened = open_backbones(source, replace(reading, network=network, size=size))
     root = settings.data_root or (opened.config.data_root if opened.config else None)
     pair, engine = LabelledPair.load(str(data), root), Engine.local(settings.device, settings.precision)
     notes = [*opened.notes, *pair.notes(opened.run_data.get("fingerprint"))]
     labels_of(pair, "finetune")
-    reader = opened.reader(settings.size, settings.workers)
-    spec = replace(opened.spec, view=reader.view)
-    if settings.size is not None:  # which the arguments would follow, and the shapes of weights
-        spec = replace(spec, arguments=opened.spec.all_arguments())
+    reader, arguments = opened.reader(settings.size, settings.workers), opened.spec.arguments
+    if settings.size:  # which the shapes of weights would follow
+        arguments = opened.spec.all_arguments()
+    spec = replace(opened.spec, view=reader.view, arguments=arguments)
     task = Task(spec, reader, engine, Bootstrap(1000, settings.seed), say or (lambda line: None))
     names = [*map(escaped, pair.bank.classes or pair.test.classes or ())]
     names += map(str, range(len(names), pair.classes))
     start = linear_classifier(opened.backbone.num_features, len(names), settings.seed)
     _joined(spec, opened.backbone, start, {"classes": names})  # what no file could hold is refused before the work
-    network, head, finding = train_whole(opened.backbone, pair, settings, task, "finetune")
+    tuned, head, finding = train_whole(opened.backbone, pair, settings, task, "finetune")
     figures = finding.plain()
     facts = {"images": finding.details["images"], "tested": figures["tested"], "top1": figures["figures"]["top1"]}
     trained = {name: value for name, value in asdict(settings).items() if name in FinetuneConfig.__dataclass_fields__}
     how = f"seed {settings.seed}, {', '.join(f'{name} {value}' for name, value in trained.items())}"
     origin = f"{opened.header['network']} of {opened.header['origin']}"
     known = {"classes": names, "data": title(str(data)), "source": f"`{opened.name}` ({origin})", "training": how, **facts}
-    spec, whole = _joined(spec, network, head, known)
-    header = {"network": "classifier", "origin": opened.header["origin"]}
-    export.hand_over(Opened(target.name, {"backbone": whole}, spec, header, {}), target, "safetensors", pair.test)
-    notes += figures["notes"]
-    return {"out": str(target), "classes": names, **facts, "interval": figures["intervals"]["top1"], "notes": notes}
+    whole, header = _joined(spec, tuned, head, known), {"network": "classifier", "origin": opened.header["origin"]}
+    export.hand_over(Opened(target.name, {"backbone": whole}, whole.spec, header, {}), target, "safetensors", pair.test)
+    interval, notes = figures["intervals"]["top1"], [*notes, *figures["notes"]]
+    return {"out": str(target), "classes": names, **facts, "interval": interval, "notes": notes}
 
 
-def _joined(
-    spec: BackboneSpec, backbone: nn.Module, head: nn.Linear, classifier: Mapping[str, Any]
-) -> tuple[BackboneSpec, Backbone]:
-    """Return a backbone and a classifier on its features as the one network that its library has for both, on the CPU.
+def _joined(spec: BackboneSpec, backbone: nn.Module, head: nn.Linear, classifier: Mapping[str, Any]) -> Backbone:
+    """Return a backbone and a classifier on its features, which go to the CPU, as the one network that its library has for both.
 
     Raises:
         ConfigError: if the library's own classifier is not one linear layer on the features.
     """
-    whole = replace(spec, classifier=classifier)
-    weights = {name: value.detach().cpu() for name, value in backbone.state_dict().items()}
-    layers = {name.rpartition(".")[0] for name in whole.create().state_dict().keys() - weights.keys()}
-    layer = min(layers, default="")
-    weights |= {f"{layer}.{name}": value.detach().cpu() for name, value in head.state_dict().items()}
-    whole = replace(spec, classifier={**classifier, "layer": layer})
-    refusal = ConfigError(
+    parts, whole = nn.Sequential(backbone, head).cpu().eval(), replace(spec, classifier=classifier)
+    weights = dict(backbone.state_dict())
+    layer = max(name.rpartition(".")[0] for name in whole.create().state_dict().keys() - weights.keys())
+    weights |= {f"{layer}.{name}": value for name, value in head.state_dict().items()}
+    images = torch.rand(2, spec.view.channels, *[spec.view.size] * 2, generator=torch.Generator().manual_seed(0))
+    with contextlib.suppress(CheckpointError), torch.no_grad():  # other weights than a linear layer's
+        network, scores = replace(whole, classifier={**classifier, "layer": layer}).load(weights, Path(spec.name)), parts(images)
+        if bool((network(images) - scores).abs().max() <= _TOLERANCE * scores.abs().max()):
+            return network
+    raise ConfigError(
         f"backbone: the classifier that {spec.name} has in its library is not one linear layer on its features, so that no file could "
         "hold it; take another network, or measure this one by `relssl evaluate SOURCE DATA --protocol finetune`"
     )
-    try:
-        network = whole.load(weights, Path(spec.name))
-    except CheckpointError as error:
-        raise refusal from error
-    images = torch.rand(2, spec.view.channels, *[spec.view.size] * 2, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        plain, scores = (
-            spec.load({name: weights[name] for name in backbone.state_dict()}, Path(spec.name))(images),
-            network(images),
-        )
-        wanted = nn.functional.linear(plain, head.weight.cpu(), head.bias.cpu())
-    if not bool((scores - wanted).abs().max() <= _TOLERANCE * wanted.abs().max()):
-        raise refusal
-    return whole, network
 
 
 def predict(

@@ -151,7 +151,7 @@ def _costs(planned: Plan, say: Say) -> dict[str, Any]:
             if not rate and not finished:
                 without = dataclasses.replace(first.config.log, knn_every=0)
                 figures = estimate(settings=dataclasses.replace(first.config, log=without), steps=5, quiet=True)
-                rate = work[name][0] / figures.training_seconds if figures else 0.0
+                rate = work[name][0] / figures.training_seconds
                 basis = f"from a few steps of {name}, the other rows by their operations; without the probe's own time"
         except (RelsslError, RuntimeError, ValueError) as error:  # its run will fail with the same
             say(f"{name}: time unknown: {str(error).splitlines()[0]}")

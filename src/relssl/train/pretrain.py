@@ -24,6 +24,7 @@ from relssl.engine import Engine
 from relssl.errors import ConfigError, DataError, DistributedError, ExportError, RelsslError, StorageError
 from relssl.evaluation.pairs import LabelledPair, choose
 from relssl.files import read_rows, write_file, write_json
+from relssl.settings.launcher import rank, with_launch
 from relssl.settings.run import METHODS, Config, adjustments, derive, from_mapping, give_way, replace, resolve, to_yaml
 from relssl.train import checkpoint
 from relssl.train.console import Display
@@ -84,7 +85,7 @@ def pretrain(
         ConfigError, DataError, StorageError, NumericError, LockedError: each with what to do about it.
         Interrupted: on a signal or at the time limit, after saving.
     """
-    resolved = settings or resolve(({} if data is None else {"data": data}) | overrides, config)
+    resolved = with_launch(settings or resolve(({} if data is None else {"data": data}) | overrides, config))
     folder = Path(resolved.out or default_folder(resolved))
     if resume not in (None, "auto"):
         raise ConfigError(f"resume: must be auto, got {resume}; to go on with a run: relssl resume RUN")
@@ -93,6 +94,7 @@ def pretrain(
     resolved = replace(resolved, out=str(folder), data=_whole_path(resolved.data, resolved.data_root))
     refuse_missing(resolved.log.to)
     engine = Engine(resolved.engine)
+    folder = engine.gather_items([folder])[0]  # of the first rank, whatever a script makes of its name on the others
     engine.on_first(lambda: refuse_used(folder))
     return _run(resolved, folder, engine, quiet, fresh=True)
 
@@ -145,11 +147,14 @@ def resume(
     wanted: dict[str, Any] = {} if epochs is None else {"epochs": epochs, "max_steps": None}
     config = from_mapping(dataclasses.asdict(config) | wanted) if epochs not in (None, config.epochs) else config
     if checkpoint is None and epochs in (None, loaded.config.epochs) and _complete(folder, config):
-        return _result(folder)
+        if not default_target(folder, "student").exists():
+            raise unexported(folder, "its file is missing")
+        return _result(folder, rank())
     try:
         config = replace(config, data=_whole_path(config.data if data is None else os.fspath(data), config.data_root))
     except DataError as error:
         raise DataError(f"{error}; if the run's images have moved: relssl resume {folder} --data PATH") from error
+    config = with_launch(config, resumed=True)
     begun = any((folder / "checkpoints").glob("step-*"))
     saved = loaded.checkpoint(checkpoint) if checkpoint is not None or begun else None
     if time_limit is not None:
@@ -266,24 +271,25 @@ def hand_over(run: Run, display: Display) -> None:
     assert run.folder is not None
     path, few = run.folder.path, run.images.subset(range(min(4, len(run.images))))  # enough to notice a wrong file, and quick
     done = {"exit_code": 0, "last_checkpoint": store.step_folder(path, run.state.step).name}
-    run.folder.status(
-        "complete", run.state.step, **done, export={"error": "it was stopped"}
-    )  # which holds if this process dies now
+    # Which holds if this process dies now.
+    run.folder.status("complete", run.state.step, **done, export={"error": "it was stopped"})
     try:
         for network in derive(run.config).networks:
             export(path, network=network, images=few)
     except Exception as error:  # writers, networks and checks are others' code
-        reason = store.one_line(error)
-        run.folder.status("complete", run.state.step, **done, export={"error": reason})
-        raise ExportError(
-            f"{path}: the run is complete, its export failed ({reason}); try again with `relssl export {path}`"
-        ) from error
+        run.folder.status("complete", run.state.step, **done, export={"error": store.one_line(error)})
+        raise unexported(path, store.one_line(error)) from error
     run.folder.status("complete", run.state.step, **done)
     display.note(f"complete: weights in {default_target(path, 'student')}")
 
 
-def _result(folder: Path, rank: int = 0) -> Result:
-    return Result(folder, default_target(folder, "student"), read_rows(folder / "metrics.jsonl"), rank)
+def unexported(folder: Path, reason: str) -> ExportError:
+    """Return the error of a complete run without its export."""
+    return ExportError(f"{folder}: the run is complete, its export failed ({reason}); try again with `relssl export {folder}`")
+
+
+def _result(folder: Path, number: int) -> Result:
+    return Result(folder, default_target(folder, "student"), read_rows(folder / "metrics.jsonl"), number)
 
 
 def build(config: Config, engine: Engine, say: Callable[[str], None] = lambda line: None) -> Run:

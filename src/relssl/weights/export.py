@@ -83,7 +83,8 @@ def export(
     target = Path(out or (default_target(path, opened.header["network"], format) if path.is_dir() else beside))
     if dry_run:
         with tempfile.TemporaryDirectory() as folder:
-            return hand_over(opened, Path(folder) / target.name, format, images, push)
+            exported = hand_over(opened, Path(folder) / target.name, format, images, push)
+            return replace(exported, path=target, files=tuple(target / file.name for file in exported.files))
     check_target(target, format, path)
     exported = hand_over(opened, target, format, images, push)
     return exported if push is None else replace(exported, address=_upload(target, push))
