@@ -179,6 +179,8 @@ def test_a_logger_that_is_not_installed_is_refused_before_the_run(tmp_path: Path
 def test_old_settings_of_tensorboard_are_understood() -> None:
     assert resolve({"log": {"tensorboard": False}}).log.to == ()
     assert resolve({"log.tensorboard": "true"}).log.to == ("tensorboard",)
+    assert resolve({"log.to": "none"}).log.to == resolve({"log.to": []}).log.to == ()
+    assert resolve({"log.to": "csv,wandb"}).log.to == ("csv", "wandb")
 
 
 HEALTHY = {"effective_rank": 40.0, "embedding_std": 1.0, "teacher_neighbours": 9.0, "kl": 0.5, "agreement": 0.5}
