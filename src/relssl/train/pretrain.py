@@ -245,7 +245,7 @@ def prepare(run: Run, saved: Path | None) -> Iterator[str]:
         yield f"going on {manner} from step {run.state.step}"
     if run.state.step > run.total_steps:
         raise ConfigError(
-            f"epochs: {config.epochs} have {run.total_steps} steps, and the run has made {run.state.step}; give more"
+            f"epochs: {config.epochs} make {run.total_steps} steps, and the run has made {run.state.step}; give more"
         )
 
 
