@@ -271,7 +271,7 @@ def test_dead_and_broken_weights_are_refused(tmp_path):
     huge = torch.zeros(1, 1, 1, 1).expand(10**6, 10**6, 7, 7)  # which claims more than the file holds
     for name, value in {"bn1.weight": torch.zeros(64, dtype=torch.int64), "bn1.bias": torch.zeros(64).to_sparse()}.items():
         refused(rf"{name} \(", write(tmp_path / "kind.pth", content | {name: value}))
-    refused(r"conv1.weight \[1000000, 1000000, 7, 7\]", write(tmp_path / "bomb.pth", content | {"conv1.weight": huge}))
+    refused(r"conv2.weight \[1000000, 1000000, 7, 7\]", write(tmp_path / "bomb.pth", content | {"layer1.0.conv2.weight": huge}))
     refused(r"two weights of one name, bn1.weight", write(tmp_path / "two.pth", content | {"module.bn1.weight": torch.ones(64)}))
 
 

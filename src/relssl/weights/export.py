@@ -11,6 +11,7 @@ from relssl.data.images import Images
 from relssl.errors import ConfigError
 from relssl.files import storing, sweep, sync_folder, temporary, write_file
 from relssl.settings.run import to_yaml
+from relssl.weights import store
 from relssl.weights.card import card, public
 from relssl.weights.foreign import LoadReport, Reading
 from relssl.weights.formats import FORMATS, find_format
@@ -129,7 +130,7 @@ def import_weights(path: str | Path, *, out: str | Path | None = None, **reading
 
     Args:
         out: ends in .safetensors; default: beside the file, under its name. An older file there is replaced only if relssl wrote it.
-        reading: layout, backbone, stem, network, allow, size, as of `Reading`.
+        reading: layout, backbone, stem, network, prefix, allow, size, as of `Reading`.
 
     Returns:
         The report on the file's names; its `out` is the file written, which `relssl.load_backbone` opens.
@@ -139,6 +140,7 @@ def import_weights(path: str | Path, *, out: str | Path | None = None, **reading
         StorageError: if it cannot be.
     """
     path = Path(path)
+    store.peek(path)
     if header_of(path):
         raise ConfigError(f"{path}: was written by relssl and is used as it is; there is nothing to import")
     target = path.with_name(path.name.removesuffix(".tar")).with_suffix(".safetensors") if out is None else Path(out)
