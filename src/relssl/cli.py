@@ -215,9 +215,7 @@ def export(args: argparse.Namespace, _: Overrides) -> Outcome | None:
 )
 def import_(args: argparse.Namespace, _: Overrides) -> Outcome | None:
     _prepare()
-    report = relssl.import_weights(
-        args.file, **_pick(args, "out", "layout", "backbone", "stem", "network", "prefix", "allow", "size")
-    )
+    report = relssl.import_weights(args.file, out=args.out, **vars(_reading(args, network=args.network, size=args.size)))
     return Outcome(dataclasses.asdict(report), "\n".join([*report.lines(), f"written to {report.out}"]))
 
 

@@ -23,7 +23,6 @@ from relssl.weights.layouts import HEADS, LAYOUTS, PLAIN, bare_name, is_plain
 from relssl.weights.spec import BackboneSpec, mismatch
 
 _CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
-_MOCO_V3 = ("base_encoder.", "momentum_encoder.")
 _SIZES = {"standard": 224, "small": 32, "small-wide": 32, "small-pool": 64}
 
 
@@ -108,9 +107,12 @@ def load_foreign(path: Path, reading: Reading) -> tuple[Any, LoadReport]:
         advice = "give timm's name of its network with --backbone, its layout with --from, or what stands before its names with --prefix"
         raise (CheckpointError if layout in PLAIN else ConfigError)(f"{first}{layouts.guess(weights)}; {advice}")
     stem = reading.stem or stem
-    args = {"num_heads": 12} if layout == "moco" and prefix in _MOCO_V3 and name.startswith("vit_small") else {}
-    channels, side = _shape(bare or weightless(name, None), weights, path)
-    shape = {"in_chans": channels} | ({"img_size": side} if side else {})
+    args = (
+        {"num_heads": 12}
+        if layout == "moco" and prefix.startswith(("base_", "momentum_")) and name.startswith("vit_small")
+        else {}
+    )
+    shape = _shape(bare or weightless(name, None), weights, path)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # what is allowed to be missing is the same in every process
         fresh = create_backbone(name, stem, args | shape)
@@ -130,7 +132,7 @@ def load_foreign(path: Path, reading: Reading) -> tuple[Any, LoadReport]:
     complete = _match(weights, prefix, wanted, reading.allow, report, path)
     cfg = getattr(fresh, "pretrained_cfg", {})
     own = cfg["input_size"][-1] if cfg.get("fixed_input_size") and stem == "standard" else None
-    spec = _spec(report, args, reading.size, side or own, channels)
+    spec = _spec(report, args, reading.size, shape.get("img_size", own), shape.get("in_chans", 3))
     loaded = spec.load(twins.from_torchvision(complete, name) if wanted is theirs else complete, path)
     if "untrained" not in reading.allow and (fault := _untrained(loaded, fresh, spec.view)):
         raise CheckpointError(f"{path}: the {network} looks untrained: {fault}; --allow untrained loads it all the same")
@@ -185,10 +187,7 @@ def _match(
     broken = filter(None, (_fault(name, complete[name], wanted[name]) for name in wanted))
     if fault := mismatch(wanted, complete) or next(broken, None):
         what = f"{report.backbone} (stem {report.stem}) in layout {report.layout}, {report.network}"
-        parts = {name.partition(".")[0] for name in wanted}
-        beside = dict.fromkeys(part for name in complete if (part := name.partition(".")[0]) not in parts)
-        named = " ".join(f"'{prefix}{part}*'" for part in beside) or "NAME ..."
-        advice = f"; --allow {named} lets names differ" if wanted.keys() != complete.keys() else ""
+        advice = "; --allow NAME ... lets names differ ('abc.*' for many)" if wanted.keys() != complete.keys() else ""
         raise CheckpointError(f"{path}: is no {what}: {fault}{advice}")
     return {name: complete[name].detach().to(value.dtype).clone() for name, value in wanted.items()}
 
@@ -201,38 +200,28 @@ def _fault(name: str, value: Tensor, wanted: Tensor) -> str | None:
     return None if value.isfinite().all() else f"{name} (not finite)"
 
 
-def _shape(bare: nn.Module, weights: Mapping[str, Tensor], path: Path) -> tuple[int, int | None]:
-    """Return the channels of the images that the weights are for, and their side where position embeddings are of another than usual.
-
-    Args:
-        bare: the network for its usual images.
-
-    Raises:
-        CheckpointError: if the channels are neither 3 nor 1.
-    """
-    usual, bands = bare.state_dict(), 3
+def _shape(bare: nn.Module, weights: Mapping[str, Tensor], path: Path) -> dict[str, int]:
+    """Return in_chans and img_size where the weights are for other images than `bare`; CheckpointError if we cannot read such images."""
+    usual, shape, patches = bare.state_dict(), dict[str, int](), getattr(bare, "patch_embed", None)
     first = next((name for name, value in usual.items() if value.ndim == 4 and value.shape[1] == 3), "")
-    if first in weights and weights[first].ndim == 4:
-        bands = weights[first].shape[1]
-    if bands not in (1, 3):
-        raise CheckpointError(
-            f"{path}: its network sees images of {bands} bands ({first}); relssl reads those of 3 (RGB) or 1 (grey)"
-        )
-    own, theirs = usual.get("pos_embed"), weights.get("pos_embed")
-    patches: Any = getattr(bare, "patch_embed", None)
-    grid = getattr(patches, "num_patches", None)
-    if own is None or theirs is None or grid is None or not is_plain(theirs) or not own.ndim == theirs.ndim == 3:
-        return bands, None
-    count = theirs.shape[1] - own.shape[1] + grid  # without those of class tokens
-    across = math.isqrt(max(count, 0))
-    return bands, across * int(patches.patch_size[0]) if 0 < count == across**2 != grid else None
+    if first in weights and weights[first].ndim == 4 and (bands := weights[first].shape[1]) != 3:
+        if bands != 1:
+            reads = "relssl reads those of 3 (RGB) or 1 (grey)"
+            raise CheckpointError(f"{path}: its network sees images of {bands} bands ({first}); {reads}")
+        shape["in_chans"] = 1
+    own, theirs, grid = usual.get("pos_embed"), weights.get("pos_embed"), getattr(patches, "num_patches", None)
+    if own is not None and theirs is not None and grid and is_plain(theirs) and own.ndim == theirs.ndim == 3:
+        count = theirs.shape[1] - own.shape[1] + grid  # without those of class tokens
+        across = math.isqrt(max(count, 0))
+        if 0 < count == across**2 != grid:
+            shape["img_size"] = across * int(patches.patch_size[0])  # type: ignore[union-attr]
+    return shape
 
 
 def _spec(report: LoadReport, args: Mapping[str, Any], size: int | None, fixed: int | None, channels: int) -> BackboneSpec:
     """Return what the backbone is, with what the file does not say as the layout's authors have it, and note that.
 
-    Args:
-        fixed: side of the images that its position embeddings are for, if it has any.
+    `fixed` is the side of the images that its position embeddings are for, if it has any.
     """
     stem, layout = report.stem, LAYOUTS[report.layout]
     side = size or fixed or _SIZES[stem]

@@ -6,7 +6,6 @@ import collections
 import functools
 import re
 import warnings
-import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -94,8 +93,6 @@ def read(path: Path) -> Mapping[str, Any]:
     kind = store.peek(path)
     if kind == "safetensors":
         return store.read(path)
-    if kind == "zip" and not zipfile.is_zipfile(path):
-        raise CheckpointError(f"{path}: is cut off or damaged; download or copy it again")
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(_HARMLESS):
             warnings.simplefilter("ignore")  # torch's remarks on pickle protocols
@@ -108,7 +105,7 @@ def read(path: Path) -> Mapping[str, Any]:
         if refused := re.search(r"GLOBAL ([\w.]+)", str(error)):
             reason = f"it holds a {refused[1]}, which is refused, as making one could run code of the file"
         if "TorchScript" in str(error):
-            reason = "it is a TorchScript program; torch.jit.load opens it"
+            reason = "it is a TorchScript program, which torch.jit.load opens"
         advice = "open it with the program that wrote it and save model.state_dict() as safetensors"
         raise CheckpointError(f"{path}: is not read as weights: {reason}; {advice}") from error
     return content
@@ -140,7 +137,7 @@ def find_state(content: Mapping[str, Any], path: Path, outer: str = "") -> tuple
                 _add(tensors, name, value, path)
             else:
                 part = name if flat else name.partition(".")[0]
-                left_out[part] = left_out.get(part, 0) + _count(value)
+                left_out[part] = left_out.get(part, 0) + (_count(value) if flat else isinstance(value, Tensor))
     if not tensors:
         looked, held = "state_dict, model, student, teacher or at its top", ", ".join(map(str, list(content)[:4]))
         raise CheckpointError(f"{path}: holds no weights under {looked}; it holds {held or 'nothing'}")

@@ -12,6 +12,7 @@ import math
 import os
 import re
 import shutil
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,6 @@ _STRANGERS = {
     b"version https://git-lfs": "is a Git LFS pointer; fetch the file itself with `git lfs pull`",
     b"<": "is a web page, such as a login page saved in place of a download; download it again",
     b"\x1f\x8b": "is packed by gzip; unpack it first",
-    b"\x89hdf": "is an HDF5 file of Keras or TensorFlow, which is not read; only PyTorch's files are",
 }
 
 
@@ -63,8 +63,7 @@ def read(path: Path) -> dict[str, Tensor]:
 def peek(path: Path) -> str:
     """Return what a file of weights is by how it begins: safetensors, zip (as torch.save writes) or other.
 
-    Raises:
-        CheckpointError: if it cannot be read, is empty, surely holds no weights, or claims a header of more than `MAX_JSON` bytes.
+    CheckpointError if it cannot be read, is empty, surely holds no weights, or claims a header of more than `MAX_JSON` bytes.
     """
     try:
         with path.open("rb") as file:
@@ -75,8 +74,10 @@ def peek(path: Path) -> str:
     kind = "safetensors" if start[8:9] == b"{" else "zip" if start.startswith(b"PK") else "other"
     if kind == "safetensors" and (length := int.from_bytes(start[:8], "little")) > MAX_JSON:
         faults.append(f"claims a header of {length} bytes, more than {MAX_JSON}, and is not read")
+    if kind == "zip" and not zipfile.is_zipfile(path):
+        faults.append("is cut off or damaged; download or copy it again")
     if faults or not start:
-        raise CheckpointError(f"{path}: {[*faults, 'is empty; download or save it again'][0]}")
+        raise CheckpointError(f"{path}: {next(iter(faults), 'is empty; download or save it again')}")
     return kind
 
 
