@@ -38,9 +38,7 @@ NORMLESS: dict[str, Any] = {
 def small_run(out: Path, **overrides: Any) -> Result:
     over = nest(overrides)
     base = {key: value for key, value in SMALL.items() if key != "backbone_args" or key not in over}
-    result = pretrain(settings=resolve(merge(merge(base, over), {"out": str(out)})), quiet=True)
-    assert result is not None
-    return result
+    return pretrain(settings=resolve(merge(merge(base, over), {"out": str(out)})), quiet=True)
 
 
 def ready_run(out: Path, images: int = 320, **overrides: Any) -> Run:

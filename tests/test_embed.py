@@ -102,6 +102,8 @@ def test_what_cannot_be_written_is_refused_before_any_work(tmp_path: Path, monke
     with pytest.raises(ConfigError, match=r"relssl\[parquet\]"):
         check_target(tmp_path / "v.parquet")
     check_target(tmp_path / "v.npz")
+    with pytest.raises(StorageError, match="/proc"):  # where not even root can write
+        check_target(Path("/proc/v.npz"))
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
 from relssl.data.named import load
+from small_runs import small_run
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -39,13 +39,13 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(cwd: Path, *words: str, programs: Path | None = None, **environment: str) -> str:
-    """What a command prints; it must not fail."""
+    """What a command prints, notes included; it must not fail."""
     path = f"{programs}:{os.environ['PATH']}" if programs else os.environ["PATH"]
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
     env = inherited | {"PYTHONPATH": f"{ROOT / 'src'}", "OMP_NUM_THREADS": "1", "PATH": path, **environment}
     ran = subprocess.run(words, cwd=cwd, env=env, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    return ran.stdout
+    return ran.stdout + ran.stderr
 
 
 def state(folder: Path) -> dict[str, object]:
@@ -53,19 +53,26 @@ def state(folder: Path) -> dict[str, object]:
     return answer
 
 
-def test_own_photos(tmp_path: Path) -> None:
-    pixels = load("digits", None, "train").source.tensor[:24].permute(0, 2, 3, 1).numpy()
-    for folder in ("photos", "photos/more"):
-        (tmp_path / folder).mkdir()
-    for number, image in enumerate(pixels):
-        Image.fromarray(image).save(tmp_path / ("photos/more" if number % 2 else "photos") / f"{number}.png")
-    words = ("--size", "32", "--epochs", "1", "--backbone", "resnet10t", "--out", "run")
-    shown = run(tmp_path, sys.executable, str(EXAMPLES / "own_photos.py"), "photos", *words)
-    assert re.search(r"^[01]\.\d+ +\S+\.png +\S+\.png$", shown, re.MULTILINE)
-    with np.load(tmp_path / "run/features.npz") as stored:
-        assert stored["features"].shape == (24, 512)
-    with Image.open(tmp_path / "run/alike.jpg") as sheet:
-        assert sheet.width > sheet.height / 8 * 6
+def photos(folder: Path, split: str, count: int) -> Path:
+    """A folder of digits as files, CLASS/NUMBER.png."""
+    images = load("digits", None, split)
+    assert images.labels is not None
+    for number in range(0, len(images), len(images) // count)[:count]:
+        pixels = images.source.tensor[number].permute(1, 2, 0).numpy()
+        place = folder / str(images.labels[number])
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(place / f"{number}.png")
+    return folder
+
+
+def test_finetune_and_deploy(tmp_path: Path) -> None:
+    small_run(tmp_path / "run", epochs=1)
+    for part, split, count in (("train", "train", 60), ("val", "test", 20)):
+        photos(tmp_path / "labelled" / part, split, count)
+    words = ("run", "labelled", "--epochs", "1", "--batch_size", "16")
+    shown = run(tmp_path, sys.executable, str(EXAMPLES / "finetune_and_deploy.py"), *words)
+    assert "agree on 20 of 20 images" in shown
+    assert {path.suffix for path in (tmp_path / "model").iterdir()} == {".safetensors", ".yaml", ".md", ".csv", ".onnx"}
 
 
 def test_compare_methods(tmp_path: Path) -> None:

@@ -1,13 +1,18 @@
 """Every format holds the backbone it was made of, and what does not is never kept."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
 import math
+import multiprocessing
 import pickle
 import subprocess
 import sys
+import typing
+import warnings
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +28,20 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor, nn
 
 import relssl
+from bad_images import CONTENTS
 from relssl.cli import main
+from relssl.data.decode import FORMATS as DECODED
+from relssl.data.decode import BadImage
+from relssl.data.images import Files, Images
 from relssl.data.named import load
 from relssl.data.plain import PlainView, Reader
 from relssl.engine import Engine
-from relssl.errors import CheckpointError, ConfigError
+from relssl.errors import CheckpointError, ConfigError, StorageError
 from relssl.evaluation.features import extract
 from relssl.evaluation.pairs import LabelledPair
 from relssl.settings.run import Config, resolve, to_yaml
+from relssl.train.estimate import Estimate
+from relssl.train.pretrain import Result
 from relssl.weights import store
 from relssl.weights.detectron import read
 from relssl.weights.export import export
@@ -232,6 +243,40 @@ def test_one_wrong_weight_does_not_pass_the_comparison(format: str, sources: Sou
         compare(network, written, target, IMAGES, "noise")
 
 
+def test_an_upload_has_what_was_checked_and_a_dry_run_touches_nothing(
+    sources: Sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub: dict[str, Any] = {}
+
+    class Hub:
+        def create_repo(self, name: str, private: bool, exist_ok: bool) -> str:
+            assert private and exist_ok
+            return f"https://huggingface.co/{name}"
+
+        def upload_folder(self, repo_id: str, folder_path: Path, commit_message: str) -> None:
+            if repo_id == "me/offline":
+                raise ConnectionError("no network")
+            hub[repo_id] = {path.name: path.read_bytes() for path in folder_path.iterdir()}
+
+    monkeypatch.setattr("relssl.weights.export.HfApi", Hub)
+    source, folder = sources("tiny")[0], tmp_path / "folder"
+    before = sorted(source.parent.iterdir())
+    would = export(source, push="me/photos", dry_run=True)
+    assert not hub and sorted(source.parent.iterdir()) == before and would.address is None
+    monkeypatch.setattr("relssl.weights.export.get_token", lambda: "token")
+    for name in ("me/photos", "me/offline"):
+        with pytest.raises(StorageError, match=str(folder)) if name == "me/offline" else contextlib.nullcontext():
+            assert export(source, push=name, out=folder).address == "https://huggingface.co/me/photos"
+    assert {name: len(data) for name, data in hub["me/photos"].items()} == {
+        path.name: size for path, size in zip(would.files, would.sizes, strict=True)
+    }
+    assert b"hf-hub:me/photos" in hub["me/photos"]["README.md"]
+    monkeypatch.setattr("relssl.weights.export.get_token", lambda: None)
+    for refused in ({"push": "me/photos"}, {"push": "photos"}, {"push": "me/photos", "format": "onnx"}, {"dry_run": True}):
+        with pytest.raises(ConfigError, match=r"push|dry_run"):
+            export(source, out=folder, **refused)
+
+
 def test_a_failed_export_leaves_the_earlier_one(sources: Sources, tmp_path: Path) -> None:
     file, network = sources("tiny")
     target = tmp_path / "out.safetensors"
@@ -416,6 +461,47 @@ def test_a_loaded_backbone_knows_its_width_and_its_view(run: Path) -> None:
     _, batch, _ = next(Reader(backbone.spec.view).batches(images))
     torch.testing.assert_close(backbone.transform(images.read(0, 10**6)), batch[0])
     assert backbone(batch).shape == (4, backbone.num_features)
+
+
+@pytest.mark.parametrize("kind", CONTENTS)
+def test_the_transform_sees_every_kind_of_image_as_evaluations_do(kind: str, tmp_path: Path) -> None:
+    _, extension, contents = CONTENTS[kind]
+    path, view = tmp_path / f"image.{extension}", PlainView(16, 1.2, "bilinear", (0.4, 0.5, 0.6), (0.2, 0.3, 0.2))
+    path.write_bytes(contents())
+    images = Images("one", Files(str(tmp_path), [(path.name.encode(), path.stat().st_size)]))
+    ((_, views, bad),) = Reader(view).batches(images)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        try:
+            image = stack.enter_context(Image.open(path))
+        except Exception:  # what PIL itself does not open never comes to a transform
+            return
+        if image.format not in DECODED or math.prod(image.size) > Config().loader.max_pixels:
+            return
+        for _ in range(1 if bad else 2):  # the image itself is as before
+            with pytest.raises(BadImage) if bad else contextlib.nullcontext():
+                torch.testing.assert_close(view(image), views[0], rtol=0, atol=1e-5)
+
+
+def test_a_loaded_backbone_goes_to_files_and_other_processes(run: Path, tmp_path: Path) -> None:
+    backbone, image = relssl.load_backbone(run), Image.fromarray(np.full((40, 50), 40_000, np.uint16))
+    torch.save(nn.Sequential(backbone, nn.Linear(backbone.num_features, 3)), tmp_path / "model.pt")
+    copied = torch.load(tmp_path / "model.pt", weights_only=False)[0]
+    batch = backbone.transform(image)[None]
+    assert torch.equal(copied(batch), backbone(batch)) and copied.num_features == backbone.num_features
+    image.save(tmp_path / "grey.png")
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        assert torch.equal(
+            pool.submit(pickle.loads(pickle.dumps(backbone.transform)), Image.open(tmp_path / "grey.png")).result(), batch[0]
+        )
+
+
+def test_the_interface_has_types_that_need_no_asking() -> None:
+    assert typing.get_type_hints(relssl.pretrain)["return"] is typing.get_type_hints(relssl.resume)["return"] is Result
+    assert typing.get_type_hints(relssl.estimate)["return"] is Estimate
+    loaded = typing.get_type_hints(typing.get_type_hints(relssl.load_backbone)["return"])
+    assert loaded["num_features"] is int and loaded["transform"] is PlainView
 
 
 def test_weights_that_do_not_match_are_refused_with_counts(run: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 from relssl.data.images import Images, Pixels
 from relssl.data.named import load
 from relssl.data.plain import PlainView, Reader
-from relssl.data.subsets import identity, shared
+from relssl.data.subsets import check_variety, identity, shared
 from relssl.engine import Engine
 from relssl.errors import DataError, NumericError
 from relssl.evaluation.features import LabelledFeatures, cache_key, cached, evaluating, extract, frozen, state_hash
@@ -203,10 +203,58 @@ def test_files_are_the_same_by_name_size_and_content(tmp_path: Path) -> None:
     Image.fromarray(np.full((8, 8, 3), 99, np.uint8)).save(other / "val/dog/30.bmp")
     bank, after = (load(str(other), None, split) for split in ("bank", "test"))
     assert shared(bank, after) == 0 and after.fingerprint() == marks[0] and identity(after) != marks[1]
+    os.utime(other / "val/dog/30.bmp", (7, 7))  # as one of a million images that is edited without a change of size
+    assert identity(load(str(other), None, "test")) != identity(after)
+
+
+def test_edges_of_a_folder_are_noted_or_refused_by_what_to_do(tmp_path: Path) -> None:
+    def pair(name: str, **splits: dict[str, list[int]]) -> LabelledPair:
+        return LabelledPair.load(str(save_shades(tmp_path / name, splits)), None)
+
+    train, val = {"cat": [1, 2], "dog": [3]}, {"cat": [4], "dog": [5]}
+    (note,) = pair("empty class", train=train | {"owl": []}, val=val).notes()
+    assert "no image at all: owl" in note
+    (tmp_path / "empty class/train/owl").rmdir()
+    (tmp_path / "empty class/val/dog/5.bmp").rename(tmp_path / "empty class/val/5.bmp")
+    notes = LabelledPair.load(str(tmp_path / "empty class"), None).notes()
+    assert any("class folder of val/" in note and "1 images" in note for note in notes) and len(notes) == 2
+    (note,) = pair("two levels", train={"pet/cat": [1], "pet/dog": [2], "owl": [3]}, val={"pet/cat": [4], "owl": [5]}).notes()
+    assert "pet (of cat, dog)" in note
+    for name, splits, side in (
+        ("flat val", {"train": train, "val": {"": [7]}}, "1 test"),
+        ("one", {"train": {"a": [1]}, "val": {"a": [2]}}, "training"),
+    ):
+        with pytest.raises(DataError, match=f"no labels .* {side} images; lay them out as train/CLASS/ and val/CLASS/"):
+            pair(name, **splits)
+
+
+def test_a_set_that_shows_one_picture_is_refused(tmp_path: Path) -> None:
+    shades = save_shades(tmp_path, {"one": {"a": [9], "b": [9], "c": [9]}, "two": {"a": [9], "b": [8]}, "single": {"": [9]}})
+    (shades / "one/a/8.bmp").write_bytes(b"no image")
+    for name in ("two", "single"):
+        check_variety(load(str(shades / name), None, "train"), 10**6)
+    with pytest.raises(DataError, match="3 images looked at all show the same"):
+        check_variety(load(str(shades / "one"), None, "train"), 10**6)
+
+
+def test_without_a_place_for_a_cache_features_are_computed_and_it_is_said(
+    whole: Images, tiny_net: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone, few = tiny_net(), whole.subset(range(20))
+    plain = extract(backbone, few, READER, ENGINE)
+    for home in ("/dev/null", "/proc/nobody"):
+        monkeypatch.setenv("RELSSL_CACHE", home)
+        lines: list[str] = []
+        assert torch.equal(cached(backbone, few, READER, ENGINE, say=lines.append).vectors, plain.vectors)
+        assert len(lines) == 1 and home in lines[0]
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as for a user without an entry, and without $HOME
+    monkeypatch.delenv("RELSSL_CACHE")
+    assert torch.equal(cached(backbone, few, READER, ENGINE, say=lines.append).vectors, plain.vectors)
+    assert "RELSSL_CACHE" in lines[-1] and not Path("~").exists()
 
 
 def test_images_without_a_label_are_left_out() -> None:
-    rest = labelled("pets", pets([0, -1, 2, -1]))
+    rest = labelled("pets", pets([0, -1, 2, -1]), "test")
     assert rest.labels is not None and rest.labels.tolist() == [0, 2]
     with pytest.raises(DataError, match="pets: has no labels"):
-        labelled("pets", pets([-1, -1]))
+        labelled("pets", pets([-1, -1]), "test")

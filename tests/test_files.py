@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import socket
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,9 @@ from hypothesis import strategies as st
 
 from bad_images import NAMES, jpeg
 from relssl.cli import main
-from relssl.data.folder import read_list, scan, shown
+from relssl.data.folder import scan, shown
 from relssl.data.images import Files
+from relssl.data.lists import read_list
 from relssl.data.named import SETS, data_root, exists, load
 from relssl.errors import DataError
 
@@ -43,16 +45,16 @@ def test_a_tree_is_listed_as_by_walking_it_in_the_order_of_bytes(tmp_path):
         for name in names
         if name.lower().endswith((".jpg", ".png", ".jpeg", ".webp"))
     ]
-    files, bad = scan(str(tmp_path))
-    assert list(files) == sorted(wanted, key=os.fsencode) and bad == []
+    files, left = scan(str(tmp_path))
+    assert list(files) == sorted(wanted, key=os.fsencode) and left.faults == {}
     assert [os.path.getsize(file) for file in files] == files.sizes.tolist()
 
 
 @pytest.mark.parametrize("kind", NAMES)
 def test_any_name_survives_a_scan_a_list_and_json(kind, tmp_path):
     plant(tmp_path, NAMES[kind], data=jpeg())
-    files, bad = scan(str(tmp_path))
-    assert bad == [] and len(files) == 1
+    files, left = scan(str(tmp_path))
+    assert left.faults == {} and len(files) == 1
     name = files.name(0)
     assert os.fsencode(name) == os.path.join(os.fsencode(tmp_path), NAMES[kind])
     with files.open(0, 10**6) as image:
@@ -69,8 +71,9 @@ def test_hidden_files_and_junk_are_passed_over(tmp_path):
         tmp_path, ".hidden.jpg", "._a.jpg", ".git/b.jpg", "Thumbs.db", "readme.txt", "a.jpg.tmp", "jpg", "x", "..c.jpg", "a.jpg"
     )
     (tmp_path / "folder.jpg").mkdir()
-    files, bad = scan(str(tmp_path))
-    assert below(tmp_path, files) == ["..c.jpg", "a.jpg"] and bad == []
+    files, left = scan(str(tmp_path))
+    assert below(tmp_path, files) == ["..c.jpg", "a.jpg"] and left.faults == {}
+    assert left.kinds.total() == 7 and len(left.note("", 7)) == 1  # hidden images are counted too, and said
 
 
 @pytest.fixture
@@ -104,23 +107,27 @@ def trapped(tmp_path):
         yield root
 
 
-def test_traps_are_listed_with_a_reason_and_links_never_followed_away(trapped):
-    files, bad = scan(str(trapped))
-    usable = ["absolute.jpg", "chain.jpg", "hard.jpg", "link.jpg", "real.jpg", "sub/deep.jpg", "sub/up.jpg"]
-    assert below(trapped, files) == usable
-    reasons = {os.path.relpath(file, trapped): reason for file, reason in bad}
-    assert reasons == {
-        "beside.jpg": "is a link to outside the folder; copy the file, or name it in a list file",
-        "broken.jpg": "is a broken link",
-        "empty.jpg": "is empty",
-        "null.jpg": "is not a regular file",
-        "out.jpg": "is a link to outside the folder; copy the file, or name it in a list file",
-        "pipe.jpg": "is not a regular file",
-        "self.jpg": "is a broken link",
-        "socket.jpg": "is not a regular file",
-        "zero.jpg": "is not a regular file",
-    }
-    assert [file for file, _ in bad] == sorted(file for file, _ in bad)
+def test_traps_are_listed_with_a_reason_and_links_followed_once(trapped):
+    plant(trapped.parent, "store/deep/x.jpg", "store/y.jpg")
+    plant(trapped.parent, "other/z.jpg")
+    for link, target in (
+        ("b", "../store"),
+        ("a", "../store/deep"),
+        ("c", "../other"),
+        ("sub/again", "../c"),
+        ("gone", "nowhere"),
+    ):
+        (trapped / link).symlink_to(target)
+    (trapped.parent / "store/back").symlink_to(trapped)
+    files, left = scan(str(trapped))
+    usable = ["a/x.jpg", "absolute.jpg", "b/y.jpg", "beside.jpg", "c/z.jpg", "chain.jpg", "hard.jpg", "link.jpg", "out.jpg"]
+    usable += ["real.jpg", "sub/deep.jpg", "sub/up.jpg"]
+    assert below(trapped, files) == usable and left.kinds == Counter({"without ending": 1})
+    around = dict.fromkeys(["away/", "b/back/", "b/deep/", "loop/", "loop.jpg/", "sub/again/", "sub/loop/"], "leads to a folder")
+    files = {"empty.jpg": "is empty"} | dict.fromkeys(["broken.jpg", "self.jpg"], "is a broken link")
+    files |= dict.fromkeys(["null.jpg", "pipe.jpg", "socket.jpg", "zero.jpg"], "is not a regular file")
+    assert {os.fsdecode(name) for name in left.faults} == {*around, *files}
+    assert all(left.faults[os.fsencode(name)].startswith(reason) for name, reason in (around | files).items())
     (trapped.parent / "alias").symlink_to(trapped)  # the folder itself may be a link
     assert below(trapped.parent / "alias", scan(str(trapped.parent / "alias"))[0]) == usable
 
@@ -132,7 +139,7 @@ def test_list_files(trapped, tmp_path):
     images = read_list(str(tmp_path / "list.txt"))
     assert below(tmp_path, images.source) == ["a.jpg", "sub/b c.png", "a.jpg", "noext", "#1.jpg", "far.jpg"]
     assert images.labels.tolist() == [0, 1, 0, -1, -1, 1] and images.classes == ("cat", "dog")
-    assert images.bad == [("gone.jpg", "cannot be read: No such file or directory")]
+    assert images.bad == [("gone.jpg", "cannot be read: No such file or directory (line 9)")] and len(images.notes) == 1
     assert images.source.sizes.tolist() == [1, 1, 1, 1, 1, 7]  # a line with a size is believed
     # What is written down is meant, wherever a link leads; what is no image is not.
     (trapped / "list.lst").write_text("out.jpg\npipe.jpg\nsocket.jpg\nbroken.jpg\nsub\nempty.jpg\nzero.jpg\n")
@@ -150,6 +157,41 @@ def test_lists_without_and_with_numeric_labels(tmp_path):
     assert images.classes == ("2", "9", "10") and images.labels.tolist() == [2, 1, 0]
 
 
+LISTS: dict[
+    str, tuple[bytes, list[str], list[str]]
+] = {  # as others write them: the lines, the files and the labels that are meant
+    "blank": (b"a b.jpg 1\nc.jpg 0\n", ["a b.jpg", "c.jpg"], ["1", "0"]),
+    "trailing blanks": (b"a b.jpg \nc.jpg\n\n", ["a b.jpg", "c.jpg"], []),
+    "windows": (b"sub\\d.jpg\r\nc.jpg\r\n", ["sub/d.jpg", "c.jpg"], []),
+    "utf-16": ("\ufeffc.jpg\r\nü.jpg\r\n".encode("utf-16-le"), ["c.jpg", "ü.jpg"], []),
+    "csv": (b'path,label\n"a b.jpg",cat\nc.jpg,"a, dog"\n', ["a b.jpg", "c.jpg"], ["cat", "a, dog"]),
+    "columns": (b"image,width,class\nc.jpg,40,cat\nsub/d.jpg,40,dog\n", ["c.jpg", "sub/d.jpg"], ["cat", "dog"]),
+    "columns without a head": (b"c.jpg,40,cat\nsub/d.jpg,40,dog\n", ["c.jpg", "sub/d.jpg"], []),
+    "semicolons": (b"c.jpg;1\nsub/d.jpg;2\n", ["c.jpg", "sub/d.jpg"], ["1", "2"]),
+    "working folder": (b"photos/c.jpg\nphotos/sub/d.jpg\n", ["c.jpg", "sub/d.jpg"], []),
+    "one is missing": (b"gone.jpg,1\nc.jpg,1\nsub/d.jpg,2\n", ["c.jpg", "sub/d.jpg"], ["1", "2"]),
+}
+
+
+@pytest.mark.parametrize("kind", LISTS)
+def test_lists_as_other_programs_write_them(kind, tmp_path, monkeypatch):
+    lines, files, labels = LISTS[kind]
+    plant(tmp_path, "photos/a b.jpg", "photos/c.jpg", "photos/sub/d.jpg", "photos/ü.jpg")
+    plant(tmp_path, "photos/list.csv", data=lines)
+    monkeypatch.chdir(tmp_path)
+    for data in ("photos/list.csv", str(tmp_path / "photos/list.csv")):
+        images = load(data, None, "train")
+        assert [os.path.relpath(file, "photos") for file in images.source] == files
+        assert [images.classes[label] for label in images.labels] == labels if labels else images.labels is None
+        assert [reason.endswith("(line 1)") for _, reason in images.bad] == [True] * (kind == "one is missing")
+
+
+def test_a_list_of_any_bytes_is_refused_by_its_lines(tmp_path):
+    plant(tmp_path, "list.txt", data=bytes(range(256)) * 50 + b"x\0y\n" + b"n" * 200_000)
+    with pytest.raises(DataError, match=r"\(line 1\)"):
+        load(str(tmp_path / "list.txt"), None, "train")
+
+
 def test_a_written_list_stands_for_its_folder(tmp_path, capsysbinary, monkeypatch):
     plant(tmp_path, *(f"photos/{name}.jpg" for name in ("train/dog/1", "train/cat/2", "val/dog/3")), data=b"abc")
     plant(tmp_path, "photos/train/dog/a\tb.jpg", "photos/train/dog/a\nb.jpg", b"photos/train/dog/\xff.jpg")
@@ -158,7 +200,7 @@ def test_a_written_list_stands_for_its_folder(tmp_path, capsysbinary, monkeypatc
     assert main(["list", "photos"]) == 0
     written, notes = capsysbinary.readouterr()
     (tmp_path / "list.txt").write_bytes(written)
-    assert b"3 files are left out" in notes
+    assert b"be used: 1," in notes and b"be used: 2," in notes  # the empty file, and those whose names a list cannot hold
     listed, folder = load("list.txt", None, "train"), load("photos", None, "train").subset([0, 1, 4])
     assert [os.path.abspath(file) for file in folder.source] == list(listed.source)
     assert listed.classes == ("cat", "dog") == folder.classes and listed.labels.tolist() == folder.labels.tolist() == [0, 1, 1]
@@ -208,11 +250,19 @@ def test_exists_accepts_what_can_be_loaded(tmp_path):
         *(("{}/missing", "{}/missing"), ("missing.txt", "missing.txt"), ("a\0b", "a"), ("line\nbreak/x", "line")),
         *(("{}/empty", "{}/empty"), ("{}/texts", "{}/texts"), ("{}/broken", "1 cannot be used"), ("{}/half", "half/val")),
         *(("{}/empty.txt", "empty.txt"), ("{}/image.jpg", "image.jpg"), ("{}/pipe.txt", "pipe.txt"), ("imagenet", "data_root")),
+        *(
+            ("{}/phone", "(2 .heic, 1 .dcm)"),
+            ("{}/photos.zip", "unpack it"),
+            ("hf:cifar10", "download"),
+            ("{}/*.jpg", "pattern"),
+        ),
+        ("{0}/half,{0}/texts", "several folders"),
     ],
 )
 def test_exists_refuses_in_one_line(data, part, tmp_path):
     (tmp_path / "empty").mkdir()
-    plant(tmp_path, "texts/a.txt", "image.jpg", "half/train/a.jpg", "half/val/b.txt")
+    plant(tmp_path, "texts/a.txt", "image.jpg", "half/train/a.jpg", "half/val/b.txt", "photos.zip")
+    plant(tmp_path, "phone/1.HEIC", "phone/2.heic", "phone/3.dcm")
     plant(tmp_path, "broken/a.jpg", "empty.txt", data=b"")
     os.mkfifo(tmp_path / "pipe.txt")
     with pytest.raises(DataError) as caught:

@@ -6,6 +6,7 @@ import os
 import pickle
 import shutil
 import struct
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from urllib.error import URLError
@@ -23,7 +24,7 @@ from torchvision import datasets
 
 from relssl.data import digits, named
 from relssl.data.images import IMAGENET_MEAN, IMAGENET_STD, Files, Images, Pixels
-from relssl.data.named import SETS, at_hand, load, sample
+from relssl.data.named import SETS, SPLITS, at_hand, load, sample
 from relssl.data.subsets import from_index, stratified
 from relssl.errors import ConfigError, DataError
 
@@ -95,8 +96,54 @@ def test_a_split_folder_is_labelled_by_its_class_folders(classes):
     assert test.labels.tolist() == [2, 1] and test.classes == train.classes == ("cat", "dog", "ant")
     plant(classes, "one/train/images/1.jpg", "one/test/images/2.jpg")  # one folder is not a class
     assert load(str(classes / "one"), None, "test").labels is None
-    plant(classes, "train/stray.jpg")  # one image outside a class folder takes the labels of its side
-    assert load(str(classes), None, "bank").labels is None and load(str(classes), None, "test").labels.tolist() == [2, 1]
+    plant(classes, "train/stray.jpg")
+    stray = load(str(classes), None, "bank")
+    assert stray.labels.tolist() == [0, 0, 1, -1] and any("1 images" in note for note in stray.notes)
+
+
+@pytest.mark.parametrize("train, test", [("train", "valid"), ("Train", "Test"), ("training", "validation"), ("TRAIN", "val")])
+def test_a_folder_is_split_by_any_usual_name_and_what_is_not_used_is_said(train, test, tmp_path):
+    plant(tmp_path, f"{train}/a/1.jpg", f"{train}/b/2.jpg", f"{test}/a/3.jpg")
+    images = load(str(tmp_path), None, "train")
+    assert names(images, tmp_path) == [f"{train}/a/1.jpg", f"{train}/b/2.jpg"]
+    assert images.notes == (f"only {train}/ is used; {test}/ is its test part",)
+    assert names(load(str(tmp_path), None, "test"), tmp_path) == [f"{test}/a/3.jpg"]
+    assert load(str(tmp_path), None, "bank").notes == load(str(tmp_path), None, "test").notes == ()  # as an evaluation expects
+    plant(tmp_path, "more/4.jpg", "5.jpg", "labels/6.txt")
+    for split in SPLITS:
+        assert load(str(tmp_path), None, split).notes[-1].endswith(f"which is {test}/: more/, images beside these folders (1)")
+    plant(tmp_path / "outer", f"inner/{train}/a.jpg", f"inner/{test}/b.jpg")
+    (note,) = load(str(tmp_path / "outer"), None, "train").notes
+    assert f"inner/{test}/" in note
+
+
+def test_files_of_other_kinds_are_counted_where_they_are_pictures_or_many(tmp_path):
+    plant(tmp_path, "1.jpg", "2.jpg", "read.me", "._1.txt")
+    assert load(str(tmp_path), None, "train").notes == ()
+    plant(tmp_path, "3.HEIC")
+    assert "1 .heic" in load(str(tmp_path), None, "train").notes[0]
+    (tmp_path / "3.HEIC").rename(tmp_path / "._3.jpg")
+    assert "1 ._*" in load(str(tmp_path), None, "train").notes[0]
+    (tmp_path / "._3.jpg").unlink()
+    plant(tmp_path, "4.xyz", "5.xyz", "6")
+    assert all(part in load(str(tmp_path), None, "train").notes[0] for part in ("2 .xyz", "1 .me", "1 without ending"))
+
+
+def test_classes_that_differ_in_their_unicode_form_alone_are_one(tmp_path):
+    composed, decomposed = (unicodedata.normalize(form, "Käfer") for form in ("NFC", "NFD"))
+    plant(
+        tmp_path,
+        f"train/{composed}/1.jpg",
+        "train/b/2.jpg",
+        f"val/{decomposed}/3.jpg",
+        "val/b/4.jpg",
+        "val/b/x/5.jpg",
+        "val/b/y/6.jpg",
+    )
+    bank, test = (load(str(tmp_path), None, split) for split in ("bank", "test"))
+    assert bank.classes == test.classes == tuple(sorted(["b", composed]))
+    assert [bank.classes[label] for label in bank.labels] == [composed, "b"] and sorted(test.labels) == [0, 1, 1, 1]
+    assert "b (of x, y)" in test.notes[0] and bank.notes == ()  # classes are not looked for further below
 
 
 def test_a_sample_downloads_nothing_and_reads_no_folder_to_its_end(classes):

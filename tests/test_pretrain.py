@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from PIL import Image
 import relssl
 from relssl.cli import main
 from relssl.data.named import load
-from relssl.errors import CheckpointError, ConfigError, DataError, Interrupted, LockedError, StorageError
+from relssl.errors import STOPPING, CheckpointError, ConfigError, DataError, Interrupted, LockedError, StorageError
 from relssl.settings.reading import merge
 from relssl.train.pretrain import explaining
 from relssl.train.run_folder import RunFolder
@@ -108,6 +109,44 @@ def test_a_signal_and_a_time_limit_save_and_end_with_their_codes(finished: Path,
     assert equal_runs(finished, folder)
 
 
+def test_max_steps_ends_the_run_and_its_schedules(tmp_path: Path) -> None:
+    result = small_run(tmp_path / "run", max_steps=14, **{"optimizer.warmup_epochs": 0, "log.every": 1})
+    assert [row["step"] for row in result.rows if "knn_top1" in row] == [0, 10, 14]
+    peak = result.rows[1]["lr"]
+    for row in result.rows[1:]:
+        assert row["lr"] == pytest.approx(peak * 0.5 * (1 + math.cos(math.pi * (row["step"] - 1) / 14)))
+    assert json.loads((tmp_path / "run/status.json").read_text())["last_checkpoint"] == "step-00000014"
+
+
+def test_small_data_and_short_runs_just_run_and_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    few = {name: SMALL[name] for name in ("data", "backbone_args", "encoder", "engine")} | {"max_images": 40, "epochs": 1}
+    few["method"] = {"warmup_share": 0.5}
+    run = relssl.pretrain(out=tmp_path / "run", log={"knn_every": 0, "to": []}, **few)
+    config, said = relssl.load_run(run.folder).config, capsys.readouterr().err
+    assert (config.batch_size, config.method.memory_size, config.optimizer.warmup_epochs) == (8, 16, 0.25)
+    for words in ("batch_size is 8 instead of 64", "memory_size is 16 instead of 512", "warmup_epochs is 0.25 instead of 1"):
+        assert words in said and words in (run.folder / "run.log").read_text()
+    with pytest.raises(DataError, match="batch_size"):
+        relssl.pretrain(out=tmp_path / "typed", batch_size=64, quiet=True, **few)
+
+
+def test_a_run_goes_on_for_more_epochs(tmp_path: Path) -> None:
+    folder = small_run(tmp_path / "run", epochs=1, **{"log.every": 1, "log.knn_every": 0}).folder
+    rows = relssl.resume(folder, epochs=2, quiet=True).rows
+    assert [row["step"] for row in rows] == [*range(1, 21)] and relssl.load_run(folder).config.epochs == 2
+    expected = small_run(tmp_path / "other", epochs=2, **{"log.every": 1, "log.knn_every": 0}).rows
+    for name in ("lr", "warmup_mix", "teacher_momentum"):
+        assert [row[name] for row in rows[10:]] == [row[name] for row in expected[10:]]
+    before = contents(folder)
+    with pytest.raises(ConfigError, match="epochs"):
+        relssl.resume(folder, epochs=1, quiet=True)
+    same = {"epochs": 2, "out": str(folder), "resume": "auto", "quiet": True}
+    assert relssl.pretrain(**(SMALL | {"log": {**SMALL["log"], "every": 1, "knn_every": 0}} | same)).rows == rows
+    with pytest.raises(ConfigError, match=r"optimizer.lr: .* 0.1, not 0.5"):
+        relssl.pretrain(lr=0.5, **same)
+    assert [path for path, _ in contents(folder)] == [path for path, _ in before]
+
+
 def test_a_used_or_locked_folder_is_left_alone(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = contents(finished)
     assert relssl.resume(finished, quiet=True) is not None  # at once, as it had finished
@@ -180,6 +219,30 @@ def test_the_python_function_takes_names_and_sections_and_leaves_the_process_as_
     assert not (tmp_path / "none").exists()
 
 
+def process_state() -> list[Any]:
+    """What a call may change for the rest of a user's process."""
+    generators = torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()  # type: ignore[index]
+    signals = [signal.getsignal(number) for number in STOPPING]
+    return [generators, signals, torch.get_default_dtype(), torch.is_grad_enabled(), os.environ.copy(), len(warnings.filters)]
+
+
+def test_a_run_neither_changes_nor_depends_on_the_users_process(tmp_path: Path) -> None:
+    short = {"max_images": 64, "epochs": 1, "log.knn_every": 0}
+    first, before = small_run(tmp_path / "first", **short), process_state()
+    with torch.inference_mode():
+        second = small_run(tmp_path / "second", **short)
+    assert process_state() == before
+    torch.set_default_dtype(torch.float64)
+    try:
+        third = small_run(tmp_path / "third", **short)
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert equal_runs(first.folder, second.folder) and equal_runs(first.folder, third.folder)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ConfigError, match=r"torch\.autocast"):
+        small_run(tmp_path / "fourth", **short)
+
+
 @pytest.mark.parametrize(
     ("fault", "kind", "text"),
     [
@@ -223,6 +286,32 @@ FILES: dict[str, Any] = {
 }
 
 
+def test_a_run_goes_on_where_its_images_are_now(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = merge(FILES, {"epochs": 2, "loader": {"workers": 0}})
+    whole = small_run(tmp_path / "whole", **merge(settings, {"data": str(pictures)})).folder
+    monkeypatch.chdir(tmp_path)
+    again = {"out": "run", "resume": "auto", "quiet": True, **merge(merge(SMALL, settings), {"data": "pictures"})}
+    with pytest.raises(Interrupted):  # the same command starts the run, and goes on with it
+        relssl.pretrain(**again, time_limit=1e-6)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")  # from any folder
+    with pytest.raises(Interrupted):
+        relssl.resume("../run", time_limit=1e-6, quiet=True)
+    shutil.move(pictures, tmp_path / "elsewhere/moved")
+    with pytest.raises(DataError, match="--data PATH"):
+        relssl.resume("../run", quiet=True)
+    with pytest.raises(Interrupted):
+        relssl.resume("../run", data="moved", time_limit=1e-6, quiet=True)
+    shutil.copytree("moved", "other")
+    next(Path("other").rglob("*.jpg")).rename("other/new.jpg")
+    before = contents(tmp_path / "run")
+    with pytest.raises(DataError, match="are not the 40 of the run"):
+        relssl.resume("../run", data="other", quiet=True)
+    assert [path for path, _ in contents(tmp_path / "run")] == [path for path, _ in before]
+    relssl.resume("../run", time_limit=math.inf, quiet=True)
+    assert equal_runs(whole, tmp_path / "run")
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "lars"])
 def test_dropped_paths_resume_exactly_from_files(pictures: Path, tmp_path: Path, optimizer: str) -> None:
     """Stochastic depth draws from torch's own generator, loaders must not."""
@@ -260,8 +349,8 @@ def test_too_many_bad_images_stop_the_run(pictures: Path, tmp_path: Path) -> Non
     [
         (["pretrain", "nowhere/", "--out", "{run}"], 3, "nowhere"),
         (["pretrain", "cifr10", "--out", "{run}"], 3, "cifar10"),
-        (["pretrain", "{empty}", "--out", "{run}"], 3, "no usable images"),
-        (["pretrain", "{pictures}", "--out", "{run}"], 3, "batch_size"),
+        (["pretrain", "{empty}", "--out", "{run}"], 3, "no usable image"),
+        (["pretrain", "{pictures}", "--out", "{run}", "--batch_size", "64"], 3, "batch_size"),
         (["pretrain", "--backbone", "resnet81", "--epochs", "20", "--out", "{run}"], 2, "resnet81"),
         (["resume", "{empty}"], 2, "is no run folder"),
         (["evaluate", "{empty}"], 2, "is no run folder"),

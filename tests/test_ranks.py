@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,8 +17,9 @@ import torch
 from PIL import Image
 
 from relssl.engine import Engine
-from relssl.errors import DistributedError
+from relssl.errors import ConfigError, DistributedError
 from relssl.method import Encoder, ReSSL
+from relssl.settings.launcher import with_launch
 from relssl.settings.reading import merge
 from relssl.settings.run import resolve, to_yaml
 from relssl.train.checkpoint import agreed_hashes
@@ -49,7 +51,9 @@ def finish(process: subprocess.Popen[str], code: int = 0) -> str:
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run on two ranks, whose tests only read."""
     folder = tmp_path_factory.mktemp("ranks") / "two"
-    finish(start(folder, merge(SETTINGS, {"checkpoint": {"every_steps": 7, "keep": 9}})))
+    output = finish(start(folder, merge(SETTINGS, {"checkpoint": {"every_steps": 7, "keep": 9}})))
+    assert output.count("reading the images") == output.count("What the backbone learned") == 1  # one rank speaks,
+    assert not re.search(r"Warning|\[W|[Ll]ightning|distributed", output), output  # and no library does
     return folder
 
 
@@ -101,6 +105,59 @@ def test_ranks_read_the_shrunk_images_that_the_first_one_writes(tmp_path: Path) 
     small_run(tmp_path / "one", **settings)
     assert len(list((tmp_path / "kept").iterdir())) == 1
     assert close_runs(tmp_path / "one", tmp_path / "two")
+
+
+TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+# What a batch script of SLURM finds, and what a step of srun does besides.
+BATCH = {"SLURM_JOB_ID": "4711", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "4", "SLURM_JOB_NAME": "train"}
+STEP = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "gpu[07-08]"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "processes"),
+    [
+        ({}, (1, 1)),
+        (TORCHRUN, (2, 2)),
+        ({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "a"}, (1, 2)),  # a pod each
+        ({"WORLD_SIZE": "abc"}, (1, 1)),
+        ({"WORLD_SIZE": "2", "LOCAL_RANK": "1"}, (1, 1)),
+        (BATCH, (1, 1)),
+        (BATCH | STEP, (2, 2)),
+        (BATCH | STEP | {"SLURM_PTY_PORT": "1"}, (1, 1)),  # a shell in a step
+        ({"RANK": "0", "WORLD_SIZE": "abc", "MASTER_ADDR": "a"}, "WORLD_SIZE: "),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "torchrun: "),
+        (TORCHRUN | {"RANK": "4"}, "torchrun: "),
+        (BATCH | STEP | {"SLURM_STEP_NUM_TASKS": "5"}, "srun: "),
+    ],
+)
+def test_a_launchers_processes_are_counted_and_others_variables_are_not(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], processes: tuple[int, int] | str
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    config = resolve({"batch_size": 64})
+    if isinstance(processes, str):
+        with pytest.raises(ConfigError, match=processes):
+            with_launch(config)
+    else:
+        engine = with_launch(config).engine
+        assert (engine.devices, engine.nodes) == processes
+
+
+def test_settings_that_no_launcher_meets_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"engine\.nodes: .*torchrun"):
+        with_launch(resolve({"engine.nodes": 2}))
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=r"engine\.devices: .*2.*4"):
+        with_launch(resolve({"engine.devices": 2}))
+    assert with_launch(resolve({"engine.devices": 2}), resumed=True).engine.nodes == 2
+
+
+def test_a_notebook_cannot_start_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
+    with pytest.raises(ConfigError, match=r"engine\.devices: .*notebook"):
+        Engine(resolve({"engine.devices": 2, "engine.device": "cpu"}).engine)
 
 
 def test_ranks_that_drifted_apart_are_not_saved() -> None:

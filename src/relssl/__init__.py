@@ -10,11 +10,14 @@ Everything is imported on first use, so that `import relssl` itself needs no tor
 from __future__ import annotations
 
 import importlib
+import random
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from relssl.evaluation.embed import embed as embed
     from relssl.evaluation.evaluate import evaluate as evaluate
+    from relssl.evaluation.finetune import finetune as finetune
+    from relssl.evaluation.finetune import predict as predict
     from relssl.evaluation.result import compare as compare
     from relssl.reproduction.reproduce import reproduce as reproduce
     from relssl.train.estimate import estimate as estimate
@@ -32,9 +35,11 @@ _HOMES = {
     "estimate": "train.estimate",
     "evaluate": "evaluation.evaluate",
     "export": "weights.export",
+    "finetune": "evaluation.finetune",
     "import_weights": "weights.export",
     "load_backbone": "weights.opening",
     "load_run": "weights.opening",
+    "predict": "evaluation.finetune",
     "pretrain": "train.pretrain",
     "reproduce": "reproduction.reproduce",
     "resume": "train.pretrain",
@@ -45,4 +50,8 @@ __all__ = list(_HOMES)
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'relssl' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"relssl.{_HOMES[name]}"), name)
+    state = random.getstate()
+    try:
+        return getattr(importlib.import_module(f"relssl.{_HOMES[name]}"), name)
+    finally:
+        random.setstate(state)  # some libraries draw from it as they are imported

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import argparse
+import collections
+import contextlib
 import dataclasses
+import io
 import itertools
 import json
 import os
 import sys
 import textwrap
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import relssl
-from relssl.errors import ConfigError, RelsslError
+from relssl.data.named import at_hand, exists, load
+from relssl.errors import CheckpointError, ConfigError, DataError, Interrupted, LockedError, NumericError, RelsslError
 from relssl.settings import recipes
-from relssl.settings.evaluation import Evaluation, read_settings
-from relssl.settings.reading import choices, leaves, nearest_word
-from relssl.settings.run import Config, differences, resolve, to_yaml
+from relssl.settings.evaluation import Evaluation, Tuning, read_settings
+from relssl.settings.launcher import rank, with_launch
+from relssl.settings.names import MAIN, meant, spell
+from relssl.settings.reading import build, leaves, nearest_word
+from relssl.settings.run import Config, adjustments, differences, give_way, resolve, to_yaml
 from relssl.weights.formats import FORMATS, find_format
 
 Overrides = dict[str, Any]
@@ -38,32 +45,36 @@ _ABOUT = "Pretrain image backbones on unlabelled images with ReSSL."
 PARSER = argparse.ArgumentParser(prog="relssl", description=_ABOUT, allow_abbrev=False)
 PARSER.add_argument("--version", action="version", version=f"relssl {relssl.__version__}")
 _COMMANDS = PARSER.add_subparsers(dest="verb", required=True, metavar="COMMAND")
-VERBS: dict[str, set[str]] = {}  # the names of each command's own options, which are not settings
 
 
-def verb(about: str, *options: Option, settings: Any = None) -> Callable[[Any], Any]:
+class Verb(NamedTuple):
+    """A command, as it is read and shown."""
+
+    about: str
+    usage: str
+    options: dict[str, dict[str, Any]]  # its own, which are not settings, with their arguments for argparse
+    settings: Any  # the dataclass whose fields are options, too
+    main: tuple[str, ...] | None  # the settings that `--help` shows; None: those outside of sections
+
+
+VERBS: dict[str, Verb] = {}
+
+
+def verb(about: str, *options: Option, settings: Any = None, main: tuple[str, ...] | None = None) -> Callable[[Any], Any]:
     """Make a command of a function of its arguments and settings, which returns no outcome in processes that have none.
 
-    The fields of `settings`, a dataclass, are options too. argparse knows them for the help alone.
+    The fields of `settings`, a dataclass, are options too; argparse does not know them.
     """
 
     def add(run: Callable[[argparse.Namespace, Overrides], Outcome | None]) -> Any:
-        name = run.__name__.removesuffix("_")
+        name, own = run.__name__.removesuffix("_"), dict((*options, *_COMMON))
         command = _COMMANDS.add_parser(name, help=about, description=about, allow_abbrev=False)
-        command.set_defaults(run=run, settings=settings)
-        for at, more in (*options, *_COMMON):
+        command.set_defaults(run=run)
+        for at, more in own.items():
             command.add_argument(at, **more)
-        own = VERBS[name] = {"--help", *(at for at, _ in (*options, *_COMMON))}
         if settings:
             command.usage = f"{command.format_usage().removeprefix('usage: ').rstrip()} [--SETTING VALUE ...]"
-        for setting, field in leaves(settings).items() if settings else ():
-            short = setting.removesuffix(".name")
-            flags = [f"--{each}" for each in dict.fromkeys((short if short in recipes.BY_NAME else setting, setting))]
-            default = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else str(field.default)
-            words = f" (one of {', '.join(choices(field))})" if choices(field) else ""
-            text = f"{field.description}{words} (default: {default})".replace("%", "%%")
-            if not {setting, f"--{setting}"} & own:
-                command.add_argument(*flags, metavar="VALUE", help=text)
+        VERBS[name] = Verb(about, command.format_usage(), own, settings, main)
         return run
 
     return add
@@ -84,6 +95,13 @@ _RUN = (
 )
 _SOURCE = option("source", "run folder, file of weights, or timm name", metavar="SOURCE")
 _NETWORK = option("--network", "of a run; default: student", choices=("student", "teacher"))
+# How features of images are computed.
+_EXTRACTION = (
+    option("--split", default="train", choices=("train", "bank", "test")),
+    option("--data_root", "where named data sets lie"),
+    option("--device", default="auto", choices=("auto", "cpu", "cuda", "mps")),
+    option("--precision", "of the network's arithmetic", default="fp32", choices=("auto", "fp32", "bf16")),
+)
 # How files of other programs are read.
 _FOREIGN = (
     option("--from", "official, solo, moco, dino, torchvision or timm; default: by its names", dest="layout", metavar="LAYOUT"),
@@ -94,11 +112,17 @@ _FOREIGN = (
 )
 
 
-@verb("pretrain a backbone on images", *_RUN, settings=Config)
+@verb(
+    "pretrain a backbone on images",
+    *_RUN,
+    option("--resume", "auto: go on with the run in --out, if there is one", metavar="auto"),
+    settings=Config,
+    main=MAIN,
+)
 def pretrain(args: argparse.Namespace, overrides: Overrides) -> Outcome | None:
     config = _run_settings(args, overrides)
-    _prepare(config)
-    return _trained(relssl.pretrain(settings=config))
+    _prepare(None if args.resume else config)
+    return _trained(relssl.pretrain(settings=config, resume=args.resume))
 
 
 @verb(
@@ -106,6 +130,7 @@ def pretrain(args: argparse.Namespace, overrides: Overrides) -> Outcome | None:
     *_RUN,
     option("--steps", "steps that are timed (default: 20)", type=int, default=20),
     settings=Config,
+    main=MAIN,
 )
 def estimate(args: argparse.Namespace, overrides: Overrides) -> Outcome | None:
     config = _run_settings(args, overrides)
@@ -113,17 +138,20 @@ def estimate(args: argparse.Namespace, overrides: Overrides) -> Outcome | None:
     from relssl.report.tables import show_estimate
 
     figures = relssl.estimate(settings=config, steps=args.steps)
-    return None if figures is None else Outcome(dataclasses.asdict(figures), lambda: show_estimate(figures))
+    return None if figures.rank else Outcome(dataclasses.asdict(figures), lambda: show_estimate(figures))
 
 
 @verb(
     "go on with a run exactly where it was saved",
     option("run_folder", metavar="RUN"),
+    option("data", "where the run's images are now, if they have moved", metavar="DATA", nargs="?"),
+    option("--epochs", "how many the run has in all from now on, its schedules included", type=int, metavar="N"),
+    option("--time_limit", "minutes after which it saves and stops with exit code 75", type=float, metavar="M"),
     option("--checkpoint", "name of an older checkpoint to go on from"),
 )
 def resume(args: argparse.Namespace, _: Overrides) -> Outcome | None:
     _prepare()
-    return _trained(relssl.resume(args.run_folder, checkpoint=args.checkpoint))
+    return _trained(relssl.resume(args.run_folder, **_pick(args, "checkpoint", "time_limit", "epochs", "data")))
 
 
 @verb(
@@ -173,10 +201,7 @@ def compare(args: argparse.Namespace, _: Overrides) -> Outcome | None:
     option("--out", "target .npz, .csv or .parquet", required=True),
     option("--size", "side of the view in pixels; default: the one pretraining used", type=int),
     _NETWORK,
-    option("--split", default="train", choices=("train", "bank", "test")),
-    option("--data_root", "where named data sets lie"),
-    option("--device", default="auto", choices=("auto", "cpu", "cuda", "mps")),
-    option("--precision", "of the network's arithmetic", default="fp32", choices=("auto", "fp32", "bf16")),
+    *_EXTRACTION,
     *_FOREIGN,
 )
 def embed(args: argparse.Namespace, _: Overrides) -> Outcome | None:
@@ -188,21 +213,65 @@ def embed(args: argparse.Namespace, _: Overrides) -> Outcome | None:
 
 
 @verb(
+    "train a backbone and a classifier on labelled images, and write both to a file that timm loads",
+    _SOURCE,
+    option("data", "labelled images with a test part: train/CLASS/ and val/CLASS/, or a named set", metavar="DATA"),
+    option("--out", "target .safetensors", required=True, metavar="MODEL"),
+    *_FOREIGN,
+    settings=Tuning,
+)
+def finetune(args: argparse.Namespace, overrides: Overrides) -> Outcome | None:
+    settings = build(Tuning, spell(overrides, leaves(Tuning)))
+    _prepare()
+    say = None if args.json else _say
+    facts = relssl.finetune(args.source, args.data, args.out, settings=settings, reading=_reading(args), say=say)
+    figure = (
+        f"top-1 {facts['top1']:.2f} % [{facts['interval'][0]:.2f}, {facts['interval'][1]:.2f}] on {facts['tested']} test images"
+    )
+    use = f"classify images: relssl predict {facts['out']} DATA --out FILE.csv"
+    return Outcome(facts, "\n".join([f"{facts['out']}: {len(facts['classes'])} classes, {figure}", *facts["notes"], use]))
+
+
+@verb(
+    "classify images by a file that finetune wrote",
+    option("model", "the .safetensors file, with its .yaml beside it", metavar="MODEL"),
+    option("data", metavar="DATA"),
+    option("--out", "target .csv, or .parquet or .npz with the scores of all classes", required=True, metavar="FILE"),
+    *_EXTRACTION,
+)
+def predict(args: argparse.Namespace, _: Overrides) -> Outcome | None:
+    _prepare()
+    facts = relssl.predict(args.model, args.data, args.out, **_pick(args, "split", "data_root", "device", "precision"))
+    left_out = f"; {len(facts['bad'])} could not be read" if facts["bad"] else ""
+    written = f"{facts['images']} images of {args.data} classified in {facts['out']}, split {args.split}{left_out}"
+    return Outcome(facts, "\n".join([written, *facts["notes"]]))
+
+
+@verb(
     "write a backbone for other programs, and check what they will read",
     option("source", "run folder, or exported or imported .safetensors", metavar="RUN|WEIGHTS"),
-    option("--format", "; ".join(f"{name}: {each.about}" for name, each in FORMATS.items()), default="safetensors"),
+    option(
+        "--format", "; ".join(f"{name}: {each.about}" for name, each in FORMATS.items()) + "; default: safetensors, hf to push"
+    ),
     _NETWORK,
     option("--out", "target file, or folder for hf; default: in RUN/export, or beside the file"),
+    option("--push", "upload it to the Hugging Face Hub, as a private repository if there is none yet", metavar="ORG/NAME"),
+    option("--dry_run", "with --push: say what would be uploaded, and leave everything as it is", action="store_true"),
 )
 def export(args: argparse.Namespace, _: Overrides) -> Outcome | None:
-    find_format(args.format)  # before torch is imported
+    find_format(args.format or "safetensors")  # before torch is imported
     _prepare()
-    result = relssl.export(args.source, **_pick(args, "format", "network", "out"))
+    result = relssl.export(args.source, **_pick(args, "format", "network", "out", "push", "dry_run"))
     parity, files = result.parity, [str(file) for file in result.files]
     facts = {"out": str(result.path), "files": files, **_pick(result, "format", "network")} | dataclasses.asdict(parity)
     how = f"features differ by {parity.difference:.2g} at most, {parity.relative:.2g} of the largest"
     code = "\n".join("    " + line for line in result.lines)
-    return Outcome(facts, f"{result.path}\nchecked on {parity.images}: {how}\n\nLoad it:\n\n{code}")
+    where = result.address or str(result.path)
+    if args.dry_run:
+        each = (f"    {file.name:20} {count:12,} bytes" for file, count in zip(result.files, result.sizes, strict=True))
+        where = "\n".join([f"would be uploaded as {args.push}, and was not:\n", *each, ""])
+    facts |= {"push": args.push, "address": result.address, "sizes": list(result.sizes)} if args.push else {}
+    return Outcome(facts, f"{where}\nchecked on {parity.images}: {how}\n\nLoad it:\n\n{code}")
 
 
 @verb(
@@ -241,12 +310,14 @@ def recipes_(args: argparse.Namespace, _: Overrides) -> Outcome | None:
     option("folder", metavar="FOLDER"),
 )
 def list_(args: argparse.Namespace, _: Overrides) -> Outcome | None:
-    from relssl.data.folder import list_lines, shown
+    from relssl.data.folder import list_lines
 
-    lines, bad = list_lines(args.folder)
-    if bad:
-        _say(f"relssl: {len(bad)} files are left out, the first: {shown(bad[0][0])} {bad[0][1]}")
-    return Outcome({"images": len(lines), "bad": bad}, lambda: sys.stdout.buffer.writelines(line + b"\n" for line in lines))
+    lines, images = list_lines(args.folder)
+    for note in images.notes:
+        _say(f"relssl: {note}")
+    return Outcome(
+        {"images": len(lines), "bad": images.bad}, lambda: sys.stdout.buffer.writelines(line + b"\n" for line in lines)
+    )
 
 
 @verb(
@@ -270,15 +341,32 @@ def backbones(args: argparse.Namespace, _: Overrides) -> Outcome | None:
 
 
 @verb(
-    "check settings without running anything",
+    "check settings and data without running anything",
     *_RUN,
     option("--show", "print all settings as YAML", action="store_true"),
     settings=Config,
+    main=MAIN,
 )
 def validate(args: argparse.Namespace, overrides: Overrides) -> Outcome | None:
-    config = _run_settings(args, overrides)
+    typed = _run_settings(args, overrides)
+    config, data, lines = typed, dict[str, Any](), list[str]()
+    if exists(typed.data, typed.data_root) is None:
+        here = data["here"] = at_hand(typed.data, typed.data_root)
+        lines.append(f"{typed.data}: a known data set, {'here' if here else 'to be downloaded'}")
+    else:
+        images, test = load(typed.data, typed.data_root, "train"), None
+        with contextlib.suppress(DataError):  # there is none
+            test = load(typed.data, typed.data_root, "test")
+        used = min(len(images), typed.max_images or len(images))
+        config = give_way(typed, used)
+        data |= {"images": len(images), "test": len(test or ()), "classes": images.class_count, "notes": list(images.notes)}
+        classes = f" of {images.class_count} classes" if images.class_count else ""
+        lines.append(f"{images.name}: {len(images)} images{classes} to pretrain on, {data['test']} to test on")
+        lines += images.notes
+        lines += adjustments(typed, config, used)
     run = f"recipe {config.recipe}, {config.backbone} on {config.data}, {config.epochs} epochs of batch {config.batch_size}"
-    return Outcome({"valid": True, "recipe": config.recipe}, to_yaml(config).rstrip() if args.show else f"valid: {run}")
+    text = to_yaml(config).rstrip() if args.show else "\n".join([f"valid: {run}", *lines])
+    return Outcome({"valid": True, "recipe": config.recipe, "data": data}, text)
 
 
 @verb(
@@ -293,6 +381,7 @@ def validate(args: argparse.Namespace, overrides: Overrides) -> Outcome | None:
     option("--out", "folder of TABLE-SCALE.json and .md (default: results)", dest="results", default="results", metavar="DIR"),
     option("--time_limit", "minutes for all runs together; then exit code 75, to go on later", dest="minutes", type=float),
     settings=Config,
+    main=(),
 )
 def reproduce(args: argparse.Namespace, overrides: Overrides) -> Outcome | None:
     from relssl.reproduction.plan import plan
@@ -321,17 +410,14 @@ def reproduce(args: argparse.Namespace, overrides: Overrides) -> Outcome | None:
 
 
 def _run_settings(args: argparse.Namespace, overrides: Overrides) -> Config:
-    """The settings of a run; under torchrun the launcher has already decided how many processes there are."""
-    local, world = os.environ.get("LOCAL_WORLD_SIZE"), os.environ.get("WORLD_SIZE")
-    if local and world:
-        overrides = {"engine.devices": local, "engine.nodes": str(int(world) // int(local))} | overrides
-    return resolve(overrides if args.data is None else overrides | {"data": args.data}, args.config)
+    return with_launch(resolve(overrides if args.data is None else overrides | {"data": args.data}, args.config))
 
 
 def _prepare(config: Config | None = None) -> None:
-    """Check that the data of a run exists, then import torch and tune this process for computing."""
-    from relssl.data.named import exists
-
+    """Check that the data of a run exists, then import torch and tune this process for computing, without what libraries have to say."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
     if config is not None:
         exists(config.data, config.data_root)
     from relssl.engine import prepare_process
@@ -342,7 +428,10 @@ def _prepare(config: Config | None = None) -> None:
 def _trained(result: Any) -> Outcome | None:
     from relssl.report.tables import facts, show_summary
 
-    return None if result.rank else Outcome(facts(result), lambda: show_summary(result, relssl.load_run(result.folder).config))
+    if result.rank:
+        return None
+    config = relssl.load_run(result.folder).config
+    return Outcome(facts(result, config), lambda: show_summary(result, config))
 
 
 def _reading(args: argparse.Namespace, **more: Any) -> Any:
@@ -356,35 +445,105 @@ def _pick(args: Any, *names: str) -> dict[str, Any]:
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # its reader has left
+        print(line, file=sys.stderr, flush=True)
 
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Overrides]:
     """Return the arguments, and the settings as {dotted name: text}: all options that are not the verb's own. They are read and
     checked later, together, so that all faults are reported at once."""
-    if argv and argv[0] not in VERBS and not argv[0].startswith("-"):
+    if not argv or argv[0].startswith("-"):
+        return PARSER.parse_args(argv), {}
+    if argv[0] not in VERBS:
         raise ConfigError(f"unknown command {argv[0]!r}; the nearest is {nearest_word(argv[0], VERBS)}")
-    own = VERBS.get(argv[0]) if argv else None
-    words, overrides, rest = list[str](), dict[str, Any](), iter(argv)
-    for word in rest:
-        name, equals, value = word.partition("=")
-        if own is None or name in own or not name.startswith("--"):
-            words.append(word)
-        elif not equals and (value := next(rest, "--")).startswith("--"):
-            raise ConfigError(f"{name}: needs a value")
-        else:
-            overrides[name[2:]] = value
-    args, extra = PARSER.parse_known_args(words)
+    verb = VERBS[argv[0]]
+    words, options, named, overrides = _sort(verb, argv[1:])
+    places = _places(verb, words, named)
+    if verb.settings and {"-h", "--help", "--help_all"} & {*options}:
+        print(_help(verb, overrides | places, "--help_all" in options))
+        raise SystemExit(0)
+    if overrides and not verb.settings:
+        raise ConfigError(*(f"--{name}: unknown option of relssl {argv[0]}; {_nearest_option(name, verb)}" for name in overrides))
+    args, extra = PARSER.parse_known_args([argv[0], *places.values(), *options])
     if extra:
         raise ConfigError(f"{extra[0]!r}: not expected here; settings are given as --name value")
-    if overrides and not args.settings:
-        raise ConfigError(*(f"--{name}: unknown option of relssl {args.verb}" for name in overrides))
+    for name, value in vars(args).items():
+        if isinstance(value, str) and value.startswith("~"):  # where no shell has done so
+            setattr(args, name, os.path.expanduser(value))
     return args, overrides
+
+
+def _sort(verb: Verb, argv: Sequence[str]) -> tuple[list[str], list[str], dict[str, str], Overrides]:
+    """Return the words of a command that stand alone, its own options, those among them that may stand alone, and settings; in options
+    - is the same as _."""
+    words, options, named, overrides, rest = list[str](), list[str](), dict[str, str](), Overrides(), collections.deque(argv)
+    while rest:
+        word = rest.popleft()
+        name, equals, value = word.partition("=")
+        key = name[2:].replace("-", "_")
+        how = verb.options.get(f"--{key}", {})
+        if not word.startswith("-"):
+            words.append(word)
+        elif not word.startswith("--") or key in ("help", "help_all") or how.get("action") == "store_true":
+            options.append(word if equals or word[:2] != "--" else f"--{key}")
+        elif not equals and (not rest or rest[0].startswith("--")):
+            raise ConfigError(f"{name}: needs a value")
+        else:
+            value = value if equals else rest.popleft()
+            if how:
+                options.append(f"--{key}={value}")
+                while how.get("nargs") == "+" and rest and not rest[0].startswith("--"):
+                    options[-1:] = [f"--{key}", *options[-1].split("=", 1)[1:], rest.popleft()]
+            else:
+                (named if key in verb.options else overrides)[key] = value
+    return words, options, named, overrides
+
+
+def _places(verb: Verb, words: Sequence[str], named: dict[str, str]) -> dict[str, str]:
+    """Return the arguments that stand alone by their names, those given as an option, `--data DIR`, included."""
+    known, places = leaves(verb.settings) if verb.settings else {}, [name for name in verb.options if not name.startswith("-")]
+    for word in words:
+        name, equals, value = word.partition("=")
+        if equals and set(meant(name, known)) & known.keys() and not os.path.exists(word):
+            raise ConfigError(f"{word!r}: settings are given as --{name} {value}")
+    free = [name for name in places if name not in named]
+    given = named | dict(zip(free, words, strict=False))
+    for word in words[len(free) :]:
+        if word not in named.values():
+            twice = next((f"{name} is given as {named[name]}, too" for name in named), "settings are given as --name value")
+            raise ConfigError(f"{word!r}: not expected here; {twice}")
+    if missing := next((name for name, after in itertools.pairwise(places) if name not in given and after in given), None):
+        raise ConfigError(f"{missing}: is missing, see relssl {verb.usage.split()[2]} --help")
+    return {name: given[name] for name in places if name in given}
+
+
+def _help(verb: Verb, overrides: Overrides, every: bool) -> str:
+    """Return the help of a verb that takes settings: what they would be with those that are given."""
+    from relssl.help import page
+
+    def read(given: Overrides) -> Any:
+        return resolve(given) if verb.settings is Config else build(verb.settings, spell(given, leaves(verb.settings)))
+
+    own = {name: value for name, value in overrides.items() if name == "data" or name not in verb.options}
+    try:
+        settings = read(own)
+    except ConfigError:
+        settings = read({})
+    return page(verb.usage, verb.about, verb.options, settings, verb.main, every)
+
+
+def _nearest_option(name: str, verb: Verb) -> str:
+    options = [each[2:] for each in verb.options if each.startswith("--")]
+    same = next((each for each in meant(name, options) if each in options), None)
+    return f"the nearest is --{same or nearest_word(name, options)}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return its exit code."""
-    argv = sys.argv[1:] if argv is None else argv
+    argv, outcome = sys.argv[1:] if argv is None else argv, None
+    for stream in (sys.stdout, sys.stderr):  # names that the console has no characters for end no command
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         args, overrides = _parse(argv)
         outcome = args.run(args, overrides)
@@ -393,21 +552,34 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(json.dumps(outcome.facts))
             else:
                 print(outcome.show) if isinstance(outcome.show, str) else outcome.show()
+            sys.stdout.flush()
             if outcome.error:
                 raise outcome.error
         return 0
-    except BrokenPipeError:
-        # The reader of our output has left, and no message would reach it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+    except BrokenPipeError:  # the reader of our output has left, and no message would reach it; what is done is done
+        return 141 if outcome is None else getattr(outcome.error, "exit_code", 0)
     except (Exception, KeyboardInterrupt) as error:
-        if "--debug" in argv:
-            traceback.print_exc()
-        code, lines = 1, f"a bug: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}; --debug shows where"
-        if isinstance(error, RelsslError):
-            code, lines = error.exit_code, str(error)
-        elif isinstance(error, KeyboardInterrupt):
-            code, lines = 130, "interrupted"
+        return _failed(error, debug="--debug" in argv)
+    finally:
+        for stream in (sys.stdout, sys.stderr):  # Python would flush them once more, and fail
+            try:
+                stream.flush()
+            except (OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _failed(error: BaseException, debug: bool) -> int:
+    """Tell why a command failed, and return its exit code; of several processes one speaks of what all of them have met."""
+    if debug:
+        traceback.print_exc()
+    code, lines = 1, f"a bug: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}; --debug shows where"
+    if isinstance(error, RelsslError):
+        code, lines = error.exit_code, str(error)
+    elif isinstance(error, KeyboardInterrupt):
+        code, lines = 130, "interrupted"
+    number, torch = rank(), sys.modules.get("torch")
+    met_by_all = isinstance(error, (CheckpointError, LockedError, NumericError, Interrupted))
+    if number == 0 or (torch and torch.distributed.is_initialized() and not met_by_all):
         for line in lines.splitlines():
-            _say(f"relssl: {line}")
-        return code
+            _say(f"relssl: {f'rank {number}: ' if number else ''}{line}")
+    return code

@@ -8,6 +8,8 @@ import logging
 import os
 import platform
 import random
+import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
@@ -19,6 +21,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from relssl.errors import ConfigError, DistributedError, RelsslError
+from relssl.settings.launcher import MARK, find_launch
+from relssl.settings.reading import build
 from relssl.settings.run import EngineConfig
 
 T = TypeVar("T")
@@ -50,14 +54,17 @@ class Engine:
     def __init__(self, config: EngineConfig) -> None:
         available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
         usable = [name for name in available if available[name]]
-        if config.device not in ("auto", *usable):
+        wanted, _, number = config.device.partition(":")
+        if wanted not in ("auto", *usable) or int(number or 0) >= max(1, torch.cuda.device_count()):
             raise ConfigError(f"engine.device: there is no {config.device} device here; usable: {', '.join(usable)}")
-        kind = usable[0] if config.device == "auto" else config.device
+        kind = usable[0] if wanted == "auto" else wanted
         best = "bf16" if fast_bf16(kind) else "fp32"
         self.precision = best if config.precision == "auto" else config.precision
         self.threads = config.threads or max(1, available_cores() // config.devices)
         self.deterministic = config.deterministic
-        self.device = torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+        self.device = torch.device(kind)
+        if kind == "cuda":
+            self.device = torch.device(kind, int(number) if number else torch.cuda.current_device())
         self.rank, self.world, self._fabric, self._format = 0, 1, None, torch.channels_last
         if config.devices * config.nodes > 1:
             self._launch(kind, config)
@@ -66,19 +73,27 @@ class Engine:
     @classmethod
     def local(cls, device: str = "auto", precision: str = "auto") -> Engine:
         """Create an engine of this process alone, with the threads it has: for evaluation, and for networks outside of runs."""
-        return cls(EngineConfig(device=device, precision=precision, threads=torch.get_num_threads()))
+        settings = {"device": device, "precision": precision, "threads": torch.get_num_threads()}
+        return cls(build(EngineConfig, settings))
 
     def _launch(self, kind: str, config: EngineConfig) -> None:
         from lightning.fabric import Fabric  # a second of imports that one process does not need
         from lightning.fabric.strategies import DDPStrategy
 
+        if kind == "cuda" and torch.cuda.device_count() < config.devices:
+            raise ConfigError(
+                f"engine.devices: {config.devices} processes need a GPU each, {torch.cuda.device_count()} are seen here"
+            )
         # Memory and teacher lie outside DDP, and so does the student's batch norm: each rank keeps its own statistics of its
         # share, as the papers' runs do, and rank 0's are saved. Precision is `autocast`'s, around student and teacher alike.
         patience, backend = timedelta(seconds=config.timeout), "nccl" if kind == "cuda" else "gloo"
-        shared = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
+        shared = {"broadcast_buffers": False, "gradient_as_bucket_view": True, "cluster_environment": _environment()}
         ddp = DDPStrategy(process_group_backend=backend, timeout=patience, **shared)
-        fabric = Fabric(accelerator=kind, devices=config.devices, num_nodes=config.nodes, precision="32-true", strategy=ddp)
-        fabric.launch()
+        with quiet_libraries():
+            fabric = Fabric(accelerator=kind, devices=config.devices, num_nodes=config.nodes, precision="32-true", strategy=ddp)
+            threads = torch.get_num_threads()
+            fabric.launch()
+            torch.set_num_threads(threads)  # Lightning shares them out, as `running` does
         self._fabric, self.device, self.rank, self.world = fabric, fabric.device, fabric.global_rank, fabric.world_size
         # What ranks exchange at every step beside tensors goes by the host, so that it waits for no device.
         self._host: Any = dist.new_group(backend="gloo", timeout=patience)
@@ -86,24 +101,41 @@ class Engine:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Set what a run needs of the whole process, its threads, malloc and deterministic kernels, and put it back afterwards."""
+        """Set what a run needs of the whole process, and put it back afterwards: threads, malloc, deterministic kernels, random
+        generators, the default type, and whether gradients are computed.
+
+        ConfigError inside `torch.autocast`, where networks would go on with weights that were rounded before they moved.
+        """
+        if torch.is_autocast_enabled(self.device.type):
+            raise ConfigError(
+                "engine.precision: a run cannot begin inside torch.autocast; leave that context and set engine.precision"
+            )
         keep_memory(True)
-        threads, strict = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+        threads, strict, kind = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), torch.get_default_dtype()
+        generators, workspace = self._generators(), os.environ.get("CUBLAS_WORKSPACE_CONFIG")
         torch.set_num_threads(self.threads)
+        torch.set_default_dtype(torch.float32)
         if self.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, by the first product on a GPU
+            os.environ["CUBLAS_WORKSPACE_CONFIG"] = workspace or ":4096:8"  # read once, by the first product on a GPU
             torch.use_deterministic_algorithms(True)
         try:
-            yield
+            device = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+            with device, torch.inference_mode(False), torch.enable_grad():
+                yield
         finally:
             torch.set_num_threads(threads)
+            torch.set_default_dtype(kind)
             torch.use_deterministic_algorithms(strict)
+            if self.deterministic and workspace is None:
+                del os.environ["CUBLAS_WORKSPACE_CONFIG"]
+            self._set_generators(generators)
             keep_memory(Engine.prepared)
 
     def setup(self, student: nn.Module) -> nn.Module:
         """Place the student and, with several ranks, wrap it so that they average their gradients."""
         placed: nn.Module = self.place(student)
-        return placed if self._fabric is None else self._fabric.setup(placed)
+        with quiet_libraries():
+            return placed if self._fabric is None else self._fabric.setup(placed)
 
     def place(self, module: Any) -> Any:
         """Put a module or images [B, C, H, W] on the device, channels last, in which convolutions are fastest.
@@ -203,19 +235,26 @@ class Engine:
 
     def random_state(self) -> dict[str, Any]:
         """Return the random generators of every rank, as a tree of tensors and numbers."""
-        version, words, normal = random.getstate()
-        name, keys, *rest = np.random.get_state()
-        own: dict[str, Any] = {"torch": torch.get_rng_state(), "python": [version, list(words), normal]}
-        own["numpy"] = [name, torch.from_numpy(np.asarray(keys, np.int64)), *rest]
-        if self.device.type == "cuda":
-            own["cuda"] = torch.cuda.get_rng_state(self.device)
-        return {str(rank): state for rank, state in enumerate(self.gather_items([own]))}
+        return {str(rank): state for rank, state in enumerate(self.gather_items([self._generators()]))}
 
     def restore_random_state(self, states: dict[str, Any]) -> bool:
         """Take back this rank's generators. Return false if the state was saved by another world or device."""
         own = states.get(str(self.rank))
         if own is None or len(states) != self.world or ("cuda" in own) != (self.device.type == "cuda"):
             return False
+        self._set_generators(own)
+        return True
+
+    def _generators(self) -> dict[str, Any]:
+        version, words, normal = random.getstate()
+        name, keys, *rest = np.random.get_state()
+        own: dict[str, Any] = {"torch": torch.get_rng_state(), "python": [version, list(words), normal]}
+        own["numpy"] = [name, torch.from_numpy(np.asarray(keys, np.int64)), *rest]
+        if self.device.type == "cuda":
+            own["cuda"] = torch.cuda.get_rng_state(self.device)
+        return own
+
+    def _set_generators(self, own: dict[str, Any]) -> None:
         torch.set_rng_state(own["torch"])
         version, words, normal = own["python"]
         random.setstate((version, tuple(words), normal))
@@ -223,7 +262,6 @@ class Engine:
         np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
         if "cuda" in own:
             torch.cuda.set_rng_state(own["cuda"], self.device)
-        return True
 
     def describe(self) -> str:
         """Describe the engine in one line for the console."""
@@ -263,10 +301,50 @@ def _breaks_channels_last(network: nn.Module) -> bool:
     return narrow and torch.backends.cpu.get_cpu_capability() == "AVX2"  # type: ignore[no-untyped-call]
 
 
+def _environment() -> Any:
+    """Return what tells Lightning of the other processes: a launcher's variables, or Lightning itself, which starts them.
+
+    ConfigError where a process cannot be started anew, as each of the others would have to be.
+    """
+    from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
+
+    if launch := find_launch():
+        os.environ |= launch.variables()
+        return TorchElasticEnvironment()
+    parent = os.getppid() if os.environ.get("LOCAL_RANK") != "0" else None
+    if os.environ.get(MARK) not in (
+        str(os.getpid()),
+        str(parent),
+    ):  # else this is one of those processes, or has started them before
+        if hasattr(sys, "ps1") or not hasattr(sys.modules["__main__"], "__file__"):
+            raise ConfigError(
+                "engine.devices: several processes start from a script or the command line, not from a notebook or an interactive "
+                "session; write a script, or use `relssl pretrain`"
+            )
+        # Whatever a shell or batch system has set of these is about other processes.
+        for name in ("LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            os.environ.pop(name, None)
+        os.environ[MARK] = str(os.getpid())
+    return LightningEnvironment()
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Keep the libraries' own messages and warnings off the console."""
+    loggers = [logging.getLogger(name) for name in ("lightning.fabric", "lightning.pytorch")]
+    levels = [logger.level for logger in loggers]
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            for logger in loggers:
+                logger.setLevel(logging.ERROR)
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
 def prepare_process() -> None:
-    """Silence Lightning's own messages and keep memory, as long as the process lasts; the command line calls it, a script may."""
-    for name in ("lightning.fabric", "lightning.pytorch"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    """Keep memory as long as the process lasts; the command line calls it, a script may."""
     keep_memory(True)
     Engine.prepared = True
 

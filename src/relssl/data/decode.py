@@ -153,15 +153,22 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _upright_rgb(image: ImageFile.ImageFile, reduction: int = 1) -> Image.Image:
-    """Return the image turned as its EXIF orientation says, as RGB."""
+    """Read an image of ours, as `upright_rgb` returns it."""
     with _refusals():
         if reduction > 1:
             image.draft(None, (image.width // reduction, image.height // reduction))
         image.load()
         image.fp = None  # Pillow closes only files that it opened itself
-        turn = _orientation(image)
-        rgb = _to_rgb(image)
+        rgb = upright_rgb(image)
         rgb.info.clear()  # or a colour key or orientation that is already applied could be applied again
+        return rgb
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """Return an image of any kind, turned as its EXIF orientation says, as RGB; BadImage as `open_image` says."""
+    with _refusals():
+        image.load()
+        turn, rgb = _orientation(image), _to_rgb(image)
         return rgb.transpose(Image.Transpose[_TURNS[turn - 2]]) if turn > 1 else rgb
 
 

@@ -77,11 +77,13 @@ class Files:
     Args:
         folder: that folder.
         entries: the path of each file, relative to the folder or absolute, and its size.
+        times: when each was changed, in ns; 0: not looked at.
     """
 
-    def __init__(self, folder: str, entries: Sequence[tuple[bytes, int]]) -> None:
+    def __init__(self, folder: str, entries: Sequence[tuple[bytes, int]], times: Sequence[int] | np.ndarray = ()) -> None:
         self.folder = os.fsencode(folder)
         self.sizes = np.array([size for _, size in entries], np.int64)
+        self.times = np.array(times, np.int64) if len(times) else np.zeros(len(entries), np.int64)
         self._block = b"".join(name for name, _ in entries)
         self._ends = np.cumsum([0, *(len(name) for name, _ in entries)], dtype=np.int64)
 
@@ -99,7 +101,7 @@ class Files:
         return self._block[self._ends[row] : self._ends[row + 1]]
 
     def take(self, rows: np.ndarray) -> Files:
-        return Files(os.fsdecode(self.folder), [(self.relative(row), self.sizes[row]) for row in rows])
+        return Files(os.fsdecode(self.folder), [(self.relative(row), self.sizes[row]) for row in rows], self.times[rows])
 
     def fingerprint(self) -> str:
         """Compute 16 hex digits of names, order and sizes; where the folder lies does not count."""
@@ -123,6 +125,7 @@ class Images:
     mean: Channels = IMAGENET_MEAN  # of the channels, for pixels scaled to 0..1
     std: Channels = IMAGENET_STD
     bad: list[Fault] = field(default_factory=list)  # unusable files that listing already showed; not counted in N
+    notes: tuple[str, ...] = ()  # what of DATA is not in this set, or in an unexpected way, a line each
     targets: np.ndarray | None = None  # int8 [N,C] of images with several labels each: 1 yes, 0 no, -1 unknown; labels are None
 
     def __len__(self) -> int:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, islice
+from multiprocessing import get_start_method
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -307,8 +308,9 @@ def read_batches(dataset: Any, join: Callable[[list[Any]], Any], workers: int, *
         if not workers or not (isinstance(error, ConnectionError) or any(sign in str(error).lower() for sign in _DIED)):
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        script = "" if get_start_method() == "fork" else '; a script has to begin below `if __name__ == "__main__":`'
         raise DataError(
-            f"a loader process died or has no memory left ({reason}); try loader.workers 0, or fewer, or more shared memory"
+            f"a loader process died or has no memory left ({reason}); try loader.workers 0, or fewer, or more shared memory{script}"
         ) from error
 
 

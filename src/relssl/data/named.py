@@ -19,8 +19,9 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from relssl.data import digits
-from relssl.data.folder import LIST_SUFFIXES, complete, read_folder, read_list, shown, split_folders, walk
+from relssl.data.folder import EXTENSIONS, LeftOut, complete, read_folder, shown, split_folders, walk
 from relssl.data.images import IMAGENET_MEAN, IMAGENET_STD, Channels, Files, Images, Pixels
+from relssl.data.lists import LIST_SUFFIXES, read_list
 from relssl.errors import ConfigError, DataError
 from relssl.settings.reading import nearest_word
 
@@ -50,7 +51,7 @@ def load(data: str, root: str | None, split: str) -> Images:
     """Return the images that DATA names.
 
     Args:
-        data: a name of `SETS`, a folder, or a list file (.txt, .lst).
+        data: a name of `SETS`, a folder, or a list file (.txt, .lst, .csv, .tsv).
         root: where named data sets lie; None: $RELSSL_DATA, else ~/.cache/relssl.
         split: "train" (what pretraining uses), "bank" (training images with labels) or "test". The first two are one and
             the same but for stl10, whose `train` holds its unlabelled images (label -1) as well.
@@ -71,8 +72,9 @@ def load(data: str, root: str | None, split: str) -> Images:
     else:
         images = read_list(path)
     if len(images) == 0:
-        first = f", the first: {shown(images.bad[0][0])} {images.bad[0][1]}" if images.bad else ""
-        raise DataError(f"{images.name}: no usable image ({len(images.bad)} unusable{first})")
+        reasons = "; ".join(images.notes) or "nothing is in it"
+        where = "" if path is None or os.path.isdir(path) else "; paths count from the list's folder or the working folder"
+        raise DataError(f"{images.name}: names or holds no usable image ({reasons}{where})")
     return images
 
 
@@ -87,7 +89,7 @@ def sample(data: str, root: str | None, count: int) -> Images | None:
         if (path := exists(data, root)) is None or not os.path.isdir(path):
             return load(data, root, "train")
         folder = split_folders(path)["train"]
-        return Images(data, Files(folder, sorted(islice(walk(folder, {}), count))))
+        return Images(data, Files(folder, sorted(entry[:2] for entry in islice(walk(folder, LeftOut()), count))))
     return None
 
 
@@ -120,20 +122,42 @@ def exists(data: str, root: str | None) -> str | None:
         if "test" not in split_folders(path):
             raise DataError(f"{data}: not found; put train/CLASS/ and val/CLASS/ below {shown(path)}, or set data_root")
     elif not os.path.exists(path):
+        if advice := _advice(data):
+            raise DataError(f"{shown(data)}: {advice}")
         if os.sep in data or data.lower().endswith(LIST_SUFFIXES):
             raise DataError(f"{shown(data)}: no such folder or list file (looked in {shown(os.getcwd())})")
         guess, known = nearest_word(data, SETS), ", ".join(SETS)
         raise DataError(f"{shown(data)}: neither a folder nor a known data set; the nearest is {guess} (known: {known})")
     if os.path.isdir(path):
         for folder in sorted(set(split_folders(path).values())):
-            faults: dict[bytes, str] = {}
-            if next(walk(folder, faults), None) is None:
-                raise DataError(f"{shown(folder)}: holds no usable images such as .jpg or .png ({len(faults)} cannot be used)")
+            left = LeftOut()
+            if next(walk(folder, left), None) is None:
+                faults = f"{len(left.faults)} cannot be used, the first {next(iter(left.faults.values()))}" if left.faults else ""
+                there = "; ".join(filter(None, [left.counts(), faults])) or "nothing is there"
+                advice = "convert them, end their names in .jpg or .png, or name them in a list file"
+                raise DataError(f"{shown(folder)}: holds no usable image ({there}); {advice}")
     elif not path.lower().endswith(LIST_SUFFIXES) or not os.path.isfile(path):
-        raise DataError(f"{shown(path)}: is neither a folder of images nor a list file ({' or '.join(LIST_SUFFIXES)})")
+        advice = _advice(path) or f"is neither a folder of images nor a list file ({', '.join(LIST_SUFFIXES)})"
+        raise DataError(f"{shown(path)}: {advice}")
     elif os.path.getsize(path) == 0:
         raise DataError(f"{shown(path)}: is an empty list; needs the path of an image on each line")
     return path
+
+
+def _advice(data: str) -> str | None:
+    """Return what to do about DATA of a kind that is not read, if it is of a known one."""
+    ending = data.lower().rpartition(".")[2]
+    if re.match(r"\w{2,9}:", data):
+        return "images are read from disks alone; download them into a folder and name that"
+    if ending in ("zip", "tar", "gz", "tgz", "bz2", "xz", "zst", "7z", "rar"):
+        return "is an archive; unpack it and name the folder"
+    if ending.encode() in EXTENSIONS and os.path.isfile(data):
+        return "is a single image; name the folder that it lies in"
+    if set("*?") & set(data):
+        return "is a pattern; name the folder, or a list file, which `ls PATTERN > list.txt` makes"
+    if "," in data and all(map(os.path.exists, data.split(","))):
+        return "names several folders; join them in a list file: (relssl list A; relssl list B) > list.txt"
+    return None
 
 
 def fetch(name: str, root: str, read: Callable[[bool], T]) -> T:
@@ -146,6 +170,8 @@ def fetch(name: str, root: str, read: Callable[[bool], T]) -> T:
         return read(False)
     timeout = socket.getdefaulttimeout()
     try:
+        if root.startswith("~"):
+            raise FileNotFoundError("no home folder is known here")
         Path(root).mkdir(parents=True, exist_ok=True)
         with Path(root, f".{name}.lock").open("w") as lock:
             with contextlib.suppress(OSError):  # not on every network drive
@@ -224,7 +250,7 @@ def _read_imagenet(name: str, root: str, split: str) -> Images:
     images = replace(read_folder(os.path.join(root, "imagenet"), split), name=name)
     if name == "imagenet":
         return images
-    if images.labels is None or images.classes is None:
+    if images.labels is None or images.classes is None or images.labels.min() < 0:
         raise DataError("imagenet100: every image in imagenet/ must lie in the folder of its class, imagenet/train/CLASS/")
     present = {images.classes[label] for label in np.unique(images.labels)}
     if missing := [word for word in IMAGENET100 if word not in present]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision.transforms.functional import InterpolationMode, center_crop, pil_to_tensor, resize
 
 from relssl.data.batched import normalise
-from relssl.data.decode import BadImage
+from relssl.data.decode import BadImage, upright_rgb
 from relssl.data.images import Fault, Images, Pixels
 from relssl.data.loader import read_batches
 from relssl.errors import ConfigError
@@ -72,8 +72,8 @@ class PlainView:
         return pixels
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """Return the normalised view [C,S,S] of any PIL image."""
-        return self.normalise(self.pixels(image.convert("RGB"))[None])[0]
+        """Return the normalised view [C,S,S] of any image as PIL opens it, as evaluations see its file; BadImage if they refuse it."""
+        return self.normalise(self.pixels(upright_rgb(image))[None])[0]
 
 
 @dataclass(frozen=True)

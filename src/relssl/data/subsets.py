@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections import defaultdict
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from relssl.data.decode import BadImage
 from relssl.data.draws import Slot, uniforms
 from relssl.data.folder import shown
 from relssl.data.images import Files, Images, Pixels, Source
@@ -84,14 +86,29 @@ def fingerprint(rows: Rows) -> str:
 
 
 def identity(images: Images) -> str:
-    """Compute 16 hex digits of a set for caches: of its fingerprint, and of the beginnings of a sample of its files.
+    """Compute 16 hex digits of a set for caches: of its fingerprint, when its files were changed, and the beginnings of a sample of them.
 
     Uncompressed images of two sets may agree in names and sizes, which are all that the fingerprint of files looks at.
     """
     digest = hashlib.sha256(images.fingerprint().encode())
+    if isinstance(images.source, Files):
+        digest.update(images.source.times.astype("<i8").tobytes())
     for row in [] if images.in_memory else spread(0, len(images), _SAMPLE):
         digest.update(_beginning(images.source.name(row)))
     return digest.hexdigest()[:16]
+
+
+def check_variety(images: Images, max_pixels: int) -> None:
+    """Check that a sample of the images shows more than one picture, or one colour; DataError if not."""
+    pictures, readable = set[bytes](), 0
+    for row in spread(0, len(images), 16):
+        with contextlib.suppress(BadImage), images.source.open(row, max_pixels) as opened:
+            pictures.add(opened.rgb(opened.reductions[-1]).resize((16, 16)).tobytes())
+            readable += 1
+    if readable > 1 and len(pictures) == 1:
+        raise DataError(
+            f"{images.name}: {readable} images looked at all show the same, so nothing can be learned; check the files"
+        )
 
 
 def spread(start: int, stop: int, count: int) -> list[int]:

@@ -17,6 +17,7 @@ from relssl.data.named import load
 from relssl.engine import Engine
 from relssl.errors import ConfigError, NumericError, StorageError
 from relssl.evaluation.features import extract
+from relssl.evaluation.result import writable
 from relssl.files import replacing
 from relssl.weights.foreign import Reading
 from relssl.weights.opening import open_backbones
@@ -27,7 +28,7 @@ _GROUP = 1 << 22  # numbers in a row group of parquet
 
 def embed(
     source: str | Path,
-    data: str,
+    data: str | Path,
     out: str | Path,
     *,
     network: str | None = None,
@@ -51,7 +52,7 @@ def embed(
         reading: how to read another program's file, and the size of the view.
 
     Returns:
-        {"out", "images", "dim", "bad": [(file, reason)], "notes": what to know of the weights}.
+        {"out", "images", "dim", "bad": [(file, reason)], "notes": what to know of the weights and images}.
 
     Raises:
         ConfigError, DataError, CheckpointError, StorageError: each with what to do about it.
@@ -60,13 +61,13 @@ def embed(
     reading = reading or Reading()
     opened = open_backbones(source, replace(reading, network=network or reading.network))
     engine, root = Engine.local(device, precision), data_root or (opened.config.data_root if opened.config else None)
-    images = load(data, root, split)
+    images = load(str(data), root, split)
     features = extract(engine.place(opened.backbone), images, opened.reader(reading.size), engine)
     rows, vectors = features.rows, features.vectors.numpy()
     names, labels = [images.source.name(row) for row in rows.tolist()], None if images.labels is None else images.labels[rows]
     write_vectors(Path(out), vectors, rows, names, labels, images.classes)
     bad = [*images.bad, *features.bad]
-    return {"out": str(out), "images": len(rows), "dim": vectors.shape[1], "bad": bad, "notes": list(opened.notes)}
+    return {"out": str(out), "images": len(rows), "dim": vectors.shape[1], "bad": bad, "notes": [*opened.notes, *images.notes]}
 
 
 def write_vectors(
@@ -96,30 +97,32 @@ def write_vectors(
             present: dict[str, Any] = {name: values for name, values in known.items() if values is not None}
             np.savez(file, features=features, ids=ids, names=np.array(names), **present)
             return
-        columns: dict[str, Any] = {"id": ids, "name": [_escaped(name) for name in names]}
+        columns: dict[str, Any] = {"id": ids, "name": [escaped(name) for name in names]}
         if labels is not None:
             columns["label"] = labels
             if classes is not None:
-                columns["class"] = [_escaped(classes[label]) if label >= 0 else None for label in labels.tolist()]
-        (_write_csv if path.suffix.lower() == ".csv" else _write_parquet)(file, columns, features)
+                columns["class"] = [escaped(classes[label]) if label >= 0 else None for label in labels.tolist()]
+        TABLES[path.suffix.lower()](file, columns, "features", features)
 
 
 def check_target(path: Path) -> None:
-    """Refuse, before any work, what no vectors can be written to: ConfigError for the kind of file, StorageError for its place."""
+    """Refuse, before any work, what no table can be written to: ConfigError for the kind of file, StorageError for its place."""
     suffix = path.suffix.lower()
     if suffix not in (".csv", ".npz", ".parquet"):
-        raise ConfigError(f"{path}: vectors are not written as {suffix or 'a file without suffix'!r}; use .csv, .npz or .parquet")
+        raise ConfigError(f"{path}: cannot be {suffix or 'without suffix'!r}; use .csv, .npz or .parquet")
     if suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
         raise ConfigError(f"{path}: parquet needs pyarrow: pip install 'relssl[parquet]'")
     if path.is_dir() or not path.parent.is_dir():
         raise StorageError(f"{path}: must be a file in a folder that exists; choose another")
+    writable(path.parent)
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
+    """Return text with bytes that are not UTF-8 as backslash escapes."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def _write_csv(file: BinaryIO, columns: dict[str, Any], features: NDArray[np.float32]) -> None:
+def _write_csv(file: BinaryIO, columns: dict[str, Any], title: str, features: NDArray[np.float32]) -> None:
     text = io.TextIOWrapper(file, "utf-8", newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([*columns, *(f"f{place}" for place in range(features.shape[1]))])
@@ -129,7 +132,7 @@ def _write_csv(file: BinaryIO, columns: dict[str, Any], features: NDArray[np.flo
     text.detach()
 
 
-def _write_parquet(file: BinaryIO, columns: dict[str, Any], features: NDArray[np.float32]) -> None:
+def _write_parquet(file: BinaryIO, columns: dict[str, Any], title: str, features: NDArray[np.float32]) -> None:
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -138,4 +141,7 @@ def _write_parquet(file: BinaryIO, columns: dict[str, Any], features: NDArray[np
         columns["class"] = pa.array(columns["class"], pa.string())
     # Only the classes recur; a dictionary of the features would be as large as they are.
     size = max(1, _GROUP // features.shape[1])
-    parquet.write_table(pa.table(columns | {"features": vectors}), file, row_group_size=size, use_dictionary=["class"])
+    parquet.write_table(pa.table(columns | {title: vectors}), file, row_group_size=size, use_dictionary=["class"])
+
+
+TABLES = {".csv": _write_csv, ".parquet": _write_parquet}  # of a file, columns of N values, and vectors [N,D] with their title

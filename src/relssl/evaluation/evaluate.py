@@ -47,7 +47,7 @@ Measured = tuple[list[Finding], list[str], Record]  # findings, notes on all of 
 
 def evaluate(
     source: str | Path,
-    data: str | None = None,
+    data: str | Path | None = None,
     *,
     settings: Evaluation | None = None,
     reading: Reading | None = None,
@@ -80,8 +80,8 @@ def evaluate(
     if out and (not out.parent.is_dir() or out.is_dir()):
         raise ConfigError(f"out: {out} must be a JSON file in a folder that exists")
     opened = _open(source, reading or Reading(), settings)
-    data = data or (opened.config.data if opened.config else None)
-    if data is None:
+    data = str(data or (opened.config.data if opened.config else ""))
+    if not data:
         raise ConfigError(f"data: {opened.name} does not say what it was trained on; name the labelled data to evaluate it on")
     _check_data(settings, data)
     folder = _results_folder(opened.folder, out, say)
@@ -185,9 +185,10 @@ class _Evaluation:
         used = pair.card()
         if protocol.takes == "images":
             return run(backbone, pair, section, self.task), notes, used
+        take = functools.partial(cached, say=self.task.say) if self.settings.cache else extract
         both = []
         for side, images, _ in pair.sides:
-            both.append((cached if self.settings.cache else extract)(backbone, images, self.task.reader, self.task.engine))
+            both.append(take(backbone, images, self.task.reader, self.task.engine))
             if bad := both[-1].bad:
                 first = f"the first is {shown(bad[0][0])}: {bad[0][1]}"
                 notes.append(f"{len(bad)} of {len(images)} {side} images cannot be read, {first}")

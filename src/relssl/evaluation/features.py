@@ -10,7 +10,7 @@ import itertools
 import json
 import os
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
@@ -24,7 +24,7 @@ from relssl.data.images import Images
 from relssl.data.plain import Reader
 from relssl.data.subsets import identity
 from relssl.engine import Engine
-from relssl.errors import DataError, NumericError
+from relssl.errors import DataError, NumericError, StorageError
 from relssl.evaluation.pairs import LabelledPair, class_counts, numbered
 from relssl.files import replacing, storing, sweep
 
@@ -100,26 +100,43 @@ def state_hash(module: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def cached(backbone: nn.Module, images: Images, reader: Reader, engine: Engine, *, limit: int = _LIMIT) -> Features:
-    """Return `extract`'s features: from $RELSSL_CACHE if they lie there, else computed and written there.
+def cached(
+    backbone: nn.Module,
+    images: Images,
+    reader: Reader,
+    engine: Engine,
+    *,
+    limit: int = _LIMIT,
+    say: Callable[[str], None] = print,
+) -> Features:
+    """Return `extract`'s features: from $RELSSL_CACHE if they lie there, else computed and written there, or just computed, with a
+    line, where that cannot be written.
 
-    All files there take at most `limit` bytes; those that were not used for longest go first. StorageError if it cannot be written.
+    All files there take at most `limit` bytes; those that were not used for longest go first.
     """
-    folder = cache_root() / "features"
+    try:
+        folder = cache_root() / "features"
+        with storing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+    except StorageError as error:
+        say(f"features are not cached: {error}")
+        return extract(backbone, images, reader, engine)
     path = folder / f"{cache_key(backbone, images, reader, engine)}.npz"
     with suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # not there, or damaged
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             bad = [(str(name), str(reason)) for name, reason in arrays["bad"]]
             features = Features(torch.from_numpy(arrays["vectors"]), arrays["rows"], bad)
-        os.utime(path)
+        with suppress(OSError):  # of a cache that is read-only
+            os.utime(path)
         return features
     features = extract(backbone, images, reader, engine)
-    with storing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
     sweep(folder)
-    with replacing(path, needed=features.vectors.nbytes) as target:
-        faults = np.array(features.bad or np.empty((0, 2)), dtype=str)
-        np.savez(target, vectors=features.vectors.numpy(), rows=features.rows, bad=faults)
+    try:
+        with replacing(path, needed=features.vectors.nbytes) as target:
+            faults = np.array(features.bad or np.empty((0, 2)), dtype=str)
+            np.savez(target, vectors=features.vectors.numpy(), rows=features.rows, bad=faults)
+    except StorageError as error:
+        say(f"features are not cached: {error}")
     with suppress(OSError):  # another process may clean up at the same time
         files = sorted(folder.glob("*.npz"), key=lambda each: (each == path, each.stat().st_mtime), reverse=True)
         for old, total in zip(files, itertools.accumulate(each.stat().st_size for each in files), strict=True):

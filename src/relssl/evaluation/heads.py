@@ -218,7 +218,14 @@ def papers_choice(settings: LinearConfig, *, small: bool) -> tuple[tuple[float, 
 def finetune(
     backbone: nn.Module, pair: LabelledPair, settings: FinetuneConfig, task: Task, title: str = "finetune"
 ) -> list[Finding]:
-    """Train a copy of the backbone, and a classifier on it, on all images of the bank; return one finding, of the last epoch.
+    """Train and test as `train_whole` does; return its one finding."""
+    return [train_whole(backbone, pair, settings, task, title)[2]]
+
+
+def train_whole(
+    backbone: nn.Module, pair: LabelledPair, settings: FinetuneConfig, task: Task, title: str
+) -> tuple[nn.Module, nn.Linear, Finding]:
+    """Train a copy of the backbone, and a classifier on it, on all images of the bank; return both and the finding of the last epoch.
 
     Each has a learning rate of its own; weights decay, norms and biases do not. Raises as `linear`.
     """
@@ -240,7 +247,8 @@ def finetune(
                 task.say(f"{title}: epoch {epoch} of {settings.epochs}, loss {training.classifiers[0].loss:.3f}")
     test = finite_features(network, pair, task)
     training.label(test)
-    return [training.finding({}, training.classifiers[0], test, [], {"lr": settings.lr, "head_lr": settings.head_lr})]
+    finding = training.finding({}, training.classifiers[0], test, [], {"lr": settings.lr, "head_lr": settings.head_lr})
+    return network, head, finding
 
 
 def semi(backbone: nn.Module, pair: LabelledPair, settings: SemiConfig, task: Task) -> list[Finding]:

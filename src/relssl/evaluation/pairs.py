@@ -51,8 +51,8 @@ class LabelledPair:
         Raises:
             DataError: if the data set has no labels or no test part.
         """
-        bank, uncut = labelled(data, load(data, root, "bank")), load(data, root, "test")
-        test = labelled(data, uncut)
+        bank, uncut = labelled(data, load(data, root, "bank"), "training"), load(data, root, "test")
+        test = labelled(data, uncut, "test")
         of = (len(bank), len(test))
         most = at_most or of
         return LabelledPair(choose(bank, most[0], seed), choose(test, most[1], seed), of, uncut.fingerprint())
@@ -82,7 +82,8 @@ class LabelledPair:
         if bank.classes and test.classes and bank.classes != test.classes:
             alone = sorted(set(bank.classes) ^ set(test.classes))[:3] or ["in another order"]
             raise DataError(f"{bank.name}: bank and test name their classes differently ({', '.join(alone)}); give both the same")
-        notes = [f"a subset: {len(side)} of {of} {name} images" for name, side, of in self.sides if len(side) < of]
+        notes = list(dict.fromkeys([*bank.notes, *test.notes]))
+        notes += [f"a subset: {len(side)} of {of} {name} images" for name, side, of in self.sides if len(side) < of]
         if bank.labels is not None and test.labels is not None:
             known, wanted = set(bank.labels.tolist()), set(test.labels.tolist())
             if len(known) < 2:
@@ -90,11 +91,13 @@ class LabelledPair:
                 raise DataError(f"{bank.name}: all bank images are of one class ({one}); give two or more")
             if unknown := wanted - known:
                 missing = f"{len(unknown)} classes of the test images have no bank image: {listed(unknown, test.classes)}"
-                if not notes:
+                if not any(len(side) < of for _, side, of in self.sides):
                     raise DataError(f"{bank.name}: {missing}; give both sides the same classes")
                 notes.append(missing)
             if unused := known - wanted:
                 notes.append(f"{len(unused)} classes have no test image: {listed(unused, bank.classes)}")
+            if empty := set(range(self.classes)) - known - wanted:
+                notes.append(f"{len(empty)} classes have no image at all: {listed(empty, bank.classes)}")
         again = shared(bank, test)
         if again == len(test):
             raise DataError(f"{test.name}: all {again} test images are in the bank too; evaluate on images of their own")
@@ -121,12 +124,12 @@ def choose(images: Images, at_most: int, seed: int) -> Images:
     return images.subset(np.sort(np.random.Generator(np.random.PCG64(seed)).permutation(len(images))[:at_most]))
 
 
-def labelled(data: str, images: Images) -> Images:
-    """Leave out the images without a label; DataError if none has one."""
+def labelled(data: str, images: Images, part: str) -> Images:
+    """Leave out the images of a part without a label; DataError if none has one."""
     if images.targets is not None:
         return images
     rows = np.flatnonzero(images.labels >= 0) if images.labels is not None else np.empty(0, np.int64)
     if not len(rows):
-        fault = "has no labels to evaluate with; lay it out as train/CLASS/ and val/CLASS/, two or more each"
-        raise DataError(f"{shown(data)}: {fault}")
+        advice = "lay them out as train/CLASS/ and val/CLASS/, two classes or more"
+        raise DataError(f"{shown(data)}: has no labels to evaluate with on its {len(images)} {part} images; {advice}")
     return images if len(rows) == len(images) else images.subset(rows)

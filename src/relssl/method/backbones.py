@@ -28,7 +28,7 @@ _TORCHVISION_ARGS: dict[str, dict[str, Any]] = {"googlenet": _SINGLE, "inception
 
 
 def create_backbone(
-    name: str, stem: str = "standard", args: Mapping[str, Any] | None = None, size: int | None = None
+    name: str, stem: str = "standard", args: Mapping[str, Any] | None = None, size: int | None = None, classes: int = 0
 ) -> nn.Module:
     """Create a randomly initialised network without its classifier: images [N, C, H, W] to features [N, F].
 
@@ -40,6 +40,7 @@ def create_backbone(
         args: further arguments of `timm.create_model` or of torchvision's function; `in_chans` is the number of channels C with either.
         size: side of the images in pixels, for networks that are tied to one, None for its own. Unless `args` say otherwise, position
             embeddings have its shape, and where the network can it interpolates them for images of other sizes.
+        classes: with its library's own classifier of so many classes instead, to scores [N, classes].
 
     Raises:
         ConfigError: if the name or the arguments are unknown, or the network has no stem that can be made small.
@@ -49,7 +50,7 @@ def create_backbone(
     if not (timm.is_model(name) if library == "timm" else name in names()):
         raise ConfigError(f"backbone: {library} knows no {name!r}; the nearest is {nearest_word(name, names())}")
     try:
-        network = _torchvision(name, full) if library == "torchvision" else _timm(name, full)
+        network = _torchvision(name, full, classes) if library == "torchvision" else _timm(name, full, classes)
     except Exception as error:  # whatever a network raises over arguments that do not suit it
         raise ConfigError(f"backbone_args: {library} refuses {full} for {name}: {_reason(error)}") from error
     if stem != "standard":
@@ -99,17 +100,19 @@ def _size_flags(name: str) -> dict[str, bool] | None:
     return None
 
 
-def _timm(name: str, args: Mapping[str, Any]) -> nn.Module:
+def _timm(name: str, args: Mapping[str, Any], classes: int) -> nn.Module:
     # The papers' ResNets start with all branches alive, timm's do not.
     start = {"zero_init_last": False} if timm.models.is_model_in_modules(name, ["resnet"]) else {}
-    network: nn.Module = timm.create_model(name, pretrained=False, num_classes=0, **(start | dict(args)))
+    network: nn.Module = timm.create_model(name, pretrained=False, num_classes=classes, **(start | dict(args)))
     return network
 
 
-def _torchvision(name: str, args: Mapping[str, Any]) -> nn.Module:
+def _torchvision(name: str, args: Mapping[str, Any], classes: int) -> nn.Module:
+    last = {"num_classes": classes} if classes else {}
     others, channels = {key: value for key, value in args.items() if key != "in_chans"}, int(args.get("in_chans", 3))
-    network: nn.Module = torchvision.models.get_model(name.removeprefix(TORCHVISION), weights=None, **others)
-    drop_classifier(network)
+    network: nn.Module = torchvision.models.get_model(name.removeprefix(TORCHVISION), weights=None, **last, **others)
+    if not classes:
+        drop_classifier(network)
     path, first = _first_convolution(network)
     if channels != 3 and first is not None:
         _replace(network, path, first, channels, kernel_size=first.kernel_size, stride=first.stride, padding=first.padding)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from rich.text import Text
 from relssl.evaluation.evaluate import not_run
 from relssl.files import duration, size
 from relssl.method.backbones import Network
+from relssl.method.health import verdict
 from relssl.settings.run import METHODS, Config
 
 if TYPE_CHECKING:
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from relssl.train.pretrain import Result
 
 _WIDTH = 120  # characters a line where nobody's screen sets it
+_COUNTS = "  <- counts most"
+_CLEAR = 2.0  # points of kNN top-1, more than chance moves it on most test parts
 _HEALTH = ("teacher_entropy", "teacher_neighbours", "kl", "agreement", "embedding_std", "effective_rank")
 
 
@@ -41,10 +45,15 @@ def _columns(title: str, words: str, numbers: str, rows: Iterable[tuple[str, ...
     _print(table, rows, None if Console().is_terminal else _WIDTH)
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError  # rich would end the process
+
+
 def _print(table: Table, rows: Iterable[tuple[str, ...] | None], width: int | None = None) -> None:
     for row in rows:
         table.add_section() if row is None else table.add_row(*map(Text, row))
-    Console(highlight=False, width=width).print(table)
+    _Console(highlight=False, width=width).print(table)
 
 
 def show(networks: Iterator[Network], size: int) -> list[Network]:
@@ -168,10 +177,10 @@ def _range(interval: Any) -> str:
     return f"{interval[0]:.2f} to {interval[1]:.2f}" if interval else ""
 
 
-def facts(result: Result) -> dict[str, Any]:
+def facts(result: Result, config: Config) -> dict[str, Any]:
     """Return what a run came to, as one JSON object."""
-    first, last = result.rows[0], result.rows[-1]
-    return {
+    first, last, start = result.rows[0], result.rows[-1], next(row for row in result.rows if "loss" in row)
+    known = {
         "folder": str(result.folder),
         "backbone": str(result.backbone),
         "step": last["step"],
@@ -179,19 +188,49 @@ def facts(result: Result) -> dict[str, Any]:
         "knn_untrained": first.get("knn_top1") if first["step"] == 0 else None,
         "knn_student": last.get("knn_top1"),
         "knn_teacher": last.get("knn_teacher_top1"),
-        "loss_start": next(row["loss"] for row in result.rows if "loss" in row),
+        "loss_start": start["loss"],
         "loss_end": last["loss"],
+        "info_nce_start": start["warmup_mix"],
+        "info_nce_end": last["warmup_mix"],
         "health": {name: last[name] for name in _HEALTH if name in last},
     }
+    return known | {"verdict": list(_judge(known, config))}
 
 
 def show_summary(result: Result, config: Config) -> None:
-    """Print the table: kNN where there are labels, the relations' health, where the weights lie, how to load them."""
-    known = facts(result)
+    """Print the table: kNN where there are labels, the relations' health, where the weights lie, how to load them; below it, in words,
+    whether the figure that counts is good."""
+    known = facts(result, config)
     _pairs("What the backbone learned", _learned(known, config))
-    print(f"run folder  {known['folder']}\nweights     {known['backbone']}\n\nLoad them:\n")
+    print("\n".join(known["verdict"]))
+    print(f"\nrun folder  {known['folder']}\nweights     {known['backbone']}\n\nLoad them:\n")
     print(f'    import relssl\n    backbone = relssl.load_backbone("{known["folder"]}")')
     print("    features = backbone(images)  # [N, 3, S, S] -> [N, F]")
+
+
+def _judge(known: dict[str, Any], config: Config) -> Iterator[str]:
+    """Yield lines on whether a run's figures are good: with labels by the gain over untrained networks and pixels, else by its relations."""
+    top1, bases = known["knn_student"], {"the untrained backbone": known["knn_untrained"], "raw pixels": known["knn_raw_pixels"]}
+    gains = {name: top1 - base for name, base in bases.items() if top1 is not None and base is not None}
+    health = {name: math.nan if value is None else value for name, value in known["health"].items()}
+    labelled, warms = METHODS[config.method.name].labels, config.method.warmup != "none"
+    fault = None if labelled else verdict(health, config.method.memory_size, config.encoder.dim, warms=warms)
+    if any(math.isnan(value) for value in health.values()) or known["loss_end"] is None:
+        yield "Not good: figures of the last step are not finite; lower optimizer.lr, or set optimizer.clip"
+    elif fault:
+        yield f"Not good: {fault}"
+    elif gains:
+        least = min(gains.values())
+        word = "Good" if least >= _CLEAR else "Little" if least > 0 else "Not good"
+        against = " and ".join(f"{gain:+.1f} points on {name}" for name, gain in gains.items())
+        advice = "" if least >= _CLEAR else "; more epochs or more images may help"
+        yield f"{word}: {against}{advice}"
+    else:
+        yield "Healthy: the embeddings are spread out, and none of the signs of a collapse is there."
+        yield "What that is worth, labelled images can say: relssl evaluate RUN DATA"
+    start, end = known["info_nce_start"], known["info_nce_end"]
+    if not fault and end < start and (known["loss_end"] or 0) > (known["loss_start"] or math.inf):
+        yield f"The loss rose as InfoNCE's part of it, the smaller one, went from {start:.0%} to {end:.0%}: that is no fault."
 
 
 def _learned(known: dict[str, Any], config: Config) -> Iterator[tuple[str, str] | None]:
@@ -201,7 +240,7 @@ def _learned(known: dict[str, Any], config: Config) -> Iterator[tuple[str, str] 
     health, names = known["health"], {"raw_pixels": "raw pixels", "untrained": "untrained backbone"}
     for name in ("raw_pixels", "untrained", "student", "teacher"):
         if (top1 := known[f"knn_{name}"]) is not None:
-            yield f"kNN top-1, {names.get(name, name)}", f"{top1:.1f} %"
+            yield f"kNN top-1, {names.get(name, name)}", f"{top1:.1f} %{_COUNTS if name == 'student' else ''}"
     yield None
     yield "loss, first and last row", f"{number(known['loss_start'], 3)} -> {number(known['loss_end'], 3)}"
     if "teacher_neighbours" in health:  # methods without a memory have no relations
@@ -210,4 +249,4 @@ def _learned(known: dict[str, Any], config: Config) -> Iterator[tuple[str, str] 
         yield "same nearest neighbour", f"{number(health['agreement'], 2)} of samples"
     yield "spread of the embeddings", f"{number(health['embedding_std'], 2)} (1 is all round)"
     whole = "" if METHODS[config.method.name].labels else f" of {config.encoder.dim}"
-    yield "effective rank", f"{number(health['effective_rank'], 0)}{whole}"
+    yield "effective rank", f"{number(health['effective_rank'], 0)}{whole}{_COUNTS if known['knn_student'] is None else ''}"

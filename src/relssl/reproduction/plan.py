@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
 import re
 import shlex
 from collections.abc import Collection, Mapping
@@ -145,7 +146,7 @@ def _run(table: Table, row: Row, seed: int, folder: Path, over: dict[str, Any]) 
         if "max_images" in over:
             settings["log.knn_images"] = evaluation["images"] = [over["max_images"]] * 2
     settings = layer(settings, over) | {"seed": seed, "out": str(folder / f"{row.name}-{seed}")}
-    config = resolve(settings)
+    config = from_mapping(dataclasses.asdict(resolve(settings)))  # in which nothing gives way: rows are compared
     return Run(row, seed, settings, config, read_settings(evaluation | {"device": config.engine.device}), Path(settings["out"]))
 
 
@@ -158,6 +159,8 @@ def _refuse_other_settings(run: Run) -> None:
         raise ConfigError(f"{run.folder}: its config.yaml cannot be used ({error.faults[0]}); move the folder away") from error
     for name in leaves(Config):
         there, here = attrgetter(name)(stored), attrgetter(name)(run.config)
+        if name == "data":  # of a run, the whole path
+            there, here = os.path.abspath(there), os.path.abspath(here)
         if there != here and name not in _NEUTRAL and not (name in _FROM_DATA and here is None):
             differs = f"holds a run of other settings ({name}: {there} there, {here} now)"
             raise ConfigError(f"{run.folder}: {differs}; give another --runs and --out, or move it away")

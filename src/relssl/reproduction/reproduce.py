@@ -151,7 +151,7 @@ def _costs(planned: Plan, say: Say) -> dict[str, Any]:
             if not rate and not finished:
                 without = dataclasses.replace(first.config.log, knn_every=0)
                 figures = estimate(settings=dataclasses.replace(first.config, log=without), steps=5, quiet=True)
-                rate = work[name][0] / figures.training_seconds if figures else 0.0
+                rate = work[name][0] / figures.training_seconds
                 basis = f"from a few steps of {name}, the other rows by their operations; without the probe's own time"
         except (RelsslError, RuntimeError, ValueError) as error:  # its run will fail with the same
             say(f"{name}: time unknown: {str(error).splitlines()[0]}")
@@ -183,7 +183,7 @@ def _operations(run: Run) -> tuple[float, float]:
     if not at_hand(config.data, config.data_root):
         raise DataError(f"{config.data} is not under data_root, and no plan downloads it; its runs do")
     images = len(load(config.data, config.data_root, "bank" if derived.traits.labels else "train"))
-    steps = config.epochs * (min(images, config.max_images or images) // config.batch_size)
+    steps = config.steps(min(images, config.max_images or images))
     # A classifier trained on augmented images passes them through the frozen network again in each epoch.
     passes = 1 + (run.evaluation.linear.epochs if "linear" in run.evaluation.protocol else 0)
     evaluated = min(images, (run.evaluation.images or (images,))[0])

@@ -11,7 +11,8 @@ from typing import Any, Literal, get_args
 
 from pydantic.dataclasses import dataclass
 
-from relssl.settings.reading import STRICT, Text, build, setting
+from relssl.settings.names import spell
+from relssl.settings.reading import STRICT, PathText, build, flat, leaves, setting
 from relssl.settings.run import Count, Device, Momentum, Natural, Pixels, Positive, Precision, Probability, Share, Shares
 
 Protocol = Literal["knn", "probe", "linear", "semi", "finetune", "lowshot", "retrieval", "transfer", "detection", "all"]
@@ -66,11 +67,28 @@ class FinetuneConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
+class Tuning(FinetuneConfig):
+    """Fine-tuning for a classifier to use."""
+
+    network: Literal["student", "teacher"] | None = setting(None, "of a run; null: student")
+    data_root: PathText | None = setting(
+        None, "where named data sets lie; null: the run's, else $RELSSL_DATA, else ~/.cache/relssl"
+    )
+    size: Pixels | None = setting(None, "side of the view in pixels; null: the one pretraining used")
+    seed: Natural = setting(0, "seed of the classifier's start, the order and the views")
+    device: Device = setting("auto", "where to run")
+    precision: Precision = setting("fp32", "of the network; auto: bf16 where it is fast")
+    workers: int | None = setting(None, "processes that read files; null: one fewer than the cores", ge=0, le=1024)
+
+
+@dataclass(frozen=True, config=STRICT)
 class SemiConfig(FinetuneConfig):
     """Fine-tuning on few labels; a reconstruction: SimCLR's optimizer and about its length, rates as of SwAV and Barlow Twins."""
 
     fractions: tuple[Share, ...] = setting((0.01, 0.1), "shares of the bank that are labelled, of each class alike", min_length=1)
-    index: Text | None = setting(None, "file of the labelled images instead: names, or positions in the bank from 0, a line each")
+    index: PathText | None = setting(
+        None, "file of the labelled images instead: names, or positions in the bank from 0, a line each"
+    )
     lr: Positive = setting(0.02, "learning rate of the backbone")
     head_lr: Positive = setting(0.5, "learning rate of the classifier")
     weight_decay: Probability = setting(0.0, "weight decay of all weights but norms and biases")
@@ -117,7 +135,9 @@ class Evaluation:
 
     protocol: tuple[Protocol, ...] = setting(("knn",), "one or several; all: all but detection", min_length=1)
     network: tuple[str, ...] | None = setting(None, "student, teacher or both of a run; null: all it has", min_length=1)
-    data_root: Text | None = setting(None, "where named data sets lie; null: the run's, else $RELSSL_DATA, else ~/.cache/relssl")
+    data_root: PathText | None = setting(
+        None, "where named data sets lie; null: the run's, else $RELSSL_DATA, else ~/.cache/relssl"
+    )
     images: tuple[Count, Count] | None = setting(None, "at most this many images of bank and test, chosen by the seed")
     size: Pixels | None = setting(None, "side of the view in pixels; null: the one pretraining used")
     seed: Natural = setting(0, "seed of subsets, draws, classifiers and intervals")
@@ -138,7 +158,7 @@ class Evaluation:
 
 def read_settings(overrides: Mapping[str, Any]) -> Evaluation:
     """Return checked settings of dotted or nested overrides; ConfigError with a line for every fault."""
-    settings: Evaluation = build(Evaluation, overrides)
+    settings: Evaluation = build(Evaluation, spell(flat(overrides), leaves(Evaluation)))
     if settings.protocol == ("all",):
         return replace(settings, protocol=tuple(name for name in PROTOCOLS if name != "detection"))
     return settings

@@ -10,11 +10,13 @@ import contextlib
 import dataclasses
 import difflib
 import json
+import os
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from reprlib import repr as show
+from reprlib import repr as shortened
 from typing import Annotated, Any
 
 import yaml
@@ -22,6 +24,7 @@ from pydantic import AfterValidator, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
 from relssl.errors import ConfigError
+from relssl.settings.names import ELSEWHERE, words
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 NULL = {"null", "none", "~", ""}
@@ -42,6 +45,7 @@ def _rising(bounds: Any) -> Any:
 
 
 Text = Annotated[str, AfterValidator(_not_empty)]  # pydantic's own limits on text would refuse paths that are not UTF-8
+PathText = Annotated[Text, AfterValidator(os.path.expanduser)]  # `~` is the home folder, with or without a shell
 RISING = AfterValidator(_rising)
 
 
@@ -83,26 +87,35 @@ def build(cls: Any, raw: Mapping[str, Any], retired: Mapping[str, str] | None = 
 def _line(fault: Any, known: Mapping[str, FieldInfo], retired: Mapping[str, str]) -> str:
     name, value = ".".join(part for part in fault["loc"] if isinstance(part, str)), fault["input"]
     if fault["type"] == "unexpected_keyword_argument":
-        return f"{name}: {retired.get(name) or f'unknown key; the nearest is {nearest(name, known)}'}"
+        advice = retired.get(name) or ELSEWHERE.get(name)
+        return f"{name}: {advice or f'unknown key; the nearest is {nearest(name, known)}'}"
     if fault["type"] == "dataclass_type":
         example = next(each for each in known if each.startswith(f"{name}."))
         return f"{name}: is a section, got {show(value)}; set its keys, for example {example}"
-    words = _WORDS.get(fault["type"]) or fault["msg"].removeprefix("Value error, ").replace("Input should", "must")
+    reason = _WORDS.get(fault["type"]) or fault["msg"].removeprefix("Value error, ").replace("Input should", "must")
+    if fault["type"] == "string_type":
+        reason = f"must be text ({known[name].description})"
     options = choices(known[name])
     guess = f" (nearest: {nearest_word(value, options)})" if options and isinstance(value, str) else ""
-    return f"{name}: {retired.get(f'{name} {value}') or f'{words}, got {show(value)}{guess}'}"
+    return f"{name}: {retired.get(f'{name} {value}') or f'{reason}, got {show(value)}{guess}'}"
 
 
 def nearest(name: str, known: Mapping[str, FieldInfo]) -> str:
-    """Return the known dotted name closest to `name`; the help's opening words count too: `lerning_rate` is `optimizer.lr`."""
+    """Return the known dotted name closest to `name`, or all that end in it; other names count too: `lerning_rate` is `optimizer.lr`."""
+    if same := [each for each in known if each.rpartition(".")[2] == name]:
+        return " or ".join(same)
+    leaf = name.rpartition(".")[2]
 
     def closeness(candidate: str) -> float:
-        spoken = (known[candidate].description or "").lower().split()
-        leaf = name.rsplit(".", 1)[-1]
-        forms = [candidate, candidate.rsplit(".", 1)[-1], "_".join(spoken[: leaf.count("_") + 1])]
+        forms = [candidate, candidate.rpartition(".")[2], *words(candidate)]
         return max(difflib.SequenceMatcher(None, a, b).ratio() for a in (name, leaf) for b in forms)
 
     return max(known, key=closeness)
+
+
+def show(value: Any) -> str:
+    """Return a value for a message, shortened and in one line."""
+    return " ".join(shortened(value).split())
 
 
 def nearest_word(word: str, words: Iterable[str]) -> str:
@@ -112,7 +125,7 @@ def nearest_word(word: str, words: Iterable[str]) -> str:
 
 def _typed(value: Any, kind: Any) -> Any:
     """Read text by the type of its setting, as far as pydantic does not; what does not fit stays as it is, to be refused."""
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    origin, args, value = typing.get_origin(kind), typing.get_args(kind), _native(value)
     if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
         fields: Mapping[str, FieldInfo] = kind.__pydantic_fields__  # type: ignore[union-attr]
         return {key: _typed(item, fields[key].annotation) if key in fields else item for key, item in value.items()}
@@ -125,7 +138,18 @@ def _typed(value: Any, kind: Any) -> Any:
             value = yaml.load(value if value.startswith(("[", "{")) or origin is dict else f"[{value}]", _Loader)
     if origin is tuple and args[-1] is Ellipsis and isinstance(value, (int, float)):
         return [value]  # one of several
-    return str(value) if isinstance(value, Path) else _plain(value) if origin is dict else value
+    if kind is int and isinstance(value, str) and re.fullmatch(r"[0-9]+([.][0-9]+)?[eE][+]?[0-9]{1,2}", value):
+        return int(number) if (number := float(value)).is_integer() else value
+    return _plain(value) if origin is dict else value
+
+
+def _native(value: Any) -> Any:
+    """Return the plain Python value of a path, of a number of numpy or torch, and of torch's names for devices and types."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):
+        return value.item()
+    return str(value).removeprefix("torch.") if type(value).__module__ == "torch" and not hasattr(value, "shape") else value
 
 
 def _plain(value: Any) -> Any:

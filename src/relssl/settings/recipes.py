@@ -7,12 +7,14 @@ begins with _ is no recipe, only a base. That of a method, `_NAME.yaml`, says as
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from reprlib import repr as show
 from typing import Any
 
 from relssl.errors import ConfigError
+from relssl.settings.names import spell
 from relssl.settings.reading import flat, nearest_word, read_yaml
 
 _FOLDER = Path(__file__).parent / "recipes"
@@ -22,7 +24,7 @@ _FILES = {
     for path in sorted(_FOLDER.rglob("*.yaml"), key=lambda path: (path.parent, path.stem != "_ressl", path.stem))
 }
 NAMES = tuple(name for name in _FILES if name[0] != "_")
-BY_NAME = ("method", "views.weak", "views.strong")  # sections that may be given by the name that they start from
+BY_NAME = ("method", "optimizer", "views.weak", "views.strong")  # sections that may be given by the name that they start from
 
 
 @functools.cache
@@ -61,7 +63,7 @@ def read(name: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
     """
     if name in above:
         raise ConfigError(f"recipe: {' is based on '.join((*above, name))}, which never ends")
-    raw = read_yaml(Path(name)) if name.endswith((".yaml", ".yml")) else _shipped(name)
+    raw = read_yaml(Path(os.path.expanduser(name))) if name.endswith((".yaml", ".yml")) else _shipped(name)
     bases = raw.get("base", [])
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
@@ -71,11 +73,17 @@ def read(name: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
 
 
 def spell_out(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings by dotted names; `method: moco` stands for `method: {name: moco}`, and so for each view.
+    """Return settings by their dotted names; `method: moco` stands for `method: {name: moco}`, and so for each view.
 
-    `log.tensorboard: false`, as older runs have it, is `log.to: []`.
+    `batch_size: auto` is `fit_batch: true`; `log.tensorboard: false`, as older runs have it, is `log.to: []`.
+
+    Raises:
+        ConfigError: if two names give one setting two values.
     """
-    names = {f"{name}.name" if name in BY_NAME and isinstance(value, str) else name: value for name, value in flat(raw).items()}
+    own = spell(flat(raw))
+    names = {f"{name}.name" if name in BY_NAME and isinstance(value, str) else name: value for name, value in own.items()}
+    if str(names.get("batch_size")).lower() == "auto":
+        names = {name: value for name, value in names.items() if name != "batch_size"} | {"fit_batch": True}
     if (board := names.pop("log.tensorboard", None)) is not None:
         names = {"log.to": {"true": ["tensorboard"], "false": []}.get(str(board).lower(), board)} | names
     return names
@@ -83,5 +91,5 @@ def spell_out(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 def layer(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """Lay `over` on `base`, both spelled out; arguments that were meant for another backbone stay behind."""
-    other = over.get("backbone", base.get("backbone")) != base.get("backbone")
+    other = str(over.get("backbone", base.get("backbone"))) != str(base.get("backbone"))
     return {name: value for name, value in base.items() if not (other and name.startswith("backbone_args"))} | over

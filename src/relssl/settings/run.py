@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import re
 from collections.abc import Iterator, Mapping
 from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
 import yaml
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
-from relssl.errors import ConfigError
+from relssl.errors import ConfigError, DataError
 from relssl.settings import recipes
-from relssl.settings.reading import NULL, RISING, STRICT, Text, build, leaves, read_yaml, setting
+from relssl.settings.reading import NULL, RISING, STRICT, PathText, Text, build, leaves, nest, read_yaml, setting
 
 # Settings and values that are no more, and what to do instead. Saved runs, recipes and config files load without them.
 RETIRED = {
@@ -51,6 +53,10 @@ class Traits:
 
 METHODS: dict[str, Traits] = {name: build(Traits, raw) for name, raw in recipes.traits().items()}
 
+# Arguments of timm and torchvision that bring weights, whatever theirs are called, and those that make the output another thing.
+_WEIGHT_ARGS = ("pretrained", "checkpoint_path", "weights", "weights_backbone")
+_OUTPUT_ARGS = ("num_classes", "features_only", "out_indices")
+
 # Shares of red, green and blue in grey, as torchvision makes it.
 LUMA = (0.2989, 0.587, 0.114)
 
@@ -72,6 +78,22 @@ Zoom = Annotated[float, Field(gt=0, le=10)]
 Sigma = Annotated[float, Field(gt=0, le=16)]
 Margin = Annotated[float, Field(ge=1, le=4)]
 Logger = Literal["tensorboard", "csv", "wandb", "mlflow"]
+# What other programs call a precision.
+_PRECISIONS = {"bfloat16": "bf16", "bf16-mixed": "bf16", "float32": "fp32", "32": "fp32", "32-true": "fp32"}
+
+
+def _device(name: Any) -> Any:
+    if not isinstance(name, str) or not re.fullmatch("auto|cpu|mps|(cuda|gpu)(:[0-9]{1,3})?", name):
+        raise ValueError("must be auto, cpu, mps, cuda, or one of several such as cuda:1")
+    return name.replace("gpu", "cuda")
+
+
+def _precision(name: Any) -> Any:
+    if str(name) in ("16", "16-mixed", "16-true", "fp16", "float16", "half"):
+        raise ValueError("must be bf16 or fp32, as fp16 is not used here")
+    return _PRECISIONS.get(str(name), name)
+
+
 if TYPE_CHECKING:  # callers hold these as text from elsewhere; what they may be is checked as settings are read
     MethodName: TypeAlias = str
     ViewName: TypeAlias = str
@@ -79,7 +101,8 @@ if TYPE_CHECKING:  # callers hold these as text from elsewhere; what they may be
     Precision: TypeAlias = str
 else:
     MethodName, ViewName = Literal[tuple(METHODS)], Literal[tuple(VIEWS)]
-    Device, Precision = Literal["auto", "cpu", "cuda", "mps"], Literal["auto", "fp32", "bf16"]
+    Device = Annotated[str, BeforeValidator(_device)]
+    Precision = Annotated[Literal["auto", "fp32", "bf16"], BeforeValidator(_precision)]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -203,7 +226,7 @@ class OptimizerConfig:
 class EngineConfig:
     """Devices and precision."""
 
-    device: Device = setting("auto", "where to run")
+    device: Device = setting("auto", "where to run: auto, cpu, mps, cuda, or one of several such as cuda:1")
     devices: Parts = setting(1, "processes on this machine, one a device; the batch is shared out among them")
     nodes: int = setting(1, "machines", ge=1, le=4096)
     precision: Precision = setting("auto", "auto: bf16 where the hardware is fast at it, else fp32")
@@ -225,7 +248,9 @@ class LoaderConfig:
     workers: int | None = setting(None, "loader processes of the files path; null: one fewer than the cores", ge=0, le=1024)
     reduced_decode: bool = setting(True, "files path: decode a JPEG at 1/2, 1/4 or 1/8 where each view keeps its resolution")
     cache: int | None = setting(None, "files path: shrink shorter sides to this many pixels, once; null: no", ge=16, le=8192)
-    cache_folder: Text | None = setting(None, "where shrunk images lie; null: `shrunk` in $RELSSL_CACHE, else ~/.cache/relssl")
+    cache_folder: PathText | None = setting(
+        None, "where shrunk images lie; null: `shrunk` in $RELSSL_CACHE, else ~/.cache/relssl"
+    )
     max_bad_fraction: Probability = setting(0.1, "stop when more than this share of the images cannot be read")
     max_pixels: Count = setting(89_000_000, "images with more pixels than this are skipped")
 
@@ -254,14 +279,15 @@ class CheckpointConfig:
 class Config:
     """A run, as the user asked for it."""
 
-    data: Text = setting("digits", "name of a data set, folder of images, or list file")
-    recipe: Text | None = setting(None, "named recipe or recipe file; null: the one named after the data, else `folder`")
-    data_root: Text | None = setting(None, "where named data sets lie; null: $RELSSL_DATA, else ~/.cache/relssl")
-    out: Text | None = setting(None, "run folder; null: runs/RECIPE-SEED")
+    data: PathText = setting("digits", "name of a data set, folder of images, or list file, which may name images anywhere")
+    recipe: PathText | None = setting(None, "named recipe or recipe file; null: the one named after the data, else `folder`")
+    data_root: PathText | None = setting(None, "where named data sets lie; null: $RELSSL_DATA, else ~/.cache/relssl")
+    out: PathText | None = setting(None, "run folder; null: runs/RECIPE-SEED")
     backbone: Text = setting("resnet18", "the network: timm's name, or torchvision/ and torchvision's (see relssl backbones)")
     backbone_args: dict[str, Any] = setting({}, "arguments for timm.create_model or torchvision's function, as {name: value}")
     compile: Literal["auto", "off", "on"] = setting("auto", "torch.compile; auto: for CUDA in runs of 2,000 steps or more")
     epochs: Count = setting(200, "passes over the images")
+    max_steps: Count | None = setting(None, "optimizer steps after which the run ends, if `epochs` are more; null: none")
     batch_size: int = setting(256, "images an optimizer step, over all devices and accumulated parts", ge=2, lt=1 << 63)
     fit_batch: bool = setting(
         False, "lower batch_size to what fits in memory, and optimizer.lr with it; batch_size auto is the same"
@@ -278,6 +304,12 @@ class Config:
     loader: LoaderConfig = LoaderConfig()
     log: LogConfig = LogConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    # Dotted names of the settings that the user typed; the others give way to small data. None, as of stored runs: nothing does.
+    typed: ClassVar[frozenset[str] | None] = None
+
+    def steps(self, images: int) -> int:
+        """Return the optimizer steps of the run on so many images."""
+        return min(self.epochs * (images // self.batch_size), self.max_steps or 1 << 63)
 
 
 @dataclass(frozen=True)
@@ -324,7 +356,61 @@ def resolve(overrides: Mapping[str, Any], config_file: str | Path | None = None)
     recipe = str(over.get("recipe") or "")
     if recipe.lower() in NULL:
         recipe = recipes.for_run(str(over.get("data", "digits")), str(over.get("method.name", "ressl")))
-    return _checked(recipes.layer(_current(recipes.read(recipe)), over | {"recipe": recipe}))
+    typed = frozenset(re.sub(r"^backbone_args\..*", "backbone_args", name) for name in over)
+    return _checked(recipes.layer(_current(recipes.read(recipe)), over | {"recipe": recipe}), typed)
+
+
+def replace(config: Config, **changes: Any) -> Config:
+    """Return the settings with some changed; what the user typed stays known."""
+    return _typed(dataclasses.replace(config, **changes), config.typed)
+
+
+def _typed(config: Config, names: frozenset[str] | None) -> Config:
+    object.__setattr__(config, "typed", names)
+    return config
+
+
+def give_way(config: Config, images: int) -> Config:
+    """Return the settings of a run on so many images: what the user did not type gives way to small data and short runs.
+
+    Raises:
+        ConfigError: if what was typed does not fit what the rest became.
+        DataError: if there are fewer than four images.
+    """
+    if images < 4:
+        raise DataError(f"{config.data}: too few images to pretrain on; {images} can be used, and four is the least")
+    if config.typed is None:
+        return config
+    derived, before, method, optimizer = derive(config), config.batch_size, config.method, config.optimizer
+    batch = derived.passes << int(math.log2(max(2, images / 4 / derived.passes)))  # a power of two in each part
+    batch = before if "batch_size" in config.typed else min(batch, before)
+    memory = max(batch, 1 << int(math.log2(max(2, images / 2)))) if derived.traits.memory else method.memory_size
+    quarter = round(replace(config, batch_size=batch).steps(images) / max(1, images // batch) / 4, 6)
+    smaller = {
+        "batch_size": batch,
+        "optimizer.lr": optimizer.lr * batch / before,
+        "encoder.batch_norm_splits": max(1, config.encoder.batch_norm_splits * batch // before),
+        "method.memory_size": min(method.memory_size, memory),
+        "optimizer.warmup_epochs": min(optimizer.warmup_epochs, quarter),
+        "method.teacher_temperature_epochs": min(method.teacher_temperature_epochs, quarter),
+    }
+    changes = nest({name: value for name, value in smaller.items() if name not in config.typed})
+    sections = {name: dataclasses.replace(getattr(config, name), **value) for name, value in changes.items() if "_" not in name}
+    fitted = replace(config, **changes | sections)
+    if faults := list(_faults(fitted, derive(fitted))):
+        raise ConfigError(*faults)
+    return fitted
+
+
+def adjustments(before: Config, after: Config, images: int) -> list[str]:
+    """Return a line for each setting that gave way."""
+    why = {"_epochs": "a quarter of the run", "": f"for {images} images"}
+    pairs = {name: (attrgetter(name)(before), attrgetter(name)(after)) for name in leaves(Config) if not name.startswith("views")}
+    return [
+        f"note: {name} is {now:g} instead of {was:g}, {next(words for end, words in why.items() if name.endswith(end))}"
+        for name, (was, now) in pairs.items()
+        if was != now and isinstance(now, (int, float)) and was is not None
+    ]
 
 
 def from_mapping(raw: Mapping[str, Any]) -> Config:
@@ -337,12 +423,16 @@ def _current(raw: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in recipes.spell_out(raw).items() if not {name, f"{name} {value}"} & RETIRED.keys()}
 
 
-def _checked(raw: dict[str, Any]) -> Config:
+def _checked(raw: dict[str, Any], typed: frozenset[str] | None = None) -> Config:
     """Put the named view recipes under the keys of each view, build, and check what lies between settings."""
     for name, usual in (("views.weak", "weak"), ("views.strong", "contrastive")):
         named = {"name": usual} | VIEWS.get(str(raw.get(f"{name}.name", usual)), {})
         raw = {f"{name}.{key}": value for key, value in named.items()} | raw
-    config: Config = build(Config, raw, RETIRED)
+    return check(_typed(build(Config, raw, RETIRED), typed))
+
+
+def check(config: Config) -> Config:
+    """Return settings that fit each other; ConfigError with a line for each two that do not."""
     if faults := list(_faults(config, derive(config))):
         raise ConfigError(*faults)
     return config
@@ -366,7 +456,7 @@ def _faults(config: Config, derived: Derived) -> Iterator[str]:
         yield f"accumulate: must be 1 with {method.name}, whose negatives are the rest of the batch"
     if traits.memory and method.memory_size < size:
         yield f"method.memory_size: {method.memory_size} must be at least batch_size ({size})"
-    if config.optimizer.warmup_epochs > config.epochs:
+    if config.optimizer.warmup_epochs > config.epochs and (config.typed is None or "optimizer.warmup_epochs" in config.typed):
         yield f"optimizer.warmup_epochs: {config.optimizer.warmup_epochs:g} must not exceed epochs ({config.epochs})"
     parts, splits = f"accumulate x devices x nodes ({passes})", encoder.batch_norm_splits
     if size % passes:
@@ -377,9 +467,14 @@ def _faults(config: Config, derived: Derived) -> Iterator[str]:
         yield f"encoder.batch_norm_splits: {splits} must divide batch_size ({size}) and be a multiple of {parts}, or not exceed it"
     elif splits > passes and size // splits < 2:
         yield f"encoder.batch_norm_splits: {splits} leaves one image a part; needs {size // 2} at most"
+    yield from _argument_faults(config.backbone_args)
     channels, inputs = config.views.channels, config.backbone_args.get("in_chans", config.views.channels)
     if derived.two_way and config.views.crops:
         yield f"views.crops: {method.name} compares two views, views.weak and views.strong; leave views.crops empty"
+    if config.views.crops and {"views.strong.size", "views.crops"} & (config.typed or set()) == {"views.strong.size"}:
+        yield "views.strong.size: views.crops has the sizes of the student's views; set that, and views.weak.size"
+    if config.engine.device.startswith("cuda:") and config.engine.devices * config.engine.nodes > 1:
+        yield f"engine.device: {config.engine.device} is one device of {config.engine.devices}; leave the number out"
     if channels == 2:
         yield "views.channels: must be 3, or 1 for grey views, got 2"
     elif inputs != channels:
@@ -387,6 +482,18 @@ def _faults(config: Config, derived: Derived) -> Iterator[str]:
     cache, largest = config.loader.cache, max(view.size for view in derived.views)
     if cache is not None and cache < largest:
         yield f"loader.cache: {cache} pixels are fewer than the largest view has; needs {largest} or more, or it would be enlarged"
+
+
+def _argument_faults(arguments: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a line for each argument that would make something else of the network than a backbone with random weights."""
+    for name, value in arguments.items():
+        if name in _WEIGHT_ARGS or name.startswith("pretrained_cfg"):
+            yield (
+                f"backbone_args: {name}: would bring weights, and training begins with random ones; leave it out. To measure a network that "
+                "is trained already: `relssl evaluate SOURCE DATA`; to train it on labels: `relssl finetune SOURCE DATA --out FILE`"
+            )
+        elif name in _OUTPUT_ARGS or (name == "global_pool" and not value):
+            yield f"backbone_args: {name}: needs to stay as it is, for one vector of features an image; leave it out"
 
 
 def differences(config: Config) -> dict[str, Any]:

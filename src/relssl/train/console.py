@@ -131,10 +131,10 @@ class Display:
         Its first step is left out: loaders start in it, and kernels are built.
         """
         first, begun = self._pace or (step, 0.0)
-        if step <= first:
+        if not first < step < self._total:
             return []
         each = max(time.monotonic() - begun, 1e-9) / (step - first)
-        return [f"{self._batch / each:.0f} img/s", f"{duration(each * (self._total - step))} left"]
+        return [f"{self._batch / each:.0f} img/s", f"{duration(max(1.0, each * (self._total - step)))} left"]
 
     def _draw(self, task: Any, text: str, completed: int) -> None:
         self._drawn = time.monotonic()

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.benchmark import Timer
 
 from relssl.data.cache import Shrunk, place
 from relssl.data.images import Files
@@ -27,7 +26,8 @@ from relssl.errors import ConfigError
 from relssl.files import size
 from relssl.method import create_student
 from relssl.method.backbones import count_flops
-from relssl.settings.run import Config, derive, resolve
+from relssl.settings.launcher import with_launch
+from relssl.settings.run import Config, derive, replace, resolve
 from relssl.train.checkpoint import whole_state
 from relssl.train.loop import Run, create_run, knn_due, save_due, train_step
 from relssl.train.memory import memory_used, step_memory
@@ -95,6 +95,7 @@ class Estimate:
     limit: str  # the largest of data, networks and update
     unreadable: int  # images met that could not be read
     advice: tuple[Advice, ...] = ()  # what to change, three changes at most, the most important first
+    rank: int = 0  # of this process; each measures its own
 
 
 def estimate(
@@ -105,7 +106,7 @@ def estimate(
     steps: int = 20,
     quiet: bool = False,
     **overrides: Any,
-) -> Estimate | None:
+) -> Estimate:
     """Set up a run, make a few of its steps, and say what the whole would take and what to change.
 
     Takes a minute or so, and below two on any network: where steps take too long, smaller ones are timed. Leaves no run folder and no cache: one that `loader.cache` asks for is read
@@ -116,14 +117,14 @@ def estimate(
         steps: how many are timed, at least 1; fewer, but three, if they take over a minute.
 
     Returns:
-        The figures; None on ranks other than the first.
+        The figures, on every rank its own.
     """
     if steps < 1:
         raise ConfigError(f"steps: must be at least 1, got {steps}")
-    settings = settings or resolve(({} if data is None else {"data": data}) | overrides, config)
+    settings = with_launch(settings or resolve(({} if data is None else {"data": data}) | overrides, config))
     engine, still = Engine(settings.engine), dataclasses.replace(settings.optimizer, lr=_STILL)
     with engine.running(), explaining(settings, engine):
-        run = build(dataclasses.replace(settings, optimizer=still), engine)
+        run = build(replace(settings, optimizer=still), engine)
         compile_networks(run)
         timed = affordable(run)
         if engine.is_first and not quiet:
@@ -131,7 +132,7 @@ def estimate(
             what = f"timing steps{batch} of {settings.backbone} on {len(run.images)} images, {engine.describe()}"
             print(what, file=sys.stderr, flush=True)
         figures = _measure(run, timed, steps)
-    return dataclasses.replace(figures, advice=advise(figures, settings)) if engine.is_first else None
+    return dataclasses.replace(figures, advice=advise(figures, settings), rank=engine.rank)
 
 
 def affordable(run: Run, seconds: float = 60.0) -> Run:
@@ -322,9 +323,14 @@ def attainable(engine: Engine, seconds: float = 1.0) -> float:
         work.append(partial(F.conv2d, images, weight, padding=1))
     for each in work:
         flops = count_flops(each)  # which builds the kernels, too
-        timer = Timer("each()", globals={"each": each}, num_threads=torch.get_num_threads())
-        measured = timer.blocked_autorange(min_run_time=seconds / len(work))
-        rates.append(flops / min(measured.times))  # others may use the machine: its best counts
+        engine.synchronise()
+        fastest, until = math.inf, time.perf_counter() + seconds / len(work)
+        while (begun := time.perf_counter()) < until:
+            for _ in range(4):
+                each()
+            engine.synchronise()
+            fastest = min(fastest, (time.perf_counter() - begun) / 4)  # others may use the machine: its best counts
+        rates.append(flops / fastest)
     return max(rates)
 
 

@@ -57,7 +57,7 @@ class Run:
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
-        return self.config.epochs * self.plan.steps_per_epoch
+        return self.config.steps(self.plan.count)
 
     @property
     def networks(self) -> list[Encoder]:
@@ -140,7 +140,7 @@ def train_step(run: Run, parts: list[Batch]) -> Figures | None:
 
     # Before the memory moves: figures are those of the relations that the loss has seen.
     state.step += 1
-    logged = state.step % config.log.every == 0 or state.step % run.plan.steps_per_epoch == 0
+    logged = state.step % config.log.every == 0 or state.step % run.plan.steps_per_epoch == 0 or state.step == run.total_steps
     figures = {"loss": loss, "grad_norm": norm, "keys": keys}
     if logged:
         queries = joined(run, [step.queries.transpose(0, 1) for step in steps]).transpose(0, 1)
@@ -312,7 +312,7 @@ def report(run: Run, figures: Figures, display: Display) -> None:
         run.engine.wait()
     if run.folder is not None:
         run.folder.write_row(row)
-        display.row(row, epoch_ended=epoch.is_integer())
+        display.row(row, epoch_ended=epoch.is_integer() or figures.step == run.total_steps)
         warms = "warmup_mix" in state.model.scheduled
         collapse = verdict(row, run.config.method.memory_size, keys.shape[1], warms=warms)
         if collapse and not run.warned and epoch >= 1:
@@ -324,7 +324,7 @@ def knn_due(run: Run) -> bool:
     """Return true if kNN is measured after the present step."""
     epoch, within = divmod(run.state.step, run.plan.steps_per_epoch)
     every = run.config.log.knn_every
-    return bool(every) and within == 0 and (epoch % every == 0 or run.state.step == run.total_steps)
+    return bool(every) and (run.state.step == run.total_steps or (within == 0 and epoch % every == 0))
 
 
 def save_due(run: Run) -> bool:

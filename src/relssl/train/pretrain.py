@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,14 @@ import torch
 from relssl.data.cache import shrunken
 from relssl.data.images import Images, Pixels
 from relssl.data.loader import Batch, worker_count
-from relssl.data.named import load
+from relssl.data.named import SETS, exists, load
+from relssl.data.subsets import check_variety
 from relssl.engine import Engine
 from relssl.errors import ConfigError, DataError, DistributedError, ExportError, RelsslError, StorageError
 from relssl.evaluation.pairs import LabelledPair, choose
 from relssl.files import read_rows, write_file, write_json
-from relssl.settings.run import METHODS, Config, derive, resolve, to_yaml
+from relssl.settings.launcher import rank, with_launch
+from relssl.settings.run import METHODS, Config, adjustments, derive, from_mapping, give_way, replace, resolve, to_yaml
 from relssl.train import checkpoint
 from relssl.train.console import Display
 from relssl.train.loggers import refuse_missing
@@ -56,11 +60,12 @@ class Result:
 
 
 def pretrain(
-    data: str | None = None,
+    data: str | Path | None = None,
     *,
     config: str | Path | None = None,
     settings: Config | None = None,
     quiet: bool = False,
+    resume: str | None = None,
     **overrides: Any,
 ) -> Result:
     """Pretrain a backbone, with ReSSL or the method that `method` names.
@@ -70,7 +75,8 @@ def pretrain(
         config: a YAML file of settings.
         settings: a resolved Config, instead of all the others.
         quiet: print nothing.
-        overrides: settings by name; sections as mappings (`optimizer={"lr": 0.03}`) or dotted names through `**`.
+        resume: "auto": go on with the run in `out` if there is one, or return it if it is complete.
+        overrides: settings by name; sections as mappings (`optimizer={"lr": 0.03}`), dotted names through `**`, short names (`lr=0.03`).
 
     Returns:
         The finished run, on every rank.
@@ -79,15 +85,45 @@ def pretrain(
         ConfigError, DataError, StorageError, NumericError, LockedError: each with what to do about it.
         Interrupted: on a signal or at the time limit, after saving.
     """
-    resolved = settings or resolve(({} if data is None else {"data": data}) | overrides, config)
+    resolved = with_launch(settings or resolve(({} if data is None else {"data": data}) | overrides, config))
     folder = Path(resolved.out or default_folder(resolved))
+    if resume not in (None, "auto"):
+        raise ConfigError(f"resume: must be auto, got {resume}; to go on with a run: relssl resume RUN")
+    if resume and (folder / "config.yaml").exists():
+        return _go_on(folder, resolved, quiet)
+    resolved = replace(resolved, out=str(folder), data=_whole_path(resolved.data, resolved.data_root))
     refuse_missing(resolved.log.to)
     engine = Engine(resolved.engine)
+    folder = engine.gather_items([folder])[0]  # of the first rank, whatever a script makes of its name on the others
     engine.on_first(lambda: refuse_used(folder))
-    return _run(dataclasses.replace(resolved, out=str(folder)), folder, engine, quiet, fresh=True)
+    return _run(resolved, folder, engine, quiet, fresh=True)
 
 
-def resume(run: str | Path, *, checkpoint: str | None = None, quiet: bool = False, time_limit: float | None = None) -> Result:
+def _whole_path(data: str, root: str | None) -> str:
+    """Return DATA that is a path from the root on, so that the run goes on, and is evaluated, from any working folder."""
+    path = exists(data, root)
+    return data if data in SETS or path is None else os.path.abspath(path)
+
+
+def _go_on(folder: Path, wanted: Config, quiet: bool) -> Result:
+    """Go on with the run in a folder; ConfigError if it was started with other settings than the user typed now."""
+    stored, typed = load_run(folder).config, wanted.typed or frozenset[str]()
+    free = ("epochs", "time_limit", "data")
+    values = {name: (attrgetter(name)(stored), attrgetter(name)(wanted)) for name in sorted(typed - {*free, "out", "fit_batch"})}
+    if faults := [f"{name}: the run in {folder} has {was}, not {now}" for name, (was, now) in values.items() if was != now]:
+        raise ConfigError(*(f"{fault}; leave it out, or give another out" for fault in faults))
+    return resume(folder, quiet=quiet, **{name: getattr(wanted, name) for name in free if name in typed})
+
+
+def resume(
+    run: str | Path,
+    *,
+    checkpoint: str | None = None,
+    quiet: bool = False,
+    time_limit: float | None = None,
+    epochs: int | None = None,
+    data: str | Path | None = None,
+) -> Result:
     """Go on with a run exactly where it was saved.
 
     Args:
@@ -95,23 +131,48 @@ def resume(run: str | Path, *, checkpoint: str | None = None, quiet: bool = Fals
         checkpoint: name of an older checkpoint to go on from, such as `step-00001200`; default the newest.
         quiet: print nothing.
         time_limit: minutes after which it saves and stops, infinite for never; default: the run's own setting.
+        epochs: how many the run has in all from now on; from the saved step on, its schedules are theirs.
+        data: where the run's images are now.
 
     Returns:
         The finished run, at once if it had finished already.
 
     Raises:
         CheckpointError: if the checkpoint is missing or damaged; the good one before it is named.
+        ConfigError: if the run has made more steps than `epochs` have.
+        DataError: if the run's images are not there, or `data` holds others.
     """
     loaded = load_run(run)
     folder, config = loaded.folder, loaded.config
-    with suppress(OSError, ValueError, KeyError):  # without a status that can be read, the run goes on
-        if checkpoint is None and json.loads((folder / "status.json").read_text())["state"] == "complete":
-            return _result(folder)
+    wanted: dict[str, Any] = {} if epochs is None else {"epochs": epochs, "max_steps": None}
+    config = from_mapping(dataclasses.asdict(config) | wanted) if epochs not in (None, config.epochs) else config
+    if checkpoint is None and epochs in (None, loaded.config.epochs) and _complete(folder, config):
+        if not default_target(folder, "student").exists():
+            raise unexported(folder, "its file is missing")
+        return _result(folder, rank())
+    try:
+        config = replace(config, data=_whole_path(config.data if data is None else os.fspath(data), config.data_root))
+    except DataError as error:
+        raise DataError(f"{error}; if the run's images have moved: relssl resume {folder} --data PATH") from error
+    config = with_launch(config, resumed=True)
     begun = any((folder / "checkpoints").glob("step-*"))
     saved = loaded.checkpoint(checkpoint) if checkpoint is not None or begun else None
     if time_limit is not None:
-        config = dataclasses.replace(config, time_limit=None if math.isinf(time_limit) else time_limit)
+        config = replace(config, time_limit=None if math.isinf(time_limit) else time_limit)
     return _run(config, folder, Engine(config.engine), quiet, saved, fresh=False)
+
+
+def _complete(folder: Path, config: Config) -> bool:
+    """Return whether a run has made all steps that its settings, which may have changed since, ask for."""
+    length = 0
+    with suppress(OSError, ValueError, KeyError):  # without a status that can be read, the run goes on
+        status = json.loads((folder / "status.json").read_text())
+        if status["state"] == "complete":
+            newest = store.step_folder(folder / "checkpoints", status["step"]) / store.META
+            with suppress(OSError, ValueError, KeyError):  # its checkpoint may be gone
+                length = json.loads(newest.read_text())["meta"]["steps_per_epoch"]
+            return config.steps(length * config.batch_size) <= int(status["step"])
+    return False
 
 
 def _run(config: Config, path: Path, engine: Engine, quiet: bool, saved: Path | None = None, *, fresh: bool) -> Result:
@@ -121,11 +182,10 @@ def _run(config: Config, path: Path, engine: Engine, quiet: bool, saved: Path | 
         with explaining(config, engine):
             run = build(config, engine, display.say)
         run.folder = engine.on_first(lambda: stack.enter_context(closing(RunFolder(path))))
-        if run.folder is not None:
-            begin(run, run.folder, fresh)
-            display.log_to(path / "run.log")
+        engine.on_first(lambda: begin(run, display, fresh))
         for note in prepare(run, saved):
             display.say(note)
+        engine.on_first(lambda: write_changes(run))
         with stop, recording(run, display), explaining(run.config, engine):
             if run.folder is not None:
                 run.folder.give_up_after(run.state.step)
@@ -136,15 +196,37 @@ def _run(config: Config, path: Path, engine: Engine, quiet: bool, saved: Path | 
         return _result(path, engine.rank)
 
 
-def begin(run: Run, folder: RunFolder, fresh: bool) -> None:
-    """Write what the run is; ConfigError if the folder was used in the meantime."""
+def begin(run: Run, display: Display, fresh: bool) -> None:
+    """Write what the run is, or check what has changed of it.
+
+    Raises:
+        ConfigError: if the folder was used in the meantime.
+        DataError: if the data moved and holds other images than those that the run was started with.
+    """
+    assert run.folder is not None
+    folder, config, facts = run.folder, run.config, {"images": len(run.images), "fingerprint": run.fingerprint}
     if fresh:
         refuse_used(folder.path)  # again, now that nobody else can write it
     if not (folder.path / "config.yaml").exists():
-        facts = {"data": {"images": len(run.images), "fingerprint": run.fingerprint}, "engine": run.engine.describe()}
-        write_file(folder.path / "config.yaml", to_yaml(run.config).encode())
-        write_json(folder.path / "environment.json", environment() | facts)
+        write_file(folder.path / "config.yaml", to_yaml(config).encode())
+        write_json(folder.path / "environment.json", environment() | {"data": facts, "engine": run.engine.describe()})
+    stored = load_run(folder.path)
+    if os.path.abspath(stored.config.data) != os.path.abspath(config.data) and stored.data != facts:
+        images = f"{len(run.images)} images that are not the {stored.data.get('images', '')} of the run"
+        raise DataError(f"{run.images.name}: holds {images}, by their names, order and sizes; give the folder or list that does")
+    display.log_to(folder.path / "run.log")
+    if stored.config.epochs != config.epochs:
+        display.say(f"epochs are {config.epochs} instead of {stored.config.epochs}: from here on the schedules are theirs")
     folder.bad_samples(run.images.bad)
+
+
+def write_changes(run: Run) -> None:
+    """Write down what has changed of a run that goes on."""
+    assert run.folder is not None
+    stored, names = load_run(run.folder.path).config, ("epochs", "max_steps", "data")
+    changed = dataclasses.replace(stored, **{name: getattr(run.config, name) for name in names})
+    if changed != stored:
+        write_file(run.folder.path / "config.yaml", to_yaml(changed).encode())
 
 
 def prepare(run: Run, saved: Path | None) -> Iterator[str]:
@@ -152,6 +234,7 @@ def prepare(run: Run, saved: Path | None) -> Iterator[str]:
     config, method, memory = run.config, run.config.method, run.config.method.memory_size
     subject = f"{config.backbone} on {len(run.images)} images of {run.images.name}, recipe {config.recipe}"
     yield f"{method.name}: {subject}, {run.total_steps} steps, {run.engine.describe()}"
+    yield from run.images.notes
     if run.state.model.memory is not None and memory > 0.5 * len(run.images):
         yield f"note: the memory ({memory}) is over half of the data: samples meet old copies of themselves"
     if compiled := compile_networks(run):
@@ -160,6 +243,10 @@ def prepare(run: Run, saved: Path | None) -> Iterator[str]:
         inexact = checkpoint.restore(saved, run.state, run.engine, origin(run))
         manner = f"not bit for bit ({'; '.join(inexact)})" if inexact else "exactly"
         yield f"going on {manner} from step {run.state.step}"
+    if run.state.step > run.total_steps:
+        raise ConfigError(
+            f"epochs: {config.epochs} have {run.total_steps} steps, and the run has made {run.state.step}; give more"
+        )
 
 
 @contextmanager
@@ -184,24 +271,25 @@ def hand_over(run: Run, display: Display) -> None:
     assert run.folder is not None
     path, few = run.folder.path, run.images.subset(range(min(4, len(run.images))))  # enough to notice a wrong file, and quick
     done = {"exit_code": 0, "last_checkpoint": store.step_folder(path, run.state.step).name}
-    run.folder.status(
-        "complete", run.state.step, **done, export={"error": "it was stopped"}
-    )  # which holds if this process dies now
+    # Which holds if this process dies now.
+    run.folder.status("complete", run.state.step, **done, export={"error": "it was stopped"})
     try:
         for network in derive(run.config).networks:
             export(path, network=network, images=few)
     except Exception as error:  # writers, networks and checks are others' code
-        reason = store.one_line(error)
-        run.folder.status("complete", run.state.step, **done, export={"error": reason})
-        raise ExportError(
-            f"{path}: the run is complete, its export failed ({reason}); try again with `relssl export {path}`"
-        ) from error
+        run.folder.status("complete", run.state.step, **done, export={"error": store.one_line(error)})
+        raise unexported(path, store.one_line(error)) from error
     run.folder.status("complete", run.state.step, **done)
     display.note(f"complete: weights in {default_target(path, 'student')}")
 
 
-def _result(folder: Path, rank: int = 0) -> Result:
-    return Result(folder, default_target(folder, "student"), read_rows(folder / "metrics.jsonl"), rank)
+def unexported(folder: Path, reason: str) -> ExportError:
+    """Return the error of a complete run without its export."""
+    return ExportError(f"{folder}: the run is complete, its export failed ({reason}); try again with `relssl export {folder}`")
+
+
+def _result(folder: Path, number: int) -> Result:
+    return Result(folder, default_target(folder, "student"), read_rows(folder / "metrics.jsonl"), number)
 
 
 def build(config: Config, engine: Engine, say: Callable[[str], None] = lambda line: None) -> Run:
@@ -209,6 +297,7 @@ def build(config: Config, engine: Engine, say: Callable[[str], None] = lambda li
     labelled, online = METHODS[config.method.name].labels, None
     say(f"reading the images of {config.data}")
     images = load(config.data, config.data_root, "bank" if labelled else "train")
+    check_variety(images, config.loader.max_pixels)
     if config.max_images is not None:
         images = choose(images, config.max_images, config.seed)
     if labelled and images.class_count < 2:
@@ -217,18 +306,32 @@ def build(config: Config, engine: Engine, say: Callable[[str], None] = lambda li
             "images out as train/CLASS/ and val/CLASS/, or take a method without labels"
         )
     workers = 0 if images.in_memory else worker_count(config.loader.workers, config.engine.devices)
-    config = fit(complete_settings(config, images), engine, workers, images.class_count if labelled else 1)
-    with suppress(DataError):  # data without a test part is not evaluated, nor is one without labels to vote about
-        if config.log.knn_every and engine.is_first:
+    settings = complete_settings(config, images)
+    for line in adjustments(config, settings, len(images)):
+        say(line)
+    config = fit(settings, engine, workers, images.class_count if labelled else 1)
+    if config.batch_size != settings.batch_size:
+        say(f"batch_size is {config.batch_size}, which fits in memory, with optimizer.lr {config.optimizer.lr:g}")
+    if config.log.knn_every and engine.is_first:
+        try:
             pair = LabelledPair.load(config.data, config.data_root, config.log.knn_images, config.seed)
             if pair.bank.labels is not None and pair.bank.labels.min() != pair.bank.labels.max():
                 online = OnlineKnn(pair, config)
+        except DataError as error:  # data without a test part is not evaluated, nor is one without labels to vote about
+            if images.labels is not None:
+                images = dataclasses.replace(images, notes=(*images.notes, f"no kNN while training: {error}"))
     say(f"building {config.backbone}")
     return create_run(config, engine, images, online)
 
 
 def complete_settings(config: Config, images: Images) -> Config:
-    """Return the settings with what only the data can say; ConfigError if a view is larger than the images of a set in memory."""
+    """Return the settings with what only the data can say, small data's included.
+
+    Raises:
+        ConfigError: if a view is larger than the images of a set in memory, or settings do not fit so few images.
+        DataError: if there are fewer than four images.
+    """
+    config = give_way(config, len(images))
     views = config.views
     if isinstance(images.source, Pixels) and not views.enlarge:
         side = min(images.source.tensor.shape[-2:])
@@ -244,7 +347,7 @@ def complete_settings(config: Config, images: Images) -> Config:
             raise ConfigError(*faults)
     margin = views.margin or (1.0 if images.in_memory else 256 / 224)
     views = dataclasses.replace(views, mean=views.mean or images.mean, std=views.std or images.std, margin=margin)
-    return dataclasses.replace(config, views=views)
+    return replace(config, views=views)
 
 
 @contextmanager

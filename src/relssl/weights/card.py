@@ -33,20 +33,20 @@ Input: {{ 'RGB' if view.channels == 3 else 'grey' }}, {{ view.size }} x {{ view.
 {{ view.std | list }} of values in 0..1; {{ view }}.
 {%- if settings %}
 
-{{ "All settings are in" if config else "If it was trained on other images than these, correct" }} `{{ settings }}`.
+{{ "All settings are in" if config or classifier else "If it was trained on other images than these, correct" }} `{{ settings }}`.
 {%- endif %}
 
 ## How to load it
 {% for snippet in written.snippets %}
 With {{ snippet.title }}:
 
-{% for line in snippet.lines(file) %}    {{ line }}
-{% endfor %}    {{ snippet.use }}  # [N, {{ view.channels }}, S, S] to [N, F]
+{% for line in snippet.lines(file, hub) %}    {{ line }}
+{% endfor %}    {{ snippet.use }}  # [N, {{ view.channels }}, S, S] to [N, {{ 'C' if classifier else 'F' }}]
 {% endfor %}
 {% if written.notes %}{{ written.notes | replace('{file}', file) }}
 
 {% endif -%}
-Checked when it was written: on {{ parity.images }}, the features differ from the backbone's by {{ '%.2g' | format(parity.difference) }} \
+Checked when it was written: on {{ parity.images }}, the {{ 'scores' if classifier else 'features' }} differ from the network's by {{ '%.2g' | format(parity.difference) }} \
 at most ({{ '%.2g' | format(parity.relative) }} of the largest), in a batch and one alone, loaded with {{ parity.checked | join(', ') }}.
 {% if rows %}
 ## Results
@@ -71,12 +71,25 @@ def public(config: Config) -> Config:
     return dataclasses.replace(config, out=None, data_root=None, data=data, recipe=recipe, loader=loader)
 
 
-def card(source: Opened, written: Written, parity: Parity, file: str, settings: str | None) -> str:
-    """Return the card of a file or folder `file`, as Markdown; `settings` names the file beside it that holds all settings."""
+def card(source: Opened, written: Written, parity: Parity, file: str, settings: str | None, hub: str | None = None) -> str:
+    """Return the card of a file or folder, as Markdown.
+
+    Args:
+        file: its name.
+        settings: the name of the file beside it that holds all settings.
+        hub: the repository that it will lie in.
+    """
     network, origin = source.header["network"], source.header["origin"]
     config = None if source.config is None or network == "backbone" else public(source.config)
-    title, tags = source.spec.name, ["timm", "transformers", "image-feature-extraction"]
-    if config is None:
+    classifier, use = source.spec.classifier, "image-classification" if source.spec.classes else "image-feature-extraction"
+    title, tags = source.spec.name, ["timm", "transformers", use]
+    if classifier:
+        title += f", trained to classify {classifier['data']}"
+        about = (
+            f"Backbone from {classifier['source']} with a classifier, trained together on {classifier['images']} labelled images of "
+            f"`{classifier['data']}`: {classifier['training']}. Classes, in the order of the scores:\n\n"
+        ) + ", ".join(f"`{name}`" for name in source.spec.classes)
+    elif config is None:
         about = f"Backbone from `{origin}`, imported; how it was trained is not known here.\n"
         about += "".join(f"\n- {line}" for line in (source.report.lines() if source.report else ()))
     else:
@@ -85,19 +98,20 @@ def card(source: Opened, written: Written, parity: Parity, file: str, settings: 
         title += f", pretrained with {traits.title}"
         unlabelled = f"No labels were used: {traits.title} ({traits.paper}), {traits.about}"
         images = f"{source.run_data['images']} images of " if "images" in source.run_data else ""
-        length = f"{config.epochs} epochs on {images}`{config.data}`, seed {config.seed}"
+        length = f"{config.epochs} epochs{f' or {config.max_steps} steps' if config.max_steps else ''} on {images}`{config.data}`, seed {config.seed}"
         about = f"{network.capitalize()} backbone of {origin}, recipe `{config.recipe}`, {length}. {'It was trained on labels' if traits.labels else unlabelled}."
-    data = ModelCardData(
-        library_name="timm", pipeline_tag="image-feature-extraction", license="other", license_name="to-be-chosen", tags=tags
-    )
+    data = ModelCardData(library_name="timm", pipeline_tag=use, license="other", license_name="to-be-chosen", tags=tags)
     versions = f"relssl {__version__}, torch {torch.__version__}, timm {timm.__version__}, torchvision {torchvision.__version__}"
     names = {"title": title, "about": about, "view": source.spec.view, "config": config, "settings": settings, "file": file}
+    names |= {"classifier": classifier, "hub": hub}
     names |= {"written": written, "parity": parity, "rows": _results(source), "versions": versions}
     return str(ModelCard.from_template(data, template_str=_TEMPLATE, **names))
 
 
 def _results(source: Opened) -> list[tuple[str, str]]:
     """List (what, figure) of what the run measured of this network: while it trained, and in evaluations since."""
+    if classifier := source.spec.classifier:
+        return [(f"top-1 on {classifier['tested']} test images of {classifier['data']}", f"{float(classifier['top1']):.2f} %")]
     if source.folder is None or source.config is None:
         return []
     network, (k, temperature), figures = source.header["network"], source.config.log.knn, {}

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+import tempfile
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.utils import validate_repo_id
+
+from relssl import __version__
 from relssl.data.images import Images
-from relssl.errors import ConfigError
+from relssl.errors import ConfigError, StorageError
 from relssl.files import storing, sweep, sync_folder, temporary, write_file
 from relssl.settings.run import to_yaml
 from relssl.weights import store
 from relssl.weights.card import card, public
 from relssl.weights.foreign import LoadReport, Reading
 from relssl.weights.formats import FORMATS, find_format
-from relssl.weights.opening import Opened, header_of, is_exported, open_backbones, open_foreign, settings_of
+from relssl.weights.opening import Opened, header_of, is_exported, open_backbones, open_foreign, open_whole, settings_of
 from relssl.weights.parity import Parity, compare, real_images
 from relssl.weights.writers import WRITERS
 
@@ -30,15 +35,19 @@ class Exported:
     network: str  # student or teacher; `backbone` where a file does not say which it holds
     lines: tuple[str, ...]  # Python that loads it without relssl
     parity: Parity  # how close it is to the source
+    sizes: tuple[int, ...]  # of the files, in bytes
+    address: str | None = None  # where it was uploaded to
 
 
 def export(
     source: str | Path,
     *,
-    format: str = "safetensors",
+    format: str | None = None,
     network: str | None = None,
     out: str | Path | None = None,
     images: Images | None = None,
+    push: str | None = None,
+    dry_run: bool = False,
 ) -> Exported:
     """Write a backbone and its card.
 
@@ -46,30 +55,73 @@ def export(
     images; nothing stays on the disk unless they agree.
 
     Args:
-        source: a run folder, or an exported or imported `.safetensors` file with its settings beside it.
-        format: one of `formats.FORMATS`.
+        source: a run folder, or an exported, imported or fine-tuned `.safetensors` file with its settings beside it; of the last, the
+            classifier is handed over too.
+        format: one of `formats.FORMATS`; default: safetensors, or hf to push.
         network: student (default) or teacher, of a run; a file holds one network.
         out: target; default: in RUN/export, or beside the file.
         images: what to compare on; default: the first of the run's data if it is on this machine, else the built-in digits.
+        push: ORG/NAME on the Hugging Face Hub to upload to as well, with huggingface_hub's own login; created private if there is none.
+        dry_run: upload nothing and leave nothing on the disk: the result says what would be.
 
     Raises:
-        ConfigError: for an unknown format or network, a package that is missing, a network that the format cannot hold.
+        ConfigError: for an unknown format or network, a package that is missing, a network that the format cannot hold, no login.
         CheckpointError: if weights are missing or damaged, or what was written does not agree with the source.
-        StorageError: if it cannot be written.
+        StorageError: if it cannot be written or uploaded.
     """
+    format = format or ("hf" if push else "safetensors")
     find_format(format)
     path = Path(source)
+    check_push(push, dry_run, format)
     if not path.is_dir() and not (path.is_file() and is_exported(path)):
         raise ConfigError(f"{path}: is no run, and no weights with settings beside them, such as `relssl import FILE` writes")
-    opened = open_backbones(path, Reading(network=network))
+    whole = path.is_file() and network is None
+    opened = open_whole(path) if whole else open_backbones(path, Reading(network=network))
+    if opened.spec.classes and format in ("torchvision", "detectron2"):
+        raise ConfigError(f"format: {format} holds backbones, without a classifier; use another of {', '.join(FORMATS)}")
     beside = path.with_name(_file_name(path.stem, format))
     target = Path(out or (default_target(path, opened.header["network"], format) if path.is_dir() else beside))
-    _check_target(target, format, path)
-    return _hand_over(opened, target, format, images)
+    if dry_run:
+        with tempfile.TemporaryDirectory() as folder:
+            exported = hand_over(opened, Path(folder) / target.name, format, images, push)
+            return replace(exported, path=target, files=tuple(target / file.name for file in exported.files))
+    check_target(target, format, path)
+    exported = hand_over(opened, target, format, images, push)
+    return exported if push is None else replace(exported, address=_upload(target, push))
 
 
-def _hand_over(source: Opened, target: Path, format: str, images: Images | None = None) -> Exported:
-    """Write a backbone and its card beside `target` under a temporary name, check them, and move them to their place."""
+def check_push(name: str | None, dry_run: bool, format: str) -> None:
+    """Refuse, before any work, what cannot be uploaded."""
+    if name is None:
+        if dry_run:
+            raise ConfigError("dry_run: is for push; give --push ORG/NAME, or leave it out")
+        return
+    if format != "hf":
+        raise ConfigError(f"push: the Hugging Face Hub takes format hf, not {format}; leave format out")
+    try:
+        validate_repo_id(name)
+        _, _ = name.split("/")
+    except ValueError as error:
+        raise ConfigError(f"push: must be ORG/NAME, of a user or organisation and plain letters, got {name!r}") from error
+    if not dry_run and get_token() is None:
+        raise ConfigError("push: there is no login to the Hugging Face Hub; run `hf auth login`, or set HF_TOKEN")
+
+
+def _upload(folder: Path, name: str) -> str:
+    """Upload a folder as a repository of models, and return its address."""
+    try:
+        hub = HfApi()
+        address = hub.create_repo(name, private=True, exist_ok=True)
+        hub.upload_folder(repo_id=name, folder_path=folder, commit_message=f"Uploaded by relssl {__version__}")
+    except Exception as error:  # whatever the hub and the network raise
+        raise StorageError(
+            f"push: {name}: the upload failed ({store.one_line(error)}); {folder} is whole, so push again"
+        ) from error
+    return str(address)
+
+
+def hand_over(source: Opened, target: Path, format: str, images: Images | None = None, hub: str | None = None) -> Exported:
+    """Write a network and its card beside `target` under a temporary name, check them, and move them to their place."""
     written, name = WRITERS[format](source, format), target.name
     batch, what = real_images(source.spec.view, source.config, images)
     files, settings = {str(Path(name, file)): data for file, data in written.data.items()}, None
@@ -87,7 +139,9 @@ def _hand_over(source: Opened, target: Path, format: str, images: Images | None 
             for file, data in files.items():
                 write_file(unfinished / file, data)
             parity = compare(source.backbone, written, unfinished / name, batch, what)
-            write_file(unfinished / beside, card(source, written, parity, name, settings).encode())
+            if source.spec.classes:
+                written = written.called("model", "scores")
+            write_file(unfinished / beside, card(source, written, parity, name, settings, hub).encode())
             if target.is_dir():  # folders cannot be replaced in one go: the old one waits where it is removed with the rest
                 target.rename(unfinished / f"{name}.before")
             for entry in entries:
@@ -96,10 +150,11 @@ def _hand_over(source: Opened, target: Path, format: str, images: Images | None 
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
     paths = tuple(sorted(target.parent / file for file in (*files, beside)))
-    return Exported(target, paths, format, source.header["network"], tuple(written.snippets[0].lines(str(target))), parity)
+    lines, sizes = tuple(written.snippets[0].lines(str(target), hub)), tuple(path.stat().st_size for path in paths)
+    return Exported(target, paths, format, source.header["network"], lines, parity, sizes)
 
 
-def _check_target(target: Path, format: str, source: Path) -> None:
+def check_target(target: Path, format: str, source: Path) -> None:
     """Refuse to replace what may be a user's own: only an earlier export or import goes, and never the source."""
     suffix, beside = FORMATS[format].suffix, [target]
     if suffix and target.suffix != suffix:
@@ -144,9 +199,9 @@ def import_weights(path: str | Path, *, out: str | Path | None = None, **reading
     if header_of(path):
         raise ConfigError(f"{path}: was written by relssl and is used as it is; there is nothing to import")
     target = path.with_name(path.name.removesuffix(".tar")).with_suffix(".safetensors") if out is None else Path(out)
-    _check_target(target, "safetensors", path)
+    check_target(target, "safetensors", path)
     opened = open_foreign(path, Reading(**reading))
-    _hand_over(opened, target, "safetensors")
+    hand_over(opened, target, "safetensors")
     assert opened.report is not None
     opened.report.out = str(target)
     return opened.report

@@ -10,7 +10,6 @@ from typing import Any
 
 import timm
 from safetensors import safe_open
-from torch import nn
 
 from relssl.data.loader import worker_count
 from relssl.data.plain import Reader
@@ -20,7 +19,7 @@ from relssl.settings.recipes import public_name
 from relssl.settings.run import Config, derive, from_mapping
 from relssl.weights import store
 from relssl.weights.foreign import LoadReport, Reading, load_foreign, load_timm
-from relssl.weights.spec import NO_DATA, BackboneSpec
+from relssl.weights.spec import CLASSIFIER, NO_DATA, Backbone, BackboneSpec
 
 
 @dataclass(frozen=True)
@@ -29,6 +28,13 @@ class Run:
 
     folder: Path
     config: Config
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """What the run was trained on, {"images": count, "fingerprint"}, as far as it is known."""
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # torn, or of another version
+            return dict(json.loads((self.folder / "environment.json").read_text())["data"])
+        return {}
 
     def checkpoint(self, name: str | None = None) -> Path:
         """Return the checkpoint of that name, or the newest, after its hashes were checked.
@@ -62,8 +68,8 @@ def load_run(path: str | Path) -> Run:
     return Run(folder, _settings(folder / "config.yaml"))
 
 
-def _settings(file: Path) -> Config:
-    stored = read_yaml(file)
+def _settings(file: Path, stored: dict[str, Any] | None = None) -> Config:
+    stored = stored or read_yaml(file)
     try:
         return from_mapping(stored)
     except ConfigError as error:  # which knows the settings' names alone
@@ -81,7 +87,7 @@ def header_of(path: Path) -> dict[str, str]:
         store.peek(path)
         with safe_open(path, "pt") as file:
             header = file.metadata()
-        if header["network"] in ("student", "teacher", "backbone") and header["origin"]:
+        if header["network"] in ("student", "teacher", "backbone", "classifier") and header["origin"]:
             return {"network": header["network"], "origin": header["origin"]}
     return {}
 
@@ -103,7 +109,7 @@ class Opened:
     """Backbones in eval mode, on the CPU, ready to be measured or handed over."""
 
     name: str  # what to call them in messages and results; no path of this machine
-    networks: dict[str, nn.Module]  # student, teacher or both of a run, as far as it has them, else one `backbone`
+    networks: dict[str, Backbone]  # student, teacher or both of a run, as far as it has them, else one `backbone`
     spec: BackboneSpec  # what they are
     header: dict[str, str]  # {"network": student, teacher or backbone, "origin": checkpoint or file of its weights}
     origin: dict[str, Any]  # the same in detail, as plain JSON for the cards of results
@@ -113,7 +119,7 @@ class Opened:
     report: LoadReport | None = None  # how another program's file was read
 
     @property
-    def backbone(self) -> Any:
+    def backbone(self) -> Backbone:
         """A single network: the student, where there is a choice."""
         return next(iter(self.networks.values()))
 
@@ -130,25 +136,24 @@ class Opened:
         return Reader(view, worker_count(workers), config.loader.max_pixels, flipped)
 
 
-def load_backbone(source: str | Path, network: str | None = None) -> nn.Module:
+def load_backbone(source: str | Path, network: str | None = None) -> Backbone:
     """Return a pretrained backbone, in eval mode.
 
     Args:
-        source: a run folder; an exported or imported `.safetensors` file with its settings beside it; another program's file
-            whose layout its names show; or a timm name, such as `resnet50` or `timm:resnet50.a1_in1k`.
+        source: a run folder; an exported, imported or fine-tuned `.safetensors` file with its settings beside it; another program's
+            file whose layout its names show; or a timm name, such as `resnet50` or `timm:resnet50.a1_in1k`.
         network: student or teacher, of a run (default: student) or of a file that holds both (default: the one its authors
             evaluate).
 
     Returns:
-        The network without classifier: images [B, C, S, S] to features [B, F]. It has `.num_features` and `.transform`,
-        which makes the normalised [C, S, S] tensor of a PIL image; C is 3, or 1 if it was trained on grey views.
+        The network without classifier: images [B, C, S, S] to features [B, F]. It has `.num_features` and `.transform`, which makes
+        the normalised [C, S, S] of an image as PIL opens it; C is 3, or 1 if it was trained on grey views.
 
     Raises:
         ConfigError: if `source` is none of these, or does not hold `network`.
         CheckpointError: if weights are damaged or do not match the network exactly.
     """
-    backbone: nn.Module = open_backbones(source, Reading(network=network)).backbone
-    return backbone
+    return open_backbones(source, Reading(network=network)).backbone
 
 
 def open_backbones(source: str | Path, reading: Reading | None = None) -> Opened:
@@ -184,14 +189,27 @@ def open_foreign(path: Path, reading: Reading) -> Opened:
     return Opened(path.name, {"backbone": backbone}, backbone.spec, header, asdict(report), report=report)
 
 
-def _open_exported(path: Path) -> Opened:
-    config, header = _settings(settings_of(path)), header_of(path) or {"network": "backbone", "origin": path.name}
-    # timm would open that file too, which some of its versions unpickle in full.
-    if "checkpoint_path" in config.backbone_args:
-        raise ConfigError(f"{settings_of(path)}: backbone_args: checkpoint_path is refused; the weights are those of {path.name}")
-    spec, origin = BackboneSpec.of(config), {"kind": "exported", "file": path.name, **header}
+def open_whole(path: Path) -> Opened:
+    """Return the network in an exported or imported file, with its classifier if it has one; raises as `open_backbones`."""
+    file, stored = settings_of(path), read_yaml(settings_of(path))
+    classifier, header = stored.pop("classifier", {}), header_of(path) or {"network": "backbone", "origin": path.name}
+    if classifier and not (
+        isinstance(classifier, dict) and classifier.keys() >= CLASSIFIER and isinstance(classifier["classes"], list)
+    ):
+        raise ConfigError(f"{file}: classifier: needs {', '.join(sorted(CLASSIFIER))}, as `relssl finetune` writes them")
+    config = _settings(file, stored)
+    spec, origin = replace(BackboneSpec.of(config), classifier=classifier), {"kind": "exported", "file": path.name, **header}
     networks = {"backbone": spec.load(store.read(path), path)}
     return Opened(path.name, networks, spec, header, origin, None if config.data == NO_DATA else config)
+
+
+def _open_exported(path: Path) -> Opened:
+    opened = open_whole(path)
+    if not opened.spec.classes:
+        return opened
+    spec, layer = replace(opened.spec, classifier={}), f"{opened.spec.classifier['layer']}."
+    weights = {name: value for name, value in opened.backbone.state_dict().items() if not name.startswith(layer)}
+    return replace(opened, spec=spec, networks={"backbone": spec.load(weights, path)})
 
 
 def _open_run(path: Path, network: str | None) -> Opened:
@@ -209,7 +227,4 @@ def _open_run(path: Path, network: str | None) -> Opened:
         backbones[name] = spec.load(weights, checkpoint)
     header = {"network": wanted[0], "origin": checkpoint.name}
     origin = {"kind": "run", "run": title, "checkpoint": checkpoint.name, "recipe": public_name(run.config.recipe)}
-    run_data: dict[str, Any] = {}
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # torn, or of another version
-        run_data |= json.loads((path / "environment.json").read_text())["data"]
-    return Opened(title, backbones, spec, header, origin, run.config, path, run_data)
+    return Opened(title, backbones, spec, header, origin, run.config, path, run.data)

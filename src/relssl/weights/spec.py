@@ -1,11 +1,11 @@
-"""The description of a backbone: enough to build the network and to make the images it sees, and nothing of how it was trained."""
+"""The description of a network: enough to build it and to make the images it sees; of a classifier, its classes besides."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from torch import Tensor, nn
@@ -17,21 +17,42 @@ from relssl.settings.run import LUMA, Config
 
 # What the settings of weights that no run of ours trained name as their data.
 NO_DATA = "imported"
+# What is known of a classifier: the names of its classes, its layer's in the network, and how it came about, in words and figures.
+CLASSIFIER = {"classes", "layer", "data", "source", "training", "images", "tested", "top1"}
+
+
+class Backbone(nn.Module):
+    """A network as `BackboneSpec.load` returns it, for type checkers: a module of timm's or torchvision's with these attributes.
+
+    It gives features [N, F] of images [N, C, S, S]. Like these libraries' own it can be pickled, and copied to other processes.
+    """
+
+    num_features: int  # F
+    transform: PlainView  # an image as PIL opens it to the normalised [C, S, S] that evaluations make of its file
+    spec: BackboneSpec
+
+    def __call__(self, images: Tensor) -> Tensor: ...  # type: ignore[empty-body]
 
 
 @dataclass(frozen=True)
 class BackboneSpec:
-    """A network and what it sees."""
+    """A backbone, or one with a classifier, and what it sees."""
 
     name: str  # timm's name, or `torchvision/` and torchvision's
     arguments: Mapping[str, Any]  # what the user passes to timm.create_model or to torchvision's function
     stem: str  # as `encoder.stem`
     view: PlainView  # the images it sees when it is evaluated
+    classifier: Mapping[str, Any] = field(default_factory=dict)  # all of `CLASSIFIER`, or nothing
 
     @staticmethod
     def of(config: Config) -> BackboneSpec:
         """Return the backbone of a run or exported file, by its settings; ConfigError if they leave a part of the view open."""
         return BackboneSpec(config.backbone, config.backbone_args, config.encoder.stem, PlainView.of(config.views))
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes, in the order of the network's scores; none of a backbone alone."""
+        return tuple(self.classifier.get("classes", ()))
 
     def all_arguments(self) -> dict[str, Any]:
         """Return the arguments it is created with: its own, and those that its image size and channels ask for."""
@@ -40,24 +61,17 @@ class BackboneSpec:
 
     def create(self) -> nn.Module:
         """Build the network with random weights; raises as `create_backbone`."""
-        return create_backbone(self.name, self.stem, self.all_arguments(), self.view.size)
+        return create_backbone(self.name, self.stem, self.all_arguments(), self.view.size, len(self.classes))
 
-    def load(self, weights: Mapping[str, Tensor], origin: Path) -> nn.Module:
-        """Build the network with these weights, all of them and nothing else, in eval mode.
-
-        Returns:
-            The network, with `.num_features`, `.transform` (PIL image to normalised [C, S, S]) and `.spec`.
-
-        Raises:
-            CheckpointError: as `mismatch` says.
-        """
-        network = self.create()
+    def load(self, weights: Mapping[str, Tensor], origin: Path) -> Backbone:
+        """Build the network with these weights, all of them and nothing else, in eval mode; CheckpointError as `mismatch` says."""
+        network = cast(Backbone, self.create())
         if fault := mismatch(network.state_dict(), weights):
             raise CheckpointError(f"{origin}: is no {self.name}: {fault}")
         network.load_state_dict(dict(weights))
-        network.transform, network.spec = self.view, self  # type: ignore[assignment]
+        network.transform, network.spec = self.view, self
         # timm's own figure is that before the layer which its MobileNetV3 ends with.
-        network.num_features = feature_width(network, self.view.size)  # type: ignore[assignment]
+        network.num_features = feature_width(network, self.view.size)
         return network.eval()
 
     def to_yaml(self) -> str:
@@ -72,6 +86,7 @@ class BackboneSpec:
         scaling = {"margin": view.margin, "interpolation": view.interpolation}
         network = {"backbone": self.name, "backbone_args": dict(self.arguments), "encoder": {"stem": self.stem}}
         described = {"data": NO_DATA, "recipe": "imported", **network, "views": {**views, **pixels, **scaling}}
+        described |= {"classifier": dict(self.classifier)} if self.classifier else {}
         return yaml.safe_dump(described, sort_keys=False, width=120, default_flow_style=None)
 
 

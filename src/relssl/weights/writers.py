@@ -9,8 +9,8 @@ import re
 import textwrap
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 import yaml
@@ -34,9 +34,10 @@ class Snippet:
     needs: str | None = None  # a module that may be missing; then the code is printed and not run
     tolerance: float = 0.0  # of features, relative to the largest one; 0 where the same code runs the same weights
 
-    def lines(self, file: str) -> list[str]:
-        """Return the code for the file of that path."""
-        return [line.replace("{file}", repr(file)).replace("{folder}", repr(f"local-dir:{file}")) for line in self.code]
+    def lines(self, file: str, hub: str | None = None) -> list[str]:
+        """Return the code for the file of that path, or for a repository of that name on the Hugging Face Hub."""
+        folder = f"hf-hub:{hub}" if hub else f"local-dir:{file}"
+        return [line.replace("{file}", repr(hub or file)).replace("{folder}", repr(folder)) for line in self.code]
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,15 @@ class Written:
     snippets: Sequence[Snippet]  # the ways to load it
     exact: bool = True  # the loaded network has the source's very weights, in its order
     notes: str = ""  # more about loading it, as Markdown, with `{file}`
+
+    def called(self, network: str, output: str) -> Written:
+        """Return it with other names for `backbone` and `features` in the code."""
+
+        def renamed(line: str) -> str:
+            return line.replace("backbone", network).replace("features", output)
+
+        snippets = [replace(each, code=[*map(renamed, each.code)], use=renamed(each.use)) for each in self.snippets]
+        return replace(self, snippets=snippets)
 
 
 _TOLERANCE = 1e-4  # another implementation of the same function, in fp32; a compiler may fold batch norm and reorder sums
@@ -59,18 +69,24 @@ def _unsuited(format: str, why: str) -> ConfigError:
 
 def as_safetensors(source: Opened, format: str) -> Written:
     """Write the network's own names; those of timm's networks, and `timm` takes no others, in a file for its `checkpoint_path`."""
-    ours = Snippet("relssl", ("import relssl", "backbone = relssl.load_backbone({file})"))
+    ours, notes = [Snippet("relssl", ("import relssl", "backbone = relssl.load_backbone({file})"))], ""
+    if source.spec.classes:  # which ours is without
+        ours = []
+        use = "`relssl predict {file} DATA --out FILE` classifies images; "
+        notes = use + '`relssl.load_backbone("{file}")` returns the backbone alone.'
     theirs = Snippet("timm alone", timm_lines(source.spec))
     if _theirs(source.spec):
         if format != "safetensors":
             raise _unsuited(format, f"is read by timm, which does not know {source.spec.name}")
         theirs = Snippet("torchvision", _torchvision_lines(source.spec, "safetensors.torch.load_file({file})"))
-    return Written({"": store.encode(source.backbone.state_dict(), {"format": "pt", **source.header})}, (theirs, ours))
+    return Written(
+        {"": store.encode(source.backbone.state_dict(), {"format": "pt", **source.header})}, (theirs, *ours), notes=notes
+    )
 
 
 def as_hf(source: Opened, format: str) -> Written:
     """Write Hugging Face's layout: timm's config.json and model.safetensors; the card becomes README.md."""
-    weights, spec, known = as_safetensors(source, format).data[""], source.spec, source.backbone.pretrained_cfg
+    weights, spec, known = as_safetensors(source, format).data[""], source.spec, cast(Any, source.backbone.pretrained_cfg)
     if spec.view.channels != 3:
         raise _unsuited(format, f"is read with colour images, and {spec.name} was trained on grey ones")
     if spec.stem != "standard":
@@ -82,17 +98,22 @@ def as_hf(source: Opened, format: str) -> Written:
         "fixed_input_size": known.get("fixed_input_size", False),
         "crop_mode": "center",
         **timm_view(spec),
-        "num_classes": 0,
+        "num_classes": len(spec.classes),
         "pool_size": None,
         "first_conv": known.get("first_conv"),
         "classifier": known.get("classifier"),
     }
-    described = {"architecture": known["architecture"], "num_classes": 0, "num_features": source.backbone.num_features}
+    described = {
+        "architecture": known["architecture"],
+        "num_classes": len(spec.classes),
+        "num_features": source.backbone.num_features,
+    }
+    described |= {"label_names": spec.classes} if spec.classes else {}
     # No num_classes in model_args: transformers sets it itself and stumbles over another.
     described |= {"model_args": spec.all_arguments(), "pretrained_cfg": pretrained}
     with_timm = (
         "import timm, timm.data",
-        "backbone = timm.create_model({folder}, pretrained=True, num_classes=0).eval()  # else the weights would be random",
+        f"backbone = timm.create_model({{folder}}, pretrained=True, num_classes={len(spec.classes)}).eval()  # else the weights are random",
         "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(backbone))",
     )
     with_transformers = (
@@ -103,7 +124,7 @@ def as_hf(source: Opened, format: str) -> Written:
     use = "features = backbone(pixel_values=images).pooler_output"
     theirs = Snippet("transformers", with_transformers, use, needs="transformers", tolerance=_MAPPED_TOLERANCE)
     files = {"model.safetensors": weights, "config.json": (json.dumps(described, indent=2) + "\n").encode()}
-    return Written(files, (Snippet("timm", with_timm), theirs))
+    return Written(files, (Snippet("timm", with_timm), *([] if spec.classes else [theirs])))
 
 
 def as_graph(source: Opened, format: str) -> Written:
@@ -115,13 +136,14 @@ def as_graph(source: Opened, format: str) -> Written:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # about torch's own code; the result is compared
             if format == "onnx":
-                names: Any = {"input_names": ["images"], "output_names": ["features"]}
+                output = "scores" if source.spec.classes else "features"
+                names: Any = {"input_names": ["images"], "output_names": [output]}
                 graph: Any = torch.onnx.export(
                     source.backbone, inputs, dynamo=True, verbose=False, dynamic_shapes=shapes, **names
                 )
                 buffer.write(graph.model_proto.SerializeToString())
                 code = ("import onnxruntime", "session = onnxruntime.InferenceSession({file})")
-                use = 'features = session.run(["features"], {"images": images.numpy()})[0]'
+                use = f'features = session.run(["{output}"], {{"images": images.numpy()}})[0]'
                 snippet = Snippet("ONNX Runtime", code, use, tolerance=_TOLERANCE)
             else:
                 torch.export.save(torch.export.export(source.backbone, inputs, dynamic_shapes=shapes), buffer)
@@ -201,7 +223,7 @@ def timm_lines(spec: BackboneSpec) -> list[str]:
     # timm cannot be asked for a small stem, so the layers that differ are put in before the weights.
     return [
         f"{imports}, torch",
-        f"backbone = timm.create_model({spec.name!r}, num_classes=0{_arguments(spec)}).eval()",
+        f"backbone = timm.create_model({spec.name!r}, num_classes={len(spec.classes)}{_arguments(spec)}).eval()",
         *_stem_lines(spec),
         "timm.models.load_checkpoint(backbone, {file})",
         f"transform = {transform}",
@@ -236,12 +258,15 @@ def _torchvision_network(spec: BackboneSpec) -> tuple[nn.Module, str]:
 def _torchvision_lines(spec: BackboneSpec, load: str) -> list[str]:
     """Return Python that loads the file with torchvision, as `backbone` and the `transform` of its images; `load` reads it."""
     view, arguments = spec.view, _arguments(spec)[2:] if _theirs(spec) else ""
+    last = [f"backbone.set_submodule({_torchvision_network(spec)[1]!r}, torch.nn.Identity())"]
+    if spec.classes:
+        arguments, last = f"num_classes={len(spec.classes)}" + (f", {arguments}" if arguments else ""), []
     resize = f"v.Resize({view.shorter_side}, v.InterpolationMode.{view.interpolation.upper()}), v.CenterCrop({view.size})"
     steps = f"{'v.Grayscale(), ' * (view.channels == 1)}{resize}, v.ToTensor(), v.Normalize({view.mean}, {view.std})"
     return [
         f"import {'safetensors.torch, ' * ('safetensors' in load)}torch, torchvision, torchvision.transforms as v",
         f"backbone = torchvision.models.{TWINS.get(spec.name, spec.name.removeprefix(TORCHVISION))}({arguments}).eval()",
-        f"backbone.set_submodule({_torchvision_network(spec)[1]!r}, torch.nn.Identity())",
+        *last,
         *_stem_lines(spec),
         f"backbone.load_state_dict({load})",
         f"transform = v.Compose([{steps}])",
@@ -269,7 +294,8 @@ def stem_layers(spec: BackboneSpec) -> dict[str, nn.Module]:
     if spec.stem == "standard" and _library_arguments(spec) == spec.all_arguments():
         return {}
     with torch.random.fork_rng(devices=[]):
-        plain = dict(create_backbone(spec.name, args=_library_arguments(spec), size=spec.view.size).named_modules())
+        library = create_backbone(spec.name, args=_library_arguments(spec), size=spec.view.size, classes=len(spec.classes))
+        plain = dict(library.named_modules())
         ours = spec.create().named_modules()
     kinds = (nn.Conv2d, nn.Identity)
     return {name: module for name, module in ours if type(module) in kinds and repr(module) != repr(plain.get(name))}
