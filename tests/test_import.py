@@ -524,7 +524,7 @@ def test_what_lies_in_the_place_of_weights_is_named(tmp_path, capsys):
             path.write_bytes(content)
             refused(words, path)
             assert main(["import", str(path)]) == 4 and words in capsys.readouterr().err
-    torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2)), path)
+    torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2)), path := tmp_path / "script.pth")
     refused("TorchScript", path)
     save_file(under("", resnet18()), tmp_path / "named.pth")
     assert same(load(tmp_path / "named.pth", size=48)[0], resnet18())

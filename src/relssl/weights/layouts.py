@@ -91,7 +91,7 @@ def read(path: Path) -> Mapping[str, Any]:
         CheckpointError: if it is damaged, holds an object that is not known to be harmless, or is no mapping.
     """
     kind = store.peek(path)
-    if kind == "safetensors":
+    if "safetensors" in (kind, path.suffix.removeprefix(".")):  # torch goes by that suffix too
         return store.read(path)
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(_HARMLESS):
