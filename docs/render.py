@@ -14,6 +14,7 @@ from typing import Any
 
 from relssl.reproduction.results import page
 from relssl.settings import recipes
+from relssl.settings.names import words
 from relssl.settings.reading import leaves
 from relssl.settings.run import METHODS, Config, differences, resolve
 
@@ -32,7 +33,16 @@ _SETTINGS = """# Settings
 
 Every setting of a run is an option of `relssl pretrain` (`--optimizer.lr 0.06`), a key of a YAML file (`--config FILE`), and a keyword of
 `relssl.pretrain` (`optimizer={"lr": 0.06}`). The defaults here are those without a recipe, and every run has one, which changes them:
-[recipes side by side](recipes.md). `relssl validate DATA --show` prints what a run would have.
+[recipes side by side](recipes.md). `relssl validate DATA --show` prints what a run would have, before few images make some of
+it smaller. In options `-` and `_` are the same.
+"""
+_WORDS = """
+## Short names
+
+Settings that are known by other names as well, on the command line, in YAML and in Python:
+
+| setting | also |
+| --- | --- |
 """
 
 
@@ -49,6 +59,9 @@ def settings_page() -> str:
         for name, field in names:
             about = (field.description or "").replace("|", "\\|").replace("*", "\\*")
             parts.append(f"| `{name}` | `{json.dumps(field.default)}` | {about} |\n")
+    known = {name: words(name) for name in leaves(Config)}
+    parts.append(_WORDS)
+    parts += [f"| `{name}` | {', '.join(f'`{word}`' for word in others)} |\n" for name, others in known.items() if others]
     return "".join(parts)
 
 

@@ -12,20 +12,10 @@ from __future__ import annotations
 import argparse
 import statistics
 from pathlib import Path
-from typing import Any
 
 import relssl
 
 FIGURES = {"knn": "kNN", "probe": "probe"}
-
-
-def train(folder: Path, data: str, **settings: Any) -> Path:
-    """Pretrain one run, or go on with it, and return its folder."""
-    if (folder / "config.yaml").exists():
-        relssl.resume(folder, quiet=True)
-    else:
-        relssl.pretrain(data, out=str(folder), quiet=True, **settings)
-    return folder
 
 
 def measure(folder: Path, data: str) -> dict[str, float]:
@@ -50,7 +40,8 @@ def main() -> None:
     figures: dict[str, list[dict[str, float]]] = {method: [] for method in methods}
     for seed in range(args.seeds):  # every method has one run before any has two
         for method in methods:
-            folder = train(args.out / f"{method}-{seed}", args.data, method=method, seed=seed, **limits)
+            folder = args.out / f"{method}-{seed}"
+            relssl.pretrain(args.data, out=folder, method=method, seed=seed, resume="auto", quiet=True, **limits)
             figures[method].append(measure(folder, args.data))
             last = ", ".join(f"{FIGURES[name]} {value:.1f}" for name, value in figures[method][-1].items())
             print(f"{method} seed {seed}: {last}", flush=True)

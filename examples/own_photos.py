@@ -1,7 +1,7 @@
 """Pretrain on a folder of photos, then let the backbone say which of them look alike.
 
     python examples/own_photos.py photos/                                    # resnet18 at 224 pixels, as long as the recipe says
-    python examples/own_photos.py photos/ --size 96 --epochs 20 --out runs/quick
+    python examples/own_photos.py photos/ --image_size 96 --epochs 20 --out runs/quick
 
 Writes FOLDER/features.npz (a row for each photo), FOLDER/alike.jpg (some photos, and beside each the six most similar ones) and prints the
 most similar pairs, which are near-duplicates if there are any. Labels are neither needed nor used.
@@ -33,13 +33,13 @@ def most_similar(features: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarr
     return np.concatenate(nearest), np.concatenate(similarity)
 
 
-def sheet(folder: Path, names: np.ndarray, rows: np.ndarray, nearest: np.ndarray) -> Image.Image:
+def sheet(names: np.ndarray, rows: np.ndarray, nearest: np.ndarray) -> Image.Image:
     """Draw a row for each of `rows`: the photo, a gap, and its nearest."""
     step = SIDE + GAP
     drawn = Image.new("RGB", (step * (nearest.shape[1] + 1) + 3 * GAP, step * len(rows) + GAP), "white")
     for line, row in enumerate(rows):
         for column, index in enumerate([row, *nearest[row]]):
-            with Image.open(folder / str(names[index])) as photo:
+            with Image.open(str(names[index])) as photo:
                 small = ImageOps.fit(ImageOps.exif_transpose(photo).convert("RGB"), (SIDE, SIDE))
             drawn.paste(small, (GAP + step * column + (2 * GAP if column else 0), GAP + step * line))
     return drawn
@@ -50,25 +50,19 @@ def main() -> None:
     parser.add_argument("photos", type=Path)
     parser.add_argument("--out", type=Path, default=Path("runs/photos"))
     parser.add_argument("--backbone", default="resnet18")
-    parser.add_argument("--size", type=int, default=224, help="pixels of the views; fewer are faster and see less")
+    parser.add_argument("--image_size", type=int, default=224, help="pixels of the views; fewer are faster and see less")
     parser.add_argument("--epochs", type=int, default=200)
     args = parser.parse_args()
 
-    if (args.out / "config.yaml").exists():
-        relssl.resume(args.out)  # at once if it had finished
-    else:
-        view = {"size": args.size}
-        relssl.pretrain(
-            str(args.photos), out=str(args.out), backbone=args.backbone, epochs=args.epochs, views={"weak": view, "strong": view}
-        )
+    run = {"out": args.out, "backbone": args.backbone, "epochs": args.epochs, "image_size": args.image_size}
+    relssl.pretrain(args.photos, resume="auto", **run)  # goes on after a stop
 
-    relssl.embed(args.out, str(args.photos), args.out / "features.npz")
+    relssl.embed(args.out, args.photos, args.out / "features.npz")
     with np.load(args.out / "features.npz") as stored:
         features, names = stored["features"], stored["names"]
     nearest, similarity = most_similar(features, min(NEAREST, len(names) - 1))
-    sheet(args.photos, names, np.linspace(0, len(names) - 1, min(8, len(names))).astype(int), nearest).save(
-        args.out / "alike.jpg"
-    )
+    rows = np.linspace(0, len(names) - 1, min(8, len(names))).astype(int)
+    sheet(names, rows, nearest).save(args.out / "alike.jpg")
 
     print("\nthe most similar pairs:")
     best = np.argsort(-similarity[:, 0])

@@ -282,7 +282,7 @@ def test_values_are_taken_as_other_programs_and_python_have_them(monkeypatch: py
     assert (config.data, config.out) == ("/home/me/photos", "/home/me/runs/a")
     assert [resolve({"precision": name}).engine.precision for name in ("32", "32-true", "bf16-mixed")] == ["fp32", "fp32", "bf16"]
     assert [resolve({"device": name}).engine.device for name in ("gpu", "gpu:1", "cuda:1")] == ["cuda", "cuda:1", "cuda:1"]
-    assert "fp16 is not used" in faults({"precision": "16-mixed"})[0] and "engine.device" in faults({"device": "tpu"})[0]
+    assert "bf16" in faults({"precision": "16-mixed"})[0] and "engine.device" in faults({"device": "tpu"})[0]
     assert resolve({"batch_size": "auto"}) == resolve({"fit_batch": True})
 
 
@@ -388,15 +388,15 @@ def test_the_same_thing_may_be_typed_in_several_ways(tmp_path: Path, capsys: pyt
     facts = json.loads(capsys.readouterr().out)
     assert facts["data"] == {"images": 8, "test": 0, "classes": 0, "notes": []}
     for words, word in (
-        ([photos, "--data", "digits"], photos),
+        ([photos, "--data", "digits"], "DATA once"),
         ([photos, "--data_dir", "digits"], "given twice"),
         ([photos, "batch_size=4"], "--batch_size 4"),
         ([photos, "lr=4"], "--lr 4"),
     ):
         assert main(["validate", *words]) == 2
         assert word in capsys.readouterr().err
-    assert main(["embed", "--data", photos, "--out", "x.npz"]) == 2
-    assert "source" in capsys.readouterr().err
+    assert main(["embed", "--data", photos, "--out", "x.npz", "--source", "nowhere"]) == 2
+    assert "nowhere: is no run folder" in capsys.readouterr().err
     assert main(["embed", "a", "b", "--out", "x.npz", "--img-size", "3"]) == 2
     assert "--size" in capsys.readouterr().err
     assert main(["validate", str(tmp_path / "none")]) == 3

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lightning.fabric.utilities import rank_zero_only
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import relssl
@@ -151,8 +152,9 @@ def test_a_run_whose_export_fails_is_complete_and_can_be_exported(tmp_path: Path
     assert relssl.resume(folder, quiet=True).backbone.exists()
 
 
-def test_loggers_have_every_row_once_after_a_resume_in_groups(tmp_path: Path) -> None:
+def test_loggers_have_every_row_once_after_a_resume_in_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "run"
+    monkeypatch.setattr(rank_zero_only, "rank", 3)  # as Lightning reads it from a batch system's variables
     more = {"log.every": 1, "log.to": "tensorboard,csv", "max_images": 128, "checkpoint.every_steps": 1}
     with pytest.raises(Interrupted):
         small_run(folder, time_limit=1e-6, **more)
@@ -179,6 +181,8 @@ def test_a_logger_that_is_not_installed_is_refused_before_the_run(tmp_path: Path
 def test_old_settings_of_tensorboard_are_understood() -> None:
     assert resolve({"log": {"tensorboard": False}}).log.to == ()
     assert resolve({"log.tensorboard": "true"}).log.to == ("tensorboard",)
+    assert resolve({"log.to": "none"}).log.to == resolve({"log.to": []}).log.to == ()
+    assert resolve({"log.to": "csv,wandb"}).log.to == ("csv", "wandb")
 
 
 HEALTHY = {"effective_rank": 40.0, "embedding_std": 1.0, "teacher_neighbours": 9.0, "kl": 0.5, "agreement": 0.5}

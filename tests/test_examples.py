@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -65,6 +66,17 @@ def photos(folder: Path, split: str, count: int) -> Path:
     return folder
 
 
+def test_own_photos(tmp_path: Path) -> None:
+    photos(tmp_path / "photos", "train", 24)
+    words = ("--image_size", "32", "--epochs", "1", "--backbone", "resnet10t", "--out", "run")
+    shown = run(tmp_path, sys.executable, str(EXAMPLES / "own_photos.py"), "photos", *words)
+    assert re.search(r"^[01]\.\d+ +\S+\.png +\S+\.png$", shown, re.MULTILINE)
+    with np.load(tmp_path / "run/features.npz") as stored:
+        assert stored["features"].shape == (24, 512)
+    with Image.open(tmp_path / "run/alike.jpg") as sheet:
+        assert sheet.width > sheet.height / 8 * 6
+
+
 def test_finetune_and_deploy(tmp_path: Path) -> None:
     small_run(tmp_path / "run", epochs=1)
     for part, split, count in (("train", "train", 60), ("val", "test", 20)):
@@ -82,7 +94,7 @@ def test_compare_methods(tmp_path: Path) -> None:
     assert re.search(r"^moco +[+-]\d+\.\d \[[+-]\d+\.\d\.\.[+-]\d+\.\d\]$", shown, re.MULTILINE)
 
 
-TINY = ("--engine.device", "cpu", "--max_images", "256", "--log.knn_every", "0")
+TINY = ("--device", "cpu", "--max_images", "256", "--log.knn_every", "0")
 
 
 def test_torchrun_starts_two_processes(tmp_path: Path, programs: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -92,6 +93,19 @@ def test_sigterm_to_one_rank_stops_both(tmp_path: Path) -> None:
 
 
 @pytest.mark.torture
+def test_a_rank_that_dies_ends_the_run_with_a_line_and_a_status(tmp_path: Path) -> None:
+    """One more launch of two ranks: torture."""
+    cut = start(tmp_path / "cut", merge(SETTINGS, {"epochs": 500, "log": {"knn_every": 0}, "checkpoint": {"every_steps": 5}}))
+    while cut.poll() is None and not (tmp_path / "cut/checkpoints/step-00000005").exists():
+        time.sleep(0.02)
+    (other,) = psutil.Process(cut.pid).children()
+    other.kill()
+    assert "relssl: " in finish(cut, 7)
+    status = json.loads((tmp_path / "cut/status.json").read_text())
+    assert (status["state"], status["exit_code"], status["error"]["kind"]) == ("failed", 7, "distributed")
+
+
+@pytest.mark.torture
 def test_ranks_read_the_shrunk_images_that_the_first_one_writes(tmp_path: Path) -> None:
     """One more launch of two ranks: torture."""
     (tmp_path / "images").mkdir()
@@ -107,7 +121,8 @@ def test_ranks_read_the_shrunk_images_that_the_first_one_writes(tmp_path: Path) 
     assert close_runs(tmp_path / "one", tmp_path / "two")
 
 
-TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "1"}
+TORCHRUN |= {"MASTER_ADDR": "a", "MASTER_PORT": "1"}
 # What a batch script of SLURM finds, and what a step of srun does besides.
 BATCH = {"SLURM_JOB_ID": "4711", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "4", "SLURM_JOB_NAME": "train"}
 STEP = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "gpu[07-08]"}
@@ -152,6 +167,13 @@ def test_settings_that_no_launcher_meets_are_refused(monkeypatch: pytest.MonkeyP
     with pytest.raises(ConfigError, match=r"engine\.devices: .*2.*4"):
         with_launch(resolve({"engine.devices": 2}))
     assert with_launch(resolve({"engine.devices": 2}), resumed=True).engine.nodes == 2
+
+
+def test_processes_that_do_not_meet_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (TORCHRUN | {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(DistributedError, match=r"did not meet at 127\.0\.0\.1:1"):
+        Engine(with_launch(resolve({"engine.device": "cpu", "engine.timeout": 0.5})).engine)
 
 
 def test_a_notebook_cannot_start_processes(monkeypatch: pytest.MonkeyPatch) -> None:

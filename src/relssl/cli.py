@@ -1,9 +1,8 @@
-"""The command line: the verbs with their options, and what becomes of errors. torch is imported only once a command is worth it."""
+"""The command line: what each command does, and what becomes of errors. torch is imported only once a command is worth it."""
 
 from __future__ import annotations
 
 import argparse
-import collections
 import contextlib
 import dataclasses
 import io
@@ -14,81 +13,22 @@ import sys
 import textwrap
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import relssl
 from relssl.data.named import at_hand, exists, load
 from relssl.errors import CheckpointError, ConfigError, DataError, Interrupted, LockedError, NumericError, RelsslError
+from relssl.options import Outcome, Overrides, option, parse, verb
 from relssl.settings import recipes
 from relssl.settings.evaluation import Evaluation, Tuning, read_settings
 from relssl.settings.launcher import rank, with_launch
-from relssl.settings.names import MAIN, meant, spell
-from relssl.settings.reading import build, leaves, nearest_word
+from relssl.settings.names import MAIN, spell
+from relssl.settings.reading import build, leaves
 from relssl.settings.run import Config, adjustments, differences, give_way, resolve, to_yaml
 from relssl.weights.formats import FORMATS, find_format
 
-Overrides = dict[str, Any]
-Option = tuple[str, dict[str, Any]]
-
-
-class Outcome(NamedTuple):
-    """The outcome of a command."""
-
-    facts: Any  # for --json
-    show: str | Callable[[], Any]  # the text for people, or what prints it
-    error: BaseException | None = None  # raised once all that was finished before is shown
-
-
-_ABOUT = "Pretrain image backbones on unlabelled images with ReSSL."
-PARSER = argparse.ArgumentParser(prog="relssl", description=_ABOUT, allow_abbrev=False)
-PARSER.add_argument("--version", action="version", version=f"relssl {relssl.__version__}")
-_COMMANDS = PARSER.add_subparsers(dest="verb", required=True, metavar="COMMAND")
-
-
-class Verb(NamedTuple):
-    """A command, as it is read and shown."""
-
-    about: str
-    usage: str
-    options: dict[str, dict[str, Any]]  # its own, which are not settings, with their arguments for argparse
-    settings: Any  # the dataclass whose fields are options, too
-    main: tuple[str, ...] | None  # the settings that `--help` shows; None: those outside of sections
-
-
-VERBS: dict[str, Verb] = {}
-
-
-def verb(about: str, *options: Option, settings: Any = None, main: tuple[str, ...] | None = None) -> Callable[[Any], Any]:
-    """Make a command of a function of its arguments and settings, which returns no outcome in processes that have none.
-
-    The fields of `settings`, a dataclass, are options too; argparse does not know them.
-    """
-
-    def add(run: Callable[[argparse.Namespace, Overrides], Outcome | None]) -> Any:
-        name, own = run.__name__.removesuffix("_"), dict((*options, *_COMMON))
-        command = _COMMANDS.add_parser(name, help=about, description=about, allow_abbrev=False)
-        command.set_defaults(run=run)
-        for at, more in own.items():
-            command.add_argument(at, **more)
-        if settings:
-            command.usage = f"{command.format_usage().removeprefix('usage: ').rstrip()} [--SETTING VALUE ...]"
-        VERBS[name] = Verb(about, command.format_usage(), own, settings, main)
-        return run
-
-    return add
-
-
-def option(name: str, about: str | None = None, **more: Any) -> Option:
-    """Return an argument for argparse."""
-    return name, {"help": about, **more}
-
-
-_COMMON = (
-    option("--json", "end standard output with one JSON object of the results", action="store_true"),
-    option("--debug", "show a traceback with an error", action="store_true"),
-)
 _RUN = (
     option("data", "name of a data set, folder of images or list file (default: digits)", metavar="DATA", nargs="?"),
     option("--config", "YAML file of settings", metavar="FILE"),
@@ -99,7 +39,7 @@ _NETWORK = option("--network", "of a run; default: student", choices=("student",
 _EXTRACTION = (
     option("--split", default="train", choices=("train", "bank", "test")),
     option("--data_root", "where named data sets lie"),
-    option("--device", default="auto", choices=("auto", "cpu", "cuda", "mps")),
+    option("--device", "auto, cpu, mps, cuda, or one of several such as cuda:1", default="auto"),
     option("--precision", "of the network's arithmetic", default="fp32", choices=("auto", "fp32", "bf16")),
 )
 # How files of other programs are read.
@@ -343,30 +283,28 @@ def backbones(args: argparse.Namespace, _: Overrides) -> Outcome | None:
 @verb(
     "check settings and data without running anything",
     *_RUN,
-    option("--show", "print all settings as YAML", action="store_true"),
+    option("--show", "print all settings as YAML, without a look at the data", action="store_true"),
     settings=Config,
     main=MAIN,
 )
 def validate(args: argparse.Namespace, overrides: Overrides) -> Outcome | None:
-    typed = _run_settings(args, overrides)
-    config, data, lines = typed, dict[str, Any](), list[str]()
+    typed = config = _run_settings(args, overrides)
+    if args.show:
+        return Outcome({"valid": True, "recipe": config.recipe}, to_yaml(config).rstrip())
     if exists(typed.data, typed.data_root) is None:
-        here = data["here"] = at_hand(typed.data, typed.data_root)
-        lines.append(f"{typed.data}: a known data set, {'here' if here else 'to be downloaded'}")
+        data: dict[str, Any] = {"here": at_hand(typed.data, typed.data_root)}
+        lines = [f"{typed.data}: a known data set, {'here' if data['here'] else 'to be downloaded'}"]
     else:
         images, test = load(typed.data, typed.data_root, "train"), None
         with contextlib.suppress(DataError):  # there is none
             test = load(typed.data, typed.data_root, "test")
-        used = min(len(images), typed.max_images or len(images))
-        config = give_way(typed, used)
-        data |= {"images": len(images), "test": len(test or ()), "classes": images.class_count, "notes": list(images.notes)}
-        classes = f" of {images.class_count} classes" if images.class_count else ""
-        lines.append(f"{images.name}: {len(images)} images{classes} to pretrain on, {data['test']} to test on")
-        lines += images.notes
+        config = give_way(typed, used := min(len(images), typed.max_images or len(images)))
+        data = {"images": len(images), "test": len(test or ()), "classes": images.class_count, "notes": list(images.notes)}
+        classes = f" of {images.class_count} classes" * bool(images.class_count)
+        lines = [f"{images.name}: {len(images)} images{classes} to pretrain on, {data['test']} to test on", *images.notes]
         lines += adjustments(typed, config, used)
     run = f"recipe {config.recipe}, {config.backbone} on {config.data}, {config.epochs} epochs of batch {config.batch_size}"
-    text = to_yaml(config).rstrip() if args.show else "\n".join([f"valid: {run}", *lines])
-    return Outcome({"valid": True, "recipe": config.recipe, "data": data}, text)
+    return Outcome({"valid": True, "recipe": config.recipe, "data": data}, "\n".join([f"valid: {run}", *lines]))
 
 
 @verb(
@@ -449,95 +387,6 @@ def _say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Overrides]:
-    """Return the arguments, and the settings as {dotted name: text}: all options that are not the verb's own. They are read and
-    checked later, together, so that all faults are reported at once."""
-    if not argv or argv[0].startswith("-"):
-        return PARSER.parse_args(argv), {}
-    if argv[0] not in VERBS:
-        raise ConfigError(f"unknown command {argv[0]!r}; the nearest is {nearest_word(argv[0], VERBS)}")
-    verb = VERBS[argv[0]]
-    words, options, named, overrides = _sort(verb, argv[1:])
-    places = _places(verb, words, named)
-    if verb.settings and {"-h", "--help", "--help_all"} & {*options}:
-        print(_help(verb, overrides | places, "--help_all" in options))
-        raise SystemExit(0)
-    if overrides and not verb.settings:
-        raise ConfigError(*(f"--{name}: unknown option of relssl {argv[0]}; {_nearest_option(name, verb)}" for name in overrides))
-    args, extra = PARSER.parse_known_args([argv[0], *places.values(), *options])
-    if extra:
-        raise ConfigError(f"{extra[0]!r}: not expected here; settings are given as --name value")
-    for name, value in vars(args).items():
-        if isinstance(value, str) and value.startswith("~"):  # where no shell has done so
-            setattr(args, name, os.path.expanduser(value))
-    return args, overrides
-
-
-def _sort(verb: Verb, argv: Sequence[str]) -> tuple[list[str], list[str], dict[str, str], Overrides]:
-    """Return the words of a command that stand alone, its own options, those among them that may stand alone, and settings; in options
-    - is the same as _."""
-    words, options, named, overrides, rest = list[str](), list[str](), dict[str, str](), Overrides(), collections.deque(argv)
-    while rest:
-        word = rest.popleft()
-        name, equals, value = word.partition("=")
-        key = name[2:].replace("-", "_")
-        how = verb.options.get(f"--{key}", {})
-        if not word.startswith("-"):
-            words.append(word)
-        elif not word.startswith("--") or key in ("help", "help_all") or how.get("action") == "store_true":
-            options.append(word if equals or word[:2] != "--" else f"--{key}")
-        elif not equals and (not rest or rest[0].startswith("--")):
-            raise ConfigError(f"{name}: needs a value")
-        else:
-            value = value if equals else rest.popleft()
-            if how:
-                options.append(f"--{key}={value}")
-                while how.get("nargs") == "+" and rest and not rest[0].startswith("--"):
-                    options[-1:] = [f"--{key}", *options[-1].split("=", 1)[1:], rest.popleft()]
-            else:
-                (named if key in verb.options else overrides)[key] = value
-    return words, options, named, overrides
-
-
-def _places(verb: Verb, words: Sequence[str], named: dict[str, str]) -> dict[str, str]:
-    """Return the arguments that stand alone by their names, those given as an option, `--data DIR`, included."""
-    known, places = leaves(verb.settings) if verb.settings else {}, [name for name in verb.options if not name.startswith("-")]
-    for word in words:
-        name, equals, value = word.partition("=")
-        if equals and set(meant(name, known)) & known.keys() and not os.path.exists(word):
-            raise ConfigError(f"{word!r}: settings are given as --{name} {value}")
-    free = [name for name in places if name not in named]
-    given = named | dict(zip(free, words, strict=False))
-    for word in words[len(free) :]:
-        if word not in named.values():
-            twice = next((f"{name} is given as {named[name]}, too" for name in named), "settings are given as --name value")
-            raise ConfigError(f"{word!r}: not expected here; {twice}")
-    if missing := next((name for name, after in itertools.pairwise(places) if name not in given and after in given), None):
-        raise ConfigError(f"{missing}: is missing, see relssl {verb.usage.split()[2]} --help")
-    return {name: given[name] for name in places if name in given}
-
-
-def _help(verb: Verb, overrides: Overrides, every: bool) -> str:
-    """Return the help of a verb that takes settings: what they would be with those that are given."""
-    from relssl.help import page
-
-    def read(given: Overrides) -> Any:
-        return resolve(given) if verb.settings is Config else build(verb.settings, spell(given, leaves(verb.settings)))
-
-    own = {name: value for name, value in overrides.items() if name == "data" or name not in verb.options}
-    try:
-        settings = read(own)
-    except ConfigError:
-        settings = read({})
-    return page(verb.usage, verb.about, verb.options, settings, verb.main, every)
-
-
-def _nearest_option(name: str, verb: Verb) -> str:
-    options = [each[2:] for each in verb.options if each.startswith("--")]
-    same = next((each for each in meant(name, options) if each in options), None)
-    return f"the nearest is --{same or nearest_word(name, options)}"
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return its exit code."""
     argv, outcome = sys.argv[1:] if argv is None else argv, None
@@ -545,7 +394,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        args, overrides = _parse(argv)
+        args, overrides = parse(argv)
         outcome = args.run(args, overrides)
         if outcome is not None:
             if args.json:

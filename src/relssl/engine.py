@@ -9,6 +9,8 @@ import os
 import platform
 import random
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -26,6 +28,7 @@ from relssl.settings.reading import build
 from relssl.settings.run import EngineConfig
 
 T = TypeVar("T")
+_GRACE = 10.0  # seconds in which a process notices by itself that another one has died
 
 
 def available_cores() -> int:
@@ -50,6 +53,9 @@ class Engine:
     """
 
     prepared: ClassVar[bool] = False  # true once `prepare_process` has run
+    last_words: Callable[[DistributedError], None] | None = (
+        None  # called while a run goes on, before this process ends with the others
+    )
 
     def __init__(self, config: EngineConfig) -> None:
         available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -89,15 +95,37 @@ class Engine:
         patience, backend = timedelta(seconds=config.timeout), "nccl" if kind == "cuda" else "gloo"
         shared = {"broadcast_buffers": False, "gradient_as_bucket_view": True, "cluster_environment": _environment()}
         ddp = DDPStrategy(process_group_backend=backend, timeout=patience, **shared)
-        with quiet_libraries():
-            fabric = Fabric(accelerator=kind, devices=config.devices, num_nodes=config.nodes, precision="32-true", strategy=ddp)
-            threads = torch.get_num_threads()
-            fabric.launch()
-            torch.set_num_threads(threads)  # Lightning shares them out, as `running` does
+        threads = torch.get_num_threads()
+        try:
+            with quiet_libraries():
+                fabric = Fabric(
+                    accelerator=kind, devices=config.devices, num_nodes=config.nodes, precision="32-true", strategy=ddp
+                )
+                fabric.launch()
+        except (RuntimeError, ValueError) as error:
+            where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise DistributedError(
+                f"engine.devices: the processes did not meet at {where} ({reason}); start all of them alike"
+            ) from error
+        torch.set_num_threads(threads)  # Lightning shares them out, as `running` does
+        others = list(getattr(ddp.launcher, "procs", ()))
+        if others:
+            ddp.launcher.procs.clear()  # with which Lightning would kill this process, before it can say why
+            threading.Thread(target=self._watch, args=(others,), daemon=True).start()
         self._fabric, self.device, self.rank, self.world = fabric, fabric.device, fabric.global_rank, fabric.world_size
         # What ranks exchange at every step beside tensors goes by the host, so that it waits for no device.
         self._host: Any = dist.new_group(backend="gloo", timeout=patience)
         self._patient: Any = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+
+    def _watch(self, others: list[Any]) -> None:
+        """End this process if one of those that it started has died and no exchange with it has failed for a while, as on GPUs."""
+        while not any(process.poll() for process in others):
+            time.sleep(1)
+        time.sleep(_GRACE)
+        if self.last_words is not None:
+            self.last_words(DistributedError("another process of the run has died; the last checkpoint is good, resume from it"))
+            os._exit(DistributedError.exit_code)
 
     @contextmanager
     def running(self) -> Iterator[None]:

@@ -36,7 +36,7 @@ _MEANT = {word: setting.split() for setting, words in _WORDS.items() for word in
 # The settings of a run that nearly everyone has a use for.
 MAIN = (
     *("recipe", "backbone", "method.name", "epochs", "max_steps", "time_limit", "batch_size", "accumulate", "optimizer.lr"),
-    *("optimizer.weight_decay", "optimizer.warmup_epochs", "views.weak.size", "method.memory_size", "max_images", "out", "seed"),
+    *("optimizer.weight_decay", "optimizer.warmup_epochs", "views.weak.size", "method.memory_size", "out", "seed"),
     *("engine.device", "engine.devices", "engine.precision", "loader.workers", "log.knn_every", "log.to"),
 )
 
@@ -78,12 +78,10 @@ def spell(given: Mapping[str, Any], known: Collection[str] = ()) -> dict[str, An
         ConfigError: if two names give one setting two values.
     """
     known = known or [setting for settings in _MEANT.values() for setting in settings]
-    spelled, faults = dict[str, Any](), []
+    spelled = dict[str, Any]()
     for name, value in given.items():
         for setting in meant(name, known):
             before = spelled.setdefault(setting, value)
             if before is not value and str(before) != str(value):
-                faults.append(f"{setting}: is given twice, as {before} and as {value} ({name}); give it once")
-    if faults:
-        raise ConfigError(*faults)
+                raise ConfigError(f"{setting}: is given twice, as {before} and as {value} ({name}); give it once")
     return spelled

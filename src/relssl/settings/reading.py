@@ -133,6 +133,8 @@ def _typed(value: Any, kind: Any) -> Any:
         return None if isinstance(value, str) and value.lower() in NULL else _typed(value, args[0])
     if origin is Annotated:
         return _typed(value, args[0])
+    if origin is tuple and args[-1] is Ellipsis and isinstance(value, str) and value.lower() in NULL:
+        return []
     if origin in (tuple, dict) and isinstance(value, str):
         with contextlib.suppress(yaml.YAMLError, RecursionError):
             value = yaml.load(value if value.startswith(("[", "{")) or origin is dict else f"[{value}]", _Loader)

@@ -88,12 +88,6 @@ def _device(name: Any) -> Any:
     return name.replace("gpu", "cuda")
 
 
-def _precision(name: Any) -> Any:
-    if str(name) in ("16", "16-mixed", "16-true", "fp16", "float16", "half"):
-        raise ValueError("must be bf16 or fp32, as fp16 is not used here")
-    return _PRECISIONS.get(str(name), name)
-
-
 if TYPE_CHECKING:  # callers hold these as text from elsewhere; what they may be is checked as settings are read
     MethodName: TypeAlias = str
     ViewName: TypeAlias = str
@@ -102,7 +96,7 @@ if TYPE_CHECKING:  # callers hold these as text from elsewhere; what they may be
 else:
     MethodName, ViewName = Literal[tuple(METHODS)], Literal[tuple(VIEWS)]
     Device = Annotated[str, BeforeValidator(_device)]
-    Precision = Annotated[Literal["auto", "fp32", "bf16"], BeforeValidator(_precision)]
+    Precision = Annotated[Literal["auto", "fp32", "bf16"], BeforeValidator(lambda name: _PRECISIONS.get(str(name), name))]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -207,7 +201,7 @@ class OptimizerConfig:
     """A linear warm-up and a cosine to zero, per step."""
 
     name: Literal["sgd", "lars", "adamw"] = setting("sgd", "sgd, lars (large batches; timm's) or adamw (transformers)")
-    lr: float = setting(0.06, "learning rate at its peak, for the whole batch as it is", gt=0, le=1000)
+    lr: float = setting(0.06, "peak learning rate, for the whole batch as it is", gt=0, le=1000)
     lr_start: float = setting(0.0, "learning rate at the first step", ge=0, le=1000)
     predictor_lr: float = setting(1.0, "the predictor's learning rate, in times the others'", gt=0, le=1000)
     predictor_schedule: Literal["same", "constant"] = setting("same", "of the predictor's learning rate; constant: as SimSiam's")
@@ -229,7 +223,7 @@ class EngineConfig:
     device: Device = setting("auto", "where to run: auto, cpu, mps, cuda, or one of several such as cuda:1")
     devices: Parts = setting(1, "processes on this machine, one a device; the batch is shared out among them")
     nodes: int = setting(1, "machines", ge=1, le=4096)
-    precision: Precision = setting("auto", "auto: bf16 where the hardware is fast at it, else fp32")
+    precision: Precision = setting("auto", "auto: bf16 where the hardware is fast at it, else fp32; fp16 is not used")
     threads: Parts | None = setting(None, "CPU threads a process; null: all cores shared out")
     deterministic: bool = setting(False, "refuse GPU kernels whose result varies from run to run")
     timeout: float = setting(600.0, "seconds a rank waits for the others", gt=0)
@@ -293,7 +287,7 @@ class Config:
         False, "lower batch_size to what fits in memory, and optimizer.lr with it; batch_size auto is the same"
     )
     accumulate: Count = setting(1, "equal parts a batch is computed in, one after another")
-    seed: Natural = setting(0, "seed of the weights, the memory, the order and the views")
+    seed: Natural = setting(0, "seed of weights, memory, order and views")
     max_images: Count | None = setting(None, "train on this many images, chosen by the seed; null: all")
     time_limit: float | None = setting(None, "minutes after which the run saves and stops with exit code 75", gt=0)
     views: ViewsConfig = ViewsConfig()
@@ -404,13 +398,11 @@ def give_way(config: Config, images: int) -> Config:
 
 def adjustments(before: Config, after: Config, images: int) -> list[str]:
     """Return a line for each setting that gave way."""
-    why = {"_epochs": "a quarter of the run", "": f"for {images} images"}
-    pairs = {name: (attrgetter(name)(before), attrgetter(name)(after)) for name in leaves(Config) if not name.startswith("views")}
-    return [
-        f"note: {name} is {now:g} instead of {was:g}, {next(words for end, words in why.items() if name.endswith(end))}"
-        for name, (was, now) in pairs.items()
-        if was != now and isinstance(now, (int, float)) and was is not None
-    ]
+    pairs = {
+        name: (attrgetter(name)(before), attrgetter(name)(after)) for name in leaves(Config) if not name.startswith("views.")
+    }
+    why = f"for {after.steps(images)} steps on {images} images"
+    return [f"note: {name} is {now:g} instead of {was:g}, {why}" for name, (was, now) in pairs.items() if was != now]
 
 
 def from_mapping(raw: Mapping[str, Any]) -> Config:

@@ -46,6 +46,12 @@ class Loggers:
         known, ids = folder / "loggers.json", dict[str, Any]()
         with contextlib.suppress(OSError, ValueError):
             ids = json.loads(known.read_text())
+        if config.log.to:
+            from lightning.fabric.utilities import rank_zero_only
+
+            rank_zero_only.rank = (
+                0  # they write in the process that Lightning takes for the first, by whatever variables are about
+            )
         for name in dict.fromkeys(config.log.to):
             with self._surviving(name):
                 self._loggers[name] = logger = _open(name, folder, start, ids.get(name))

@@ -245,21 +245,32 @@ def prepare(run: Run, saved: Path | None) -> Iterator[str]:
         yield f"going on {manner} from step {run.state.step}"
     if run.state.step > run.total_steps:
         raise ConfigError(
-            f"epochs: {config.epochs} have {run.total_steps} steps, and the run has made {run.state.step}; give more"
+            f"epochs: {config.epochs} make {run.total_steps} steps, and the run has made {run.state.step}; give more"
         )
 
 
 @contextmanager
 def recording(run: Run, display: Display) -> Iterator[None]:
     """Write to status.json, and to the log, why the run ends before its last step."""
-    try:
-        yield
-    except BaseException as error:
+
+    def record(error: BaseException) -> None:
         display.note(str(error) or type(error).__name__)
         if run.folder is not None:
             with suppress(StorageError):  # a full disk must not hide the error that there is to report
                 run.folder.failed(run.state.step, error)
+
+    def lost(error: DistributedError) -> None:
+        display.say(f"relssl: {error}")
+        record(error)
+
+    run.engine.last_words = lost
+    try:
+        yield
+    except BaseException as error:
+        record(error)
         raise
+    finally:
+        run.engine.last_words = None
 
 
 def hand_over(run: Run, display: Display) -> None:

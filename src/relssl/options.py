@@ -1,0 +1,164 @@
+"""Commands and their options: how each is declared, read from the words of a command line, and explained; no torch."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import copy
+import json
+import os
+import re
+from collections.abc import Callable, Sequence
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+import relssl
+from relssl.errors import ConfigError
+from relssl.settings.names import meant, spell, words
+from relssl.settings.reading import build, choices, leaves, nearest_word
+from relssl.settings.run import Config, resolve
+
+Overrides = dict[str, Any]
+Option = tuple[str, dict[str, Any]]
+
+
+class Outcome(NamedTuple):
+    """The outcome of a command."""
+
+    facts: Any  # for --json
+    show: str | Callable[[], Any]  # the text for people, or what prints it
+    error: BaseException | None = None  # raised once all that was finished before is shown
+
+
+_ABOUT = "Pretrain image backbones on unlabelled images with ReSSL."
+PARSER = argparse.ArgumentParser(prog="relssl", description=_ABOUT, allow_abbrev=False)
+PARSER.add_argument("--version", action="version", version=f"relssl {relssl.__version__}")
+_COMMANDS = PARSER.add_subparsers(dest="verb", required=True, metavar="COMMAND")
+
+
+class Verb(NamedTuple):
+    """A command, as it is read and shown."""
+
+    parser: argparse.ArgumentParser  # of its own options, and not of the settings
+    options: dict[str, dict[str, Any]]  # its own, with their arguments for argparse
+    settings: Any  # the dataclass whose fields are options, too
+    main: tuple[str, ...] | None  # the settings that `--help` shows; None: those outside of sections
+
+
+VERBS: dict[str, Verb] = {}
+
+
+def verb(about: str, *options: Option, settings: Any = None, main: tuple[str, ...] | None = None) -> Callable[[Any], Any]:
+    """Make a command of a function of its arguments and settings, which returns no outcome in processes that have none."""
+
+    def add(run: Callable[[argparse.Namespace, Overrides], Outcome | None]) -> Any:
+        name, own = run.__name__.removesuffix("_"), dict((*options, *_COMMON))
+        command = _COMMANDS.add_parser(name, help=about, description=about, allow_abbrev=False)
+        command.set_defaults(run=run)
+        for at, more in own.items():
+            command.add_argument(at, **more)
+        if settings:
+            command.usage = f"{command.format_usage().removeprefix('usage: ').rstrip()} [--SETTING VALUE ...]"
+        VERBS[name] = Verb(command, own, settings, main)
+        return run
+
+    return add
+
+
+def option(name: str, about: str | None = None, **more: Any) -> Option:
+    """Return an argument for argparse."""
+    return name, {"help": about, **more}
+
+
+_COMMON = (
+    option("--json", "end the output with one JSON object of the results", action="store_true"),
+    option("--debug", "show a traceback with an error", action="store_true"),
+)
+
+
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Overrides]:
+    """Return the arguments, and the settings as {dotted name: text}: all options that are not the verb's own. They are read and
+    checked later, together, so that all faults are reported at once."""
+    if not argv or argv[0].startswith("-"):
+        return PARSER.parse_args(argv), {}
+    if argv[0] not in VERBS:
+        raise ConfigError(f"unknown command {argv[0]!r}; the nearest is {nearest_word(argv[0], VERBS)}")
+    verb = VERBS[argv[0]]
+    words, options, overrides = _sort(verb, argv[1:])
+    if verb.settings and {"-h", "--help", "--help_all"} & {*options}:
+        given = dict(zip((name for name in verb.options if name[0] != "-"), words, strict=False)) | overrides
+        _help(verb, given, "--help_all" in options).print_help()
+        raise SystemExit(0)
+    if overrides and not verb.settings:
+        raise ConfigError(*(f"--{name}: unknown option of relssl {argv[0]}; {_nearest_option(name, verb)}" for name in overrides))
+    args, extra = PARSER.parse_known_args([argv[0], *words, *options])
+    if extra:
+        raise ConfigError(f"{extra[0]!r}: not expected here; settings are given as --name value, and DATA once")
+    for name, value in vars(args).items():
+        if isinstance(value, str) and value.startswith("~"):  # where no shell has done so
+            setattr(args, name, os.path.expanduser(value))
+    return args, overrides
+
+
+def _sort(verb: Verb, argv: Sequence[str]) -> tuple[list[str], list[str], Overrides]:
+    """Return the words of a command that stand alone, those given as an option (`--data DIR`) last, its own options, and settings."""
+    words, options, named, overrides, rest = list[str](), list[str](), dict[str, str](), Overrides(), collections.deque(argv)
+    known = leaves(verb.settings) if verb.settings else {}
+    while rest:
+        word = rest.popleft()
+        name, equals, value = word.partition("=")
+        key = name.removeprefix("--").replace("-", "_")  # which are the same
+        how = verb.options.get(f"--{key}", {})
+        if not word.startswith("-"):
+            if equals and set(meant(key, known)) & known.keys() and not os.path.exists(word):
+                raise ConfigError(f"{word!r}: settings are given as --{key} {value}")
+            words.append(word)
+        elif word[:2] != "--" or key in ("help", "help_all") or how.get("action") == "store_true":
+            options.append(f"--{key}" if word[:2] == "--" else word)
+        elif not equals and (not rest or rest[0].startswith("--")):
+            raise ConfigError(f"{name}: needs a value")
+        elif how.get("nargs") == "+":
+            options += [f"--{key}", value if equals else rest.popleft()]
+            while rest and not rest[0].startswith("--"):
+                options.append(rest.popleft())
+        else:
+            value = value if equals else rest.popleft()
+            if how:
+                options.append(f"--{key}={value}")
+            else:
+                (named if key in verb.options else overrides)[key] = value
+    return [*words, *(named[name] for name in verb.options if name in named)], options, overrides
+
+
+def _help(verb: Verb, given: Overrides, every: bool) -> argparse.ArgumentParser:
+    """Return a verb's parser with the settings that matter, or all section by section, as they would be with those that are given."""
+
+    def read(over: Overrides) -> Any:
+        return resolve(over) if verb.settings is Config else build(verb.settings, spell(over, fields))
+
+    fields = leaves(verb.settings)
+    try:
+        settings = read({name: value for name, value in given.items() if name == "data" or name not in verb.options})
+    except ConfigError:
+        settings = read({})
+    shown = fields if every else [name for name in fields if "." not in name] if verb.main is None else verb.main
+    parser = copy.deepcopy(verb.parser)
+    parser.add_argument("--help-all", action="store_true", help=f"show all {len(fields)} settings, too")
+    whole = f"settings, as recipe {settings.recipe} has them" if hasattr(settings, "recipe") else "settings and their defaults"
+    groups: dict[str, Any] = {"": parser.add_argument_group(whole)} if shown else {}
+    for name in (name for name in shown if name != "data" and f"--{name}" not in verb.options):
+        section, value, one_of = name.rpartition(".")[0] * every, attrgetter(name)(settings), ", ".join(choices(fields[name]))
+        if section not in groups:
+            groups[section] = parser.add_argument_group(section, attrgetter(section)(settings).__doc__)
+        flag, text = name, f"{fields[name].description}{f' (one of {one_of})' if one_of else ''}"
+        if not every:
+            flag = next(iter(words(name)), name.removesuffix(".name")) if "." in name else name
+            text = one_of or re.split("; | [(]", text)[0]
+        typed = value if isinstance(value, str) else json.dumps(value).strip("[]").replace(", ", ",").replace('"', "")
+        groups[section].add_argument(f"--{flag}", metavar=typed or '""', help=text.replace("%", "%%"))
+    return parser
+
+
+def _nearest_option(name: str, verb: Verb) -> str:
+    options = [each[2:] for each in verb.options if each.startswith("--")]
+    return f"the nearest is --{next((each for each in meant(name, options) if each in options), nearest_word(name, options))}"
