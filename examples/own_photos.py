@@ -22,7 +22,8 @@ SIDE, GAP, NEAREST = 96, 6, 6
 
 def most_similar(features: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the `count` nearest others of every row [N, count], and their cosine similarities."""
-    unit = features / np.linalg.norm(features, axis=1, keepdims=True).clip(1e-12)
+    centred = features - features.mean(axis=0)  # all features point a common way, which tells nothing
+    unit = centred / np.linalg.norm(centred, axis=1, keepdims=True).clip(1e-12)
     nearest, similarity = [], []
     for start in range(0, len(unit), 1024):  # never all N x N at once
         block = unit[start : start + 1024] @ unit.T

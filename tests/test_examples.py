@@ -71,7 +71,7 @@ def test_own_photos(tmp_path: Path) -> None:
     photos(tmp_path / "photos", "train", 24)
     words = ("--image_size", "32", "--epochs", "1", "--backbone", "resnet10t", "--out", "run")
     shown = run(tmp_path, sys.executable, str(EXAMPLES / "own_photos.py"), "photos", *words)
-    assert re.search(r"^[01]\.\d+ +\S+\.png +\S+\.png$", shown, re.MULTILINE)
+    assert re.search(r"^-?[01]\.\d+ +\S+\.png +\S+\.png$", shown, re.MULTILINE)
     with np.load(tmp_path / "run/features.npz") as stored:
         assert stored["features"].shape == (24, 512)
     with Image.open(tmp_path / "run/alike.jpg") as sheet:
