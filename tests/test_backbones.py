@@ -1,6 +1,10 @@
 """Every named family trains a step of ReSSL; figures are the published ones; sizes, channels and names are held to."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +26,7 @@ from relssl.weights.export import export
 from relssl.weights.foreign import Reading
 from relssl.weights.opening import open_backbones
 from relssl.weights.spec import BackboneSpec
-from small_runs import small_run
+from small_runs import equal_runs, small_run
 
 SIZES = (64, 56, 48, 40, 32)  # of five crops: the paper's, as far as they go at a small scale
 # The patches of 16 that divide only two of the sizes are halved, and deep networks cut short, so that the test is quick.
@@ -320,3 +324,53 @@ def test_finding_networks() -> None:
 def test_a_search_without_result_is_one_line(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["backbones", *words]) == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+NARROW = """
+import torch
+from relssl.engine import Engine
+engine = Engine.local("cpu", "fp32")
+network = engine.place(torch.nn.Sequential(torch.nn.Conv2d(3, 48, 1, stride=2), torch.nn.BatchNorm2d(48)))
+network(engine.place(torch.rand(8, 3, 64, 64))).sum().backward()
+"""
+
+
+def test_a_stem_that_crashes_torch_without_avx512_trains() -> None:
+    """RepVGG, MobileOne and FastViT have it. On other processors than Intel's and AMD's these two variables change nothing."""
+    older = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", NARROW], env=os.environ | older, check=True, timeout=100)
+
+
+TAKEN = (
+    *("mobilevit_xxs", "fastvit_t8", "repvgg_a0", "levit_128s", "xcit_nano_12_p16_224", "pvt_v2_b0", "edgenext_xx_small"),
+    *("ghostnet_050", "hgnetv2_b0", "mixer_s32_224", "eva02_tiny_patch14_224", "swin_tiny_patch4_window7_224"),
+    *("swinv2_tiny_window8_256", "swinv2_cr_tiny_ns_224", "beit_base_patch16_224", "tiny_vit_5m_224", "coatnet_nano_rw_224"),
+    *("maxvit_rmlp_pico_rw_256", "gcvit_xxtiny", "mobileone_s0", "iformer_t"),
+)
+THIN: dict[str, dict[str, Any]] = {
+    "beit_base_patch16_224": {"depth": 2, "embed_dim": 48, "num_heads": 2},
+    "levit_128s": {"embed_dim": [16, 24, 32], "key_dim": 8, "num_heads": [2, 3, 4], "depth": [1, 1, 1]},
+}
+
+
+@pytest.mark.parametrize(
+    "name", [name if name == "levit_128s" else pytest.param(name, marks=pytest.mark.torture) for name in TAKEN]
+)
+def test_networks_that_people_take_train_save_resume_and_export(name: str, tmp_path: Path) -> None:
+    """LeViT keeps integer tables as buffers, as Swin does; the others are for `make torture`."""
+    side = 56 if "patch14" in name else 64
+    views = {"enlarge": True, "weak": {"size": side}, "strong": {"size": side}}
+    short = {
+        "max_images": 16,
+        "batch_size": 8,
+        "epochs": 1,
+        "optimizer": {"warmup_epochs": 0},
+        "log": {"knn_every": 0, "every": 1},
+    }
+    more = {"method": {"memory_size": 16}, "checkpoint": {"every_steps": 1}, "encoder": {"stem": "standard"}, "views": views}
+    run = small_run(tmp_path / "run", backbone=name, backbone_args=THIN.get(name, {}), **short, **more).folder
+    shutil.copytree(run, tmp_path / "cut", ignore=shutil.ignore_patterns("export", "status.json", "step-00000002"))
+    relssl.resume(tmp_path / "cut", quiet=True)
+    assert equal_runs(run, tmp_path / "cut")
+    with torch.no_grad():
+        assert relssl.load_backbone(run / "export/backbone.safetensors")(torch.rand(1, 3, side, side)).isfinite().all()

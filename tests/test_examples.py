@@ -27,6 +27,7 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     relssl = f'exec "{sys.executable}" -m relssl "$@"'
     torchrun = f'exec "{sys.executable}" -m torch.distributed.run "$@"'
     srun = """
+    export SLURM_STEP_ID=0 SLURM_STEP_NUM_TASKS=$SLURM_NTASKS SLURM_STEP_NUM_NODES=1 SLURM_STEP_NODELIST=localhost
     pids=() code=0
     for ((rank = 0; rank < SLURM_NTASKS; rank++)); do
         SLURM_PROCID=$rank SLURM_LOCALID=$rank SLURM_NODEID=0 "$@" & pids+=($!)
@@ -97,6 +98,7 @@ def test_compare_methods(tmp_path: Path) -> None:
 TINY = ("--device", "cpu", "--max_images", "256", "--log.knn_every", "0")
 
 
+@pytest.mark.torture
 def test_torchrun_starts_two_processes(tmp_path: Path, programs: Path) -> None:
     shown = run(tmp_path, str(EXAMPLES / "torchrun.sh"), "digits", *TINY, "--epochs", "1", "--out", "run", programs=programs)
     assert "2 ranks" in shown and state(tmp_path / "run")["state"] == "complete"
@@ -107,5 +109,6 @@ def test_a_slurm_job_stops_in_time_asks_for_its_place_in_the_queue_and_goes_on(t
     job |= {"JOB_NODELIST": "localhost", "NTASKS": "2", "NTASKS_PER_NODE": "2"}
     environment = {f"SLURM_{name}": value for name, value in job.items()}
     words = ("bash", str(EXAMPLES / "slurm.sbatch"), "digits", "run", *TINY, "--epochs", "1")
-    assert "scontrol requeue 4711" in run(tmp_path, *words, programs=programs, MINUTES="0.001", **environment)
+    shown = run(tmp_path, *words, programs=programs, MINUTES="0.001", **environment)
+    assert "2 ranks" in shown and "scontrol requeue 4711" in shown
     assert state(tmp_path / "run")["exit_code"] == 75

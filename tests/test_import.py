@@ -271,7 +271,7 @@ def test_dead_and_broken_weights_are_refused(tmp_path):
     huge = torch.zeros(1, 1, 1, 1).expand(10**6, 10**6, 7, 7)  # which claims more than the file holds
     for name, value in {"bn1.weight": torch.zeros(64, dtype=torch.int64), "bn1.bias": torch.zeros(64).to_sparse()}.items():
         refused(rf"{name} \(", write(tmp_path / "kind.pth", content | {name: value}))
-    refused(r"conv1.weight \[1000000, 1000000, 7, 7\]", write(tmp_path / "bomb.pth", content | {"conv1.weight": huge}))
+    refused(r"conv2.weight \[1000000, 1000000, 7, 7\]", write(tmp_path / "bomb.pth", content | {"layer1.0.conv2.weight": huge}))
     refused(r"two weights of one name, bn1.weight", write(tmp_path / "two.pth", content | {"module.bn1.weight": torch.ones(64)}))
 
 
@@ -397,6 +397,137 @@ def test_a_file_of_ours_is_used_with_its_settings_or_not_at_all(tmp_path):
     for use in (open_backbones, relssl.load_backbone, relssl.export):
         with pytest.raises(ConfigError, match=r"a\.yaml"):
             use(file)
+
+
+BESIDE = {"projection_head.0.weight": torch.ones(2), "prototypes.weight": torch.ones(2)}
+
+
+@pytest.mark.parametrize(
+    ("theirs", "beside", "layout"),
+    [
+        ("", "", "timm"),
+        ("module.", "", "timm"),
+        ("model.", "", "timm"),
+        ("model.module.", "", "timm"),
+        ("backbone._orig_mod.", "momentum_backbone.", "solo"),
+        ("backbone.", "backbone_momentum.", "solo"),
+        ("student_backbone.", "teacher_backbone.", "dino"),
+        ("online_encoder.net.", "target_encoder.net.", "moco"),
+    ],
+)
+def test_wrappers_heads_and_other_programs_names_are_known(tmp_path, theirs, beside, layout):
+    other = under(beside, resnet18(seed=1)) if beside else {}
+    path = write(tmp_path / "w.ckpt", {"state_dict": under(theirs, resnet18()) | other | BESIDE, "epoch": 1})
+    network = {"network": "student"} if layout == "dino" else {}
+    backbone, report = load(path, size=48, **network)
+    assert same(backbone, resnet18()) and (report.layout, report.matched, report.unexpected) == (layout, 120, [])
+    if beside:
+        assert same(load(path, size=48, network="teacher")[0], resnet18(seed=1))
+
+
+def test_a_network_deep_in_a_file_is_found_or_named_by_its_prefix(tmp_path):
+    model = {"trunk": under("_feature_blocks.", resnet18()), "heads": {"0": {"weight": torch.ones(2)}}}
+    content: dict[str, Any] = {"phase": 1, "classy_state_dict": {"base_model": model}, "optimizer": {"state": [torch.ones(2)]}}
+    content["optimizer"]["self"] = content  # a file may hold itself
+    path = write(tmp_path / "vissl.torch", content)
+    backbone, report = load(path, size=48)
+    assert same(backbone, resnet18()) and report.left_out == {
+        "phase": 0,
+        "classy_state_dict.": 1,
+        "optimizer.": 1,
+        "optimizer": 0,
+    }
+    path = write(tmp_path / "two.pth", {"state_dict": under("one.", resnet18()), "ema": under("", resnet18(seed=1))})
+    for prefix, seed in (("one", 0), ("one.", 0), ("ema", 1), ("state_dict.one", 0)):
+        opened = open_backbones(path, Reading(prefix=prefix, size=48))
+        assert same(opened.backbone, resnet18(seed=seed))
+    write(path, under("one.", resnet18()) | under("two.", resnet18(seed=1)))
+    refused(r"several networks, one\., two\.; name one with --prefix", path)
+    refused(r"looked for three\.", path, prefix="three")
+    refused("--allow NAME", path, prefix="one", backbone="resnet34")
+
+
+def test_several_kinds_of_names_are_refused_in_one_network(tmp_path):
+    refused("unexpected", write(tmp_path / "w.pth", under("", resnet18()) | {"model.conv1.weight": torch.ones(2)}))
+
+
+@pytest.fixture(scope="module")
+def small_vit() -> nn.Module:
+    """For images of 96 pixels."""
+    torch.manual_seed(0)
+    return trained(timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=96, dynamic_img_size=True))
+
+
+def transformers_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state of timm's as Hugging Face's ViTForImageClassification names it."""
+    parts = {"norm1": "layernorm_before", "norm2": "layernorm_after", "attn.proj": "attention.output.dense"}
+    parts |= {"mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense"}
+    theirs = {"cls_token": "embeddings.cls_token", "pos_embed": "embeddings.position_embeddings"}
+    theirs |= {f"patch_embed.proj.{end}": f"embeddings.patch_embeddings.projection.{end}" for end in ("weight", "bias")}
+    theirs |= {f"norm.{end}": f"layernorm.{end}" for end in ("weight", "bias")}
+    named = {f"vit.{theirs[name]}": value for name, value in state.items() if name in theirs}
+    for name, value in state.items():
+        if name.startswith("blocks."):
+            _, number, *middle, end = name.split(".")
+            block, part = f"vit.encoder.layer.{number}.", ".".join(middle)
+            if part == "attn.qkv":
+                for key, third in zip(("query", "key", "value"), value.chunk(3), strict=True):
+                    named[f"{block}attention.attention.{key}.{end}"] = third.clone()
+            else:
+                named[f"{block}{parts[part]}.{end}"] = value
+    return named | {"vit.pooler.dense.weight": torch.ones(2), "classifier.weight": torch.ones(2)}
+
+
+def test_vision_transformers_load_under_the_names_and_sizes_that_programs_use(tmp_path, small_vit):
+    state, name = small_vit.state_dict(), "vit_tiny_patch16_224"
+    chunks = {f"backbone.{key.replace('blocks.', 'blocks.0.')}": value for key, value in state.items()}
+    files: dict[str, Any] = {
+        "mae": {"model": state | {"mask_token": torch.ones(2), "decoder_embed.weight": torch.ones(2)}},
+        "dinov2": {"teacher": chunks | {"ibot_head.weight": torch.ones(2)}},
+        "transformers": transformers_names(state),
+    }
+    for kind, content in files.items():
+        backbone, report = load(write(tmp_path / f"{kind}.pth", content), backbone=name)
+        assert backbone.spec.view.size == 96 and report.unexpected == report.missing == []
+        torch.testing.assert_close(backbone(images(96)), small_vit(images(96)), rtol=0, atol=1e-5)
+    out = import_weights(tmp_path / "mae.pth", backbone=name, size=64).out
+    again = open_backbones(out)
+    assert again.spec.view.size == 64 and torch.equal(again.backbone(images(64)), small_vit(images(64)))
+    with pytest.raises(CheckpointError, match=f"perhaps of {name}"):
+        load(tmp_path / "mae.pth")
+    bomb = torch.zeros(1, 1, 192).expand(1, 10**8 + 1, 192)
+    refused("other shape", write(tmp_path / "bomb.pth", state | {"pos_embed": bomb}), backbone=name)
+
+
+def test_a_grey_network_sees_grey_images_and_one_of_many_bands_is_refused(tmp_path):
+    torch.manual_seed(0)
+    source = trained(timm.create_model("resnet18", num_classes=0, in_chans=1))
+    out = import_weights(write(tmp_path / "grey.pth", source.state_dict()), size=48).out
+    backbone = relssl.load_backbone(out)
+    pixels = backbone.transform(Image.fromarray(np.full((60, 60), 115, np.uint8)))
+    assert pixels.shape == (1, 48, 48) and abs(float(pixels.mean())) < 0.05  # about ImageNet's mean
+    assert torch.equal(backbone(pixels[None]), source(pixels[None]))
+    source.conv1.weight = nn.Parameter(torch.ones(64, 13, 7, 7))
+    refused("13 bands", write(tmp_path / "13.pth", source.state_dict()))
+
+
+def test_what_lies_in_the_place_of_weights_is_named(tmp_path, capsys):
+    contents = {b"version https://git-lfs.github.com/spec/v1\n": "git lfs pull", b"\n<!DOCTYPE html>": "web page", b"": "empty"}
+    contents |= {
+        b"\x1f\x8b\x08": "gzip",
+        b"PK\x03\x04 nothing": "cut off",
+        (9 << 20).to_bytes(8, "little") + b"{": "header of 9437184 bytes",
+    }
+    for suffix in ("pth", "safetensors"):
+        path = tmp_path / f"w.{suffix}"
+        for content, words in contents.items():
+            path.write_bytes(content)
+            refused(words, path)
+            assert main(["import", str(path)]) == 4 and words in capsys.readouterr().err
+    torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2)), path := tmp_path / "script.pth")
+    refused("TorchScript", path)
+    save_file(under("", resnet18()), tmp_path / "named.pth")
+    assert same(load(tmp_path / "named.pth", size=48)[0], resnet18())
 
 
 def test_numbered_names_are_all_accounted_for(tmp_path):

@@ -80,6 +80,12 @@ def test_round_trip_is_exact(saved: Path) -> None:
 
 
 @pytest.mark.skipif(shutil.which("sha256sum") is None, reason="needs sha256sum")
+def test_json_of_more_than_8_mib_is_refused_unread(tmp_path: Path) -> None:
+    store.save(tmp_path / "step-00000001", {}, {"text": "x" * (8 << 20)})
+    with pytest.raises(CheckpointError, match=r"state\.json.*8388"):
+        store.load(tmp_path / "step-00000001")
+
+
 def test_sha256sum_reads_the_hashes(saved: Path) -> None:
     result = subprocess.run(["sha256sum", "-c", "--strict", "SHA256SUMS"], cwd=saved, capture_output=True, text=True, check=True)
     assert result.stdout.splitlines() == ["state.safetensors: OK", "state.json: OK"]

@@ -47,6 +47,7 @@ _FOREIGN = (
     option("--from", "official, solo, moco, dino, torchvision or timm; default: by its names", dest="layout", metavar="LAYOUT"),
     option("--backbone", "timm's name of the network; default: ResNets are recognised", metavar="NAME"),
     option("--stem", "standard, small, small-pool or small-wide; default: by the first convolution"),
+    option("--prefix", "what stands before the network's names in the file; default: recognised", metavar="P"),
     option("--allow", "names that may be missing or unexpected (abc.* for many)", nargs="+", default=[], metavar="NAME"),
 )
 
@@ -223,7 +224,7 @@ def export(args: argparse.Namespace, _: Overrides) -> Outcome | None:
 )
 def import_(args: argparse.Namespace, _: Overrides) -> Outcome | None:
     _prepare()
-    report = relssl.import_weights(args.file, **_pick(args, "out", "layout", "backbone", "stem", "network", "allow", "size"))
+    report = relssl.import_weights(args.file, out=args.out, **vars(_reading(args, network=args.network, size=args.size)))
     return Outcome(dataclasses.asdict(report), "\n".join([*report.lines(), f"written to {report.out}"]))
 
 
@@ -374,7 +375,7 @@ def _trained(result: Any) -> Outcome | None:
 def _reading(args: argparse.Namespace, **more: Any) -> Any:
     from relssl.weights.foreign import Reading
 
-    return Reading(args.layout, args.backbone, args.stem, allow=args.allow, **more)
+    return Reading(args.layout, args.backbone, args.stem, prefix=args.prefix, allow=args.allow, **more)
 
 
 def _pick(args: Any, *names: str) -> dict[str, Any]:

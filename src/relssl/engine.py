@@ -71,7 +71,7 @@ class Engine:
         self.device = torch.device(kind)
         if kind == "cuda":
             self.device = torch.device(kind, int(number) if number else torch.cuda.current_device())
-        self.rank, self.world, self._fabric = 0, 1, None
+        self.rank, self.world, self._fabric, self._format = 0, 1, None, torch.channels_last
         if config.devices * config.nodes > 1:
             self._launch(kind, config)
         self.is_first = self.rank == 0
@@ -166,10 +166,15 @@ class Engine:
             return placed if self._fabric is None else self._fabric.setup(placed)
 
     def place(self, module: Any) -> Any:
-        """Put a module or images [B, C, H, W] on the device, channels last, in which convolutions are fastest."""
+        """Put a module or images [B, C, H, W] on the device, channels last, in which convolutions are fastest.
+
+        From a network on whose convolutions that crashes here, all lies row by row.
+        """
         if isinstance(module, nn.Module):
-            return module.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return module.to(self.device, non_blocking=True).contiguous(memory_format=torch.channels_last)
+            if self.device.type == "cpu" and _breaks_channels_last(module):
+                self._format = torch.contiguous_format
+            return module.to(self.device).to(memory_format=self._format)  # type: ignore[call-overload]
+        return module.to(self.device, non_blocking=True).contiguous(memory_format=self._format)
 
     def autocast(self) -> Any:
         """Return a context in which networks compute at this precision."""
@@ -315,6 +320,13 @@ def fast_bf16(kind: str) -> bool:
     if kind == "cuda":
         return torch.cuda.get_device_capability()[0] >= 8
     return kind == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def _breaks_channels_last(network: nn.Module) -> bool:
+    """Return true if torch 2 crashes or hangs on its gradients: 1x1 convolutions of stride 2 on 2 to 7 channels, without AVX-512."""
+    convolutions = [module for module in network.modules() if isinstance(module, nn.Conv2d) and set(module.kernel_size) == {1}]
+    narrow = any(module.in_channels < 8 and max(module.stride) > 1 for module in convolutions)
+    return narrow and torch.backends.cpu.get_cpu_capability() == "AVX2"  # type: ignore[no-untyped-call]
 
 
 def _environment() -> Any:

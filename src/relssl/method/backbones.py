@@ -253,13 +253,13 @@ def _figures(name: str, size: int) -> Network:
     """All figures but the smallest image, which takes longest."""
     gflops = features = None
     try:
-        network = _weightless(name, size)
+        network = weightless(name, size)
         features = feature_width(network, size)
         image = torch.zeros(1, channels_of(network), size, size, device="meta")
         with torch.no_grad():
             gflops = count_flops(lambda: network.eval()(image)) / 2e9
     except ConfigError:
-        network = _weightless(name, None)
+        network = weightless(name, None)
     parameters = sum(parameter.numel() for parameter in network.parameters())
     return Network(name, parameters, gflops, features, stem_fault(network) is None)
 
@@ -276,17 +276,17 @@ def _smallest(name: str, size: int) -> int | None:
 
     def passes(side: int) -> bool:
         try:
-            return feature_width(_weightless(name, side), side) > 0
+            return feature_width(weightless(name, side), side) > 0
         except ConfigError:
             return False
 
-    step = _patch(_weightless(name, None))
+    step = _patch(weightless(name, None))
     sides = range(-(-_LEAST // step) * step, size + 1, step)
     position = bisect.bisect_left(sides, True, key=passes)
     return sides[position] if position < len(sides) else None
 
 
-def _weightless(name: str, size: int | None) -> nn.Module:
+def weightless(name: str, size: int | None) -> nn.Module:
     """A network whose weights have shapes and no values, so that trying it takes no time."""
     try:
         with torch.device("meta"):

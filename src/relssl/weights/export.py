@@ -185,7 +185,7 @@ def import_weights(path: str | Path, *, out: str | Path | None = None, **reading
 
     Args:
         out: ends in .safetensors; default: beside the file, under its name. An older file there is replaced only if relssl wrote it.
-        reading: layout, backbone, stem, network, allow, size, as of `Reading`.
+        reading: layout, backbone, stem, network, prefix, allow, size, as of `Reading`.
 
     Returns:
         The report on the file's names; its `out` is the file written, which `relssl.load_backbone` opens.
@@ -195,6 +195,7 @@ def import_weights(path: str | Path, *, out: str | Path | None = None, **reading
         StorageError: if it cannot be.
     """
     path = Path(path)
+    store.peek(path)
     if header_of(path):
         raise ConfigError(f"{path}: was written by relssl and is used as it is; there is nothing to import")
     target = path.with_name(path.name.removesuffix(".tar")).with_suffix(".safetensors") if out is None else Path(out)

@@ -16,9 +16,10 @@ from relssl.data import digits
 from relssl.data.images import IMAGENET_MEAN, IMAGENET_STD
 from relssl.data.plain import PlainView, plain_batch
 from relssl.errors import CheckpointError, ConfigError
-from relssl.method.backbones import TORCHVISION, create_backbone
+from relssl.method.backbones import TORCHVISION, create_backbone, weightless
+from relssl.settings.run import ViewsConfig
 from relssl.weights import layouts, store, twins
-from relssl.weights.layouts import HEADS, LAYOUTS, PLAIN, bare_name
+from relssl.weights.layouts import HEADS, LAYOUTS, PLAIN, bare_name, is_plain
 from relssl.weights.spec import BackboneSpec, mismatch
 
 _CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
@@ -37,9 +38,9 @@ class Reading:
     stem: str | None = None  # as `encoder.stem`; None: standard, or for a 3x3 first convolution that of the layout
     network: str | None = None  # student or teacher; None: all that a run has, or of a file the one its authors evaluate
     allow: Sequence[str] = ()  # names that may not match, or their beginnings ending in `.` or `*`; `untrained`: fresh weights
-    size: int | None = (
-        None  # side of the view in pixels; None: the run's own; of a file 224, 32 for small stems, 64 for small-pool
-    )
+    prefix: str | None = None  # what stands before the network's names in the file; None: that of the layout, or recognised
+    # Side of the view in pixels; None: the run's own; of a file that of its position embeddings, else 224, or 32 and 64 for small stems.
+    size: int | None = None
 
 
 @dataclass
@@ -91,22 +92,30 @@ def load_foreign(path: Path, reading: Reading) -> tuple[Any, LoadReport]:
             holds weights that look untrained.
     """
     _check(reading)
-    tensors, left_out = layouts.find_state(layouts.read(path), path)
-    layout = reading.layout or layouts.find_layout(tensors)
-    if layout in PLAIN and reading.network is not None:
-        raise ConfigError(f"network: {path} holds one network; leave the option out")
-    network, prefix, weights = layouts.split(tensors, layout, reading.network, left_out, path)
+    outer = layouts.bare_name(f"{reading.prefix.rstrip('.')}.") if reading.prefix else ""
+    tensors, left_out = layouts.find_state(layouts.read(path), path, outer)
+    layout = reading.layout or ("timm" if outer else layouts.find_layout(tensors))
+    if (layout in PLAIN or outer) and reading.network is not None:
+        raise ConfigError(f"network: {path} holds one network, or --prefix chooses it; leave the option out")
+    bare = weightless(reading.backbone, None) if reading.backbone else None
+    names = list(bare.state_dict()) if bare else []
+    network, prefix, weights = layouts.split(tensors, layout, reading.network, outer, names, left_out, path)
     weights, stem = layouts.name_children(weights, LAYOUTS[layout].small_stem, path)
     name = reading.backbone or layouts.infer_resnet(weights)
     if name is None:
         first = f"backbone: {path}: its names, such as {next(iter(tensors))}, read in layout {layout}, are those of no ResNet"
-        advice = "give timm's name of its network with --backbone, or its layout with --from"
-        raise (CheckpointError if layout in PLAIN else ConfigError)(f"{first}; {advice}")
+        advice = "give timm's name of its network with --backbone, its layout with --from, or what stands before its names with --prefix"
+        raise (CheckpointError if layout in PLAIN else ConfigError)(f"{first}{layouts.guess(weights)}; {advice}")
     stem = reading.stem or stem
-    args = {"num_heads": 12} if layout == "moco" and name.startswith("vit_small") else {}
+    args = (
+        {"num_heads": 12}
+        if layout == "moco" and prefix.startswith(("base_", "momentum_")) and name.startswith("vit_small")
+        else {}
+    )
+    shape = _shape(bare or weightless(name, None), weights, path)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # what is allowed to be missing is the same in every process
-        fresh = create_backbone(name, stem, args)
+        fresh = create_backbone(name, stem, args | shape)
     wanted, twin = fresh.state_dict(), twins.TWINS.get(name, "") if stem == "standard" and layout in PLAIN else ""
     theirs = twins.bare(twin)[0].state_dict() if twin and reading.layout != "timm" else {}
     if theirs and (reading.layout or len(theirs.keys() & weights.keys()) > len(wanted.keys() & weights.keys())):
@@ -116,10 +125,14 @@ def load_foreign(path: Path, reading: Reading) -> tuple[Any, LoadReport]:
     elif layout == "torchvision" and stem == "standard":
         raise ConfigError(f"backbone: torchvision's twin of {name!r} is not known; if the names are timm's, say --from timm")
     report = LoadReport(path.name, layout, reading.layout is None, network, name, stem, left_out=left_out)
+    if prefix and prefix not in LAYOUTS[layout].student + LAYOUTS[layout].teacher:
+        report.notes.append(f"its names begin with {prefix} in the file")
     if args:
         report.notes.append("12 attention heads, as MoCo v3's small ViT has, where timm's has 6")
     complete = _match(weights, prefix, wanted, reading.allow, report, path)
-    spec = _spec(report, args, reading.size, getattr(fresh, "pretrained_cfg", {}))
+    cfg = getattr(fresh, "pretrained_cfg", {})
+    own = cfg["input_size"][-1] if cfg.get("fixed_input_size") and stem == "standard" else None
+    spec = _spec(report, args, reading.size, shape.get("img_size", own), shape.get("in_chans", 3))
     loaded = spec.load(twins.from_torchvision(complete, name) if wanted is theirs else complete, path)
     if "untrained" not in reading.allow and (fault := _untrained(loaded, fresh, spec.view)):
         raise CheckpointError(f"{path}: the {network} looks untrained: {fault}; --allow untrained loads it all the same")
@@ -174,7 +187,8 @@ def _match(
     broken = filter(None, (_fault(name, complete[name], wanted[name]) for name in wanted))
     if fault := mismatch(wanted, complete) or next(broken, None):
         what = f"{report.backbone} (stem {report.stem}) in layout {report.layout}, {report.network}"
-        raise CheckpointError(f"{path}: is no {what}: {fault}")
+        advice = "; --allow NAME ... lets names differ ('abc.*' for many)" if wanted.keys() != complete.keys() else ""
+        raise CheckpointError(f"{path}: is no {what}: {fault}{advice}")
     return {name: complete[name].detach().to(value.dtype).clone() for name, value in wanted.items()}
 
 
@@ -186,17 +200,38 @@ def _fault(name: str, value: Tensor, wanted: Tensor) -> str | None:
     return None if value.isfinite().all() else f"{name} (not finite)"
 
 
-def _spec(report: LoadReport, args: Mapping[str, Any], size: int | None, cfg: Mapping[str, Any]) -> BackboneSpec:
-    """Return what the backbone is, with what the file does not say as the layout's authors have it, and note that."""
+def _shape(bare: nn.Module, weights: Mapping[str, Tensor], path: Path) -> dict[str, int]:
+    """Return in_chans and img_size where the weights are for other images than `bare`; CheckpointError if we cannot read such images."""
+    usual, shape, patches = bare.state_dict(), dict[str, int](), getattr(bare, "patch_embed", None)
+    first = next((name for name, value in usual.items() if value.ndim == 4 and value.shape[1] == 3), "")
+    if first in weights and weights[first].ndim == 4 and (bands := weights[first].shape[1]) != 3:
+        if bands != 1:
+            reads = "relssl reads those of 3 (RGB) or 1 (grey)"
+            raise CheckpointError(f"{path}: its network sees images of {bands} bands ({first}); {reads}")
+        shape["in_chans"] = 1
+    own, theirs, grid = usual.get("pos_embed"), weights.get("pos_embed"), getattr(patches, "num_patches", None)
+    if own is not None and theirs is not None and grid and is_plain(theirs) and own.ndim == theirs.ndim == 3:
+        count = theirs.shape[1] - own.shape[1] + grid  # without those of class tokens
+        across = math.isqrt(max(count, 0))
+        if 0 < count == across**2 != grid:
+            shape["img_size"] = across * int(patches.patch_size[0])  # type: ignore[union-attr]
+    return shape
+
+
+def _spec(report: LoadReport, args: Mapping[str, Any], size: int | None, fixed: int | None, channels: int) -> BackboneSpec:
+    """Return what the backbone is, with what the file does not say as the layout's authors have it, and note that.
+
+    `fixed` is the side of the images that its position embeddings are for, if it has any.
+    """
     stem, layout = report.stem, LAYOUTS[report.layout]
-    fixed = cfg["input_size"][-1] if cfg.get("fixed_input_size") else None
-    side = size or (fixed if fixed and stem == "standard" else _SIZES[stem])
+    side = size or fixed or _SIZES[stem]
     if fixed and side != fixed:
-        args = {"img_size": fixed, **args}  # the file's position embeddings are those of the network's own size
+        args = {"img_size": fixed, **args}
     cifar = layout.small_std if stem in ("small", "small-wide") else None
-    mean, std = (_CIFAR10_MEAN, cifar) if cifar else (IMAGENET_MEAN, IMAGENET_STD)
+    views = ViewsConfig(channels=channels, mean=_CIFAR10_MEAN if cifar else IMAGENET_MEAN, std=cifar or IMAGENET_STD)
+    mean, std = views.statistics()
     scaling = "bicubic" if report.layout == "dino" else "bilinear"  # as its authors' evaluations scale
-    statistics = f"{'CIFAR-10' if cifar else 'ImageNet'}'s mean and deviation"
+    statistics = f"{'CIFAR-10' if cifar else 'ImageNet'}'s mean and deviation{' in grey' if channels == 1 else ''}"
     report.notes.append(
         f"assumed, as the file does not say: images of {side} pixels, scaled {scaling}, normalised by {statistics}"
     )

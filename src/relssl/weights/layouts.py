@@ -6,9 +6,9 @@ import collections
 import functools
 import re
 import warnings
-import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +31,22 @@ class Layout:
     small_std: tuple[float, float, float] | None = None  # what it divides CIFAR-10 by, in 0..1; None: ImageNet's
 
 
-HEADS = ("fc.", "head.", "heads.", "head_dist.", "classifier.", "last_linear.")  # among the backbone's names, but no part of it
+# Among the backbone's names, but no part of it: classifiers, projections, what only masked training uses, a counter of averages.
+HEADS = (
+    *("fc.", "head.", "heads.", "head_dist.", "classifier.", "last_linear.", "pooler."),
+    *("projection_head.", "prediction_head.", "projector.", "predictor.", "prototypes.", "mask_token", "decoder_", "n_averaged"),
+)
 LAYOUTS = {
     "official": Layout(("encoder_q.net.", "net.net."), ("encoder_k.net.",), small_std=(0.2023, 0.1994, 0.2010)),
     "solo": Layout(
         ("backbone.", "encoder."),
-        ("momentum_backbone.", "momentum_encoder."),
+        ("momentum_backbone.", "momentum_encoder.", "backbone_momentum."),  # the last is Lightly's
         small_stem="small-wide",
         small_std=(0.2470, 0.2435, 0.2616),
     ),
-    "moco": Layout(("encoder_q.", "base_encoder."), ("encoder_k.", "momentum_encoder.")),
-    "dino": Layout(("student.backbone.",), ("teacher.backbone.",), default="teacher"),
+    # And byol-pytorch's.
+    "moco": Layout(("encoder_q.", "base_encoder.", "online_encoder."), ("encoder_k.", "momentum_encoder.", "target_encoder.")),
+    "dino": Layout(("student.backbone.", "student_backbone."), ("teacher.backbone.", "teacher_backbone."), default="teacher"),
     "torchvision": Layout(),
     "timm": Layout(),
 }
@@ -85,12 +90,13 @@ def read(path: Path) -> Mapping[str, Any]:
     Raises:
         CheckpointError: if it is damaged, holds an object that is not known to be harmless, or is no mapping.
     """
-    if path.suffix == ".safetensors":
+    kind = store.peek(path)
+    if "safetensors" in (kind, path.suffix.removeprefix(".")):  # torch goes by that suffix too
         return store.read(path)
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(_HARMLESS):
             warnings.simplefilter("ignore")  # torch's remarks on pickle protocols
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=kind == "zip")
         if not isinstance(content, Mapping):
             raise RuntimeError(f"it holds a {type(content).__name__}, not names and weights")
     except Exception as error:  # torch raises KeyError, RuntimeError, EOFError ... over files that are none of its own
@@ -98,13 +104,17 @@ def read(path: Path) -> Mapping[str, Any]:
         reason = store.one_line(error)[:120] if plain else "it is damaged or of another kind"
         if refused := re.search(r"GLOBAL ([\w.]+)", str(error)):
             reason = f"it holds a {refused[1]}, which is refused, as making one could run code of the file"
+        if "TorchScript" in str(error):
+            reason = "it is a TorchScript program, which torch.jit.load opens"
         advice = "open it with the program that wrote it and save model.state_dict() as safetensors"
         raise CheckpointError(f"{path}: is not read as weights: {reason}; {advice}") from error
     return content
 
 
-def find_state(content: Mapping[str, Any], path: Path) -> tuple[dict[str, Tensor], dict[str, int]]:
+def find_state(content: Mapping[str, Any], path: Path, outer: str = "") -> tuple[dict[str, Tensor], dict[str, int]]:
     """Take the state dict out of what a program saved: under student and teacher, state_dict, model, or at the top.
+
+    Where these hold no tensors, or `outer` begins with a dictionary of the file, all that is nested is searched, names joined by dots.
 
     Returns:
         The tensors by name, without what wrappers put in front, and the number of tensors in whatever else there is.
@@ -115,24 +125,64 @@ def find_state(content: Mapping[str, Any], path: Path) -> tuple[dict[str, Tensor
     holders = [key for key in ("student", "teacher", "state_dict", "model") if isinstance(content.get(key), Mapping)]
     sides = [key for key in holders if key in ("student", "teacher")]
     holders = sides or holders[:1]
+    if nested := isinstance(content.get(outer.partition(".")[0]), Mapping):
+        holders = sides = []
     left_out = {str(key): _count(value) for key, value in content.items() if holders and key not in holders}
     tensors: dict[str, Tensor] = {}
-    for prefix, weights in [(f"{key}." if sides else "", content[key]) for key in holders] or [("", content)]:
-        for key, value in weights.items():
-            name = prefix + bare_name(str(key))
+    for side, weights in [(f"{key}." if sides else "", content[key]) for key in holders] or [("", content)]:
+        flat = not nested and any(isinstance(value, Tensor) for value in weights.values())
+        for key, value in weights.items() if flat else _nested(weights):
+            name = side + bare_name(str(key))
             if isinstance(value, Tensor) and not value.is_nested:  # those have no shape to compare
                 _add(tensors, name, value, path)
             else:
-                left_out[name] = _count(value)
+                part = name if flat else name.partition(".")[0]
+                left_out[part] = left_out.get(part, 0) + (_count(value) if flat else isinstance(value, Tensor))
     if not tensors:
         looked, held = "state_dict, model, student, teacher or at its top", ", ".join(map(str, list(content)[:4]))
         raise CheckpointError(f"{path}: holds no weights under {looked}; it holds {held or 'nothing'}")
-    return tensors, left_out
+    return _timm_names(tensors, path), left_out
 
 
 def bare_name(name: str) -> str:
-    """Return a name without what wrappers put in front."""
-    return re.sub(r"^((module|_orig_mod)\.)+", "", name)
+    """Return a name without what wrappers put in front; `module` inside is a network's own, what torch.compile and FSDP put there is not."""
+    return re.sub(r"^(module\.)+", "", re.sub(r"\b_(orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\.", "", name))
+
+
+def is_plain(value: Tensor) -> bool:
+    """Return whether a tensor's values lie in the file, each by itself: no expanded view that claims more than is there."""
+    return value.layout == torch.strided and not (value.is_meta or value.is_quantized) and value.is_contiguous()
+
+
+# Hugging Face transformers' names in vision transformers (ViT, DINOv2), and timm's.
+_TRANSFORMERS = {
+    **{".embeddings.cls_token": ".cls_token", ".embeddings.mask_token": ".mask_token"},
+    **{".embeddings.position_embeddings": ".pos_embed", ".embeddings.patch_embeddings.projection.": ".patch_embed.proj."},
+    **{".encoder.layer.": ".blocks.", ".attention.attention.": ".attn.", ".attention.output.dense.": ".attn.proj."},
+    **{".intermediate.dense.": ".mlp.fc1.", ".output.dense.": ".mlp.fc2.", ".layer_scale1.lambda1": ".ls1.gamma"},
+    **{".layer_scale2.lambda1": ".ls2.gamma", ".layernorm_before.": ".norm1.", ".layernorm_after.": ".norm2."},
+    **{".layernorm.": ".norm."},
+}
+
+
+def _timm_names(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Give vision transformers of transformers, and those whose blocks DINOv2's training put into chunks, timm's names."""
+    renamed: dict[str, Tensor] = {}
+    if any(name.endswith("embeddings.patch_embeddings.projection.weight") for name in tensors):
+        for name, value in tensors.items():
+            _add(renamed, reduce(lambda text, pair: text.replace(*pair), _TRANSFORMERS.items(), f".{name}")[1:], value, path)
+        for name in [name for name in renamed if ".attn.query." in name]:
+            names = [name.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
+            parts = [renamed[part] for part in names if part in renamed and is_plain(renamed[part])]
+            if len(parts) == 3 and len({part.shape for part in parts} - {()}) == 1:
+                _add(renamed, name.replace(".query.", ".qkv."), torch.cat(parts), path)
+                renamed = {key: value for key, value in renamed.items() if key not in names}
+        return renamed
+    places = {match.groups() for name in tensors if (match := re.search(r"\bblocks\.(\d+)\.(\d+)\.norm1\.weight$", name))}
+    chunked = places and len({block for _, block in places}) == len(places)  # blocks of stages count anew in each
+    for name, value in tensors.items():
+        _add(renamed, re.sub(r"(?<=\bblocks\.)\d+\.(?=\d+\.)", "", name, count=1) if chunked else name, value, path)
+    return renamed
 
 
 def _add(tensors: dict[str, Tensor], name: str, value: Tensor, path: Path) -> None:
@@ -141,11 +191,23 @@ def _add(tensors: dict[str, Tensor], name: str, value: Tensor, path: Path) -> No
     tensors[name] = value
 
 
+def _nested(tree: Any) -> Iterator[tuple[str, Any]]:
+    """Walk through dictionaries and lists, each once however often the file holds it: names joined by dots, and what lies there."""
+    stack: list[tuple[str, Any]] = [("", tree)]
+    seen = set()
+    while stack:
+        name, node = stack.pop()
+        if isinstance(node, (Mapping, list, tuple)) and id(node) not in seen:
+            seen.add(id(node))
+            items = list(node.items() if isinstance(node, Mapping) else enumerate(node))
+            stack += [(f"{name}.{key}" if name else str(key), value) for key, value in reversed(items)]
+        else:
+            yield name, node
+
+
 def _count(value: Any) -> int:
     """Count the tensors in a nested state, such as an optimizer's."""
-    if isinstance(value, (Mapping, list, tuple)):
-        return sum(map(_count, value.values() if isinstance(value, Mapping) else value))
-    return int(isinstance(value, Tensor))
+    return sum(isinstance(node, Tensor) for _, node in _nested(value))
 
 
 def _first(prefixes: Iterable[str], names: Iterable[str]) -> str | None:
@@ -162,26 +224,51 @@ def find_layout(tensors: Mapping[str, Tensor]) -> str:
 
 
 def split(
-    tensors: Mapping[str, Tensor], name: str, network: str | None, left_out: dict[str, int], path: Path
+    tensors: Mapping[str, Tensor],
+    name: str,
+    network: str | None,
+    outer: str,
+    wanted: Sequence[str],
+    left_out: dict[str, int],
+    path: Path,
 ) -> tuple[str, str, dict[str, Tensor]]:
     """Take one network of a layout out of a file, and count in `left_out` what lies beside it: heads, queue, the other network.
+
+    Args:
+        outer: what stands before the network's names; "": found by the layout, and within that as `_find_prefix` does with `wanted`.
 
     Returns:
         Student, teacher, or backbone where a layout holds a single one; the prefix of its names in the file; and its weights by
         their names in the backbone.
     """
-    layout = LAYOUTS[name]
+    layout = Layout((outer,)) if outer else LAYOUTS[name]
     prefixes = {"student": _first(layout.student, tensors), "teacher": _first(layout.teacher, tensors)}
     chosen = network or next((side for side in (layout.default, *prefixes) if prefixes[side] is not None), layout.default)
     if (prefix := prefixes[chosen]) is None:
         looked, held = " or ".join(layout.student + layout.teacher), ", ".join(list(tensors)[:4])
         raise CheckpointError(f"{path}: holds no {network or 'backbone'} of layout {name} (looked for {looked}); it holds {held}")
+    names = {key.removeprefix(prefix) for key in tensors if key.startswith(prefix)}
+    prefix += "" if outer else _find_prefix(names, wanted, path)
     for key in tensors:
         if not key.startswith(prefix):
             part, dot, _ = key.partition(".")
             left_out[part + dot] = left_out.get(part + dot, 0) + 1
     weights = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-    return "backbone" if name in PLAIN else chosen, prefix, weights
+    return "backbone" if name in PLAIN or outer else chosen, prefix, weights
+
+
+def _find_prefix(weights: set[str], wanted: Sequence[str], path: Path) -> str:
+    """Return what stands before the names of the one network in a file, nothing if none shows; CheckpointError if there are several.
+
+    Args:
+        wanted: names of the network; none: those that ResNets and vision transformers have.
+    """
+    ends = wanted[:1] or ["layer1.0.conv1.weight", "3.0.conv1.weight", "4.0.conv1.weight", "patch_embed.proj.weight"]
+    starts = {key.removesuffix(end) for key in weights for end in ends if f".{key}".endswith(f".{end}")}
+    prefixes = sorted(start for start in starts if 2 * sum(start + name in weights for name in wanted) >= len(wanted))
+    if len(prefixes) > 1 and "" not in prefixes:
+        raise CheckpointError(f"{path}: holds several networks, {', '.join(prefixes)}; name one with --prefix")
+    return next(iter(prefixes), "")
 
 
 def name_children(weights: Mapping[str, Tensor], small_stem: str, path: Path) -> tuple[dict[str, Tensor], str]:
@@ -209,6 +296,13 @@ _RESNETS = (
     *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2", "wide_resnet101_2"),
     *("resnext50_32x4d", "resnext101_32x4d", "resnext101_32x8d", "resnext101_64x4d"),
 )
+
+
+def guess(weights: Mapping[str, Tensor]) -> str:
+    """Say which plain vision transformer the shapes are those of, if of any; how many heads it has does not show."""
+    patches = weights.get("patch_embed.proj.weight", torch.zeros(0))
+    size = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1280: "huge"}.get(patches.shape[0])
+    return f", but perhaps of vit_{size}_patch{patches.shape[-1]}_224" if size and "blocks.0.attn.qkv.weight" in weights else ""
 
 
 def infer_resnet(weights: Mapping[str, Tensor]) -> str | None:

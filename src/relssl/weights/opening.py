@@ -83,8 +83,10 @@ def settings_of(path: Path) -> Path:
 
 def header_of(path: Path) -> dict[str, str]:
     """Return what a `.safetensors` file of ours says of its weights, as in `Opened.header`; nothing for any other file."""
-    with contextlib.suppress(Exception), safe_open(path, "pt") as file:  # whatever a file of any kind makes the library raise
-        header = file.metadata()
+    with contextlib.suppress(Exception):  # whatever a file of any kind makes the library raise
+        store.peek(path)
+        with safe_open(path, "pt") as file:
+            header = file.metadata()
         if header["network"] in ("student", "teacher", "backbone", "classifier") and header["origin"]:
             return {"network": header["network"], "origin": header["origin"]}
     return {}
@@ -165,6 +167,7 @@ def open_backbones(source: str | Path, reading: Reading | None = None) -> Opened
     if path.is_file() and not is_exported(path):
         return open_foreign(path, reading)
     options = {"--from": reading.layout, "--backbone": reading.backbone, "--stem": reading.stem, "--allow": reading.allow}
+    options["--prefix"] = reading.prefix
     if useless := [option for option, value in options.items() if value]:
         raise ConfigError(*(f"{option}: is for files of other programs, which {name} is not; leave it out" for option in useless))
     if path.is_dir():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from relssl.data.plain import PlainView
 from relssl.errors import CheckpointError
 from relssl.method.backbones import arguments, create_backbone, feature_width
-from relssl.settings.run import Config
+from relssl.settings.run import LUMA, Config
 
 # What the settings of weights that no run of ours trained name as their data.
 NO_DATA = "imported"
@@ -78,7 +78,11 @@ class BackboneSpec:
         """Write it under the names that a run's settings have, for the file beside imported weights."""
         view = self.view
         views = {"weak": {"name": "weak", "size": view.size}, "strong": {"name": "contrastive", "size": view.size}}
-        pixels = {"channels": view.channels, "mean": list(view.mean), "std": list(view.std)}
+        # Settings hold the statistics of three channels, of which those of grey are made.
+        mean, std = (
+            [value / sum(LUMA) for value in values] * 3 if view.channels == 1 else [*values] for values in (view.mean, view.std)
+        )
+        pixels = {"channels": view.channels, "mean": mean, "std": std}
         scaling = {"margin": view.margin, "interpolation": view.interpolation}
         network = {"backbone": self.name, "backbone_args": dict(self.arguments), "encoder": {"stem": self.stem}}
         described = {"data": NO_DATA, "recipe": "imported", **network, "views": {**views, **pixels, **scaling}}

@@ -12,6 +12,7 @@ import math
 import os
 import re
 import shutil
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,14 @@ if TYPE_CHECKING:
 
 VERSION = 1
 TENSORS, META, SUMS = FILES = ("state.safetensors", "state.json", "SHA256SUMS")
+MAX_JSON = 8 << 20  # bytes of JSON that are read from a file: parsed, they take about 25 times as much
 _STEP = re.compile(r"step-([0-9]{8,})", re.ASCII)
+# Texts and archives that lie where weights should, by how they begin.
+_STRANGERS = {
+    b"version https://git-lfs": "is a Git LFS pointer; fetch the file itself with `git lfs pull`",
+    b"<": "is a web page, such as a login page saved in place of a download; download it again",
+    b"\x1f\x8b": "is packed by gzip; unpack it first",
+}
 
 
 def encode(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
@@ -44,11 +52,33 @@ def read(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a safetensors file, on the CPU; raise CheckpointError, naming the file, whatever is wrong with it."""
     from safetensors.torch import load
 
+    peek(path)
     try:
         # Not mapped: a file that vanishes or shrinks under a map kills the process.
         return dict(load(path.read_bytes()))
     except Exception as error:  # whatever a crafted header makes the library or torch raise
         raise CheckpointError(f"{path}: not a valid safetensors file ({one_line(error)})") from error
+
+
+def peek(path: Path) -> str:
+    """Return what a file of weights is by how it begins: safetensors, zip (as torch.save writes) or other.
+
+    CheckpointError if it cannot be read, is empty, surely holds no weights, or claims a header of more than `MAX_JSON` bytes.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(64)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+    faults = [fault for beginning, fault in _STRANGERS.items() if start.lstrip().lower().startswith(beginning)]
+    kind = "safetensors" if start[8:9] == b"{" else "zip" if start.startswith(b"PK") else "other"
+    if kind == "safetensors" and (length := int.from_bytes(start[:8], "little")) > MAX_JSON:
+        faults.append(f"claims a header of {length} bytes, more than {MAX_JSON}, and is not read")
+    if kind == "zip" and not zipfile.is_zipfile(path):
+        faults.append("is cut off or damaged; download or copy it again")
+    if faults or not start:
+        raise CheckpointError(f"{path}: {next(iter(faults), 'is empty; download or save it again')}")
+    return kind
 
 
 def one_line(error: BaseException) -> str:
@@ -200,6 +230,8 @@ def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     verify(folder)
     with _intact(folder / META):
+        if (size := (folder / META).stat().st_size) > MAX_JSON:
+            raise ValueError(f"it has {size} bytes, more than {MAX_JSON}")
         # NaN and infinity are no JSON: looked up in an empty dict, they are an error.
         content = json.loads((folder / META).read_bytes(), parse_constant=dict[str, float]().__getitem__)
         version, meta = content["version"], content["meta"]
