@@ -337,7 +337,7 @@ def _environment() -> Any:
     from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 
     if launch := find_launch():
-        os.environ |= launch.variables()
+        os.environ |= {name: str(value) for name, value in launch.items()}
         return TorchElasticEnvironment()
     parent = os.getppid() if os.environ.get("LOCAL_RANK") != "0" else None
     if os.environ.get(MARK) not in (

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import os
 import re
-from dataclasses import dataclass
 
 from relssl.errors import ConfigError
 from relssl.settings.run import Config, check, replace
@@ -14,51 +13,33 @@ from relssl.settings.run import Config, check, replace
 MARK = "RELSSL_LAUNCHER"  # variable with the id of the process that started the others
 
 
-@dataclass(frozen=True)
-class Launch:
-    """One of several processes that a launcher has started."""
-
-    name: str
-    rank: int
-    world: int
-    local_rank: int  # among those of this machine
-    local_world: int
-    address: str  # of the first process
-    port: int
-
-    def variables(self) -> dict[str, str]:
-        """Return what torchrun would have set."""
-        numbers = {"RANK": self.rank, "WORLD_SIZE": self.world, "LOCAL_RANK": self.local_rank, "MASTER_PORT": self.port}
-        numbers["GROUP_RANK"] = self.rank // self.local_world
-        return {name: str(number) for name, number in numbers.items()} | {"MASTER_ADDR": self.address}
-
-
-def find_launch() -> Launch | None:
-    """Return what launched this process as one of several; None if it is on its own, whatever a batch job around it may hold.
+def find_launch() -> dict[str, int | str] | None:
+    """Return torchrun's variables of this process, by whatever launcher it is one of several; None if it is on its own, whatever a batch
+    job around it may hold.
 
     Raises:
         ConfigError: if the launcher's variables make no sense.
     """
-    launch = None
     if {"RANK", "WORLD_SIZE"} <= os.environ.keys():
+        launcher, address, port = "torchrun", os.environ.get("MASTER_ADDR", ""), 29500
         rank, world, local = (_number(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
         here = _number("LOCAL_WORLD_SIZE", world if "LOCAL_RANK" in os.environ else 1)
-        launch = Launch("torchrun", rank, world, local, here, os.environ.get("MASTER_ADDR", ""), _number("MASTER_PORT", 29500))
     # Only steps of srun have this one. A shell in such a step is no rank, and the job's own variables stand in every script.
     elif "SLURM_STEP_NUM_TASKS" in os.environ and not {"SLURM_PTY_PORT", "SLURM_PTY_WIN_COL"} & os.environ.keys():
+        launcher, port = "srun", 15000 + (_number("SLURM_JOB_ID") * 8 + _number("SLURM_STEP_ID")) % 10000
         rank, world, local = (_number(name) for name in ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"))
-        nodes, step = _number("SLURM_STEP_NUM_NODES", 1), _number("SLURM_JOB_ID") * 8 + _number("SLURM_STEP_ID")
-        first = re.sub(r"\[(\d+).*", r"\1", os.environ.get("SLURM_STEP_NODELIST", "localhost")).partition(",")[0]
-        here = world // nodes if world % nodes == 0 else 0
-        launch = Launch("srun", rank, world, local, here, first, _number("MASTER_PORT", 15000 + step % 10000))
-    if launch is None or launch.world == 1:
+        address = re.sub(r"\[(\d+).*", r"\1", os.environ.get("SLURM_STEP_NODELIST", "localhost")).partition(",")[0]
+        here, odd = divmod(world, _number("SLURM_STEP_NUM_NODES", 1))
+        here *= not odd
+    else:
         return None
-    if not (launch.rank < launch.world and launch.local_world and launch.world % launch.local_world == 0 and launch.address):
-        given = ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(launch).items() if name != "name")
-        raise ConfigError(
-            f"{launch.name}: its variables do not fit together ({given}); start as many processes on every machine, or unset them"
-        )
-    return launch
+    numbers = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": local, "LOCAL_WORLD_SIZE": here}
+    if not (rank < world and here and world % here == 0 and address):
+        given = ", ".join(f"{name} {value}" for name, value in (numbers | {"MASTER_ADDR": address or "missing"}).items())
+        then = "start as many processes on every machine, or unset them"
+        raise ConfigError(f"{launcher}: its variables do not fit together ({given}); {then}")
+    numbers |= {"GROUP_RANK": rank // here, "MASTER_PORT": _number("MASTER_PORT", port)}
+    return numbers | {"MASTER_ADDR": address} if world > 1 else None
 
 
 def with_launch(config: Config, *, resumed: bool = False) -> Config:
@@ -74,11 +55,12 @@ def with_launch(config: Config, *, resumed: bool = False) -> Config:
                 f"engine.nodes: {config.engine.nodes} machines need a launcher; start the command on each of them with torchrun or srun"
             )
         return config
-    if not resumed and count not in (1, launch.world):
+    world, here = int(launch["WORLD_SIZE"]), int(launch["LOCAL_WORLD_SIZE"])
+    if not resumed and count not in (1, world):
         raise ConfigError(
-            f"engine.devices: asks for {count} processes, {launch.name} has started {launch.world}; leave devices and nodes to it"
+            f"engine.devices: asks for {count} processes, the launcher has started {world}; leave devices and nodes to it"
         )
-    engine = dataclasses.replace(config.engine, devices=launch.local_world, nodes=launch.world // launch.local_world)
+    engine = dataclasses.replace(config.engine, devices=here, nodes=world // here)
     return check(replace(config, engine=engine))
 
 
@@ -86,7 +68,7 @@ def rank() -> int:
     """Return this process's number as far as variables say; those that relssl starts itself have no more than LOCAL_RANK."""
     with contextlib.suppress(ConfigError):
         launch = find_launch()
-        return launch.rank if launch else _number("LOCAL_RANK") if MARK in os.environ else 0
+        return int(launch["RANK"]) if launch else _number("LOCAL_RANK") if MARK in os.environ else 0
     return 0
 
 

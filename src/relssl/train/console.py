@@ -14,7 +14,7 @@ from typing import IO, Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from relssl.files import duration
+from relssl.files import duration, storing
 from relssl.train.signals import StopRequest
 
 _FRAME = 0.1  # seconds between two pictures of the bar
@@ -69,9 +69,10 @@ class Display:
         self._log.close()
 
     def log_to(self, path: Path) -> None:
-        """Write all lines to a file, too, those said before included."""
-        said, self._log = self._log, path.open("a", buffering=1, encoding="utf-8", errors="backslashreplace")
-        self._log.write(said.getvalue() if isinstance(said, io.StringIO) else "")
+        """Write all lines to a file, too, those said before included; StorageError if it cannot be written."""
+        with storing(path):
+            said, self._log = self._log, path.open("a", buffering=1, encoding="utf-8", errors="backslashreplace")
+            self._log.write(said.getvalue() if isinstance(said, io.StringIO) else "")
 
     def say(self, line: str) -> None:
         """Print a line, above the bar if there is one."""

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ class Loggers:
                 if name == "csv":  # begun anew, as rows after the checkpoint do not count
                     for row in rows:
                         self._log(logger, row)
-                elif name != "tensorboard":
+                elif name != "tensorboard" and name not in ids:
                     logger.log_hyperparams(dataclasses.asdict(config))
                     ids[name] = logger.version if name == "wandb" else logger.run_id
         if ids:
@@ -107,4 +108,5 @@ def _open(name: str, folder: Path, start: int, known: str | None) -> Any:
 
     if name == "wandb":
         return loggers.WandbLogger(name=folder.name, save_dir=folder, project="relssl", id=known, resume="allow")
-    return loggers.MLFlowLogger(experiment_name="relssl", run_name=folder.name, save_dir=str(folder / "mlruns"), run_id=known)
+    server = os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{folder.absolute()}/mlflow.db")
+    return loggers.MLFlowLogger(experiment_name="relssl", run_name=folder.name, tracking_uri=server, run_id=known)
