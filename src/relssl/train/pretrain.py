@@ -320,7 +320,8 @@ def build(config: Config, engine: Engine, say: Callable[[str], None] = lambda li
     settings = complete_settings(config, images)
     for line in adjustments(config, settings, len(images)):
         say(line)
-    config = fit(settings, engine, workers, images.class_count if labelled else 1)
+    enough = len(images) >= settings.batch_size  # too few are refused by the loader
+    config = fit(settings, engine, workers, images.class_count if labelled else 1) if enough else settings
     if config.batch_size != settings.batch_size:
         say(f"batch_size is {config.batch_size}, which fits in memory, with optimizer.lr {config.optimizer.lr:g}")
     if config.log.knn_every and engine.is_first:
