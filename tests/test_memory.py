@@ -57,7 +57,7 @@ def predicted_and_taken(name: str, size: int, batch: int) -> tuple[int, int]:
 
 def test_what_a_step_takes_is_known_before_it_is_made() -> None:
     predicted, taken = predicted_and_taken("resnet18", 64, 64)
-    assert 0.6 < (taken - MALLOC) / predicted < 1.25
+    assert 0.4 < taken / (1.25 * predicted + MALLOC) < 1  # with the margins of `fit`
 
 
 @pytest.mark.torture
@@ -81,7 +81,7 @@ def test_what_a_step_of_any_network_takes_is_known(name: str, size: int) -> None
     """Ten networks, two sizes: what is refused is what would not fit, with the margin that `fit` takes."""
     predicted, taken = predicted_and_taken(name, size, 16)
     print(f"{name} {size}: predicted {predicted / 1e6:.0f} MB, taken {taken / 1e6:.0f} MB, {taken / predicted:.2f}")
-    assert 0.5 < (taken - MALLOC) / predicted < 1.25
+    assert 0.4 < taken / (1.25 * predicted + MALLOC) < 1
 
 
 def test_it_grows_with_the_batch_and_less_in_parts() -> None:
