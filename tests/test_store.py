@@ -80,9 +80,9 @@ def test_round_trip_is_exact(saved: Path) -> None:
 
 
 @pytest.mark.skipif(shutil.which("sha256sum") is None, reason="needs sha256sum")
-def test_json_of_more_than_8_mib_is_refused_unread(tmp_path: Path) -> None:
-    store.save(tmp_path / "step-00000001", {}, {"text": "x" * (8 << 20)})
-    with pytest.raises(CheckpointError, match=r"state\.json.*8388"):
+def test_a_state_of_more_than_64_mib_beside_tensors_is_refused_unread(tmp_path: Path) -> None:
+    store.save(tmp_path / "step-00000001", {}, {"text": "x" * (64 << 20)})
+    with pytest.raises(CheckpointError, match=r"state\.json.*67108"):
         store.load(tmp_path / "step-00000001")
 
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 VERSION = 1
 TENSORS, META, SUMS = FILES = ("state.safetensors", "state.json", "SHA256SUMS")
+MAX_META = 64 << 20  # bytes of state.json: it names the images that could not be read, perhaps hundreds of thousands
 MAX_JSON = 8 << 20  # bytes of JSON that are read from a file: parsed, they take about 25 times as much
 _STEP = re.compile(r"step-([0-9]{8,})", re.ASCII)
 # Texts and archives that lie where weights should, by how they begin.
@@ -230,8 +231,8 @@ def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     verify(folder)
     with _intact(folder / META):
-        if (size := (folder / META).stat().st_size) > MAX_JSON:
-            raise ValueError(f"it has {size} bytes, more than {MAX_JSON}")
+        if (size := (folder / META).stat().st_size) > MAX_META:
+            raise ValueError(f"it has {size} bytes, more than {MAX_META}")
         # NaN and infinity are no JSON: looked up in an empty dict, they are an error.
         content = json.loads((folder / META).read_bytes(), parse_constant=dict[str, float]().__getitem__)
         version, meta = content["version"], content["meta"]
