@@ -48,11 +48,15 @@ def storing(path: Path, needed: int | None = None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         free = shutil.disk_usage(next(folder for folder in path.absolute().parents if os.path.exists(folder))).free
-        want = "" if needed is None else f"{needed} bytes needed, "
-        advice = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "check the folder"
-        reason = error.strerror or type(error).__name__
-        raise StorageError(f"{path}: cannot be written ({reason}): {want}{free} bytes free; {advice}") from error
+        room = (
+            (f"{needed} bytes needed, " if needed is not None else "") + f"{free} bytes free; "
+            if full or needed is not None
+            else ""
+        )
+        advice = "free some space" if full else "check the folder"
+        raise StorageError(f"{path}: cannot be written ({error.strerror or type(error).__name__}); {room}{advice}") from error
 
 
 def write_all(descriptor: int, data: memoryview) -> None:
