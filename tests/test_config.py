@@ -21,7 +21,8 @@ from relssl.data.images import Files, Images, Pixels
 from relssl.errors import ConfigError, DataError
 from relssl.settings.evaluation import Evaluation, read_settings
 from relssl.settings.reading import leaves, nest, read_yaml
-from relssl.settings.run import RETIRED, Config, adjustments, derive, from_mapping, give_way, resolve, to_yaml
+from relssl.settings.run import RETIRED, Config, derive, from_mapping, resolve, to_yaml
+from relssl.settings.small import adjustments, give_way
 from relssl.train.pretrain import complete_settings
 
 LEAVES = leaves(Config)

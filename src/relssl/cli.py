@@ -26,7 +26,8 @@ from relssl.settings.evaluation import Evaluation, Tuning, read_settings
 from relssl.settings.launcher import rank, with_launch
 from relssl.settings.names import MAIN, spell
 from relssl.settings.reading import build, leaves
-from relssl.settings.run import Config, adjustments, differences, give_way, resolve, to_yaml
+from relssl.settings.run import Config, differences, resolve, to_yaml
+from relssl.settings.small import adjustments, give_way
 from relssl.weights.formats import FORMATS, find_format
 
 _RUN = (

@@ -35,9 +35,9 @@ def find_launch() -> dict[str, int | str] | None:
         return None
     numbers = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": local, "LOCAL_WORLD_SIZE": here}
     if not (rank < world and here and world % here == 0 and address):
-        given = ", ".join(f"{name} {value}" for name, value in (numbers | {"MASTER_ADDR": address or "missing"}).items())
+        values = ", ".join(f"{name} {value}" for name, value in (numbers | {"MASTER_ADDR": address or "missing"}).items())
         then = "start as many processes on every machine, or unset them"
-        raise ConfigError(f"{launcher}: its variables do not fit together ({given}); {then}")
+        raise ConfigError(f"{launcher}: its variables do not fit together ({values}); {then}")
     numbers |= {"GROUP_RANK": rank // here, "MASTER_PORT": _number("MASTER_PORT", port)}
     return numbers | {"MASTER_ADDR": address} if world > 1 else None
 

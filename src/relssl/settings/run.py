@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import re
 from collections.abc import Iterator, Mapping
 from operator import attrgetter
@@ -19,9 +18,9 @@ import yaml
 from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
-from relssl.errors import ConfigError, DataError
+from relssl.errors import ConfigError
 from relssl.settings import recipes
-from relssl.settings.reading import NULL, RISING, STRICT, PathText, Text, build, leaves, nest, read_yaml, setting
+from relssl.settings.reading import NULL, RISING, STRICT, PathText, Text, build, leaves, read_yaml, setting
 
 # Settings and values that are no more, and what to do instead. Saved runs, recipes and config files load without them.
 RETIRED = {
@@ -362,47 +361,6 @@ def replace(config: Config, **changes: Any) -> Config:
 def _typed(config: Config, names: frozenset[str] | None) -> Config:
     object.__setattr__(config, "typed", names)
     return config
-
-
-def give_way(config: Config, images: int) -> Config:
-    """Return the settings of a run on so many images: what the user did not type gives way to small data and short runs.
-
-    Raises:
-        ConfigError: if what was typed does not fit what the rest became.
-        DataError: if there are fewer than four images.
-    """
-    if images < 4:
-        raise DataError(f"{config.data}: too few images to pretrain on; {images} can be used, and four is the least")
-    if config.typed is None:
-        return config
-    derived, before, method, optimizer = derive(config), config.batch_size, config.method, config.optimizer
-    batch = derived.passes << int(math.log2(max(2, images / 4 / derived.passes)))  # a power of two in each part
-    batch = before if "batch_size" in config.typed else min(batch, before)
-    memory = max(batch, 1 << int(math.log2(max(2, images / 2)))) if derived.traits.memory else method.memory_size
-    quarter = round(replace(config, batch_size=batch).steps(images) / max(1, images // batch) / 4, 6)
-    smaller = {
-        "batch_size": batch,
-        "optimizer.lr": optimizer.lr * batch / before,
-        "encoder.batch_norm_splits": max(1, config.encoder.batch_norm_splits * batch // before),
-        "method.memory_size": min(method.memory_size, memory),
-        "optimizer.warmup_epochs": min(optimizer.warmup_epochs, quarter),
-        "method.teacher_temperature_epochs": min(method.teacher_temperature_epochs, quarter),
-    }
-    changes = nest({name: value for name, value in smaller.items() if name not in config.typed})
-    sections = {name: dataclasses.replace(getattr(config, name), **value) for name, value in changes.items() if "_" not in name}
-    fitted = replace(config, **changes | sections)
-    if faults := list(_faults(fitted, derive(fitted))):
-        raise ConfigError(*faults)
-    return fitted
-
-
-def adjustments(before: Config, after: Config, images: int) -> list[str]:
-    """Return a line for each setting that gave way."""
-    pairs = {
-        name: (attrgetter(name)(before), attrgetter(name)(after)) for name in leaves(Config) if not name.startswith("views.")
-    }
-    why = f"for {after.steps(images)} steps on {images} images"
-    return [f"note: {name} is {now:g} instead of {was:g}, {why}" for name, (was, now) in pairs.items() if was != now]
 
 
 def from_mapping(raw: Mapping[str, Any]) -> Config:

@@ -25,7 +25,8 @@ from relssl.errors import ConfigError, DataError, DistributedError, ExportError,
 from relssl.evaluation.pairs import LabelledPair, choose
 from relssl.files import read_rows, write_file, write_json
 from relssl.settings.launcher import rank, with_launch
-from relssl.settings.run import METHODS, Config, adjustments, derive, from_mapping, give_way, replace, resolve, to_yaml
+from relssl.settings.run import METHODS, Config, derive, from_mapping, replace, resolve, to_yaml
+from relssl.settings.small import adjustments, give_way
 from relssl.train import checkpoint
 from relssl.train.console import Display
 from relssl.train.loggers import refuse_missing
@@ -281,16 +282,16 @@ def hand_over(run: Run, display: Display) -> None:
     """
     assert run.folder is not None
     path, few = run.folder.path, run.images.subset(range(min(4, len(run.images))))  # enough to notice a wrong file, and quick
-    done = {"exit_code": 0, "last_checkpoint": store.step_folder(path, run.state.step).name}
+    ending = {"exit_code": 0, "last_checkpoint": store.step_folder(path, run.state.step).name}
     # Which holds if this process dies now.
-    run.folder.status("complete", run.state.step, **done, export={"error": "it was stopped"})
+    run.folder.status("complete", run.state.step, **ending, export={"error": "it was stopped"})
     try:
         for network in derive(run.config).networks:
             export(path, network=network, images=few)
     except Exception as error:  # writers, networks and checks are others' code
-        run.folder.status("complete", run.state.step, **done, export={"error": store.one_line(error)})
+        run.folder.status("complete", run.state.step, **ending, export={"error": store.one_line(error)})
         raise unexported(path, store.one_line(error)) from error
-    run.folder.status("complete", run.state.step, **done)
+    run.folder.status("complete", run.state.step, **ending)
     display.note(f"complete: weights in {default_target(path, 'student')}")
 
 
