@@ -42,7 +42,7 @@ class Unbroken:
 
 
 class Display:
-    """What a run says, from its first word to its last.
+    """The voice of a run, from its first word to its last.
 
     Args:
         show: print on standard error; else there is only the log, once `log_to` names it.
@@ -71,8 +71,8 @@ class Display:
     def log_to(self, path: Path) -> None:
         """Write all lines to a file, too, those said before included; StorageError if it cannot be written."""
         with storing(path):
-            said, self._log = self._log, path.open("a", buffering=1, encoding="utf-8", errors="backslashreplace")
-            self._log.write(said.getvalue() if isinstance(said, io.StringIO) else "")
+            buffer, self._log = self._log, path.open("a", buffering=1, encoding="utf-8", errors="backslashreplace")
+            self._log.write(buffer.getvalue() if isinstance(buffer, io.StringIO) else "")
 
     def say(self, line: str) -> None:
         """Print a line, above the bar if there is one."""

@@ -60,7 +60,7 @@ class Advice:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run would take on this machine, extrapolated from its middle, where InfoNCE is on if it is most of the time."""
+    """The cost of a run on this machine, extrapolated from its middle, where InfoNCE is on if it is most of the time."""
 
     data: str
     images: int
@@ -109,8 +109,8 @@ def estimate(
 ) -> Estimate:
     """Set up a run, make a few of its steps, and say what the whole would take and what to change.
 
-    Takes a minute or so, and below two on any network: where steps take too long, smaller ones are timed. Leaves no run folder and no cache: one that `loader.cache` asks for is read
-    if it is complete; else the steps read the files themselves.
+    Takes a minute or so, and below two on any network: where steps take too long, smaller ones are timed. Leaves no run folder and no
+    cache: one that `loader.cache` asks for is read if it is complete; else the steps read the files themselves.
 
     Args:
         data, config, settings, quiet, overrides: as for `pretrain`; it raises the same, and ConfigError if a batch does not fit in memory.
@@ -123,14 +123,15 @@ def estimate(
         raise ConfigError(f"steps: must be at least 1, got {steps}")
     settings = with_launch(settings or resolve(({} if data is None else {"data": data}) | overrides, config))
     engine, still = Engine(settings.engine), dataclasses.replace(settings.optimizer, lr=_STILL)
+    lines = list[str]()
     with engine.running(), explaining(settings, engine):
-        run = build(replace(settings, optimizer=still), engine)
+        run = build(replace(settings, optimizer=still), engine, lines.append)
         compile_networks(run)
         timed = affordable(run)
+        batch = "" if timed is run else f" of {timed.config.batch_size} instead of {run.config.batch_size} images"
+        lines.append(f"timing steps{batch} of {settings.backbone} on {len(run.images)} images, {engine.describe()}")
         if engine.is_first and not quiet:
-            batch = "" if timed is run else f" of {timed.config.batch_size} instead of {run.config.batch_size} images"
-            what = f"timing steps{batch} of {settings.backbone} on {len(run.images)} images, {engine.describe()}"
-            print(what, file=sys.stderr, flush=True)
+            print("\n".join(lines), file=sys.stderr, flush=True)
         figures = _measure(run, timed, steps)
     return dataclasses.replace(figures, advice=advise(figures, settings), rank=engine.rank)
 

@@ -50,9 +50,8 @@ class Loggers:
         if config.log.to:
             from lightning.fabric.utilities import rank_zero_only
 
-            rank_zero_only.rank = (
-                0  # they write in the process that Lightning takes for the first, by whatever variables are about
-            )
+            # They write in the process that Lightning takes for the first, by whatever variables are about.
+            rank_zero_only.rank = 0
         for name in dict.fromkeys(config.log.to):
             with self._surviving(name):
                 self._loggers[name] = logger = _open(name, folder, start, ids.get(name))

@@ -18,7 +18,7 @@ from relssl.data.loader import Batch, Loader, Plan, Unreadable
 from relssl.engine import Engine, send
 from relssl.errors import DataError, NumericError
 from relssl.method import create_method, health, schedules
-from relssl.method.base import ALONE, Step, World, unwrapped
+from relssl.method.base import ALONE, Method, Step, World, unwrapped
 from relssl.method.create import create_run_optimizer
 from relssl.method.encoder import Encoder
 from relssl.method.health import effective_rank, spread, verdict
@@ -37,7 +37,7 @@ PATIENCE = 10
 
 @dataclass
 class Run:
-    """What a run is made of, which stays, and its state, which changes."""
+    """The parts of a run, which stay, and its state, which changes."""
 
     config: Config  # with the data's means and deviations filled in
     engine: Engine
@@ -187,11 +187,16 @@ def world(run: Run, number: int) -> World:
 def forward(run: Run, part: Batch, now: dict[str, float], world: World = ALONE) -> Step:
     """Compute the method's loss on one part of a batch, at what the schedules say `now`."""
     model, place = run.state.model, run.engine.place
-    settings: dict[str, Any] = {name: getattr(run.config.method, name) for name in model.constants}
-    settings |= {name: now[name] for name in model.scheduled}
+    settings = step_settings(run.config, model, now)
     if run.labels is not None:
         settings["labels"] = run.labels[part.ids]
     return model.step(place(part.weak), [place(view) for view in part.strong], world, **settings)
+
+
+def step_settings(config: Config, model: Method, now: dict[str, float]) -> dict[str, Any]:
+    """Return the settings that a method's step takes: its constants, and what the schedules say `now`."""
+    constants = {name: getattr(config.method, name) for name in model.constants}
+    return constants | {name: now[name] for name in model.scheduled}
 
 
 def joined(run: Run, parts: list[Tensor]) -> Tensor:
@@ -336,7 +341,7 @@ def save_due(run: Run) -> bool:
 
 
 def origin(run: Run) -> dict[str, Any]:
-    """What a checkpoint depends on beside its state: the epoch's length, the data, and what rounds otherwise."""
+    """Return what a checkpoint depends on beside its state: the epoch's length, the data, and what rounds otherwise."""
     choices = {"loss form": run.loss_form, "compiled": run.networks[0].compiled_heads is not None}
     facts = {"threads": run.engine.threads, "world": run.engine.world, "precision": run.engine.precision}
     return {"steps_per_epoch": run.plan.steps_per_epoch, "data": run.fingerprint, "choices": choices, **facts}

@@ -26,6 +26,7 @@ from relssl.method import create_method
 from relssl.method.base import Method
 from relssl.method.create import create_run_optimizer
 from relssl.settings.run import METHODS, Config, derive
+from relssl.train.loop import step_settings
 
 # A step can hardly take more than so many times the bytes of its views: a huge transformer takes about 1,400 times as many.
 _MOST = 2000
@@ -112,8 +113,7 @@ def step_memory(config: Config, engine: Engine, share: int, classes: int = 1) ->
 def _pass(model: Method, config: Config, engine: Engine, share: int) -> None:
     """Pass views of a share forward and back."""
     schedules = {"teacher_temperature": config.method.teacher_temperature, "teacher_momentum": 0.99, "warmup_mix": 0.5}
-    settings: dict[str, Any] = {name: getattr(config.method, name) for name in model.constants}
-    settings |= {name: schedules[name] for name in model.scheduled}
+    settings = step_settings(config, model, schedules)
     if METHODS[config.method.name].labels:
         settings["labels"] = torch.zeros(share, dtype=torch.int64)
     weak, *strong = (torch.empty(share, config.views.channels, view.size, view.size) for view in derive(config).views)

@@ -1,4 +1,4 @@
-"""What changes while a run goes on, and the judge that lets a step change it or not."""
+"""The state that changes while a run goes on, and the judge that lets a step change it or not."""
 
 from __future__ import annotations
 
