@@ -238,7 +238,7 @@ def test_exists_accepts_what_can_be_loaded(tmp_path):
     plant(tmp_path, "flat/a.jpg", "split/train/c/a.jpg", "split/val/c/b.jpg", "imagenet/train/c/a.jpg", "imagenet/val/c/b.jpg")
     (tmp_path / "list.txt").write_text("flat/a.jpg\n")
     for data in ("flat", "split", "list.txt"):
-        exists(str(tmp_path / data), None)
+        assert exists(str(tmp_path / data), None) is not None
     for name in SETS:
         exists(name, str(tmp_path))
 

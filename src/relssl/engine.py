@@ -340,10 +340,8 @@ def _environment() -> Any:
         os.environ |= {name: str(value) for name, value in launch.items()}
         return TorchElasticEnvironment()
     parent = os.getppid() if os.environ.get("LOCAL_RANK") != "0" else None
-    if os.environ.get(MARK) not in (
-        str(os.getpid()),
-        str(parent),
-    ):  # else this is one of those processes, or has started them before
+    # Else this is one of those processes, or has started them before.
+    if os.environ.get(MARK) not in (str(os.getpid()), str(parent)):
         if hasattr(sys, "ps1") or not hasattr(sys.modules["__main__"], "__file__"):
             raise ConfigError(
                 "engine.devices: several processes start from a script or the command line, not from a notebook or an interactive "
@@ -384,5 +382,5 @@ def keep_memory(keep: bool) -> None:
     """
     if platform.libc_ver()[0] == "glibc":
         # Numbers of M_MMAP_MAX, M_TRIM_THRESHOLD and M_TOP_PAD in <malloc.h>, our values and the defaults there.
-        for option, kept, usual in ((-4, 0, 65536), (-1, -1, 128 << 10), (-2, 256 << 20, 128 << 10)):
-            ctypes.CDLL(None).mallopt(option, kept if keep else usual)
+        for option, value, usual in ((-4, 0, 65536), (-1, -1, 128 << 10), (-2, 256 << 20, 128 << 10)):
+            ctypes.CDLL(None).mallopt(option, value if keep else usual)

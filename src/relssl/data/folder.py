@@ -44,7 +44,7 @@ def shown(path: str) -> str:
 
 @dataclass
 class LeftOut:
-    """What `walk` passes over.
+    """The entries that `walk` passes over.
 
     Attributes:
         faults: by name, why an image file or a folder cannot be used.

@@ -1,4 +1,4 @@
-"""What a data set is: images from one source, in memory, as files, or as files that were shrunk beforehand, and their labels."""
+"""A data set: images from one source, in memory, as files, or as files that were shrunk beforehand, and their labels."""
 
 from __future__ import annotations
 

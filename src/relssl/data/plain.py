@@ -78,7 +78,7 @@ class PlainView:
 
 @dataclass(frozen=True)
 class Reader:
-    """How an evaluation reads images."""
+    """The way an evaluation reads images."""
 
     view: PlainView
     workers: int = 0  # loader processes, for files

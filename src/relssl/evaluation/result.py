@@ -72,7 +72,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Task:
-    """What the protocols of one evaluation share."""
+    """The common ground of all protocols of one evaluation."""
 
     spec: BackboneSpec  # of the backbone
     reader: Reader  # how images are read, and what the backbone sees of them

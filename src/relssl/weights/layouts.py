@@ -139,8 +139,8 @@ def find_state(content: Mapping[str, Any], path: Path, outer: str = "") -> tuple
                 part = name if flat else name.partition(".")[0]
                 left_out[part] = left_out.get(part, 0) + (_count(value) if flat else isinstance(value, Tensor))
     if not tensors:
-        looked, held = "state_dict, model, student, teacher or at its top", ", ".join(map(str, list(content)[:4]))
-        raise CheckpointError(f"{path}: holds no weights under {looked}; it holds {held or 'nothing'}")
+        places, listed = "state_dict, model, student, teacher or at its top", ", ".join(map(str, list(content)[:4]))
+        raise CheckpointError(f"{path}: holds no weights under {places}; it holds {listed or 'nothing'}")
     return _timm_names(tensors, path), left_out
 
 
@@ -245,8 +245,10 @@ def split(
     prefixes = {"student": _first(layout.student, tensors), "teacher": _first(layout.teacher, tensors)}
     chosen = network or next((side for side in (layout.default, *prefixes) if prefixes[side] is not None), layout.default)
     if (prefix := prefixes[chosen]) is None:
-        looked, held = " or ".join(layout.student + layout.teacher), ", ".join(list(tensors)[:4])
-        raise CheckpointError(f"{path}: holds no {network or 'backbone'} of layout {name} (looked for {looked}); it holds {held}")
+        places, listed = " or ".join(layout.student + layout.teacher), ", ".join(list(tensors)[:4])
+        raise CheckpointError(
+            f"{path}: holds no {network or 'backbone'} of layout {name} (looked for {places}); it holds {listed}"
+        )
     names = {key.removeprefix(prefix) for key in tensors if key.startswith(prefix)}
     prefix += "" if outer else _find_prefix(names, wanted, path)
     for key in tensors:

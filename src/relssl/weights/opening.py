@@ -31,7 +31,7 @@ class Run:
 
     @property
     def data(self) -> dict[str, Any]:
-        """What the run was trained on, {"images": count, "fingerprint"}, as far as it is known."""
+        """Facts about the data that the run was trained on, {"images": count, "fingerprint"}, as far as it is known."""
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # torn, or of another version
             return dict(json.loads((self.folder / "environment.json").read_text())["data"])
         return {}
@@ -125,7 +125,7 @@ class Opened:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a reader of any figure of these weights must know, such as names that were allowed to be missing."""
+        """Notes for readers of any figure of these weights, such as names that were allowed to be missing."""
         return () if self.report is None else self.report.gaps()
 
     def reader(self, size: int | None = None, workers: int | None = None) -> Reader:
