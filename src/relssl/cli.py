@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import relssl
-from relssl.data.named import at_hand, exists, load
 from relssl.errors import CheckpointError, ConfigError, DataError, Interrupted, LockedError, NumericError, RelsslError
 from relssl.options import Outcome, Overrides, option, parse, verb
 from relssl.settings import recipes
@@ -292,6 +291,8 @@ def validate(args: argparse.Namespace, overrides: Overrides) -> Outcome | None:
     typed = config = _run_settings(args, overrides)
     if args.show:
         return Outcome({"valid": True, "recipe": config.recipe}, to_yaml(config).rstrip())
+    from relssl.data.named import at_hand, exists, load  # after --help, for which this is slow
+
     if exists(typed.data, typed.data_root) is None:
         data: dict[str, Any] = {"here": at_hand(typed.data, typed.data_root)}
         lines = [f"{typed.data}: a known data set, {'here' if data['here'] else 'to be downloaded'}"]
@@ -358,6 +359,8 @@ def _prepare(config: Config | None = None) -> None:
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
     if config is not None:
+        from relssl.data.named import exists
+
         exists(config.data, config.data_root)
     from relssl.engine import prepare_process
 
