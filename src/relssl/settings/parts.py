@@ -1,0 +1,79 @@
+"""Parts of a run from outside the package: named as `package.module:name`, or handed over as objects in Python.
+
+A setting holds text in either case, so that settings can be stored and compared: the name, or `handed:` and what the object is. Whoever
+needs the part asks `find` for it. Each part belongs to one setting: backbone, data, method.name, views.weak.name, views.strong.name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
+from typing import Any
+
+from relssl.errors import ConfigError
+
+_HANDED = "handed:"
+_NAME = re.compile(r"[A-Za-z_]\w*([.][A-Za-z_]\w*)*:[A-Za-z_]\w*")
+_AT_HAND: ContextVar[Mapping[str, Any]] = ContextVar("parts", default={})  # noqa: B039 - never changed in place
+
+
+def is_part(value: Any) -> bool:
+    """Return whether a setting's value names a part from outside, by the look of it alone."""
+    return isinstance(value, str) and (value.startswith(_HANDED) or _NAME.fullmatch(value) is not None)
+
+
+def name_of(part: Any) -> str:
+    """Return the text that stands in the settings for an object that is handed over."""
+    named = part if hasattr(part, "__qualname__") else type(part)  # a class or function, else an object of a class
+    return f"{_HANDED}{named.__module__}.{named.__qualname__}"
+
+
+@contextlib.contextmanager
+def at_hand(parts: Mapping[str, Any]) -> Iterator[None]:
+    """Let `find` return these objects, by the settings that they belong to, inside the context."""
+    token = _AT_HAND.set({**_AT_HAND.get(), **parts})
+    try:
+        yield
+    finally:
+        _AT_HAND.reset(token)
+
+
+def find(setting: str, value: str) -> Any:
+    """Return the object that a setting's `value` names.
+
+    Raises:
+        ConfigError: if it was handed over to another process or another call, or cannot be imported, with the setting and the reason.
+    """
+    if value.startswith(_HANDED):
+        part = _AT_HAND.get().get(setting)
+        if part is None or name_of(part) != value:
+            title = value.removeprefix(_HANDED)
+            raise ConfigError(
+                f"{setting}: {title} was handed over in Python, and is not at hand here; hand it over again ({_again(setting)})"
+            )
+        return part
+    module, _, name = value.partition(":")
+    sys.path.insert(0, os.getcwd())  # where a user's own module lies, whatever the command that runs
+    try:
+        return getattr(importlib.import_module(module), name)
+    except Exception as error:  # whatever a module raises as it is imported
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ConfigError(
+            f"{setting}: {value} cannot be imported ({reason}); needs package.module:name, found from here"
+        ) from error
+    finally:
+        sys.path.remove(os.getcwd())
+
+
+def _again(setting: str) -> str:
+    argument = setting.removesuffix(".name").partition(".")[0]
+    return (
+        f"relssl.resume(RUN, {argument}=...)"
+        if argument != "backbone"
+        else "backbone=... of relssl.resume and relssl.load_backbone"
+    )
