@@ -23,6 +23,7 @@ from relssl.data.folder import EXTENSIONS, LeftOut, complete, read_folder, shown
 from relssl.data.images import IMAGENET_MEAN, IMAGENET_STD, Channels, Files, Images, Pixels
 from relssl.data.lists import LIST_SUFFIXES, read_list
 from relssl.errors import ConfigError, DataError
+from relssl.settings import parts
 from relssl.settings.reading import nearest_word
 
 T = TypeVar("T")
@@ -51,7 +52,7 @@ def load(data: str, root: str | None, split: str) -> Images:
     """Return the images that DATA names.
 
     Args:
-        data: a name of `SETS`, a folder, or a list file (.txt, .lst, .csv, .tsv).
+        data: a name of `SETS`, a folder, a list file (.txt, .lst, .csv, .tsv), or a part from outside, see `own.open_dataset`.
         root: where named data sets lie; None: $RELSSL_DATA, else ~/.cache/relssl.
         split: "train" (what pretraining uses), "bank" (training images with labels) or "test". The first two are one and
             the same but for stl10, whose `train` holds its unlabelled images (label -1) as well.
@@ -63,7 +64,11 @@ def load(data: str, root: str | None, split: str) -> Images:
     if split not in SPLITS:
         raise ConfigError(f"split: must be one of {', '.join(SPLITS)}, got {split!r} (nearest: {nearest_word(split, SPLITS)})")
     path = exists(data, root)
-    if path is None or data in SETS:
+    if parts.is_part(data):
+        from relssl.data.own import open_dataset
+
+        images = open_dataset(parts.find("data", data), data.removeprefix("handed:"), split)
+    elif path is None or data in SETS:
         images = _READERS[SETS[data].kind](data, data_root(root), split)
     elif os.path.isdir(path):
         images = read_voc(path, split) if _voc_lists(path) else read_folder(path, split)
@@ -109,12 +114,14 @@ def exists(data: str, root: str | None) -> str | None:
     """Check that DATA can be what it names, before anything slow is imported; images are not read.
 
     Returns:
-        The folder or list file that it names; None for a set that `load` may download or draw.
+        The folder or list file that it names; None for a set that `load` may download, draw or call for.
 
     Raises:
         DataError: for a name that is not known, a path that does not exist, a folder without images, an empty list file.
     """
     path = os.path.expanduser(data)
+    if parts.is_part(data):
+        return None
     if data in SETS:
         if SETS[data].kind != "imagenet":
             return None
