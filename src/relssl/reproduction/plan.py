@@ -19,7 +19,7 @@ from relssl.reproduction.tables import Row, Table, known
 from relssl.settings.evaluation import Evaluation, read_settings
 from relssl.settings.reading import leaves, read_yaml
 from relssl.settings.recipes import layer, spell_out
-from relssl.settings.run import Config, from_mapping, resolve
+from relssl.settings.run import Config, from_mapping, resolve, to_mapping
 
 # Settings that do not change what a run learns, and those that the data fills in.
 _NEUTRAL = ("out", "time_limit", "data_root")
@@ -146,7 +146,7 @@ def _run(table: Table, row: Row, seed: int, folder: Path, over: dict[str, Any]) 
         if "max_images" in over:
             settings["log.knn_images"] = evaluation["images"] = [over["max_images"]] * 2
     settings = layer(settings, over) | {"seed": seed, "out": str(folder / f"{row.name}-{seed}")}
-    config = from_mapping(dataclasses.asdict(resolve(settings)))  # in which nothing gives way: rows are compared
+    config = from_mapping(to_mapping(resolve(settings)))  # in which nothing gives way: rows are compared
     return Run(row, seed, settings, config, read_settings(evaluation | {"device": config.engine.device}), Path(settings["out"]))
 
 

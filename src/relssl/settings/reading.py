@@ -58,6 +58,8 @@ def leaves(cls: Any, prefix: str = "") -> dict[str, FieldInfo]:
     """Return every setting below a dataclass of settings as {dotted name: field}."""
     fields: dict[str, FieldInfo] = {}
     for name, field in cls.__pydantic_fields__.items():
+        if field.exclude:
+            continue
         inner = dataclasses.is_dataclass(field.annotation)
         fields |= leaves(field.annotation, f"{prefix}{name}.") if inner else {prefix + name: field}
     return fields

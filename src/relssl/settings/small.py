@@ -8,7 +8,7 @@ from operator import attrgetter
 
 from relssl.errors import DataError
 from relssl.settings.reading import leaves, nest
-from relssl.settings.run import Config, check, derive, replace
+from relssl.settings.run import Config, check, derive
 
 
 def give_way(config: Config, images: int) -> Config:
@@ -26,7 +26,7 @@ def give_way(config: Config, images: int) -> Config:
     batch = derived.passes << int(math.log2(max(2, images / 4 / derived.passes)))  # a power of two in each part
     batch = before if "batch_size" in config.typed else min(batch, before)
     memory = max(batch, 1 << int(math.log2(max(2, images / 2)))) if derived.traits.memory else method.memory_size
-    quarter = round(replace(config, batch_size=batch).steps(images) / max(1, images // batch) / 4, 6)
+    quarter = round(dataclasses.replace(config, batch_size=batch).steps(images) / max(1, images // batch) / 4, 6)
     smaller = {
         "batch_size": batch,
         "optimizer.lr": optimizer.lr * batch / before,
@@ -37,8 +37,7 @@ def give_way(config: Config, images: int) -> Config:
     }
     changes = nest({name: value for name, value in smaller.items() if name not in config.typed})
     sections = {name: dataclasses.replace(getattr(config, name), **value) for name, value in changes.items() if "_" not in name}
-    fitted = replace(config, **changes | sections)
-    return check(fitted)
+    return check(dataclasses.replace(config, **changes | sections))
 
 
 def adjustments(before: Config, after: Config, images: int) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import importlib.util
 import json
 import os
@@ -13,7 +12,7 @@ from typing import Any
 
 from relssl.errors import ConfigError
 from relssl.files import write_json
-from relssl.settings.run import Config
+from relssl.settings.run import Config, to_mapping
 
 _RELATION = ("teacher_entropy", "teacher_neighbours", "kl", "agreement", "embedding_std", "effective_rank")
 _SPEED = ("images_per_second", "data_wait")
@@ -47,11 +46,6 @@ class Loggers:
         known, ids = folder / "loggers.json", dict[str, Any]()
         with contextlib.suppress(OSError, ValueError):
             ids = json.loads(known.read_text())
-        if config.log.to:
-            from lightning.fabric.utilities import rank_zero_only
-
-            # They write in the process that Lightning takes for the first, by whatever variables are about.
-            rank_zero_only.rank = 0
         for name in dict.fromkeys(config.log.to):
             with self._surviving(name):
                 self._loggers[name] = logger = _open(name, folder, start, ids.get(name))
@@ -59,7 +53,7 @@ class Loggers:
                     for row in rows:
                         self._log(logger, row)
                 elif name != "tensorboard" and name not in ids:
-                    logger.log_hyperparams(dataclasses.asdict(config))
+                    logger.log_hyperparams(to_mapping(config))
                     ids[name] = logger.version if name == "wandb" else logger.run_id
         if ids:
             write_json(known, ids)
@@ -84,12 +78,18 @@ class Loggers:
 
     @contextlib.contextmanager
     def _surviving(self, name: str) -> Any:
+        from lightning.fabric.utilities import rank_zero_only
+
+        # Loggers write in the process that Lightning takes for the first, by whatever variables are about.
+        rank, rank_zero_only.rank = rank_zero_only.rank, 0
         try:
             yield
         except Exception as error:  # whatever others' services run into
             self._loggers.pop(name, None)
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             self._say(f"log.to: {name} gets no more figures ({reason}); metrics.jsonl has them all")
+        finally:
+            rank_zero_only.rank = rank
 
 
 def _open(name: str, folder: Path, start: int, known: str | None) -> Any:
