@@ -77,31 +77,31 @@ class Opened:
 
 
 @contextlib.contextmanager
-def open_image(file: str | bytes, max_pixels: int) -> Iterator[Opened]:
-    """Open an image file, or the bytes of one. A JPEG is decoded by `rgb`; any other file at once, as its header need not say how it lies.
+def open_image(image: str | Callable[[], bytes], max_pixels: int) -> Iterator[Opened]:
+    """Open an image. A JPEG is decoded by `rgb`; any other file at once, as its header need not say how it lies.
 
     Transparent pixels are laid on white. Palettes, grey, 1-bit, CMYK and YCbCr are converted; 16-bit grey is scaled by 255/65535;
     of an animation the first frame is taken; the EXIF orientation is applied. Floating-point and 32-bit images have no defined
     white and are refused, as are cut-off files.
 
     Args:
-        file: the path, where anything but a regular file is refused without reading it, or the content.
+        image: the path of its file; anything but a regular file is refused without reading it. Or what returns the file's bytes.
         max_pixels: refuse images with more pixels than this, before decoding them. Above 178,956,970 Pillow's own limit rules.
 
     Raises:
         BadImage: for every file that cannot be read, whatever it holds.
     """
     with contextlib.ExitStack() as files:
-        with refusals():
-            opened_file = open(file, "rb", opener=open_regular) if isinstance(file, str) else io.BytesIO(file)
-            image = _read_header(files.enter_context(opened_file), max_pixels)
-            if image.format in ("JPEG", "MPO"):
-                turn, sides = _orientation(image), image.size
+        with _refusals():
+            file = io.BytesIO(image()) if callable(image) else files.enter_context(open(image, "rb", opener=open_regular))
+            opening = _read_header(file, max_pixels)
+            if opening.format in ("JPEG", "MPO"):
+                turn, sides = _orientation(opening), opening.size
                 # A turned image's far side becomes its top or left: it must hold whole squares of pixels.
                 whole = (r for r in (1, 2, 4, 8) if r <= min(sides) and (turn == 1 or not any(side % r for side in sides)))
-                opened = Opened(sides if turn >= 5 else sides[::-1], partial(_upright_rgb, image), tuple(whole))
+                opened = Opened(sides if turn >= 5 else sides[::-1], partial(_upright_rgb, opening), tuple(whole))
             else:
-                opened = Opened.of(_upright_rgb(image))
+                opened = Opened.of(_upright_rgb(opening))
         yield opened
 
 
@@ -112,7 +112,7 @@ def decode(path: str, max_pixels: int) -> Image.Image:
 
 
 @contextlib.contextmanager
-def refusals() -> Iterator[None]:
+def _refusals() -> Iterator[None]:
     """Turn whatever goes wrong inside into a BadImage."""
     try:
         # Pillow warns about odd EXIF data, palettes and sizes; none of that is news in a folder of a million images. The
@@ -174,7 +174,7 @@ def _orientation(image: Image.Image) -> int:
 
 def _upright_rgb(image: ImageFile.ImageFile, reduction: int = 1) -> Image.Image:
     """Read an image of ours, as `upright_rgb` returns it."""
-    with refusals():
+    with _refusals():
         if reduction > 1:
             image.draft(None, (image.width // reduction, image.height // reduction))
         image.load()
@@ -186,7 +186,7 @@ def _upright_rgb(image: ImageFile.ImageFile, reduction: int = 1) -> Image.Image:
 
 def upright_rgb(image: Image.Image) -> Image.Image:
     """Return an image of any kind, turned as its EXIF orientation says, as RGB; BadImage as `open_image` says."""
-    with refusals():
+    with _refusals():
         image.load()
         turn, rgb = _orientation(image), _to_rgb(image)
         return rgb.transpose(Image.Transpose[_TURNS[turn - 2]]) if turn > 1 else rgb

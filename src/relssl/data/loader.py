@@ -28,7 +28,6 @@ from relssl.data.decode import BadImage, Opened
 from relssl.data.draws import Ints, Slot, draw, draw_crops, uniforms
 from relssl.data.folder import shown
 from relssl.data.images import Fault, Images, Pixels
-from relssl.data.own import Items
 from relssl.data.transforms import Transform, seeded
 from relssl.engine import available_cores, send
 from relssl.errors import STOPPING, ConfigError, DataError
@@ -135,8 +134,8 @@ class Loader:
         self._calls = [Transform.of(view, slot, self.statistics) for slot, view in enumerate(self.views)]
         if settings.path == "resident" and not (images.in_memory and not any(self._calls)):
             raise ConfigError("loader.path: resident is for data sets held in memory and views of ours; use files for others")
-        if settings.cache is not None and isinstance(images.source, (Pixels, Items)):
-            raise ConfigError(f"loader.cache: is for files, which the images of {images.name} are not; use null")
+        if settings.cache is not None and (images.in_memory or images.channels != 3):
+            raise ConfigError(f"loader.cache: is for colour images that have to be decoded, not for those of {images.name}; use null")
         fitting(len(self.statistics[0]), images)
         self.workers: int | None = worker_count(settings.workers, self.processes)
         if isinstance(images.source, Pixels) and settings.path != "files" and not any(self._calls):

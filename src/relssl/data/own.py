@@ -104,7 +104,7 @@ def open_item(image: Any, max_pixels: int) -> Iterator[Opened]:
     if isinstance(image, ImageFile.ImageFile) and image.fp is not None and image.filename:
         image = image.filename  # not read yet: processes must not share its file
     if isinstance(image, (str, bytes, os.PathLike)):
-        with open_image(image if isinstance(image, bytes) else os.fspath(image), max_pixels) as opened:
+        with open_image((lambda: image) if isinstance(image, bytes) else os.fspath(image), max_pixels) as opened:
             yield opened
         return
     opened = Opened.of(upright_rgb(image)) if isinstance(image, Image.Image) else Opened.of_bands(to_bands(image))
