@@ -68,7 +68,7 @@ def test_all_faults_are_reported_at_once_by_name() -> None:
         ({"method": "byol", "encoder.predictor": "none"}, "encoder.predictor"),
         ({"method": "simclr", "accumulate": 2}, "accumulate"),
         ({"method.symmetric": True}, "method.symmetric"),
-        ({"views.channels": 2}, "views.channels"),
+        ({"views.channels": 17}, "views.channels"),
         ({"backbone_args": {"in_chans": 4}}, "backbone_args"),
         *(
             ({"backbone_args": {name: value}}, f"backbone_args: {name}")

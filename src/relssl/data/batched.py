@@ -94,7 +94,7 @@ def _crop(images: Tensor, view: ViewConfig, draws: Draws, flip: Bools | None) ->
     top, left, rows, columns = draws.crop.T
     down = _resize_weights(column(top, x), column(rows, x), None, height, view.size)
     across = _resize_weights(column(left, x), column(columns, x), flip, width, view.size).div_(white)
-    wide = torch.bmm(x.reshape(len(x), -1, width), across.transpose(1, 2))
+    wide = torch.bmm(x.flatten(1, 2), across.transpose(1, 2))
     return torch.matmul(down[:, None], wide.view(*x.shape[:3], view.size))
 
 

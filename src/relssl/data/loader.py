@@ -135,7 +135,9 @@ class Loader:
         if settings.path == "resident" and not (images.in_memory and not any(self._calls)):
             raise ConfigError("loader.path: resident is for data sets held in memory and views of ours; use files for others")
         if settings.cache is not None and (images.in_memory or images.channels != 3):
-            raise ConfigError(f"loader.cache: is for colour images that have to be decoded, not for those of {images.name}; use null")
+            raise ConfigError(
+                f"loader.cache: is for colour images that have to be decoded, not for those of {images.name}; use null"
+            )
         fitting(len(self.statistics[0]), images)
         self.workers: int | None = worker_count(settings.workers, self.processes)
         if isinstance(images.source, Pixels) and settings.path != "files" and not any(self._calls):
@@ -259,10 +261,10 @@ class Crops(Dataset[Sample]):
         whole = any(self.calls) or not self.settings.reduced_decode
         spare = 1 if whole else min(box[2:].min() / size for box, size in zip(boxes, sizes, strict=True))
         reduction = max((each for each in opened.reductions if each <= spare), default=1)
-        image = opened.rgb(reduction) if opened.bands is None else opened.bands
         if reduction > 1:  # boxes then have parts of pixels at their edges, which only Pillow takes
+            image = opened.rgb(reduction)
             return [crop_reduced(image, box / reduction, size) for box, size in zip(boxes, sizes, strict=True)]
-        pixels = pil_to_tensor(image) if opened.bands is None else torch.from_numpy(opened.bands)
+        pixels = pil_to_tensor(opened.rgb(1)) if opened.bands is None else torch.from_numpy(opened.bands)
         crops = []
         for slot, (box, size, call) in enumerate(zip(boxes, sizes, self.calls, strict=True)):
             if call is None:

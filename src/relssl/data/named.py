@@ -90,7 +90,7 @@ def sample(data: str, root: str | None, count: int) -> Images | None:
     """
     if not at_hand(data, root):
         return None
-    with contextlib.suppress(DataError):
+    with contextlib.suppress(DataError, ConfigError):  # what was handed over is not always at hand
         if (path := exists(data, root)) is None or not os.path.isdir(path):
             return load(data, root, "train")
         folder = split_folders(path)["train"]

@@ -118,41 +118,40 @@ def to_bands(image: Any) -> np.ndarray:
 
     Where both layouts fit, arrays have their channels last and tensors first.
     """
-    values, first = _array(image), isinstance(image, Tensor)
-    if values.ndim == 2:
-        values = values[..., None]
-        first = False
-    fits = {
-        True: values.ndim == 3 and values.shape[0] <= MOST_CHANNELS,
-        False: values.ndim == 3 and values.shape[-1] <= MOST_CHANNELS,
-    }
-    if not any(fits.values()) or 0 in values.shape:
+    values = _array(image)
+    first, last = (values.ndim == 3 and values.shape[axis] <= MOST_CHANNELS for axis in (0, -1))
+    if not values.size or not (values.ndim == 2 or first or last):
         raise BadImage(f"has shape {[*image.shape]}; needs [H, W], [H, W, C] or [C, H, W] with 1 to {MOST_CHANNELS} channels")
-    first = first if all(fits.values()) else fits[True]
-    return np.ascontiguousarray(_eight_bit(values if first else values.transpose(2, 0, 1)))
+    if values.ndim == 2:
+        values = values[None]
+    elif last and not (first and isinstance(image, Tensor)):
+        values = values.transpose(2, 0, 1)
+    return np.ascontiguousarray(_eight_bit(values))
 
 
 def _array(image: Any) -> np.ndarray:
     if isinstance(image, Tensor):
         image = image.detach().cpu()
-        return (image.float() if image.is_floating_point() else image).numpy()
+        image = (image.float() if image.is_floating_point() else image).numpy()
     if not isinstance(image, np.ndarray):
         raise BadImage(
             f"is a {type(image).__name__}; needs a PIL image, an array or tensor, or the path or bytes of an image file"
         )
-    return image
+    array: np.ndarray = image
+    return array
 
 
 def _eight_bit(values: np.ndarray) -> np.ndarray:
     if values.dtype == np.uint8:
         return values
     if values.dtype == np.bool_:
-        return values.astype(np.uint8) * 255
+        return np.where(values, np.uint8(255), np.uint8(0))
     if values.dtype.kind == "f":
         low, high = float(values.min()), float(values.max())
         if not (low > -0.01 and high < 1.01):  # filters overshoot a little; NaN is neither
             raise BadImage(f"has floats from {low:.3g} to {high:.3g}; they must lie in 0..1, not normalised")
-        return np.rint(values.clip(0, 1) * 255).astype(np.uint8)
+        rounded: np.ndarray = np.rint(values.clip(0, 1) * 255).astype(np.uint8)
+        return rounded
     if values.dtype in (np.uint16, np.int32):
         return from_16_bits(values)
     raise BadImage(f"has {values.dtype} pixels; needs uint8, uint16, int32 of 16 bits, or floats in 0..1")
@@ -165,7 +164,7 @@ def measured(images: Images) -> tuple[Channels, Channels]:
         with suppress(BadImage), images.source.open(row, _MOST_PIXELS) as opened:
             assert opened.bands is not None
             values = opened.bands.reshape(images.channels, -1) / 255
-            sums += values.shape[1], values.sum(1), (values**2).sum(1)
+            sums += np.stack([np.full(len(values), values.shape[1]), values.sum(1), (values**2).sum(1)])
     mean = sums[1] / sums[0]
     std = np.sqrt(np.maximum(sums[2] / sums[0] - mean**2, _FEW**2))
     return tuple(mean.round(4).tolist()), tuple(std.round(4).tolist())
@@ -197,7 +196,7 @@ def open_dataset(dataset: Any, name: str, split: str = "train") -> Images:
         raise DataError(f'{name}: has no test images; hand over a mapping {{"train": ..., "test": ...}}')
     labels, classes = _labels(dataset)
     dataset = getattr(dataset, "tensors", dataset)
-    if isinstance(dataset, tuple) and len(dataset) in (1, 2) and _is_whole(dataset[0]) or _is_pair(dataset):
+    if (isinstance(dataset, tuple) and len(dataset) in (1, 2) and _is_whole(dataset[0])) or _is_pair(dataset):
         dataset = dataset[0]
     if isinstance(dataset, (str, bytes)) or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         needs = "a data set with `len` and `[i]`, or an array or tensor of images [N, H, W, C] or [N, C, H, W]"
@@ -219,16 +218,16 @@ def _is_pair(dataset: Any) -> bool:
 
 def _pixels(images: Any, name: str) -> Pixels:
     """Return an array or tensor of images as uint8 [N,C,H,W]: itself if it is so already."""
-    shape = to_bands(images[0]).shape if len(images) else (3, 1, 1)
-    if images.shape[1:] == shape and str(images.dtype).endswith("uint8"):
-        usable = isinstance(images, Tensor) or images.flags.writeable
-        return Pixels(as_tensor(images if usable else images.copy()).detach().cpu().contiguous(), name)
-    pixels = empty((len(images), *shape), dtype=uint8)
-    for row in range(len(images)):
-        try:
+    row, usable = 0, isinstance(images, Tensor) or images.flags.writeable
+    try:
+        shape = to_bands(images[0]).shape if len(images) else (3, 1, 1)
+        if images.shape[1:] == shape and str(images.dtype).endswith("uint8"):
+            return Pixels(as_tensor(images if usable else images.copy()).detach().cpu().contiguous(), name)
+        pixels = empty((len(images), *shape), dtype=uint8)
+        for row in range(len(images)):
             pixels[row] = from_numpy(to_bands(images[row]))
-        except BadImage as fault:
-            raise DataError(f"{name}/{row:06}: {fault}") from fault
+    except BadImage as fault:
+        raise DataError(f"{name}/{row:06}: {fault}") from fault
     return Pixels(pixels, name)
 
 
@@ -275,7 +274,7 @@ def _labels(dataset: Any) -> tuple[np.ndarray | None, tuple[str, ...] | None]:
         return _coded(dataset[column][:], getattr(dataset.features[column], "names", None))  # Hugging Face's
     for name in ("targets", "labels"):
         values = getattr(dataset, name, None)
-        if hasattr(values, "__len__") and len(values) == len(dataset):
+        if values is not None and hasattr(values, "__len__") and len(values) == len(dataset):
             return _coded(values, getattr(dataset, "classes", None))
     return None, None
 

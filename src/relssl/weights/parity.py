@@ -100,7 +100,10 @@ def real_images(view: PlainView, config: Config | None = None, images: Images | 
         for row in range(min(len(source), 4 * COUNT)):  # a few more than are needed, for files that cannot be read
             if len(viewed) < COUNT:
                 with contextlib.suppress(BadImage):
-                    viewed.append(view(source.read(row, max_pixels)))
+                    image = source.read(row, max_pixels)
+                    if view.channels not in (1, 3) and source is not images:  # digits for a network of other channels: repeated
+                        image = np.resize(np.asarray(image).transpose(2, 0, 1), (view.channels, image.height, image.width))
+                    viewed.append(view(image))
         return viewed
 
     if images is not None and (batch := views(images)):
