@@ -21,7 +21,7 @@ from relssl.data.images import Files, Images, Pixels
 from relssl.errors import ConfigError, DataError
 from relssl.settings.evaluation import Evaluation, read_settings
 from relssl.settings.reading import leaves, nest, read_yaml
-from relssl.settings.run import RETIRED, Config, derive, from_mapping, resolve, to_yaml
+from relssl.settings.run import RETIRED, Config, derive, from_mapping, resolve, to_mapping, to_yaml
 from relssl.settings.small import adjustments, give_way
 from relssl.train.pretrain import complete_settings
 
@@ -203,7 +203,7 @@ def test_views_are_not_larger_than_images_in_memory(over: dict[str, Any]) -> Non
         complete_settings(resolve({"data": "cifar10", **over}), images)
     assert complete_settings(resolve({"data": "cifar10", "views.enlarge": True, **over}), images).views.margin == 1.0
     assert complete_settings(resolve({"data": "cifar10"}), images).views.mean == images.mean
-    files = Images("files", Files("/", [(b"a.jpg", 1)] * 4), labels=np.array([0] * 4))
+    files = Images("files", Files.of("/", [(b"a.jpg", 1)] * 4), labels=np.array([0] * 4))
     assert complete_settings(resolve({"data": "cifar10", **over}), files).views.margin == 256 / 224
 
 
@@ -249,7 +249,7 @@ def test_one_word_sets_both_views_and_two_words_for_one_setting_must_agree() -> 
         "views.crops" in faults({"recipe": "imagenet-5crop", "img_size": 96})[0]
     )  # where the student's views have sizes of their own
     crops = resolve({"recipe": "imagenet-5crop"})
-    assert resolve(dataclasses.asdict(crops)) == crops
+    assert resolve(to_mapping(crops)) == crops
 
 
 @pytest.mark.parametrize(
@@ -327,7 +327,7 @@ def test_what_was_typed_stays_and_recipes_fit_their_own_data() -> None:
         "imagenet": 1_281_167,
     }.items():
         assert all(give_way(config, images) == config for config in (resolve({"data": data}), resolve({"recipe": data})))
-    stored = from_mapping(dataclasses.asdict(resolve({"data": "photos"})))
+    stored = from_mapping(to_mapping(resolve({"data": "photos"})))
     assert give_way(stored, 100) == stored  # of a run that goes on
     assert faults({"warmup_epochs": 2, "epochs": 1})
     with pytest.raises(DataError, match="too few images"):

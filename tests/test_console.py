@@ -159,6 +159,7 @@ def test_loggers_have_every_row_once_after_a_resume_in_groups(tmp_path: Path, mo
     with pytest.raises(Interrupted):
         small_run(folder, time_limit=1e-6, **more)
     relssl.resume(folder, quiet=True, time_limit=float("inf"))
+    assert rank_zero_only.rank == 3
     rows = read_rows(folder / "metrics.jsonl")
     with (folder / "csv/metrics.csv").open() as file:
         table = list(csv.DictReader(file))

@@ -8,7 +8,7 @@ import os
 import re
 
 from relssl.errors import ConfigError
-from relssl.settings.run import Config, check, replace
+from relssl.settings.run import Config, check
 
 MARK = "RELSSL_LAUNCHER"  # variable with the id of the process that started the others
 
@@ -61,7 +61,7 @@ def with_launch(config: Config, *, resumed: bool = False) -> Config:
             f"engine.devices: asks for {count} processes, the launcher has started {world}; leave devices and nodes to it"
         )
     engine = dataclasses.replace(config.engine, devices=here, nodes=world // here)
-    return check(replace(config, engine=engine))
+    return check(dataclasses.replace(config, engine=engine))
 
 
 def rank() -> int:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping
 from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import yaml
 from pydantic import BeforeValidator, Field
@@ -298,8 +298,8 @@ class Config:
     loader: LoaderConfig = LoaderConfig()
     log: LogConfig = LogConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
-    # Dotted names of the settings that the user typed; the others give way to small data. None, as of stored runs: nothing does.
-    typed: ClassVar[frozenset[str] | None] = None
+    # No setting: the dotted names of those that the user typed; the others give way to small data. None, as of stored runs: nothing does.
+    typed: Annotated[frozenset[str] | None, Field(exclude=True)] = dataclasses.field(default=None, compare=False, repr=False)
 
     def steps(self, images: int) -> int:
         """Return the optimizer steps of the run on so many images."""
@@ -354,16 +354,6 @@ def resolve(overrides: Mapping[str, Any], config_file: str | Path | None = None)
     return _checked(recipes.layer(_current(recipes.read(recipe)), over | {"recipe": recipe}), typed)
 
 
-def replace(config: Config, **changes: Any) -> Config:
-    """Return the settings with some changed; what the user typed stays known."""
-    return _typed(dataclasses.replace(config, **changes), config.typed)
-
-
-def _typed(config: Config, names: frozenset[str] | None) -> Config:
-    object.__setattr__(config, "typed", names)
-    return config
-
-
 def from_mapping(raw: Mapping[str, Any]) -> Config:
     """Return the checked Config of a mapping, such as a run's config.yaml; retired settings in it are passed over."""
     return _checked(_current(raw))
@@ -379,7 +369,7 @@ def _checked(raw: dict[str, Any], typed: frozenset[str] | None = None) -> Config
     for name, usual in (("views.weak", "weak"), ("views.strong", "contrastive")):
         named = {"name": usual} | VIEWS.get(str(raw.get(f"{name}.name", usual)), {})
         raw = {f"{name}.{key}": value for key, value in named.items()} | raw
-    return check(_typed(build(Config, raw, RETIRED), typed))
+    return check(dataclasses.replace(build(Config, raw, RETIRED), typed=typed))
 
 
 def check(config: Config) -> Config:
@@ -455,7 +445,12 @@ def differences(config: Config) -> dict[str, Any]:
     return {name: value for name, (value, usual) in pairs.items() if value != usual}
 
 
+def to_mapping(config: Config) -> dict[str, Any]:
+    """Return all settings, section by section, as `from_mapping` reads them back to an equal Config."""
+    return {name: value for name, value in dataclasses.asdict(config).items() if name != "typed"}
+
+
 def to_yaml(config: Config) -> str:
-    """Return the whole configuration as YAML that `from_mapping(read_yaml(...))` reads back to an equal Config."""
-    plain = json.loads(json.dumps(dataclasses.asdict(config)))  # without tuples
+    """Return all settings as YAML that `from_mapping(read_yaml(...))` reads back to an equal Config."""
+    plain = json.loads(json.dumps(to_mapping(config)))  # without tuples
     return yaml.safe_dump(plain, sort_keys=False, width=120, default_flow_style=None)

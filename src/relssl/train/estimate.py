@@ -20,14 +20,13 @@ import torch
 import torch.nn.functional as F
 
 from relssl.data.cache import Shrunk, place
-from relssl.data.images import Files
 from relssl.engine import Engine, available_cores, fast_bf16
 from relssl.errors import ConfigError
 from relssl.files import size
 from relssl.method import create_student
 from relssl.method.backbones import count_flops
 from relssl.settings.launcher import with_launch
-from relssl.settings.run import Config, derive, replace, resolve
+from relssl.settings.run import Config, derive, resolve
 from relssl.train.checkpoint import whole_state
 from relssl.train.loop import Run, create_run, knn_due, save_due, train_step
 from relssl.train.memory import memory_used, step_memory
@@ -125,7 +124,7 @@ def estimate(
     engine, still = Engine(settings.engine), dataclasses.replace(settings.optimizer, lr=_STILL)
     lines = list[str]()
     with engine.running(), explaining(settings, engine):
-        run = build(replace(settings, optimizer=still), engine, lines.append)
+        run = build(dataclasses.replace(settings, optimizer=still), engine, lines.append)
         compile_networks(run)
         timed = affordable(run)
         batch = "" if timed is run else f" of {timed.config.batch_size} instead of {run.config.batch_size} images"
@@ -199,7 +198,6 @@ def _missing_cache(run: Run) -> int:
     loader, images = run.config.loader, run.images
     if loader.cache is None:
         return 0
-    assert isinstance(images.source, Files)
     shrunk = Shrunk.load(place(images, loader), images.source)
     lacking = len(images) - len(shrunk)
     if not run.engine.largest(lacking):

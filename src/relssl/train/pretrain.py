@@ -26,7 +26,7 @@ from relssl.errors import ConfigError, DataError, DistributedError, ExportError,
 from relssl.evaluation.pairs import LabelledPair, choose
 from relssl.files import read_rows, write_file, write_json
 from relssl.settings.launcher import rank, with_launch
-from relssl.settings.run import METHODS, Config, derive, from_mapping, replace, resolve, to_yaml
+from relssl.settings.run import METHODS, Config, derive, from_mapping, resolve, to_mapping, to_yaml
 from relssl.settings.small import adjustments, give_way
 from relssl.train import checkpoint
 from relssl.train.console import Display
@@ -93,7 +93,7 @@ def pretrain(
         raise ConfigError(f"resume: must be auto, got {resume}; to go on with a run: relssl resume RUN")
     if resume and (folder / "config.yaml").exists():
         return _go_on(folder, resolved, quiet)
-    resolved = replace(resolved, out=str(folder), data=_whole_path(resolved.data, resolved.data_root))
+    resolved = dataclasses.replace(resolved, out=str(folder), data=_whole_path(resolved.data, resolved.data_root))
     refuse_missing(resolved.log.to)
     engine = Engine(resolved.engine)
     folder = engine.gather_items([folder])[0]  # of the first rank, whatever a script makes of its name on the others
@@ -147,20 +147,20 @@ def resume(
     loaded = load_run(run)
     folder, config = loaded.folder, loaded.config
     wanted: dict[str, Any] = {} if epochs is None else {"epochs": epochs, "max_steps": None}
-    config = from_mapping(dataclasses.asdict(config) | wanted) if epochs not in (None, config.epochs) else config
+    config = from_mapping(to_mapping(config) | wanted) if epochs not in (None, config.epochs) else config
     if checkpoint is None and epochs in (None, loaded.config.epochs) and _complete(folder, config):
         if not default_target(folder, "student").exists():
             raise unexported(folder, "its file is missing")
         return _result(folder, rank())
     try:
-        config = replace(config, data=_whole_path(config.data if data is None else os.fspath(data), config.data_root))
+        config = dataclasses.replace(config, data=_whole_path(config.data if data is None else os.fspath(data), config.data_root))
     except DataError as error:
         raise DataError(f"{error}; if the run's images have moved: relssl resume {folder} --data PATH") from error
     config = with_launch(config, resumed=True)
     begun = any((folder / "checkpoints").glob("step-*"))
     saved = loaded.checkpoint(checkpoint) if checkpoint is not None or begun else None
     if time_limit is not None:
-        config = replace(config, time_limit=None if math.isinf(time_limit) else time_limit)
+        config = dataclasses.replace(config, time_limit=None if math.isinf(time_limit) else time_limit)
     return _run(config, folder, Engine(config.engine), quiet, saved, fresh=False)
 
 
@@ -373,7 +373,7 @@ def complete_settings(config: Config, images: Images) -> Config:
             raise ConfigError(*faults)
     margin = views.margin or (1.0 if images.in_memory else 256 / 224)
     views = dataclasses.replace(views, mean=views.mean or images.mean, std=views.std or images.std, margin=margin)
-    return replace(config, views=views)
+    return dataclasses.replace(config, views=views)
 
 
 @contextmanager
