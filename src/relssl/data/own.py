@@ -101,7 +101,7 @@ class Items:
 @contextmanager
 def open_item(image: Any, max_pixels: int) -> Iterator[Opened]:
     """Open an image of any kind that an item may be or hold; BadImage if it is none."""
-    if isinstance(image, ImageFile.ImageFile) and image.fp is not None and image.filename:
+    if isinstance(image, ImageFile.ImageFile) and getattr(image, "fp", None) is not None and image.filename:
         image = image.filename  # not read yet: processes must not share its file
     if isinstance(image, (str, bytes, os.PathLike)):
         with open_image((lambda: image) if isinstance(image, bytes) else os.fspath(image), max_pixels) as opened:
