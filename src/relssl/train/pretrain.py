@@ -18,7 +18,7 @@ import torch
 from relssl.data.cache import shrunken
 from relssl.data.images import Images, Pixels
 from relssl.data.loader import Batch, worker_count
-from relssl.data.named import SETS, exists, load
+from relssl.data.named import PREFIXES, SETS, exists, load
 from relssl.data.subsets import check_variety
 from relssl.engine import Engine
 from relssl.errors import ConfigError, DataError, DistributedError, ExportError, RelsslError, StorageError
@@ -103,7 +103,7 @@ def pretrain(
 def _whole_path(data: str, root: str | None) -> str:
     """Return DATA that is a path from the root on, so that the run goes on, and is evaluated, from any working folder."""
     path = exists(data, root)
-    return data if data in SETS or path is None else os.path.abspath(path)
+    return data if data in SETS or path is None else path if path.startswith(PREFIXES) else os.path.abspath(path)
 
 
 def _go_on(folder: Path, wanted: Config, quiet: bool) -> Result:
