@@ -103,11 +103,11 @@ def write_json(path: Path, obj: Any) -> None:
     write_file(path, to_json(obj))
 
 
-def to_json(obj: Any) -> bytes:
+def to_json(obj: Any, indent: int | None = 2) -> bytes:
     """Return `obj` as ASCII JSON, from which floats read back exactly: tuples become lists, keys strings, tensors and arrays numbers
-    or lists, NaN and infinity null."""
+    or lists, NaN and infinity null. Without `indent` it is one line."""
     finite = json.loads(json.dumps(obj, default=lambda value: value.tolist()), parse_constant=lambda _: None)
-    return (json.dumps(finite, indent=2) + "\n").encode("ascii")
+    return (json.dumps(finite, indent=indent) + "\n").encode("ascii")
 
 
 def read_json(path: Path) -> dict[str, Any]:
