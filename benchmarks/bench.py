@@ -96,7 +96,7 @@ def measure_files(args: argparse.Namespace) -> Record:
             base, title = file_settings(args, batch), f"Files, loader alone: {name}, {args.workers} workers"
             rows = {label: partial(contenders.conventional_loading, base, source, style) for label, style in STYLES.items()}
             rows |= {f"relssl{way}": partial(loading, base | change, source) for way, change in ways.items()}
-            results[f"loader, {name}"] = measure(args, title, rows, [*STYLES], 16 if batch > 8 else 8, "images_per_core_second")
+            results[f"loader, {name}"] = measure(args, title, rows, [*STYLES], 16 if batch > 8 else 8, per_core=True)
         name, (source, batch) = next(iter(sets.items()))
         precision = "bf16" if fast_bf16("cpu") else "fp32"
         base = file_settings(args, batch) | {"engine.precision": precision}
@@ -224,7 +224,7 @@ def measure_peers(args: argparse.Namespace) -> Record:
         base = file_settings(args, 8 if args.tiny else 32)
         rows = {"lightly": partial(contenders.conventional_loading, base, photos, lightly_views)}
         rows["relssl"], title = partial(loading, base, photos), "Files: both views of an image beside lightly"
-        views = measure(args, title, rows, ["lightly"], 8, "images_per_core_second")
+        views = measure(args, title, rows, ["lightly"], 8, per_core=True)
     return {"steps": steps["records"], "views": views}
 
 

@@ -146,9 +146,8 @@ def _memory(peak: bool) -> int:
 
 def times(records: Mapping[str, Record], name: str, base: str, figure: str = "images_per_second") -> list[float] | None:
     """Return how many times `base` a contender reaches, by rounds; None if either failed."""
-    if figure not in records[name] or figure not in records[base]:
-        return None
-    return [mine / other for mine, other in zip(records[name][figure], records[base][figure], strict=True)]
+    pairs = zip(records[name].get(figure, ()), records[base].get(figure, ()), strict=False)
+    return [mine / other for mine, other in pairs] or None
 
 
 def any_failed(records: Any) -> bool:
@@ -171,9 +170,9 @@ def show(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -
         print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |", flush=True)
 
 
-def show_records(title: str, records: dict[str, Record], bases: Sequence[str], figure: str = "images_per_second") -> None:
+def show_records(title: str, records: dict[str, Record], bases: Sequence[str], per_core: bool = False) -> None:
     """Print images/s, the ratios to each of `bases`, which are also kept in the records, and the peak of memory."""
-    rows = []
+    rows, (figure, unit) = [], ("images_per_core_second", "a core, times") if per_core else ("images_per_second", "times")
     for name, record in records.items():
         record["times"] = {base: times(records, name, base, figure) for base in bases}
         before, most = record.get("memory_mib", (0, 0))
@@ -181,21 +180,15 @@ def show_records(title: str, records: dict[str, Record], bases: Sequence[str], f
         facts = ", ".join(f"{what} {value}" for what, value in record.get("facts", {}).items())
         ratios = (spread(record["times"][base]) for base in bases)
         rows.append([name, *speeds, *ratios, record.get("failed", f"{most} ({most - before} on top)"), facts])
-    unit = "a core, times" if figure == "images_per_core_second" else "times"
     show(title, ["pipeline", "images/s", "images/s a core", *(f"{unit} {base}" for base in bases), "peak MiB", ""], rows)
 
 
 def measure(
-    args: argparse.Namespace,
-    title: str,
-    contenders: Contenders,
-    bases: Sequence[str],
-    units: int = 1,
-    figure: str = "images_per_second",
+    args: argparse.Namespace, title: str, contenders: Contenders, bases: Sequence[str], units: int = 1, per_core: bool = False
 ) -> dict[str, Record]:
     """Return what `compare` does, of one unit where the code is only tried, and print it."""
     records = compare(contenders, args.rounds, 1 if args.tiny else units)
-    show_records(title, records, bases, figure)
+    show_records(title, records, bases, per_core)
     return records
 
 
