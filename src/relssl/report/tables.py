@@ -16,7 +16,7 @@ from relssl.evaluation.evaluate import not_run
 from relssl.files import duration, size
 from relssl.method.backbones import Network
 from relssl.method.health import verdict
-from relssl.settings.run import METHODS, Config
+from relssl.settings.run import Config, derive
 
 if TYPE_CHECKING:
     from relssl.train.estimate import Estimate
@@ -213,7 +213,7 @@ def _judge(known: dict[str, Any], config: Config) -> Iterator[str]:
     top1, bases = known["knn_student"], {"the untrained backbone": known["knn_untrained"], "raw pixels": known["knn_raw_pixels"]}
     gains = {name: top1 - base for name, base in bases.items() if top1 is not None and base is not None}
     health = {name: math.nan if value is None else value for name, value in known["health"].items()}
-    labelled, warms = METHODS[config.method.name].labels, config.method.warmup != "none"
+    labelled, warms = derive(config).traits.labels, config.method.warmup != "none"
     fault = None if labelled else verdict(health, config.method.memory_size, config.encoder.dim, warms=warms)
     if any(math.isnan(value) for value in health.values()) or known["loss_end"] is None:
         yield "Not good: figures of the last step are not finite; lower optimizer.lr, or set optimizer.clip"
@@ -248,5 +248,5 @@ def _learned(known: dict[str, Any], config: Config) -> Iterator[tuple[str, str] 
         yield "student's divergence from it", f"{number(health['kl'], 3)} nats"
         yield "same nearest neighbour", f"{number(health['agreement'], 2)} of samples"
     yield "spread of the embeddings", f"{number(health['embedding_std'], 2)} (1 is all round)"
-    whole = "" if METHODS[config.method.name].labels else f" of {config.encoder.dim}"
+    whole = "" if derive(config).traits.labels else f" of {config.encoder.dim}"
     yield "effective rank", f"{number(health['effective_rank'], 0)}{whole}{_COUNTS if known['knn_student'] is None else ''}"

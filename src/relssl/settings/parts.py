@@ -17,6 +17,7 @@ from typing import Any
 
 from relssl.errors import ConfigError
 
+SETTINGS = ("backbone", "data", "method.name", "views.weak.name", "views.strong.name")
 _HANDED = "handed:"
 _NAME = re.compile(r"[A-Za-z_]\w*([.][A-Za-z_]\w*)*:[A-Za-z_]\w*")
 _AT_HAND: ContextVar[Mapping[str, Any]] = ContextVar("parts", default={})  # noqa: B039 - never changed in place
@@ -25,6 +26,22 @@ _AT_HAND: ContextVar[Mapping[str, Any]] = ContextVar("parts", default={})  # noq
 def is_part(value: Any) -> bool:
     """Return whether a setting's value names a part from outside, by the look of it alone."""
     return isinstance(value, str) and (value.startswith(_HANDED) or _NAME.fullmatch(value) is not None)
+
+
+def named(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return settings, by dotted names, with a name in the place of each object that was handed over; and these objects, for `at_hand`."""
+    parts = {name: settings[name] for name in SETTINGS if not isinstance(settings.get(name), (str, os.PathLike, type(None)))}
+    return {**settings, **{name: name_of(part) for name, part in parts.items()}}, parts
+
+
+def is_handed(value: str) -> bool:
+    """Return whether a part was handed over as an object."""
+    return value.startswith(_HANDED)
+
+
+def title(value: str) -> str:
+    """Return what to call a part, or anything else that a setting names, in messages."""
+    return value.removeprefix(_HANDED)
 
 
 def name_of(part: Any) -> str:
@@ -49,12 +66,11 @@ def find(setting: str, value: str) -> Any:
     Raises:
         ConfigError: if it was handed over to another process or another call, or cannot be imported, with the setting and the reason.
     """
-    if value.startswith(_HANDED):
+    if is_handed(value):
         part = _AT_HAND.get().get(setting)
         if part is None or name_of(part) != value:
-            title = value.removeprefix(_HANDED)
             raise ConfigError(
-                f"{setting}: {title} was handed over in Python, and is not at hand here; hand it over again ({_again(setting)})"
+                f"{setting}: {title(value)} was handed over in Python, and is not at hand here; hand it over again ({_again(setting)})"
             )
         return part
     module, _, name = value.partition(":")

@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from relssl import __version__
 from relssl.files import read_rows
 from relssl.settings.recipes import public_name
-from relssl.settings.run import METHODS, Config
+from relssl.settings.run import Config, derive
 from relssl.weights.opening import Opened
 from relssl.weights.parity import Parity
 from relssl.weights.writers import Written
@@ -93,7 +93,7 @@ def card(source: Opened, written: Written, parity: Parity, file: str, settings: 
         about = f"Backbone from `{origin}`, imported; how it was trained is not known here.\n"
         about += "".join(f"\n- {line}" for line in (source.report.lines() if source.report else ()))
     else:
-        traits = METHODS[config.method.name]
+        traits = derive(config).traits
         tags += [config.method.name] if traits.labels else ["self-supervised-learning", config.method.name]
         title += f", pretrained with {traits.title}"
         unlabelled = f"No labels were used: {traits.title} ({traits.paper}), {traits.about}"

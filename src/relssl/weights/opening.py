@@ -14,6 +14,7 @@ from safetensors import safe_open
 from relssl.data.loader import worker_count
 from relssl.data.plain import Reader
 from relssl.errors import CheckpointError, ConfigError
+from relssl.settings import parts
 from relssl.settings.reading import read_yaml
 from relssl.settings.recipes import public_name
 from relssl.settings.run import Config, derive, from_mapping
@@ -136,7 +137,7 @@ class Opened:
         return Reader(view, worker_count(workers), config.loader.max_pixels, flipped)
 
 
-def load_backbone(source: str | Path, network: str | None = None) -> Backbone:
+def load_backbone(source: str | Path, network: str | None = None, *, backbone: Any = None) -> Backbone:
     """Return a pretrained backbone, in eval mode.
 
     Args:
@@ -144,6 +145,7 @@ def load_backbone(source: str | Path, network: str | None = None) -> Backbone:
             file whose layout its names show; or a timm name, such as `resnet50` or `timm:resnet50.a1_in1k`.
         network: student or teacher, of a run (default: student) or of a file that holds both (default: the one its authors
             evaluate).
+        backbone: the module, or its function, that was handed over to the run; one that has a name is imported.
 
     Returns:
         The network without classifier: images [B, C, S, S] to features [B, F]. It has `.num_features` and `.transform`, which makes
@@ -153,7 +155,8 @@ def load_backbone(source: str | Path, network: str | None = None) -> Backbone:
         ConfigError: if `source` is none of these, or does not hold `network`.
         CheckpointError: if weights are damaged or do not match the network exactly.
     """
-    return open_backbones(source, Reading(network=network)).backbone
+    with parts.at_hand({} if backbone is None else {"backbone": backbone}):
+        return open_backbones(source, Reading(network=network)).backbone
 
 
 def open_backbones(source: str | Path, reading: Reading | None = None) -> Opened:
@@ -224,6 +227,8 @@ def _open_run(path: Path, network: str | None) -> Opened:
     for name in wanted:
         prefix = f"{name}.backbone."
         weights = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        if not weights and network is None and parts.is_handed(run.config.method.name):
+            continue  # nobody knows whether a method that is not at hand has a teacher
         backbones[name] = spec.load(weights, checkpoint)
     header = {"network": wanted[0], "origin": checkpoint.name}
     origin = {"kind": "run", "run": title, "checkpoint": checkpoint.name, "recipe": public_name(run.config.recipe)}

@@ -66,7 +66,7 @@ def compare(backbone: nn.Module, written: Written, file: Path, images: Tensor, w
 
 def _run(snippet: Snippet, file: Path, images: Tensor) -> tuple[Any, Tensor]:
     """Return what the snippet's own code loads, and its features [N+1, F] of all images and of the first alone."""
-    scope: dict[str, Any] = {}
+    scope = dict(snippet.given)
     features = []
     try:
         # What other libraries warn of while they load, and their progress bars, are not about the file.

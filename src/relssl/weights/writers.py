@@ -9,7 +9,7 @@ import re
 import textwrap
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -18,6 +18,7 @@ from torch import nn
 
 from relssl.errors import ConfigError
 from relssl.method.backbones import TORCHVISION, create_backbone
+from relssl.settings import parts
 from relssl.weights import detectron, store
 from relssl.weights.opening import Opened
 from relssl.weights.spec import BackboneSpec, mismatch
@@ -33,6 +34,7 @@ class Snippet:
     use: str = "features = backbone(images)"  # the last line: `images` [N, C, S, S] to `features` [N, F]
     needs: str | None = None  # a module that may be missing; then the code is printed and not run
     tolerance: float = 0.0  # of features, relative to the largest one; 0 where the same code runs the same weights
+    given: Mapping[str, Any] = field(default_factory=dict)  # names that the code takes from whoever runs it
 
     def lines(self, file: str, hub: str | None = None) -> list[str]:
         """Return the code for the file of that path, or for a repository of that name on the Hugging Face Hub."""
@@ -74,7 +76,12 @@ def as_safetensors(source: Opened, format: str) -> Written:
         ours = []
         use = "`relssl predict {file} DATA --out FILE` classifies images; "
         notes = use + '`relssl.load_backbone("{file}")` returns the backbone alone.'
-    theirs = Snippet("timm alone", timm_lines(source.spec))
+    if parts.is_part(source.spec.name):
+        if format != "safetensors":
+            raise _unsuited(format, f"is read by timm, which does not know {parts.title(source.spec.name)}")
+        theirs, ours = _own_snippets(source.spec)
+    else:
+        theirs = Snippet("timm alone", timm_lines(source.spec))
     if _theirs(source.spec):
         if format != "safetensors":
             raise _unsuited(format, f"is read by timm, which does not know {source.spec.name}")
@@ -82,6 +89,20 @@ def as_safetensors(source: Opened, format: str) -> Written:
     return Written(
         {"": store.encode(source.backbone.state_dict(), {"format": "pt", **source.header})}, (theirs, *ours), notes=notes
     )
+
+
+def _own_snippets(spec: BackboneSpec) -> tuple[Snippet, list[Snippet]]:
+    """Return the ways to load the weights of a network of the user's own: with torch, and with ours."""
+    if parts.is_handed(spec.name):
+        lines, given = ["backbone = module.eval()  # the one that was handed over, or its like"], {"module": spec.create()}
+        ours = "backbone = relssl.load_backbone({file}, backbone=module)"
+    else:
+        module, _, name = spec.name.partition(":")
+        lines, given = [f"from {module} import {name}", f"backbone = {name}({_arguments(spec)[2:]}).eval()"], {}
+        ours = "backbone = relssl.load_backbone({file})"
+    code = ["import safetensors.torch", *lines, "backbone.load_state_dict(safetensors.torch.load_file({file}))"]
+    use = "features = backbone(images); features = features.mean((2, 3)) if features.ndim == 4 else features"
+    return Snippet("torch", code, use, given=given), [Snippet("relssl", ["import relssl", ours], given=given)]
 
 
 def as_hf(source: Opened, format: str) -> Written:
