@@ -129,7 +129,8 @@ class Method(nn.Module):
                 f"method.name: the step of {type(self).__name__} returns {fault}; needs a Step of a scalar loss with its gradient, queries "
                 "[V, B, D] and keys [B, D]"
             )
-        return step
+        result: Step = step
+        return result
 
     @property
     def past(self) -> Tensor:

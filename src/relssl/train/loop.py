@@ -193,7 +193,8 @@ def forward(run: Run, part: Batch, now: dict[str, float], world: World = ALONE) 
     settings = step_settings(run.config, model, now)
     if run.labels is not None:
         settings["labels"] = run.labels[part.ids]
-    return model(place(part.weak), [place(view) for view in part.strong], world, **settings)
+    step: Step = model(place(part.weak), [place(view) for view in part.strong], world, **settings)
+    return step
 
 
 def step_settings(config: Config, model: Method, now: dict[str, float]) -> dict[str, Any]:
