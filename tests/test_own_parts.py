@@ -91,6 +91,11 @@ def test_a_function_is_found_by_its_name_with_arguments_and_exported(tmp_path: P
     for format in ("timm", "torchvision", "hf", "detectron2"):
         with pytest.raises(ConfigError, match=rf"^format: {format} .*networks_of_a_test:network"):
             relssl.export(run, format=format)
+    # A file may be a stranger's: code is run only if the user names it.
+    file = run / "export/backbone.safetensors"
+    with pytest.raises(ConfigError, match="is code, networks_of_a_test:network, which is run only if you name it"):
+        relssl.load_backbone(file)
+    assert relssl.load_backbone(file, backbone="networks_of_a_test:network").num_features == 6
     figures = relssl.estimate(out=tmp_path / "none", **merge(TINY, named), steps=1)
     assert figures.backbone == "networks_of_a_test:network" and figures.flops["student"] > 0
 

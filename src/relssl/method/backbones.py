@@ -16,6 +16,7 @@ import timm
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from relssl.errors import ConfigError
@@ -52,6 +53,8 @@ def create_backbone(
     """
     full = arguments(name, args or {}, size)
     if parts.is_part(name):
+        if classes:
+            raise ConfigError(f"backbone: {parts.title(name)} is no network that a classifier is known to fit on")
         return own_backbone(name, full)
     library = "torchvision" if name.startswith(TORCHVISION) else "timm"
     if not (timm.is_model(name) if library == "timm" else name in names()):
@@ -299,13 +302,13 @@ def _figures(name: str, size: int) -> Network:
     """All figures but the smallest image, which takes longest."""
     gflops = features = None
     try:
-        network = weightless(name, size)
+        network = weightless(name, size=size)
         features = feature_width(network, size)
         image = torch.zeros(1, channels_of(network), size, size, device="meta")
         with torch.no_grad():
             gflops = count_flops(lambda: network.eval()(image)) / 2e9
     except ConfigError:
-        network = weightless(name, None)
+        network = weightless(name)
     parameters = sum(parameter.numel() for parameter in network.parameters())
     return Network(name, parameters, gflops, features, stem_fault(network) is None)
 
@@ -322,21 +325,30 @@ def _smallest(name: str, size: int) -> int | None:
 
     def passes(side: int) -> bool:
         try:
-            return feature_width(weightless(name, side), side) > 0
+            return feature_width(weightless(name, size=side), side) > 0
         except ConfigError:
             return False
 
-    step = _patch(weightless(name, None))
+    step = _patch(weightless(name))
     sides = range(-(-_LEAST // step) * step, size + 1, step)
     position = bisect.bisect_left(sides, True, key=passes)
     return sides[position] if position < len(sides) else None
 
 
-def weightless(name: str, size: int | None) -> nn.Module:
-    """A network whose weights have shapes and no values, so that trying it takes no time."""
+def weightless(name: str, *args: Any, **kwargs: Any) -> nn.Module:
+    """A network, as of `create_backbone`, whose weights have shapes and no values: it takes neither time nor memory. Or a user's own."""
+    if parts.is_part(name):
+        return create_backbone(name, *args, **kwargs)
     try:
         with torch.device("meta"):
-            return create_backbone(name, size=size)
+            return create_backbone(name, *args, **kwargs)
     except ConfigError:
-        with torch.random.fork_rng(devices=[]):  # some compute with values as they are built, such as torchvision's RegNets
-            return create_backbone(name, size=size).to("meta")
+        with torch.random.fork_rng(devices=[]), _NoWeights():  # some compute with values as they are built: torchvision's RegNets
+            return create_backbone(name, *args, **kwargs).to("meta")
+
+
+class _NoWeights(TorchFunctionMode):
+    """Leaves out the memory of tensors that are made without values, as layers make their weights."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}) | ({"device": "meta"} if func is torch.empty else {}))

@@ -18,14 +18,14 @@ from typing import Any
 from relssl.errors import ConfigError
 
 SETTINGS = ("backbone", "data", "method.name", "views.weak.name", "views.strong.name")
-_HANDED = "handed:"
-_NAME = re.compile(r"[A-Za-z_]\w*([.][A-Za-z_]\w*)*:[A-Za-z_]\w*")
+HANDED = "handed:"
+_NAME = re.compile(r"(?!hf:|shards:)[A-Za-z_]\w*([.][A-Za-z_]\w*)*:[A-Za-z_]\w*")  # but for the prefixes of DATA
 _AT_HAND: ContextVar[Mapping[str, Any]] = ContextVar("parts", default={})  # noqa: B039 - never changed in place
 
 
 def is_part(value: Any) -> bool:
     """Return whether a setting's value names a part from outside, by the look of it alone."""
-    return isinstance(value, str) and (value.startswith(_HANDED) or _NAME.fullmatch(value) is not None)
+    return isinstance(value, str) and (value.startswith(HANDED) or _NAME.fullmatch(value) is not None)
 
 
 def named(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -36,18 +36,18 @@ def named(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def is_handed(value: str) -> bool:
     """Return whether a part was handed over as an object."""
-    return value.startswith(_HANDED)
+    return value.startswith(HANDED)
 
 
 def title(value: str) -> str:
     """Return what to call a part, or anything else that a setting names, in messages."""
-    return value.removeprefix(_HANDED)
+    return value.removeprefix(HANDED)
 
 
 def name_of(part: Any) -> str:
     """Return the text that stands in the settings for an object that is handed over."""
     named = part if hasattr(part, "__qualname__") else type(part)  # a class or function, else an object of a class
-    return f"{_HANDED}{named.__module__}.{named.__qualname__}"
+    return f"{HANDED}{named.__module__}.{named.__qualname__}"
 
 
 @contextlib.contextmanager
@@ -58,6 +58,11 @@ def at_hand(parts: Mapping[str, Any]) -> Iterator[None]:
         yield
     finally:
         _AT_HAND.reset(token)
+
+
+def is_given(setting: str, value: str) -> bool:
+    """Return whether the name of a setting's part, rather than the part, is at hand."""
+    return bool(_AT_HAND.get().get(setting) == value)
 
 
 def find(setting: str, value: str) -> Any:
