@@ -52,11 +52,8 @@ def storing(path: Path, needed: int | None = None) -> Iterator[None]:
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         free = shutil.disk_usage(next(folder for folder in path.absolute().parents if os.path.exists(folder))).free
-        room = (
-            (f"{needed} bytes needed, " if needed is not None else "") + f"{free} bytes free; "
-            if full or needed is not None
-            else ""
-        )
+        room = "" if needed is None else f"{needed} bytes needed, "
+        room += f"{free} bytes free; " if full or room else ""
         advice = "free some space" if full else "check the folder"
         raise StorageError(f"{path}: cannot be written ({error.strerror or type(error).__name__}); {room}{advice}") from error
 
@@ -139,11 +136,20 @@ def write_json(path: Path, obj: Any) -> None:
     write_file(path, to_json(obj))
 
 
-def to_json(obj: Any) -> bytes:
+def to_json(obj: Any, indent: int | None = 2) -> bytes:
     """Return `obj` as ASCII JSON, from which floats read back exactly: tuples become lists, keys strings, tensors and arrays numbers
-    or lists, NaN and infinity null."""
+    or lists, NaN and infinity null. Without `indent` it is one line."""
     finite = json.loads(json.dumps(obj, default=lambda value: value.tolist()), parse_constant=lambda _: None)
-    return (json.dumps(finite, indent=2) + "\n").encode("ascii")
+    return (json.dumps(finite, indent=indent) + "\n").encode("ascii")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a file, an empty one if there is none."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
