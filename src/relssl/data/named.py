@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import re
 import socket
@@ -22,12 +21,15 @@ from relssl.data import digits
 from relssl.data.folder import EXTENSIONS, LeftOut, complete, read_folder, shown, split_folders, walk
 from relssl.data.images import IMAGENET_MEAN, IMAGENET_STD, Channels, Files, Images, Pixels
 from relssl.data.lists import LIST_SUFFIXES, read_list
+from relssl.data.shards import listed, read_shards
 from relssl.errors import ConfigError, DataError
+from relssl.files import locked
 from relssl.settings import parts
 from relssl.settings.reading import nearest_word
 
 T = TypeVar("T")
 SPLITS = ("train", "bank", "test")
+PREFIXES = ("hf:", "shards:")  # of DATA that is neither a name nor a path
 IMAGENET100 = tuple(Path(__file__).with_name("imagenet100.txt").read_text("ascii").split())  # HobbitLong/CMC's list, sorted
 
 
@@ -63,11 +65,13 @@ def load(data: str, root: str | None, split: str) -> Images:
     """
     if split not in SPLITS:
         raise ConfigError(f"split: must be one of {', '.join(SPLITS)}, got {split!r} (nearest: {nearest_word(split, SPLITS)})")
-    path = exists(data, root)
-    if parts.is_part(data):
+    path, (prefix, _, rest) = exists(data, root), data.partition(":")
+    if prefix in _PREFIXED:
+        images = _PREFIXED[prefix](rest, split)
+    elif parts.is_part(data):
         from relssl.data.own import open_dataset
 
-        images = open_dataset(parts.find("data", data), data.removeprefix("handed:"), split)
+        images = open_dataset(parts.find("data", data), parts.title(data), split)
     elif path is None or data in SETS:
         images = _READERS[SETS[data].kind](data, data_root(root), split)
     elif os.path.isdir(path):
@@ -78,7 +82,11 @@ def load(data: str, root: str | None, split: str) -> Images:
         images = read_list(path)
     if len(images) == 0:
         reasons = "; ".join(images.notes) or "nothing is in it"
-        where = "" if path is None or os.path.isdir(path) else "; paths count from the list's folder or the working folder"
+        where = (
+            ""
+            if path is None or prefix in _PREFIXED or os.path.isdir(path)
+            else "; paths count from the list's folder or the working folder"
+        )
         raise DataError(f"{images.name}: names or holds no usable image ({reasons}{where})")
     return images
 
@@ -114,12 +122,16 @@ def exists(data: str, root: str | None) -> str | None:
     """Check that DATA can be what it names, before anything slow is imported; images are not read.
 
     Returns:
-        The folder or list file that it names; None for a set that `load` may download, draw or call for.
+        The folder, list file or `shards:PATTERN` that it names, the last from the root on; None for a set that `load` may download,
+        draw or call for.
 
     Raises:
         DataError: for a name that is not known, a path that does not exist, a folder without images, an empty list file.
     """
-    path = os.path.expanduser(data)
+    path, (prefix, _, rest) = os.path.expanduser(data), data.partition(":")
+    if prefix == "shards":
+        listed(rest)
+        return f"shards:{os.path.abspath(os.path.expanduser(rest))}"
     if parts.is_part(data):
         return None
     if data in SETS:
@@ -179,10 +191,7 @@ def fetch(name: str, root: str, read: Callable[[bool], T]) -> T:
     try:
         if root.startswith("~"):
             raise FileNotFoundError("no home folder is known here")
-        Path(root).mkdir(parents=True, exist_ok=True)
-        with Path(root, f".{name}.lock").open("w") as lock:
-            with contextlib.suppress(OSError):  # not on every network drive
-                fcntl.flock(lock, fcntl.LOCK_EX)
+        with locked(Path(root, f".{name}.lock")):
             socket.setdefaulttimeout(30)
             return read(True)
     except MemoryError:
@@ -361,3 +370,4 @@ _READERS: dict[str, Callable[[str, str, str], Images]] = {  # of the name, the r
     "tiny-imagenet": _read_tiny_imagenet,
     "voc07": _read_voc07,
 }
+_PREFIXED: dict[str, Callable[[str, str], Images]] = {"shards": read_shards}  # of what follows the prefix, and a split
