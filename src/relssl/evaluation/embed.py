@@ -19,6 +19,7 @@ from relssl.errors import ConfigError, NumericError, StorageError
 from relssl.evaluation.features import extract
 from relssl.evaluation.result import writable
 from relssl.files import replacing
+from relssl.settings import parts
 from relssl.weights.foreign import Reading
 from relssl.weights.opening import open_backbones
 
@@ -26,9 +27,10 @@ _FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet would run begi
 _GROUP = 1 << 22  # numbers in a row group of parquet
 
 
+@parts.takes_data
 def embed(
     source: str | Path,
-    data: str | Path,
+    data: Any,
     out: str | Path,
     *,
     network: str | None = None,
@@ -44,7 +46,7 @@ def embed(
 
     Args:
         source: a run folder, an exported file, another program's file, or a timm name; see `open_backbones`.
-        data: any data set, folder or list.
+        data: any data set, folder or list, by name or as an object.
         out: the file to write, as `write_vectors` describes; its folder must exist.
         network: student or teacher, of a run (default: student) or of another program's file that holds both.
         split: train, bank or test, for sets that have them.
