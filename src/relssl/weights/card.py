@@ -6,14 +6,13 @@ import contextlib
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
 import torchvision
 from huggingface_hub import ModelCard, ModelCardData
 
-from relssl import __version__
+import relssl
 from relssl.files import read_rows
 from relssl.settings.recipes import public_name
 from relssl.settings.run import METHODS, Config
@@ -101,10 +100,17 @@ def card(source: Opened, written: Written, parity: Parity, file: str, settings: 
         length = f"{config.epochs} epochs{f' or {config.max_steps} steps' if config.max_steps else ''} on {images}`{config.data}`, seed {config.seed}"
         about = f"{network.capitalize()} backbone of {origin}, recipe `{config.recipe}`, {length}. {'It was trained on labels' if traits.labels else unlabelled}."
     data = ModelCardData(library_name="timm", pipeline_tag=use, license="other", license_name="to-be-chosen", tags=tags)
-    versions = f"relssl {__version__}, torch {torch.__version__}, timm {timm.__version__}, torchvision {torchvision.__version__}"
-    names = {"title": title, "about": about, "view": source.spec.view, "config": config, "settings": settings, "file": file}
-    names |= {"classifier": classifier, "hub": hub}
-    names |= {"written": written, "parity": parity, "rows": _results(source), "versions": versions}
+    versions = ", ".join(f"{library.__name__} {library.__version__}" for library in (relssl, torch, timm, torchvision))
+    names = {
+        "title": title,
+        "about": about,
+        "config": config,
+        "settings": settings,
+        "file": file,
+        "hub": hub,
+        "rows": _results(source),
+    }
+    names |= {"view": source.spec.view, "classifier": classifier, "written": written, "parity": parity, "versions": versions}
     return str(ModelCard.from_template(data, template_str=_TEMPLATE, **names))
 
 
@@ -126,15 +132,12 @@ def _results(source: Opened) -> list[tuple[str, str]]:
     for path in sorted((source.folder / "evaluations").glob("*.json")):
         with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):  # torn, or of another version
             evaluation = json.loads(path.read_text())
-            measured = [record for record in evaluation["results"] if record["network"] == network]
-            these = [record for record in measured if record["card"]["source"]["checkpoint"] == source.header["origin"]]
-            rows += [_row(record, Path(evaluation["data"]).name) for record in these]
+            for record in evaluation["results"]:
+                if (record["network"], record["card"]["source"]["checkpoint"]) == (network, source.header["origin"]):
+                    main, notes, interval = record["main"], "; ".join(record["notes"]), record["intervals"].get(record["main"])
+                    setting = "".join(f", {name} {value}" for name, value in record["setting"].items()) + f" ({notes})" * bool(
+                        notes
+                    )
+                    figure = f"{record['figures'][main]:.2f}" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "")
+                    rows.append((f"{record['protocol']} {main} on {Path(evaluation['data']).name}{setting}", figure))
     return rows
-
-
-def _row(record: dict[str, Any], data: str) -> tuple[str, str]:
-    """Return the main figure of one evaluation, and what it is."""
-    main, settings = record["main"], "".join(f", {name} {value}" for name, value in record["setting"].items())
-    notes, interval = "; ".join(record["notes"]), record["intervals"].get(main)
-    figure = f"{record['figures'][main]:.2f}" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "")
-    return f"{record['protocol']} {main} on {data}{settings}{f' ({notes})' if notes else ''}", figure
