@@ -256,6 +256,7 @@ class LogConfig:
     knn_every: Natural = setting(10, "epochs between online kNN evaluations, when labels exist; 0: never")
     knn: tuple[Count, Positive] = setting((200, 0.1), "neighbours k and temperature of the online kNN")
     knn_images: tuple[Count, Count] | None = setting(None, "training and test images of the online kNN at most; null: all")
+    report: bool = setting(True, "write report.html, a page to look at, when the run is complete")
     to: tuple[Logger, ...] = setting(("tensorboard",), "where rows go besides metrics.jsonl; empty: nowhere")
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+import relssl
 from relssl.data.cache import shrunken
 from relssl.data.images import Images, Pixels
 from relssl.data.loader import Batch, worker_count
@@ -194,6 +195,7 @@ def _run(config: Config, path: Path, engine: Engine, quiet: bool, saved: Path | 
             shrink(run, display)
             train(run, display, stop)
         engine.on_first(lambda: hand_over(run, display))
+        engine.on_first(lambda: write_page(run, display))
         return _result(path, engine.rank)
 
 
@@ -293,6 +295,17 @@ def hand_over(run: Run, display: Display) -> None:
         raise unexported(path, store.one_line(error)) from error
     run.folder.status("complete", run.state.step, **ending)
     display.note(f"complete: weights in {default_target(path, 'student')}")
+
+
+def write_page(run: Run, display: Display) -> None:
+    """Write report.html, if the settings want it; a failure costs a line, never the run."""
+    assert run.folder is not None
+    if run.config.log.report:
+        display.say("writing report.html")
+        try:
+            relssl.write_report(run.folder.path)
+        except Exception as error:  # networks, views and data are others' code
+            display.say(f"no report ({store.one_line(error)}); try again with `relssl report {run.folder.path}`")
 
 
 def unexported(folder: Path, reason: str) -> ExportError:
