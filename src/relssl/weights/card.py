@@ -101,17 +101,9 @@ def card(source: Opened, written: Written, parity: Parity, file: str, settings: 
         about = f"{network.capitalize()} backbone of {origin}, recipe `{config.recipe}`, {length}. {'It was trained on labels' if traits.labels else unlabelled}."
     data = ModelCardData(library_name="timm", pipeline_tag=use, license="other", license_name="to-be-chosen", tags=tags)
     versions = ", ".join(f"{library.__name__} {library.__version__}" for library in (relssl, torch, timm, torchvision))
-    names = {
-        "title": title,
-        "about": about,
-        "config": config,
-        "settings": settings,
-        "file": file,
-        "hub": hub,
-        "rows": _results(source),
-    }
-    names |= {"view": source.spec.view, "classifier": classifier, "written": written, "parity": parity, "versions": versions}
-    return str(ModelCard.from_template(data, template_str=_TEMPLATE, **names))
+    facts = {"title": title, "about": about, "versions": versions, "settings": settings, "file": file, "hub": hub}
+    parts = {"view": source.spec.view, "classifier": classifier, "config": config, "written": written, "parity": parity}
+    return str(ModelCard.from_template(data, template_str=_TEMPLATE, **facts, **parts, rows=_results(source)))
 
 
 def _results(source: Opened) -> list[tuple[str, str]]:

@@ -220,7 +220,7 @@ def find_layout(tensors: Mapping[str, Tensor]) -> str:
     # `encoder_q.` begins the official names as well as MoCo's.
     layouts = {name: layout for name, layout in LAYOUTS.items() if name not in PLAIN}
     prefixes = {prefix: name for name, layout in layouts.items() for prefix in layout.student + layout.teacher * (name == "dino")}
-    return {**prefixes, None: "timm"}[_first(sorted(prefixes, key=len, reverse=True), tensors)]
+    return prefixes.get(_first(sorted(prefixes, key=len, reverse=True), tensors) or "", "timm")
 
 
 def split(
