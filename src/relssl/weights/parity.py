@@ -68,7 +68,7 @@ def compare(network: nn.Module, written: Written, file: Path, images: Tensor, wh
 
 def _run(snippet: Snippet, file: Path, images: Tensor) -> tuple[Any, Tensor]:
     """Return what the snippet's own code loads, and its outputs [N+1, F] for all images and for the first alone."""
-    scope: dict[str, Any] = {}
+    scope = dict(snippet.given)
     outputs = []
     try:
         # What other libraries warn of while they load, and their progress bars, are not about the file.
