@@ -40,6 +40,10 @@ class Features:
     rows: np.ndarray  # int64 [n], the images they belong to: all but the unreadable ones
     bad: list[tuple[str, str]] = field(default_factory=list)  # (file, reason) of those
 
+    def names(self, images: Images) -> list[str]:
+        """Return the names of the images they belong to."""
+        return [images.source.name(row) for row in self.rows.tolist()]
+
 
 @torch.no_grad()
 def extract(backbone: nn.Module, images: Images, reader: Reader, engine: Engine) -> Features:
