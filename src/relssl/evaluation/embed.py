@@ -99,7 +99,8 @@ def write_table(
     columns = {name: [*map(escaped, values)] if isinstance(values, list) else values for name, values in columns.items()}
     with replacing(path, needed=vectors.nbytes) as file:
         if suffix == ".npz":
-            np.savez(file, **{title: vectors}, **{name: np.array(values) for name, values in arrays.items()})
+            present: dict[str, Any] = {title: vectors} | {name: np.array(values) for name, values in arrays.items()}
+            np.savez(file, **present)
         elif suffix == ".csv":
             _write_csv(file, columns, vectors if spread else vectors[:, :0])
         else:
