@@ -102,6 +102,12 @@ else:
 class ViewConfig:
     """One random view of an image; operations apply in the order of these fields."""
 
+    @property
+    def fixed(self) -> bool:
+        """Whether nothing about the view is random."""
+        chances = (self.affine, self.flip, self.jitter, self.grey, self.blur, self.solarize, self.randaugment)
+        return self.scale is None and not any(chances)
+
     name: ViewName = setting("weak", "named view recipe that the other keys start from")
     size: Pixels = setting(32, "side of the view in pixels")
     scale: Shares | None = setting(None, "share of the image's area that the random crop keeps")
@@ -168,6 +174,7 @@ class EncoderConfig:
     predictor: Literal["none", "mlp", "residual"] = setting("none", "the student's own head; residual starts as the identity")
     predictor_hidden: Width = setting(512, "hidden width of the predictor")
     predictor_norm: Literal["none", "batch"] = setting("batch", "normalisation of the predictor's hidden layer")
+    frozen_stages: Natural = setting(0, "first stages of the backbone (timm's; the stem is one) that stay as `start` has them")
     batch_norm_splits: Parts = setting(
         1, "least parts of a batch for batch norms; devices and accumulated parts count (papers: 8)"
     )
@@ -212,6 +219,10 @@ class OptimizerConfig:
         "what decays; weights: all but norms and biases; official: so by the ImageNet code's names, with downsampling norms",
     )
     warmup_epochs: float = setting(5.0, "epochs over which the learning rate rises from lr_start to lr", ge=0)
+    heads_first: float = setting(0.0, "first epochs in which the backbone stays as `start` has it and the heads alone train", ge=0)
+    layer_decay: Share | None = setting(
+        None, "learning rate of each layer of the backbone (timm's groups) in times the next one's; null: all alike"
+    )
     clip: float | None = setting(None, "largest gradient norm; null: no clipping", gt=0)
 
 
@@ -278,6 +289,12 @@ class Config:
     out: PathText | None = setting(None, "run folder; null: runs/RECIPE-SEED")
     backbone: Text = setting("resnet18", "the network: timm's name, or torchvision/ and torchvision's (see relssl backbones)")
     backbone_args: dict[str, Any] = setting({}, "arguments for timm.create_model or torchvision's function, as {name: value}")
+    start: PathText | None = setting(
+        None, "weights that student and teacher begin with: a run, a file or a timm name; they say which network; null: random ones"
+    )
+    start_from: Text | None = setting(None, "layout of start, if another program wrote it; null: recognised by its names")
+    teacher: PathText | None = setting(None, "a frozen teacher: a run, a file or a timm name; null: the student's moving average")
+    teacher_from: Text | None = setting(None, "layout of teacher, if another program wrote it; null: recognised by its names")
     compile: Literal["auto", "off", "on"] = setting("auto", "torch.compile; auto: for CUDA in runs of 2,000 steps or more")
     epochs: Count = setting(200, "passes over the images")
     max_steps: Count | None = setting(None, "optimizer steps after which the run ends, if `epochs` are more; null: none")
@@ -333,7 +350,7 @@ def derive(config: Config) -> Derived:
         passes=passes,
         share=config.batch_size // passes,
         norm_splits=max(1, config.encoder.batch_norm_splits // passes),
-        networks=("student", "teacher") if traits.teacher else ("student",),
+        networks=("student", "teacher") if traits.teacher and config.teacher is None else ("student",),
     )
 
 
@@ -350,7 +367,8 @@ def resolve(overrides: Mapping[str, Any], config_file: str | Path | None = None)
     if recipe.lower() in NULL:
         recipe = recipes.for_run(str(over.get("data", "digits")), str(over.get("method.name", "ressl")))
     typed = frozenset(re.sub(r"^backbone_args\..*", "backbone_args", name) for name in over)
-    return _checked(recipes.layer(_current(recipes.read(recipe)), over | {"recipe": recipe}), typed)
+    below = recipes.read(recipe, data=recipes.for_run(str(over.get("data", "digits")), str(over.get("method.name", "ressl"))))
+    return _checked(recipes.layer(_current(below), over | {"recipe": recipe}), typed)
 
 
 def from_mapping(raw: Mapping[str, Any]) -> Config:
@@ -429,8 +447,8 @@ def _argument_faults(arguments: Mapping[str, Any]) -> Iterator[str]:
     for name, value in arguments.items():
         if name in _WEIGHT_ARGS or name.startswith("pretrained_cfg"):
             yield (
-                f"backbone_args: {name}: would bring weights, and training begins with random ones; leave it out. To measure a network that "
-                "is trained already: `relssl evaluate SOURCE DATA`; to train it on labels: `relssl finetune SOURCE DATA --out FILE`"
+                f"backbone_args: {name}: would bring weights; leave it out. To go on from given weights: --start SOURCE; to measure them: "
+                "`relssl evaluate SOURCE DATA`; to train them on labels: `relssl finetune SOURCE DATA --out FILE`"
             )
         elif name in _OUTPUT_ARGS or (name == "global_pool" and not value):
             yield f"backbone_args: {name}: needs to stay as it is, for one vector of features an image; leave it out"
