@@ -59,7 +59,11 @@ def parameter_groups(
             groups.setdefault((name.startswith("predictor."), name in spared, rate), []).append(parameter)
     predictor = {"times": predictor_lr, "constant": predictor_constant}
     return [
-        {"params": parameters, "weight_decay": 0.0 if spare else weight_decay, **(predictor if of_predictor else PLAIN | {"times": rate})}
+        {
+            "params": parameters,
+            "weight_decay": 0.0 if spare else weight_decay,
+            **(predictor if of_predictor else PLAIN | {"times": rate}),
+        }
         for (of_predictor, spare, rate), parameters in sorted(groups.items())
     ]
 

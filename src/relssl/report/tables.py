@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _WIDTH = 120  # characters a line where nobody's screen sets it
 _COUNTS = "  <- counts most"
+_BASES = {"raw_pixels": "raw pixels", "untrained": "untrained backbone", "start": "given weights"}
 _CLEAR = 2.0  # points of kNN top-1, more than chance moves it on most test parts
 _HEALTH = ("teacher_entropy", "teacher_neighbours", "kl", "agreement", "embedding_std", "effective_rank")
 
@@ -180,14 +181,17 @@ def _range(interval: Any) -> str:
 def facts(result: Result, config: Config) -> dict[str, Any]:
     """Return what a run came to, as one JSON object."""
     first, last, start = result.rows[0], result.rows[-1], next(row for row in result.rows if "loss" in row)
+    before = {name: first[name] for name in ("knn_top1", "feature_rank") if name in first and first["step"] == 0}
     known = {
         "folder": str(result.folder),
         "backbone": str(result.backbone),
         "step": last["step"],
         "knn_raw_pixels": first.get("knn_raw_pixels"),
-        "knn_untrained": first.get("knn_top1") if first["step"] == 0 else None,
+        "knn_untrained": before.get("knn_top1") if config.start is None else None,
+        "knn_start": before.get("knn_top1") if config.start is not None else None,
         "knn_student": last.get("knn_top1"),
-        "knn_teacher": last.get("knn_teacher_top1"),
+        "knn_teacher": last.get("knn_teacher_top1", first.get("knn_teacher_top1")),  # of a frozen one, measured once
+        "feature_rank": [before["feature_rank"], last.get("feature_rank")] if "feature_rank" in before else None,
         "loss_start": start["loss"],
         "loss_end": last["loss"],
         "info_nce_start": start["warmup_mix"],
@@ -210,7 +214,7 @@ def show_summary(result: Result, config: Config) -> None:
 
 def _judge(known: dict[str, Any], config: Config) -> Iterator[str]:
     """Yield lines on whether a run's figures are good: with labels by the gain over untrained networks and pixels, else by its relations."""
-    top1, bases = known["knn_student"], {"the untrained backbone": known["knn_untrained"], "raw pixels": known["knn_raw_pixels"]}
+    top1, bases = known["knn_student"], {_BASES[name]: known[f"knn_{name}"] for name in ("start", "untrained", "raw_pixels")}
     gains = {name: top1 - base for name, base in bases.items() if top1 is not None and base is not None}
     health = {name: math.nan if value is None else value for name, value in known["health"].items()}
     labelled, warms = METHODS[config.method.name].labels, config.method.warmup != "none"
@@ -222,7 +226,7 @@ def _judge(known: dict[str, Any], config: Config) -> Iterator[str]:
     elif gains:
         least = min(gains.values())
         word = "Good" if least >= _CLEAR else "Little" if least > 0 else "Not good"
-        against = " and ".join(f"{gain:+.1f} points on {name}" for name, gain in gains.items())
+        against = " and ".join(f"{gain:+.1f} points on the {name}" for name, gain in gains.items())
         advice = "" if least >= _CLEAR else "; more epochs or more images may help"
         yield f"{word}: {against}{advice}"
     else:
@@ -237,11 +241,13 @@ def _learned(known: dict[str, Any], config: Config) -> Iterator[tuple[str, str] 
     def number(value: float | None, digits: int) -> str:
         return "not finite" if value is None else f"{value:.{digits}f}"
 
-    health, names = known["health"], {"raw_pixels": "raw pixels", "untrained": "untrained backbone"}
-    for name in ("raw_pixels", "untrained", "student", "teacher"):
+    health = known["health"]
+    for name in ("raw_pixels", "untrained", "start", "student", "teacher"):
         if (top1 := known[f"knn_{name}"]) is not None:
-            yield f"kNN top-1, {names.get(name, name)}", f"{top1:.1f} %{_COUNTS if name == 'student' else ''}"
+            yield f"kNN top-1, {_BASES.get(name, name)}", f"{top1:.1f} %{_COUNTS if name == 'student' else ''}"
     yield None
+    if known["feature_rank"] is not None:
+        yield "rank of the features, before and after", " -> ".join(number(rank, 0) for rank in known["feature_rank"])
     yield "loss, first and last row", f"{number(known['loss_start'], 3)} -> {number(known['loss_end'], 3)}"
     if "teacher_neighbours" in health:  # methods without a memory have no relations
         yield "teacher's effective neighbours", f"{number(health['teacher_neighbours'], 1)} of {config.method.memory_size}"

@@ -36,7 +36,19 @@ _MEANT = {word: setting.split() for setting, words in _WORDS.items() for word in
 
 # The settings of a run that nearly everyone has a use for.
 MAIN = (
-    *("recipe", "start", "teacher", "backbone", "method.name", "epochs", "max_steps", "time_limit", "batch_size", "accumulate", "optimizer.lr"),
+    *(
+        "recipe",
+        "start",
+        "teacher",
+        "backbone",
+        "method.name",
+        "epochs",
+        "max_steps",
+        "time_limit",
+        "batch_size",
+        "accumulate",
+        "optimizer.lr",
+    ),
     *("optimizer.weight_decay", "optimizer.warmup_epochs", "views.weak.size", "method.memory_size", "out", "seed"),
     *("engine.device", "engine.devices", "engine.precision", "loader.workers", "log.knn_every", "log.to"),
 )

@@ -219,7 +219,9 @@ class OptimizerConfig:
         "what decays; weights: all but norms and biases; official: so by the ImageNet code's names, with downsampling norms",
     )
     warmup_epochs: float = setting(5.0, "epochs over which the learning rate rises from lr_start to lr", ge=0)
-    heads_first: float = setting(0.0, "first epochs in which the backbone stays as `start` has it and the heads alone train", ge=0)
+    heads_first: float = setting(
+        0.0, "first epochs in which the backbone stays as `start` has it and the heads alone train", ge=0
+    )
     layer_decay: Share | None = setting(
         None, "learning rate of each layer of the backbone (timm's groups) in times the next one's; null: all alike"
     )
@@ -290,7 +292,8 @@ class Config:
     backbone: Text = setting("resnet18", "the network: timm's name, or torchvision/ and torchvision's (see relssl backbones)")
     backbone_args: dict[str, Any] = setting({}, "arguments for timm.create_model or torchvision's function, as {name: value}")
     start: PathText | None = setting(
-        None, "weights that student and teacher begin with: a run, a file or a timm name; they say which network; null: random ones"
+        None,
+        "weights that student and teacher begin with: a run, a file or a timm name; they say which network; null: random ones",
     )
     start_from: Text | None = setting(None, "layout of start, if another program wrote it; null: recognised by its names")
     teacher: PathText | None = setting(None, "a frozen teacher: a run, a file or a timm name; null: the student's moving average")
@@ -410,6 +413,7 @@ def _faults(config: Config, derived: Derived) -> Iterator[str]:
         yield f"method.symmetric: is for {symmetric}; {method.name} {'is so' if traits.two_way else 'has one direction'}"
     if traits.predictor and encoder.predictor == "none":
         yield f"encoder.predictor: {method.name} collapses without one; needs mlp or residual"
+    yield from _source_faults(config, traits)
     if config.accumulate > 1 and traits.whole_batch:
         yield f"accumulate: must be 1 with {method.name}, whose negatives are the rest of the batch"
     if traits.memory and method.memory_size < size:
@@ -440,6 +444,25 @@ def _faults(config: Config, derived: Derived) -> Iterator[str]:
     cache, largest = config.loader.cache, max(view.size for view in derived.views)
     if cache is not None and cache < largest:
         yield f"loader.cache: {cache} pixels are fewer than the largest view has; needs {largest} or more, or it would be enlarged"
+
+
+def _source_faults(config: Config, traits: Traits) -> Iterator[str]:
+    """Yield a line for each setting that does not fit the weights that are given, or that none are."""
+    if config.teacher is not None and not (traits.teacher and traits.memory):
+        fitting = ", ".join(name for name, other in METHODS.items() if other.teacher and other.memory)
+        yield f"teacher: a frozen one is for methods with a teacher and a memory ({fitting}), which {config.method.name} is not"
+    for name in ("method.teacher_momentum", "method.teacher_momentum_end", "method.shuffle"):
+        if config.teacher is not None and name in (config.typed or ()):
+            yield f"{name}: is of a teacher that follows the student, and a frozen one is given; leave it out"
+    idle = {"encoder.frozen_stages": config.encoder.frozen_stages, "optimizer.heads_first": config.optimizer.heads_first}
+    for name, value in idle.items():
+        if (
+            value and config.start is None and config.recipe != "continue"
+        ):  # which says so before a run, and can be listed without
+            yield f"{name}: is for a backbone that begins with given weights; needs start, or 0"
+    for name in ("start", "teacher"):
+        if getattr(config, f"{name}_from") and not getattr(config, name):
+            yield f"{name}_from: is the layout of {name}, which is not given"
 
 
 def _argument_faults(arguments: Mapping[str, Any]) -> Iterator[str]:

@@ -168,7 +168,9 @@ def _measure(run: Run, timed: Run, steps: int) -> Estimate:
     seconds = [times * each for each in seconds]
     memory = peak_memory(engine, config.engine.devices)  # before anything is measured that training does not do
     if timed is not run:
-        extra = [step_memory(each.config, engine, each.plan.share, max(1, run.classes), state.model.given) for each in (run, timed)]
+        extra = [
+            step_memory(each.config, engine, each.plan.share, max(1, run.classes), state.model.given) for each in (run, timed)
+        ]
         memory["device_used" if memory["device_total"] else "used"] += (extra[0] - extra[1]) * config.engine.devices
     mean, (low, middle, high) = float(np.mean(seconds)), np.quantile(seconds, [0.1, 0.5, 0.9]).tolist()
     flops, rate = step_flops(config, run.classes, state.model.given), attainable(engine)

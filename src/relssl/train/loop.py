@@ -50,7 +50,9 @@ class Run:
     classes: int  # how many the labels tell apart; else 0
     loss_form: str  # plain or tiled, two ways to the same number
     state: State
-    online: Online | None = None  # what is measured while training: kNN; without labels and from given weights, their features' rank
+    online: Online | None = (
+        None  # what is measured while training: kNN; without labels and from given weights, their features' rank
+    )
     given: Given = field(default_factory=Given)  # weights from elsewhere
     known: Tensor | None = None  # [N, D] on the device, a frozen teacher's features of all images, where these never change
     folder: RunFolder | None = None  # where the run is written; None on ranks that do not write
@@ -69,9 +71,7 @@ class Run:
         return [unwrapped(model.student)] + ([] if model.teacher is None else [model.teacher])
 
 
-def create_run(
-    config: Config, engine: Engine, images: Images, online: Online | None = None, given: Given | None = None
-) -> Run:
+def create_run(config: Config, engine: Engine, images: Images, online: Online | None = None, given: Given | None = None) -> Run:
     """Create a run that is ready for its first step.
 
     Every rank creates the same networks and memory from the same seed; they stay equal by moving alike.

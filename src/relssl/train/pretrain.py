@@ -215,7 +215,9 @@ def begin(run: Run, display: Display, fresh: bool) -> None:
         refuse_used(folder.path)  # again, now that nobody else can write it
     if not (folder.path / "config.yaml").exists():
         write_file(folder.path / "config.yaml", to_yaml(config).encode())
-        write_json(folder.path / "environment.json", environment() | {"data": facts, "engine": run.engine.describe()} | run.given.facts)
+        write_json(
+            folder.path / "environment.json", environment() | {"data": facts, "engine": run.engine.describe()} | run.given.facts
+        )
     stored = load_run(folder.path)
     if os.path.abspath(stored.config.data) != os.path.abspath(config.data) and stored.data != facts:
         images = f"{len(run.images)} images that are not the {stored.data.get('images', '')} of the run"
@@ -250,8 +252,7 @@ def prepare(run: Run, saved: Path | None) -> Iterator[str]:
         inexact = checkpoint.restore(saved, run.state, run.engine, origin(run))
         manner = f"not bit for bit ({'; '.join(inexact)})" if inexact else "exactly"
         yield f"going on {manner} from step {run.state.step}"
-    if run.state.model.given is not None:
-        run.known = teacher_features(run.state.model.given, config, run.loader, run.engine)
+    run.known = teacher_features(run.state.model.given, config, run.loader, run.engine)
     if run.known is not None:
         yield f"teacher: its features of {len(run.known)} images are computed once, as its view of them never changes"
     if run.state.step > run.total_steps:

@@ -9,8 +9,9 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from relssl.data.loader import Loader
 from relssl.engine import Engine
@@ -121,43 +122,49 @@ def _with_network(config: Config, opened: Opened) -> Config:
         raise ConfigError(*(f"start: {fault}; leave that out, or give other weights" for fault in faults))
     # Of data that no recipe of ours is made for, the size is as good as unknown.
     unknown = config.recipe in recipes.NAMES and recipes.for_run(config.data, config.method.name).endswith("folder")
-    size = {"size": spec.view.size} if unknown else {}
     weak, strong = (
-        view if f"views.{name}.size" in typed else replace(view, **size)
+        replace(view, size=spec.view.size) if unknown and f"views.{name}.size" not in typed else view
         for name, view in (("weak", views.weak), ("strong", views.strong))
     )
     args, own = dict(spec.arguments), spec.all_arguments()
     if "img_size" in own and weak.size != own["img_size"]:  # its position embeddings stay, and are resampled as images come
         args |= {name: value for name, value in own.items() if name != "in_chans"}
     args |= config.backbone_args if "backbone_args" in typed else {}
-    view = spec.view
-    grey = view.channels == 1
-    statistics = {name: (getattr(view, name)[0] / sum(LUMA),) * 3 if grey else getattr(view, name) for name in ("mean", "std")}
-    statistics = {name: values for name, values in statistics.items() if f"views.{name}" not in typed}
-    views = replace(views, weak=weak, strong=strong, channels=view.channels, **statistics)
-    encoder = replace(config.encoder, stem=spec.stem)
-    return check(replace(config, backbone=spec.name, backbone_args=args, encoder=encoder, views=views))
+    statistics: dict[str, Any] = {
+        name: (values[0] / sum(LUMA),) * 3 if len(values) == 1 else values  # settings hold those of three channels
+        for name, values in (("mean", spec.view.mean), ("std", spec.view.std))
+        if f"views.{name}" not in typed
+    }
+    views = replace(views, weak=weak, strong=strong, channels=spec.view.channels, **statistics)
+    stem: Any = spec.stem
+    return check(replace(config, backbone=spec.name, backbone_args=args, encoder=replace(config.encoder, stem=stem), views=views))
 
 
 def _with_teacher(config: Config, opened: Opened) -> Config:
     """Return the settings with embeddings as wide as the teacher's features, and its batch as it comes."""
     width, channels = opened.backbone.num_features, opened.spec.view.channels
     if channels != config.views.channels:
-        raise ConfigError(f"teacher: {opened.name} sees images of {channels} channels, and views.channels is {config.views.channels}")
+        raise ConfigError(
+            f"teacher: {opened.name} sees images of {channels} channels, and views.channels is {config.views.channels}"
+        )
     if config.encoder.dim != width and "encoder.dim" in (config.typed or ()):
         raise ConfigError(f"encoder.dim: {config.encoder.dim} is not the {width} features of the teacher; leave it out")
     encoder, method = replace(config.encoder, dim=width), replace(config.method, shuffle=False)
     return check(replace(config, encoder=encoder, method=method))
 
 
-def teacher_features(teacher: FrozenTeacher, config: Config, loader: Loader, engine: Engine) -> Tensor | None:
-    """Compute a frozen teacher's features [N, D] of all images, once, on the device; None where its view of an image changes, or is
-    needed for more, where images do not lie in memory, or where features would take too much of it."""
+def teacher_features(teacher: nn.Module | None, config: Config, loader: Loader, engine: Engine) -> Tensor | None:
+    """Compute a frozen teacher's features [N, D] of all images, once, on the device; None where there is none, where its view of an image
+    changes or the student sees it too, where images do not lie in memory, or where features would take too much of it."""
     view, count = config.views.weak, loader.plan.count
-    if not view.fixed or derive(config).two_way or loader.workers is not None or count * config.encoder.dim * 4 > _MOST:
+    if (
+        teacher is None
+        or not view.fixed
+        or derive(config).two_way
+        or loader.workers is not None
+        or count * config.encoder.dim * 4 > _MOST
+    ):
         return None
-    features = []
     with engine.autocast():
-        for rows in torch.arange(count).split(loader.plan.share):
-            features.append(teacher([engine.place(loader.weak(rows.numpy()))])[0])
-    return torch.cat(features)
+        parts = (np.arange(first, min(first + loader.plan.share, count)) for first in range(0, count, loader.plan.share))
+        return torch.cat([teacher([engine.place(loader.weak(rows))])[0] for rows in parts])
