@@ -203,7 +203,7 @@ def test_views_are_not_larger_than_images_in_memory(over: dict[str, Any]) -> Non
         complete_settings(resolve({"data": "cifar10", **over}), images)
     assert complete_settings(resolve({"data": "cifar10", "views.enlarge": True, **over}), images).views.margin == 1.0
     assert complete_settings(resolve({"data": "cifar10"}), images).views.mean == images.mean
-    files = Images("files", Files("/", [(b"a.jpg", 1)] * 4), labels=np.array([0] * 4))
+    files = Images("files", Files.of("/", [(b"a.jpg", 1)] * 4), labels=np.array([0] * 4))
     assert complete_settings(resolve({"data": "cifar10", **over}), files).views.margin == 256 / 224
 
 

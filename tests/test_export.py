@@ -468,7 +468,7 @@ def test_the_transform_sees_every_kind_of_image_as_evaluations_do(kind: str, tmp
     _, extension, contents = CONTENTS[kind]
     path, view = tmp_path / f"image.{extension}", PlainView(16, 1.2, "bilinear", (0.4, 0.5, 0.6), (0.2, 0.3, 0.2))
     path.write_bytes(contents())
-    images = Images("one", Files(str(tmp_path), [(path.name.encode(), path.stat().st_size)]))
+    images = Images("one", Files.of(str(tmp_path), [(path.name.encode(), path.stat().st_size)]))
     ((_, views, bad),) = Reader(view).batches(images)
     with contextlib.ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())

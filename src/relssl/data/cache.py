@@ -26,7 +26,7 @@ from torch import Tensor
 
 from relssl.data.decode import BadImage, Opened
 from relssl.data.folder import cache_root, shown
-from relssl.data.images import Files, Images
+from relssl.data.images import Images, Source
 from relssl.data.loader import read_batches, worker_count
 from relssl.data.subsets import identity, spread
 from relssl.errors import DataError, StorageError
@@ -53,14 +53,14 @@ class Shrunk:
         total: bytes of all pixels.
     """
 
-    def __init__(self, folder: Path, files: Files, sizes: np.ndarray, bad: dict[int, str]) -> None:
+    def __init__(self, folder: Path, files: Source, sizes: np.ndarray, bad: dict[int, str]) -> None:
         self.folder, self.files, self.sizes, self.bad = folder, files, sizes, bad
         self._ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(3 * sizes.astype(np.int64).prod(1))])
         self.total = int(self._ends[-1])
         self._pixels: np.ndarray | None = None
 
     @staticmethod
-    def load(folder: Path, files: Files) -> Shrunk:
+    def load(folder: Path, files: Source) -> Shrunk:
         """Return what the table of a folder names: no image if there is no table, it is damaged, or pixels are missing."""
         with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             with (folder / TABLE).open("rb") as file, np.load(file, allow_pickle=False) as table:
@@ -78,7 +78,7 @@ class Shrunk:
     def __len__(self) -> int:
         return len(self.sizes)
 
-    def take(self, rows: np.ndarray) -> Files:
+    def take(self, rows: np.ndarray) -> Source:
         """Return the files at these positions, int64 [M], not shrunk."""
         return self.files.take(rows)
 
@@ -87,6 +87,9 @@ class Shrunk:
 
     def name(self, row: int) -> str:
         return self.files.name(row)
+
+    def beginning(self, row: int) -> bytes:
+        return self.files.beginning(row)
 
     def open(self, row: int, max_pixels: int) -> AbstractContextManager[Opened]:
         """Open one image; BadImage with the reason for which its file could not be read."""
@@ -119,7 +122,6 @@ def shrunken(images: Images, settings: LoaderConfig, progress: Progress, process
         StorageError: if the disk has no room, or cannot be written.
         DataError: if a worker process dies, or a file cannot be read for a reason that may pass; the next call goes on there.
     """
-    assert isinstance(images.source, Files)
     folder, files = place(images, settings), images.source
     shrunk = Shrunk.load(folder, files)
     if len(shrunk) < len(files):
@@ -143,7 +145,7 @@ def place(images: Images, settings: LoaderConfig) -> Path:
 
 
 def _shrink_files(
-    files: Files, settings: LoaderConfig, rows: list[int]
+    files: Source, settings: LoaderConfig, rows: list[int]
 ) -> tuple[Tensor, list[tuple[int, ...]], dict[int, BadImage]]:
     """Scale images to shorter sides of `loader.cache` pixels at most.
 

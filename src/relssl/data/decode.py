@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import stat
 import warnings
@@ -58,15 +59,15 @@ class Opened:
 
 
 @contextlib.contextmanager
-def open_image(path: str, max_pixels: int) -> Iterator[Opened]:
-    """Open an image file. A JPEG is decoded by `rgb`; any other file at once, as its header need not say how it lies.
+def open_image(image: str | Callable[[], bytes], max_pixels: int) -> Iterator[Opened]:
+    """Open an image. A JPEG is decoded by `rgb`; any other file at once, as its header need not say how it lies.
 
     Transparent pixels are laid on white. Palettes, grey, 1-bit, CMYK and YCbCr are converted; 16-bit grey is scaled by 255/65535;
     of an animation the first frame is taken; the EXIF orientation is applied. Floating-point and 32-bit images have no defined
     white and are refused, as are cut-off files.
 
     Args:
-        path: the file; anything but a regular file is refused without reading it.
+        image: the path of its file; anything but a regular file is refused without reading it. Or what returns the file's bytes.
         max_pixels: refuse images with more pixels than this, before decoding them. Above 178,956,970 Pillow's own limit rules.
 
     Raises:
@@ -74,15 +75,15 @@ def open_image(path: str, max_pixels: int) -> Iterator[Opened]:
     """
     with contextlib.ExitStack() as files:
         with _refusals():
-            file = files.enter_context(open(path, "rb", opener=open_regular))
-            image = _read_header(file, max_pixels)
-            if image.format in ("JPEG", "MPO"):
-                turn, sides = _orientation(image), image.size
+            file = io.BytesIO(image()) if callable(image) else files.enter_context(open(image, "rb", opener=open_regular))
+            opening = _read_header(file, max_pixels)
+            if opening.format in ("JPEG", "MPO"):
+                turn, sides = _orientation(opening), opening.size
                 # A turned image's far side becomes its top or left: it must hold whole squares of pixels.
                 whole = (r for r in (1, 2, 4, 8) if r <= min(sides) and (turn == 1 or not any(side % r for side in sides)))
-                opened = Opened(sides if turn >= 5 else sides[::-1], partial(_upright_rgb, image), tuple(whole))
+                opened = Opened(sides if turn >= 5 else sides[::-1], partial(_upright_rgb, opening), tuple(whole))
             else:
-                opened = Opened.of(_upright_rgb(image))
+                opened = Opened.of(_upright_rgb(opening))
         yield opened
 
 
@@ -127,8 +128,9 @@ def open_regular(path: str, flags: int) -> int:
 def _read_header(file: IO[bytes], max_pixels: int) -> ImageFile.ImageFile:
     """Return the image with nothing but its header read."""
     # A file beyond all pixels at 16 bits in four channels is no image, and some decoders would read it whole first.
-    if os.fstat(file.fileno()).st_size > 8 * max_pixels + (64 << 20):
+    if file.seek(0, os.SEEK_END) > 8 * max_pixels + (64 << 20):
         raise BadImage(f"is larger than any image of max_pixels ({max_pixels})")
+    file.seek(0)
     try:
         Image.init()
         # Older versions of Pillow have no AVIF, and asking for it would fail every file.

@@ -89,7 +89,7 @@ def sample(data: str, root: str | None, count: int) -> Images | None:
         if (path := exists(data, root)) is None or not os.path.isdir(path):
             return load(data, root, "train")
         folder = split_folders(path)["train"]
-        return Images(data, Files(folder, sorted(entry[:2] for entry in islice(walk(folder, LeftOut()), count))))
+        return Images(data, Files.of(folder, sorted(islice(walk(folder, LeftOut()), count))))
     return None
 
 

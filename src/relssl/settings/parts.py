@@ -18,7 +18,7 @@ from typing import Any
 from relssl.errors import ConfigError
 
 _HANDED = "handed:"
-_NAME = re.compile(r"[A-Za-z_]\w*([.][A-Za-z_]\w*)*:[A-Za-z_]\w*")
+_NAME = re.compile(r"(?!hf:|shards:)[A-Za-z_]\w*([.][A-Za-z_]\w*)*:[A-Za-z_]\w*")  # but for the prefixes of DATA
 _AT_HAND: ContextVar[Mapping[str, Any]] = ContextVar("parts", default={})  # noqa: B039 - never changed in place
 
 

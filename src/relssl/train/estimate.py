@@ -21,7 +21,6 @@ import torch
 import torch.nn.functional as F
 
 from relssl.data.cache import Shrunk, place
-from relssl.data.images import Files
 from relssl.engine import Engine, available_cores, fast_bf16
 from relssl.errors import ConfigError
 from relssl.files import size
@@ -202,7 +201,6 @@ def _missing_cache(run: Run) -> int:
     loader, images = run.config.loader, run.images
     if loader.cache is None:
         return 0
-    assert isinstance(images.source, Files)
     shrunk = Shrunk.load(place(images, loader), images.source)
     lacking = len(images) - len(shrunk)
     if not run.engine.largest(lacking):
