@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _WIDTH = 120  # characters a line where nobody's screen sets it
 _COUNTS = "  <- counts most"
-_BASES = {"raw_pixels": "raw pixels", "untrained": "untrained backbone", "start": "given weights"}
+_BASES = {"raw_pixels": "raw pixels", "untrained": "the untrained backbone", "start": "the given weights"}
 _CLEAR = 2.0  # points of kNN top-1, more than chance moves it on most test parts
 _HEALTH = ("teacher_entropy", "teacher_neighbours", "kl", "agreement", "embedding_std", "effective_rank")
 
@@ -214,7 +214,7 @@ def show_summary(result: Result, config: Config) -> None:
 
 def _judge(known: dict[str, Any], config: Config) -> Iterator[str]:
     """Yield lines on whether a run's figures are good: with labels by the gain over untrained networks and pixels, else by its relations."""
-    top1, bases = known["knn_student"], {_BASES[name]: known[f"knn_{name}"] for name in ("start", "untrained", "raw_pixels")}
+    top1, bases = known["knn_student"], {title: known[f"knn_{name}"] for name, title in reversed(_BASES.items())}
     gains = {name: top1 - base for name, base in bases.items() if top1 is not None and base is not None}
     health = {name: math.nan if value is None else value for name, value in known["health"].items()}
     labelled, warms = METHODS[config.method.name].labels, config.method.warmup != "none"
@@ -226,7 +226,7 @@ def _judge(known: dict[str, Any], config: Config) -> Iterator[str]:
     elif gains:
         least = min(gains.values())
         word = "Good" if least >= _CLEAR else "Little" if least > 0 else "Not good"
-        against = " and ".join(f"{gain:+.1f} points on the {name}" for name, gain in gains.items())
+        against = " and ".join(f"{gain:+.1f} points on {name}" for name, gain in gains.items())
         advice = "" if least >= _CLEAR else "; more epochs or more images may help"
         yield f"{word}: {against}{advice}"
     else:
@@ -244,7 +244,10 @@ def _learned(known: dict[str, Any], config: Config) -> Iterator[tuple[str, str] 
     health = known["health"]
     for name in ("raw_pixels", "untrained", "start", "student", "teacher"):
         if (top1 := known[f"knn_{name}"]) is not None:
-            yield f"kNN top-1, {_BASES.get(name, name)}", f"{top1:.1f} %{_COUNTS if name == 'student' else ''}"
+            yield (
+                f"kNN top-1, {_BASES.get(name, name).removeprefix('the ')}",
+                f"{top1:.1f} %{_COUNTS if name == 'student' else ''}",
+            )
     yield None
     if known["feature_rank"] is not None:
         yield "rank of the features, before and after", " -> ".join(number(rank, 0) for rank in known["feature_rank"])

@@ -23,7 +23,7 @@ from relssl.settings import recipes
 from relssl.settings.run import LUMA, Config, check, derive
 from relssl.weights import store
 from relssl.weights.foreign import Reading, untrained
-from relssl.weights.opening import Opened, open_backbones
+from relssl.weights.opening import Opened, is_exported, open_backbones
 from relssl.weights.spec import Backbone, mismatch
 
 _MOST = 1 << 30  # bytes of a frozen teacher's features that are kept
@@ -81,21 +81,26 @@ def open_sources(config: Config, begun: bool = False, recorded: Mapping[str, Any
     start, teacher = dict[str, Tensor](), None
     facts = {name: fact for name, fact in (recorded or {}).items() if name in ("start", "teacher")}
     if config.start is not None and not begun:
-        opened, facts["start"] = _open("start", config.start, config.start_from, facts.get("start"))
+        named = (("backbone", config.backbone), ("encoder.stem", config.encoder.stem))  # which another program's file may not say
+        backbone, stem = (value if config.typed is None or name in config.typed else None for name, value in named)
+        opened, facts["start"] = _open("start", config.start, Reading(config.start_from, backbone, stem), facts.get("start"))
         config, start = _with_network(config, opened), opened.backbone.state_dict()
     if config.teacher is not None:
-        opened, facts["teacher"] = _open("teacher", config.teacher, config.teacher_from, facts.get("teacher"))
+        opened, facts["teacher"] = _open("teacher", config.teacher, Reading(layout=config.teacher_from), facts.get("teacher"))
         config, teacher = _with_teacher(config, opened), opened.backbone
     return config, Given(start, teacher, facts)
 
 
-def _open(setting: str, source: str, layout: str | None, recorded: dict[str, Any] | None) -> tuple[Opened, dict[str, Any]]:
+def _open(setting: str, source: str, reading: Reading, recorded: dict[str, Any] | None) -> tuple[Opened, dict[str, Any]]:
     """Return the backbone that a setting names, and the facts about it."""
+    path = Path(source)
     try:
-        opened = open_backbones(source, Reading(layout=layout))
+        if not path.is_file() or is_exported(path):  # which say themselves what they are
+            reading = replace(reading, backbone=None, stem=None)
+        opened = open_backbones(source, reading)
     except (ConfigError, CheckpointError) as error:
         raise type(error)(*(f"{setting}: {fault}" for fault in str(error).splitlines())) from error
-    backbone, spec, path = opened.backbone, opened.spec, Path(source)
+    backbone, spec = opened.backbone, opened.spec
     if opened.report is None and (fault := untrained(backbone, spec.create(), spec.view)):  # others' files have been looked at
         raise CheckpointError(f"{setting}: {source} looks untrained: {fault}; give weights that were trained")
     file = path / "checkpoints" / opened.header["origin"] / store.TENSORS if path.is_dir() else path
