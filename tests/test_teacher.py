@@ -76,7 +76,7 @@ def test_a_steps_loss_and_gradient_equal_a_float64_oracle(tiny_net: Any, size: i
     exact.zero_grad()
     queries, memory = exact([strong.double()])[0], model.memory.keys.double().numpy()
     target, relation = softmax(keys @ memory.T / 0.01), softmax(queries.detach().numpy() @ memory.T / 0.2)
-    assert float(step.loss) == pytest.approx(-(target * np.log(relation)).sum() / 6, rel=1e-4)
+    assert float(step.loss.detach()) == pytest.approx(-(target * np.log(relation)).sum() / 6, rel=1e-4)
     queries.backward(torch.from_numpy((relation - target) @ memory / (0.2 * 6)))
     for ours, theirs in zip(model.student.parameters(), exact.parameters(), strict=True):
         assert torch.allclose(ours.grad.double(), theirs.grad, rtol=1e-3, atol=1e-5)

@@ -50,11 +50,8 @@ def storing(path: Path, needed: int | None = None) -> Iterator[None]:
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         free = shutil.disk_usage(next(folder for folder in path.absolute().parents if os.path.exists(folder))).free
-        room = (
-            (f"{needed} bytes needed, " if needed is not None else "") + f"{free} bytes free; "
-            if full or needed is not None
-            else ""
-        )
+        room = "" if needed is None else f"{needed} bytes needed, "
+        room += f"{free} bytes free; " if full or room else ""
         advice = "free some space" if full else "check the folder"
         raise StorageError(f"{path}: cannot be written ({error.strerror or type(error).__name__}); {room}{advice}") from error
 
@@ -111,6 +108,15 @@ def to_json(obj: Any) -> bytes:
     or lists, NaN and infinity null."""
     finite = json.loads(json.dumps(obj, default=lambda value: value.tolist()), parse_constant=lambda _: None)
     return (json.dumps(finite, indent=2) + "\n").encode("ascii")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a file, an empty one if there is none."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from operator import attrgetter
 
 from relssl.errors import DataError
-from relssl.settings.reading import leaves, nest
+from relssl.settings.reading import changes, nest
 from relssl.settings.run import Config, check, derive
 
 
@@ -36,15 +35,15 @@ def give_way(config: Config, images: int) -> Config:
         "optimizer.warmup_epochs": min(optimizer.warmup_epochs, quarter),
         "method.teacher_temperature_epochs": min(method.teacher_temperature_epochs, quarter),
     }
-    changes = nest({name: value for name, value in smaller.items() if name not in config.typed})
-    sections = {name: dataclasses.replace(getattr(config, name), **value) for name, value in changes.items() if "_" not in name}
-    return check(dataclasses.replace(config, **changes | sections))
+    fitting = nest({name: value for name, value in smaller.items() if name not in config.typed})
+    sections = {name: dataclasses.replace(getattr(config, name), **value) for name, value in fitting.items() if "_" not in name}
+    return check(dataclasses.replace(config, **fitting | sections))
 
 
 def adjustments(before: Config, after: Config, images: int) -> list[str]:
     """Return a line for each setting that gave way."""
-    pairs = {
-        name: (attrgetter(name)(before), attrgetter(name)(after)) for name in leaves(Config) if not name.startswith("views.")
-    }
-    why = f"for {after.steps(images)} steps on {images} images"
-    return [f"note: {name} is {now:g} instead of {was:g}, {why}" for name, (was, now) in pairs.items() if was != now]
+    why, pairs = (
+        f"for {after.steps(images)} steps on {images} images",
+        changes(before, dataclasses.replace(after, views=before.views)),
+    )
+    return [f"note: {name} is {now:g} instead of {was:g}, {why}" for name, (was, now) in pairs.items()]

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from relssl.errors import ConfigError
-from relssl.files import write_json
+from relssl.files import read_json, write_json
 from relssl.settings.run import Config, to_mapping
 
 _RELATION = ("teacher_entropy", "teacher_neighbours", "kl", "agreement", "embedding_std", "effective_rank")
@@ -43,9 +42,7 @@ class Loggers:
 
     def __init__(self, config: Config, folder: Path, rows: list[dict[str, Any]], start: int, say: Callable[[str], None]) -> None:
         self._say, self._loggers = say, dict[str, Any]()
-        known, ids = folder / "loggers.json", dict[str, Any]()
-        with contextlib.suppress(OSError, ValueError):
-            ids = json.loads(known.read_text())
+        ids = read_json(folder / "loggers.json")
         for name in dict.fromkeys(config.log.to):
             with self._surviving(name):
                 self._loggers[name] = logger = _open(name, folder, start, ids.get(name))
@@ -56,7 +53,7 @@ class Loggers:
                     logger.log_hyperparams(to_mapping(config))
                     ids[name] = logger.version if name == "wandb" else logger.run_id
         if ids:
-            write_json(known, ids)
+            write_json(folder / "loggers.json", ids)
 
     def write(self, row: dict[str, Any]) -> None:
         """Pass a row on."""
