@@ -22,11 +22,7 @@ if TYPE_CHECKING:
     from relssl.train.pretrain import Result
 
 _WIDTH = 120  # characters a line where nobody's screen sets it
-<<<<<<< HEAD
-_COUNTS = "  <- counts most"
 _BASES = {"raw_pixels": "raw pixels", "untrained": "the untrained backbone", "start": "the given weights"}
-=======
->>>>>>> main
 _CLEAR = 2.0  # points of kNN top-1, more than chance moves it on most test parts
 _HEALTH = ("teacher_entropy", "teacher_neighbours", "kl", "agreement", "embedding_std", "effective_rank")
 
@@ -180,22 +176,13 @@ def facts(result: Result, config: Config) -> dict[str, Any]:
     known = {
         **{"folder": str(result.folder), "backbone": str(result.backbone), "step": last["step"]},
         "knn_raw_pixels": first.get("knn_raw_pixels"),
-<<<<<<< HEAD
         "knn_untrained": before.get("knn_top1") if config.start is None else None,
         "knn_start": before.get("knn_top1") if config.start is not None else None,
         "knn_student": last.get("knn_top1"),
         "knn_teacher": last.get("knn_teacher_top1", first.get("knn_teacher_top1")),  # of a frozen one, measured once
         "feature_rank": [before["feature_rank"], last.get("feature_rank")] if "feature_rank" in before else None,
-        "loss_start": start["loss"],
-        "loss_end": last["loss"],
-        "info_nce_start": start["warmup_mix"],
-        "info_nce_end": last["warmup_mix"],
-=======
-        "knn_untrained": first.get("knn_top1") if first["step"] == 0 else None,
-        **{"knn_student": last.get("knn_top1"), "knn_teacher": last.get("knn_teacher_top1")},
         **{"loss_start": start["loss"], "loss_end": last["loss"]},
         **{"info_nce_start": start["warmup_mix"], "info_nce_end": last["warmup_mix"]},
->>>>>>> main
         "health": {name: last[name] for name in _HEALTH if name in last},
     }
     return known | {"verdict": list(_judge(known, config))}
@@ -224,7 +211,8 @@ def _judge(known: dict[str, Any], config: Config) -> Iterator[str]:
     gains = {name: top1 - base for name, base in bases.items() if top1 is not None and base is not None}
     health = {name: math.nan if value is None else value for name, value in known["health"].items()}
     labelled, warms = METHODS[config.method.name].labels, config.method.warmup != "none"
-    fault = None if labelled else verdict(health, config.method.memory_size, config.encoder.dim, warms=warms)
+    given = labelled or config.teacher is not None  # what embeddings are matched to, and nothing that can collapse
+    fault = None if given else verdict(health, config.method.memory_size, config.encoder.dim, warms=warms)
     if any(map(math.isnan, health.values())) or known["loss_end"] is None:
         yield "Not good: figures of the last step are not finite; lower optimizer.lr, or set optimizer.clip"
     elif fault:
@@ -246,32 +234,13 @@ def _learned(known: dict[str, Any], config: Config) -> Iterator[tuple[str, str] 
     def number(value: float | None, form: str) -> str:
         return "not finite" if value is None else form.format(value)
 
-<<<<<<< HEAD
-    health = known["health"]
+    unlabelled, counts = known["knn_student"] is None, "  <- counts most"
     for name in ("raw_pixels", "untrained", "start", "student", "teacher"):
         if (top1 := known[f"knn_{name}"]) is not None:
-            yield (
-                f"kNN top-1, {_BASES.get(name, name).removeprefix('the ')}",
-                f"{top1:.1f} %{_COUNTS if name == 'student' else ''}",
-            )
+            yield f"kNN top-1, {_BASES.get(name, name).removeprefix('the ')}", f"{top1:.1f} %{counts * (name == 'student')}"
     yield None
     if known["feature_rank"] is not None:
-        yield "rank of the features, before and after", " -> ".join(number(rank, 0) for rank in known["feature_rank"])
-    yield "loss, first and last row", f"{number(known['loss_start'], 3)} -> {number(known['loss_end'], 3)}"
-    if "teacher_neighbours" in health:  # methods without a memory have no relations
-        yield "teacher's effective neighbours", f"{number(health['teacher_neighbours'], 1)} of {config.method.memory_size}"
-        yield "student's divergence from it", f"{number(health['kl'], 3)} nats"
-        yield "same nearest neighbour", f"{number(health['agreement'], 2)} of samples"
-    yield "spread of the embeddings", f"{number(health['embedding_std'], 2)} (1 is all round)"
-    whole = "" if METHODS[config.method.name].labels else f" of {config.encoder.dim}"
-    yield "effective rank", f"{number(health['effective_rank'], 0)}{whole}{_COUNTS if known['knn_student'] is None else ''}"
-=======
-    unlabelled, counts = known["knn_student"] is None, "  <- counts most"
-    for name in ("raw_pixels", "untrained", "student", "teacher"):
-        if (top1 := known[f"knn_{name}"]) is not None:
-            words = {"raw_pixels": "raw pixels", "untrained": "untrained backbone"}.get(name, name)
-            yield f"kNN top-1, {words}", f"{top1:.1f} %{counts * (name == 'student')}"
-    yield None
+        yield "rank of the features, before and after", " -> ".join(number(rank, "{:.0f}") for rank in known["feature_rank"])
     yield "loss, first and last row", f"{number(known['loss_start'], '{:.3f}')} -> {number(known['loss_end'], '{:.3f}')}"
     rank = "{:.0f}" if METHODS[config.method.name].labels else f"{{:.0f}} of {config.encoder.dim}"
     relations = {
@@ -283,4 +252,3 @@ def _learned(known: dict[str, Any], config: Config) -> Iterator[tuple[str, str] 
     }
     health = known["health"]  # methods without a memory have no relations
     yield from ((words, number(health[name], form)) for name, (words, form) in relations.items() if name in health)
->>>>>>> main

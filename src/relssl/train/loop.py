@@ -334,7 +334,7 @@ def report(run: Run, figures: Figures, display: Display) -> None:
         display.row(row, epoch_ended=epoch.is_integer() or figures.step == run.total_steps)
         warms = "warmup_mix" in state.model.scheduled
         collapse = verdict(row, run.config.method.memory_size, keys.shape[1], warms=warms)
-        if collapse and not run.warned and epoch >= 1:
+        if collapse and state.model.given is None and not run.warned and epoch >= 1:
             run.warned = True
             display.say(f"warning: step {figures.step}: {collapse}")
 
