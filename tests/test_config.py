@@ -259,7 +259,7 @@ def test_one_word_sets_both_views_and_two_words_for_one_setting_must_agree() -> 
         ("every", ["log.every", "checkpoint.every"]),
         ("crop_size", ["views.weak.size", "views.strong.size"]),
         ("imgsz", ["views.weak.size"]),
-        ("pretrained", ["random weights", "relssl evaluate"]),
+        ("pretrained", ["as start", "as teacher"]),
         ("num_worker", ["loader.workers"]),
     ],
 )

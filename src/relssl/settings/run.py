@@ -293,10 +293,10 @@ class Config:
     backbone_args: dict[str, Any] = setting({}, "arguments for timm.create_model or torchvision's function, as {name: value}")
     start: PathText | None = setting(
         None,
-        "weights that student and teacher begin with: a run, a file or a timm name; they say which network; null: random ones",
+        "weights to begin with; of a run, a file or a timm name, which say what network it is; null: random ones",
     )
     start_from: Text | None = setting(None, "layout of start, if another program wrote it; null: recognised by its names")
-    teacher: PathText | None = setting(None, "a frozen teacher: a run, a file or a timm name; null: the student's moving average")
+    teacher: PathText | None = setting(None, "a frozen teacher; a run, a file or a timm name; null: the student's moving average")
     teacher_from: Text | None = setting(None, "layout of teacher, if another program wrote it; null: recognised by its names")
     compile: Literal["auto", "off", "on"] = setting("auto", "torch.compile; auto: for CUDA in runs of 2,000 steps or more")
     epochs: Count = setting(200, "passes over the images")
@@ -308,7 +308,7 @@ class Config:
     accumulate: Count = setting(1, "equal parts a batch is computed in, one after another")
     seed: Natural = setting(0, "seed of weights, memory, order and views")
     max_images: Count | None = setting(None, "train on this many images, chosen by the seed; null: all")
-    time_limit: float | None = setting(None, "minutes after which the run saves and stops with exit code 75", gt=0)
+    time_limit: float | None = setting(None, "minutes after which the run saves and stops; with exit code 75", gt=0)
     views: ViewsConfig = ViewsConfig()
     encoder: EncoderConfig = EncoderConfig()
     method: MethodConfig = MethodConfig()
