@@ -135,6 +135,17 @@ def compare(args: argparse.Namespace, _: Overrides) -> Outcome | None:
 
 
 @verb(
+    "write a page that shows what runs have learned, finished or not: curves, neighbours, map, relations",
+    option("runs", "run folders; several are compared, with pictures of the first", metavar="RUN", nargs="+"),
+    option("--out", "target .html; default: report.html in the folder of a single run, else here", metavar="FILE"),
+)
+def report(args: argparse.Namespace, _: Overrides) -> Outcome | None:
+    _prepare()
+    path = relssl.write_report(*args.runs, out=args.out, say=None if args.json else _say)
+    return Outcome({"out": str(path)}, str(path))
+
+
+@verb(
     "write the features of images to a file",
     _SOURCE,
     option("data", metavar="DATA"),

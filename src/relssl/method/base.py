@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from relssl.errors import ConfigError
 from relssl.method.batchnorm import shuffled
 from relssl.method.encoder import Encoder
 from relssl.method.memory import Memory
@@ -44,8 +45,12 @@ ALONE = World()
 OBJECTIVES: dict[str, Callable[..., Tensor]] = {"plain": objective, "tiled": tiled_objective}
 
 
+# What the schedules say of each step, which it may take.
+SCHEDULED = ("teacher_temperature", "teacher_momentum", "warmup_mix")
+
+
 class Method(nn.Module):
-    """Student, teacher and memory; a subclass adds a `step` from views of B samples to a loss.
+    """Student, teacher and memory; a subclass adds a `step` from views of B samples to a loss. So may yours: docs/own-parts.md.
 
     One optimizer step of training is
 
@@ -67,6 +72,9 @@ class Method(nn.Module):
     """
 
     has_teacher: ClassVar[bool] = True
+    traits: ClassVar[Any] = (
+        None  # settings.run.Traits; None: those of the class that it is made from, else a memory if there is a teacher
+    )
     # Names of the settings that `step` takes: constants of `method`, and what its schedules say of a step.
     constants: ClassVar[tuple[str, ...]] = ()
     scheduled: ClassVar[tuple[str, ...]] = ()
@@ -98,6 +106,34 @@ class Method(nn.Module):
             settings: those named in `constants` and `scheduled`; labels [B] for a method that trains on them.
         """
         raise NotImplementedError
+
+    def forward(self, *views: Any, **settings: Any) -> Step:
+        """Make a `step`, and check what it returns.
+
+        Raises:
+            ConfigError: if that is no Step, or one of other shapes, or without a gradient.
+        """
+        step: Any = self.step(*views, **settings)
+        samples, dim = len(views[0]), None if self.memory is None else self.memory.keys.shape[1]
+        fault = "" if isinstance(step, Step) else f"a {type(step).__name__}"
+        if not fault and (step.loss.ndim or not step.loss.requires_grad):
+            fault = f"a loss of shape {list(step.loss.shape)}{' without' * (not step.loss.requires_grad)} gradient"
+        if not fault and (step.queries.ndim, step.queries.shape[1:2], step.keys.shape[:1], step.keys.ndim) != (
+            3,
+            (samples,),
+            (samples,),
+            2,
+        ):
+            fault = f"queries {list(step.queries.shape)} and keys {list(step.keys.shape)} of {samples} samples"
+        if not fault and dim not in (None, step.keys.shape[1]):
+            fault = f"keys {list(step.keys.shape)} for a memory of dimension {dim}"
+        if fault:
+            raise ConfigError(
+                f"method.name: the step of {type(self).__name__} returns {fault}; needs a Step of a scalar loss with its gradient, queries "
+                "[V, B, D] and keys [B, D]"
+            )
+        result: Step = step
+        return result
 
     @property
     def past(self) -> Tensor:

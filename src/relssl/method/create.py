@@ -8,14 +8,16 @@ import importlib
 import torch
 from torch import nn
 
+from relssl.errors import ConfigError
 from relssl.method.backbones import create_backbone, feature_width
-from relssl.method.base import Method
+from relssl.method.base import SCHEDULED, Method
 from relssl.method.batchnorm import split_batch_norms
 from relssl.method.encoder import Encoder
 from relssl.method.optim import create_optimizer, parameter_groups
 from relssl.method.stages import freeze_stages
 from relssl.method.supervised import Classifier
-from relssl.settings.run import METHODS, Config, derive
+from relssl.settings import parts
+from relssl.settings.run import Config, MethodConfig, derive
 
 
 def create_method(
@@ -35,15 +37,28 @@ def create_method(
     Raises:
         ConfigError: if the network cannot be built, or images of the views' sizes do not pass through it.
     """
-    method = config.method
-    module = importlib.import_module(f"relssl.method.{method.name}")
+    method, student = config.method, create_student(config, classes)
+    memory_size = method.memory_size if derive(config).traits.memory else 0
+    return method_class(method.name)(student, memory_size, config.encoder.dim, generator, loss_form, method.symmetric, given)
+
+
+def method_class(name: str) -> type[Method]:
+    """Return the class of a method: that of the module here of its name, or the user's own.
+
+    Raises:
+        ConfigError: if it cannot be found, or its step asks for settings that there are not.
+    """
+    if parts.is_part(name):
+        kind: type[Method] = parts.find("method.name", name)
+        known = {"constants": {field.name for field in dataclasses.fields(MethodConfig)}, "scheduled": set(SCHEDULED)}
+        for attribute, names in known.items():
+            if unknown := [each for each in getattr(kind, attribute) if each not in names]:
+                listed = ", ".join(sorted(names))
+                raise ConfigError(f"method.name: {kind.__name__}.{attribute} names {unknown[0]!r}; it may name {listed}")
+        return kind
+    module = importlib.import_module(f"relssl.method.{name}")
     own = [each for each in vars(module).values() if getattr(each, "__module__", None) == module.__name__]
-    kind = next(each for each in own if isinstance(each, type) and issubclass(each, Method))
-    memory_size = method.memory_size if METHODS[method.name].memory else 0
-    created: Method = kind(
-        create_student(config, classes), memory_size, config.encoder.dim, generator, loss_form, method.symmetric, given
-    )
-    return created
+    return next(each for each in own if isinstance(each, type) and issubclass(each, Method))
 
 
 def create_student(config: Config, classes: int = 0) -> Encoder:

@@ -15,7 +15,7 @@ from rich.text import Text
 from relssl.files import duration, size
 from relssl.method.backbones import Network
 from relssl.method.health import verdict
-from relssl.settings.run import METHODS, Config
+from relssl.settings.run import Config, derive
 
 if TYPE_CHECKING:
     from relssl.train.estimate import Estimate
@@ -210,7 +210,7 @@ def _judge(known: dict[str, Any], config: Config) -> Iterator[str]:
     top1, bases = known["knn_student"], {title: known[f"knn_{name}"] for name, title in reversed(_BASES.items())}
     gains = {name: top1 - base for name, base in bases.items() if top1 is not None and base is not None}
     health = {name: math.nan if value is None else value for name, value in known["health"].items()}
-    labelled, warms = METHODS[config.method.name].labels, config.method.warmup != "none"
+    labelled, warms = derive(config).traits.labels, config.method.warmup != "none"
     given = labelled or config.teacher is not None  # what embeddings are matched to, and nothing that can collapse
     fault = None if given else verdict(health, config.method.memory_size, config.encoder.dim, warms=warms)
     if any(map(math.isnan, health.values())) or known["loss_end"] is None:
@@ -242,7 +242,7 @@ def _learned(known: dict[str, Any], config: Config) -> Iterator[tuple[str, str] 
     if known["feature_rank"] is not None:
         yield "rank of the features, before and after", " -> ".join(number(rank, "{:.0f}") for rank in known["feature_rank"])
     yield "loss, first and last row", f"{number(known['loss_start'], '{:.3f}')} -> {number(known['loss_end'], '{:.3f}')}"
-    rank = "{:.0f}" if METHODS[config.method.name].labels else f"{{:.0f}} of {config.encoder.dim}"
+    rank = "{:.0f}" if derive(config).traits.labels else f"{{:.0f}} of {config.encoder.dim}"
     relations = {
         "teacher_neighbours": ("teacher's effective neighbours", f"{{:.1f}} of {config.method.memory_size}"),
         "kl": ("student's divergence from it", "{:.3f} nats"),

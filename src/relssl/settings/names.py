@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from reprlib import repr as show
 from typing import Any
 
 from relssl.errors import ConfigError
@@ -54,7 +55,8 @@ MAIN = (
 )
 
 _WEIGHTS = "weights to begin with are given as start (a run, a file or a timm name), those of a frozen teacher as teacher"
-_VIEWS = "views are made as the settings below views.weak and views.strong say"
+_VIEWS = "views are made as the settings below views.weak and views.strong say; views.weak.name may be your own, package.module:function"
+_HOOKS = "hooks=[...] of relssl.pretrain in Python takes objects with on_row and others; RUN/metrics.jsonl holds all figures as they come"
 _SCHEDULE = "the learning rate rises over optimizer.warmup_epochs and falls to 0 on a cosine"
 # Words for what is no setting of a run, and what to do instead.
 _ELSEWHERE = {
@@ -65,7 +67,7 @@ _ELSEWHERE = {
     "transform transforms transform_args augmentations": _VIEWS,
     "init weights checkpoint checkpoint_path pretrained pretrained_path pretrained_weights initial_checkpoint": _WEIGHTS,
     "model_args model_kwargs drop_path drop_path_rate drop_rate": "is the network's: backbone_args '{drop_path_rate: 0.1}'",
-    "callbacks callback": "there are no callbacks; RUN/metrics.jsonl holds all figures as they come",
+    "callbacks callback hooks hook": _HOOKS,
     "overwrite": "a run folder is never overwritten; give another out",
 }
 ELSEWHERE = {word: advice for words, advice in _ELSEWHERE.items() for word in words.split()}
@@ -96,5 +98,6 @@ def spell(given: Mapping[str, Any], known: Collection[str] = ()) -> dict[str, An
         for setting in meant(name, known):
             before = spelled.setdefault(setting, value)
             if before is not value and str(before) != str(value):
-                raise ConfigError(f"{setting}: is given twice, as {before} and as {value} ({name}); give it once")
+                values = " and as ".join(" ".join(show(each).split()) for each in (before, value))
+                raise ConfigError(f"{setting}: is given twice, as {values} ({name}); give it once")
     return spelled

@@ -77,7 +77,7 @@ def read(name: str, above: tuple[str, ...] = (), data: str = "folder") -> dict[s
 
 
 def spell_out(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings by their dotted names; `method: moco` stands for `method: {name: moco}`, and so for each view.
+    """Return settings by their dotted names; `method: moco` stands for `method: {name: moco}`, and so for each view; so does a part.
 
     `batch_size: auto` is `fit_batch: true`; `log.tensorboard: false`, as older runs have it, is `log.to: []`.
 
@@ -85,7 +85,10 @@ def spell_out(raw: Mapping[str, Any]) -> dict[str, Any]:
         ConfigError: if two names give one setting two values.
     """
     own = spell(flat(raw))
-    names = {f"{name}.name" if name in BY_NAME and isinstance(value, str) else name: value for name, value in own.items()}
+    names = {
+        f"{name}.name" if name in BY_NAME and (isinstance(value, str) or callable(value)) else name: value
+        for name, value in own.items()
+    }
     if str(names.get("batch_size")).lower() == "auto":
         names = {name: value for name, value in names.items() if name != "batch_size"} | {"fit_batch": True}
     if (board := names.pop("log.tensorboard", None)) is not None:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -15,11 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import yaml
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, WrapValidator
 from pydantic.dataclasses import dataclass
 
 from relssl.errors import ConfigError
-from relssl.settings import recipes
+from relssl.settings import parts, recipes
 from relssl.settings.reading import NULL, RISING, STRICT, PathText, Text, build, leaves, read_yaml, setting
 
 # Settings and values that are no more, and what to do instead. Saved runs, recipes and config files load without them.
@@ -93,7 +94,8 @@ if TYPE_CHECKING:  # callers hold these as text from elsewhere; what they may be
     Device: TypeAlias = str
     Precision: TypeAlias = str
 else:
-    MethodName, ViewName = Literal[tuple(METHODS)], Literal[tuple(VIEWS)]
+    _PART = WrapValidator(lambda name, named: name if parts.is_part(name) else named(name))
+    MethodName, ViewName = Annotated[Literal[tuple(METHODS)], _PART], Annotated[Literal[tuple(VIEWS)], _PART]
     Device = Annotated[str, BeforeValidator(_device)]
     Precision = Annotated[Literal["auto", "fp32", "bf16"], BeforeValidator(lambda name: _PRECISIONS.get(str(name), name))]
 
@@ -106,9 +108,12 @@ class ViewConfig:
     def fixed(self) -> bool:
         """Whether nothing about the view is random."""
         chances = (self.affine, self.flip, self.jitter, self.grey, self.blur, self.solarize, self.randaugment)
-        return self.scale is None and not any(chances)
+        return self.scale is None and not any(chances) and not parts.is_part(self.name)
 
-    name: ViewName = setting("weak", "named view recipe that the other keys start from")
+    name: ViewName = setting(
+        "weak",
+        "named view recipe that the other keys start from, or your own view, package.module:function, which has a size alone",
+    )
     size: Pixels = setting(32, "side of the view in pixels")
     scale: Shares | None = setting(None, "share of the image's area that the random crop keeps")
     ratio: Annotated[tuple[Positive, Positive], RISING] = setting((0.75, 4 / 3), "aspect ratio of the crop, width by height")
@@ -184,7 +189,9 @@ class EncoderConfig:
 class MethodConfig:
     """ReSSL itself, and what it is compared with."""
 
-    name: MethodName = setting("ressl", "; ".join(f"{name}: {traits.about}" for name, traits in METHODS.items()))
+    name: MethodName = setting(
+        "ressl", "; ".join(f"{name}: {traits.about}" for name, traits in METHODS.items()) + "; or your own, package.module:Class"
+    )
     symmetric: bool = setting(False, "moco, sce: both networks see both views, matched crosswise; the first one's keys are kept")
     shuffle: bool = setting(False, "the teacher's batch is shuffled over parts and ranks, so that batch norm tells it nothing")
     positive_share: Probability = setting(0.5, "sce: the positive's share of the target, the teacher's relation has the rest")
@@ -269,6 +276,7 @@ class LogConfig:
     knn_every: Natural = setting(10, "epochs between online kNN evaluations, when labels exist; 0: never")
     knn: tuple[Count, Positive] = setting((200, 0.1), "neighbours k and temperature of the online kNN")
     knn_images: tuple[Count, Count] | None = setting(None, "training and test images of the online kNN at most; null: all")
+    report: bool = setting(True, "write report.html, a page to look at, when the run is complete")
     to: tuple[Logger, ...] = setting(("tensorboard",), "where rows go besides metrics.jsonl; empty: nowhere")
 
 
@@ -289,8 +297,10 @@ class Config:
     recipe: PathText | None = setting(None, "named recipe or recipe file; null: the one named after the data, else `folder`")
     data_root: PathText | None = setting(None, "where named data sets lie; null: $RELSSL_DATA, else ~/.cache/relssl")
     out: PathText | None = setting(None, "run folder; null: runs/RECIPE-SEED")
-    backbone: Text = setting("resnet18", "the network: timm's name, or torchvision/ and torchvision's (see relssl backbones)")
-    backbone_args: dict[str, Any] = setting({}, "arguments for timm.create_model or torchvision's function, as {name: value}")
+    backbone: Text = setting(
+        "resnet18", "the network: timm's name, torchvision/ and torchvision's (see relssl backbones), or package.module:function"
+    )
+    backbone_args: dict[str, Any] = setting({}, "arguments for timm.create_model or the network's function, as {name: value}")
     start: PathText | None = setting(
         None,
         "weights to begin with; of a run, a file or a timm name, which say what network it is; null: random ones",
@@ -341,7 +351,7 @@ class Derived:
 
 def derive(config: Config) -> Derived:
     """Compute what follows from the settings of a run."""
-    traits, views = METHODS[config.method.name], config.views
+    traits, views = _traits(config.method.name), config.views
     strong = tuple(dataclasses.replace(views.strong, size=size, scale=(low, high)) for size, low, high in views.crops)
     strong = () if traits.labels else strong or (views.strong,)
     passes = config.accumulate * config.engine.devices * config.engine.nodes
@@ -355,6 +365,47 @@ def derive(config: Config) -> Derived:
         norm_splits=max(1, config.encoder.batch_norm_splits // passes),
         networks=("student", "teacher") if traits.teacher and config.teacher is None else ("student",),
     )
+
+
+def _traits(name: str) -> Traits:
+    """Return the traits of a method. Those of the user's own: its `traits`, else those of the method here that it is made from, else as its
+    teacher says; of one that is not at hand, with which no run goes on, the default ones with a teacher."""
+    if not parts.is_part(name):
+        return METHODS[name]
+    try:
+        kind = parts.find("method.name", name)
+    except ConfigError:
+        if not parts.is_handed(name):
+            raise
+        return Traits(about="a method of its own", title=parts.title(name), teacher=True)
+    above = [f"{each.__module__}.{each.__qualname__}" for each in getattr(kind, "__mro__", ())]
+    if "relssl.method.base.Method" not in above:
+        raise ConfigError(f"method.name: {parts.title(name)} is no subclass of relssl.method.base.Method")
+    if isinstance(traits := getattr(kind, "traits", None), Traits):
+        return traits
+    about, title = next(iter((kind.__doc__ or "").strip().splitlines()), "a method of its own"), kind.__qualname__
+    bases = [METHODS[stem] for each in above if (stem := each.split(".")[-2]) in METHODS and each.startswith("relssl.method.")]
+    return dataclasses.replace(
+        (bases or [Traits("", "", teacher=kind.has_teacher, memory=kind.has_teacher)])[0], about=about, title=title, paper=""
+    )
+
+
+@contextlib.contextmanager
+def handed_over(data: Any, config: str | Path | None, settings: Config | None, overrides: Mapping[str, Any]) -> Iterator[Config]:
+    """Yield the settings that a call in Python gives, with the objects that it hands over at hand; arguments as of `pretrain`.
+
+    Raises:
+        ConfigError: as `resolve`, and if other settings are given beside `settings`.
+    """
+    named = {name: value for name, value in {"data": data, "config": config}.items() if value is not None}
+    if settings is not None and (beside := [*named, *overrides]):
+        raise ConfigError(f"settings: holds all settings; leave out {', '.join(beside)}, or put it into dataclasses.replace")
+    over = recipes.spell_out(overrides)
+    if data is not None and over.setdefault("data", data) is not data:
+        raise ConfigError("data: is given twice; give it once")
+    over, objects = parts.named(over)
+    with parts.at_hand(objects):
+        yield resolve(over, config) if settings is None else settings
 
 
 def resolve(overrides: Mapping[str, Any], config_file: str | Path | None = None) -> Config:
@@ -389,6 +440,11 @@ def _checked(raw: dict[str, Any], typed: frozenset[str] | None = None) -> Config
     for name, usual in (("views.weak", "weak"), ("views.strong", "contrastive")):
         named = {"name": usual} | VIEWS.get(str(raw.get(f"{name}.name", usual)), {})
         raw = {f"{name}.{key}": value for key, value in named.items()} | raw
+    # What the recipe says of the first layers and operations is for parts of ours.
+    own = [f"{view}." for view in ("views.weak", "views.strong") if parts.is_part(raw.get(f"{view}.name"))]
+    theirs = {f"{view}{key}" for view in own for key in ViewConfig.__dataclass_fields__ if key not in ("name", "size")}
+    theirs |= {"encoder.stem"} if parts.is_part(raw.get("backbone")) else set()
+    raw = {name: value for name, value in raw.items() if name not in theirs - (typed or set())}
     return check(dataclasses.replace(build(Config, raw, RETIRED), typed=typed))
 
 
@@ -420,16 +476,29 @@ def _faults(config: Config, derived: Derived) -> Iterator[str]:
         yield f"method.memory_size: {method.memory_size} must be at least batch_size ({size})"
     if config.optimizer.warmup_epochs > config.epochs and (config.typed is None or "optimizer.warmup_epochs" in config.typed):
         yield f"optimizer.warmup_epochs: {config.optimizer.warmup_epochs:g} must not exceed epochs ({config.epochs})"
-    parts, splits = f"accumulate x devices x nodes ({passes})", encoder.batch_norm_splits
+    pieces, splits = f"accumulate x devices x nodes ({passes})", encoder.batch_norm_splits
     if size % passes:
-        yield f"batch_size: {size} must divide into {parts} equal parts"
+        yield f"batch_size: {size} must divide into {pieces} equal parts"
     elif derived.share < 2:
         yield f"batch_size: {size} leaves one image a part, too few for batch normalisation; raise it"
     elif splits > passes and (size % splits or splits % passes):
-        yield f"encoder.batch_norm_splits: {splits} must divide batch_size ({size}) and be a multiple of {parts}, or not exceed it"
+        yield f"encoder.batch_norm_splits: {splits} must divide batch_size ({size}) and be a multiple of {pieces}, or not exceed it"
     elif splits > passes and size // splits < 2:
         yield f"encoder.batch_norm_splits: {splits} leaves one image a part; needs {size // 2} at most"
-    yield from _argument_faults(config.backbone_args)
+    if not parts.is_part(config.backbone):
+        yield from _argument_faults(config.backbone_args)
+    elif encoder.stem != "standard":
+        yield f"encoder.stem: {encoder.stem} is for networks of timm and torchvision; {parts.title(config.backbone)} is used as it is"
+    for name in ("views.weak", "views.strong"):
+        view: ViewConfig = attrgetter(name)(config)
+        if parts.is_part(view.name):
+            plain = ViewConfig(name=view.name, size=view.size)
+            useless = [key for key in ViewConfig.__dataclass_fields__ if getattr(view, key) != getattr(plain, key)]
+            yield from (
+                f"{name}.{key}: is for views of ours; {parts.title(view.name)} makes its own, of {name}.size" for key in useless
+            )
+    if config.views.crops and parts.is_part(config.views.strong.name):
+        yield "views.crops: a view of your own has one size, views.strong.size; set views.crops []"
     channels, inputs = config.views.channels, config.backbone_args.get("in_chans", config.views.channels)
     if derived.two_way and config.views.crops:
         yield f"views.crops: {method.name} compares two views, views.weak and views.strong; leave views.crops empty"

@@ -27,7 +27,7 @@ from relssl.files import size
 from relssl.method import create_student
 from relssl.method.backbones import count_flops
 from relssl.settings.launcher import with_launch
-from relssl.settings.run import Config, derive, resolve
+from relssl.settings.run import Config, derive, handed_over
 from relssl.train.checkpoint import whole_state
 from relssl.train.loop import Run, create_run, knn_due, save_due, train_step
 from relssl.train.memory import memory_used, step_memory
@@ -99,7 +99,7 @@ class Estimate:
 
 
 def estimate(
-    data: str | None = None,
+    data: Any = None,
     *,
     config: str | Path | None = None,
     settings: Config | None = None,
@@ -121,7 +121,12 @@ def estimate(
     """
     if steps < 1:
         raise ConfigError(f"steps: must be at least 1, got {steps}")
-    settings = with_launch(settings or resolve(({} if data is None else {"data": data}) | overrides, config))
+    with handed_over(data, config, settings, overrides) as given:
+        return _estimate(with_launch(given), steps, quiet)
+
+
+def _estimate(settings: Config, steps: int, quiet: bool) -> Estimate:
+    """Estimate a run whose parts are at hand; arguments as of `estimate`."""
     engine, still = Engine(settings.engine), dataclasses.replace(settings.optimizer, lr=_STILL)
     lines = list[str]()
     with engine.running(), explaining(settings, engine):

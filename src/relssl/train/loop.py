@@ -22,7 +22,8 @@ from relssl.method.base import ALONE, Method, Step, World, unwrapped
 from relssl.method.create import create_run_optimizer
 from relssl.method.encoder import Encoder
 from relssl.method.health import effective_rank, spread, verdict
-from relssl.settings.run import METHODS, Config, derive
+from relssl.settings.parts import is_part
+from relssl.settings.run import Config, derive
 from relssl.train import checkpoint
 from relssl.train.console import Display
 from relssl.train.online import Online
@@ -78,7 +79,7 @@ def create_run(config: Config, engine: Engine, images: Images, online: Online | 
     """
     given = given or Given()
     plan = Plan(len(images), config.batch_size, config.accumulate, engine.rank, engine.world, config.seed)
-    loader, traits, labels, classes = open_loader(config, engine, plan, images), METHODS[config.method.name], None, 0
+    loader, traits, labels, classes = open_loader(config, engine, plan, images), derive(config).traits, None, 0
     if traits.labels and images.labels is not None:
         labels, classes = torch.from_numpy(images.labels).to(engine.device), images.class_count
     best = "tiled" if traits.tiled and engine.device.type != "mps" else "plain"
@@ -95,6 +96,8 @@ def create_run(config: Config, engine: Engine, images: Images, online: Online | 
     for part in (teacher, frozen, model.memory):
         if part is not None:
             engine.place(part)
+    if is_part(config.backbone):
+        model.follow(0.0)  # ranks may have brought their own weights, of which the engine has given the student the first rank's
     model.train()
     guard = Guard([encoder] if teacher is None else [encoder, teacher], engine.device)
     state = State(model, create_run_optimizer(config, encoder), guard)
@@ -204,7 +207,8 @@ def forward(run: Run, part: Batch, now: dict[str, float], world: World = ALONE) 
     if run.labels is not None:
         settings["labels"] = run.labels[part.ids]
     weak = place(part.weak) if run.known is None else run.known[part.ids]
-    return model.step(weak, [place(view) for view in part.strong], world, **settings)
+    step: Step = model(weak, [place(view) for view in part.strong], world, **settings)
+    return step
 
 
 def step_settings(config: Config, model: Method, now: dict[str, float]) -> dict[str, Any]:
@@ -368,4 +372,5 @@ def save(run: Run) -> None:
     if folder is not None and target is not None:
         store.prune(folder.checkpoints, run.config.checkpoint.keep, (state.best["checkpoint"],) if state.best else ())
         folder.status("running", state.step, last_checkpoint=target.name)
+        folder.hooks.call("on_checkpoint", target)
     run.engine.wait()

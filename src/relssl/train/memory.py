@@ -25,7 +25,7 @@ from relssl.files import size
 from relssl.method import create_method
 from relssl.method.base import Method
 from relssl.method.create import create_run_optimizer
-from relssl.settings.run import METHODS, Config, derive
+from relssl.settings.run import Config, derive
 from relssl.train.loop import step_settings
 
 # A step can hardly take more than so many times the bytes of its views: a huge transformer takes about 1,400 times as many.
@@ -118,11 +118,11 @@ def _pass(model: Method, config: Config, engine: Engine, share: int) -> None:
     """Pass views of a share forward and back."""
     schedules = {"teacher_temperature": config.method.teacher_temperature, "teacher_momentum": 0.99, "warmup_mix": 0.5}
     settings = step_settings(config, model, schedules)
-    if METHODS[config.method.name].labels:
+    if derive(config).traits.labels:
         settings["labels"] = torch.zeros(share, dtype=torch.int64)
     weak, *strong = (torch.empty(share, config.views.channels, view.size, view.size) for view in derive(config).views)
     with engine.autocast():
-        step = model.step(weak, strong, **settings)
+        step = model(weak, strong, **settings)
     step.loss.backward()  # type: ignore[no-untyped-call]
 
 

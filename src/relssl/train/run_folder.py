@@ -19,6 +19,7 @@ from relssl.errors import ConfigError, Interrupted, LockedError, StorageError
 from relssl.files import read_rows, write_file, write_json
 from relssl.settings.recipes import public_name
 from relssl.settings.run import Config
+from relssl.train.hooks import Hooks
 from relssl.train.loggers import Loggers
 from relssl.weights import store
 
@@ -41,15 +42,15 @@ def default_folder(config: Config) -> str:
 
 
 class RunFolder:
-    """A run's files, for the one process that writes them.
+    """A run's files, for the one process that writes them, with the hooks that follow them.
 
     Raises:
         LockedError: if another process writes the folder.
         StorageError: if it cannot be written.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.checkpoints = path, path / "checkpoints"
+    def __init__(self, path: Path, hooks: Hooks | None = None) -> None:
+        self.path, self.checkpoints, self.hooks = path, path / "checkpoints", hooks or Hooks()
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             # A lock of the operating system goes with its process, however that ends: no stale lock needs breaking.
@@ -110,6 +111,9 @@ class RunFolder:
         self._rows.flush()
         if self._loggers is not None:
             self._loggers.write(row)
+        self.hooks.call("on_row", row)
+        if "knn_top1" in row:
+            self.hooks.call("on_evaluation", row)
 
     def close(self) -> None:
         """Close all files, and let others write the folder."""
