@@ -57,6 +57,7 @@ METHODS: dict[str, Traits] = {name: build(Traits, raw) for name, raw in recipes.
 _WEIGHT_ARGS = ("pretrained", "checkpoint_path", "weights", "weights_backbone")
 _OUTPUT_ARGS = ("num_classes", "features_only", "out_indices")
 
+MOST_CHANNELS = 16  # of an image
 # Shares of red, green and blue in grey, as torchvision makes it.
 LUMA = (0.2989, 0.587, 0.114)
 
@@ -141,22 +142,35 @@ class ViewsConfig:
     weak: ViewConfig = ViewConfig()  # the teacher's view; of two equal views the first; of supervised learning the only one
     strong: ViewConfig = ViewConfig()  # the student's views; of two equal views the second
     crops: tuple[Crop, ...] = setting((), "student crops [size, min scale, max scale]; empty: as `strong`")
-    channels: int = setting(3, "channels of the images that the networks see: 3, or 1, which turns all views grey", ge=1, le=3)
+    channels: int = setting(
+        3,
+        "channels of the images that the networks see: those of your own data, else 3, or 1, which turns all views grey",
+        ge=1,
+        le=MOST_CHANNELS,
+    )
     enlarge: bool = setting(False, "let views be larger than the images of a set in memory, which blows them up")
-    mean: tuple[Probability, Probability, Probability] | None = setting(None, "channel means in 0..1; null: the data set's")
+    mean: tuple[Probability, ...] | None = setting(None, "channel means in 0..1; null: the data set's")
     margin: Margin | None = setting(
         None, "plain view: sizes that the shorter side has before the crop; null: 1, of files 256/224"
     )
     interpolation: Literal["bilinear", "bicubic"] = setting("bilinear", "plain view: how images are scaled, antialiased")
-    std: tuple[Share, Share, Share] | None = setting(None, "channel deviations in 0..1; null: the data set's")
+    std: tuple[Share, ...] | None = setting(None, "channel deviations in 0..1; null: the data set's")
 
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Return means and deviations of the channels that the networks see, in 0..1, once the data has filled them in.
 
-        Those of grey views are weighted as grey is made, which makes the deviation a little too large for colourful images.
+        Those of colours that turn grey are weighted as grey is made, which makes the deviation a little too large for colourful images.
+
+        Raises:
+            ConfigError: for another number of them.
         """
         assert self.mean is not None and self.std is not None
-        if self.channels == 3:
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) not in (self.channels, 3 if self.channels == 1 else self.channels):
+                raise ConfigError(
+                    f"views.{name}: has {len(values)} values for the {self.channels} channels that the networks see"
+                )
+        if len(self.mean) == len(self.std) == self.channels:
             return self.mean, self.std
         mean, std = (sum(w * value for w, value in zip(LUMA, values, strict=True)) for values in (self.mean, self.std))
         return (mean,), (std,)
@@ -506,10 +520,8 @@ def _faults(config: Config, derived: Derived) -> Iterator[str]:
         yield "views.strong.size: views.crops has the sizes of the student's views; set that, and views.weak.size"
     if config.engine.device.startswith("cuda:") and config.engine.devices * config.engine.nodes > 1:
         yield f"engine.device: {config.engine.device} is one device of {config.engine.devices}; leave the number out"
-    if channels == 2:
-        yield "views.channels: must be 3, or 1 for grey views, got 2"
-    elif inputs != channels:
-        yield f"backbone_args: in_chans {inputs} does not fit views.channels {channels}, which may be 1 or 3; leave in_chans out"
+    if inputs != channels:
+        yield f"backbone_args: in_chans {inputs} does not fit views.channels {channels}; leave in_chans out"
     cache, largest = config.loader.cache, max(view.size for view in derived.views)
     if cache is not None and cache < largest:
         yield f"loader.cache: {cache} pixels are fewer than the largest view has; needs {largest} or more, or it would be enlarged"

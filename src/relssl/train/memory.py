@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import re
 import resource
 import sys
@@ -64,22 +65,24 @@ def fit(
     most, least = needed(derived.share), needed(smallest)
     if most <= free:
         return config
-    slope = (most - least) / max(1, derived.share - smallest)
-    share = smallest
-    while least + slope * (2 * share - smallest) <= free and 2 * share < derived.share:
-        share *= 2
+    image_takes = (most - least) / max(1, derived.share - smallest)
+    share = double(smallest, smallest + (free - least) / max(1, image_takes))
     batch, fits = share * derived.passes, least <= free
     if config.fit_batch and fits:
         scaled = dataclasses.replace(config.optimizer, lr=config.optimizer.lr * batch / config.batch_size)
         return dataclasses.replace(config, batch_size=batch, fit_batch=False, optimizer=scaled)
-    views = f"{config.batch_size} images in views of {', '.join(sorted({str(view.size) for view in derived.views}))} pixels"
+    pixels = ", ".join(sorted({str(view.size) for view in derived.views}))
     parts = derived.share // share * config.accumulate
     whole = derived.traits.whole_batch or config.batch_size % (parts * here) or not fits
     advice = f"take batch_size {batch}" if fits else "take a smaller network or smaller views"
     advice += "" if whole else f", or keep the batch with accumulate {parts}"
-    raise ConfigError(
-        f"batch_size: a step of {config.backbone} with {views} takes about {size(round(most))} of memory, {size(free)} are free; {advice}"
-    )
+    step = f"a step of {config.backbone} with {config.batch_size} images in views of {pixels} pixels"
+    raise ConfigError(f"batch_size: {step} takes about {size(round(most))} of memory, {size(free)} are free; {advice}")
+
+
+def double(share: int, most: float) -> int:
+    """Return the share doubled as often as it stays at `most`."""
+    return share << int(math.log2(max(1, most / share)))
 
 
 def step_memory(config: Config, engine: Engine, share: int, classes: int = 1, given: nn.Module | None = None) -> int:
@@ -153,6 +156,18 @@ class _Living(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _forget(self, key: int, size: int) -> None:
         self._storages.discard(key)
         self.now -= size
+
+
+def peak_memory(engine: Engine, processes: int) -> dict[str, int]:
+    """Return {"used", "total", "device_used", "device_total"} in bytes up to now: of this machine, if all `processes` take as much as
+    this one, and of its GPU, 0 without one."""
+    total, device_used, device_total = psutil.virtual_memory().total, 0, 0
+    with suppress(OSError, ValueError):  # no container, or one without a limit
+        total = min(total, int(_cgroup("memory.max")))
+    if engine.device.type == "cuda":
+        device_used = torch.cuda.max_memory_reserved(engine.device)
+        device_total = torch.cuda.get_device_properties(engine.device).total_memory
+    return {"used": processes * memory_used(), "total": total, "device_used": device_used, "device_total": device_total}
 
 
 def free_memory(device: torch.device) -> int:

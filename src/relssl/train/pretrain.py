@@ -16,10 +16,12 @@ from typing import Any
 import torch
 
 import relssl
+from relssl.data.batched import left_out
 from relssl.data.cache import shrunken
 from relssl.data.images import Images, Pixels
-from relssl.data.loader import Batch, worker_count
-from relssl.data.named import SETS, exists, load
+from relssl.data.loader import Batch, fitting, worker_count
+from relssl.data.named import PREFIXES, SETS, exists, load
+from relssl.data.own import measured
 from relssl.data.subsets import check_variety
 from relssl.engine import Engine
 from relssl.errors import ConfigError, DataError, DistributedError, ExportError, RelsslError, StorageError
@@ -119,7 +121,7 @@ def _begin(resolved: Config, quiet: bool, resume: str | None, hooks: Hooks) -> R
 def _whole_path(data: str, root: str | None) -> str:
     """Return DATA that is a path from the root on, so that the run goes on, and is evaluated, from any working folder."""
     path = exists(data, root)
-    return data if data in SETS or path is None else os.path.abspath(path)
+    return data if data in SETS or path is None else path if path.startswith(PREFIXES) else os.path.abspath(path)
 
 
 def _go_on(folder: Path, wanted: Config, quiet: bool, hooks: Hooks) -> Result:
@@ -384,6 +386,10 @@ def build(config: Config, engine: Engine, say: Callable[[str], None] = lambda li
         )
     workers = 0 if images.in_memory else worker_count(config.loader.workers, config.engine.devices)
     settings = complete_settings(config, images)
+    if settings.views.channels != 3 and (config.views.mean is None or config.views.std is None):
+        say("views: {} channels of means {} and deviations {}".format(settings.views.channels, *settings.views.statistics()))
+    if operations := left_out(derive(settings).views, images.channels):
+        say(f"views: without {', '.join(operations)}, which mean nothing on {images.channels} channels")
     for line in adjustments(config, settings, len(images)):
         say(line)
     enough = len(images) >= settings.batch_size  # too few are refused by the loader
@@ -428,8 +434,15 @@ def complete_settings(config: Config, images: Images) -> Config:
         ]
         if faults:
             raise ConfigError(*faults)
-    margin = views.margin or (1.0 if images.in_memory else 256 / 224)
-    views = dataclasses.replace(views, mean=views.mean or images.mean, std=views.std or images.std, margin=margin)
+    margin, channels, mean, std = views.margin or (1.0 if images.in_memory else 256 / 224), views.channels, views.mean, views.std
+    if images.channels != 3 and "views.channels" not in (config.typed or {"views.channels"}):
+        channels = images.channels
+    fitting(channels, images)
+    if mean is None or std is None:
+        usual = (images.mean, images.std) if images.channels == 3 else measured(images)
+        mean, std = (given or values * (channels // len(values) or 1) for given, values in zip((mean, std), usual, strict=True))
+    views = dataclasses.replace(views, channels=channels, mean=mean, std=std, margin=margin)
+    views.statistics()  # refuses another number of them
     return dataclasses.replace(config, views=views)
 
 

@@ -30,7 +30,7 @@ _TEMPLATE = """---
 
 {{ about }}
 
-Input: {{ 'RGB' if view.channels == 3 else 'grey' }}, {{ view.size }} x {{ view.size }}, mean {{ view.mean | list }}, std \
+Input: {{ {1: 'grey', 3: 'RGB'}.get(view.channels, '%d channels' % view.channels) }}, {{ view.size }} x {{ view.size }}, mean {{ view.mean | list }}, std \
 {{ view.std | list }} of values in 0..1; {{ view }}.
 {%- if settings %}
 
