@@ -24,7 +24,7 @@ SMALL: dict[str, Any] = {
     "method": {"memory_size": 96, "warmup_share": 0.5},
     "optimizer": {"warmup_epochs": 1},
     "engine": {"threads": 1, "device": "cpu"},
-    "log": {"every": 3, "knn_every": 1, "knn_images": [100, 100], "to": []},
+    "log": {"every": 3, "knn_every": 1, "knn_images": [100, 100], "to": [], "report": False},
 }
 # A network without batch norm, for what holds up to batch norm only.
 NORMLESS: dict[str, Any] = {

@@ -246,7 +246,7 @@ def test_it_is_exported_and_loaded_back(grey_shuffle: Path, tmp_path: Path, form
 @pytest.mark.parametrize("format", ["timm", "hf", "detectron2"])
 def test_formats_of_other_libraries_refuse_it(grey_shuffle: Path, tmp_path: Path, format: str) -> None:
     with pytest.raises(ConfigError, match=f"format: {format} .*torchvision/shufflenet_v2_x0_5"):
-        export(grey_shuffle, format=format, out=tmp_path / {"timm": "a.safetensors", "hf": "a", "detectron2": "a.pkl"}[format])
+        export(grey_shuffle, format=format, out=tmp_path / {"timm": "a.safetensors", "hf": "a", "detectron2": "a.pth"}[format])
     assert not list(tmp_path.iterdir())
 
 

@@ -286,7 +286,7 @@ def test_a_run_on_shrunk_images_resumes_exactly(folder: Path, tmp_path: Path) ->
     resume(tmp_path / "whole", checkpoint="step-00000003", quiet=True)
     assert differing(whole, final_state(tmp_path / "whole")) == [] and rows == repeatable_rows(tmp_path / "whole")
     (kept,) = (tmp_path / "kept").iterdir()
-    assert len(Shrunk.load(kept, Files(str(folder), []))) == 18
+    assert len(Shrunk.load(kept, Files.of(str(folder), []))) == 18
 
 
 class Asked(StopRequest):

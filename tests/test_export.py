@@ -43,7 +43,6 @@ from relssl.settings.run import Config, resolve, to_yaml
 from relssl.train.estimate import Estimate
 from relssl.train.pretrain import Result
 from relssl.weights import store
-from relssl.weights.detectron import read
 from relssl.weights.export import export
 from relssl.weights.formats import FORMATS
 from relssl.weights.opening import Opened
@@ -138,13 +137,11 @@ def with_torch(file: Path, which: str) -> Tensor:
     return features
 
 
-def with_pickle(file: Path, which: str) -> Tensor:
+def with_detectron2(file: Path, which: str) -> Tensor:
     """As detectron2 reads it, by names taken from its own ResNet: stem, res2..res5, shortcut, norm."""
-    content = pickle.loads(file.read_bytes())
+    content = torch.load(file, weights_only=True)
     assert content["matching_heuristics"] is True and content["__author__"] != "Caffe2"
-    arrays = content["model"]
-    assert all(type(value) is np.ndarray and value.flags.writeable for value in arrays.values())
-    weights = {name: torch.from_numpy(value) for name, value in arrays.items()}
+    weights = content["model"]
 
     def layer(x: Tensor, name: str, stride: int, padding: int) -> Tensor:
         parts = [weights[f"{name}.norm.{part}"] for part in ("running_mean", "running_var", "weight", "bias")]
@@ -166,7 +163,7 @@ READERS: dict[str, tuple[str, Callable[[Path, str], Tensor], float]] = {
     "hf": ("tiny", with_local_dir, 0),
     "onnx": ("small", with_onnx, 1e-4),
     "torch-export": ("tiny", with_torch, 1e-4),
-    "detectron2": ("whole", with_pickle, 1e-5),
+    "detectron2": ("whole", with_detectron2, 1e-5),
 }
 
 
@@ -299,26 +296,13 @@ def test_timm_enlarges_as_we_do_whatever_the_size() -> None:
 
 
 def test_the_detectron2_card_has_its_configuration(sources: Sources, tmp_path: Path) -> None:
-    export(sources("whole")[0], format="detectron2", out=tmp_path / "source.pkl")
+    export(sources("whole")[0], format="detectron2", out=tmp_path / "source.pth")
     text = (tmp_path / "source.md").read_text()
     configuration = yaml.safe_load(text[text.index("    MODEL:") :].split("\n\n")[0])
-    assert configuration["MODEL"]["WEIGHTS"] == "source.pkl" and configuration["INPUT"] == {"FORMAT": "RGB"}
+    assert configuration["MODEL"]["WEIGHTS"] == "source.pth" and configuration["INPUT"] == {"FORMAT": "RGB"}
     assert configuration["MODEL"]["PIXEL_MEAN"] == [25.5, 51.0, 76.5]
     expected = {"DEPTH": 18, "STRIDE_IN_1X1": False, "NUM_GROUPS": 1, "WIDTH_PER_GROUP": 64, "RES2_OUT_CHANNELS": 64}
     assert configuration["MODEL"]["RESNETS"] == expected
-
-
-class Caller:
-    def __reduce__(self) -> tuple[Any, ...]:
-        return print, ("called",)
-
-
-@pytest.mark.parametrize("content", [{"model": {"a": Caller()}}, {"weights": 1}, {"model": {"a": 3}}, [1]])
-def test_a_pickle_of_anything_but_arrays_is_not_loaded(content: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "a.pkl").write_bytes(pickle.dumps(content))
-    with pytest.raises(CheckpointError):
-        read(tmp_path / "a.pkl")
-    assert not capsys.readouterr().out
 
 
 def test_what_is_missing_or_misspelt_is_reported_before_any_work(
@@ -346,6 +330,11 @@ def test_targets_that_do_not_suit_are_refused(sources: Sources, tmp_path: Path) 
     ):
         with pytest.raises(ConfigError, match="out: "):
             export(file, format=format, out=out)
+    (tmp_path / "theirs.md").write_text("a card of another file")
+    for theirs in ("torch-export", "onnx"):
+        with pytest.raises(ConfigError, match=r"out: .*theirs.md"):
+            export(file, format=theirs, out=tmp_path / f"theirs{FORMATS[theirs].suffix}")
+    (tmp_path / "theirs.md").unlink()
     with pytest.raises(ConfigError, match="out: "):
         export(file)
     with pytest.raises(ConfigError, match="network: "):
@@ -418,7 +407,7 @@ def test_lines_survive_odd_file_names(sources: Sources, tmp_path: Path) -> None:
     scope: dict[str, Any] = {}
     exec("\n".join(exported.lines), scope)
     with torch.no_grad():
-        assert torch.equal(scope["backbone"](IMAGES), network(IMAGES))
+        assert torch.equal(scope["model"](IMAGES), network(IMAGES))
 
 
 def test_images_are_the_runs_own_if_they_are_at_hand(tmp_path: Path) -> None:
@@ -468,7 +457,7 @@ def test_the_transform_sees_every_kind_of_image_as_evaluations_do(kind: str, tmp
     _, extension, contents = CONTENTS[kind]
     path, view = tmp_path / f"image.{extension}", PlainView(16, 1.2, "bilinear", (0.4, 0.5, 0.6), (0.2, 0.3, 0.2))
     path.write_bytes(contents())
-    images = Images("one", Files(str(tmp_path), [(path.name.encode(), path.stat().st_size)]))
+    images = Images("one", Files.of(str(tmp_path), [(path.name.encode(), path.stat().st_size)]))
     ((_, views, bad),) = Reader(view).batches(images)
     with contextlib.ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())

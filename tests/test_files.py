@@ -217,7 +217,7 @@ def test_a_written_list_stands_for_its_folder(tmp_path, capsysbinary, monkeypatc
     st.randoms(),
 )
 def test_files_keep_what_was_put_in(names, random):
-    files = Files("/top", [(name, row) for row, name in enumerate(names)])
+    files = Files.of("/top", [(name, row) for row, name in enumerate(names)])
     wanted = [os.fsdecode(b"/top/" + name) for name in names]
     assert list(files) == wanted and len(files) == len(names)
     rows = [random.randrange(len(names)) for _ in range(5 * bool(names))]
@@ -227,10 +227,10 @@ def test_files_keep_what_was_put_in(names, random):
 
 
 def test_the_fingerprint_sees_names_sizes_order_and_count():
-    base = Files("/a", [(b"one", 1), (b"two", 2)])
-    assert Files("/elsewhere", [(b"one", 1), (b"two", 2)]).fingerprint() == base.fingerprint()
+    base = Files.of("/a", [(b"one", 1), (b"two", 2)])
+    assert Files.of("/elsewhere", [(b"one", 1), (b"two", 2)]).fingerprint() == base.fingerprint()
     others = [((b"one", 1), (b"twx", 2)), ((b"one", 1), (b"two", 3)), ((b"two", 2), (b"one", 1)), ((b"on", 1), (b"etwo", 2))]
-    files = [base, base.take(np.arange(1)), *(Files("/a", entries) for entries in others)]
+    files = [base, base.take(np.arange(1)), *(Files.of("/a", entries) for entries in others)]
     assert len({each.fingerprint() for each in files}) == 6
 
 

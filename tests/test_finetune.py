@@ -131,7 +131,7 @@ def test_an_export_has_the_classifier_too(
     network = timm.create_model("resnet18", num_classes=3, checkpoint_path=str(model[0]), **TINY["resnet18"]).eval()
     with torch.no_grad():
         torch.testing.assert_close(scope["model"](images := views(labelled / "val")[1]), network(images), rtol=1e-4, atol=1e-4)
-    assert "`blue`, `green`, `red`" in card and "scores = model(images)" in card
+    assert "`blue`, `green`, `red`" in card and "outputs = model(images)" in card
     with pytest.raises(ConfigError, match="without a classifier"):
         relssl.export(model[0], format="torchvision")
 

@@ -62,7 +62,7 @@ def as_files(images: Images, folder: Path) -> Images:
         images.read(row, 10**6).save(folder / name)
     sizes = [(folder / name).stat().st_size for name in names]
     return dataclasses.replace(
-        images, source=Files(str(folder), [(name.encode(), size) for name, size in zip(names, sizes, strict=True)])
+        images, source=Files.of(str(folder), [(name.encode(), size) for name, size in zip(names, sizes, strict=True)])
     )
 
 

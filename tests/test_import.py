@@ -7,6 +7,8 @@ import io
 import json
 import os
 import pickle
+import resource
+import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -364,6 +366,28 @@ def test_an_imported_file_is_the_backbone_that_opening_the_file_gives(tmp_path):
     assert "layout solo" in text and "CIFAR-10's mean" in text and str(tmp_path) not in text
 
 
+HUGE = {
+    "resnet18": {"layers": [10**9, 1, 1, 1]}, "resnet50": {"channels": [2000] * 4}, "vit_giant_patch14_224": {},
+    "mobilenetv3_small_100": {"depth_multiplier": 1e6}, "torchvision/regnet_y_128gf": {"stem_width": 2000},
+}  # fmt: skip
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("name", HUGE)
+def test_settings_beside_a_file_build_nothing_larger_than_the_file(tmp_path, name):
+    import_weights(plain_file(tmp_path), size=48)
+    file = tmp_path / "plain.safetensors"
+    spec = dataclasses.replace(open_backbones(file).spec, name=name, arguments=HUGE[name])
+    file.with_suffix(".yaml").write_text(spec.to_yaml())
+    limits, pages = resource.getrlimit(resource.RLIMIT_AS), int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (1 << 30), limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match=name):
+            relssl.load_backbone(file)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
 def test_an_import_replaces_nothing_but_an_import(tmp_path):
     path = plain_file(tmp_path)
     import_weights(path, size=20)
@@ -445,6 +469,15 @@ def test_a_network_deep_in_a_file_is_found_or_named_by_its_prefix(tmp_path):
     refused(r"several networks, one\., two\.; name one with --prefix", path)
     refused(r"looked for three\.", path, prefix="three")
     refused("--allow NAME", path, prefix="one", backbone="resnet34")
+
+
+def test_the_average_is_read_where_a_training_program_keeps_both(tmp_path):
+    content = {"epoch": 3, "state_dict": under("", resnet18()), "state_dict_ema": under("", resnet18(seed=1)), "optimizer": sgd()}
+    path = write(tmp_path / "timm.pth.tar", content)
+    backbone, report = load(path, size=48)
+    assert same(backbone, resnet18(seed=1)) and report.left_out["state_dict"] == 120
+    assert any("state_dict_ema" in note for note in report.notes)
+    assert same(load(path, size=48, prefix="state_dict")[0], resnet18())
 
 
 def test_several_kinds_of_names_are_refused_in_one_network(tmp_path):

@@ -534,7 +534,7 @@ def test_each_class_gives_its_share_and_a_smaller_subset_lies_in_a_larger(labels
 
 
 NAMES = [b"train/dog/n1_10.JPEG", b"train/dog/n1_11.JPEG", b"train/cat/n2_10.JPEG", b"train/cat/same.png", b"train/dog/same.png"]
-PETS = Images("pets", Files("/data", [(name, 1) for name in NAMES]), np.array([0, 0, 1, 1, 0]))
+PETS = Images("pets", Files.of("/data", [(name, 1) for name in NAMES]), np.array([0, 0, 1, 1, 0]))
 
 
 def write(folder: Path, *lines: str) -> str:

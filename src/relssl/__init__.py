@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from relssl.evaluation.finetune import finetune as finetune
     from relssl.evaluation.finetune import predict as predict
     from relssl.evaluation.result import compare as compare
+    from relssl.report.page import write_report as write_report
     from relssl.reproduction.reproduce import reproduce as reproduce
     from relssl.train.estimate import estimate as estimate
     from relssl.train.pretrain import pretrain as pretrain
@@ -43,6 +44,7 @@ _HOMES = {
     "pretrain": "train.pretrain",
     "reproduce": "reproduction.reproduce",
     "resume": "train.pretrain",
+    "write_report": "report.page",
 }
 __all__ = list(_HOMES)
 

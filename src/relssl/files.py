@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -50,13 +52,31 @@ def storing(path: Path, needed: int | None = None) -> Iterator[None]:
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         free = shutil.disk_usage(next(folder for folder in path.absolute().parents if os.path.exists(folder))).free
-        room = (
-            (f"{needed} bytes needed, " if needed is not None else "") + f"{free} bytes free; "
-            if full or needed is not None
-            else ""
-        )
+        room = "" if needed is None else f"{needed} bytes needed, "
+        room += f"{free} bytes free; " if full or room else ""
         advice = "free some space" if full else "check the folder"
         raise StorageError(f"{path}: cannot be written ({error.strerror or type(error).__name__}); {room}{advice}") from error
+
+
+@contextlib.contextmanager
+def locked(path: Path, wait: Callable[[], object] = lambda: None) -> Iterator[bool]:
+    """Hold the lock that is the file at `path`, whose folder is made; it goes with this process however that ends.
+
+    Yields False where the file system has no locks, as some network drives. `wait` is called if another process has the lock.
+    """
+    alone = True
+    with storing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("w")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            wait()
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            alone = False
+        yield alone
 
 
 def write_all(descriptor: int, data: memoryview) -> None:
@@ -101,16 +121,35 @@ def write_file(path: Path, data: bytes) -> None:
         write_all(file.fileno(), memoryview(data))
 
 
+def read_arrays(path: Path) -> dict[str, Any] | None:
+    """Read the arrays of an .npz file; None if it is not there or damaged. Nothing is unpickled."""
+    import numpy as np  # which `relssl --help` need not wait for
+
+    faults = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
+    with contextlib.suppress(*faults), path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+        return {name: arrays[name] for name in arrays.files}
+    return None
+
+
 def write_json(path: Path, obj: Any) -> None:
     """Write `obj` as `to_json` has it, whole or not at all."""
     write_file(path, to_json(obj))
 
 
-def to_json(obj: Any) -> bytes:
+def to_json(obj: Any, indent: int | None = 2) -> bytes:
     """Return `obj` as ASCII JSON, from which floats read back exactly: tuples become lists, keys strings, tensors and arrays numbers
-    or lists, NaN and infinity null."""
+    or lists, NaN and infinity null. Without `indent` it is one line."""
     finite = json.loads(json.dumps(obj, default=lambda value: value.tolist()), parse_constant=lambda _: None)
-    return (json.dumps(finite, indent=2) + "\n").encode("ascii")
+    return (json.dumps(finite, indent=indent) + "\n").encode("ascii")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a file, an empty one if there is none."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

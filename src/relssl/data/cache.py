@@ -7,13 +7,11 @@ table ends, and a cache is complete when its table names every image.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import shutil
 import time
-import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -26,11 +24,11 @@ from torch import Tensor
 
 from relssl.data.decode import BadImage, Opened
 from relssl.data.folder import cache_root, shown
-from relssl.data.images import Files, Images
+from relssl.data.images import Images, Source
 from relssl.data.loader import read_batches, worker_count
 from relssl.data.subsets import identity, spread
 from relssl.errors import DataError, StorageError
-from relssl.files import replacing, size, storing, sweep, write_all
+from relssl.files import locked, read_arrays, replacing, size, storing, sweep, write_all
 from relssl.settings.run import LoaderConfig
 
 PIXELS, TABLE = "pixels", "table.npz"
@@ -53,21 +51,20 @@ class Shrunk:
         total: bytes of all pixels.
     """
 
-    def __init__(self, folder: Path, files: Files, sizes: np.ndarray, bad: dict[int, str]) -> None:
+    def __init__(self, folder: Path, files: Source, sizes: np.ndarray, bad: dict[int, str]) -> None:
         self.folder, self.files, self.sizes, self.bad = folder, files, sizes, bad
         self._ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(3 * sizes.astype(np.int64).prod(1))])
         self.total = int(self._ends[-1])
         self._pixels: np.ndarray | None = None
 
     @staticmethod
-    def load(folder: Path, files: Files) -> Shrunk:
+    def load(folder: Path, files: Source) -> Shrunk:
         """Return what the table of a folder names: no image if there is no table, it is damaged, or pixels are missing."""
-        with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-            with (folder / TABLE).open("rb") as file, np.load(file, allow_pickle=False) as table:
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            if (table := read_arrays(folder / TABLE)) is not None:
                 bad = dict(zip(table["rows"].tolist(), table["reasons"].tolist(), strict=True))
-                shrunk = Shrunk(folder, files, table["sizes"], bad)
-            if (folder / PIXELS).stat().st_size >= shrunk.total:
-                return shrunk
+                if (folder / PIXELS).stat().st_size >= (shrunk := Shrunk(folder, files, table["sizes"], bad)).total:
+                    return shrunk
         return Shrunk(folder, files, np.zeros((0, 2), np.int32), {})
 
     def save(self) -> None:
@@ -78,7 +75,7 @@ class Shrunk:
     def __len__(self) -> int:
         return len(self.sizes)
 
-    def take(self, rows: np.ndarray) -> Files:
+    def take(self, rows: np.ndarray) -> Source:
         """Return the files at these positions, int64 [M], not shrunk."""
         return self.files.take(rows)
 
@@ -87,6 +84,9 @@ class Shrunk:
 
     def name(self, row: int) -> str:
         return self.files.name(row)
+
+    def beginning(self, row: int) -> bytes:
+        return self.files.beginning(row)
 
     def open(self, row: int, max_pixels: int) -> AbstractContextManager[Opened]:
         """Open one image; BadImage with the reason for which its file could not be read."""
@@ -119,12 +119,14 @@ def shrunken(images: Images, settings: LoaderConfig, progress: Progress, process
         StorageError: if the disk has no room, or cannot be written.
         DataError: if a worker process dies, or a file cannot be read for a reason that may pass; the next call goes on there.
     """
-    assert isinstance(images.source, Files)
     folder, files = place(images, settings), images.source
     shrunk = Shrunk.load(folder, files)
     if len(shrunk) < len(files):
         try:
-            with _locked(folder, progress):
+            waits = f"cache: waiting for the process that makes {shown(str(folder))}"
+            with locked(folder / ".lock", lambda: progress.say(waits)) as alone:
+                if not alone:
+                    progress.say(f"cache: {shown(str(folder))} cannot be locked; let no other run make it at the same time")
                 shrunk = Shrunk.load(folder, files)  # another process may have made it meanwhile
                 if len(shrunk) < len(files):
                     shrunk = _extend(shrunk, settings, progress, worker_count(settings.workers, processes) * processes)
@@ -143,7 +145,7 @@ def place(images: Images, settings: LoaderConfig) -> Path:
 
 
 def _shrink_files(
-    files: Files, settings: LoaderConfig, rows: list[int]
+    files: Source, settings: LoaderConfig, rows: list[int]
 ) -> tuple[Tensor, list[tuple[int, ...]], dict[int, BadImage]]:
     """Scale images to shorter sides of `loader.cache` pixels at most.
 
@@ -165,23 +167,6 @@ def _shrink_files(
             images.append(np.empty((0, 0, 3), np.uint8))
             faults[row] = fault
     return torch.from_numpy(np.concatenate([*map(np.ravel, images)])), [image.shape[:2] for image in images], faults
-
-
-@contextlib.contextmanager
-def _locked(folder: Path, progress: Progress) -> Iterator[None]:
-    """Only one process writes; the lock goes with it, however it ends. Where the file system has no locks, users must see to it."""
-    with storing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            progress.say(f"cache: waiting for the process that makes {shown(str(folder))}")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError:
-            progress.say(f"cache: {shown(str(folder))} cannot be locked; let no other run make it at the same time")
-        yield
 
 
 def _extend(shrunk: Shrunk, settings: LoaderConfig, progress: Progress, workers: int) -> Shrunk:

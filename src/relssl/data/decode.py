@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import stat
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import IO
 
@@ -45,28 +46,46 @@ class Opened:
         rgb: reads the pixels, 8-bit RGB and upright, once, given one of `reductions`: each pixel then stands for a square of so
             many a side, from the top left on, and the sides are rounded up. BadImage if they cannot be read.
         reductions: what the sides may be divided by while they are decoded, rising; 1 alone for all but JPEG.
+        bands: uint8 [C,H,W] of an image that is not of 3 channels; `rgb` then shows it to people.
     """
 
     size: tuple[int, int]
     rgb: Callable[[int], Image.Image]
     reductions: tuple[int, ...] = (1,)
+    bands: np.ndarray | None = None
 
     @staticmethod
     def of(image: Image.Image) -> Opened:
         """Wrap an RGB image whose pixels are at hand."""
         return Opened((image.height, image.width), lambda reduction: image)
 
+    @staticmethod
+    def of_bands(bands: np.ndarray) -> Opened:
+        """Wrap uint8 [C,H,W]; of other than 3 channels, `rgb` shows the first 3, or the first alone in grey."""
+        shown = bands[[0, 1, 2] if len(bands) > 2 else [0, 0, 0]]
+        opened = Opened.of(Image.fromarray(np.ascontiguousarray(shown.transpose(1, 2, 0))))
+        return opened if len(bands) == 3 else replace(opened, bands=bands)
+
+    @property
+    def channels(self) -> int:
+        """The number of channels."""
+        return 3 if self.bands is None else len(self.bands)
+
+    def whole(self) -> Image.Image | np.ndarray:
+        """Read the whole image: RGB, or uint8 [C,H,W] of other channels."""
+        return self.rgb(1) if self.bands is None else self.bands
+
 
 @contextlib.contextmanager
-def open_image(path: str, max_pixels: int) -> Iterator[Opened]:
-    """Open an image file. A JPEG is decoded by `rgb`; any other file at once, as its header need not say how it lies.
+def open_image(image: str | Callable[[], bytes], max_pixels: int) -> Iterator[Opened]:
+    """Open an image. A JPEG is decoded by `rgb`; any other file at once, as its header need not say how it lies.
 
     Transparent pixels are laid on white. Palettes, grey, 1-bit, CMYK and YCbCr are converted; 16-bit grey is scaled by 255/65535;
     of an animation the first frame is taken; the EXIF orientation is applied. Floating-point and 32-bit images have no defined
     white and are refused, as are cut-off files.
 
     Args:
-        path: the file; anything but a regular file is refused without reading it.
+        image: the path of its file; anything but a regular file is refused without reading it. Or what returns the file's bytes.
         max_pixels: refuse images with more pixels than this, before decoding them. Above 178,956,970 Pillow's own limit rules.
 
     Raises:
@@ -74,15 +93,15 @@ def open_image(path: str, max_pixels: int) -> Iterator[Opened]:
     """
     with contextlib.ExitStack() as files:
         with _refusals():
-            file = files.enter_context(open(path, "rb", opener=open_regular))
-            image = _read_header(file, max_pixels)
-            if image.format in ("JPEG", "MPO"):
-                turn, sides = _orientation(image), image.size
+            file = io.BytesIO(image()) if callable(image) else files.enter_context(open(image, "rb", opener=open_regular))
+            opening = _read_header(file, max_pixels)
+            if opening.format in ("JPEG", "MPO"):
+                turn, sides = _orientation(opening), opening.size
                 # A turned image's far side becomes its top or left: it must hold whole squares of pixels.
                 whole = (r for r in (1, 2, 4, 8) if r <= min(sides) and (turn == 1 or not any(side % r for side in sides)))
-                opened = Opened(sides if turn >= 5 else sides[::-1], partial(_upright_rgb, image), tuple(whole))
+                opened = Opened(sides if turn >= 5 else sides[::-1], partial(_upright_rgb, opening), tuple(whole))
             else:
-                opened = Opened.of(_upright_rgb(image))
+                opened = Opened.of(_upright_rgb(opening))
         yield opened
 
 
@@ -127,8 +146,9 @@ def open_regular(path: str, flags: int) -> int:
 def _read_header(file: IO[bytes], max_pixels: int) -> ImageFile.ImageFile:
     """Return the image with nothing but its header read."""
     # A file beyond all pixels at 16 bits in four channels is no image, and some decoders would read it whole first.
-    if os.fstat(file.fileno()).st_size > 8 * max_pixels + (64 << 20):
+    if file.seek(0, os.SEEK_END) > 8 * max_pixels + (64 << 20):
         raise BadImage(f"is larger than any image of max_pixels ({max_pixels})")
+    file.seek(0)
     try:
         Image.init()
         # Older versions of Pillow have no AVIF, and asking for it would fail every file.
@@ -175,13 +195,17 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 def _to_rgb(image: Image.Image) -> Image.Image:
     """Return a loaded image of any mode as RGB; itself, not copied, if it is that already."""
     if image.mode.startswith(("F", "I")):  # grey of 16 bits has mode I;16, or I where the decoder gives it so
-        values = np.asarray(image)
-        if image.mode == "F" or values.min() < 0 or values.max() > 0xFFFF:
-            raise BadImage("has floating-point or 32-bit pixels, which have no defined white; save it with 8 or 16 bits")
-        image = Image.fromarray(((values.astype(np.uint32) * 255 + 0x7FFF) // 0xFFFF).astype(np.uint8))
+        image = Image.fromarray(from_16_bits(np.asarray(image)))
     if not image.has_transparency_data:
         return image if image.mode == "RGB" else image.convert("RGB")
     layers = image.convert("RGBA")
     paper = Image.new("RGB", image.size, "white")
     paper.paste(layers, mask=layers.getchannel("A"))
     return paper
+
+
+def from_16_bits(values: np.ndarray) -> np.ndarray:
+    """Scale whole numbers 0..65535 to uint8; BadImage for others, and for floats."""
+    if values.dtype.kind == "f" or values.min() < 0 or values.max() > 0xFFFF:
+        raise BadImage("has floating-point or 32-bit pixels, which have no defined white; save it with 8 or 16 bits")
+    return ((values.astype(np.uint32) * 255 + 0x7FFF) // 0xFFFF).astype(np.uint8)

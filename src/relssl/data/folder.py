@@ -26,7 +26,7 @@ _OTHER_PICTURES = frozenset(
 )
 _APPLE_DOUBLE, _HIDDEN = "._* of macOS", "hidden"
 # Names of the parts of a folder; the first there is wins.
-_TRAIN, _TEST = ("train", "training"), ("val", "valid", "validation", "test", "testing")
+TRAIN, TEST = ("train", "training"), ("val", "valid", "validation", "test", "testing")
 
 
 def cache_root() -> Path:
@@ -75,8 +75,8 @@ def scan(folder: str) -> tuple[Files, LeftOut]:
     folders are passed over. DataError if the folder itself cannot be read.
     """
     left = LeftOut()
-    entries = sorted(walk(folder, left))
-    return Files(folder, [entry[:2] for entry in entries], [time for *_, time in entries]), left
+    files = Files.of(folder, walk(folder, left))
+    return files.take(np.array(sorted(range(len(files)), key=files.names.__getitem__), np.int64)), left
 
 
 def walk(folder: str, left: LeftOut) -> Iterator[tuple[bytes, int, int]]:
@@ -159,8 +159,7 @@ def complete(name: str, folder: str, names: Sequence[str]) -> Files:
     if bad := [(file, fault) for file, (*_, fault) in zip(names, judged, strict=True) if fault]:
         unusable = f"{len(bad)} of {len(names)} images cannot be used, the first: {shown(bad[0][0])} {bad[0][1]}"
         raise DataError(f"{name}: {unusable}; remove {shown(folder)} and unpack it anew")
-    entries = [(os.fsencode(file), size) for file, (size, *_) in zip(names, judged, strict=True)]
-    return Files(folder, entries, [time for _, time, _ in judged])
+    return Files.of(folder, ((os.fsencode(file), size, time) for file, (size, time, _) in zip(names, judged, strict=True)))
 
 
 def split_folders(folder: str) -> dict[str, str]:
@@ -171,7 +170,7 @@ def split_folders(folder: str) -> dict[str, str]:
         ways = (os.path.join(folder, way) for name in names for way in (name, name.title(), name.upper()))
         return next(filter(os.path.isdir, ways), None)
 
-    train, test = first(_TRAIN), first(_TEST)
+    train, test = first(TRAIN), first(TEST)
     return {"train": train, "bank": train, "test": test} if train and test else {"train": folder, "bank": folder}
 
 
@@ -189,7 +188,7 @@ def class_labels(files: Files, sides: Iterable[str]) -> tuple[np.ndarray | None,
             rank.setdefault(name, len(rank))
     labels, below = np.full(len(files), -1, np.int64), defaultdict[str, set[bytes]](set)
     for row in range(len(files)):
-        top, slash, rest = files.relative(row).partition(b"/")
+        top, slash, rest = files.names[row].partition(b"/")
         if slash:
             labels[row] = rank.get(name := _class_name(top), -1)
             if b"/" in rest:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
@@ -13,19 +13,21 @@ import numpy as np
 from PIL import Image
 
 from relssl.data.decode import Opened, open_image
+from relssl.data.names import Names, table
 
 if TYPE_CHECKING:  # DATA is checked before torch is imported
     from torch import Tensor
 
-Channels = tuple[float, float, float]
+Channels = tuple[float, ...]  # a figure a channel
 Fault = tuple[str, str]  # the name of an image, and why it cannot be used
 
+BEGINNING = 1 << 20
 IMAGENET_MEAN: Channels = (0.485, 0.456, 0.406)
 IMAGENET_STD: Channels = (0.229, 0.224, 0.225)
 
 
 class Source(Protocol):
-    """The pixels of N images, wherever they lie: `Pixels`, `Files` or `cache.Shrunk`."""
+    """The pixels of N images, wherever they lie: `Pixels`, `Files`, `shards.Shards`, `hub.Hub` or `cache.Shrunk`."""
 
     def __len__(self) -> int: ...
 
@@ -38,6 +40,9 @@ class Source(Protocol):
     def name(self, row: int) -> str:
         """Return the name of one image, by which messages and tables speak of it; of files, the path."""
 
+    def beginning(self, row: int) -> bytes:
+        """Return the first `BEGINNING` bytes of one image as it is stored, by which copies are known; of an unreadable one, something."""
+
     def open(self, row: int, max_pixels: int) -> AbstractContextManager[Opened]:
         """Open one image; BadImage, without its name, if it cannot be read, or if a file has more than `max_pixels` pixels."""
 
@@ -46,7 +51,7 @@ class Source(Protocol):
 class Pixels:
     """Images in memory."""
 
-    tensor: Tensor  # uint8 [N, 3, H, W], contiguous, on the CPU
+    tensor: Tensor  # uint8 [N, C, H, W], contiguous, on the CPU
     title: str = "image"  # what the name of each image begins with; its position follows
 
     def __len__(self) -> int:
@@ -63,29 +68,30 @@ class Pixels:
     def name(self, row: int) -> str:
         return f"{self.title}/{row:06}"
 
+    def beginning(self, row: int) -> bytes:
+        return self.tensor[row].numpy().tobytes()
+
     def open(self, row: int, max_pixels: int) -> AbstractContextManager[Opened]:
-        return nullcontext(Opened.of(Image.fromarray(self.tensor[row].permute(1, 2, 0).numpy())))
+        return nullcontext(Opened.of_bands(self.tensor[row].numpy()))
 
 
+@dataclass(frozen=True, eq=False)
 class Files:
-    """The paths of N image files, each below one folder or absolute, with their sizes in bytes.
+    """N image files, each below one folder or anywhere.
 
-    The names lie in one block of bytes, not as N strings: loader workers share it with their parent, where counting the
-    references of a million strings would copy them into each worker. Names that are no text keep their bytes
-    (`surrogateescape`), so every file can be opened again.
-
-    Args:
-        folder: that folder.
-        entries: the path of each file, relative to the folder or absolute, and its size.
-        times: when each was changed, in ns; 0: not looked at.
+    Names that are no text keep their bytes (`surrogateescape`), so every file can be opened again.
     """
 
-    def __init__(self, folder: str, entries: Sequence[tuple[bytes, int]], times: Sequence[int] | np.ndarray = ()) -> None:
-        self.folder = os.fsencode(folder)
-        self.sizes = np.array([size for _, size in entries], np.int64)
-        self.times = np.array(times, np.int64) if len(times) else np.zeros(len(entries), np.int64)
-        self._block = b"".join(name for name, _ in entries)
-        self._ends = np.cumsum([0, *(len(name) for name, _ in entries)], dtype=np.int64)
+    folder: bytes
+    names: Names  # paths, relative to the folder or absolute
+    sizes: np.ndarray  # int64 [N], in bytes; 0: not looked at
+    times: np.ndarray  # int64 [N], when each was changed, in ns; 0: not looked at
+
+    @staticmethod
+    def of(folder: str, entries: Iterable[tuple[bytes, int] | tuple[bytes, int, int]]) -> Files:
+        """Return the files of entries, each a name and a size, maybe with a time of change."""
+        names, (sizes, times) = table(((*entry, 0)[:3] for entry in entries), 2)
+        return Files(os.fsencode(folder), names, sizes, times)
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -94,21 +100,21 @@ class Files:
         return map(self.name, range(len(self)))
 
     def name(self, row: int) -> str:
-        return os.fsdecode(os.path.join(self.folder, self.relative(row)))
-
-    def relative(self, row: int) -> bytes:
-        """Return the path of one file, relative to the folder."""
-        return self._block[self._ends[row] : self._ends[row + 1]]
+        return os.fsdecode(os.path.join(self.folder, self.names[row]))
 
     def take(self, rows: np.ndarray) -> Files:
-        return Files(os.fsdecode(self.folder), [(self.relative(row), self.sizes[row]) for row in rows], self.times[rows])
+        return Files(self.folder, self.names.take(rows), self.sizes[rows], self.times[rows])
 
     def fingerprint(self) -> str:
         """Compute 16 hex digits of names, order and sizes; where the folder lies does not count."""
-        digest = hashlib.sha256(f"files {len(self)} ".encode())
-        for part in (self._ends.astype("<i8").tobytes(), self._block, self.sizes.astype("<i8").tobytes()):
-            digest.update(part)
-        return digest.hexdigest()[:16]
+        return self.names.digest("files", self.sizes)
+
+    def beginning(self, row: int) -> bytes:
+        try:
+            with open(self.name(row), "rb") as opened:
+                return opened.read(BEGINNING)
+        except OSError:
+            return b"unreadable " + os.fsencode(self.name(row))
 
     def open(self, row: int, max_pixels: int) -> AbstractContextManager[Opened]:
         return open_image(self.name(row), max_pixels)
@@ -137,6 +143,11 @@ class Images:
         return isinstance(self.source, Pixels)
 
     @property
+    def channels(self) -> int:
+        """Channels of the images: 3, but for arrays and items of other ones."""
+        return self.source.tensor.shape[1] if isinstance(self.source, Pixels) else getattr(self.source, "channels", 3)
+
+    @property
     def class_count(self) -> int:
         """The number of classes, those without an image included; 0 if not every image has one label."""
         if self.labels is None or self.labels.min() < 0:
@@ -149,10 +160,10 @@ class Images:
         labels, targets = (each if each is None else each[rows] for each in (self.labels, self.targets))
         return replace(self, source=self.source.take(rows), labels=labels, targets=targets)
 
-    def read(self, row: int, max_pixels: int) -> Image.Image:
-        """Return one image whole, 8-bit RGB; BadImage if it cannot be read."""
+    def read(self, row: int, max_pixels: int) -> Image.Image | np.ndarray:
+        """Return one image whole: 8-bit RGB, or uint8 [C,H,W] of other channels; BadImage if it cannot be read."""
         with self.source.open(row, max_pixels) as opened:
-            return opened.rgb(1)
+            return opened.whole()
 
     def fingerprint(self) -> str:
         """Compute 16 hex digits of the pixels, or of the files' names and sizes; labels do not count."""

@@ -15,13 +15,13 @@ import numpy.typing as npt
 from relssl.data.decode import BadImage
 from relssl.data.draws import Slot, uniforms
 from relssl.data.folder import shown
-from relssl.data.images import Files, Images, Pixels, Source
+from relssl.data.images import Files, Images, Source
+from relssl.data.shards import Shards
 from relssl.errors import DataError
 
 Rows = npt.NDArray[np.int64]
 
-_SAMPLE = 64  # files whose beginnings count,
-_BEGINNING = 1 << 20  # and bytes of each
+_SAMPLE = 64  # images whose beginnings count
 
 
 def stratified(labels: Rows, fraction: float, seed: int) -> Rows:
@@ -91,10 +91,10 @@ def identity(images: Images) -> str:
     Uncompressed images of two sets may agree in names and sizes, which are all that the fingerprint of files looks at.
     """
     digest = hashlib.sha256(images.fingerprint().encode())
-    if isinstance(images.source, Files):
+    if isinstance(images.source, Files | Shards):
         digest.update(images.source.times.astype("<i8").tobytes())
     for row in [] if images.in_memory else spread(0, len(images), _SAMPLE):
-        digest.update(_beginning(images.source.name(row)))
+        digest.update(hashlib.sha256(images.source.beginning(row)).digest())
     return digest.hexdigest()[:16]
 
 
@@ -117,29 +117,20 @@ def spread(start: int, stop: int, count: int) -> list[int]:
 
 
 def shared(bank: Images, test: Images) -> int:
-    """Count the test images that are in the bank too: the same pixels; of files, the same name, size and beginning."""
+    """Count the test images that are in the bank too: the same beginning as stored; of files, the same name and size besides."""
     alike: dict[bytes, list[int]] = defaultdict(list)  # of the test images; the larger side is gone through without being held
     for row, mark in enumerate(_marks(test.source)):
         alike[mark].append(row)
     common: set[int] = set()
     for row, mark in enumerate(_marks(bank.source)):
         for other in set(alike.get(mark, ())) - common:
-            if bank.in_memory or _beginning(bank.source.name(row)) == _beginning(test.source.name(other)):
+            if bank.source.beginning(row) == test.source.beginning(other):
                 common.add(other)
     return len(common)
 
 
 def _marks(source: Source) -> Iterator[bytes]:
-    """Yield a hash of each image's pixels; of files, base name and size."""
-    if isinstance(source, Pixels):
-        return (hashlib.blake2b(image.data, digest_size=12).digest() for image in source.tensor.numpy())
-    assert isinstance(source, Files)
-    return (os.path.basename(source.relative(row)) + b"/%d" % size for row, size in enumerate(source.sizes.tolist()))
-
-
-def _beginning(file: str) -> bytes:
-    try:
-        with open(file, "rb") as opened:
-            return hashlib.sha256(opened.read(_BEGINNING)).digest()
-    except OSError:
-        return b"unreadable " + os.fsencode(file)
+    """Yield base name and size of each file, a hash of each other image's beginning."""
+    if isinstance(source, Files | Shards):
+        return (os.path.basename(source.names[row]) + b"/%d" % size for row, size in enumerate(source.sizes.tolist()))
+    return (hashlib.blake2b(source.beginning(row), digest_size=12).digest() for row in range(len(source)))

@@ -12,37 +12,19 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from relssl.evaluation.evaluate import not_run
 from relssl.files import duration, size
 from relssl.method.backbones import Network
 from relssl.method.health import verdict
-from relssl.settings.run import METHODS, Config
+from relssl.settings.run import Config, derive
 
 if TYPE_CHECKING:
     from relssl.train.estimate import Estimate
     from relssl.train.pretrain import Result
 
 _WIDTH = 120  # characters a line where nobody's screen sets it
-_COUNTS = "  <- counts most"
+_BASES = {"raw_pixels": "raw pixels", "untrained": "the untrained backbone", "start": "the given weights"}
 _CLEAR = 2.0  # points of kNN top-1, more than chance moves it on most test parts
 _HEALTH = ("teacher_entropy", "teacher_neighbours", "kl", "agreement", "embedding_std", "effective_rank")
-
-
-def _pairs(title: str, rows: Iterable[tuple[str, str] | None]) -> None:
-    """Print a table of names and values; None draws a line."""
-    _print(Table(title=Text(title), title_justify="left", show_header=False, min_width=60), rows)
-
-
-def _columns(title: str, words: str, numbers: str, rows: Iterable[tuple[str, ...] | None], last: str = "") -> None:
-    """Print a table with columns of text, then of numbers, then of intervals, then perhaps a last one of text; None draws a line."""
-    table = Table(title=Text(title, "bold"), title_justify="left", box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-    for name in words.split():
-        table.add_column(name, overflow="fold")
-    for name in (*numbers.split(), "95 % interval"):
-        table.add_column(name, justify="right", no_wrap=True)
-    if last:
-        table.add_column(last, overflow="fold")
-    _print(table, rows, None if Console().is_terminal else _WIDTH)
 
 
 class _Console(Console):
@@ -50,10 +32,26 @@ class _Console(Console):
         raise BrokenPipeError  # rich would end the process
 
 
-def _print(table: Table, rows: Iterable[tuple[str, ...] | None], width: int | None = None) -> None:
+def _print(table: Table, title: Text, rows: Iterable[tuple[str, ...] | None], width: int | None = None) -> None:
+    """Print a table with its title; a row that is None draws a line."""
+    table.title, table.title_justify = title, "left"
     for row in rows:
         table.add_section() if row is None else table.add_row(*map(Text, row))
     _Console(highlight=False, width=width).print(table)
+
+
+def _pairs(title: str, rows: Iterable[tuple[str, str] | None]) -> None:
+    """Print a table of names and values."""
+    _print(Table(show_header=False, min_width=60), Text(title), rows)
+
+
+def _columns(title: str, words: str, numbers: str, rows: Iterable[tuple[str, ...] | None], last: str = "") -> None:
+    """Print a table with columns of text, then of numbers, then of intervals, then perhaps a last one of text."""
+    table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    for name in (*words.split(), *numbers.split(), "95 % interval", *last.split()):
+        text = name in words.split() or name == last
+        table.add_column(name, justify="left" if text else "right", overflow="fold", no_wrap=not text)
+    _print(table, Text(title, "bold"), rows, None if Console().is_terminal else _WIDTH)
 
 
 def show(networks: Iterator[Network], size: int) -> list[Network]:
@@ -92,11 +90,8 @@ def _costs(figures: Estimate) -> Iterator[tuple[str, str] | None]:
     spread = f"{duration(figures.step_low)} to {duration(figures.step_high)}"
     yield "speed", f"{figures.images_per_second:,.0f} images/s, {figures.device}"
     yield f"step, median of {figures.steps_timed}", f"{duration(figures.step_seconds)} (10 to 90 %: {spread})"
-    if figures.timed_batch < figures.batch_size:
-        yield (
-            "  extrapolated",
-            f"from steps of {figures.timed_batch} images, as those of {figures.batch_size} take too long to time",
-        )
+    if (timed := figures.timed_batch) < figures.batch_size:
+        yield "  extrapolated", f"from steps of {timed} images, as those of {figures.batch_size} take too long to time"
     yield "whole run", f"{duration(figures.seconds)}: {figures.epochs} epochs, {figures.total_steps:,} steps"
     if figures.evaluations:
         yield "  of it kNN", f"{duration(figures.evaluation_seconds)}, evaluations: {figures.evaluations}"
@@ -127,27 +122,20 @@ def show_evaluation(record: dict[str, Any]) -> None:
     """Print what `evaluate` returns: a line for each result, for transfer one for each data set; what to know of them below."""
     numbers: dict[str, int] = {}
     rows: list[tuple[str, ...] | None] = []
-    for _, results in itertools.groupby(record["results"], lambda result: result["protocol"]):
+    for protocol, results in itertools.groupby(record["results"], lambda result: result["protocol"]):
+        rows += [None] if rows else []
         for result in results:
-            for cells, notes in _lines(result):
-                marks = sorted({numbers.setdefault(note, len(numbers) + 1) for note in notes})
-                rows.append((result["protocol"], result["network"], *cells, " ".join(map(str, marks))))
-        rows.append(None)
-    _columns(f"{record['source']} on {record['data']}", "protocol network setting figure", "%", rows[:-1], last="notes")
+            sets = result["details"]["rows"] if protocol == "transfer" else ()
+            for row in sets:
+                value = ("not run", "", "") if "not_run" in row else _value(row["metric"], row["value"], row["interval"])
+                rows.append((protocol, result["network"], row["data"], *value, ""))
+            main, setting = result["main"], "all that ran" if sets else _setting(result["setting"])
+            marks = sorted({numbers.setdefault(note, len(numbers) + 1) for note in result["notes"]})
+            value = _value(main, result["figures"][main], result["intervals"].get(main))
+            rows.append((protocol, result["network"], setting, *value, " ".join(map(str, marks))))
+    _columns(f"{record['source']} on {record['data']}", "protocol network setting figure", "%", rows, last="notes")
     for note, number in numbers.items():
         print(f"{number:>2}  {note}")
-
-
-def _lines(result: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], list[str]]]:
-    """Yield (setting, figure, value, interval) and the notes of each line of one result."""
-    sets, main = result["details"]["rows"] if result["protocol"] == "transfer" else (), result["main"]
-    for row in sets:
-        if "not_run" in row:
-            yield (row["data"], "not run", "", ""), [not_run(row)]
-        else:
-            yield (row["data"], row["metric"], f"{row['value']:.2f}", _range(row["interval"])), []
-    setting, value = "all that ran" if sets else _setting(result["setting"]), f"{result['figures'][main]:.2f}"
-    yield (setting, main, value, _range(result["intervals"].get(main))), result["notes"]
 
 
 def show_comparison(rows: list[dict[str, Any]]) -> None:
@@ -173,6 +161,10 @@ def _setting(setting: dict[str, Any]) -> str:
     return ", ".join(f"{name} {plain(value)}" for name, value in setting.items())
 
 
+def _value(name: str, value: float, interval: Any) -> tuple[str, str, str]:
+    return name, f"{value:.2f}", _range(interval)
+
+
 def _range(interval: Any) -> str:
     return f"{interval[0]:.2f} to {interval[1]:.2f}" if interval else ""
 
@@ -180,18 +172,17 @@ def _range(interval: Any) -> str:
 def facts(result: Result, config: Config) -> dict[str, Any]:
     """Return what a run came to, as one JSON object."""
     first, last, start = result.rows[0], result.rows[-1], next(row for row in result.rows if "loss" in row)
+    before = {name: first[name] for name in ("knn_top1", "feature_rank") if name in first and first["step"] == 0}
     known = {
-        "folder": str(result.folder),
-        "backbone": str(result.backbone),
-        "step": last["step"],
+        **{"folder": str(result.folder), "backbone": str(result.backbone), "step": last["step"]},
         "knn_raw_pixels": first.get("knn_raw_pixels"),
-        "knn_untrained": first.get("knn_top1") if first["step"] == 0 else None,
+        "knn_untrained": before.get("knn_top1") if config.start is None else None,
+        "knn_start": before.get("knn_top1") if config.start is not None else None,
         "knn_student": last.get("knn_top1"),
-        "knn_teacher": last.get("knn_teacher_top1"),
-        "loss_start": start["loss"],
-        "loss_end": last["loss"],
-        "info_nce_start": start["warmup_mix"],
-        "info_nce_end": last["warmup_mix"],
+        "knn_teacher": last.get("knn_teacher_top1", first.get("knn_teacher_top1")),  # of a frozen one, measured once
+        "feature_rank": [before["feature_rank"], last.get("feature_rank")] if "feature_rank" in before else None,
+        **{"loss_start": start["loss"], "loss_end": last["loss"]},
+        **{"info_nce_start": start["warmup_mix"], "info_nce_end": last["warmup_mix"]},
         "health": {name: last[name] for name in _HEALTH if name in last},
     }
     return known | {"verdict": list(_judge(known, config))}
@@ -203,19 +194,26 @@ def show_summary(result: Result, config: Config) -> None:
     known = facts(result, config)
     _pairs("What the backbone learned", _learned(known, config))
     print("\n".join(known["verdict"]))
-    print(f"\nrun folder  {known['folder']}\nweights     {known['backbone']}\n\nLoad them:\n")
-    print(f'    import relssl\n    backbone = relssl.load_backbone("{known["folder"]}")')
-    print("    features = backbone(images)  # [N, 3, S, S] -> [N, F]")
+    print(f"""
+run folder  {known["folder"]}
+weights     {known["backbone"]}
+
+Load them:
+
+    import relssl
+    backbone = relssl.load_backbone("{known["folder"]}")
+    features = backbone(images)  # [N, 3, S, S] -> [N, F]""")
 
 
 def _judge(known: dict[str, Any], config: Config) -> Iterator[str]:
     """Yield lines on whether a run's figures are good: with labels by the gain over untrained networks and pixels, else by its relations."""
-    top1, bases = known["knn_student"], {"the untrained backbone": known["knn_untrained"], "raw pixels": known["knn_raw_pixels"]}
+    top1, bases = known["knn_student"], {title: known[f"knn_{name}"] for name, title in reversed(_BASES.items())}
     gains = {name: top1 - base for name, base in bases.items() if top1 is not None and base is not None}
     health = {name: math.nan if value is None else value for name, value in known["health"].items()}
-    labelled, warms = METHODS[config.method.name].labels, config.method.warmup != "none"
-    fault = None if labelled else verdict(health, config.method.memory_size, config.encoder.dim, warms=warms)
-    if any(math.isnan(value) for value in health.values()) or known["loss_end"] is None:
+    labelled, warms = derive(config).traits.labels, config.method.warmup != "none"
+    given = labelled or config.teacher is not None  # what embeddings are matched to, and nothing that can collapse
+    fault = None if given else verdict(health, config.method.memory_size, config.encoder.dim, warms=warms)
+    if any(map(math.isnan, health.values())) or known["loss_end"] is None:
         yield "Not good: figures of the last step are not finite; lower optimizer.lr, or set optimizer.clip"
     elif fault:
         yield f"Not good: {fault}"
@@ -223,8 +221,7 @@ def _judge(known: dict[str, Any], config: Config) -> Iterator[str]:
         least = min(gains.values())
         word = "Good" if least >= _CLEAR else "Little" if least > 0 else "Not good"
         against = " and ".join(f"{gain:+.1f} points on {name}" for name, gain in gains.items())
-        advice = "" if least >= _CLEAR else "; more epochs or more images may help"
-        yield f"{word}: {against}{advice}"
+        yield f"{word}: {against}" + ("" if least >= _CLEAR else "; more epochs or more images may help")
     else:
         yield "Healthy: the embeddings are spread out, and none of the signs of a collapse is there."
         yield "What that is worth, labelled images can say: relssl evaluate RUN DATA"
@@ -234,19 +231,24 @@ def _judge(known: dict[str, Any], config: Config) -> Iterator[str]:
 
 
 def _learned(known: dict[str, Any], config: Config) -> Iterator[tuple[str, str] | None]:
-    def number(value: float | None, digits: int) -> str:
-        return "not finite" if value is None else f"{value:.{digits}f}"
+    def number(value: float | None, form: str) -> str:
+        return "not finite" if value is None else form.format(value)
 
-    health, names = known["health"], {"raw_pixels": "raw pixels", "untrained": "untrained backbone"}
-    for name in ("raw_pixels", "untrained", "student", "teacher"):
+    unlabelled, counts = known["knn_student"] is None, "  <- counts most"
+    for name in ("raw_pixels", "untrained", "start", "student", "teacher"):
         if (top1 := known[f"knn_{name}"]) is not None:
-            yield f"kNN top-1, {names.get(name, name)}", f"{top1:.1f} %{_COUNTS if name == 'student' else ''}"
+            yield f"kNN top-1, {_BASES.get(name, name).removeprefix('the ')}", f"{top1:.1f} %{counts * (name == 'student')}"
     yield None
-    yield "loss, first and last row", f"{number(known['loss_start'], 3)} -> {number(known['loss_end'], 3)}"
-    if "teacher_neighbours" in health:  # methods without a memory have no relations
-        yield "teacher's effective neighbours", f"{number(health['teacher_neighbours'], 1)} of {config.method.memory_size}"
-        yield "student's divergence from it", f"{number(health['kl'], 3)} nats"
-        yield "same nearest neighbour", f"{number(health['agreement'], 2)} of samples"
-    yield "spread of the embeddings", f"{number(health['embedding_std'], 2)} (1 is all round)"
-    whole = "" if METHODS[config.method.name].labels else f" of {config.encoder.dim}"
-    yield "effective rank", f"{number(health['effective_rank'], 0)}{whole}{_COUNTS if known['knn_student'] is None else ''}"
+    if known["feature_rank"] is not None:
+        yield "rank of the features, before and after", " -> ".join(number(rank, "{:.0f}") for rank in known["feature_rank"])
+    yield "loss, first and last row", f"{number(known['loss_start'], '{:.3f}')} -> {number(known['loss_end'], '{:.3f}')}"
+    rank = "{:.0f}" if derive(config).traits.labels else f"{{:.0f}} of {config.encoder.dim}"
+    relations = {
+        "teacher_neighbours": ("teacher's effective neighbours", f"{{:.1f}} of {config.method.memory_size}"),
+        "kl": ("student's divergence from it", "{:.3f} nats"),
+        "agreement": ("same nearest neighbour", "{:.2f} of samples"),
+        "embedding_std": ("spread of the embeddings", "{:.2f} (1 is all round)"),
+        "effective_rank": ("effective rank", rank + counts * unlabelled),
+    }
+    health = known["health"]  # methods without a memory have no relations
+    yield from ((words, number(health[name], form)) for name, (words, form) in relations.items() if name in health)

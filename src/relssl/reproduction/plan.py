@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from relssl.errors import ConfigError
+from relssl.files import read_json
 from relssl.reproduction.tables import Row, Table, known
 from relssl.settings.evaluation import Evaluation, read_settings
-from relssl.settings.reading import leaves, read_yaml
+from relssl.settings.reading import changes, leaves, read_yaml
 from relssl.settings.recipes import layer, spell_out
-from relssl.settings.run import Config, from_mapping, resolve
+from relssl.settings.run import Config, check, from_mapping, resolve
 
 # Settings that do not change what a run learns, and those that the data fills in.
 _NEUTRAL = ("out", "time_limit", "data_root")
@@ -57,33 +58,21 @@ class Run:
         """Return the two commands, of training and of evaluation, that give the same numbers."""
         names = {re.sub(r"^backbone_args\..*", "backbone_args", name) for name in self.settings} - {"data", "recipe"}
         train = {name: attrgetter(name)(self.config) for name in ("recipe", *(name for name in leaves(Config) if name in names))}
-        ours, usual = self.evaluation, Evaluation()
-        pairs = {name: (attrgetter(name)(ours), attrgetter(name)(usual)) for name in leaves(Evaluation)}
-        evaluate = {name: value for name, (value, other) in pairs.items() if value != other}
+        evaluate = {name: value for name, (_, value) in changes(Evaluation(), self.evaluation).items()}
         data, folder = shlex.quote(self.config.data), shlex.quote(str(self.folder))
         return [f"relssl pretrain {data} {options(train)}", f"relssl evaluate {folder} {options(evaluate)}"]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The runs of a table.
+    """The runs of a table."""
 
-    Attributes:
-        name: of the results, TABLE-SCALE or TABLE-SCALE-rehearsal; a rehearsal's runs are shorter than the scale has them.
-        overrides: settings of all runs, by dotted name and as they would be typed, so that 1 and "1" are one.
-        runs: those of all rows that can be set up, seed by seed, so that a plan that is stopped has compared all rows on some seeds.
-        chosen: those that are to be run.
-    """
-
-    name: str
+    name: str  # of the results: TABLE-SCALE, of a rehearsal TABLE-SCALE-rehearsal
     table: Table
-    overrides: dict[str, str]
-    runs: list[Run]
-    chosen: list[Run]
-
-    @property
-    def rehearsal(self) -> bool:
-        return "epochs" in self.overrides
+    overrides: dict[str, str]  # settings of all runs, by dotted name and as they would be typed, so that 1 and "1" are one
+    rehearsal: bool  # runs are shorter than the scale has them
+    runs: list[Run]  # of all rows that can be set up, seed by seed: a plan that is stopped has compared all rows on some seeds
+    chosen: list[Run]  # those that are to be run
 
 
 def plan(
@@ -110,11 +99,12 @@ def plan(
     if count < 1:
         raise ConfigError(f"seeds: must be at least 1, got {count}")
     names = [row.name for row in table.rows]
-    wanted = {known("only", name, names) for name in only} or set(names)
+    asked = {known("only", name, names) for name in only} or set(names)
     why = _RESERVED | {name: f"the rows of {table.name} differ in it" for row in table.rows for name in row.settings}
     if faults := [f"{name}: cannot be given for all runs; {why[name]}" for name in over if name in why]:
         raise ConfigError(*faults)
-    name = f"{table.name}-{table.scale}" + ("-rehearsal" if "epochs" in over else "")
+    rehearsal = "epochs" in over
+    name = f"{table.name}-{table.scale}{'-rehearsal' * rehearsal}"
     folder = Path(runs or f"runs/reproduce/{name}")
     # Seeds that have a note are in the plan, so that asking for fewer later takes nothing away from the results.
     notes = (re.fullmatch("(.+)-([0-9]{1,6})", path.stem) for path in folder.glob("*.json"))
@@ -124,14 +114,14 @@ def plan(
         try:
             run = _run(table, row, seed, folder, over)
         except ConfigError as error:
-            if row.name in wanted:
+            if row.name in asked:
                 raise ConfigError(*(f"{table.name}, {row.name}: {fault}" for fault in error.faults)) from error
             continue
         if seed < count or run.note.exists():
             _refuse_other_settings(run)
             planned.append(run)
-    chosen = [run for run in planned if run.row.name in wanted and run.seed < count]
-    return Plan(name, table, {name: _typed(over[name]) for name in sorted(over)}, planned, chosen)
+    chosen = [run for run in planned if run.row.name in asked and run.seed < count]
+    return Plan(name, table, {name: _typed(over[name]) for name in sorted(over)}, rehearsal, planned, chosen)
 
 
 def _run(table: Table, row: Row, seed: int, folder: Path, over: dict[str, Any]) -> Run:
@@ -146,7 +136,7 @@ def _run(table: Table, row: Row, seed: int, folder: Path, over: dict[str, Any]) 
         if "max_images" in over:
             settings["log.knn_images"] = evaluation["images"] = [over["max_images"]] * 2
     settings = layer(settings, over) | {"seed": seed, "out": str(folder / f"{row.name}-{seed}")}
-    config = from_mapping(dataclasses.asdict(resolve(settings)))  # in which nothing gives way: rows are compared
+    config = check(dataclasses.replace(resolve(settings), typed=None))  # nothing gives way: rows are compared
     return Run(row, seed, settings, config, read_settings(evaluation | {"device": config.engine.device}), Path(settings["out"]))
 
 
@@ -157,11 +147,9 @@ def _refuse_other_settings(run: Run) -> None:
         stored = from_mapping(read_yaml(file)) if file.exists() else run.config
     except ConfigError as error:
         raise ConfigError(f"{run.folder}: its config.yaml cannot be used ({error.faults[0]}); move the folder away") from error
-    for name in leaves(Config):
-        there, here = attrgetter(name)(stored), attrgetter(name)(run.config)
-        if name == "data":  # of a run, the whole path
-            there, here = os.path.abspath(there), os.path.abspath(here)
-        if there != here and name not in _NEUTRAL and not (name in _FROM_DATA and here is None):
+    for name, (there, here) in changes(stored, run.config).items():
+        same = name == "data" and os.path.abspath(there) == os.path.abspath(here)  # a run holds the whole path
+        if not (same or name in _NEUTRAL or (name in _FROM_DATA and here is None)):
             differs = f"holds a run of other settings ({name}: {there} there, {here} now)"
             raise ConfigError(f"{run.folder}: {differs}; give another --runs and --out, or move it away")
 
@@ -169,15 +157,6 @@ def _refuse_other_settings(run: Run) -> None:
 def plain(settings: Evaluation) -> Any:
     """Return settings as they read back from JSON."""
     return json.loads(json.dumps(dataclasses.asdict(settings)))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a file, empty if there is none."""
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def options(settings: Mapping[str, Any]) -> str:

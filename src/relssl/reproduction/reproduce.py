@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from relssl.errors import TIME_LIMIT, ConfigError, DataError, Interrupted, LockedError, RelsslError, StorageError
-from relssl.files import duration, storing, write_json
-from relssl.reproduction.plan import Plan, Run, options, plain, plan, read_json
+from relssl.files import duration, read_json, storing, write_json
+from relssl.reproduction.plan import Plan, Run, options, plain, plan
 from relssl.reproduction.results import outcome, write_results
 from relssl.reproduction.tables import read_table
 from relssl.settings.run import derive
@@ -56,35 +56,35 @@ def reproduce(
         Interrupted: on SIGINT, on SIGTERM while training, or at the time limit, after the results so far are written.
         StorageError, LockedError: if a folder cannot be written, or another process writes it.
     """
-    planned = plan(read_table(table, scale), seeds=seeds, only=only, runs=runs, overrides=overrides)
+    planned, tell = (
+        plan(read_table(table, scale), seeds=seeds, only=only, runs=runs, overrides=overrides),
+        say or (lambda line: None),
+    )
     if time_limit is not None and not time_limit > 0:
         raise ConfigError(f"time_limit: must be above 0 minutes, got {time_limit:g}")
     if plan_only:
-        return _costs(planned, say or (lambda line: None))
+        return _costs(planned, tell)
     _check_out(planned, Path(out))
     if say and any(run.state() != "done" for run in planned.chosen):
         _costs(planned, say)
-    end = math.inf if time_limit is None else time.monotonic() + 60 * time_limit
+    end = time.monotonic() + 60 * (math.inf if time_limit is None else time_limit)
     try:
-        for run in planned.chosen:
-            if run.state() != "done":
-                _perform(run, end)
-                write_results(planned, Path(out))
-                if say:
-                    say(f"{run.row.name} seed {run.seed}: {_summary(run)}")
+        for run in (run for run in planned.chosen if run.state() != "done"):
+            _perform(run, end)
+            write_results(planned, Path(out))
+            tell(f"{run.row.name} seed {run.seed}: {_summary(run)}")
     except (Interrupted, KeyboardInterrupt) as error:
         write_results(planned, Path(out))
         left = sum(run.state() != "done" for run in planned.chosen)
-        what = f"{planned.name}: stopped with {left} of {len(planned.chosen)} runs to do; the same command goes on"
-        raise Interrupted(what, error.exit_code if isinstance(error, Interrupted) else 130) from None
+        stopped = f"{planned.name}: stopped with {left} of {len(planned.chosen)} runs to do; the same command goes on"
+        raise Interrupted(stopped, getattr(error, "exit_code", 130)) from None
     return write_results(planned, Path(out))
 
 
 def _check_out(planned: Plan, out: Path) -> None:
     """Refuse to write over results of other settings, and make the folder."""
-    file = out / f"{planned.name}.json"
-    there, here = read_json(file).get("overrides"), planned.overrides
-    if there is not None and there != here:
+    file, here = out / f"{planned.name}.json", planned.overrides
+    if (there := read_json(file).get("overrides", here)) != here:
         words = f"{options(there) or 'none'} there, {options(here) or 'none'} now"
         raise ConfigError(f"{file}: holds results of other settings ({words}); give another --out")
     with storing(file):
@@ -126,8 +126,7 @@ def _minutes(end: float) -> float:
 
 
 def _summary(run: Run) -> str:
-    result = outcome(run)
-    if result is None:
+    if (result := outcome(run)) is None:
         return f"failed: {read_json(run.note)['error']['message'].splitlines()[0]}"
     figures = ", ".join(f"{name} {value:.1f}" for name, value in result["figures"].items())
     seconds = result["training_seconds"] + result["evaluation_seconds"]
@@ -136,22 +135,18 @@ def _summary(run: Run) -> str:
 
 def _costs(planned: Plan, say: Say) -> dict[str, Any]:
     """Tell what is left to do and how long it takes: rows by their operations, at the pace of finished runs or of a few steps."""
-    from relssl.train.estimate import estimate
-
     rows = {run.row.name: [each for each in planned.chosen if each.row is run.row] for run in planned.chosen}
     finished = [(run.row.name, one) for run in planned.chosen if (one := outcome(run))]
     say(f"{planned.name}: {len(rows)} rows, {len(planned.chosen)} runs, {len(finished)} of them done")
     if planned.table.scale == "smoke" or planned.rehearsal:
         say("its numbers mean nothing: runs are cut short to show that everything works")
     work: dict[str, tuple[float, float]] = {}
-    rate, evaluation, basis = 0.0, None, "as no row can be set up here"
+    rate, evaluation, basis = 0.0, None, "as no row can be set up here"  # operations a second, and seconds
     for name, (first, *_) in rows.items():
         try:
             work[name] = _operations(first)
             if not rate and not finished:
-                without = dataclasses.replace(first.config.log, knn_every=0)
-                figures = estimate(settings=dataclasses.replace(first.config, log=without), steps=5, quiet=True)
-                rate = work[name][0] / figures.training_seconds
+                rate = work[name][0] / _training_seconds(first)
                 basis = f"from a few steps of {name}, the other rows by their operations; without the probe's own time"
         except (RelsslError, RuntimeError, ValueError) as error:  # its run will fail with the same
             say(f"{name}: time unknown: {str(error).splitlines()[0]}")
@@ -159,19 +154,27 @@ def _costs(planned: Plan, say: Say) -> dict[str, Any]:
         rate = statistics.fmean(training / one["training_seconds"] for training, one in timed)
         evaluation = statistics.fmean(one["evaluation_seconds"] for _, one in timed)
         basis = f"from {len(timed)} runs that are done"
-    costs, total = [], 0.0
+    costs: list[dict[str, Any]] = []
     for name, runs in rows.items():
         states, seconds = [run.state() for run in runs], None
         todo = len(runs) - states.count("done")
         if name in work and rate:
-            training, features = work[name][0] / rate, work[name][1] / rate if evaluation is None else evaluation
-            seconds = todo * features + (todo - states.count("trained")) * training
-            total += seconds
+            training, features = (operations / rate for operations in work[name])
+            seconds = todo * (evaluation or features) + (todo - states.count("trained")) * training
         left = "unknown" if seconds is None else f"about {duration(seconds)}" if todo else "nothing"
         say(f"  {name:22} {todo} of {len(runs)} runs to do, {left}  ({runs[0].row.label})")
         costs.append({"row": name, "label": runs[0].row.label, "runs": len(runs), "done": len(runs) - todo, "seconds": seconds})
+    total = sum(each["seconds"] or 0.0 for each in costs)
     say(f"{f'about {duration(total)}' if rate else 'unknown time'} in all, {basis}")
     return {"table": planned.table.name, "scale": planned.table.scale, "rows": costs, "seconds": total, "basis": basis}
+
+
+def _training_seconds(run: Run) -> float:
+    """Return the seconds of a run's training, extrapolated from a few steps."""
+    from relssl.train.estimate import estimate
+
+    config = dataclasses.replace(run.config, log=dataclasses.replace(run.config.log, knn_every=0))
+    return estimate(settings=config, steps=5, quiet=True).training_seconds
 
 
 def _operations(run: Run) -> tuple[float, float]:

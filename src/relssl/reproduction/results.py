@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from relssl.errors import CheckpointError
-from relssl.files import duration, read_rows, write_file, write_json
-from relssl.reproduction.plan import Plan, Run, options, read_json
+from relssl.files import duration, read_json, read_rows, write_file, write_json
+from relssl.reproduction.plan import Plan, Run, options
 from relssl.reproduction.tables import REPORTED, Row
 from relssl.settings.reading import nest
 
@@ -80,21 +80,24 @@ def results(plan: Plan) -> dict[str, Any]:
             outcomes[run.row.name][run.seed] = content
     data = {run.row.name: run.config.data for run in plan.runs}
     figures = {name: by_name(seeds, "figures") for name, seeds in outcomes.items()}
+    beside = {one: figures[reference] if one == data.get(reference) else {} for one in data.values()}
     # Only runs in the paper's own setting have its numbers to reach.
     published = table.scale == "paper" and all(
         name.startswith(_NEUTRAL) or (name == "recipe" and value.startswith("nips/")) for name, value in plan.overrides.items()
     )
-    rows = []
-    for row in (row for row in table.rows if row.name in data):
-        # Figures of one data set say nothing beside those of another.
-        beside = row.name != reference and data[row.name] == data.get(reference)
-        entry: dict[str, Any] = {"row": row.name, "label": row.label, "settings": nest(row.settings), "data": data[row.name]}
-        entry["paper"] = against_paper(row, data[row.name], figures[row.name] if published else {})
-        entry["ours"] = {name: spread(values) for name, values in figures[row.name].items()}
-        entry["beside_reference"] = paired(figures[row.name], figures[reference]) if beside else {}
-        entry["ends"] = {name: spread(values) for name, values in by_name(outcomes[row.name], "ends").items()}
-        entry["collapsed"] = [seed for seed, one in outcomes[row.name].items() if one["collapsed"]]
-        rows.append(entry)
+    rows = [
+        {
+            **{"row": row.name, "label": row.label, "settings": nest(row.settings), "data": data[row.name]},
+            "paper": against_paper(row, data[row.name], figures[row.name] if published else {}),
+            "ours": {name: spread(values) for name, values in figures[row.name].items()},
+            # Figures of one data set say nothing beside those of another.
+            "beside_reference": paired(figures[row.name], beside[data[row.name]]) if row.name != reference else {},
+            "ends": {name: spread(values) for name, values in by_name(outcomes[row.name], "ends").items()},
+            "collapsed": [seed for seed, one in outcomes[row.name].items() if one["collapsed"]],
+        }
+        for row in table.rows
+        if row.name in data
+    ]
     return {
         **{"name": plan.name, "table": table.name, "title": table.title, "shows": table.shows, "source": table.source},
         **{"scale": table.scale, "about": table.about, "rehearsal": plan.rehearsal, "overrides": plan.overrides},
@@ -105,21 +108,22 @@ def results(plan: Plan) -> dict[str, Any]:
             for run in plan.runs
             if run.seed in outcomes[run.row.name]
         ],
-        "missing": _missing(plan, outcomes, [row.name for row in table.rows if row.name not in data]),
+        "missing": _missing(plan, outcomes),
     }
 
 
-def _missing(plan: Plan, outcomes: Outcomes, unplanned: Iterable[str]) -> list[dict[str, Any]]:
-    """List the runs without a result, and why."""
+def _missing(plan: Plan, outcomes: Outcomes) -> list[dict[str, Any]]:
+    """List the runs without a result, and why; those of rows that cannot be set up last."""
     missing = []
-    for run in plan.runs:
-        if run.seed not in outcomes[run.row.name]:
-            error = read_json(run.note).get("error", {})
-            why = {"begun": "stopped on the way", "trained": "not evaluated yet"}.get(run.state(), "not run yet")
-            why = f"failed: {error['message']}" if error else why if run in plan.chosen else "not asked for"
-            missing.append({"row": run.row.name, "seed": run.seed, "why": why, "exit_code": error.get("exit_code")})
-    why, seeds = "not asked for, and its settings cannot be used yet", sorted({run.seed for run in plan.runs})
-    return missing + [{"row": row, "seed": seed, "why": why, "exit_code": None} for row in unplanned for seed in seeds]
+    for run in (run for run in plan.runs if run.seed not in outcomes[run.row.name]):
+        error = read_json(run.note).get("error", {})
+        why = {"begun": "stopped on the way", "trained": "not evaluated yet"}.get(run.state(), "not run yet")
+        why = f"failed: {error['message']}" if error else why if run in plan.chosen else "not asked for"
+        missing.append({"row": run.row.name, "seed": run.seed, "why": why, "exit_code": error.get("exit_code")})
+    seeds, planned = sorted({run.seed for run in plan.runs}), {run.row.name for run in plan.runs}
+    why = "not asked for, and its settings cannot be used yet"
+    unplanned = [(row.name, seed) for row in plan.table.rows if row.name not in planned for seed in seeds]
+    return missing + [{"row": row, "seed": seed, "why": why, "exit_code": None} for row, seed in unplanned]
 
 
 def spread(values: Values) -> dict[str, Any]:
@@ -137,11 +141,9 @@ def by_name(outcomes: Mapping[int, Outcome], part: str) -> dict[str, dict[int, f
 
 def against_paper(row: Row, data: str, figures: Mapping[str, Values]) -> list[dict[str, Any]]:
     """Return the published numbers of a row on that data, each with the difference of our mean where `figures` has one."""
-    numbers = [{name: each[name] for name in ("figure", "value", "sure", "by")} for each in row.paper if each["data"] == data]
-    for number in numbers:
-        ours = figures.get(REPORTED[number["figure"]])
-        number["difference"] = statistics.fmean(ours.values()) - number["value"] if ours else None
-    return numbers
+    ours = {name: statistics.fmean(figures[own].values()) for name, own in REPORTED.items() if figures.get(own)}
+    numbers = [(each, each["figure"]) for each in row.paper if each["data"] == data]
+    return [each | {"difference": ours[name] - each["value"] if name in ours else None} for each, name in numbers]
 
 
 def paired(figures: Mapping[str, Values], reference: Mapping[str, Values]) -> dict[str, Any]:
@@ -168,34 +170,33 @@ def verdicts(expected: Mapping[str, Any], outcomes: Outcomes) -> dict[str, dict[
         hits = collapsed.count(expected["kind"] == "collapse")
         word = "holds" if hits == len(collapsed) else "holds for some seeds" if hits else "does not hold"
         return {"collapsed": {"verdict": word, "collapsed": sum(collapsed), "seeds": len(collapsed)}}
-    judged: dict[str, dict[str, Any]] = {}
-    better, worse = (by_name(one, "figures") for one in measured)
-    for name in (name for name in better if name in worse):
-        first, second = spread(better[name]), spread(worse[name])
-        difference = first["mean"] - second["mean"]
-        noise = None if None in (first["std"], second["std"]) else math.hypot(first["std"], second["std"])
-        if noise is None:
-            word = "as expected, one seed" if difference > 0 else "not as expected, one seed"
-        else:
-            word = "within noise" if abs(difference) <= noise else "holds" if difference > 0 else "does not hold"
-        judged[name] = {"verdict": word, "difference": difference, "noise": noise}
-    return judged
+    better, worse = ({name: spread(values) for name, values in by_name(one, "figures").items()} for one in measured)
+    return {name: _judge(better[name], worse[name]) for name in better if name in worse}
+
+
+def _judge(better: Mapping[str, Any], worse: Mapping[str, Any]) -> dict[str, Any]:
+    difference, deviations = better["mean"] - worse["mean"], (better["std"], worse["std"])
+    if None in deviations:
+        word = "as expected, one seed" if difference > 0 else "not as expected, one seed"
+        return {"verdict": word, "difference": difference, "noise": None}
+    noise = math.hypot(*deviations)
+    word = "within noise" if abs(difference) <= noise else "holds" if difference > 0 else "does not hold"
+    return {"verdict": word, "difference": difference, "noise": noise}
 
 
 def order(rows: Iterable[Row], data: Mapping[str, str], figures: Mapping[str, Mapping[str, Values]]) -> dict[str, list[str]]:
     """Sort rows with a number of the paper's own, best first: by the paper and by each of our figures, each data set by itself."""
-    values: dict[str, dict[str, dict[str, float]]] = {one: {"paper": {}} for one in data.values()}
-    for row in rows:
-        one = data.get(row.name)
-        own = [n["value"] for n in row.paper if (n["figure"], n["by"], n["data"]) == ("linear", "the paper", one)]
-        if one and own and figures[row.name]:
-            for name, value in {"paper": {0: own[0]}, **figures[row.name]}.items():
-                values[one].setdefault(name, {})[row.name] = statistics.fmean(value.values())
+    means: dict[str, dict[str, dict[str, float]]] = {one: {} for one in data.values()}  # by data set, figure and row
+    for row in (row for row in rows if figures[row.name] and row.name in data):
+        own = ("linear", "the paper", data[row.name])
+        paper = [each["value"] for each in row.paper if (each["figure"], each["by"], each["data"]) == own]
+        for name, values in {"paper": dict(enumerate(paper)), **figures[row.name]}.items() if paper else ():
+            means[own[2]].setdefault(name, {})[row.name] = statistics.fmean(values.values())
     return {
-        (f"{one}, " if len(values) > 1 else "") + name: sorted(means, key=means.__getitem__, reverse=True)
-        for one, names in values.items()
+        (f"{one}, " if len(means) > 1 else "") + name: sorted(each, key=each.__getitem__, reverse=True)
+        for one, names in means.items()
+        for name, each in names.items()
         if len(names["paper"]) > 1
-        for name, means in names.items()
     }
 
 
@@ -220,10 +221,9 @@ def page(content: Mapping[str, Any]) -> str:
 
 
 def _machine(here: Mapping[str, Any]) -> str:
-    versions = ", ".join(f"{name} {here['versions'][name]}" for name in ("relssl", "torch", "torchvision", "timm"))
-    return (
-        f"{here['engine']}; {here['cores']} cores of {here['processor']}; {versions}; revision {(here['git'] or 'unknown')[:12]}"
-    )
+    versions = (f"{name} {here['versions'][name]}" for name in ("relssl", "torch", "torchvision", "timm"))
+    revision = f"revision {(here['git'] or 'unknown')[:12]}"
+    return f"{here['engine']}; {here['cores']} cores of {here['processor']}; {', '.join(versions)}; {revision}"
 
 
 def _union(maps: Iterable[Mapping[str, Any]]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The comparisons that can be rerun, read from `tables/*.yaml`, each at scales of `tables/scales/*.yaml`; imports no torch."""
+"""The comparisons that can be rerun, read from `tables/*.yaml`, each at scales of `tables/scales/*.yaml`; no torch."""
 
 from __future__ import annotations
 
@@ -22,44 +22,30 @@ REPORTED = {"linear": "linear student", "knn": "knn student"}
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table.
+    """One line of a table."""
 
-    Attributes:
-        name: for folders and options; `label`: for people.
-        settings: those of its runs besides the table's, by dotted name.
-        paper: published numbers, {"data", "figure": a key of `REPORTED`, "value": percent, "sure": one of `SURE`, "by"}.
-    """
-
-    name: str
-    label: str
-    settings: dict[str, Any]
-    paper: list[dict[str, Any]]
+    name: str  # for folders and options
+    label: str  # for people
+    settings: dict[str, Any]  # of its runs besides the table's, by dotted name
+    paper: list[dict[str, Any]]  # published: {"data", "figure": a key of REPORTED, "value": percent, "sure": one of SURE, "by"}
 
 
 @dataclass(frozen=True)
 class Table:
-    """A comparison at a scale, which all tables share.
-
-    Attributes:
-        about: the scale in words.
-        reference: name of the row that others are paired with.
-        seeds: usual number of runs of each row.
-        settings: those of all runs, by dotted name; `evaluation`: of their evaluation.
-        expected: what the paper leads one to expect of these rows, {"says", "kind", "rows"}; the kind is above (two rows, the
-            better one first), collapse or sound (one row).
-    """
+    """A comparison at a scale, which all tables share."""
 
     name: str
     title: str
     shows: str
     source: str
     scale: str
-    about: str
-    reference: str
-    seeds: int
-    settings: dict[str, Any]
-    evaluation: dict[str, Any]
+    about: str  # the scale in words
+    reference: str  # the row that others are paired with
+    seeds: int  # usual number of runs of each row
+    settings: dict[str, Any]  # of all runs, by dotted name
+    evaluation: dict[str, Any]  # settings of their evaluation
     rows: list[Row]
+    # By the paper: {"says", "kind", "rows"}; the kind is above (two rows, the better one first), collapse or sound (one row).
     expected: list[dict[str, Any]]
 
 
@@ -76,11 +62,12 @@ def read_table(name: str, scale: str = "small") -> Table:
     raw, at = read_yaml(path), read_yaml(FOLDER / "scales" / f"{known('scale', scale, SCALES)}.yaml")
     rows = [_row(row) for row in raw["rows"] if scale in row.get("scales", SCALES)]
     names = [row.name for row in rows]
-    expected = []
-    for entry in raw["expected"]:
-        (kind,) = entry.keys() - {"says"}
-        beside = entry[kind] if kind == "above" else [entry[kind]]
-        expected += [{"says": entry["says"], "kind": kind, "rows": beside}] if {*beside} <= {*names} else []
+    expected = [
+        {"says": each["says"], "kind": kind, "rows": [compared] if isinstance(compared, str) else compared}
+        for each in raw["expected"]
+        for kind, compared in each.items()
+        if kind != "says"
+    ]
     return Table(
         name=path.stem,
         title=raw["title"],
@@ -93,7 +80,7 @@ def read_table(name: str, scale: str = "small") -> Table:
         settings=layer(spell_out(at["settings"]), spell_out(raw["scales"].get(scale) or {})),
         evaluation=flat(at["evaluation"]),
         rows=rows,
-        expected=expected,
+        expected=[each for each in expected if {*each["rows"]} <= {*names}],
     )
 
 
@@ -107,7 +94,6 @@ def _row(raw: dict[str, Any]) -> Row:
             "by": each.get("by", "the paper"),
         }
         for each in raw.get("paper", [])
-        for name in REPORTED
-        if name in each
+        for name in REPORTED.keys() & each.keys()
     ]
     return Row(raw["name"], raw["label"], spell_out(raw["settings"]), paper)

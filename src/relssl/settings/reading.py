@@ -15,6 +15,7 @@ import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
+from operator import attrgetter
 from pathlib import Path
 from reprlib import repr as shortened
 from typing import Annotated, Any
@@ -58,9 +59,17 @@ def leaves(cls: Any, prefix: str = "") -> dict[str, FieldInfo]:
     """Return every setting below a dataclass of settings as {dotted name: field}."""
     fields: dict[str, FieldInfo] = {}
     for name, field in cls.__pydantic_fields__.items():
+        if field.exclude:
+            continue
         inner = dataclasses.is_dataclass(field.annotation)
         fields |= leaves(field.annotation, f"{prefix}{name}.") if inner else {prefix + name: field}
     return fields
+
+
+def changes(before: Any, after: Any) -> dict[str, tuple[Any, Any]]:
+    """Return {dotted name: (value before, value after)} of the settings in which two dataclasses of one kind differ."""
+    pairs = {name: (attrgetter(name)(before), attrgetter(name)(after)) for name in leaves(type(before))}
+    return {name: (old, new) for name, (old, new) in pairs.items() if old != new}
 
 
 def choices(field: FieldInfo) -> tuple[str, ...]:

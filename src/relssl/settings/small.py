@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from operator import attrgetter
 
 from relssl.errors import DataError
-from relssl.settings.reading import leaves, nest
-from relssl.settings.run import Config, check, derive, replace
+from relssl.settings.reading import changes, nest
+from relssl.settings.run import Config, check, derive
 
 
 def give_way(config: Config, images: int) -> Config:
@@ -26,25 +25,25 @@ def give_way(config: Config, images: int) -> Config:
     batch = derived.passes << int(math.log2(max(2, images / 4 / derived.passes)))  # a power of two in each part
     batch = before if "batch_size" in config.typed else min(batch, before)
     memory = max(batch, 1 << int(math.log2(max(2, images / 2)))) if derived.traits.memory else method.memory_size
-    quarter = round(replace(config, batch_size=batch).steps(images) / max(1, images // batch) / 4, 6)
+    quarter = round(dataclasses.replace(config, batch_size=batch).steps(images) / max(1, images // batch) / 4, 6)
     smaller = {
         "batch_size": batch,
         "optimizer.lr": optimizer.lr * batch / before,
         "encoder.batch_norm_splits": max(1, config.encoder.batch_norm_splits * batch // before),
         "method.memory_size": min(method.memory_size, memory),
+        "optimizer.heads_first": min(optimizer.heads_first, quarter),
         "optimizer.warmup_epochs": min(optimizer.warmup_epochs, quarter),
         "method.teacher_temperature_epochs": min(method.teacher_temperature_epochs, quarter),
     }
-    changes = nest({name: value for name, value in smaller.items() if name not in config.typed})
-    sections = {name: dataclasses.replace(getattr(config, name), **value) for name, value in changes.items() if "_" not in name}
-    fitted = replace(config, **changes | sections)
-    return check(fitted)
+    fitting = nest({name: value for name, value in smaller.items() if name not in config.typed})
+    sections = {name: dataclasses.replace(getattr(config, name), **value) for name, value in fitting.items() if "_" not in name}
+    return check(dataclasses.replace(config, **fitting | sections))
 
 
 def adjustments(before: Config, after: Config, images: int) -> list[str]:
     """Return a line for each setting that gave way."""
-    pairs = {
-        name: (attrgetter(name)(before), attrgetter(name)(after)) for name in leaves(Config) if not name.startswith("views.")
-    }
-    why = f"for {after.steps(images)} steps on {images} images"
-    return [f"note: {name} is {now:g} instead of {was:g}, {why}" for name, (was, now) in pairs.items() if was != now]
+    why, pairs = (
+        f"for {after.steps(images)} steps on {images} images",
+        changes(before, dataclasses.replace(after, views=before.views)),
+    )
+    return [f"note: {name} is {now:g} instead of {was:g}, {why}" for name, (was, now) in pairs.items()]

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import importlib.util
-import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from relssl.errors import ConfigError
-from relssl.files import write_json
-from relssl.settings.run import Config
+from relssl.files import read_json, write_json
+from relssl.settings.run import Config, to_mapping
 
 _RELATION = ("teacher_entropy", "teacher_neighbours", "kl", "agreement", "embedding_std", "effective_rank")
 _SPEED = ("images_per_second", "data_wait")
@@ -28,9 +26,7 @@ def tag(name: str) -> str:
 def refuse_missing(names: Sequence[str]) -> None:
     """Raise ConfigError if a logger's package is not installed, which imports none of them."""
     if missing := [name for name in names if name != "csv" and importlib.util.find_spec(name) is None]:
-        raise ConfigError(
-            *(f"log.to: {name} is not installed; pip install 'relssl[{name}]', or leave it out" for name in missing)
-        )
+        raise ConfigError(*(f"log.to: {name} is not installed; pip install 'relssl[{name}]' or leave it out" for name in missing))
 
 
 class Loggers:
@@ -44,14 +40,7 @@ class Loggers:
 
     def __init__(self, config: Config, folder: Path, rows: list[dict[str, Any]], start: int, say: Callable[[str], None]) -> None:
         self._say, self._loggers = say, dict[str, Any]()
-        known, ids = folder / "loggers.json", dict[str, Any]()
-        with contextlib.suppress(OSError, ValueError):
-            ids = json.loads(known.read_text())
-        if config.log.to:
-            from lightning.fabric.utilities import rank_zero_only
-
-            # They write in the process that Lightning takes for the first, by whatever variables are about.
-            rank_zero_only.rank = 0
+        ids = read_json(folder / "loggers.json")
         for name in dict.fromkeys(config.log.to):
             with self._surviving(name):
                 self._loggers[name] = logger = _open(name, folder, start, ids.get(name))
@@ -59,10 +48,10 @@ class Loggers:
                     for row in rows:
                         self._log(logger, row)
                 elif name != "tensorboard" and name not in ids:
-                    logger.log_hyperparams(dataclasses.asdict(config))
+                    logger.log_hyperparams(to_mapping(config))
                     ids[name] = logger.version if name == "wandb" else logger.run_id
         if ids:
-            write_json(known, ids)
+            write_json(folder / "loggers.json", ids)
 
     def write(self, row: dict[str, Any]) -> None:
         """Pass a row on."""
@@ -84,12 +73,18 @@ class Loggers:
 
     @contextlib.contextmanager
     def _surviving(self, name: str) -> Any:
+        from lightning.fabric.utilities import rank_zero_only
+
+        # Loggers write in the process that Lightning takes for the first, by whatever variables are about.
+        rank, rank_zero_only.rank = rank_zero_only.rank, 0
         try:
             yield
         except Exception as error:  # whatever others' services run into
             self._loggers.pop(name, None)
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             self._say(f"log.to: {name} gets no more figures ({reason}); metrics.jsonl has them all")
+        finally:
+            rank_zero_only.rank = rank
 
 
 def _open(name: str, folder: Path, start: int, known: str | None) -> Any:

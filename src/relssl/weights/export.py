@@ -69,10 +69,9 @@ def export(
         CheckpointError: if weights are missing or damaged, or what was written does not agree with the source.
         StorageError: if it cannot be written or uploaded.
     """
-    format = format or ("hf" if push else "safetensors")
+    format, path = format or ("hf" if push else "safetensors"), Path(source)
     find_format(format)
-    path = Path(source)
-    check_push(push, dry_run, format)
+    _check_push(push, dry_run, format)
     if not path.is_dir() and not (path.is_file() and is_exported(path)):
         raise ConfigError(f"{path}: is no run, and no weights with settings beside them, such as `relssl import FILE` writes")
     whole = path.is_file() and network is None
@@ -90,7 +89,7 @@ def export(
     return exported if push is None else replace(exported, address=_upload(target, push))
 
 
-def check_push(name: str | None, dry_run: bool, format: str) -> None:
+def _check_push(name: str | None, dry_run: bool, format: str) -> None:
     """Refuse, before any work, what cannot be uploaded."""
     if name is None:
         if dry_run:
@@ -114,34 +113,30 @@ def _upload(folder: Path, name: str) -> str:
         address = hub.create_repo(name, private=True, exist_ok=True)
         hub.upload_folder(repo_id=name, folder_path=folder, commit_message=f"Uploaded by relssl {__version__}")
     except Exception as error:  # whatever the hub and the network raise
-        raise StorageError(
-            f"push: {name}: the upload failed ({store.one_line(error)}); {folder} is whole, so push again"
-        ) from error
+        reason = f"the upload failed ({store.one_line(error)}); {folder} is whole, so push again"
+        raise StorageError(f"push: {name}: {reason}") from error
     return str(address)
 
 
 def hand_over(source: Opened, target: Path, format: str, images: Images | None = None, hub: str | None = None) -> Exported:
     """Write a network and its card beside `target` under a temporary name, check them, and move them to their place."""
-    written, name = WRITERS[format](source, format), target.name
+    written, name, settings = WRITERS[format](source, format), target.name, None
     batch, what = real_images(source.spec.view, source.config, images)
-    files, settings = {str(Path(name, file)): data for file, data in written.data.items()}, None
-    beside = target.with_suffix(".md").name if name in files else f"{name}/README.md"
+    files, text = {str(Path(name, file)): data for file, data in written.data.items()}, str(_card_of(Path(name), format))
     if target.suffix == ".safetensors":
         settings = settings_of(target).name
         files[settings] = (source.spec.to_yaml() if source.config is None else to_yaml(public(source.config))).encode()
-    entries = dict.fromkeys(Path(file).parts[0] for file in (*files, beside))  # the weights first, by which ours are recognised
+    entries = dict.fromkeys(Path(file).parts[0] for file in (*files, text))  # the weights first, by which ours are recognised
     unfinished = temporary(target.parent)
     with storing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         sweep(target.parent)
         try:
-            (unfinished / beside).parent.mkdir(parents=True)
+            (unfinished / text).parent.mkdir(parents=True)
             for file, data in files.items():
                 write_file(unfinished / file, data)
             parity = compare(source.backbone, written, unfinished / name, batch, what)
-            if source.spec.classes:
-                written = written.called("model", "scores")
-            write_file(unfinished / beside, card(source, written, parity, name, settings, hub).encode())
+            write_file(unfinished / text, card(source, written, parity, name, settings, hub).encode())
             if target.is_dir():  # folders cannot be replaced in one go: the old one waits where it is removed with the rest
                 target.rename(unfinished / f"{name}.before")
             for entry in entries:
@@ -149,23 +144,29 @@ def hand_over(source: Opened, target: Path, format: str, images: Images | None =
             sync_folder(target.parent)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
-    paths = tuple(sorted(target.parent / file for file in (*files, beside)))
+    paths = tuple(sorted(target.parent / file for file in (*files, text)))
     lines, sizes = tuple(written.snippets[0].lines(str(target), hub)), tuple(path.stat().st_size for path in paths)
     return Exported(target, paths, format, source.header["network"], lines, parity, sizes)
 
 
 def check_target(target: Path, format: str, source: Path) -> None:
     """Refuse to replace what may be a user's own: only an earlier export or import goes, and never the source."""
-    suffix, beside = FORMATS[format].suffix, [target]
+    suffix, card = FORMATS[format].suffix, _card_of(target, format)
     if suffix and target.suffix != suffix:
         raise ConfigError(f"out: {target} must end in {suffix} for {format}")
-    earlier = target.is_file() if suffix else (target / "model.safetensors").is_file()
-    if suffix == ".safetensors":
-        if target.stem == "config":
-            raise ConfigError(f"out: {target}: its settings, beside it, would replace a config.yaml; choose another name")
-        earlier, beside = bool(header_of(target)), [target, settings_of(target), target.with_suffix(".md")]
+    if suffix == ".safetensors" and target.stem == "config":
+        raise ConfigError(f"out: {target}: its settings, beside it, would replace a config.yaml; choose another name")
+    if suffix in (".safetensors", ""):
+        earlier = bool(header_of(target if suffix else target / "model.safetensors"))
+    else:  # whose card names it
+        earlier = target.is_file() and card.is_file() and repr(target.name) in card.read_text(errors="replace")
+    beside = [target, card, *([settings_of(target)] if suffix == ".safetensors" else [])]
     if (taken := next(filter(Path.exists, beside), None)) and not (earlier and target.resolve() != source.resolve()):
         raise ConfigError(f"out: {taken} is the source, or in the way and not written by relssl; choose another name with --out")
+
+
+def _card_of(target: Path, format: str) -> Path:
+    return target.with_suffix(".md") if FORMATS[format].suffix else target / "README.md"
 
 
 def default_target(folder: Path, network: str, format: str = "safetensors") -> Path:

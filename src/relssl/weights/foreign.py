@@ -93,11 +93,12 @@ def load_foreign(path: Path, reading: Reading) -> tuple[Any, LoadReport]:
     """
     _check(reading)
     outer = layouts.bare_name(f"{reading.prefix.rstrip('.')}.") if reading.prefix else ""
-    tensors, left_out = layouts.find_state(layouts.read(path), path, outer)
+    content = layouts.read(path)
+    tensors, left_out = layouts.find_state(content, path, outer)
     layout = reading.layout or ("timm" if outer else layouts.find_layout(tensors))
     if (layout in PLAIN or outer) and reading.network is not None:
         raise ConfigError(f"network: {path} holds one network, or --prefix chooses it; leave the option out")
-    bare = weightless(reading.backbone, None) if reading.backbone else None
+    bare = weightless(reading.backbone) if reading.backbone else None
     names = list(bare.state_dict()) if bare else []
     network, prefix, weights = layouts.split(tensors, layout, reading.network, outer, names, left_out, path)
     weights, stem = layouts.name_children(weights, LAYOUTS[layout].small_stem, path)
@@ -112,7 +113,7 @@ def load_foreign(path: Path, reading: Reading) -> tuple[Any, LoadReport]:
         if layout == "moco" and prefix.startswith(("base_", "momentum_")) and name.startswith("vit_small")
         else {}
     )
-    shape = _shape(bare or weightless(name, None), weights, path)
+    shape = _shape(bare or weightless(name), weights, path)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # what is allowed to be missing is the same in every process
         fresh = create_backbone(name, stem, args | shape)
@@ -127,6 +128,10 @@ def load_foreign(path: Path, reading: Reading) -> tuple[Any, LoadReport]:
     report = LoadReport(path.name, layout, reading.layout is None, network, name, stem, left_out=left_out)
     if prefix and prefix not in LAYOUTS[layout].student + LAYOUTS[layout].teacher:
         report.notes.append(f"its names begin with {prefix} in the file")
+    if average := next((key for key in layouts.AVERAGES if key in content and key not in left_out and not outer), None):
+        report.notes.append(
+            f"read from {average}, the average that its program evaluates; --prefix chooses the weights themselves"
+        )
     if args:
         report.notes.append("12 attention heads, as MoCo v3's small ViT has, where timm's has 6")
     complete = _match(weights, prefix, wanted, reading.allow, report, path)
@@ -134,7 +139,7 @@ def load_foreign(path: Path, reading: Reading) -> tuple[Any, LoadReport]:
     own = cfg["input_size"][-1] if cfg.get("fixed_input_size") and stem == "standard" else None
     spec = _spec(report, args, reading.size, shape.get("img_size", own), shape.get("in_chans", 3))
     loaded = spec.load(twins.from_torchvision(complete, name) if wanted is theirs else complete, path)
-    if "untrained" not in reading.allow and (fault := _untrained(loaded, fresh, spec.view)):
+    if "untrained" not in reading.allow and (fault := untrained(loaded, fresh, spec.view)):
         raise CheckpointError(f"{path}: the {network} looks untrained: {fault}; --allow untrained loads it all the same")
     return loaded, report
 
@@ -240,7 +245,7 @@ def _spec(report: LoadReport, args: Mapping[str, Any], size: int | None, fixed: 
 
 
 @torch.no_grad()
-def _untrained(backbone: nn.Module, fresh: nn.Module, view: PlainView) -> str | None:
+def untrained(backbone: nn.Module, fresh: nn.Module, view: PlainView) -> str | None:
     """Say why a backbone looks dead or like `fresh`, the same network newly initialised; None if it does not.
 
     It does if its features of a few digits are not finite or all the same, or if all vectors that start out constant (norms'

@@ -24,7 +24,7 @@ FORMATS = {
     "hf": Format("folder in Hugging Face's layout, read by timm and transformers", ""),
     "onnx": Format("graph for any ONNX runtime", ".onnx", ("onnx", "onnxruntime", "onnxscript")),
     "torch-export": Format("graph that torch runs without timm", ".pt2"),
-    "detectron2": Format("ResNets in the pickle that detectron2 reads", ".pkl"),
+    "detectron2": Format("ResNets under detectron2's names", ".pth"),
 }
 
 

@@ -51,6 +51,7 @@ LAYOUTS = {
     "timm": Layout(),
 }
 PLAIN = ("torchvision", "timm")
+AVERAGES = ("state_dict_ema", "model_ema")  # what timm and DeiT keep beside the weights and evaluate
 
 
 class Ignored:
@@ -112,7 +113,7 @@ def read(path: Path) -> Mapping[str, Any]:
 
 
 def find_state(content: Mapping[str, Any], path: Path, outer: str = "") -> tuple[dict[str, Tensor], dict[str, int]]:
-    """Take the state dict out of what a program saved: under student and teacher, state_dict, model, or at the top.
+    """Take the state dict out of what a program saved: under student and teacher, an averaged state, state_dict, model, or at the top.
 
     Where these hold no tensors, or `outer` begins with a dictionary of the file, all that is nested is searched, names joined by dots.
 
@@ -122,7 +123,7 @@ def find_state(content: Mapping[str, Any], path: Path, outer: str = "") -> tuple
     Raises:
         CheckpointError: if there are no tensors, or two of one name.
     """
-    holders = [key for key in ("student", "teacher", "state_dict", "model") if isinstance(content.get(key), Mapping)]
+    holders = [key for key in ("student", "teacher", *AVERAGES, "state_dict", "model") if isinstance(content.get(key), Mapping)]
     sides = [key for key in holders if key in ("student", "teacher")]
     holders = sides or holders[:1]
     if nested := isinstance(content.get(outer.partition(".")[0]), Mapping):

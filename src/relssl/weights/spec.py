@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from relssl.data.plain import PlainView
 from relssl.errors import CheckpointError
-from relssl.method.backbones import arguments, create_backbone, feature_width
+from relssl.method.backbones import arguments, create_backbone, feature_width, weightless
 from relssl.settings.run import LUMA, Config
 
 # What the settings of weights that no run of ours trained name as their data.
@@ -59,19 +60,36 @@ class BackboneSpec:
         channels = {} if self.view.channels == 3 else {"in_chans": self.view.channels}
         return arguments(self.name, channels | dict(self.arguments), self.view.size)
 
-    def create(self) -> nn.Module:
-        """Build the network with random weights; raises as `create_backbone`."""
-        return create_backbone(self.name, self.stem, self.all_arguments(), self.view.size, len(self.classes))
+    def create(self, create: Callable[..., nn.Module] = create_backbone) -> nn.Module:
+        """Build the network with random weights, or `weightless`; raises as `create_backbone`."""
+        return create(self.name, self.stem, self.all_arguments(), self.view.size, len(self.classes))
 
     def load(self, weights: Mapping[str, Tensor], origin: Path) -> Backbone:
-        """Build the network with these weights, all of them and nothing else, in eval mode; CheckpointError as `mismatch` says."""
-        network = cast(Backbone, self.create())
-        if fault := mismatch(network.state_dict(), weights):
+        """Build the network with these weights, all of them and nothing else, in eval mode.
+
+        Nothing larger than the weights is built: settings beside a stranger's file may ask for any network.
+
+        Raises:
+            CheckpointError: as `mismatch` says, or if an argument is a larger number than any network of such weights has.
+        """
+        # 2048 is the largest size of a view.
+        largest = max([2048, len(weights), *(side for value in weights.values() for side in value.shape)])
+
+        def bounded(number: str) -> None:
+            if float(number) > largest:
+                raise CheckpointError(f"{origin}: is no {self.name} of backbone_args with {number[:20]}: its weights are smaller")
+
+        json.loads(json.dumps(self.all_arguments(), default=str), parse_int=bounded, parse_float=bounded)
+        shapes = self.create(weightless)
+        if fault := mismatch(shapes.state_dict(), weights):
             raise CheckpointError(f"{origin}: is no {self.name}: {fault}")
-        network.load_state_dict(dict(weights))
+        network = cast(Backbone, self.create())
+        state = network.state_dict()  # the network's own, as torchvision's MNASNet asks for the version in it
+        state.update(weights)
+        network.load_state_dict(state)
         network.transform, network.spec = self.view, self
         # timm's own figure is that before the layer which its MobileNetV3 ends with.
-        network.num_features = feature_width(network, self.view.size)
+        network.num_features = feature_width(shapes, self.view.size)
         return network.eval()
 
     def to_yaml(self) -> str:

@@ -1,4 +1,4 @@
-"""One function a format: a backbone as bytes, and the Python that loads them."""
+"""One function a format: a network as bytes, and the Python that loads them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import re
 import textwrap
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -18,10 +18,14 @@ from torch import nn
 
 from relssl.errors import ConfigError
 from relssl.method.backbones import TORCHVISION, create_backbone
-from relssl.weights import detectron, store
+from relssl.settings import parts
+from relssl.weights import store
 from relssl.weights.opening import Opened
 from relssl.weights.spec import BackboneSpec, mismatch
 from relssl.weights.twins import TWINS, bare, to_torchvision
+
+_TOLERANCE = 1e-4  # another implementation of the same function, in fp32; a compiler may fold batch norm and reorder sums
+_MAPPED_TOLERANCE = 1e-5  # transformers leaves weights where the file was mapped, unaligned, and sums come in another order
 
 
 @dataclass(frozen=True)
@@ -30,9 +34,10 @@ class Snippet:
 
     title: str  # the library that loads it
     code: Sequence[str]  # lines with `{file}` for the path of what was written, and `{folder}` for timm's name of a local folder
-    use: str = "features = backbone(images)"  # the last line: `images` [N, C, S, S] to `features` [N, F]
+    use: str = "outputs = model(images)"  # the last line: `images` [N, C, S, S] to features [N, F], or scores of a classifier
     needs: str | None = None  # a module that may be missing; then the code is printed and not run
-    tolerance: float = 0.0  # of features, relative to the largest one; 0 where the same code runs the same weights
+    tolerance: float = 0.0  # of outputs, relative to the largest one; 0 where the same code runs the same weights
+    given: Mapping[str, Any] = field(default_factory=dict)  # names that the code takes from whoever runs it
 
     def lines(self, file: str, hub: str | None = None) -> list[str]:
         """Return the code for the file of that path, or for a repository of that name on the Hugging Face Hub."""
@@ -42,25 +47,12 @@ class Snippet:
 
 @dataclass(frozen=True)
 class Written:
-    """A backbone in a format, in memory."""
+    """A network in a format, in memory."""
 
     data: Mapping[str, bytes]  # the bytes of each file of a folder, by name; of a format that is one file, under the name ""
     snippets: Sequence[Snippet]  # the ways to load it
     exact: bool = True  # the loaded network has the source's very weights, in its order
     notes: str = ""  # more about loading it, as Markdown, with `{file}`
-
-    def called(self, network: str, output: str) -> Written:
-        """Return it with other names for `backbone` and `features` in the code."""
-
-        def renamed(line: str) -> str:
-            return line.replace("backbone", network).replace("features", output)
-
-        snippets = [replace(each, code=[*map(renamed, each.code)], use=renamed(each.use)) for each in self.snippets]
-        return replace(self, snippets=snippets)
-
-
-_TOLERANCE = 1e-4  # another implementation of the same function, in fp32; a compiler may fold batch norm and reorder sums
-_MAPPED_TOLERANCE = 1e-5  # transformers leaves weights where the file was mapped, unaligned, and sums come in another order
 
 
 def _unsuited(format: str, why: str) -> ConfigError:
@@ -69,90 +61,89 @@ def _unsuited(format: str, why: str) -> ConfigError:
 
 def as_safetensors(source: Opened, format: str) -> Written:
     """Write the network's own names; those of timm's networks, and `timm` takes no others, in a file for its `checkpoint_path`."""
-    ours, notes = [Snippet("relssl", ("import relssl", "backbone = relssl.load_backbone({file})"))], ""
-    if source.spec.classes:  # which ours is without
-        ours = []
-        use = "`relssl predict {file} DATA --out FILE` classifies images; "
-        notes = use + '`relssl.load_backbone("{file}")` returns the backbone alone.'
-    theirs = Snippet("timm alone", timm_lines(source.spec))
+    snippets = _own_snippets(source.spec) if parts.is_part(source.spec.name) else [Snippet("timm alone", timm_lines(source.spec))]
+    if format != "safetensors" and (_theirs(source.spec) or parts.is_part(source.spec.name)):
+        raise _unsuited(format, f"is read by timm, which does not know {parts.title(source.spec.name)}")
     if _theirs(source.spec):
-        if format != "safetensors":
-            raise _unsuited(format, f"is read by timm, which does not know {source.spec.name}")
-        theirs = Snippet("torchvision", _torchvision_lines(source.spec, "safetensors.torch.load_file({file})"))
-    return Written(
-        {"": store.encode(source.backbone.state_dict(), {"format": "pt", **source.header})}, (theirs, *ours), notes=notes
+        snippets = [Snippet("torchvision", _torchvision_lines(source.spec, "safetensors.torch.load_file({file})"))]
+    notes = (
+        '`relssl predict {file} DATA --out FILE` classifies images; `relssl.load_backbone("{file}")` returns the backbone alone.'
     )
+    if not source.spec.classes:
+        again = ", backbone=module" if snippets[0].given else ""
+        again = f", backbone={source.spec.name!r}" if parts.is_part(source.spec.name) and not again else again
+        ours = Snippet("relssl", ("import relssl", f"model = relssl.load_backbone({{file}}{again})"), given=snippets[0].given)
+        snippets, notes = [*snippets, ours], ""
+    return Written({"": store.encode(source.backbone.state_dict(), {"format": "pt", **source.header})}, snippets, notes=notes)
+
+
+def _own_snippets(spec: BackboneSpec) -> list[Snippet]:
+    """Return the way to load the weights of a network of the user's own with torch."""
+    if parts.is_handed(spec.name):
+        lines, given = ["model = module.eval()  # the one that was handed over, or its like"], {"module": spec.create()}
+    else:
+        module, _, name = spec.name.partition(":")
+        lines, given = [f"from {module} import {name}", f"model = {name}({', '.join(_arguments(spec, None))}).eval()"], {}
+    code = ["import safetensors.torch", *lines, "model.load_state_dict(safetensors.torch.load_file({file}))"]
+    use = "outputs = model(images); outputs = outputs.mean((2, 3)) if outputs.ndim == 4 else outputs"
+    return [Snippet("torch", code, use, given=given)]
 
 
 def as_hf(source: Opened, format: str) -> Written:
     """Write Hugging Face's layout: timm's config.json and model.safetensors; the card becomes README.md."""
     weights, spec, known = as_safetensors(source, format).data[""], source.spec, cast(Any, source.backbone.pretrained_cfg)
     if spec.view.channels != 3:
-        raise _unsuited(format, f"is read with colour images, and {spec.name} was trained on grey ones")
+        raise _unsuited(format, f"is read with colour images, and {spec.name} sees {spec.view.channels} channels")
     if spec.stem != "standard":
         raise _unsuited(format, f"cannot describe a {spec.stem} stem, which timm cannot be asked for")
+    count = {"num_classes": len(spec.classes)}
     pretrained = {  # as timm writes it, about these weights: none of what it says of timm's own is taken over
-        "tag": "ressl",
-        "custom_load": False,
-        "input_size": [3, spec.view.size, spec.view.size],
-        "fixed_input_size": known.get("fixed_input_size", False),
-        "crop_mode": "center",
-        **timm_view(spec),
-        "num_classes": len(spec.classes),
-        "pool_size": None,
-        "first_conv": known.get("first_conv"),
-        "classifier": known.get("classifier"),
+        **{"tag": "ressl", "custom_load": False, "input_size": [3, spec.view.size, spec.view.size]},
+        **{"fixed_input_size": known.get("fixed_input_size", False), "crop_mode": "center", **timm_view(spec), **count},
+        **{"pool_size": None, "first_conv": known.get("first_conv"), "classifier": known.get("classifier")},
     }
-    described = {
-        "architecture": known["architecture"],
-        "num_classes": len(spec.classes),
-        "num_features": source.backbone.num_features,
-    }
+    described = {"architecture": known["architecture"], **count, "num_features": source.backbone.num_features}
     described |= {"label_names": spec.classes} if spec.classes else {}
     # No num_classes in model_args: transformers sets it itself and stumbles over another.
     described |= {"model_args": spec.all_arguments(), "pretrained_cfg": pretrained}
     with_timm = (
         "import timm, timm.data",
-        f"backbone = timm.create_model({{folder}}, pretrained=True, num_classes={len(spec.classes)}).eval()  # else the weights are random",
-        "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(backbone))",
+        f"model = timm.create_model({{folder}}, pretrained=True, num_classes={len(spec.classes)}).eval()  # else the weights are random",
+        "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))",
     )
     with_transformers = (
         "import transformers",
-        "backbone = transformers.AutoModel.from_pretrained({file}).eval()",
+        "model = transformers.AutoModel.from_pretrained({file}).eval()",
         "transform = transformers.AutoImageProcessor.from_pretrained({file})",
     )
-    use = "features = backbone(pixel_values=images).pooler_output"
+    use = "outputs = model(pixel_values=images).pooler_output"
     theirs = Snippet("transformers", with_transformers, use, needs="transformers", tolerance=_MAPPED_TOLERANCE)
     files = {"model.safetensors": weights, "config.json": (json.dumps(described, indent=2) + "\n").encode()}
     return Written(files, (Snippet("timm", with_timm), *([] if spec.classes else [theirs])))
 
 
 def as_graph(source: Opened, format: str) -> Written:
-    """Write a graph in one file, for torch.export or ONNX: `images` float32 [N, C, S, S] to `features` float32 [N, F]."""
-    view, buffer = source.spec.view, io.BytesIO()
+    """Write a graph in one file, for torch.export or ONNX: `images` float32 [N, C, S, S] to `features` [N, F] or `scores`, float32."""
+    view, buffer, output = source.spec.view, io.BytesIO(), "scores" if source.spec.classes else "features"
     # Traced with a batch of two, for one would be taken for a constant.
     inputs, shapes = (torch.zeros(2, view.channels, view.size, view.size),), ({0: torch.export.Dim("batch", min=1)},)
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # about torch's own code; the result is compared
             if format == "onnx":
-                output = "scores" if source.spec.classes else "features"
-                names: Any = {"input_names": ["images"], "output_names": [output]}
-                graph: Any = torch.onnx.export(
-                    source.backbone, inputs, dynamo=True, verbose=False, dynamic_shapes=shapes, **names
-                )
+                options: Any = {"input_names": ["images"], "output_names": [output], "dynamo": True, "verbose": False}
+                graph: Any = torch.onnx.export(source.backbone, inputs, dynamic_shapes=shapes, **options)
                 buffer.write(graph.model_proto.SerializeToString())
-                code = ("import onnxruntime", "session = onnxruntime.InferenceSession({file})")
-                use = f'features = session.run(["{output}"], {{"images": images.numpy()}})[0]'
-                snippet = Snippet("ONNX Runtime", code, use, tolerance=_TOLERANCE)
+                title, code = "ONNX Runtime", ("import onnxruntime", "session = onnxruntime.InferenceSession({file})")
+                use = f'outputs = session.run(["{output}"], {{"images": images.numpy()}})[0]'
             else:
                 torch.export.save(torch.export.export(source.backbone, inputs, dynamic_shapes=shapes), buffer)
-                code = ("import torch", "backbone = torch.export.load({file}).module()")
-                snippet = Snippet("torch alone", code, tolerance=_TOLERANCE)
+                title, code = "torch alone", ("import torch", "model = torch.export.load({file}).module()")
+                use = Snippet.use
     except Exception as error:  # whatever torch raises over a network that it cannot follow, and protobuf beyond 2 GiB
         reason = f"torch cannot write the graph of {source.spec.name} ({store.one_line(error)})"
         raise ConfigError(f"format: {format}: {reason}; use safetensors or timm") from error
-    return Written({"": buffer.getvalue()}, (snippet,), exact=False)
+    return Written({"": buffer.getvalue()}, (Snippet(title, code, use, tolerance=_TOLERANCE),), exact=False)
 
 
 def as_torchvision(source: Opened, format: str) -> Written:
@@ -165,17 +156,31 @@ def as_torchvision(source: Opened, format: str) -> Written:
         raise _unsuited(format, f"cannot take this {spec.name} ({error})") from error
     if mismatch(network.state_dict(), weights):
         raise _unsuited(format, f"cannot take {spec.name} with a {spec.stem} stem")
-    for key, value in network.state_dict().items():
-        value.copy_(weights[key])
-    buffer = io.BytesIO()
-    torch.save(network.state_dict(), buffer)  # the network's own: torchvision's MNASNet asks for the version in it
+    theirs = network.state_dict()  # the network's own: torchvision's MNASNet asks for the version in it
+    theirs.update({name: weights[name] for name in theirs})
     exact = weights.keys() == state.keys() and all(torch.equal(weights[key], state[key]) for key in state)
     code = _torchvision_lines(spec, "torch.load({file}, weights_only=True)")
-    return Written({"": buffer.getvalue()}, (Snippet("torchvision", code, tolerance=0.0 if exact else _TOLERANCE),), exact)
+    return Written({"": _saved(theirs)}, (Snippet("torchvision", code, tolerance=0.0 if exact else _TOLERANCE),), exact)
+
+
+def _saved(content: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+# A ResNet's block 0 of layer 1 is detectron2's res2.0; the stem's two layers are grouped under `stem`.
+_DETECTRON2: tuple[tuple[str, Any], ...] = (
+    (r"^(?!layer)", "stem."),
+    (r"^layer(\d)", lambda match: f"res{int(match[1]) + 1}"),
+    (r"\bbn(\d)", r"conv\1.norm"),
+    (r"\bdownsample\.0", "shortcut"),
+    (r"\bdownsample\.1", "shortcut.norm"),
+)
 
 
 def as_detectron2(source: Opened, format: str) -> Written:
-    """Write detectron2's pickle, and the part of its configuration that goes with it."""
+    """Write a checkpoint with detectron2's names, and the part of its configuration that goes with it."""
     spec, name, state = source.spec, TWINS.get(source.spec.name, ""), source.backbone.state_dict()
     network: Any = bare(name)[0] if "resne" in name and spec.stem == "standard" else None
     if network is None or mismatch(network.state_dict(), state):
@@ -183,9 +188,7 @@ def as_detectron2(source: Opened, format: str) -> Written:
         raise _unsuited(format, f"takes timm's ResNets with torchvision's shapes, not {what}")
     first = network.layer1[0]
     resnets = {
-        "DEPTH": int(re.findall(r"[0-9]+", spec.name)[0]),
-        "STRIDE_IN_1X1": False,
-        "NUM_GROUPS": network.groups,
+        **{"DEPTH": int(re.findall(r"[0-9]+", spec.name)[0]), "STRIDE_IN_1X1": False, "NUM_GROUPS": network.groups},
         "WIDTH_PER_GROUP": network.base_width,
         "RES2_OUT_CHANNELS": first.conv1.in_channels * (4 if hasattr(first, "conv3") else 1),
     }
@@ -193,28 +196,30 @@ def as_detectron2(source: Opened, format: str) -> Written:
     model = {"WEIGHTS": "{file}", "PIXEL_MEAN": mean, "PIXEL_STD": std, "RESNETS": resnets}
     settings = yaml.safe_dump({"MODEL": model, "INPUT": {"FORMAT": "RGB"}}, sort_keys=False, width=120, default_flow_style=None)
     code = (
-        "import timm",
-        "from relssl.weights.detectron import read",
-        f"backbone = timm.create_model({spec.name!r}, num_classes=0).eval()",
-        "backbone.load_state_dict(read({file}))",
+        "import timm, torch",
+        'weights = torch.load({file}, weights_only=True)["model"].values()  # in the order of timm\'s',
+        f"model = timm.create_model({spec.name!r}, num_classes=0).eval()",
+        "model.load_state_dict(dict(zip(model.state_dict(), weights, strict=True)))",
     )
     notes = f"In detectron2's configuration (images are RGB, in 0..255):\n\n{textwrap.indent(settings.rstrip(), '    ')}"
-    return Written({"": detectron.dump(state)}, (Snippet("timm, to look into the file without detectron2", code),), notes=notes)
+    weights = {}
+    for key, value in state.items():
+        for pattern, other in _DETECTRON2:
+            key = re.sub(pattern, other, key)
+        weights[key] = value
+    # The heuristics match names by their endings.
+    data = _saved({"model": weights, "__author__": "relssl", "matching_heuristics": True})
+    return Written({"": data}, (Snippet("timm, to look into the file without detectron2", code),), notes=notes)
 
 
 WRITERS: dict[str, Callable[[Opened, str], Written]] = {
-    "safetensors": as_safetensors,
-    "timm": as_safetensors,
-    "torchvision": as_torchvision,
-    "hf": as_hf,
-    "onnx": as_graph,
-    "torch-export": as_graph,
-    "detectron2": as_detectron2,
+    **{"safetensors": as_safetensors, "timm": as_safetensors, "torchvision": as_torchvision, "hf": as_hf},
+    **{"onnx": as_graph, "torch-export": as_graph, "detectron2": as_detectron2},
 }
 
 
 def timm_lines(spec: BackboneSpec) -> list[str]:
-    """Return Python that loads `{file}` with timm and nothing of ours, as `backbone` and the `transform` of its images."""
+    """Return Python that loads `{file}` with timm and nothing of ours, as `model` and the `transform` of its images."""
     view = ", ".join(f"{name}={value!r}" for name, value in timm_view(spec).items())
     transform, imports = f"timm.data.create_transform({spec.view.size}, {view})", "import timm, timm.data"
     if spec.view.channels == 1:
@@ -223,9 +228,9 @@ def timm_lines(spec: BackboneSpec) -> list[str]:
     # timm cannot be asked for a small stem, so the layers that differ are put in before the weights.
     return [
         f"{imports}, torch",
-        f"backbone = timm.create_model({spec.name!r}, num_classes={len(spec.classes)}{_arguments(spec)}).eval()",
+        f"model = timm.create_model({', '.join([repr(spec.name), *_arguments(spec, len(spec.classes))])}).eval()",
         *_stem_lines(spec),
-        "timm.models.load_checkpoint(backbone, {file})",
+        "timm.models.load_checkpoint(model, {file})",
         f"transform = {transform}",
     ]
 
@@ -256,28 +261,28 @@ def _torchvision_network(spec: BackboneSpec) -> tuple[nn.Module, str]:
 
 
 def _torchvision_lines(spec: BackboneSpec, load: str) -> list[str]:
-    """Return Python that loads the file with torchvision, as `backbone` and the `transform` of its images; `load` reads it."""
-    view, arguments = spec.view, _arguments(spec)[2:] if _theirs(spec) else ""
-    last = [f"backbone.set_submodule({_torchvision_network(spec)[1]!r}, torch.nn.Identity())"]
-    if spec.classes:
-        arguments, last = f"num_classes={len(spec.classes)}" + (f", {arguments}" if arguments else ""), []
+    """Return Python that loads the file with torchvision, as `model` and the `transform` of its images; `load` reads it."""
+    view, arguments = spec.view, _arguments(spec, len(spec.classes) or None) if _theirs(spec) else []
+    last = [] if spec.classes else [f"model.set_submodule({_torchvision_network(spec)[1]!r}, torch.nn.Identity())"]
     resize = f"v.Resize({view.shorter_side}, v.InterpolationMode.{view.interpolation.upper()}), v.CenterCrop({view.size})"
     steps = f"{'v.Grayscale(), ' * (view.channels == 1)}{resize}, v.ToTensor(), v.Normalize({view.mean}, {view.std})"
+    name = TWINS.get(spec.name, spec.name.removeprefix(TORCHVISION))
     return [
         f"import {'safetensors.torch, ' * ('safetensors' in load)}torch, torchvision, torchvision.transforms as v",
-        f"backbone = torchvision.models.{TWINS.get(spec.name, spec.name.removeprefix(TORCHVISION))}({arguments}).eval()",
+        f"model = torchvision.models.{name}({', '.join(arguments)}).eval()",
         *last,
         *_stem_lines(spec),
-        f"backbone.load_state_dict({load})",
+        f"model.load_state_dict({load})",
         f"transform = v.Compose([{steps}])",
     ]
 
 
-def _arguments(spec: BackboneSpec) -> str:
+def _arguments(spec: BackboneSpec, classes: int | None) -> list[str]:
     # The lines are run, and a card that came with a file may say anything.
     if strange := [name for name in spec.arguments if not name.isidentifier()]:
         raise ConfigError(f"backbone_args: {strange[0]!r} is no name of an argument")
-    return "".join(f", {name}={value!r}" for name, value in _library_arguments(spec).items())
+    full = ({} if classes is None else {"num_classes": classes}) | _library_arguments(spec)
+    return [f"{name}={value!r}" for name, value in full.items()]
 
 
 def _library_arguments(spec: BackboneSpec) -> dict[str, Any]:
@@ -286,7 +291,7 @@ def _library_arguments(spec: BackboneSpec) -> dict[str, Any]:
 
 
 def _stem_lines(spec: BackboneSpec) -> list[str]:
-    return [f"backbone.set_submodule({name!r}, torch.nn.{module!r})" for name, module in stem_layers(spec).items()]
+    return [f"model.set_submodule({name!r}, torch.nn.{module!r})" for name, module in stem_layers(spec).items()]
 
 
 def stem_layers(spec: BackboneSpec) -> dict[str, nn.Module]:

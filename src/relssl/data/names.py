@@ -1,0 +1,89 @@
+"""Tables of many rows, each a name and some numbers, in a few blocks of memory.
+
+Objects of Python would take ten times the room, and loader processes that count references to them would copy them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import unicodedata
+from array import array
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import accumulate, islice
+
+import numpy as np
+
+_ROWS = 1 << 14  # of a table that are Python objects at a time
+
+
+@dataclass(frozen=True, eq=False)
+class Names:
+    """N strings of bytes.
+
+    Attributes:
+        block: all of them without anything between, uint8.
+        ends: where each one ends, int64 [N+1]; the first is 0.
+    """
+
+    block: np.ndarray
+    ends: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def __getitem__(self, row: int) -> bytes:
+        return self.block[self.ends[row] : self.ends[row + 1]].tobytes()
+
+    def take(self, rows: np.ndarray) -> Names:
+        """Return those at positions int64 [M], in this order."""
+        return table(((self[row],) for row in rows.tolist()), 0)[0]
+
+    def digest(self, title: str, *numbers: np.ndarray) -> str:
+        """Compute 16 hex digits of a title, the names in their order, and whole numbers besides."""
+        digest = hashlib.sha256(f"{title} {len(self)} ".encode())
+        for part in (self.ends.astype("<i8", copy=False), self.block, *(each.astype("<i8", copy=False) for each in numbers)):
+            digest.update(np.ascontiguousarray(part).data)
+        return digest.hexdigest()[:16]
+
+
+def table(rows: Iterable[tuple[bytes, *tuple[int, ...]]], columns: int) -> tuple[Names, list[np.ndarray]]:
+    """Read rows of a name and so many numbers each, as they come: the names, and each column, int64 [N]."""
+    block, ends, numbers, source = bytearray(), array("q", [0]), [array("q") for _ in range(columns)], iter(rows)
+    while some := list(islice(source, _ROWS)):
+        names, *others = zip(*some, strict=True)
+        ends.extend(islice(accumulate(map(len, names), initial=len(block)), 1, None))
+        block += b"".join(names)
+        for column, values in zip(numbers, others, strict=True):
+            column.extend(values)
+    return Names(np.frombuffer(block, np.uint8), np.frombuffer(ends, np.int64)), [
+        np.frombuffer(each, np.int64) for each in numbers
+    ]
+
+
+class Words:
+    """The words that label images, numbered as they are met; an empty one labels nothing."""
+
+    def __init__(self, words: Iterable[bytes] = ()) -> None:
+        self._numbers = {word: number for number, word in enumerate(dict.fromkeys([b"", *words]))}
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self._numbers)
+
+    def number(self, word: bytes) -> int:
+        """Return the number of a word."""
+        return self._numbers.setdefault(word, len(self._numbers))
+
+    def labels(self, numbers: np.ndarray) -> tuple[np.ndarray | None, tuple[str, ...] | None]:
+        """Return labels int64 [N], -1 for none, of the numbers of words, and the classes; None and None if no word was met.
+
+        Classes are sorted, by value where all are whole numbers. Words that differ in blanks around them or in their Unicode form
+        alone are one.
+        """
+        titles = [unicodedata.normalize("NFC", word.strip().decode("utf-8", "backslashreplace")) for word in self._numbers]
+        if not (distinct := {*titles} - {""}):
+            return None, None
+        numeric = all(word.isascii() and word.isdigit() and len(word) < 19 for word in distinct)
+        classes = tuple(sorted(distinct, key=lambda word: (int(word), word) if numeric else (0, word)))
+        rank = {word: position for position, word in enumerate(classes)} | {"": -1}
+        return np.array([rank[title] for title in titles], np.int64)[numbers], classes

@@ -1,0 +1,242 @@
+"""What the files of a run folder say of the run, whatever is missing there."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from relssl.errors import ConfigError, RelsslError
+from relssl.files import duration, read_rows
+from relssl.report.tables import facts as figures
+from relssl.settings.reading import flat, read_yaml
+from relssl.settings.run import Config, derive
+from relssl.train.pretrain import Result
+from relssl.weights.opening import load_run
+
+_POINTS = 800  # of a curve at most
+# The curves that are drawn, in this order, where metrics.jsonl has their columns: title, columns with their names, and what to know.
+_CURVES: tuple[tuple[str, dict[str, str], str], ...] = (
+    (
+        "kNN top-1, %",
+        {"knn_top1": "student", "knn_teacher_top1": "teacher"},
+        "Higher is better. Labels of the data serve this figure alone.",
+    ),
+    ("Loss", {"loss": "loss"}, "Its height says little about quality; a sudden rise or NaN says much."),
+    (
+        "Teacher's effective neighbours",
+        {"teacher_neighbours": "neighbours"},
+        "Falls from the memory's size to a few as relations form.",
+    ),
+    ("Student's divergence, nats", {"kl": "divergence"}, "How far the student's relations are from the teacher's."),
+    ("Same nearest neighbour", {"agreement": "agreement"}, "Share of samples for which both name the same nearest key."),
+    ("Spread of the embeddings", {"embedding_std": "spread"}, "About 1 when all directions are used, 0 when collapsed."),
+    ("Effective rank", {"effective_rank": "rank"}, "Directions that the embeddings really use."),
+    ("Gradient norm", {"grad_norm": "norm"}, ""),
+    ("Learning rate", {"lr": "rate"}, ""),
+    ("Teacher's momentum", {"teacher_momentum": "momentum"}, ""),
+    ("Teacher's temperature", {"teacher_temperature": "temperature"}, ""),
+    ("InfoNCE's share of the loss", {"warmup_mix": "share"}, ""),
+    ("Images a second", {"images_per_second": "images/s"}, ""),
+    ("Share of time waiting for data", {"data_wait": "share"}, ""),
+)
+_BASELINES = {"knn_raw_pixels": "raw pixels", "knn_top1": "untrained"}
+_PLACES = ("step", "epoch", "samples", *_BASELINES)  # columns that are no curves of their own
+# Settings that say nothing of what was learned.
+_ASIDE = ("out", "data_root", "recipe", "time_limit", "log.", "checkpoint.", "loader.")
+_WORDS = {"Good": "learning", "Healthy": "learning", "Little": "flat", "Not good": "flat"}
+
+
+def run_facts(folder: Path) -> dict[str, Any]:
+    """Return what is known of a run, as plain JSON; `missing` says what is not.
+
+    Raises:
+        ConfigError: if the folder holds no run.
+    """
+    missing: list[str] = []
+    settings, config = _settings(folder, missing)
+    status, where = _json(folder / "status.json", missing), _json(folder / "environment.json", missing)
+    rows = read_rows(folder / "metrics.jsonl")
+    if not rows:
+        missing.append("metrics.jsonl has no row yet: there is nothing to judge or to draw")
+    state = status.get("state", "unknown")
+    if state != "complete":
+        missing.append(f"the run is not complete ({_state(status)}): all that follows is of the time when this page was written")
+    images = (where.get("data") or {}).get("images")
+    epoch = images // settings["batch_size"] if images and isinstance(settings.get("batch_size"), int) else 0
+    trained = [row for row in rows if "loss" in row]
+    return {
+        "name": folder.resolve().name,
+        "state": state,
+        "settings": settings,
+        "what": _what(settings, status, where, rows, images),
+        "versions": where.get("versions", {}),
+        "verdict": _verdict(folder, rows, config),
+        "curves": _curves(rows, epoch),
+        "axis": "epoch" if epoch else "step",
+        "last": trained[-1] if trained else {},
+        "best": max((row["knn_top1"] for row in rows if row.get("knn_top1") is not None and row["step"]), default=None),
+        "evaluations": _evaluations(folder, missing),
+        "bad": read_rows(folder / "bad_samples.jsonl")[:50],
+        "missing": missing,
+    }
+
+
+def _settings(folder: Path, missing: list[str]) -> tuple[dict[str, Any], Config | None]:
+    """Return all settings by dotted names, and as this version reads them, if it does."""
+    try:
+        config = load_run(folder).config
+        return flat(json.loads(json.dumps(dataclasses.asdict(config)))), config
+    except ConfigError as error:
+        if not (folder / "config.yaml").is_file():
+            raise
+        missing.append(f"this version of relssl does not read its settings, so there are no pictures: {error}")
+    with contextlib.suppress(RelsslError):
+        return flat(read_yaml(folder / "config.yaml")), None
+    return {}, None
+
+
+def _json(path: Path, missing: list[str]) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        missing.append(f"{path.name} {'is missing' if isinstance(error, OSError) else 'is damaged'}")
+    return {}
+
+
+def _state(status: dict[str, Any]) -> str:
+    error = status.get("error") or {}
+    return f"{status.get('state', 'unknown')} at step {status.get('step', '?')}" + (
+        f": {error['message']}" if error.get("message") else ""
+    )
+
+
+def _what(
+    settings: dict[str, Any], status: dict[str, Any], where: dict[str, Any], rows: list[dict[str, Any]], images: Any
+) -> dict[str, str]:
+    """Return what was run on what, in words."""
+    seconds, before = 0.0, 0
+    for row in rows:
+        if row.get("images_per_second"):
+            seconds, before = seconds + (row["samples"] - before) / row["images_per_second"], row["samples"]
+    step, size = rows[-1]["step"] if rows else 0, settings.get("views.weak.size")
+    cores = f", {where['cores']} cores" if where.get("cores") else ""
+    words = {
+        "recipe": str(settings.get("recipe") or ""),
+        "method": str(settings.get("method.name") or ""),
+        "network": f"{settings.get('backbone')}, stem {settings.get('encoder.stem')}",
+        "data": f"{Path(str(settings.get('data'))).name}" + (f", {images:,} images" if images else ""),
+        "views": f"{size} x {size} pixels",
+        "length": f"{settings.get('epochs')} epochs of batches of {settings.get('batch_size')}; {step:,} steps made",
+        "state": _state(status),
+        "hardware": f"{where.get('engine', '')}; {where.get('processor', '')}{cores}" if where else "",
+        "time in steps": duration(seconds) if seconds else "",
+        "versions": ", ".join(f"{name} {version}" for name, version in where.get("versions", {}).items()),
+        "revision": (where.get("git") or "")[:12],
+    }
+    return {name: text for name, text in words.items() if text}
+
+
+def _verdict(folder: Path, rows: list[dict[str, Any]], config: Config | None) -> dict[str, Any]:
+    """Return {"word": learning, flat, collapsing or unknown, "lines": why, "evidence": [[what, figure], ...]}."""
+    trained = [row for row in rows if "loss" in row]
+    if config is None or not trained:
+        return {"word": "unknown", "lines": ["Nothing can be said yet."], "evidence": []}
+    known = figures(Result(folder, folder, rows), config)
+    lines, first, last = list(known["verdict"]), trained[0], trained[-1]
+    word = _WORDS.get(lines[0].partition(":")[0], "unknown")
+    if lines[0].startswith("Not good") and not lines[0].startswith("Not good: +") and not lines[0].startswith("Not good: -"):
+        word = "collapsing"
+    evidence: list[list[str]] = []
+    for name, title in (
+        ("raw_pixels", "raw pixels"),
+        ("untrained", "untrained network"),
+        ("student", "student"),
+        ("teacher", "teacher"),
+    ):
+        if known[f"knn_{name}"] is not None:
+            evidence.append([f"kNN top-1, {title}", f"{known[f'knn_{name}']:.1f} %"])
+    if known["knn_student"] is None and word == "learning":
+        moved = _moved(first, last)
+        word = "learning" if moved or len(trained) < 2 else "flat"
+        lines[0] = (
+            "The relations form: " + "; ".join(moved) if moved else "Not collapsed, but the relations have hardly moved yet."
+        )
+    if "teacher_neighbours" in last and derive(config).traits.memory:
+        evidence.append(
+            ["teacher's effective neighbours", f"{_short(last['teacher_neighbours'])} of {config.method.memory_size}"]
+        )
+        evidence.append(["same nearest neighbour", f"{_short(last.get('agreement'))} of samples"])
+    evidence.append(["spread of the embeddings", f"{_short(last.get('embedding_std'))} (1 is all round)"])
+    evidence.append(["effective rank", f"{_short(last.get('effective_rank'))} of {config.encoder.dim}"])
+    return {"word": word, "lines": lines, "evidence": evidence}
+
+
+def _moved(first: dict[str, Any], last: dict[str, Any]) -> list[str]:
+    """Return what of the relations has clearly changed for the better between two rows, in words."""
+    signs: tuple[tuple[str, str, Callable[[float, float], bool]], ...] = (
+        ("agreement", "the same nearest neighbour for {0} of samples, before {1}", lambda new, old: new > old + 0.05),
+        ("teacher_neighbours", "{0} effective neighbours, before {1}", lambda new, old: new < 0.8 * old),
+        ("effective_rank", "an effective rank of {0}, before {1}", lambda new, old: new > 1.1 * old),
+    )
+    return [
+        words.format(_short(last[name]), _short(first[name]))
+        for name, words, better in signs
+        if last.get(name) is not None and first.get(name) is not None and better(last[name], first[name])
+    ]
+
+
+def _short(value: float | None) -> str:
+    return "not finite" if value is None or not math.isfinite(value) else f"{value:.3g}"
+
+
+def _curves(rows: list[dict[str, Any]], epoch: int) -> list[dict[str, Any]]:
+    """Return the curves of all columns, at most `_POINTS` points each: {"title", "about", "lines": [{"name", "points": [[x, y]]}]}."""
+    columns = {name for row in rows for name, value in row.items() if isinstance(value, int | float)}
+    named = {column for _, names, _ in _CURVES for column in names}
+    others = tuple((column, {column: column}, "") for column in sorted(columns - named - set(_PLACES)))
+    curves = []
+    for title, names, about in (*_CURVES, *others):
+        lines = []
+        for column, name in names.items():
+            points = [[row["step"] / epoch if epoch else row["step"], row[column]] for row in rows if row.get(column) is not None]
+            stride = max(1, math.ceil(len(points) / _POINTS))
+            if points:
+                lines.append({"name": name, "points": points[(len(points) - 1) % stride :: stride]})
+        if lines and len({y for line in lines for _, y in line["points"]}) > (title != "Loss"):
+            start = rows[0] if "knn_top1" in names and rows[0]["step"] == 0 else {}
+            levels = [[name, start[column]] for column, name in _BASELINES.items() if start.get(column) is not None]
+            curves.append({"title": title, "about": about, "lines": lines, "levels": levels})
+    return curves
+
+
+def _evaluations(folder: Path, missing: list[str]) -> list[dict[str, Any]]:
+    """Return the findings in RUN/evaluations, each with its card."""
+    findings: list[dict[str, Any]] = []
+    for path in sorted((folder / "evaluations").glob("*.json")):
+        try:
+            for each in json.loads(path.read_text())["results"]:
+                low, high = each["intervals"].get(each["main"], (None, None))
+                setting = ", ".join(f"{name} {value}" for name, value in each["setting"].items())
+                row = {name: each[name] for name in ("protocol", "network", "data", "main", "notes", "card")}
+                findings.append(row | {"setting": setting, "value": each["figures"][each["main"]], "low": low, "high": high})
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            missing.append(f"evaluations/{path.name} cannot be read")
+    if not findings:
+        missing.append("no evaluations yet: `relssl evaluate RUN DATA` adds them")
+    return findings
+
+
+def differences(runs: list[dict[str, Any]]) -> list[list[str]]:
+    """Return the settings in which runs differ: [name, value of each]."""
+    names = dict.fromkeys(name for run in runs for name in run["settings"])
+    rows = []
+    for name in names:
+        values = [json.dumps(run["settings"].get(name)) for run in runs]
+        if len(set(values)) > 1 and not name.startswith(_ASIDE):
+            rows.append([name, *(value.strip('"') for value in values)])
+    return rows

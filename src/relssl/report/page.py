@@ -1,0 +1,95 @@
+"""The report of runs: one page that opens without a network."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from relssl import __version__
+from relssl.errors import RelsslError
+from relssl.files import to_json, write_file
+from relssl.report.facts import differences, run_facts
+from relssl.report.gallery import Gallery, gallery
+from relssl.weights.opening import load_run
+
+_SCRIPTS = ("pictures.js", "charts.js", "images.js", "explorer.js")
+
+
+def write_report(*runs: str | Path, out: str | Path | None = None, say: Callable[[str], None] | None = None) -> Path:
+    """Write the report of one run, or of several side by side.
+
+    Args:
+        runs: run folders, complete or not; pictures are of the first.
+        out: the file to write, over whatever lies there; default: report.html in the folder of a single run, else here.
+        say: takes lines of progress.
+
+    Returns:
+        The file.
+
+    Raises:
+        ConfigError: if a folder holds no run. StorageError: if the file cannot be written.
+    """
+    folders = [Path(run) for run in runs]
+    facts = [run_facts(folder) for folder in folders]
+    shown = pictures(folders[0], facts[0], say or (lambda line: None))
+    target = Path(out) if out is not None else (folders[0] if len(folders) == 1 else Path()) / "report.html"
+    write_file(target, render(facts, shown).encode("utf-8", "backslashreplace"))
+    return target
+
+
+def pictures(folder: Path, facts: dict[str, Any], say: Callable[[str], None]) -> Gallery | None:
+    """Return what there is to see of a run's images; None, and a line more in `missing`, if that is nothing."""
+    try:
+        return gallery(load_run(folder), say)
+    except RelsslError as error:
+        facts["missing"].append(f"no pictures, map and explorer: {error}")
+    except Exception as error:  # networks, data and views are others' code, and the rest of the page needs none of them
+        facts["missing"].append(f"no pictures, map and explorer: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+    return None
+
+
+def render(runs: list[dict[str, Any]], shown: Gallery | None) -> str:
+    """Return the page as HTML; all that runs or styles it is inside, and is named by its hash."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    here = Path(__file__).parent
+    style = (here / "page.css").read_text()
+    sheets = {} if shown is None else {"thumb": shown.images, "view": shown.views}
+    for name, sheet in sheets.items():
+        size = f"{sheet.columns * 100}% {sheet.rows * 100}%"
+        style += f'.{name} {{ background-image: url("{sheet.uri}"); background-size: {size}; }}\n'
+    script = "\n".join((here / name).read_text() for name in _SCRIPTS)
+    grids = {name: [sheet.columns, sheet.rows] for name, sheet in sheets.items()}
+    data = {
+        "runs": [{name: run[name] for name in ("name", "curves", "axis")} for run in runs],
+        "gallery": None if shown is None else shown.facts | {"grids": grids},
+    }
+    policy = f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; script-src '{_hash(script)}'; base-uri 'none'; form-action 'none'"
+    pages = Environment(loader=PackageLoader("relssl.report", "."), undefined=StrictUndefined, autoescape=True)
+    pages.filters["figure"] = _figure
+    return pages.get_template("page.html.jinja").render(
+        runs=runs,
+        first=runs[0],
+        gallery=None if shown is None else shown.facts,
+        differences=differences(runs) if len(runs) > 1 else [],
+        policy=policy,
+        style=style,
+        script=script,
+        data=json.loads(to_json(data)),  # NaN is no JSON
+        written=time.strftime("%Y-%m-%d %H:%M"),
+        version=__version__,
+    )
+
+
+def _hash(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def _figure(value: Any) -> str:
+    """Write a number in as many digits as tell something."""
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
