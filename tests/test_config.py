@@ -67,7 +67,7 @@ def test_all_faults_are_reported_at_once_by_name() -> None:
         ({"method": "byol", "encoder.predictor": "none"}, "encoder.predictor"),
         ({"method": "simclr", "accumulate": 2}, "accumulate"),
         ({"method.symmetric": True}, "method.symmetric"),
-        ({"views.channels": 2}, "views.channels"),
+        ({"views.channels": 17}, "views.channels"),
         ({"backbone_args": {"in_chans": 4}}, "backbone_args"),
         *(({"backbone_args": {name: value}}, f"backbone_args: {name}") for name, value in ARGUMENTS.items()),
         ({"loader.cache": 16, "views.weak.size": 64}, "loader.cache"),
@@ -227,7 +227,7 @@ def test_one_word_sets_both_views_and_two_words_for_one_setting_must_agree() -> 
         ("every", ["log.every", "checkpoint.every"]),
         ("crop_size", ["views.weak.size", "views.strong.size"]),
         ("imgsz", ["views.weak.size"]),
-        ("pretrained", ["random weights", "relssl evaluate"]),
+        ("pretrained", ["as start", "as teacher"]),
         ("num_worker", ["loader.workers"]),
     ],
 )
