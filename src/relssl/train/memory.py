@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -35,7 +35,9 @@ _MOST = 2000
 _MARGINS, _RESERVES = {"cpu": 1.25, "cuda": 1.15}, {"cpu": 256 << 20}
 
 
-def fit(config: Config, engine: Engine, workers: int, classes: int = 1, free: int | None = None) -> Config:
+def fit(
+    config: Config, engine: Engine, workers: int, classes: int = 1, free: int | None = None, given: nn.Module | None = None
+) -> Config:
     """Return the settings, with `fit_batch` those of the largest batch that fits in memory, before any of it is taken.
 
     Args:
@@ -43,6 +45,7 @@ def fit(config: Config, engine: Engine, workers: int, classes: int = 1, free: in
         workers: loader processes of each training process, which hold batches ahead.
         classes: of the labels, for supervised learning.
         free: bytes that there are; default: those of `free_memory`.
+        given: a frozen teacher.
 
     Raises:
         ConfigError: if a step would take more memory than there is, with the batch size or the accumulation that would not.
@@ -57,7 +60,7 @@ def fit(config: Config, engine: Engine, workers: int, classes: int = 1, free: in
 
     def needed(share: int) -> float:
         ahead = 0 if engine.device.type == "cuda" else (2 * workers + 1) * share * image
-        return here * (margin * step_memory(config, engine, share, classes) + reserve + ahead)
+        return here * (margin * step_memory(config, engine, share, classes, given) + reserve + ahead)
 
     most, least = needed(derived.share), needed(smallest)
     if most <= free:
@@ -82,7 +85,7 @@ def double(share: int, most: float) -> int:
     return share << int(math.log2(max(1, most / share)))
 
 
-def step_memory(config: Config, engine: Engine, share: int, classes: int = 1) -> int:
+def step_memory(config: Config, engine: Engine, share: int, classes: int = 1, given: nn.Module | None = None) -> int:
     """Compute the bytes that training holds at the peak of a step: networks, memory, optimizer, views and what the gradient needs.
 
     A step of the run's own networks is made with tensors that have shapes and no content, so that it takes a second or two and no
@@ -92,10 +95,11 @@ def step_memory(config: Config, engine: Engine, share: int, classes: int = 1) ->
         config: the resolved settings.
         share: images of one accumulated part on one process.
         classes: of the labels, for supervised learning.
+        given: a frozen teacher.
     """
     devices = [engine.device] if engine.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
-        model = create_method(config, torch.Generator(), "tiled" if derive(config).traits.tiled else "plain", classes)
+        model = create_method(config, torch.Generator(), "tiled" if derive(config).traits.tiled else "plain", classes, given)
     fake = FakeTensorMode()
     with FakeCopyMode(fake):
         model = copy.deepcopy(model.train())

@@ -102,7 +102,7 @@ def load_foreign(path: Path, reading: Reading) -> tuple[Any, LoadReport]:
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     loaded = spec.load(weights, path)
-    if "untrained" not in reading.allow and (fault := _untrained(loaded, fresh, spec.view)):
+    if "untrained" not in reading.allow and (fault := untrained(loaded, fresh, spec.view)):
         raise CheckpointError(f"{path}: the {report.network} looks untrained: {fault}; --allow untrained loads it all the same")
     return loaded, report
 
@@ -240,7 +240,7 @@ def _spec(report: LoadReport, args: Mapping[str, Any], size: int | None, fixed: 
 
 
 @torch.no_grad()
-def _untrained(backbone: nn.Module, fresh: nn.Module, view: PlainView) -> str | None:
+def untrained(backbone: nn.Module, fresh: nn.Module, view: PlainView) -> str | None:
     """Say why a backbone looks dead or like `fresh`, the same network newly initialised; None if it does not.
 
     It does if its features of a few digits are not finite or all the same, or if all vectors that start out constant (norms'
