@@ -27,6 +27,9 @@ from relssl.settings.small import adjustments, give_way
 from relssl.train.pretrain import complete_settings
 
 LEAVES = leaves(Config)
+# What would bring weights, or make something else of the network than a backbone.
+ARGUMENTS = {"pretrained": True, "checkpoint_path": "start.pth", "weights": "DEFAULT", "num_classes": 10, "features_only": True}
+ARGUMENTS |= {"pretrained_cfg_overlay": {"file": "start.pth"}, "global_pool": ""}
 
 
 def faults(overrides: dict[str, Any], file: Path | None = None) -> list[str]:
@@ -42,13 +45,8 @@ def read_back(config: Config, folder: Path) -> Config:
 
 def test_all_faults_are_reported_at_once_by_name() -> None:
     wrong = {"lerning_rate": "1", "optimizer.lr": "-1", "epochs": "1.5", "optimizer.decay": "weihgts", "views.strong.blr": "1"}
-    wrong |= {
-        "method.teacher_momentum": "2",
-        "loader.reduced_decode": "nope",
-        "views.weak": "wek",
-        "encoder": 3,
-        "views.weak.zoom": "2,1",
-    }
+    wrong |= {"method.teacher_momentum": "2", "loader.reduced_decode": "nope", "views.weak": "wek", "views.weak.zoom": "2,1"}
+    wrong |= {"encoder": 3}
     lines = {line.split(":")[0]: line for line in faults(wrong)}
     assert lines.keys() == {"views.weak.name" if name == "views.weak" else name for name in wrong}
     words = {"lerning_rate": "optimizer.lr", "views.strong.blr": "views.strong.blur", "optimizer.decay": "weights"}
@@ -69,20 +67,9 @@ def test_all_faults_are_reported_at_once_by_name() -> None:
         ({"method": "byol", "encoder.predictor": "none"}, "encoder.predictor"),
         ({"method": "simclr", "accumulate": 2}, "accumulate"),
         ({"method.symmetric": True}, "method.symmetric"),
-        ({"views.channels": 2}, "views.channels"),
+        ({"views.channels": 17}, "views.channels"),
         ({"backbone_args": {"in_chans": 4}}, "backbone_args"),
-        *(
-            ({"backbone_args": {name: value}}, f"backbone_args: {name}")
-            for name, value in {
-                "pretrained": True,
-                "checkpoint_path": "start.pth",
-                "weights": "DEFAULT",
-                "pretrained_cfg_overlay": {"file": "start.pth"},
-                "num_classes": 10,
-                "global_pool": "",
-                "features_only": True,
-            }.items()
-        ),
+        *(({"backbone_args": {name: value}}, f"backbone_args: {name}") for name, value in ARGUMENTS.items()),
         ({"loader.cache": 16, "views.weak.size": 64}, "loader.cache"),
         ({"recipe": "cifr10"}, "recipe"),
     ],
@@ -211,31 +198,15 @@ def test_views_are_not_larger_than_images_in_memory(over: dict[str, Any]) -> Non
 # Names
 
 
-@pytest.mark.parametrize(
-    ("short", "own", "value"),
-    [
-        *(("lr", "optimizer.lr", "0.5"), ("learning_rate", "optimizer.lr", 0.5), ("wd", "optimizer.weight_decay", 0.1)),
-        *(
-            ("warmup_epochs", "optimizer.warmup_epochs", 2),
-            ("optimizer", "optimizer.name", "adamw"),
-            ("arch", "backbone", "resnet34"),
-        ),
-        *(
-            ("workers", "loader.workers", 3),
-            ("num_workers", "loader.workers", "3"),
-            ("output_dir", "out", "x"),
-            ("model", "backbone", "y"),
-        ),
-        *(("devices", "engine.devices", 2), ("num_gpus", "engine.devices", "2"), ("num_nodes", "engine.nodes", 2)),
-        *(
-            ("accelerator", "engine.device", "cpu"),
-            ("precision", "engine.precision", "bf16"),
-            ("queue_size", "method.memory_size", 256),
-        ),
-        *(("max_epochs", "epochs", 9), ("accumulate_grad_batches", "accumulate", 2), ("data_dir", "data", "cifar10")),
-    ],
-)
-def test_short_and_foreign_names_are_those_of_settings(short: str, own: str, value: Any, tmp_path: Path) -> None:
+FOREIGN = """lr optimizer.lr 0.5, learning_rate optimizer.lr 0.5, wd optimizer.weight_decay 0.1, warmup_epochs optimizer.warmup_epochs 2,
+optimizer optimizer.name adamw, arch backbone resnet34, model backbone y, workers loader.workers 3, num_workers loader.workers 3,
+output_dir out x, devices engine.devices 2, num_gpus engine.devices 2, num_nodes engine.nodes 2, accelerator engine.device cpu,
+precision engine.precision bf16, queue_size method.memory_size 256, max_epochs epochs 9, accumulate_grad_batches accumulate 2,
+data_dir data cifar10"""
+
+
+@pytest.mark.parametrize(("short", "own", "value"), [each.split() for each in FOREIGN.split(",")])
+def test_short_and_foreign_names_are_those_of_settings(short: str, own: str, value: str, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(json.dumps({short: value}))
     base = {"recipe": "digits"}
     assert resolve(base | {short: value}) == resolve(base | {own: value}) == resolve(base, tmp_path / "run.yaml") != resolve(base)
@@ -246,9 +217,8 @@ def test_one_word_sets_both_views_and_two_words_for_one_setting_must_agree() -> 
     assert config.views.weak.size == config.views.strong.size == 28
     assert resolve({"lr": "0.5", "optimizer": {"lr": "0.5"}}).optimizer.lr == 0.5
     assert [line.partition(":")[0] for line in faults({"lr": 0.5, "learning_rate": 0.4})] == ["optimizer.lr"]
-    assert (
-        "views.crops" in faults({"recipe": "imagenet-5crop", "img_size": 96})[0]
-    )  # where the student's views have sizes of their own
+    # Where the student's views have sizes of their own.
+    assert "views.crops" in faults({"recipe": "imagenet-5crop", "img_size": 96})[0]
     crops = resolve({"recipe": "imagenet-5crop"})
     assert resolve(to_mapping(crops)) == crops
 
@@ -260,7 +230,7 @@ def test_one_word_sets_both_views_and_two_words_for_one_setting_must_agree() -> 
         ("every", ["log.every", "checkpoint.every"]),
         ("crop_size", ["views.weak.size", "views.strong.size"]),
         ("imgsz", ["views.weak.size"]),
-        ("pretrained", ["random weights", "relssl evaluate"]),
+        ("pretrained", ["as start", "as teacher"]),
         ("num_worker", ["loader.workers"]),
     ],
 )
@@ -311,22 +281,10 @@ def test_what_was_not_typed_gives_way_to_small_data(images: int, epochs: int, pa
 
 
 def test_what_was_typed_stays_and_recipes_fit_their_own_data() -> None:
-    typed = {
-        "data": "photos",
-        "epochs": 1,
-        "batch_size": 64,
-        "optimizer.lr": 0.05,
-        "method.memory_size": 4096,
-        "warmup_epochs": 1,
-    }
+    typed = {"data": "photos", "epochs": 1, "batch_size": 64, "lr": 0.05, "method.memory_size": 4096, "warmup_epochs": 1}
     assert give_way(resolve(typed), 100) == resolve(typed)
-    for data, images in {
-        "digits": 1437,
-        "cifar10": 50_000,
-        "stl10": 105_000,
-        "tiny-imagenet": 100_000,
-        "imagenet": 1_281_167,
-    }.items():
+    sizes = {"digits": 1437, "cifar10": 50_000, "stl10": 105_000, "tiny-imagenet": 100_000, "imagenet": 1_281_167}
+    for data, images in sizes.items():
         assert all(give_way(config, images) == config for config in (resolve({"data": data}), resolve({"recipe": data})))
     stored = from_mapping(to_mapping(resolve({"data": "photos"})))
     assert give_way(stored, 100) == stored  # of a run that goes on
@@ -392,6 +350,7 @@ def test_the_same_thing_may_be_typed_in_several_ways(tmp_path: Path, capsys: pyt
     for words, word in (
         ([photos, "--data", "digits"], "DATA once"),
         ([photos, "--data_dir", "digits"], "given twice"),
+        ([photos, "--batch-size", "4", "--batch_size", "8"], "batch_size: is given twice"),
         ([photos, "batch_size=4"], "--batch_size 4"),
         ([photos, "lr=4"], "--lr 4"),
     ):

@@ -31,11 +31,17 @@ class Run:
     config: Config
 
     @property
+    def environment(self) -> dict[str, Any]:
+        """What the run noted when it was started: versions, hardware, data, weights it was given; as far as it can be read."""
+        with contextlib.suppress(OSError, ValueError, TypeError):  # torn, or of another version
+            return dict(json.loads((self.folder / "environment.json").read_text()))
+        return {}
+
+    @property
     def data(self) -> dict[str, Any]:
         """Facts about the data that the run was trained on, {"images": count, "fingerprint"}, as far as it is known."""
-        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # torn, or of another version
-            return dict(json.loads((self.folder / "environment.json").read_text())["data"])
-        return {}
+        data = self.environment.get("data")
+        return dict(data) if isinstance(data, dict) else {}
 
     def checkpoint(self, name: str | None = None) -> Path:
         """Return the checkpoint of that name, or the newest, after its hashes were checked.
