@@ -151,6 +151,10 @@ class Loader:
         """Yield the parts of each step from `start` to `stop`; Unreadable if one has no image."""
         return self._from_memory(start, stop) if self.workers is None else self._from_files(start, stop, self.workers)
 
+    def weak(self, rows: Ints) -> Tensor:
+        """Return the first epoch's first views [B,C,S,S] of images that lie on the device."""
+        return self._views([self._pixels[torch.from_numpy(rows).to(self.device)]], self.views[:1], 0, rows)[0]
+
     def _from_memory(self, start: int, stop: int) -> Iterator[list[Batch]]:
         # Stretches begin and end at the same steps wherever the stream does, and none spans two epochs.
         length, parts, share = self.plan.steps_per_epoch, self.plan.parts, self.plan.share
