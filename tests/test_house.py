@@ -11,6 +11,7 @@ SOURCE = Path(relssl.__file__).parent
 ROWS = (
     {"errors", "files"},
     {"settings"},
+    {"watch"},
     {"engine"},
     {"method", "data"},
     {"weights"},

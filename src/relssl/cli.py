@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import relssl
-from relssl.errors import CheckpointError, ConfigError, DataError, Interrupted, LockedError, NumericError, RelsslError
+from relssl.errors import CheckpointError, ConfigError, DataError, DistributedError, Interrupted, LockedError, NumericError, RelsslError
 from relssl.options import Outcome, Overrides, option, parse, verb
 from relssl.settings import recipes
 from relssl.settings.evaluation import Evaluation, Tuning, read_settings
@@ -27,6 +27,7 @@ from relssl.settings.names import MAIN, spell
 from relssl.settings.reading import build, leaves
 from relssl.settings.run import Config, differences, resolve, to_yaml
 from relssl.settings.small import adjustments, give_way
+from relssl.train.signals import StopRequest
 from relssl.weights.formats import FORMATS, find_format
 
 _RUN = (
@@ -362,7 +363,7 @@ def _run_settings(args: argparse.Namespace, overrides: Overrides) -> Config:
 
 def _prepare(config: Config | None = None) -> None:
     """Check that the data of a run exists, then import torch and tune this process for computing, without what libraries have to say."""
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
     if config is not None:
@@ -406,7 +407,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         args, overrides = parse(argv)
-        outcome = args.run(args, overrides)
+        with StopRequest():
+            outcome = args.run(args, overrides)
         if outcome is not None:
             if args.json:
                 print(json.dumps(outcome.facts))
@@ -439,7 +441,8 @@ def _failed(error: BaseException, debug: bool) -> int:
         code, lines = 130, "interrupted"
     number, torch = rank(), sys.modules.get("torch")
     met_by_all = isinstance(error, (CheckpointError, LockedError, NumericError, Interrupted))
-    if number == 0 or (torch and torch.distributed.is_initialized() and not met_by_all):
+    meet = torch and torch.distributed.is_initialized() and not met_by_all
+    if number == 0 or meet or isinstance(error, DistributedError):
         for line in lines.splitlines():
             _say(f"relssl: {f'rank {number}: ' if number else ''}{line}")
     return code

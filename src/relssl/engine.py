@@ -9,8 +9,6 @@ import os
 import platform
 import random
 import sys
-import threading
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -26,9 +24,9 @@ from relssl.errors import ConfigError, DistributedError, RelsslError
 from relssl.settings.launcher import MARK, find_launch
 from relssl.settings.reading import build
 from relssl.settings.run import EngineConfig
+from relssl.watch import Watch
 
 T = TypeVar("T")
-_GRACE = 10.0  # seconds in which a process notices by itself that another one has died
 
 
 def available_cores() -> int:
@@ -48,12 +46,13 @@ class Engine:
     Attributes:
         device: where this process computes.
         rank, world: this process's number and how many there are; the one that `is_first` writes the run folder.
+        step: of the run, for messages.
+        last_words: called before this process ends because another one has died.
         precision: "fp32" or "bf16", after `auto` has been decided.
         threads: CPU threads of this process while it runs; results are bitwise repeatable for a fixed number only.
     """
 
     prepared: ClassVar[bool] = False  # true once `prepare_process` has run
-    last_words: Callable[[DistributedError], None] | None = None  # of a run, before this process ends with the others
 
     def __init__(self, config: EngineConfig) -> None:
         available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -70,6 +69,9 @@ class Engine:
         if kind == "cuda":
             self.device = torch.device(kind, int(number) if number else torch.cuda.current_device())
         self.rank, self.world, self._fabric, self._format = 0, 1, None, torch.channels_last
+        self.watch: Watch | None = None  # of several ranks
+        self.step = 0
+        self.last_words: Callable[[DistributedError], object] = id
         if config.devices * config.nodes > 1:
             self._launch(kind, config)
         self.is_first = self.rank == 0
@@ -103,20 +105,11 @@ class Engine:
         others = list(getattr(ddp.launcher, "procs", ()))
         if others:
             ddp.launcher.procs.clear()  # with which Lightning would kill this process, before it can say why
-            threading.Thread(target=self._watch, args=(others,), daemon=True).start()
         self._fabric, self.device, self.rank, self.world = fabric, fabric.device, fabric.global_rank, fabric.world_size
         # What ranks exchange at every step beside tensors goes by the host, so that it waits for no device.
         self._host: Any = dist.new_group(backend="gloo", timeout=patience)
         self._patient: Any = dist.new_group(backend="gloo", timeout=timedelta(days=7))
-
-    def _watch(self, others: list[Any]) -> None:
-        """End this process if one of those that it started has died and no exchange with it has failed for a while, as on GPUs."""
-        while not any(process.poll() for process in others):
-            time.sleep(1)
-        time.sleep(_GRACE)
-        if self.last_words is not None:
-            self.last_words(DistributedError("another process of the run has died; the last checkpoint is good, resume from it"))
-            os._exit(DistributedError.exit_code)
+        self.watch = Watch(self, config.timeout, others)
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -129,6 +122,8 @@ class Engine:
             raise ConfigError("engine.precision: no run can begin inside torch.autocast; leave it and set engine.precision")
         keep_memory(True)
         with ExitStack() as after:
+            if self.watch is not None:
+                after.callback(setattr, self.watch, "active", False)
             after.callback(keep_memory, Engine.prepared)
             after.callback(self._set_generators, self._generators())
             after.callback(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled())

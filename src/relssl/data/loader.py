@@ -334,7 +334,12 @@ def read_batches(dataset: Any, join: Callable[[list[Any]], Any], workers: int, *
             generator=torch.Generator(),  # else it would draw from the global one, and a resumed run once more
             **batching,
         )
-        batches: Any = iter(loader)
+        # Workers begin with these blocked, until they have said what to do with them.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING if workers else ())
+        try:
+            batches: Any = iter(loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     try:
         yield from batches
     except (RuntimeError, ConnectionError, OSError) as error:
@@ -360,6 +365,7 @@ def _set_signals(worker: int) -> None:
     for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
 
 
 def _join_shared(join: Callable[[Any], Any], items: Any) -> Any:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from relssl.engine import Engine
-from relssl.errors import CheckpointError, DistributedError
+from relssl.errors import CheckpointError, DistributedError, NumericError
 from relssl.method.base import Method, unwrapped
 from relssl.train.state import State
 from relssl.weights import store
@@ -25,11 +27,17 @@ def save(folder: Path | None, state: State, engine: Engine, origin: dict[str, An
 
     Raises:
         DistributedError: if ranks have drifted apart; such a state is never saved.
+        NumericError: if a number on any rank is not finite; likewise.
     """
-    tree, hashes = whole_state(state, engine), agreed_hashes(state.model, engine)
+    (tensors, rest), hashes = store.flatten(whole_state(state, engine)), agreed_hashes(state.model, engine)
+    broken = sorted(non_finite(tensors) - state.infinite)
+    if engine.largest(len(broken)):
+        names = f"{broken[0]} and {len(broken) - 1} others are" if broken else "numbers of another rank are"
+        raise NumericError(
+            f"step {state.step}: {names} not finite and not saved; lower optimizer.lr, or set optimizer.clip; the last checkpoint is good"
+        )
     if folder is None:
         return None
-    tensors, rest = store.flatten(tree)
     facts = {"step": state.step, "best": state.best, "unreadable": sorted(state.unreadable), "hashes": hashes, "tree": rest}
     facts |= {"non_finite": int(state.guard.streak), "non_finite_worst": int(state.guard.worst)}
     target = store.step_folder(folder, state.step)
@@ -41,6 +49,11 @@ def whole_state(state: State, engine: Engine) -> dict[str, Any]:
     """Return the tensors and numbers that a checkpoint holds, as a tree; every rank calls it, for its random generators."""
     tree = {name: part.state_dict() for name, part in _parts(state.model).items()}
     return tree | {"optimizer": state.optimizer.state_dict(), "random": engine.random_state()}
+
+
+def non_finite(tensors: Mapping[str, Tensor]) -> set[str]:
+    """Return the names of those in which a number is not finite."""
+    return {name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())}
 
 
 def _parts(model: Method) -> dict[str, nn.Module]:
@@ -76,26 +89,35 @@ def restore(path: Path, state: State, engine: Engine, origin: dict[str, Any]) ->
         CheckpointError: if the checkpoint is damaged, or does not fit this run.
     """
     tensors, facts = store.load(path)
-    tree = store.unflatten(tensors, facts["tree"])
-    try:
+    with _fitting(path):
+        tree = store.unflatten(tensors, facts["tree"])
+        if (before := facts["steps_per_epoch"]) != (length := origin["steps_per_epoch"]):
+            raise CheckpointError(f"{path}: was saved at {before} steps an epoch, the data now gives {length}")
         for name, part in _parts(state.model).items():
             part.load_state_dict(tree[name])
         state.optimizer.load_state_dict(tree["optimizer"])
-    except (KeyError, RuntimeError, ValueError) as error:
+        # Saved tensors come back row by row; the fused optimizer walks parameter and momentum side by side in memory, so a
+        # momentum has to lie as its parameter does (channels last).
+        for parameter, moments in state.optimizer.state.items():
+            same = {name: value for name, value in moments.items() if getattr(value, "shape", None) == parameter.shape}
+            moments |= {name: torch.empty_like(parameter).copy_(value) for name, value in same.items()}
+        state.step, state.best, state.unreadable = facts["step"], facts["best"], set(facts["unreadable"])
+        state.guard.streak.fill_(facts["non_finite"])
+        state.guard.worst.fill_(facts["non_finite_worst"])
+        now, saved = origin | origin["choices"], facts | facts["choices"]
+        matters = ("threads", "world", "precision", *origin["choices"])
+        changes = {name: (saved.get(name, now[name]), now[name]) for name in matters}  # older checkpoints say less
+        inexact = [f"{name} {before} -> {after}" for name, (before, after) in changes.items() if before != after]
+        if not engine.restore_random_state(tree["random"]):
+            inexact.append("random generators of another world or device")
+        return inexact if facts["data"] == origin["data"] else [*inexact, "the data has changed"]
+
+
+@contextlib.contextmanager
+def _fitting(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except KeyError as error:
+        raise CheckpointError(f"{path}: does not hold {error}") from error
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
         raise CheckpointError(f"{path}: does not fit this configuration: {store.one_line(error)}") from error
-    if (before := facts["steps_per_epoch"]) != (length := origin["steps_per_epoch"]):
-        raise CheckpointError(f"{path}: was saved at {before} steps an epoch, the data now gives {length}")
-    # Saved tensors come back row by row; the fused optimizer walks parameter and momentum side by side in memory, so a
-    # momentum has to lie as its parameter does (channels last).
-    for parameter, moments in state.optimizer.state.items():
-        same = {name: value for name, value in moments.items() if getattr(value, "shape", None) == parameter.shape}
-        moments |= {name: torch.empty_like(parameter).copy_(value) for name, value in same.items()}
-    state.step, state.best, state.unreadable = facts["step"], facts["best"], set(facts["unreadable"])
-    state.guard.streak.fill_(facts["non_finite"])
-    state.guard.worst.fill_(facts["non_finite_worst"])
-    now, saved = origin | origin["choices"], facts | facts["choices"]
-    matters = ("threads", "world", "precision", *origin["choices"])
-    inexact = [f"{name} {saved[name]} -> {now[name]}" for name in matters if saved[name] != now[name]]
-    if not engine.restore_random_state(tree["random"]):
-        inexact.append("random generators of another world or device")
-    return inexact if facts["data"] == origin["data"] else [*inexact, "the data has changed"]

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from relssl.data.images import Images
@@ -101,6 +102,7 @@ def create_run(config: Config, engine: Engine, images: Images, online: Online | 
     model.train()
     guard = Guard([encoder] if teacher is None else [encoder, teacher], engine.device)
     state = State(model, create_run_optimizer(config, encoder), guard)
+    state.infinite = checkpoint.non_finite(store.flatten(checkpoint.whole_state(state, engine))[0])
     # From here on randomness inside the networks (dropout, stochastic depth) differs between ranks.
     engine.seed(config.seed + 1 + engine.rank)
     return Run(config, engine, images, images.fingerprint(), plan, loader, labels, classes, form, state, online, given)
@@ -148,7 +150,8 @@ def train_step(run: Run, parts: list[Batch]) -> Figures | None:
     if state.step < config.optimizer.heads_first * run.plan.steps_per_epoch:
         for parameter in student.backbone.parameters():
             parameter.grad = None  # which every optimizer passes over, and momentum with it
-    loss = engine.mean(torch.stack([step.loss.detach() for step in steps]).mean())
+    # Each rank has its own buffers: by way of the loss all hear of one's doubt.
+    loss = engine.mean(torch.stack([step.loss.detach() for step in steps]).mean() + guard.doubt())
     norm = get_total_norm([parameter.grad for parameter in student.parameters() if parameter.grad is not None])
     if config.optimizer.clip is not None:
         clip_grads_with_norm_(student.parameters(), config.optimizer.clip, norm)
@@ -246,12 +249,14 @@ def train(run: Run, display: Display, stop: StopRequest) -> None:
             display.say(f"measuring {'the given weights' if config.start else 'kNN of the untrained network'}")
             folder.write_row({"step": 0, "epoch": 0, "samples": 0} | run.online.baselines(state.model, engine))
     engine.wait()
+    engine.step = state.step
     display.begin(state.step, run.total_steps, run.plan.steps_per_epoch, config.batch_size)
     watch, pending = Stopwatch(run.loader.stream(state.step, run.total_steps), config.batch_size), None
     try:
         for parts in watch:
             figures = train_step(run, parts)
             display.step(state.step)
+            engine.step, stop.at_once = state.step, None
             note_unreadable(run, [fault for part in parts for fault in part.bad])
             # Figures are read once the next step is on its way, so that the device never waits for the host.
             if pending is not None:
@@ -316,9 +321,9 @@ def report(run: Run, figures: Figures, display: Display) -> None:
     """Read a step's figures and write their row, with kNN where it is due; NumericError after too many bad steps in a row."""
     state, epoch = run.state, figures.step / run.plan.steps_per_epoch
     values = figures.read()
-    if values.pop("streak") >= PATIENCE:
+    if (streak := values.pop("streak")) >= min(PATIENCE, run.total_steps):
         raise NumericError(
-            f"step {figures.step}: loss or gradient was not finite {PATIENCE} steps in a row; "
+            f"step {figures.step}: loss, gradient or a batch norm was not finite {int(streak)} steps in a row; "
             "lower optimizer.lr, or set optimizer.clip or engine.precision fp32; the last checkpoint is good"
         )
     if not figures.logged:
@@ -360,7 +365,9 @@ def save_due(run: Run) -> bool:
 
 def origin(run: Run) -> dict[str, Any]:
     """Return what a checkpoint depends on beside its state: the epoch's length, the data, and what rounds otherwise."""
-    choices = {"loss form": run.loss_form, "compiled": run.networks[0].compiled_heads is not None}
+    choices: dict[str, Any] = {"loss form": run.loss_form, "compiled": run.networks[0].compiled_heads is not None}
+    if any(isinstance(module, _BatchNorm) for module in run.networks[0].modules()):
+        choices["images a batch norm sees (its loss depends on them)"] = run.plan.share // derive(run.config).norm_splits
     facts = {"threads": run.engine.threads, "world": run.engine.world, "precision": run.engine.precision}
     return {"steps_per_epoch": run.plan.steps_per_epoch, "data": run.fingerprint, "choices": choices, **facts}
 

@@ -45,17 +45,13 @@ class Run:
 
     def checkpoint(self, name: str | None = None) -> Path:
         """Return the checkpoint of that name, or the newest, verified; CheckpointError, naming the newest good one, if there is none."""
-        saved = {path.name: path for path in store.checkpoints(self.folder / "checkpoints")}
+        saved = {path.name: path for path in store.step_folders(self.folder / "checkpoints")}
         path = saved.get(name or next(reversed(saved), ""))
         if path is None:
             named = f" {name!r}; it holds: {', '.join(saved) or 'none'}" if name else " yet"
             raise CheckpointError(f"{self.folder}: holds no checkpoint{named}")
-        try:
+        with store.offering(path):
             store.verify(path)
-        except CheckpointError as error:
-            good = next(filter(store.is_whole, reversed(saved.values())), None)
-            offer = good and f"a good one: `relssl resume {self.folder} --checkpoint {good.name}`"
-            raise CheckpointError(f"{error}; {offer or 'no other is good'}") from error
         return path
 
 

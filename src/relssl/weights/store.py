@@ -246,11 +246,26 @@ def step_folder(parent: Path, step: int) -> Path:
     return parent / f"step-{step:08d}"
 
 
-def checkpoints(parent: Path) -> list[Path]:
-    """List the complete checkpoints in `parent`, by step: named exactly so, no links, with all three files. Not verified."""
+def step_folders(parent: Path) -> list[Path]:
+    """List what is named exactly like a checkpoint in `parent`, by step; no links."""
     folders = [folder for folder in parent.glob("step-*") if _STEP.fullmatch(folder.name) and not folder.is_symlink()]
-    complete = [folder for folder in folders if all(_is_plain(folder / name) for name in FILES)]
-    return sorted(complete, key=lambda folder: int(folder.name.removeprefix("step-")))
+    return sorted(folders, key=lambda folder: int(folder.name.removeprefix("step-")))
+
+
+def checkpoints(parent: Path) -> list[Path]:
+    """List the complete checkpoints in `parent`, by step: those with all three files. Not verified."""
+    return [folder for folder in step_folders(parent) if all(_is_plain(folder / name) for name in FILES)]
+
+
+@contextlib.contextmanager
+def offering(path: Path) -> Iterator[None]:
+    """Add to a CheckpointError about the checkpoint at `path` which other one of its run is good."""
+    try:
+        yield
+    except CheckpointError as error:
+        good = next((other for other in reversed(checkpoints(path.parent)) if other != path and is_whole(other)), None)
+        offer = good and f"a good one: `relssl resume {path.parents[1]} --checkpoint {good.name}`"
+        raise CheckpointError(f"{error}; {offer or 'no other is good'}") from error
 
 
 def prune(parent: Path, keep: int, protect: Iterable[str | Path] = ()) -> list[Path]:
