@@ -1,6 +1,7 @@
 """What goes wrong around a run, brought about from outside: signals, damaged files, numbers that overflow."""
 
 import json
+import math
 import os
 import random
 import shutil
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+import torch
 from PIL import Image
 
 import relssl
@@ -21,9 +23,11 @@ from relssl.errors import STOPPING, CheckpointError, Interrupted, NumericError
 from relssl.files import read_rows
 from relssl.settings.reading import merge
 from relssl.settings.run import resolve, to_yaml
+from relssl.train import checkpoint
+from relssl.train.loop import origin, train_step
 from relssl.train.online import OnlineKnn
 from relssl.weights import store
-from small_runs import SMALL, equal_runs, small_run
+from small_runs import SMALL, equal_runs, ready_run, small_run
 
 SHORT: dict[str, Any] = {"log.knn_every": 0, "optimizer.warmup_epochs": 0}
 
@@ -109,7 +113,7 @@ def test_signals_to_the_group_at_random_moments(tmp_path: Path, ranks: int) -> N
         output, seconds = stopped(process, number)
         longest = max(longest, seconds)
         assert process.returncode == STOPPING[number] and "Traceback" not in output, (attempt, output)
-        for path in store.step_folders(tmp_path / "run/checkpoints"):
+        for path in store.checkpoints(tmp_path / "run/checkpoints"):
             store.verify(path)
     print(f"{ranks} ranks: 20 of 20 ended with their code, the slowest in {longest:.1f} s")
     assert longest < 20
@@ -163,7 +167,7 @@ def test_a_state_without_a_part_is_refused_by_name_and_the_one_before_offered(cu
         if key == "hashes":  # for other tools
             continue
         with pytest.raises(
-            CheckpointError, match=rf"step-00000010: .*'{inner or outer}'; a good one: .*--checkpoint step-00000005`"
+            CheckpointError, match=rf"step-00000010: .*'{inner or outer}' is missing; a good one: .*--checkpoint step-00000005`"
         ):
             relssl.resume(cut, quiet=True)
 
@@ -189,7 +193,25 @@ def test_a_status_that_cannot_be_read_ends_no_run(cut: Path, status: bytes) -> N
         relssl.resume(cut, quiet=True, time_limit=1e-6)
 
 
-def test_a_run_without_one_finite_step_is_not_complete(tmp_path: Path) -> None:
+@pytest.mark.parametrize("deviation", [1e-37, 1e-25])
+def test_a_run_without_one_finite_step_is_not_complete(tmp_path: Path, deviation: float) -> None:
+    """Inputs of 1e37 make the loss NaN; those of 1e25 overflow batch norm's variances alone, and the loss stays finite."""
     with pytest.raises(NumericError, match=r"not finite 3 steps in a row"):
-        small_run(tmp_path / "run", max_steps=3, **SHORT, **{"optimizer.lr": 1e38, "optimizer.clip": 1e38})
+        small_run(tmp_path / "run", max_steps=3, **SHORT, **{"views.std": [deviation] * 3})
     assert json.loads((tmp_path / "run/status.json").read_text())["error"]["kind"] == "numeric"
+    assert store.checkpoints(tmp_path / "run/checkpoints") == []
+
+
+def test_a_state_that_is_not_finite_is_not_saved(tmp_path: Path) -> None:
+    run = ready_run(tmp_path)
+    run.networks[0].backbone.register_buffer("mask", torch.tensor([0.0, -math.inf]))  # such constants are nobody's fault
+    run.state.infinite = {"student.backbone.mask"}
+    parts = next(run.loader.stream(0, 1))
+    train_step(run, parts)
+    assert checkpoint.save(tmp_path, run.state, run.engine, origin(run)) == tmp_path / "step-00000001"
+    train_step(run, parts)
+    moments = next(iter(run.state.optimizer.state.values()))["momentum_buffer"]
+    moments.view(-1)[0] = math.inf
+    with pytest.raises(NumericError, match=r"step 2: optimizer\.state\.0\.momentum_buffer .* not saved"):
+        checkpoint.save(tmp_path, run.state, run.engine, origin(run))
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import relssl
-from relssl.errors import CheckpointError, ConfigError, DataError, DistributedError, Interrupted, LockedError, NumericError, RelsslError
+from relssl.errors import ConfigError, DataError, RelsslError
 from relssl.options import Outcome, Overrides, option, parse, verb
 from relssl.settings import recipes
 from relssl.settings.evaluation import Evaluation, Tuning, read_settings
@@ -440,9 +440,8 @@ def _failed(error: BaseException, debug: bool) -> int:
     elif isinstance(error, KeyboardInterrupt):
         code, lines = 130, "interrupted"
     number, torch = rank(), sys.modules.get("torch")
-    met_by_all = isinstance(error, (CheckpointError, LockedError, NumericError, Interrupted))
-    meet = torch and torch.distributed.is_initialized() and not met_by_all
-    if number == 0 or meet or isinstance(error, DistributedError):
+    kind, met = getattr(error, "kind", "bug"), torch and torch.distributed.is_initialized()
+    if number == 0 or kind == "distributed" or (met and kind not in ("checkpoint", "locked", "numeric", "interrupted")):
         for line in lines.splitlines():
             _say(f"relssl: {f'rank {number}: ' if number else ''}{line}")
     return code

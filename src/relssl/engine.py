@@ -53,6 +53,7 @@ class Engine:
     """
 
     prepared: ClassVar[bool] = False  # true once `prepare_process` has run
+    watch: Watch | None  # of several ranks
 
     def __init__(self, config: EngineConfig) -> None:
         available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -69,8 +70,7 @@ class Engine:
         if kind == "cuda":
             self.device = torch.device(kind, int(number) if number else torch.cuda.current_device())
         self.rank, self.world, self._fabric, self._format = 0, 1, None, torch.channels_last
-        self.watch: Watch | None = None  # of several ranks
-        self.step = 0
+        self.step, self.watch = 0, None
         self.last_words: Callable[[DistributedError], object] = id
         if config.devices * config.nodes > 1:
             self._launch(kind, config)
@@ -197,9 +197,7 @@ class Engine:
         except RelsslError as error:
             fault = error
         self.wait()  # patiently: to shrink a million images takes hours
-        if self._fabric is not None:
-            fault = self._fabric.broadcast(fault, src=0)
-        if fault is not None:
+        if (fault := self.gather_items([fault])[0]) is not None:
             raise fault
         return value
 

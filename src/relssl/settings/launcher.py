@@ -40,7 +40,7 @@ def find_launch() -> dict[str, int | str] | None:
         return None
     numbers = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": local, "LOCAL_WORLD_SIZE": here}
     port = _number("MASTER_PORT", port)
-    if not (rank < world and here and world % here == 0 and address and 0 < port < 1 << 16):
+    if not (rank < world <= 4096 and here and world % here == 0 and address and 0 < port < 1 << 16):
         place = {"MASTER_ADDR": address or "missing", "MASTER_PORT": port}
         values = ", ".join(f"{name} {value}" for name, value in (numbers | place).items())
         then = "start as many processes on every machine, or unset them"

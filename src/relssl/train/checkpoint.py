@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -86,38 +85,26 @@ def restore(path: Path, state: State, engine: Engine, origin: dict[str, Any]) ->
         The reasons why the run will not repeat bit for bit; none when it will.
 
     Raises:
-        CheckpointError: if the checkpoint is damaged, or does not fit this run.
+        CheckpointError: if the checkpoint is damaged; whatever torch does, if it does not fit this run (see `store.offering`).
     """
     tensors, facts = store.load(path)
-    with _fitting(path):
-        tree = store.unflatten(tensors, facts["tree"])
-        if (before := facts["steps_per_epoch"]) != (length := origin["steps_per_epoch"]):
-            raise CheckpointError(f"{path}: was saved at {before} steps an epoch, the data now gives {length}")
-        for name, part in _parts(state.model).items():
-            part.load_state_dict(tree[name])
-        state.optimizer.load_state_dict(tree["optimizer"])
-        # Saved tensors come back row by row; the fused optimizer walks parameter and momentum side by side in memory, so a
-        # momentum has to lie as its parameter does (channels last).
-        for parameter, moments in state.optimizer.state.items():
-            same = {name: value for name, value in moments.items() if getattr(value, "shape", None) == parameter.shape}
-            moments |= {name: torch.empty_like(parameter).copy_(value) for name, value in same.items()}
-        state.step, state.best, state.unreadable = facts["step"], facts["best"], set(facts["unreadable"])
-        state.guard.streak.fill_(facts["non_finite"])
-        state.guard.worst.fill_(facts["non_finite_worst"])
-        now, saved = origin | origin["choices"], facts | facts["choices"]
-        matters = ("threads", "world", "precision", *origin["choices"])
-        changes = {name: (saved.get(name, now[name]), now[name]) for name in matters}  # older checkpoints say less
-        inexact = [f"{name} {before} -> {after}" for name, (before, after) in changes.items() if before != after]
-        if not engine.restore_random_state(tree["random"]):
-            inexact.append("random generators of another world or device")
-        return inexact if facts["data"] == origin["data"] else [*inexact, "the data has changed"]
-
-
-@contextlib.contextmanager
-def _fitting(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except KeyError as error:
-        raise CheckpointError(f"{path}: does not hold {error}") from error
-    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
-        raise CheckpointError(f"{path}: does not fit this configuration: {store.one_line(error)}") from error
+    tree = store.unflatten(tensors, facts["tree"])
+    for name, part in _parts(state.model).items():
+        part.load_state_dict(tree[name])
+    state.optimizer.load_state_dict(tree["optimizer"])
+    if (before := facts["steps_per_epoch"]) != (length := origin["steps_per_epoch"]):
+        raise CheckpointError(f"{path}: was saved at {before} steps an epoch, the data now gives {length}")
+    # Saved tensors come back row by row; the fused optimizer walks parameter and momentum side by side in memory, so a
+    # momentum has to lie as its parameter does (channels last).
+    for parameter, moments in state.optimizer.state.items():
+        same = {name: value for name, value in moments.items() if getattr(value, "shape", None) == parameter.shape}
+        moments |= {name: torch.empty_like(parameter).copy_(value) for name, value in same.items()}
+    state.step, state.best, state.unreadable = facts["step"], facts["best"], set(facts["unreadable"])
+    state.guard.streak.fill_(facts["non_finite"])
+    state.guard.worst.fill_(facts["non_finite_worst"])
+    now, saved = origin | origin["choices"], facts | origin["choices"] | facts["choices"]  # older ones say less
+    matters = ("threads", "world", "precision", *origin["choices"])
+    inexact = [f"{name} {saved[name]} -> {now[name]}" for name in matters if saved[name] != now[name]]
+    if not engine.restore_random_state(tree["random"]):
+        inexact.append("random generators of another world or device")
+    return inexact if facts["data"] == origin["data"] else [*inexact, "the data has changed"]

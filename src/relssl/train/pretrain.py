@@ -23,7 +23,7 @@ from relssl.data.named import PREFIXES, SETS, exists, load
 from relssl.data.own import measured
 from relssl.data.subsets import check_variety
 from relssl.engine import Engine
-from relssl.errors import ConfigError, DataError, DistributedError, ExportError, Interrupted, RelsslError, StorageError
+from relssl.errors import ConfigError, DataError, DistributedError, ExportError, RelsslError, StorageError
 from relssl.evaluation.pairs import LabelledPair, choose
 from relssl.files import read_json, read_rows, write_file, write_json
 from relssl.settings import parts, recipes
@@ -232,9 +232,9 @@ def _run(
             shrink(run, display)
             engine.on_first(lambda: hooks.call("on_start", run))
             train(run, display, stop)
-        stop.at_once = f"after its last step; go on with `relssl resume {path}`"
         engine.on_first(lambda: hand_over(run, display))
-        engine.on_first(lambda: write_page(run, display))
+        if not engine.largest(stop.pending()):  # else `relssl report` can do it later
+            engine.on_first(lambda: write_page(run, display))
         result = _result(path, engine.rank)
         engine.on_first(lambda: hooks.call("on_end", result))
         return result
@@ -343,8 +343,6 @@ def hand_over(run: Run, display: Display) -> None:
     try:
         for network in derive(run.config).networks:
             export(path, network=network, images=few)
-    except Interrupted:
-        raise
     except Exception as error:  # writers, networks and checks are others' code
         run.folder.status("complete", run.state.step, **ending, export={"error": store.one_line(error)})
         raise unexported(path, store.one_line(error)) from error
@@ -359,8 +357,6 @@ def write_page(run: Run, display: Display) -> None:
         display.say("writing report.html")
         try:
             relssl.write_report(run.folder.path)
-        except Interrupted:
-            raise
         except Exception as error:  # networks, views and data are others' code
             display.say(f"no report ({store.one_line(error)}); try again with `relssl report {run.folder.path}`")
 
@@ -472,9 +468,7 @@ def explaining(config: Config, engine: Engine) -> Iterator[None]:
             ) from error
         if engine.watch is None:
             raise
-        raise DistributedError(
-            f"{engine.watch.explain(store.one_line(error))}; the last checkpoint is good, resume from it"
-        ) from error
+        raise DistributedError(engine.watch.explain(store.one_line(error))) from error
 
 
 def compile_networks(run: Run) -> str | None:

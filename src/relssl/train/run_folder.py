@@ -82,7 +82,7 @@ class RunFolder:
 
     def give_up_after(self, step: int) -> None:
         """Remove checkpoints later than `step`, whole or not: going on from an older one gives their future up."""
-        for path in store.step_folders(self.checkpoints):
+        for path in store.checkpoints(self.checkpoints):
             if path > store.step_folder(self.checkpoints, step):
                 store.remove(path)
 

@@ -26,7 +26,7 @@ class Guard:
     def __init__(self, networks: Sequence[nn.Module], device: torch.device) -> None:
         buffers = [buffer for network in networks for buffer in network.buffers()]
         self._kinds = [_Copies([each for each in buffers if each.dtype == kind]) for kind in {each.dtype for each in buffers}]
-        self._judged = [copies for copies in self._kinds if copies.are_finite()]  # others hold constants such as -inf
+        self._judged = [bool(copies.note().isfinite()) for copies in self._kinds]  # others hold constants such as -inf
         self.streak = torch.zeros((), dtype=torch.int64, device=device)
         self.worst = self.streak.clone()
 
@@ -40,12 +40,11 @@ class Guard:
         for copies in self._kinds:
             torch._foreach_copy_(copies.buffers, copies.before)
 
-    def doubt(self) -> Tensor:
-        """Note the buffers after a step's forward passes. Return [] on the device, 0, or NaN if they are no longer finite, as a batch
-        norm's variance overflows long before its loss does."""
-        for copies in self._kinds:
-            torch._foreach_copy_(copies.after, copies.buffers)
-        return 0 * torch.stack([self.streak.float(), *(copies.block_after.sum().float() for copies in self._judged)]).sum()
+    def doubt(self) -> Tensor | int:
+        """Note the buffers after a step's forward passes. Return 0, or NaN if they are no longer finite: a batch norm's variance
+        overflows long before the loss does."""
+        sums = [copies.note() for copies in self._kinds]
+        return 0 * sum(total for total, judged in zip(sums, self._judged, strict=True) if judged)
 
     def judge(self, loss: Tensor, norm: Tensor) -> Tensor:
         """Return [] on the device, true if loss and gradient norm are finite; if not, the buffers are put back."""
@@ -72,9 +71,10 @@ class _Copies:
         self.buffers = buffers
         (self.block_before, self.before), (self.block_after, self.after) = (self._block() for _ in range(2))
 
-    def are_finite(self) -> bool:
-        """Return true if the buffers are floating-point numbers, all finite."""
-        return all(buffer.is_floating_point() and bool(buffer.isfinite().all()) for buffer in self.buffers)
+    def note(self) -> Tensor:
+        """Copy the buffers to the second block; return its sum [], which is finite if they are."""
+        torch._foreach_copy_(self.after, self.buffers)
+        return self.block_after.sum().float()
 
     def _block(self) -> tuple[Tensor, list[Tensor]]:
         block = self.buffers[0].new_empty(sum(buffer.numel() for buffer in self.buffers))

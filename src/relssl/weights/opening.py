@@ -45,7 +45,7 @@ class Run:
 
     def checkpoint(self, name: str | None = None) -> Path:
         """Return the checkpoint of that name, or the newest, verified; CheckpointError, naming the newest good one, if there is none."""
-        saved = {path.name: path for path in store.step_folders(self.folder / "checkpoints")}
+        saved = {path.name: path for path in store.checkpoints(self.folder / "checkpoints")}
         path = saved.get(name or next(reversed(saved), ""))
         if path is None:
             named = f" {name!r}; it holds: {', '.join(saved) or 'none'}" if name else " yet"

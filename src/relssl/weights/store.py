@@ -246,26 +246,23 @@ def step_folder(parent: Path, step: int) -> Path:
     return parent / f"step-{step:08d}"
 
 
-def step_folders(parent: Path) -> list[Path]:
-    """List what is named exactly like a checkpoint in `parent`, by step; no links."""
-    folders = [folder for folder in parent.glob("step-*") if _STEP.fullmatch(folder.name) and not folder.is_symlink()]
-    return sorted(folders, key=lambda folder: int(folder.name.removeprefix("step-")))
-
-
 def checkpoints(parent: Path) -> list[Path]:
-    """List the complete checkpoints in `parent`, by step: those with all three files. Not verified."""
-    return [folder for folder in step_folders(parent) if all(_is_plain(folder / name) for name in FILES)]
+    """List the checkpoints in `parent`, by step: folders named exactly so, no links. They may be damaged, or incomplete."""
+    folders = [folder for folder in parent.glob("step-*") if _STEP.fullmatch(folder.name) and not folder.is_symlink()]
+    return sorted(filter(Path.is_dir, folders), key=lambda folder: int(folder.name.removeprefix("step-")))
 
 
 @contextlib.contextmanager
 def offering(path: Path) -> Iterator[None]:
-    """Add to a CheckpointError about the checkpoint at `path` which other one of its run is good."""
+    """Raise whatever goes wrong with the checkpoint at `path` as a CheckpointError that says which other one of its run is good."""
     try:
         yield
-    except CheckpointError as error:
+    except (CheckpointError, LookupError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+        fault = f"{error} is missing" if isinstance(error, LookupError) else one_line(error)
+        fault = str(error) if isinstance(error, CheckpointError) else f"{path}: does not fit this configuration: {fault}"
         good = next((other for other in reversed(checkpoints(path.parent)) if other != path and is_whole(other)), None)
         offer = good and f"a good one: `relssl resume {path.parents[1]} --checkpoint {good.name}`"
-        raise CheckpointError(f"{error}; {offer or 'no other is good'}") from error
+        raise CheckpointError(f"{fault}; {offer or 'no other is good'}") from error
 
 
 def prune(parent: Path, keep: int, protect: Iterable[str | Path] = ()) -> list[Path]:
