@@ -170,7 +170,9 @@ def test_two_ranks_with_weights_and_a_frozen_teacher_behave_as_one(source: Path,
     settings = merge(SMALL, NORMLESS) | {"backbone_args": NORMLESS["backbone_args"], "epochs": 1, "precision": "fp32"}
     one = pretrain(settings=resolve(settings | {"out": str(tmp_path / "weights")}), quiet=True).folder
     given = {"recipe": "distil", "start": str(one), "teacher": str(source), "epochs": 2, "optimizer.heads_first": 0.5}
-    taught = {name: value for name, value in SMALL.items() if name != "backbone_args"} | {"encoder": {"projector_hidden": 32}}
+    taught = {name: value for name, value in SMALL.items() if name != "backbone_args"} | {
+        "encoder": {"projector_hidden": 32, "projector_norm": "none"}
+    }
     taught = merge(taught, nest(given | {"encoder.frozen_stages": 1, "engine.precision": "fp32"}))
     pretrain(settings=resolve(taught | {"out": str(tmp_path / "one")}), quiet=True)
     words = [f"--{name}={value}" for name, value in (("out", tmp_path / "two"), ("engine.devices", 2))]
