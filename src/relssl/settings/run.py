@@ -107,7 +107,7 @@ class ViewConfig:
 
     @property
     def fixed(self) -> bool:
-        """Whether nothing about the view is random."""
+        """True if nothing about the view is random."""
         chances = (self.affine, self.flip, self.jitter, self.grey, self.blur, self.solarize, self.randaugment)
         return self.scale is None and not any(chances) and not parts.is_part(self.name)
 
