@@ -32,10 +32,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 import contenders
-from contenders import TINY, Measures, Record, Work, compare, conventional_training, floor, show_records, training
+from contenders import Measures, Record, Work, conventional_training, floor, measure, settings_of, training
 from relssl.data.cache import shrunken
 from relssl.engine import available_cores, fast_bf16, prepare_process
-from relssl.method.backbones import NAMED, create_backbone, feature_width, measure
+from relssl.method import backbones
+from relssl.method.backbones import NAMED, create_backbone, feature_width
 from relssl.method.base import OBJECTIVES
 from relssl.settings.run import Config
 from relssl.train.console import Display
@@ -64,22 +65,15 @@ def loading(settings: Record, source: str) -> Work:
     return Work(run, config.batch_size)
 
 
-def settings_of(args: argparse.Namespace, **more: Any) -> Record:
-    """Return the settings that all contenders share, with a tiny network where the code is only tried."""
-    return {"engine.threads": args.threads, "loader.workers": args.workers} | more | (TINY if args.tiny else {})
-
-
 def compare_small(args: argparse.Namespace, peer: str, other: Callable[..., Work]) -> Record:
     """Compare whole steps of small images, by the recipe cifar10, with another pipeline's, and with the floor."""
     base = settings_of(args, recipe="cifar10") | ({} if args.memory is None else {"method.memory_size": args.memory})
-    source, rows = (64 if args.tiny else 20 * 256, 32), dict[str, Callable[[], Work]]()
-    for precision in PRECISIONS:
-        for name, work in ((peer, other), ("relssl", training), ("floor", floor)):
-            rows[f"{name} {precision}"] = partial(work, base | {"engine.precision": precision}, source)
-    records = compare(rows, args.rounds, units=1 if args.tiny else 4)
+    source, works = (64 if args.tiny else 20 * 256, 32), {peer: other, "relssl": training, "floor": floor}
+    pairs = [(name, precision) for precision in PRECISIONS for name in works]
+    rows = {f"{name} {each}": partial(works[name], base | {"engine.precision": each}, source) for name, each in pairs}
     bases = [f"{name} {precision}" for name in (peer, "floor") for precision in PRECISIONS]
-    show_records(f"Small images: training steps, {args.threads} threads", records, bases)
-    return {"settings": base, "records": records}
+    title = f"Small images: training steps, {args.threads} threads"
+    return {"settings": base, "records": measure(args, title, rows, bases, units=4)}
 
 
 def file_settings(args: argparse.Namespace, batch: int) -> Record:
@@ -99,19 +93,17 @@ def measure_files(args: argparse.Namespace) -> Record:
         caching = {"loader.cache": 256, "loader.cache_folder": str(Path(folder, "cache"))}
         ways: dict[str, Record] = {"": {}, ", decoding at full size": {"loader.reduced_decode": False}, ", cache": caching}
         for name, (source, batch) in sets.items():
-            base = file_settings(args, batch)
+            base, title = file_settings(args, batch), f"Files, loader alone: {name}, {args.workers} workers"
             rows = {label: partial(contenders.conventional_loading, base, source, style) for label, style in STYLES.items()}
             rows |= {f"relssl{way}": partial(loading, base | change, source) for way, change in ways.items()}
-            records = compare(rows, args.rounds, units=1 if args.tiny else 16 if batch > 8 else 8)
-            show_records(f"Files, loader alone: {name}, {args.workers} workers", records, list(STYLES), "images_per_core_second")
-            results[f"loader, {name}"] = records
+            results[f"loader, {name}"] = measure(args, title, rows, [*STYLES], 16 if batch > 8 else 8, per_core=True)
         name, (source, batch) = next(iter(sets.items()))
         precision = "bf16" if fast_bf16("cpu") else "fp32"
         base = file_settings(args, batch) | {"engine.precision": precision}
         rows = {label: partial(conventional_training, base, source, style) for label, style in STYLES.items()}
-        records = compare(rows | {"relssl": partial(training, base, source)}, args.rounds, units=1 if args.tiny else 4)
-        show_records(f"Files, training steps: {name}, ResNet-18, {precision}", records, list(STYLES))
-        results[f"steps, {name}"] = records
+        rows["relssl"] = partial(training, base, source)
+        title = f"Files, training steps: {name}, ResNet-18, {precision}"
+        results[f"steps, {name}"] = measure(args, title, rows, [*STYLES], units=4)
     return results
 
 
@@ -144,10 +136,9 @@ def measure_loss(args: argparse.Namespace) -> Record:
     shapes = [(4096, 128, 256, 1), (65536, 128, 256, 1), (131072, 512, 256, 1), (131072, 512, 256, 5)]
     for shape in [(64, 8, 16, 2)] if args.tiny else shapes:
         rows = {form: partial(loss_work, form, shape, args.threads) for form in ("conventional", *OBJECTIVES)}
-        # About as many products as one call at the papers' small sizes takes, at least one.
-        records = compare(rows, args.rounds, 1 if args.tiny else min(16, max(1, 2**31 // math.prod(shape))))
-        show_records("Loss over the memory: K {}, D {}, B {}, V {}".format(*shape), records, ["conventional", "plain"])
-        results["{}x{} B{} V{}".format(*shape)] = records
+        units = min(16, max(1, 2**31 // math.prod(shape)))  # as many products as one call at the papers' small sizes, or one
+        title = "Loss over the memory: K {}, D {}, B {}, V {}".format(*shape)
+        results["{}x{} B{} V{}".format(*shape)] = measure(args, title, rows, ["conventional", "plain"], units)
     return results
 
 
@@ -156,11 +147,9 @@ def measure_networks(args: argparse.Namespace) -> Record:
     names, size, batch = (["resnet18"], 32, 16) if args.tiny else (list(NAMED), 224, 8)
     base: Record = {"recipe": "imagenet", "batch_size": batch, "method.memory_size": 4096, "engine.precision": "fp32"}
     base = settings_of(args, **base | {"views.weak.size": size, "views.strong.size": size, "backbone_args": {}})
-    records = compare(
-        {name: partial(training, base | {"backbone": name}, (64, size + 32)) for name in names}, args.rounds, units=1
-    )
-    show_records(f"Named networks: {batch} images of {size} pixels", records, [])
-    return {name: dataclasses.asdict(measure(name, size)) | records[name] for name in names}
+    rows = {name: partial(training, base | {"backbone": name}, (64, size + 32)) for name in names}
+    records = measure(args, f"Named networks: {batch} images of {size} pixels", rows, [])
+    return {name: dataclasses.asdict(backbones.measure(name, size)) | records[name] for name in names}
 
 
 def write_folder(folder: Path, count: int, width: int, height: int, different: int = 32) -> str:
@@ -189,13 +178,8 @@ def lightly_views(size: int, mean: Any, std: Any) -> tuple[Any, Any]:
     """Return lightly's weak and MoCo v2 view of a Pillow image."""
     from lightly.transforms.simclr_transform import SimCLRViewTransform
 
-    crop = {
-        "input_size": size,
-        "min_scale": 0.2,
-        "normalize": {"mean": list(mean), "std": list(std)},
-        "rr_prob": 0.0,
-        "vf_prob": 0.0,
-    }
+    crop: Record = {"input_size": size, "min_scale": 0.2, "rr_prob": 0.0, "vf_prob": 0.0}
+    crop["normalize"] = {"mean": list(mean), "std": list(std)}
     weak = SimCLRViewTransform(**crop, cj_prob=0.0, random_gray_scale=0.0, gaussian_blur=0.0)
     colours = {"cj_prob": 0.8, "cj_strength": 1.0, "cj_bright": 0.4, "cj_contrast": 0.4, "cj_sat": 0.4, "cj_hue": 0.1}
     return weak, SimCLRViewTransform(**crop, **colours, sigmas=(0.1, 2))
@@ -238,12 +222,9 @@ def measure_peers(args: argparse.Namespace) -> Record:
     with tempfile.TemporaryDirectory() as folder:
         photos = write_folder(Path(folder, "photos"), *((16, 100, 75) if args.tiny else (512, 500, 375)))
         base = file_settings(args, 8 if args.tiny else 32)
-        rows = {
-            "lightly": partial(contenders.conventional_loading, base, photos, lightly_views),
-            "relssl": partial(loading, base, photos),
-        }
-        views = compare(rows, args.rounds, units=1 if args.tiny else 8)
-    show_records("Files: both views of an image beside lightly", views, ["lightly"], "images_per_core_second")
+        rows = {"lightly": partial(contenders.conventional_loading, base, photos, lightly_views)}
+        rows["relssl"], title = partial(loading, base, photos), "Files: both views of an image beside lightly"
+        views = measure(args, title, rows, ["lightly"], 8, per_core=True)
     return {"steps": steps["records"], "views": views}
 
 
@@ -254,7 +235,6 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=cores, help="loader processes of each contender (default: the cores)")
     parser.add_argument("--memory", type=int, help="keys in the memory of the small setting (default: the recipe's)")
     parser.add_argument("--images", type=Path, help="a folder of JPEGs for the files part (default: some are made)")
-    parser.add_argument("--tiny", action="store_true", help="try the code in seconds; the figures mean nothing")
     small = partial(compare_small, peer="conventional", other=conventional_training)
     measures: Measures = {"small": small, "files": measure_files, "loss": measure_loss, "networks": measure_networks}
     contenders.measure_parts(parser.parse_args(), {**measures, "peers": measure_peers})

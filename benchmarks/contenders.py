@@ -22,12 +22,13 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
+import psutil
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageFilter
@@ -43,7 +44,9 @@ from relssl.engine import Engine, available_cores, prepare_process
 from relssl.method.create import create_student
 from relssl.settings.run import Config, resolve
 from relssl.train.estimate import attainable, step_flops
-from relssl.train.pretrain import complete_settings
+from relssl.train.loop import create_run, train_step
+from relssl.train.memory import memory_used
+from relssl.train.pretrain import compile_networks, complete_settings
 from relssl.train.run_folder import environment
 
 Record = dict[str, Any]
@@ -60,20 +63,13 @@ TINY: Record = {
 }
 
 
-@dataclass(frozen=True)
-class Work:
-    """A contender at work.
+class Work(NamedTuple):
+    """A contender at work."""
 
-    Attributes:
-        run: does so many units of work and returns when they are done, on the device as well; None, or the seconds that count in
-            place of the clock's.
-        images: images in a unit.
-        facts: for the record, such as the precision it runs in.
-    """
-
+    # Does so many units and returns when they are done, on the device as well: None, or the seconds that count in place of the clock's.
     run: Callable[[int], float | None]
-    images: int
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    images: int  # in a unit
+    facts: Mapping[str, Any] = MappingProxyType({})  # for the record, such as the precision it runs in
 
 
 Source = tuple[int, int] | str  # random images in memory, so many of so many pixels a side; or a folder
@@ -124,41 +120,34 @@ def _lap(create: Callable[[], Work], units: int) -> tuple[dict[str, float], Reco
         _work = create()
         with suppress(OSError):  # count the peak from here on
             Path("/proc/self/clear_refs").write_text("5")
-        _before = _memory("VmRSS")
+        _before = _memory(peak=False)
     start, used = time.perf_counter(), _cpu_seconds()
     counted = _work.run(units)
     seconds, busy = time.perf_counter() - start if counted is None else counted, _cpu_seconds() - used
     count = units * _work.images
     # A clock that has not ticked would divide by zero; it ticks every hundredth.
     speeds = {"images_per_second": count / seconds, "images_per_core_second": count / max(busy, 0.01)}
-    about = {"memory_mib": [_before >> 20, _memory("VmHWM") >> 20], "images": _work.images, "facts": dict(_work.facts)}
+    about = {"memory_mib": [_before >> 20, _memory(peak=True) >> 20], "images": _work.images, "facts": dict(_work.facts)}
     return speeds | {"seconds_per_unit": seconds / units}, about
 
 
 def _cpu_seconds() -> float:
     """Processor seconds of this process and of all its children, ended or at work."""
-    # Listed first, as this also collects the children that have ended, whose time then counts in os.times.
-    children = multiprocessing.active_children()
-    total = sum(os.times()[:4])
-    for child in children:
-        fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
-        total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    return total
+    children = multiprocessing.active_children()  # first, as it also collects those that have ended, whose time is then ours
+    return sum(os.times()[:4]) + sum(sum(psutil.Process(child.pid).cpu_times()[:2]) for child in children)
 
 
-def _memory(field: str) -> int:
-    """Bytes now (VmRSS) or at the peak (VmHWM): on the GPU if one is in use, else of this process, without its workers'."""
+def _memory(peak: bool) -> int:
+    """Bytes now or at the peak: on the GPU if one is in use, else of this process, without its workers'."""
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        return int(torch.cuda.memory_allocated() if field == "VmRSS" else torch.cuda.max_memory_allocated())
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(field))
+        return int(torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated())
+    return memory_used() if peak else int(psutil.Process().memory_info().rss)
 
 
 def times(records: Mapping[str, Record], name: str, base: str, figure: str = "images_per_second") -> list[float] | None:
     """Return how many times `base` a contender reaches, by rounds; None if either failed."""
-    if figure not in records[name] or figure not in records[base]:
-        return None
-    return [mine / other for mine, other in zip(records[name][figure], records[base][figure], strict=True)]
+    pairs = zip(records[name].get(figure, ()), records[base].get(figure, ()), strict=False)
+    return [mine / other for mine, other in pairs] or None
 
 
 def any_failed(records: Any) -> bool:
@@ -168,9 +157,8 @@ def any_failed(records: Any) -> bool:
 
 def spread(values: Sequence[float] | None, digits: int = 2) -> str:
     """Return median [least..most], or a dash for nothing."""
-    return (
-        "{:.{d}f} [{:.{d}f}..{:.{d}f}]".format(statistics.median(values), min(values), max(values), d=digits) if values else "-"
-    )
+    figures = (statistics.median(values), min(values), max(values)) if values else ()
+    return "{:.{d}f} [{:.{d}f}..{:.{d}f}]".format(*figures, d=digits) if figures else "-"
 
 
 def show(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
@@ -182,18 +170,31 @@ def show(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -
         print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |", flush=True)
 
 
-def show_records(title: str, records: dict[str, Record], bases: Sequence[str], figure: str = "images_per_second") -> None:
+def show_records(title: str, records: dict[str, Record], bases: Sequence[str], per_core: bool = False) -> None:
     """Print images/s, the ratios to each of `bases`, which are also kept in the records, and the peak of memory."""
-    rows = []
+    rows, (figure, unit) = [], ("images_per_core_second", "a core, times") if per_core else ("images_per_second", "times")
     for name, record in records.items():
         record["times"] = {base: times(records, name, base, figure) for base in bases}
         before, most = record.get("memory_mib", (0, 0))
-        peak = record["failed"] if "failed" in record else f"{most} ({most - before} on top)"
         speeds = [spread(record.get(each), 1) for each in ("images_per_second", "images_per_core_second")]
         facts = ", ".join(f"{what} {value}" for what, value in record.get("facts", {}).items())
-        rows.append([name, *speeds, *(spread(record["times"][base]) for base in bases), peak, facts])
-    unit = "a core, times" if figure == "images_per_core_second" else "times"
+        ratios = (spread(record["times"][base]) for base in bases)
+        rows.append([name, *speeds, *ratios, record.get("failed", f"{most} ({most - before} on top)"), facts])
     show(title, ["pipeline", "images/s", "images/s a core", *(f"{unit} {base}" for base in bases), "peak MiB", ""], rows)
+
+
+def measure(
+    args: argparse.Namespace, title: str, contenders: Contenders, bases: Sequence[str], units: int = 1, per_core: bool = False
+) -> dict[str, Record]:
+    """Return what `compare` does, of one unit where the code is only tried, and print it."""
+    records = compare(contenders, args.rounds, 1 if args.tiny else units)
+    show_records(title, records, bases, per_core)
+    return records
+
+
+def settings_of(args: argparse.Namespace, **more: Any) -> Record:
+    """Return the settings that all contenders share, with a tiny network where the code is only tried."""
+    return {"engine.threads": args.threads, "loader.workers": args.workers} | more | (TINY if args.tiny else {})
 
 
 def start(settings: Record, source: Source) -> tuple[Config, Images]:
@@ -207,7 +208,7 @@ def start(settings: Record, source: Source) -> tuple[Config, Images]:
     return complete_settings(resolve(settings), images), images
 
 
-def blur(image: Image.Image) -> Image.Image:
+def _blur(image: Image.Image) -> Image.Image:
     """Blur a Pillow image, as MoCo v2 does."""
     return image.filter(ImageFilter.GaussianBlur(radius=float(torch.empty(1).uniform_(0.1, 2.0))))
 
@@ -223,7 +224,7 @@ def _views(library: Any, ending: View, blurring: View, size: int, mean: Any, std
 
 def pillow(size: int, mean: Any, std: Any) -> tuple[View, View]:
     """Return the weak and the contrastive view of a Pillow image."""
-    return _views(v1, v1.ToTensor(), blur, size, mean, std)
+    return _views(v1, v1.ToTensor(), _blur, size, mean, std)
 
 
 def tensors(size: int, mean: Any, std: Any) -> tuple[View, View]:
@@ -334,9 +335,6 @@ def engine_of(config: Config) -> Engine:
 
 def training(settings: Record, source: Source) -> Work:
     """Return our whole steps as work, as `relssl pretrain` would make them."""
-    from relssl.train.loop import create_run, train_step
-    from relssl.train.pretrain import compile_networks
-
     config, images = start(settings, source)
     training = create_run(config, engine_of(config), images)
     compiled = compile_networks(training)
@@ -367,6 +365,7 @@ def options(about: str | None, parts: Iterable[str], out: str) -> argparse.Argum
     parser.add_argument("--only", default=",".join(parts), help="parts, separated by commas (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each contender (default: 3)")
     parser.add_argument("--threads", type=int, default=available_cores(), help="threads of a contender (default: the cores)")
+    parser.add_argument("--tiny", action="store_true", help="try the code in seconds; the figures mean nothing")
     parser.add_argument("--out", type=Path, default=Path(out), help="JSON file (default: %(default)s)")
     return parser
 

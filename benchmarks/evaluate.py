@@ -29,7 +29,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 import relssl
-from contenders import Measures, Record, Work, compare, measure_parts, options, show, show_records
+from contenders import Measures, Record, Work, measure, measure_parts, options, show
 from relssl.data.plain import PlainView, Reader
 from relssl.engine import Engine
 from relssl.evaluation.detection import detection
@@ -126,8 +126,7 @@ def measure_labelling(args: argparse.Namespace, task: str) -> Record:
     results: Record = {"sizes": sizes}
     for title, penalty in ways.items():
         rivals = {name: partial(labelling, task, name, sizes, args.threads, **penalty) for name in TASKS[task]}
-        results[title] = records = compare(rivals, args.rounds, units=1)
-        show_records(f"{task}, {title}", records, ["scikit-learn"])
+        results[title] = measure(args, f"{task}, {title}", rivals, ["scikit-learn"])
     return results
 
 
@@ -204,7 +203,6 @@ def main() -> None:
     """Measure the parts asked for."""
     parser = options(__doc__, ("knn", "probe"), "results/evaluate.json")
     parser.add_argument("--run", type=Path, help="run folder or exported file, for detection")
-    parser.add_argument("--tiny", action="store_true", help="try the code in seconds; the figures mean nothing")
     parts: Measures = {task: partial(measure_labelling, task=task) for task in TASKS}
     measure_parts(parser.parse_args(), {**parts, "detection": measure_detection})
 

@@ -1,7 +1,7 @@
 """All that is to be run when a GPU is there, in one command; results are written as they come.
 
     python benchmarks/gpu.py [--only equal,small,...] [--limit 540] [--data_root FOLDER] [--out results/gpu.json]
-    python benchmarks/gpu.py --rehearse      the same code on a processor, in a minute or two; the figures mean nothing
+    python benchmarks/gpu.py --tiny      the same code on a processor, in a minute or two; the figures mean nothing
 
 `equal`: the losses of a run's first steps in fp32, on the GPU and on the processor. `small` and the names of networks: training steps
 on random images in the device's memory, speed-ups added one at a time, beside the floor, the rate at which the device could do a
@@ -22,7 +22,7 @@ from typing import Any
 
 import contenders
 import relssl
-from contenders import TINY, Contenders, Measures, Record, compare, floor, measure_parts, show, show_records, training
+from contenders import Contenders, Measures, Record, compare, floor, measure_parts, settings_of, show, show_records, training
 
 NETWORKS = ("resnet50", "efficientnet_b0", "mobilenetv3_large_100")
 # Speed-ups one after another; each row has those above it as well.
@@ -38,7 +38,7 @@ def measure_equal(args: argparse.Namespace) -> Record:
     """Compare the losses of the first steps on both devices."""
     losses: Record = {}
     settings: Record = {"engine.precision": "fp32", "max_images": 1024, "epochs": 2, "log.every": 1, "quiet": True}
-    for name, device in (("cpu", "cpu"), ("gpu", "cpu" if args.rehearse else "cuda")):
+    for name, device in (("cpu", "cpu"), ("gpu", "cpu" if args.tiny else "cuda")):
         with tempfile.TemporaryDirectory() as folder:
             run = relssl.pretrain("digits", out=f"{folder}/run", **settings | {"engine.device": device})
         assert run is not None
@@ -48,26 +48,20 @@ def measure_equal(args: argparse.Namespace) -> Record:
     return {"losses": losses, "difference": difference}
 
 
-def settings_of(args: argparse.Namespace, **more: Any) -> Record:
-    """Return the recipe cifar10; a tiny network on a processor in a rehearsal."""
-    tiny = TINY | {"engine.device": "cpu"} if args.rehearse else {}
-    return {"recipe": "cifar10", "engine.threads": args.threads} | tiny | more
-
-
 def measure_small(args: argparse.Namespace) -> Record:
     """Measure steps of CIFAR-shaped images, the conventional pipeline among them."""
-    settings, source = settings_of(args, **{"loader.workers": args.threads}), (64 if args.rehearse else 50_000, 32)
+    settings, source = settings_of(args, recipe="cifar10"), (64 if args.tiny else 50_000, 32)
     first = {"conventional": partial(contenders.conventional_training, settings | {"engine.precision": "bf16"}, source)}
     return {"one view": _climb(args, "small", settings, source, first)}
 
 
 def measure_network(args: argparse.Namespace, network: str) -> Record:
     """Measure steps of ImageNet's recipe with another network, by one view and by the official five."""
-    size, crops = (64, [[64, 0.2, 1], [32, 0.1, 0.5]]) if args.rehearse else (224, OFFICIAL_CROPS)
-    settings = settings_of(args, recipe="imagenet", backbone=network, batch_size=16 if args.rehearse else 256)
+    size, crops = (64, [[64, 0.2, 1], [32, 0.1, 0.5]]) if args.tiny else (224, OFFICIAL_CROPS)
+    settings = settings_of(args, recipe="imagenet", backbone=network, batch_size=256)
     settings |= {"backbone_args": {"zero_init_last": False} if network.startswith("resnet") else {}}
     settings |= {"views.weak.size": size, "views.strong.size": size}
-    source = (64, 80) if args.rehearse else (2048, 256)
+    source = (64, 80) if args.tiny else (2048, 256)
     five = _climb(args, f"{network}, {len(crops)} views", settings | {"views.crops": crops}, source, {})
     return {"one view": _climb(args, f"{network}, one view", settings, source, {}), f"{len(crops)} views": five}
 
@@ -76,12 +70,12 @@ def _climb(args: argparse.Namespace, title: str, settings: Record, source: tuple
     """Measure with no speed-up, then with one more at a time, and the floor; one after another, as two may not fit the device."""
     rows, changes, records = dict(first), dict[str, Any](), dict[str, Record]()
     for name, change in STEPS.items():
-        if not (args.rehearse and name == "compiled"):  # which takes a processor minutes
+        if not (args.tiny and name == "compiled"):  # which takes a processor minutes
             changes |= change
             rows[name] = partial(training, settings | changes, source)
     rows["floor"] = partial(floor, settings, source)
     for name, create in rows.items():
-        records |= compare({name: create}, args.rounds, units=1 if args.rehearse else 16)
+        records |= compare({name: create}, args.rounds, units=1 if args.tiny else 16)
     show_records(title, records, ["floor"])
     return {"settings": settings, "records": records}
 
@@ -89,7 +83,7 @@ def _climb(args: argparse.Namespace, title: str, settings: Record, source: tuple
 def measure_run(args: argparse.Namespace) -> Record:
     """Pretrain on CIFAR-10 for 200 epochs, then evaluate student and teacher."""
     settings: Record = {"data": "cifar10", "recipe": "cifar10", "data_root": args.data_root}
-    if args.rehearse:
+    if args.tiny:
         settings = settings_of(args, data="digits", recipe="digits", backbone="resnet18", max_images=64, epochs=1)
         settings |= {"log.knn_images": (64, 64)}
     with tempfile.TemporaryDirectory() as folder:
@@ -97,7 +91,7 @@ def measure_run(args: argparse.Namespace) -> Record:
         run = relssl.pretrain(out=f"{folder}/run", quiet=True, **settings)
         assert run is not None
         seconds, row = time.perf_counter() - start, run.rows[-1]
-        images = (64, 64) if args.rehearse else None
+        images = (64, 64) if args.tiny else None
         results = relssl.evaluate(run.folder, protocol="knn,probe", images=images, data_root=args.data_root)["results"]
     figures = {f"{each['protocol']}, {each['network']}": each["figures"][each["main"]] for each in results}
     show("A run from start to end", ["seconds", *figures], [[round(seconds), *figures.values()]])
@@ -119,13 +113,11 @@ def main() -> None:
     parser = contenders.options(__doc__, measures, "results/gpu.json")
     parser.add_argument("--limit", type=float, default=540, help="seconds after which everything ends (default: nine minutes)")
     parser.add_argument("--data_root", help="where CIFAR-10 lies (default: as relssl has it)")
-    parser.add_argument("--rehearse", action="store_true", help="try the code on a processor with tiny counts and one thread")
     args = parser.parse_args()
     watch = threading.Timer(args.limit, stop, [args.limit])
     watch.daemon = True
     watch.start()
-    if args.rehearse:
-        args.threads = 1
+    args.threads = args.workers = 1 if args.tiny else args.threads
     measure_parts(args, measures)
 
 

@@ -91,10 +91,10 @@ def test_every_script_runs(tmp_path: Path) -> None:
         assert all(ratios.values())
     assert results["loss"]["64x8 B16 V2"]["tiled"]["times"].keys() == {"conventional", "plain"}
     script("evaluate.py", out, "--only", "knn,probe,detection", "--tiny")
-    script("gpu.py", out, "--rehearse")
+    script("gpu.py", out, "--tiny")
 
 
 def test_everything_on_a_gpu_ends_at_the_limit(tmp_path: Path) -> None:
-    words = [sys.executable, str(BENCHMARKS / "gpu.py"), "--rehearse", "--limit", "0.01", "--out", str(tmp_path / "gpu.json")]
+    words = [sys.executable, str(BENCHMARKS / "gpu.py"), "--tiny", "--limit", "0.01", "--out", str(tmp_path / "gpu.json")]
     ran = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
     assert ran.returncode == 1 and "limit" in ran.stdout

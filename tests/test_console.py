@@ -67,13 +67,9 @@ def test_neither_a_lost_reader_nor_a_name_without_a_code_ends_a_run(tmp_path: Pa
     os.close(reader)
     with open(writer, "w", encoding="ascii") as lost:
         monkeypatch.setattr(sys, "stderr", lost)
-        settings = SMALL | {
-            "epochs": 1,
-            "max_images": 64,
-            "log": SMALL["log"] | {"knn_every": 0},
-            "out": str(tmp_path / "läufe ☂"),
-        }
-        assert relssl.pretrain(settings=resolve(settings)).rows[-1]["step"] == 2
+        log, out = SMALL["log"] | {"knn_every": 0}, str(tmp_path / "läufe ☂")
+        settings = resolve(SMALL | {"epochs": 1, "max_images": 64, "log": log, "out": out})
+        assert relssl.pretrain(settings=settings).rows[-1]["step"] == 2
         monkeypatch.undo()
         os.dup2(os.open(os.devnull, os.O_WRONLY), writer)
     narrow = io.TextIOWrapper(buffer := io.BytesIO(), encoding="cp1252")
@@ -83,9 +79,7 @@ def test_neither_a_lost_reader_nor_a_name_without_a_code_ends_a_run(tmp_path: Pa
     assert buffer.getvalue() == b"K\xe4fer \\u2602\n"
 
 
-def test_the_command_line_prints_names_that_the_console_has_no_characters_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_names_that_the_console_has_no_characters_for_are_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "☂").mkdir()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
     monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(errors := io.BytesIO(), encoding="ascii"))

@@ -16,6 +16,8 @@ from relssl.train.memory import fit, step_memory
 from relssl.train.pretrain import build
 from small_runs import SMALL
 
+NETWORKS = """resnet18 resnet50 mobilenetv3_small_100 efficientnet_b0 vit_tiny_patch16_224 convnext_tiny densenet121 regnety_002
+swin_tiny_patch4_window7_224 mobilenetv2_100"""
 MALLOC = 256 << 20  # that malloc holds ahead while a run goes on
 # Trains two steps of a batch and prints what it had said they would take, beside what it has taken.
 _STEPS = """
@@ -62,21 +64,7 @@ def test_what_a_step_takes_is_known_before_it_is_made() -> None:
 
 @pytest.mark.torture
 @pytest.mark.parametrize("size", [128, 224])
-@pytest.mark.parametrize(
-    "name",
-    [
-        "resnet18",
-        "resnet50",
-        "mobilenetv3_small_100",
-        "efficientnet_b0",
-        "vit_tiny_patch16_224",
-        "convnext_tiny",
-        "densenet121",
-        "regnety_002",
-        "swin_tiny_patch4_window7_224",
-        "mobilenetv2_100",
-    ],
-)
+@pytest.mark.parametrize("name", NETWORKS.split())
 def test_what_a_step_of_any_network_takes_is_known(name: str, size: int) -> None:
     """Ten networks, two sizes: what is refused is what would not fit, with the margin that `fit` takes."""
     predicted, taken = predicted_and_taken(name, size, 16)

@@ -274,16 +274,9 @@ def pictures(tmp_path: Path) -> Path:
     return folder
 
 
-FILES: dict[str, Any] = {
-    "recipe": "digits",
-    "max_images": "null",
-    "epochs": 1,
-    "batch_size": 8,
-    "views": {"weak": {"name": "weak", "size": 32}, "strong": {"name": "contrastive", "size": 32}},
-    "method": {"memory_size": 16},
-    "optimizer": {"warmup_epochs": 0},
-    "loader": {"workers": 1},
-}
+FILES: dict[str, Any] = {"recipe": "digits", "max_images": "null", "epochs": 1, "batch_size": 8, "loader": {"workers": 1}}
+FILES |= {"views": {"weak": {"name": "weak", "size": 32}, "strong": {"name": "contrastive", "size": 32}}}
+FILES |= {"method": {"memory_size": 16}, "optimizer": {"warmup_epochs": 0}}
 
 
 def test_a_run_goes_on_where_its_images_are_now(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -352,6 +345,9 @@ def test_too_many_bad_images_stop_the_run(pictures: Path, tmp_path: Path) -> Non
         (["pretrain", "{empty}", "--out", "{run}"], 3, "no usable image"),
         (["pretrain", "{pictures}", "--out", "{run}", "--batch_size", "64"], 3, "batch_size"),
         (["pretrain", "--backbone", "resnet81", "--epochs", "20", "--out", "{run}"], 2, "resnet81"),
+        (["estimate", "{pictures}", "--batch_size", "64"], 3, "usable images"),
+        (["estimate", "--backbone", "resnot18"], 2, "backbone: "),
+        (["estimate", "--steps", "0"], 2, "steps: "),
         (["resume", "{empty}"], 2, "is no run folder"),
         (["evaluate", "{empty}"], 2, "is no run folder"),
     ],

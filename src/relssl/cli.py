@@ -176,9 +176,8 @@ def finetune(args: argparse.Namespace, overrides: Overrides) -> Outcome | None:
     _prepare()
     say = None if args.json else _say
     facts = relssl.finetune(args.source, args.data, args.out, settings=settings, reading=_reading(args), say=say)
-    figure = (
-        f"top-1 {facts['top1']:.2f} % [{facts['interval'][0]:.2f}, {facts['interval'][1]:.2f}] on {facts['tested']} test images"
-    )
+    low, high = facts["interval"]
+    figure = f"top-1 {facts['top1']:.2f} % [{low:.2f}, {high:.2f}] on {facts['tested']} test images"
     use = f"classify images: relssl predict {facts['out']} DATA --out FILE.csv"
     return Outcome(facts, "\n".join([f"{facts['out']}: {len(facts['classes'])} classes, {figure}", *facts["notes"], use]))
 
@@ -201,9 +200,7 @@ def predict(args: argparse.Namespace, _: Overrides) -> Outcome | None:
 @verb(
     "write a backbone for other programs, and check what they will read",
     option("source", "run folder, or exported or imported .safetensors", metavar="RUN|WEIGHTS"),
-    option(
-        "--format", "; ".join(f"{name}: {each.about}" for name, each in FORMATS.items()) + "; default: safetensors, hf to push"
-    ),
+    option("--format", "; ".join(f"{name}: {each.about}" for name, each in FORMATS.items()) + "; default: safetensors, or hf"),
     _NETWORK,
     option("--out", "target file, or folder for hf; default: in RUN/export, or beside the file"),
     option("--push", "upload it to the Hugging Face Hub, as a private repository if there is none yet", metavar="ORG/NAME"),
@@ -266,9 +263,8 @@ def list_(args: argparse.Namespace, _: Overrides) -> Outcome | None:
     lines, images = list_lines(args.folder)
     for note in images.notes:
         _say(f"relssl: {note}")
-    return Outcome(
-        {"images": len(lines), "bad": images.bad}, lambda: sys.stdout.buffer.writelines(line + b"\n" for line in lines)
-    )
+    write = sys.stdout.buffer.writelines
+    return Outcome({"images": len(lines), "bad": images.bad}, lambda: write(line + b"\n" for line in lines))
 
 
 @verb(

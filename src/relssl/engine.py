@@ -13,7 +13,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, ClassVar, TypeVar
 
@@ -53,9 +53,7 @@ class Engine:
     """
 
     prepared: ClassVar[bool] = False  # true once `prepare_process` has run
-    last_words: Callable[[DistributedError], None] | None = (
-        None  # called while a run goes on, before this process ends with the others
-    )
+    last_words: Callable[[DistributedError], None] | None = None  # of a run, before this process ends with the others
 
     def __init__(self, config: EngineConfig) -> None:
         available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -79,17 +77,14 @@ class Engine:
     @classmethod
     def local(cls, device: str = "auto", precision: str = "auto") -> Engine:
         """Create an engine of this process alone, with the threads it has: for evaluation, and for networks outside of runs."""
-        settings = {"device": device, "precision": precision, "threads": torch.get_num_threads()}
-        return cls(build(EngineConfig, settings))
+        return cls(build(EngineConfig, {"device": device, "precision": precision, "threads": torch.get_num_threads()}))
 
     def _launch(self, kind: str, config: EngineConfig) -> None:
         from lightning.fabric import Fabric  # a second of imports that one process does not need
         from lightning.fabric.strategies import DDPStrategy
 
         if kind == "cuda" and torch.cuda.device_count() < config.devices:
-            raise ConfigError(
-                f"engine.devices: {config.devices} processes need a GPU each, {torch.cuda.device_count()} are seen here"
-            )
+            raise ConfigError(f"engine.devices: {config.devices} processes need a GPU each, here are {torch.cuda.device_count()}")
         # Memory and teacher lie outside DDP, and so does the student's batch norm: each rank keeps its own statistics of its
         # share, as the papers' runs do, and rank 0's are saved. Precision is `autocast`'s, around student and teacher alike.
         patience, backend = timedelta(seconds=config.timeout), "nccl" if kind == "cuda" else "gloo"
@@ -98,16 +93,12 @@ class Engine:
         threads = torch.get_num_threads()
         try:
             with quiet_libraries():
-                fabric = Fabric(
-                    accelerator=kind, devices=config.devices, num_nodes=config.nodes, precision="32-true", strategy=ddp
-                )
+                fabric = Fabric(accelerator=kind, devices=config.devices, num_nodes=config.nodes, precision=32, strategy=ddp)
                 fabric.launch()
         except (RuntimeError, ValueError) as error:
             where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise DistributedError(
-                f"engine.devices: the processes did not meet at {where} ({reason}); start all of them alike"
-            ) from error
+            raise DistributedError(f"engine.devices: processes did not meet at {where} ({reason}); start all alike") from error
         torch.set_num_threads(threads)  # Lightning shares them out, as `running` does
         others = list(getattr(ddp.launcher, "procs", ()))
         if others:
@@ -135,29 +126,25 @@ class Engine:
         ConfigError inside `torch.autocast`, where networks would go on with weights that were rounded before they moved.
         """
         if torch.is_autocast_enabled(self.device.type):
-            raise ConfigError(
-                "engine.precision: a run cannot begin inside torch.autocast; leave that context and set engine.precision"
-            )
+            raise ConfigError("engine.precision: no run can begin inside torch.autocast; leave it and set engine.precision")
         keep_memory(True)
-        threads, strict, kind = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), torch.get_default_dtype()
-        generators, workspace = self._generators(), os.environ.get("CUBLAS_WORKSPACE_CONFIG")
-        torch.set_num_threads(self.threads)
-        torch.set_default_dtype(torch.float32)
-        if self.deterministic:
-            os.environ["CUBLAS_WORKSPACE_CONFIG"] = workspace or ":4096:8"  # read once, by the first product on a GPU
-            torch.use_deterministic_algorithms(True)
-        try:
-            device = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
-            with device, torch.inference_mode(False), torch.enable_grad():
+        with ExitStack() as after:
+            after.callback(keep_memory, Engine.prepared)
+            after.callback(self._set_generators, self._generators())
+            after.callback(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled())
+            after.callback(torch.set_default_dtype, torch.get_default_dtype())
+            after.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(self.threads)
+            torch.set_default_dtype(torch.float32)
+            if self.deterministic:
+                if not os.environ.get("CUBLAS_WORKSPACE_CONFIG"):  # read once, by the first product on a GPU
+                    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+                    after.callback(os.environ.pop, "CUBLAS_WORKSPACE_CONFIG")
+                torch.use_deterministic_algorithms(True)
+            if self.device.type == "cuda":
+                after.enter_context(torch.cuda.device(self.device))
+            with torch.inference_mode(False), torch.enable_grad():
                 yield
-        finally:
-            torch.set_num_threads(threads)
-            torch.set_default_dtype(kind)
-            torch.use_deterministic_algorithms(strict)
-            if self.deterministic and workspace is None:
-                del os.environ["CUBLAS_WORKSPACE_CONFIG"]
-            self._set_generators(generators)
-            keep_memory(Engine.prepared)
 
     def setup(self, student: nn.Module) -> nn.Module:
         """Place the student and, with several ranks, wrap it so that they average their gradients."""
@@ -357,16 +344,13 @@ def _environment() -> Any:
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Keep the libraries' own messages and warnings off the console."""
-    loggers = [logging.getLogger(name) for name in ("lightning.fabric", "lightning.pytorch")]
-    levels = [logger.level for logger in loggers]
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings(action="ignore"):
-            for logger in loggers:
-                logger.setLevel(logging.ERROR)
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(level)
 
 
 def prepare_process() -> None:

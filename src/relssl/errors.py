@@ -45,6 +45,10 @@ class ExportError(RelsslError, kind="export"):
     """A run that is complete, but whose networks could not be written for others."""
 
 
+class HookError(RelsslError, kind="hook"):
+    """A hook of the user's that failed, and ended its run."""
+
+
 class NumericError(RelsslError, exit_code=6, kind="numeric"):
     """Training that can no longer learn: non-finite steps in a row."""
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -56,6 +58,27 @@ def storing(path: Path, needed: int | None = None) -> Iterator[None]:
         raise StorageError(f"{path}: cannot be written ({error.strerror or type(error).__name__}); {room}{advice}") from error
 
 
+@contextlib.contextmanager
+def locked(path: Path, wait: Callable[[], object] = lambda: None) -> Iterator[bool]:
+    """Hold the lock that is the file at `path`, whose folder is made; it goes with this process however that ends.
+
+    Yields False where the file system has no locks, as some network drives. `wait` is called if another process has the lock.
+    """
+    alone = True
+    with storing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("w")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            wait()
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            alone = False
+        yield alone
+
+
 def write_all(descriptor: int, data: memoryview) -> None:
     """Write bytes of any number: one call writes at most 2 GiB, and less on a nearly full disk."""
     while data:
@@ -98,16 +121,26 @@ def write_file(path: Path, data: bytes) -> None:
         write_all(file.fileno(), memoryview(data))
 
 
+def read_arrays(path: Path) -> dict[str, Any] | None:
+    """Read the arrays of an .npz file; None if it is not there or damaged. Nothing is unpickled."""
+    import numpy as np  # which `relssl --help` need not wait for
+
+    faults = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
+    with contextlib.suppress(*faults), path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+        return {name: arrays[name] for name in arrays.files}
+    return None
+
+
 def write_json(path: Path, obj: Any) -> None:
     """Write `obj` as `to_json` has it, whole or not at all."""
     write_file(path, to_json(obj))
 
 
-def to_json(obj: Any) -> bytes:
+def to_json(obj: Any, indent: int | None = 2) -> bytes:
     """Return `obj` as ASCII JSON, from which floats read back exactly: tuples become lists, keys strings, tensors and arrays numbers
-    or lists, NaN and infinity null."""
+    or lists, NaN and infinity null. Without `indent` it is one line."""
     finite = json.loads(json.dumps(obj, default=lambda value: value.tolist()), parse_constant=lambda _: None)
-    return (json.dumps(finite, indent=2) + "\n").encode("ascii")
+    return (json.dumps(finite, indent=indent) + "\n").encode("ascii")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -102,7 +102,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Overrides]:
 
 def _sort(verb: Verb, argv: Sequence[str]) -> tuple[list[str], list[str], Overrides]:
     """Return the words of a command that stand alone, those given as an option (`--data DIR`) last, its own options, and settings."""
-    words, options, named, overrides, rest = list[str](), list[str](), dict[str, str](), Overrides(), collections.deque(argv)
+    words, options, given, rest = list[str](), list[str](), Overrides(), collections.deque(argv)
     known = leaves(verb.settings) if verb.settings else {}
     while rest:
         word = rest.popleft()
@@ -123,11 +123,11 @@ def _sort(verb: Verb, argv: Sequence[str]) -> tuple[list[str], list[str], Overri
                 options.append(rest.popleft())
         else:
             value = value if equals else rest.popleft()
-            if how:
-                options.append(f"--{key}={value}")
-            else:
-                (named if key in verb.options else overrides)[key] = value
-    return [*words, *(named[name] for name in verb.options if name in named)], options, overrides
+            if given.setdefault(key, value) != value:
+                raise ConfigError(f"{key}: is given twice, as {given[key]} and as {value}; give it once")
+            options += [f"--{key}={value}"] if how else []
+    settings = {name: value for name, value in given.items() if not {name, f"--{name}"} & verb.options.keys()}
+    return [*words, *(given[name] for name in verb.options if name in given)], options, settings
 
 
 def _help(verb: Verb, given: Overrides, every: bool) -> argparse.ArgumentParser:

@@ -7,13 +7,11 @@ table ends, and a cache is complete when its table names every image.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import shutil
 import time
-import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -30,7 +28,7 @@ from relssl.data.images import Images, Source
 from relssl.data.loader import read_batches, worker_count
 from relssl.data.subsets import identity, spread
 from relssl.errors import DataError, StorageError
-from relssl.files import replacing, size, storing, sweep, write_all
+from relssl.files import locked, read_arrays, replacing, size, storing, sweep, write_all
 from relssl.settings.run import LoaderConfig
 
 PIXELS, TABLE = "pixels", "table.npz"
@@ -62,12 +60,11 @@ class Shrunk:
     @staticmethod
     def load(folder: Path, files: Source) -> Shrunk:
         """Return what the table of a folder names: no image if there is no table, it is damaged, or pixels are missing."""
-        with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-            with (folder / TABLE).open("rb") as file, np.load(file, allow_pickle=False) as table:
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            if (table := read_arrays(folder / TABLE)) is not None:
                 bad = dict(zip(table["rows"].tolist(), table["reasons"].tolist(), strict=True))
-                shrunk = Shrunk(folder, files, table["sizes"], bad)
-            if (folder / PIXELS).stat().st_size >= shrunk.total:
-                return shrunk
+                if (folder / PIXELS).stat().st_size >= (shrunk := Shrunk(folder, files, table["sizes"], bad)).total:
+                    return shrunk
         return Shrunk(folder, files, np.zeros((0, 2), np.int32), {})
 
     def save(self) -> None:
@@ -126,7 +123,10 @@ def shrunken(images: Images, settings: LoaderConfig, progress: Progress, process
     shrunk = Shrunk.load(folder, files)
     if len(shrunk) < len(files):
         try:
-            with _locked(folder, progress):
+            waits = f"cache: waiting for the process that makes {shown(str(folder))}"
+            with locked(folder / ".lock", lambda: progress.say(waits)) as alone:
+                if not alone:
+                    progress.say(f"cache: {shown(str(folder))} cannot be locked; let no other run make it at the same time")
                 shrunk = Shrunk.load(folder, files)  # another process may have made it meanwhile
                 if len(shrunk) < len(files):
                     shrunk = _extend(shrunk, settings, progress, worker_count(settings.workers, processes) * processes)
@@ -167,23 +167,6 @@ def _shrink_files(
             images.append(np.empty((0, 0, 3), np.uint8))
             faults[row] = fault
     return torch.from_numpy(np.concatenate([*map(np.ravel, images)])), [image.shape[:2] for image in images], faults
-
-
-@contextlib.contextmanager
-def _locked(folder: Path, progress: Progress) -> Iterator[None]:
-    """Only one process writes; the lock goes with it, however it ends. Where the file system has no locks, users must see to it."""
-    with storing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            progress.say(f"cache: waiting for the process that makes {shown(str(folder))}")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError:
-            progress.say(f"cache: {shown(str(folder))} cannot be locked; let no other run make it at the same time")
-        yield
 
 
 def _extend(shrunk: Shrunk, settings: LoaderConfig, progress: Progress, workers: int) -> Shrunk:

@@ -26,7 +26,7 @@ _OTHER_PICTURES = frozenset(
 )
 _APPLE_DOUBLE, _HIDDEN = "._* of macOS", "hidden"
 # Names of the parts of a folder; the first there is wins.
-_TRAIN, _TEST = ("train", "training"), ("val", "valid", "validation", "test", "testing")
+TRAIN, TEST = ("train", "training"), ("val", "valid", "validation", "test", "testing")
 
 
 def cache_root() -> Path:
@@ -170,7 +170,7 @@ def split_folders(folder: str) -> dict[str, str]:
         ways = (os.path.join(folder, way) for name in names for way in (name, name.title(), name.upper()))
         return next(filter(os.path.isdir, ways), None)
 
-    train, test = first(_TRAIN), first(_TEST)
+    train, test = first(TRAIN), first(TEST)
     return {"train": train, "bank": train, "test": test} if train and test else {"train": folder, "bank": folder}
 
 

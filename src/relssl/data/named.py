@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import re
 import socket
@@ -22,11 +21,15 @@ from relssl.data import digits
 from relssl.data.folder import EXTENSIONS, LeftOut, complete, read_folder, shown, split_folders, walk
 from relssl.data.images import IMAGENET_MEAN, IMAGENET_STD, Channels, Files, Images, Pixels
 from relssl.data.lists import LIST_SUFFIXES, read_list
+from relssl.data.shards import listed, read_shards
 from relssl.errors import ConfigError, DataError
+from relssl.files import locked
+from relssl.settings import parts
 from relssl.settings.reading import nearest_word
 
 T = TypeVar("T")
 SPLITS = ("train", "bank", "test")
+PREFIXES = ("hf:", "shards:")  # of DATA that is neither a name nor a path
 IMAGENET100 = tuple(Path(__file__).with_name("imagenet100.txt").read_text("ascii").split())  # HobbitLong/CMC's list, sorted
 
 
@@ -51,7 +54,7 @@ def load(data: str, root: str | None, split: str) -> Images:
     """Return the images that DATA names.
 
     Args:
-        data: a name of `SETS`, a folder, or a list file (.txt, .lst, .csv, .tsv).
+        data: a name of `SETS`, a folder, a list file (.txt, .lst, .csv, .tsv), or a part from outside, see `own.open_dataset`.
         root: where named data sets lie; None: $RELSSL_DATA, else ~/.cache/relssl.
         split: "train" (what pretraining uses), "bank" (training images with labels) or "test". The first two are one and
             the same but for stl10, whose `train` holds its unlabelled images (label -1) as well.
@@ -62,8 +65,14 @@ def load(data: str, root: str | None, split: str) -> Images:
     """
     if split not in SPLITS:
         raise ConfigError(f"split: must be one of {', '.join(SPLITS)}, got {split!r} (nearest: {nearest_word(split, SPLITS)})")
-    path = exists(data, root)
-    if path is None or data in SETS:
+    path, (prefix, _, rest) = exists(data, root), data.partition(":")
+    if prefix in _PREFIXED:
+        images = _PREFIXED[prefix](rest, split)
+    elif parts.is_part(data):
+        from relssl.data.own import open_dataset
+
+        images = open_dataset(parts.find("data", data), parts.title(data), split)
+    elif path is None or data in SETS:
         images = _READERS[SETS[data].kind](data, data_root(root), split)
     elif os.path.isdir(path):
         images = read_voc(path, split) if _voc_lists(path) else read_folder(path, split)
@@ -73,7 +82,11 @@ def load(data: str, root: str | None, split: str) -> Images:
         images = read_list(path)
     if len(images) == 0:
         reasons = "; ".join(images.notes) or "nothing is in it"
-        where = "" if path is None or os.path.isdir(path) else "; paths count from the list's folder or the working folder"
+        where = (
+            ""
+            if path is None or prefix in _PREFIXED or os.path.isdir(path)
+            else "; paths count from the list's folder or the working folder"
+        )
         raise DataError(f"{images.name}: names or holds no usable image ({reasons}{where})")
     return images
 
@@ -85,7 +98,7 @@ def sample(data: str, root: str | None, count: int) -> Images | None:
     """
     if not at_hand(data, root):
         return None
-    with contextlib.suppress(DataError):
+    with contextlib.suppress(DataError, ConfigError):  # what was handed over is not always at hand
         if (path := exists(data, root)) is None or not os.path.isdir(path):
             return load(data, root, "train")
         folder = split_folders(path)["train"]
@@ -109,12 +122,18 @@ def exists(data: str, root: str | None) -> str | None:
     """Check that DATA can be what it names, before anything slow is imported; images are not read.
 
     Returns:
-        The folder or list file that it names; None for a set that `load` may download or draw.
+        The folder, list file or `shards:PATTERN` that it names, the last from the root on; None for a set that `load` may download,
+        draw or call for.
 
     Raises:
         DataError: for a name that is not known, a path that does not exist, a folder without images, an empty list file.
     """
-    path = os.path.expanduser(data)
+    path, (prefix, _, rest) = os.path.expanduser(data), data.partition(":")
+    if prefix == "shards":
+        listed(rest)
+        return f"shards:{os.path.abspath(os.path.expanduser(rest))}"
+    if parts.is_part(data):
+        return None
     if data in SETS:
         if SETS[data].kind != "imagenet":
             return None
@@ -172,10 +191,7 @@ def fetch(name: str, root: str, read: Callable[[bool], T]) -> T:
     try:
         if root.startswith("~"):
             raise FileNotFoundError("no home folder is known here")
-        Path(root).mkdir(parents=True, exist_ok=True)
-        with Path(root, f".{name}.lock").open("w") as lock:
-            with contextlib.suppress(OSError):  # not on every network drive
-                fcntl.flock(lock, fcntl.LOCK_EX)
+        with locked(Path(root, f".{name}.lock")):
             socket.setdefaulttimeout(30)
             return read(True)
     except MemoryError:
@@ -354,3 +370,4 @@ _READERS: dict[str, Callable[[str, str, str], Images]] = {  # of the name, the r
     "tiny-imagenet": _read_tiny_imagenet,
     "voc07": _read_voc07,
 }
+_PREFIXED: dict[str, Callable[[str, str], Images]] = {"shards": read_shards}  # of what follows the prefix, and a split

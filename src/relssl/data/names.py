@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import unicodedata
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate, islice
 
@@ -64,8 +64,11 @@ def table(rows: Iterable[tuple[bytes, *tuple[int, ...]]], columns: int) -> tuple
 class Words:
     """The words that label images, numbered as they are met; an empty one labels nothing."""
 
-    def __init__(self) -> None:
-        self._numbers = {b"": 0}
+    def __init__(self, words: Iterable[bytes] = ()) -> None:
+        self._numbers = {word: number for number, word in enumerate(dict.fromkeys([b"", *words]))}
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self._numbers)
 
     def number(self, word: bytes) -> int:
         """Return the number of a word."""

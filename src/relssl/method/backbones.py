@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import bisect
+import copy
 import fnmatch
 import functools
+import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -13,11 +15,12 @@ from typing import Any
 import timm
 import torch
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from relssl.errors import ConfigError
+from relssl.settings import parts
 from relssl.settings.reading import nearest_word
 
 # What names of torchvision's networks begin with; all others are timm's.
@@ -33,8 +36,10 @@ def create_backbone(
 ) -> nn.Module:
     """Create a randomly initialised network without its classifier: images [N, C, H, W] to features [N, F].
 
+    A network of the user's own (`own_backbone`) has the weights that it comes with.
+
     Args:
-        name: timm's name, such as `resnet18`, or `torchvision/` and the name of a classification network there.
+        name: timm's name, such as `resnet18`, or `torchvision/` and the name of a classification network there, or a part from outside.
         stem: `standard`, or for small images `small` (first convolution 3x3 with stride 1, no max-pool: the papers' CIFAR networks),
             `small-pool` (max-pool kept: their STL-10 and Tiny-ImageNet networks) or `small-wide` (as `small` but padded by 2, which
             makes maps of 34x34 of 32x32 pixels: solo-learn's CIFAR networks).
@@ -47,6 +52,10 @@ def create_backbone(
         ConfigError: if the name or the arguments are unknown, or the network has no stem that can be made small.
     """
     full = arguments(name, args or {}, size)
+    if parts.is_part(name):
+        if classes:
+            raise ConfigError(f"backbone: {parts.title(name)} is no network that a classifier is known to fit on")
+        return own_backbone(name, full)
     library = "torchvision" if name.startswith(TORCHVISION) else "timm"
     if not (timm.is_model(name) if library == "timm" else name in names()):
         raise ConfigError(f"backbone: {library} knows no {name!r}; the nearest is {nearest_word(name, names())}")
@@ -61,6 +70,43 @@ def create_backbone(
     # Its first convolution need not have as many: some networks fold pixels into channels before it.
     network.in_chans = int(full.get("in_chans", 3))  # type: ignore[assignment]
     return network
+
+
+def own_backbone(name: str, args: Mapping[str, Any]) -> nn.Module:
+    """Return a copy of the module that was handed over, or what the named function makes of `args`, on the CPU and in fp32.
+
+    It keeps the names of its weights. Where it gives maps [N, F, h, w], the copy averages them. Of a function that has no argument
+    `in_chans`, the images' channels are checked by `feature_width` alone.
+
+    Raises:
+        ConfigError: if the part is not at hand, fails, or is no network.
+    """
+    part, title, given = parts.find("backbone", name), parts.title(name), dict(args)
+    channels = int(given.get("in_chans", 3))
+    try:
+        if isinstance(part, nn.Module):
+            if given.keys() - {"in_chans"}:
+                raise ConfigError(f"backbone_args: {title} is a network already, which takes none; leave them out")
+            network = copy.deepcopy(part)
+        else:
+            taken = inspect.signature(part).parameters.values()
+            if not any(each.name == "in_chans" or each.kind is each.VAR_KEYWORD for each in taken):
+                given.pop("in_chans", None)
+            network = part(**given)
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever a user's function raises
+        raise ConfigError(f"backbone: {title} does not give a network: {type(error).__name__}: {_reason(error)}") from error
+    if not isinstance(network, nn.Module):
+        raise ConfigError(f"backbone: {title} gives a {type(network).__name__}, needs a torch.nn.Module")
+    network.register_forward_hook(_average)
+    network.in_chans = channels  # type: ignore[assignment]
+    return network.cpu().float()
+
+
+def _average(_: nn.Module, images: Any, features: Any) -> Any:
+    """Average maps [N, F, h, w] to features [N, F]."""
+    return features.mean((2, 3)) if isinstance(features, Tensor) and features.ndim == 4 else features
 
 
 def _reason(error: Exception) -> str:
@@ -188,11 +234,13 @@ def feature_width(backbone: nn.Module, size: int) -> int:
     try:
         features = backbone.eval()(torch.zeros(2, channels_of(backbone), size, size, device=device))
     except Exception as error:  # whatever a network raises, the user needs to hear that this size does not fit
-        raise ConfigError(f"backbone: images of {size} pixels do not pass through it: {_reason(error)}") from error
+        pixels = f"{channels_of(backbone)} x {size} x {size}"
+        raise ConfigError(f"backbone: images of {pixels} pixels do not pass through it: {_reason(error)}") from error
     finally:
         backbone.train(training)
-    if features.ndim != 2:
-        raise ConfigError(f"backbone: gives {list(features.shape)} for 2 images, needs one vector an image")
+    if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != 2 or not features.is_floating_point():
+        given = list(features.shape) if isinstance(features, Tensor) else f"a {type(features).__name__}"
+        raise ConfigError(f"backbone: gives {given} for 2 images, needs one vector an image")
     return int(features.shape[1])
 
 
@@ -288,7 +336,9 @@ def _smallest(name: str, size: int) -> int | None:
 
 
 def weightless(name: str, *args: Any, **kwargs: Any) -> nn.Module:
-    """A network, as of `create_backbone`, whose weights have shapes and no values: it takes neither time nor memory."""
+    """A network, as of `create_backbone`, whose weights have shapes and no values: it takes neither time nor memory. Or a user's own."""
+    if parts.is_part(name):
+        return create_backbone(name, *args, **kwargs)
     try:
         with torch.device("meta"):
             return create_backbone(name, *args, **kwargs)

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from relssl.errors import ConfigError
 from relssl.method.batchnorm import shuffled
 from relssl.method.encoder import Encoder
 from relssl.method.memory import Memory
@@ -44,8 +45,12 @@ ALONE = World()
 OBJECTIVES: dict[str, Callable[..., Tensor]] = {"plain": objective, "tiled": tiled_objective}
 
 
+# What the schedules say of each step, which it may take.
+SCHEDULED = ("teacher_temperature", "teacher_momentum", "warmup_mix")
+
+
 class Method(nn.Module):
-    """Student, teacher and memory; a subclass adds a `step` from views of B samples to a loss.
+    """Student, teacher and memory; a subclass adds a `step` from views of B samples to a loss. So may yours: docs/own-parts.md.
 
     One optimizer step of training is
 
@@ -63,9 +68,13 @@ class Method(nn.Module):
         generator: source of the memory's first, random keys.
         loss_form: plain, or tiled: the same loss over the memory in less memory and time.
         symmetric: teacher and student see both views, and each is matched to the other, where a method leaves that open.
+        given: a teacher that is given instead: views to embeddings [T, B, D] as Encoder, and never changed; see `FrozenTeacher`.
     """
 
     has_teacher: ClassVar[bool] = True
+    traits: ClassVar[Any] = (
+        None  # settings.run.Traits; None: those of the class that it is made from, else a memory if there is a teacher
+    )
     # Names of the settings that `step` takes: constants of `method`, and what its schedules say of a step.
     constants: ClassVar[tuple[str, ...]] = ()
     scheduled: ClassVar[tuple[str, ...]] = ()
@@ -78,10 +87,12 @@ class Method(nn.Module):
         generator: torch.Generator | None = None,
         loss_form: str = "plain",
         symmetric: bool = False,
+        given: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.student: nn.Module = student
-        self.teacher = student.teacher() if self.has_teacher else None
+        self.given = given
+        self.teacher = student.teacher() if self.has_teacher and given is None else None
         self.memory = Memory(memory_size, dim, generator) if memory_size else None
         self.objective, self.symmetric = OBJECTIVES[loss_form], symmetric
 
@@ -96,6 +107,34 @@ class Method(nn.Module):
         """
         raise NotImplementedError
 
+    def forward(self, *views: Any, **settings: Any) -> Step:
+        """Make a `step`, and check what it returns.
+
+        Raises:
+            ConfigError: if that is no Step, or one of other shapes, or without a gradient.
+        """
+        step: Any = self.step(*views, **settings)
+        samples, dim = len(views[0]), None if self.memory is None else self.memory.keys.shape[1]
+        fault = "" if isinstance(step, Step) else f"a {type(step).__name__}"
+        if not fault and (step.loss.ndim or not step.loss.requires_grad):
+            fault = f"a loss of shape {list(step.loss.shape)}{' without' * (not step.loss.requires_grad)} gradient"
+        if not fault and (step.queries.ndim, step.queries.shape[1:2], step.keys.shape[:1], step.keys.ndim) != (
+            3,
+            (samples,),
+            (samples,),
+            2,
+        ):
+            fault = f"queries {list(step.queries.shape)} and keys {list(step.keys.shape)} of {samples} samples"
+        if not fault and dim not in (None, step.keys.shape[1]):
+            fault = f"keys {list(step.keys.shape)} for a memory of dimension {dim}"
+        if fault:
+            raise ConfigError(
+                f"method.name: the step of {type(self).__name__} returns {fault}; needs a Step of a scalar loss with its gradient, queries "
+                "[V, B, D] and keys [B, D]"
+            )
+        result: Step = step
+        return result
+
     @property
     def past(self) -> Tensor:
         """The memory's keys [K, D], from before this step: no sample meets itself."""
@@ -105,8 +144,8 @@ class Method(nn.Module):
     @torch.no_grad()
     def keys(self, views: Sequence[Tensor], world: World = ALONE) -> Tensor:
         """The teacher's embeddings of T views, [T, B, D]."""
-        assert self.teacher is not None
-        teacher, order = self.teacher, world.order
+        teacher, order = self.given if self.teacher is None else self.teacher, world.order
+        assert teacher is not None
         if order is None:
             keys: Tensor = teacher(views)
             return keys
@@ -134,7 +173,7 @@ class Method(nn.Module):
         """teacher <- momentum * teacher + (1 - momentum) * student, parameters only and in fp32, if `when` [] says so.
 
         Batch-norm statistics are not averaged: the teacher runs in training mode and keeps its own (official code). `when` is read on
-        the device: no step waits for it.
+        the device: no step waits for it. A teacher that was given stays.
         """
         if self.teacher is None:
             return

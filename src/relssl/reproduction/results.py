@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -141,11 +140,9 @@ def by_name(outcomes: Mapping[int, Outcome], part: str) -> dict[str, dict[int, f
 
 def against_paper(row: Row, data: str, figures: Mapping[str, Values]) -> list[dict[str, Any]]:
     """Return the published numbers of a row on that data, each with the difference of our mean where `figures` has one."""
-    numbers = [{name: each[name] for name in ("figure", "value", "sure", "by")} for each in row.paper if each["data"] == data]
-    for number in numbers:
-        ours = figures.get(REPORTED[number["figure"]])
-        number["difference"] = statistics.fmean(ours.values()) - number["value"] if ours else None
-    return numbers
+    ours = {name: statistics.fmean(figures[own].values()) for name, own in REPORTED.items() if figures.get(own)}
+    numbers = [(each, each["figure"]) for each in row.paper if each["data"] == data]
+    return [each | {"difference": ours[name] - each["value"] if name in ours else None} for each, name in numbers]
 
 
 def paired(figures: Mapping[str, Values], reference: Mapping[str, Values]) -> dict[str, Any]:
@@ -217,16 +214,8 @@ def page(content: Mapping[str, Any]) -> str:
         beside=_union(row["beside_reference"] for row in rows),
         ends={name: words for name, words in ENDS.items() if any(name in row["ends"] for row in rows)},
         compared=any(number["difference"] is not None for row in rows for number in row["paper"]),
-        machines=Counter(_machine(run["environment"]) for run in content["runs"]),
     )
     return text.strip() + "\n"
-
-
-def _machine(here: Mapping[str, Any]) -> str:
-    versions = ", ".join(f"{name} {here['versions'][name]}" for name in ("relssl", "torch", "torchvision", "timm"))
-    return (
-        f"{here['engine']}; {here['cores']} cores of {here['processor']}; {versions}; revision {(here['git'] or 'unknown')[:12]}"
-    )
 
 
 def _union(maps: Iterable[Mapping[str, Any]]) -> list[str]:

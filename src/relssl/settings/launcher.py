@@ -52,14 +52,12 @@ def with_launch(config: Config, *, resumed: bool = False) -> Config:
     if launch is None:
         if config.engine.nodes > 1:
             raise ConfigError(
-                f"engine.nodes: {config.engine.nodes} machines need a launcher; start the command on each of them with torchrun or srun"
+                f"engine.nodes: {config.engine.nodes} machines need torchrun or srun to start the command on each of them"
             )
         return config
     world, here = int(launch["WORLD_SIZE"]), int(launch["LOCAL_WORLD_SIZE"])
     if not resumed and count not in (1, world):
-        raise ConfigError(
-            f"engine.devices: asks for {count} processes, the launcher has started {world}; leave devices and nodes to it"
-        )
+        raise ConfigError(f"engine.devices: {count} processes wanted, a launcher started {world}; leave devices and nodes to it")
     engine = dataclasses.replace(config.engine, devices=here, nodes=world // here)
     return check(dataclasses.replace(config, engine=engine))
 

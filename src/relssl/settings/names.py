@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from reprlib import repr as show
 from typing import Any
 
 from relssl.errors import ConfigError
@@ -13,6 +14,7 @@ _WORDS = {
     "out": "output_dir output run_dir save_dir",
     "backbone": "model arch",
     "epochs": "max_epochs num_epochs",
+    "start_from": "from",
     "accumulate": "accumulate_grad_batches grad_accum_steps gradient_accumulation_steps",
     "views.weak.size views.strong.size": "image_size img_size input_size size",
     "method.memory_size": "memory_size queue_size",
@@ -35,13 +37,26 @@ _MEANT = {word: setting.split() for setting, words in _WORDS.items() for word in
 
 # The settings of a run that nearly everyone has a use for.
 MAIN = (
-    *("recipe", "backbone", "method.name", "epochs", "max_steps", "time_limit", "batch_size", "accumulate", "optimizer.lr"),
+    *(
+        "recipe",
+        "start",
+        "teacher",
+        "backbone",
+        "method.name",
+        "epochs",
+        "max_steps",
+        "time_limit",
+        "batch_size",
+        "accumulate",
+        "optimizer.lr",
+    ),
     *("optimizer.weight_decay", "optimizer.warmup_epochs", "views.weak.size", "method.memory_size", "out", "seed"),
     *("engine.device", "engine.devices", "engine.precision", "loader.workers", "log.knn_every", "log.to"),
 )
 
-_WEIGHTS = "a run starts from random weights; `relssl evaluate` and `relssl embed` take weights that exist"
-_VIEWS = "views are made as the settings below views.weak and views.strong say"
+_WEIGHTS = "weights to begin with are given as start (a run, a file or a timm name), those of a frozen teacher as teacher"
+_VIEWS = "views are made as the settings below views.weak and views.strong say; views.weak.name may be your own, package.module:function"
+_HOOKS = "hooks=[...] of relssl.pretrain in Python takes objects with on_row and others; RUN/metrics.jsonl holds all figures as they come"
 _SCHEDULE = "the learning rate rises over optimizer.warmup_epochs and falls to 0 on a cosine"
 # Words for what is no setting of a run, and what to do instead.
 _ELSEWHERE = {
@@ -52,7 +67,7 @@ _ELSEWHERE = {
     "transform transforms transform_args augmentations": _VIEWS,
     "init weights checkpoint checkpoint_path pretrained pretrained_path pretrained_weights initial_checkpoint": _WEIGHTS,
     "model_args model_kwargs drop_path drop_path_rate drop_rate": "is the network's: backbone_args '{drop_path_rate: 0.1}'",
-    "callbacks callback": "there are no callbacks; RUN/metrics.jsonl holds all figures as they come",
+    "callbacks callback hooks hook": _HOOKS,
     "overwrite": "a run folder is never overwritten; give another out",
 }
 ELSEWHERE = {word: advice for words, advice in _ELSEWHERE.items() for word in words.split()}
@@ -83,5 +98,6 @@ def spell(given: Mapping[str, Any], known: Collection[str] = ()) -> dict[str, An
         for setting in meant(name, known):
             before = spelled.setdefault(setting, value)
             if before is not value and str(before) != str(value):
-                raise ConfigError(f"{setting}: is given twice, as {before} and as {value} ({name}); give it once")
+                values = " and as ".join(" ".join(show(each).split()) for each in (before, value))
+                raise ConfigError(f"{setting}: is given twice, as {values} ({name}); give it once")
     return spelled

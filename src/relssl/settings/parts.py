@@ -17,20 +17,37 @@ from typing import Any
 
 from relssl.errors import ConfigError
 
-_HANDED = "handed:"
+SETTINGS = ("backbone", "data", "method.name", "views.weak.name", "views.strong.name")
+HANDED = "handed:"
 _NAME = re.compile(r"(?!hf:|shards:)[A-Za-z_]\w*([.][A-Za-z_]\w*)*:[A-Za-z_]\w*")  # but for the prefixes of DATA
 _AT_HAND: ContextVar[Mapping[str, Any]] = ContextVar("parts", default={})  # noqa: B039 - never changed in place
 
 
 def is_part(value: Any) -> bool:
     """Return whether a setting's value names a part from outside, by the look of it alone."""
-    return isinstance(value, str) and (value.startswith(_HANDED) or _NAME.fullmatch(value) is not None)
+    return isinstance(value, str) and (value.startswith(HANDED) or _NAME.fullmatch(value) is not None)
+
+
+def named(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return settings, by dotted names, with a name in the place of each object that was handed over; and these objects, for `at_hand`."""
+    parts = {name: settings[name] for name in SETTINGS if not isinstance(settings.get(name), (str, os.PathLike, type(None)))}
+    return {**settings, **{name: name_of(part) for name, part in parts.items()}}, parts
+
+
+def is_handed(value: str) -> bool:
+    """Return whether a part was handed over as an object."""
+    return value.startswith(HANDED)
+
+
+def title(value: str) -> str:
+    """Return what to call a part, or anything else that a setting names, in messages."""
+    return value.removeprefix(HANDED)
 
 
 def name_of(part: Any) -> str:
     """Return the text that stands in the settings for an object that is handed over."""
     named = part if hasattr(part, "__qualname__") else type(part)  # a class or function, else an object of a class
-    return f"{_HANDED}{named.__module__}.{named.__qualname__}"
+    return f"{HANDED}{named.__module__}.{named.__qualname__}"
 
 
 @contextlib.contextmanager
@@ -43,18 +60,22 @@ def at_hand(parts: Mapping[str, Any]) -> Iterator[None]:
         _AT_HAND.reset(token)
 
 
+def is_given(setting: str, value: str) -> bool:
+    """Return whether the name of a setting's part, rather than the part, is at hand."""
+    return bool(_AT_HAND.get().get(setting) == value)
+
+
 def find(setting: str, value: str) -> Any:
     """Return the object that a setting's `value` names.
 
     Raises:
         ConfigError: if it was handed over to another process or another call, or cannot be imported, with the setting and the reason.
     """
-    if value.startswith(_HANDED):
+    if is_handed(value):
         part = _AT_HAND.get().get(setting)
         if part is None or name_of(part) != value:
-            title = value.removeprefix(_HANDED)
             raise ConfigError(
-                f"{setting}: {title} was handed over in Python, and is not at hand here; hand it over again ({_again(setting)})"
+                f"{setting}: {title(value)} was handed over in Python, and is not at hand here; hand it over again ({_again(setting)})"
             )
         return part
     module, _, name = value.partition(":")

@@ -17,6 +17,9 @@ from rich.progress import BarColumn, Progress, TextColumn
 from relssl.files import duration, storing
 from relssl.train.signals import StopRequest
 
+# The figures of an epoch's line.
+_WORDS = {"loss": "loss {:.3f}", "teacher_neighbours": "neighbours {:.0f}", "images_per_second": "{:.0f} img/s"}
+_WORDS |= {"data_wait": "data wait {:.0%}", "knn_top1": "kNN {:.1f} %", "knn_teacher_top1": "(teacher {:.1f} %)"}
 _FRAME = 0.1  # seconds between two pictures of the bar
 _FIRST, _LATER = 60.0, 600.0  # seconds without a line after which a console that is no terminal gets one, at first and later on
 
@@ -145,16 +148,8 @@ class Display:
     def row(self, row: dict[str, Any], epoch_ended: bool) -> None:
         """Show a row's main figures; at the end of an epoch on a line of their own."""
         self._words = f"loss {row['loss']:.3f}"
-        if not epoch_ended:
-            return
-        words = [f"epoch {row['epoch']:>4}", self._words]
-        if "teacher_neighbours" in row:
-            words.append(f"neighbours {row['teacher_neighbours']:.0f}")
-        words += [f"{row['images_per_second']:.0f} img/s", f"data wait {row['data_wait']:.0%}"]
-        if "knn_top1" in row:
-            teacher = f" (teacher {row['knn_teacher_top1']:.1f} %)" if "knn_teacher_top1" in row else ""
-            words.append(f"kNN {row['knn_top1']:.1f} %{teacher}")
-        words += self._speed(row["step"])[1:]
-        self._due = time.monotonic() + _LATER
-        tell = self.note if self._live and "knn_top1" not in row else self.say
-        tell("  ".join(words))
+        if epoch_ended:
+            words = [f"epoch {row['epoch']:>4}", *(form.format(row[name]) for name, form in _WORDS.items() if name in row)]
+            self._due = time.monotonic() + _LATER
+            tell = self.note if self._live and "knn_top1" not in row else self.say
+            tell("  ".join([*words, *self._speed(row["step"])[1:]]))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import math
-import os
 import shutil
 import sys
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,10 +25,10 @@ from relssl.files import size
 from relssl.method import create_student
 from relssl.method.backbones import count_flops
 from relssl.settings.launcher import with_launch
-from relssl.settings.run import Config, derive, resolve
+from relssl.settings.run import Config, derive, handed_over
 from relssl.train.checkpoint import whole_state
 from relssl.train.loop import Run, create_run, knn_due, save_due, train_step
-from relssl.train.memory import memory_used, step_memory
+from relssl.train.memory import double, peak_memory, step_memory
 from relssl.train.pretrain import WORTH_COMPILING, build, compile_networks, explaining, pass_noise, read
 from relssl.train.run_folder import default_folder
 from relssl.weights import store
@@ -46,6 +45,7 @@ _PARTS = ("data", "teacher", "student", "backward", "update")
 # Side of the matrices that are multiplied, and images [N, C, S, S] of 3x3 convolutions C -> C as in residual networks.
 _SMALL = (2048, ((32, 64, 32), (32, 128, 28), (32, 256, 14)))
 _LARGE = (8192, ((256, 64, 56), (256, 128, 28), (256, 256, 14), (256, 512, 14)))
+Figures = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Estimate:
 
 
 def estimate(
-    data: str | None = None,
+    data: Any = None,
     *,
     config: str | Path | None = None,
     settings: Config | None = None,
@@ -120,7 +120,12 @@ def estimate(
     """
     if steps < 1:
         raise ConfigError(f"steps: must be at least 1, got {steps}")
-    settings = with_launch(settings or resolve(({} if data is None else {"data": data}) | overrides, config))
+    with handed_over(data, config, settings, overrides) as given:
+        return _estimate(with_launch(given), steps, quiet)
+
+
+def _estimate(settings: Config, steps: int, quiet: bool) -> Estimate:
+    """Estimate a run whose parts are at hand; arguments as of `estimate`."""
     engine, still = Engine(settings.engine), dataclasses.replace(settings.optimizer, lr=_STILL)
     lines = list[str]()
     with engine.running(), explaining(settings, engine):
@@ -137,22 +142,21 @@ def estimate(
 
 def affordable(run: Run, seconds: float = 60.0) -> Run:
     """Return the run, or one like it of a smaller batch if a few steps of its own would take longer than so many seconds."""
-    config, engine, derived = run.config, run.engine, derive(run.config)
-    share = smallest = min(run.plan.share, max(4, 2 * derived.norm_splits))
+    engine, derived, most = run.engine, derive(run.config), run.plan.share
+    smallest = min(most, max(4, 2 * derived.norm_splits))
     pass_noise(run, smallest)  # kernels are chosen
     begun = time.perf_counter()
     pass_noise(run, smallest)
     engine.synchronise()
     milliseconds = engine.largest(int(1000 * (time.perf_counter() - begun)) + 1)
     run.state.optimizer.zero_grad(set_to_none=True)
-    while (
-        2 * share <= run.plan.share
-        and _LEAST * 2 * share * derived.passes / engine.world * milliseconds <= 1000 * seconds * smallest
-    ):
-        share *= 2
-    if share * 2 > run.plan.share:
+    in_time = 1000 * seconds * smallest * engine.world / (_LEAST * milliseconds * derived.passes)
+    share = double(smallest, min(in_time, most))
+    if 2 * share > most:
         return run
-    return create_run(dataclasses.replace(config, batch_size=share * derived.passes), engine, run.images, run.online)
+    return create_run(
+        dataclasses.replace(run.config, batch_size=share * derived.passes), engine, run.images, run.online, run.given
+    )
 
 
 def _measure(run: Run, timed: Run, steps: int) -> Estimate:
@@ -161,36 +165,48 @@ def _measure(run: Run, timed: Run, steps: int) -> Estimate:
     evaluations, saves = int(run.online is not None), 0  # one evaluation comes before the first step
     for state.step in range(1, run.total_steps + 1):
         evaluations, saves = evaluations + (knn_due(run) and run.online is not None), saves + save_due(run)
-    timed.state.step, times = timed.total_steps // 2, config.batch_size / timed.config.batch_size
+    timed.state.step = timed.total_steps // 2
     seconds, shares, unreadable = time_steps(timed, steps)
-    seconds = [times * each for each in seconds]
+    seconds = [each * config.batch_size / timed.config.batch_size for each in seconds]
     memory = peak_memory(engine, config.engine.devices)  # before anything is measured that training does not do
     if timed is not run:
-        extra = [step_memory(each.config, engine, each.plan.share, max(1, run.classes)) for each in (run, timed)]
-        memory["device_used" if memory["device_total"] else "used"] += (extra[0] - extra[1]) * config.engine.devices
+        whole, part = (
+            step_memory(each.config, engine, each.plan.share, max(1, run.classes), state.model.given) for each in (run, timed)
+        )
+        memory["device_used" if memory["device_total"] else "used"] += (whole - part) * config.engine.devices
     mean, (low, middle, high) = float(np.mean(seconds)), np.quantile(seconds, [0.1, 0.5, 0.9]).tolist()
-    flops, rate = step_flops(config, run.classes), attainable(engine)
-    floor, training = sum(flops.values()) * config.batch_size / engine.world / rate, run.total_steps * mean
+    flops, rate, per_rank = (
+        step_flops(config, run.classes, state.model.given),
+        attainable(engine),
+        config.batch_size / engine.world,
+    )
     # An evaluated image is waited for and passes each network once: about what one of the student's views takes.
-    each = (shares["data"] + shares["student"] / max(1, len(derive(config).strong))) * mean * engine.world / config.batch_size
-    evaluated = len(run.networks) * (len(run.online.pair.bank) + len(run.online.pair.test)) if run.online else 0
-    evaluating = evaluations * each * evaluated
+    view = (shares["data"] + shares["student"] / max(1, len(derive(config).strong))) * mean / per_rank
+    evaluated = len(run.networks) * run.online.count if run.online else 0
+    training, evaluating, floor = run.total_steps * mean, evaluations * evaluated * view, sum(flops.values()) * per_rank / rate
     folder = Path(config.out or default_folder(config)).absolute()
-    disk = {"checkpoint": sum(tensor.nbytes for tensor in store.flatten(whole_state(state, engine))[0].values())}
-    # At most there are the newest, the best, and a new one before the oldest goes.
-    disk |= {"checkpoints": min(config.checkpoint.keep, saves) + (run.online is not None) + 1, "cache": lacking}
-    disk["free"] = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
-    groups = {"data": shares["data"], "networks": 1 - shares["data"] - shares["update"], "update": shares["update"]}
-    what: dict[str, Any] = {name: getattr(config, name) for name in ("data", "backbone", "batch_size", "epochs")}
-    what |= {"images": len(run.images), "total_steps": run.total_steps, "unreadable": unreadable, "evaluations": evaluations}
-    what |= {"device": engine.describe(), "kind": engine.device.type, "world": engine.world, "threads": engine.threads}
-    what |= {"cores": available_cores(), "workers": run.loader.workers}
-    what |= {"step_seconds": middle, "step_low": low, "step_high": high, "step_mean": mean, "steps_timed": len(seconds)}
-    what["timed_batch"] = timed.config.batch_size
-    what |= {"images_per_second": config.batch_size / mean, "seconds": training + evaluating, "training_seconds": training}
-    what |= {"evaluation_seconds": evaluating, "memory": memory, "disk": disk, "flops": flops, "attainable_flops": rate}
-    what |= {"floor_seconds": floor, "floor_multiple": mean / floor, "shares": shares}
-    return Estimate(**what, limit=max(groups, key=lambda name: groups[name]))
+    limits = {"data": shares["data"], "networks": 1 - shares["data"] - shares["update"], "update": shares["update"]}
+    disk = {
+        "checkpoint": sum(tensor.nbytes for tensor in store.flatten(whole_state(state, engine))[0].values()),
+        # At most there are the newest, the best, and a new one before the oldest goes.
+        "checkpoints": min(config.checkpoint.keep, saves) + (run.online is not None) + 1,
+        "free": shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free,
+        "cache": lacking,
+    }
+    asked: Figures = {name: getattr(config, name) for name in ("data", "backbone", "batch_size", "epochs")}
+    asked |= {"images": len(run.images), "total_steps": run.total_steps, "evaluations": evaluations, "unreadable": unreadable}
+    machine: Figures = {
+        "device": engine.describe(),
+        "kind": engine.device.type,
+        "world": engine.world,
+        "cores": available_cores(),
+    }
+    machine |= {"threads": engine.threads, "workers": run.loader.workers, "memory": memory, "disk": disk}
+    step: Figures = {"step_seconds": middle, "step_low": low, "step_high": high, "step_mean": mean, "steps_timed": len(seconds)}
+    step |= {"timed_batch": timed.config.batch_size, "images_per_second": config.batch_size / mean, "shares": shares}
+    step |= {"flops": flops, "attainable_flops": rate, "floor_seconds": floor, "floor_multiple": mean / floor}
+    length: Figures = {"seconds": training + evaluating, "training_seconds": training, "evaluation_seconds": evaluating}
+    return Estimate(**asked, **machine, **step, **length, limit=max(limits, key=limits.__getitem__))
 
 
 def _missing_cache(run: Run) -> int:
@@ -241,7 +257,7 @@ def time_steps(run: Run, steps: int, limit: float = 60.0) -> tuple[list[float], 
             break
     # Between the networks and the optimizer is the loss, with its backward pass and the student's.
     handles: list[Any] = [state.optimizer.register_step_pre_hook(partial(mark, "backward"))]
-    for name, network in (("student", state.model.student), ("teacher", state.model.teacher)):
+    for name, network in (("student", state.model.student), ("teacher", state.model.teacher), ("teacher", state.model.given)):
         if network is not None:
             handles += [network.register_forward_pre_hook(partial(mark, "backward"))]
             handles += [network.register_forward_hook(partial(mark, name))]
@@ -264,24 +280,13 @@ def time_steps(run: Run, steps: int, limit: float = 60.0) -> tuple[list[float], 
     return seconds, {name: span / sum(seconds) for name, span in parts.items()}, len(unreadable)
 
 
-def peak_memory(engine: Engine, processes: int) -> dict[str, int]:
-    """Return `Estimate.memory` up to now, if all `processes` of this machine take as much as this one."""
-    used = processes * memory_used()
-    total, device_used, device_total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), 0, 0
-    with suppress(OSError, ValueError):  # no container, or one without a limit
-        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    if engine.device.type == "cuda":
-        device_used = torch.cuda.max_memory_reserved(engine.device)
-        device_total = torch.cuda.get_device_properties(engine.device).total_memory
-    return {"used": used, "total": total, "device_used": device_used, "device_total": device_total}
-
-
-def step_flops(config: Config, classes: int = 1) -> dict[str, int]:
+def step_flops(config: Config, classes: int = 1, given: torch.nn.Module | None = None) -> dict[str, int]:
     """Count the floating-point operations of one optimizer step per image, two for a multiply-add, on the run's own networks: convolutions,
     matrix products and attention. ReSSL's InfoNCE adds nothing, as its similarities are those of the relation.
 
     Args:
         classes: of the labels, for supervised learning; where they are not known, 1 leaves out next to nothing.
+        given: a frozen teacher.
 
     Returns:
         {"teacher", "student": forward, "backward": the student's, "memory": similarities and their gradient}; 0 for what there is not.
@@ -299,7 +304,7 @@ def step_flops(config: Config, classes: int = 1) -> dict[str, int]:
         flops = {"teacher": 0, "student": count_flops(lambda: embeddings.append(student(seen)))}
         flops["backward"] = count_flops(lambda: embeddings[0].sum().backward())  # type: ignore[no-untyped-call]
         if derived.traits.teacher:
-            teacher = student.teacher()
+            teacher = student.teacher() if given is None else copy.deepcopy(given).cpu()
             flops["teacher"] = count_flops(lambda: teacher(taught))
     if derived.traits.whole_batch:  # each query with two views of each image, and its gradient
         products = 2 * len(seen) * 2 * config.batch_size
@@ -336,18 +341,14 @@ def attainable(engine: Engine, seconds: float = 1.0) -> float:
 def advise(figures: Estimate, config: Config) -> tuple[Advice, ...]:
     """Return the three changes most worth trying, the most important first."""
     disk, memory, waiting, gpu = figures.disk, figures.memory, figures.shares["data"], figures.kind == "cuda"
-    needed, parts, knn, derived = (
-        disk["checkpoint"] * disk["checkpoints"],
-        2 * config.accumulate,
-        config.log.knn_every,
-        derive(config),
-    )
+    needed, parts, knn = disk["checkpoint"] * disk["checkpoints"], 2 * config.accumulate, config.log.knn_every
     used = max(memory["used"] / memory["total"], memory["device_used"] / max(memory["device_total"], 1))
     computing, spare = figures.threads * config.engine.devices, figures.cores // config.engine.devices - 1
     fits = config.batch_size % (parts * figures.world) == 0 and config.batch_size // figures.world >= 2 * parts
+    crowded = used > 0.9 and fits and not derive(config).traits.whole_batch
     slow = figures.workers is not None and waiting > 0.1 and not disk["cache"]
     idle = slow and (figures.workers or 0) < spare
-    side = round(max(view.size for view in derived.views) * 8 / 7)
+    side = round(max(view.size for view in derive(config).views) * 8 / 7)
     knn_share = figures.evaluation_seconds / figures.seconds
     often = figures.evaluation_seconds > 60 and knn_share > 0.1 and knn < config.epochs
     compiling = config.compile == "off" and gpu and figures.total_steps >= WORTH_COMPILING
@@ -355,12 +356,7 @@ def advise(figures: Estimate, config: Config) -> tuple[Advice, ...]:
     full, waits = f"{used:.0%} of the memory is taken", f"{waiting:.0%} of a step is waiting for data"
     rules = (
         (needed > disk["free"], "out", "another disk", f"checkpoints need {size(needed)}, {size(disk['free'])} are free"),
-        (
-            used > 0.9 and fits and not derived.traits.whole_batch,
-            "accumulate",
-            str(parts),
-            f"{full}; in parts, a batch takes less",
-        ),
+        (crowded, "accumulate", str(parts), f"{full}; in parts, a batch takes less"),
         (parts > 2 and used * parts <= 1.6, "accumulate", "1", f"{full}; the batch fits as a whole"),
         (idle, "loader.workers", "null", f"{waits}, and each process has {spare + 1} cores"),
         (slow and not idle and config.loader.cache is None, "loader.cache", str(side), f"{waits}; decode each image only once"),

@@ -26,9 +26,7 @@ def tag(name: str) -> str:
 def refuse_missing(names: Sequence[str]) -> None:
     """Raise ConfigError if a logger's package is not installed, which imports none of them."""
     if missing := [name for name in names if name != "csv" and importlib.util.find_spec(name) is None]:
-        raise ConfigError(
-            *(f"log.to: {name} is not installed; pip install 'relssl[{name}]', or leave it out" for name in missing)
-        )
+        raise ConfigError(*(f"log.to: {name} is not installed; pip install 'relssl[{name}]' or leave it out" for name in missing))
 
 
 class Loggers:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import re
 import resource
 import sys
@@ -14,7 +15,7 @@ from typing import Any
 
 import psutil
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -25,7 +26,7 @@ from relssl.files import size
 from relssl.method import create_method
 from relssl.method.base import Method
 from relssl.method.create import create_run_optimizer
-from relssl.settings.run import METHODS, Config, derive
+from relssl.settings.run import Config, derive
 from relssl.train.loop import step_settings
 
 # A step can hardly take more than so many times the bytes of its views: a huge transformer takes about 1,400 times as many.
@@ -34,7 +35,9 @@ _MOST = 2000
 _MARGINS, _RESERVES = {"cpu": 1.25, "cuda": 1.15}, {"cpu": 256 << 20}
 
 
-def fit(config: Config, engine: Engine, workers: int, classes: int = 1, free: int | None = None) -> Config:
+def fit(
+    config: Config, engine: Engine, workers: int, classes: int = 1, free: int | None = None, given: nn.Module | None = None
+) -> Config:
     """Return the settings, with `fit_batch` those of the largest batch that fits in memory, before any of it is taken.
 
     Args:
@@ -42,6 +45,7 @@ def fit(config: Config, engine: Engine, workers: int, classes: int = 1, free: in
         workers: loader processes of each training process, which hold batches ahead.
         classes: of the labels, for supervised learning.
         free: bytes that there are; default: those of `free_memory`.
+        given: a frozen teacher.
 
     Raises:
         ConfigError: if a step would take more memory than there is, with the batch size or the accumulation that would not.
@@ -56,30 +60,32 @@ def fit(config: Config, engine: Engine, workers: int, classes: int = 1, free: in
 
     def needed(share: int) -> float:
         ahead = 0 if engine.device.type == "cuda" else (2 * workers + 1) * share * image
-        return here * (margin * step_memory(config, engine, share, classes) + reserve + ahead)
+        return here * (margin * step_memory(config, engine, share, classes, given) + reserve + ahead)
 
     most, least = needed(derived.share), needed(smallest)
     if most <= free:
         return config
-    slope = (most - least) / max(1, derived.share - smallest)
-    share = smallest
-    while least + slope * (2 * share - smallest) <= free and 2 * share < derived.share:
-        share *= 2
+    image_takes = (most - least) / max(1, derived.share - smallest)
+    share = double(smallest, smallest + (free - least) / max(1, image_takes))
     batch, fits = share * derived.passes, least <= free
     if config.fit_batch and fits:
         scaled = dataclasses.replace(config.optimizer, lr=config.optimizer.lr * batch / config.batch_size)
         return dataclasses.replace(config, batch_size=batch, fit_batch=False, optimizer=scaled)
-    views = f"{config.batch_size} images in views of {', '.join(sorted({str(view.size) for view in derived.views}))} pixels"
+    pixels = ", ".join(sorted({str(view.size) for view in derived.views}))
     parts = derived.share // share * config.accumulate
     whole = derived.traits.whole_batch or config.batch_size % (parts * here) or not fits
     advice = f"take batch_size {batch}" if fits else "take a smaller network or smaller views"
     advice += "" if whole else f", or keep the batch with accumulate {parts}"
-    raise ConfigError(
-        f"batch_size: a step of {config.backbone} with {views} takes about {size(round(most))} of memory, {size(free)} are free; {advice}"
-    )
+    step = f"a step of {config.backbone} with {config.batch_size} images in views of {pixels} pixels"
+    raise ConfigError(f"batch_size: {step} takes about {size(round(most))} of memory, {size(free)} are free; {advice}")
 
 
-def step_memory(config: Config, engine: Engine, share: int, classes: int = 1) -> int:
+def double(share: int, most: float) -> int:
+    """Return the share doubled as often as it stays at `most`."""
+    return share << int(math.log2(max(1, most / share)))
+
+
+def step_memory(config: Config, engine: Engine, share: int, classes: int = 1, given: nn.Module | None = None) -> int:
     """Compute the bytes that training holds at the peak of a step: networks, memory, optimizer, views and what the gradient needs.
 
     A step of the run's own networks is made with tensors that have shapes and no content, so that it takes a second or two and no
@@ -89,10 +95,11 @@ def step_memory(config: Config, engine: Engine, share: int, classes: int = 1) ->
         config: the resolved settings.
         share: images of one accumulated part on one process.
         classes: of the labels, for supervised learning.
+        given: a frozen teacher.
     """
     devices = [engine.device] if engine.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
-        model = create_method(config, torch.Generator(), "tiled" if derive(config).traits.tiled else "plain", classes)
+        model = create_method(config, torch.Generator(), "tiled" if derive(config).traits.tiled else "plain", classes, given)
     fake = FakeTensorMode()
     with FakeCopyMode(fake):
         model = copy.deepcopy(model.train())
@@ -114,11 +121,11 @@ def _pass(model: Method, config: Config, engine: Engine, share: int) -> None:
     """Pass views of a share forward and back."""
     schedules = {"teacher_temperature": config.method.teacher_temperature, "teacher_momentum": 0.99, "warmup_mix": 0.5}
     settings = step_settings(config, model, schedules)
-    if METHODS[config.method.name].labels:
+    if derive(config).traits.labels:
         settings["labels"] = torch.zeros(share, dtype=torch.int64)
     weak, *strong = (torch.empty(share, config.views.channels, view.size, view.size) for view in derive(config).views)
     with engine.autocast():
-        step = model.step(weak, strong, **settings)
+        step = model(weak, strong, **settings)
     step.loss.backward()  # type: ignore[no-untyped-call]
 
 
@@ -149,6 +156,18 @@ class _Living(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _forget(self, key: int, size: int) -> None:
         self._storages.discard(key)
         self.now -= size
+
+
+def peak_memory(engine: Engine, processes: int) -> dict[str, int]:
+    """Return {"used", "total", "device_used", "device_total"} in bytes up to now: of this machine, if all `processes` take as much as
+    this one, and of its GPU, 0 without one."""
+    total, device_used, device_total = psutil.virtual_memory().total, 0, 0
+    with suppress(OSError, ValueError):  # no container, or one without a limit
+        total = min(total, int(_cgroup("memory.max")))
+    if engine.device.type == "cuda":
+        device_used = torch.cuda.max_memory_reserved(engine.device)
+        device_total = torch.cuda.get_device_properties(engine.device).total_memory
+    return {"used": processes * memory_used(), "total": total, "device_used": device_used, "device_total": device_total}
 
 
 def free_memory(device: torch.device) -> int:

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from operator import attrgetter
@@ -16,28 +16,34 @@ from typing import Any
 import torch
 
 import relssl
+from relssl.data.batched import left_out
 from relssl.data.cache import shrunken
 from relssl.data.images import Images, Pixels
-from relssl.data.loader import Batch, worker_count
-from relssl.data.named import SETS, exists, load
+from relssl.data.loader import Batch, fitting, worker_count
+from relssl.data.named import PREFIXES, SETS, exists, load
+from relssl.data.own import measured
 from relssl.data.subsets import check_variety
 from relssl.engine import Engine
 from relssl.errors import ConfigError, DataError, DistributedError, ExportError, RelsslError, StorageError
 from relssl.evaluation.pairs import LabelledPair, choose
 from relssl.files import read_rows, write_file, write_json
+from relssl.settings import parts, recipes
 from relssl.settings.launcher import rank, with_launch
-from relssl.settings.run import METHODS, Config, derive, from_mapping, resolve, to_mapping, to_yaml
+from relssl.settings.run import Config, derive, from_mapping, handed_over, to_mapping, to_yaml
 from relssl.settings.small import adjustments, give_way
 from relssl.train import checkpoint
 from relssl.train.console import Display
+from relssl.train.hooks import Hooks
 from relssl.train.loggers import refuse_missing
 from relssl.train.loop import Run, create_run, forward, open_loader, origin, scheduled, train
 from relssl.train.memory import fit
-from relssl.train.online import OnlineKnn
+from relssl.train.online import Online, OnlineKnn, OnlineRank
 from relssl.train.run_folder import RunFolder, default_folder, environment, refuse_used
 from relssl.train.signals import StopRequest
+from relssl.train.start import Given, open_sources, teacher_features
 from relssl.weights import store
 from relssl.weights.export import default_target, export
+from relssl.weights.opening import Run as Loaded
 from relssl.weights.opening import load_run
 
 # To compile takes a minute or two; a run of fewer steps would not earn it back.
@@ -62,59 +68,70 @@ class Result:
 
 
 def pretrain(
-    data: str | Path | None = None,
+    data: Any = None,
     *,
     config: str | Path | None = None,
     settings: Config | None = None,
     quiet: bool = False,
     resume: str | None = None,
+    hooks: Sequence[Any] = (),
     **overrides: Any,
 ) -> Result:
     """Pretrain a backbone, with ReSSL or the method that `method` names.
 
     Args:
-        data: name of a data set, folder of images or list file; default: what `config` or the recipe names, else digits.
+        data: name of a data set, folder of images or list file, or a data set, array or tensor; default: what `config` or the recipe names,
+            else digits.
         config: a YAML file of settings.
         settings: a resolved Config, instead of all the others.
         quiet: print nothing.
         resume: "auto": go on with the run in `out` if there is one, or return it if it is complete.
+        hooks: objects with any of the methods `on_start`, `on_row`, `on_evaluation`, `on_checkpoint`, `on_end` (see docs/own-parts.md).
         overrides: settings by name; sections as mappings (`optimizer={"lr": 0.03}`), dotted names through `**`, short names (`lr=0.03`).
+            `backbone` may be a module, `method` a class, `views` {"weak": callable, "strong": callable}.
 
     Returns:
         The finished run, on every rank.
 
     Raises:
-        ConfigError, DataError, StorageError, NumericError, LockedError: each with what to do about it.
+        ConfigError, DataError, StorageError, NumericError, LockedError, HookError: each with what to do about it.
         Interrupted: on a signal or at the time limit, after saving.
     """
-    resolved = with_launch(settings or resolve(({} if data is None else {"data": data}) | overrides, config))
+    with handed_over(data, config, settings, overrides) as given:
+        return _begin(with_launch(given), quiet, resume, Hooks(hooks))
+
+
+def _begin(resolved: Config, quiet: bool, resume: str | None, hooks: Hooks) -> Result:
+    """Begin a run in a new folder, or go on in one that holds a run if `resume` says so."""
+    sources = {name: getattr(resolved, name) for name in ("start", "teacher")}  # files, from the root on, or names
+    resolved = dataclasses.replace(resolved, **{k: os.path.abspath(v) for k, v in sources.items() if v and os.path.exists(v)})
     folder = Path(resolved.out or default_folder(resolved))
     if resume not in (None, "auto"):
         raise ConfigError(f"resume: must be auto, got {resume}; to go on with a run: relssl resume RUN")
     if resume and (folder / "config.yaml").exists():
-        return _go_on(folder, resolved, quiet)
+        return _go_on(folder, resolved, quiet, hooks)
     resolved = dataclasses.replace(resolved, out=str(folder), data=_whole_path(resolved.data, resolved.data_root))
     refuse_missing(resolved.log.to)
     engine = Engine(resolved.engine)
     folder = engine.gather_items([folder])[0]  # of the first rank, whatever a script makes of its name on the others
     engine.on_first(lambda: refuse_used(folder))
-    return _run(resolved, folder, engine, quiet, fresh=True)
+    return _run(resolved, folder, engine, quiet, hooks, fresh=True)
 
 
 def _whole_path(data: str, root: str | None) -> str:
     """Return DATA that is a path from the root on, so that the run goes on, and is evaluated, from any working folder."""
     path = exists(data, root)
-    return data if data in SETS or path is None else os.path.abspath(path)
+    return data if data in SETS or path is None else path if path.startswith(PREFIXES) else os.path.abspath(path)
 
 
-def _go_on(folder: Path, wanted: Config, quiet: bool) -> Result:
+def _go_on(folder: Path, wanted: Config, quiet: bool, hooks: Hooks) -> Result:
     """Go on with the run in a folder; ConfigError if it was started with other settings than the user typed now."""
     stored, typed = load_run(folder).config, wanted.typed or frozenset[str]()
     free = ("epochs", "time_limit", "data")
     values = {name: (attrgetter(name)(stored), attrgetter(name)(wanted)) for name in sorted(typed - {*free, "out", "fit_batch"})}
     if faults := [f"{name}: the run in {folder} has {was}, not {now}" for name, (was, now) in values.items() if was != now]:
         raise ConfigError(*(f"{fault}; leave it out, or give another out" for fault in faults))
-    return resume(folder, quiet=quiet, **{name: getattr(wanted, name) for name in free if name in typed})
+    return resume(folder, quiet=quiet, hooks=hooks.hooks, **{name: getattr(wanted, name) for name in free if name in typed})
 
 
 def resume(
@@ -124,7 +141,11 @@ def resume(
     quiet: bool = False,
     time_limit: float | None = None,
     epochs: int | None = None,
-    data: str | Path | None = None,
+    data: Any = None,
+    backbone: Any = None,
+    method: Any = None,
+    views: Mapping[str, Any] | None = None,
+    hooks: Sequence[Any] = (),
 ) -> Result:
     """Go on with a run exactly where it was saved.
 
@@ -134,17 +155,32 @@ def resume(
         quiet: print nothing.
         time_limit: minutes after which it saves and stops, infinite for never; default: the run's own setting.
         epochs: how many the run has in all from now on; from the saved step on, its schedules are theirs.
-        data: where the run's images are now.
+        data: where the run's images are now, or the data set that was handed over.
+        backbone, method, views: the objects that were handed over, again; the module's weights do not matter.
+        hooks: as for `pretrain`.
 
     Returns:
         The finished run, at once if it had finished already.
 
     Raises:
         CheckpointError: if the checkpoint is missing or damaged; the good one before it is named.
-        ConfigError: if the run has made more steps than `epochs` have.
+        ConfigError: if the run has made more steps than `epochs` have, or was begun with other parts.
         DataError: if the run's images are not there, or `data` holds others.
     """
-    loaded = load_run(run)
+    given = {"data": data, "backbone": backbone, "method": method, "views": views or {}}
+    over, objects = parts.named(recipes.spell_out({name: part for name, part in given.items() if part is not None}))
+    with parts.at_hand(objects):
+        loaded = load_run(run)
+        for name in over.keys() & set(parts.SETTINGS) - {"data"}:
+            if (stored := attrgetter(name)(loaded.config)) != over[name]:
+                raise ConfigError(f"{name}: the run in {run} has {parts.title(stored)}, not {parts.title(over[name])}")
+        return _resume(loaded, checkpoint, quiet, time_limit, epochs, over.get("data"), Hooks(hooks))
+
+
+def _resume(
+    loaded: Loaded, checkpoint: str | None, quiet: bool, time_limit: float | None, epochs: int | None, data: Any, hooks: Hooks
+) -> Result:
+    """Go on with a run whose parts are at hand; arguments as of `resume`."""
     folder, config = loaded.folder, loaded.config
     wanted: dict[str, Any] = {} if epochs is None else {"epochs": epochs, "max_steps": None}
     config = from_mapping(to_mapping(config) | wanted) if epochs not in (None, config.epochs) else config
@@ -161,7 +197,7 @@ def resume(
     saved = loaded.checkpoint(checkpoint) if checkpoint is not None or begun else None
     if time_limit is not None:
         config = dataclasses.replace(config, time_limit=None if math.isinf(time_limit) else time_limit)
-    return _run(config, folder, Engine(config.engine), quiet, saved, fresh=False)
+    return _run(config, folder, Engine(config.engine), quiet, hooks, saved, fresh=False)
 
 
 def _complete(folder: Path, config: Config) -> bool:
@@ -177,13 +213,17 @@ def _complete(folder: Path, config: Config) -> bool:
     return False
 
 
-def _run(config: Config, path: Path, engine: Engine, quiet: bool, saved: Path | None = None, *, fresh: bool) -> Result:
+def _run(
+    config: Config, path: Path, engine: Engine, quiet: bool, hooks: Hooks, saved: Path | None = None, *, fresh: bool
+) -> Result:
     """Train in a folder, from the checkpoint `saved` or from the start, then export the networks."""
     stop = StopRequest(config.time_limit, config.out)
     with engine.running(), Display(engine.is_first and not quiet, stop) as display, ExitStack() as stack:
         with explaining(config, engine):
-            run = build(config, engine, display.say)
-        run.folder = engine.on_first(lambda: stack.enter_context(closing(RunFolder(path))))
+            recorded = {} if fresh else load_run(path).environment
+            config, given = open_sources(config, saved is not None, recorded)
+            run = build(config, engine, display.say, given)
+        run.folder = engine.on_first(lambda: stack.enter_context(closing(RunFolder(path, hooks))))
         engine.on_first(lambda: begin(run, display, fresh))
         for note in prepare(run, saved):
             display.say(note)
@@ -193,10 +233,13 @@ def _run(config: Config, path: Path, engine: Engine, quiet: bool, saved: Path | 
                 run.folder.give_up_after(run.state.step)
                 run.folder.status("running", run.state.step)
             shrink(run, display)
+            engine.on_first(lambda: hooks.call("on_start", run))
             train(run, display, stop)
         engine.on_first(lambda: hand_over(run, display))
         engine.on_first(lambda: write_page(run, display))
-        return _result(path, engine.rank)
+        result = _result(path, engine.rank)
+        engine.on_first(lambda: hooks.call("on_end", result))
+        return result
 
 
 def begin(run: Run, display: Display, fresh: bool) -> None:
@@ -212,7 +255,9 @@ def begin(run: Run, display: Display, fresh: bool) -> None:
         refuse_used(folder.path)  # again, now that nobody else can write it
     if not (folder.path / "config.yaml").exists():
         write_file(folder.path / "config.yaml", to_yaml(config).encode())
-        write_json(folder.path / "environment.json", environment() | {"data": facts, "engine": run.engine.describe()})
+        write_json(
+            folder.path / "environment.json", environment() | {"data": facts, "engine": run.engine.describe()} | run.given.facts
+        )
     stored = load_run(folder.path)
     if os.path.abspath(stored.config.data) != os.path.abspath(config.data) and stored.data != facts:
         images = f"{len(run.images)} images that are not the {stored.data.get('images', '')} of the run"
@@ -235,9 +280,12 @@ def write_changes(run: Run) -> None:
 def prepare(run: Run, saved: Path | None) -> Iterator[str]:
     """Compile the networks and load the checkpoint `saved`, if there is one; yield what there is to say of the run."""
     config, method, memory = run.config, run.config.method, run.config.method.memory_size
-    subject = f"{config.backbone} on {len(run.images)} images of {run.images.name}, recipe {config.recipe}"
-    yield f"{method.name}: {subject}, {run.total_steps} steps, {run.engine.describe()}"
+    subject = f"{parts.title(config.backbone)} on {len(run.images)} images of {run.images.name}, recipe {config.recipe}"
+    yield f"{parts.title(method.name)}: {subject}, {run.total_steps} steps, {run.engine.describe()}"
     yield from run.images.notes
+    yield from run.given.lines()
+    if saved is None and parts.is_part(config.backbone):
+        yield f"{parts.title(config.backbone)} begins with the weights that it brings"
     if run.state.model.memory is not None and memory > 0.5 * len(run.images):
         yield f"note: the memory ({memory}) is over half of the data: samples meet old copies of themselves"
     if compiled := compile_networks(run):
@@ -246,6 +294,9 @@ def prepare(run: Run, saved: Path | None) -> Iterator[str]:
         inexact = checkpoint.restore(saved, run.state, run.engine, origin(run))
         manner = f"not bit for bit ({'; '.join(inexact)})" if inexact else "exactly"
         yield f"going on {manner} from step {run.state.step}"
+    run.known = teacher_features(run.state.model.given, config, run.loader, run.engine)
+    if run.known is not None:
+        yield f"teacher: its features of {len(run.known)} images are computed once, as its view of them never changes"
     if run.state.step > run.total_steps:
         raise ConfigError(
             f"epochs: {config.epochs} make {run.total_steps} steps, and the run has made {run.state.step}; give more"
@@ -317,9 +368,12 @@ def _result(folder: Path, number: int) -> Result:
     return Result(folder, default_target(folder, "student"), read_rows(folder / "metrics.jsonl"), number)
 
 
-def build(config: Config, engine: Engine, say: Callable[[str], None] = lambda line: None) -> Run:
+def build(config: Config, engine: Engine, say: Callable[[str], None] = lambda line: None, given: Given | None = None) -> Run:
     """Load a run's images and create the run, ready for its first step and without a folder; `say` gets a line for what takes a while."""
-    labelled, online = METHODS[config.method.name].labels, None
+    if given is None:
+        config, given = open_sources(config)
+    online: Online | None = None
+    labelled = derive(config).traits.labels
     say(f"reading the images of {config.data}")
     images = load(config.data, config.data_root, "bank" if labelled else "train")
     check_variety(images, config.loader.max_pixels)
@@ -332,10 +386,17 @@ def build(config: Config, engine: Engine, say: Callable[[str], None] = lambda li
         )
     workers = 0 if images.in_memory else worker_count(config.loader.workers, config.engine.devices)
     settings = complete_settings(config, images)
+    if settings.views.channels != 3 and (config.views.mean is None or config.views.std is None):
+        say("views: {} channels of means {} and deviations {}".format(settings.views.channels, *settings.views.statistics()))
+    if operations := left_out(derive(settings).views, images.channels):
+        say(f"views: without {', '.join(operations)}, which mean nothing on {images.channels} channels")
     for line in adjustments(config, settings, len(images)):
         say(line)
     enough = len(images) >= settings.batch_size  # too few are refused by the loader
-    config = fit(settings, engine, workers, images.class_count if labelled else 1) if enough else settings
+    if enough:
+        config = fit(settings, engine, workers, images.class_count if labelled else 1, given=given.frozen_teacher(settings))
+    else:
+        config = settings
     if config.batch_size != settings.batch_size:
         say(f"batch_size is {config.batch_size}, which fits in memory, with optimizer.lr {config.optimizer.lr:g}")
     if config.log.knn_every and engine.is_first:
@@ -346,8 +407,10 @@ def build(config: Config, engine: Engine, say: Callable[[str], None] = lambda li
         except DataError as error:  # data without a test part is not evaluated, nor is one without labels to vote about
             if images.labels is not None:
                 images = dataclasses.replace(images, notes=(*images.notes, f"no kNN while training: {error}"))
-    say(f"building {config.backbone}")
-    return create_run(config, engine, images, online)
+    if online is None and config.log.knn_every and config.start is not None and engine.is_first:
+        online = OnlineRank(images, config)
+    say(f"building {parts.title(config.backbone)}")
+    return create_run(config, engine, images, online, given)
 
 
 def complete_settings(config: Config, images: Images) -> Config:
@@ -371,8 +434,15 @@ def complete_settings(config: Config, images: Images) -> Config:
         ]
         if faults:
             raise ConfigError(*faults)
-    margin = views.margin or (1.0 if images.in_memory else 256 / 224)
-    views = dataclasses.replace(views, mean=views.mean or images.mean, std=views.std or images.std, margin=margin)
+    margin, channels, mean, std = views.margin or (1.0 if images.in_memory else 256 / 224), views.channels, views.mean, views.std
+    if images.channels != 3 and "views.channels" not in (config.typed or {"views.channels"}):
+        channels = images.channels
+    fitting(channels, images)
+    if mean is None or std is None:
+        usual = (images.mean, images.std) if images.channels == 3 else measured(images)
+        mean, std = (given or values * (channels // len(values) or 1) for given, values in zip((mean, std), usual, strict=True))
+    views = dataclasses.replace(views, channels=channels, mean=mean, std=std, margin=margin)
+    views.statistics()  # refuses another number of them
     return dataclasses.replace(config, views=views)
 
 
@@ -389,9 +459,9 @@ def explaining(config: Config, engine: Engine) -> Iterator[None]:
         raise StorageError(f"{reason}; check the disk, then go on with `relssl resume` or start again") from error
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
-            parts = "" if METHODS[config.method.name].whole_batch else "raise accumulate to compute it in parts, "
+            pieces = "" if derive(config).traits.whole_batch else "raise accumulate to compute it in parts, "
             raise ConfigError(
-                f"batch_size: {config.batch_size} does not fit the device's memory; lower it, {parts}"
+                f"batch_size: {config.batch_size} does not fit the device's memory; lower it, {pieces}"
                 "or set loader.path files to keep the images out of it"
             ) from error
         if engine.world == 1:

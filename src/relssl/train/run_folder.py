@@ -5,10 +5,9 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import importlib.metadata
-import json
-import math
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +15,10 @@ from typing import Any
 
 import relssl
 from relssl.errors import ConfigError, Interrupted, LockedError, StorageError
-from relssl.files import read_rows, write_file, write_json
+from relssl.files import read_rows, to_json, write_file, write_json
 from relssl.settings.recipes import public_name
 from relssl.settings.run import Config
+from relssl.train.hooks import Hooks
 from relssl.train.loggers import Loggers
 from relssl.weights import store
 
@@ -41,15 +41,15 @@ def default_folder(config: Config) -> str:
 
 
 class RunFolder:
-    """A run's files, for the one process that writes them.
+    """A run's files, for the one process that writes them, with the hooks that follow them.
 
     Raises:
         LockedError: if another process writes the folder.
         StorageError: if it cannot be written.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.checkpoints = path, path / "checkpoints"
+    def __init__(self, path: Path, hooks: Hooks | None = None) -> None:
+        self.path, self.checkpoints, self.hooks = path, path / "checkpoints", hooks or Hooks()
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             # A lock of the operating system goes with its process, however that ends: no stale lock needs breaking.
@@ -90,8 +90,8 @@ class RunFolder:
         """List images that could not be read, each file once: one object a line with the file and the reason."""
         if new := {name: reason for name, reason in faults if name not in self._listed}:
             self._listed |= new.keys()
-            with (self.path / "bad_samples.jsonl").open("a") as file:
-                file.writelines(json.dumps({"file": name, "reason": reason}) + "\n" for name, reason in new.items())
+            with (self.path / "bad_samples.jsonl").open("ab") as file:
+                file.writelines(to_json({"file": name, "reason": reason}, None) for name, reason in new.items())
 
     def open_rows(self, start: int, config: Config, say: Callable[[str], None]) -> None:
         """Begin to write metrics.jsonl, and what `log.to` names; `say` tells of loggers that fail.
@@ -100,16 +100,19 @@ class RunFolder:
         """
         path = self.path / "metrics.jsonl"
         rows = [row for row in read_rows(path) if start > 0 and row["step"] <= start]
-        write_file(path, "".join(_line(row) for row in rows).encode())
-        self._rows = path.open("a")
+        write_file(path, b"".join(to_json(row, None) for row in rows))
+        self._rows = path.open("ab")
         self._loggers = Loggers(config, self.path, rows, start, say)
 
     def write_row(self, row: dict[str, Any]) -> None:
         """Append one row of figures; it has reached the operating system when this returns."""
-        self._rows.write(_line(row))
+        self._rows.write(to_json(row, None))
         self._rows.flush()
         if self._loggers is not None:
             self._loggers.write(row)
+        self.hooks.call("on_row", row)
+        if "knn_top1" in row:
+            self.hooks.call("on_evaluation", row)
 
     def close(self) -> None:
         """Close all files, and let others write the folder."""
@@ -121,19 +124,12 @@ class RunFolder:
 def environment() -> dict[str, Any]:
     """Return versions, hardware and source revision for the run's record; no user names, paths or variables."""
     processor, source, git = platform.processor() or platform.machine(), Path(__file__).parents[3], None
-    with contextlib.suppress(OSError, StopIteration):  # not everywhere is there a /proc, or git
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        processor = next(line.partition(": ")[2] for line in lines if line.startswith("model name"))
+    with contextlib.suppress(OSError, LookupError):  # not everywhere is there a /proc, or git
+        processor = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[0]
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         if (source / ".git").exists():  # the package runs from its own source tree
-            git = subprocess.check_output(
-                ["git", "-C", str(source), "rev-parse", "HEAD"], stderr=subprocess.DEVNULL, text=True
-            ).strip()
+            command = ["git", "-C", str(source), "rev-parse", "HEAD"]
+            git = subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True).strip()
     where = {"platform": platform.platform(), "processor": processor, "cores": os.cpu_count()}
     versions = {"relssl": relssl.__version__} | {name: importlib.metadata.version(name) for name in _PACKAGES}
     return {"python": platform.python_version(), **where, "versions": versions, "git": git}
-
-
-def _line(row: dict[str, Any]) -> str:
-    finite = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()}
-    return json.dumps(finite) + "\n"

@@ -27,9 +27,7 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         # Python allows handlers in the main thread only; a run started from another thread goes without.
         if threading.current_thread() is threading.main_thread():
-            heard = [
-                number for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN
-            ]  # which nohup says of SIGHUP
+            heard = [number for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN]  # as nohup has SIGHUP
             self._handlers = {number: signal.signal(number, self._receive) for number in heard}
         return self
 

@@ -15,8 +15,9 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from relssl import __version__
 from relssl.files import read_rows
+from relssl.settings import parts
 from relssl.settings.recipes import public_name
-from relssl.settings.run import METHODS, Config
+from relssl.settings.run import Config, derive
 from relssl.weights.opening import Opened
 from relssl.weights.parity import Parity
 from relssl.weights.writers import Written
@@ -29,7 +30,7 @@ _TEMPLATE = """---
 
 {{ about }}
 
-Input: {{ 'RGB' if view.channels == 3 else 'grey' }}, {{ view.size }} x {{ view.size }}, mean {{ view.mean | list }}, std \
+Input: {{ {1: 'grey', 3: 'RGB'}.get(view.channels, '%d channels' % view.channels) }}, {{ view.size }} x {{ view.size }}, mean {{ view.mean | list }}, std \
 {{ view.std | list }} of values in 0..1; {{ view }}.
 {%- if settings %}
 
@@ -68,7 +69,8 @@ def public(config: Config) -> Config:
     """Return the settings without paths: those of this machine are nobody else's business."""
     data, recipe = Path(config.data).resolve().name or "folder", public_name(config.recipe) or "folder"
     loader = dataclasses.replace(config.loader, cache_folder=None)
-    return dataclasses.replace(config, out=None, data_root=None, data=data, recipe=recipe, loader=loader)
+    given: dict[str, Any] = {name: Path(source).name for name in ("start", "teacher") if (source := getattr(config, name))}
+    return dataclasses.replace(config, out=None, data_root=None, data=data, recipe=recipe, loader=loader, **given)
 
 
 def card(source: Opened, written: Written, parity: Parity, file: str, settings: str | None, hub: str | None = None) -> str:
@@ -82,7 +84,8 @@ def card(source: Opened, written: Written, parity: Parity, file: str, settings: 
     network, origin = source.header["network"], source.header["origin"]
     config = None if source.config is None or network == "backbone" else public(source.config)
     classifier, use = source.spec.classifier, "image-classification" if source.spec.classes else "image-feature-extraction"
-    title, tags = source.spec.name, ["timm", "transformers", use]
+    own = parts.is_part(source.spec.name)  # which no library knows
+    title, tags = parts.title(source.spec.name), [*([] if own else ["timm", "transformers"]), use]
     if classifier:
         title += f", trained to classify {classifier['data']}"
         about = (
@@ -93,14 +96,19 @@ def card(source: Opened, written: Written, parity: Parity, file: str, settings: 
         about = f"Backbone from `{origin}`, imported; how it was trained is not known here.\n"
         about += "".join(f"\n- {line}" for line in (source.report.lines() if source.report else ()))
     else:
-        traits = METHODS[config.method.name]
-        tags += [config.method.name] if traits.labels else ["self-supervised-learning", config.method.name]
+        traits = derive(config).traits
+        method = parts.title(config.method.name)
+        tags += [method] if traits.labels else ["self-supervised-learning", method]
         title += f", pretrained with {traits.title}"
-        unlabelled = f"No labels were used: {traits.title} ({traits.paper}), {traits.about}"
+        unlabelled = f"No labels were used: {traits.title}{f' ({traits.paper})' if traits.paper else ''}, {traits.about}"
         images = f"{source.run_data['images']} images of " if "images" in source.run_data else ""
         length = f"{config.epochs} epochs{f' or {config.max_steps} steps' if config.max_steps else ''} on {images}`{config.data}`, seed {config.seed}"
         about = f"{network.capitalize()} backbone of {origin}, recipe `{config.recipe}`, {length}. {'It was trained on labels' if traits.labels else unlabelled}."
-    data = ModelCardData(library_name="timm", pipeline_tag=use, license="other", license_name="to-be-chosen", tags=tags)
+        about += f" It went on from the weights of `{config.start}`." if config.start else ""
+        about += f" A frozen teacher gave the relations: `{config.teacher}`." if config.teacher else ""
+    data = ModelCardData(
+        library_name=None if own else "timm", pipeline_tag=use, license="other", license_name="to-be-chosen", tags=tags
+    )
     versions = f"relssl {__version__}, torch {torch.__version__}, timm {timm.__version__}, torchvision {torchvision.__version__}"
     names = {"title": title, "about": about, "view": source.spec.view, "config": config, "settings": settings, "file": file}
     names |= {"classifier": classifier, "hub": hub}
@@ -119,7 +127,7 @@ def _results(source: Opened) -> list[tuple[str, str]]:
     if measured := [row for row in read_rows(source.folder / "metrics.jsonl") if row.get(column) is not None]:
         figures[f"kNN top-1 while training, k {k:g}, T {temperature:g}, at the end"] = measured[-1][column]
         if len(measured) > 1 and measured[0]["step"] == 0:
-            figures["the same, untrained"] = measured[0][column]
+            figures["the same, given weights" if source.config.start else "the same, untrained"] = measured[0][column]
         if (raw := measured[0].get("knn_raw_pixels")) is not None:
             figures["the same, raw pixels"] = raw
     rows = [(what, f"{figure:.2f} %") for what, figure in figures.items()]

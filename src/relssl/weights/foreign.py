@@ -139,7 +139,7 @@ def load_foreign(path: Path, reading: Reading) -> tuple[Any, LoadReport]:
     own = cfg["input_size"][-1] if cfg.get("fixed_input_size") and stem == "standard" else None
     spec = _spec(report, args, reading.size, shape.get("img_size", own), shape.get("in_chans", 3))
     loaded = spec.load(twins.from_torchvision(complete, name) if wanted is theirs else complete, path)
-    if "untrained" not in reading.allow and (fault := _untrained(loaded, fresh, spec.view)):
+    if "untrained" not in reading.allow and (fault := untrained(loaded, fresh, spec.view)):
         raise CheckpointError(f"{path}: the {network} looks untrained: {fault}; --allow untrained loads it all the same")
     return loaded, report
 
@@ -245,7 +245,7 @@ def _spec(report: LoadReport, args: Mapping[str, Any], size: int | None, fixed: 
 
 
 @torch.no_grad()
-def _untrained(backbone: nn.Module, fresh: nn.Module, view: PlainView) -> str | None:
+def untrained(backbone: nn.Module, fresh: nn.Module, view: PlainView) -> str | None:
     """Say why a backbone looks dead or like `fresh`, the same network newly initialised; None if it does not.
 
     It does if its features of a few digits are not finite or all the same, or if all vectors that start out constant (norms'

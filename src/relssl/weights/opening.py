@@ -14,6 +14,7 @@ from safetensors import safe_open
 from relssl.data.loader import worker_count
 from relssl.data.plain import Reader
 from relssl.errors import CheckpointError, ConfigError
+from relssl.settings import parts, recipes
 from relssl.settings.reading import read_yaml
 from relssl.settings.recipes import public_name
 from relssl.settings.run import Config, derive, from_mapping
@@ -30,11 +31,17 @@ class Run:
     config: Config
 
     @property
+    def environment(self) -> dict[str, Any]:
+        """What the run noted when it was started: versions, hardware, data, weights it was given; as far as it can be read."""
+        with contextlib.suppress(OSError, ValueError, TypeError):  # torn, or of another version
+            return dict(json.loads((self.folder / "environment.json").read_text()))
+        return {}
+
+    @property
     def data(self) -> dict[str, Any]:
         """Facts about the data that the run was trained on, {"images": count, "fingerprint"}, as far as it is known."""
-        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # torn, or of another version
-            return dict(json.loads((self.folder / "environment.json").read_text())["data"])
-        return {}
+        data = self.environment.get("data")
+        return dict(data) if isinstance(data, dict) else {}
 
     def checkpoint(self, name: str | None = None) -> Path:
         """Return the checkpoint of that name, or the newest, after its hashes were checked.
@@ -74,6 +81,19 @@ def _settings(file: Path, stored: dict[str, Any] | None = None) -> Config:
         return from_mapping(stored)
     except ConfigError as error:  # which knows the settings' names alone
         raise ConfigError(*(f"{file}: {fault}" for fault in error.faults)) from error
+
+
+def _disarmed(file: Path, stored: dict[str, Any]) -> dict[str, Any]:
+    """Return settings beside a file, which may be a stranger's, without names of code that would be run; ConfigError if the network is code
+    that the user has not named."""
+    flat = recipes.spell_out(stored)
+    names = {name: value for name in parts.SETTINGS if parts.is_part(value := str(flat.get(name))) and not parts.is_handed(value)}
+    code = names.pop("backbone", None)
+    if code is not None and not parts.is_given("backbone", code):
+        raise ConfigError(
+            f"{file}: backbone: is code, {code}, which is run only if you name it: backbone={code!r}, or --backbone {code}"
+        )
+    return flat | {name: parts.HANDED + value for name, value in names.items()}
 
 
 def settings_of(path: Path) -> Path:
@@ -136,7 +156,7 @@ class Opened:
         return Reader(view, worker_count(workers), config.loader.max_pixels, flipped)
 
 
-def load_backbone(source: str | Path, network: str | None = None) -> Backbone:
+def load_backbone(source: str | Path, network: str | None = None, *, backbone: Any = None) -> Backbone:
     """Return a pretrained backbone, in eval mode.
 
     Args:
@@ -144,6 +164,8 @@ def load_backbone(source: str | Path, network: str | None = None) -> Backbone:
             file whose layout its names show; or a timm name, such as `resnet50` or `timm:resnet50.a1_in1k`.
         network: student or teacher, of a run (default: student) or of a file that holds both (default: the one its authors
             evaluate).
+        backbone: the module, or its function, that was handed over to the run. One that has a name is imported: of a run as it stands in
+            its settings; of a file only if you give the name, as package.module:function, because a file may be a stranger's.
 
     Returns:
         The network without classifier: images [B, C, S, S] to features [B, F]. It has `.num_features` and `.transform`, which makes
@@ -153,7 +175,8 @@ def load_backbone(source: str | Path, network: str | None = None) -> Backbone:
         ConfigError: if `source` is none of these, or does not hold `network`.
         CheckpointError: if weights are damaged or do not match the network exactly.
     """
-    return open_backbones(source, Reading(network=network)).backbone
+    with parts.at_hand({} if backbone is None else {"backbone": backbone}):
+        return open_backbones(source, Reading(network=network)).backbone
 
 
 def open_backbones(source: str | Path, reading: Reading | None = None) -> Opened:
@@ -166,6 +189,9 @@ def open_backbones(source: str | Path, reading: Reading | None = None) -> Opened
     reading, path, name = reading or Reading(), Path(source), str(source)
     if path.is_file() and not is_exported(path):
         return open_foreign(path, reading)
+    if path.is_file() and parts.is_part(reading.backbone):
+        with parts.at_hand({"backbone": reading.backbone}):
+            return open_backbones(source, replace(reading, backbone=None))
     options = {"--from": reading.layout, "--backbone": reading.backbone, "--stem": reading.stem, "--allow": reading.allow}
     options["--prefix"] = reading.prefix
     if useless := [option for option, value in options.items() if value]:
@@ -197,7 +223,7 @@ def open_whole(path: Path) -> Opened:
         isinstance(classifier, dict) and classifier.keys() >= CLASSIFIER and isinstance(classifier["classes"], list)
     ):
         raise ConfigError(f"{file}: classifier: needs {', '.join(sorted(CLASSIFIER))}, as `relssl finetune` writes them")
-    config = _settings(file, stored)
+    config = _settings(file, _disarmed(file, stored))
     spec, origin = replace(BackboneSpec.of(config), classifier=classifier), {"kind": "exported", "file": path.name, **header}
     networks = {"backbone": spec.load(store.read(path), path)}
     return Opened(path.name, networks, spec, header, origin, None if config.data == NO_DATA else config)
@@ -224,6 +250,8 @@ def _open_run(path: Path, network: str | None) -> Opened:
     for name in wanted:
         prefix = f"{name}.backbone."
         weights = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        if not weights and network is None and parts.is_handed(run.config.method.name):
+            continue  # nobody knows whether a method that is not at hand has a teacher
         backbones[name] = spec.load(weights, checkpoint)
     header = {"network": wanted[0], "origin": checkpoint.name}
     origin = {"kind": "run", "run": title, "checkpoint": checkpoint.name, "recipe": public_name(run.config.recipe)}

@@ -9,7 +9,7 @@ import re
 import textwrap
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -18,6 +18,7 @@ from torch import nn
 
 from relssl.errors import ConfigError
 from relssl.method.backbones import TORCHVISION, create_backbone
+from relssl.settings import parts
 from relssl.weights import store
 from relssl.weights.opening import Opened
 from relssl.weights.spec import BackboneSpec, mismatch
@@ -36,6 +37,7 @@ class Snippet:
     use: str = "outputs = model(images)"  # the last line: `images` [N, C, S, S] to features [N, F], or scores of a classifier
     needs: str | None = None  # a module that may be missing; then the code is printed and not run
     tolerance: float = 0.0  # of outputs, relative to the largest one; 0 where the same code runs the same weights
+    given: Mapping[str, Any] = field(default_factory=dict)  # names that the code takes from whoever runs it
 
     def lines(self, file: str, hub: str | None = None) -> list[str]:
         """Return the code for the file of that path, or for a repository of that name on the Hugging Face Hub."""
@@ -59,24 +61,39 @@ def _unsuited(format: str, why: str) -> ConfigError:
 
 def as_safetensors(source: Opened, format: str) -> Written:
     """Write the network's own names; those of timm's networks, and `timm` takes no others, in a file for its `checkpoint_path`."""
-    snippets = [Snippet("timm alone", timm_lines(source.spec))]
+    snippets = _own_snippets(source.spec) if parts.is_part(source.spec.name) else [Snippet("timm alone", timm_lines(source.spec))]
+    if format != "safetensors" and (_theirs(source.spec) or parts.is_part(source.spec.name)):
+        raise _unsuited(format, f"is read by timm, which does not know {parts.title(source.spec.name)}")
     if _theirs(source.spec):
-        if format != "safetensors":
-            raise _unsuited(format, f"is read by timm, which does not know {source.spec.name}")
         snippets = [Snippet("torchvision", _torchvision_lines(source.spec, "safetensors.torch.load_file({file})"))]
     notes = (
         '`relssl predict {file} DATA --out FILE` classifies images; `relssl.load_backbone("{file}")` returns the backbone alone.'
     )
     if not source.spec.classes:
-        snippets, notes = [*snippets, Snippet("relssl", ("import relssl", "model = relssl.load_backbone({file})"))], ""
+        again = ", backbone=module" if snippets[0].given else ""
+        again = f", backbone={source.spec.name!r}" if parts.is_part(source.spec.name) and not again else again
+        ours = Snippet("relssl", ("import relssl", f"model = relssl.load_backbone({{file}}{again})"), given=snippets[0].given)
+        snippets, notes = [*snippets, ours], ""
     return Written({"": store.encode(source.backbone.state_dict(), {"format": "pt", **source.header})}, snippets, notes=notes)
+
+
+def _own_snippets(spec: BackboneSpec) -> list[Snippet]:
+    """Return the way to load the weights of a network of the user's own with torch."""
+    if parts.is_handed(spec.name):
+        lines, given = ["model = module.eval()  # the one that was handed over, or its like"], {"module": spec.create()}
+    else:
+        module, _, name = spec.name.partition(":")
+        lines, given = [f"from {module} import {name}", f"model = {name}({', '.join(_arguments(spec, None))}).eval()"], {}
+    code = ["import safetensors.torch", *lines, "model.load_state_dict(safetensors.torch.load_file({file}))"]
+    use = "outputs = model(images); outputs = outputs.mean((2, 3)) if outputs.ndim == 4 else outputs"
+    return [Snippet("torch", code, use, given=given)]
 
 
 def as_hf(source: Opened, format: str) -> Written:
     """Write Hugging Face's layout: timm's config.json and model.safetensors; the card becomes README.md."""
     weights, spec, known = as_safetensors(source, format).data[""], source.spec, cast(Any, source.backbone.pretrained_cfg)
     if spec.view.channels != 3:
-        raise _unsuited(format, f"is read with colour images, and {spec.name} was trained on grey ones")
+        raise _unsuited(format, f"is read with colour images, and {spec.name} sees {spec.view.channels} channels")
     if spec.stem != "standard":
         raise _unsuited(format, f"cannot describe a {spec.stem} stem, which timm cannot be asked for")
     count = {"num_classes": len(spec.classes)}
