@@ -12,7 +12,7 @@ from PIL import Image
 
 import relssl
 from relssl.errors import ConfigError, DataError, NumericError, StorageError
-from relssl.evaluation.embed import check_target, write_vectors
+from relssl.evaluation.embed import check_target, write_table
 from small_runs import small_run
 
 pa = pytest.importorskip("pyarrow")
@@ -28,46 +28,40 @@ KINDS = (".npz", ".csv", ".parquet")
 KNOWN: list[dict[str, Any]] = [{}, {"labels": LABELS}, {"labels": LABELS, "classes": CLASSES}]
 
 
+def write(path: Path, **known: Any) -> None:
+    classes = {"classes": known["classes"]} if "classes" in known else {}
+    labels = {"labels": LABELS} if "labels" in known else {}
+    named = {"class": [CLASSES[label] if label >= 0 else None for label in LABELS.tolist()]} if classes else {}
+    columns = {"id": IDS, "name": NAMES, **({"label": LABELS} if labels else {}), **named}
+    write_table(path, "features", FEATURES, {"ids": IDS, "names": NAMES, **labels, **classes}, columns)
+
+
 @pytest.mark.parametrize("known", KNOWN)
-def test_npz_reads_back_without_pickle(tmp_path: Path, known: dict[str, Any]) -> None:
-    for name in ("a.npz", "B.NPZ"):
-        write_vectors(tmp_path / name, FEATURES, IDS, NAMES, **known)
+def test_each_kind_reads_back_without_pickle_and_runs_no_formula(tmp_path: Path, known: dict[str, Any]) -> None:
+    for name in ("a.npz", "B.NPZ", "v.parquet", "v.csv"):
+        write(tmp_path / name, **known)
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "B.NPZ").read_bytes()
     with np.load(tmp_path / "a.npz", allow_pickle=False) as read:
         assert set(read.files) == {"features", "ids", "names", *known}
         assert read["features"].dtype == np.float32 and read["features"].tobytes() == FEATURES.tobytes()
-        assert read["ids"].dtype == np.int64 and (read["ids"] == IDS).all()
-        assert read["names"].tolist() == NAMES
+        assert read["ids"].dtype == np.int64 and (read["ids"] == IDS).all() and read["names"].tolist() == NAMES
         for name, values in known.items():
             assert read[name].tolist() == list(values)
-
-
-@pytest.mark.parametrize("known", KNOWN)
-def test_parquet_reads_back(tmp_path: Path, known: dict[str, Any]) -> None:
-    write_vectors(tmp_path / "v.parquet", FEATURES, IDS, NAMES, **known)
+    columns = ["id", "name", *["label", "class"][: len(known)]]
     read = parquet.read_table(tmp_path / "v.parquet")
-    assert read.column_names == ["id", "name", *["label", "class"][: len(known)], "features"]
+    assert read.column_names == [*columns, "features"]
     assert read.schema.field("features").type == pa.list_(pa.float32(), 3) and read.schema.field("id").type == pa.int64()
     assert read["id"].to_pylist() == IDS.tolist() and read["name"].to_pylist() == ESCAPED
     assert read["features"].combine_chunks().flatten().to_numpy().tobytes() == FEATURES.tobytes()
-    if known:
-        assert read["label"].to_pylist() == LABELS.tolist()
-    if "classes" in known:
-        assert read["class"].to_pylist() == [None, "cat", r"=1,d\udcffg"] * 4
-
-
-@pytest.mark.parametrize("known", KNOWN)
-def test_csv_reads_back_and_runs_no_formula(tmp_path: Path, known: dict[str, Any]) -> None:
-    write_vectors(tmp_path / "v.csv", FEATURES, IDS, NAMES, **known)
     with (tmp_path / "v.csv").open(encoding="utf-8", newline="") as file:
         header, *rows = csv.reader(file, strict=True)
-    assert header == ["id", "name", *["label", "class"][: len(known)], "f0", "f1", "f2"]
-    assert [int(row[0]) for row in rows] == IDS.tolist()
+    assert header == [*columns, "f0", "f1", "f2"] and [int(row[0]) for row in rows] == IDS.tolist()
     assert np.array([row[-3:] for row in rows], dtype=np.float32).tobytes() == FEATURES.tobytes()
     assert [row[1] for row in rows] == ["'" + name if name[0] in "=+-@\t" else name for name in ESCAPED]
     if known:
-        assert [int(row[2]) for row in rows] == LABELS.tolist()
+        assert read["label"].to_pylist() == [int(row[2]) for row in rows] == LABELS.tolist()
     if "classes" in known:
+        assert read["class"].to_pylist() == [None, "cat", r"=1,d\udcffg"] * 4
         assert [row[3] for row in rows] == ["", "cat", r"'=1,d\udcffg"] * 4
 
 
@@ -80,7 +74,8 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path, suffix: str) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     try:
         with pytest.raises(StorageError, match="File too large"):
-            write_vectors(path, np.random.default_rng(0).random((100, 100), np.float32), np.arange(100), ["x"] * 100)
+            names = {"names": ["x"] * 100}
+            write_table(path, "features", np.random.default_rng(0).random((100, 100), np.float32), names, names)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
@@ -95,7 +90,7 @@ def test_what_cannot_be_written_is_refused_before_any_work(tmp_path: Path, monke
         with pytest.raises(StorageError, match="folder"):
             relssl.embed(tmp_path / "no-run", "no-data", path)
     with pytest.raises(NumericError, match=r"b,c\.png"):
-        write_vectors(tmp_path / "v.npz", np.array([[0.0], [np.nan]], np.float32), np.arange(2), NAMES[:2])
+        write_table(tmp_path / "v.npz", "features", np.array([[0.0], [np.nan]], np.float32), {"names": NAMES[:2]}, {})
     assert not (tmp_path / "v.npz").exists()
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.delitem(sys.modules, "pyarrow.parquet")

@@ -26,9 +26,9 @@ def points(n: int, m: int, d: int, classes: int, seed: int = 0) -> tuple[torch.T
 
 
 def classify(
-    bank: torch.Tensor, labels: torch.Tensor, queries: torch.Tensor, *, k: int, temperature: float, classes: int, **chunks: int
+    bank: torch.Tensor, labels: torch.Tensor, queries: torch.Tensor, *, k: int, temperature: float, classes: int, **cells: int
 ) -> torch.Tensor:
-    similarity, index = neighbours(bank, queries, k, **chunks)
+    similarity, index = neighbours(bank, queries, k, **cells)
     return votes(similarity, labels[index], temperature, classes)
 
 
@@ -42,13 +42,12 @@ def oracle(bank: torch.Tensor, labels: torch.Tensor, queries: torch.Tensor, k: i
 
 @settings(max_examples=30, deadline=None)
 @given(st.data())
-def test_any_shape_equals_scikit_learn_whatever_the_chunks(data: st.DataObject) -> None:
+def test_any_shape_equals_scikit_learn_however_many_at_a_time(data: st.DataObject) -> None:
     classes = data.draw(st.integers(2, 6))
     n, m, d = data.draw(st.integers(classes, 60)), data.draw(st.integers(1, 20)), data.draw(st.integers(3, 40))
     k, temperature = data.draw(st.integers(1, n)), data.draw(st.sampled_from([0.05, 0.1, 1.0]))
     bank, labels, queries, _ = points(n, m, d, classes, data.draw(st.integers(0, 10**6)))
-    chunks = {"chunk": data.draw(st.integers(1, 30)), "bank_chunk": data.draw(st.integers(1, 80))}
-    scores = classify(bank, labels, queries, k=k, temperature=temperature, classes=classes, **chunks)
+    scores = classify(bank, labels, queries, k=k, temperature=temperature, classes=classes, cells=data.draw(st.integers(1, 900)))
     np.testing.assert_allclose(scores, oracle(bank, labels, queries, k, temperature), atol=1e-4)
 
 
@@ -62,13 +61,13 @@ def plain(bank: torch.Tensor, labels: torch.Tensor, queries: torch.Tensor, k: in
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(0, 10**6), st.integers(1, 40), st.integers(1, 50), st.integers(1, 9))
-def test_exact_ties_go_to_the_lower_index_whatever_the_chunks(seed: int, k: int, bank_chunk: int, chunk: int) -> None:
+@given(st.integers(0, 10**6), st.integers(1, 40), st.integers(1, 400))
+def test_exact_ties_go_to_the_lower_index_however_many_at_a_time(seed: int, k: int, cells: int) -> None:
     g = torch.Generator().manual_seed(seed)
     signs = torch.randint(0, 2, (49, 4), generator=g).float() * 2 - 1  # norm 2 and products in steps of 1/4: no rounding anywhere
     labels = torch.randint(0, 3, (40,), generator=g)
     bank, queries = signs[:40], signs[40:]
-    scores = classify(bank, labels, queries, k=k, temperature=1.0, classes=3, chunk=chunk, bank_chunk=bank_chunk)
+    scores = classify(bank, labels, queries, k=k, temperature=1.0, classes=3, cells=cells)
     torch.testing.assert_close(scores, plain(bank, labels, queries, k, 3), atol=1e-6, rtol=0)
 
 
@@ -119,4 +118,4 @@ def test_what_makes_no_sense_is_refused(side: int, value: float) -> None:
             classify(*sides, k=k, temperature=0.1, classes=4)
     sides[side][4, 2] = value
     with pytest.raises(ValueError, match="NaN or Inf"):
-        classify(*sides, k=3, temperature=0.1, classes=4, chunk=2, bank_chunk=3)
+        classify(*sides, k=3, temperature=0.1, classes=4, cells=3)

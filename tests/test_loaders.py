@@ -155,7 +155,7 @@ def test_files_are_cropped_and_everything_else_follows_in_the_batch(folder: Path
         for part in parts:
             rows = part.ids.numpy()
             draws = draw(config, 4, number // 2, rows, 0, (40, 48))
-            crops = torch.stack([Crops(images, [config], 4, LoaderConfig())[number // 2, row].crops[0] for row in rows])
+            crops = torch.stack([Crops(images, [config], 4, LoaderConfig(), [None])[number // 2, row].crops[0] for row in rows])
             moved = batched.apply(crops, view("digit-strong", scale=None, flip=0.5, size=20), draws)
             assert torch.equal(part.weak, batched.normalise(moved, *STATISTICS))
             assert 3 not in rows
@@ -198,7 +198,7 @@ def test_too_few_images_and_impossible_paths_are_refused(folder: Path) -> None:
 
 
 def crops_of(images: Images, views: Any, reduce: bool) -> list[list[np.ndarray]]:
-    crops = Crops(images, views, 0, LoaderConfig(reduced_decode=reduce))
+    crops = Crops(images, views, 0, LoaderConfig(reduced_decode=reduce), [None] * len(views))
     return [[each.numpy().astype(int) for each in crops[epoch, row].crops] for epoch in range(2) for row in range(len(images))]
 
 
@@ -221,7 +221,7 @@ def test_an_image_is_decoded_as_small_as_its_largest_view_allows(photos: Images,
     boxes = np.array([[0, 0, 300, 420]] * 2)
     with photos.source.open(0, 10**6) as opened:
         image = opened.rgb(reduction)
-    seen = Crops(photos, [ViewConfig(size=size) for size in sizes], 0, LoaderConfig())[0, 0].crops
+    seen = Crops(photos, [ViewConfig(size=size) for size in sizes], 0, LoaderConfig(), [None] * len(sizes))[0, 0].crops
     for box, one, other in zip(boxes, views, seen, strict=True):
         by_hand = crop_reduced(image, box / reduction, one.size)
         assert (by_hand.int() - other.int()).abs().max() <= 1  # torch and Pillow round apart

@@ -25,15 +25,15 @@ from relssl.settings.run import LUMA, ViewConfig
 
 @torch.no_grad()
 def apply(images: Tensor, view: ViewConfig, draws: Draws) -> Tensor:
-    """Apply `draws`, drawn for `view` and these images' size, in the order of ViewConfig's fields.
+    """Apply `draws`, drawn for `view` and these images' size, in the order of ViewConfig's fields; without what `left_out` names.
 
     Args:
-        images: [B,3,H,W] uint8, or float in 0..1.
+        images: [B,C,H,W] uint8, or float in 0..1.
         view: the view's settings; S is its size.
         draws: the parameters, one row an image.
 
     Returns:
-        fp32 [B,3,S,S] in 0..1 on the images' device, in memory of its own.
+        fp32 [B,C,S,S] in 0..1 on the images' device, in memory of its own.
     """
     with torch.autocast(images.device.type, enabled=False):
         # The flip costs nothing inside the crop's or the affine's own resampling.
@@ -43,7 +43,7 @@ def apply(images: Tensor, view: ViewConfig, draws: Draws) -> Tensor:
             x = _affine(x, draws)
         if view.jitter:
             x = on(x, draws.jitter, lambda part, rows: _jitter(part, view, draws.take(rows)))
-        if view.grey:
+        if view.grey and x.shape[1] == 3:
             x = on(x, draws.grey, lambda part, rows: luma(part).expand_as(part))
         if view.blur:
             radius = math.ceil(4 * view.blur_sigma[1])
@@ -53,6 +53,17 @@ def apply(images: Tensor, view: ViewConfig, draws: Draws) -> Tensor:
         if view.randaugment:
             x = ops.apply(x, draws)
     return x
+
+
+def left_out(views: Sequence[ViewConfig], channels: int) -> list[str]:
+    """Return the operations of views that have no meaning for images of so many channels, and are not made."""
+    colour = {
+        "grey": lambda view: view.grey,
+        "saturation": lambda view: view.jitter and view.saturation,
+        "hue": lambda view: view.jitter and view.hue,
+        "RandAugment's color": lambda view: view.randaugment,
+    }
+    return [name for name, share in colour.items() if channels != 3 and any(map(share, views))]
 
 
 def normalise(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -73,7 +84,7 @@ def normalise(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
 
 
 def _crop(images: Tensor, view: ViewConfig, draws: Draws, flip: Bools | None) -> Tensor:
-    """Crop, resize and flip [B,3,H,W] -> [B,3,S,S]: torchvision's resized_crop (bilinear, antialiased) as two matrices."""
+    """Crop, resize and flip [B,C,H,W] -> [B,C,S,S]: torchvision's resized_crop (bilinear, antialiased) as two matrices."""
     height, width = images.shape[-2:]
     white = 255.0 if images.dtype == torch.uint8 else 1.0
     if view.scale is None and (height, width) == (view.size, view.size):
@@ -83,8 +94,8 @@ def _crop(images: Tensor, view: ViewConfig, draws: Draws, flip: Bools | None) ->
     top, left, rows, columns = draws.crop.T
     down = _resize_weights(column(top, x), column(rows, x), None, height, view.size)
     across = _resize_weights(column(left, x), column(columns, x), flip, width, view.size).div_(white)
-    wide = torch.bmm(x.reshape(len(x), 3 * height, width), across.transpose(1, 2))
-    return torch.matmul(down[:, None], wide.view(len(x), 3, height, view.size))
+    wide = torch.bmm(x.flatten(1, 2), across.transpose(1, 2))
+    return torch.matmul(down[:, None], wide.view(*x.shape[:3], view.size))
 
 
 def _resize_weights(start: Tensor, length: Tensor, flip: Bools | None, source: int, size: int) -> Tensor:
@@ -122,14 +133,17 @@ def _affine(x: Tensor, draws: Draws) -> Tensor:
 
 
 def luma(x: Tensor) -> Tensor:
-    """Return the ITU-R 601 luma [B,1,S,S], with torchvision's rounded weights."""
+    """Return the ITU-R 601 luma [B,1,S,S], with torchvision's rounded weights; of other than 3 channels their mean."""
+    if x.shape[1] != 3:
+        return x.mean(dim=1, keepdim=True)
     red, green, blue = LUMA
     return (red * x[:, :1]).add_(x[:, 1:2], alpha=green).add_(x[:, 2:], alpha=blue)
 
 
 def _jitter(x: Tensor, view: ViewConfig, draws: Draws) -> Tensor:
     """Jitter colours, each sample in its own order: four rounds, in each of which every sample has its own operation."""
-    strengths = np.array([view.brightness, view.contrast, view.saturation, view.hue])
+    colour = x.shape[1] == 3
+    strengths = np.array([view.brightness, view.contrast, view.saturation * colour, view.hue * colour])
     for turn in draws.order.T:
         turn = np.where(strengths[turn] > 0, turn, -1)
         if (blended := (turn >= 0) & (turn != HUE)).any():

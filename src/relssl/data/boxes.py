@@ -31,9 +31,10 @@ from relssl.errors import DataError
 
 Target = dict[str, Any]
 Size = tuple[int, int]
-# Edges left, top, right, bottom; class; area (0: that of the box); crowd or difficult; run-length mask.
-Entry = tuple[tuple[float, float, float, float], str, float, bool, bytes | None]
-Picture = tuple[str, Size, list[Entry]]  # an image as its annotation says: its path, its size, what is on it
+# An image as its annotation says: its path, (height, width), and of each object its edges left, top, right, bottom; class; area
+# (0: that of the box); crowd or difficult; run-length mask.
+Picture = tuple[str, Size, list[tuple[tuple[float, float, float, float], str, float, bool, bytes | None]]]
+Part = tuple[str, list[Picture], list[str]]  # a part of a data set: its name, images and classes
 
 _OBJECT = np.dtype([("boxes", "f4", 4), ("labels", "i8"), ("area", "f4"), ("iscrowd", "i8"), ("masks", "O")])
 _THINNEST = 0.01  # pixels below which a side is nothing: boxes of no width divide by zero in a detector
@@ -46,49 +47,28 @@ _NEEDS = (
 )
 
 
-class Part(NamedTuple):
-    """A part of a data set as its annotations say."""
-
-    name: str
-    pictures: list[Picture]
-    classes: list[str]
-
-
 class Scene(NamedTuple):
-    """One image before it is read.
-
-    Attributes:
-        file: its path.
-        size: (height, width) in pixels, as its annotation says.
-        objects: [n] records of boxes, 4 float32 left, top, right, bottom in pixels, the last two just beyond the object; labels,
-            1..C; area in pixels, by which objects count as small, medium or large; iscrowd, 1 for crowds and difficult objects,
-            which are never trained on and neither hit nor missed in evaluation; masks, run-length encoded, or None.
-    """
+    """One image before it is read."""
 
     file: str
-    size: Size
+    size: Size  # (height, width) in pixels, as its annotation says
+    # [n] records: boxes, 4 float32 left, top, right, bottom in pixels, the last two just beyond the object; labels, 1..C; area in
+    # pixels, by which objects count as small, medium or large; iscrowd, 1 for crowds and difficult objects, which are never trained
+    # on and neither hit nor missed in evaluation; masks, run-length encoded, or None.
     objects: npt.NDArray[Any]
 
 
 @dataclass(frozen=True, eq=False)
 class Scenes(Dataset[tuple[Tensor, Target]]):
-    """A split of a detection data set; images are decoded as they are taken.
+    """A split of a detection data set; images are decoded as they are taken."""
 
-    Attributes:
-        name: for messages.
-        layout: coco or voc.
-        classes: names of the labels 1, 2, ...
-        dropped: number of objects that were left out, by the reason.
-        masked: true if targets have masks.
-    """
-
-    name: str
-    layout: str
+    name: str  # for messages
+    layout: str  # coco or voc
     scenes: Sequence[Scene]
-    classes: tuple[str, ...]
+    classes: tuple[str, ...]  # names of the labels 1, 2, ...
     max_pixels: int
-    dropped: dict[str, int]
-    masked: bool
+    dropped: dict[str, int]  # number of objects that were left out, by the reason
+    masked: bool  # true if targets have masks
 
     def __len__(self) -> int:
         return len(self.scenes)
@@ -151,8 +131,8 @@ def load(folder: str, *, masks: bool, max_pixels: int) -> tuple[Scenes, Scenes]:
     path = os.path.expanduser(folder)
     coco = os.path.isdir(os.path.join(path, "annotations"))
     parts = _read_coco(path, masks, max_pixels) if coco else _read_voc(path, max_pixels)
-    masked = all(any(mask for *_, entries in part.pictures for *_, mask in entries) for part in parts)
-    train, test = (_split(part, parts[0].classes, "coco" if coco else "voc", masked, max_pixels) for part in parts)
+    masked = all(any(mask for *_, entries in pictures for *_, mask in entries) for _, pictures, _ in parts)
+    train, test = (_split(part, parts[0][2], "coco" if coco else "voc", masked, max_pixels) for part in parts)
     files = Counter(scene.file for split in (train, test) for scene in split.scenes)
     if gone := [file for file in files if not os.path.isfile(file)]:
         raise DataError(f"{shown(folder)}: {len(gone)} of its {len(files)} images are missing, the first is {shown(gone[0])}")
@@ -167,10 +147,11 @@ def load(folder: str, *, masks: bool, max_pixels: int) -> tuple[Scenes, Scenes]:
 
 def _split(part: Part, classes: Sequence[str], layout: str, masked: bool, max_pixels: int) -> Scenes:
     """Return a split whose boxes are cut at the images' edges; objects without extent, or a mask where masks are wanted, are left out."""
+    title, pictures, _ = part
     labels, scenes, dropped = {word: label for label, word in enumerate(classes, 1)}, [], Counter[str]()
-    if strange := {word for *_, entries in part.pictures for _, word, *_ in entries} - labels.keys():
-        raise DataError(f"{part.name}: has objects of the class {shown(min(strange))}, training has not; give both the same")
-    for file, (height, width), entries in part.pictures:
+    if strange := {word for *_, entries in pictures for _, word, *_ in entries} - labels.keys():
+        raise DataError(f"{title}: has objects of the class {shown(min(strange))}, training has not; give both the same")
+    for file, (height, width), entries in pictures:
         with np.errstate(invalid="ignore", over="ignore"):  # NaN stays NaN, and is left out below
             objects = np.array([(edges, labels[word], *rest) for edges, word, *rest in entries], _OBJECT)
         edges = np.clip(objects["boxes"].astype(np.float64), 0, [width, height, width, height])
@@ -180,17 +161,17 @@ def _split(part: Part, classes: Sequence[str], layout: str, masked: bool, max_pi
         solid, outlined = (sides >= _THINNEST).all(axis=1), objects["masks"].astype(bool) | (not masked)
         scenes.append(Scene(file, (height, width), objects[solid & outlined]))
         dropped.update({"without extent": int((~solid).sum()), "without a mask": int((solid & ~outlined).sum())})
-    return Scenes(part.name, layout, scenes, tuple(classes), max_pixels, dict(+dropped), masked)
+    return Scenes(title, layout, scenes, tuple(classes), max_pixels, dict(+dropped), masked)
 
 
 @contextmanager
-def _reading(file: str | Path, place: Sequence[str] = ("it",)) -> Iterator[None]:
+def _reading(file: str, place: Sequence[str] = ("it",)) -> Iterator[None]:
     """Turn whatever a file of any content raises while it is read into a DataError of one line that names the last `place`."""
     try:
         yield
     except (OSError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError, SyntaxError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())[:120]
-        raise DataError(f"{shown(str(file))}: {place[-1]} cannot be read ({reason}); correct it, or take it out") from error
+        raise DataError(f"{shown(file)}: {place[-1]} cannot be read ({reason}); correct it, or take it out") from error
 
 
 def _picture(folder: str, name: str, width: float, height: float, max_pixels: int) -> Picture:
@@ -205,10 +186,10 @@ def _picture(folder: str, name: str, width: float, height: float, max_pixels: in
 
 def _read_coco(folder: str, masks: bool, max_pixels: int) -> list[Part]:
     """Read the first pair of parts of which both have their annotations; classes are in the order of their numbers."""
+    files = {name: os.path.join(folder, "annotations", f"instances_{name}.json") for pair in _COCO_PARTS for name in pair}
     for names in _COCO_PARTS:
-        files = {name: os.path.join(folder, "annotations", f"instances_{name}.json") for name in names}
-        if all(map(os.path.isfile, files.values())):
-            return [_read_instances(folder, name, file, masks, max_pixels) for name, file in files.items()]
+        if all(os.path.isfile(files[name]) for name in names):
+            return [_read_instances(folder, name, files[name], masks, max_pixels) for name in names]
     raise DataError(f"{shown(folder)}: annotations/ has not the files of both parts; {_NEEDS}")
 
 
@@ -227,46 +208,36 @@ def _read_instances(folder: str, name: str, file: str, masks: bool, max_pixels: 
             place[0] = f"annotation {position}"
             _, size, entries = pictures[entry["image_id"]]
             left, top, width, height = map(float, entry["bbox"])
-            mask = _mask(entry.get("segmentation"), size) if masks else None
+            mask = _mask(entry.get("segmentation"), *size) if masks else None
             edges, area = (left, top, left + width, top + height), float(entry.get("area") or 0)
             entries.append((edges, classes[entry["category_id"]], area, bool(entry.get("iscrowd")), mask))
-    return Part(shown(file), list(pictures.values()), list(dict.fromkeys(classes.values())))
+    return shown(file), list(pictures.values()), list(dict.fromkeys(classes.values()))
 
 
-def _mask(outline: Any, size: Size) -> bytes | None:
+def _mask(outline: Any, height: int, width: int) -> bytes | None:
     """Return the run-length encoding of polygons, or of an encoding of either kind; None if there is no outline."""
     from pycocotools import mask as coco
 
     if not outline:
         return None
-    height, width = size
     if isinstance(outline, Mapping):
-        runs = _runs(outline["counts"]) if isinstance(outline["counts"], str) else outline["counts"]
-        # Of other runs pycocotools fills a part, and leaves in the rest what the memory held before.
-        if list(outline["size"]) != [height, width] or sum(runs) != height * width:
+        runs, encoded = outline["counts"], {"size": [height, width], "counts": outline["counts"]}
+        if not isinstance(runs, str):
+            encoded = coco.frPyObjects(encoded, height, width)
+        # Of runs that fill a part, pycocotools leaves in the rest what the memory held before; what it encodes again fills all.
+        whole = (
+            coco.encode(coco.decode(encoded))["counts"] == runs.encode() if isinstance(runs, str) else sum(runs) == height * width
+        )
+        if list(outline["size"]) != [height, width] or not whole:
             raise ValueError("the runs of its mask do not add up to the image's pixels")
-        encoded: dict[str, bytes] = coco.frPyObjects({"size": [height, width], "counts": runs}, height, width)
     else:
         # A corner far outside would cost memory by its distance.
         polygons = [np.clip(np.array(part, np.float64).reshape(-1, 2), 0, [width, height]) for part in outline]
         if any(len(polygon) < 3 or not np.isfinite(polygon).all() for polygon in polygons):
             raise ValueError("a polygon needs three corners, each of two numbers")
         encoded = coco.merge(coco.frPyObjects([polygon.ravel().tolist() for polygon in polygons], height, width))
-    return encoded["counts"]
-
-
-def _runs(text: str) -> list[int]:
-    """Return the runs of COCO's compressed form: groups of five bits from the lowest, a sixth saying that more follow, the last
-    group's highest bit being the sign; from the fourth number on, each is the difference to the one before the last."""
-    runs: list[int] = []
-    value = shift = 0
-    for group in (letter - 48 for letter in text.encode("ascii")):
-        value |= (group & 31) << shift
-        shift = min(shift + 5, 60)
-        if not group & 32:
-            runs.append(value - ((group & 16) << (shift - 4)) + (runs[-2] if len(runs) > 2 else 0))
-            value = shift = 0
-    return runs
+    counts: bytes = encoded["counts"]
+    return counts
 
 
 def _read_voc(folder: str, max_pixels: int) -> list[Part]:
@@ -283,7 +254,7 @@ def _read_voc(folder: str, max_pixels: int) -> list[Part]:
     names: dict[str, list[str]] = {}
     for part in ("trainval", "train", "val", "test"):
         file = Path(folder, "ImageSets", "Main", f"{part}.txt")
-        with _reading(file):
+        with _reading(str(file)):
             lines = file.read_text("utf-8").splitlines() if file.is_file() else []
         names[part] = [line.split()[0] for line in lines if line.strip()]
     tested = any(os.path.isfile(os.path.join(folder, "Annotations", f"{name}.xml")) for name in names["test"][:1])
@@ -291,8 +262,10 @@ def _read_voc(folder: str, max_pixels: int) -> list[Part]:
     if not all(names[part] for part in parts):
         raise DataError(f"{shown(folder)}: {' or '.join(parts)} has no images; {_NEEDS}")
     read = {part: [_parse(folder, name, max_pixels) for name in names[part]] for part in parts}
-    words = {part: sorted({word for *_, entries in pictures for _, word, *_ in entries}) for part, pictures in read.items()}
-    return [Part(f"{shown(folder)} ({part})", pictures, words[part]) for part, pictures in read.items()]
+    return [
+        (f"{shown(folder)} ({part})", pictures, sorted({word for *_, entries in pictures for _, word, *_ in entries}))
+        for part, pictures in read.items()
+    ]
 
 
 def _parse(folder: str, name: str, max_pixels: int) -> Picture:

@@ -9,7 +9,7 @@ import os
 import stat
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import IO
 
@@ -46,16 +46,34 @@ class Opened:
         rgb: reads the pixels, 8-bit RGB and upright, once, given one of `reductions`: each pixel then stands for a square of so
             many a side, from the top left on, and the sides are rounded up. BadImage if they cannot be read.
         reductions: what the sides may be divided by while they are decoded, rising; 1 alone for all but JPEG.
+        bands: uint8 [C,H,W] of an image that is not of 3 channels; `rgb` then shows it to people.
     """
 
     size: tuple[int, int]
     rgb: Callable[[int], Image.Image]
     reductions: tuple[int, ...] = (1,)
+    bands: np.ndarray | None = None
 
     @staticmethod
     def of(image: Image.Image) -> Opened:
         """Wrap an RGB image whose pixels are at hand."""
         return Opened((image.height, image.width), lambda reduction: image)
+
+    @staticmethod
+    def of_bands(bands: np.ndarray) -> Opened:
+        """Wrap uint8 [C,H,W]; of other than 3 channels, `rgb` shows the first 3, or the first alone in grey."""
+        shown = bands[[0, 1, 2] if len(bands) > 2 else [0, 0, 0]]
+        opened = Opened.of(Image.fromarray(np.ascontiguousarray(shown.transpose(1, 2, 0))))
+        return opened if len(bands) == 3 else replace(opened, bands=bands)
+
+    @property
+    def channels(self) -> int:
+        """The number of channels."""
+        return 3 if self.bands is None else len(self.bands)
+
+    def whole(self) -> Image.Image | np.ndarray:
+        """Read the whole image: RGB, or uint8 [C,H,W] of other channels."""
+        return self.rgb(1) if self.bands is None else self.bands
 
 
 @contextlib.contextmanager
@@ -177,13 +195,17 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 def _to_rgb(image: Image.Image) -> Image.Image:
     """Return a loaded image of any mode as RGB; itself, not copied, if it is that already."""
     if image.mode.startswith(("F", "I")):  # grey of 16 bits has mode I;16, or I where the decoder gives it so
-        values = np.asarray(image)
-        if image.mode == "F" or values.min() < 0 or values.max() > 0xFFFF:
-            raise BadImage("has floating-point or 32-bit pixels, which have no defined white; save it with 8 or 16 bits")
-        image = Image.fromarray(((values.astype(np.uint32) * 255 + 0x7FFF) // 0xFFFF).astype(np.uint8))
+        image = Image.fromarray(from_16_bits(np.asarray(image)))
     if not image.has_transparency_data:
         return image if image.mode == "RGB" else image.convert("RGB")
     layers = image.convert("RGBA")
     paper = Image.new("RGB", image.size, "white")
     paper.paste(layers, mask=layers.getchannel("A"))
     return paper
+
+
+def from_16_bits(values: np.ndarray) -> np.ndarray:
+    """Scale whole numbers 0..65535 to uint8; BadImage for others, and for floats."""
+    if values.dtype.kind == "f" or values.min() < 0 or values.max() > 0xFFFF:
+        raise BadImage("has floating-point or 32-bit pixels, which have no defined white; save it with 8 or 16 bits")
+    return ((values.astype(np.uint32) * 255 + 0x7FFF) // 0xFFFF).astype(np.uint8)

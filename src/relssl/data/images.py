@@ -18,7 +18,7 @@ from relssl.data.names import Names, table
 if TYPE_CHECKING:  # DATA is checked before torch is imported
     from torch import Tensor
 
-Channels = tuple[float, float, float]
+Channels = tuple[float, ...]  # a figure a channel
 Fault = tuple[str, str]  # the name of an image, and why it cannot be used
 
 BEGINNING = 1 << 20
@@ -51,7 +51,7 @@ class Source(Protocol):
 class Pixels:
     """Images in memory."""
 
-    tensor: Tensor  # uint8 [N, 3, H, W], contiguous, on the CPU
+    tensor: Tensor  # uint8 [N, C, H, W], contiguous, on the CPU
     title: str = "image"  # what the name of each image begins with; its position follows
 
     def __len__(self) -> int:
@@ -72,7 +72,7 @@ class Pixels:
         return self.tensor[row].numpy().tobytes()
 
     def open(self, row: int, max_pixels: int) -> AbstractContextManager[Opened]:
-        return nullcontext(Opened.of(Image.fromarray(self.tensor[row].permute(1, 2, 0).numpy())))
+        return nullcontext(Opened.of_bands(self.tensor[row].numpy()))
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,6 +143,11 @@ class Images:
         return isinstance(self.source, Pixels)
 
     @property
+    def channels(self) -> int:
+        """Channels of the images: 3, but for arrays and items of other ones."""
+        return self.source.tensor.shape[1] if isinstance(self.source, Pixels) else getattr(self.source, "channels", 3)
+
+    @property
     def class_count(self) -> int:
         """The number of classes, those without an image included; 0 if not every image has one label."""
         if self.labels is None or self.labels.min() < 0:
@@ -155,10 +160,10 @@ class Images:
         labels, targets = (each if each is None else each[rows] for each in (self.labels, self.targets))
         return replace(self, source=self.source.take(rows), labels=labels, targets=targets)
 
-    def read(self, row: int, max_pixels: int) -> Image.Image:
-        """Return one image whole, 8-bit RGB; BadImage if it cannot be read."""
+    def read(self, row: int, max_pixels: int) -> Image.Image | np.ndarray:
+        """Return one image whole: 8-bit RGB, or uint8 [C,H,W] of other channels; BadImage if it cannot be read."""
         with self.source.open(row, max_pixels) as opened:
-            return opened.rgb(1)
+            return opened.whole()
 
     def fingerprint(self) -> str:
         """Compute 16 hex digits of the pixels, or of the files' names and sizes; labels do not count."""

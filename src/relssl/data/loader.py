@@ -21,13 +21,14 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset, get_worker_info
-from torchvision.transforms.functional import pil_to_tensor
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from relssl.data import batched
 from relssl.data.decode import BadImage, Opened
 from relssl.data.draws import Ints, Slot, draw, draw_crops, permuted, uniforms
 from relssl.data.folder import shown
 from relssl.data.images import Fault, Images, Pixels
+from relssl.data.transforms import Transform, seeded
 from relssl.engine import available_cores, send
 from relssl.errors import STOPPING, ConfigError, DataError
 from relssl.settings.run import LoaderConfig, ViewConfig
@@ -134,20 +135,28 @@ class Loader:
         if self.plan.steps_per_epoch == 0:
             few = f"{images.name}: {self.plan.count} usable images, batch is {self.plan.batch_size}"
             raise DataError(f"{few}; lower batch_size to {most} or less, or add images")
-        if settings.path == "resident" and not images.in_memory:
-            raise ConfigError("loader.path: resident is for data sets held in memory; use files for folders and lists")
-        if settings.cache is not None and images.in_memory:
-            raise ConfigError(f"loader.cache: is for folders and lists of files, {images.name} is held in memory; use null")
+        self._calls = [Transform.of(view, slot, self.statistics) for slot, view in enumerate(self.views)]
+        if settings.path == "resident" and not (images.in_memory and not any(self._calls)):
+            raise ConfigError("loader.path: resident is for data sets held in memory and views of ours; use files for others")
+        if settings.cache is not None and (images.in_memory or images.channels != 3):
+            raise ConfigError(
+                f"loader.cache: is for colour images that have to be decoded, not for those of {images.name}; use null"
+            )
+        fitting(len(self.statistics[0]), images)
         self.workers: int | None = worker_count(settings.workers, self.processes)
-        if isinstance(images.source, Pixels) and settings.path != "files":
+        if isinstance(images.source, Pixels) and settings.path != "files" and not any(self._calls):
             self.workers, self._pixels = None, images.source.tensor.to(self.device)
-        step_bytes = self.plan.share * self.plan.parts * 3 * 4 * max(view.size for view in self.views) ** 2
-        fitting = max(1, min(8, _VIEW_BYTES // step_bytes)) if self.device.type == "cuda" else 1
-        self.ahead = settings.views_ahead or fitting
+        step_bytes = self.plan.share * self.plan.parts * images.channels * 4 * max(view.size for view in self.views) ** 2
+        steps = max(1, min(8, _VIEW_BYTES // step_bytes)) if self.device.type == "cuda" else 1
+        self.ahead = settings.views_ahead or steps
 
     def stream(self, start: int, stop: int) -> Iterator[list[Batch]]:
         """Yield the parts of each step from `start` to `stop`; Unreadable if one has no image."""
         return self._from_memory(start, stop) if self.workers is None else self._from_files(start, stop, self.workers)
+
+    def weak(self, rows: Ints) -> Tensor:
+        """Return the first epoch's first views [B,C,S,S] of images that lie on the device."""
+        return self._views([self._pixels[torch.from_numpy(rows).to(self.device)]], self.views[:1], 0, rows)[0]
 
     def _from_memory(self, start: int, stop: int) -> Iterator[list[Batch]]:
         # Stretches begin and end at the same steps wherever the stream does, and none spans two epochs.
@@ -168,13 +177,15 @@ class Loader:
     def _from_files(self, start: int, stop: int, workers: int) -> Iterator[list[Batch]]:
         steps, pin = self.plan.steps(start, stop), self.device.type == "cuda"
         requests = ([(epoch, int(row)) for row in rows] for epoch, parts in steps for rows in parts)
-        crops = Crops(self.images, self.views, self.plan.seed, self.settings)
+        crops = Crops(self.images, self.views, self.plan.seed, self.settings, self._calls)
         batches = map(self._finish, read_batches(crops, collate, workers, batch_sampler=requests, pin_memory=pin))
         while parts := list(islice(batches, self.plan.parts)):
             yield parts
 
     def _finish(self, sample: Sample) -> Batch:
         """Make the views of joined samples from their crops."""
+        if sample.fault:
+            raise ConfigError(sample.fault)
         if not sample.crops:
             raise Unreadable(sample.bad)
         rows, crops = np.array(sample.rows, np.int64), [send(pixels, self.device) for pixels in sample.crops]
@@ -184,12 +195,22 @@ class Loader:
         return Batch(send(torch.from_numpy(rows), self.device), weak, strong, sample.bad)
 
     def _views(self, images: Sequence[Tensor], views: Sequence[ViewConfig], epoch: int, rows: Ints) -> list[Tensor]:
-        """Make the normalised views fp32 [B,C,S,S] of images at these positions in the data set, uint8 [B,3,H,W] for each view."""
+        """Make the normalised views fp32 [B,C,S,S] of images at these positions in the data set, for each view uint8 [B,C,H,W], or what
+        a callable has made."""
         normalised = []
         for slot, (pixels, view) in enumerate(zip(images, views, strict=True)):
+            if self._calls[slot]:
+                normalised.append(pixels)
+                continue
             draws = draw(view, self.plan.seed, epoch, rows, slot, (pixels.shape[-2], pixels.shape[-1]))
             normalised.append(batched.normalise(batched.apply(pixels, view, draws), *self.statistics))
         return normalised
+
+
+def fitting(channels: int, images: Images) -> None:
+    """Check that networks which see so many channels can see these images; ConfigError if not. Grey and colour stand in for each other."""
+    if channels != images.channels and {channels, images.channels} != {1, 3}:
+        raise ConfigError(f"views.channels: the network sees {channels}, the images of {images.name} have {images.channels}")
 
 
 class Unreadable(DataError):
@@ -206,8 +227,9 @@ class Sample(NamedTuple):
 
     epoch: int
     rows: list[int]  # positions in the data set
-    crops: list[Tensor]  # for each view, uint8 [3,S,S], or [B,3,S,S]; none if no image can be read
+    crops: list[Tensor]  # for each view, uint8 [C,S,S], or [B,C,S,S], or what a callable has made; none if no image can be read
     bad: list[Fault]  # unreadable files on the way
+    fault: str = ""  # of a callable
 
 
 _TRIES = 100  # images in a row before giving up
@@ -224,6 +246,7 @@ class Crops(Dataset[Sample]):
     views: Sequence[ViewConfig]
     seed: int
     settings: LoaderConfig
+    calls: Sequence[Transform | None]  # for each view, the callable that makes it
 
     def __getitem__(self, request: tuple[int, int]) -> Sample:
         epoch, row = request
@@ -235,23 +258,35 @@ class Crops(Dataset[Sample]):
                     return Sample(epoch, [position], self._crops(opened, epoch, position), bad)
             except BadImage as fault:
                 bad.append((self.images.source.name(position), str(fault)))
+            except ConfigError as error:
+                return Sample(epoch, [row], [], bad, str(error))
         return Sample(epoch, [row], [], bad)
 
     def _crops(self, opened: Opened, epoch: int, row: int) -> list[Tensor]:
         """Decode an image once for all views, as small as the largest reduction at which no crop has fewer pixels than its view."""
         ids, sizes = np.array([row]), [view.size for view in self.views]
         boxes = [draw_crops(view, self.seed, epoch, ids, slot, opened.size)[0] for slot, view in enumerate(self.views)]
-        spare = min(box[2:].min() / size for box, size in zip(boxes, sizes, strict=True)) if self.settings.reduced_decode else 1
+        whole = any(self.calls) or not self.settings.reduced_decode
+        spare = 1 if whole else min(box[2:].min() / size for box, size in zip(boxes, sizes, strict=True))
         reduction = max((each for each in opened.reductions if each <= spare), default=1)
-        image = opened.rgb(reduction)
         if reduction > 1:  # boxes then have parts of pixels at their edges, which only Pillow takes
+            image = opened.rgb(reduction)
             return [crop_reduced(image, box / reduction, size) for box, size in zip(boxes, sizes, strict=True)]
-        pixels = pil_to_tensor(image)
-        return [crop(pixels, box, size) for box, size in zip(boxes, sizes, strict=True)]
+        pixels = pil_to_tensor(opened.rgb(1)) if opened.bands is None else torch.from_numpy(opened.bands)
+        crops = []
+        for slot, (box, size, call) in enumerate(zip(boxes, sizes, self.calls, strict=True)):
+            if call is None:
+                crops.append(crop(pixels, box, size))
+                continue
+            with seeded(self.seed, epoch, row, slot):
+                crops.append(
+                    call(pixels if opened.channels not in (1, 3) else to_pil_image(pixels), self.images.source.name(row))
+                )
+        return crops
 
 
 def crop(pixels: Tensor, box: Ints, size: int) -> Tensor:
-    """Return a box (top, left, height, width) of an image uint8 [3,H,W], scaled to uint8 [3,size,size]."""
+    """Return a box (top, left, height, width) of an image uint8 [C,H,W], scaled to uint8 [C,size,size]."""
     top, left, height, width = box.tolist()
     part = pixels[None, :, top : top + height, left : left + width]
     return interpolate(part, (size, size), mode="bilinear", antialias=True)[0]
@@ -270,9 +305,9 @@ def crop_reduced(image: Image.Image, box: np.ndarray, size: int) -> Tensor:
 
 def collate(samples: Sequence[Sample]) -> Sample:
     """Join samples of one epoch; without crops if one of them has none."""
-    epochs, rows, crops, bad = zip(*samples, strict=True)
+    epochs, rows, crops, bad, faults = zip(*samples, strict=True)
     stacked = [torch.stack(each) for each in zip(*crops, strict=True)] if all(crops) else []
-    return Sample(epochs[0], list(chain(*rows)), stacked, list(chain(*bad)))
+    return Sample(epochs[0], list(chain(*rows)), stacked, list(chain(*bad)), next(filter(None, faults), ""))
 
 
 # Signs in errors that a worker is gone, or that /dev/shm or memory is full.

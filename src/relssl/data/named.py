@@ -25,6 +25,7 @@ from relssl.data.lists import LIST_SUFFIXES, read_list
 from relssl.data.shards import listed, read_shards
 from relssl.errors import ConfigError, DataError
 from relssl.files import locked
+from relssl.settings import parts
 from relssl.settings.reading import nearest_word
 
 T = TypeVar("T")
@@ -54,7 +55,7 @@ def load(data: str, root: str | None, split: str) -> Images:
     """Return the images that DATA names.
 
     Args:
-        data: a name of `SETS`, a folder, or a list file (.txt, .lst, .csv, .tsv).
+        data: a name of `SETS`, a folder, a list file (.txt, .lst, .csv, .tsv), or a part from outside, see `own.open_dataset`.
         root: where named data sets lie; None: $RELSSL_DATA, else ~/.cache/relssl.
         split: "train" (what pretraining uses), "bank" (training images with labels) or "test". The first two are one and
             the same but for stl10, whose `train` holds its unlabelled images (label -1) as well.
@@ -68,6 +69,10 @@ def load(data: str, root: str | None, split: str) -> Images:
     path, (prefix, _, rest) = exists(data, root), data.partition(":")
     if prefix in _PREFIXED:
         images = _PREFIXED[prefix](rest, split)
+    elif parts.is_part(data):
+        from relssl.data.own import open_dataset
+
+        images = open_dataset(parts.find("data", data), parts.title(data), split)
     elif path is None or data in SETS:
         images = _READERS[SETS[data].kind](data, data_root(root), split)
     elif os.path.isdir(path):
@@ -94,7 +99,7 @@ def sample(data: str, root: str | None, count: int) -> Images | None:
     """
     if not at_hand(data, root):
         return None
-    with contextlib.suppress(DataError):
+    with contextlib.suppress(DataError, ConfigError):  # what was handed over is not always at hand
         if (path := exists(data, root)) is None or not os.path.isdir(path):
             return load(data, root, "train")
         folder = split_folders(path)["train"]
@@ -120,7 +125,8 @@ def exists(data: str, root: str | None) -> str | None:
     """Check that DATA can be what it names, before anything slow is imported; images are not read.
 
     Returns:
-        The folder or list file that it names, `hf:FOLDER` and `shards:PATTERN` from the root on; None for a set that `load` may download or draw.
+        The folder or list file that it names, `hf:FOLDER` and `shards:PATTERN` from the root on; None for a set that `load` may
+        download, draw or call for.
 
     Raises:
         DataError: for a name that is not known, a path that does not exist, a folder without images, an empty list file.
@@ -132,6 +138,8 @@ def exists(data: str, root: str | None) -> str | None:
     if prefix == "shards":
         listed(rest)
         return f"shards:{os.path.abspath(os.path.expanduser(rest))}"
+    if parts.is_part(data):
+        return None
     if data in SETS:
         if SETS[data].kind != "imagenet":
             return None

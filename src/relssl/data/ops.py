@@ -24,7 +24,7 @@ from relssl.engine import send
 
 
 def apply(x: Tensor, draws: Draws) -> Tensor:
-    """Apply each sample's drawn operations, in turn, in place; x fp32 [B,3,S,S] in 0..1, on any device."""
+    """Apply each sample's drawn operations, in turn, in place; x fp32 [B,C,S,S] in 0..1, on any device."""
     return on(x, draws.ops_applied.sum(axis=1) > 0, lambda part, rows: _apply_drawn(part, draws.take(rows)))
 
 
@@ -41,14 +41,14 @@ def _apply_drawn(x: Tensor, draws: Draws) -> Tensor:
     pixels = (x * 255).round_()
     for turn in range(draws.ops.shape[1]):
         for op, name in enumerate(POOL):
-            if name != "identity":
+            if name != "identity" and (name != "color" or x.shape[1] == 3):
                 where = (draws.ops[:, turn] == op) & draws.ops_applied[:, turn]
                 pixels = on(pixels, where, partial(_apply, name, draws.levels[:, turn]))
     return pixels.div_(255)
 
 
 def _apply(name: str, levels: Ints, x: Tensor, rows: Ints) -> Tensor:
-    """Apply one operation to whole numbers 0..255 [B,3,S,S], each sample at its own level, that of its row."""
+    """Apply one operation to whole numbers 0..255 [B,C,S,S], each sample at its own level, that of its row."""
     levels = levels[rows]
     strength = np.abs(levels)
     if name in _BASES:  # blended as by Pillow's Image.blend, which truncates
@@ -84,17 +84,19 @@ def column(values: npt.ArrayLike, like: Tensor) -> Tensor:
 
 
 def _luma(x: Tensor) -> Tensor:
-    """Convert as Pillow does to L, [B,1,S,S]: 16-bit fixed point, whose whole numbers fp32 holds exactly."""
+    """Convert as Pillow does to L, [B,1,S,S]: 16-bit fixed point, whose whole numbers fp32 holds exactly; of other than 3 channels their mean."""
+    if x.shape[1] != 3:
+        return x.mean(dim=1, keepdim=True)
     luma = 19595 * x[:, :1] + 38470 * x[:, 1:2] + 7471 * x[:, 2:] + 32768
     return luma.div_(65536).floor_()
 
 
 def _smooth(x: Tensor) -> Tensor:
     """Apply Pillow's SMOOTH filter, which leaves the outermost pixels as they are."""
-    kernel = torch.ones(3, 1, 3, 3, dtype=x.dtype, device=x.device)
+    kernel = torch.ones(x.shape[1], 1, 3, 3, dtype=x.dtype, device=x.device)
     kernel[:, :, 1, 1] = 5
     smooth = x.clone()
-    smooth[:, :, 1:-1, 1:-1] = F.conv2d(x, kernel, groups=3).div_(13).add_(0.5).floor_()
+    smooth[:, :, 1:-1, 1:-1] = F.conv2d(x, kernel, groups=x.shape[1]).div_(13).add_(0.5).floor_()
     return smooth
 
 

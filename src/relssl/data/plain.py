@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,9 +15,10 @@ from torch import Tensor
 from torchvision.transforms.functional import InterpolationMode, center_crop, pil_to_tensor, resize
 
 from relssl.data.batched import normalise
-from relssl.data.decode import BadImage, upright_rgb
+from relssl.data.decode import BadImage
 from relssl.data.images import Fault, Images, Pixels
-from relssl.data.loader import read_batches
+from relssl.data.loader import fitting, read_batches
+from relssl.data.own import open_item
 from relssl.errors import ConfigError
 from relssl.settings.run import LoaderConfig, ViewsConfig
 
@@ -29,7 +31,7 @@ class PlainView:
         size: side of the view in pixels.
         margin: shorter side before the centre crop, in sizes.
         interpolation: bilinear or bicubic.
-        mean, std: of each channel that the network sees, in 0..1; those of a single one make the view grey.
+        mean, std: of each channel that the network sees, in 0..1; those of a single one make colours grey.
     """
 
     size: int
@@ -48,7 +50,7 @@ class PlainView:
 
     @property
     def channels(self) -> int:
-        """Channels that the network sees: 3, or 1 for grey."""
+        """Channels that the network sees."""
         return len(self.mean)
 
     @property
@@ -58,22 +60,28 @@ class PlainView:
 
     def __str__(self) -> str:
         """The view in words, for protocol cards."""
-        grey = ", grey" if self.channels == 1 else ""
-        return f"resize shorter side to {self.shorter_side}, centre crop {self.size}, {self.interpolation} with antialias{grey}"
+        channels = {1: ", grey", 3: ""}.get(self.channels, f", {self.channels} channels")
+        return (
+            f"resize shorter side to {self.shorter_side}, centre crop {self.size}, {self.interpolation} with antialias{channels}"
+        )
 
     def normalise(self, images: Tensor) -> Tensor:
-        """Normalise images of the view's size: uint8, or floats in 0..1, [B,3,S,S] to fp32 [B,channels,S,S]."""
+        """Normalise images of the view's size: uint8, or floats in 0..1, [B,C,S,S] to fp32 [B,channels,S,S]."""
         return normalise(images, self.mean, self.std)
 
-    def pixels(self, image: Image.Image) -> Tensor:
-        """Return the view of an RGB image, not yet normalised, as uint8 [3,S,S]."""
-        scaled = resize(image, self.shorter_side, InterpolationMode(self.interpolation))
-        pixels: Tensor = pil_to_tensor(center_crop(scaled, [self.size] * 2))
-        return pixels
+    def pixels(self, image: Image.Image | np.ndarray) -> Tensor:
+        """Return the view of an RGB image, or of uint8 [C,H,W], not yet normalised, as uint8 [C,S,S]."""
+        whole = torch.from_numpy(image) if isinstance(image, np.ndarray) else image
+        view = center_crop(resize(whole, self.shorter_side, InterpolationMode(self.interpolation)), [self.size] * 2)
+        return view if isinstance(view, Tensor) else pil_to_tensor(view)
 
-    def __call__(self, image: Image.Image) -> Tensor:
-        """Return the normalised view [C,S,S] of any image as PIL opens it, as evaluations see its file; BadImage if they refuse it."""
-        return self.normalise(self.pixels(upright_rgb(image))[None])[0]
+    def __call__(self, image: Any) -> Tensor:
+        """Return the normalised view [C,S,S] of an image as PIL opens it, or an array or tensor, as evaluations see it in a data set.
+
+        BadImage if they refuse it.
+        """
+        with open_item(image, LoaderConfig().max_pixels) as opened:
+            return self.normalise(self.pixels(opened.whole())[None])[0]
 
 
 @dataclass(frozen=True)
@@ -87,6 +95,7 @@ class Reader:
 
     def batches(self, images: Images, size: int = 256) -> Iterator[tuple[np.ndarray, Tensor, list[Fault]]]:
         """Yield (rows, normalised views [B,C,S,S] on the CPU, unreadable files) over a data set, in its order, `size` images each."""
+        fitting(self.view.channels, images)
         if isinstance(images.source, Pixels):
             for start in range(0, len(images), size):
                 pixels = images.source.tensor[start : start + size]
@@ -109,7 +118,7 @@ class Reader:
 
 
 def plain_batch(pixels: Tensor, view: PlainView) -> Tensor:
-    """Return the plain views of uint8 images [B,3,H,W], not yet normalised, as floats in 0..1 [B,3,S,S]."""
+    """Return the plain views of uint8 images [B,C,H,W], not yet normalised, as floats in 0..1 [B,C,S,S]."""
     images = pixels.float() / 255
     height, width = images.shape[-2:]
     scale = view.shorter_side / min(height, width)

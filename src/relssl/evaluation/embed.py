@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,16 +14,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from relssl.data.named import load
-from relssl.engine import Engine
 from relssl.errors import ConfigError, NumericError, StorageError
 from relssl.evaluation.features import extract
-from relssl.evaluation.result import writable
+from relssl.evaluation.result import Task, writable
 from relssl.files import replacing
+from relssl.settings.evaluation import Measuring
+from relssl.settings.reading import build
 from relssl.weights.foreign import Reading
 from relssl.weights.opening import open_backbones
 
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet would run begins with one of these
 _GROUP = 1 << 22  # numbers in a row group of parquet
+Columns = Mapping[str, Any]  # of N values each
 
 
 def embed(
@@ -45,7 +47,9 @@ def embed(
     Args:
         source: a run folder, an exported file, another program's file, or a timm name; see `open_backbones`.
         data: any data set, folder or list.
-        out: the file to write, as `write_vectors` describes; its folder must exist.
+        out: `.npz` with `features` float32 [N,D], `ids` int64, `names` and, where known, `labels` int64 (-1: none) and `classes`, the
+            names of the labels; `.csv` with the columns id, name, label and class (where known), f0, f1, ..., whose numbers read back
+            to the same float32; or `.parquet` with a column `features`, a list of D float32, in their place. Its folder must exist.
         network: student or teacher, of a run (default: student) or of another program's file that holds both.
         split: train, bank or test, for sets that have them.
         precision: fp32; bf16, faster on much hardware, rounds the features by about one percent; auto: where it is faster.
@@ -55,54 +59,52 @@ def embed(
         {"out", "images", "dim", "bad": [(file, reason)], "notes": what to know of the weights and images}.
 
     Raises:
-        ConfigError, DataError, CheckpointError, StorageError: each with what to do about it.
+        ConfigError, DataError, CheckpointError, StorageError: each with what to do about it. NumericError: for NaN or Inf.
     """
     check_target(Path(out))
     reading = reading or Reading()
     opened = open_backbones(source, replace(reading, network=network or reading.network))
-    engine, root = Engine.local(device, precision), data_root or (opened.config.data_root if opened.config else None)
-    images = load(str(data), root, split)
-    features = extract(engine.place(opened.backbone), images, opened.reader(reading.size), engine)
-    rows, vectors = features.rows, features.vectors.numpy()
-    names, labels = [images.source.name(row) for row in rows.tolist()], None if images.labels is None else images.labels[rows]
-    write_vectors(Path(out), vectors, rows, names, labels, images.classes)
-    bad = [*images.bad, *features.bad]
-    return {"out": str(out), "images": len(rows), "dim": vectors.shape[1], "bad": bad, "notes": [*opened.notes, *images.notes]}
+    where = {"data_root": data_root, "size": reading.size, "device": device, "precision": precision}
+    task = Task.of(opened, build(Measuring, where))
+    images = load(str(data), task.root, split)
+    features = extract(task.engine.place(opened.backbone), images, task.reader, task.engine)
+    arrays: dict[str, Any] = {"ids": features.rows, "names": features.names(images)}
+    columns: dict[str, Any] = {"id": arrays["ids"], "name": arrays["names"]}
+    if images.labels is not None:
+        arrays["labels"] = columns["label"] = images.labels[features.rows]
+        if (classes := images.classes) is not None:
+            arrays["classes"] = classes
+            columns["class"] = [classes[label] if label >= 0 else None for label in columns["label"].tolist()]
+    write_table(Path(out), "features", features.vectors.numpy(), arrays, columns)
+    count, dim = features.vectors.shape
+    notes = [*opened.notes, *images.notes]
+    return {"out": str(out), "images": count, "dim": dim, "bad": [*images.bad, *features.bad], "notes": notes}
 
 
-def write_vectors(
-    path: Path,
-    features: NDArray[np.float32],
-    ids: NDArray[np.int64],
-    names: Sequence[str],
-    labels: NDArray[np.int64] | None = None,
-    classes: Sequence[str] | None = None,
+def write_table(
+    path: Path, title: str, vectors: NDArray[np.float32], arrays: Columns, columns: Columns, *, spread: bool = True
 ) -> None:
-    """Write features [N,D] with the ids, names and labels [N] of their rows (-1: none), over whatever lies at `path`.
+    """Write vectors [N,D] under their title over whatever lies at `path`: with `arrays`, the `names` of the rows among them, to a .npz,
+    with `columns` to a .csv or .parquet; a .csv has them in columns of their own if they are to be `spread`, else not at all.
 
-    `.npz` holds `features` float32, `ids` int64, `names` and, where known, `labels` int64 and `classes`, the names of the labels.
-    `.csv` has a header and the columns id, name, label and class (where known), f0, f1, ...; numbers read back to the same
-    float32, and a name that a spreadsheet would run as a formula gets a leading '. `.parquet` has a column `features`, a list of D
-    float32, in place of f0, f1, ... Both write bytes that are not UTF-8 as backslash escapes.
+    In a .csv and .parquet bytes that are not UTF-8 are backslash escapes, and in a .csv what a spreadsheet would run as a formula
+    gets a leading '.
 
     Raises:
         StorageError: if the file cannot be written. NumericError: for NaN or Inf.
     """
-    finite = np.isfinite(features).all(axis=1)
+    finite, suffix = np.isfinite(vectors).all(axis=1), path.suffix.lower()
     if not finite.all():
-        raise NumericError(f"{names[int(finite.argmin())]!r}: its features hold NaN or Inf; check the weights")
-    with replacing(path, needed=features.nbytes) as file:
-        if path.suffix.lower() == ".npz":
-            known = {} if labels is None else {"labels": labels, "classes": classes and np.array(classes)}
-            present: dict[str, Any] = {name: values for name, values in known.items() if values is not None}
-            np.savez(file, features=features, ids=ids, names=np.array(names), **present)
-            return
-        columns: dict[str, Any] = {"id": ids, "name": [escaped(name) for name in names]}
-        if labels is not None:
-            columns["label"] = labels
-            if classes is not None:
-                columns["class"] = [escaped(classes[label]) if label >= 0 else None for label in labels.tolist()]
-        TABLES[path.suffix.lower()](file, columns, "features", features)
+        raise NumericError(f"{arrays['names'][int(finite.argmin())]!r}: its {title} hold NaN or Inf; check the weights")
+    columns = {name: [*map(escaped, values)] if isinstance(values, list) else values for name, values in columns.items()}
+    with replacing(path, needed=vectors.nbytes) as file:
+        if suffix == ".npz":
+            present: dict[str, Any] = {title: vectors} | {name: np.array(values) for name, values in arrays.items()}
+            np.savez(file, **present)
+        elif suffix == ".csv":
+            _write_csv(file, columns, vectors if spread else vectors[:, :0])
+        else:
+            _write_parquet(file, columns, title, vectors)
 
 
 def check_target(path: Path) -> None:
@@ -117,31 +119,26 @@ def check_target(path: Path) -> None:
     writable(path.parent)
 
 
-def escaped(text: str) -> str:
+def escaped(text: str | None) -> str | None:
     """Return text with bytes that are not UTF-8 as backslash escapes."""
-    return text.encode("utf-8", "backslashreplace").decode()
+    return text and text.encode("utf-8", "backslashreplace").decode()
 
 
-def _write_csv(file: BinaryIO, columns: dict[str, Any], title: str, features: NDArray[np.float32]) -> None:
+def _write_csv(file: BinaryIO, columns: Columns, vectors: NDArray[np.float32]) -> None:
     text = io.TextIOWrapper(file, "utf-8", newline="")
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*columns, *(f"f{place}" for place in range(features.shape[1]))])
-    for *cells, row in zip(*columns.values(), features, strict=True):
+    writer.writerow([*columns, *(f"f{place}" for place in range(vectors.shape[1]))])
+    for *cells, row in zip(*columns.values(), vectors, strict=True):
         # str() of a float32 is the shortest text that reads back to it.
         writer.writerow([*("'" + cell if isinstance(cell, str) and cell.startswith(_FORMULA) else cell for cell in cells), *row])
     text.detach()
 
 
-def _write_parquet(file: BinaryIO, columns: dict[str, Any], title: str, features: NDArray[np.float32]) -> None:
+def _write_parquet(file: BinaryIO, columns: Columns, title: str, vectors: NDArray[np.float32]) -> None:
     import pyarrow as pa
     from pyarrow import parquet
 
-    vectors = pa.FixedSizeListArray.from_arrays(features.ravel(), features.shape[1])
-    if "class" in columns:
-        columns["class"] = pa.array(columns["class"], pa.string())
+    texts = {name: pa.array(values, pa.string()) for name, values in columns.items() if isinstance(values, list)}
+    table = pa.table({**columns, **texts, title: pa.FixedSizeListArray.from_arrays(vectors.ravel(), vectors.shape[1])})
     # Only the classes recur; a dictionary of the features would be as large as they are.
-    size = max(1, _GROUP // features.shape[1])
-    parquet.write_table(pa.table(columns | {title: vectors}), file, row_group_size=size, use_dictionary=["class"])
-
-
-TABLES = {".csv": _write_csv, ".parquet": _write_parquet}  # of a file, columns of N values, and vectors [N,D] with their title
+    parquet.write_table(table, file, row_group_size=max(1, _GROUP // vectors.shape[1]), use_dictionary=["class"])

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from relssl.data.folder import shown
-from relssl.engine import Engine
 from relssl.errors import ConfigError, DataError, StorageError
-from relssl.evaluation.features import LabelledFeatures, cached, evaluating, extract, frozen, state_hash
-from relssl.evaluation.metrics import Bootstrap, Interval
-from relssl.evaluation.pairs import LabelledPair
+from relssl.evaluation.features import Features, LabelledFeatures, cached, evaluating, extract, frozen, state_hash
+from relssl.evaluation.metrics import Interval
 from relssl.evaluation.result import Finding, Protocol, Record, Task, card, file_name, title, writable
 from relssl.files import write_json
 from relssl.settings.evaluation import Evaluation, read_settings
@@ -42,7 +40,7 @@ PROTOCOLS = {
 CUSTOMARY = dict.fromkeys(("flowers102", "oxford-pets", "fgvc-aircraft"), "mean_per_class")
 
 Say = Callable[[str], None]
-Measured = tuple[list[Finding], list[str], Record]  # findings, notes on all of them, the card's part on the data
+Measured = tuple[list[Finding], Record]  # findings, and the card's part on the data
 
 
 def evaluate(
@@ -105,7 +103,7 @@ def _open(source: str | Path, reading: Reading, settings: Evaluation) -> Opened:
     """Open the backbones that are wanted, or all of a run."""
     wanted = set(settings.network or ())
     network = min(wanted) if len(wanted) == 1 else reading.network
-    opened = open_backbones(source, dataclasses.replace(reading, network=network, size=settings.size or reading.size))
+    opened = open_backbones(source, replace(reading, network=network, size=settings.size or reading.size))
     if opened.folder is not None and (unknown := wanted - opened.networks.keys()):
         raise ConfigError(f"network: {opened.name} holds {' and '.join(opened.networks)}, not {', '.join(sorted(unknown))}")
     return opened
@@ -130,22 +128,21 @@ def _check_data(settings: Evaluation, data: str) -> None:
         if "detection" in settings.protocol and getattr(settings, name) is not None:
             raise ConfigError(f"{name}: is not for detection; use detection.{instead}")
     names = [title(one) for one in data.split(",") if one]
-    for protocol in settings.protocol:
-        if protocol != "transfer" and len(names) > 1 and not Path(data).exists():
-            raise ConfigError(f"protocol: {protocol} takes one data set, got {len(names)}; several are for transfer alone")
-        if protocol == "transfer" and (twice := {name for name in names if names.count(name) > 1}):
-            raise ConfigError(f"transfer: {min(twice)} names more than one data set; their results would mix, so rename a folder")
+    others = [protocol for protocol in settings.protocol if protocol != "transfer"]
+    if others and len(names) > 1 and not Path(data).exists():
+        raise ConfigError(f"protocol: {others[0]} takes one data set, got {len(names)}; several are for transfer alone")
+    if "transfer" in settings.protocol and (twice := {name for name in names if names.count(name) > 1}):
+        raise ConfigError(f"transfer: {min(twice)} names more than one data set; their results would mix, so rename a folder")
 
 
 class _Evaluation:
     """The work that the protocols of one evaluation share."""
 
     def __init__(self, opened: Opened, settings: Evaluation, say: Say) -> None:
-        self.opened, self.settings = opened, settings
-        reader, engine = opened.reader(settings.size, settings.workers), Engine.local(settings.device, settings.precision)
-        self.task = Task(opened.spec, reader, engine, Bootstrap(settings.resamples, settings.seed), say)
+        self.opened, self.settings, self.task = opened, settings, Task.of(opened, settings, say, settings.resamples)
         self.notes = [*opened.notes, *_unfinished(opened.folder)]
-        self.pair = functools.lru_cache(maxsize=1)(self._load_pair)  # one at a time: sets may be large
+        # One at a time: sets may be large.
+        self.pair = functools.lru_cache(maxsize=1)(functools.partial(self.task.pair, at_most=settings.images))
 
     def records(self, name: str, data: str) -> Iterator[Record]:
         """Yield the records of one protocol, network by network."""
@@ -158,57 +155,52 @@ class _Evaluation:
             backbone = self.task.engine.place(backbone)
             common |= {"network": network, "weights": state_hash(backbone), "source": self.opened.origin}
             with evaluating(backbone) if protocol.trains else frozen(backbone):
-                findings, notes, common["images"] = measure(protocol, section, backbone, data)
+                findings, common["images"] = measure(protocol, section, backbone, data)
             record = {"protocol": name, "network": network, "data": title(data), "seconds": round(time.monotonic() - start, 2)}
             for finding in findings:
                 plain = finding.plain()
-                plain["notes"] = [*self.notes, *notes, *plain["notes"]]
+                plain["notes"] = [*self.notes, *plain["notes"]]
                 settings = common["settings"] | finding.setting
                 if "split" in finding.details:  # which labelled images were trained on, where a protocol takes a part of them
                     settings["split"] = finding.details["split"]
                 yield record | plain | {"card": common | {"settings": settings}}
 
-    def _load_pair(self, data: str) -> tuple[LabelledPair, list[str]]:
-        """Return both sides of a data set, and what a reader of any figure on them must know."""
-        settings = self.settings
-        root = settings.data_root or (self.opened.config.data_root if self.opened.config else None)
-        pair = LabelledPair.load(data, root, settings.images, settings.seed)
-        return pair, pair.notes(self.opened.run_data.get("fingerprint"))
-
     def _findings(self, protocol: Protocol, section: Any, backbone: nn.Module, data: str) -> Measured:
-        module, _, function = protocol.place.partition(".")
+        module, function = protocol.place.split(".")
         run: Callable[..., list[Finding]] = getattr(importlib.import_module(f"relssl.evaluation.{module}"), function)
         if protocol.takes == "scenes":
             findings = run(backbone, data, section, self.task)
-            return findings, [], findings[0].details["fingerprints"]
+            return findings, findings[0].details["fingerprints"]
         pair, (*notes,) = self.pair(data)
         used = pair.card()
         if protocol.takes == "images":
-            return run(backbone, pair, section, self.task), notes, used
-        take = functools.partial(cached, say=self.task.say) if self.settings.cache else extract
-        both = []
-        for side, images, _ in pair.sides:
-            both.append(take(backbone, images, self.task.reader, self.task.engine))
-            if bad := both[-1].bad:
-                first = f"the first is {shown(bad[0][0])}: {bad[0][1]}"
-                notes.append(f"{len(bad)} of {len(images)} {side} images cannot be read, {first}")
-                used[side]["read"] = len(both[-1].rows)
-        sides = LabelledFeatures.of(pair, *both)
-        notes += sides.check()
-        if self.task.engine.device.type == "cuda":  # protocols compute where the test features are, in fp64, which MPS has not
-            sides = dataclasses.replace(sides, test=sides.test.to(self.task.engine.device))
-        return run(sides, section, self.task.bootstrap), notes, used
+            findings = run(backbone, pair, section, self.task)
+        else:
+            take, both = functools.partial(cached, say=self.task.say) if self.settings.cache else extract, list[Features]()
+            for side, images, _ in pair.sides:
+                both.append(features := take(backbone, images, self.task.reader, self.task.engine))
+                if bad := features.bad:
+                    first = f"the first is {shown(bad[0][0])}: {bad[0][1]}"
+                    notes.append(f"{len(bad)} of {len(images)} {side} images cannot be read, {first}")
+                    used[side]["read"] = len(features.rows)
+            sides = LabelledFeatures.of(pair, *both)
+            notes += sides.check()
+            if (
+                self.task.engine.device.type == "cuda"
+            ):  # protocols compute where the test features are, in fp64, which MPS has not
+                sides = replace(sides, test=sides.test.to(self.task.engine.device))
+            findings = run(sides, section, self.task.bootstrap)
+        return [replace(finding, notes=(*notes, *finding.notes)) for finding in findings], used
 
     def _transfer(self, protocol: Protocol, section: Any, backbone: nn.Module, data: str) -> Measured:
         """Run the protocol on each of several data sets."""
         outcomes, images = dict[str, Finding | str](), Record()
         for one in filter(None, data.split(",")):
             try:
-                (finding,), notes, images[title(one)] = self._findings(protocol, section, backbone, one)
-                outcomes[title(one)] = dataclasses.replace(finding, notes=(*notes, *finding.notes))
+                (outcomes[title(one)],), images[title(one)] = self._findings(protocol, section, backbone, one)
             except DataError as error:  # one set that is not at hand must not cost the others
                 outcomes[title(one)] = str(error)
-        return [transfer_table(outcomes)], [], images
+        return [transfer_table(outcomes)], images
 
 
 def transfer_table(outcomes: Mapping[str, Finding | str]) -> Finding:

@@ -30,6 +30,7 @@ from relssl.files import replacing, storing, sweep
 
 _LAYOUT = 2  # of the files in the cache
 _LIMIT = 20 << 30  # bytes that they may take together
+_ROWS = 1 << 14  # features that are scaled at a time, in fp64
 
 
 @dataclass
@@ -39,6 +40,10 @@ class Features:
     vectors: Tensor  # fp32 [n,F] on the CPU
     rows: np.ndarray  # int64 [n], the images they belong to: all but the unreadable ones
     bad: list[tuple[str, str]] = field(default_factory=list)  # (file, reason) of those
+
+    def names(self, images: Images) -> list[str]:
+        """Return the names of the images they belong to."""
+        return [images.source.name(row) for row in self.rows.tolist()]
 
 
 @torch.no_grad()
@@ -213,12 +218,15 @@ class LabelledFeatures:
         return notes
 
 
-def unit(rows: Tensor) -> Tensor:
-    """Scale [n,F] to fp32 of unit norm, whatever their length; ValueError for NaN or Inf."""
-    rows = F.normalize(rows.double(), eps=1e-300)  # where no square overflows or vanishes; a row of zeros stays zero
-    if not bool(rows.isfinite().all()):
+def unit(rows: Tensor, device: torch.device | None = None) -> Tensor:
+    """Scale [n,F] to fp32 of unit norm, whatever their length, on another device if one is given; ValueError for NaN or Inf."""
+    scaled = torch.empty(rows.shape, dtype=torch.float32, device=device or rows.device)
+    for part, place in zip(torch.split(rows, _ROWS), torch.split(scaled, _ROWS), strict=True):
+        # In fp64 no square overflows or vanishes; a row of zeros stays zero.
+        place.copy_(F.normalize(part.to(scaled.device).double(), eps=1e-300))
+    if not bool(scaled.isfinite().all()):
         raise ValueError("features hold NaN or Inf")
-    return rows.float()
+    return scaled
 
 
 @contextmanager

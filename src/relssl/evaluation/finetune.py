@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,12 @@ import torch
 from torch import nn
 
 from relssl.data.named import load
-from relssl.engine import Engine
-from relssl.errors import CheckpointError, ConfigError, NumericError
-from relssl.evaluation.embed import TABLES, check_target, escaped
+from relssl.errors import CheckpointError, ConfigError
+from relssl.evaluation.embed import check_target, escaped, write_table
 from relssl.evaluation.features import extract
-from relssl.evaluation.heads import labels_of, linear_classifier, train_whole
-from relssl.evaluation.metrics import Bootstrap
-from relssl.evaluation.pairs import LabelledPair
+from relssl.evaluation.heads import linear_classifier, train_whole
 from relssl.evaluation.result import Task, title
-from relssl.files import replacing
-from relssl.settings.evaluation import FinetuneConfig, Tuning
+from relssl.settings.evaluation import FinetuneConfig, Measuring, Tuning
 from relssl.settings.reading import build
 from relssl.weights import export
 from relssl.weights.foreign import Reading
@@ -60,30 +56,34 @@ def finetune(
     export.check_target(target, "safetensors", Path(source))
     network, size = settings.network or reading.network, settings.size or reading.size
     opened = open_backbones(source, replace(reading, network=network, size=size))
-    root = settings.data_root or (opened.config.data_root if opened.config else None)
-    pair, engine = LabelledPair.load(str(data), root), Engine.local(settings.device, settings.precision)
-    notes = [*opened.notes, *pair.notes(opened.run_data.get("fingerprint"))]
-    labels_of(pair, "finetune")
-    reader, arguments = opened.reader(settings.size, settings.workers), opened.spec.arguments
-    if settings.size:  # which the shapes of weights would follow
-        arguments = opened.spec.all_arguments()
-    spec = replace(opened.spec, view=reader.view, arguments=arguments)
-    task = Task(spec, reader, engine, Bootstrap(1000, settings.seed), say or (lambda line: None))
-    names = [*map(escaped, pair.bank.classes or pair.test.classes or ())]
+    task = Task.of(opened, settings, say)
+    pair, notes = task.pair(str(data))
+    # The shapes of weights would follow another size.
+    spec = replace(
+        opened.spec, view=task.reader.view, arguments=(opened.spec.all_arguments() if settings.size else opened.spec.arguments)
+    )
+    names = [escaped(name) for name in pair.bank.classes or pair.test.classes or ()]
     names += map(str, range(len(names), pair.classes))
     start = linear_classifier(opened.backbone.num_features, len(names), settings.seed)
     _joined(spec, opened.backbone, start, {"classes": names})  # what no file could hold is refused before the work
     tuned, head, finding = train_whole(opened.backbone, pair, settings, task, "finetune")
-    figures = finding.plain()
-    facts = {"images": finding.details["images"], "tested": figures["tested"], "top1": figures["figures"]["top1"]}
-    trained = {name: value for name, value in asdict(settings).items() if name in FinetuneConfig.__dataclass_fields__}
-    how = f"seed {settings.seed}, {', '.join(f'{name} {value}' for name, value in trained.items())}"
-    origin = f"{opened.header['network']} of {opened.header['origin']}"
-    known = {"classes": names, "data": title(str(data)), "source": f"`{opened.name}` ({origin})", "training": how, **facts}
-    whole, header = _joined(spec, tuned, head, known), {"network": "classifier", "origin": opened.header["origin"]}
+    origin, result = opened.header["origin"], finding.plain()
+    trained = ", ".join(f"{name} {getattr(settings, name)}" for name in FinetuneConfig.__dataclass_fields__)
+    classifier = {
+        "classes": names,
+        "data": title(str(data)),
+        "source": f"`{opened.name}` ({opened.header['network']} of {origin})",
+        "training": f"seed {settings.seed}, {trained}",
+        "images": finding.details["images"],
+        "tested": result["tested"],
+        "top1": result["figures"]["top1"],
+    }
+    whole = _joined(spec, tuned, head, classifier)
+    header = {"network": "classifier", "origin": origin}
     export.hand_over(Opened(target.name, {"backbone": whole}, whole.spec, header, {}), target, "safetensors", pair.test)
-    interval, notes = figures["intervals"]["top1"], [*notes, *figures["notes"]]
-    return {"out": str(target), "classes": names, **facts, "interval": interval, "notes": notes}
+    figures = {name: classifier[name] for name in ("classes", "images", "tested", "top1")}
+    notes = [*opened.notes, *notes, *result["notes"]]
+    return {"out": str(target), **figures, "interval": result["intervals"]["top1"], "notes": notes}
 
 
 def _joined(spec: BackboneSpec, backbone: nn.Module, head: nn.Linear, classifier: Mapping[str, Any]) -> Backbone:
@@ -141,19 +141,13 @@ def predict(
     opened = open_whole(source) if source.is_file() and is_exported(source) else None
     if opened is None or not opened.spec.classes:
         raise ConfigError(f"{model}: is no classifier; `relssl finetune {model} DATA --out MODEL.safetensors` trains one")
-    engine, classes = Engine.local(device, precision), np.array(opened.spec.classes)
-    images = load(str(data), data_root, split)
-    features = extract(engine.place(opened.backbone), images, opened.reader(workers=workers), engine)
-    names = [images.source.name(row) for row in features.rows.tolist()]
-    finite = features.vectors.isfinite().all(dim=1)
-    if not bool(finite.all()):
-        raise NumericError(f"{names[int(finite.int().argmin())]!r}: its scores hold NaN or Inf; check the weights")
-    scores, kind = features.vectors.softmax(dim=1).numpy(), path.suffix.lower()
-    best, bad = scores.argmax(axis=1), [*images.bad, *features.bad]
-    with replacing(path, needed=scores.nbytes) as file:
-        if kind == ".npz":
-            np.savez(file, names=np.array(names), predicted=best, scores=scores, classes=classes)
-        else:
-            columns = {"name": [*map(escaped, names)], "class": classes[best].tolist(), "score": scores.max(axis=1)}
-            TABLES[kind](file, columns, "scores", scores[:, :0] if kind == ".csv" else scores)
+    where = {"data_root": data_root, "device": device, "precision": precision, "workers": workers}
+    task, classes = Task.of(opened, build(Measuring, where)), np.array(opened.spec.classes)
+    images = load(str(data), task.root, split)
+    features = extract(task.engine.place(opened.backbone), images, task.reader, task.engine)
+    names, scores = features.names(images), features.vectors.softmax(dim=1).numpy()
+    best = scores.argmax(axis=1)
+    columns = {"name": names, "class": classes[best].tolist(), "score": scores.max(axis=1)}
+    write_table(path, "scores", scores, {"names": names, "predicted": best, "classes": classes}, columns, spread=False)
+    bad = [*images.bad, *features.bad]
     return {"out": str(out), "images": len(names), "classes": classes.tolist(), "bad": bad, "notes": list(images.notes)}

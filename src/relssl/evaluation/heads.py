@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -57,14 +57,23 @@ class Training:
     """
 
     def __init__(
-        self, title: str, pair: LabelledPair, settings: LinearConfig | FinetuneConfig, task: Task, heads: Sequence[nn.Linear]
+        self,
+        title: str,
+        pair: LabelledPair,
+        settings: LinearConfig | FinetuneConfig,
+        task: Task,
+        network: nn.Module,
+        heads: int = 1,
     ) -> None:
         self.title, self.pair, self.settings, self.task = title, pair, settings, task
-        self.classifiers, images = [Classifier(head.to(task.engine.device)) for head in heads], len(pair.bank)
+        self.labels, seed, images = labels_of(pair, title.split()[0]), task.bootstrap.seed, len(pair.bank)
+        width = feature_width(network, task.reader.view.size)
+        # Of one seed all start alike, so a rate's outcome does not depend on which others are tried.
+        starts = [linear_classifier(width, pair.classes, seed) for _ in range(heads)]
+        self.classifiers = [Classifier(head.to(task.engine.device)) for head in starts]
         size = max(min(2, settings.batch_size), images // math.ceil(images / settings.batch_size))
-        self.plan = Plan(images, size, seed=task.bootstrap.seed)
+        self.plan = Plan(images, size, seed=seed)
         self.steps = settings.epochs * self.plan.steps_per_epoch
-        self.truth = torch.from_numpy(pair.test.labels)
         self.unreadable: set[str] = set()  # files that were replaced by the image behind them
 
     def epochs(self, network: nn.Module, groups: list[dict[str, Any]], *, nesterov: bool, schedule: str) -> Iterator[int]:
@@ -79,43 +88,49 @@ class Training:
             NumericError: once no classifier's loss is finite.
         """
         reader, engine, settings, length = self.task.reader, self.task.engine, self.settings, self.plan.steps_per_epoch
-        labels = torch.from_numpy(self.pair.bank.labels).to(engine.device)
+        labels = torch.from_numpy(self.labels).to(engine.device)
         # The papers train classifiers on a random crop and a flip; what pretraining never mirrors, such as digits, is not here.
         view = ViewConfig(size=reader.view.size, scale=settings.scale, flip=0.5 if reader.mirrored else 0.0)
         loading = LoaderConfig(workers=reader.workers, max_pixels=reader.max_pixels)
         loader = Loader(self.pair.bank, [view], self.plan, engine.device, (reader.view.mean, reader.view.std), loading)
         optimizer = torch.optim.SGD(groups, momentum=settings.momentum, nesterov=nesterov)
-        peaks = [group["lr"] for group in groups]
+        rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_share(step, length, settings.epochs, schedule))
         finite = torch.ones(len(self.classifiers), dtype=torch.bool, device=engine.device)
-        for step, (batch,) in enumerate(loader.stream(0, self.steps)):
+        for step, (batch,) in enumerate(loader.stream(0, self.steps), 1):
             self.unreadable.update(file for file, _ in batch.bad)
             with torch.set_grad_enabled(network.training), engine.autocast():
                 features = network(engine.place(batch.weak))
             losses = torch.stack([F.cross_entropy(each.head(features.float()), labels[batch.ids]) for each in self.classifiers])
             optimizer.zero_grad()
             losses.sum().backward()  # type: ignore[no-untyped-call]
-            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                group["lr"] = peak * rate_share(step, length, settings.epochs, schedule)
             optimizer.step()
+            rates.step()
             finite &= losses.detach().isfinite()
-            epoch, rest = divmod(step + 1, length)
-            if not rest:
+            if not step % length:
+                epoch = step // length
                 for each, loss, fine in zip(self.classifiers, losses.tolist(), finite.tolist(), strict=True):
                     each.loss, each.lost = loss, each.lost or (0 if fine else epoch)
                 if not finite.any():
-                    section = self.title.split()[0]
-                    rates = " or ".join(f"{section}.{name}" for name in ("lr", "head_lr") if hasattr(settings, name))
-                    raise NumericError(f"{self.title}: the loss stopped being finite in epoch {epoch} or before; lower {rates}")
+                    names = [name for name in ("lr", "head_lr") if hasattr(settings, name)]
+                    named = " or ".join(f"{self.title.split()[0]}.{name}" for name in names)
+                    raise NumericError(f"{self.title}: the loss stopped being finite in epoch {epoch} or before; lower {named}")
                 yield epoch
 
     def reports(self, epoch: int) -> bool:
         """Return true for some ten epochs in all, the last among them."""
         return epoch * 10 // self.settings.epochs > (epoch - 1) * 10 // self.settings.epochs
 
+    def test(self, network: nn.Module) -> Features:
+        """Compute the features of the test images' plain views; NumericError if they are not finite."""
+        features = extract(network, self.pair.test, self.task.reader, self.task.engine)
+        if not bool(features.vectors.isfinite().all()):
+            raise NumericError(f"{self.pair.test.name}: the network's features of test images are NaN or infinite")
+        return features
+
     @torch.no_grad()
     def label(self, test: Features) -> None:
         """Label the test images; none is right once the loss was not finite, as NaN compares with nothing."""
-        truth, device = self.truth[test.rows], self.task.engine.device
+        truth, device = torch.from_numpy(self.pair.test.labels)[test.rows], self.task.engine.device
         for each in self.classifiers:
             each.rank = torch.full_like(truth, each.head.out_features)
             if not each.lost:
@@ -123,19 +138,17 @@ class Training:
                 each.rank = torch.cat([ranks(each.head(part.to(device)).cpu(), own) for part, own in parts])
             each.curve.append(100 * float((each.rank == 0).double().mean()))
 
-    def finding(
-        self, setting: dict[str, Any], classifier: Classifier, test: Features, notes: list[str], details: dict[str, Any]
-    ) -> Finding:
+    def finding(self, setting: dict[str, Any], each: Classifier, test: Features, notes: list[str], **details: Any) -> Finding:
         """Return the figures of a classifier that has labelled the test images."""
-        trained: dict[str, Any] = {"images": self.plan.count, "batch_size": self.plan.batch_size, "epochs": self.settings.epochs}
-        trained |= {"steps": self.steps, "scale": list(self.settings.scale), "momentum": self.settings.momentum}
-        trained |= {"weight_decay": self.settings.weight_decay, "loss": None if classifier.lost else round(classifier.loss, 6)}
+        trained: dict[str, Any] = {name: getattr(self.settings, name) for name in ("epochs", "momentum", "weight_decay")}
+        trained |= {"images": self.plan.count, "batch_size": self.plan.batch_size, "steps": self.steps}
+        trained |= {"scale": list(self.settings.scale), "loss": None if each.lost else round(each.loss, 6)}
         if self.unreadable:
             notes = [*notes, f"{len(self.unreadable)} training images could not be read, the next ones took their places"]
         if test.bad:
             notes = [*notes, f"{len(test.bad)} test images could not be read and are left out"]
-        classes, more = classifier.head.out_features, {"notes": tuple(notes), "details": trained | details}
-        return Finding.of_ranks(setting, classifier.rank, self.truth[test.rows], classes, self.task.bootstrap, **more)
+        truth, more = torch.from_numpy(self.pair.test.labels)[test.rows], {"notes": tuple(notes), "details": trained | details}
+        return Finding.of_ranks(setting, each.rank, truth, each.head.out_features, self.task.bootstrap, **more)
 
 
 def rate_share(step: int, steps_per_epoch: int, epochs: int, schedule: str) -> float:
@@ -162,14 +175,6 @@ def labels_of(pair: LabelledPair, protocol: str) -> np.ndarray:
     return pair.bank.labels
 
 
-def finite_features(network: nn.Module, pair: LabelledPair, task: Task) -> Features:
-    """Compute the features of the test images' plain views, by a network on the device; NumericError if they are not finite."""
-    features = extract(network, pair.test, task.reader, task.engine)
-    if not bool(features.vectors.isfinite().all()):
-        raise NumericError(f"{pair.test.name}: the network's features of test images are NaN or infinite")
-    return features
-
-
 def linear(backbone: nn.Module, pair: LabelledPair, settings: LinearConfig, task: Task) -> list[Finding]:
     """Train one classifier a learning rate on the features of [B, 3, S, S] -> [B, F], and test each on the plain views.
 
@@ -180,14 +185,11 @@ def linear(backbone: nn.Module, pair: LabelledPair, settings: LinearConfig, task
     Raises:
         ConfigError: for images with several labels. NumericError: if no classifier's loss, or no feature, stays finite.
     """
-    labels_of(pair, "linear")
-    test = finite_features(task.engine.place(backbone).eval(), pair, task)
+    backbone = task.engine.place(backbone).eval()
     rates, nesterov = papers_choice(settings, small=task.reader.view.size <= _SMALL)
-    # Of one seed all start alike, so a rate's outcome does not depend on which others are tried.
-    heads = [linear_classifier(test.vectors.shape[1], pair.classes, task.bootstrap.seed) for _ in rates]
-    training = Training("linear", pair, settings, task, heads)
+    training = Training("linear", pair, settings, task, backbone, len(rates))
+    test, decay, findings = training.test(backbone), settings.weight_decay, list[Finding]()
     tried = dict(zip(rates, training.classifiers, strict=True))
-    decay, findings = settings.weight_decay, list[Finding]()
     groups = [{"params": [*each.head.parameters()], "lr": rate, "weight_decay": decay} for rate, each in tried.items()]
     for epoch in training.epochs(backbone, groups, nesterov=nesterov, schedule=settings.schedule):
         training.label(test)
@@ -202,8 +204,8 @@ def linear(backbone: nn.Module, pair: LabelledPair, settings: LinearConfig, task
             notes.append(f"one of {len(rates)} learning rates; to quote the best of them is to choose it on these test images")
         best = {"epoch": curve.index(max(curve)) + 1, "top1": max(curve), "chosen_on": "these test images"}
         points = [[epoch, top1] for epoch, top1 in enumerate(curve, 1) if training.reports(epoch)]
-        details = {"nesterov": nesterov, "curve": points, "best_epoch": best}
-        findings.append(training.finding({"schedule": settings.schedule, "lr": rate}, each, test, notes, details))
+        setting = {"schedule": settings.schedule, "lr": rate}
+        findings.append(training.finding(setting, each, test, notes, nesterov=nesterov, curve=points, best_epoch=best))
     return findings
 
 
@@ -229,26 +231,24 @@ def train_whole(
 
     Each has a learning rate of its own; weights decay, norms and biases do not. Raises as `linear`.
     """
-    labels_of(pair, "finetune")
-    network, device, seed = copy.deepcopy(backbone).cpu(), task.engine.device, task.bootstrap.seed
-    head = linear_classifier(feature_width(network, task.reader.view.size), pair.classes, seed)
-    training, network = Training(title, pair, settings, task, [head]), task.engine.place(network).train()
+    network = copy.deepcopy(backbone).cpu()
+    training = Training(title, pair, settings, task, network)
+    (classifier,), network, device = training.classifiers, task.engine.place(network).train(), task.engine.device
     if not any(parameter.requires_grad for parameter in network.parameters()):
         network.requires_grad_(True)  # of others, what is fixed is meant to be, such as position codes
+    rates = {"lr": settings.lr, "head_lr": settings.head_lr}
     groups = [
         group | {"lr": rate}
-        for module, rate in ((network, settings.lr), (head, settings.head_lr))
+        for module, rate in zip((network, classifier.head), rates.values(), strict=True)
         for group in parameter_groups(module, decay="weights", weight_decay=settings.weight_decay)
     ]
     with torch.random.fork_rng([device] if device.type == "cuda" else []):  # dropout and the like draw by the seed
-        torch.manual_seed(seed)
+        torch.manual_seed(task.bootstrap.seed)
         for epoch in training.epochs(network, groups, nesterov=settings.momentum > 0, schedule="cosine"):
             if training.reports(epoch):
-                task.say(f"{title}: epoch {epoch} of {settings.epochs}, loss {training.classifiers[0].loss:.3f}")
-    test = finite_features(network, pair, task)
-    training.label(test)
-    finding = training.finding({}, training.classifiers[0], test, [], {"lr": settings.lr, "head_lr": settings.head_lr})
-    return network, head, finding
+                task.say(f"{title}: epoch {epoch} of {settings.epochs}, loss {classifier.loss:.3f}")
+    training.label(test := training.test(network))
+    return network, classifier.head, training.finding({}, classifier, test, [], **rates)
 
 
 def semi(backbone: nn.Module, pair: LabelledPair, settings: SemiConfig, task: Task) -> list[Finding]:
@@ -261,23 +261,19 @@ def semi(backbone: nn.Module, pair: LabelledPair, settings: SemiConfig, task: Ta
         As `finetune`; DataError for a file that names other images.
     """
     labels, bank, findings = labels_of(pair, "semi"), pair.bank, list[Finding]()
-    choices: list[tuple[dict[str, Any], float, np.ndarray]]
-    if settings.index is None:
-        shares = settings.fractions
-        choices = [({"fraction": share}, share, stratified(labels, fraction=share, seed=task.bootstrap.seed)) for share in shares]
-    elif pair.of is not None and len(bank) < pair.of[0]:  # where the same positions are other images
+    if settings.index and pair.of is not None and len(bank) < pair.of[0]:  # where the same positions are other images
         raise ConfigError(f"semi.index: names images of the whole bank, of which `images` leaves {len(bank)}; drop one of them")
-    else:
-        choices = [({"index": Path(settings.index).name}, 1, from_index(settings.index, bank))]
-    for setting, share, rows in choices:
-        count, notes = np.bincount(labels[rows], minlength=pair.classes), list[str]()
+    for share in (1.0,) if settings.index else settings.fractions:
+        title, notes = "semi" if settings.index else f"semi on {100 * share:g} %", list[str]()
+        rows = from_index(settings.index, bank) if settings.index else stratified(labels, share, task.bootstrap.seed)
+        count = np.bincount(labels[rows], minlength=pair.classes)
         if absent := np.flatnonzero(count == 0).tolist():
             named = listed(absent, bank.classes)
             notes.append(f"{len(absent)} of {pair.classes} classes have no labelled image: {named}")
         if len(rows) > 1.5 * share * len(labels):
             notes.append(f"{len(rows)} of {len(labels)} images, as each class gives one at least")
-        title = f"semi on {100 * share:g} %" if settings.index is None else "semi"
         (finding,) = finetune(backbone, replace(pair, bank=bank.subset(rows)), settings, task, title)
         details = finding.details | {"split": fingerprint(rows), "per_class": [int(count.min()), int(count.max())]}
+        setting = {"index": Path(settings.index).name} if settings.index else {"fraction": share}
         findings.append(replace(finding, setting=setting, notes=(*notes, *finding.notes), details=details))
     return findings

@@ -19,7 +19,6 @@ from relssl.evaluation.metrics import Bootstrap, accuracies, ranks
 from relssl.evaluation.result import Finding
 from relssl.settings.evaluation import KnnConfig
 
-_LOW = 0xFFFFFFFF
 _VOTERS = 4096  # queries whose votes are counted at a time
 
 
@@ -70,47 +69,31 @@ def votes(similarity: Tensor, labels: Tensor, temperature: float, classes: int) 
     return scores / scores.sum(dim=1, keepdim=True)
 
 
-def neighbours(bank: Tensor, queries: Tensor, k: int, *, chunk: int = 1024, bank_chunk: int = 16384) -> tuple[Tensor, Tensor]:
+def neighbours(bank: Tensor, queries: Tensor, k: int, *, cells: int = 1 << 25) -> tuple[Tensor, Tensor]:
     """Find the nearest bank features by cosine similarity; ties in fp32 go to the lower index.
 
     Args:
         bank, queries: [N,D] and [M,D] of any real dtype; the work is done on the queries' device, in fp32.
         k: 1..N.
-        chunk, bank_chunk: queries and bank features at a time, whose similarities are in memory at once.
+        cells: similarities that are in memory at once, those of one query at least.
 
     Returns:
         Similarities [M,k], falling, and places in the bank [M,k], on the CPU; ValueError for another k, or NaN or Inf features.
     """
     if not 1 <= k <= len(bank):
         raise ValueError(f"k must lie in 1..{len(bank)}, the features of the bank, got {k}")
-    device = queries.device
-    best = torch.full((len(queries), k), torch.iinfo(torch.int64).min, device=device)
-    with full_precision(device):
-        parts = [unit(part) for part in torch.split(queries, chunk)]
-        for first in range(0, len(bank), bank_chunk):
-            rows = unit(bank[first : first + bank_chunk].to(device))
-            for part, place in zip(parts, torch.split(best, chunk), strict=True):
-                nearest = _nearest(part @ rows.T, first, k)
-                place.copy_(torch.cat([place, nearest], dim=1).topk(k, dim=1).values)
-    bits = best >> 32
-    similarity = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).int().view(torch.float32)
-    return similarity.cpu(), (_LOW - (best & _LOW)).cpu()
-
-
-def _nearest(similarity: Tensor, first: int, k: int) -> Tensor:
-    """Return the keys of the k largest (or all) in each row of [m,n], whose columns are the bank's from `first` on."""
-    k = min(k, similarity.shape[1])
-    values, columns = similarity.topk(k, dim=1)
-    keys = _keys(values, first + columns)
-    # topk picks any of the equal values at its end; only in rows where there are more than fit do all keys have to be compared.
-    tied = ((similarity >= values[:, -1:]).sum(dim=1) > k).nonzero().flatten()
-    columns = torch.arange(first, first + similarity.shape[1], device=similarity.device)
-    for rows in torch.split(tied, 64):  # a few at a time: keys take several times the memory
-        keys[rows] = _keys(similarity[rows], columns).topk(k, dim=1).values
-    return keys
-
-
-def _keys(similarity: Tensor, index: Tensor) -> Tensor:
-    """Return int64 keys that order by similarity, then by lower index (below 2^32): all differ, so their top k is unique."""
-    bits = (similarity + 0.0).view(torch.int32).long()  # -0.0 becomes 0.0
-    return (torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits) << 32) | (_LOW - index)
+    parts = []
+    with full_precision(queries.device):
+        bank = unit(bank, queries.device)
+        for some in torch.split(queries, max(1, cells // len(bank))):
+            near = unit(some) @ bank.T
+            values, index = near.topk(k, dim=1)
+            # topk picks any of the equal values at its end; where there are more than fit, the whole row is sorted.
+            tied = ((near >= values[:, -1:]).sum(dim=1) > k).nonzero().flatten()
+            for rows in torch.split(tied, 64):  # a few at a time: sorting takes several times the memory
+                index[rows] = near[rows].sort(dim=1, descending=True, stable=True).indices[:, :k]
+            index = index.sort(dim=1).values
+            values, order = near.gather(1, index).sort(dim=1, descending=True, stable=True)
+            parts.append((values.cpu(), index.gather(1, order).cpu()))
+    similarity, places = zip(*parts, strict=True)
+    return torch.cat(similarity), torch.cat(places)

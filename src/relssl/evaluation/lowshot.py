@@ -12,8 +12,7 @@ Legend: N bank images, M test images, F feature dimensions, C classes, n shots.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +20,6 @@ import torch
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import PredefinedSplit, cross_val_score
 from sklearn.svm import LinearSVC
-from torch import Tensor
 
 from relssl.errors import DataError
 from relssl.evaluation.features import LabelledFeatures, unit
@@ -31,17 +29,10 @@ from relssl.evaluation.result import Finding
 from relssl.settings.evaluation import LowshotConfig
 
 Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
 _PARTS = 3  # of cross-validation
 _COST = 1.0  # where there is nothing to choose it by
 _ITERATIONS = 2000  # VISSL's and PCL's
-
-
-class Draw(NamedTuple):
-    """The outcome of one draw."""
-
-    scores: Tensor  # fp32 [M,C]
-    cost: float | None  # None: there was nothing to choose it by
-    stuck: int  # machines that did not converge
 
 
 def lowshot(sides: LabelledFeatures, settings: LowshotConfig, bootstrap: Bootstrap) -> list[Finding]:
@@ -54,16 +45,35 @@ def lowshot(sides: LabelledFeatures, settings: LowshotConfig, bootstrap: Bootstr
     Figures are means over the draws, of two or more with the deviation of the main one (of draws - 1). Intervals are those of the
     mean over the same draws: what other test images would change.
     """
-    findings, every = [], sides.bank_labels.numpy()
-    most = int(class_counts(sides.bank_labels, sides.classes).max())
+    findings, labels = [], sides.bank_labels.numpy().astype(np.int64)
+    bank, test = (unit(rows).double().cpu().numpy() for rows in (sides.bank, sides.test))
+    count = class_counts(sides.bank_labels, sides.classes)
     for shots in dict.fromkeys(settings.shots):
         seeds = [[bootstrap.seed, draw] for draw in range(settings.draws)]
-        orders = [np.random.Generator(np.random.PCG64(each)).permutation(len(every)) for each in seeds]
-        if not shots or (not sides.several and shots >= most):
-            orders = [np.arange(len(every))]  # every draw would take them all
-        taken = [drawn_rows(every, sides.classes, order, shots) for order in orders]
+        orders = [np.random.Generator(np.random.PCG64(each)).permutation(len(labels)) for each in seeds]
+        if not shots or (not sides.several and shots >= int(count.max())):
+            orders = [np.arange(len(labels))]  # every draw would take them all
+        scores, costs, stuck = list[torch.Tensor](), list[float | None](), 0
         with warnings.catch_warnings(action="ignore", category=ConvergenceWarning):  # a note says it instead
-            findings.append(_finding(shots, [_draw(sides, rows, settings) for rows in taken], sides, bootstrap))
+            for order in orders:
+                taken = drawn_rows(labels, sides.classes, order, shots)
+                truths = {own: labels[rows] if own is None else labels[rows, own] for own, rows in taken.items()}
+                costs.append(
+                    choose_cost([(bank[rows], truths[own]) for own, rows in taken.items()], settings.cost, not sides.several)
+                )
+                machines = {own: _machine(costs[-1], own is None).fit(bank[rows], truths[own]) for own, rows in taken.items()}
+                stuck += sum(int(machine.n_iter_ >= _ITERATIONS) for machine in machines.values())
+                scores.append(torch.from_numpy(_scores(machines, test, sides.classes)))
+        notes = []
+        if few := numbered((count > 0) & (count < shots)):
+            notes.append(f"Fewer than {shots} bank images of {few}: all of them were used.")
+        if sides.several and (lone := numbered((count == 0) | ((sides.bank_labels == 0).sum(dim=0) == 0))):
+            notes.append(f"The bank has no images both of {lone} and not, so nothing was learnt there.")
+        if None in costs:
+            notes.append(f"With so few images a class there is no cross-validation, so the cost was {_COST:g}.")
+        if stuck:
+            notes.append(f"{stuck} of the support vector machines had not converged after {_ITERATIONS} iterations.")
+        findings.append(_finding(shots, scores, [cost or _COST for cost in costs], notes, sides, bootstrap))
     return findings
 
 
@@ -82,83 +92,70 @@ def drawn_rows(labels: npt.NDArray[np.int64 | np.int8], classes: int, order: Int
     return taken
 
 
-def _draw(sides: LabelledFeatures, taken: dict[int | None, Ints], settings: LowshotConfig) -> Draw:
-    """Train one machine for all classes, each against the rest; or one for each class: of it, or not."""
-    labels, test = sides.bank_labels.numpy().astype(np.int64), _features(sides.test)
-    single, stuck = not sides.several, 0
-    problems = [(rows, labels[rows] if own is None else labels[rows, own]) for own, rows in taken.items()]
-    cost = settings.cost[0] if len(settings.cost) == 1 else choose_cost(sides.bank, problems, settings.cost, single)
-    scores = np.full((len(sides.test), sides.classes), -np.inf if single else 0, np.float32)  # without an image: never predicted
-    for own, (rows, truth) in zip(taken, problems, strict=True):
-        machine = _machine(cost or _COST, single).fit(_features(sides.bank[rows]), truth)
-        stuck += int(machine.n_iter_ >= _ITERATIONS)
+def _machine(cost: float | None, single: bool) -> LinearSVC:
+    """Create a machine; the bias is penalised like a weight. With several labels an image, yes weighs double."""
+    weights = None if single else {0: 1.0, 1: 2.0}
+    return LinearSVC(C=cost or _COST, class_weight=weights, max_iter=_ITERATIONS, dual="auto", random_state=0)
+
+
+def _scores(machines: dict[int | None, LinearSVC], test: Floats, classes: int) -> npt.NDArray[np.float32]:
+    """Return [M,C] of the machine for all classes, each against the rest, or of one for each class: of it, or not."""
+    # A class without an image is never predicted.
+    scores = np.full((len(test), classes), -np.inf if None in machines else 0, np.float32)
+    for own, machine in machines.items():
         decision = machine.decision_function(test)
         if own is None and decision.ndim == 1:  # two classes are opposites
             decision = np.stack([-decision, decision], axis=1)
         scores[:, machine.classes_ if own is None else own] = decision
-    return Draw(torch.from_numpy(scores), cost, stuck)
+    return scores
 
 
-def _machine(cost: float, single: bool) -> LinearSVC:
-    """Create a machine; the bias is penalised like a weight. With several labels an image, yes weighs double."""
-    weights = None if single else {0: 1.0, 1: 2.0}
-    return LinearSVC(C=cost, class_weight=weights, max_iter=_ITERATIONS, dual="auto", random_state=0)
-
-
-def _features(rows: Tensor) -> npt.NDArray[np.float64]:
-    return unit(rows).double().cpu().numpy()
-
-
-def choose_cost(bank: Tensor, problems: Sequence[tuple[Ints, Ints]], costs: Sequence[float], single: bool) -> float | None:
-    """Return the cost with the best score on images left out, over all problems (rows [n] of the bank, classes [n]) and parts.
+def choose_cost(problems: list[tuple[Floats, Ints]], costs: tuple[float, ...], single: bool) -> float | None:
+    """Return the cost with the best score on images left out, over all problems (features [n,F], classes [n]) and parts.
 
     The score is the share labelled right, or with several labels an image the interpolated average precision; of equals the
     smallest cost is taken. The images of a class take turns in three parts, each of which is left out once; the only image of a
     class is in all that is learnt from. None: there is nothing to choose by, as no part has images of two classes.
     """
+    if len(costs) == 1:
+        return costs[0]
     figures: dict[float, list[float]] = {cost: [] for cost in sorted(costs)}
-    for rows, truth in problems:
+    for features, truth in problems:
         turn = np.full(len(truth), -1)
         for own, count in zip(*np.unique(truth, return_counts=True), strict=True):
             turn[truth == own] = np.arange(count) % _PARTS if count > 1 else -1
         splits = [sides for sides in PredefinedSplit(turn).split() if all(len(np.unique(truth[side])) > 1 for side in sides)]
-        features, scoring = _features(bank[rows]), None if single else _precision
         for cost, scores in figures.items() if splits else ():
-            scores += cross_val_score(_machine(cost, single), features, truth, cv=splits, scoring=scoring).tolist()
+            machine, scoring = _machine(cost, single), None if single else _precision
+            scores += cross_val_score(machine, features, truth, cv=splits, scoring=scoring).tolist()
     means = {cost: np.mean(scores) for cost, scores in figures.items() if scores}
     return max(means, key=lambda cost: means[cost], default=None)
 
 
-def _precision(machine: LinearSVC, features: npt.NDArray[np.float64], truth: Ints) -> float:
+def _precision(machine: LinearSVC, features: Floats, truth: Ints) -> float:
     decision = torch.from_numpy(machine.decision_function(features))[:, None]
     return float(average_precision(decision, torch.from_numpy(truth[:, None]), interpolated=True)[0])
 
 
-def _finding(shots: int, draws: list[Draw], sides: LabelledFeatures, bootstrap: Bootstrap) -> Finding:
-    truth, labels, notes, right = sides.test_labels, sides.bank_labels, [], None
-    count, setting = class_counts(labels, sides.classes), dict[str, Any](shots=shots)
-    if few := numbered((count > 0) & (count < shots)):
-        notes.append(f"Fewer than {shots} bank images of {few}: all of them were used.")
+def _finding(
+    shots: int, scores: list[torch.Tensor], costs: list[float], notes: list[str], sides: LabelledFeatures, bootstrap: Bootstrap
+) -> Finding:
+    """Sum up the draws."""
+    truth, setting, right = sides.test_labels, dict[str, Any](shots=shots), None
     if sides.several:
         setting["average_precision"] = "interpolated"
-        if lone := numbered((count == 0) | ((labels == 0).sum(dim=0) == 0)):
-            notes.append(f"The bank has no images both of {lone} and not, so nothing was learnt there.")
-        figures = [{"map": 100 * float(np.nanmean(average_precision(draw.scores, truth, interpolated=True)))} for draw in draws]
-        samples = np.mean([map_samples(draw.scores, truth, bootstrap, interpolated=True) for draw in draws], axis=0)
+        figures = [{"map": 100 * float(np.nanmean(average_precision(each, truth, interpolated=True)))} for each in scores]
+        samples = np.mean([map_samples(each, truth, bootstrap, interpolated=True) for each in scores], axis=0)
         intervals = {"map": percentiles(100 * samples)}
     else:
-        place = torch.stack([ranks(draw.scores, truth) for draw in draws])
+        place = torch.stack([ranks(each, truth) for each in scores])
         figures = [accuracies(rank, truth, sides.classes) for rank in place]
         best = {"top1": 1, "top5": min(5, sides.classes)}
         intervals = {name: mean_interval(100 * (place < k).double().mean(dim=0), bootstrap) for name, k in best.items()}
-        right = (place[0] == 0).numpy() if len(draws) == 1 else None
-    if any(draw.cost is None for draw in draws):
-        notes.append(f"With so few images a class there is no cross-validation, so the cost was {_COST:g}.")
-    if stuck := sum(draw.stuck for draw in draws):
-        notes.append(f"{stuck} of the support vector machines had not converged after {_ITERATIONS} iterations.")
+        right = (place[0] == 0).numpy() if len(scores) == 1 else None
     main = next(iter(figures[0]))
     mean = {name: float(np.mean([each[name] for each in figures])) for name in figures[0]}
-    if len(draws) > 1:
+    if len(scores) > 1:
         mean[f"{main}_deviation"] = float(np.std([each[main] for each in figures], ddof=1))
-    each = [{main: round(own[main], 4), "cost": draw.cost or _COST} for own, draw in zip(figures, draws, strict=True)]
+    each = [{main: round(own[main], 4), "cost": cost} for own, cost in zip(figures, costs, strict=True)]
     return Finding(setting, main, mean, intervals, tuple(notes), {"draws": each}, right)

@@ -23,8 +23,10 @@ from relssl.data.plain import Reader
 from relssl.engine import Engine
 from relssl.errors import ConfigError, DataError
 from relssl.evaluation.metrics import Bootstrap, Interval, accuracies, accuracy_intervals, percentiles
+from relssl.evaluation.pairs import LabelledPair
 from relssl.files import storing
-from relssl.settings.evaluation import Evaluation
+from relssl.settings.evaluation import Evaluation, Measuring
+from relssl.weights.opening import Opened
 from relssl.weights.spec import BackboneSpec
 
 Record = dict[str, Any]
@@ -72,13 +74,28 @@ class Finding:
 
 @dataclass(frozen=True)
 class Task:
-    """The common ground of all protocols of one evaluation."""
+    """The common ground of all work with opened backbones."""
 
     spec: BackboneSpec  # of the backbone
     reader: Reader  # how images are read, and what the backbone sees of them
     engine: Engine  # device, and the precision of the backbone; classifiers and losses are fp32
-    bootstrap: Bootstrap  # of the intervals; its seed is that of everything else that is drawn too
-    say: Callable[[str], None]  # takes lines of progress, some ten a training
+    bootstrap: Bootstrap = Bootstrap()  # of the intervals; its seed is that of everything else that is drawn too
+    say: Callable[[str], None] = lambda line: None  # takes lines of progress, some ten a training
+    root: str | None = None  # where named data sets lie
+    pretrained_on: str | None = None  # fingerprint of the run's images, if known
+
+    @classmethod
+    def of(cls, opened: Opened, settings: Measuring, say: Callable[[str], None] | None = None, resamples: int = 1000) -> Task:
+        """Return that of opened backbones, with the run's own settings where `settings` leave them open."""
+        engine, bootstrap = Engine.local(settings.device, settings.precision), Bootstrap(resamples, settings.seed)
+        root = settings.data_root or (opened.config.data_root if opened.config else None)
+        known = (say or cls.say, root, opened.run_data.get("fingerprint"))
+        return cls(opened.spec, opened.reader(settings.size, settings.workers), engine, bootstrap, *known)
+
+    def pair(self, data: str, at_most: tuple[int, int] | None = None) -> tuple[LabelledPair, list[str]]:
+        """Load both sides of a data set, as `LabelledPair.load` does, with what a reader of any figure on them must know."""
+        pair = LabelledPair.load(data, self.root, at_most, self.bootstrap.seed)
+        return pair, pair.notes(self.pretrained_on)
 
 
 class Protocol(NamedTuple):

@@ -27,7 +27,7 @@ def retrieval(sides: LabelledFeatures, settings: RetrievalConfig, bootstrap: Boo
     """
     itself, test = settings.gallery == "test", sides.test
     gallery, labels = (test, sides.test_labels) if itself else (sides.bank, sides.bank_labels)
-    gallery = torch.cat([unit(rows.to(test.device)) for rows in torch.split(gallery, 1 << 14)])
+    gallery = unit(gallery, test.device)
     labels, truth = labels.to(test.device), sides.test_labels.to(test.device)
     at, hits, precision = [min(k, len(gallery) - itself) for k in settings.at], [], []
     rank = torch.arange(1, len(gallery) + 1, device=test.device, dtype=torch.float64)

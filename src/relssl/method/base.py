@@ -68,6 +68,7 @@ class Method(nn.Module):
         generator: source of the memory's first, random keys.
         loss_form: plain, or tiled: the same loss over the memory in less memory and time.
         symmetric: teacher and student see both views, and each is matched to the other, where a method leaves that open.
+        given: a teacher that is given instead: views to embeddings [T, B, D] as Encoder, and never changed; see `FrozenTeacher`.
     """
 
     has_teacher: ClassVar[bool] = True
@@ -86,10 +87,12 @@ class Method(nn.Module):
         generator: torch.Generator | None = None,
         loss_form: str = "plain",
         symmetric: bool = False,
+        given: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.student: nn.Module = student
-        self.teacher = student.teacher() if self.has_teacher else None
+        self.given = given
+        self.teacher = student.teacher() if self.has_teacher and given is None else None
         self.memory = Memory(memory_size, dim, generator) if memory_size else None
         self.objective, self.symmetric = OBJECTIVES[loss_form], symmetric
 
@@ -141,8 +144,8 @@ class Method(nn.Module):
     @torch.no_grad()
     def keys(self, views: Sequence[Tensor], world: World = ALONE) -> Tensor:
         """The teacher's embeddings of T views, [T, B, D]."""
-        assert self.teacher is not None
-        teacher, order = self.teacher, world.order
+        teacher, order = self.given if self.teacher is None else self.teacher, world.order
+        assert teacher is not None
         if order is None:
             keys: Tensor = teacher(views)
             return keys
@@ -170,7 +173,7 @@ class Method(nn.Module):
         """teacher <- momentum * teacher + (1 - momentum) * student, parameters only and in fp32, if `when` [] says so.
 
         Batch-norm statistics are not averaged: the teacher runs in training mode and keeps its own (official code). `when` is read on
-        the device: no step waits for it.
+        the device: no step waits for it. A teacher that was given stays.
         """
         if self.teacher is None:
             return

@@ -14,17 +14,24 @@ from relssl.method.base import SCHEDULED, Method
 from relssl.method.batchnorm import split_batch_norms
 from relssl.method.encoder import Encoder
 from relssl.method.optim import create_optimizer, parameter_groups
+from relssl.method.stages import freeze_stages
 from relssl.method.supervised import Classifier
 from relssl.settings import parts
 from relssl.settings.run import Config, MethodConfig, derive
 
 
-def create_method(config: Config, generator: torch.Generator | None = None, loss_form: str = "plain", classes: int = 0) -> Method:
+def create_method(
+    config: Config,
+    generator: torch.Generator | None = None,
+    loss_form: str = "plain",
+    classes: int = 0,
+    given: nn.Module | None = None,
+) -> Method:
     """Create the student, drawn from torch's global random state, and what belongs to it.
 
     Args:
         config: the resolved settings.
-        generator, loss_form: as for Method.
+        generator, loss_form, given: as for Method.
         classes: number of labels, for supervised learning.
 
     Raises:
@@ -32,7 +39,7 @@ def create_method(config: Config, generator: torch.Generator | None = None, loss
     """
     method, student = config.method, create_student(config, classes)
     memory_size = method.memory_size if derive(config).traits.memory else 0
-    return method_class(method.name)(student, memory_size, config.encoder.dim, generator, loss_form, method.symmetric)
+    return method_class(method.name)(student, memory_size, config.encoder.dim, generator, loss_form, method.symmetric, given)
 
 
 def method_class(name: str) -> type[Method]:
@@ -62,12 +69,13 @@ def create_student(config: Config, classes: int = 0) -> Encoder:
     derived, channels = derive(config), {} if config.views.channels == 3 else {"in_chans": config.views.channels}
     backbone = create_backbone(config.backbone, config.encoder.stem, channels | config.backbone_args, config.views.weak.size)
     split_batch_norms(backbone, derived.norm_splits)
+    freeze_stages(backbone, config.encoder.frozen_stages)
     widths = {size: feature_width(backbone, size) for size in {view.size for view in derived.views}}
     width = widths[config.views.weak.size]
     if derived.traits.labels:
         return Classifier(backbone, width, classes)
     heads = dataclasses.asdict(config.encoder)
-    del heads["stem"], heads["batch_norm_splits"]  # which are the backbone's
+    del heads["stem"], heads["batch_norm_splits"], heads["frozen_stages"]  # which are the backbone's
     return Encoder(backbone, width, **heads)
 
 
@@ -80,5 +88,6 @@ def create_run_optimizer(config: Config, student: nn.Module) -> torch.optim.Opti
         weight_decay=settings.weight_decay,
         predictor_lr=settings.predictor_lr,
         predictor_constant=settings.predictor_schedule == "constant",
+        layer_decay=settings.layer_decay,
     )
     return create_optimizer(groups, settings.name, lr=settings.lr, momentum=settings.momentum, betas=settings.betas)

@@ -9,13 +9,21 @@ import torch
 from timm.optim.lars import Lars
 from torch import nn
 
+from relssl.method.stages import layer_rates
+
 # How the learning rate of all but the predictor goes.
 PLAIN = {"times": 1.0, "constant": False}
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 
 
 def parameter_groups(
-    student: nn.Module, *, decay: str, weight_decay: float, predictor_lr: float = 1.0, predictor_constant: bool = False
+    student: nn.Module,
+    *,
+    decay: str,
+    weight_decay: float,
+    predictor_lr: float = 1.0,
+    predictor_constant: bool = False,
+    layer_decay: float | None = None,
 ) -> list[dict[str, Any]]:
     """Group the student's parameters: those that decay, those that do not, and the predictor's likewise.
 
@@ -25,10 +33,16 @@ def parameter_groups(
             downsampling branches decay.
         predictor_lr, predictor_constant: of the predictor's groups, what their learning rate is multiplied by, and true if it
             stays at its peak.
+        layer_decay: what the learning rate of each layer of `student.backbone` is in times the next one's, that of the last being the
+            heads' own (BEiT, as timm's `param_groups_layer_decay`); None: all alike.
 
     Returns:
         Groups as torch's optimizers take them, with `times` and `constant` besides.
+
+    Raises:
+        ConfigError: if rates are to fall with depth in a backbone whose layers cannot be told.
     """
+    times = {} if layer_decay is None else layer_rates(student.backbone, layer_decay)  # type: ignore[arg-type]
     spared = set()
     if decay == "weights":
         for path, module in student.named_modules():
@@ -38,14 +52,19 @@ def parameter_groups(
                     spared.add(f"{path}.{name}" if path else name)
     elif decay == "official":
         spared = {name for name, _ in student.named_parameters() if "bn" in name or "bias" in name}
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
     for name, parameter in student.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault((name.startswith("predictor."), name in spared), []).append(parameter)
+            rate = times.get(name.removeprefix("backbone."), 1.0)
+            groups.setdefault((name.startswith("predictor."), name in spared, rate), []).append(parameter)
     predictor = {"times": predictor_lr, "constant": predictor_constant}
     return [
-        {"params": parameters, "weight_decay": 0.0 if spare else weight_decay, **(predictor if of_predictor else PLAIN)}
-        for (of_predictor, spare), parameters in sorted(groups.items())
+        {
+            "params": parameters,
+            "weight_decay": 0.0 if spare else weight_decay,
+            **(predictor if of_predictor else PLAIN | {"times": rate}),
+        }
+        for (of_predictor, spare, rate), parameters in sorted(groups.items())
     ]
 
 

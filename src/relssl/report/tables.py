@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from relssl.train.pretrain import Result
 
 _WIDTH = 120  # characters a line where nobody's screen sets it
+_BASES = {"raw_pixels": "raw pixels", "untrained": "the untrained backbone", "start": "the given weights"}
 _CLEAR = 2.0  # points of kNN top-1, more than chance moves it on most test parts
 _HEALTH = ("teacher_entropy", "teacher_neighbours", "kl", "agreement", "embedding_std", "effective_rank")
 
@@ -171,11 +172,15 @@ def _range(interval: Any) -> str:
 def facts(result: Result, config: Config) -> dict[str, Any]:
     """Return what a run came to, as one JSON object."""
     first, last, start = result.rows[0], result.rows[-1], next(row for row in result.rows if "loss" in row)
+    before = {name: first[name] for name in ("knn_top1", "feature_rank") if name in first and first["step"] == 0}
     known = {
         **{"folder": str(result.folder), "backbone": str(result.backbone), "step": last["step"]},
         "knn_raw_pixels": first.get("knn_raw_pixels"),
-        "knn_untrained": first.get("knn_top1") if first["step"] == 0 else None,
-        **{"knn_student": last.get("knn_top1"), "knn_teacher": last.get("knn_teacher_top1")},
+        "knn_untrained": before.get("knn_top1") if config.start is None else None,
+        "knn_start": before.get("knn_top1") if config.start is not None else None,
+        "knn_student": last.get("knn_top1"),
+        "knn_teacher": last.get("knn_teacher_top1", first.get("knn_teacher_top1")),  # of a frozen one, measured once
+        "feature_rank": [before["feature_rank"], last.get("feature_rank")] if "feature_rank" in before else None,
         **{"loss_start": start["loss"], "loss_end": last["loss"]},
         **{"info_nce_start": start["warmup_mix"], "info_nce_end": last["warmup_mix"]},
         "health": {name: last[name] for name in _HEALTH if name in last},
@@ -202,11 +207,12 @@ Load them:
 
 def _judge(known: dict[str, Any], config: Config) -> Iterator[str]:
     """Yield lines on whether a run's figures are good: with labels by the gain over untrained networks and pixels, else by its relations."""
-    top1, bases = known["knn_student"], {"the untrained backbone": known["knn_untrained"], "raw pixels": known["knn_raw_pixels"]}
+    top1, bases = known["knn_student"], {title: known[f"knn_{name}"] for name, title in reversed(_BASES.items())}
     gains = {name: top1 - base for name, base in bases.items() if top1 is not None and base is not None}
     health = {name: math.nan if value is None else value for name, value in known["health"].items()}
     labelled, warms = derive(config).traits.labels, config.method.warmup != "none"
-    fault = None if labelled else verdict(health, config.method.memory_size, config.encoder.dim, warms=warms)
+    given = labelled or config.teacher is not None  # what embeddings are matched to, and nothing that can collapse
+    fault = None if given else verdict(health, config.method.memory_size, config.encoder.dim, warms=warms)
     if any(map(math.isnan, health.values())) or known["loss_end"] is None:
         yield "Not good: figures of the last step are not finite; lower optimizer.lr, or set optimizer.clip"
     elif fault:
@@ -229,11 +235,12 @@ def _learned(known: dict[str, Any], config: Config) -> Iterator[tuple[str, str] 
         return "not finite" if value is None else form.format(value)
 
     unlabelled, counts = known["knn_student"] is None, "  <- counts most"
-    for name in ("raw_pixels", "untrained", "student", "teacher"):
+    for name in ("raw_pixels", "untrained", "start", "student", "teacher"):
         if (top1 := known[f"knn_{name}"]) is not None:
-            words = {"raw_pixels": "raw pixels", "untrained": "untrained backbone"}.get(name, name)
-            yield f"kNN top-1, {words}", f"{top1:.1f} %{counts * (name == 'student')}"
+            yield f"kNN top-1, {_BASES.get(name, name).removeprefix('the ')}", f"{top1:.1f} %{counts * (name == 'student')}"
     yield None
+    if known["feature_rank"] is not None:
+        yield "rank of the features, before and after", " -> ".join(number(rank, "{:.0f}") for rank in known["feature_rank"])
     yield "loss, first and last row", f"{number(known['loss_start'], '{:.3f}')} -> {number(known['loss_end'], '{:.3f}')}"
     rank = "{:.0f}" if derive(config).traits.labels else f"{{:.0f}} of {config.encoder.dim}"
     relations = {

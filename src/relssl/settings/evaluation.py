@@ -20,6 +20,18 @@ PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)[:-1]
 
 
 @dataclass(frozen=True, config=STRICT)
+class Measuring:
+    """Where images come from, how they are seen, and where the work is done."""
+
+    data_root: PathText | None = setting(None, "where named sets lie; null: the run's, else $RELSSL_DATA, else ~/.cache/relssl")
+    size: Pixels | None = setting(None, "side of the view in pixels; null: the one pretraining used")
+    seed: Natural = setting(0, "seed of subsets, draws, classifiers, views and intervals")
+    device: Device = setting("auto", "where to run")
+    precision: Precision = setting("fp32", "of the network; bf16 moves figures a little; auto: bf16 where it is fast")
+    workers: int | None = setting(None, "processes that read files; null: one fewer than the cores", ge=0, le=1024)
+
+
+@dataclass(frozen=True, config=STRICT)
 class KnnConfig:
     """Weighted k nearest neighbours; every k with every temperature."""
 
@@ -31,9 +43,7 @@ class KnnConfig:
 class ProbeConfig:
     """Logistic regression on cached features by L-BFGS."""
 
-    strengths: tuple[Positive, ...] = setting(
-        (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0), "L2 penalties tried on the held-out part", min_length=1
-    )
+    strengths: tuple[Positive, ...] = setting((1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.1, 1.0), "L2 penalties tried", min_length=1)
     held_out: float = setting(0.2, "share of each class of the bank that the penalty is chosen on", gt=0, lt=1)
     iterations: Count = setting(1000, "L-BFGS iterations at most")
 
@@ -67,18 +77,10 @@ class FinetuneConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
-class Tuning(FinetuneConfig):
+class Tuning(FinetuneConfig, Measuring):
     """Fine-tuning for a classifier to use."""
 
     network: Literal["student", "teacher"] | None = setting(None, "of a run; null: student")
-    data_root: PathText | None = setting(
-        None, "where named data sets lie; null: the run's, else $RELSSL_DATA, else ~/.cache/relssl"
-    )
-    size: Pixels | None = setting(None, "side of the view in pixels; null: the one pretraining used")
-    seed: Natural = setting(0, "seed of the classifier's start, the order and the views")
-    device: Device = setting("auto", "where to run")
-    precision: Precision = setting("fp32", "of the network; auto: bf16 where it is fast")
-    workers: int | None = setting(None, "processes that read files; null: one fewer than the cores", ge=0, le=1024)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -86,9 +88,7 @@ class SemiConfig(FinetuneConfig):
     """Fine-tuning on few labels; a reconstruction: SimCLR's optimizer and about its length, rates as of SwAV and Barlow Twins."""
 
     fractions: tuple[Share, ...] = setting((0.01, 0.1), "shares of the bank that are labelled, of each class alike", min_length=1)
-    index: PathText | None = setting(
-        None, "file of the labelled images instead: names, or positions in the bank from 0, a line each"
-    )
+    index: PathText | None = setting(None, "file of the labelled images instead: a name, or a place in the bank from 0, a line")
     lr: Positive = setting(0.02, "learning rate of the backbone")
     head_lr: Positive = setting(0.5, "learning rate of the classifier")
     weight_decay: Probability = setting(0.0, "weight decay of all weights but norms and biases")
@@ -130,21 +130,13 @@ class DetectionConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
-class Evaluation:
+class Evaluation(Measuring):
     """An evaluation."""
 
     protocol: tuple[Protocol, ...] = setting(("knn",), "one or several; all: all but detection", min_length=1)
     network: tuple[str, ...] | None = setting(None, "student, teacher or both of a run; null: all it has", min_length=1)
-    data_root: PathText | None = setting(
-        None, "where named data sets lie; null: the run's, else $RELSSL_DATA, else ~/.cache/relssl"
-    )
     images: tuple[Count, Count] | None = setting(None, "at most this many images of bank and test, chosen by the seed")
-    size: Pixels | None = setting(None, "side of the view in pixels; null: the one pretraining used")
-    seed: Natural = setting(0, "seed of subsets, draws, classifiers and intervals")
     resamples: int = setting(1000, "bootstrap resamples of the 95 % intervals", ge=100, le=100_000)
-    device: Device = setting("auto", "where to run")
-    precision: Precision = setting("fp32", "of the network; bf16 moves figures a little; auto: bf16 where it is fast")
-    workers: int | None = setting(None, "processes that read files; null: one fewer than the cores", ge=0, le=1024)
     cache: bool = setting(True, "keep features in $RELSSL_CACHE (default ~/.cache/relssl), and take them from there")
     knn: KnnConfig = KnnConfig()
     probe: ProbeConfig = ProbeConfig()

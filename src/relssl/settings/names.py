@@ -14,6 +14,7 @@ _WORDS = {
     "out": "output_dir output run_dir save_dir",
     "backbone": "model arch",
     "epochs": "max_epochs num_epochs",
+    "start_from": "from",
     "accumulate": "accumulate_grad_batches grad_accum_steps gradient_accumulation_steps",
     "views.weak.size views.strong.size": "image_size img_size input_size size",
     "method.memory_size": "memory_size queue_size",
@@ -36,12 +37,24 @@ _MEANT = {word: setting.split() for setting, words in _WORDS.items() for word in
 
 # The settings of a run that nearly everyone has a use for.
 MAIN = (
-    *("recipe", "backbone", "method.name", "epochs", "max_steps", "time_limit", "batch_size", "accumulate", "optimizer.lr"),
+    *(
+        "recipe",
+        "start",
+        "teacher",
+        "backbone",
+        "method.name",
+        "epochs",
+        "max_steps",
+        "time_limit",
+        "batch_size",
+        "accumulate",
+        "optimizer.lr",
+    ),
     *("optimizer.weight_decay", "optimizer.warmup_epochs", "views.weak.size", "method.memory_size", "out", "seed"),
     *("engine.device", "engine.devices", "engine.precision", "loader.workers", "log.knn_every", "log.to"),
 )
 
-_WEIGHTS = "a run starts from random weights; `relssl evaluate` and `relssl embed` take weights that exist"
+_WEIGHTS = "weights to begin with are given as start (a run, a file or a timm name), those of a frozen teacher as teacher"
 _VIEWS = "views are made as the settings below views.weak and views.strong say; views.weak.name may be your own, package.module:function"
 _HOOKS = "hooks=[...] of relssl.pretrain in Python takes objects with on_row and others; RUN/metrics.jsonl holds all figures as they come"
 _SCHEDULE = "the learning rate rises over optimizer.warmup_epochs and falls to 0 on a cosine"

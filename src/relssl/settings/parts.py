@@ -19,13 +19,16 @@ from relssl.errors import ConfigError
 
 SETTINGS = ("backbone", "data", "method.name", "views.weak.name", "views.strong.name")
 HANDED = "handed:"
+_DATA = ("hf:", "shards:")  # what names of data sets begin with
 _NAME = re.compile(r"(?!hf:|shards:)[A-Za-z_]\w*([.][A-Za-z_]\w*)*:[A-Za-z_]\w*")  # but for the prefixes of DATA
 _AT_HAND: ContextVar[Mapping[str, Any]] = ContextVar("parts", default={})  # noqa: B039 - never changed in place
 
 
 def is_part(value: Any) -> bool:
     """Return whether a setting's value names a part from outside, by the look of it alone."""
-    return isinstance(value, str) and (value.startswith(HANDED) or _NAME.fullmatch(value) is not None)
+    if not isinstance(value, str) or value.startswith(_DATA):
+        return False
+    return value.startswith(HANDED) or _NAME.fullmatch(value) is not None
 
 
 def named(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -55,11 +55,15 @@ def for_run(data: str, method: str = "ressl") -> str:
     return next(name for name in (f"{method}/{data}", f"{method}/folder", data, "folder") if name in NAMES)
 
 
-def read(name: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
+def read(name: str, above: tuple[str, ...] = (), data: str = "folder") -> dict[str, Any]:
     """Read the settings of a recipe, by name or as a YAML file, with those of its bases below its own, as {dotted name: text}.
 
+    Args:
+        above: the recipes that are based on this one.
+        data: the recipe of the run's data, which recipes may be based on under the name `data`.
+
     Raises:
-        ConfigError: if there is no such recipe, or it is a base of itself; `above` are the recipes that are based on this one.
+        ConfigError: if there is no such recipe, or it is a base of itself.
     """
     if name in above:
         raise ConfigError(f"recipe: {' is based on '.join((*above, name))}, which never ends")
@@ -69,7 +73,7 @@ def read(name: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
         raise ConfigError(f"recipe {name}: base: needs the name of a recipe or a list of names, got {show(bases)}")
     own = spell_out({key: value for key, value in raw.items() if key not in ("about", "source", "base", "traits")})
-    return functools.reduce(layer, [*(read(base, (*above, name)) for base in bases), own], {})
+    return functools.reduce(layer, [*(read(data if base == "data" else base, (*above, name), data) for base in bases), own], {})
 
 
 def spell_out(raw: Mapping[str, Any]) -> dict[str, Any]:

@@ -57,6 +57,7 @@ METHODS: dict[str, Traits] = {name: build(Traits, raw) for name, raw in recipes.
 _WEIGHT_ARGS = ("pretrained", "checkpoint_path", "weights", "weights_backbone")
 _OUTPUT_ARGS = ("num_classes", "features_only", "out_indices")
 
+MOST_CHANNELS = 16  # of an image
 # Shares of red, green and blue in grey, as torchvision makes it.
 LUMA = (0.2989, 0.587, 0.114)
 
@@ -104,6 +105,12 @@ else:
 class ViewConfig:
     """One random view of an image; operations apply in the order of these fields."""
 
+    @property
+    def fixed(self) -> bool:
+        """Whether nothing about the view is random."""
+        chances = (self.affine, self.flip, self.jitter, self.grey, self.blur, self.solarize, self.randaugment)
+        return self.scale is None and not any(chances) and not parts.is_part(self.name)
+
     name: ViewName = setting(
         "weak",
         "named view recipe that the other keys start from, or your own view, package.module:function, which has a size alone",
@@ -135,22 +142,35 @@ class ViewsConfig:
     weak: ViewConfig = ViewConfig()  # the teacher's view; of two equal views the first; of supervised learning the only one
     strong: ViewConfig = ViewConfig()  # the student's views; of two equal views the second
     crops: tuple[Crop, ...] = setting((), "student crops [size, min scale, max scale]; empty: as `strong`")
-    channels: int = setting(3, "channels of the images that the networks see: 3, or 1, which turns all views grey", ge=1, le=3)
+    channels: int = setting(
+        3,
+        "channels of the images that the networks see: those of your own data, else 3, or 1, which turns all views grey",
+        ge=1,
+        le=MOST_CHANNELS,
+    )
     enlarge: bool = setting(False, "let views be larger than the images of a set in memory, which blows them up")
-    mean: tuple[Probability, Probability, Probability] | None = setting(None, "channel means in 0..1; null: the data set's")
+    mean: tuple[Probability, ...] | None = setting(None, "channel means in 0..1; null: the data set's")
     margin: Margin | None = setting(
         None, "plain view: sizes that the shorter side has before the crop; null: 1, of files 256/224"
     )
     interpolation: Literal["bilinear", "bicubic"] = setting("bilinear", "plain view: how images are scaled, antialiased")
-    std: tuple[Share, Share, Share] | None = setting(None, "channel deviations in 0..1; null: the data set's")
+    std: tuple[Share, ...] | None = setting(None, "channel deviations in 0..1; null: the data set's")
 
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Return means and deviations of the channels that the networks see, in 0..1, once the data has filled them in.
 
-        Those of grey views are weighted as grey is made, which makes the deviation a little too large for colourful images.
+        Those of colours that turn grey are weighted as grey is made, which makes the deviation a little too large for colourful images.
+
+        Raises:
+            ConfigError: for another number of them.
         """
         assert self.mean is not None and self.std is not None
-        if self.channels == 3:
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) not in (self.channels, 3 if self.channels == 1 else self.channels):
+                raise ConfigError(
+                    f"views.{name}: has {len(values)} values for the {self.channels} channels that the networks see"
+                )
+        if len(self.mean) == len(self.std) == self.channels:
             return self.mean, self.std
         mean, std = (sum(w * value for w, value in zip(LUMA, values, strict=True)) for values in (self.mean, self.std))
         return (mean,), (std,)
@@ -173,6 +193,7 @@ class EncoderConfig:
     predictor: Literal["none", "mlp", "residual"] = setting("none", "the student's own head; residual starts as the identity")
     predictor_hidden: Width = setting(512, "hidden width of the predictor")
     predictor_norm: Literal["none", "batch"] = setting("batch", "normalisation of the predictor's hidden layer")
+    frozen_stages: Natural = setting(0, "first stages of the backbone (timm's; the stem is one) that stay as `start` has them")
     batch_norm_splits: Parts = setting(
         1, "least parts of a batch for batch norms; devices and accumulated parts count (papers: 8)"
     )
@@ -219,6 +240,12 @@ class OptimizerConfig:
         "what decays; weights: all but norms and biases; official: so by the ImageNet code's names, with downsampling norms",
     )
     warmup_epochs: float = setting(5.0, "epochs over which the learning rate rises from lr_start to lr", ge=0)
+    heads_first: float = setting(
+        0.0, "first epochs in which the backbone stays as `start` has it and the heads alone train", ge=0
+    )
+    layer_decay: Share | None = setting(
+        None, "learning rate of each layer of the backbone (timm's groups) in times the next one's; null: all alike"
+    )
     clip: float | None = setting(None, "largest gradient norm; null: no clipping", gt=0)
 
 
@@ -288,6 +315,13 @@ class Config:
         "resnet18", "the network: timm's name, torchvision/ and torchvision's (see relssl backbones), or package.module:function"
     )
     backbone_args: dict[str, Any] = setting({}, "arguments for timm.create_model or the network's function, as {name: value}")
+    start: PathText | None = setting(
+        None,
+        "weights to begin with; of a run, a file or a timm name, which say what network it is; null: random ones",
+    )
+    start_from: Text | None = setting(None, "layout of start, if another program wrote it; null: recognised by its names")
+    teacher: PathText | None = setting(None, "a frozen teacher; a run, a file or a timm name; null: the student's moving average")
+    teacher_from: Text | None = setting(None, "layout of teacher, if another program wrote it; null: recognised by its names")
     compile: Literal["auto", "off", "on"] = setting("auto", "torch.compile; auto: for CUDA in runs of 2,000 steps or more")
     epochs: Count = setting(200, "passes over the images")
     max_steps: Count | None = setting(None, "optimizer steps after which the run ends, if `epochs` are more; null: none")
@@ -298,7 +332,7 @@ class Config:
     accumulate: Count = setting(1, "equal parts a batch is computed in, one after another")
     seed: Natural = setting(0, "seed of weights, memory, order and views")
     max_images: Count | None = setting(None, "train on this many images, chosen by the seed; null: all")
-    time_limit: float | None = setting(None, "minutes after which the run saves and stops with exit code 75", gt=0)
+    time_limit: float | None = setting(None, "minutes after which the run saves and stops; with exit code 75", gt=0)
     views: ViewsConfig = ViewsConfig()
     encoder: EncoderConfig = EncoderConfig()
     method: MethodConfig = MethodConfig()
@@ -343,7 +377,7 @@ def derive(config: Config) -> Derived:
         passes=passes,
         share=config.batch_size // passes,
         norm_splits=max(1, config.encoder.batch_norm_splits // passes),
-        networks=("student", "teacher") if traits.teacher else ("student",),
+        networks=("student", "teacher") if traits.teacher and config.teacher is None else ("student",),
     )
 
 
@@ -401,7 +435,8 @@ def resolve(overrides: Mapping[str, Any], config_file: str | Path | None = None)
     if recipe.lower() in NULL:
         recipe = recipes.for_run(str(over.get("data", "digits")), str(over.get("method.name", "ressl")))
     typed = frozenset(re.sub(r"^backbone_args\..*", "backbone_args", name) for name in over)
-    return _checked(recipes.layer(_current(recipes.read(recipe)), over | {"recipe": recipe}), typed)
+    below = recipes.read(recipe, data=recipes.for_run(str(over.get("data", "digits")), str(over.get("method.name", "ressl"))))
+    return _checked(recipes.layer(_current(below), over | {"recipe": recipe}), typed)
 
 
 def from_mapping(raw: Mapping[str, Any]) -> Config:
@@ -448,6 +483,7 @@ def _faults(config: Config, derived: Derived) -> Iterator[str]:
         yield f"method.symmetric: is for {symmetric}; {method.name} {'is so' if traits.two_way else 'has one direction'}"
     if traits.predictor and encoder.predictor == "none":
         yield f"encoder.predictor: {method.name} collapses without one; needs mlp or residual"
+    yield from _source_faults(config, traits)
     if config.accumulate > 1 and traits.whole_batch:
         yield f"accumulate: must be 1 with {method.name}, whose negatives are the rest of the batch"
     if traits.memory and method.memory_size < size:
@@ -484,13 +520,30 @@ def _faults(config: Config, derived: Derived) -> Iterator[str]:
         yield "views.strong.size: views.crops has the sizes of the student's views; set that, and views.weak.size"
     if config.engine.device.startswith("cuda:") and config.engine.devices * config.engine.nodes > 1:
         yield f"engine.device: {config.engine.device} is one device of {config.engine.devices}; leave the number out"
-    if channels == 2:
-        yield "views.channels: must be 3, or 1 for grey views, got 2"
-    elif inputs != channels:
-        yield f"backbone_args: in_chans {inputs} does not fit views.channels {channels}, which may be 1 or 3; leave in_chans out"
+    if inputs != channels:
+        yield f"backbone_args: in_chans {inputs} does not fit views.channels {channels}; leave in_chans out"
     cache, largest = config.loader.cache, max(view.size for view in derived.views)
     if cache is not None and cache < largest:
         yield f"loader.cache: {cache} pixels are fewer than the largest view has; needs {largest} or more, or it would be enlarged"
+
+
+def _source_faults(config: Config, traits: Traits) -> Iterator[str]:
+    """Yield a line for each setting that does not fit the weights that are given, or that none are."""
+    if config.teacher is not None and not (traits.teacher and traits.memory):
+        fitting = ", ".join(name for name, other in METHODS.items() if other.teacher and other.memory)
+        yield f"teacher: a frozen one is for methods with a teacher and a memory ({fitting}), which {config.method.name} is not"
+    for name in ("method.teacher_momentum", "method.teacher_momentum_end", "method.shuffle"):
+        if config.teacher is not None and name in (config.typed or ()):
+            yield f"{name}: is of a teacher that follows the student, and a frozen one is given; leave it out"
+    idle = {"encoder.frozen_stages": config.encoder.frozen_stages, "optimizer.heads_first": config.optimizer.heads_first}
+    for name, value in idle.items():
+        if (
+            value and config.start is None and config.recipe != "continue"
+        ):  # which says so before a run, and can be listed without
+            yield f"{name}: is for a backbone that begins with given weights; needs start, or 0"
+    for name in ("start", "teacher"):
+        if getattr(config, f"{name}_from") and not getattr(config, name):
+            yield f"{name}_from: is the layout of {name}, which is not given"
 
 
 def _argument_faults(arguments: Mapping[str, Any]) -> Iterator[str]:
@@ -498,8 +551,8 @@ def _argument_faults(arguments: Mapping[str, Any]) -> Iterator[str]:
     for name, value in arguments.items():
         if name in _WEIGHT_ARGS or name.startswith("pretrained_cfg"):
             yield (
-                f"backbone_args: {name}: would bring weights, and training begins with random ones; leave it out. To measure a network that "
-                "is trained already: `relssl evaluate SOURCE DATA`; to train it on labels: `relssl finetune SOURCE DATA --out FILE`"
+                f"backbone_args: {name}: would bring weights; leave it out. To go on from given weights: --start SOURCE; to measure them: "
+                "`relssl evaluate SOURCE DATA`; to train them on labels: `relssl finetune SOURCE DATA --out FILE`"
             )
         elif name in _OUTPUT_ARGS or (name == "global_pool" and not value):
             yield f"backbone_args: {name}: needs to stay as it is, for one vector of features an image; leave it out"

@@ -31,6 +31,7 @@ def give_way(config: Config, images: int) -> Config:
         "optimizer.lr": optimizer.lr * batch / before,
         "encoder.batch_norm_splits": max(1, config.encoder.batch_norm_splits * batch // before),
         "method.memory_size": min(method.memory_size, memory),
+        "optimizer.heads_first": min(optimizer.heads_first, quarter),
         "optimizer.warmup_epochs": min(optimizer.warmup_epochs, quarter),
         "method.teacher_temperature_epochs": min(method.teacher_temperature_epochs, quarter),
     }

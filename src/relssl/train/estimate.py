@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import math
@@ -153,7 +154,9 @@ def affordable(run: Run, seconds: float = 60.0) -> Run:
     share = double(smallest, min(in_time, most))
     if 2 * share > most:
         return run
-    return create_run(dataclasses.replace(run.config, batch_size=share * derived.passes), engine, run.images, run.online)
+    return create_run(
+        dataclasses.replace(run.config, batch_size=share * derived.passes), engine, run.images, run.online, run.given
+    )
 
 
 def _measure(run: Run, timed: Run, steps: int) -> Estimate:
@@ -167,13 +170,19 @@ def _measure(run: Run, timed: Run, steps: int) -> Estimate:
     seconds = [each * config.batch_size / timed.config.batch_size for each in seconds]
     memory = peak_memory(engine, config.engine.devices)  # before anything is measured that training does not do
     if timed is not run:
-        whole, part = (step_memory(each.config, engine, each.plan.share, max(1, run.classes)) for each in (run, timed))
+        whole, part = (
+            step_memory(each.config, engine, each.plan.share, max(1, run.classes), state.model.given) for each in (run, timed)
+        )
         memory["device_used" if memory["device_total"] else "used"] += (whole - part) * config.engine.devices
     mean, (low, middle, high) = float(np.mean(seconds)), np.quantile(seconds, [0.1, 0.5, 0.9]).tolist()
-    flops, rate, per_rank = step_flops(config, run.classes), attainable(engine), config.batch_size / engine.world
+    flops, rate, per_rank = (
+        step_flops(config, run.classes, state.model.given),
+        attainable(engine),
+        config.batch_size / engine.world,
+    )
     # An evaluated image is waited for and passes each network once: about what one of the student's views takes.
     view = (shares["data"] + shares["student"] / max(1, len(derive(config).strong))) * mean / per_rank
-    evaluated = len(run.networks) * (len(run.online.pair.bank) + len(run.online.pair.test)) if run.online else 0
+    evaluated = len(run.networks) * run.online.count if run.online else 0
     training, evaluating, floor = run.total_steps * mean, evaluations * evaluated * view, sum(flops.values()) * per_rank / rate
     folder = Path(config.out or default_folder(config)).absolute()
     limits = {"data": shares["data"], "networks": 1 - shares["data"] - shares["update"], "update": shares["update"]}
@@ -248,7 +257,7 @@ def time_steps(run: Run, steps: int, limit: float = 60.0) -> tuple[list[float], 
             break
     # Between the networks and the optimizer is the loss, with its backward pass and the student's.
     handles: list[Any] = [state.optimizer.register_step_pre_hook(partial(mark, "backward"))]
-    for name, network in (("student", state.model.student), ("teacher", state.model.teacher)):
+    for name, network in (("student", state.model.student), ("teacher", state.model.teacher), ("teacher", state.model.given)):
         if network is not None:
             handles += [network.register_forward_pre_hook(partial(mark, "backward"))]
             handles += [network.register_forward_hook(partial(mark, name))]
@@ -271,12 +280,13 @@ def time_steps(run: Run, steps: int, limit: float = 60.0) -> tuple[list[float], 
     return seconds, {name: span / sum(seconds) for name, span in parts.items()}, len(unreadable)
 
 
-def step_flops(config: Config, classes: int = 1) -> dict[str, int]:
+def step_flops(config: Config, classes: int = 1, given: torch.nn.Module | None = None) -> dict[str, int]:
     """Count the floating-point operations of one optimizer step per image, two for a multiply-add, on the run's own networks: convolutions,
     matrix products and attention. ReSSL's InfoNCE adds nothing, as its similarities are those of the relation.
 
     Args:
         classes: of the labels, for supervised learning; where they are not known, 1 leaves out next to nothing.
+        given: a frozen teacher.
 
     Returns:
         {"teacher", "student": forward, "backward": the student's, "memory": similarities and their gradient}; 0 for what there is not.
@@ -294,7 +304,7 @@ def step_flops(config: Config, classes: int = 1) -> dict[str, int]:
         flops = {"teacher": 0, "student": count_flops(lambda: embeddings.append(student(seen)))}
         flops["backward"] = count_flops(lambda: embeddings[0].sum().backward())  # type: ignore[no-untyped-call]
         if derived.traits.teacher:
-            teacher = student.teacher()
+            teacher = student.teacher() if given is None else copy.deepcopy(given).cpu()
             flops["teacher"] = count_flops(lambda: teacher(taught))
     if derived.traits.whole_batch:  # each query with two views of each image, and its gradient
         products = 2 * len(seen) * 2 * config.batch_size

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,10 @@ from relssl.settings.parts import is_part
 from relssl.settings.run import Config, derive
 from relssl.train import checkpoint
 from relssl.train.console import Display
-from relssl.train.online import OnlineKnn
+from relssl.train.online import Online
 from relssl.train.run_folder import RunFolder
 from relssl.train.signals import StopRequest
+from relssl.train.start import Given
 from relssl.train.state import Guard, State
 from relssl.weights import store
 
@@ -50,7 +51,11 @@ class Run:
     classes: int  # how many the labels tell apart; else 0
     loss_form: str  # plain or tiled, two ways to the same number
     state: State
-    online: OnlineKnn | None = None  # kNN while training; None if the data has no labels
+    online: Online | None = (
+        None  # what is measured while training: kNN; without labels and from given weights, their features' rank
+    )
+    given: Given = field(default_factory=Given)  # weights from elsewhere
+    known: Tensor | None = None  # [N, D] on the device, a frozen teacher's features of all images, where these never change
     folder: RunFolder | None = None  # where the run is written; None on ranks that do not write
     graphs: bool = False  # the networks' passes are CUDA graphs, see `pretrain.compile_networks`
     warned: bool = False  # the console has warned of a collapse
@@ -67,11 +72,12 @@ class Run:
         return [unwrapped(model.student)] + ([] if model.teacher is None else [model.teacher])
 
 
-def create_run(config: Config, engine: Engine, images: Images, online: OnlineKnn | None = None) -> Run:
+def create_run(config: Config, engine: Engine, images: Images, online: Online | None = None, given: Given | None = None) -> Run:
     """Create a run that is ready for its first step.
 
     Every rank creates the same networks and memory from the same seed; they stay equal by moving alike.
     """
+    given = given or Given()
     plan = Plan(len(images), config.batch_size, config.accumulate, engine.rank, engine.world, config.seed)
     loader, traits, labels, classes = open_loader(config, engine, plan, images), derive(config).traits, None, 0
     if traits.labels and images.labels is not None:
@@ -80,10 +86,14 @@ def create_run(config: Config, engine: Engine, images: Images, online: OnlineKnn
     form = best if config.method.loss_form == "auto" else config.method.loss_form
 
     torch.manual_seed(config.seed)
-    model = create_method(config, torch.Generator().manual_seed(config.seed), form, classes)
+    frozen = given.frozen_teacher(config)
+    model = create_method(config, torch.Generator().manual_seed(config.seed), form, classes, frozen)
     encoder, teacher = unwrapped(model.student), model.teacher
+    for network in (encoder, teacher):
+        if network is not None:
+            given.load(network)
     model.student = engine.setup(encoder)
-    for part in (teacher, model.memory):
+    for part in (teacher, frozen, model.memory):
         if part is not None:
             engine.place(part)
     if is_part(config.backbone):
@@ -93,7 +103,7 @@ def create_run(config: Config, engine: Engine, images: Images, online: OnlineKnn
     state = State(model, create_run_optimizer(config, encoder), guard)
     # From here on randomness inside the networks (dropout, stochastic depth) differs between ranks.
     engine.seed(config.seed + 1 + engine.rank)
-    return Run(config, engine, images, images.fingerprint(), plan, loader, labels, classes, form, state, online)
+    return Run(config, engine, images, images.fingerprint(), plan, loader, labels, classes, form, state, online, given)
 
 
 def open_loader(config: Config, engine: Engine, plan: Plan, images: Images) -> Loader:
@@ -135,6 +145,9 @@ def train_step(run: Run, parts: list[Batch]) -> Figures | None:
             # Outside autocast, which would round the loss's fp32 products to bf16 on the way back.
             (step.loss / len(parts)).backward()  # type: ignore[no-untyped-call]
         steps.append(step)
+    if state.step < config.optimizer.heads_first * run.plan.steps_per_epoch:
+        for parameter in student.backbone.parameters():
+            parameter.grad = None  # which every optimizer passes over, and momentum with it
     loss = engine.mean(torch.stack([step.loss.detach() for step in steps]).mean())
     norm = get_total_norm([parameter.grad for parameter in student.parameters() if parameter.grad is not None])
     if config.optimizer.clip is not None:
@@ -193,7 +206,8 @@ def forward(run: Run, part: Batch, now: dict[str, float], world: World = ALONE) 
     settings = step_settings(run.config, model, now)
     if run.labels is not None:
         settings["labels"] = run.labels[part.ids]
-    step: Step = model(place(part.weak), [place(view) for view in part.strong], world, **settings)
+    weak = place(part.weak) if run.known is None else run.known[part.ids]
+    step: Step = model(weak, [place(view) for view in part.strong], world, **settings)
     return step
 
 
@@ -229,7 +243,7 @@ def train(run: Run, display: Display, stop: StopRequest) -> None:
     if folder is not None:
         folder.open_rows(state.step, config, display.say)
         if state.step == 0 and run.online is not None:
-            display.say("measuring kNN of the untrained network")
+            display.say(f"measuring {'the given weights' if config.start else 'kNN of the untrained network'}")
             folder.write_row({"step": 0, "epoch": 0, "samples": 0} | run.online.baselines(state.model, engine))
     engine.wait()
     display.begin(state.step, run.total_steps, run.plan.steps_per_epoch, config.batch_size)
@@ -316,7 +330,7 @@ def report(run: Run, figures: Figures, display: Display) -> None:
     if knn_due(run) and figures.step == state.step:
         if run.online is not None:
             row |= run.online.measure(state.model, run.engine)
-            if state.best is None or row["knn_top1"] > state.best["knn_top1"]:
+            if "knn_top1" in row and (state.best is None or row["knn_top1"] > state.best["knn_top1"]):
                 state.best = {"knn_top1": row["knn_top1"], "checkpoint": store.step_folder(Path(), state.step).name}
         run.engine.wait()
     if run.folder is not None:
@@ -324,7 +338,7 @@ def report(run: Run, figures: Figures, display: Display) -> None:
         display.row(row, epoch_ended=epoch.is_integer() or figures.step == run.total_steps)
         warms = "warmup_mix" in state.model.scheduled
         collapse = verdict(row, run.config.method.memory_size, keys.shape[1], warms=warms)
-        if collapse and not run.warned and epoch >= 1:
+        if collapse and state.model.given is None and not run.warned and epoch >= 1:
             run.warned = True
             display.say(f"warning: step {figures.step}: {collapse}")
 

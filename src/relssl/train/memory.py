@@ -15,17 +15,18 @@ from typing import Any
 
 import psutil
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from relssl.engine import Engine
-from relssl.errors import ConfigError
+from relssl.errors import ConfigError, RelsslError
 from relssl.files import size
 from relssl.method import create_method
 from relssl.method.base import Method
 from relssl.method.create import create_run_optimizer
+from relssl.settings.parts import is_part
 from relssl.settings.run import Config, derive
 from relssl.train.loop import step_settings
 
@@ -35,7 +36,9 @@ _MOST = 2000
 _MARGINS, _RESERVES = {"cpu": 1.25, "cuda": 1.15}, {"cpu": 256 << 20}
 
 
-def fit(config: Config, engine: Engine, workers: int, classes: int = 1, free: int | None = None) -> Config:
+def fit(
+    config: Config, engine: Engine, workers: int, classes: int = 1, free: int | None = None, given: nn.Module | None = None
+) -> Config:
     """Return the settings, with `fit_batch` those of the largest batch that fits in memory, before any of it is taken.
 
     Args:
@@ -43,6 +46,7 @@ def fit(config: Config, engine: Engine, workers: int, classes: int = 1, free: in
         workers: loader processes of each training process, which hold batches ahead.
         classes: of the labels, for supervised learning.
         free: bytes that there are; default: those of `free_memory`.
+        given: a frozen teacher.
 
     Raises:
         ConfigError: if a step would take more memory than there is, with the batch size or the accumulation that would not.
@@ -57,7 +61,7 @@ def fit(config: Config, engine: Engine, workers: int, classes: int = 1, free: in
 
     def needed(share: int) -> float:
         ahead = 0 if engine.device.type == "cuda" else (2 * workers + 1) * share * image
-        return here * (margin * step_memory(config, engine, share, classes) + reserve + ahead)
+        return here * (margin * step_memory(config, engine, share, classes, given) + reserve + ahead)
 
     most, least = needed(derived.share), needed(smallest)
     if most <= free:
@@ -82,20 +86,33 @@ def double(share: int, most: float) -> int:
     return share << int(math.log2(max(1, most / share)))
 
 
-def step_memory(config: Config, engine: Engine, share: int, classes: int = 1) -> int:
+def step_memory(config: Config, engine: Engine, share: int, classes: int = 1, given: nn.Module | None = None) -> int:
     """Compute the bytes that training holds at the peak of a step: networks, memory, optimizer, views and what the gradient needs.
 
     A step of the run's own networks is made with tensors that have shapes and no content, so that it takes a second or two and no
-    memory, whatever the batch. What kernels take for themselves while they run is not in it.
+    memory, whatever the batch. What kernels take for themselves while they run is not in it. A user's own network or method that needs
+    content to be passed counts as nothing.
 
     Args:
         config: the resolved settings.
         share: images of one accumulated part on one process.
         classes: of the labels, for supervised learning.
+        given: a frozen teacher.
     """
     devices = [engine.device] if engine.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
-        model = create_method(config, torch.Generator(), "tiled" if derive(config).traits.tiled else "plain", classes)
+        model = create_method(config, torch.Generator(), "tiled" if derive(config).traits.tiled else "plain", classes, given)
+    try:
+        return _peak(model, config, engine, share)
+    except RelsslError:
+        raise
+    except Exception:  # whatever a user's code raises over tensors without content
+        if not (is_part(config.backbone) or is_part(config.method.name)):
+            raise
+        return 0
+
+
+def _peak(model: Method, config: Config, engine: Engine, share: int) -> int:
     fake = FakeTensorMode()
     with FakeCopyMode(fake):
         model = copy.deepcopy(model.train())

@@ -1,6 +1,9 @@
-"""kNN while training, for sets with labels."""
+"""What is measured while training: kNN, for sets with labels."""
 
 from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -11,18 +14,50 @@ from relssl.data.plain import PlainView, Reader
 from relssl.engine import Engine
 from relssl.evaluation.features import LabelledFeatures, extract
 from relssl.evaluation.knn import knn_accuracy
-from relssl.evaluation.pairs import LabelledPair
+from relssl.evaluation.pairs import LabelledPair, choose
 from relssl.method.base import Method, unwrapped
+from relssl.method.health import effective_rank
 from relssl.settings.run import Config
+
+
+class Online(Protocol):
+    """Something measured before the first step and while training."""
+
+    count: int  # images that it looks at
+
+    def measure(self, model: Method, engine: Engine) -> dict[str, float]:
+        """Return figures of the present networks, for a row."""
+
+    def baselines(self, model: Method, engine: Engine) -> dict[str, float]:
+        """Return these and what they are compared with, before the first step."""
+
+
+def _reader(config: Config) -> Reader:
+    workers = worker_count(config.loader.workers, config.engine.devices)
+    return Reader(PlainView.of(config.views), workers, config.loader.max_pixels)
+
+
+class OnlineRank:
+    """What can be said without labels of weights that training goes on from: how many directions the student's features use."""
+
+    def __init__(self, images: Images, config: Config) -> None:
+        self.images, self.reader = choose(images, 512, config.seed), _reader(config)
+        self.count = len(self.images)
+
+    def measure(self, model: Method, engine: Engine) -> dict[str, float]:
+        """Measure {"feature_rank": effective rank of the student's features, centred}."""
+        vectors = extract(unwrapped(model.student).backbone, self.images, self.reader, engine).vectors
+        return {"feature_rank": round(float(effective_rank(vectors - vectors.mean(dim=0))), 2)}
+
+    baselines = measure
 
 
 class OnlineKnn:
     """Student and teacher on a labelled pair; these labels reach nothing but this report."""
 
     def __init__(self, pair: LabelledPair, config: Config) -> None:
-        self.pair, self.knn = pair, config.log.knn
-        workers = worker_count(config.loader.workers, config.engine.devices)
-        self.reader = Reader(PlainView.of(config.views), workers, config.loader.max_pixels)
+        self.pair, self.knn, self.reader = pair, config.log.knn, _reader(config)
+        self.count = len(pair.bank) + len(pair.test)
 
     def measure(self, model: Method, engine: Engine) -> dict[str, float]:
         """Measure top-1 in percent at `log.knn`: {"knn_top1": student, "knn_teacher_top1": teacher, if there is one}."""
@@ -32,16 +67,19 @@ class OnlineKnn:
         return figures
 
     def baselines(self, model: Method, engine: Engine) -> dict[str, float]:
-        """Measure the untrained networks, and for sets in memory the pixels themselves, "knn_raw_pixels"."""
+        """Measure the networks before they train, a frozen teacher, and for sets in memory the pixels themselves, "knn_raw_pixels"."""
         figures, sides = self.measure(model, engine), (self.pair.bank, self.pair.test)
+        if model.given is not None:
+            teacher: Any = model.given.backbone
+            figures["knn_teacher_top1"] = self._top1(teacher, engine, replace(self.reader, view=teacher.transform))
         if all(isinstance(images.source, Pixels) for images in sides):
             figures["knn_raw_pixels"] = self._score(*map(_pixels, sides))
         return figures
 
-    def _top1(self, backbone: nn.Module, engine: Engine) -> float:
+    def _top1(self, backbone: nn.Module, engine: Engine, reader: Reader | None = None) -> float:
         sides = []
         for images in (self.pair.bank, self.pair.test):
-            features = extract(backbone, images, self.reader, engine)
+            features = extract(backbone, images, reader or self.reader, engine)
             assert images.labels is not None
             sides.append((features.vectors, torch.from_numpy(images.labels[features.rows])))
         return self._score(*sides)

@@ -16,10 +16,12 @@ from typing import Any
 import torch
 
 import relssl
+from relssl.data.batched import left_out
 from relssl.data.cache import shrunken
 from relssl.data.images import Images, Pixels
-from relssl.data.loader import Batch, worker_count
+from relssl.data.loader import Batch, fitting, worker_count
 from relssl.data.named import PREFIXES, SETS, exists, load
+from relssl.data.own import measured
 from relssl.data.subsets import check_variety
 from relssl.engine import Engine
 from relssl.errors import ConfigError, DataError, DistributedError, ExportError, RelsslError, StorageError
@@ -35,9 +37,10 @@ from relssl.train.hooks import Hooks
 from relssl.train.loggers import refuse_missing
 from relssl.train.loop import Run, create_run, forward, open_loader, origin, scheduled, train
 from relssl.train.memory import fit
-from relssl.train.online import OnlineKnn
+from relssl.train.online import Online, OnlineKnn, OnlineRank
 from relssl.train.run_folder import RunFolder, default_folder, environment, refuse_used
 from relssl.train.signals import StopRequest
+from relssl.train.start import Given, open_sources, teacher_features
 from relssl.weights import store
 from relssl.weights.export import default_target, export
 from relssl.weights.opening import Run as Loaded
@@ -100,6 +103,8 @@ def pretrain(
 
 def _begin(resolved: Config, quiet: bool, resume: str | None, hooks: Hooks) -> Result:
     """Begin a run in a new folder, or go on in one that holds a run if `resume` says so."""
+    sources = {name: getattr(resolved, name) for name in ("start", "teacher")}  # files, from the root on, or names
+    resolved = dataclasses.replace(resolved, **{k: os.path.abspath(v) for k, v in sources.items() if v and os.path.exists(v)})
     folder = Path(resolved.out or default_folder(resolved))
     if resume not in (None, "auto"):
         raise ConfigError(f"resume: must be auto, got {resume}; to go on with a run: relssl resume RUN")
@@ -215,7 +220,9 @@ def _run(
     stop = StopRequest(config.time_limit, config.out)
     with engine.running(), Display(engine.is_first and not quiet, stop) as display, ExitStack() as stack:
         with explaining(config, engine):
-            run = build(config, engine, display.say)
+            recorded = {} if fresh else load_run(path).environment
+            config, given = open_sources(config, saved is not None, recorded)
+            run = build(config, engine, display.say, given)
         run.folder = engine.on_first(lambda: stack.enter_context(closing(RunFolder(path, hooks))))
         engine.on_first(lambda: begin(run, display, fresh))
         for note in prepare(run, saved):
@@ -248,7 +255,9 @@ def begin(run: Run, display: Display, fresh: bool) -> None:
         refuse_used(folder.path)  # again, now that nobody else can write it
     if not (folder.path / "config.yaml").exists():
         write_file(folder.path / "config.yaml", to_yaml(config).encode())
-        write_json(folder.path / "environment.json", environment() | {"data": facts, "engine": run.engine.describe()})
+        write_json(
+            folder.path / "environment.json", environment() | {"data": facts, "engine": run.engine.describe()} | run.given.facts
+        )
     stored = load_run(folder.path)
     if os.path.abspath(stored.config.data) != os.path.abspath(config.data) and stored.data != facts:
         images = f"{len(run.images)} images that are not the {stored.data.get('images', '')} of the run"
@@ -274,6 +283,7 @@ def prepare(run: Run, saved: Path | None) -> Iterator[str]:
     subject = f"{parts.title(config.backbone)} on {len(run.images)} images of {run.images.name}, recipe {config.recipe}"
     yield f"{parts.title(method.name)}: {subject}, {run.total_steps} steps, {run.engine.describe()}"
     yield from run.images.notes
+    yield from run.given.lines()
     if saved is None and parts.is_part(config.backbone):
         yield f"{parts.title(config.backbone)} begins with the weights that it brings"
     if run.state.model.memory is not None and memory > 0.5 * len(run.images):
@@ -284,6 +294,9 @@ def prepare(run: Run, saved: Path | None) -> Iterator[str]:
         inexact = checkpoint.restore(saved, run.state, run.engine, origin(run))
         manner = f"not bit for bit ({'; '.join(inexact)})" if inexact else "exactly"
         yield f"going on {manner} from step {run.state.step}"
+    run.known = teacher_features(run.state.model.given, config, run.loader, run.engine)
+    if run.known is not None:
+        yield f"teacher: its features of {len(run.known)} images are computed once, as its view of them never changes"
     if run.state.step > run.total_steps:
         raise ConfigError(
             f"epochs: {config.epochs} make {run.total_steps} steps, and the run has made {run.state.step}; give more"
@@ -355,9 +368,12 @@ def _result(folder: Path, number: int) -> Result:
     return Result(folder, default_target(folder, "student"), read_rows(folder / "metrics.jsonl"), number)
 
 
-def build(config: Config, engine: Engine, say: Callable[[str], None] = lambda line: None) -> Run:
+def build(config: Config, engine: Engine, say: Callable[[str], None] = lambda line: None, given: Given | None = None) -> Run:
     """Load a run's images and create the run, ready for its first step and without a folder; `say` gets a line for what takes a while."""
-    labelled, online = derive(config).traits.labels, None
+    if given is None:
+        config, given = open_sources(config)
+    online: Online | None = None
+    labelled = derive(config).traits.labels
     say(f"reading the images of {config.data}")
     images = load(config.data, config.data_root, "bank" if labelled else "train")
     check_variety(images, config.loader.max_pixels)
@@ -370,10 +386,17 @@ def build(config: Config, engine: Engine, say: Callable[[str], None] = lambda li
         )
     workers = 0 if images.in_memory else worker_count(config.loader.workers, config.engine.devices)
     settings = complete_settings(config, images)
+    if settings.views.channels != 3 and (config.views.mean is None or config.views.std is None):
+        say("views: {} channels of means {} and deviations {}".format(settings.views.channels, *settings.views.statistics()))
+    if operations := left_out(derive(settings).views, images.channels):
+        say(f"views: without {', '.join(operations)}, which mean nothing on {images.channels} channels")
     for line in adjustments(config, settings, len(images)):
         say(line)
     enough = len(images) >= settings.batch_size  # too few are refused by the loader
-    config = fit(settings, engine, workers, images.class_count if labelled else 1) if enough else settings
+    if enough:
+        config = fit(settings, engine, workers, images.class_count if labelled else 1, given=given.frozen_teacher(settings))
+    else:
+        config = settings
     if config.batch_size != settings.batch_size:
         say(f"batch_size is {config.batch_size}, which fits in memory, with optimizer.lr {config.optimizer.lr:g}")
     if config.log.knn_every and engine.is_first:
@@ -384,8 +407,10 @@ def build(config: Config, engine: Engine, say: Callable[[str], None] = lambda li
         except DataError as error:  # data without a test part is not evaluated, nor is one without labels to vote about
             if images.labels is not None:
                 images = dataclasses.replace(images, notes=(*images.notes, f"no kNN while training: {error}"))
+    if online is None and config.log.knn_every and config.start is not None and engine.is_first:
+        online = OnlineRank(images, config)
     say(f"building {parts.title(config.backbone)}")
-    return create_run(config, engine, images, online)
+    return create_run(config, engine, images, online, given)
 
 
 def complete_settings(config: Config, images: Images) -> Config:
@@ -409,8 +434,15 @@ def complete_settings(config: Config, images: Images) -> Config:
         ]
         if faults:
             raise ConfigError(*faults)
-    margin = views.margin or (1.0 if images.in_memory else 256 / 224)
-    views = dataclasses.replace(views, mean=views.mean or images.mean, std=views.std or images.std, margin=margin)
+    margin, channels, mean, std = views.margin or (1.0 if images.in_memory else 256 / 224), views.channels, views.mean, views.std
+    if images.channels != 3 and "views.channels" not in (config.typed or {"views.channels"}):
+        channels = images.channels
+    fitting(channels, images)
+    if mean is None or std is None:
+        usual = (images.mean, images.std) if images.channels == 3 else measured(images)
+        mean, std = (given or values * (channels // len(values) or 1) for given, values in zip((mean, std), usual, strict=True))
+    views = dataclasses.replace(views, channels=channels, mean=mean, std=std, margin=margin)
+    views.statistics()  # refuses another number of them
     return dataclasses.replace(config, views=views)
 
 

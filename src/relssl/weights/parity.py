@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from relssl.data.images import Images
+from relssl.data.images import Images, Pixels
 from relssl.data.named import load, sample
 from relssl.data.plain import PlainView, Reader
 from relssl.errors import CheckpointError
@@ -101,6 +101,9 @@ def real_images(view: PlainView, config: Config | None = None, images: Images | 
         batches = reader.batches(source.subset(range(min(len(source), 4 * COUNT))), COUNT)  # as some files cannot be read
         return list(itertools.islice((one for _, batch, _ in batches for one in batch), COUNT))
 
-    sources = filter(None, (images, replace(load("digits", None, "test"), name="the built-in digits")))
+    digits = load("digits", None, "test")
+    assert isinstance(digits.source, Pixels)
+    grey = Pixels(digits.source.tensor[:, :1].expand(-1, view.channels, -1, -1))
+    sources = filter(None, (images, replace(digits, source=grey, name="the built-in digits")))
     name, views = next((source.name, views) for source in sources if (views := viewed(source)))
     return torch.stack(views), f"{len(views)} images of {Path(name).name}"

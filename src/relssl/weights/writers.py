@@ -93,7 +93,7 @@ def as_hf(source: Opened, format: str) -> Written:
     """Write Hugging Face's layout: timm's config.json and model.safetensors; the card becomes README.md."""
     weights, spec, known = as_safetensors(source, format).data[""], source.spec, cast(Any, source.backbone.pretrained_cfg)
     if spec.view.channels != 3:
-        raise _unsuited(format, f"is read with colour images, and {spec.name} was trained on grey ones")
+        raise _unsuited(format, f"is read with colour images, and {spec.name} sees {spec.view.channels} channels")
     if spec.stem != "standard":
         raise _unsuited(format, f"cannot describe a {spec.stem} stem, which timm cannot be asked for")
     count = {"num_classes": len(spec.classes)}

@@ -1,0 +1,175 @@
+"""Weights from elsewhere: those that student and teacher begin with, and those of a frozen teacher."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from relssl.data.loader import Loader
+from relssl.engine import Engine
+from relssl.errors import CheckpointError, ConfigError
+from relssl.evaluation.features import state_hash
+from relssl.method.encoder import Encoder
+from relssl.method.frozen import FrozenTeacher
+from relssl.settings import recipes
+from relssl.settings.run import LUMA, Config, check, derive
+from relssl.weights import store
+from relssl.weights.foreign import Reading, untrained
+from relssl.weights.opening import Opened, is_exported, open_backbones
+from relssl.weights.spec import Backbone, mismatch
+
+_MOST = 1 << 30  # bytes of a frozen teacher's features that are kept
+
+
+@dataclass(frozen=True)
+class Given:
+    """The weights that a run was given, and what is known of them."""
+
+    start: Mapping[str, Tensor] = field(default_factory=dict)  # of the backbone; empty: random ones, or those of a checkpoint
+    teacher: Backbone | None = None
+    facts: dict[str, dict[str, Any]] = field(default_factory=dict)  # for environment.json, by setting
+
+    def load(self, encoder: Encoder) -> None:
+        """Let the encoder's backbone begin with the weights, all of them and nothing else; CheckpointError if they do not fit."""
+        if self.start:
+            if fault := mismatch(encoder.backbone.state_dict(), self.start):
+                raise CheckpointError(f"start: {self.facts['start']['source']} does not fit the network: {fault}")
+            encoder.backbone.load_state_dict(self.start)
+
+    def frozen_teacher(self, config: Config) -> FrozenTeacher | None:
+        """Create the teacher for a run whose data has filled in its statistics; None if none is given."""
+        if self.teacher is None:
+            return None
+        view = self.teacher.transform
+        return FrozenTeacher(self.teacher, view.size, view.interpolation, (view.mean, view.std), config.views.statistics())
+
+    def lines(self) -> Iterator[str]:
+        """Yield a line for each source that was opened."""
+        use = {"start": "loaded into student and teacher; the heads are fresh", "teacher": "frozen"}
+        for setting in [*["start"] * bool(self.start), *["teacher"] * (self.teacher is not None)]:
+            fact = self.facts[setting]
+            origin = f"{fact['network']} of {fact['source']} ({fact['part']}, {fact['origin']})"
+            yield f"{setting}: {origin}, {fact['weights']} of {fact['weights']} weights, {use[setting]}; sha256 {fact['sha256'][:12]}"
+
+
+def open_sources(config: Config, begun: bool = False, recorded: Mapping[str, Any] | None = None) -> tuple[Config, Given]:
+    """Open what `start` and `teacher` name; a run that has begun does not need the first again.
+
+    Args:
+        config: the settings.
+        begun: the run goes on from a checkpoint.
+        recorded: facts of the sources as the run noted them when it was started; other weights are refused.
+
+    Returns:
+        The settings, with the network that comes with the weights and what a frozen teacher asks for, and the weights.
+
+    Raises:
+        ConfigError: if a source is none, or does not fit what was typed; the setting comes first.
+        CheckpointError: if its weights are damaged, untrained, or not those of `recorded`.
+    """
+    for recipe, setting in (("continue", "start"), ("distil", "teacher")):
+        if config.recipe == recipe and getattr(config, setting) is None:
+            raise ConfigError(f"{setting}: recipe {recipe} needs one: --{setting} and a run, a file of weights or a timm name")
+    start, teacher = dict[str, Tensor](), None
+    facts = {name: fact for name, fact in (recorded or {}).items() if name in ("start", "teacher")}
+    if config.start is not None and not begun:
+        named = (("backbone", config.backbone), ("encoder.stem", config.encoder.stem))  # which another program's file may not say
+        backbone, stem = (value if config.typed is None or name in config.typed else None for name, value in named)
+        opened, facts["start"] = _open("start", config.start, Reading(config.start_from, backbone, stem), facts.get("start"))
+        config, start = _with_network(config, opened), opened.backbone.state_dict()
+    if config.teacher is not None:
+        opened, facts["teacher"] = _open("teacher", config.teacher, Reading(layout=config.teacher_from), facts.get("teacher"))
+        config, teacher = _with_teacher(config, opened), opened.backbone
+    return config, Given(start, teacher, facts)
+
+
+def _open(setting: str, source: str, reading: Reading, recorded: dict[str, Any] | None) -> tuple[Opened, dict[str, Any]]:
+    """Return the backbone that a setting names, and the facts about it."""
+    path = Path(source)
+    try:
+        if not path.is_file() or is_exported(path):  # which say themselves what they are
+            reading = replace(reading, backbone=None, stem=None)
+        opened = open_backbones(source, reading)
+    except (ConfigError, CheckpointError) as error:
+        raise type(error)(*(f"{setting}: {fault}" for fault in str(error).splitlines())) from error
+    backbone, spec = opened.backbone, opened.spec
+    if opened.report is None and (fault := untrained(backbone, spec.create(), spec.view)):  # others' files have been looked at
+        raise CheckpointError(f"{setting}: {source} looks untrained: {fault}; give weights that were trained")
+    file = path / "checkpoints" / opened.header["origin"] / store.TENSORS if path.is_dir() else path
+    digest = state_hash(backbone)  # of weights that timm keeps
+    if file.is_file():
+        with file.open("rb") as content:
+            digest = hashlib.file_digest(content, "sha256").hexdigest()
+    if recorded and recorded["sha256"] != digest:
+        raise CheckpointError(
+            f"{setting}: {source} holds other weights (sha256 {digest[:12]}) than those that the run was started with "
+            f"({recorded['sha256'][:12]}); put these back"
+        )
+    facts = {"source": opened.name, "network": spec.name, "part": opened.header["network"], "origin": opened.header["origin"]}
+    return opened, facts | {"sha256": digest, "weights": len(backbone.state_dict())}
+
+
+def _with_network(config: Config, opened: Opened) -> Config:
+    """Return the settings with the network of the weights, and with the images it has seen where nobody says otherwise."""
+    spec, typed, views = opened.spec, config.typed or frozenset[str](), config.views
+    theirs = {"backbone": spec.name, "encoder.stem": spec.stem, "views.channels": spec.view.channels}
+    others = {name: attrgetter(name)(config) for name in theirs if name in typed and attrgetter(name)(config) != theirs[name]}
+    if others:
+        faults = (f"{opened.name} has {name} {theirs[name]}, not {value}" for name, value in others.items())
+        raise ConfigError(*(f"start: {fault}; leave that out, or give other weights" for fault in faults))
+    # Of data that no recipe of ours is made for, the size is as good as unknown.
+    unknown = config.recipe in recipes.NAMES and recipes.for_run(config.data, config.method.name).endswith("folder")
+    weak, strong = (
+        replace(view, size=spec.view.size) if unknown and f"views.{name}.size" not in typed else view
+        for name, view in (("weak", views.weak), ("strong", views.strong))
+    )
+    args, own = dict(spec.arguments), spec.all_arguments()
+    if "img_size" in own and weak.size != own["img_size"]:  # its position embeddings stay, and are resampled as images come
+        args |= {name: value for name, value in own.items() if name != "in_chans"}
+    args |= config.backbone_args if "backbone_args" in typed else {}
+    statistics: dict[str, Any] = {
+        name: (values[0] / sum(LUMA),) * 3 if len(values) == 1 else values  # settings hold those of three channels
+        for name, values in (("mean", spec.view.mean), ("std", spec.view.std))
+        if f"views.{name}" not in typed
+    }
+    views = replace(views, weak=weak, strong=strong, channels=spec.view.channels, **statistics)
+    stem: Any = spec.stem
+    return check(replace(config, backbone=spec.name, backbone_args=args, encoder=replace(config.encoder, stem=stem), views=views))
+
+
+def _with_teacher(config: Config, opened: Opened) -> Config:
+    """Return the settings with embeddings as wide as the teacher's features, and its batch as it comes."""
+    width, channels = opened.backbone.num_features, opened.spec.view.channels
+    if channels != config.views.channels:
+        raise ConfigError(
+            f"teacher: {opened.name} sees images of {channels} channels, and views.channels is {config.views.channels}"
+        )
+    if config.encoder.dim != width and "encoder.dim" in (config.typed or ()):
+        raise ConfigError(f"encoder.dim: {config.encoder.dim} is not the {width} features of the teacher; leave it out")
+    encoder, method = replace(config.encoder, dim=width), replace(config.method, shuffle=False)
+    return check(replace(config, encoder=encoder, method=method))
+
+
+def teacher_features(teacher: nn.Module | None, config: Config, loader: Loader, engine: Engine) -> Tensor | None:
+    """Compute a frozen teacher's features [N, D] of all images, once, on the device; None where there is none, where its view of an image
+    changes or the student sees it too, where images do not lie in memory, or where features would take too much of it."""
+    view, count = config.views.weak, loader.plan.count
+    if (
+        teacher is None
+        or not view.fixed
+        or derive(config).two_way
+        or loader.workers is not None
+        or count * config.encoder.dim * 4 > _MOST
+    ):
+        return None
+    with engine.autocast():
+        parts = (np.arange(first, min(first + loader.plan.share, count)) for first in range(0, count, loader.plan.share))
+        return torch.cat([teacher([engine.place(loader.weak(rows))])[0] for rows in parts])

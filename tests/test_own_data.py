@@ -1,0 +1,212 @@
+"""Data sets of one's own: what items may be, and that they train as files of the same pixels do."""
+
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from relssl.data.decode import BadImage, decode
+from relssl.data.images import Images
+from relssl.data.loader import Loader, Plan
+from relssl.data.named import load
+from relssl.data.own import open_dataset, open_item
+from relssl.data.plain import PlainView, Reader
+from relssl.errors import DataError, Interrupted
+from relssl.evaluation.pairs import LabelledPair
+from relssl.settings import parts
+from relssl.settings.reading import merge, nest
+from relssl.settings.run import VIEWS, LoaderConfig, ViewConfig, resolve
+from relssl.train.pretrain import pretrain, resume
+from small_runs import SMALL, equal_runs
+
+CPU = torch.device("cpu")
+STATISTICS = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+VIEW = ViewConfig(**{"name": "contrastive", **VIEWS["contrastive"], "size": 20})
+
+
+def pictures(count: int = 12, channels: int = 3) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 256, (30 + row % 4, 40, channels), np.uint8) for row in range(count)]
+
+
+class Own(torch.utils.data.Dataset[Any]):
+    """Items of any kind, some of which raise, as dictionaries beside something else."""
+
+    def __init__(self, items: list[Any], broken: tuple[int, ...] = ()) -> None:
+        self.items, self.broken = items, broken
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        if row in self.broken:
+            raise KeyError("lost")
+        return {"caption": "a picture", "image": self.items[row]}
+
+
+def png(pixels: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "png")
+    return file.getvalue()
+
+
+def batches(images: Images, **settings: Any) -> Iterator[torch.Tensor]:
+    plan = Plan(len(images), 4, seed=3)
+    loader = Loader(images, [VIEW, VIEW], plan, CPU, STATISTICS, LoaderConfig(**settings))
+    for (batch,) in loader.stream(0, 2 * plan.steps_per_epoch):
+        yield from (batch.weak, *batch.strong)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("files")
+    for row, pixels in enumerate(pictures()):
+        Image.fromarray(pixels).save(folder / f"{row:02}.png")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["pil", "array", "tensor", "bytes", "path", "tuple", "16 bits", "floats", "workers"])
+def test_items_of_any_kind_give_the_views_and_plain_views_of_files(folder: Path, kind: str) -> None:
+    turn: dict[str, Any] = {
+        "array": lambda pixels: pixels,
+        "tensor": lambda pixels: torch.from_numpy(pixels).permute(2, 0, 1),
+        "bytes": png,
+        "tuple": lambda pixels: (Image.fromarray(pixels), 3),
+        "16 bits": lambda pixels: pixels.astype(np.uint16) * 257,
+        "floats": lambda pixels: pixels.astype(np.float32) / 255,
+    }
+    items = [turn.get(kind, Image.fromarray)(pixels) for pixels in pictures()]
+    if kind == "path":
+        items = sorted(folder.iterdir())
+    files, own = load(str(folder), None, "train"), open_dataset(items if kind in ("path", "tuple") else Own(items), "own")
+    workers = 2 if kind == "workers" else 0
+    assert all(map(torch.equal, batches(files), batches(own, workers=workers)))
+    reader = Reader(PlainView(20, 1.1, "bilinear", *STATISTICS))
+    (expected,), (read,) = list(reader.batches(files)), list(reader.batches(own))
+    assert torch.equal(expected[1], read[1])
+
+
+def test_a_picture_is_turned_and_flattened_as_its_file_is(tmp_path: Path) -> None:
+    exif, image = Image.Exif(), Image.fromarray(np.random.default_rng(1).integers(0, 256, (8, 6, 4), np.uint8))
+    exif[0x0112] = 6
+    image.save(tmp_path / "a.png", exif=exif)
+    expected = decode(str(tmp_path / "a.png"), 99)
+    with Image.open(tmp_path / "a.png") as unread:
+        for item in (unread, (tmp_path / "a.png").read_bytes(), unread.copy()):
+            with open_item(item, 99) as opened:
+                assert opened.size == (6, 8) and opened.rgb(1) == expected
+
+
+@pytest.mark.parametrize("layout", ["NHWC", "NCHW", "NHW", "floats"])
+@pytest.mark.parametrize("kind", ["array", "tensor"])
+def test_an_array_of_all_images_is_in_memory_as_its_items_are(layout: str, kind: str) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 20, 24, 3), np.uint8)
+    whole: Any = {"NHWC": pixels, "NCHW": pixels.transpose(0, 3, 1, 2), "NHW": pixels[..., 0], "floats": pixels / 255}[layout]
+    images = open_dataset(torch.from_numpy(whole.copy()) if kind == "tensor" else whole, "own")
+    expected = pixels.transpose(0, 3, 1, 2)[:, : images.channels]
+    assert images.in_memory and images.channels == (1 if layout == "NHW" else 3)
+    with images.source.open(4, 999) as opened:
+        bands = opened.bands if opened.bands is not None else np.asarray(opened.rgb(1)).transpose(2, 0, 1)
+        assert np.array_equal(bands, expected[4])
+
+
+@pytest.mark.parametrize(
+    ("item", "fault"),
+    [
+        (np.zeros((20, 5, 17), np.uint8), "shape"),
+        (np.zeros(9, np.uint8), "shape"),
+        (np.full((4, 4), 1.5), "0..1"),
+        (np.full((4, 4), np.nan), "0..1"),
+        (np.zeros((4, 4), np.int64), "int64"),
+        (np.full((4, 4), 70000, np.int32), "32-bit"),
+        (Image.new("RGB", (40, 40)), "max_pixels"),
+        (b"", "broken"),
+        (None, "NoneType"),
+        ("/no/such/file.png", "No such file"),
+    ],
+)
+def test_what_is_no_image_is_a_bad_one_with_the_reason(item: Any, fault: str) -> None:
+    with pytest.raises(BadImage, match=fault), open_item(item, 999) as opened:
+        opened.whole()
+
+
+@pytest.mark.parametrize("dataset", [7, "photos", iter([]), Own([1, 2]), [], {"other": [0]}, np.full((2, 3, 3), 2.0)])
+def test_what_is_no_data_set_is_refused_in_one_line(dataset: Any) -> None:
+    with parts.at_hand({"data": dataset}), pytest.raises(DataError) as caught:
+        load(parts.name_of(dataset), None, "train")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_labels_are_read_without_decoding() -> None:
+    class Named(Own):
+        targets = torch.tensor([1, 0, 1])
+        classes = ("cat", "dog")
+
+        def __getitem__(self, row: int) -> dict[str, Any]:
+            assert row == 0, "decoded"
+            return super().__getitem__(row)
+
+    pixels = pictures(3)
+    named = open_dataset(Named(pixels), "own")
+    assert named.labels is not None and named.labels.tolist() == [1, 0, 1] and named.classes == ("cat", "dog")
+    subset = open_dataset(torch.utils.data.Subset(Own(pixels), [2, 0]), "own")
+    assert subset.labels is None and len(subset) == 2
+    words = open_dataset([{"image": pixels[0], "label": word} for word in ("b", "a", "b")], "own")
+    assert words.labels is not None and words.labels.tolist() == [1, 0, 1] and words.classes == ("a", "b")
+    whole = np.zeros((3, 8, 8, 3), np.uint8)
+    for pair in ((whole, [0, 2, 1]), torch.utils.data.TensorDataset(torch.from_numpy(whole), torch.tensor([0, 2, 1]))):
+        images = open_dataset(pair, "own")
+        assert images.in_memory and images.labels is not None and images.labels.tolist() == [0, 2, 1]
+
+
+def test_both_sides_come_from_a_mapping_and_a_function_may_return_it() -> None:
+    sides = {"train": (pictures(6), [0, 1] * 3), "test": (pictures(9)[6:], [0, 1, 1])}
+    for dataset in (sides, lambda: sides):
+        with parts.at_hand({"data": dataset}):
+            pair = LabelledPair.load(parts.name_of(dataset), None)
+            assert (len(pair.bank), len(pair.test), pair.classes) == (6, 3, 2) and pair.notes() == []
+
+
+def test_the_fingerprint_is_that_of_the_content() -> None:
+    one, same, other = (open_dataset(Own(pictures(9)), "a"), open_dataset(pictures(9), "b"), open_dataset(pictures(9)[::-1], "c"))
+    assert one.fingerprint() == same.fingerprint() != other.fingerprint()
+    assert one.subset([2, 3]).fingerprint() != one.fingerprint()
+
+
+def test_an_item_that_draws_at_random_stays_the_same() -> None:
+    class Noisy(Own):
+        def __getitem__(self, row: int) -> Any:
+            return torch.rand(3, 9, 9) * np.random.rand(), 0
+
+    images, before = open_dataset(Noisy([0] * 4), "own"), torch.get_rng_state()
+    assert all(map(torch.equal, batches(images), batches(images, workers=2)))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def own_run(dataset: Any, out: Path, **over: Any) -> Path:
+    base = {**SMALL, "max_images": None, "log": {"every": 1, "knn_every": 1, "to": []}, "loader": {"workers": 1}}
+    with parts.at_hand({"data": dataset}):
+        config = resolve(merge(merge(base, {"data": parts.name_of(dataset), "recipe": "digits", "out": str(out)}), nest(over)))
+        return pretrain(settings=config, quiet=True).folder
+
+
+def test_a_run_skips_what_raises_and_goes_on_exactly_with_the_set_handed_over_again(tmp_path: Path) -> None:
+    dataset = {"train": Own(pictures(64), broken=(5, 6)), "test": (pictures(6), [0, 1] * 3)}
+    dataset["train"].targets = [0, 1] * 32
+    whole = own_run(dataset, tmp_path / "whole")
+    bad = [json.loads(line) for line in (whole / "bad_samples.jsonl").read_text().splitlines()]
+    assert {(row["file"].rpartition("/")[2], row["reason"]) for row in bad} == {
+        (f"00000{n}", "raises KeyError('lost')") for n in (5, 6)
+    }
+    assert "knn_top1" in json.loads((whole / "metrics.jsonl").read_text().splitlines()[-1])
+    with pytest.raises(Interrupted):
+        own_run(dataset, tmp_path / "cut", time_limit=1e-9)
+    with parts.at_hand({"data": dataset}):
+        resume(tmp_path / "cut", quiet=True, time_limit=float("inf"))
+    assert equal_runs(whole, tmp_path / "cut")

@@ -1,0 +1,224 @@
+"""Runs that begin with given weights: which network, which weights, what stays still, and what is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torchvision
+from safetensors.torch import save_file
+from timm.optim import param_groups_layer_decay
+
+from relssl.cli import main
+from relssl.engine import Engine
+from relssl.errors import CheckpointError, ConfigError
+from relssl.files import read_rows
+from relssl.method.base import unwrapped
+from relssl.method.optim import parameter_groups
+from relssl.method.stages import depths, freeze_stages
+from relssl.settings.reading import merge, nest
+from relssl.settings.run import resolve
+from relssl.train.loop import train_step
+from relssl.train.pretrain import Result, build, pretrain, resume
+from relssl.weights.opening import load_run, open_backbones
+from small_runs import SMALL, differing, equal_runs, final_state, small_run
+
+# As a user would type it: the weights say which network it is.
+OVER: dict[str, Any] = {name: value for name, value in SMALL.items() if name != "backbone_args"} | {
+    "encoder": {"projector_hidden": 32, "dim": 16}
+}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained run, whose tests only read."""
+    folder = tmp_path_factory.mktemp("start") / "source"
+    small_run(folder)
+    return folder
+
+
+def going_on(out: Path, source: Any, **more: Any) -> Result:
+    return pretrain(settings=resolve(merge(OVER, nest({"out": str(out), "start": str(source)} | more))), quiet=True)
+
+
+def ready(source: Any, **more: Any) -> Any:
+    config = resolve(merge(OVER, nest({"start": str(source), "out": "unused"} | more)))
+    return build(config, Engine(config.engine))
+
+
+def backbones(run: Any) -> list[dict[str, torch.Tensor]]:
+    return [network.backbone.state_dict() for network in run.networks]
+
+
+def test_student_and_teacher_begin_with_the_weights_bit_for_bit_and_fresh_heads(source: Path) -> None:
+    weights, run = open_backbones(source).backbone.state_dict(), ready(source)
+    assert run.config.backbone_args == SMALL["backbone_args"] and run.config.encoder.stem == "small-pool"
+    for network in backbones(run):
+        assert differing(weights, network) == []
+    trained = final_state(source)
+    assert not torch.equal(unwrapped(run.state.model.student).projector[0].weight, trained["student.projector.0.weight"])
+    exported = ready(source / "export" / "backbone.safetensors")
+    assert all(differing(weights, network) == [] for network in backbones(exported))
+
+
+def test_a_run_says_where_it_began_and_measures_the_weights_before_it_trains(source: Path, tmp_path: Path, capsys: Any) -> None:
+    result = going_on(tmp_path / "on", source, recipe="continue")
+    facts = json.loads((result.folder / "environment.json").read_text())["start"]
+    assert (facts["source"], facts["network"], facts["weights"]) == (
+        "source",
+        "resnet18",
+        len(open_backbones(source).backbone.state_dict()),
+    )
+    sums = (source / "checkpoints" / facts["origin"] / "SHA256SUMS").read_text()
+    assert f"{facts['sha256']}  state.safetensors" in sums
+    assert result.rows[0]["knn_top1"] == read_rows(source / "metrics.jsonl")[-1]["knn_top1"]
+    config = load_run(result.folder).config
+    assert config.backbone_args == SMALL["backbone_args"] and Path(config.start or "") == source
+    assert (result.folder / "export" / "backbone.safetensors").exists()
+    assert main(["evaluate", str(result.folder), "--protocol", "knn", "--json"]) in (0, 2) and capsys.readouterr()
+
+
+def test_resume_is_exact_and_needs_the_source_no_more(source: Path, tmp_path: Path) -> None:
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    for name in ("backbone.safetensors", "backbone.yaml"):
+        (weights / name).write_bytes((source / "export" / name).read_bytes())
+    more = {"recipe": "continue", "optimizer.heads_first": 1.0, "optimizer.layer_decay": 0.7, "encoder.frozen_stages": 1}
+    more |= {"optimizer.name": "adamw", "optimizer.lr": 1e-3, "checkpoint.every_steps": 4, "checkpoint.keep": 9}
+    whole = going_on(tmp_path / "whole", weights / "backbone.safetensors", **more).folder
+    cut = going_on(tmp_path / "cut", weights / "backbone.safetensors", **more).folder
+    (weights / "backbone.safetensors").unlink()
+    status = json.loads((cut / "status.json").read_text())
+    (cut / "status.json").write_text(json.dumps(status | {"state": "interrupted"}))
+    resume(cut, checkpoint="step-00000004", quiet=True)  # while the heads train alone
+    assert equal_runs(whole, cut)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "lars"])
+def test_the_backbone_stays_bitwise_while_heads_go_first(source: Path, optimizer: str) -> None:
+    run = ready(source, **{"optimizer.heads_first": 0.3, "optimizer.warmup_epochs": 0, "optimizer.name": optimizer})
+    encoder = run.networks[0]
+    before = {name: value.clone() for name, value in encoder.named_parameters()}
+    stream = run.loader.stream(0, 5)
+    moved = []
+    for parts in stream:
+        train_step(run, parts)
+        moved.append(
+            {name.partition(".")[0] for name, value in encoder.named_parameters() if not torch.equal(value, before[name])}
+        )
+    assert moved[2] == {"projector"}  # 0.3 of 10 steps
+    assert moved[-1] == {"projector", "backbone"}
+    assert (
+        all(torch.equal(value, before[f"backbone.{name}"]) for name, value in run.networks[1].backbone.named_parameters())
+        is False
+    )
+
+
+def test_frozen_stages_stay_with_their_statistics(source: Path) -> None:
+    run = ready(source, **{"encoder.frozen_stages": 2, "log.knn_every": 0})
+    before = [{name: value.clone() for name, value in state.items()} for state in backbones(run)]
+    for parts in run.loader.stream(0, 3):
+        train_step(run, parts)
+    student = run.networks[0].backbone
+    for state, old in zip(backbones(run), before, strict=True):
+        still = {name for name, value in state.items() if torch.equal(value, old[name])}
+        assert still == {name for name in state if name.startswith(("conv1", "bn1", "layer1"))}
+    student.train()  # as evaluations leave it
+    assert not student.layer1[0].bn1.training and student.layer2[0].bn1.training
+    with pytest.raises(ConfigError, match=r"encoder\.frozen_stages.* 5 stages"):
+        freeze_stages(timm.create_model("resnet18", num_classes=0), 5)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224", "mobilenetv3_small_050", "convnext_atto", "regnety_002"])
+def test_rates_fall_with_depth_as_timms_do(name: str) -> None:
+    backbone = timm.create_model(name, num_classes=0)
+    theirs = {id(p): group["lr_scale"] for group in param_groups_layer_decay(backbone, layer_decay=0.6) for p in group["params"]}
+    student = torch.nn.Module()
+    student.backbone, student.projector = backbone, torch.nn.Linear(2, 2)
+    groups = parameter_groups(student, decay="weights", weight_decay=1e-4, layer_decay=0.6)
+    ours = {id(p): group["times"] for group in groups for p in group["params"]}
+    assert {key: ours[key] for key in theirs} == pytest.approx(theirs)
+    assert {ours[id(p)] for p in student.projector.parameters()} == {1.0} and min(theirs.values()) < 0.2
+
+
+def test_other_networks_are_as_deep_as_their_children_and_one_block_has_no_depth() -> None:
+    groups = depths(torchvision.models.mobilenet_v2(weights=None))
+    assert groups["features.0.0.weight"] == 0 and groups["features.18.0.weight"] == 18
+    assert groups["classifier.1.weight"] > 18
+    student = torch.nn.Module()
+    student.backbone = torch.nn.Conv2d(3, 4, 3)
+    with pytest.raises(ConfigError, match=r"optimizer\.layer_decay"):
+        parameter_groups(student, decay="all", weight_decay=0.0, layer_decay=0.5)
+
+
+def test_a_timm_network_starts_from_a_file_of_another_program_at_another_image_size(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    network = timm.create_model("vit_tiny_patch16_224", num_classes=0, depth=12, img_size=224)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.02)
+    save_file(network.state_dict(), tmp_path / "vit.safetensors")
+    with pytest.raises((ConfigError, CheckpointError), match=r"^start: .*--backbone"):  # names do not say which ViT it is
+        ready(tmp_path / "vit.safetensors")
+    run = ready(tmp_path / "vit.safetensors", backbone="vit_tiny_patch16_224")
+    flexible = timm.create_model("vit_tiny_patch16_224", num_classes=0, dynamic_img_size=True).eval()
+    flexible.load_state_dict(network.state_dict())
+    images = torch.rand(2, 3, 32, 32)
+    assert torch.equal(run.networks[0].backbone.eval()(images), flexible(images))
+    assert run.config.views.mean == (0.485, 0.456, 0.406)  # what the weights have seen
+
+
+def test_what_does_not_fit_is_refused_by_name_before_there_is_a_folder(source: Path, tmp_path: Path) -> None:
+    fresh = tmp_path / "fresh"
+    out = tmp_path / "out"
+    small_run(fresh, epochs=1)
+    from relssl.weights import store
+
+    weights = fresh / "export" / "backbone.safetensors"
+    network = open_backbones(weights).spec.create()
+    weights.write_bytes(store.encode(network.state_dict(), {"network": "student", "origin": "step-00000001"}))
+    refusals: list[tuple[type[Exception], str, Any, dict[str, Any]]] = [
+        (ConfigError, r"^start: source has backbone resnet18, not resnet50", source, {"backbone": "resnet50"}),
+        (ConfigError, r"^start: source has encoder.stem", source, {"encoder.stem": "small"}),
+        (ConfigError, r"^start: .*nowhere", tmp_path / "nowhere.safetensors", {}),
+        (ConfigError, r"^start: .*pretrained weights", "resnet18.none_such", {}),
+        (ConfigError, r"^start: --from", source, {"start_from": "solo"}),
+        (CheckpointError, r"^start: .*looks untrained", weights, {}),
+        (
+            CheckpointError,
+            r"^start: .*other shape",
+            source,
+            {"backbone_args": SMALL["backbone_args"] | {"channels": [8, 8, 16, 32]}},
+        ),
+    ]
+    for kind, message, given, more in refusals:
+        with pytest.raises(kind, match=message):
+            going_on(out, given, **more)
+        assert not (out / "config.yaml").exists()
+    with pytest.raises(ConfigError, match=r"^start: recipe continue needs"):
+        pretrain("digits", recipe="continue", out=out, quiet=True)
+    for name in ("optimizer.heads_first", "encoder.frozen_stages"):
+        with pytest.raises(ConfigError, match=f"^{name}: .*needs start"):
+            resolve({name: 1})
+    with pytest.raises(ConfigError, match=r"^start_from: "):
+        resolve({"start_from": "moco"})
+    assert main(["resume", str(source), "--start", "resnet18"]) == 2
+
+
+def test_without_labels_the_rank_of_the_features_is_measured_before_and_after(source: Path, photos: Path, tmp_path: Path) -> None:
+    views = {"views.weak.size": 32, "views.strong.size": 32, "max_images": 64, "batch_size": 16, "method.memory_size": 32}
+    rows = going_on(tmp_path / "on", source, data=str(photos), recipe="continue", epochs=1, **views | {"loader.workers": 0}).rows
+    assert rows[0]["step"] == 0 and 1 <= rows[0]["feature_rank"] <= 16 and "feature_rank" in rows[-1]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import numpy as np
+    from PIL import Image
+
+    folder, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for i in range(64):
+        Image.fromarray(rng.integers(0, 255, (40, 48, 3), np.uint8)).save(folder / f"{i}.png")
+    return folder
