@@ -83,19 +83,6 @@ def evaluating(backbone: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-@contextmanager
-def frozen(backbone: nn.Module) -> Iterator[None]:
-    """Put the backbone into eval mode, and check that weights and batch-norm statistics are the same afterwards.
-
-    If batch norm counted the images it sees, each batch would measure another network, and no figure would show it.
-    """
-    before = state_hash(backbone)
-    with evaluating(backbone):
-        yield
-    if state_hash(backbone) != before:
-        raise AssertionError("a frozen evaluation changed the backbone's weights or batch-norm statistics")
-
-
 def state_hash(module: nn.Module) -> str:
     """Compute 16 hex digits of every parameter and buffer: names, types, shapes, values."""
     digest = hashlib.sha256()
