@@ -1,7 +1,6 @@
 """Embedding: the file holds the network's own answer for each image, readable elsewhere, whole or not at all."""
 
 import csv
-import io
 import sys
 from pathlib import Path
 from typing import Any
@@ -130,7 +129,7 @@ def test_a_file_holds_what_the_network_says(network: str, finished: Path, tmp_pa
         relssl.embed(finished, str(tmp_path / "none"), tmp_path / "w.npz", device="cpu")
     backbone = relssl.load_backbone(finished, network)
     with torch.no_grad():
-        seen = [backbone.transform(Image.open(io.BytesIO(file.read_bytes()))) for file in (files[3], files[2])]
+        seen = [backbone.transform(Image.open(file).convert("RGB")) for file in (files[3], files[2])]
         expected = backbone(torch.stack(seen))
     read = parquet.read_table(out)
     assert read["name"].to_pylist() == [str(files[3]), str(files[2])]
