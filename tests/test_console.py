@@ -79,9 +79,7 @@ def test_neither_a_lost_reader_nor_a_name_without_a_code_ends_a_run(tmp_path: Pa
     assert buffer.getvalue() == b"K\xe4fer \\u2602\n"
 
 
-def test_the_command_line_prints_names_that_the_console_has_no_characters_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_names_that_the_console_has_no_characters_for_are_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "☂").mkdir()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
     monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(errors := io.BytesIO(), encoding="ascii"))

@@ -101,9 +101,8 @@ def test_the_tables_name_what_limits_and_what_to_change_and_a_cache_is_read_but_
     before = sorted(tmp_path.rglob("*"))
     assert main(["estimate", "--config", "photos.yaml", "--steps", "6"]) == 0
     out = capsys.readouterr().out
-    assert all(
-        line in out for line in ("whole run", "what limits", "loader processes", "disk for shrunk images", "What to change")
-    )
+    lines = ("whole run", "what limits", "loader processes", "disk for shrunk images", "What to change")
+    assert all(line in out for line in lines)
     assert "images met that cannot be read" in out  # six steps of four meet all twelve
     assert max(len(line) for line in out.splitlines() if line[0:1] in "│┌├") <= 80 and sorted(tmp_path.rglob("*")) == before
     with Display(show=False) as silent:

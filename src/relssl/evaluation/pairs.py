@@ -16,6 +16,7 @@ from relssl.data.images import Images
 from relssl.data.named import load
 from relssl.data.subsets import shared
 from relssl.errors import DataError
+from relssl.settings import parts
 
 
 def listed(classes: Collection[int], names: Sequence[str] | None = None) -> str:
@@ -127,6 +128,9 @@ def labelled(data: str, images: Images, part: str) -> Images:
         return images
     rows = np.flatnonzero(images.labels >= 0) if images.labels is not None else np.empty(0, np.int64)
     if not len(rows):
-        advice = "lay them out as train/CLASS/ and val/CLASS/, two classes or more"
-        raise DataError(f"{shown(data)}: has no labels to evaluate with on its {len(images)} {part} images; {advice}")
+        own = "hand over (images, labels), or give the data set `.targets`"
+        advice = own if parts.is_part(data) else "lay them out as train/CLASS/ and val/CLASS/, two classes or more"
+        raise DataError(
+            f"{shown(parts.title(data))}: has no labels to evaluate with on its {len(images)} {part} images; {advice}"
+        )
     return images if len(rows) == len(images) else images.subset(rows)

@@ -25,6 +25,7 @@ from relssl.errors import ConfigError, DataError
 from relssl.evaluation.metrics import Bootstrap, Interval, accuracies, accuracy_intervals, percentiles
 from relssl.evaluation.pairs import LabelledPair
 from relssl.files import storing
+from relssl.settings import parts
 from relssl.settings.evaluation import Evaluation, Measuring
 from relssl.settings.reading import flat
 from relssl.weights.opening import Opened
@@ -147,7 +148,7 @@ def card(name: str, protocol: Protocol, section: Any, task: Task) -> Record:
 
 def title(data: str) -> str:
     """Return what to call a data set in results: a name as it is, a folder by its last part, nothing of this machine."""
-    return ",".join(shown(Path(one).name or one) for one in data.split(","))
+    return ",".join(shown(Path(one).name or one) for one in parts.title(data).split(","))
 
 
 def file_name(protocol: str, data: str, settings: Evaluation) -> str:

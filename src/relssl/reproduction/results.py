@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -215,15 +214,8 @@ def page(content: Mapping[str, Any]) -> str:
         beside=_union(row["beside_reference"] for row in rows),
         ends={name: words for name, words in ENDS.items() if any(name in row["ends"] for row in rows)},
         compared=any(number["difference"] is not None for row in rows for number in row["paper"]),
-        machines=Counter(_machine(run["environment"]) for run in content["runs"]),
     )
     return text.strip() + "\n"
-
-
-def _machine(here: Mapping[str, Any]) -> str:
-    versions = (f"{name} {here['versions'][name]}" for name in ("relssl", "torch", "torchvision", "timm"))
-    revision = f"revision {(here['git'] or 'unknown')[:12]}"
-    return f"{here['engine']}; {here['cores']} cores of {here['processor']}; {', '.join(versions)}; {revision}"
 
 
 def _union(maps: Iterable[Mapping[str, Any]]) -> list[str]:
