@@ -8,6 +8,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, islice
@@ -178,9 +179,11 @@ class Loader:
         steps, pin = self.plan.steps(start, stop), self.device.type == "cuda"
         requests = ([(epoch, int(row)) for row in rows] for epoch, parts in steps for rows in parts)
         crops = Crops(self.images, self.views, self.plan.seed, self.settings, self._calls)
-        batches = map(self._finish, read_batches(crops, collate, workers, batch_sampler=requests, pin_memory=pin))
-        while parts := list(islice(batches, self.plan.parts)):
-            yield parts
+        # Closed at once where a batch is refused: its traceback would hold the workers.
+        with closing(read_batches(crops, collate, workers, batch_sampler=requests, pin_memory=pin)) as samples:
+            batches = map(self._finish, samples)
+            while parts := list(islice(batches, self.plan.parts)):
+                yield parts
 
     def _finish(self, sample: Sample) -> Batch:
         """Make the views of joined samples from their crops."""
