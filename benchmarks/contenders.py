@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, suppress
 from functools import partial
+from multiprocessing.util import Finalize
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -338,7 +339,8 @@ def training(settings: Record, source: Source) -> Work:
     config, images = start(settings, source)
     training = create_run(config, engine_of(config), images)
     compiled = compile_networks(training)
-    stream = training.loader.stream(0, training.total_steps)
+    stream: Any = training.loader.stream(0, training.total_steps)
+    Finalize(None, stream.close, exitpriority=1)  # else this process, as it ends, waits for a worker that does not hear it
 
     def run(count: int) -> None:
         for _ in range(count):

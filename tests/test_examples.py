@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -93,6 +94,23 @@ def test_compare_methods(tmp_path: Path) -> None:
     shown = run(tmp_path, sys.executable, str(EXAMPLES / "compare_methods.py"), *words)
     assert re.search(r"^ressl +\d+\.\d \+- \d\.\d +\d+\.\d \+- \d\.\d$", shown, re.MULTILINE)
     assert re.search(r"^moco +[+-]\d+\.\d \[[+-]\d+\.\d\.\.[+-]\d+\.\d\]$", shown, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("own_module", "features [2, 32]"),
+        ("own_view", "loss "),
+        ("own_method", "loss 0."),
+        ("hook", "best kNN "),
+    ],
+)
+def test_parts_of_ones_own(
+    name: str, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [name, str(tmp_path / "run")])
+    runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    assert line in capsys.readouterr().out and state(tmp_path / "run")["state"] == "complete"
 
 
 TINY = ("--device", "cpu", "--max_images", "256", "--log.knn_every", "0")

@@ -98,8 +98,9 @@ def test_a_picture_is_turned_and_flattened_as_its_file_is(tmp_path: Path) -> Non
     image.save(tmp_path / "a.png", exif=exif)
     expected = decode(str(tmp_path / "a.png"), 99)
     with Image.open(tmp_path / "a.png") as unread:
-        for item in (unread, (tmp_path / "a.png").read_bytes(), unread.copy()):
-            with open_item(item, 99) as opened:
+        items = [unread, (tmp_path / "a.png").read_bytes(), tmp_path / "a.png"]
+        for row in range(3):
+            with open_dataset(items, "own").source.open(row, 99) as opened:
                 assert opened.size == (6, 8) and opened.rgb(1) == expected
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -197,6 +198,16 @@ def test_views_of_ones_own_stand_in_the_settings_with_their_size() -> None:
     assert config.views.weak == dataclasses.replace(type(config.views.weak)(), name="torchvision.transforms:RandomCrop", size=20)
     assert config.views.strong == resolve({"data": "cifar10"}).views.strong
     assert "torchvision.transforms:RandomCrop" in to_yaml(config)
+
+
+def test_a_run_on_data_handed_over_is_exported_later_and_its_export_once_more(tmp_path: Path) -> None:
+    digits = np.random.default_rng(0).integers(0, 256, (64, 32, 32, 3), np.uint8)
+    run = go(tmp_path / "run", data=digits, max_images=None, batch_size=16, views={"weak": {"size": 32}, "strong": {"size": 32}})
+    with pytest.raises(ConfigError, match=r"^data: .*hand it over again"):
+        relssl.resume(run, epochs=2, quiet=True)
+    assert relssl.resume(run, epochs=2, data=digits, quiet=True).rows[-1]["step"] == 8
+    exported = relssl.export(run, out=tmp_path / "once.safetensors")
+    assert relssl.export(exported.path, format="torchvision").parity.relative < 1e-4
 
 
 class Diary:

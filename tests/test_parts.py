@@ -30,6 +30,8 @@ def test_a_handed_over_part_is_there_for_its_setting_and_time_alone() -> None:
         find("data", name_of(part))
 
 
-@pytest.mark.parametrize("value", ["resnet18", "torchvision/resnet18", "photos/", "C:/photos", "contrastive", "a:b/c"])
+@pytest.mark.parametrize(
+    "value", ["resnet18", "torchvision/resnet18", "photos/", "C:/photos", "contrastive", "a:b/c", "hf:cifar10"]
+)
 def test_names_of_the_package_and_paths_are_no_parts(value: str) -> None:
     assert not is_part(value)

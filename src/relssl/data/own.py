@@ -82,11 +82,14 @@ class Items:
         place = int(self.rows[row])
         try:
             with seeded(0, 0, place, 0):
-                return _image_of(self.dataset[place])
+                image = _image_of(self.dataset[place])
         except BadImage:
             raise
         except Exception as error:  # whatever a user's code raises
             raise BadImage(f"raises {repr(error)[:160]}") from error
+        if isinstance(image, ImageFile.ImageFile) and isinstance(self.dataset, (list, tuple)) and image.filename:
+            return image.filename  # maybe not read yet, and processes must not share its file
+        return image
 
     @contextmanager
     def open(self, row: int, max_pixels: int) -> Iterator[Opened]:
@@ -101,8 +104,6 @@ class Items:
 @contextmanager
 def open_item(image: Any, max_pixels: int) -> Iterator[Opened]:
     """Open an image of any kind that an item may be or hold; BadImage if it is none."""
-    if isinstance(image, ImageFile.ImageFile) and getattr(image, "fp", None) is not None and image.filename:
-        image = image.filename  # not read yet: processes must not share its file
     if isinstance(image, (str, bytes, os.PathLike)):
         with open_image((lambda: image) if isinstance(image, bytes) else os.fspath(image), max_pixels) as opened:
             yield opened

@@ -18,6 +18,7 @@ from relssl.errors import ConfigError, NumericError, StorageError
 from relssl.evaluation.features import extract
 from relssl.evaluation.result import Task, writable
 from relssl.files import replacing
+from relssl.settings import parts
 from relssl.settings.evaluation import Measuring
 from relssl.settings.reading import build
 from relssl.weights.foreign import Reading
@@ -28,9 +29,10 @@ _GROUP = 1 << 22  # numbers in a row group of parquet
 Columns = Mapping[str, Any]  # of N values each
 
 
+@parts.takes_data
 def embed(
     source: str | Path,
-    data: str | Path,
+    data: Any,
     out: str | Path,
     *,
     network: str | None = None,
@@ -46,7 +48,7 @@ def embed(
 
     Args:
         source: a run folder, an exported file, another program's file, or a timm name; see `open_backbones`.
-        data: any data set, folder or list.
+        data: any data set, folder or list, by name or as an object.
         out: `.npz` with `features` float32 [N,D], `ids` int64, `names` and, where known, `labels` int64 (-1: none) and `classes`, the
             names of the labels; `.csv` with the columns id, name, label and class (where known), f0, f1, ..., whose numbers read back
             to the same float32; or `.parquet` with a column `features`, a list of D float32, in their place. Its folder must exist.

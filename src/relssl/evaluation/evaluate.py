@@ -15,10 +15,11 @@ from torch import nn
 
 from relssl.data.folder import shown
 from relssl.errors import ConfigError, DataError, StorageError
-from relssl.evaluation.features import Features, LabelledFeatures, cached, evaluating, extract, frozen, state_hash
+from relssl.evaluation.features import Features, LabelledFeatures, cached, evaluating, extract, state_hash
 from relssl.evaluation.metrics import Interval
 from relssl.evaluation.result import Finding, Protocol, Record, Task, card, file_name, title, writable
 from relssl.files import write_json
+from relssl.settings import parts
 from relssl.settings.evaluation import Evaluation, read_settings
 from relssl.weights.foreign import Reading
 from relssl.weights.opening import Opened, open_backbones
@@ -43,9 +44,10 @@ Say = Callable[[str], None]
 Measured = tuple[list[Finding], Record]  # findings, and the card's part on the data
 
 
+@parts.takes_data
 def evaluate(
     source: str | Path,
-    data: str | Path | None = None,
+    data: Any = None,
     *,
     settings: Evaluation | None = None,
     reading: Reading | None = None,
@@ -58,7 +60,7 @@ def evaluate(
 
     Args:
         source: a run folder, an exported file, another program's file, or a timm name; see `open_backbones`.
-        data: a data set with labels, default the run's own. For `transfer` several, joined by commas; for `detection` a folder
+        data: a data set with labels, by name or as an object, default the run's own. For `transfer` several, joined by commas; for `detection` a folder
             in COCO's or VOC's layout.
         settings: all settings, instead of `overrides`.
         reading: how to read another program's file.
@@ -154,8 +156,11 @@ class _Evaluation:
             self.task.say(f"{name}: {network} on {title(data)}")
             backbone = self.task.engine.place(backbone)
             common |= {"network": network, "weights": state_hash(backbone), "source": self.opened.origin}
-            with evaluating(backbone) if protocol.trains else frozen(backbone):
+            with evaluating(backbone):
                 findings, common["images"] = measure(protocol, section, backbone, data)
+            # If batch norm counted the images it sees, each batch would measure another network, and no figure would show it.
+            if state_hash(backbone) != common["weights"]:
+                raise AssertionError(f"{name} changed the backbone's weights or batch-norm statistics")
             record = {"protocol": name, "network": network, "data": title(data), "seconds": round(time.monotonic() - start, 2)}
             for finding in findings:
                 plain = finding.plain()

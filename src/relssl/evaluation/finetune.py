@@ -18,6 +18,7 @@ from relssl.evaluation.embed import check_target, escaped, write_table
 from relssl.evaluation.features import extract
 from relssl.evaluation.heads import linear_classifier, train_whole
 from relssl.evaluation.result import Task, title
+from relssl.settings import parts
 from relssl.settings.evaluation import FinetuneConfig, Measuring, Tuning
 from relssl.settings.reading import build
 from relssl.weights import export
@@ -28,9 +29,10 @@ from relssl.weights.spec import Backbone, BackboneSpec
 _TOLERANCE = 1e-4  # of scores, relative to the largest: the library adds up in another order
 
 
+@parts.takes_data
 def finetune(
     source: str | Path,
-    data: str | Path,
+    data: Any,
     out: str | Path,
     *,
     settings: Tuning | None = None,
@@ -42,7 +44,7 @@ def finetune(
 
     Args:
         source, reading, say: as for `evaluate`.
-        data: labelled images with a test part: a named set, or a folder with train/CLASS/ and val/CLASS/.
+        data: labelled images with a test part: a named set, a folder with train/CLASS/ and val/CLASS/, or a mapping of two sets.
         out: a `.safetensors` file; its settings with the names of the classes, `.yaml`, and its card, `.md`, come beside it.
         settings, overrides: `settings.evaluation.Tuning`, whole or by name, such as `epochs=20`.
 
@@ -107,9 +109,10 @@ def _joined(spec: BackboneSpec, backbone: nn.Module, head: nn.Linear, classifier
     )
 
 
+@parts.takes_data
 def predict(
     model: str | Path,
-    data: str | Path,
+    data: Any,
     out: str | Path,
     *,
     split: str = "train",
@@ -124,7 +127,7 @@ def predict(
 
     Args:
         model: the `.safetensors` file, with its settings beside it.
-        data: any data set, folder or list.
+        data: any data set, folder or list, by name or as an object.
         out: a `.csv` with the columns name, class, score; a `.parquet` with a column `scores` of all classes besides; or a `.npz` with
             `names`, `predicted` int64 [N], `scores` float32 [N, C] and `classes`, the names of the C columns. Its folder must exist.
         split: train, bank or test, for sets that have them.

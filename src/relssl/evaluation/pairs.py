@@ -16,6 +16,7 @@ from relssl.data.images import Images
 from relssl.data.named import load
 from relssl.data.subsets import shared
 from relssl.errors import DataError
+from relssl.settings import parts
 
 
 def listed(classes: Collection[int], names: Sequence[str] | None = None) -> str:
@@ -106,15 +107,12 @@ class LabelledPair:
 
     def card(self) -> dict[str, Any]:
         """Return which images and labels are used, by their content: the same folder elsewhere is the same."""
-        used: dict[str, Any] = {name: {"images": len(side), "of": of, "hash": labels_hash(side)} for name, side, of in self.sides}
-        return used | {"classes": self.classes}
-
-
-def labels_hash(images: Images) -> str:
-    """Compute 16 hex digits of which image has which label, and of the images themselves."""
-    digest = hashlib.sha256(images.fingerprint().encode())
-    digest.update(np.ascontiguousarray(images.labels if images.targets is None else images.targets).tobytes())
-    return digest.hexdigest()[:16]
+        used: dict[str, Any] = {"classes": self.classes}
+        for name, images, of in self.sides:
+            labels = np.ascontiguousarray(images.labels if images.targets is None else images.targets)
+            digest = hashlib.sha256(images.fingerprint().encode() + labels.tobytes())
+            used[name] = {"images": len(images), "of": of, "hash": digest.hexdigest()[:16]}
+        return used
 
 
 def choose(images: Images, at_most: int, seed: int) -> Images:
@@ -130,6 +128,9 @@ def labelled(data: str, images: Images, part: str) -> Images:
         return images
     rows = np.flatnonzero(images.labels >= 0) if images.labels is not None else np.empty(0, np.int64)
     if not len(rows):
-        advice = "lay them out as train/CLASS/ and val/CLASS/, two classes or more"
-        raise DataError(f"{shown(data)}: has no labels to evaluate with on its {len(images)} {part} images; {advice}")
+        own = "hand over (images, labels), or give the data set `.targets`"
+        advice = own if parts.is_part(data) else "lay them out as train/CLASS/ and val/CLASS/, two classes or more"
+        raise DataError(
+            f"{shown(parts.title(data))}: has no labels to evaluate with on its {len(images)} {part} images; {advice}"
+        )
     return images if len(rows) == len(images) else images.subset(rows)

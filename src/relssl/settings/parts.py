@@ -7,25 +7,32 @@ needs the part asks `find` for it. Each part belongs to one setting: backbone, d
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
+import inspect
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from relssl.errors import ConfigError
 
+P = ParamSpec("P")
+T = TypeVar("T")
 SETTINGS = ("backbone", "data", "method.name", "views.weak.name", "views.strong.name")
 HANDED = "handed:"
+_DATA = ("hf:", "shards:")  # what names of data sets begin with
 _NAME = re.compile(r"(?!hf:|shards:)[A-Za-z_]\w*([.][A-Za-z_]\w*)*:[A-Za-z_]\w*")  # but for the prefixes of DATA
 _AT_HAND: ContextVar[Mapping[str, Any]] = ContextVar("parts", default={})  # noqa: B039 - never changed in place
 
 
 def is_part(value: Any) -> bool:
     """Return whether a setting's value names a part from outside, by the look of it alone."""
-    return isinstance(value, str) and (value.startswith(HANDED) or _NAME.fullmatch(value) is not None)
+    if not isinstance(value, str) or value.startswith(_DATA):
+        return False
+    return value.startswith(HANDED) or _NAME.fullmatch(value) is not None
 
 
 def named(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -58,6 +65,21 @@ def at_hand(parts: Mapping[str, Any]) -> Iterator[None]:
         yield
     finally:
         _AT_HAND.reset(token)
+
+
+def takes_data(function: Callable[P, T]) -> Callable[P, T]:
+    """Let the argument `data` of a function be a data set in the place of its name, which the function gets."""
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        bound = signature.bind(*args, **kwargs)
+        over, objects = named({"data": bound.arguments.get("data")})
+        bound.arguments |= over
+        with at_hand(objects):
+            return function(*bound.args, **bound.kwargs)
+
+    return call
 
 
 def is_given(setting: str, value: str) -> bool:

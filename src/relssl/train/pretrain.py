@@ -259,7 +259,8 @@ def begin(run: Run, display: Display, fresh: bool) -> None:
             folder.path / "environment.json", environment() | {"data": facts, "engine": run.engine.describe()} | run.given.facts
         )
     stored = load_run(folder.path)
-    if os.path.abspath(stored.config.data) != os.path.abspath(config.data) and stored.data != facts:
+    moved = parts.is_handed(config.data) or os.path.abspath(stored.config.data) != os.path.abspath(config.data)
+    if moved and stored.data != facts:
         images = f"{len(run.images)} images that are not the {stored.data.get('images', '')} of the run"
         raise DataError(f"{run.images.name}: holds {images}, by their names, order and sizes; give the folder or list that does")
     display.log_to(folder.path / "run.log")

@@ -13,7 +13,7 @@ import torch
 import torchvision
 from huggingface_hub import ModelCard, ModelCardData
 
-from relssl import __version__
+import relssl
 from relssl.files import read_rows
 from relssl.settings import parts
 from relssl.settings.recipes import public_name
@@ -106,14 +106,12 @@ def card(source: Opened, written: Written, parity: Parity, file: str, settings: 
         about = f"{network.capitalize()} backbone of {origin}, recipe `{config.recipe}`, {length}. {'It was trained on labels' if traits.labels else unlabelled}."
         about += f" It went on from the weights of `{config.start}`." if config.start else ""
         about += f" A frozen teacher gave the relations: `{config.teacher}`." if config.teacher else ""
-    data = ModelCardData(
-        library_name=None if own else "timm", pipeline_tag=use, license="other", license_name="to-be-chosen", tags=tags
-    )
-    versions = f"relssl {__version__}, torch {torch.__version__}, timm {timm.__version__}, torchvision {torchvision.__version__}"
-    names = {"title": title, "about": about, "view": source.spec.view, "config": config, "settings": settings, "file": file}
-    names |= {"classifier": classifier, "hub": hub}
-    names |= {"written": written, "parity": parity, "rows": _results(source), "versions": versions}
-    return str(ModelCard.from_template(data, template_str=_TEMPLATE, **names))
+    library = None if own else "timm"
+    data = ModelCardData(library_name=library, pipeline_tag=use, license="other", license_name="to-be-chosen", tags=tags)
+    versions = ", ".join(f"{each.__name__} {each.__version__}" for each in (relssl, torch, timm, torchvision))
+    facts = {"title": title, "about": about, "versions": versions, "settings": settings, "file": file, "hub": hub}
+    more = {"view": source.spec.view, "classifier": classifier, "config": config, "written": written, "parity": parity}
+    return str(ModelCard.from_template(data, template_str=_TEMPLATE, **facts, **more, rows=_results(source)))
 
 
 def _results(source: Opened) -> list[tuple[str, str]]:
@@ -134,15 +132,12 @@ def _results(source: Opened) -> list[tuple[str, str]]:
     for path in sorted((source.folder / "evaluations").glob("*.json")):
         with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):  # torn, or of another version
             evaluation = json.loads(path.read_text())
-            measured = [record for record in evaluation["results"] if record["network"] == network]
-            these = [record for record in measured if record["card"]["source"]["checkpoint"] == source.header["origin"]]
-            rows += [_row(record, Path(evaluation["data"]).name) for record in these]
+            for record in evaluation["results"]:
+                if (record["network"], record["card"]["source"]["checkpoint"]) == (network, source.header["origin"]):
+                    main, notes, interval = record["main"], "; ".join(record["notes"]), record["intervals"].get(record["main"])
+                    setting = "".join(f", {name} {value}" for name, value in record["setting"].items()) + f" ({notes})" * bool(
+                        notes
+                    )
+                    figure = f"{record['figures'][main]:.2f}" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "")
+                    rows.append((f"{record['protocol']} {main} on {Path(evaluation['data']).name}{setting}", figure))
     return rows
-
-
-def _row(record: dict[str, Any], data: str) -> tuple[str, str]:
-    """Return the main figure of one evaluation, and what it is."""
-    main, settings = record["main"], "".join(f", {name} {value}" for name, value in record["setting"].items())
-    notes, interval = "; ".join(record["notes"]), record["intervals"].get(main)
-    figure = f"{record['figures'][main]:.2f}" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "")
-    return f"{record['protocol']} {main} on {data}{settings}{f' ({notes})' if notes else ''}", figure

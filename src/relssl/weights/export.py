@@ -74,8 +74,7 @@ def export(
     _check_push(push, dry_run, format)
     if not path.is_dir() and not (path.is_file() and is_exported(path)):
         raise ConfigError(f"{path}: is no run, and no weights with settings beside them, such as `relssl import FILE` writes")
-    whole = path.is_file() and network is None
-    opened = open_whole(path) if whole else open_backbones(path, Reading(network=network))
+    opened = open_whole(path) if path.is_file() and network is None else open_backbones(path, Reading(network=network))
     if opened.spec.classes and format in ("torchvision", "detectron2"):
         raise ConfigError(f"format: {format} holds backbones, without a classifier; use another of {', '.join(FORMATS)}")
     beside = path.with_name(_file_name(path.stem, format))

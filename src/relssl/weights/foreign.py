@@ -19,7 +19,7 @@ from relssl.errors import CheckpointError, ConfigError
 from relssl.method.backbones import TORCHVISION, create_backbone, weightless
 from relssl.settings.run import ViewsConfig
 from relssl.weights import layouts, store, twins
-from relssl.weights.layouts import HEADS, LAYOUTS, PLAIN, bare_name, is_plain
+from relssl.weights.layouts import AVERAGES, HEADS, LAYOUTS, PLAIN, bare_name
 from relssl.weights.spec import BackboneSpec, mismatch
 
 _CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
@@ -91,75 +91,74 @@ def load_foreign(path: Path, reading: Reading) -> tuple[Any, LoadReport]:
         CheckpointError: if the file cannot be read safely, is of no known layout, does not match the network exactly, or
             holds weights that look untrained.
     """
-    _check(reading)
-    outer = layouts.bare_name(f"{reading.prefix.rstrip('.')}.") if reading.prefix else ""
-    content = layouts.read(path)
-    tensors, left_out = layouts.find_state(content, path, outer)
-    layout = reading.layout or ("timm" if outer else layouts.find_layout(tensors))
-    if (layout in PLAIN or outer) and reading.network is not None:
-        raise ConfigError(f"network: {path} holds one network, or --prefix chooses it; leave the option out")
-    bare = weightless(reading.backbone) if reading.backbone else None
-    names = list(bare.state_dict()) if bare else []
-    network, prefix, weights = layouts.split(tensors, layout, reading.network, outer, names, left_out, path)
-    weights, stem = layouts.name_children(weights, LAYOUTS[layout].small_stem, path)
-    name = reading.backbone or layouts.infer_resnet(weights)
-    if name is None:
-        first = f"backbone: {path}: its names, such as {next(iter(tensors))}, read in layout {layout}, are those of no ResNet"
-        advice = "give timm's name of its network with --backbone, its layout with --from, or what stands before its names with --prefix"
-        raise (CheckpointError if layout in PLAIN else ConfigError)(f"{first}{layouts.guess(weights)}; {advice}")
-    stem = reading.stem or stem
-    args = (
-        {"num_heads": 12}
-        if layout == "moco" and prefix.startswith(("base_", "momentum_")) and name.startswith("vit_small")
-        else {}
-    )
-    shape = _shape(bare or weightless(name), weights, path)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # what is allowed to be missing is the same in every process
-        fresh = create_backbone(name, stem, args | shape)
-    wanted, twin = fresh.state_dict(), twins.TWINS.get(name, "") if stem == "standard" and layout in PLAIN else ""
-    theirs = twins.bare(twin)[0].state_dict() if twin and reading.layout != "timm" else {}
-    if theirs and (reading.layout or len(theirs.keys() & weights.keys()) > len(wanted.keys() & weights.keys())):
-        layout, wanted = "torchvision", theirs
-    elif layout in PLAIN and name.startswith(TORCHVISION):
-        layout = reading.layout or "torchvision"
-    elif layout == "torchvision" and stem == "standard":
-        raise ConfigError(f"backbone: torchvision's twin of {name!r} is not known; if the names are timm's, say --from timm")
-    report = LoadReport(path.name, layout, reading.layout is None, network, name, stem, left_out=left_out)
-    if prefix and prefix not in LAYOUTS[layout].student + LAYOUTS[layout].teacher:
-        report.notes.append(f"its names begin with {prefix} in the file")
-    if average := next((key for key in layouts.AVERAGES if key in content and key not in left_out and not outer), None):
-        report.notes.append(
-            f"read from {average}, the average that its program evaluates; --prefix chooses the weights themselves"
-        )
-    if args:
-        report.notes.append("12 attention heads, as MoCo v3's small ViT has, where timm's has 6")
-    complete = _match(weights, prefix, wanted, reading.allow, report, path)
-    cfg = getattr(fresh, "pretrained_cfg", {})
-    own = cfg["input_size"][-1] if cfg.get("fixed_input_size") and stem == "standard" else None
-    spec = _spec(report, args, reading.size, shape.get("img_size", own), shape.get("in_chans", 3))
-    loaded = spec.load(twins.from_torchvision(complete, name) if wanted is theirs else complete, path)
-    if "untrained" not in reading.allow and (fault := untrained(loaded, fresh, spec.view)):
-        raise CheckpointError(f"{path}: the {network} looks untrained: {fault}; --allow untrained loads it all the same")
-    return loaded, report
-
-
-def _check(reading: Reading) -> None:
-    known = {"stem": _SIZES, "network": ("student", "teacher"), "layout": LAYOUTS}
-    for option, values in known.items():
+    for option, values in {"stem": _SIZES, "network": ("student", "teacher"), "layout": LAYOUTS}.items():
         if (value := getattr(reading, option)) not in (None, *values):
             raise ConfigError(f"{option.replace('layout', 'from')}: must be one of {', '.join(values)}, got {value!r}")
     if reading.size is not None and reading.size < 4:
         raise ConfigError(f"size: must be 4 pixels or more, got {reading.size}")
+    content = layouts.read(path)
+    try:
+        spec, weights, fresh, report = _matched(content, path, reading)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    loaded = spec.load(weights, path)
+    if "untrained" not in reading.allow and (fault := untrained(loaded, fresh, spec.view)):
+        raise CheckpointError(f"{path}: the {report.network} looks untrained: {fault}; --allow untrained loads it all the same")
+    return loaded, report
+
+
+def _matched(
+    content: Mapping[str, Any], path: Path, reading: Reading
+) -> tuple[BackboneSpec, dict[str, Tensor], nn.Module, LoadReport]:
+    """Return the network in a file, all of its weights under its own names, the same network fresh, and the report."""
+    outer = layouts.bare_name(f"{reading.prefix.rstrip('.')}.") if reading.prefix else ""
+    tensors, left_out = layouts.find_state(content, outer)
+    layout = reading.layout or ("timm" if outer else layouts.find_layout(tensors))
+    if (layout in PLAIN or outer) and reading.network is not None:
+        raise ConfigError(f"network: {path} holds one network, or --prefix chooses it; leave the option out")
+    expected = list(weightless(reading.backbone).state_dict()) if reading.backbone else []
+    network, prefix, weights = layouts.split(tensors, layout, reading.network, outer, expected, left_out)
+    weights, stem = layouts.name_children(weights, LAYOUTS[layout].small_stem)
+    name, stem = reading.backbone or layouts.infer_resnet(weights), reading.stem or stem
+    if name is None:
+        first = (
+            f"its names, such as {next(iter(tensors))}, read in layout {layout}, are those of no ResNet{layouts.guess(weights)}"
+        )
+        advice = "give timm's name of its network with --backbone, its layout with --from, or what stands before its names with --prefix"
+        if layout in PLAIN:
+            raise CheckpointError(f"{first}; {advice}")
+        raise ConfigError(f"backbone: {path}: {first}; {advice}")
+    twelve = layout == "moco" and prefix.startswith(("base_", "momentum_")) and name.startswith("vit_small")
+    args, shape = {"num_heads": 12} if twelve else {}, _shape(weightless(name), weights)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # what is allowed to be missing is the same in every process
+        fresh = create_backbone(name, stem, args | shape)
+    own, twin = fresh.state_dict(), twins.TWINS.get(name, "") if stem == "standard" and layout in PLAIN else ""
+    theirs = twins.bare(twin)[0].state_dict() if twin and reading.layout != "timm" else {}
+    renamed = bool(theirs) and (
+        reading.layout is not None or len(theirs.keys() & weights.keys()) > len(own.keys() & weights.keys())
+    )
+    if renamed or (layout in PLAIN and name.startswith(TORCHVISION)):
+        layout = reading.layout or "torchvision"
+    elif layout == "torchvision" and stem == "standard":
+        raise ConfigError(f"backbone: torchvision's twin of {name!r} is not known; if the names are timm's, say --from timm")
+    report = LoadReport(path.name, layout, reading.layout is None, network, name, stem, left_out=left_out)
+    average = next((key for key in AVERAGES if key in content and key not in left_out and not outer), None)
+    remarks = {
+        f"its names begin with {prefix} in the file": prefix not in ("", *LAYOUTS[layout].student, *LAYOUTS[layout].teacher),
+        f"read from {average}, the average that its program evaluates; --prefix chooses the weights themselves": average,
+        "12 attention heads, as MoCo v3's small ViT has, where timm's has 6": twelve,
+    }
+    report.notes += [remark for remark, applies in remarks.items() if applies]
+    complete = _match(weights, prefix, theirs if renamed else own, reading.allow, report)
+    cfg: Any = getattr(fresh, "pretrained_cfg", {})
+    usual = cfg["input_size"][-1] if cfg.get("fixed_input_size") and stem == "standard" else None
+    spec = _spec(report, args, reading.size, shape.get("img_size", usual), shape.get("in_chans", 3))
+    return spec, twins.from_torchvision(complete, name) if renamed else complete, fresh, report
 
 
 def _match(
-    weights: Mapping[str, Tensor],
-    prefix: str,
-    wanted: Mapping[str, Tensor],
-    allow: Sequence[str],
-    report: LoadReport,
-    path: Path,
+    weights: Mapping[str, Tensor], prefix: str, wanted: Mapping[str, Tensor], allow: Sequence[str], report: LoadReport
 ) -> dict[str, Tensor]:
     """Return the backbone's weights, complete; heads, missing and unexpected names go into the report.
 
@@ -167,8 +166,8 @@ def _match(
         weights: those in the file, by their names in the backbone; `prefix` stands before them in the file.
         wanted: every weight of the network; their values stand in for those that are allowed to be missing.
     """
-    starts = tuple(bare_name(name.removesuffix("*")) for name in allow if name.endswith((".", "*")))
     exact, complete, counters = {bare_name(name) for name in allow}, {}, 0
+    starts = tuple(bare_name(name.removesuffix("*")) for name in allow if name.endswith((".", "*")))
 
     def allowed(name: str) -> bool:
         return prefix + name in exact or f"{prefix}{name}".startswith(starts)
@@ -189,33 +188,31 @@ def _match(
             report.missing.append(prefix + name)
     if counters:
         report.notes.append(f"{counters} counters num_batches_tracked are not in the file and start at 0")
-    broken = filter(None, (_fault(name, complete[name], wanted[name]) for name in wanted))
-    if fault := mismatch(wanted, complete) or next(broken, None):
+    if not (fault := mismatch(wanted, complete)):
+        for name, value in complete.items():
+            if value.is_floating_point() != wanted[name].is_floating_point() or value.is_complex():
+                fault = f"{name} ({value.dtype} for {wanted[name].dtype})"
+            elif not value.isfinite().all():
+                fault = f"{name} (not finite)"
+    if fault:
         what = f"{report.backbone} (stem {report.stem}) in layout {report.layout}, {report.network}"
         advice = "; --allow NAME ... lets names differ ('abc.*' for many)" if wanted.keys() != complete.keys() else ""
-        raise CheckpointError(f"{path}: is no {what}: {fault}{advice}")
+        raise CheckpointError(f"is no {what}: {fault}{advice}")
     return {name: complete[name].detach().to(value.dtype).clone() for name, value in wanted.items()}
 
 
-def _fault(name: str, value: Tensor, wanted: Tensor) -> str | None:
-    if value.layout != torch.strided or value.is_quantized or value.is_meta:
-        return f"{name} (no plain tensor)"
-    if value.is_floating_point() != wanted.is_floating_point() or value.is_complex():
-        return f"{name} ({value.dtype} for {wanted.dtype})"
-    return None if value.isfinite().all() else f"{name} (not finite)"
-
-
-def _shape(bare: nn.Module, weights: Mapping[str, Tensor], path: Path) -> dict[str, int]:
-    """Return in_chans and img_size where the weights are for other images than `bare`; CheckpointError if we cannot read such images."""
-    usual, shape, patches = bare.state_dict(), dict[str, int](), getattr(bare, "patch_embed", None)
-    first = next((name for name, value in usual.items() if value.ndim == 4 and value.shape[1] == 3), "")
+def _shape(usual: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, int]:
+    """Return in_chans and img_size where the weights are for other images than the usual ones; CheckpointError if we read no such."""
+    state, shape, patches = usual.state_dict(), dict[str, int](), getattr(usual, "patch_embed", None)
+    first = next((name for name, value in state.items() if value.ndim == 4 and value.shape[1] == 3), "")
     if first in weights and weights[first].ndim == 4 and (bands := weights[first].shape[1]) != 3:
         if bands != 1:
-            reads = "relssl reads those of 3 (RGB) or 1 (grey)"
-            raise CheckpointError(f"{path}: its network sees images of {bands} bands ({first}); {reads}")
+            raise CheckpointError(
+                f"its network sees images of {bands} bands ({first}); relssl reads those of 3 (RGB) or 1 (grey)"
+            )
         shape["in_chans"] = 1
-    own, theirs, grid = usual.get("pos_embed"), weights.get("pos_embed"), getattr(patches, "num_patches", None)
-    if own is not None and theirs is not None and grid and is_plain(theirs) and own.ndim == theirs.ndim == 3:
+    own, theirs, grid = state.get("pos_embed"), weights.get("pos_embed"), getattr(patches, "num_patches", None)
+    if own is not None and theirs is not None and grid and own.ndim == theirs.ndim == 3:
         count = theirs.shape[1] - own.shape[1] + grid  # without those of class tokens
         across = math.isqrt(max(count, 0))
         if 0 < count == across**2 != grid:
@@ -228,20 +225,18 @@ def _spec(report: LoadReport, args: Mapping[str, Any], size: int | None, fixed: 
 
     `fixed` is the side of the images that its position embeddings are for, if it has any.
     """
-    stem, layout = report.stem, LAYOUTS[report.layout]
-    side = size or fixed or _SIZES[stem]
+    side = size or fixed or _SIZES[report.stem]
     if fixed and side != fixed:
         args = {"img_size": fixed, **args}
-    cifar = layout.small_std if stem in ("small", "small-wide") else None
+    cifar = LAYOUTS[report.layout].small_std if report.stem in ("small", "small-wide") else None
     views = ViewsConfig(channels=channels, mean=_CIFAR10_MEAN if cifar else IMAGENET_MEAN, std=cifar or IMAGENET_STD)
-    mean, std = views.statistics()
     scaling = "bicubic" if report.layout == "dino" else "bilinear"  # as its authors' evaluations scale
     statistics = f"{'CIFAR-10' if cifar else 'ImageNet'}'s mean and deviation{' in grey' if channels == 1 else ''}"
     report.notes.append(
         f"assumed, as the file does not say: images of {side} pixels, scaled {scaling}, normalised by {statistics}"
     )
-    view = PlainView(side, 256 / 224 if stem == "standard" else 1.0, scaling, mean, std)
-    return BackboneSpec(report.backbone, args, stem, view)
+    view = PlainView(side, 256 / 224 if report.stem == "standard" else 1.0, scaling, *views.statistics())
+    return BackboneSpec(report.backbone, args, report.stem, view)
 
 
 @torch.no_grad()

@@ -12,11 +12,11 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor
 
 from relssl.errors import CheckpointError
+from relssl.method.backbones import weightless
 from relssl.weights import store
 
 
@@ -54,30 +54,33 @@ PLAIN = ("torchvision", "timm")
 AVERAGES = ("state_dict_ema", "model_ema")  # what timm and DeiT keep beside the weights and evaluate
 
 
-class Ignored:
+class _Ignored:
     """A stand-in for objects beside the weights: takes any arguments and keeps nothing."""
 
-    def __new__(cls, *_: Any, **__: Any) -> Ignored:
+    def __new__(cls, *_: Any, **__: Any) -> _Ignored:
         return super().__new__(cls)
 
     def __setstate__(self, _: Any) -> None: ...
 
 
-_IGNORED = (
-    "argparse.Namespace",  # MoCo v3's and DINO's arguments
-    *("numpy.dtype", "numpy.ndarray"),  # DINO's optimizer keeps learning rates as numpy scalars
-    *(f"numpy.{module}.multiarray.{name}" for module in ("core", "_core") for name in ("scalar", "_reconstruct")),
-    *(f"numpy.dtypes.{kind}DType" for kind in ("Float64", "Float32", "Int64", "Int32", "Bool")),
-    *(f"pathlib.{kind}" for kind in ("Path", "PosixPath", "WindowsPath", "PurePosixPath")),
-    *("typing.Any", "builtins.dict", "builtins.list", "builtins.int", "builtins.float", "builtins.str"),
-    *("omegaconf.dictconfig.DictConfig", "omegaconf.listconfig.ListConfig"),  # settings of solo-learn
-    *("omegaconf.base.ContainerMetadata", "omegaconf.base.Metadata", "omegaconf.nodes.AnyNode"),
-    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",  # old versions key the state of callbacks by their class
-)
+_IGNORED = {
+    "argparse": ("Namespace",),  # MoCo v3's and DINO's arguments
+    "numpy": ("dtype", "ndarray"),  # DINO's optimizer keeps learning rates as numpy scalars
+    **dict.fromkeys(("numpy.core.multiarray", "numpy._core.multiarray"), ("scalar", "_reconstruct")),
+    "numpy.dtypes": tuple(f"{kind}DType" for kind in ("Float64", "Float32", "Int64", "Int32", "Bool")),
+    "pathlib": ("Path", "PosixPath", "WindowsPath", "PurePosixPath"),
+    **{"typing": ("Any",), "builtins": ("dict", "list", "int", "float", "str")},
+    # Settings of solo-learn.
+    **{"omegaconf.dictconfig": ("DictConfig",), "omegaconf.listconfig": ("ListConfig",), "omegaconf.nodes": ("AnyNode",)},
+    "omegaconf.base": ("ContainerMetadata", "Metadata"),
+    "pytorch_lightning.callbacks.model_checkpoint": (
+        "ModelCheckpoint",
+    ),  # old versions key the state of callbacks by their class
+}
 # Lightning keeps hyper-parameters in dictionaries of its own; the unpickler fills Python's alone.
 _LIGHTNING = ("lightning.fabric.utilities.data", "lightning_fabric.utilities.data", "pytorch_lightning.utilities.parsing")
 _HARMLESS: list[Any] = [
-    *((Ignored, name) for name in _IGNORED),
+    *((_Ignored, f"{module}.{name}") for module, names in _IGNORED.items() for name in names),
     *((collections.OrderedDict, f"{module}.AttributeDict") for module in _LIGHTNING),
     (lambda *_: collections.OrderedDict(), "collections.defaultdict"),  # its factory is dropped
 ]
@@ -85,8 +88,6 @@ _HARMLESS: list[Any] = [
 
 def read(path: Path) -> Mapping[str, Any]:
     """Read the top level of a file of weights: safetensors, or whatever torch.save wrote. No code in it is ever run.
-
-    Tensors may lie in a memory map of the file and claim more elements than it holds: check shapes before copying them.
 
     Raises:
         CheckpointError: if it is damaged, holds an object that is not known to be harmless, or is no mapping.
@@ -101,8 +102,7 @@ def read(path: Path) -> Mapping[str, Any]:
         if not isinstance(content, Mapping):
             raise RuntimeError(f"it holds a {type(content).__name__}, not names and weights")
     except Exception as error:  # torch raises KeyError, RuntimeError, EOFError ... over files that are none of its own
-        plain = isinstance(error, (OSError, RuntimeError))
-        reason = store.one_line(error)[:120] if plain else "it is damaged or of another kind"
+        reason = store.one_line(error)[:120] if isinstance(error, (OSError, RuntimeError)) else "it is damaged or of another kind"
         if refused := re.search(r"GLOBAL ([\w.]+)", str(error)):
             reason = f"it holds a {refused[1]}, which is refused, as making one could run code of the file"
         if "TorchScript" in str(error):
@@ -112,7 +112,7 @@ def read(path: Path) -> Mapping[str, Any]:
     return content
 
 
-def find_state(content: Mapping[str, Any], path: Path, outer: str = "") -> tuple[dict[str, Tensor], dict[str, int]]:
+def find_state(content: Mapping[str, Any], outer: str = "") -> tuple[dict[str, Tensor], dict[str, int]]:
     """Take the state dict out of what a program saved: under student and teacher, an averaged state, state_dict, model, or at the top.
 
     Where these hold no tensors, or `outer` begins with a dictionary of the file, all that is nested is searched, names joined by dots.
@@ -128,21 +128,20 @@ def find_state(content: Mapping[str, Any], path: Path, outer: str = "") -> tuple
     holders = sides or holders[:1]
     if nested := isinstance(content.get(outer.partition(".")[0]), Mapping):
         holders = sides = []
-    left_out = {str(key): _count(value) for key, value in content.items() if holders and key not in holders}
+    left_out = collections.Counter({str(key): _count(content[key]) for key in content if holders and key not in holders})
     tensors: dict[str, Tensor] = {}
     for side, weights in [(f"{key}." if sides else "", content[key]) for key in holders] or [("", content)]:
         flat = not nested and any(isinstance(value, Tensor) for value in weights.values())
         for key, value in weights.items() if flat else _nested(weights):
             name = side + bare_name(str(key))
-            if isinstance(value, Tensor) and not value.is_nested:  # those have no shape to compare
-                _add(tensors, name, value, path)
+            if _is_plain(value):
+                _add(tensors, name, value)
             else:
-                part = name if flat else name.partition(".")[0]
-                left_out[part] = left_out.get(part, 0) + (_count(value) if flat else isinstance(value, Tensor))
+                left_out[name if flat else name.partition(".")[0]] += _count(value) if flat else isinstance(value, Tensor)
     if not tensors:
         places, listed = "state_dict, model, student, teacher or at its top", ", ".join(map(str, list(content)[:4]))
-        raise CheckpointError(f"{path}: holds no weights under {places}; it holds {listed or 'nothing'}")
-    return _timm_names(tensors, path), left_out
+        raise CheckpointError(f"holds no weights under {places}; it holds {listed or 'nothing'}")
+    return _timm_names(tensors), dict(left_out)
 
 
 def bare_name(name: str) -> str:
@@ -150,9 +149,10 @@ def bare_name(name: str) -> str:
     return re.sub(r"^(module\.)+", "", re.sub(r"\b_(orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\.", "", name))
 
 
-def is_plain(value: Tensor) -> bool:
-    """Return whether a tensor's values lie in the file, each by itself: no expanded view that claims more than is there."""
-    return value.layout == torch.strided and not (value.is_meta or value.is_quantized) and value.is_contiguous()
+def _is_plain(value: Any) -> bool:
+    """Return whether it is a tensor whose values lie in the file: dense, and no expanded view that claims more than is there."""
+    odd = not isinstance(value, Tensor) or value.layout != torch.strided or value.is_nested or value.is_quantized or value.is_meta
+    return not odd and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
 
 
 # Hugging Face transformers' names in vision transformers (ViT, DINOv2), and timm's.
@@ -166,29 +166,29 @@ _TRANSFORMERS = {
 }
 
 
-def _timm_names(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+def _timm_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Give vision transformers of transformers, and those whose blocks DINOv2's training put into chunks, timm's names."""
     renamed: dict[str, Tensor] = {}
     if any(name.endswith("embeddings.patch_embeddings.projection.weight") for name in tensors):
         for name, value in tensors.items():
-            _add(renamed, reduce(lambda text, pair: text.replace(*pair), _TRANSFORMERS.items(), f".{name}")[1:], value, path)
+            _add(renamed, reduce(lambda text, pair: text.replace(*pair), _TRANSFORMERS.items(), f".{name}")[1:], value)
         for name in [name for name in renamed if ".attn.query." in name]:
             names = [name.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
-            parts = [renamed[part] for part in names if part in renamed and is_plain(renamed[part])]
+            parts = [renamed[part] for part in names if part in renamed]
             if len(parts) == 3 and len({part.shape for part in parts} - {()}) == 1:
-                _add(renamed, name.replace(".query.", ".qkv."), torch.cat(parts), path)
+                _add(renamed, name.replace(".query.", ".qkv."), torch.cat(parts))
                 renamed = {key: value for key, value in renamed.items() if key not in names}
         return renamed
     places = {match.groups() for name in tensors if (match := re.search(r"\bblocks\.(\d+)\.(\d+)\.norm1\.weight$", name))}
     chunked = places and len({block for _, block in places}) == len(places)  # blocks of stages count anew in each
     for name, value in tensors.items():
-        _add(renamed, re.sub(r"(?<=\bblocks\.)\d+\.(?=\d+\.)", "", name, count=1) if chunked else name, value, path)
+        _add(renamed, re.sub(r"(?<=\bblocks\.)\d+\.(?=\d+\.)", "", name, count=1) if chunked else name, value)
     return renamed
 
 
-def _add(tensors: dict[str, Tensor], name: str, value: Tensor, path: Path) -> None:
+def _add(tensors: dict[str, Tensor], name: str, value: Tensor) -> None:
     if name in tensors:
-        raise CheckpointError(f"{path}: holds two weights of one name, {name}, in two spellings")
+        raise CheckpointError(f"holds two weights of one name, {name}, in two spellings")
     tensors[name] = value
 
 
@@ -220,23 +220,17 @@ def find_layout(tensors: Mapping[str, Tensor]) -> str:
     # `encoder_q.` begins the official names as well as MoCo's.
     layouts = {name: layout for name, layout in LAYOUTS.items() if name not in PLAIN}
     prefixes = {prefix: name for name, layout in layouts.items() for prefix in layout.student + layout.teacher * (name == "dino")}
-    prefix = _first(sorted(prefixes, key=len, reverse=True), tensors)
-    return "timm" if prefix is None else prefixes[prefix]
+    return prefixes.get(_first(sorted(prefixes, key=len, reverse=True), tensors) or "", "timm")
 
 
 def split(
-    tensors: Mapping[str, Tensor],
-    name: str,
-    network: str | None,
-    outer: str,
-    wanted: Sequence[str],
-    left_out: dict[str, int],
-    path: Path,
+    tensors: Mapping[str, Tensor], name: str, network: str | None, outer: str, expected: Sequence[str], left_out: dict[str, int]
 ) -> tuple[str, str, dict[str, Tensor]]:
     """Take one network of a layout out of a file, and count in `left_out` what lies beside it: heads, queue, the other network.
 
     Args:
-        outer: what stands before the network's names; "": found by the layout, and within that as `_find_prefix` does with `wanted`.
+        outer: what stands before the network's names; "": found by the layout, and within that by the `expected` names of the network
+            or, if there are none, those that ResNets and vision transformers have.
 
     Returns:
         Student, teacher, or backbone where a layout holds a single one; the prefix of its names in the file; and its weights by
@@ -247,34 +241,22 @@ def split(
     chosen = network or next((side for side in (layout.default, *prefixes) if prefixes[side] is not None), layout.default)
     if (prefix := prefixes[chosen]) is None:
         places, listed = " or ".join(layout.student + layout.teacher), ", ".join(list(tensors)[:4])
-        raise CheckpointError(
-            f"{path}: holds no {network or 'backbone'} of layout {name} (looked for {places}); it holds {listed}"
-        )
-    names = {key.removeprefix(prefix) for key in tensors if key.startswith(prefix)}
-    prefix += "" if outer else _find_prefix(names, wanted, path)
-    for key in tensors:
-        if not key.startswith(prefix):
-            part, dot, _ = key.partition(".")
-            left_out[part + dot] = left_out.get(part + dot, 0) + 1
+        raise CheckpointError(f"holds no {network or 'backbone'} of layout {name} (looked for {places}); it holds {listed}")
+    if not outer:
+        names = {key.removeprefix(prefix) for key in tensors if key.startswith(prefix)}
+        ends = expected[:1] or ["layer1.0.conv1.weight", "3.0.conv1.weight", "4.0.conv1.weight", "patch_embed.proj.weight"]
+        starts = {key.removesuffix(end) for key in names for end in ends if f".{key}".endswith(f".{end}")}
+        inner = sorted(start for start in starts if 2 * sum(start + key in names for key in expected) >= len(expected))
+        if len(inner) > 1 and "" not in inner:
+            raise CheckpointError(f"holds several networks, {', '.join(inner)}; name one with --prefix")
+        prefix += next(iter(inner), "")
     weights = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+    for part in ("".join(key.partition(".")[:2]) for key in tensors if not key.startswith(prefix)):
+        left_out[part] = left_out.get(part, 0) + 1
     return "backbone" if name in PLAIN or outer else chosen, prefix, weights
 
 
-def _find_prefix(weights: set[str], wanted: Sequence[str], path: Path) -> str:
-    """Return what stands before the names of the one network in a file, nothing if none shows; CheckpointError if there are several.
-
-    Args:
-        wanted: names of the network; none: those that ResNets and vision transformers have.
-    """
-    ends = wanted[:1] or ["layer1.0.conv1.weight", "3.0.conv1.weight", "4.0.conv1.weight", "patch_embed.proj.weight"]
-    starts = {key.removesuffix(end) for key in weights for end in ends if f".{key}".endswith(f".{end}")}
-    prefixes = sorted(start for start in starts if 2 * sum(start + name in weights for name in wanted) >= len(wanted))
-    if len(prefixes) > 1 and "" not in prefixes:
-        raise CheckpointError(f"{path}: holds several networks, {', '.join(prefixes)}; name one with --prefix")
-    return next(iter(prefixes), "")
-
-
-def name_children(weights: Mapping[str, Tensor], small_stem: str, path: Path) -> tuple[dict[str, Tensor], str]:
+def name_children(weights: Mapping[str, Tensor], small_stem: str) -> tuple[dict[str, Tensor], str]:
     """Give the children of a ResNet that was put into an nn.Sequential their names again, and recognise its stem.
 
     MoCo's CIFAR demo, which the small-set code of ReSSL follows, drops the fully connected layer or appends it, and leaves out the
@@ -289,16 +271,10 @@ def name_children(weights: Mapping[str, Tensor], small_stem: str, path: Path) ->
     for name, value in weights.items():
         number, _, rest = name.partition(".")
         numbered = number.isdecimal() and (layers or "0.weight" in weights)
-        _add(named, f"{children.get(number, f'fc.{number}')}.{rest}" if numbered else name, value, path)
+        _add(named, f"{children.get(number, f'fc.{number}')}.{rest}" if numbered else name, value)
     if "conv1.weight" not in named or named["conv1.weight"].shape[-1:] != (3,):
         return named, "standard"
     return named, ("small" if layers[0] == 3 else "small-pool") if layers else small_stem
-
-
-_RESNETS = (
-    *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2", "wide_resnet101_2"),
-    *("resnext50_32x4d", "resnext101_32x4d", "resnext101_32x8d", "resnext101_64x4d"),
-)
 
 
 def guess(weights: Mapping[str, Tensor]) -> str:
@@ -308,20 +284,25 @@ def guess(weights: Mapping[str, Tensor]) -> str:
     return f", but perhaps of vit_{size}_patch{patches.shape[-1]}_224" if size and "blocks.0.attn.qkv.weight" in weights else ""
 
 
+_RESNETS = (
+    *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2", "wide_resnet101_2"),
+    *("resnext50_32x4d", "resnext101_32x4d", "resnext101_32x8d", "resnext101_64x4d"),
+)
+
+
 def infer_resnet(weights: Mapping[str, Tensor]) -> str | None:
     """Return timm's name of the ResNet whose blocks have these convolutions, all but a few; None if it is none of those known."""
     blocks = _convolutions(weights)
     for name in _RESNETS if blocks else ():
-        if len(_resnet(name).items() & blocks.items()) >= 0.8 * max(len(_resnet(name)), len(blocks)):
+        if len(_resnet(name) & blocks) >= 0.8 * max(len(_resnet(name)), len(blocks)):
             return name
     return None
 
 
 @functools.lru_cache
-def _resnet(name: str) -> dict[str, torch.Size]:
-    with torch.device("meta"):
-        return _convolutions(timm.create_model(name).state_dict())
+def _resnet(name: str) -> set[tuple[str, torch.Size]]:
+    return _convolutions(weightless(name).state_dict())
 
 
-def _convolutions(weights: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    return {name: value.shape for name, value in weights.items() if re.fullmatch(r"layer\d\.\d+\.conv\d\.weight", name)}
+def _convolutions(weights: Mapping[str, Tensor]) -> set[tuple[str, torch.Size]]:
+    return {(name, value.shape) for name, value in weights.items() if re.fullmatch(r"layer\d\.\d+\.conv\d\.weight", name)}

@@ -44,11 +44,7 @@ class Run:
         return dict(data) if isinstance(data, dict) else {}
 
     def checkpoint(self, name: str | None = None) -> Path:
-        """Return the checkpoint of that name, or the newest, after its hashes were checked.
-
-        Raises:
-            CheckpointError: if there is none, or it is damaged; the newest good one is then named.
-        """
+        """Return the checkpoint of that name, or the newest, verified; CheckpointError, naming the newest good one, if there is none."""
         saved = {path.name: path for path in store.checkpoints(self.folder / "checkpoints")}
         path = saved.get(name or next(reversed(saved), ""))
         if path is None:
@@ -76,9 +72,8 @@ def load_run(path: str | Path) -> Run:
 
 
 def _settings(file: Path, stored: dict[str, Any] | None = None) -> Config:
-    stored = stored or read_yaml(file)
     try:
-        return from_mapping(stored)
+        return from_mapping(stored or read_yaml(file))
     except ConfigError as error:  # which knows the settings' names alone
         raise ConfigError(*(f"{file}: {fault}" for fault in error.faults)) from error
 
@@ -113,11 +108,7 @@ def header_of(path: Path) -> dict[str, str]:
 
 
 def is_exported(path: Path) -> bool:
-    """Return whether an existing file is one of ours, with its settings beside it.
-
-    Raises:
-        ConfigError: if it is and they are missing: weights do not say what the network sees.
-    """
+    """Return whether an existing file is one of ours; ConfigError if its settings are not beside it, which say what the network sees."""
     ours = path.suffix == ".safetensors" and settings_of(path).is_file()
     if path.suffix == ".safetensors" and not ours and header_of(path):
         raise ConfigError(f"{path}: its settings {settings_of(path).name}, written with it, are needed beside it")
@@ -192,16 +183,16 @@ def open_backbones(source: str | Path, reading: Reading | None = None) -> Opened
     if path.is_file() and parts.is_part(reading.backbone):
         with parts.at_hand({"backbone": reading.backbone}):
             return open_backbones(source, replace(reading, backbone=None))
-    options = {"--from": reading.layout, "--backbone": reading.backbone, "--stem": reading.stem, "--allow": reading.allow}
-    options["--prefix"] = reading.prefix
-    if useless := [option for option, value in options.items() if value]:
-        raise ConfigError(*(f"{option}: is for files of other programs, which {name} is not; leave it out" for option in useless))
+    options = {"layout": "from"} | {option: option for option in ("backbone", "stem", "allow", "prefix")}
+    if useless := [option for field, option in options.items() if getattr(reading, field)]:
+        why = f"is for files of other programs, which {name} is not; leave it out"
+        raise ConfigError(*(f"--{option}: {why}" for option in useless))
     if path.is_dir():
         return _open_run(path, reading.network)
     if reading.network:
         raise ConfigError(f"network: {name} holds one network; leave the option out")
     if path.is_file():
-        return _open_exported(path)
+        return open_whole(path, alone=True)
     if timm.is_model(name.removeprefix("timm:").partition(".")[0]):
         backbone, header = load_timm(name), {"network": "backbone", "origin": name}
         return Opened(name, {"backbone": backbone}, backbone.spec, header, {"kind": "timm", "name": name})
@@ -215,8 +206,8 @@ def open_foreign(path: Path, reading: Reading) -> Opened:
     return Opened(path.name, {"backbone": backbone}, backbone.spec, header, asdict(report), report=report)
 
 
-def open_whole(path: Path) -> Opened:
-    """Return the network in an exported or imported file, with its classifier if it has one; raises as `open_backbones`."""
+def open_whole(path: Path, alone: bool = False) -> Opened:
+    """Return the network in an exported or imported file, with its classifier unless `alone`; raises as `open_backbones`."""
     file, stored = settings_of(path), read_yaml(settings_of(path))
     classifier, header = stored.pop("classifier", {}), header_of(path) or {"network": "backbone", "origin": path.name}
     if classifier and not (
@@ -225,17 +216,12 @@ def open_whole(path: Path) -> Opened:
         raise ConfigError(f"{file}: classifier: needs {', '.join(sorted(CLASSIFIER))}, as `relssl finetune` writes them")
     config = _settings(file, _disarmed(file, stored))
     spec, origin = replace(BackboneSpec.of(config), classifier=classifier), {"kind": "exported", "file": path.name, **header}
-    networks = {"backbone": spec.load(store.read(path), path)}
+    weights = store.read(path)
+    if classifier and alone:
+        spec, layer = replace(spec, classifier={}), f"{classifier['layer']}."
+        weights = {name: value for name, value in weights.items() if not name.startswith(layer)}
+    networks = {"backbone": spec.load(weights, path)}
     return Opened(path.name, networks, spec, header, origin, None if config.data == NO_DATA else config)
-
-
-def _open_exported(path: Path) -> Opened:
-    opened = open_whole(path)
-    if not opened.spec.classes:
-        return opened
-    spec, layer = replace(opened.spec, classifier={}), f"{opened.spec.classifier['layer']}."
-    weights = {name: value for name, value in opened.backbone.state_dict().items() if not name.startswith(layer)}
-    return replace(opened, spec=spec, networks={"backbone": spec.load(weights, path)})
 
 
 def _open_run(path: Path, network: str | None) -> Opened:

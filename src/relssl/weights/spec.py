@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from relssl.data.plain import PlainView
 from relssl.errors import CheckpointError
 from relssl.method.backbones import arguments, create_backbone, feature_width, weightless
+from relssl.settings import parts
 from relssl.settings.run import LUMA, Config
 
 # What the settings of weights that no run of ours trained name as their data.
@@ -80,7 +81,8 @@ class BackboneSpec:
                 raise CheckpointError(f"{origin}: is no {self.name} of backbone_args with {number[:20]}: its weights are smaller")
 
         json.loads(json.dumps(self.all_arguments(), default=str), parse_int=bounded, parse_float=bounded)
-        shapes = self.create(weightless)
+        own = parts.is_part(self.name)  # which is at hand, and may compute with values as it is built
+        shapes = self.create() if own else self.create(weightless)
         if fault := mismatch(shapes.state_dict(), weights):
             raise CheckpointError(f"{origin}: is no {self.name}: {fault}")
         network = cast(Backbone, self.create())

@@ -1,12 +1,11 @@
 """The same architecture in timm and in torchvision: which weight of one is which of the other, proven by running both.
 
 Only ResNets and MNASNets carry equal names. Elsewhere weights are paired in order among those of one shape, and a pairing counts only
-once two networks with randomised weights give equal outputs, so a wrong one is refused rather than written.
+once both networks give equal outputs with them, so a wrong one is refused rather than written.
 """
 
 from __future__ import annotations
 
-import functools
 import re
 from collections import defaultdict
 from collections.abc import Mapping
@@ -54,18 +53,14 @@ def to_torchvision(weights: Mapping[str, Tensor], timm_name: str) -> dict[str, T
     up for it: in eval mode the networks are equal.
 
     Raises:
-        ConfigError: if torchvision has no such network, or in the installed versions the two are not the same function.
+        ConfigError: if torchvision has no such network, or with these weights the two are not the same function.
     """
-    ours, theirs, names = _paired(timm_name)
-    if fault := mismatch(ours.state_dict(), weights):
-        raise ConfigError(f"backbone: is no plain {timm_name}: {fault}")
-    return _renamed(weights, ours, theirs, names)
+    return _converted(weights, timm_name, back=False)
 
 
 def from_torchvision(weights: Mapping[str, Tensor], timm_name: str) -> dict[str, Tensor]:
     """Return torchvision's weights, without its last linear layer, under timm's names; raises as `to_torchvision`."""
-    ours, theirs, names = _paired(timm_name)
-    return _renamed(weights, theirs, ours, {other: name for name, other in names.items()})
+    return _converted(weights, timm_name, back=True)
 
 
 def bare(name: str, args: Mapping[str, Any] | None = None) -> tuple[nn.Module, str]:
@@ -75,24 +70,35 @@ def bare(name: str, args: Mapping[str, Any] | None = None) -> tuple[nn.Module, s
     return network.eval(), drop_classifier(network)
 
 
-@functools.lru_cache(maxsize=2)
-def _paired(timm_name: str) -> tuple[nn.Module, nn.Module, dict[str, str]]:
-    """Return timm's network, torchvision's, and torchvision's name of every weight by timm's."""
+def _converted(weights: Mapping[str, Tensor], timm_name: str, back: bool) -> dict[str, Tensor]:
     if timm_name not in TWINS:
         near = nearest_word(timm_name, list(TWINS))
         raise ConfigError(f"backbone: torchvision's twin of {timm_name!r} is not known; near: {near}")
     with torch.random.fork_rng(devices=[]):
         ours: nn.Module = timm.create_model(timm_name, num_classes=0).eval()
     theirs, _ = bare(TWINS[timm_name])
-    state, other = ours.state_dict(), theirs.state_dict()
-    names = {name: name for name in state}
-    if state.keys() != other.keys():
-        left, right = _by_shape(state), _by_shape(other)
+    source, target = (theirs, ours) if back else (ours, theirs)
+    before, after = (
+        source.state_dict(),
+        target.state_dict(),
+    )  # the networks' own: torchvision's MNASNet asks for the version in it
+    if fault := mismatch(before, weights):
+        raise ConfigError(f"backbone: is no plain {timm_name}: {fault}")
+    names = {name: name for name in before}
+    if before.keys() != after.keys():
+        left, right = _by_shape(before), _by_shape(after)
         names = {one: two for shape, those in left.items() for one, two in zip(those, right.get(shape, ()), strict=False)}
-    if not len(names) == len(state) == len(other) or not _difference(ours, theirs, names) <= TOLERANCE:  # NaN is refused as well
-        versions = "in these versions of the two libraries"
-        raise ConfigError(f"backbone: {timm_name} and torchvision's {TWINS[timm_name]} are not the same network {versions}")
-    return ours, theirs, names
+    if len(names) == len(before) == len(after):
+        renamed = {other: weights[name].reshape(after[other].shape).clone() for name, other in names.items()}
+        _keep_scale(renamed, source, target, names)
+        before.update(weights)
+        after.update(renamed)
+        source.load_state_dict(before)
+        target.load_state_dict(after)
+        if _difference(ours, theirs) <= TOLERANCE:  # NaN is refused as well
+            return renamed
+    versions = "in these versions of the two libraries"
+    raise ConfigError(f"backbone: {timm_name} and torchvision's {TWINS[timm_name]} are not the same network {versions}")
 
 
 def _by_shape(state: Mapping[str, Tensor]) -> dict[tuple[int, ...], list[str]]:
@@ -108,11 +114,9 @@ def _by_shape(state: Mapping[str, Tensor]) -> dict[tuple[int, ...], list[str]]:
     return groups
 
 
-def _renamed(weights: Mapping[str, Tensor], source: nn.Module, target: nn.Module, names: Mapping[str, str]) -> dict[str, Tensor]:
-    """Return the weights of `source` under the names and shapes of `target`."""
-    wanted = target.state_dict()
-    renamed = {other: weights[name].reshape(wanted[other].shape).clone() for name, other in names.items()}
-    for name, other in names.items():  # where batch norms differ in epsilon, weight / sqrt(variance + epsilon) has to stay
+def _keep_scale(renamed: dict[str, Tensor], source: nn.Module, target: nn.Module, names: Mapping[str, str]) -> None:
+    """Scale the weights of batch norms that differ in epsilon, so that weight / sqrt(variance + epsilon) stays."""
+    for name, other in names.items():
         if name.endswith("running_var"):
             before: Any = source.get_submodule(name.rpartition(".")[0]).eps
             after: Any = target.get_submodule(other.rpartition(".")[0]).eps
@@ -120,24 +124,15 @@ def _renamed(weights: Mapping[str, Tensor], source: nn.Module, target: nn.Module
             if before != after:
                 scale = ((variance + after) / (variance + before)).sqrt()
                 renamed[weight] = (renamed[weight].double() * scale).to(renamed[other].dtype)
-    return renamed
 
 
 @torch.no_grad()
-def _difference(ours: nn.Module, theirs: nn.Module, names: Mapping[str, str]) -> float:
-    """Compute the largest difference of outputs on two random and two real images, relative to the largest, with equal weights."""
-    generator = torch.Generator().manual_seed(0)
-    for value in ours.state_dict().values():
-        # Norms, biases and layer scales start out constant, and a constant hides a swap: they get random values.
-        if value.is_floating_point() and value.numel() and bool((value == value.flatten()[0]).all()):
-            drawn = torch.rand(value.shape, generator=generator)
-            value.copy_(drawn * 0.2 - 0.1 if value.flatten()[0] == 0 else drawn * 0.5 + 0.75)
-    renamed = _renamed(ours.state_dict(), ours, theirs, names)
-    for name, value in theirs.state_dict().items():  # not load_state_dict: MNASNet refuses a state dict that carries no version
-        value.copy_(renamed[name])
+def _difference(ours: nn.Module, theirs: nn.Module) -> float:
+    """Compute the largest difference of outputs on two random and two real images, relative to the largest."""
     cfg: Any = ours.pretrained_cfg
     side = int(cfg["input_size"][-1]) if cfg.get("fixed_input_size") else SIDE
     real = torch.from_numpy(digits.load("test")[0][[0, 40]]).float() / 127.5 - 1
-    images = torch.cat([torch.randn(2, 3, side, side, generator=generator), F.interpolate(real, (side, side), mode="bilinear")])
+    noise = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    images = torch.cat([noise, F.interpolate(real, (side, side), mode="bilinear")])
     one, other = (network(images).flatten(1) for network in (ours, theirs))
     return float((one - other).abs().max() / one.abs().max()) if one.shape == other.shape else float("inf")
