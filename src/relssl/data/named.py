@@ -19,6 +19,7 @@ from pydantic import TypeAdapter
 
 from relssl.data import digits
 from relssl.data.folder import EXTENSIONS, LeftOut, complete, read_folder, shown, split_folders, walk
+from relssl.data.hub import located, read_hub
 from relssl.data.images import IMAGENET_MEAN, IMAGENET_STD, Channels, Files, Images, Pixels
 from relssl.data.lists import LIST_SUFFIXES, read_list
 from relssl.data.shards import listed, read_shards
@@ -108,6 +109,8 @@ def sample(data: str, root: str | None, count: int) -> Images | None:
 
 def at_hand(data: str, root: str | None) -> bool:
     """Return whether `load` needs no download for DATA."""
+    if data.startswith("hf:"):
+        return located(data.removeprefix("hf:"))[-1]
     if data not in SETS or not SETS[data].source:
         return True
     return Path(data_root(root), SETS[data].folder or "train_32x32.mat").exists()  # SVHN's files lie in the root itself
@@ -122,13 +125,16 @@ def exists(data: str, root: str | None) -> str | None:
     """Check that DATA can be what it names, before anything slow is imported; images are not read.
 
     Returns:
-        The folder, list file or `shards:PATTERN` that it names, the last from the root on; None for a set that `load` may download,
-        draw or call for.
+        The folder or list file that it names, `hf:FOLDER` and `shards:PATTERN` from the root on; None for a set that `load` may
+        download, draw or call for.
 
     Raises:
         DataError: for a name that is not known, a path that does not exist, a folder without images, an empty list file.
     """
     path, (prefix, _, rest) = os.path.expanduser(data), data.partition(":")
+    if prefix == "hf":
+        place, part, columns, is_folder = located(rest)
+        return f"hf:{place}{part and ':'}{part}{columns and '#'}{columns}" if is_folder else None
     if prefix == "shards":
         listed(rest)
         return f"shards:{os.path.abspath(os.path.expanduser(rest))}"
@@ -370,4 +376,7 @@ _READERS: dict[str, Callable[[str, str, str], Images]] = {  # of the name, the r
     "tiny-imagenet": _read_tiny_imagenet,
     "voc07": _read_voc07,
 }
-_PREFIXED: dict[str, Callable[[str, str], Images]] = {"shards": read_shards}  # of what follows the prefix, and a split
+_PREFIXED: dict[str, Callable[[str, str], Images]] = {
+    "hf": read_hub,
+    "shards": read_shards,
+}  # of what follows the prefix, and a split
