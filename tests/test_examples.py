@@ -103,6 +103,7 @@ def test_compare_methods(tmp_path: Path) -> None:
     [
         ("own_module", "features [2, 32]"),
         ("own_view", "loss "),
+        ("own_dataset", "features [1, 512]"),
         ("own_method", "loss 0."),
         ("hook", "best kNN "),
     ],
