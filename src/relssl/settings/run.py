@@ -307,7 +307,7 @@ class CheckpointConfig:
 class Config:
     """A run, as the user asked for it."""
 
-    data: PathText = setting("digits", "name of a data set, folder of images, or list file, which may name images anywhere")
+    data: PathText = setting("digits", "name of a data set, folder of images, list file, hf:NAME, hf:FOLDER or shards:PATTERN")
     recipe: PathText | None = setting(None, "named recipe or recipe file; null: the one named after the data, else `folder`")
     data_root: PathText | None = setting(None, "where named data sets lie; null: $RELSSL_DATA, else ~/.cache/relssl")
     out: PathText | None = setting(None, "run folder; null: runs/RECIPE-SEED")
