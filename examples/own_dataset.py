@@ -40,7 +40,7 @@ def sides() -> dict[str, Dataset]:
 
 if __name__ == "__main__":
     folder = sys.argv[1] if len(sys.argv) > 1 else "runs/own-dataset"
-    run = relssl.pretrain(sides(), backbone="resnet10t", image_size=32, epochs=1, out=folder)
+    run = relssl.pretrain(sides(), backbone="resnet10t", image_size=32, epochs=1, log={"knn": (10, 0.1)}, out=folder)
     print(f"kNN {run.rows[0]['knn_top1']:.1f} % before, {run.rows[-1]['knn_top1']:.1f} % after")
     backbone = relssl.load_backbone(run.folder)
     print("features", list(backbone(backbone.transform(Fields(1, 0)[0][0])[None]).shape))
