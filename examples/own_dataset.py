@@ -27,8 +27,9 @@ class Fields(Dataset):
 
     def __getitem__(self, row: int) -> tuple[np.ndarray, int]:
         rng, lake = np.random.default_rng(self.seeds[row]), self.targets[row]
-        ground = rng.integers(9_000, 30_000, (40, 40, 4))
-        ground[10:30, 5:35, 3] //= 1 + 5 * lake  # water takes up infrared
+        ground = rng.uniform(5_000, 60_000) * rng.uniform(0.2, 1, (40, 40, 4)) * rng.uniform(0.5, 1, 4)
+        top, left = rng.integers(0, 25, 2)
+        ground[top : top + 15, left : left + 15, 3] *= 1 - 0.8 * lake  # water takes up infrared
         return ground.astype(np.uint16), lake
 
 
@@ -39,7 +40,7 @@ def sides() -> dict[str, Dataset]:
 
 if __name__ == "__main__":
     folder = sys.argv[1] if len(sys.argv) > 1 else "runs/own-dataset"
-    run = relssl.pretrain(sides(), backbone="resnet10t", image_size=32, epochs=1, out=folder)
+    run = relssl.pretrain(sides(), backbone="resnet10t", image_size=32, epochs=1, log={"knn": (10, 0.1)}, out=folder)
     print(f"kNN {run.rows[0]['knn_top1']:.1f} % before, {run.rows[-1]['knn_top1']:.1f} % after")
     backbone = relssl.load_backbone(run.folder)
     print("features", list(backbone(backbone.transform(Fields(1, 0)[0][0])[None]).shape))
