@@ -129,7 +129,8 @@ def test_a_file_holds_what_the_network_says(network: str, finished: Path, tmp_pa
         relssl.embed(finished, str(tmp_path / "none"), tmp_path / "w.npz", device="cpu")
     backbone = relssl.load_backbone(finished, network)
     with torch.no_grad():
-        expected = torch.cat([backbone(backbone.transform(Image.open(file))[None]) for file in (files[3], files[2])])
+        seen = [backbone.transform(Image.open(file).convert("RGB")) for file in (files[3], files[2])]
+        expected = backbone(torch.stack(seen))
     read = parquet.read_table(out)
     assert read["name"].to_pylist() == [str(files[3]), str(files[2])]
     assert (read["label"].to_pylist(), read["class"].to_pylist()) == ([0, 1], ["cat", "dog"])

@@ -67,7 +67,7 @@ def model(labelled: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
 def views(folder: Path) -> tuple[list[str], Tensor]:
     files = sorted(path for path in folder.rglob("*.png") if path.stem != "broken")
     view = PlainView(SIZE, 1.0, "bilinear", (0.5,) * 3, (0.25,) * 3)
-    return [str(file) for file in files], torch.stack([view(Image.open(file)) for file in files])
+    return [str(file) for file in files], torch.stack([view(Image.open(file).convert("RGB")) for file in files])
 
 
 def test_the_file_is_timms_and_scores_and_accuracy_are_those_of_it(

@@ -204,7 +204,7 @@ def test_what_does_not_fit_is_refused_by_name_before_there_is_a_folder(source: P
             resolve({name: 1})
     with pytest.raises(ConfigError, match=r"^start_from: "):
         resolve({"start_from": "moco"})
-    assert main(["resume", str(source), "--start", "resnet18"]) == 2
+    assert main(["resume", str(source), "--start", "resnet18"]) == 2  # it was started with what it was started with
 
 
 def test_without_labels_the_rank_of_the_features_is_measured_before_and_after(source: Path, photos: Path, tmp_path: Path) -> None:

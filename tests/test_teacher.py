@@ -2,6 +2,8 @@
 
 import copy
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 
 from relssl.cli import main
 from relssl.engine import Engine
@@ -19,9 +22,9 @@ from relssl.method.frozen import FrozenTeacher
 from relssl.settings.reading import merge, nest
 from relssl.settings.run import resolve
 from relssl.train.loop import train_step
-from relssl.train.pretrain import Result, build, prepare, pretrain, resume
+from relssl.train.pretrain import Result, build, pretrain, resume
 from relssl.weights.opening import open_backbones
-from small_runs import SMALL, differing, equal_runs, final_state, small_run, training_state
+from small_runs import NORMLESS, SMALL, close_runs, equal_runs, final_state, small_run, training_state
 
 NARROW = {"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 12], "zero_init_last": False}
 OVER: dict[str, Any] = merge(SMALL, {"backbone_args": NARROW}) | {
@@ -45,9 +48,7 @@ def taught(out: Path, source: Any, **more: Any) -> Result:
 
 def ready(source: Any, **more: Any) -> Any:
     config = resolve(merge(OVER, nest({"out": "unused", "teacher": str(source)} | more)))
-    run = build(config, Engine(config.engine))
-    list(prepare(run, None))
-    return run
+    return build(config, Engine(config.engine))
 
 
 def softmax(s: np.ndarray) -> np.ndarray:
@@ -161,4 +162,20 @@ def test_methods_with_a_memory_and_crops_and_parts_take_a_frozen_teacher(source:
     assert taught(tmp_path / "moco", source, **moco).rows[-1]["loss"] > 0
     crops = {"views.crops": [[32, 0.3, 1.0], [24, 0.1, 0.5]], "accumulate": 2, "epochs": 1}
     assert taught(tmp_path / "crops", source, **crops).rows[-1]["loss"] > 0
-    assert differing(*(final_state(tmp_path / "crops") for _ in range(2))) == []
+
+
+def test_two_ranks_with_weights_and_a_frozen_teacher_behave_as_one(source: Path, tmp_path: Path) -> None:
+    settings = merge(SMALL, NORMLESS) | {"backbone_args": NORMLESS["backbone_args"], "epochs": 1, "precision": "fp32"}
+    one = pretrain(settings=resolve(settings | {"out": str(tmp_path / "weights")}), quiet=True).folder
+    given = {"recipe": "distil", "start": str(one), "teacher": str(source), "epochs": 2, "optimizer.heads_first": 0.5}
+    taught = {name: value for name, value in SMALL.items() if name != "backbone_args"} | {
+        "encoder": {"projector_hidden": 32, "projector_norm": "none"}
+    }
+    taught = merge(taught, nest(given | {"encoder.frozen_stages": 1, "engine.precision": "fp32"}))
+    pretrain(settings=resolve(taught | {"out": str(tmp_path / "one")}), quiet=True)
+    words = [f"--{name}={value}" for name, value in (("out", tmp_path / "two"), ("engine.devices", 2))]
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(taught))))
+    command = [sys.executable, "-m", "relssl", "pretrain", "--config", str(tmp_path / "two.yaml"), *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    assert close_runs(tmp_path / "one", tmp_path / "two")

@@ -9,7 +9,7 @@ import copy
 import importlib.util
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
@@ -190,10 +190,10 @@ def train(model: nn.Module, images: Scenes, settings: DetectionConfig, task: Tas
 
 def mirror(image: Tensor, target: Target) -> Sample:
     """Return the mirror image, left for right, of an image [3, H, W] with boxes [n, 4] and, if there are any, masks [n, H, W]."""
-    (left, top, right, bottom), width = target["boxes"].unbind(1), image.shape[-1]
-    boxes = {"boxes": torch.stack([width - right, top, width - left, bottom], dim=1)}
-    masks = {"masks": target["masks"].flip(-1)} if "masks" in target else {}
-    return image.flip(-1), target | boxes | masks
+    left, top, right, bottom = target["boxes"].unbind(1)
+    flipped: Target = {"boxes": torch.stack([image.shape[-1] - right, top, image.shape[-1] - left, bottom], dim=1)}
+    flipped |= {name: value.flip(-1) for name, value in target.items() if name == "masks"}
+    return image.flip(-1), target | flipped
 
 
 @torch.no_grad()
@@ -205,7 +205,7 @@ def measure(model: nn.Module, images: Scenes, task: Task) -> dict[str, tuple[dic
     kinds = {"bbox": "boxes", "segm": "masks"} if images.masked else {"bbox": "boxes"}
     metric = MeanAveragePrecision(iou_type=tuple(kinds), class_metrics=True, backend="pycocotools")
     model.eval()
-    for ((image, target),) in _batches(images, list(range(len(images))), 1, task):
+    for ((image, target),) in _batches(images, range(len(images)), 1, task):
         objects = {name: value.cpu() for name, value in model([image])[0].items()}
         truth = {name: value.cpu() for name, value in target.items()}
         if images.masked:
@@ -231,15 +231,14 @@ def curve(losses: list[float]) -> list[list[float]]:
     return [[end, round(float(part.mean()), 5)] for end, part in zip(ends, parts, strict=True)]
 
 
-def _batches(images: Scenes, order: list[int], size: int, task: Task) -> Iterator[list[Sample]]:
+def _batches(images: Scenes, order: Sequence[int], size: int, task: Task) -> Iterator[list[Sample]]:
     """Yield images in this order, on the device, in 0..1, with their targets."""
     device = task.engine.device
     for batch in read_batches(order, partial(_read, images), task.reader.workers, batch_size=size):
         if isinstance(batch, str):
             raise DataError(batch)
-        yield [
-            (image.to(device).float() / 255, {name: each.to(device) for name, each in target.items()}) for image, target in batch
-        ]
+        on_device = ((image.to(device), {name: each.to(device) for name, each in target.items()}) for image, target in batch)
+        yield [(image.float() / 255, target) for image, target in on_device]
 
 
 def _read(images: Scenes, rows: list[int]) -> list[Sample] | str:
@@ -273,8 +272,13 @@ def detection(backbone: nn.Module, folder: str, settings: DetectionConfig, task:
     useful = whole.for_training()
     rows = task.bootstrap.generator().permutation(len(useful))[: settings.max_images]
     drawn = replace(useful, scenes=[useful.scenes[row] for row in np.sort(rows)])
-    details, notes = _describe(whole, useful, drawn, test, settings)
-    steps, kind = details["steps"], "mask-rcnn" if whole.masked else "faster-rcnn"
+    steps, warmup = length(len(drawn), settings)
+    details: dict[str, Any] = {"steps": steps, "warmup_steps": warmup, "layout": test.layout, "classes": len(whole.classes)}
+    details["images"] = {"training": len(drawn), "without_objects": len(whole) - len(useful), "test": len(test)}
+    details["objects"] = {"training": drawn.objects(), "test": test.objects()}
+    details["fingerprints"] = {"training": drawn.fingerprint(), "test": test.fingerprint()}
+    details["dropped"] = {"training": whole.dropped, "test": test.dropped}
+    kind = "mask-rcnn" if whole.masked else "faster-rcnn"
     task.say(
         f"{kind} on {spec.name}, maps of stride {', '.join(map(str, strides))}: {steps} steps of {settings.batch_size} images"
     )
@@ -291,36 +295,17 @@ def detection(backbone: nn.Module, folder: str, settings: DetectionConfig, task:
     results = measure(model, test, task)
     seconds = {"training": round(trained - start, 1), "evaluation": round(time.monotonic() - trained, 1)}
     details |= {"precision": engine.precision, "strides": strides, "seconds": seconds, "loss": curve(losses)}
-    main = "map_50" if test.layout == "voc" else "map"
-    return [
-        Finding({"model": kind, "of": of}, main, figures, notes=notes, details=details | {"map_per_class": per_class})
-        for of, (figures, per_class) in results.items()
-    ]
-
-
-def _describe(
-    whole: Scenes, useful: Scenes, drawn: Scenes, test: Scenes, settings: DetectionConfig
-) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Return details of the data and of the steps, and notes on what was left out of them."""
-    steps, warmup = length(len(drawn), settings)
-    details = {
-        "steps": steps,
-        "warmup_steps": warmup,
-        "layout": test.layout,
-        "classes": len(whole.classes),
-        "images": {"training": len(drawn), "without_objects": len(whole) - len(useful), "test": len(test)},
-        "objects": {"training": drawn.objects(), "test": test.objects()},
-        "fingerprints": {"training": drawn.fingerprint(), "test": test.fingerprint()},
-        "dropped": {"training": whole.dropped, "test": test.dropped},
-    }
     notes = [f"Of {len(useful)} training images {len(drawn)} were used, chosen by the seed."] if len(drawn) < len(useful) else []
     if warmup < settings.warmup_steps:
         notes.append(f"The warm-up of {settings.warmup_steps} steps was cut to {warmup}, a third of the run.")
     for split in (whole, test):
         notes += [f"{split.name}: {count} objects {reason} were left out." for reason, count in split.dropped.items()]
-    if test.layout == "voc":
+    if main := "map_50" if test.layout == "voc" else "":
         notes.append("map_50 is read at 101 points of recall, not at the 11 of VOC2007's own rule, which may differ by a point.")
-    return details, tuple(notes)
+    return [
+        Finding({"model": kind, "of": of}, main or "map", figures, {}, tuple(notes), details | {"map_per_class": per_class})
+        for of, (figures, per_class) in results.items()
+    ]
 
 
 def check(settings: DetectionConfig) -> None:

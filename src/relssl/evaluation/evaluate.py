@@ -15,7 +15,7 @@ from torch import nn
 
 from relssl.data.folder import shown
 from relssl.errors import ConfigError, DataError, StorageError
-from relssl.evaluation.features import Features, LabelledFeatures, cached, evaluating, extract, frozen, state_hash
+from relssl.evaluation.features import Features, LabelledFeatures, cached, evaluating, extract, state_hash
 from relssl.evaluation.metrics import Interval
 from relssl.evaluation.result import Finding, Protocol, Record, Task, card, file_name, title, writable
 from relssl.files import write_json
@@ -156,8 +156,11 @@ class _Evaluation:
             self.task.say(f"{name}: {network} on {title(data)}")
             backbone = self.task.engine.place(backbone)
             common |= {"network": network, "weights": state_hash(backbone), "source": self.opened.origin}
-            with evaluating(backbone) if protocol.trains else frozen(backbone):
+            with evaluating(backbone):
                 findings, common["images"] = measure(protocol, section, backbone, data)
+            # If batch norm counted the images it sees, each batch would measure another network, and no figure would show it.
+            if state_hash(backbone) != common["weights"]:
+                raise AssertionError(f"{name} changed the backbone's weights or batch-norm statistics")
             record = {"protocol": name, "network": network, "data": title(data), "seconds": round(time.monotonic() - start, 2)}
             for finding in findings:
                 plain = finding.plain()

@@ -83,19 +83,6 @@ def evaluating(backbone: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-@contextmanager
-def frozen(backbone: nn.Module) -> Iterator[None]:
-    """Put the backbone into eval mode, and check that weights and batch-norm statistics are the same afterwards.
-
-    If batch norm counted the images it sees, each batch would measure another network, and no figure would show it.
-    """
-    before = state_hash(backbone)
-    with evaluating(backbone):
-        yield
-    if state_hash(backbone) != before:
-        raise AssertionError("a frozen evaluation changed the backbone's weights or batch-norm statistics")
-
-
 def state_hash(module: nn.Module) -> str:
     """Compute 16 hex digits of every parameter and buffer: names, types, shapes, values."""
     digest = hashlib.sha256()
@@ -119,35 +106,31 @@ def cached(
 
     All files there take at most `limit` bytes; those that were not used for longest go first.
     """
+    features: Features | None = None
     try:
         folder = cache_root() / "features"
-        with storing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{cache_key(backbone, images, reader, engine)}.npz"
+        with suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # not there, or damaged
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+                bad = [(str(name), str(reason)) for name, reason in arrays["bad"]]
+                features = Features(torch.from_numpy(arrays["vectors"]), arrays["rows"], bad)
+            os.utime(path)  # which fails in a cache that is read-only
+        if features is None:
+            features = extract(backbone, images, reader, engine)
+            with storing(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+            sweep(folder)
+            with replacing(path, needed=features.vectors.nbytes) as target:
+                faults = np.array(features.bad or np.empty((0, 2)), dtype=str)
+                np.savez(target, vectors=features.vectors.numpy(), rows=features.rows, bad=faults)
+            with suppress(OSError):  # another process may clean up at the same time
+                files = sorted(folder.glob("*.npz"), key=lambda each: (each == path, each.stat().st_mtime), reverse=True)
+                for old, total in zip(files, itertools.accumulate(each.stat().st_size for each in files), strict=True):
+                    if total > limit and old != path:
+                        old.unlink()
     except StorageError as error:
         say(f"features are not cached: {error}")
-        return extract(backbone, images, reader, engine)
-    path = folder / f"{cache_key(backbone, images, reader, engine)}.npz"
-    with suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # not there, or damaged
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            bad = [(str(name), str(reason)) for name, reason in arrays["bad"]]
-            features = Features(torch.from_numpy(arrays["vectors"]), arrays["rows"], bad)
-        with suppress(OSError):  # of a cache that is read-only
-            os.utime(path)
-        return features
-    features = extract(backbone, images, reader, engine)
-    sweep(folder)
-    try:
-        with replacing(path, needed=features.vectors.nbytes) as target:
-            faults = np.array(features.bad or np.empty((0, 2)), dtype=str)
-            np.savez(target, vectors=features.vectors.numpy(), rows=features.rows, bad=faults)
-    except StorageError as error:
-        say(f"features are not cached: {error}")
-    with suppress(OSError):  # another process may clean up at the same time
-        files = sorted(folder.glob("*.npz"), key=lambda each: (each == path, each.stat().st_mtime), reverse=True)
-        for old, total in zip(files, itertools.accumulate(each.stat().st_size for each in files), strict=True):
-            if total > limit and old != path:
-                old.unlink()
-    return features
+    return features or extract(backbone, images, reader, engine)
 
 
 def cache_key(backbone: nn.Module, images: Images, reader: Reader, engine: Engine) -> str:

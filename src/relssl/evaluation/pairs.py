@@ -107,15 +107,12 @@ class LabelledPair:
 
     def card(self) -> dict[str, Any]:
         """Return which images and labels are used, by their content: the same folder elsewhere is the same."""
-        used: dict[str, Any] = {name: {"images": len(side), "of": of, "hash": labels_hash(side)} for name, side, of in self.sides}
-        return used | {"classes": self.classes}
-
-
-def labels_hash(images: Images) -> str:
-    """Compute 16 hex digits of which image has which label, and of the images themselves."""
-    digest = hashlib.sha256(images.fingerprint().encode())
-    digest.update(np.ascontiguousarray(images.labels if images.targets is None else images.targets).tobytes())
-    return digest.hexdigest()[:16]
+        used: dict[str, Any] = {"classes": self.classes}
+        for name, images, of in self.sides:
+            labels = np.ascontiguousarray(images.labels if images.targets is None else images.targets)
+            digest = hashlib.sha256(images.fingerprint().encode() + labels.tobytes())
+            used[name] = {"images": len(images), "of": of, "hash": digest.hexdigest()[:16]}
+        return used
 
 
 def choose(images: Images, at_most: int, seed: int) -> Images:

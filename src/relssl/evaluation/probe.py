@@ -78,11 +78,8 @@ def probe(sides: LabelledFeatures, settings: ProbeConfig, bootstrap: Bootstrap) 
         return [Finding.of_ranks({}, ranks(scores, truth), truth, classes, bootstrap, **more)]
     each_class = average_precision(scores, truth)
     details["average_precision"] = [None if np.isnan(value) else round(float(100 * value), 4) for value in each_class]
-    figures, intervals = (
-        dict([_figure(scores, truth, classes)]),
-        {"map": percentiles(100 * map_samples(scores, truth, bootstrap))},
-    )
-    return [Finding({"average_precision": "plain"}, "map", figures, intervals, **more)]
+    figures, samples = dict([_figure(scores, truth, classes)]), map_samples(scores, truth, bootstrap)
+    return [Finding({"average_precision": "plain"}, "map", figures, {"map": percentiles(100 * samples)}, **more)]
 
 
 def standardise(features: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
@@ -96,7 +93,6 @@ def fit(
     classes: int,
     strength: float,
     iterations: int,
-    *,
     start: Tensor | None = None,
     gradient: float = _GRADIENT,
 ) -> Fit:

@@ -7,7 +7,7 @@ import dataclasses
 import importlib.metadata
 import json
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +27,7 @@ from relssl.evaluation.pairs import LabelledPair
 from relssl.files import storing
 from relssl.settings import parts
 from relssl.settings.evaluation import Evaluation, Measuring
+from relssl.settings.reading import flat
 from relssl.weights.opening import Opened
 from relssl.weights.spec import BackboneSpec
 
@@ -202,7 +203,7 @@ def compare(
             refused = [name for name in differing if not any(f"{name}.".startswith(f"{field}.") for field in allow)]
             where = " ".join([mine["protocol"], mine["network"], *(f"{key}={value}" for key, value in mine["setting"].items())])
             for name in refused:
-                values = " and ".join(f"{json.dumps(flat.get(name)):.80}" for flat in cards)
+                values = " and ".join(f"{json.dumps(each.get(name)):.80}" for each in cards)
                 faults.setdefault(f"{name} differs: {values}", where)
             if not refused:
                 rows.append(_difference(mine, other) | {"allowed": differing})
@@ -225,18 +226,11 @@ def _read(path: Path) -> list[Record]:
             if not all(isinstance(record[key], kind) for key, kind in _SHAPE.items()):
                 raise ValueError("a finding is malformed")
             record["figure"] = float(record["figures"][record["main"]])
-            record["flat"] = _flat({key: value for key, value in record["card"].items() if key not in _SUBJECT})
+            record["flat"] = flat({key: value for key, value in record["card"].items() if key not in _SUBJECT})
             record["right"] = _answers(record)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{path}: is not a result of `relssl evaluate` ({' '.join(str(error).split())[:100]})") from error
     return records
-
-
-def _flat(card: Mapping[str, Any], above: str = "") -> Record:
-    flat: Record = {}
-    for key, value in card.items():
-        flat |= _flat(value, f"{above}{key}.") if value and isinstance(value, Mapping) else {f"{above}{key}": value}
-    return flat
 
 
 def _answers(record: Record) -> npt.NDArray[np.bool_] | None:

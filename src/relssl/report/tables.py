@@ -185,7 +185,8 @@ def facts(result: Result, config: Config) -> dict[str, Any]:
         **{"info_nce_start": start["warmup_mix"], "info_nce_end": last["warmup_mix"]},
         "health": {name: last[name] for name in _HEALTH if name in last},
     }
-    return known | {"verdict": list(_judge(known, config))}
+    word, *lines = _judge(known, config)
+    return known | {"word": word, "verdict": lines}
 
 
 def show_summary(result: Result, config: Config) -> None:
@@ -202,11 +203,12 @@ Load them:
 
     import relssl
     backbone = relssl.load_backbone("{known["folder"]}")
-    features = backbone(images)  # [N, 3, S, S] -> [N, F]""")
+    features = backbone(images)  # [N, C, S, S] -> [N, F]""")
 
 
 def _judge(known: dict[str, Any], config: Config) -> Iterator[str]:
-    """Yield lines on whether a run's figures are good: with labels by the gain over untrained networks and pixels, else by its relations."""
+    """Yield a word on a run's figures (learning, flat, healthy or collapsing) and lines on why: with labels by the gain over untrained
+    networks and pixels, else by its relations."""
     top1, bases = known["knn_student"], {title: known[f"knn_{name}"] for name, title in reversed(_BASES.items())}
     gains = {name: top1 - base for name, base in bases.items() if top1 is not None and base is not None}
     health = {name: math.nan if value is None else value for name, value in known["health"].items()}
@@ -214,15 +216,18 @@ def _judge(known: dict[str, Any], config: Config) -> Iterator[str]:
     given = labelled or config.teacher is not None  # what embeddings are matched to, and nothing that can collapse
     fault = None if given else verdict(health, config.method.memory_size, config.encoder.dim, warms=warms)
     if any(map(math.isnan, health.values())) or known["loss_end"] is None:
+        yield "collapsing"
         yield "Not good: figures of the last step are not finite; lower optimizer.lr, or set optimizer.clip"
     elif fault:
-        yield f"Not good: {fault}"
+        yield from ("collapsing", f"Not good: {fault}")
     elif gains:
         least = min(gains.values())
         word = "Good" if least >= _CLEAR else "Little" if least > 0 else "Not good"
+        yield "learning" if least >= _CLEAR else "flat"
         against = " and ".join(f"{gain:+.1f} points on {name}" for name, gain in gains.items())
         yield f"{word}: {against}" + ("" if least >= _CLEAR else "; more epochs or more images may help")
     else:
+        yield "healthy"
         yield "Healthy: the embeddings are spread out, and none of the signs of a collapse is there."
         yield "What that is worth, labelled images can say: relssl evaluate RUN DATA"
     start, end = known["info_nce_start"], known["info_nce_end"]
