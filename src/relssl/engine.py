@@ -106,9 +106,8 @@ class Engine:
         if others:
             ddp.launcher.procs.clear()  # with which Lightning would kill this process, before it can say why
         self._fabric, self.device, self.rank, self.world = fabric, fabric.device, fabric.global_rank, fabric.world_size
-        # What ranks exchange at every step beside tensors goes by the host, so that it waits for no device.
-        self._host: Any = dist.new_group(backend="gloo", timeout=patience)
-        self._patient: Any = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+        # What ranks exchange beside tensors goes by the host, so that it waits for no device, and for as long as the first one works.
+        self._host: Any = dist.new_group(backend="gloo", timeout=timedelta(days=7))
         self.watch = Watch(self, config.timeout, others)
 
     @contextmanager
@@ -210,9 +209,9 @@ class Engine:
         return int(shared)
 
     def wait(self) -> None:
-        """Wait until all ranks are here, however long the first one evaluates; a rank that dies ends the wait."""
+        """Wait until all ranks are here, however long the first one evaluates; one that dies or hangs ends the wait, see `Watch`."""
         if self.world > 1:
-            dist.barrier(group=self._patient)
+            dist.barrier(group=self._host)
 
     def fetch(self, values: Mapping[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
         """Start to bring tensors to the host. What is returned waits for them alone, and for no later work of the device."""

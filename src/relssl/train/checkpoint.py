@@ -38,7 +38,7 @@ def save(folder: Path | None, state: State, engine: Engine, origin: dict[str, An
     if folder is None:
         return None
     facts = {"step": state.step, "best": state.best, "unreadable": sorted(state.unreadable), "hashes": hashes, "tree": rest}
-    facts |= {"non_finite": int(state.guard.streak), "non_finite_worst": int(state.guard.worst)}
+    facts["non_finite"] = int(state.guard.streak)
     target = store.step_folder(folder, state.step)
     store.save(target, tensors, facts | origin)
     return target
@@ -101,7 +101,6 @@ def restore(path: Path, state: State, engine: Engine, origin: dict[str, Any]) ->
         moments |= {name: torch.empty_like(parameter).copy_(value) for name, value in same.items()}
     state.step, state.best, state.unreadable = facts["step"], facts["best"], set(facts["unreadable"])
     state.guard.streak.fill_(facts["non_finite"])
-    state.guard.worst.fill_(facts["non_finite_worst"])
     now, saved = origin | origin["choices"], facts | origin["choices"] | facts["choices"]  # older ones say less
     matters = ("threads", "world", "precision", *origin["choices"])
     inexact = [f"{name} {saved[name]} -> {now[name]}" for name in matters if saved[name] != now[name]]

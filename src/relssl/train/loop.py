@@ -180,7 +180,7 @@ def train_step(run: Run, parts: list[Batch]) -> Figures | None:
     model.follow(now["teacher_momentum"], good)
     if not logged and state.step % PATIENCE:
         return None
-    return Figures(state.step, now, engine.fetch((figures if logged else {}) | {"streak": guard.longest()}), logged)
+    return Figures(state.step, now, engine.fetch((figures if logged else {}) | {"streak": guard.streak}), logged)
 
 
 def scheduled(run: Run, step: int) -> dict[str, float]:

@@ -20,7 +20,6 @@ class Guard:
 
     Attributes:
         streak: scalar int64 on the device, the non-finite steps in a row until now.
-        worst: the longest streak since `longest` was last called, likewise.
     """
 
     def __init__(self, networks: Sequence[nn.Module], device: torch.device) -> None:
@@ -28,7 +27,6 @@ class Guard:
         self._kinds = [_Copies([each for each in buffers if each.dtype == kind]) for kind in {each.dtype for each in buffers}]
         self._judged = [bool(copies.note().isfinite()) for copies in self._kinds]  # others hold constants such as -inf
         self.streak = torch.zeros((), dtype=torch.int64, device=device)
-        self.worst = self.streak.clone()
 
     def watch(self) -> None:
         """Note the buffers before a step's forward passes."""
@@ -54,14 +52,7 @@ class Guard:
         self.take_back()
         self.streak += 1
         self.streak *= ~good
-        torch.maximum(self.worst, self.streak, out=self.worst)
         return good
-
-    def longest(self) -> Tensor:
-        """Return the longest streak since the last call, [] on the device."""
-        longest = self.worst.clone()
-        self.worst.copy_(self.streak)
-        return longest
 
 
 class _Copies:
@@ -74,7 +65,7 @@ class _Copies:
     def note(self) -> Tensor:
         """Copy the buffers to the second block; return its sum [], which is finite if they are."""
         torch._foreach_copy_(self.after, self.buffers)
-        return self.block_after.sum().float()
+        return self.block_after.sum(dtype=torch.float32)
 
     def _block(self) -> tuple[Tensor, list[Tensor]]:
         block = self.buffers[0].new_empty(sum(buffer.numel() for buffer in self.buffers))
