@@ -117,7 +117,7 @@ def family(process: subprocess.Popen[str], count: int) -> list[psutil.Process]:
 def test_a_rank_that_hangs_is_named_and_ends_the_run(tmp_path: Path, rank: int) -> None:
     """The first rank is stopped while it evaluates, the other one while it trains; more launches of two ranks: torture."""
     knn = {"knn_every": 1, "knn_images": [1000, 700]} if rank == 0 else {"knn_every": 0}
-    settings = merge(SETTINGS, {"epochs": 500, "log": knn, "checkpoint": {"every_steps": 5}, "engine": {"timeout": 8}})
+    settings = merge(SETTINGS, {"epochs": 500, "log": knn, "checkpoint": {"every_steps": 5}, "engine": {"timeout": 30}})
     run = start(tmp_path / "run", settings)
     (other,) = family(run, 1)
     while run.poll() is None and not (tmp_path / ("run/config.yaml" if rank == 0 else "run/checkpoints/step-00000005")).exists():
@@ -180,9 +180,9 @@ from test_ranks import SETTINGS
 
 class Slow:
     def on_start(self, run):
-        time.sleep(12)
+        time.sleep(40)
 
-settings = merge(SETTINGS, {{"max_steps": 2, "out": "run", "log": {{"knn_every": 0}}, "engine": {{"devices": 2, "timeout": 4}}}})
+settings = merge(SETTINGS, {{"max_steps": 2, "out": "run", "log": {{"knn_every": 0}}, "engine": {{"devices": 2, "timeout": 30}}}})
 relssl.pretrain(settings=resolve(settings), hooks=[Slow()])
 """
     )

@@ -50,7 +50,7 @@ class Watch(threading.Thread):
 
     def run(self) -> None:
         """Look at the others until the run is over, or until one is lost; then end this process."""
-        own, looks, verdict, words = self._engine, 0, b"", list[bytes]()
+        own, looks, verdict, words, orphaned = self._engine, 0, b"", list[bytes](), False
         others = ["0"] if own.rank else [str(rank) for rank in range(1, own.world)]
         heard, silent = dict.fromkeys(others, b""), dict.fromkeys(others, 0.0)
         while not self._reason:
@@ -68,21 +68,21 @@ class Watch(threading.Thread):
             silent |= {str(rank): math.inf for rank, child in enumerate(self._children, 1) if child.poll()}
             if not self.active:
                 return
-            lost = max(silent, key=silent.__getitem__)
-            if verdict or self._parent not in (None, os.getppid()):
+            lost, orphaned = max(silent, key=silent.__getitem__), self._parent not in (None, os.getppid())
+            if verdict or orphaned:
                 self._reason = verdict.decode() or "the process that started this one has died; resume from the last checkpoint"
             elif silent[lost] >= self._limit:
                 place = f"last heard of at its step {heard[lost].decode().partition(' ')[2] or 0}; rank {own.rank} is at step {own.step}"
                 self._reason = f"rank {lost} has died or hangs, {place}; the last checkpoint is good, resume from it"
-        time.sleep(_GRACE)
+        time.sleep(0 if orphaned else _GRACE)
         if self.active:
             error = DistributedError(self._reason)
             own.last_words(error)  # which the first rank shows
-            if own.rank == 0:
+            if own.rank and not (verdict or orphaned):
+                print(f"relssl: rank {own.rank}: {error}", file=sys.stderr, flush=True)
+            if own.rank == 0 and not orphaned:
                 self._store.set("lost", self._reason)
                 time.sleep(3 * _PAUSE)  # in which the others read it
-            elif not verdict:
-                print(f"relssl: rank {own.rank}: {error}", file=sys.stderr, flush=True)
             for child in self._children:
                 child.kill()
             os._exit(error.exit_code)
