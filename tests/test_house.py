@@ -11,7 +11,6 @@ SOURCE = Path(relssl.__file__).parent
 ROWS = (
     {"errors", "files"},
     {"settings"},
-    {"watch"},
     {"engine"},
     {"method", "data"},
     {"weights"},
