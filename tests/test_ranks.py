@@ -249,8 +249,8 @@ STEP = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_ID
         ({}, (1, 1)),
         (TORCHRUN, (2, 2)),
         ({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "a"}, (1, 2)),  # a pod each
-        ({"WORLD_SIZE": "abc"}, "WORLD_SIZE: is set and RANK is not"),
-        ({"RANK": "1"}, "RANK: is set and WORLD_SIZE is not"),
+        ({"WORLD_SIZE": "abc"}, "WORLD_SIZE: is set without RANK"),
+        ({"RANK": "1"}, "RANK: is set without WORLD_SIZE"),
         ({"WORLD_SIZE": "1"}, (1, 1)),
         ({"WORLD_SIZE": "2", "LOCAL_RANK": "1"}, "WORLD_SIZE: "),
         (TORCHRUN | {"LOCAL_WORLD_SIZE": "0"}, "torchrun: "),

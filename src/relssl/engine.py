@@ -186,14 +186,6 @@ class Engine:
         dist.all_gather_object(lists, items, group=self._host)
         return [item for each in lists for item in each]
 
-    def mean(self, value: Tensor) -> Tensor:
-        """Average a tensor over the ranks."""
-        if self.world == 1:
-            return value
-        total = value.clone()
-        dist.all_reduce(total)
-        return total / self.world
-
     def on_first(self, make: Callable[[], T]) -> T | None:
         """Return what `make` returns on the first rank, None on the others; its RelsslError is raised on all, so that none waits."""
         value, fault = None, None
@@ -318,9 +310,7 @@ class Watch(threading.Thread):
             try:
                 self._store.set(str(own.rank), f"{looks} {own.step}")
                 verdict, *words = self._store.multi_get(["lost", *others])
-                silent = {
-                    rank: silent[rank] + _PAUSE if word == heard[rank] else 0.0 for rank, word in zip(others, words, strict=True)
-                }
+                silent = {rank: (silent[rank] + _PAUSE) * (word == heard[rank]) for rank, word in zip(others, words, strict=True)}
                 heard = dict(zip(others, words, strict=True))
             except RuntimeError:  # the store, and the first rank with it, has gone or answers no more
                 silent["0"] = math.inf
@@ -331,13 +321,13 @@ class Watch(threading.Thread):
             if verdict or orphaned:
                 self._reason = verdict.decode() or "the process that started this one has died; resume from the last checkpoint"
             elif silent[lost] >= self._limit:
-                place = f"last heard of at its step {heard[lost].decode().partition(' ')[2] or 0}; rank {own.rank} is at step {own.step}"
+                place = f"last heard of at its step {heard.get(lost, b'').decode().partition(' ')[2] or 0}; rank {own.rank} is at step {own.step}"
                 self._reason = f"rank {lost} has died or hangs, {place}; the last checkpoint is good, resume from it"
         time.sleep(0 if orphaned else _GRACE)
         if self.active:
             error = DistributedError(self._reason)
-            own.last_words(error)  # which the first rank shows
-            if own.rank and not (verdict or orphaned):
+            own.last_words(error)
+            if not (verdict or (orphaned and own.rank)):  # one speaks
                 print(f"relssl: rank {own.rank}: {error}", file=sys.stderr, flush=True)
             if own.rank == 0 and not orphaned:
                 self._store.set("lost", self._reason)

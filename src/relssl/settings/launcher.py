@@ -33,9 +33,7 @@ def find_launch() -> dict[str, int | str] | None:
         here *= not odd
     elif MARK not in os.environ and (os.environ.get("WORLD_SIZE", "1") != "1" or "RANK" in os.environ):
         name, missing = ("WORLD_SIZE", "RANK") if "WORLD_SIZE" in os.environ else ("RANK", "WORLD_SIZE")
-        raise ConfigError(
-            f"{name}: is set and {missing} is not, so each process would be a run of its own; set both, or unset it"
-        )
+        raise ConfigError(f"{name}: is set without {missing}: each process would be a run of its own; set both, or unset it")
     else:
         return None
     numbers = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": local, "LOCAL_WORLD_SIZE": here}

@@ -68,11 +68,12 @@ def agreed_hashes(model: Method, engine: Engine) -> list[dict[str, str]]:
     """
     if engine.world == 1:
         return []
-    parts = {
-        name: dict(part.named_buffers() if name == "memory" else part.named_parameters()) for name, part in _parts(model).items()
-    }
-    ranks = engine.gather_items([{name: hashlib.sha256(store.encode(part)).hexdigest() for name, part in parts.items()}])
-    if apart := [name for name in parts if len({rank[name] for rank in ranks}) > 1]:
+    hashes = {name: hashlib.sha256() for name in _parts(model)}
+    for name, part in _parts(model).items():
+        for tensor in part.buffers() if name == "memory" else part.parameters():
+            hashes[name].update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    ranks = engine.gather_items([{name: digest.hexdigest() for name, digest in hashes.items()}])
+    if apart := [name for name in hashes if len({rank[name] for rank in ranks}) > 1]:
         raise DistributedError(f"the ranks' {' and '.join(apart)} differ; the last checkpoint is good, resume from it")
     return ranks
 

@@ -152,7 +152,7 @@ def train_step(run: Run, parts: list[Batch]) -> Figures | None:
         for parameter in student.backbone.parameters():
             parameter.grad = None  # which every optimizer passes over, and momentum with it
     # Each rank has its own buffers: by way of the loss all hear of one's doubt.
-    loss = engine.mean(torch.stack([step.loss.detach() for step in steps]).mean() + guard.doubt())
+    loss = engine.gather((torch.stack([step.loss.detach() for step in steps]).mean() + guard.doubt()).reshape(1), 1).mean()
     norm = get_total_norm([parameter.grad for parameter in student.parameters() if parameter.grad is not None])
     if config.optimizer.clip is not None:
         clip_grads_with_norm_(student.parameters(), config.optimizer.clip, norm)

@@ -314,11 +314,7 @@ def recording(run: Run, display: Display) -> Iterator[None]:
             with suppress(StorageError):  # a full disk must not hide the error that there is to report
                 run.folder.failed(run.state.step, error)
 
-    def lost(error: DistributedError) -> None:
-        display.say(f"relssl: {error}")
-        record(error)
-
-    run.engine.last_words = lost
+    run.engine.last_words = record
     try:
         yield
     except BaseException as error:
