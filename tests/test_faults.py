@@ -45,7 +45,7 @@ def cut(finished: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "cut", ignore=left_out))
 
 
-def begin(folder: Path, *launcher: str, **overrides: Any) -> subprocess.Popen[str]:
+def begin(folder: Path, **overrides: Any) -> subprocess.Popen[str]:
     """Start a run on files with two loader workers in a process group of its own."""
     images = folder.parent / "images"
     images.mkdir(exist_ok=True)
@@ -63,7 +63,8 @@ def begin(folder: Path, *launcher: str, **overrides: Any) -> subprocess.Popen[st
     settings |= {"max_images": "null", "views": views, "method": {"memory_size": 16}, "log": {"knn_every": 0, "every": 1}}
     file = folder.with_suffix(".yaml")
     file.write_text(to_yaml(resolve(merge(merge(SMALL, settings), overrides))))
-    words = [sys.executable, *launcher, "-m", "relssl", "pretrain", "--config", str(file), "--resume", "auto"]
+    command = ["resume", str(folder)] if (folder / "config.yaml").exists() else ["pretrain", "--config", str(file)]
+    words = [sys.executable, "-m", "relssl", *command]
     return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
 
 
@@ -74,12 +75,12 @@ def stopped(process: subprocess.Popen[str], number: int) -> tuple[str, float]:
     os.killpg(process.pid, number)
     try:
         output = process.communicate(timeout=60)[0]
-        _, alive = psutil.wait_procs(family, timeout=10)
+        seconds, (_, alive) = time.monotonic() - start, psutil.wait_procs(family, timeout=10)
         assert not alive
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-    return output, time.monotonic() - start
+    return output, seconds
 
 
 def wait_for(path: Path, process: subprocess.Popen[str]) -> None:

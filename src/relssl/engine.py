@@ -9,6 +9,7 @@ import math
 import os
 import platform
 import random
+import signal
 import sys
 import threading
 import time
@@ -24,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from relssl.errors import ConfigError, DistributedError, RelsslError
+from relssl.errors import STOPPING, ConfigError, DistributedError, RelsslError
 from relssl.settings.launcher import MARK, find_launch
 from relssl.settings.reading import build
 from relssl.settings.run import EngineConfig
@@ -99,18 +100,22 @@ class Engine:
         shared = {"broadcast_buffers": False, "gradient_as_bucket_view": True, "cluster_environment": _environment()}
         ddp = DDPStrategy(process_group_backend=backend, timeout=patience, **shared)
         threads = torch.get_num_threads()
+        # Until all have met: if a signal ended one on its way here, Lightning would kill this one without a word.
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
         try:
             with quiet_libraries():
                 fabric = Fabric(accelerator=kind, devices=config.devices, num_nodes=config.nodes, precision=32, strategy=ddp)
                 fabric.launch()
+            others = list(getattr(ddp.launcher, "procs", ()))
+            if others:
+                ddp.launcher.procs.clear()  # with which Lightning would kill this process, before it can say why
         except (RuntimeError, ValueError) as error:
             where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise DistributedError(f"engine.devices: processes did not meet at {where} ({reason}); start all alike") from error
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
         torch.set_num_threads(threads)  # Lightning shares them out, as `running` does
-        others = list(getattr(ddp.launcher, "procs", ()))
-        if others:
-            ddp.launcher.procs.clear()  # with which Lightning would kill this process, before it can say why
         self._fabric, self.device, self.rank, self.world = fabric, fabric.device, fabric.global_rank, fabric.world_size
         # What ranks exchange beside tensors goes by the host, so that it waits for no device, and for as long as the first one works.
         self._host: Any = dist.new_group(backend="gloo", timeout=timedelta(days=7))
