@@ -134,7 +134,7 @@ def test_a_rank_that_hangs_is_named_and_ends_the_run(tmp_path: Path, rank: int) 
     assert re.search(rf"rank {rank} has died or hangs, last heard of at its step \d+; rank {1 - rank} is at step \d+", output), (
         output
     )
-    assert not other.is_running() or other.status() == psutil.STATUS_ZOMBIE
+    other.wait(10)
     print(f"rank {rank} hangs: the other ended after {seconds:.1f} s")
 
 

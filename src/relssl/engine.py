@@ -10,14 +10,14 @@ import os
 import platform
 import random
 import signal
+import socket
 import sys
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from datetime import timedelta
-from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -283,8 +283,8 @@ class Engine:
 class Watch(threading.Thread):
     """A thread that ends this process once another of its run has died or hangs, or the launcher above it has died.
 
-    Each rank counts its looks in a store of the first one's, whatever its main thread does; the first looks at all, the others at it.
-    Silence is measured in looks, so that a job that was suspended as a whole goes on. `active` is false once the run is over.
+    Each rank tells the first one its step now and then, whatever its main thread does, and the first one all others. Silence is
+    measured in looks, so that a job that was suspended as a whole goes on. `active` is false once the run is over.
     """
 
     def __init__(self, engine: Engine, timeout: float, children: list[Any]) -> None:
@@ -292,13 +292,18 @@ class Watch(threading.Thread):
         super().__init__(daemon=True)
         self.active, self._engine, self._children, self._reason = True, engine, children, ""
         self._limit = min(SILENCE, timeout)
-        options: Any = {"wait_for_workers": False, "timeout": timedelta(seconds=max(1.0, self._limit))}
-        meet: Any = partial(dist.TCPStore, os.environ["MASTER_ADDR"], **options)  # type: ignore[attr-defined]
-        store: Any = None if engine.rank else meet(0, is_master=True)
-        for key in ("lost", *map(str, range(engine.world))) if store else ():
-            store.set(key, "")
-        port = engine.gather_items([store and store.port])[0]
-        self._store = store or meet(port, is_master=False)
+        dual, peers = socket.has_dualstack_ipv6(), dict[int, socket.socket]()
+        family = socket.AF_INET6 if dual else socket.AF_INET
+        with socket.create_server(("", 0), family=family, backlog=engine.world, dualstack_ipv6=dual) as server:
+            server.settimeout(timeout)
+            port = engine.gather_items([server.getsockname()[1]])[0]
+            if engine.rank:
+                peers[0] = socket.create_connection((os.environ["MASTER_ADDR"], port), timeout)
+                peers[0].send(b"%9d" % engine.rank)
+            while len(peers) < (engine.world - 1 if engine.rank == 0 else 1):
+                peer, _ = server.accept()
+                peers[int(peer.recv(9, socket.MSG_WAITALL))] = peer
+        self._peers = peers
         # A shell that started a single rank may leave; torchrun, and the first process, stay as long as their ranks.
         started = "TORCHELASTIC_RUN_ID" in os.environ or os.environ.get(MARK) == str(os.getppid())
         self._parent = os.getppid() if started else None
@@ -306,44 +311,45 @@ class Watch(threading.Thread):
 
     def run(self) -> None:
         """Look at the others until the run is over, or until one is lost; then end this process."""
-        own, looks, verdict, words, orphaned = self._engine, 0, b"", list[bytes](), False
-        others = ["0"] if own.rank else [str(rank) for rank in range(1, own.world)]
-        heard, silent = dict.fromkeys(others, b""), dict.fromkeys(others, 0.0)
+        own, verdict, orphaned = self._engine, b"", False
+        silent, heard = dict.fromkeys(self._peers, 0.0), dict.fromkeys(self._peers, b"0")
         while not self._reason:
             time.sleep(_PAUSE)
-            looks += 1
-            try:
-                self._store.set(str(own.rank), f"{looks} {own.step}")
-                verdict, *words = self._store.multi_get(["lost", *others])
-                silent = {rank: (silent[rank] + _PAUSE) * (word == heard[rank]) for rank, word in zip(others, words, strict=True)}
-                heard = dict(zip(others, words, strict=True))
-            except RuntimeError:  # the store, and the first rank with it, has gone or answers no more
-                silent["0"] = math.inf
-            silent |= {str(rank): math.inf for rank, child in enumerate(self._children, 1) if child.poll()}
+            for rank, peer in self._peers.items():
+                peer.setblocking(False)
+                silent[rank] += _PAUSE
+                try:
+                    peer.send(b"%d " % own.step)
+                    words, _, verdict = peer.recv(1 << 16).partition(b"!")
+                    silent[rank] = 0.0 if words else math.inf
+                    heard[rank] = next(reversed(words.split()), heard[rank])
+                except BlockingIOError:
+                    pass  # it has said nothing since
+                except OSError:
+                    silent[rank] = math.inf
             if not self.active:
                 return
             lost, orphaned = max(silent, key=silent.__getitem__), self._parent not in (None, os.getppid())
             if verdict or orphaned:
                 self._reason = verdict.decode() or "the process that started this one has died; resume from the last checkpoint"
             elif silent[lost] >= self._limit:
-                place = f"last heard of at its step {heard.get(lost, b'').decode().partition(' ')[2] or 0}; rank {own.rank} is at step {own.step}"
+                place = f"last heard of at its step {heard[lost].decode()}; rank {own.rank} is at step {own.step}"
                 self._reason = f"rank {lost} has died or hangs, {place}; the last checkpoint is good, resume from it"
+        for peer in self._peers.values() if own.rank == 0 else ():
+            with suppress(OSError):
+                peer.send(b"!" + self._reason.encode())
         time.sleep(0 if orphaned else _GRACE)
         if self.active:
             error = DistributedError(self._reason)
             own.last_words(error)
             if not (verdict or (orphaned and own.rank)):  # one speaks
                 print(f"relssl: rank {own.rank}: {error}", file=sys.stderr, flush=True)
-            if own.rank == 0 and not orphaned:
-                self._store.set("lost", self._reason)
-                time.sleep(3 * _PAUSE)  # in which the others read it
             for child in self._children:
                 child.kill()
             os._exit(error.exit_code)
 
     def explain(self, fault: str) -> str:
-        """Say why an exchange with the others has failed: which is lost, if one is silent for a few looks, else the `fault` itself."""
-        self._limit = 3 * _PAUSE
+        """Say why an exchange with the others has failed: which is lost, if that shows soon, else the `fault` itself."""
         for _ in range(8):
             if not self._reason:
                 time.sleep(_PAUSE / 2)
