@@ -3,11 +3,13 @@
 from collections import deque
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 
+import relssl.method.health as health_file
 from relssl.method import Encoder, Memory, ReSSL, create_backbone, health, info_nce, relation, relational_loss, schedules
 from relssl.method.health import effective_rank, verdict
 
@@ -159,3 +161,49 @@ def test_health_of_known_relations() -> None:
 def test_effective_rank_counts_directions() -> None:
     assert float(effective_rank(torch.eye(16))) == pytest.approx(16, rel=1e-4)
     assert float(effective_rank(torch.ones(16, 8))) == pytest.approx(1, rel=1e-3)
+
+
+def test_figures_of_relations_equal_a_float64_oracle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sample by sample, written from the definitions; and the same in tiles."""
+    generator = np.random.default_rng(3)
+    count, size, near = 24, 300, 10
+
+    def unit_rows(*shape: int) -> np.ndarray:
+        rows = generator.normal(size=shape)
+        return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
+
+    memory, keys = Memory(size, 16), unit_rows(count, 16)
+    pushed = [unit_rows(50, 16) for _ in range(5)]
+    for number, rows in enumerate(pushed):
+        memory.push(torch.tensor(rows, dtype=torch.float32), torch.arange(50 * number, 50 * number + 50))
+    past = memory.keys.double().numpy()
+    ages = np.concatenate([np.repeat([5, 4, 3, 2, 1], 50), np.zeros(50)])
+    assert np.array_equal(memory.ages(50), ages)
+    queries = unit_rows(2, count, 16) + keys
+    queries /= np.linalg.norm(queries, axis=-1, keepdims=True)
+    teacher, student = keys @ past.T, queries @ past.T
+    places = np.argsort(-teacher, axis=1)[:, :near]
+    theirs = np.argsort(-student, axis=2)[..., :near]
+    counts = np.bincount(places.flatten(), minlength=size)
+    cosine = (queries * keys).sum(axis=-1)
+    matched = ages[places[:, 0]]
+    distances = ((keys[:, None] - keys[None]) ** 2).sum(axis=-1)[~np.eye(count, dtype=bool)]
+    softmax = np.exp(teacher / 0.04) / np.exp(teacher / 0.04).sum(axis=1, keepdims=True)
+    oracle = {
+        "top_agreement": np.mean([[len({*a} & {*b}) / near for a, b in zip(places, view, strict=True)] for view in theirs]),
+        "positive_margin": (cosine - np.median(student, axis=-1)).mean(),
+        "alignment": ((queries - keys) ** 2).sum(axis=-1).mean(),
+        "memory_unused": (counts == 0).mean(),
+        "hubness": np.sort(counts)[-3:].sum() / counts.sum(),
+        "matched_age": matched[matched > 0].mean(),
+        "uniformity": np.log(np.exp(-2 * distances).mean()),
+        "top_probability": softmax.max(axis=1),
+        "neighbours": np.exp(-(softmax * np.log(softmax)).sum(axis=1)),
+    }
+    for tile in (1 << 26, 1):
+        monkeypatch.setattr(health_file, "_TILE_BYTES", tile)
+        tensors = [torch.tensor(rows, dtype=torch.float32) for rows in (queries, keys, past)]
+        figures = health(*tensors, student_temperature=0.1, teacher_temperature=0.04, ages=memory.ages(50))
+        for name, value in oracle.items():
+            # A median of an even number is the lower one of the two in the middle.
+            assert figures[name].numpy() == pytest.approx(value, rel=1e-4, abs=3e-3 * (name == "positive_margin")), name

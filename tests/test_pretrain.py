@@ -31,7 +31,8 @@ from small_runs import NORMLESS, SMALL, close_runs, differing, equal_runs, final
 
 FIGURES = {
     *("step", "epoch", "samples", "loss", "lr", "teacher_momentum", "warmup_mix", "images_per_second", "data_wait", "grad_norm"),
-    *("teacher_entropy", "teacher_neighbours", "kl", "agreement", "embedding_std", "effective_rank"),
+    *("teacher_entropy", "teacher_neighbours", "kl", "agreement", "embedding_std", "effective_rank", "top_agreement"),
+    *("positive_margin", "alignment", "uniformity", "memory_unused", "hubness", "matched_age"),
 }
 
 

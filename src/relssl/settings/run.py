@@ -287,7 +287,7 @@ class LogConfig:
     """Measurements while training."""
 
     every: Count = setting(10, "steps between rows of metrics.jsonl")
-    knn_every: Natural = setting(10, "epochs between online kNN evaluations, when labels exist; 0: never")
+    knn_every: Natural = setting(10, "epochs between online evaluations, of kNN when labels exist; 0: never")
     knn: tuple[Count, Positive] = setting((200, 0.1), "neighbours k and temperature of the online kNN")
     knn_images: tuple[Count, Count] | None = setting(None, "training and test images of the online kNN at most; null: all")
     report: bool = setting(True, "write report.html, a page to look at, when the run is complete")
@@ -301,6 +301,7 @@ class CheckpointConfig:
     every: Count = setting(1, "epochs between checkpoints")
     every_steps: Count | None = setting(None, "steps between further checkpoints; null: none")
     keep: int = setting(2, "newest checkpoints that are kept", ge=2, le=1000)
+    best: Literal["knn", "label-free", "off"] = setting("knn", "figure by which the best checkpoint is kept too; label-free: lidar")
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -35,6 +36,8 @@ from relssl.weights import store
 
 # Non-finite steps in a row after which a run cannot be expected to recover; they are counted on the device, which is asked as often.
 PATIENCE = 10
+# The figure by which a checkpoint is the best, for each choice of `checkpoint.best`. Without labels it is the one that tracked kNN best.
+BEST = {"knn": "knn_top1", "label-free": "lidar", "off": ""}
 
 
 @dataclass
@@ -51,9 +54,7 @@ class Run:
     classes: int  # how many the labels tell apart; else 0
     loss_form: str  # plain or tiled, two ways to the same number
     state: State
-    online: Online | None = (
-        None  # what is measured while training: kNN; without labels and from given weights, their features' rank
-    )
+    online: Online | None = None  # what is measured while training
     given: Given = field(default_factory=Given)  # weights from elsewhere
     known: Tensor | None = None  # [N, D] on the device, a frozen teacher's features of all images, where these never change
     folder: RunFolder | None = None  # where the run is written; None on ranks that do not write
@@ -226,9 +227,9 @@ def relations(run: Run, queries: Tensor, keys: Tensor, now: dict[str, float]) ->
     """Compute the figures of the relations of queries [V, B, D] and keys [B, D]; without a memory there is only the keys' spread."""
     memory = run.state.model.memory
     if memory is None:
-        return {"embedding_std": spread(keys)}
-    student, teacher = run.config.method.student_temperature, now["teacher_temperature"]
-    return health(queries, keys, memory.keys, student_temperature=student, teacher_temperature=teacher)
+        return spread(keys)
+    temperatures = {"student_temperature": run.config.method.student_temperature, "teacher_temperature": now["teacher_temperature"]}
+    return health(queries, keys, memory.keys, **temperatures, ages=memory.ages(len(keys)))
 
 
 def train(run: Run, display: Display, stop: StopRequest) -> None:
@@ -244,7 +245,7 @@ def train(run: Run, display: Display, stop: StopRequest) -> None:
         folder.open_rows(state.step, config, display.say)
         if state.step == 0 and run.online is not None:
             display.say(f"measuring {'the given weights' if config.start else 'kNN of the untrained network'}")
-            folder.write_row({"step": 0, "epoch": 0, "samples": 0} | run.online.baselines(state.model, engine))
+            folder.write_row({"step": 0, "epoch": 0, "samples": 0} | run.online.baselines(state, engine))
     engine.wait()
     display.begin(state.step, run.total_steps, run.plan.steps_per_epoch, config.batch_size)
     watch, pending = Stopwatch(run.loader.stream(state.step, run.total_steps), config.batch_size), None
@@ -325,13 +326,14 @@ def report(run: Run, figures: Figures, display: Display) -> None:
         return
     keys, (speed, waiting) = values.pop("keys"), figures.speed
     row: dict[str, Any] = {"step": figures.step, "epoch": int(epoch), "samples": figures.step * run.config.batch_size}
-    row |= figures.schedule | {name: float(value) for name, value in values.items()}
+    row |= figures.schedule | {name: float(value) for name, value in values.items() if not value.ndim}
     row |= {"effective_rank": float(effective_rank(keys)), "images_per_second": round(speed, 1), "data_wait": round(waiting, 4)}
     if knn_due(run) and figures.step == state.step:
         if run.online is not None:
-            row |= run.online.measure(state.model, run.engine)
-            if "knn_top1" in row and (state.best is None or row["knn_top1"] > state.best["knn_top1"]):
-                state.best = {"knn_top1": row["knn_top1"], "checkpoint": store.step_folder(Path(), state.step).name}
+            row |= run.online.measure(state, run.engine)
+            figure = BEST[run.config.checkpoint.best]
+            if figure in row and (state.best is None or row[figure] > state.best.get(figure, -math.inf)):
+                state.best = {figure: row[figure], "checkpoint": store.step_folder(Path(), state.step).name}
         run.engine.wait()
     if run.folder is not None:
         run.folder.write_row(row)
