@@ -105,6 +105,25 @@ def uniforms(seed: int, epoch: int, ids: Ints, slot: int, count: int) -> Floats:
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
+def permuted(seed: int, epoch: int, positions: Ints, count: int) -> Ints:
+    """Return what stands at some positions of an epoch's order of 0..count-1, each computed by itself, so that nothing of size `count` is.
+
+    A Feistel network of six rounds on the next even number of bits, applied until the result is below `count` (cycle walking: Black and
+    Rogaway 2002, "Ciphers with Arbitrary Finite Domains"), which makes it a bijection.
+    """
+    half = np.uint64((max(count - 1, 1).bit_length() + 1) // 2)
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    keys = (uniforms(seed, epoch, np.arange(6), Slot.ORDER, 2)[:, 1] * 2.0**53).astype(np.uint64)
+    values, outside = np.asarray(positions, np.int64).astype(np.uint64), np.ones(len(positions), np.bool_)
+    while outside.any():
+        left, right = values[outside] >> half, values[outside] & mask
+        for key in keys:
+            left, right = right, left ^ (_mix(right + key) & mask)
+        values[outside] = left << half | right
+        outside = values >= np.uint64(count)
+    return values.astype(np.int64)
+
+
 def _mix(z: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     """Apply splitmix64's finaliser, a bijection of 64 bits each of whose output bits depends on all input bits; arrays wrap silently."""
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -19,6 +19,7 @@ from pydantic import TypeAdapter
 
 from relssl.data import digits
 from relssl.data.folder import EXTENSIONS, LeftOut, complete, read_folder, shown, split_folders, walk
+from relssl.data.hub import located, read_hub
 from relssl.data.images import IMAGENET_MEAN, IMAGENET_STD, Channels, Files, Images, Pixels
 from relssl.data.lists import LIST_SUFFIXES, read_list
 from relssl.data.shards import listed, read_shards
@@ -75,7 +76,7 @@ def load(data: str, root: str | None, split: str) -> Images:
     elif path is None or data in SETS:
         images = _READERS[SETS[data].kind](data, data_root(root), split)
     elif os.path.isdir(path):
-        images = read_voc(path, split) if _voc_lists(path) else read_folder(path, split)
+        images = read_voc(path, split) or read_folder(path, split)
     elif split == "test":
         raise DataError(f"{shown(data)}: a list file has no test images; use a folder with train/CLASS/ and val/CLASS/")
     else:
@@ -108,6 +109,8 @@ def sample(data: str, root: str | None, count: int) -> Images | None:
 
 def at_hand(data: str, root: str | None) -> bool:
     """Return whether `load` needs no download for DATA."""
+    if data.startswith("hf:"):
+        return located(data.removeprefix("hf:"))[-1]
     if data not in SETS or not SETS[data].source:
         return True
     return Path(data_root(root), SETS[data].folder or "train_32x32.mat").exists()  # SVHN's files lie in the root itself
@@ -122,13 +125,16 @@ def exists(data: str, root: str | None) -> str | None:
     """Check that DATA can be what it names, before anything slow is imported; images are not read.
 
     Returns:
-        The folder, list file or `shards:PATTERN` that it names, the last from the root on; None for a set that `load` may download,
-        draw or call for.
+        The folder or list file that it names, `hf:FOLDER` and `shards:PATTERN` from the root on; None for a set that `load` may
+        download, draw or call for.
 
     Raises:
         DataError: for a name that is not known, a path that does not exist, a folder without images, an empty list file.
     """
     path, (prefix, _, rest) = os.path.expanduser(data), data.partition(":")
+    if prefix == "hf":
+        place, part, columns, is_folder = located(rest)
+        return f"hf:{place}{part and ':'}{part}{columns and '#'}{columns}" if is_folder else None
     if prefix == "shards":
         listed(rest)
         return f"shards:{os.path.abspath(os.path.expanduser(rest))}"
@@ -315,23 +321,21 @@ def _rows(columns: int, *path: str) -> list[list[str]]:
     return rows
 
 
-def _voc_lists(folder: str) -> dict[str, list[str]]:
-    """Return the classes, sorted, that have a list for each of the parts of a VOC year; none of another folder."""
-    lists: dict[str, list[str]] = {}
-    main = os.path.join(folder, "ImageSets", "Main")
-    for file in os.listdir(main) if os.path.isdir(main) and os.path.isdir(os.path.join(folder, "JPEGImages")) else ():
-        if match := re.fullmatch(r"(.+)_(train|val|trainval|test)\.txt", file):
-            lists.setdefault(match[2], []).append(match[1])
-    return {part: sorted(words) for part, words in lists.items()}
+def _voc_classes(folder: str, part: str) -> list[str]:
+    """Return the classes, sorted, that have a list for a part (train, val, trainval, test) of a VOC year."""
+    lists = Path(folder, "ImageSets", "Main").glob(f"?*_{part}.txt")
+    return sorted(file.name.removesuffix(f"_{part}.txt") for file in lists)
 
 
-def read_voc(folder: str, split: str) -> Images:
-    """Read the images of a split of a VOC folder; the name says which of the folder's parts that is.
+def read_voc(folder: str, split: str) -> Images | None:
+    """Read the images of a split of a VOC folder, None of another folder; the name says which of the folder's parts that is.
 
     Tested is on `test` after `trainval`; on `val` after `train` where the labels of `test` were never published, as for VOC2012.
     """
-    lists = _voc_lists(folder)
-    train, test = ("trainval", "test") if "test" in lists or not {"train", "val"} <= lists.keys() else ("train", "val")
+    parts = [part for part in ("train", "val", "trainval", "test") if _voc_classes(folder, part)]
+    if not parts or not os.path.isdir(os.path.join(folder, "JPEGImages")):
+        return None
+    train, test = ("trainval", "test") if "test" in parts or not {"train", "val"} <= {*parts} else ("train", "val")
     part = test if split == "test" else train
     return _read_voc_part(f"{shown(folder)} ({part})", folder, part)
 
@@ -347,7 +351,7 @@ def _read_voc07(name: str, root: str, split: str) -> Images:
 
 def _read_voc_part(name: str, folder: str, part: str) -> Images:
     """Read the lists of a part, one a class: all name the same images, each once, with 1 (yes), -1 (no) or 0 (difficult)."""
-    classes = _voc_lists(folder).get(part, [])
+    classes = _voc_classes(folder, part)
     columns: list[dict[str, int]] = []  # by class: the target of each image
     for word in classes:
         rows = _rows(2, folder, "ImageSets", "Main", f"{word}_{part}.txt")
@@ -370,4 +374,7 @@ _READERS: dict[str, Callable[[str, str, str], Images]] = {  # of the name, the r
     "tiny-imagenet": _read_tiny_imagenet,
     "voc07": _read_voc07,
 }
-_PREFIXED: dict[str, Callable[[str, str], Images]] = {"shards": read_shards}  # of what follows the prefix, and a split
+_PREFIXED: dict[str, Callable[[str, str], Images]] = {
+    "hf": read_hub,
+    "shards": read_shards,
+}  # of what follows the prefix, and a split

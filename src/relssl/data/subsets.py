@@ -15,6 +15,7 @@ import numpy.typing as npt
 from relssl.data.decode import BadImage
 from relssl.data.draws import Slot, uniforms
 from relssl.data.folder import shown
+from relssl.data.hub import Hub
 from relssl.data.images import Files, Images, Source
 from relssl.data.shards import Shards
 from relssl.errors import DataError
@@ -117,7 +118,7 @@ def spread(start: int, stop: int, count: int) -> list[int]:
 
 
 def shared(bank: Images, test: Images) -> int:
-    """Count the test images that are in the bank too: the same beginning as stored; of files, the same name and size besides."""
+    """Count the test images that are in the bank too: the same beginning as stored; of files and tables, the same name and size besides."""
     alike: dict[bytes, list[int]] = defaultdict(list)  # of the test images; the larger side is gone through without being held
     for row, mark in enumerate(_marks(test.source)):
         alike[mark].append(row)
@@ -131,6 +132,6 @@ def shared(bank: Images, test: Images) -> int:
 
 def _marks(source: Source) -> Iterator[bytes]:
     """Yield base name and size of each file, a hash of each other image's beginning."""
-    if isinstance(source, Files | Shards):
+    if isinstance(source, Files | Shards | Hub):
         return (os.path.basename(source.names[row]) + b"/%d" % size for row, size in enumerate(source.sizes.tolist()))
     return (hashlib.blake2b(source.beginning(row), digest_size=12).digest() for row in range(len(source)))

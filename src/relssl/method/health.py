@@ -132,22 +132,3 @@ def lidar(views: Tensor) -> Tensor:
     values = torch.linalg.svdvals(between).square()
     dimensions: Tensor = torch.special.entr(values / values.sum().clamp_min(1e-12)).sum().exp()
     return dimensions
-
-
-def verdict(figures: dict[str, float], memory_size: int, dim: int, *, warms: bool = True) -> str | None:
-    """The collapse that the figures show, with what to try; None when they look healthy.
-
-    Args:
-        memory_size: K. dim: D, of the keys.
-        warms: whether the method has an InfoNCE warm-up that could be longer.
-    """
-    longer = ", lengthen method.warmup_share" if warms else ""
-    if figures["embedding_std"] < 0.1:
-        return f"collapsed: all embeddings point one way; lower optimizer.lr{longer}" + (
-            " or drop the predictor" if warms else ""
-        )
-    if figures.get("teacher_neighbours", 0) > 0.9 * memory_size:
-        return f"collapsed: the teacher's relation is uniform; lower method.teacher_temperature{longer}"
-    if figures["effective_rank"] < min(4.0, 0.1 * dim):
-        return f"collapsing: the embeddings use under {min(4.0, 0.1 * dim):g} directions; lower optimizer.lr{longer}"
-    return None

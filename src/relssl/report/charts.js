@@ -19,14 +19,20 @@ function logTicks(low, high) {
   return found;
 }
 
-function chart(title, about, lines, levels, axis) {
+// The pattern of a line, beside its name.
+const swatch = (line) =>
+  svg("svg", { viewBox: "0 0 36 12", "aria-hidden": "true" }, svg("path", { class: `line ${lineClass(line)}`, d: "M0 6L36 6" }));
+const lineClass = (line) => `run${Math.min(line.run, 3)} column${line.column}`;
+
+function chart(curve, lines, levels, axis) {
+  const title = curve.title;
   const points = lines.flatMap((line) => line.points);
   const values = [...points.map((point) => point[1]), ...levels.map((level) => level[1])];
   const xs = points.map((point) => point[0]);
   const extent = (list) => list.reduce(([low, high], value) => [Math.min(low, value), Math.max(high, value)], [Infinity, -Infinity]);
   const [x0, x1] = extent(xs);
   let [y0, y1] = extent(values);
-  const log = y0 > 0 && y1 / y0 > 30;
+  const log = curve.log && y0 > 0 && y1 / y0 > 5;
   const pad = log ? 0 : (y1 - y0) * 0.05 || Math.abs(y1) * 0.05 || 1;
   [y0, y1] = [y0 - (y0 >= 0 ? Math.min(pad, y0) : pad), y1 + pad];
   const scale = log ? Math.log10 : (value) => value;
@@ -35,7 +41,7 @@ function chart(title, about, lines, levels, axis) {
 
   const ends = lines.map((line) => `${line.name} from ${short(line.points[0][1])} to ${short(line.points.at(-1)[1])}`).join("; ");
   const drawing = svg("svg", { viewBox: `0 0 ${WIDE} ${HIGH}`, role: "img", tabindex: 0, "aria-label": `${title}: ${ends}. Arrow keys read values.` });
-  for (const y of log ? logTicks(y0, y1) : ticks(y0, y1, 4)) {
+  for (const y of log ? logTicks(y0, y1) : ticks(y0, y1, 5)) {
     drawing.append(svg("line", { class: "axis", x1: LEFT, x2: WIDE - RIGHT, y1: py(y), y2: py(y) }));
     drawing.append(svg("text", { x: LEFT - 6, y: py(y) + 4, "text-anchor": "end" }, short(y)));
   }
@@ -46,12 +52,15 @@ function chart(title, about, lines, levels, axis) {
   }
   for (const line of [...lines].reverse()) {
     const path = line.points.map(([x, y], i) => `${i ? "L" : "M"}${px(x).toFixed(1)} ${py(y).toFixed(1)}`).join("");
-    drawing.append(svg("path", { class: `line run${Math.min(line.run, 3)} column${line.column}`, d: path }));
+    drawing.append(svg("path", { class: `line ${lineClass(line)}`, d: path }));
   }
   const cursor = svg("line", { class: "cursor", y1: TOP, y2: HIGH - BOTTOM, visibility: "hidden" });
   drawing.append(cursor);
 
-  const readout = el("p", { class: "values", "aria-live": "polite" }, lines.map((line) => `${line.name} ${short(line.points.at(-1)[1])}`).join("   "));
+  const readout = el("p", { class: "values", "aria-live": "polite" });
+  const say = (lead, valueOf) => readout.replaceChildren(lead, ...lines.flatMap((line) =>
+    [...(lines.length > 1 ? [swatch(line)] : []), `${line.name} ${short(valueOf(line))}   `]));
+  say("", (line) => line.points.at(-1)[1]);
   const stops = [...new Set(xs)].sort((a, b) => a - b);
   let stop = stops.length - 1;
   const read = (index) => {
@@ -60,11 +69,7 @@ function chart(title, about, lines, levels, axis) {
     cursor.setAttribute("x1", px(x));
     cursor.setAttribute("x2", px(x));
     cursor.setAttribute("visibility", "visible");
-    const parts = lines.map((line) => {
-      const near = line.points.reduce((best, point) => (Math.abs(point[0] - x) < Math.abs(best[0] - x) ? point : best));
-      return `${line.name} ${short(near[1])}`;
-    });
-    readout.textContent = `${axis} ${short(x)}:  ${parts.join("   ")}`;
+    say(`${axis} ${short(x)}:  `, (line) => line.points.reduce((best, point) => (Math.abs(point[0] - x) < Math.abs(best[0] - x) ? point : best))[1]);
   };
   drawing.addEventListener("pointermove", (event) => {
     const box = drawing.getBoundingClientRect();
@@ -75,28 +80,25 @@ function chart(title, about, lines, levels, axis) {
     const moves = { ArrowLeft: stop - 1, ArrowRight: stop + 1, Home: 0, End: stops.length - 1 };
     if (event.key in moves) { read(moves[event.key]); event.preventDefault(); }
   });
-  return el("figure", { class: "chart" }, el("h3", {}, title), readout, drawing, el("p", {}, about));
+  return el("figure", { class: "chart" }, el("h3", {}, title), readout, drawing, el("p", {}, curve.about));
 }
 
 (function drawCharts() {
   const many = DATA.runs.length > 1, target = by("charts");
   const titles = [...new Set(DATA.runs.flatMap((run) => run.curves.map((curve) => curve.title)))];
   if (!titles.length) target.append(el("p", {}, "No rows yet."));
-  if (many) {
-    const keys = DATA.runs.map((run, i) =>
-      el("span", {}, svg("svg", { viewBox: "0 0 36 12", "aria-hidden": "true" }, svg("path", { class: `line run${Math.min(i, 3)}`, d: "M0 6L36 6" })), run.name));
-    target.before(el("p", { class: "legend" }, ...keys));
-  }
+  if (many) target.before(el("p", { class: "legend" }, ...DATA.runs.map((run, i) => el("span", {}, swatch({ run: i, column: 0 }), run.name))));
   for (const title of titles) {
-    const lines = [], about = [], levels = [];
+    const lines = [], levels = [], curves = [];
     DATA.runs.forEach((run, number) => {
       const curve = run.curves.find((each) => each.title === title);
       if (!curve) return;
-      about.push(curve.about);
+      curves.push(curve);
       if (!many) levels.push(...curve.levels);
       curve.lines.slice(0, many ? 1 : 2).forEach((line, column) =>
         lines.push({ name: many ? run.name : line.name, points: line.points, run: number, column }));
     });
-    target.append(chart(title, about[0], lines, levels, DATA.runs[0].axis));
+    (curves[0].about ? target : by("more-charts")).append(chart(curves[0], lines, levels, DATA.runs[0].axis));
   }
+  by("more").hidden = !by("more-charts").children.length;
 })();

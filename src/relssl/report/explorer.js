@@ -59,6 +59,7 @@ function drawExplorer() {
       return;
     }
     const now = relation(number, at);
+    by("said").textContent = `${nameOf(image)}: ${short(now.neighbours)} effective neighbours at temperature ${short(RELATIONS.temperatures[at])}`;
     const keys = { teacher: (i) => now.teacher[i], student: (i) => now.student[i], disagreement: (i) => Math.abs(now.teacher[i] - now.student[i]) };
     const places = now.slots.map((_, i) => i).sort((a, b) => keys[order.name](b) - keys[order.name](a)).slice(0, ROWS);
     const most = Math.max(...places.map((i) => Math.max(now.teacher[i], now.student[i])));

@@ -14,7 +14,7 @@ from relssl.errors import ConfigError, RelsslError
 from relssl.files import duration, read_rows
 from relssl.report.tables import facts as figures
 from relssl.settings.reading import flat, read_yaml
-from relssl.settings.run import Config, derive
+from relssl.settings.run import Config
 from relssl.train.pretrain import Result
 from relssl.weights.opening import load_run
 
@@ -48,7 +48,6 @@ _BASELINES = {"knn_raw_pixels": "raw pixels", "knn_top1": "untrained"}
 _PLACES = ("step", "epoch", "samples", *_BASELINES)  # columns that are no curves of their own
 # Settings that say nothing of what was learned.
 _ASIDE = ("out", "data_root", "recipe", "time_limit", "log.", "checkpoint.", "loader.")
-_WORDS = {"Good": "learning", "Healthy": "learning", "Little": "flat", "Not good": "flat"}
 
 
 def run_facts(folder: Path) -> dict[str, Any]:
@@ -142,38 +141,34 @@ def _what(
 
 
 def _verdict(folder: Path, rows: list[dict[str, Any]], config: Config | None) -> dict[str, Any]:
-    """Return {"word": learning, flat, collapsing or unknown, "lines": why, "evidence": [[what, figure], ...]}."""
+    """Return {"word": learning, flat, collapsing or unknown, "lines": why, "bars": [[what, percent]], "figures": [[what, figure]]}."""
     trained = [row for row in rows if "loss" in row]
     if config is None or not trained:
-        return {"word": "unknown", "lines": ["Nothing can be said yet."], "evidence": []}
-    known = figures(Result(folder, folder, rows), config)
-    lines, first, last = list(known["verdict"]), trained[0], trained[-1]
-    word = _WORDS.get(lines[0].partition(":")[0], "unknown")
-    if lines[0].startswith("Not good") and not lines[0].startswith("Not good: +") and not lines[0].startswith("Not good: -"):
-        word = "collapsing"
-    evidence: list[list[str]] = []
-    for name, title in (
-        ("raw_pixels", "raw pixels"),
-        ("untrained", "untrained network"),
-        ("student", "student"),
-        ("teacher", "teacher"),
-    ):
-        if known[f"knn_{name}"] is not None:
-            evidence.append([f"kNN top-1, {title}", f"{known[f'knn_{name}']:.1f} %"])
-    if known["knn_student"] is None and word == "learning":
+        return {"word": "unknown", "lines": ["Nothing can be said yet."], "bars": [], "figures": []}
+    known, first, last = figures(Result(folder, folder, rows), config), trained[0], trained[-1]
+    word, lines = known["word"], known["verdict"]
+    lines[0] = lines[0].partition(": ")[2].capitalize() if word in ("learning", "flat") else lines[0].partition(": ")[2]
+    if word == "healthy":
         moved = _moved(first, last)
-        word = "learning" if moved or len(trained) < 2 else "flat"
+        word = "learning" if moved else "flat"
         lines[0] = (
-            "The relations form: " + "; ".join(moved) if moved else "Not collapsed, but the relations have hardly moved yet."
+            f"No sign of a collapse; {'; '.join(moved)}."
+            if moved
+            else "No sign of a collapse, and none of progress since the first row."
         )
-    if "teacher_neighbours" in last and derive(config).traits.memory:
-        evidence.append(
-            ["teacher's effective neighbours", f"{_short(last['teacher_neighbours'])} of {config.method.memory_size}"]
-        )
-        evidence.append(["same nearest neighbour", f"{_short(last.get('agreement'))} of samples"])
-    evidence.append(["spread of the embeddings", f"{_short(last.get('embedding_std'))} (1 is all round)"])
-    evidence.append(["effective rank", f"{_short(last.get('effective_rank'))} of {config.encoder.dim}"])
-    return {"word": word, "lines": lines, "evidence": evidence}
+    bars = {"raw_pixels": "raw pixels", "untrained": "untrained network", "student": "student", "teacher": "teacher"}
+    health = {
+        "teacher_neighbours": ("effective neighbours of the teacher", f"{{}} of {config.method.memory_size:,}"),
+        "agreement": ("share of samples with the same nearest neighbour for both networks", "{}"),
+        "embedding_std": ("spread of the embeddings; 1 is all round, 0 collapsed", "{}"),
+        "effective_rank": ("effective rank of the embeddings", f"{{}} of {config.encoder.dim}"),
+    }
+    return {
+        "word": word,
+        "lines": lines,
+        "bars": [[words, known[f"knn_{name}"]] for name, words in bars.items() if known[f"knn_{name}"] is not None],
+        "figures": [[words, form.format(_short(last[name]))] for name, (words, form) in health.items() if name in last],
+    }
 
 
 def _moved(first: dict[str, Any], last: dict[str, Any]) -> list[str]:
@@ -195,10 +190,12 @@ def _short(value: float | None) -> str:
 
 
 def _curves(rows: list[dict[str, Any]], epoch: int) -> list[dict[str, Any]]:
-    """Return the curves of all columns, at most `_POINTS` points each: {"title", "about", "lines": [{"name", "points": [[x, y]]}]}."""
+    """Return the curves of all columns, at most `_POINTS` points a line; those without `about` matter less."""
     columns = {name for row in rows for name, value in row.items() if isinstance(value, int | float)}
     named = {column for _, names, _ in _CURVES for column in names}
-    others = tuple((column, {column: column}, "") for column in sorted(columns - named - set(_PLACES)))
+    others = tuple(
+        (column.replace("_", " ").capitalize(), {column: "value"}, "") for column in sorted(columns - named - set(_PLACES))
+    )
     curves = []
     for title, names, about in (*_CURVES, *others):
         lines = []
@@ -210,7 +207,9 @@ def _curves(rows: list[dict[str, Any]], epoch: int) -> list[dict[str, Any]]:
         if lines and len({y for line in lines for _, y in line["points"]}) > (title != "Loss"):
             start = rows[0] if "knn_top1" in names and rows[0]["step"] == 0 else {}
             levels = [[name, start[column]] for column, name in _BASELINES.items() if start.get(column) is not None]
-            curves.append({"title": title, "about": about, "lines": lines, "levels": levels})
+            curves.append(
+                {"title": title, "about": about, "lines": lines, "levels": levels, "log": "teacher_neighbours" in names}
+            )
     return curves
 
 
@@ -226,8 +225,6 @@ def _evaluations(folder: Path, missing: list[str]) -> list[dict[str, Any]]:
                 findings.append(row | {"setting": setting, "value": each["figures"][each["main"]], "low": low, "high": high})
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             missing.append(f"evaluations/{path.name} cannot be read")
-    if not findings:
-        missing.append("no evaluations yet: `relssl evaluate RUN DATA` adds them")
     return findings
 
 

@@ -28,6 +28,7 @@ from relssl.evaluation.embed import escaped
 from relssl.evaluation.features import evaluating, unit
 from relssl.evaluation.pairs import choose
 from relssl.method.base import Method, unwrapped
+from relssl.method.encoder import Encoder
 from relssl.method.health import effective_rank
 from relssl.report.pictures import Sheet, visible
 from relssl.report.relations import relations
@@ -82,7 +83,7 @@ def gallery(opened: Opened, say: Callable[[str], None] = lambda line: None) -> G
         run.state.step = int(meta["step"])
         restore(model, tensors, path)
         say("report: views and relations")
-        explored, pictures, facts = explore(run)
+        explored, pictures, facts = explore(run, copy.deepcopy(start))
         restore(model, tensors, path)  # without the batch-norm statistics of those passes
         rows = choose_shown(explored, facts, model, len(images), config.seed)
         say("report: features")
@@ -101,8 +102,8 @@ def restore(model: Method, tensors: dict[str, Tensor], path: Any) -> None:
         raise CheckpointError(f"{path}: does not fit the run's settings: {store.one_line(error)}") from error
 
 
-def explore(run: Run) -> tuple[list[int], list[np.ndarray], dict[str, Any]]:
-    """Return the positions of E images, their views view by view, and their relations to the memory.
+def explore(run: Run, start: Encoder) -> tuple[list[int], list[np.ndarray], dict[str, Any]]:
+    """Return the positions of E images, their views view by view, and their relations to the memory; `start` is the untrained student.
 
     These are the first images of the next epoch, in views as it draws them, and the networks are in training mode, in parts as large as
     the run's: so the relations are those that the next step would learn from.
@@ -119,18 +120,23 @@ def explore(run: Run) -> tuple[list[int], list[np.ndarray], dict[str, Any]]:
     side = min(_SIDE, max(view.size for view in derive(config).views))
     pictures = [p for views in zip(*all_views, strict=True) for view in views for p in visible(view, mean, std, side)]
     pictures = pictures[: _VIEWS * len(ids)]
-    facts: dict[str, Any] = {"views": len(pictures) // len(ids), "epoch": first // plan.steps_per_epoch}
+    facts: dict[str, Any] = {"views": len(pictures) // len(ids)}
     if model.memory is None or model.teacher is None or not batches[0].strong:
         return ids, pictures, facts
     place, student = run.engine.place, unwrapped(model.student)
-    with run.engine.autocast():
-        keys = torch.cat([model.teacher([place(batch.weak)])[0] for batch in batches]).float()
-        queries = torch.cat([student([place(batch.strong[0])])[0] for batch in batches]).float()
+
+    def embed(network: Encoder, views: list[Tensor]) -> Tensor:
+        with run.engine.autocast():
+            return torch.cat([network([place(view)])[0] for view in views]).float()
+
+    weak, strong = [batch.weak for batch in batches], [batch.strong[0] for batch in batches]
+    keys, queries = embed(model.teacher, weak), embed(student, strong)
     now = scheduled(run, max(0, run.state.step - 1))
     memory = model.memory.keys.float()
     warm = {"teacher_temperature": now["teacher_temperature"], "student_temperature": config.method.student_temperature}
     facts["relations"] = relations((keys @ memory.T).cpu(), (queries @ memory.T).cpu(), **warm)
-    facts["matched"] = share_matched(queries, keys)
+    pairs = {"untrained": (embed(start, strong), embed(start, weak)), "student": (queries, keys)}
+    facts["matched"] = {name: share_matched(*pair) for name, pair in pairs.items()}
     return ids, pictures, facts
 
 
@@ -154,7 +160,7 @@ def choose_shown(explored: list[int], facts: dict[str, Any], model: Method, coun
 
 
 def describe(
-    run: Run, rows: np.ndarray, explored: list[int], pictures: list[np.ndarray], facts: dict[str, Any], start: Any
+    run: Run, rows: np.ndarray, explored: list[int], pictures: list[np.ndarray], facts: dict[str, Any], start: Encoder
 ) -> Gallery:
     """Compute features, neighbours and map of the images at `rows`, the first of them the explored ones."""
     config, engine, model = run.config, run.engine, run.state.model

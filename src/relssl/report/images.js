@@ -26,9 +26,11 @@ function drawMap() {
   const names = Object.keys(GALLERY.maps);
   let places = [];
   const dots = GALLERY.names.map((_, image) => svg("circle", { r: 7, "data-image": image }));
+  // Names of few classes stand in the middle of theirs.
+  const titles = (GALLERY.classes && GALLERY.classes.length <= 20 ? GALLERY.classes : []).map((name) => svg("text", { class: "name" }, name));
   const ring = svg("circle", { class: "chosen", r: 16 });
-  const drawing = svg("svg", { viewBox: "-30 -30 1060 1060", role: "application", tabindex: 0,
-    "aria-label": "Map of the images. Arrow keys go to the nearest image in that direction; Enter chooses it." }, ...dots, ring);
+  const drawing = svg("svg", { role: "application", tabindex: 0,
+    "aria-label": "Map of the images. Arrow keys go to the nearest image in that direction; Enter chooses it." }, ...dots, ...titles, ring);
   const hint = el("div", { class: "map-hint", hidden: "" });
   by("map").append(drawing);
   document.body.append(hint);
@@ -36,8 +38,15 @@ function drawMap() {
 
   const show = (name) => {
     places = GALLERY.maps[name];
+    const [wide, high] = [0, 1].map((axis) => Math.max(...places.map((each) => each[axis])));
+    drawing.setAttribute("viewBox", `-30 ${970 - high} ${wide + 60} ${high + 60}`);
     dots.forEach((dot, image) => { dot.setAttribute("cx", places[image][0]); dot.setAttribute("cy", 1000 - places[image][1]); });
     mark(chosen);
+    titles.forEach((title, label) => {
+      const mine = places.filter((_, image) => GALLERY.labels[image] === label);
+      const middle = (axis) => mine.map((each) => each[axis]).sort((a, b) => a - b)[Math.floor(mine.length / 2)];
+      if (mine.length) { title.setAttribute("x", middle(0)); title.setAttribute("y", 1000 - middle(1) + 10); }
+    });
   };
   const mark = (image) => { ring.setAttribute("cx", places[image][0]); ring.setAttribute("cy", 1000 - places[image][1]); };
   const point = (image) => {

@@ -45,7 +45,10 @@ def write_report(*runs: str | Path, out: str | Path | None = None, say: Callable
 def pictures(folder: Path, facts: dict[str, Any], say: Callable[[str], None]) -> Gallery | None:
     """Return what there is to see of a run's images; None, and a line more in `missing`, if that is nothing."""
     try:
-        return gallery(load_run(folder), say)
+        shown = gallery(load_run(folder), say)
+        if "relations" not in shown.facts:
+            facts["missing"].append("relations: the method has no memory, or no teacher, that they could be taken to")
+        return shown
     except RelsslError as error:
         facts["missing"].append(f"no pictures, map and explorer: {error}")
     except Exception as error:  # networks, data and views are others' code, and the rest of the page needs none of them

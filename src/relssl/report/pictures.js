@@ -48,6 +48,8 @@ function choice(image, extra) {
   return place(node, "thumb", image);
 }
 
+for (const bar of document.querySelectorAll("[data-share]")) bar.style.width = `${100 * bar.dataset.share}%`;
+
 // What depends on the chosen image listens here.
 const listeners = [];
 let chosen = 0;

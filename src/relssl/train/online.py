@@ -1,4 +1,4 @@
-"""What is measured while training: figures of the features that need no labels, and kNN for sets with labels."""
+"""Measurements while training: figures of the features that need no labels, and kNN for sets with labels."""
 
 from __future__ import annotations
 
