@@ -82,7 +82,7 @@ def spread(keys: Tensor) -> dict[str, Tensor]:
             evenly, 0 when all are one.
     """
     keys, pairs = keys.float(), len(keys) * (len(keys) - 1)
-    near = [(4 * part @ keys.T - 4).exp().sum() for part in keys.split(max(1, _TILE_BYTES // (4 * len(keys))))]
+    near = [(4 * part @ keys.T - 4).exp().sum() for part in torch.split(keys, max(1, _TILE_BYTES // (4 * len(keys))))]
     apart = ((torch.stack(near).sum() - len(keys)) / pairs).log()  # without each one's pair with itself
     return {"embedding_std": keys.std(dim=0, correction=0).mean() * math.sqrt(keys.shape[1]), "uniformity": apart}
 

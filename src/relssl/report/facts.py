@@ -15,6 +15,7 @@ from relssl.files import duration, read_rows
 from relssl.report.tables import facts as figures
 from relssl.settings.reading import flat, read_yaml
 from relssl.settings.run import Config
+from relssl.train.figures import FIGURES
 from relssl.train.pretrain import Result
 from relssl.weights.opening import load_run
 
@@ -27,15 +28,7 @@ _CURVES: tuple[tuple[str, dict[str, str], str], ...] = (
         "Higher is better. Labels of the data serve this figure alone.",
     ),
     ("Loss", {"loss": "loss"}, "Its height says little about quality; a sudden rise or NaN says much."),
-    (
-        "Teacher's effective neighbours",
-        {"teacher_neighbours": "neighbours"},
-        "Falls from the memory's size to a few as relations form.",
-    ),
-    ("Student's divergence, nats", {"kl": "divergence"}, "How far the student's relations are from the teacher's."),
-    ("Same nearest neighbour", {"agreement": "agreement"}, "Share of samples for which both name the same nearest key."),
-    ("Spread of the embeddings", {"embedding_std": "spread"}, "About 1 when all directions are used, 0 when collapsed."),
-    ("Effective rank", {"effective_rank": "rank"}, "Directions that the embeddings really use."),
+    *((title, {name: "value"}, about) for name, (title, _, about) in FIGURES.items()),
     ("Gradient norm", {"grad_norm": "norm"}, ""),
     ("Learning rate", {"lr": "rate"}, ""),
     ("Teacher's momentum", {"teacher_momentum": "momentum"}, ""),
@@ -158,16 +151,15 @@ def _verdict(folder: Path, rows: list[dict[str, Any]], config: Config | None) ->
         )
     bars = {"raw_pixels": "raw pixels", "untrained": "untrained network", "student": "student", "teacher": "teacher"}
     health = {
-        "teacher_neighbours": ("effective neighbours of the teacher", f"{{}} of {config.method.memory_size:,}"),
-        "agreement": ("share of samples with the same nearest neighbour for both networks", "{}"),
-        "embedding_std": ("spread of the embeddings; 1 is all round, 0 collapsed", "{}"),
-        "effective_rank": ("effective rank of the embeddings", f"{{}} of {config.encoder.dim}"),
+        title: form.format(last[name], memory=config.method.memory_size)
+        for name, (title, form, _) in FIGURES.items()
+        if form and last.get(name) is not None
     }
     return {
         "word": word,
         "lines": lines,
         "bars": [[words, known[f"knn_{name}"]] for name, words in bars.items() if known[f"knn_{name}"] is not None],
-        "figures": [[words, form.format(_short(last[name]))] for name, (words, form) in health.items() if name in last],
+        "figures": [[title, figure] for title, figure in health.items()],
     }
 
 

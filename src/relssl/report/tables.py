@@ -14,7 +14,7 @@ from rich.text import Text
 
 from relssl.files import duration, size
 from relssl.method.backbones import Network
-from relssl.settings.run import Config, derive
+from relssl.settings.run import Config
 from relssl.train.figures import FIGURES, alarms
 
 if TYPE_CHECKING:
@@ -244,8 +244,8 @@ def _learned(known: dict[str, Any], config: Config) -> Iterator[tuple[str, str] 
     if known["feature_rank"] is not None:
         yield "rank of the features, before and after", " -> ".join(number(rank, "{:.0f}") for rank in known["feature_rank"])
     yield "loss, first and last row", f"{number(known['loss_start'], '{:.3f}')} -> {number(known['loss_end'], '{:.3f}')}"
-    health = known["health"]  # methods without a memory have no relations
-    size, dim = config.method.memory_size, known["classes"] if derive(config).traits.labels else config.encoder.dim
+    health, size = known["health"], config.method.memory_size  # methods without a memory have no relations
     for name, (title, form, _) in FIGURES.items():
         if form and name in health:
-            yield title, number(health[name], form) + counts * (unlabelled and name == "effective_rank")
+            words = "not finite" if health[name] is None else form.format(health[name], memory=size)
+            yield title, words + counts * (unlabelled and name == "effective_rank")

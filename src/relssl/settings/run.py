@@ -290,6 +290,7 @@ class LogConfig:
     knn_every: Natural = setting(10, "epochs between online evaluations, of kNN when labels exist; 0: never")
     knn: tuple[Count, Positive] = setting((200, 0.1), "neighbours k and temperature of the online kNN")
     knn_images: tuple[Count, Count] | None = setting(None, "training and test images of the online kNN at most; null: all")
+    alarms: Literal["warn", "stop", "off"] = setting("warn", "what signs of training that cannot learn do; stop: end it, saved")
     report: bool = setting(True, "write report.html, a page to look at, when the run is complete")
     to: tuple[Logger, ...] = setting(("tensorboard",), "where rows go besides metrics.jsonl; empty: nowhere")
 
@@ -301,7 +302,9 @@ class CheckpointConfig:
     every: Count = setting(1, "epochs between checkpoints")
     every_steps: Count | None = setting(None, "steps between further checkpoints; null: none")
     keep: int = setting(2, "newest checkpoints that are kept", ge=2, le=1000)
-    best: Literal["knn", "label-free", "off"] = setting("knn", "figure by which the best checkpoint is kept too; label-free: lidar")
+    best: Literal["knn", "label-free", "off"] = setting(
+        "knn", "figure by which the best checkpoint is kept too; label-free: lidar"
+    )
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -10,7 +10,7 @@ from relssl.settings.run import Config, derive
 
 Row = Mapping[str, Any]
 
-# Of each column: its name, how the end table writes it ({memory} is K, {dim} is D; empty: not there), and what to know.
+# Of each column: its name, how the end table writes it ({memory} is K; empty: not there), and what to know.
 FIGURES: dict[str, tuple[str, str, str]] = {
     "teacher_neighbours": (
         "Teacher's effective neighbours",
@@ -19,13 +19,17 @@ FIGURES: dict[str, tuple[str, str, str]] = {
     ),
     "kl": ("Student's divergence", "{:.3f} nats", "How far the student's relations are from the teacher's."),
     "agreement": ("Same nearest neighbour", "{:.2f} of samples", "Share of samples for which both name the same nearest key."),
-    "top_agreement": ("Same nearest ten", "{:.2f} of them", "Share of the teacher's ten nearest keys that are the student's too."),
+    "top_agreement": (
+        "Same nearest ten",
+        "{:.2f} of them",
+        "Share of the teacher's ten nearest keys that are the student's too.",
+    ),
     "embedding_std": (
         "Spread of the embeddings",
         "{:.2f} (1 is all round)",
         "About 1 when all directions are used, 0 when collapsed.",
     ),
-    "effective_rank": ("Effective rank", "{:.0f} of {dim}", "Directions that the embeddings really use."),
+    "effective_rank": ("Effective rank", "{:.0f}", "Directions that the embeddings really use."),
     "teacher_entropy": ("Entropy of the teacher's relation, nats", "", "Logarithm of its effective neighbours."),
     "positive_margin": ("Own key above the memory", "", "Cosine of a sample's two views less the median cosine to the memory."),
     "alignment": ("Distance of a sample's two views", "", "Squared; falls as views of one image come together."),
@@ -35,10 +39,21 @@ FIGURES: dict[str, tuple[str, str, str]] = {
     "matched_age": ("Age of the nearest key, steps", "", "About half of what the memory spans, unless its older part is stale."),
     "feature_rank": ("Effective rank of the features", "", "Directions that the backbone's features really use (RankMe)."),
     "lidar": ("LiDAR", "", "Directions that tell images apart beyond how their views differ."),
-    "neighbour_stability": ("Neighbours that stayed", "", "Share of the ten nearest images that were so at the evaluation before."),
+    "neighbour_stability": (
+        "Neighbours that stayed",
+        "",
+        "Share of the ten nearest images that were so at the evaluation before.",
+    ),
     "feature_alignment": ("Distance of two views' features", "", "Squared, at unit length."),
     "feature_uniformity": ("Uniformity of the features", "", "Lower is more even on the sphere."),
 }
+EVALUATED = (
+    "feature_rank",
+    "lidar",
+    "neighbour_stability",
+    "feature_alignment",
+    "feature_uniformity",
+)  # in rows of evaluations alone
 
 
 def in_words(row: Row, memory: int) -> str:
@@ -100,7 +115,7 @@ def alarms(rows: Iterable[Row], config: Config) -> dict[str, str]:
     traits = derive(config).traits
     if traits.labels or config.teacher is not None:
         return {}
-    facts = {"dim": config.encoder.dim, "epochs": config.epochs, "moving": traits.teacher}
+    facts: dict[str, float] = {"dim": config.encoder.dim, "epochs": config.epochs, "moving": traits.teacher}
     if traits.memory:
         facts |= {"memory": config.method.memory_size, "span": config.method.memory_size / config.batch_size}
     known = [_Known({name: math.nan if value is None else value for name, value in row.items()} | facts) for row in rows]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,11 +23,12 @@ from relssl.method import create_method, health, schedules
 from relssl.method.base import ALONE, Method, Step, World, unwrapped
 from relssl.method.create import create_run_optimizer
 from relssl.method.encoder import Encoder
-from relssl.method.health import effective_rank, spread, verdict
+from relssl.method.health import effective_rank, spread
 from relssl.settings.parts import is_part
 from relssl.settings.run import Config, derive
-from relssl.train import checkpoint
+from relssl.train import checkpoint, loggers
 from relssl.train.console import Display
+from relssl.train.figures import alarms, in_words
 from relssl.train.online import Online
 from relssl.train.run_folder import RunFolder
 from relssl.train.signals import StopRequest
@@ -59,7 +61,8 @@ class Run:
     known: Tensor | None = None  # [N, D] on the device, a frozen teacher's features of all images, where these never change
     folder: RunFolder | None = None  # where the run is written; None on ranks that do not write
     graphs: bool = False  # the networks' passes are CUDA graphs, see `pretrain.compile_networks`
-    warned: bool = False  # the console has warned of a collapse
+    recent: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=3))  # the last rows, on which alarms are judged
+    warned: set[str] = field(default_factory=set)  # alarms that were raised
 
     @property
     def total_steps(self) -> int:
@@ -228,7 +231,10 @@ def relations(run: Run, queries: Tensor, keys: Tensor, now: dict[str, float]) ->
     memory = run.state.model.memory
     if memory is None:
         return spread(keys)
-    temperatures = {"student_temperature": run.config.method.student_temperature, "teacher_temperature": now["teacher_temperature"]}
+    temperatures = {
+        "student_temperature": run.config.method.student_temperature,
+        "teacher_temperature": now["teacher_temperature"],
+    }
     return health(queries, keys, memory.keys, **temperatures, ages=memory.ages(len(keys)))
 
 
@@ -253,22 +259,27 @@ def train(run: Run, display: Display, stop: StopRequest) -> None:
         for parts in watch:
             figures = train_step(run, parts)
             display.step(state.step)
+            if state.step == 1 and folder is not None:
+                folder.draw(lambda logger: loggers.show_views(logger, [parts[0].weak, *parts[0].strong], 0))  # noqa: B023 - at once
             note_unreadable(run, [fault for part in parts for fault in part.bad])
             # Figures are read once the next step is on its way, so that the device never waits for the host.
             if pending is not None:
-                report(run, pending, display)
+                report(run, pending, display, stop)
             if figures is not None and figures.logged:
                 figures.speed = watch.split()
             pending, code, due = figures, engine.largest(stop.pending()), save_due(run)
             if code or due:
                 # The row first, so that rows up to a checkpoint are on disk before it is.
                 if pending is not None:
-                    report(run, pending, display)
+                    report(run, pending, display, stop)
                     pending = None
                 save(run)
                 watch.split()  # evaluating and saving is not training
             if code and state.step < run.total_steps:
                 raise stop.interruption(code, f"after step {state.step} of {run.total_steps}, saved")
+        if folder is not None and run.recent:
+            shown = None if run.online is None or "tensorboard" not in config.log.to else run.online.projected(state, engine)
+            folder.draw(lambda logger: loggers.show_end(logger, config, run.recent[-1], shown))
     except Unreadable as error:
         if folder is not None:
             folder.bad_samples(error.faults)
@@ -313,7 +324,7 @@ def note_unreadable(run: Run, faults: list[tuple[str, str]]) -> None:
         )
 
 
-def report(run: Run, figures: Figures, display: Display) -> None:
+def report(run: Run, figures: Figures, display: Display, stop: StopRequest) -> None:
     """Read a step's figures and write their row, with kNN where it is due; NumericError after too many bad steps in a row."""
     state, epoch = run.state, figures.step / run.plan.steps_per_epoch
     values = figures.read()
@@ -326,7 +337,8 @@ def report(run: Run, figures: Figures, display: Display) -> None:
         return
     keys, (speed, waiting) = values.pop("keys"), figures.speed
     row: dict[str, Any] = {"step": figures.step, "epoch": int(epoch), "samples": figures.step * run.config.batch_size}
-    row |= figures.schedule | {name: float(value) for name, value in values.items() if not value.ndim}
+    vectors: dict[str, Tensor] = {name: values.pop(name) for name in ("neighbours", "top_probability") if name in values}
+    row |= figures.schedule | {name: float(value) for name, value in values.items()}
     row |= {"effective_rank": float(effective_rank(keys)), "images_per_second": round(speed, 1), "data_wait": round(waiting, 4)}
     if knn_due(run) and figures.step == state.step:
         if run.online is not None:
@@ -337,12 +349,24 @@ def report(run: Run, figures: Figures, display: Display) -> None:
         run.engine.wait()
     if run.folder is not None:
         run.folder.write_row(row)
-        display.row(row, epoch_ended=epoch.is_integer() or figures.step == run.total_steps)
-        warms = "warmup_mix" in state.model.scheduled
-        collapse = verdict(row, run.config.method.memory_size, keys.shape[1], warms=warms)
-        if collapse and state.model.given is None and not run.warned and epoch >= 1:
-            run.warned = True
-            display.say(f"warning: step {figures.step}: {collapse}")
+        ended, memory = epoch.is_integer() or figures.step == run.total_steps, run.config.method.memory_size
+        display.row(row, ended, in_words(row, memory))
+        if ended:
+            run.folder.draw(lambda logger: loggers.show_relations(logger, vectors, figures.step))
+        run.recent.append(row)
+        if run.config.log.alarms != "off":
+            raise_alarms(run, display, stop)
+
+
+def raise_alarms(run: Run, display: Display, stop: StopRequest) -> None:
+    """Tell of alarms that all of the last rows raise, each once; with `log.alarms` stop the first one ends the run."""
+    rows = run.recent
+    raised = alarms(rows, run.config) if len(rows) == rows.maxlen and rows[0]["epoch"] >= 1 else {}
+    for name in raised.keys() - run.warned:
+        run.warned.add(name)
+        display.say(f"alarm: step {rows[-1]['step']}: {name}: {raised[name]}")
+        if run.config.log.alarms == "stop":
+            stop.request(NumericError.exit_code, f"by the alarm {name} ({raised[name]})")
 
 
 def knn_due(run: Run) -> bool:

@@ -18,6 +18,7 @@ from relssl.evaluation.pairs import LabelledPair, choose
 from relssl.method.base import unwrapped
 from relssl.method.health import effective_rank, lidar, spread
 from relssl.settings.run import Config, derive
+from relssl.train.loggers import pictures
 from relssl.train.state import State
 
 _IMAGES, _BATCH = 512, 128  # images that the figures without labels are of
@@ -81,6 +82,13 @@ class Online:
         if all(isinstance(images.source, Pixels) for images in sides):
             figures["knn_raw_pixels"] = self._score(*map(_pixels, sides))
         return figures
+
+    def projected(self, state: State, engine: Engine) -> dict[str, Any]:
+        """Return features with their images, as TensorBoard's projector takes them."""
+        features = extract(unwrapped(state.model.student).backbone, self.images, self.reader, engine)
+        labels = None if self.images.labels is None else self.images.labels[features.rows].tolist()
+        shown = [pictures(views) for _, views, _ in self.reader.batches(self.images)]
+        return {"mat": features.vectors, "metadata": labels, "label_img": torch.cat(shown)}
 
     @torch.no_grad()
     def _strong(self, backbone: nn.Module, engine: Engine) -> Tensor:
