@@ -57,7 +57,7 @@ def test_an_alarm_warns_stops_or_is_off(tmp_path: Path) -> None:
     lines = {name: (tmp_path / name / "run.log").read_text() for name in ("warns", "off")}
     assert lines["warns"].count("uniform-teacher") == 1 and "method.teacher_temperature" in lines["warns"]
     assert "uniform-teacher" not in lines["off"]
-    with pytest.raises(Interrupted, match="uniform-teacher.*relssl resume") as stopped:
+    with pytest.raises(Interrupted, match=r"uniform-teacher.*relssl resume") as stopped:
         small_run(tmp_path / "stops", **UNIFORM, **{"log.alarms": "stop"})
     assert stopped.value.exit_code == 6
     status = json.loads((tmp_path / "stops" / "status.json").read_text())

@@ -88,7 +88,7 @@ ALARMS: tuple[tuple[str, Callable[[Row], bool], str], ...] = (
     ),
     (
         "one-hot-teacher",
-        lambda row: row["teacher_neighbours"] < 1.05,
+        lambda row: row["teacher_neighbours"] < 1.2,
         "the teacher's relation is a single neighbour, and no relation; raise method.teacher_temperature",
     ),
     (

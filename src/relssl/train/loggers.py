@@ -111,8 +111,15 @@ def show_relations(logger: Any, vectors: Mapping[str, Tensor], step: int) -> Non
 
 def show_end(logger: Any, config: Config, row: Mapping[str, Any], projected: Mapping[str, Any] | None) -> None:
     """Show the settings beside the last figures, and features for the projector, `add_embedding`'s arguments."""
-    figures = {tag(name): value for name, value in row.items() if name != "step"}
-    logger.log_hyperparams(flat(to_mapping(config)), figures, row["step"])
+    from torch.utils.tensorboard.summary import hparams
+
+    settings = {
+        name: value if isinstance(value, str | int | float) else str(value) for name, value in flat(to_mapping(config)).items()
+    }
+    for summary in hparams(
+        settings, {tag(name): value for name, value in row.items() if name != "step"}
+    ):  # figures are there already
+        logger.experiment.file_writer.add_summary(summary)
     if projected is not None:
         logger.experiment.add_embedding(**projected, global_step=row["step"], tag="features")
 
