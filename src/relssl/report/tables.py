@@ -15,7 +15,7 @@ from rich.text import Text
 from relssl.files import duration, size
 from relssl.method.backbones import Network
 from relssl.settings.run import Config
-from relssl.train.figures import FIGURES, alarms
+from relssl.train.figures import alarms, at_the_end, describe
 
 if TYPE_CHECKING:
     from relssl.train.estimate import Estimate
@@ -182,7 +182,7 @@ def facts(result: Result, config: Config) -> dict[str, Any]:
         "feature_rank": [before["feature_rank"], last.get("feature_rank")] if "feature_rank" in before else None,
         **{"loss_start": start["loss"], "loss_end": last["loss"]},
         **{"info_nce_start": start["warmup_mix"], "info_nce_end": last["warmup_mix"]},
-        "health": {name: last[name] for name in FIGURES if name in last},
+        "health": {name: last[name] for each in describe() for name in each["columns"] if name in last and "group" in each},
     }
     word, *lines = _judge(known, config)
     return known | {"word": word, "verdict": lines}
@@ -244,8 +244,5 @@ def _learned(known: dict[str, Any], config: Config) -> Iterator[tuple[str, str] 
     if known["feature_rank"] is not None:
         yield "rank of the features, before and after", " -> ".join(number(rank, "{:.0f}") for rank in known["feature_rank"])
     yield "loss, first and last row", f"{number(known['loss_start'], '{:.3f}')} -> {number(known['loss_end'], '{:.3f}')}"
-    health, size = known["health"], config.method.memory_size  # methods without a memory have no relations
-    for name, (title, form, _) in FIGURES.items():
-        if form and name in health:
-            words = "not finite" if health[name] is None else form.format(health[name], memory=size)
-            yield title, words + counts * (unlabelled and name == "effective_rank")
+    for name, (title, figure) in at_the_end(known["health"], config.method.memory_size).items():
+        yield title, figure + counts * (unlabelled and name == "effective_rank")

@@ -2,58 +2,34 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from relssl.settings.run import Config, derive
 
 Row = Mapping[str, Any]
 
-# Of each column: its name, how the end table writes it ({memory} is K; empty: not there), and what to know.
-FIGURES: dict[str, tuple[str, str, str]] = {
-    "teacher_neighbours": (
-        "Teacher's effective neighbours",
-        "{:.1f} of {memory:,}",
-        "Falls from the memory's size to a few as relations form.",
-    ),
-    "kl": ("Student's divergence", "{:.3f} nats", "How far the student's relations are from the teacher's."),
-    "agreement": ("Same nearest neighbour", "{:.2f} of samples", "Share of samples for which both name the same nearest key."),
-    "top_agreement": (
-        "Same nearest ten",
-        "{:.2f} of them",
-        "Share of the teacher's ten nearest keys that are the student's too.",
-    ),
-    "embedding_std": (
-        "Spread of the embeddings",
-        "{:.2f} (1 is all round)",
-        "About 1 when all directions are used, 0 when collapsed.",
-    ),
-    "effective_rank": ("Effective rank", "{:.0f}", "Directions that the embeddings really use."),
-    "teacher_entropy": ("Entropy of the teacher's relation, nats", "", "Logarithm of its effective neighbours."),
-    "positive_margin": ("Own key above the memory", "", "Cosine of a sample's two views less the median cosine to the memory."),
-    "alignment": ("Distance of a sample's two views", "", "Squared; falls as views of one image come together."),
-    "uniformity": ("Uniformity of the keys", "", "Lower is more even on the sphere; 0 when all are one."),
-    "memory_unused": ("Nobody's neighbours", "", "Share of the memory that is among no sample's ten nearest."),
-    "hubness": ("Hubs", "", "Share of the places among the nearest ten that the most frequent 1 % of the memory takes."),
-    "matched_age": ("Age of the nearest key, steps", "", "About half of what the memory spans, unless its older part is stale."),
-    "feature_rank": ("Effective rank of the features", "", "Directions that the backbone's features really use (RankMe)."),
-    "lidar": ("LiDAR", "", "Directions that tell images apart beyond how their views differ."),
-    "neighbour_stability": (
-        "Neighbours that stayed",
-        "",
-        "Share of the ten nearest images that were so at the evaluation before.",
-    ),
-    "feature_alignment": ("Distance of two views' features", "", "Squared, at unit length."),
-    "feature_uniformity": ("Uniformity of the features", "", "Lower is more even on the sphere."),
-}
-EVALUATED = (
-    "feature_rank",
-    "lidar",
-    "neighbour_stability",
-    "feature_alignment",
-    "feature_uniformity",
-)  # in rows of evaluations alone
+
+@functools.cache
+def describe() -> list[dict[str, Any]]:
+    """Return the figures as figures.yaml describes them."""
+    content: list[dict[str, Any]] = yaml.safe_load(Path(__file__).with_name("figures.yaml").read_text())
+    return content
+
+
+def at_the_end(row: Row, memory: int) -> dict[str, tuple[str, str]]:
+    """Return what the end of a run says of its last row, {column: (title, figure in words)}."""
+    single = {next(iter(each["columns"])): (each["title"], each["form"]) for each in describe() if "form" in each}
+    return {
+        name: (title, "not finite" if row[name] is None else form.format(row[name], memory=memory))
+        for name, (title, form) in single.items()
+        if name in row
+    }
 
 
 def in_words(row: Row, memory: int) -> str:

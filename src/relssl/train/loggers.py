@@ -16,15 +16,13 @@ from relssl.errors import ConfigError
 from relssl.files import read_json, write_json
 from relssl.settings.reading import flat
 from relssl.settings.run import Config, to_mapping
-from relssl.train.figures import EVALUATED, FIGURES
-
-_SPEED = ("images_per_second", "data_wait")
+from relssl.train.figures import describe
 
 
 def tag(name: str) -> str:
     """Return a figure's name with its group, by which loggers sort: relation/kl, eval/knn_top1."""
-    evaluated = name.startswith("knn_") or name in EVALUATED
-    return f"{'eval' if evaluated else 'relation' if name in FIGURES else 'speed' if name in _SPEED else 'train'}/{name}"
+    group = next((each.get("group") for each in describe() if name in each["columns"]), None)
+    return f"{'eval' if name.startswith(('knn_', 'feature_')) else group or 'train'}/{name}"
 
 
 def refuse_missing(names: Sequence[str]) -> None:
