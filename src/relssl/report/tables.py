@@ -15,7 +15,7 @@ from rich.text import Text
 from relssl.files import duration, size
 from relssl.method.backbones import Network
 from relssl.settings.run import Config
-from relssl.train.figures import alarms, at_the_end, describe
+from relssl.train.figures import alarms, at_the_end, columns
 
 if TYPE_CHECKING:
     from relssl.train.estimate import Estimate
@@ -182,7 +182,7 @@ def facts(result: Result, config: Config) -> dict[str, Any]:
         "feature_rank": [before["feature_rank"], last.get("feature_rank")] if "feature_rank" in before else None,
         **{"loss_start": start["loss"], "loss_end": last["loss"]},
         **{"info_nce_start": start["warmup_mix"], "info_nce_end": last["warmup_mix"]},
-        "health": {name: last[name] for each in describe() for name in each["columns"] if name in last and "group" in each},
+        "health": {name: last[name] for name in columns("relation") if name in last},
     }
     word, *lines = _judge(known, config)
     return known | {"word": word, "verdict": lines}

@@ -490,6 +490,8 @@ def _faults(config: Config, derived: Derived) -> Iterator[str]:
     yield from _source_faults(config, traits)
     if config.accumulate > 1 and traits.whole_batch:
         yield f"accumulate: must be 1 with {method.name}, whose negatives are the rest of the batch"
+    if config.checkpoint.best == "label-free" and not traits.memory:
+        yield f"checkpoint.best: label-free goes by relations to a memory, which {method.name} is without; use knn or off"
     if traits.memory and method.memory_size < size:
         yield f"method.memory_size: {method.memory_size} must be at least batch_size ({size})"
     if config.optimizer.warmup_epochs > config.epochs and (config.typed is None or "optimizer.warmup_epochs" in config.typed):

@@ -22,6 +22,11 @@ def describe() -> list[dict[str, Any]]:
     return content
 
 
+def columns(group: str) -> list[str]:
+    """Return the columns of a group."""
+    return [name for each in describe() if each.get("group") == group for name in each["columns"]]
+
+
 def at_the_end(row: Row, memory: int) -> dict[str, tuple[str, str]]:
     """Return what the end of a run says of its last row, {column: (title, figure in words)}."""
     single = {next(iter(each["columns"])): (each["title"], each["form"]) for each in describe() if "form" in each}

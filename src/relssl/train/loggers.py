@@ -114,9 +114,8 @@ def show_end(logger: Any, config: Config, row: Mapping[str, Any], projected: Map
     settings = {
         name: value if isinstance(value, str | int | float) else str(value) for name, value in flat(to_mapping(config)).items()
     }
-    for summary in hparams(
-        settings, {tag(name): value for name, value in row.items() if name != "step"}
-    ):  # figures are there already
+    figures = {tag(name): value for name, value in row.items() if name != "step"}  # which have their values in rows
+    for summary in hparams(settings, figures):  # type: ignore[no-untyped-call]
         logger.experiment.file_writer.add_summary(summary)
     if projected is not None:
         logger.experiment.add_embedding(**projected, global_step=row["step"], tag="features")

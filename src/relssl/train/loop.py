@@ -38,8 +38,8 @@ from relssl.weights import store
 
 # Non-finite steps in a row after which a run cannot be expected to recover; they are counted on the device, which is asked as often.
 PATIENCE = 10
-# The figure by which a checkpoint is the best, for each choice of `checkpoint.best`. Without labels it is the one that tracked kNN best.
-BEST = {"knn": "knn_top1", "label-free": "lidar", "off": ""}
+# The figure by which a checkpoint is the best, for each choice of `checkpoint.best`; see docs/health.md for how well it tracked kNN.
+BEST = {"knn": "knn_top1", "label-free": "positive_margin", "off": ""}
 
 
 @dataclass
