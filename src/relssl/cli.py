@@ -19,6 +19,7 @@ from typing import Any
 
 import relssl
 from relssl.errors import CheckpointError, ConfigError, DataError, Interrupted, LockedError, NumericError, RelsslError
+from relssl.files import plain
 from relssl.options import Outcome, Overrides, option, parse, verb
 from relssl.settings import recipes
 from relssl.settings.evaluation import Evaluation, Tuning, read_settings
@@ -446,5 +447,5 @@ def _failed(error: BaseException, debug: bool) -> int:
     met_by_all = isinstance(error, (CheckpointError, LockedError, NumericError, Interrupted))
     if number == 0 or (torch and torch.distributed.is_initialized() and not met_by_all):
         for line in lines.splitlines():
-            _say(f"relssl: {f'rank {number}: ' if number else ''}{line}")
+            _say(f"relssl: {f'rank {number}: ' if number else ''}{plain(line)}")
     return code
