@@ -165,7 +165,7 @@ def test_a_state_without_a_part_is_refused_by_name_and_the_one_before_offered(cu
             left[outer] = {name: value for name, value in facts[outer].items() if name != inner}
         shutil.rmtree(newest)
         store.save(newest, tensors, left)
-        if key == "hashes":  # for other tools
+        if key in ("hashes", "neighbours"):  # for other tools, and newer than the first checkpoints
             continue
         with pytest.raises(
             CheckpointError, match=rf"step-00000010: .*'{inner or outer}' is missing; a good one: .*--checkpoint step-00000005`"

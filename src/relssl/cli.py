@@ -19,6 +19,7 @@ from typing import Any
 
 import relssl
 from relssl.errors import ConfigError, DataError, RelsslError
+from relssl.files import plain
 from relssl.options import Outcome, Overrides, option, parse, verb
 from relssl.settings import recipes
 from relssl.settings.evaluation import Evaluation, Tuning, read_settings
@@ -448,5 +449,5 @@ def _failed(error: BaseException, debug: bool) -> int:
     kind, met = getattr(error, "kind", "bug"), torch and torch.distributed.is_initialized()
     if number == 0 or kind == "distributed" or (met and kind not in ("checkpoint", "locked", "numeric", "interrupted")):
         for line in lines.splitlines():
-            _say(f"relssl: {f'rank {number}: ' if number else ''}{line}")
+            _say(f"relssl: {f'rank {number}: ' if number else ''}{plain(line)}")
     return code

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import relssl
 from relssl.errors import ConfigError
 from relssl.settings.names import meant, spell, words
-from relssl.settings.reading import build, choices, leaves, nearest_word
+from relssl.settings.reading import build, choices, leaves, nearest_word, path_text
 from relssl.settings.run import Config, resolve
 
 Overrides = dict[str, Any]
@@ -95,8 +95,11 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Overrides]:
     if extra:
         raise ConfigError(f"{extra[0]!r}: not expected here; settings are given as --name value, and DATA once")
     for name, value in vars(args).items():
-        if isinstance(value, str) and value.startswith("~"):  # where no shell has done so
-            setattr(args, name, os.path.expanduser(value))
+        if isinstance(value, str):
+            try:
+                setattr(args, name, path_text(value))
+            except ValueError as error:
+                raise ConfigError(f"{name}: {error}") from error
     return args, overrides
 
 
