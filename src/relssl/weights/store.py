@@ -248,8 +248,10 @@ def step_folder(parent: Path, step: int) -> Path:
 
 def checkpoints(parent: Path) -> list[Path]:
     """List the checkpoints in `parent`, by step: folders named exactly so, no links. They may be damaged, or incomplete."""
-    folders = [folder for folder in parent.glob("step-*") if _STEP.fullmatch(folder.name) and not folder.is_symlink()]
-    return sorted(filter(Path.is_dir, folders), key=lambda folder: int(folder.name.removeprefix("step-")))
+    folders = [each for each in parent.glob("step-*") if _STEP.fullmatch(each.name) and each.is_dir() and not each.is_symlink()]
+    # Where others' files alone are left, one was deleted.
+    ours = [folder for folder in folders if (names := set(os.listdir(folder))) & set(FILES) or not names]
+    return sorted(ours, key=lambda folder: int(folder.name.removeprefix("step-")))
 
 
 @contextlib.contextmanager
