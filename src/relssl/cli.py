@@ -94,10 +94,12 @@ def estimate(args: argparse.Namespace, overrides: Overrides) -> Outcome | None:
     option("--epochs", "how many the run has in all from now on, its schedules included", type=int, metavar="N"),
     option("--time_limit", "minutes after which it saves and stops with exit code 75", type=float, metavar="M"),
     option("--checkpoint", "name of an older checkpoint to go on from"),
+    settings=Config,
+    main=(),
 )
-def resume(args: argparse.Namespace, _: Overrides) -> Outcome | None:
+def resume(args: argparse.Namespace, overrides: Overrides) -> Outcome | None:
     _prepare()
-    return _trained(relssl.resume(args.run_folder, **_pick(args, "checkpoint", "time_limit", "epochs", "data")))
+    return _trained(relssl.resume(args.run_folder, **_pick(args, "checkpoint", "time_limit", "epochs", "data"), **overrides))
 
 
 @verb(

@@ -164,6 +164,4 @@ def _help(verb: Verb, given: Overrides, every: bool) -> argparse.ArgumentParser:
 
 def _nearest_option(name: str, verb: Verb) -> str:
     options = [each[2:] for each in verb.options if each.startswith("--")]
-    if verb is VERBS["resume"] and set(meant(name, leaves(Config))) & leaves(Config).keys():
-        return "a run goes on with the settings that it was started with"
     return f"the nearest is --{next((each for each in meant(name, options) if each in options), nearest_word(name, options))}"
