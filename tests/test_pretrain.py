@@ -31,7 +31,8 @@ from small_runs import NORMLESS, SMALL, close_runs, differing, equal_runs, final
 
 FIGURES = {
     *("step", "epoch", "samples", "loss", "lr", "teacher_momentum", "warmup_mix", "images_per_second", "data_wait", "grad_norm"),
-    *("teacher_entropy", "teacher_neighbours", "kl", "agreement", "embedding_std", "effective_rank"),
+    *("teacher_entropy", "teacher_neighbours", "kl", "agreement", "embedding_std", "effective_rank", "top_agreement"),
+    *("positive_margin", "alignment", "uniformity", "memory_unused", "hubness", "matched_age"),
 }
 
 
@@ -62,7 +63,9 @@ def test_the_run_folder_holds_what_is_promised(finished: Path) -> None:
     assert saved == {"state.safetensors", "state.json", "SHA256SUMS"}
     rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 3, 6, 9, 10, 12, 15, 18, 20]
-    assert rows[0].keys() == {"step", "epoch", "samples", "knn_top1", "knn_teacher_top1", "knn_raw_pixels"}
+    measured = {"feature_rank", "lidar", "feature_alignment", "feature_uniformity", "knn_top1", "knn_teacher_top1"}
+    assert rows[0].keys() == {"step", "epoch", "samples", "knn_raw_pixels"} | measured
+    assert rows[-1].keys() >= FIGURES | measured | {"neighbour_stability"}
     for row in rows[1:]:
         assert row.keys() >= FIGURES
         assert all(value is not None and math.isfinite(value) for value in row.values())

@@ -38,7 +38,7 @@ from relssl.train.hooks import Hooks
 from relssl.train.loggers import refuse_missing
 from relssl.train.loop import Run, create_run, forward, open_loader, origin, scheduled, train
 from relssl.train.memory import fit
-from relssl.train.online import Online, OnlineKnn, OnlineRank
+from relssl.train.online import Online
 from relssl.train.run_folder import RunFolder, default_folder, environment, refuse_used
 from relssl.train.signals import StopRequest
 from relssl.train.start import Given, open_sources
@@ -370,7 +370,6 @@ def build(config: Config, engine: Engine, say: Callable[[str], None] = lambda li
     """Load a run's images and create the run, ready for its first step and without a folder; `say` gets a line for what takes a while."""
     if given is None:
         config, given = open_sources(config)
-    online: Online | None = None
     labelled = derive(config).traits.labels
     say(f"reading the images of {config.data}")
     images = load(config.data, config.data_root, "bank" if labelled else "train")
@@ -397,16 +396,16 @@ def build(config: Config, engine: Engine, say: Callable[[str], None] = lambda li
         config = settings
     if config.batch_size != settings.batch_size:
         say(f"batch_size is {config.batch_size}, which fits in memory, with optimizer.lr {config.optimizer.lr:g}")
+    online, pair = None, None
     if config.log.knn_every and engine.is_first:
         try:
             pair = LabelledPair.load(config.data, config.data_root, config.log.knn_images, config.seed)
-            if pair.bank.labels is not None and pair.bank.labels.min() != pair.bank.labels.max():
-                online = OnlineKnn(pair, config)
         except DataError as error:  # data without a test part is not evaluated, nor is one without labels to vote about
             if images.labels is not None:
                 images = dataclasses.replace(images, notes=(*images.notes, f"no kNN while training: {error}"))
-    if online is None and config.log.knn_every and config.start is not None and engine.is_first:
-        online = OnlineRank(images, config)
+        if pair is not None and (pair.bank.labels is None or pair.bank.labels.min() == pair.bank.labels.max()):
+            pair = None
+        online = Online(images, config, pair)
     say(f"building {parts.title(config.backbone)}")
     return create_run(config, engine, images, online, given)
 
