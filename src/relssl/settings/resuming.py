@@ -33,7 +33,7 @@ def going_on(config: Config, over: Mapping[str, Any], run: object) -> Config:
 
     Another number of epochs lifts `max_steps`, unless that is given, too.
     """
-    changed = from_mapping(recipes.spell_out(to_mapping(config)) | over)
+    changed = from_mapping({**recipes.spell_out(to_mapping(config)), **over})
     if changed.epochs != config.epochs:
         changed = from_mapping(to_mapping(changed) | {"max_steps": over.get("max_steps")})
     pairs = changes(config, changed)
