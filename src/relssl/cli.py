@@ -103,6 +103,54 @@ def resume(args: argparse.Namespace, overrides: Overrides) -> Outcome | None:
 
 
 @verb(
+    "verify a run's checkpoints, inspect one, or tell the diff of two",
+    option("action", "what to do", choices=("verify", "inspect", "diff")),
+    option("run_folder", metavar="RUN"),
+    option(
+        "other",
+        "inspect: a step; diff: a step, or another run; default: the newest, the one before",
+        metavar="STEP|RUN",
+        nargs="?",
+    ),
+)
+def checkpoint(args: argparse.Namespace, _: Overrides) -> Outcome | None:
+    _prepare()
+    from relssl.weights.inspection import examine
+
+    facts, lines = examine(args.action, args.run_folder, args.other)
+    damaged = CheckpointError(f"{facts['damaged']} checkpoints are damaged") if facts.get("damaged") else None
+    return Outcome(facts, "\n".join(lines), damaged)
+
+
+@verb(
+    "prove that runs on this machine resume bit for bit: a short run of these settings, against the same cut and resumed",
+    *_RUN,
+    settings=Config,
+    main=MAIN,
+)
+def verify_resume(args: argparse.Namespace, overrides: Overrides) -> Outcome | None:
+    _prepare(_run_settings(args, overrides))
+    from relssl.train.proof import prove
+
+    given = _pick(args, "data", "config") | spell(overrides)
+    facts = prove({name: value for name, value in given.items() if value is not None}, _say)
+    return Outcome(facts, facts["result"], None if facts["exact"] else NumericError(f"resume: {facts['result']}"))
+
+
+@verb(
+    "look through the images of DATA: unreadable and doubled ones, test images among the training images, sizes",
+    option("data", metavar="DATA"),
+    option("--data_root", "where named data sets lie"),
+)
+def scan(args: argparse.Namespace, _: Overrides) -> Outcome | None:
+    _prepare()
+    from relssl.data.survey import survey
+
+    facts, lines = survey(args.data, args.data_root, _say)
+    return Outcome(facts, "\n".join(lines))
+
+
+@verb(
     "measure what a backbone learned",
     _SOURCE,
     option("data", "labelled data; default: the run's own; transfer: several, A,B,C", metavar="DATA", nargs="?"),
