@@ -15,7 +15,7 @@ from relssl.data.loader import Plan
 from relssl.engine import Engine
 from relssl.errors import ConfigError
 from relssl.report.advise import band_of, sweep
-from relssl.report.doctor import machine, machine_rules
+from relssl.report.doctor import machine, machine_signs
 from relssl.settings.run import resolve
 from relssl.train.loop import open_loader
 from relssl.train.pretrain import complete_settings, load_images
@@ -99,44 +99,58 @@ def test_advise_names_temperature_memory_and_warmup(run: Path, capsys: pytest.Ca
 
 def test_the_doctor_judges_the_facts_of_a_machine() -> None:
     def found(**changed: Any) -> set[str]:
-        return {what for applies, what, *_ in machine_rules(good | changed) if applies}
+        return {name for name, _ in machine_signs(good | changed)}
 
     good = {
         **{
             "needed": ["torch>=2.10", "pillow>=11", "onnx>=1; extra == 'onnx'"],
             "versions": {"torch": "2.14.1", "pillow": "12.0"},
         },
-        **{"cores": 8, "quota": None, "memory": 64 << 30, "limit": None, "shared": 32 << 30, "free": 1 << 40, "cuda": "13.0"},
-        **{"flags": ["avx2", "avx512f", "avx512_bf16"], "gpu": True, "libc": "glibc", "variables": {}},
+        **{
+            "cores": 8,
+            "quota": None,
+            "threads": "",
+            "memory": 64.0,
+            "limit": None,
+            "shared": 32.0,
+            "free": 900.0,
+            "cuda": "13.0",
+        },
+        **{"flags": {"avx2", "avx512f", "avx512_bf16"}, "gpu": True, "malloc": "", "variables": ""},
     }
     assert found() == set()
     assert machine().keys() == good.keys()
-    assert found(versions={"torch": "2.9", "pillow": "12.0"}) == {"torch is too old, or a bad one"}
-    assert found(versions={"torch": "2.14.1"}) == {"pillow is missing"}
-    assert found(quota=1.5, limit=4 << 30, shared=64 << 20) == {
-        "fewer CPUs than cores",
-        "less memory than the machine has",
-        "little shared memory",
-    }
-    assert found(gpu=False, flags=["avx2"]) == {"no GPU", "no fast bf16", "a fault of torch on this CPU"}
-    assert found(cuda=None) == {"an idle GPU"}
-    odd = {"OMP_NUM_THREADS": "1", "LD_PRELOAD": "libjemalloc.so", "TORCH_LOGS": "all", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-    assert found(variables=odd) == {"evaluations leave cores idle", "another malloc", "variables that change torch"}
+    assert found(versions={"torch": "2.9", "pillow": "12.0"}) == found(versions={"torch": "2.14.1"}) == {"package"}
+    assert found(quota=1.5, limit=4.0, shared=0.064, free=1.0) == {"cpus", "limit", "shared", "disk"}
+    assert found(gpu=False, flags={"avx2"}) == {"no-gpu", "bf16", "avx2"}
+    assert found(cuda=None) == {"idle-gpu"}
+    assert found(threads="1", malloc="libjemalloc.so", variables="TORCH_LOGS=all") == {"threads", "malloc", "variables"}
 
 
 def test_the_doctor_judges_a_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def found() -> set[str]:
-        return {each["what"] for each in relssl.doctor(run)}
+        return {each["name"] for each in relssl.doctor(run)}
 
-    healthy = found()
-    assert not healthy & {"a damaged checkpoint", "no exported weights", "the run was killed", "missing"}
+    assert found() <= {"poor", "waits", "half"}
     status = json.loads((run / "status.json").read_text())
     newest = sorted((run / "checkpoints").iterdir())[-1] / "state.json"
     newest.write_text(newest.read_text() + " ")
     for path in (run / "export").iterdir():
         path.unlink()
-    assert found() - healthy == {"a damaged checkpoint", "no exported weights"}
-    (run / "status.json").write_text(json.dumps(status | {"state": "running"}))
-    assert "the run was killed" in found()
+    assert {"damaged", "unexported"} <= found()
+    for state, name in {"running": "killed", "interrupted": "stopped", "failed": "failed"}.items():
+        (run / "status.json").write_text(json.dumps(status | {"state": state}))
+        assert name in found()
     assert main(["doctor", str(run)]) == 0
-    assert "relssl resume" in capsys.readouterr().out
+    assert f"relssl resume {run}" in capsys.readouterr().out
+
+
+def test_every_finding_on_a_machine_has_its_texts(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    facts = machine() | {"needed": ["nosuch>=3"], "quota": 0.5, "threads": "0", "limit": 0.1, "shared": 0.1, "free": 0.1}
+    facts |= {"flags": {"avx2"}, "malloc": "musl", "variables": "TORCH_X=1"}
+    for gpu, cuda in ((True, None), (False, "13.0")):
+        monkeypatch.setattr("relssl.report.doctor.machine", lambda here=facts | {"gpu": gpu, "cuda": cuda}: here)
+        assert main(["doctor"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert "nosuch is missing: none is installed, relssl needs nosuch>=3; pip install 'nosuch>=3'" in lines
+        assert len(lines) == 11 - gpu
