@@ -39,10 +39,11 @@ def advise(run: str | Path) -> dict[str, Any]:
     method = opened.config.method
     with ready(opened) as (now, _, _):
         model, batches = now.state.model, next_batches(now, _IMAGES)
-        if model.memory is None or model.teacher is None:
+        teacher = model.given if model.teacher is None else model.teacher
+        if model.memory is None or teacher is None:
             raise ConfigError(f"method.name: {method.name} has no teacher with a memory, and so no relations to advise on")
         keys, ids = (
-            embed(now, model.teacher, [each.weak for each in batches]).cpu(),
+            embed(now, teacher, [each.weak for each in batches]).cpu(),
             torch.cat([each.ids for each in batches]).cpu(),
         )
         memory, samples = model.memory.keys.float().cpu(), model.memory.ids.cpu()

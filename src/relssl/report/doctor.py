@@ -122,7 +122,9 @@ def run_signs(folder: Path) -> Iterator[tuple[str, Facts]]:
         store.checkpoints(folder / "checkpoints"),
         {each.name: each.version for each in importlib.metadata.distributions()},
     )
-    then = {name: version for name, version in known["versions"].items() if name != "relssl" and now.get(name) != version}
+    then = {
+        name: version for name, version in (where.get("versions") or {}).items() if name != "relssl" and now.get(name) != version
+    }
     facts = {"kind": "bug", "message": "unknown"} | (status.get("error") or {}) | (bad[0] if bad else {})
     facts |= {
         "folder": folder,

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from relssl.data.images import Images
 from relssl.data.loader import Batch, Plan, worker_count
@@ -35,6 +35,7 @@ from relssl.report.relations import relations
 from relssl.settings.run import derive
 from relssl.train.loop import Run, create_run, open_loader, scheduled
 from relssl.train.pretrain import load_images
+from relssl.train.start import open_sources
 from relssl.weights import store
 from relssl.weights.opening import Run as Opened
 
@@ -91,9 +92,10 @@ def ready(opened: Opened) -> Iterator[tuple[Run, Encoder, Callable[[], None]]]:
     images = load_images(config)
     if opened.data and opened.data["fingerprint"] != images.fingerprint():
         raise DataError(f"{images.name}: holds other images now than those that the run was trained on")
-    engine = Engine.local(config.engine.device.partition(":")[0], config.engine.precision)
+    config, given = open_sources(config, begun=True)
+    engine = Engine.local("cpu" if config.engine.device == "cpu" else "auto", config.engine.precision)
     with engine.running(), torch.no_grad():
-        run = create_run(config, engine, images)
+        run = create_run(config, engine, images, given=given)
         start, (tensors, meta) = copy.deepcopy(unwrapped(run.state.model.student)), store.load(path)
         run.state.step = int(meta["step"])
         reset = partial(restore, run.state.model, tensors, path)
@@ -122,12 +124,13 @@ def explore(run: Run, start: Encoder) -> tuple[list[int], list[np.ndarray], dict
     side = min(_SIDE, max(view.size for view in derive(config).views))
     pictures = [p for views in zip(*all_views, strict=True) for view in views for p in visible(view, mean, std, side)]
     pictures = pictures[: _VIEWS * len(ids)]
-    facts: dict[str, Any] = {"views": len(pictures) // len(ids)}
-    if model.memory is None or model.teacher is None or not batches[0].strong:
+    facts: dict[str, Any] = {"views": len(pictures) // len(ids), "relations": None, "matched": None}
+    teacher = model.given if model.teacher is None else model.teacher
+    if model.memory is None or teacher is None or not batches[0].strong:
         return ids, pictures, facts
     student = unwrapped(model.student)
     weak, strong = [batch.weak for batch in batches], [batch.strong[0] for batch in batches]
-    keys, queries = embed(run, model.teacher, weak), embed(run, student, strong)
+    keys, queries = embed(run, teacher, weak), embed(run, student, strong)
     now = scheduled(run, max(0, run.state.step - 1))
     memory = model.memory.keys.float()
     warm = {"teacher_temperature": now["teacher_temperature"], "student_temperature": config.method.student_temperature}
@@ -149,7 +152,7 @@ def next_batches(run: Run, most: int) -> list[Batch]:
     return next(iter(open_loader(run.config, run.engine, plan, run.images).stream(first, first + 1)))
 
 
-def embed(run: Run, network: Encoder, views: Sequence[Tensor]) -> Tensor:
+def embed(run: Run, network: nn.Module, views: Sequence[Tensor]) -> Tensor:
     """Return a network's embeddings [E,D] of parts of views, as a step computes them."""
     with run.engine.autocast():
         return torch.cat([network([run.engine.place(view)])[0] for view in views]).float()
@@ -163,13 +166,13 @@ def share_matched(queries: Tensor, keys: Tensor) -> float:
 def choose_shown(explored: list[int], facts: dict[str, Any], model: Method, count: int, seed: int) -> np.ndarray:
     """Return the positions of the images that are shown: the explored ones, those that their relations fall on, others by the seed."""
     wanted = dict.fromkeys(explored)
-    if "relations" in facts:
+    if facts["relations"]:
         assert model.memory is not None
         ids = model.memory.ids.tolist()
         for rank in range(_PER_IMAGE):
             slots = (each["slots"][rank] for each in facts["relations"]["images"] if rank < len(each["slots"]))
             wanted |= dict.fromkeys(row for slot in slots if (row := ids[slot]) >= 0)
-    others = np.random.Generator(np.random.PCG64(seed)).permutation(count)
+    others = np.random.default_rng(seed).choice(count, min(count, SHOWN), replace=False)
     wanted |= dict.fromkeys(others.tolist())
     return np.array(list(wanted)[:SHOWN], np.int64)
 
@@ -198,7 +201,7 @@ def describe(
     features = {name: unit(torch.cat(each)) for name, each in parts.items()}
     facts |= names_and_labels(run.images, rows[read])
     facts |= {"images": len(run.images), "explored": [read.index(i) if i in read else -1 for i in range(len(explored))]}
-    if "relations" in facts:
+    if facts["relations"]:
         assert model.memory is not None
         place = {row: number for number, row in enumerate(rows[read].tolist())}
         ids = model.memory.ids.tolist()
@@ -208,15 +211,14 @@ def describe(
     facts["neighbours"] = neighbours(features, facts.get("labels"))
     facts["maps"] = maps(features["student"], config.seed)
     facts["ranks"] = {name: round(float(effective_rank(features[name])), 1) for name in ("untrained", "student")}
-    facts["width"] = features["student"].shape[1]
     return Gallery(facts, Sheet(thumbs), Sheet(pictures))
 
 
 def names_and_labels(images: Images, rows: np.ndarray) -> dict[str, Any]:
     """Return the images' names, of files below the folder that holds all of them, and their labels where there are any."""
     names = [images.source.name(row) for row in rows.tolist()]
-    above = os.path.commonpath([os.path.dirname(name) for name in names]) if len(names) > 1 else ""
-    facts: dict[str, Any] = {"names": [escaped(os.path.relpath(name, above) if above else name) for name in names]}
+    above = os.path.commonpath({os.path.dirname(name) for name in names}) + "/" if all(map(os.path.isabs, names)) else ""
+    facts: dict[str, Any] = {"names": [escaped(name.removeprefix(above)) for name in names]}
     if images.labels is not None and (labels := images.labels[rows]).max() >= 0:
         classes = images.classes or [str(label) for label in range(int(labels.max()) + 1)]
         facts |= {"labels": labels.tolist(), "classes": [escaped(name) for name in classes]}
@@ -238,7 +240,6 @@ def neighbours(features: dict[str, Tensor], labels: list[int] | None) -> dict[st
             hubs = counts.topk(min(24, len(vectors)))
             pairs = similar.triu(1).flatten().topk(min(12, len(vectors)))
             facts["hubs"] = list(zip(hubs.indices.tolist(), hubs.values.tolist(), strict=True))
-            facts["nobodys"] = round(float((counts == 0).float().mean()), 4)
             facts["pairs"] = [
                 [*divmod(place, len(vectors)), round(value, 4)]
                 for place, value in zip(pairs.indices.tolist(), pairs.values.tolist(), strict=True)
