@@ -6,8 +6,10 @@ import json
 import os
 import re
 import runpy
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ import pytest
 from PIL import Image
 
 from relssl.data.named import load
-from small_runs import small_run
+from small_runs import close_runs, small_run
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -101,6 +103,7 @@ def test_compare_methods(tmp_path: Path) -> None:
     [
         ("own_module", "features [2, 32]"),
         ("own_view", "loss "),
+        ("own_dataset", "features [1, 512]"),
         ("own_method", "loss 0."),
         ("hook", "best kNN "),
     ],
@@ -114,6 +117,53 @@ def test_parts_of_ones_own(
 
 
 TINY = ("--device", "cpu", "--max_images", "256", "--log.knn_every", "0")
+
+
+def test_a_table_of_the_datasets_library(tmp_path: Path) -> None:
+    pytest.importorskip("datasets", reason="pip install 'relssl[hf]'")
+    words = ("--epochs", "1", "--out", "runs/hf")
+    shown = run(
+        tmp_path, sys.executable, str(EXAMPLES / "hf_folder.py"), *words, HF_HOME=str(tmp_path / "hub"), HF_HUB_OFFLINE="1"
+    )
+    assert re.search(r"^kNN of the test split: \d+\.\d %$", shown, re.MULTILINE)
+
+
+def test_shards(tmp_path: Path) -> None:
+    photos(tmp_path / "photos", "train", 24)
+    words = ("photos", "packed", "--each", "10", "--image_size", "32", "--epochs", "1", "--backbone", "resnet10t", "--out", "run")
+    run(tmp_path, sys.executable, str(EXAMPLES / "shards.py"), *words, RELSSL_CACHE=str(tmp_path / "kept"))
+    assert len(list((tmp_path / "packed").glob("*.tar"))) == 3 and state(tmp_path / "run")["state"] == "complete"
+    assert len(load(f"shards:{tmp_path}/packed/train-{{00000..00002}}.tar", None, "train")) == 24
+
+
+@pytest.mark.torture
+def test_two_nodes_equal_one_process(tmp_path: Path, programs: Path) -> None:
+    """Two agents of torchrun, a process each, which meet on the loopback."""
+    words = (
+        "digits",
+        *TINY,
+        "--epochs",
+        "1",
+        "--backbone",
+        "convnext_atto",
+        "--encoder.projector_norm",
+        "none",
+        "--precision",
+        "fp32",
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        host = f"127.0.0.1:{free.getsockname()[1]}"
+
+    def node(number: int) -> str:
+        command = (str(EXAMPLES / "torchrun.sh"), *words, "--out", str(tmp_path / "two"))
+        return run(tmp_path, *command, programs=programs, NODES="2", PROCESSES="1", HOST=host, GLOO_SOCKET_IFNAME="lo")
+
+    with ThreadPoolExecutor() as both:
+        shown = "".join(both.map(node, range(2)))
+    assert "2 ranks" in shown
+    run(tmp_path, sys.executable, "-m", "relssl", "pretrain", *words, "--out", "one")
+    assert close_runs(tmp_path / "one", tmp_path / "two")
 
 
 @pytest.mark.torture

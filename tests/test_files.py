@@ -253,7 +253,7 @@ def test_exists_accepts_what_can_be_loaded(tmp_path):
         *(
             ("{}/phone", "(2 .heic, 1 .dcm)"),
             ("{}/photos.zip", "unpack it"),
-            ("s3:bucket", "download"),
+            ("s3://bucket/photos", "download"),
             ("{}/*.jpg", "pattern"),
         ),
         ("{0}/half,{0}/texts", "several folders"),

@@ -2,6 +2,8 @@
 
 import io
 import json
+import multiprocessing
+import multiprocessing.context
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from relssl.data.loader import Loader, Plan
 from relssl.data.named import load
 from relssl.data.own import open_dataset, open_item
 from relssl.data.plain import PlainView, Reader
-from relssl.errors import DataError, Interrupted
+from relssl.errors import ConfigError, DataError, Interrupted
 from relssl.evaluation.pairs import LabelledPair
 from relssl.settings import parts
 from relssl.settings.reading import merge, nest
@@ -188,6 +190,17 @@ def test_an_item_that_draws_at_random_stays_the_same() -> None:
     images, before = open_dataset(Noisy([0] * 4), "own"), torch.get_rng_state()
     assert all(map(torch.equal, batches(images), batches(images, workers=2)))
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_what_cannot_be_sent_to_a_process_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Local(Own):
+        pass
+
+    monkeypatch.setattr("multiprocessing.context._default_context._default_context", multiprocessing.get_context("spawn"))
+    monkeypatch.setattr(multiprocessing.context._default_context, "_actual_context", None)  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match=r"^loader.workers: ") as caught:
+        next(batches(open_dataset(Local(pictures()), "own"), workers=1))
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def own_run(dataset: Any, out: Path, **over: Any) -> Path:

@@ -79,13 +79,12 @@ def test_relations_are_exact_at_every_temperature() -> None:
 
 def test_names_are_text(tmp_path: Path) -> None:
     evil = "<img src=x onerror=1>"
+    small = {"loader.workers": 0, "views.weak.size": 32, "views.strong.size": 32}
     for number in range(40):
         folder = tmp_path / "photos" / evil
         folder.mkdir(parents=True, exist_ok=True)
         Image.effect_noise((24, 24), 40 + number).convert("RGB").save(folder / f"</script>{number}.png".replace("/", "-"))
-    run = small_run(
-        tmp_path / "run", data=str(tmp_path / "photos"), max_images=None, batch_size=16, **{"loader.workers": 0}
-    ).folder
+    run = small_run(tmp_path / "run", data=str(tmp_path / "photos"), max_images=None, batch_size=16, **small).folder
     page = relssl.write_report(run, out=tmp_path / "page.html")
     assert evil not in page.read_text() and "<-script>" not in page.read_text()
     assert all(name.startswith("<-script>") for name in data_of(page)["gallery"]["names"])

@@ -119,7 +119,7 @@ def test_train_and_val_in_the_names_of_shards_are_its_parts(tmp_path: Path, caps
         write(tmp_path / f"{name}.tar", samples(numbers))
     pattern = f"shards:{tmp_path}/**/*.tar"
     train, bank, test = (load(pattern, None, split) for split in ("train", "bank", "test"))
-    assert (len(train), len(bank), len(test)) == (18, 18, 6) and "those of val are its test part" in train.notes[0]
+    assert (len(train), len(bank), len(test)) == (18, 18, 6) and "those of val are the test part" in train.notes[0]
     assert bank.classes == test.classes and shared(bank, test) == 0 and shared(bank, bank) == 18
     assert main(["validate", pattern, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["data"]["test"] == 6

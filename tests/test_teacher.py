@@ -22,7 +22,7 @@ from relssl.method.frozen import FrozenTeacher
 from relssl.settings.reading import merge, nest
 from relssl.settings.run import resolve
 from relssl.train.loop import train_step
-from relssl.train.pretrain import Result, build, prepare, pretrain, resume
+from relssl.train.pretrain import Result, build, pretrain, resume
 from relssl.weights.opening import open_backbones
 from small_runs import NORMLESS, SMALL, close_runs, equal_runs, final_state, small_run, training_state
 
@@ -48,9 +48,7 @@ def taught(out: Path, source: Any, **more: Any) -> Result:
 
 def ready(source: Any, **more: Any) -> Any:
     config = resolve(merge(OVER, nest({"out": "unused", "teacher": str(source)} | more)))
-    run = build(config, Engine(config.engine))
-    list(prepare(run, None))
-    return run
+    return build(config, Engine(config.engine))
 
 
 def softmax(s: np.ndarray) -> np.ndarray:

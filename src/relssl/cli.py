@@ -30,7 +30,12 @@ from relssl.settings.small import adjustments, give_way
 from relssl.weights.formats import FORMATS, find_format
 
 _RUN = (
-    option("data", "name of a data set, folder of images or list file (default: digits)", metavar="DATA", nargs="?"),
+    option(
+        "data",
+        "name of a data set, folder of images, list file, hf:NAME, hf:FOLDER or shards:PATTERN (default: digits)",
+        metavar="DATA",
+        nargs="?",
+    ),
     option("--config", "YAML file of settings", metavar="FILE"),
 )
 _SOURCE = option("source", "run folder, file of weights, or timm name", metavar="SOURCE")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import pickle
 import signal
 import threading
 import warnings
@@ -326,10 +327,11 @@ def read_batches(dataset: Any, join: Callable[[list[Any]], Any], workers: int, *
     """Yield batches of a sequence's items that worker processes (0: this process) take and join; `batching` is for torch's DataLoader.
 
     Raises:
+        ConfigError: if workers have to be sent the sequence, as processes that are not forked do, and it cannot be pickled.
         DataError: if a worker dies, or has no shared or other memory left.
     """
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores
+        warnings.filterwarnings("ignore", "This DataLoader will create|Got pickle error")  # more workers than cores; said below
         loader = DataLoader(
             dataset,
             num_workers=workers,
@@ -338,7 +340,13 @@ def read_batches(dataset: Any, join: Callable[[list[Any]], Any], workers: int, *
             generator=torch.Generator(),  # else it would draw from the global one, and a resumed run once more
             **batching,
         )
-        batches: Any = iter(loader)
+        try:
+            batches: Any = iter(loader)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            if not workers or get_start_method() == "fork":
+                raise
+            advice = "define the data set, and views of your own, in a module, or set loader.workers 0"
+            raise ConfigError(f"loader.workers: loader processes cannot be sent the images ({error}); {advice}") from error
     try:
         yield from batches
     except (RuntimeError, ConnectionError, OSError) as error:

@@ -76,7 +76,7 @@ def load(data: str, root: str | None, split: str) -> Images:
     elif path is None or data in SETS:
         images = _READERS[SETS[data].kind](data, data_root(root), split)
     elif os.path.isdir(path):
-        images = read_voc(path, split) if _voc_lists(path) else read_folder(path, split)
+        images = read_voc(path, split) or read_folder(path, split)
     elif split == "test":
         raise DataError(f"{shown(data)}: a list file has no test images; use a folder with train/CLASS/ and val/CLASS/")
     else:
@@ -321,23 +321,21 @@ def _rows(columns: int, *path: str) -> list[list[str]]:
     return rows
 
 
-def _voc_lists(folder: str) -> dict[str, list[str]]:
-    """Return the classes, sorted, that have a list for each of the parts of a VOC year; none of another folder."""
-    lists: dict[str, list[str]] = {}
-    main = os.path.join(folder, "ImageSets", "Main")
-    for file in os.listdir(main) if os.path.isdir(main) and os.path.isdir(os.path.join(folder, "JPEGImages")) else ():
-        if match := re.fullmatch(r"(.+)_(train|val|trainval|test)\.txt", file):
-            lists.setdefault(match[2], []).append(match[1])
-    return {part: sorted(words) for part, words in lists.items()}
+def _voc_classes(folder: str, part: str) -> list[str]:
+    """Return the classes, sorted, that have a list for a part (train, val, trainval, test) of a VOC year."""
+    lists = Path(folder, "ImageSets", "Main").glob(f"?*_{part}.txt")
+    return sorted(file.name.removesuffix(f"_{part}.txt") for file in lists)
 
 
-def read_voc(folder: str, split: str) -> Images:
-    """Read the images of a split of a VOC folder; the name says which of the folder's parts that is.
+def read_voc(folder: str, split: str) -> Images | None:
+    """Read the images of a split of a VOC folder, None of another folder; the name says which of the folder's parts that is.
 
     Tested is on `test` after `trainval`; on `val` after `train` where the labels of `test` were never published, as for VOC2012.
     """
-    lists = _voc_lists(folder)
-    train, test = ("trainval", "test") if "test" in lists or not {"train", "val"} <= lists.keys() else ("train", "val")
+    parts = [part for part in ("train", "val", "trainval", "test") if _voc_classes(folder, part)]
+    if not parts or not os.path.isdir(os.path.join(folder, "JPEGImages")):
+        return None
+    train, test = ("trainval", "test") if "test" in parts or not {"train", "val"} <= {*parts} else ("train", "val")
     part = test if split == "test" else train
     return _read_voc_part(f"{shown(folder)} ({part})", folder, part)
 
@@ -353,7 +351,7 @@ def _read_voc07(name: str, root: str, split: str) -> Images:
 
 def _read_voc_part(name: str, folder: str, part: str) -> Images:
     """Read the lists of a part, one a class: all name the same images, each once, with 1 (yes), -1 (no) or 0 (difficult)."""
-    classes = _voc_lists(folder).get(part, [])
+    classes = _voc_classes(folder, part)
     columns: list[dict[str, int]] = []  # by class: the target of each image
     for word in classes:
         rows = _rows(2, folder, "ImageSets", "Main", f"{word}_{part}.txt")

@@ -78,13 +78,11 @@ class Items:
             return f"unreadable {self.name(row)}".encode()
 
     def item(self, row: int) -> Any:
-        """Return what one item holds as its image; BadImage if it holds none, or raises."""
+        """Return what one item is, or holds as its image; BadImage if it raises."""
         place = int(self.rows[row])
         try:
             with seeded(0, 0, place, 0):
                 image = _image_of(self.dataset[place])
-        except BadImage:
-            raise
         except Exception as error:  # whatever a user's code raises
             raise BadImage(f"raises {repr(error)[:160]}") from error
         if isinstance(image, ImageFile.ImageFile) and isinstance(self.dataset, (list, tuple)) and image.filename:
@@ -119,7 +117,12 @@ def to_bands(image: Any) -> np.ndarray:
 
     Where both layouts fit, arrays have their channels last and tensors first.
     """
-    values = _array(image)
+    values = image
+    if isinstance(image, Tensor):
+        values = (image.float() if image.is_floating_point() else image).detach().cpu().numpy()
+    elif not isinstance(image, np.ndarray):
+        needs = "a PIL image, an array or tensor, or the path or bytes of an image file"
+        raise BadImage(f"is or holds no image, but a {type(image).__name__}; needs {needs}")
     first, last = (values.ndim == 3 and values.shape[axis] <= MOST_CHANNELS for axis in (0, -1))
     if not values.size or not (values.ndim == 2 or first or last):
         raise BadImage(f"has shape {[*image.shape]}; needs [H, W], [H, W, C] or [C, H, W] with 1 to {MOST_CHANNELS} channels")
@@ -128,18 +131,6 @@ def to_bands(image: Any) -> np.ndarray:
     elif last and not (first and isinstance(image, Tensor)):
         values = values.transpose(2, 0, 1)
     return np.ascontiguousarray(_eight_bit(values))
-
-
-def _array(image: Any) -> np.ndarray:
-    if isinstance(image, Tensor):
-        image = image.detach().cpu()
-        image = (image.float() if image.is_floating_point() else image).numpy()
-    if not isinstance(image, np.ndarray):
-        raise BadImage(
-            f"is a {type(image).__name__}; needs a PIL image, an array or tensor, or the path or bytes of an image file"
-        )
-    array: np.ndarray = image
-    return array
 
 
 def _eight_bit(values: np.ndarray) -> np.ndarray:
@@ -254,9 +245,7 @@ def _image_of(item: Any) -> Any:
         return item
     images = [part for part in item if isinstance(part, (Image.Image, bytes, Mapping)) or getattr(part, "ndim", 0) > 1]
     images += [part for part in item if isinstance(part, (str, os.PathLike))]
-    if not images:
-        raise BadImage(f"holds no image, but {', '.join(type(part).__name__ for part in item)}")
-    return _image_of(images[0])
+    return _image_of(images[0]) if images else item
 
 
 def _labels(dataset: Any) -> tuple[np.ndarray | None, tuple[str, ...] | None]:

@@ -111,7 +111,7 @@ def listed(pattern: str) -> list[str]:
     """Return the tar files that a pattern names: with * and ?, {0000..0012}, or a folder, which stands for all in it.
 
     Raises:
-        DataError: if there are none, if one of a range is missing, or if one is compressed.
+        DataError: if there are none, if one of a range is missing, or if the first is compressed.
     """
     pattern = os.path.expanduser(pattern)
     pattern = os.path.join(glob.escape(pattern), "*.tar") if os.path.isdir(pattern) else pattern
@@ -122,19 +122,21 @@ def listed(pattern: str) -> list[str]:
                 f"{shown(each)}: no such shard; shards are named as shards:FOLDER, or shards:'FOLDER/part-{{000..127}}.tar'"
             )
         paths += some
-    for path in paths:
-        try:
-            with open(path, "rb", opener=open_regular) as file:
-                begins = file.read(6)
-        except (OSError, BadImage) as error:
-            raise DataError(
-                f"{shown(path)}: {getattr(error, 'strerror', None) or error}; needs an uncompressed tar file"
-            ) from error
-        if tool := next((tool for magic, tool in _COMPRESSED.items() if begins.startswith(magic)), None):
-            raise DataError(
-                f"{shown(path)}: is compressed, so no image in it can be read without all before it; unpack it with {tool}"
-            )
+    _check_form(paths[0])  # the others when they are indexed
     return paths
+
+
+def _check_form(path: str) -> None:
+    """Refuse a file that is compressed, empty or cannot be read: DataError."""
+    try:
+        with open(path, "rb", opener=open_regular) as file:
+            begins = file.read(6)
+    except (OSError, BadImage) as error:
+        raise DataError(f"{shown(path)}: {getattr(error, 'strerror', None) or error}; needs an uncompressed tar file") from error
+    if tool := next((tool for magic, tool in _COMPRESSED.items() if begins.startswith(magic)), None):
+        raise DataError(
+            f"{shown(path)}: is compressed, so no image in it can be read without all before it; unpack it with {tool}"
+        )
 
 
 def _ranges(pattern: str) -> Iterator[str]:
@@ -167,7 +169,7 @@ def read_shards(pattern: str, split: str) -> Images:
         return images
     chosen = [side in each if split == "test" else not each & {*TEST} for each in parts]
     notes += (
-        [f"only {sum(chosen)} of {len(paths)} shards are used; those of {side} are its test part"] if split == "train" else []
+        [f"{sum(chosen)} of {len(paths)} shards are trained on; those of {side} are the test part"] if split == "train" else []
     )
     return replace(images.subset(np.flatnonzero(np.array(chosen)[shards.shards])), notes=tuple(notes))
 
@@ -203,6 +205,7 @@ def _index(paths: list[str]) -> dict[str, np.ndarray]:
 
     def rows() -> Iterator[tuple[bytes, int, int, int, int]]:
         for number, path in enumerate(paths):
+            _check_form(path)
             images, labels = list[tuple[str, str, int, int]](), dict[str, bytes]()
             with open(path, "rb") as file:
                 try:

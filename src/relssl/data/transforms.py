@@ -81,6 +81,6 @@ class Transform:
             )
             kind += f" of {view.width} x {view.height} pixels, mode {view.mode}" if isinstance(view, Image.Image) else ""
             needs = f"needs a PIL image of {size} x {size} pixels, or a uint8 or float tensor [{channels}, {size}, {size}]"
-            raise ConfigError(f"{self.setting}: returns {kind} for {name}; {needs} (views.*.size)")
+            raise ConfigError(f"{self.setting}: returns {kind} for {name}; {needs} ({self.setting.removesuffix('name')}size)")
         pixels = pixels.as_subclass(Tensor)
         return pixels.float() if as_it_is else batched.normalise(pixels[None], *self.statistics)[0]

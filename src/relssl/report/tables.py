@@ -215,7 +215,7 @@ Load them:
 
     import relssl
     backbone = relssl.load_backbone("{known["folder"]}")
-    features = backbone(images)  # [N, 3, S, S] -> [N, F]""")
+    features = backbone(images)  # [N, C, S, S] -> [N, F]""")
 
 
 def _judge(known: dict[str, Any], config: Config) -> Iterator[str]:

@@ -107,7 +107,7 @@ class ViewConfig:
 
     @property
     def fixed(self) -> bool:
-        """Whether nothing about the view is random."""
+        """True if nothing about the view is random."""
         chances = (self.affine, self.flip, self.jitter, self.grey, self.blur, self.solarize, self.randaugment)
         return self.scale is None and not any(chances) and not parts.is_part(self.name)
 
@@ -307,7 +307,7 @@ class CheckpointConfig:
 class Config:
     """A run, as the user asked for it."""
 
-    data: PathText = setting("digits", "name of a data set, folder of images, or list file, which may name images anywhere")
+    data: PathText = setting("digits", "name of a data set, folder of images, list file, hf:NAME, hf:FOLDER or shards:PATTERN")
     recipe: PathText | None = setting(None, "named recipe or recipe file; null: the one named after the data, else `folder`")
     data_root: PathText | None = setting(None, "where named data sets lie; null: $RELSSL_DATA, else ~/.cache/relssl")
     out: PathText | None = setting(None, "run folder; null: runs/RECIPE-SEED")
@@ -537,9 +537,7 @@ def _source_faults(config: Config, traits: Traits) -> Iterator[str]:
             yield f"{name}: is of a teacher that follows the student, and a frozen one is given; leave it out"
     idle = {"encoder.frozen_stages": config.encoder.frozen_stages, "optimizer.heads_first": config.optimizer.heads_first}
     for name, value in idle.items():
-        if (
-            value and config.start is None and config.recipe != "continue"
-        ):  # which says so before a run, and can be listed without
+        if value and config.start is None:
             yield f"{name}: is for a backbone that begins with given weights; needs start, or 0"
     for name in ("start", "teacher"):
         if getattr(config, f"{name}_from") and not getattr(config, name):

@@ -29,7 +29,7 @@ from relssl.train.console import Display
 from relssl.train.online import Online
 from relssl.train.run_folder import RunFolder
 from relssl.train.signals import StopRequest
-from relssl.train.start import Given
+from relssl.train.start import Given, teacher_features
 from relssl.train.state import Guard, State
 from relssl.weights import store
 
@@ -101,9 +101,10 @@ def create_run(config: Config, engine: Engine, images: Images, online: Online | 
     model.train()
     guard = Guard([encoder] if teacher is None else [encoder, teacher], engine.device)
     state = State(model, create_run_optimizer(config, encoder), guard)
+    known = teacher_features(frozen, config, loader, engine)
     # From here on randomness inside the networks (dropout, stochastic depth) differs between ranks.
     engine.seed(config.seed + 1 + engine.rank)
-    return Run(config, engine, images, images.fingerprint(), plan, loader, labels, classes, form, state, online, given)
+    return Run(config, engine, images, images.fingerprint(), plan, loader, labels, classes, form, state, online, given, known)
 
 
 def open_loader(config: Config, engine: Engine, plan: Plan, images: Images) -> Loader:

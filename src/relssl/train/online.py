@@ -1,9 +1,9 @@
-"""What is measured while training: kNN, for sets with labels."""
+"""Measurements while training: kNN, for sets with labels."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,25 +20,13 @@ from relssl.method.health import effective_rank
 from relssl.settings.run import Config
 
 
-class Online(Protocol):
-    """Something measured before the first step and while training."""
-
-    count: int  # images that it looks at
-
-    def measure(self, model: Method, engine: Engine) -> dict[str, float]:
-        """Return figures of the present networks, for a row."""
-
-    def baselines(self, model: Method, engine: Engine) -> dict[str, float]:
-        """Return these and what they are compared with, before the first step."""
-
-
 def _reader(config: Config) -> Reader:
     workers = worker_count(config.loader.workers, config.engine.devices)
     return Reader(PlainView.of(config.views), workers, config.loader.max_pixels)
 
 
 class OnlineRank:
-    """What can be said without labels of weights that training goes on from: how many directions the student's features use."""
+    """The rank of the features, for given weights without labels: how many directions the student's features use."""
 
     def __init__(self, images: Images, config: Config) -> None:
         self.images, self.reader = choose(images, 512, config.seed), _reader(config)
@@ -86,6 +74,9 @@ class OnlineKnn:
 
     def _score(self, bank: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> float:
         return round(knn_accuracy(LabelledFeatures(*bank, *test, classes=self.pair.classes), *self.knn)["top1"], 4)
+
+
+Online = OnlineKnn | OnlineRank  # each with `count`, the images that it looks at
 
 
 def _pixels(images: Images) -> tuple[Tensor, Tensor]:

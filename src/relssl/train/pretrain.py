@@ -40,7 +40,7 @@ from relssl.train.memory import fit
 from relssl.train.online import Online, OnlineKnn, OnlineRank
 from relssl.train.run_folder import RunFolder, default_folder, environment, refuse_used
 from relssl.train.signals import StopRequest
-from relssl.train.start import Given, open_sources, teacher_features
+from relssl.train.start import Given, open_sources
 from relssl.weights import store
 from relssl.weights.export import default_target, export
 from relssl.weights.opening import Run as Loaded
@@ -295,7 +295,6 @@ def prepare(run: Run, saved: Path | None) -> Iterator[str]:
         inexact = checkpoint.restore(saved, run.state, run.engine, origin(run))
         manner = f"not bit for bit ({'; '.join(inexact)})" if inexact else "exactly"
         yield f"going on {manner} from step {run.state.step}"
-    run.known = teacher_features(run.state.model.given, config, run.loader, run.engine)
     if run.known is not None:
         yield f"teacher: its features of {len(run.known)} images are computed once, as its view of them never changes"
     if run.state.step > run.total_steps:

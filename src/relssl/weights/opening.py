@@ -32,7 +32,7 @@ class Run:
 
     @property
     def environment(self) -> dict[str, Any]:
-        """What the run noted when it was started: versions, hardware, data, weights it was given; as far as it can be read."""
+        """The facts that the run noted when it was started: versions, hardware, data, weights it was given; as far as it can be read."""
         with contextlib.suppress(OSError, ValueError, TypeError):  # torn, or of another version
             return dict(json.loads((self.folder / "environment.json").read_text()))
         return {}

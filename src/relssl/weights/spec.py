@@ -15,7 +15,7 @@ from relssl.data.plain import PlainView
 from relssl.errors import CheckpointError
 from relssl.method.backbones import arguments, create_backbone, feature_width, weightless
 from relssl.settings import parts
-from relssl.settings.run import LUMA, Config
+from relssl.settings.run import Config
 
 # What the settings of weights that no run of ours trained name as their data.
 NO_DATA = "imported"
@@ -98,11 +98,7 @@ class BackboneSpec:
         """Write it under the names that a run's settings have, for the file beside imported weights."""
         view = self.view
         views = {"weak": {"name": "weak", "size": view.size}, "strong": {"name": "contrastive", "size": view.size}}
-        # Settings hold the statistics of three channels, of which those of grey are made.
-        mean, std = (
-            [value / sum(LUMA) for value in values] * 3 if view.channels == 1 else [*values] for values in (view.mean, view.std)
-        )
-        pixels = {"channels": view.channels, "mean": mean, "std": std}
+        pixels = {"channels": view.channels, "mean": [*view.mean], "std": [*view.std]}
         scaling = {"margin": view.margin, "interpolation": view.interpolation}
         network = {"backbone": self.name, "backbone_args": dict(self.arguments), "encoder": {"stem": self.stem}}
         described = {"data": NO_DATA, "recipe": "imported", **network, "views": {**views, **pixels, **scaling}}
