@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -13,6 +12,7 @@ import re
 import shutil
 import statistics
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, distributions, requires
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,14 @@ from relssl.files import read_json, read_rows
 from relssl.settings.reading import read_yaml
 from relssl.weights import store
 
-Facts = dict[str, Any]
 _SHARED, _FREE, _WAITING = (
     1.0,
     5.0,
     0.25,
 )  # GB of shared memory and on disk, and share of time waiting for data, that are no finding
+Signs = Iterator[
+    tuple[str, Any]
+]  # names of findings.yaml, each with a truth value, or the facts that its texts name if it is one
 
 
 def doctor(run: str | Path | None = None) -> list[dict[str, str]]:
@@ -44,17 +46,16 @@ def doctor(run: str | Path | None = None) -> list[dict[str, str]]:
     Raises:
         ConfigError: if the folder holds no run.
     """
-    texts, signs = (
-        read_yaml(Path(__file__).with_name("findings.yaml")),
-        machine_signs(machine()) if run is None else run_signs(Path(run)),
-    )
+    signs = machine_signs(machine()) if run is None else run_signs(Path(run))
+    found = [(name, {"folder": run} | (facts if isinstance(facts, dict) else {})) for name, facts in signs if facts]
+    texts = read_yaml(Path(__file__).with_name("findings.yaml"))
+    fields = ("what", "evidence", "remedy")
     return [
-        {"name": name} | dict(zip(("what", "evidence", "remedy"), (text.format(**facts) for text in texts[name]), strict=True))
-        for name, facts in signs
+        {"name": name} | dict(zip(fields, (text.format(**facts) for text in texts[name]), strict=True)) for name, facts in found
     ]
 
 
-def machine() -> Facts:
+def machine() -> dict[str, Any]:
     """Return what there is to judge of this machine, memory and disk in GB; None or nothing for what it does not tell."""
 
     def read(name: str) -> str:
@@ -62,16 +63,16 @@ def machine() -> Facts:
             return Path(name).read_text()
         return ""
 
-    found, needed, limit = importlib.util.find_spec("torch"), list[str](), read("/sys/fs/cgroup/memory.max").strip()
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # run from its source tree
-        needed += importlib.metadata.requires("relssl") or []
+    torch, needed, limit = importlib.util.find_spec("torch"), list[str](), read("/sys/fs/cgroup/memory.max").strip()
+    with contextlib.suppress(PackageNotFoundError):  # run from its source tree
+        needed += requires("relssl") or []
     quota, period = [*read("/sys/fs/cgroup/cpu.max").split(), "max", "1"][:2]
     preload, libc = os.environ.get("LD_PRELOAD", ""), platform.libc_ver()[0] if platform.system() == "Linux" else "glibc"
-    build = read(f"{os.path.dirname(found.origin)}/version.py") if found and found.origin else ""
-    changing = {name: value for name, value in os.environ.items() if re.match("(PY)?TORCH(?!_CPP_LOG)|CUDA_LAUNCH_BL", name)}
+    build = read(f"{os.path.dirname(torch.origin)}/version.py") if torch and torch.origin else ""
+    changing = re.compile("(PY)?TORCH(?!_CPP_LOG)|CUDA_LAUNCH_BL")
     return {
         "needed": needed,
-        "versions": {each.name.lower().replace("_", "-"): each.version for each in importlib.metadata.distributions()},
+        "versions": {each.name.lower().replace("_", "-"): each.version for each in distributions()},
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "quota": float(quota) / float(period) if quota != "max" else None,
         "threads": os.environ.get("OMP_NUM_THREADS", ""),
@@ -83,80 +84,62 @@ def machine() -> Facts:
         "cuda": next(iter(re.findall(r"^cuda.* = '(.*)'", build, re.MULTILINE)), None),
         "gpu": os.path.exists("/dev/nvidiactl"),
         "malloc": preload if "malloc" in preload else f"the C library is {libc or 'unknown'}" if libc != "glibc" else "",
-        "variables": ", ".join(sorted(f"{name}={value}" for name, value in changing.items())),
+        "variables": ", ".join(sorted(f"{name}={value}" for name, value in os.environ.items() if changing.match(name))),
     }
 
 
-def machine_signs(facts: Facts) -> Iterator[tuple[str, Facts]]:
-    """Yield the names of findings on a machine of these facts, with what their texts name."""
-    flags, cores, gpu = facts["flags"], facts["cores"], facts["gpu"]
+def machine_signs(facts: dict[str, Any]) -> Signs:
+    """Yield the signs of a machine of these facts."""
+    flags, cores, gpu, cuda, versions = (facts[name] for name in ("flags", "cores", "gpu", "cuda", "versions"))
     for need in map(Requirement, facts["needed"]):
-        version = facts["versions"].get(need.name.lower().replace("_", "-"))
+        version = versions.get(need.name.lower().replace("_", "-"))
         good = version is not None and need.specifier.contains(version, prereleases=True)
-        if not good and (need.marker is None or need.marker.evaluate({"extra": ""})):
-            fault = "missing" if version is None else "of a version that is known not to work"
-            yield "package", {"name": need.name, "need": need, "version": version or "none", "fault": fault}
-    applies = {
-        "cpus": facts["quota"] and facts["quota"] < cores,
-        "threads": facts["threads"].isdecimal() and int(facts["threads"]) < cores,
-        "limit": facts["limit"] and facts["limit"] < facts["memory"],
-        "shared": facts["shared"] is not None and facts["shared"] < _SHARED,
-        "disk": facts["free"] < _FREE,
-        "idle-gpu": gpu and not facts["cuda"],
-        "no-gpu": facts["cuda"] and not gpu,
-        "bf16": flags and not gpu and not flags & {"avx512_bf16", "amx_bf16"},
-        "avx2": "avx2" in flags and "avx512f" not in flags,
-        "malloc": facts["malloc"],
-        "variables": facts["variables"],
-    }
-    yield from ((name, facts | {"torch": facts["versions"].get("torch")}) for name, applying in applies.items() if applying)
+        fault = "missing" if version is None else "of a version that does not work"
+        wanted = not good and (need.marker is None or need.marker.evaluate({"extra": ""}))
+        yield "package", wanted and {"name": need.name, "need": need, "version": version or "none", "fault": fault}
+    yield "cpus", facts["quota"] and facts["quota"] < cores and facts
+    yield "threads", facts["threads"].isdecimal() and int(facts["threads"]) < cores and facts
+    yield "limit", facts["limit"] and facts["limit"] < facts["memory"] and facts
+    yield "shared", facts["shared"] is not None and facts["shared"] < _SHARED and facts
+    yield "disk", facts["free"] < _FREE and facts
+    yield "idle-gpu", gpu and not cuda and versions
+    yield "no-gpu", cuda and not gpu and facts | versions
+    yield "bf16", flags and not gpu and not flags & {"avx512_bf16", "amx_bf16"}
+    yield "avx2", "avx2" in flags and "avx512f" not in flags
+    yield "malloc", facts["malloc"] and facts
+    yield "variables", facts["variables"] and facts
 
 
-def run_signs(folder: Path) -> Iterator[tuple[str, Facts]]:
-    """Yield the names of findings on a run, with what their texts name."""
+def run_signs(folder: Path) -> Signs:
+    """Yield the signs of a run."""
     from relssl.report.facts import run_facts  # with torch
 
     known, status, where = run_facts(folder), read_json(folder / "status.json"), read_json(folder / "environment.json")
     rows, bad, state = read_rows(folder / "metrics.jsonl"), read_rows(folder / "bad_samples.jsonl"), known["state"]
-    saved, now = (
-        store.checkpoints(folder / "checkpoints"),
-        {each.name: each.version for each in importlib.metadata.distributions()},
-    )
-    then = {
-        name: version for name, version in (where.get("versions") or {}).items() if name != "relssl" and now.get(name) != version
-    }
-    facts = {"kind": "bug", "message": "unknown"} | (status.get("error") or {}) | (bad[0] if bad else {})
-    facts |= {
-        "folder": folder,
-        "step": status.get("step"),
-        "word": known["verdict"]["word"],
-        "lines": " ".join(known["verdict"]["lines"]),
-        "waiting": statistics.median([row["data_wait"] for row in rows if row.get("data_wait") is not None] or [0]),
-        "keys": known["settings"].get("method.memory_size", 0) if "teacher_neighbours" in known["last"] else 0,
-        "images": (where.get("data") or {}).get("images"),
-        "export": (status.get("export") or {}).get("error") or "RUN/export holds none",
-        "bad": len(bad),
-        "changed": ", ".join(f"{name} {version}, now {now.get(name)}" for name, version in then.items()),
-    }
-    applies = {
-        "failed": state == "failed",
-        "stopped": state == "interrupted",
-        "killed": state == "running" and not _is_written(folder),
-        "poor": facts["word"] in ("collapsing", "flat"),
-        "waits": facts["waiting"] > _WAITING,
-        "half": facts["images"] and facts["keys"] > facts["images"] / 2,
-        "unsaved": rows and not saved,
-        "unexported": state == "complete" and not [*(folder / "export").glob("*.safetensors")],
-        "unreadable": bad,
-        "versions": then and state != "complete",
-    }
-    yield from ((name, facts) for name, applying in applies.items() if applying)
-    yield from (("missing", {"line": line}) for line in known["missing"] if not line.startswith("the run is not"))
+    yield "failed", state == "failed" and (status.get("error") or {"kind": "bug", "message": "for no reason that it tells"})
+    yield "stopped", state == "interrupted" and status
+    yield "killed", state == "running" and not _is_written(folder)
+    verdict, waits = known["verdict"], [row["data_wait"] for row in rows if row.get("data_wait") is not None]
+    poor = verdict["word"] in ("collapsing", "flat")
+    yield "poor", poor and {"word": verdict["word"], "lines": " ".join(verdict["lines"])}
+    yield "waits", waits and (share := statistics.median(waits)) > _WAITING and {"waiting": share}
+    images, keys = (where.get("data") or {}).get("images"), known["settings"].get("method.memory_size", 0)
+    yield "half", images and "kl" in known["last"] and keys > images / 2 and {"keys": keys, "images": images}
+    saved, export = store.checkpoints(folder / "checkpoints"), status.get("export") or {}
+    yield "unsaved", rows and not saved
+    unexported = state == "complete" and not [*(folder / "export").glob("*.safetensors")]
+    yield "unexported", unexported and {"export": export.get("error", "RUN/export holds none")}
+    yield "unreadable", bad and bad[0] | {"bad": len(bad)}
+    now, then = {each.name: each.version for each in distributions()}, where.get("versions") or {}
+    changed = [f"{name} {version}, now {now[name]}" for name, version in then.items() if now.get(name, version) != version]
+    yield "versions", state != "complete" and changed and {"changed": ", ".join(changed)}
+    for line in known["missing"]:
+        yield "missing", not line.startswith("the run is not") and {"line": line}
     for path in saved:
         try:
             store.verify(path)
-        except CheckpointError as error:
-            yield "damaged", {"damage": str(error).partition(";")[0]}
+        except CheckpointError as damage:
+            yield "damaged", {"damage": str(damage).partition(";")[0]}
 
 
 def _is_written(folder: Path) -> bool:
