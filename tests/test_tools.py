@@ -82,9 +82,10 @@ def test_a_sweep_equals_a_float64_oracle() -> None:
 def test_the_band_is_where_relations_are_sharp_but_not_one_hot() -> None:
     counts = {0.002: 1.2, 0.01: 12.0, 0.02: 90.0, 0.04: 300.0, 0.06: 500.0, 0.1: 1000.0}
     table = [{"temperature": t, "neighbours": count} for t, count in counts.items()]
-    assert band_of(table, resolve({"data": "digits", "method.teacher_temperature": 0.04})) == [0.01, 0.04]
-    flat = [row | {"neighbours": 1900.0} for row in table]
-    assert band_of(flat, resolve({"data": "digits", "method.teacher_temperature": 0.04})) is None
+    assert band_of(table, resolve({"data": "digits", "method.teacher_temperature": 0.04})) == [0.01, 0.02]
+    for count in (1.1, 1900.0):
+        alike = [row | {"neighbours": count} for row in table]
+        assert band_of(alike, resolve({"data": "digits", "method.teacher_temperature": 0.04})) is None
 
 
 def test_advise_names_temperature_memory_and_warmup(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,7 +20,7 @@ _IMAGES = 256  # at most
 _TEMPERATURES = (0.002, 0.003, 0.005, 0.007, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.1, 0.15, 0.2)
 # Of a good relation: neighbours at least, and how many times fewer than at the student's temperature, as it has to be the sharper one;
 # and the distance from the run's own temperature, in times, beyond which training would give other embeddings.
-_LEAST, _SHARPER, _FAR = 10, 3, 4
+_LEAST, _SHARPER, _FAR = 1.3, 5, 4
 Rows = list[dict[str, Any]]
 
 
@@ -103,24 +103,17 @@ def advice_on(table: Rows, config: Config, images: int, rows: Rows, total: int) 
     why, value = f"{own:g} has {counts[own]:.1f} effective neighbours", f"{own / _FAR:g}"
     if band:
         value = " to ".join(dict.fromkeys(f"{each:g}" for each in band))
-        why += f"; good are {_LEAST} to {most:.0f}, a third of those at the student's temperature"
+        why += f"; good are {_LEAST} to {most:.3g}, a fifth of those at the student's temperature"
     elif counts[own] > most:
-        why += f", and none near it has under {most:.0f}: too flat to learn from; start anew"
+        why += f", and none near it has under {most:.3g}: too flat to learn much from; start anew"
     else:
-        value, why = f"{own * _FAR:g}", f"{why}, and none near it has {_LEAST}: nearly one-hot, without relations"
+        value, why = f"{own * _FAR:g}", f"{why}, and none near it has {_LEAST}: relations are one-hot"
     advice = [("method.teacher_temperature", value, why)]
-
-    # As many keys as give a relation in the middle of the band its neighbours, and few old copies of the image itself.
-    middle = math.sqrt(band[0] * band[1]) if band else own
-    share = counts[min(counts, key=lambda t: abs(math.log(t / middle)))] / size
-    least, largest = 1 << math.ceil(math.log2(_LEAST / share)), 1 << int(math.log2(max(2, images / 2)))
-    fitting = min(max(size, least), largest)
-    why = f"{share:.1%} of the keys are neighbours, {_LEAST} or more; under half of {images} images"
+    largest = 1 << int(math.log2(max(2, images / 2)))
+    why = f"under half of the {images} images; its oldest keys are {size // config.batch_size} steps old"
     if size > largest:
-        why = f"{size} is over half of the {images} images, which meet old copies of themselves"
-    elif fitting != size:
-        why = f"of {size} keys {share:.1%} are neighbours, fewer than {_LEAST}"
-    advice.append(("method.memory_size", str(fitting), why))
+        why = f"{size} keys are over half of the {images} images, which meet old copies of themselves"
+    advice.append(("method.memory_size", str(min(size, largest)), why))
 
     # InfoNCE may end once relations are sharp, with fewer neighbours than half of the memory.
     rows = [row for row in rows if row.get("teacher_neighbours") is not None]
