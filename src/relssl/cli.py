@@ -19,6 +19,7 @@ from typing import Any
 
 import relssl
 from relssl.errors import CheckpointError, ConfigError, DataError, Interrupted, LockedError, NumericError, RelsslError
+from relssl.files import plain
 from relssl.options import Outcome, Overrides, option, parse, verb
 from relssl.settings import recipes
 from relssl.settings.evaluation import Evaluation, Tuning, read_settings
@@ -108,10 +109,12 @@ def views(args: argparse.Namespace, overrides: Overrides) -> Outcome | None:
     option("--epochs", "how many the run has in all from now on, its schedules included", type=int, metavar="N"),
     option("--time_limit", "minutes after which it saves and stops with exit code 75", type=float, metavar="M"),
     option("--checkpoint", "name of an older checkpoint to go on from"),
+    settings=Config,
+    main=(),
 )
-def resume(args: argparse.Namespace, _: Overrides) -> Outcome | None:
+def resume(args: argparse.Namespace, overrides: Overrides) -> Outcome | None:
     _prepare()
-    return _trained(relssl.resume(args.run_folder, **_pick(args, "checkpoint", "time_limit", "epochs", "data")))
+    return _trained(relssl.resume(args.run_folder, **_pick(args, "checkpoint", "time_limit", "epochs", "data"), **overrides))
 
 
 @verb(
@@ -483,5 +486,5 @@ def _failed(error: BaseException, debug: bool) -> int:
     met_by_all = isinstance(error, (CheckpointError, LockedError, NumericError, Interrupted))
     if number == 0 or (torch and torch.distributed.is_initialized() and not met_by_all):
         for line in lines.splitlines():
-            _say(f"relssl: {f'rank {number}: ' if number else ''}{line}")
+            _say(f"relssl: {f'rank {number}: ' if number else ''}{plain(line)}")
     return code

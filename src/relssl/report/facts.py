@@ -10,13 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from relssl.errors import ConfigError, RelsslError
 from relssl.files import duration, read_json, read_rows
 from relssl.report.tables import facts as figures
 from relssl.settings.reading import flat, read_yaml
 from relssl.settings.run import Config
+from relssl.train.figures import at_the_end, describe
 from relssl.train.pretrain import Result
 from relssl.weights.opening import load_run
 
@@ -130,17 +129,11 @@ def _verdict(folder: Path, rows: list[dict[str, Any]], config: Config | None) ->
             else "No sign of a collapse, and none of progress since the first row."
         )
     bars = {"raw_pixels": "raw pixels", "untrained": "untrained network", "student": "student", "teacher": "teacher"}
-    health = {
-        "teacher_neighbours": ("effective neighbours of the teacher", f"{{}} of {config.method.memory_size:,}"),
-        "agreement": ("share of samples with the same nearest neighbour for both networks", "{}"),
-        "embedding_std": ("spread of the embeddings; 1 is all round, 0 collapsed", "{}"),
-        "effective_rank": ("effective rank of the embeddings", f"{{}} of {config.encoder.dim}"),
-    }
     return {
         "word": word,
         "lines": lines,
         "bars": [[words, known[f"knn_{name}"]] for name, words in bars.items() if known[f"knn_{name}"] is not None],
-        "figures": [[words, form.format(_short(last[name]))] for name, (words, form) in health.items() if name in last],
+        "figures": [*map(list, at_the_end(last, config.method.memory_size).values())],
     }
 
 
@@ -164,7 +157,7 @@ def _short(value: float | None) -> str:
 
 def _curves(rows: list[dict[str, Any]], epoch: int) -> list[dict[str, Any]]:
     """Return the curves of all columns, at most `_POINTS` points a line; those without `about` matter less."""
-    known: list[dict[str, Any]] = yaml.safe_load(Path(__file__).with_name("curves.yaml").read_text())
+    known = [*describe()]
     named = {*_PLACES, *(column for each in known for column in each["columns"])}
     others = sorted({name for row in rows for name, value in row.items() if isinstance(value, int | float)} - named)
     known += [{"title": column.replace("_", " ").capitalize(), "columns": {column: "value"}} for column in others]

@@ -200,7 +200,11 @@ def describe(
                         parts[name].append(backbone(engine.place(views)).float().cpu())
     features = {name: unit(torch.cat(each)) for name, each in parts.items()}
     facts |= names_and_labels(run.images, rows[read])
-    facts |= {"images": len(run.images), "explored": [read.index(i) if i in read else -1 for i in range(len(explored))]}
+    facts |= {
+        "images": len(run.images),
+        "step": run.state.step,
+        "explored": [read.index(i) if i in read else -1 for i in range(len(explored))],
+    }
     if facts["relations"]:
         assert model.memory is not None
         place = {row: number for number, row in enumerate(rows[read].tolist())}
