@@ -42,30 +42,21 @@ def advise(run: str | Path) -> dict[str, Any]:
         teacher = model.given if model.teacher is None else model.teacher
         if model.memory is None or teacher is None:
             raise ConfigError(f"method.name: {method.name} has no teacher with a memory, and so no relations to advise on")
-        keys, ids = (
-            embed(now, teacher, [each.weak for each in batches]).cpu(),
-            torch.cat([each.ids for each in batches]).cpu(),
-        )
-        memory, samples = model.memory.keys.float().cpu(), model.memory.ids.cpu()
+        keys, memory = embed(now, teacher, [each.weak for each in batches]).cpu(), model.memory.keys.float().cpu()
+        ids, samples = torch.cat([each.ids for each in batches]).cpu(), model.memory.ids.cpu()
         others = (samples >= 0) & (samples != ids[:, None])
         if now.images.class_count:
             labels = torch.from_numpy(now.images.labels)
             same = (labels[ids][:, None] == labels[samples.clamp(min=0)]) & others
             chance = round(float(same.sum() / others.sum().clamp(min=1)), 4)
-        table = sweep(
-            keys, memory, sorted({*_TEMPERATURES, method.teacher_temperature, method.student_temperature}), others, same
-        )
+        scale = sorted({*_TEMPERATURES, method.teacher_temperature, method.student_temperature})
+        table = sweep(keys, memory, scale, others, same)
         rows = read_rows(opened.folder / "metrics.jsonl") if "warmup_mix" in model.scheduled else []
         advice = advice_on(table, opened.config, len(now.images), rows, now.total_steps)
-    facts = {
-        "run": opened.folder.resolve().name,
-        "step": now.state.step,
-        "images": len(ids),
-        "keys": len(memory),
-        "chance": chance,
-    }
-    facts |= {"temperature": method.teacher_temperature, "band": band_of(table, opened.config), "temperatures": table}
-    return facts | {"advice": [dict(zip(("setting", "value", "why"), each, strict=True)) for each in advice]}
+    facts = {"run": opened.folder.resolve().name, "step": now.state.step, "images": len(ids), "keys": len(memory)}
+    facts |= {"temperature": method.teacher_temperature, "band": band_of(table, opened.config), "chance": chance}
+    advised = [dict(zip(("setting", "value", "why"), each, strict=True)) for each in advice]
+    return facts | {"temperatures": table, "advice": advised}
 
 
 def sweep(keys: Tensor, memory: Tensor, scale: list[float], others: Tensor, same: Tensor | None = None) -> Rows:
@@ -78,13 +69,15 @@ def sweep(keys: Tensor, memory: Tensor, scale: list[float], others: Tensor, same
         Of each, "temperature"; "neighbours", exp of the mean entropy, as of `health`; "purity", the share of the relation to others that
         falls on the image's own class, None without labels.
     """
-    rows = []
-    for temperature in scale:
-        p = relation(keys, memory, temperature)
-        purity = None if same is None else round(float((p * same).sum() / (p * others).sum().clamp(min=1e-12)), 4)
-        neighbours = float(torch.special.entr(p).sum(dim=1).mean().exp())
-        rows.append({"temperature": temperature, "neighbours": neighbours, "purity": purity})
-    return rows
+    relations = {temperature: relation(keys, memory, temperature) for temperature in scale}
+    return [
+        {
+            "temperature": temperature,
+            "neighbours": float(torch.special.entr(p).sum(dim=1).mean().exp()),
+            "purity": None if same is None else round(float((p * same).sum() / (p * others).sum().clamp(min=1e-12)), 4),
+        }
+        for temperature, p in relations.items()
+    ]
 
 
 def band_of(table: Rows, config: Config) -> list[float] | None:

@@ -35,21 +35,11 @@ Signs = Iterator[
 
 
 def doctor(run: str | Path | None = None) -> list[dict[str, str]]:
-    """Look for what may be wrong with this machine, or with a run.
-
-    Args:
-        run: a run folder, in whatever state; None: this machine and what is installed on it.
-
-    Returns:
-        The findings, each {"name", "what", "evidence", "remedy"}, as of findings.yaml; none where all is well.
-
-    Raises:
-        ConfigError: if the folder holds no run.
-    """
+    """Look for what may be wrong with this machine, or with a run, in whatever state; return {"name", "what", "evidence", "remedy"} of each
+    finding of findings.yaml, none where all is well. ConfigError if the folder holds no run."""
     signs = machine_signs(machine()) if run is None else run_signs(Path(run))
     found = [(name, {"folder": run} | (facts if isinstance(facts, dict) else {})) for name, facts in signs if facts]
-    texts = read_yaml(Path(__file__).with_name("findings.yaml"))
-    fields = ("what", "evidence", "remedy")
+    texts, fields = read_yaml(Path(__file__).with_name("findings.yaml")), ("what", "evidence", "remedy")
     return [
         {"name": name} | dict(zip(fields, (text.format(**facts) for text in texts[name]), strict=True)) for name, facts in found
     ]
@@ -93,10 +83,10 @@ def machine_signs(facts: dict[str, Any]) -> Signs:
     flags, cores, gpu, cuda, versions = (facts[name] for name in ("flags", "cores", "gpu", "cuda", "versions"))
     for need in map(Requirement, facts["needed"]):
         version = versions.get(need.name.lower().replace("_", "-"))
-        good = version is not None and need.specifier.contains(version, prereleases=True)
         fault = "missing" if version is None else "of a version that does not work"
-        wanted = not good and (need.marker is None or need.marker.evaluate({"extra": ""}))
-        yield "package", wanted and {"name": need.name, "need": need, "version": version or "none", "fault": fault}
+        bad = version is None or not need.specifier.contains(version, prereleases=True)
+        wanted = need.marker is None or need.marker.evaluate({"extra": ""})
+        yield "package", wanted and bad and {"name": need.name, "need": need, "version": version or "none", "fault": fault}
     yield "cpus", facts["quota"] and facts["quota"] < cores and facts
     yield "threads", facts["threads"].isdecimal() and int(facts["threads"]) < cores and facts
     yield "limit", facts["limit"] and facts["limit"] < facts["memory"] and facts
@@ -120,15 +110,14 @@ def run_signs(folder: Path) -> Signs:
     yield "stopped", state == "interrupted" and status
     yield "killed", state == "running" and not _is_written(folder)
     verdict, waits = known["verdict"], [row["data_wait"] for row in rows if row.get("data_wait") is not None]
-    poor = verdict["word"] in ("collapsing", "flat")
-    yield "poor", poor and {"word": verdict["word"], "lines": " ".join(verdict["lines"])}
+    yield "poor", verdict["word"] in ("collapsing", "flat") and verdict | {"lines": " ".join(verdict["lines"])}
     yield "waits", waits and (share := statistics.median(waits)) > _WAITING and {"waiting": share}
     images, keys = (where.get("data") or {}).get("images"), known["settings"].get("method.memory_size", 0)
     yield "half", images and "kl" in known["last"] and keys > images / 2 and {"keys": keys, "images": images}
     saved, export = store.checkpoints(folder / "checkpoints"), status.get("export") or {}
     yield "unsaved", rows and not saved
-    unexported = state == "complete" and not [*(folder / "export").glob("*.safetensors")]
-    yield "unexported", unexported and {"export": export.get("error", "RUN/export holds none")}
+    unexported = state == "complete" and not any((folder / "export").glob("*.safetensors"))
+    yield "unexported", unexported and {"error": "RUN/export holds none"} | export
     yield "unreadable", bad and bad[0] | {"bad": len(bad)}
     now, then = {each.name: each.version for each in distributions()}, where.get("versions") or {}
     changed = [f"{name} {version}, now {now[name]}" for name, version in then.items() if now.get(name, version) != version]

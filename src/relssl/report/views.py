@@ -25,40 +25,36 @@ _HEAD, _GAP, _LEAST = 16, 2, 96
 def write_views(
     data: Any = None,
     *,
-    config: str | Path | None = None,
-    settings: Config | None = None,
     out: str | Path = "views.png",
     images: int = 8,
+    config: str | Path | None = None,
+    settings: Config | None = None,
     **overrides: Any,
 ) -> Path:
     """Draw the first images of a run, each in a row: as it is, its weak view, and its strong ones, as the networks would see them.
 
     Args:
-        data, config, settings, overrides: as for `pretrain`.
-        out: the .png to write, over whatever lies there.
+        data, config, settings, overrides: as for `pretrain`; it raises the same, and StorageError if the file cannot be written.
+        out: the .png to write, over whatever lies there; it is returned.
         images: rows, at least 1.
-
-    Returns:
-        The file.
-
-    Raises:
-        ConfigError, DataError: as `pretrain`. StorageError: if the file cannot be written.
     """
     if images < 1 or (target := Path(out)).suffix.lower() != ".png":
         raise ConfigError(f"images: must be at least 1, got {images}" if images < 1 else f"out: must end in .png, got {out}")
     with handed_over(data, config, settings, overrides) as given:
         loaded = load_images(given)
         full = complete_settings(given, loaded)
-        plan = Plan(len(loaded), min(images, len(loaded)), seed=full.seed)
-        batch = next(iter(open_loader(full, Engine.local(full.engine.device.partition(":")[0]), plan, loaded).stream(0, 1)))[0]
+        engine, plan = (
+            Engine.local(full.engine.device.partition(":")[0]),
+            Plan(len(loaded), min(images, len(loaded)), seed=full.seed),
+        )
+        batch = next(iter(open_loader(full, engine, plan, loaded).stream(0, 1)))[0]
         seen = [visible(view, *full.views.statistics()) for view in (batch.weak, *batch.strong)]
         side = max(views.shape[1] for views in seen)
         originals = [_whole(loaded.read(row, full.loader.max_pixels), side) for row in batch.ids.tolist()]
     strong = ["strong"] if len(seen) == 2 else [f"strong {number}" for number in range(1, len(seen))]
     titles, zoom = ["original", "weak", *strong], -(-_LEAST // side)
     rows = tile([picture for row in zip(originals, *seen, strict=True) for picture in row], len(titles), _GAP)
-    sheet = Image.fromarray(rows.repeat(zoom, axis=0).repeat(zoom, axis=1))
-    sheet = ImageOps.expand(sheet, (0, _HEAD, 0, 0), "white")
+    sheet = ImageOps.expand(Image.fromarray(rows.repeat(zoom, axis=0).repeat(zoom, axis=1)), (0, _HEAD, 0, 0), "white")
     for column, title in enumerate(titles):
         ImageDraw.Draw(sheet).text((column * (side + _GAP) * zoom + 2, 2), title, fill="black")
     sheet.save(file := io.BytesIO(), "PNG")
