@@ -88,6 +88,21 @@ def estimate(args: argparse.Namespace, overrides: Overrides) -> Outcome | None:
 
 
 @verb(
+    "draw images beside their views, as a run with these settings would draw them, into a PNG file",
+    *_RUN,
+    option("--images", "rows (default: 8)", type=int, default=8),
+    option("--out", "target .png (default: views.png)", default="views.png", metavar="FILE"),
+    settings=Config,
+    main=MAIN,
+)
+def views(args: argparse.Namespace, overrides: Overrides) -> Outcome | None:
+    config = _run_settings(args, overrides)
+    _prepare(config)
+    path = relssl.write_views(settings=config, **_pick(args, "out", "images"))
+    return Outcome({"out": str(path)}, str(path))
+
+
+@verb(
     "go on with a run exactly where it was saved",
     option("run_folder", metavar="RUN"),
     option("data", "where the run's images are now, if they have moved", metavar="DATA", nargs="?"),
@@ -199,6 +214,28 @@ def report(args: argparse.Namespace, _: Overrides) -> Outcome | None:
     _prepare()
     path = relssl.write_report(*args.runs, out=args.out, say=None if args.json else _say)
     return Outcome({"out": str(path)}, str(path))
+
+
+@verb(
+    "suggest a teacher's temperature, memory and warm-up from the relations of a run, without training",
+    option("run_folder", metavar="RUN"),
+)
+def advise(args: argparse.Namespace, _: Overrides) -> Outcome | None:
+    _prepare()
+    from relssl.report.tables import show_advice
+
+    facts = relssl.advise(args.run_folder)
+    return Outcome(facts, lambda: show_advice(facts))
+
+
+@verb(
+    "say what of this machine, or of a run, is slow, missing or known to be broken, and what to do",
+    option("run_folder", metavar="RUN", nargs="?"),
+)
+def doctor(args: argparse.Namespace, _: Overrides) -> Outcome | None:
+    findings = relssl.doctor(args.run_folder)
+    lines = [f"{each['what']}: {each['evidence']}; {each['remedy']}" for each in findings]
+    return Outcome({"findings": findings}, "\n".join(lines or ["nothing found that is slow, missing or broken"]))
 
 
 @verb(

@@ -372,10 +372,8 @@ def build(config: Config, engine: Engine, say: Callable[[str], None] = lambda li
         config, given = open_sources(config)
     labelled = derive(config).traits.labels
     say(f"reading the images of {config.data}")
-    images = load(config.data, config.data_root, "bank" if labelled else "train")
+    images = load_images(config)
     check_variety(images, config.loader.max_pixels)
-    if config.max_images is not None:
-        images = choose(images, config.max_images, config.seed)
     if labelled and images.class_count < 2:
         raise DataError(
             f"{images.name}: {config.method.name} needs a label for each image, of two classes or more; take a labelled set, lay the "
@@ -408,6 +406,12 @@ def build(config: Config, engine: Engine, say: Callable[[str], None] = lambda li
         online = Online(images, config, pair)
     say(f"building {parts.title(config.backbone)}")
     return create_run(config, engine, images, online, given)
+
+
+def load_images(config: Config) -> Images:
+    """Return the images that a run trains on."""
+    images = load(config.data, config.data_root, "bank" if derive(config).traits.labels else "train")
+    return images if config.max_images is None else choose(images, config.max_images, config.seed)
 
 
 def complete_settings(config: Config, images: Images) -> Config:
