@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from relssl.engine import Engine
 from relssl.errors import CheckpointError, DistributedError, NumericError
 from relssl.method.base import Method, unwrapped
+from relssl.settings.resuming import WARNED
 from relssl.train.state import State
 from relssl.weights import store
 
@@ -103,7 +104,7 @@ def restore(path: Path, state: State, engine: Engine, origin: dict[str, Any]) ->
     state.neighbours = facts.get("neighbours")
     state.guard.streak.fill_(facts["non_finite"])
     now, saved = origin | origin["choices"], facts | origin["choices"] | facts["choices"]  # older ones say less
-    matters = ("threads", "world", "precision", *origin["choices"])
+    matters = sorted({*WARNED.values(), *origin["choices"]} & now.keys())
     inexact = [f"{name} {saved[name]} -> {now[name]}" for name in matters if saved[name] != now[name]]
     if not engine.restore_random_state(tree["random"]):
         inexact.append("random generators of another world or device")
