@@ -157,8 +157,7 @@ def open_dataset(dataset: Any, name: str, split: str = "train") -> Images:
         name: for messages.
         split: "train", "bank" (the same) or "test"; a set that is no mapping has no test images.
 
-    Labels are those of (images, labels), of `.targets` or `.labels`, or of a list's own items: integers, or names of classes. Of other
-    sets they would cost decoding all images, and are not read.
+    Labels that would cost decoding all images are not read.
 
     Raises:
         DataError: if it is none of these, has no such split, or none of its first items is an image.
@@ -227,14 +226,18 @@ def _labelled(dataset: Any) -> tuple[Any, Any, Any]:
     dataset = getattr(dataset, "tensors", dataset)  # of torch's TensorDataset
     if isinstance(dataset, tuple) and len(dataset) in (1, 2) and all(map(_is_sized, dataset)):
         images, labels = (*dataset, None)[:2]
-        if getattr(images, "ndim", 0) == 4 or _coded(labels, None, len(images))[0] is not None:  # else two items
+        if (
+            labels is None or getattr(images, "ndim", 0) == 4 or _coded(labels, None, len(images))[0] is not None
+        ):  # else two items
             return images, labels, None
     if isinstance(dataset, (list, tuple)):
         return dataset, [_parts(item)[1] for item in dataset], None
     if hasattr(dataset, "dataset") and hasattr(dataset, "indices"):  # torch's Subset
         _, labels, classes = _labelled(dataset.dataset)
         return dataset, labels if labels is None else [labels[row] for row in dataset.indices], classes
-    for column in (column for column in getattr(dataset, "column_names", ()) if column in _LABELS):  # of Hugging Face's datasets
+    if column := next(
+        (name for name in getattr(dataset, "column_names", ()) if name in _LABELS), None
+    ):  # of Hugging Face's datasets
         return dataset, dataset[column][:], getattr(dataset.features[column], "names", None)
     given = (getattr(dataset, name, None) for name in ("targets", "labels"))
     labels = next((each for each in given if _is_sized(each) and len(each) == len(dataset)), None)

@@ -102,8 +102,6 @@ def find(setting: str, value: str) -> Any:
         return getattr(importlib.import_module(module), name)
     except Exception as error:  # whatever a module raises as it is imported
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ConfigError(
-            f"{setting}: {value} cannot be imported ({reason}); needs package.module:name, found from here"
-        ) from error
+        raise ConfigError(f"{setting}: {value} cannot be imported ({reason}); needs package.module:name") from error
     finally:
         sys.path.remove(os.getcwd())

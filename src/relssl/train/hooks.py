@@ -24,10 +24,9 @@ class Hooks:
         if not isinstance(hooks, (list, tuple)):
             raise ConfigError(f"hooks: needs a list of objects, got a {type(hooks).__name__}")
         for hook in hooks:
+            title = getattr(hook, "__name__", type(hook).__name__)  # of a class or function its own
             if isinstance(hook, type) or not any(callable(getattr(hook, event, None)) for event in EVENTS):
-                raise ConfigError(
-                    f"hooks: {getattr(hook, '__name__', type(hook).__name__)} is no object with one of {', '.join(EVENTS)}"
-                )
+                raise ConfigError(f"hooks: {title} is no object with one of {', '.join(EVENTS)}")
         self.hooks = hooks
 
     def call(self, event: str, subject: Any) -> None:

@@ -109,10 +109,8 @@ def _open(setting: str, source: str, reading: Reading, recorded: dict[str, Any] 
         with file.open("rb") as content:
             digest = hashlib.file_digest(content, "sha256").hexdigest()
     if recorded and recorded["sha256"] != digest:
-        raise CheckpointError(
-            f"{setting}: {source} holds other weights (sha256 {digest[:12]}) than those that the run was started with "
-            f"({recorded['sha256'][:12]}); put these back"
-        )
+        was = f"the run was started with {recorded['sha256'][:12]}; put these back"
+        raise CheckpointError(f"{setting}: {source} holds other weights, of sha256 {digest[:12]}; {was}")
     facts = {"source": opened.name, "network": spec.name, "part": opened.header["network"], "origin": opened.header["origin"]}
     return opened, facts | {"sha256": digest, "weights": len(backbone.state_dict())}
 
@@ -151,9 +149,7 @@ def _with_teacher(config: Config, opened: Opened) -> Config:
     """Return the settings with embeddings as wide as the teacher's features, and its batch as it comes."""
     width, channels = opened.backbone.num_features, opened.spec.view.channels
     if channels != config.views.channels:
-        raise ConfigError(
-            f"teacher: {opened.name} sees images of {channels} channels, and views.channels is {config.views.channels}"
-        )
+        raise ConfigError(f"teacher: {opened.name} sees {channels} channels, and views.channels is {config.views.channels}")
     if config.encoder.dim != width and "encoder.dim" in (config.typed or ()):
         raise ConfigError(f"encoder.dim: {config.encoder.dim} is not the {width} features of the teacher; leave it out")
     encoder, method = replace(config.encoder, dim=width), replace(config.method, shuffle=False)
