@@ -6,6 +6,7 @@ import pickle
 import re
 import subprocess
 import sys
+import time
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ def test_faults_between_settings(overrides: dict[str, Any], name: str) -> None:
 
 
 def test_a_misspelling_names_the_key() -> None:
-    lines = faults({f"{name}x": "1" for name in list(LEAVES)[::4]})
+    lines = faults({f"{name}x": "1" for name in list(LEAVES)[::7]})
     assert lines and all(line.startswith(f"{line.split()[-1]}x: unknown key; the nearest is ") for line in lines)
 
 
@@ -91,6 +92,39 @@ def test_a_wrong_value_of_any_numeric_key_is_refused_by_name(value: Any) -> None
     names = [name for name, field in LEAVES.items() if field.annotation in kinds]
     lines = faults({"recipe": "digits", **dict.fromkeys(names, value)})
     assert {line.split(":")[0] for line in lines} >= set(names) and max(map(len, lines)) < 300
+
+
+BOMBS = {
+    "keys": "".join(f"k{i}: {i}\n" for i in range(90_000)),
+    "unknown": "".join(f"key_{i}: {i}\n" for i in range(40_000)),
+    "dots": "a" + ".a" * 400 + ": 1\n",
+    "list": f"views: {{crops: [{'1,' * 500_000}]}}",
+    "crops": f"views: {{crops: [{'1,' * 40_000}]}}",
+    "word": "data: " + "a" * 1_000_000,
+    "name": "? " + "a" * 100_000 + "\n: 1",
+    "number": "epochs: " + "1" * 1_000_000,
+    "recipe": "recipe: " + "a" * 1_000_000,
+    "brackets": "data: " + "[" * 1_000_000,
+    "text in brackets": f"views: {{crops: '{'[' * 1_000_000}'}}",
+    "arguments": f"backbone_args: '{'{a: ' * 250_000}'",
+    "steps": "".join(f"{' ' * i}a:\n" for i in range(1400)),
+    "lists for words": "recipe: [x]\nmethod: {name: [moco]}\nengine: {device: [cpu], precision: {a: b}}\ncompile: [off]",
+    "escapes": '"\\e[31mred": 1\nepochs: "\\e[2J"',
+    "sizes": "views: {weak: {size: nan}}\nbatch_size: .inf\nepochs: inf",
+    "out": "out: a/" + "b" * 300,
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_no_file_of_settings_takes_long_or_floods_the_terminal(
+    bomb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run.yaml").write_text(BOMBS[bomb])
+    start = time.process_time()
+    assert main(["validate", "--config", str(tmp_path / "run.yaml")]) == 2
+    assert time.process_time() - start < 2
+    told = capsys.readouterr().err
+    assert len(told) < 1500 and all(line.isprintable() and line.startswith("relssl: ") for line in told.splitlines())
 
 
 def test_yaml_reads_by_the_type_of_the_field(tmp_path: Path) -> None:

@@ -163,6 +163,9 @@ def test_loggers_have_every_row_once_after_a_resume_in_groups(tmp_path: Path, mo
     board.Reload()
     tags = {"train/loss", "train/lr", "relation/kl", "relation/effective_rank", "eval/knn_top1", "speed/images_per_second"}
     assert tags <= set(board.Tags()["scalars"])
+    assert set(board.Tags()["images"]) == {"views/weak", "views/strong-1"}
+    assert set(board.Tags()["histograms"]) == {"relation/neighbours", "relation/top_probability"}
+    assert (folder / "tensorboard" / f"{rows[-1]['step']:05}" / "features" / "sprite.png").exists()  # for its projector
     assert [event.step for event in board.Scalars("train/loss")] == [row["step"] for row in rows[1:]]
 
 

@@ -31,7 +31,8 @@ from small_runs import NORMLESS, SMALL, close_runs, differing, equal_runs, final
 
 FIGURES = {
     *("step", "epoch", "samples", "loss", "lr", "teacher_momentum", "warmup_mix", "images_per_second", "data_wait", "grad_norm"),
-    *("teacher_entropy", "teacher_neighbours", "kl", "agreement", "embedding_std", "effective_rank"),
+    *("teacher_entropy", "teacher_neighbours", "kl", "agreement", "embedding_std", "effective_rank", "top_agreement"),
+    *("positive_margin", "alignment", "uniformity", "memory_unused", "hubness", "matched_age"),
 }
 
 
@@ -62,7 +63,9 @@ def test_the_run_folder_holds_what_is_promised(finished: Path) -> None:
     assert saved == {"state.safetensors", "state.json", "SHA256SUMS"}
     rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 3, 6, 9, 10, 12, 15, 18, 20]
-    assert rows[0].keys() == {"step", "epoch", "samples", "knn_top1", "knn_teacher_top1", "knn_raw_pixels"}
+    measured = {"feature_rank", "lidar", "feature_alignment", "feature_uniformity", "knn_top1", "knn_teacher_top1"}
+    assert rows[0].keys() == {"step", "epoch", "samples", "knn_raw_pixels"} | measured
+    assert rows[-1].keys() >= FIGURES | measured | {"neighbour_stability"}
     for row in rows[1:]:
         assert row.keys() >= FIGURES
         assert all(value is not None and math.isfinite(value) for value in row.values())
@@ -145,6 +148,32 @@ def test_a_run_goes_on_for_more_epochs(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"optimizer.lr: .* 0.1, not 0.5"):
         relssl.pretrain(lr=0.5, **same)
     assert [path for path, _ in contents(folder)] == [path for path, _ in before]
+
+
+def test_a_run_goes_on_with_settings_that_change_nothing_and_says_which_change_something(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = cut(finished, tmp_path / "cut", 17)
+    command = [
+        "resume",
+        str(folder),
+        "--log.every",
+        "5",
+        "--log.knn_every",
+        "2",
+        "--loader.workers",
+        "1",
+        "--checkpoint.keep",
+        "3",
+    ]
+    assert main([*command, "--lr", "0.5", "--seed", "1"]) == 2
+    assert [line.split(":")[1] for line in capsys.readouterr().err.splitlines()] == [" seed", " optimizer.lr"]
+    assert main([*command, "--threads", "1"]) == 0
+    assert differing(final_state(finished), final_state(folder)) == [] and "exactly" in (folder / "run.log").read_text()
+    assert relssl.load_run(folder).config.log.every == 5
+    folder = cut(finished, tmp_path / "warned", 19)
+    assert main(["resume", str(folder), "--threads", "2"]) == 0
+    assert "not bit for bit (threads 1 -> 2)" in (folder / "run.log").read_text()
 
 
 def test_a_used_or_locked_folder_is_left_alone(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:

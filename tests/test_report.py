@@ -1,7 +1,12 @@
-"""The report: its figures are those of the run's files, its relations those of the formulas, and nothing of it comes from elsewhere."""
+"""The report: its figures are those of the run's files, its relations those of the formulas, and nothing of it comes from elsewhere.
+
+In a browser, what is pressed, moved and typed shows the same, and the console stays empty.
+"""
 
 import json
+import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +15,15 @@ import torch
 from PIL import Image
 
 import relssl
+from browser import HOW, PROGRAM, Browser
 from relssl.cli import main
 from relssl.errors import ConfigError
 from relssl.files import read_rows
 from relssl.method.relation import relation
 from relssl.report.relations import relations
-from small_runs import small_run
+from small_runs import final_state, small_run
+
+in_browser = pytest.mark.skipif(PROGRAM is None, reason=HOW)
 
 
 def data_of(page: Path) -> Any:
@@ -71,13 +79,12 @@ def test_relations_are_exact_at_every_temperature() -> None:
 
 def test_names_are_text(tmp_path: Path) -> None:
     evil = "<img src=x onerror=1>"
+    small = {"loader.workers": 0, "views.weak.size": 32, "views.strong.size": 32}
     for number in range(40):
         folder = tmp_path / "photos" / evil
         folder.mkdir(parents=True, exist_ok=True)
         Image.effect_noise((24, 24), 40 + number).convert("RGB").save(folder / f"</script>{number}.png".replace("/", "-"))
-    run = small_run(
-        tmp_path / "run", data=str(tmp_path / "photos"), max_images=None, batch_size=16, **{"loader.workers": 0}
-    ).folder
+    run = small_run(tmp_path / "run", data=str(tmp_path / "photos"), max_images=None, batch_size=16, **small).folder
     page = relssl.write_report(run, out=tmp_path / "page.html")
     assert evil not in page.read_text() and "<-script>" not in page.read_text()
     assert all(name.startswith("<-script>") for name in data_of(page)["gallery"]["names"])
@@ -89,7 +96,9 @@ def test_a_page_says_what_is_missing(run: Path, tmp_path: Path, capsys: pytest.C
     (torn / "config.yaml").write_text("data: digits\nno_such_setting: 3\n")
     assert main(["report", str(torn)]) == 0
     page = (torn / "report.html").read_text()
-    assert all(words in page for words in ("status.json is missing", "no row yet", "no_such_setting", "Nothing to judge yet"))
+    assert all(
+        words in page for words in ("status.json is missing or damaged", "no row yet", "no_such_setting", "Nothing to judge yet")
+    )
     with pytest.raises(ConfigError, match="is no run folder"):
         relssl.write_report(tmp_path)
 
@@ -100,3 +109,112 @@ def test_two_runs_are_compared(run: Path, tmp_path: Path) -> None:
     text = page.read_text()
     assert "method.teacher_temperature" in text and "0.07" in text
     assert [each["name"] for each in data_of(page)["runs"]] == ["run", "other"]
+
+
+@pytest.fixture
+def page(run: Path) -> Iterator[Browser]:
+    with Browser(run / "report.html") as browser:
+        yield browser
+        assert browser.errors == []
+
+
+def number(text: str) -> float:
+    return float(text.replace(" %", ""))
+
+
+@in_browser
+def test_curves_are_read_by_keyboard_and_pointer(page: Browser, run: Path) -> None:
+    rows = [row for row in read_rows(run / "metrics.jsonl") if "loss" in row]
+    place = next(
+        i
+        for i, title in enumerate(
+            json.loads(page.js("JSON.stringify([...document.querySelectorAll('#charts h3')].map(e => e.textContent))"))
+        )
+        if title == "Loss"
+    )
+    figure = f"#charts figure:nth-child({place + 1})"
+    assert number(page.text(f"{figure} .values").split()[-1]) == pytest.approx(rows[-1]["loss"], rel=1e-3)
+    page.focus(f"{figure} svg")
+    page.press("Home", 36)
+    assert number(page.text(f"{figure} .values").split()[-1]) == pytest.approx(rows[0]["loss"], rel=1e-3)
+    page.press("ArrowRight", 39)
+    assert number(page.text(f"{figure} .values").split()[-1]) == pytest.approx(rows[1]["loss"], rel=1e-3)
+    page.click(f"{figure} svg")
+    assert page.text(f"{figure} .values").startswith("epoch ")
+
+
+@in_browser
+def test_the_explorer_shows_the_relations_that_training_has(page: Browser, run: Path) -> None:
+    facts = data_of(run / "report.html")["gallery"]
+    page.click("#gallery button:nth-child(7)")
+    stored, own = facts["relations"]["images"][6], facts["relations"]["temperatures"].index(0.04)
+    assert facts["names"][facts["explored"][6]] in page.text("#detail")
+    assert number(page.text("#neighbours-value")) == pytest.approx(math.exp(stored["entropy"][own]), rel=1e-3)
+    assert number(page.text("#divergence-value")) == pytest.approx(
+        stored["cross"][own] - stored["entropy"][own], rel=1e-3, abs=1e-3
+    )
+    # The memory is the checkpoint's: each key's picture is that of its sample.
+    ids = final_state(run)["memory.ids"]
+    for slot, image in facts["relations"]["pictures"].items():
+        assert image < 0 or facts["names"][image].endswith(f"{int(ids[int(slot)]):06}")
+
+    shares = [
+        number(page.text(f".butterfly tbody tr:nth-child({row}) .left")) / 100 for row in range(1, 14)
+    ]  # the last: all others
+    wanted = torch.tensor(stored["teacher"], dtype=torch.float64) / 0.04 - stored["log_sum"][own]
+    assert shares[0] == pytest.approx(float(wanted.exp().max()), abs=6e-3) and sum(shares) == pytest.approx(1, abs=0.03)
+
+    page.focus("#temperature")
+    page.press("Home", 36)
+    assert number(page.text("#neighbours-value")) == pytest.approx(math.exp(stored["entropy"][0]), rel=1e-3)
+    assert number(page.text(".butterfly tbody tr:first-child .left")) / 100 > shares[0]  # sharper
+    page.press("End", 35)
+    assert number(page.text("#neighbours-value")) == pytest.approx(math.exp(stored["entropy"][-1]), rel=1e-3)
+    page.click("#reset")
+    assert page.text("#temperature-value") == "0.04, the run's own"
+    page.click('#detail input[value="disagreement"]')
+    assert page.js("document.querySelector('#detail input:checked').value") == "disagreement"
+
+
+@in_browser
+def test_images_are_browsed(page: Browser, run: Path) -> None:
+    facts = data_of(run / "report.html")["gallery"]
+    for kind in ("certain", "uncertain", "disagree", "hubs", "pairs"):
+        page.js(f"by('browse').value = '{kind}'; by('browse').dispatchEvent(new Event('change'))")
+        page.click("#gallery button")
+        image = int(page.js("document.querySelector('#gallery button').dataset.image"))
+        assert facts["names"][image] in page.text("#neighbours")
+    order = "JSON.stringify([...document.querySelectorAll('#gallery button')].map(e => Number(e.dataset.image)))"
+    page.js("by('browse').value = 'certain'; by('browse').dispatchEvent(new Event('change'))")
+    shown, own = json.loads(page.js(order)), facts["relations"]["temperatures"].index(0.04)
+    entropy = [facts["relations"]["images"][facts["explored"].index(image)]["entropy"][own] for image in shown]
+    assert entropy == sorted(entropy)
+
+
+@in_browser
+def test_the_map_is_searched_and_walked(page: Browser, run: Path) -> None:
+    names = data_of(run / "report.html")["gallery"]["names"]
+    page.focus("#search")
+    page("Input.insertText", text=names[17])
+    assert page.text("#found") == f"1 of {len(names)} images"
+    page.click("#matches button")
+    assert names[17] in page.text("#neighbours")
+    assert page.js("document.querySelectorAll('#map .on').length") == 1
+    page.focus("#map svg")
+    page.press("ArrowRight", 39)
+    walked = page.text(".map-hint")
+    page.press("Enter", 13)
+    assert walked.split(",")[0] in page.text("#neighbours") and not walked.startswith(names[17])
+    page.click('#projections input[value="PCA"]')
+    page.click("#map svg")
+    assert page.text(".map-hint")
+
+
+@in_browser
+@pytest.mark.parametrize(("width", "dark"), [(360, False), (1920, True)])
+def test_it_fits_phones_and_wide_screens(run: Path, width: int, dark: bool) -> None:
+    with Browser(run / "report.html", width, dark=dark) as page:
+        assert page.js("document.documentElement.scrollWidth") <= width
+        assert page.js("getComputedStyle(document.body).backgroundColor") == ("rgb(20, 25, 26)" if dark else "rgb(255, 255, 255)")
+        unnamed = "[...document.querySelectorAll('button, input, select, [tabindex]')].filter(e => !(e.getAttribute('aria-label') || e.labels?.length || e.textContent.trim())).length"
+        assert page.js(unnamed) == 0 and page.errors == []

@@ -170,3 +170,9 @@ def duration(seconds: float) -> str:
 def size(count: int) -> str:
     """Write a number of bytes in the unit that suits it."""
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def plain(text: str, most: int = 600) -> str:
+    """Return a line for a terminal: control characters as escapes, and without its middle where it is too long to be read."""
+    line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+    return line if len(line) <= most else f"{line[: most // 2]} ... {line[-most // 2 :]}"

@@ -9,13 +9,19 @@ from torch import Tensor
 
 from relssl.method.relation import logits
 
-# Bytes of one tile of similarities.
-_TILE_BYTES = 64 << 20
+_TILE_BYTES = 64 << 20  # of one tile of similarities
+_NEAR, _SOME = 10, 512  # how many of the nearest keys are looked at, and keys of which a median is taken at most
 
 
 @torch.no_grad()
 def health(
-    queries: Tensor, keys: Tensor, memory: Tensor, *, student_temperature: float, teacher_temperature: float
+    queries: Tensor,
+    keys: Tensor,
+    memory: Tensor,
+    *,
+    student_temperature: float,
+    teacher_temperature: float,
+    ages: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """The health of one step's relations, but for the keys' `effective_rank`.
 
@@ -25,44 +31,80 @@ def health(
         queries: [V, B, D], unit norm.
         keys: [B, D], unit norm.
         memory: [K, D], as the step's loss saw it.
+        ages: [K], of its keys in steps, 0 where there is none; see `Memory.ages`.
 
     Returns:
-        Scalars on the device:
+        On the device, scalars but for the last two; means are over samples and views:
         teacher_entropy: mean entropy of the teacher's relation in nats, 0 to ln K.
         teacher_neighbours: exp of it, the effective number of neighbours, 1 to K.
         kl: mean divergence of the student's relation from the teacher's, at least 0.
         agreement: share of samples whose nearest key is the same for student and teacher, 0 to 1.
-        embedding_std: mean over dimensions of the keys' standard deviation, times sqrt(D): about 1 when healthy, 0 when
-            all embeddings are one.
+        top_agreement: mean share of the teacher's 10 nearest keys that are among the student's, 0 to 1.
+        positive_margin: cosine of a query and its sample's key less the median of its cosines to up to 512 keys, evenly spread in the memory.
+        alignment: mean squared distance of a query and its sample's key, 0 to 4 (Wang and Isola, arXiv 2005.10242).
+        memory_unused: share of the memory that is among no sample's 10 nearest keys by the teacher, 0 to 1.
+        hubness: share of these 10 B places that the most frequent 1 % of the memory takes, 0 to 1.
+        matched_age: mean age in steps of the teacher's nearest key, where it is a sample's; only with `ages`.
+        embedding_std, uniformity: see `spread`.
+        neighbours, top_probability: [B], of each sample the effective neighbours, and what the teacher gives its nearest key.
     """
     rows = max(1, _TILE_BYTES // (4 * len(memory) * (len(queries) + 1)))
     parts = [
         _relations(queries[:, i : i + rows], keys[i : i + rows], memory, student_temperature, teacher_temperature)
         for i in range(0, len(keys), rows)
     ]
-    entropy, kl, agreement = torch.stack(parts).sum(dim=0) / len(keys)
-    return {
-        "teacher_entropy": entropy,
-        "teacher_neighbours": entropy.exp(),
-        "kl": kl,
-        "agreement": agreement,
-        "embedding_std": spread(keys),
+    entropy, kl, same, shared, margin, cosine, top, near = map(torch.cat, zip(*parts, strict=True))
+    places = torch.zeros(len(memory), device=keys.device).index_add_(0, near.flatten(), keys.new_ones(near.numel()))
+    figures = {
+        "teacher_entropy": entropy.mean(),
+        "teacher_neighbours": entropy.mean().exp(),
+        "kl": kl.mean(),
+        "agreement": same.mean(),
+        "top_agreement": shared.mean(),
+        "positive_margin": margin.mean(),
+        "alignment": 2 - 2 * cosine.mean(),
+        "memory_unused": (places == 0).float().mean(),
+        "hubness": places.topk(-(-len(places) // 100)).values.sum() / near.numel(),
     }
+    if ages is not None:
+        matched = ages[near[:, 0]].float()
+        figures["matched_age"] = matched.sum() / (matched > 0).sum().clamp_min(1)
+    return figures | spread(keys) | {"neighbours": entropy.exp(), "top_probability": top}
 
 
-def spread(keys: Tensor) -> Tensor:
-    """`embedding_std` of keys [B, D]."""
-    return keys.float().std(dim=0, correction=0).mean() * math.sqrt(keys.shape[1])
+@torch.no_grad()
+def spread(keys: Tensor) -> dict[str, Tensor]:
+    """How far keys [B, D] lie apart, two scalars.
+
+    Returns:
+        embedding_std: mean over dimensions of their standard deviation, times sqrt(D): about 1 when healthy, 0 when all are one.
+        uniformity: log of the mean of exp(-2 squared distance) over all pairs (Wang and Isola), about -4 + 8 / D when they lie
+            evenly, 0 when all are one.
+    """
+    keys, pairs = keys.float(), len(keys) * (len(keys) - 1)
+    near = [(4 * part @ keys.T - 4).exp().sum() for part in torch.split(keys, max(1, _TILE_BYTES // (4 * len(keys))))]
+    apart = ((torch.stack(near).sum() - len(keys)) / pairs).log()  # without each one's pair with itself
+    return {"embedding_std": keys.std(dim=0, correction=0).mean() * math.sqrt(keys.shape[1]), "uniformity": apart}
 
 
-def _relations(queries: Tensor, keys: Tensor, memory: Tensor, student_temperature: float, teacher_temperature: float) -> Tensor:
-    """Entropy, divergence and agreement of some samples, each a mean over views and a sum over samples: [3]."""
+def _relations(
+    queries: Tensor, keys: Tensor, memory: Tensor, student_temperature: float, teacher_temperature: float
+) -> tuple[Tensor, ...]:
+    """Figures of n samples, means over views [n], and the teacher's nearest keys [n, 10]."""
     target = logits(keys, memory, teacher_temperature).log_softmax(dim=-1)
-    relation = logits(queries, memory, student_temperature).log_softmax(dim=-1)
-    entropy = -(target.exp() * target).sum()
-    kl = (target.exp() * (target - relation)).sum() / len(queries)
-    agreement = (relation.argmax(dim=-1) == target.argmax(dim=-1)).float().sum() / len(queries)
-    return torch.stack([entropy, kl, agreement])
+    scores = logits(queries, memory, student_temperature)
+    cosine = (queries * keys).sum(dim=-1)  # [V, n]
+    some = scores[..., :: -(-len(memory) // _SOME)].contiguous()  # a median of all costs more than everything else here
+    margin = cosine - student_temperature * some.median(dim=-1).values
+    relation = scores.log_softmax(dim=-1)
+    entropy = -(target.exp() * target).sum(dim=-1)
+    kl = (target.exp() * (target - relation)).sum(dim=-1)
+    most = min(_NEAR, len(memory))
+    near, theirs = target.topk(most).indices, relation.topk(most).indices
+    same = (theirs[..., 0] == near[:, 0]).float()
+    shared = (theirs[..., None] == near[:, None, :]).any(dim=-1).float().mean(dim=-1)
+    top = target.gather(1, near[:, :1])[:, 0].exp()
+    return entropy, *(each.mean(dim=0) for each in (kl, same, shared, margin, cosine)), top, near
 
 
 def effective_rank(embeddings: Tensor) -> Tensor:
@@ -76,20 +118,17 @@ def effective_rank(embeddings: Tensor) -> Tensor:
     return rank
 
 
-def verdict(figures: dict[str, float], memory_size: int, dim: int, *, warms: bool = True) -> str | None:
-    """The collapse that the figures show, with what to try; None when they look healthy.
-
-    Args:
-        memory_size: K. dim: D, of the keys.
-        warms: whether the method has an InfoNCE warm-up that could be longer.
-    """
-    longer = ", lengthen method.warmup_share" if warms else ""
-    if figures["embedding_std"] < 0.1:
-        return f"collapsed: all embeddings point one way; lower optimizer.lr{longer}" + (
-            " or drop the predictor" if warms else ""
-        )
-    if figures.get("teacher_neighbours", 0) > 0.9 * memory_size:
-        return f"collapsed: the teacher's relation is uniform; lower method.teacher_temperature{longer}"
-    if figures["effective_rank"] < min(4.0, 0.1 * dim):
-        return f"collapsing: the embeddings use under {min(4.0, 0.1 * dim):g} directions; lower optimizer.lr{longer}"
-    return None
+def lidar(views: Tensor) -> Tensor:
+    """exp of the entropy of the normalised eigenvalues of between-sample against within-sample scatter of the embeddings [n, q, D]
+    of q views of n samples (LiDAR, arXiv 2312.04000), 1 to min(n - 1, D): how many directions tell samples apart. It waits."""
+    if not torch.isfinite(views).all():
+        return views.new_tensor(torch.nan)
+    views = views.double() / views.double().std().clamp_min(1e-12)  # so that the ridge is one of scale 1
+    means = views.mean(dim=1)  # [n, D]
+    within = (views - means[:, None]).flatten(end_dim=1)
+    ridge = 1e-4 * torch.eye(views.shape[-1], dtype=views.dtype, device=views.device)
+    factor = torch.linalg.cholesky(within.T @ within / len(within) + ridge)
+    between = torch.linalg.solve_triangular(factor, (means - means.mean(dim=0)).T, upper=False)
+    values = torch.linalg.svdvals(between).square()
+    dimensions: Tensor = torch.special.entr(values / values.sum().clamp_min(1e-12)).sum().exp()
+    return dimensions

@@ -56,3 +56,9 @@ class Memory(nn.Module):
         self.keys[slots] = written
         self.ids[slots] = samples
         self.pointer.add_(total if when is None else total * when).remainder_(size)
+
+    def ages(self, rows: int) -> Tensor:
+        """How many pushes of `rows` keys each have been made since a key was written, itself included: int64 [K], from 1 for the newest;
+        0 where no sample has been written."""
+        since = (self.pointer - 1 - torch.arange(len(self.ids), device=self.ids.device)) % len(self.ids)
+        return (since // rows + 1) * (self.ids >= 0)

@@ -11,39 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from relssl.errors import ConfigError, RelsslError
-from relssl.files import duration, read_rows
+from relssl.files import duration, read_json, read_rows
 from relssl.report.tables import facts as figures
 from relssl.settings.reading import flat, read_yaml
 from relssl.settings.run import Config
+from relssl.train.figures import at_the_end, describe
 from relssl.train.pretrain import Result
 from relssl.weights.opening import load_run
 
 _POINTS = 800  # of a curve at most
-# The curves that are drawn, in this order, where metrics.jsonl has their columns: title, columns with their names, and what to know.
-_CURVES: tuple[tuple[str, dict[str, str], str], ...] = (
-    (
-        "kNN top-1, %",
-        {"knn_top1": "student", "knn_teacher_top1": "teacher"},
-        "Higher is better. Labels of the data serve this figure alone.",
-    ),
-    ("Loss", {"loss": "loss"}, "Its height says little about quality; a sudden rise or NaN says much."),
-    (
-        "Teacher's effective neighbours",
-        {"teacher_neighbours": "neighbours"},
-        "Falls from the memory's size to a few as relations form.",
-    ),
-    ("Student's divergence, nats", {"kl": "divergence"}, "How far the student's relations are from the teacher's."),
-    ("Same nearest neighbour", {"agreement": "agreement"}, "Share of samples for which both name the same nearest key."),
-    ("Spread of the embeddings", {"embedding_std": "spread"}, "About 1 when all directions are used, 0 when collapsed."),
-    ("Effective rank", {"effective_rank": "rank"}, "Directions that the embeddings really use."),
-    ("Gradient norm", {"grad_norm": "norm"}, ""),
-    ("Learning rate", {"lr": "rate"}, ""),
-    ("Teacher's momentum", {"teacher_momentum": "momentum"}, ""),
-    ("Teacher's temperature", {"teacher_temperature": "temperature"}, ""),
-    ("InfoNCE's share of the loss", {"warmup_mix": "share"}, ""),
-    ("Images a second", {"images_per_second": "images/s"}, ""),
-    ("Share of time waiting for data", {"data_wait": "share"}, ""),
-)
 _BASELINES = {"knn_raw_pixels": "raw pixels", "knn_top1": "untrained"}
 _PLACES = ("step", "epoch", "samples", *_BASELINES)  # columns that are no curves of their own
 # Settings that say nothing of what was learned.
@@ -58,7 +34,10 @@ def run_facts(folder: Path) -> dict[str, Any]:
     """
     missing: list[str] = []
     settings, config = _settings(folder, missing)
-    status, where = _json(folder / "status.json", missing), _json(folder / "environment.json", missing)
+    status, where = (read_json(folder / name) for name in ("status.json", "environment.json"))
+    missing += [
+        f"{name} is missing or damaged" for name, known in (("status.json", status), ("environment.json", where)) if not known
+    ]
     rows = read_rows(folder / "metrics.jsonl")
     if not rows:
         missing.append("metrics.jsonl has no row yet: there is nothing to judge or to draw")
@@ -73,12 +52,10 @@ def run_facts(folder: Path) -> dict[str, Any]:
         "state": state,
         "settings": settings,
         "what": _what(settings, status, where, rows, images),
-        "versions": where.get("versions", {}),
         "verdict": _verdict(folder, rows, config),
         "curves": _curves(rows, epoch),
         "axis": "epoch" if epoch else "step",
         "last": trained[-1] if trained else {},
-        "best": max((row["knn_top1"] for row in rows if row.get("knn_top1") is not None and row["step"]), default=None),
         "evaluations": _evaluations(folder, missing),
         "bad": read_rows(folder / "bad_samples.jsonl")[:50],
         "missing": missing,
@@ -97,14 +74,6 @@ def _settings(folder: Path, missing: list[str]) -> tuple[dict[str, Any], Config 
     with contextlib.suppress(RelsslError):
         return flat(read_yaml(folder / "config.yaml")), None
     return {}, None
-
-
-def _json(path: Path, missing: list[str]) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        missing.append(f"{path.name} {'is missing' if isinstance(error, OSError) else 'is damaged'}")
-    return {}
 
 
 def _state(status: dict[str, Any]) -> str:
@@ -145,7 +114,10 @@ def _verdict(folder: Path, rows: list[dict[str, Any]], config: Config | None) ->
     trained = [row for row in rows if "loss" in row]
     if config is None or not trained:
         return {"word": "unknown", "lines": ["Nothing can be said yet."], "bars": [], "figures": []}
-    known, first, last = figures(Result(folder, folder, rows), config), trained[0], trained[-1]
+    try:
+        known, first, last = figures(Result(folder, folder, rows), config), trained[0], trained[-1]
+    except LookupError as error:  # rows of another version
+        return {"word": "unknown", "lines": [f"Its rows lack {error}, which a verdict needs."], "bars": [], "figures": []}
     word, lines = known["word"], known["verdict"]
     lines[0] = lines[0].partition(": ")[2].capitalize() if word in ("learning", "flat") else lines[0].partition(": ")[2]
     if word == "healthy":
@@ -157,17 +129,11 @@ def _verdict(folder: Path, rows: list[dict[str, Any]], config: Config | None) ->
             else "No sign of a collapse, and none of progress since the first row."
         )
     bars = {"raw_pixels": "raw pixels", "untrained": "untrained network", "student": "student", "teacher": "teacher"}
-    health = {
-        "teacher_neighbours": ("effective neighbours of the teacher", f"{{}} of {config.method.memory_size:,}"),
-        "agreement": ("share of samples with the same nearest neighbour for both networks", "{}"),
-        "embedding_std": ("spread of the embeddings; 1 is all round, 0 collapsed", "{}"),
-        "effective_rank": ("effective rank of the embeddings", f"{{}} of {config.encoder.dim}"),
-    }
     return {
         "word": word,
         "lines": lines,
         "bars": [[words, known[f"knn_{name}"]] for name, words in bars.items() if known[f"knn_{name}"] is not None],
-        "figures": [[words, form.format(_short(last[name]))] for name, (words, form) in health.items() if name in last],
+        "figures": [*map(list, at_the_end(last, config.method.memory_size).values())],
     }
 
 
@@ -191,25 +157,22 @@ def _short(value: float | None) -> str:
 
 def _curves(rows: list[dict[str, Any]], epoch: int) -> list[dict[str, Any]]:
     """Return the curves of all columns, at most `_POINTS` points a line; those without `about` matter less."""
-    columns = {name for row in rows for name, value in row.items() if isinstance(value, int | float)}
-    named = {column for _, names, _ in _CURVES for column in names}
-    others = tuple(
-        (column.replace("_", " ").capitalize(), {column: "value"}, "") for column in sorted(columns - named - set(_PLACES))
-    )
+    known = [*describe()]
+    named = {*_PLACES, *(column for each in known for column in each["columns"])}
+    others = sorted({name for row in rows for name, value in row.items() if isinstance(value, int | float)} - named)
+    known += [{"title": column.replace("_", " ").capitalize(), "columns": {column: "value"}} for column in others]
     curves = []
-    for title, names, about in (*_CURVES, *others):
+    for each in known:
         lines = []
-        for column, name in names.items():
-            points = [[row["step"] / epoch if epoch else row["step"], row[column]] for row in rows if row.get(column) is not None]
+        for column, name in each["columns"].items():
+            points = [[row["step"] / (epoch or 1), row[column]] for row in rows if row.get(column) is not None]
             stride = max(1, math.ceil(len(points) / _POINTS))
-            if points:
-                lines.append({"name": name, "points": points[(len(points) - 1) % stride :: stride]})
-        if lines and len({y for line in lines for _, y in line["points"]}) > (title != "Loss"):
-            start = rows[0] if "knn_top1" in names and rows[0]["step"] == 0 else {}
-            levels = [[name, start[column]] for column, name in _BASELINES.items() if start.get(column) is not None]
-            curves.append(
-                {"title": title, "about": about, "lines": lines, "levels": levels, "log": "teacher_neighbours" in names}
-            )
+            lines += [{"name": name, "points": points[(len(points) - 1) % stride :: stride]}] if points else []
+        start = rows[0] if "knn_top1" in each["columns"] and rows and rows[0]["step"] == 0 else {}
+        levels = [[name, start[column]] for column, name in _BASELINES.items() if start.get(column) is not None]
+        if each.get("about") or len({y for line in lines for _, y in line["points"]}) > 1:  # schedules that stay are settings
+            curve = {"title": each["title"], "about": each.get("about", ""), "log": "teacher_neighbours" in each["columns"]}
+            curves += [curve | {"lines": lines, "levels": levels}] if lines else []
     return curves
 
 

@@ -9,24 +9,24 @@ import copy
 import importlib.util
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from relssl.data.images import Images
-from relssl.data.loader import Plan, worker_count
-from relssl.data.named import load
+from relssl.data.loader import Batch, Plan, worker_count
 from relssl.data.plain import PlainView, Reader
 from relssl.engine import Engine
 from relssl.errors import CheckpointError, DataError
 from relssl.evaluation.embed import escaped
 from relssl.evaluation.features import evaluating, unit
-from relssl.evaluation.pairs import choose
 from relssl.method.base import Method, unwrapped
 from relssl.method.encoder import Encoder
 from relssl.method.health import effective_rank
@@ -34,6 +34,8 @@ from relssl.report.pictures import Sheet, visible
 from relssl.report.relations import relations
 from relssl.settings.run import derive
 from relssl.train.loop import Run, create_run, open_loader, scheduled
+from relssl.train.pretrain import load_images
+from relssl.train.start import open_sources
 from relssl.weights import store
 from relssl.weights.opening import Run as Opened
 
@@ -70,24 +72,35 @@ def gallery(opened: Opened, say: Callable[[str], None] = lambda line: None) -> G
     Raises:
         RelsslError: if checkpoint or images are missing or damaged.
     """
-    path, config = newest(opened), opened.config
-    images = load(config.data, config.data_root, "bank" if derive(config).traits.labels else "train")
-    images = images if config.max_images is None else choose(images, config.max_images, config.seed)
-    if opened.data and opened.data["fingerprint"] != images.fingerprint():
-        raise DataError(f"{images.name}: holds other images now than those that the run was trained on")
-    engine = Engine.local(config.engine.device.partition(":")[0], config.engine.precision)
-    with engine.running(), torch.no_grad():
-        run = create_run(config, engine, images)
-        start, model = copy.deepcopy(unwrapped(run.state.model.student)), run.state.model
-        tensors, meta = store.load(path)
-        run.state.step = int(meta["step"])
-        restore(model, tensors, path)
+    with ready(opened) as (run, start, reset):
         say("report: views and relations")
         explored, pictures, facts = explore(run, copy.deepcopy(start))
-        restore(model, tensors, path)  # without the batch-norm statistics of those passes
-        rows = choose_shown(explored, facts, model, len(images), config.seed)
+        reset()  # without the batch-norm statistics of those passes
+        rows = choose_shown(explored, facts, run.state.model, len(run.images), run.config.seed)
         say("report: features")
         return describe(run, rows, explored, pictures, facts, start)
+
+
+@contextmanager
+def ready(opened: Opened) -> Iterator[tuple[Run, Encoder, Callable[[], None]]]:
+    """Yield a run as its newest good checkpoint has it, its untrained student, and what brings networks and memory back to that state.
+
+    Raises:
+        RelsslError: if checkpoint or images are missing or damaged.
+    """
+    path, config = newest(opened), opened.config
+    images = load_images(config)
+    if opened.data and opened.data["fingerprint"] != images.fingerprint():
+        raise DataError(f"{images.name}: holds other images now than those that the run was trained on")
+    config, given = open_sources(config, begun=True)
+    engine = Engine.local("cpu" if config.engine.device == "cpu" else "auto", config.engine.precision)
+    with engine.running(), torch.no_grad():
+        run = create_run(config, engine, images, given=given)
+        start, (tensors, meta) = copy.deepcopy(unwrapped(run.state.model.student)), store.load(path)
+        run.state.step = int(meta["step"])
+        reset = partial(restore, run.state.model, tensors, path)
+        reset()
+        yield run, start, reset
 
 
 def restore(model: Method, tensors: dict[str, Tensor], path: Any) -> None:
@@ -103,41 +116,46 @@ def restore(model: Method, tensors: dict[str, Tensor], path: Any) -> None:
 
 
 def explore(run: Run, start: Encoder) -> tuple[list[int], list[np.ndarray], dict[str, Any]]:
-    """Return the positions of E images, their views view by view, and their relations to the memory; `start` is the untrained student.
-
-    These are the first images of the next epoch, in views as it draws them, and the networks are in training mode, in parts as large as
-    the run's: so the relations are those that the next step would learn from.
-    """
-    config, model = run.config, run.state.model
-    share = max(2, min(run.plan.share, _EXPLORED, len(run.images)))
-    parts = max(1, min(_EXPLORED, len(run.images)) // share)
-    plan = Plan(len(run.images), share * parts, parts, 0, 1, config.seed)
-    first = math.ceil(run.state.step / run.plan.steps_per_epoch) * plan.steps_per_epoch
-    batches = next(iter(open_loader(config, run.engine, plan, run.images).stream(first, first + 1)))
+    """Return the positions of E images, their views view by view, and their relations to the memory; `start` is the untrained student."""
+    config, model, batches = run.config, run.state.model, next_batches(run, _EXPLORED)
     ids = torch.cat([batch.ids for batch in batches]).tolist()
     mean, std = config.views.statistics()
     all_views = [[batch.weak, *batch.strong] for batch in batches]
     side = min(_SIDE, max(view.size for view in derive(config).views))
     pictures = [p for views in zip(*all_views, strict=True) for view in views for p in visible(view, mean, std, side)]
     pictures = pictures[: _VIEWS * len(ids)]
-    facts: dict[str, Any] = {"views": len(pictures) // len(ids)}
-    if model.memory is None or model.teacher is None or not batches[0].strong:
+    facts: dict[str, Any] = {"views": len(pictures) // len(ids), "relations": None, "matched": None}
+    teacher = model.given if model.teacher is None else model.teacher
+    if model.memory is None or teacher is None or not batches[0].strong:
         return ids, pictures, facts
-    place, student = run.engine.place, unwrapped(model.student)
-
-    def embed(network: Encoder, views: list[Tensor]) -> Tensor:
-        with run.engine.autocast():
-            return torch.cat([network([place(view)])[0] for view in views]).float()
-
+    student = unwrapped(model.student)
     weak, strong = [batch.weak for batch in batches], [batch.strong[0] for batch in batches]
-    keys, queries = embed(model.teacher, weak), embed(student, strong)
+    keys, queries = embed(run, teacher, weak), embed(run, student, strong)
     now = scheduled(run, max(0, run.state.step - 1))
     memory = model.memory.keys.float()
     warm = {"teacher_temperature": now["teacher_temperature"], "student_temperature": config.method.student_temperature}
     facts["relations"] = relations((keys @ memory.T).cpu(), (queries @ memory.T).cpu(), **warm)
-    pairs = {"untrained": (embed(start, strong), embed(start, weak)), "student": (queries, keys)}
+    pairs = {"untrained": (embed(run, start, strong), embed(run, start, weak)), "student": (queries, keys)}
     facts["matched"] = {name: share_matched(*pair) for name, pair in pairs.items()}
     return ids, pictures, facts
+
+
+def next_batches(run: Run, most: int) -> list[Batch]:
+    """Return the first images of a run's next epoch, `most` or a few less, in views as it draws them.
+
+    They come in parts as large as the run's, for networks in training mode: so relations are those that the next step would learn from.
+    """
+    share = max(2, min(run.plan.share, most, len(run.images)))
+    parts = max(1, min(most, len(run.images)) // share)
+    plan = Plan(len(run.images), share * parts, parts, 0, 1, run.config.seed)
+    first = math.ceil(run.state.step / run.plan.steps_per_epoch) * plan.steps_per_epoch
+    return next(iter(open_loader(run.config, run.engine, plan, run.images).stream(first, first + 1)))
+
+
+def embed(run: Run, network: nn.Module, views: Sequence[Tensor]) -> Tensor:
+    """Return a network's embeddings [E,D] of parts of views, as a step computes them."""
+    with run.engine.autocast():
+        return torch.cat([network([run.engine.place(view)])[0] for view in views]).float()
 
 
 def share_matched(queries: Tensor, keys: Tensor) -> float:
@@ -148,13 +166,13 @@ def share_matched(queries: Tensor, keys: Tensor) -> float:
 def choose_shown(explored: list[int], facts: dict[str, Any], model: Method, count: int, seed: int) -> np.ndarray:
     """Return the positions of the images that are shown: the explored ones, those that their relations fall on, others by the seed."""
     wanted = dict.fromkeys(explored)
-    if "relations" in facts:
+    if facts["relations"]:
         assert model.memory is not None
         ids = model.memory.ids.tolist()
         for rank in range(_PER_IMAGE):
             slots = (each["slots"][rank] for each in facts["relations"]["images"] if rank < len(each["slots"]))
             wanted |= dict.fromkeys(row for slot in slots if (row := ids[slot]) >= 0)
-    others = np.random.Generator(np.random.PCG64(seed)).permutation(count)
+    others = np.random.default_rng(seed).choice(count, min(count, SHOWN), replace=False)
     wanted |= dict.fromkeys(others.tolist())
     return np.array(list(wanted)[:SHOWN], np.int64)
 
@@ -182,8 +200,12 @@ def describe(
                         parts[name].append(backbone(engine.place(views)).float().cpu())
     features = {name: unit(torch.cat(each)) for name, each in parts.items()}
     facts |= names_and_labels(run.images, rows[read])
-    facts |= {"images": len(run.images), "explored": [read.index(i) if i in read else -1 for i in range(len(explored))]}
-    if "relations" in facts:
+    facts |= {
+        "images": len(run.images),
+        "step": run.state.step,
+        "explored": [read.index(i) if i in read else -1 for i in range(len(explored))],
+    }
+    if facts["relations"]:
         assert model.memory is not None
         place = {row: number for number, row in enumerate(rows[read].tolist())}
         ids = model.memory.ids.tolist()
@@ -193,15 +215,14 @@ def describe(
     facts["neighbours"] = neighbours(features, facts.get("labels"))
     facts["maps"] = maps(features["student"], config.seed)
     facts["ranks"] = {name: round(float(effective_rank(features[name])), 1) for name in ("untrained", "student")}
-    facts["width"] = features["student"].shape[1]
     return Gallery(facts, Sheet(thumbs), Sheet(pictures))
 
 
 def names_and_labels(images: Images, rows: np.ndarray) -> dict[str, Any]:
     """Return the images' names, of files below the folder that holds all of them, and their labels where there are any."""
     names = [images.source.name(row) for row in rows.tolist()]
-    above = os.path.commonpath([os.path.dirname(name) for name in names]) if len(names) > 1 else ""
-    facts: dict[str, Any] = {"names": [escaped(os.path.relpath(name, above) if above else name) for name in names]}
+    above = os.path.commonpath({os.path.dirname(name) for name in names}) + "/" if all(map(os.path.isabs, names)) else ""
+    facts: dict[str, Any] = {"names": [escaped(name.removeprefix(above)) for name in names]}
     if images.labels is not None and (labels := images.labels[rows]).max() >= 0:
         classes = images.classes or [str(label) for label in range(int(labels.max()) + 1)]
         facts |= {"labels": labels.tolist(), "classes": [escaped(name) for name in classes]}
@@ -223,7 +244,6 @@ def neighbours(features: dict[str, Tensor], labels: list[int] | None) -> dict[st
             hubs = counts.topk(min(24, len(vectors)))
             pairs = similar.triu(1).flatten().topk(min(12, len(vectors)))
             facts["hubs"] = list(zip(hubs.indices.tolist(), hubs.values.tolist(), strict=True))
-            facts["nobodys"] = round(float((counts == 0).float().mean()), 4)
             facts["pairs"] = [
                 [*divmod(place, len(vectors)), round(value, 4)]
                 for place, value in zip(pairs.indices.tolist(), pairs.values.tolist(), strict=True)

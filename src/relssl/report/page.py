@@ -46,7 +46,7 @@ def pictures(folder: Path, facts: dict[str, Any], say: Callable[[str], None]) ->
     """Return what there is to see of a run's images; None, and a line more in `missing`, if that is nothing."""
     try:
         shown = gallery(load_run(folder), say)
-        if "relations" not in shown.facts:
+        if not shown.facts["relations"]:
             facts["missing"].append("relations: the method has no memory, or no teacher, that they could be taken to")
         return shown
     except RelsslError as error:

@@ -14,8 +14,8 @@ from rich.text import Text
 
 from relssl.files import duration, size
 from relssl.method.backbones import Network
-from relssl.method.health import verdict
-from relssl.settings.run import Config, derive
+from relssl.settings.run import Config
+from relssl.train.figures import alarms, at_the_end, columns
 
 if TYPE_CHECKING:
     from relssl.train.estimate import Estimate
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 _WIDTH = 120  # characters a line where nobody's screen sets it
 _BASES = {"raw_pixels": "raw pixels", "untrained": "the untrained backbone", "start": "the given weights"}
 _CLEAR = 2.0  # points of kNN top-1, more than chance moves it on most test parts
-_HEALTH = ("teacher_entropy", "teacher_neighbours", "kl", "agreement", "embedding_std", "effective_rank")
 
 
 class _Console(Console):
@@ -152,6 +151,18 @@ def show_comparison(rows: list[dict[str, Any]]) -> None:
         print(f"\nallowed to differ: {', '.join(allowed)}")
 
 
+def show_advice(facts: dict[str, Any]) -> None:
+    """Print what `advise` returns: a line for each temperature, then the advice."""
+    chance = "" if facts["chance"] is None else f", purity of all keys {facts['chance']:.1%}"
+    print(f"{facts['run']}, step {facts['step']}: relations of {facts['images']} images to {facts['keys']} keys{chance}\n")
+    print("temperature  neighbours   of all  purity")
+    for row in facts["temperatures"]:
+        t, count, purity, (low, high) = *(row[name] for name in ("temperature", "neighbours", "purity")), facts["band"] or (1, 0)
+        mark = "  <- the run's own" if t == facts["temperature"] else "  |" if low <= t <= high else ""
+        print(f"{t:11g} {count:11.1f} {count / facts['keys']:8.1%} {'' if purity is None else f'{purity:7.1%}'}{mark}")
+    print("\n  ".join(["", *(f"{each['setting']}: {each['value']}  ({each['why']})" for each in facts["advice"])]))
+
+
 def _setting(setting: dict[str, Any]) -> str:
     def plain(value: Any) -> str:
         if isinstance(value, (list, tuple)):
@@ -183,7 +194,7 @@ def facts(result: Result, config: Config) -> dict[str, Any]:
         "feature_rank": [before["feature_rank"], last.get("feature_rank")] if "feature_rank" in before else None,
         **{"loss_start": start["loss"], "loss_end": last["loss"]},
         **{"info_nce_start": start["warmup_mix"], "info_nce_end": last["warmup_mix"]},
-        "health": {name: last[name] for name in _HEALTH if name in last},
+        "health": {name: last[name] for name in columns("relation") if name in last},
     }
     word, *lines = _judge(known, config)
     return known | {"word": word, "verdict": lines}
@@ -212,9 +223,7 @@ def _judge(known: dict[str, Any], config: Config) -> Iterator[str]:
     top1, bases = known["knn_student"], {title: known[f"knn_{name}"] for name, title in reversed(_BASES.items())}
     gains = {name: top1 - base for name, base in bases.items() if top1 is not None and base is not None}
     health = {name: math.nan if value is None else value for name, value in known["health"].items()}
-    labelled, warms = derive(config).traits.labels, config.method.warmup != "none"
-    given = labelled or config.teacher is not None  # what embeddings are matched to, and nothing that can collapse
-    fault = None if given else verdict(health, config.method.memory_size, config.encoder.dim, warms=warms)
+    fault = "; ".join(alarms([health], config).values())
     if any(map(math.isnan, health.values())) or known["loss_end"] is None:
         yield "collapsing"
         yield "Not good: figures of the last step are not finite; lower optimizer.lr, or set optimizer.clip"
@@ -247,13 +256,5 @@ def _learned(known: dict[str, Any], config: Config) -> Iterator[tuple[str, str] 
     if known["feature_rank"] is not None:
         yield "rank of the features, before and after", " -> ".join(number(rank, "{:.0f}") for rank in known["feature_rank"])
     yield "loss, first and last row", f"{number(known['loss_start'], '{:.3f}')} -> {number(known['loss_end'], '{:.3f}')}"
-    rank = "{:.0f}" if derive(config).traits.labels else f"{{:.0f}} of {config.encoder.dim}"
-    relations = {
-        "teacher_neighbours": ("teacher's effective neighbours", f"{{:.1f}} of {config.method.memory_size}"),
-        "kl": ("student's divergence from it", "{:.3f} nats"),
-        "agreement": ("same nearest neighbour", "{:.2f} of samples"),
-        "embedding_std": ("spread of the embeddings", "{:.2f} (1 is all round)"),
-        "effective_rank": ("effective rank", rank + counts * unlabelled),
-    }
-    health = known["health"]  # methods without a memory have no relations
-    yield from ((words, number(health[name], form)) for name, (words, form) in relations.items() if name in health)
+    for name, (title, figure) in at_the_end(known["health"], config.method.memory_size).items():
+        yield title, figure + counts * (unlabelled and name == "effective_rank")

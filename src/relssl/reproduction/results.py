@@ -16,6 +16,7 @@ from relssl.files import duration, read_json, read_rows, write_file, write_json
 from relssl.reproduction.plan import Plan, Run, options
 from relssl.reproduction.tables import REPORTED, Row
 from relssl.settings.reading import nest
+from relssl.train.figures import alarms
 
 # Figures of the relations in a run's last row, and their names on the page; methods without a memory or a teacher have not all.
 ENDS = {"teacher_neighbours": "effective neighbours", "embedding_std": "spread of embeddings", "effective_rank": "effective rank"}
@@ -36,8 +37,6 @@ def outcome(run: Run) -> dict[str, Any] | None:
     """
     if run.state() != "done":
         return None
-    from relssl.method.health import verdict  # imports torch
-
     try:
         evaluated = read_json(run.note)["results"]
         rows = [row for row in read_rows(run.folder / "metrics.jsonl") if "loss" in row]
@@ -45,11 +44,10 @@ def outcome(run: Run) -> dict[str, Any] | None:
         # What a stop made undone is not in the rows. Speeds are rounded to a tenth.
         samples = np.diff([0, *(row["samples"] for row in rows)])
         seconds = float((samples / np.maximum([row["images_per_second"] for row in rows], 0.05)).sum())
-        healthy = {"embedding_std": 1.0, "effective_rank": math.inf}  # where a step that was not finite left a figure empty
         return {
             "figures": {f"{each['protocol']} {each['network']}": each["figures"][each["main"]] for each in evaluated},
             "ends": ends,
-            "collapsed": verdict(healthy | ends, run.config.method.memory_size, run.config.encoder.dim) is not None,
+            "collapsed": bool(alarms([ends], run.config)),
             "images_per_second": rows[-1]["samples"] / seconds,
             "training_seconds": seconds,
             "evaluation_seconds": sum(each["seconds"] for each in evaluated),

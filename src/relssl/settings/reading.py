@@ -6,9 +6,11 @@ read by the type of its setting, so `1e-3` is a number, `no` is a word where a w
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import difflib
+import itertools
 import json
 import os
 import re
@@ -18,7 +20,7 @@ from collections.abc import Iterable, Mapping
 from operator import attrgetter
 from pathlib import Path
 from reprlib import repr as shortened
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import yaml
 from pydantic import AfterValidator, ConfigDict, Field, ValidationError
@@ -29,14 +31,26 @@ from relssl.settings.names import ELSEWHERE, words
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 NULL = {"null", "none", "~", ""}
-_MAX_YAML_BYTES = 1 << 20
+_LONGEST = 4096  # characters of a text, as of a path
+# Of a YAML file; the classes of a fine-tuned network may be tens of thousands.
+_MAX_YAML_BYTES, _MAX_YAML_VALUES, _MAX_YAML_DEPTH = 1 << 20, 50_000, 30
+_MOST_UNKNOWN = 20  # keys that are told, each with the nearest, which takes a while
+_PARSER = getattr(yaml, "CBaseLoader", yaml.BaseLoader)  # libyaml is 30 times as fast, where it is there
 _WORDS = {"missing": "is too short", "too_short": "is too short", "too_long": "is too long"}  # where pydantic's say less
 
 
 def _not_empty(text: str) -> str:
-    if not text or "\0" in text:
-        raise ValueError("must be text")
+    if not text or "\0" in text or len(text) > _LONGEST:
+        raise ValueError(f"must be text of at most {_LONGEST} characters")
     return text
+
+
+def path_text(text: str) -> str:
+    """Return a path with the home folder for `~`, with or without a shell; ValueError for one that could not even be looked for."""
+    path = os.path.expanduser(text)
+    if any(len(os.fsencode(part)) > 255 for part in path.split("/")):
+        raise ValueError("has a part of more than 255 bytes, which no file system takes")
+    return path
 
 
 def _rising(bounds: Any) -> Any:
@@ -46,7 +60,7 @@ def _rising(bounds: Any) -> Any:
 
 
 Text = Annotated[str, AfterValidator(_not_empty)]  # pydantic's own limits on text would refuse paths that are not UTF-8
-PathText = Annotated[Text, AfterValidator(os.path.expanduser)]  # `~` is the home folder, with or without a shell
+PathText = Annotated[Text, AfterValidator(path_text)]
 RISING = AfterValidator(_rising)
 
 
@@ -85,16 +99,19 @@ def build(cls: Any, raw: Mapping[str, Any], retired: Mapping[str, str] | None = 
     do instead.
     """
     try:
-        return cls(**_typed(nest(flat(raw)), cls))
+        return cls(**_typed(nest(raw), cls))
     except ValidationError as error:
-        known, faults = leaves(cls), error.errors(include_url=False, include_context=False)
-        lines = [_line(fault, known, retired or {}) for fault in reversed(faults)]
-        first = {line.partition(":")[0]: line for line in lines}  # where an element is wrong, the length seems to be, too
-        raise ConfigError(*reversed(first.values())) from None
+        known, faults = leaves(cls), reversed(error.errors(include_url=False, include_context=False))
+        # Where an element is wrong, the length seems to be, too: the first fault of each setting counts.
+        first = {".".join(part for part in fault["loc"] if isinstance(part, str)): fault for fault in faults}
+        unknown = [name for name in reversed(first) if first[name]["type"] == "unexpected_keyword_argument"]
+        more = set(unknown[_MOST_UNKNOWN:])
+        lines = [_line(name, first[name], known, retired or {}) for name in reversed(first) if name not in more]
+        raise ConfigError(*lines, *([f"and {len(more)} more unknown keys"] if more else [])) from None
 
 
-def _line(fault: Any, known: Mapping[str, FieldInfo], retired: Mapping[str, str]) -> str:
-    name, value = ".".join(part for part in fault["loc"] if isinstance(part, str)), fault["input"]
+def _line(name: str, fault: Any, known: Mapping[str, FieldInfo], retired: Mapping[str, str]) -> str:
+    value = fault["input"]
     if fault["type"] == "unexpected_keyword_argument":
         advice = retired.get(name) or ELSEWHERE.get(name)
         return f"{name}: {advice or f'unknown key; the nearest is {nearest(name, known)}'}"
@@ -117,7 +134,7 @@ def nearest(name: str, known: Mapping[str, FieldInfo]) -> str:
 
     def closeness(candidate: str) -> float:
         forms = [candidate, candidate.rpartition(".")[2], *words(candidate)]
-        return max(difflib.SequenceMatcher(None, a, b).ratio() for a in (name, leaf) for b in forms)
+        return max(_likeness(a, b) for a in (name, leaf) for b in forms)
 
     return max(known, key=closeness)
 
@@ -129,7 +146,11 @@ def show(value: Any) -> str:
 
 def nearest_word(word: str, words: Iterable[str]) -> str:
     """Return the closest of `words`, for refusals that name what was probably meant."""
-    return max(words, key=lambda candidate: difflib.SequenceMatcher(None, word, candidate).ratio())
+    return max(words, key=lambda candidate: _likeness(word, candidate))
+
+
+def _likeness(word: str, other: str) -> float:
+    return difflib.SequenceMatcher(None, word[:100], other).ratio()  # whose time grows with the square of the length
 
 
 def _typed(value: Any, kind: Any) -> Any:
@@ -145,8 +166,8 @@ def _typed(value: Any, kind: Any) -> Any:
     if origin is tuple and args[-1] is Ellipsis and isinstance(value, str) and value.lower() in NULL:
         return []
     if origin in (tuple, dict) and isinstance(value, str):
-        with contextlib.suppress(yaml.YAMLError, RecursionError):
-            value = yaml.load(value if value.startswith(("[", "{")) or origin is dict else f"[{value}]", _Loader)
+        with contextlib.suppress(yaml.YAMLError, UnicodeError):
+            value = parse_yaml(value if value.startswith(("[", "{")) or origin is dict else f"[{value}]")
     if origin is tuple and args[-1] is Ellipsis and isinstance(value, (int, float)):
         return [value]  # one of several
     if kind is int and isinstance(value, str) and re.fullmatch(r"[0-9]+([.][0-9]+)?[eE][+]?[0-9]{1,2}", value):
@@ -174,20 +195,39 @@ def _plain(value: Any) -> Any:
     return value
 
 
-class _Loader(yaml.BaseLoader):
-    """All scalars stay text; a key given twice, an anchor or an alias is refused instead of silently winning or growing."""
+def parse_yaml(text: str) -> Any:
+    """Return what YAML text holds, all scalars as text; None if that is nothing.
 
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        event = self.peek_event()  # type: ignore[no-untyped-call]
-        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-            raise yaml.composer.ComposerError(None, None, "anchors and aliases are not read here", event.start_mark)
-        return super().compose_node(parent, index)
+    yaml.YAMLError, too, for what would silently win or grow: a key given twice, an anchor or alias, more values or levels than settings have.
+    """
+    events, count = yaml.parse(text, Loader=_PARSER), itertools.count()
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        if twice := [key for key in keys if keys.count(key) > 1]:
-            raise yaml.constructor.ConstructorError(None, None, f"key {twice[0]!r} is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
+    def build(start: Any, depth: int) -> Any:
+        def refuse(problem: str) -> NoReturn:
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=start.start_mark)
+
+        if getattr(start, "anchor", None):
+            refuse("anchors and aliases are not read here")
+        if next(count) == _MAX_YAML_VALUES or depth > _MAX_YAML_DEPTH:
+            refuse(f"more than {_MAX_YAML_VALUES} values or {_MAX_YAML_DEPTH} levels, which no settings have")
+        if isinstance(start, yaml.ScalarEvent):
+            return start.value
+        items = list[Any]()
+        while not isinstance(event := next(events), yaml.CollectionEndEvent):
+            items.append(build(event, depth + 1))
+        if isinstance(start, yaml.SequenceStartEvent):
+            return items
+        keys = items[::2]
+        if wrong := [key for key in keys if not isinstance(key, str)]:
+            refuse(f"a key must be text, got {show(wrong[0])}")
+        if twice := [key for key, times in collections.Counter(keys).items() if times > 1]:
+            refuse(f"key {show(twice[0])} is given twice")
+        return dict(zip(keys, items[1::2], strict=True))
+
+    documents = [build(next(events), 0) for event in events if isinstance(event, yaml.DocumentStartEvent)]
+    if len(documents) > 1:
+        raise yaml.MarkedYAMLError(problem="it holds several documents")
+    return documents[0] if documents else None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -195,10 +235,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         if not path.is_file() or path.stat().st_size > _MAX_YAML_BYTES:
             raise ValueError(f"no such file, or one of more than {_MAX_YAML_BYTES} bytes, which no config is")
-        loaded = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)
+        loaded = parse_yaml(path.read_text(encoding="utf-8-sig"))
         if not isinstance(loaded, dict):
             raise ValueError("it holds no settings; needs lines of the form `key: value`")
-    except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, OSError, ValueError) as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or error
         where = f" line {mark.line + 1}:" if mark else ""
         raise ConfigError(f"{path}:{where} cannot be read: {' '.join(str(problem).split())}") from error
@@ -213,13 +253,16 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return names
 
 
-def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+def nest(raw: Mapping[str, Any]) -> dict[str, Any]:
     """{"optimizer.lr": 1} -> {"optimizer": {"lr": 1}}; later names win."""
     tree: dict[str, Any] = {}
-    for name, value in flat.items():
-        for part in reversed(name.split(".")):
-            value = {part: value}
-        tree = merge(tree, value)
+    for name, value in flat(raw).items():
+        node, (*above, leaf) = tree, name.split(".")
+        for part in above:
+            node[part] = node = node[part] if isinstance(node.get(part), dict) else {}
+        if isinstance(value, Mapping):  # an empty one
+            value = node[leaf] if isinstance(node.get(leaf), dict) else {}
+        node[leaf] = value
     return tree
 
 

@@ -287,9 +287,10 @@ class LogConfig:
     """Measurements while training."""
 
     every: Count = setting(10, "steps between rows of metrics.jsonl")
-    knn_every: Natural = setting(10, "epochs between online kNN evaluations, when labels exist; 0: never")
+    knn_every: Natural = setting(10, "epochs between online evaluations, of kNN when labels exist; 0: never")
     knn: tuple[Count, Positive] = setting((200, 0.1), "neighbours k and temperature of the online kNN")
     knn_images: tuple[Count, Count] | None = setting(None, "training and test images of the online kNN at most; null: all")
+    alarms: Literal["warn", "stop", "off"] = setting("warn", "what signs of training that cannot learn do; stop: end it, saved")
     report: bool = setting(True, "write report.html, a page to look at, when the run is complete")
     to: tuple[Logger, ...] = setting(("tensorboard",), "where rows go besides metrics.jsonl; empty: nowhere")
 
@@ -301,6 +302,9 @@ class CheckpointConfig:
     every: Count = setting(1, "epochs between checkpoints")
     every_steps: Count | None = setting(None, "steps between further checkpoints; null: none")
     keep: int = setting(2, "newest checkpoints that are kept", ge=2, le=1000)
+    best: Literal["knn", "label-free", "off"] = setting(
+        "knn", "figure by which the best checkpoint is kept too; label-free: lidar"
+    )
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -486,6 +490,8 @@ def _faults(config: Config, derived: Derived) -> Iterator[str]:
     yield from _source_faults(config, traits)
     if config.accumulate > 1 and traits.whole_batch:
         yield f"accumulate: must be 1 with {method.name}, whose negatives are the rest of the batch"
+    if config.checkpoint.best == "label-free" and not traits.memory:
+        yield f"checkpoint.best: label-free goes by relations to a memory, which {method.name} is without; use knn or off"
     if traits.memory and method.memory_size < size:
         yield f"method.memory_size: {method.memory_size} must be at least batch_size ({size})"
     if config.optimizer.warmup_epochs > config.epochs and (config.typed is None or "optimizer.warmup_epochs" in config.typed):

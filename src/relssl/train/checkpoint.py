@@ -12,6 +12,7 @@ from torch import nn
 from relssl.engine import Engine
 from relssl.errors import CheckpointError, DistributedError
 from relssl.method.base import Method, unwrapped
+from relssl.settings.resuming import WARNED
 from relssl.train.state import State
 from relssl.weights import store
 
@@ -31,7 +32,7 @@ def save(folder: Path | None, state: State, engine: Engine, origin: dict[str, An
         return None
     tensors, rest = store.flatten(tree)
     facts = {"step": state.step, "best": state.best, "unreadable": sorted(state.unreadable), "hashes": hashes, "tree": rest}
-    facts |= {"non_finite": int(state.guard.streak), "non_finite_worst": int(state.guard.worst)}
+    facts |= {"non_finite": int(state.guard.streak), "non_finite_worst": int(state.guard.worst), "neighbours": state.neighbours}
     target = store.step_folder(folder, state.step)
     store.save(target, tensors, facts | origin)
     return target
@@ -91,11 +92,13 @@ def restore(path: Path, state: State, engine: Engine, origin: dict[str, Any]) ->
         same = {name: value for name, value in moments.items() if getattr(value, "shape", None) == parameter.shape}
         moments |= {name: torch.empty_like(parameter).copy_(value) for name, value in same.items()}
     state.step, state.best, state.unreadable = facts["step"], facts["best"], set(facts["unreadable"])
+    state.neighbours = facts.get("neighbours")
     state.guard.streak.fill_(facts["non_finite"])
     state.guard.worst.fill_(facts["non_finite_worst"])
     now, saved = origin | origin["choices"], facts | facts["choices"]
-    matters = ("threads", "world", "precision", *origin["choices"])
-    inexact = [f"{name} {saved[name]} -> {now[name]}" for name in matters if saved[name] != now[name]]
+    inexact = [
+        f"{name} {saved[name]} -> {now[name]}" for name in sorted({*WARNED.values()} & now.keys()) if saved[name] != now[name]
+    ]
     if not engine.restore_random_state(tree["random"]):
         inexact.append("random generators of another world or device")
     return inexact if facts["data"] == origin["data"] else [*inexact, "the data has changed"]

@@ -18,7 +18,7 @@ from relssl.files import duration, storing
 from relssl.train.signals import StopRequest
 
 # The figures of an epoch's line.
-_WORDS = {"loss": "loss {:.3f}", "teacher_neighbours": "neighbours {:.0f}", "images_per_second": "{:.0f} img/s"}
+_WORDS = {"loss": "loss {:.3f}", "images_per_second": "{:.0f} img/s"}
 _WORDS |= {"data_wait": "data wait {:.0%}", "knn_top1": "kNN {:.1f} %", "knn_teacher_top1": "(teacher {:.1f} %)"}
 _FRAME = 0.1  # seconds between two pictures of the bar
 _FIRST, _LATER = 60.0, 600.0  # seconds without a line after which a console that is no terminal gets one, at first and later on
@@ -145,11 +145,11 @@ class Display:
         self._progress.update(task, completed=completed, text=text)
         self._progress.refresh()
 
-    def row(self, row: dict[str, Any], epoch_ended: bool) -> None:
-        """Show a row's main figures; at the end of an epoch on a line of their own."""
+    def row(self, row: dict[str, Any], epoch_ended: bool, relations: str = "") -> None:
+        """Show a row's main figures; at the end of an epoch on a line of their own, with its `relations` in words."""
         self._words = f"loss {row['loss']:.3f}"
         if epoch_ended:
             words = [f"epoch {row['epoch']:>4}", *(form.format(row[name]) for name, form in _WORDS.items() if name in row)]
             self._due = time.monotonic() + _LATER
             tell = self.note if self._live and "knn_top1" not in row else self.say
-            tell("  ".join([*words, *self._speed(row["step"])[1:]]))
+            tell("  ".join([*words, *self._speed(row["step"])[1:], *([f"relations: {relations}"] if relations else [])]))

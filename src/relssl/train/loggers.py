@@ -5,22 +5,24 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch.nn.functional as F
+from torch import Tensor
+
 from relssl.errors import ConfigError
 from relssl.files import read_json, write_json
+from relssl.settings.reading import flat
 from relssl.settings.run import Config, to_mapping
-
-_RELATION = ("teacher_entropy", "teacher_neighbours", "kl", "agreement", "embedding_std", "effective_rank")
-_SPEED = ("images_per_second", "data_wait")
+from relssl.train.figures import describe
 
 
 def tag(name: str) -> str:
     """Return a figure's name with its group, by which loggers sort: relation/kl, eval/knn_top1."""
-    evaluated = "eval" if name.startswith("knn_") else "train"
-    return f"{'relation' if name in _RELATION else 'speed' if name in _SPEED else evaluated}/{name}"
+    group = next((each.get("group") for each in describe() if name in each["columns"]), None)
+    return f"{'eval' if name.startswith(('knn_', 'feature_')) else group or 'train'}/{name}"
 
 
 def refuse_missing(names: Sequence[str]) -> None:
@@ -59,6 +61,12 @@ class Loggers:
             with self._surviving(name):
                 self._log(logger, row)
 
+    def draw(self, draws: Callable[[Any], object]) -> None:
+        """Call `draws` with TensorBoard's logger, if rows go there."""
+        if "tensorboard" in self._loggers:
+            with self._surviving("tensorboard"):
+                draws(self._loggers["tensorboard"])
+
     def close(self) -> None:
         """Let all loggers write what they have."""
         for name, logger in list(self._loggers.items()):
@@ -85,6 +93,40 @@ class Loggers:
             self._say(f"log.to: {name} gets no more figures ({reason}); metrics.jsonl has them all")
         finally:
             rank_zero_only.rank = rank
+
+
+def show_views(logger: Any, views: Sequence[Tensor], step: int) -> None:
+    """Show eight images of each view [B,C,H,W], the weak one first, in TensorBoard."""
+    for number, view in enumerate(views):
+        logger.experiment.add_images(f"views/{f'strong-{number}' if number else 'weak'}", pictures(view[:8]), step)
+
+
+def show_relations(logger: Any, vectors: Mapping[str, Tensor], step: int) -> None:
+    """Show how figures of single samples, each [B], are spread."""
+    for name, values in vectors.items():
+        logger.experiment.add_histogram(f"relation/{name}", values[values.isfinite()], step)
+
+
+def show_end(logger: Any, config: Config, row: Mapping[str, Any], projected: Mapping[str, Any] | None) -> None:
+    """Show the settings beside the last figures, and features for the projector, `add_embedding`'s arguments."""
+    from torch.utils.tensorboard.summary import hparams
+
+    settings = {
+        name: value if isinstance(value, str | int | float) else str(value) for name, value in flat(to_mapping(config)).items()
+    }
+    figures = {tag(name): value for name, value in row.items() if name != "step"}  # which have their values in rows
+    for summary in hparams(settings, figures):  # type: ignore[no-untyped-call]
+        logger.experiment.file_writer.add_summary(summary)
+    if projected is not None:
+        logger.experiment.add_embedding(**projected, global_step=row["step"], tag="features")
+
+
+def pictures(views: Tensor, side: int = 64) -> Tensor:
+    """Return normalised views [N,C,H,W], as [N,3 or 1,h,w] in 0..1 with `side` pixels at most."""
+    views = views[:, : 3 if views.shape[1] >= 3 else 1].float().cpu()
+    views = F.interpolate(views, size=min(side, views.shape[-1]), mode="area")
+    low, high = views.amin(dim=(1, 2, 3), keepdim=True), views.amax(dim=(1, 2, 3), keepdim=True)
+    return (views - low) / (high - low).clamp_min(1e-6)
 
 
 def _open(name: str, folder: Path, start: int, known: str | None) -> Any:

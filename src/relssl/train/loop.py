@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,11 +23,12 @@ from relssl.method import create_method, health, schedules
 from relssl.method.base import ALONE, Method, Step, World, unwrapped
 from relssl.method.create import create_run_optimizer
 from relssl.method.encoder import Encoder
-from relssl.method.health import effective_rank, spread, verdict
+from relssl.method.health import effective_rank, spread
 from relssl.settings.parts import is_part
 from relssl.settings.run import Config, derive
-from relssl.train import checkpoint
+from relssl.train import checkpoint, loggers
 from relssl.train.console import Display
+from relssl.train.figures import alarms, in_words
 from relssl.train.online import Online
 from relssl.train.run_folder import RunFolder
 from relssl.train.signals import StopRequest
@@ -35,6 +38,8 @@ from relssl.weights import store
 
 # Non-finite steps in a row after which a run cannot be expected to recover; they are counted on the device, which is asked as often.
 PATIENCE = 10
+# The figure by which a checkpoint is the best, for each choice of `checkpoint.best`; see docs/health.md for how well it tracked kNN.
+BEST = {"knn": "knn_top1", "label-free": "positive_margin", "off": ""}
 
 
 @dataclass
@@ -51,14 +56,13 @@ class Run:
     classes: int  # how many the labels tell apart; else 0
     loss_form: str  # plain or tiled, two ways to the same number
     state: State
-    online: Online | None = (
-        None  # what is measured while training: kNN; without labels and from given weights, their features' rank
-    )
+    online: Online | None = None  # what is measured while training
     given: Given = field(default_factory=Given)  # weights from elsewhere
     known: Tensor | None = None  # [N, D] on the device, a frozen teacher's features of all images, where these never change
     folder: RunFolder | None = None  # where the run is written; None on ranks that do not write
     graphs: bool = False  # the networks' passes are CUDA graphs, see `pretrain.compile_networks`
-    warned: bool = False  # the console has warned of a collapse
+    recent: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=3))  # the last rows, on which alarms are judged
+    warned: set[str] = field(default_factory=set)  # alarms that were raised
 
     @property
     def total_steps(self) -> int:
@@ -227,9 +231,12 @@ def relations(run: Run, queries: Tensor, keys: Tensor, now: dict[str, float]) ->
     """Compute the figures of the relations of queries [V, B, D] and keys [B, D]; without a memory there is only the keys' spread."""
     memory = run.state.model.memory
     if memory is None:
-        return {"embedding_std": spread(keys)}
-    student, teacher = run.config.method.student_temperature, now["teacher_temperature"]
-    return health(queries, keys, memory.keys, student_temperature=student, teacher_temperature=teacher)
+        return spread(keys)
+    temperatures = {
+        "student_temperature": run.config.method.student_temperature,
+        "teacher_temperature": now["teacher_temperature"],
+    }
+    return health(queries, keys, memory.keys, **temperatures, ages=memory.ages(len(keys)))
 
 
 def train(run: Run, display: Display, stop: StopRequest) -> None:
@@ -245,7 +252,7 @@ def train(run: Run, display: Display, stop: StopRequest) -> None:
         folder.open_rows(state.step, config, display.say)
         if state.step == 0 and run.online is not None:
             display.say(f"measuring {'the given weights' if config.start else 'kNN of the untrained network'}")
-            folder.write_row({"step": 0, "epoch": 0, "samples": 0} | run.online.baselines(state.model, engine))
+            folder.write_row({"step": 0, "epoch": 0, "samples": 0} | run.online.baselines(state, engine))
     engine.wait()
     display.begin(state.step, run.total_steps, run.plan.steps_per_epoch, config.batch_size)
     watch, pending = Stopwatch(run.loader.stream(state.step, run.total_steps), config.batch_size), None
@@ -253,22 +260,27 @@ def train(run: Run, display: Display, stop: StopRequest) -> None:
         for parts in watch:
             figures = train_step(run, parts)
             display.step(state.step)
+            if state.step == 1 and folder is not None:
+                folder.draw(lambda logger: loggers.show_views(logger, [parts[0].weak, *parts[0].strong], 0))  # noqa: B023 - at once
             note_unreadable(run, [fault for part in parts for fault in part.bad])
             # Figures are read once the next step is on its way, so that the device never waits for the host.
             if pending is not None:
-                report(run, pending, display)
+                report(run, pending, display, stop)
             if figures is not None and figures.logged:
                 figures.speed = watch.split()
             pending, code, due = figures, engine.largest(stop.pending()), save_due(run)
             if code or due:
                 # The row first, so that rows up to a checkpoint are on disk before it is.
                 if pending is not None:
-                    report(run, pending, display)
+                    report(run, pending, display, stop)
                     pending = None
                 save(run)
                 watch.split()  # evaluating and saving is not training
             if code and state.step < run.total_steps:
                 raise stop.interruption(code, f"after step {state.step} of {run.total_steps}, saved")
+        if folder is not None and run.recent:
+            shown = None if run.online is None or "tensorboard" not in config.log.to else run.online.projected(state, engine)
+            folder.draw(lambda logger: loggers.show_end(logger, config, run.recent[-1], shown))
     except Unreadable as error:
         if folder is not None:
             folder.bad_samples(error.faults)
@@ -313,7 +325,7 @@ def note_unreadable(run: Run, faults: list[tuple[str, str]]) -> None:
         )
 
 
-def report(run: Run, figures: Figures, display: Display) -> None:
+def report(run: Run, figures: Figures, display: Display, stop: StopRequest) -> None:
     """Read a step's figures and write their row, with kNN where it is due; NumericError after too many bad steps in a row."""
     state, epoch = run.state, figures.step / run.plan.steps_per_epoch
     values = figures.read()
@@ -326,22 +338,36 @@ def report(run: Run, figures: Figures, display: Display) -> None:
         return
     keys, (speed, waiting) = values.pop("keys"), figures.speed
     row: dict[str, Any] = {"step": figures.step, "epoch": int(epoch), "samples": figures.step * run.config.batch_size}
+    vectors: dict[str, Tensor] = {name: values.pop(name) for name in ("neighbours", "top_probability") if name in values}
     row |= figures.schedule | {name: float(value) for name, value in values.items()}
     row |= {"effective_rank": float(effective_rank(keys)), "images_per_second": round(speed, 1), "data_wait": round(waiting, 4)}
     if knn_due(run) and figures.step == state.step:
         if run.online is not None:
-            row |= run.online.measure(state.model, run.engine)
-            if "knn_top1" in row and (state.best is None or row["knn_top1"] > state.best["knn_top1"]):
-                state.best = {"knn_top1": row["knn_top1"], "checkpoint": store.step_folder(Path(), state.step).name}
+            row |= run.online.measure(state, run.engine)
+            figure = BEST[run.config.checkpoint.best]
+            if figure in row and (state.best is None or row[figure] > state.best.get(figure, -math.inf)):
+                state.best = {figure: row[figure], "checkpoint": store.step_folder(Path(), state.step).name}
         run.engine.wait()
     if run.folder is not None:
         run.folder.write_row(row)
-        display.row(row, epoch_ended=epoch.is_integer() or figures.step == run.total_steps)
-        warms = "warmup_mix" in state.model.scheduled
-        collapse = verdict(row, run.config.method.memory_size, keys.shape[1], warms=warms)
-        if collapse and state.model.given is None and not run.warned and epoch >= 1:
-            run.warned = True
-            display.say(f"warning: step {figures.step}: {collapse}")
+        ended, memory = epoch.is_integer() or figures.step == run.total_steps, run.config.method.memory_size
+        display.row(row, ended, in_words(row, memory))
+        if ended:
+            run.folder.draw(lambda logger: loggers.show_relations(logger, vectors, figures.step))
+        run.recent.append(row)
+        if run.config.log.alarms != "off":
+            raise_alarms(run, display, stop)
+
+
+def raise_alarms(run: Run, display: Display, stop: StopRequest) -> None:
+    """Tell of alarms that all of the last rows raise, each once; with `log.alarms` stop the first one ends the run."""
+    rows = run.recent
+    raised = alarms(rows, run.config) if len(rows) == rows.maxlen and rows[0]["epoch"] >= 1 else {}
+    for name in raised.keys() - run.warned:
+        run.warned.add(name)
+        display.say(f"alarm: step {rows[-1]['step']}: {name}: {raised[name]}")
+        if run.config.log.alarms == "stop":
+            stop.request(NumericError.exit_code, f"by the alarm {name} ({raised[name]})")
 
 
 def knn_due(run: Run) -> bool:

@@ -114,6 +114,11 @@ class RunFolder:
         if "knn_top1" in row:
             self.hooks.call("on_evaluation", row)
 
+    def draw(self, draws: Callable[[Any], object]) -> None:
+        """Call `draws` with TensorBoard's logger, if rows go there."""
+        if self._loggers is not None:
+            self._loggers.draw(draws)
+
     def close(self) -> None:
         """Close all files, and let others write the folder."""
         for file in (self._rows, self._loggers, self._lock):

@@ -79,5 +79,6 @@ class State:
     optimizer: Optimizer  # of the student
     guard: Guard  # the judge of steps, with its count of bad ones
     step: int = 0  # optimizer steps so far
-    best: dict[str, Any] | None = None  # {"knn_top1", "checkpoint"} of the best student so far, once one was measured
+    best: dict[str, Any] | None = None  # {figure: value, "checkpoint"} of the best student so far, once one was measured
+    neighbours: list[str] | None = None  # of the images that `Online` looks at, each a line, when they were last measured
     unreadable: set[str] = field(default_factory=set)  # files that could not be read so far

@@ -1,0 +1,98 @@
+"""Figures of rows: alarms on provoked failures and none on healthy rows, the line in words, the best checkpoint without labels."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import relssl
+from relssl.errors import Interrupted
+from relssl.files import read_rows
+from relssl.settings.run import resolve
+from relssl.train.figures import ALARMS, alarms, in_words
+from small_runs import repeatable_rows, small_run
+
+HEALTHY = {"step": 400, "epoch": 9, "teacher_neighbours": 9.0, "embedding_std": 0.98, "effective_rank": 40.0}
+HEALTHY |= {"teacher_momentum": 0.99, "matched_age": 4.0}
+FAILURES: dict[str, dict[str, Any]] = {
+    "uniform-teacher": {"teacher_neighbours": 511.0},
+    "one-hot-teacher": {"teacher_neighbours": 1.01},
+    "dimensional-collapse": {"embedding_std": 0.05},
+    "frozen-teacher": {"teacher_momentum": 1.0},
+    "stale-memory": {"matched_age": 0.5},
+    "dead-projector": {"embedding_std": 0.0},
+}
+
+
+def names(*rows: dict[str, Any], **settings: Any) -> set[str]:
+    return set(alarms(rows, resolve(settings)))
+
+
+def test_each_alarm_is_raised_by_its_failure_and_none_by_healthy_rows() -> None:
+    assert {name for name, _, _ in ALARMS} == set(FAILURES)
+    assert names(HEALTHY) == names(HEALTHY | {"effective_rank": None, "teacher_neighbours": None}) == names() == set()
+    for name, figures in FAILURES.items():
+        assert name in names(HEALTHY | figures), name
+        assert names(HEALTHY, HEALTHY | figures) == set()  # once is no sign
+    assert names(HEALTHY | FAILURES["frozen-teacher"] | {"epoch": 19}) == set()  # where a cosine ends
+    assert names(HEALTHY | FAILURES["dead-projector"], recipe="supervised/digits") == set()
+
+
+def test_relations_in_words() -> None:
+    def words(neighbours: float) -> str:
+        return in_words({"teacher_neighbours": neighbours, "agreement": 0.61}, 4096)
+
+    assert words(14.2) == "14 of 4,096 neighbours, sharp; student agrees on 61%"
+    assert "one-hot" in words(1.0) and "soft" in words(900.0) and "close to uniform" in words(4000.0)
+    assert in_words({"embedding_std": 1.0}, 4096) == ""
+
+
+UNIFORM = {"method.teacher_temperature": 10.0, "method.allow_unsharpened": True, "log.knn_every": 0}
+
+
+def test_an_alarm_warns_stops_or_is_off(tmp_path: Path) -> None:
+    small_run(tmp_path / "warns", **UNIFORM)
+    small_run(tmp_path / "off", **UNIFORM, **{"log.alarms": "off"})
+    lines = {name: (tmp_path / name / "run.log").read_text() for name in ("warns", "off")}
+    assert lines["warns"].count("uniform-teacher") == 1 and "method.teacher_temperature" in lines["warns"]
+    assert "uniform-teacher" not in lines["off"]
+    with pytest.raises(Interrupted, match=r"uniform-teacher.*relssl resume") as stopped:
+        small_run(tmp_path / "stops", **UNIFORM, **{"log.alarms": "stop"})
+    assert stopped.value.exit_code == 6
+    status = json.loads((tmp_path / "stops" / "status.json").read_text())
+    assert status["exit_code"] == 6 and status["last_checkpoint"] == f"step-{status['step']:08d}" and status["step"] < 20
+    assert (
+        repeatable_rows(tmp_path / "stops")
+        == repeatable_rows(tmp_path / "warns")[: len(read_rows(tmp_path / "stops/metrics.jsonl"))]
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("one-hot-teacher", {"method.teacher_temperature": 1e-4}),
+        ("frozen-teacher", {"method.teacher_momentum": 1.0}),
+        ("dimensional-collapse", {"optimizer.lr": 100.0, "method.warmup": "none"}),
+    ],
+)
+def test_provoked_failures_are_named(name: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    small_run(tmp_path / "run", epochs=4, **settings, **{"log.knn_every": 0})
+    assert f"{name}: " in (tmp_path / "run" / "run.log").read_text()
+
+
+def test_without_labels_the_best_checkpoint_is_kept_by_a_figure_and_resumes_exactly(tmp_path: Path) -> None:
+    settings = {"checkpoint.best": "label-free", "log.knn_every": 1, "epochs": 3}
+    whole = small_run(tmp_path / "whole", **settings)
+    with pytest.raises(Interrupted):
+        small_run(tmp_path / "cut", time_limit=1e-6, **settings)
+    relssl.resume(tmp_path / "cut", quiet=True, time_limit=float("inf"))
+    assert repeatable_rows(whole.folder) == repeatable_rows(tmp_path / "cut")  # neighbours of the evaluation before included
+    assert "neighbour_stability" in whole.rows[-1]
+    newest = max((whole.folder / "checkpoints").glob("step-*"))
+    best = json.loads((newest / "state.json").read_text())["meta"]["best"]
+    figure = next(name for name in best if name != "checkpoint")
+    rows = [row for row in whole.rows if "lidar" in row and row["step"]]  # those of evaluations
+    assert best == {figure: (top := max(row[figure] for row in rows)), "checkpoint": best["checkpoint"]}
+    assert best["checkpoint"].endswith(str(next(row["step"] for row in rows if row[figure] == top)))
+    assert (whole.folder / "checkpoints" / best["checkpoint"]).exists()
