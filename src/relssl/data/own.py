@@ -239,7 +239,7 @@ def _labelled(dataset: Any) -> tuple[Any, Any, Any]:
         (name for name in getattr(dataset, "column_names", ()) if name in _LABELS), None
     ):  # of Hugging Face's datasets
         return dataset, dataset[column][:], getattr(dataset.features[column], "names", None)
-    given = (getattr(dataset, name, None) for name in ("targets", "labels"))
+    given: list[Any] = [getattr(dataset, name, None) for name in ("targets", "labels")]
     labels = next((each for each in given if _is_sized(each) and len(each) == len(dataset)), None)
     return dataset, labels, getattr(dataset, "classes", None)
 
