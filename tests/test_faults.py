@@ -25,7 +25,7 @@ from relssl.settings.reading import merge
 from relssl.settings.run import resolve, to_yaml
 from relssl.train import checkpoint
 from relssl.train.loop import origin, train_step
-from relssl.train.online import OnlineKnn
+from relssl.train.online import Online
 from relssl.weights import store
 from small_runs import SMALL, equal_runs, ready_run, small_run
 
@@ -126,7 +126,7 @@ def test_a_signal_before_the_first_step_ends_at_once(tmp_path: Path, monkeypatch
         time.sleep(60)
         return {}
 
-    monkeypatch.setattr(OnlineKnn, "baselines", endless)
+    monkeypatch.setattr(Online, "baselines", endless)
     with pytest.raises(Interrupted, match=r"by SIGTERM before its first step; start it again") as error:
         small_run(tmp_path / "run")
     assert error.value.exit_code == json.loads((tmp_path / "run/status.json").read_text())["exit_code"] == 143
