@@ -211,7 +211,7 @@ def _judge(known: dict[str, Any], config: Config) -> Iterator[str]:
     top1, bases = known["knn_student"], {title: known[f"knn_{name}"] for name, title in reversed(_BASES.items())}
     gains = {name: top1 - base for name, base in bases.items() if top1 is not None and base is not None}
     health = {name: math.nan if value is None else value for name, value in known["health"].items()}
-    fault = "; ".join(alarms([health], config).values())
+    fault = next(iter(alarms([health], config).values()), None)
     if any(map(math.isnan, health.values())) or known["loss_end"] is None:
         yield "collapsing"
         yield "Not good: figures of the last step are not finite; lower optimizer.lr, or set optimizer.clip"
