@@ -367,8 +367,8 @@ def raise_alarms(run: Run, display: Display, stop: StopRequest) -> None:
         if name not in run.warned:
             run.warned.add(name)
             display.say(f"alarm: step {rows[-1]['step']}: {name}: {sentence}")
-            if run.config.log.alarms == "stop":
-                stop.request(NumericError.exit_code, f"by the alarm {name} ({sentence})")
+            if run.config.log.alarms == "stop" and not stop.code:
+                stop.code, stop.reason = NumericError.exit_code, f"by the alarm {name} ({sentence})"
 
 
 def knn_due(run: Run) -> bool:
