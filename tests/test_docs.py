@@ -49,7 +49,7 @@ def test_commands_are_accepted(
     for number in range(8):
         for folder in ("photos/train/a", "photos/val/a"):
             (tmp_path / folder).mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / "docs/digits.png", tmp_path / folder / f"{number}.png")
+            shutil.copy(ROOT / "docs/report-map.webp", tmp_path / folder / f"{number}.webp")
     if verb in ("pretrain", "estimate", "validate"):
         assert main(["validate", *words]) == 0, capsys.readouterr().err
         return

@@ -88,16 +88,81 @@ def estimate(args: argparse.Namespace, overrides: Overrides) -> Outcome | None:
 
 
 @verb(
+    "draw images beside their views, as a run with these settings would draw them, into a PNG file",
+    *_RUN,
+    option("--images", "rows (default: 8)", type=int, default=8),
+    option("--out", "target .png (default: views.png)", default="views.png", metavar="FILE"),
+    settings=Config,
+    main=MAIN,
+)
+def views(args: argparse.Namespace, overrides: Overrides) -> Outcome | None:
+    config = _run_settings(args, overrides)
+    _prepare(config)
+    path = relssl.write_views(settings=config, **_pick(args, "out", "images"))
+    return Outcome({"out": str(path)}, str(path))
+
+
+@verb(
     "go on with a run exactly where it was saved",
     option("run_folder", metavar="RUN"),
     option("data", "where the run's images are now, if they have moved", metavar="DATA", nargs="?"),
     option("--epochs", "how many the run has in all from now on, its schedules included", type=int, metavar="N"),
     option("--time_limit", "minutes after which it saves and stops with exit code 75", type=float, metavar="M"),
     option("--checkpoint", "name of an older checkpoint to go on from"),
+    settings=Config,
+    main=(),
 )
-def resume(args: argparse.Namespace, _: Overrides) -> Outcome | None:
+def resume(args: argparse.Namespace, overrides: Overrides) -> Outcome | None:
     _prepare()
-    return _trained(relssl.resume(args.run_folder, **_pick(args, "checkpoint", "time_limit", "epochs", "data")))
+    return _trained(relssl.resume(args.run_folder, **_pick(args, "checkpoint", "time_limit", "epochs", "data"), **overrides))
+
+
+@verb(
+    "verify a run's checkpoints, inspect one, or tell the diff of two",
+    option("action", "what to do", choices=("verify", "inspect", "diff")),
+    option("run_folder", metavar="RUN"),
+    option(
+        "other",
+        "inspect: a step; diff: a step, or another run; default: the newest, the one before",
+        metavar="STEP|RUN",
+        nargs="?",
+    ),
+)
+def checkpoint(args: argparse.Namespace, _: Overrides) -> Outcome | None:
+    _prepare()
+    from relssl.weights.inspection import examine
+
+    facts, lines = examine(args.action, args.run_folder, args.other)
+    damaged = CheckpointError(f"{facts['damaged']} checkpoints are damaged") if facts.get("damaged") else None
+    return Outcome(facts, "\n".join(lines), damaged)
+
+
+@verb(
+    "prove that runs on this machine resume bit for bit: a short run of these settings, against the same cut and resumed",
+    *_RUN,
+    settings=Config,
+    main=MAIN,
+)
+def verify_resume(args: argparse.Namespace, overrides: Overrides) -> Outcome | None:
+    _prepare(_run_settings(args, overrides))
+    from relssl.train.proof import prove
+
+    given = _pick(args, "data", "config") | spell(overrides)
+    facts = prove({name: value for name, value in given.items() if value is not None}, _say)
+    return Outcome(facts, facts["result"], None if facts["exact"] else NumericError(f"resume: {facts['result']}"))
+
+
+@verb(
+    "look through the images of DATA: unreadable and doubled ones, test images among the training images, sizes",
+    option("data", metavar="DATA"),
+    option("--data_root", "where named data sets lie"),
+)
+def scan(args: argparse.Namespace, _: Overrides) -> Outcome | None:
+    _prepare()
+    from relssl.data.survey import survey
+
+    facts, lines = survey(args.data, args.data_root, _say)
+    return Outcome(facts, "\n".join(lines))
 
 
 @verb(
@@ -149,6 +214,28 @@ def report(args: argparse.Namespace, _: Overrides) -> Outcome | None:
     _prepare()
     path = relssl.write_report(*args.runs, out=args.out, say=None if args.json else _say)
     return Outcome({"out": str(path)}, str(path))
+
+
+@verb(
+    "suggest a teacher's temperature, memory and warm-up from the relations of a run, without training",
+    option("run_folder", metavar="RUN"),
+)
+def advise(args: argparse.Namespace, _: Overrides) -> Outcome | None:
+    _prepare()
+    from relssl.report.tables import show_advice
+
+    facts = relssl.advise(args.run_folder)
+    return Outcome(facts, lambda: show_advice(facts))
+
+
+@verb(
+    "say what of this machine, or of a run, is slow, missing or known to be broken, and what to do",
+    option("run_folder", metavar="RUN", nargs="?"),
+)
+def doctor(args: argparse.Namespace, _: Overrides) -> Outcome | None:
+    findings = relssl.doctor(args.run_folder)
+    lines = [f"{each['what']}: {each['evidence']}; {each['remedy']}" for each in findings]
+    return Outcome({"findings": findings}, "\n".join(lines or ["nothing found that is slow, missing or broken"]))
 
 
 @verb(

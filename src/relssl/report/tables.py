@@ -151,6 +151,18 @@ def show_comparison(rows: list[dict[str, Any]]) -> None:
         print(f"\nallowed to differ: {', '.join(allowed)}")
 
 
+def show_advice(facts: dict[str, Any]) -> None:
+    """Print what `advise` returns: a line for each temperature, then the advice."""
+    chance = "" if facts["chance"] is None else f", purity of all keys {facts['chance']:.1%}"
+    print(f"{facts['run']}, step {facts['step']}: relations of {facts['images']} images to {facts['keys']} keys{chance}\n")
+    print("temperature  neighbours   of all  purity")
+    for row in facts["temperatures"]:
+        t, count, purity, (low, high) = *(row[name] for name in ("temperature", "neighbours", "purity")), facts["band"] or (1, 0)
+        mark = "  <- the run's own" if t == facts["temperature"] else "  |" if low <= t <= high else ""
+        print(f"{t:11g} {count:11.1f} {count / facts['keys']:8.1%} {'' if purity is None else f'{purity:7.1%}'}{mark}")
+    print("\n  ".join(["", *(f"{each['setting']}: {each['value']}  ({each['why']})" for each in facts["advice"])]))
+
+
 def _setting(setting: dict[str, Any]) -> str:
     def plain(value: Any) -> str:
         if isinstance(value, (list, tuple)):
