@@ -25,7 +25,7 @@ from relssl.settings import recipes
 from relssl.settings.evaluation import Evaluation, Tuning, read_settings
 from relssl.settings.launcher import rank, with_launch
 from relssl.settings.names import MAIN, spell
-from relssl.settings.reading import build, leaves
+from relssl.settings.reading import build, flat, leaves
 from relssl.settings.run import Config, differences, resolve, to_yaml
 from relssl.settings.small import adjustments, give_way
 from relssl.weights.formats import FORMATS, find_format
@@ -115,6 +115,60 @@ def views(args: argparse.Namespace, overrides: Overrides) -> Outcome | None:
 def resume(args: argparse.Namespace, overrides: Overrides) -> Outcome | None:
     _prepare()
     return _trained(relssl.resume(args.run_folder, **_pick(args, "checkpoint", "time_limit", "epochs", "data"), **overrides))
+
+
+@verb(
+    "verify a run's checkpoints, inspect one, or tell the diff of two",
+    option("action", "what to do", choices=("verify", "inspect", "diff")),
+    option("run_folder", metavar="RUN"),
+    option(
+        "other",
+        "inspect: a step; diff: a step, or another run; default: the newest, the one before",
+        metavar="STEP|RUN",
+        nargs="?",
+    ),
+)
+def checkpoint(args: argparse.Namespace, _: Overrides) -> Outcome | None:
+    _prepare()
+    from relssl.weights import inspection
+
+    if args.action == "verify":
+        faults = inspection.verify(args.run_folder)
+        count = sum(map(bool, faults.values()))
+        error = CheckpointError(f"{args.run_folder}: {count} of {len(faults)} checkpoints are damaged") if count else None
+        return Outcome(
+            {"checkpoints": faults}, _lines({name: fault or "as it was written" for name, fault in faults.items()}), error
+        )
+    facts = (inspection.inspect if args.action == "inspect" else inspection.diff)(args.run_folder, args.other)
+    return Outcome(facts, _lines(facts))
+
+
+@verb(
+    "prove that runs on this machine resume bit for bit: a short run of these settings, against the same cut and resumed",
+    *_RUN,
+    settings=Config,
+    main=MAIN,
+)
+def verify_resume(args: argparse.Namespace, overrides: Overrides) -> Outcome | None:
+    _prepare(_run_settings(args, overrides))
+    from relssl.train.proof import prove
+
+    given = _pick(args, "data", "config") | spell(overrides)
+    facts = prove({name: value for name, value in given.items() if value is not None}, _say)
+    return Outcome(facts, facts["result"], None if facts["exact"] else NumericError(f"resume: {facts['result']}"))
+
+
+@verb(
+    "look through the images of DATA: unreadable and doubled ones, test images among the training images, sizes",
+    option("data", metavar="DATA"),
+    option("--data_root", "where named data sets lie"),
+)
+def scan(args: argparse.Namespace, _: Overrides) -> Outcome | None:
+    _prepare()
+    from relssl.data.survey import survey
+
+    facts = survey(args.data, args.data_root, _say)
+    return Outcome(facts, _lines(facts))
 
 
 @verb(
@@ -432,6 +486,13 @@ def _reading(args: argparse.Namespace, **more: Any) -> Any:
     from relssl.weights.foreign import Reading
 
     return Reading(args.layout, args.backbone, args.stem, prefix=args.prefix, allow=args.allow, **more)
+
+
+def _lines(facts: dict[str, Any], most: int = 30) -> str:
+    lines = [
+        f"{name}: {', '.join(map(str, value[:5])) if isinstance(value, list) else value}" for name, value in flat(facts).items()
+    ]
+    return "\n".join([*lines[:most], *([f"and {len(lines) - most} more, which --json lists"] if len(lines) > most else [])])
 
 
 def _pick(args: Any, *names: str) -> dict[str, Any]:
