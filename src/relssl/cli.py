@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import relssl
-from relssl.errors import CheckpointError, ConfigError, DataError, NumericError, RelsslError
+from relssl.errors import ConfigError, DataError, NumericError, RelsslError
 from relssl.files import plain
 from relssl.options import Outcome, Overrides, option, parse, verb
 from relssl.settings import recipes

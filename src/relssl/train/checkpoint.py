@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from relssl.engine import Engine
 from relssl.errors import CheckpointError, DistributedError, NumericError
@@ -30,7 +29,7 @@ def save(folder: Path | None, state: State, engine: Engine, origin: dict[str, An
         NumericError: if a number on any rank is not finite; likewise.
     """
     (tensors, rest), hashes = store.flatten(whole_state(state, engine)), agreed_hashes(state.model, engine)
-    broken = sorted(non_finite(tensors) - state.infinite)
+    broken = sorted(store.non_finite(tensors) - state.infinite)
     if engine.largest(len(broken)):
         names = f"{broken[0]} and {len(broken) - 1} others are" if broken else "numbers of another rank are"
         raise NumericError(
@@ -49,11 +48,6 @@ def whole_state(state: State, engine: Engine) -> dict[str, Any]:
     """Return the tensors and numbers that a checkpoint holds, as a tree; every rank calls it, for its random generators."""
     tree = {name: part.state_dict() for name, part in _parts(state.model).items()}
     return tree | {"optimizer": state.optimizer.state_dict(), "random": engine.random_state()}
-
-
-def non_finite(tensors: Mapping[str, Tensor]) -> set[str]:
-    """Return the names of those in which a number is not finite."""
-    return {name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())}
 
 
 def _parts(model: Method) -> dict[str, nn.Module]:

@@ -106,7 +106,7 @@ def create_run(config: Config, engine: Engine, images: Images, online: Online | 
     model.train()
     guard = Guard([encoder] if teacher is None else [encoder, teacher], engine.device)
     state = State(model, create_run_optimizer(config, encoder), guard)
-    state.infinite = checkpoint.non_finite(store.flatten(checkpoint.whole_state(state, engine))[0])
+    state.infinite = store.non_finite(store.flatten(checkpoint.whole_state(state, engine))[0])
     known = teacher_features(frozen, config, loader, engine)
     # From here on randomness inside the networks (dropout, stochastic depth) differs between ranks.
     engine.seed(config.seed + 1 + engine.rank)

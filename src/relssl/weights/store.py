@@ -150,6 +150,11 @@ def unflatten(tensors: Mapping[str, Tensor], rest: Any) -> Any:
         raise CheckpointError(f"the state is malformed, or a tensor of it is missing ({one_line(error)})") from error
 
 
+def non_finite(tensors: Mapping[str, Tensor]) -> set[str]:
+    """Return the names of those in which a number is not finite."""
+    return {name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())}
+
+
 def save(folder: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
     """Write a checkpoint folder, whole or not at all.
 
