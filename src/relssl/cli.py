@@ -132,14 +132,7 @@ def checkpoint(args: argparse.Namespace, _: Overrides) -> Outcome | None:
     _prepare()
     from relssl.weights import inspection
 
-    if args.action == "verify":
-        faults = inspection.verify(args.run_folder)
-        count = sum(map(bool, faults.values()))
-        error = CheckpointError(f"{args.run_folder}: {count} of {len(faults)} checkpoints are damaged") if count else None
-        return Outcome(
-            {"checkpoints": faults}, _lines({name: fault or "as it was written" for name, fault in faults.items()}), error
-        )
-    facts = (inspection.inspect if args.action == "inspect" else inspection.diff)(args.run_folder, args.other)
+    facts = getattr(inspection, args.action)(args.run_folder, args.other)
     return Outcome(facts, _lines(facts))
 
 
