@@ -25,7 +25,7 @@ from relssl.settings import recipes
 from relssl.settings.evaluation import Evaluation, Tuning, read_settings
 from relssl.settings.launcher import rank, with_launch
 from relssl.settings.names import MAIN, spell
-from relssl.settings.reading import build, leaves
+from relssl.settings.reading import build, flat, leaves
 from relssl.settings.run import Config, differences, resolve, to_yaml
 from relssl.settings.small import adjustments, give_way
 from relssl.weights.formats import FORMATS, find_format
@@ -130,11 +130,10 @@ def resume(args: argparse.Namespace, overrides: Overrides) -> Outcome | None:
 )
 def checkpoint(args: argparse.Namespace, _: Overrides) -> Outcome | None:
     _prepare()
-    from relssl.weights.inspection import examine
+    from relssl.weights import inspection
 
-    facts, lines = examine(args.action, args.run_folder, args.other)
-    damaged = CheckpointError(f"{facts['damaged']} checkpoints are damaged") if facts.get("damaged") else None
-    return Outcome(facts, "\n".join(lines), damaged)
+    facts = getattr(inspection, args.action)(args.run_folder, args.other)
+    return Outcome(facts, _lines(facts))
 
 
 @verb(
@@ -161,8 +160,8 @@ def scan(args: argparse.Namespace, _: Overrides) -> Outcome | None:
     _prepare()
     from relssl.data.survey import survey
 
-    facts, lines = survey(args.data, args.data_root, _say)
-    return Outcome(facts, "\n".join(lines))
+    facts = survey(args.data, args.data_root, _say)
+    return Outcome(facts, _lines(facts))
 
 
 @verb(
@@ -480,6 +479,13 @@ def _reading(args: argparse.Namespace, **more: Any) -> Any:
     from relssl.weights.foreign import Reading
 
     return Reading(args.layout, args.backbone, args.stem, prefix=args.prefix, allow=args.allow, **more)
+
+
+def _lines(facts: dict[str, Any], most: int = 30) -> str:
+    lines = [
+        f"{name}: {', '.join(map(str, value[:5])) if isinstance(value, list) else value}" for name, value in flat(facts).items()
+    ]
+    return "\n".join([*lines[:most], *([f"and {len(lines) - most} more, which --json lists"] if len(lines) > most else [])])
 
 
 def _pick(args: Any, *names: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from rich.text import Text
 from relssl.files import duration, size
 from relssl.method.backbones import Network
 from relssl.settings.run import Config
-from relssl.train.figures import alarms, at_the_end, columns
+from relssl.train.figures import COLLAPSES, alarms, at_the_end, describe
 
 if TYPE_CHECKING:
     from relssl.train.estimate import Estimate
@@ -194,7 +194,9 @@ def facts(result: Result, config: Config) -> dict[str, Any]:
         "feature_rank": [before["feature_rank"], last.get("feature_rank")] if "feature_rank" in before else None,
         **{"loss_start": start["loss"], "loss_end": last["loss"]},
         **{"info_nce_start": start["warmup_mix"], "info_nce_end": last["warmup_mix"]},
-        "health": {name: last[name] for name in columns("relation") if name in last},
+        "health": {
+            name: last[name] for each in describe() if each.get("group") == "relation" for name in each["columns"] if name in last
+        },
     }
     word, *lines = _judge(known, config)
     return known | {"word": word, "verdict": lines}
@@ -223,7 +225,8 @@ def _judge(known: dict[str, Any], config: Config) -> Iterator[str]:
     top1, bases = known["knn_student"], {title: known[f"knn_{name}"] for name, title in reversed(_BASES.items())}
     gains = {name: top1 - base for name, base in bases.items() if top1 is not None and base is not None}
     health = {name: math.nan if value is None else value for name, value in known["health"].items()}
-    fault = "; ".join(alarms([health], config).values())
+    raised = alarms([health], config)
+    fault = next((raised[name] for name in COLLAPSES if name in raised), None)
     if any(map(math.isnan, health.values())) or known["loss_end"] is None:
         yield "collapsing"
         yield "Not good: figures of the last step are not finite; lower optimizer.lr, or set optimizer.clip"
@@ -242,6 +245,7 @@ def _judge(known: dict[str, Any], config: Config) -> Iterator[str]:
     start, end = known["info_nce_start"], known["info_nce_end"]
     if not fault and end < start and (known["loss_end"] or 0) > (known["loss_start"] or math.inf):
         yield f"The loss rose as InfoNCE's part of it, the smaller one, went from {start:.0%} to {end:.0%}: that is no fault."
+    yield from (f"But {sentence}." for name, sentence in raised.items() if name not in COLLAPSES)
 
 
 def _learned(known: dict[str, Any], config: Config) -> Iterator[tuple[str, str] | None]:
