@@ -476,9 +476,13 @@ def _reading(args: argparse.Namespace, **more: Any) -> Any:
 
 
 def _lines(facts: dict[str, Any], most: int = 30) -> str:
-    lines = [
-        f"{name}: {', '.join(map(str, value[:5])) if isinstance(value, list) else value}" for name, value in flat(facts).items()
-    ]
+    """Return facts for people, a line each, without empty lists."""
+    shown = {
+        name: ", ".join(map(str, fact[:5])) if isinstance(fact, list) else fact
+        for name, fact in flat(facts).items()
+        if fact != []
+    }
+    lines = [f"{name}: {fact}" for name, fact in shown.items()]
     return "\n".join([*lines[:most], *([f"and {len(lines) - most} more, which --json lists"] if len(lines) > most else [])])
 
 
