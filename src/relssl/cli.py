@@ -121,25 +121,13 @@ def resume(args: argparse.Namespace, overrides: Overrides) -> Outcome | None:
     "verify a run's checkpoints, inspect one, or tell the diff of two",
     option("action", "what to do", choices=("verify", "inspect", "diff")),
     option("run_folder", metavar="RUN"),
-    option(
-        "other",
-        "inspect: a step; diff: a step, or another run; default: the newest, the one before",
-        metavar="STEP|RUN",
-        nargs="?",
-    ),
+    option("other", "a step, or of diff another run (default: all, the newest, the one before)", metavar="STEP|RUN", nargs="?"),
 )
 def checkpoint(args: argparse.Namespace, _: Overrides) -> Outcome | None:
     _prepare()
     from relssl.weights import inspection
 
-    if args.action == "verify":
-        faults = inspection.verify(args.run_folder)
-        count = sum(map(bool, faults.values()))
-        error = CheckpointError(f"{args.run_folder}: {count} of {len(faults)} checkpoints are damaged") if count else None
-        return Outcome(
-            {"checkpoints": faults}, _lines({name: fault or "as it was written" for name, fault in faults.items()}), error
-        )
-    facts = (inspection.inspect if args.action == "inspect" else inspection.diff)(args.run_folder, args.other)
+    facts = getattr(inspection, args.action)(args.run_folder, args.other)
     return Outcome(facts, _lines(facts))
 
 
@@ -153,8 +141,7 @@ def verify_resume(args: argparse.Namespace, overrides: Overrides) -> Outcome | N
     _prepare(_run_settings(args, overrides))
     from relssl.train.proof import prove
 
-    given = _pick(args, "data", "config") | spell(overrides)
-    facts = prove({name: value for name, value in given.items() if value is not None}, _say)
+    facts = prove(_pick(args, "data", "config") | spell(overrides), _say)
     return Outcome(facts, facts["result"], None if facts["exact"] else NumericError(f"resume: {facts['result']}"))
 
 

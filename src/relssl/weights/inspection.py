@@ -16,16 +16,18 @@ from relssl.weights import store
 from relssl.weights.opening import load_run
 
 
-def verify(run: str | Path) -> dict[str, str]:
-    """Check all checkpoints of a run against their hashes; return {name: what is wrong, or nothing}."""
-    faults = dict[str, str]()
-    for path in sorted((load_run(run).folder / "checkpoints").glob("step-*")):
-        faults[path.name] = ""
+def verify(run: str | Path, name: str | None = None) -> dict[str, Any]:
+    """Check all checkpoints of a run, or the named one, against their hashes; CheckpointError with a line for each that is damaged."""
+    paths = [find(run, name)] if name else sorted((load_run(run).folder / "checkpoints").glob("step-*"))
+    faults = list[str]()
+    for path in paths:
         try:
             store.verify(path)
         except CheckpointError as error:
-            faults[path.name] = str(error)
-    return faults
+            faults.append(str(error))
+    if faults:
+        raise CheckpointError("\n".join(faults))
+    return {"as_written": [path.name for path in paths]}
 
 
 def inspect(run: str | Path, name: str | None = None) -> dict[str, Any]:
@@ -51,7 +53,7 @@ def find(run: str | Path, name: str | None = None) -> Path:
     return load_run(run).checkpoint(store.step_folder(Path(), int(name)).name if name and name.isdecimal() else name)
 
 
-def diff(run: str, other: str | None) -> dict[str, Any]:
+def diff(run: str, other: str | None = None) -> dict[str, Any]:
     """Compare a run's newest checkpoint with another: a step of its own, by default the one before, or another run's newest, with settings.
 
     Raises:
