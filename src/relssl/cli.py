@@ -121,12 +121,7 @@ def resume(args: argparse.Namespace, overrides: Overrides) -> Outcome | None:
     "verify a run's checkpoints, inspect one, or tell the diff of two",
     option("action", "what to do", choices=("verify", "inspect", "diff")),
     option("run_folder", metavar="RUN"),
-    option(
-        "other",
-        "inspect: a step; diff: a step, or another run; default: the newest, the one before",
-        metavar="STEP|RUN",
-        nargs="?",
-    ),
+    option("other", "a step, or of diff another run (default: all, the newest, the one before)", metavar="STEP|RUN", nargs="?"),
 )
 def checkpoint(args: argparse.Namespace, _: Overrides) -> Outcome | None:
     _prepare()
@@ -146,8 +141,7 @@ def verify_resume(args: argparse.Namespace, overrides: Overrides) -> Outcome | N
     _prepare(_run_settings(args, overrides))
     from relssl.train.proof import prove
 
-    given = _pick(args, "data", "config") | spell(overrides)
-    facts = prove({name: value for name, value in given.items() if value is not None}, _say)
+    facts = prove(_pick(args, "data", "config") | spell(overrides), _say)
     return Outcome(facts, facts["result"], None if facts["exact"] else NumericError(f"resume: {facts['result']}"))
 
 
