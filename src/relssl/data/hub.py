@@ -80,11 +80,10 @@ def read_hub(text: str, split: str) -> Images:
 
 def _tables(place: str, is_folder: bool) -> Mapping[str, Any]:
     """Return the tables by their splits."""
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     import datasets
     import huggingface_hub
 
-    huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True  # if it was imported before
+    huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True
     saved = is_folder and any(os.path.exists(os.path.join(place, file)) for file in ("state.json", "dataset_dict.json"))
     try:
         tables = datasets.load_from_disk(place) if saved else datasets.load_dataset(place)

@@ -56,9 +56,8 @@ def table(rows: Iterable[tuple[bytes, *tuple[int, ...]]], columns: int) -> tuple
         block += b"".join(names)
         for column, values in zip(numbers, others, strict=True):
             column.extend(values)
-    return Names(np.frombuffer(block, np.uint8), np.frombuffer(ends, np.int64)), [
-        np.frombuffer(each, np.int64) for each in numbers
-    ]
+    arrays = [np.frombuffer(each, np.int64) for each in numbers]
+    return Names(np.frombuffer(block, np.uint8), np.frombuffer(ends, np.int64)), arrays
 
 
 class Words:

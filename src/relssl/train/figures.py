@@ -34,12 +34,12 @@ def at_the_end(row: Row, memory: int) -> dict[str, tuple[str, str]]:
 
 
 def in_words(row: Row, memory: int) -> str:
-    """Describe the relations of a row with a memory of K keys: `14 of 4,096 neighbours, sharp; student agrees on 61 %`."""
-    if row.get("teacher_neighbours") is None:
+    """Describe the relations of a row with a memory of K keys: `14 of 4,096 neighbours, sharp; student agrees on 61%`."""
+    count = row.get("teacher_neighbours", math.nan)
+    if not math.isfinite(count):
         return ""
-    count = row["teacher_neighbours"]
     words = {1.2: "one-hot", max(10.0, 0.05 * memory): "sharp", 0.5 * memory: "soft", math.inf: "close to uniform"}
-    word = next(word for limit, word in words.items() if not count > limit)
+    word = next(word for limit, word in words.items() if count <= limit)
     return f"{count:.0f} of {memory:,} neighbours, {word}; student agrees on {row['agreement']:.0%}"
 
 
