@@ -166,7 +166,7 @@ def embed(args: argparse.Namespace, _: Overrides) -> Outcome | None:
     options = _pick(args, "network", "split", "data_root", "device", "precision")
     facts = relssl.embed(args.source, args.data, args.out, reading=_reading(args, size=args.size), **options)
     written = f"{facts['images']} features of dimension {facts['dim']} in {facts['out']}"
-    return Outcome(facts, "\n".join([f"{written}; {len(facts['bad'])} images could not be read", *facts["notes"]]))
+    return Outcome(facts, "\n".join([f"{written}; images that could not be read: {len(facts['bad'])}", *facts["notes"]]))
 
 
 @verb(

@@ -251,7 +251,7 @@ def train(run: Run, display: Display, stop: StopRequest) -> None:
     if folder is not None:
         folder.open_rows(state.step, config, display.say)
         if state.step == 0 and run.online is not None:
-            display.say(f"measuring {'the given weights' if config.start else 'kNN of the untrained network'}")
+            display.say(f"measuring {'the given weights' if config.start else 'the untrained network'}")
             folder.write_row({"step": 0, "epoch": 0, "samples": 0} | run.online.baselines(state, engine))
     engine.wait()
     display.begin(state.step, run.total_steps, run.plan.steps_per_epoch, config.batch_size)

@@ -265,7 +265,9 @@ def begin(run: Run, display: Display, fresh: bool) -> None:
         raise DataError(f"{run.images.name}: holds {images}, by their names, order and sizes; give the folder or list that does")
     display.log_to(folder.path / "run.log")
     if stored.config.epochs != config.epochs:
-        display.say(f"epochs are {config.epochs} instead of {stored.config.epochs}: from here on the schedules are theirs")
+        display.say(
+            f"epochs are {config.epochs} instead of {stored.config.epochs}: from here on the schedules are those of {config.epochs} epochs"
+        )
     folder.bad_samples(run.images.bad)
 
 
