@@ -308,7 +308,8 @@ def validate(args: argparse.Namespace, overrides: Overrides) -> Outcome | None:
 
     if exists(typed.data, typed.data_root) is None:
         data: dict[str, Any] = {"here": at_hand(typed.data, typed.data_root)}
-        lines = [f"{typed.data}: a known data set, {'here' if data['here'] else 'to be downloaded'}"]
+        name = "a set of the Hugging Face Hub, not looked up" if typed.data.startswith("hf:") else "a known data set"
+        lines = [f"{typed.data}: {name}, {'here' if data['here'] else 'to be downloaded'}"]
     else:
         images, test = load(typed.data, typed.data_root, "train"), None
         with contextlib.suppress(DataError):  # there is none
