@@ -8,7 +8,6 @@ import pickle
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -80,13 +79,13 @@ def test_columns_are_found_by_their_kind_and_named_where_there_are_several(tmp_p
     masks = (datasets.Image(), [{"bytes": photo(50 + n), "path": None} for n in range(4)])
     coarse = (datasets.ClassLabel(names=["a", "b"]), [0, 1, None, -1])
     dataset(range(4), mask=masks, coarse=coarse).save_to_disk(tmp_path / "many")
-    for columns, reason in {"": "several columns hold images", "#mask": "several columns hold classes", "#image,x": "x"}.items():
-        with pytest.raises(DataError, match=reason):
+    for columns in ("", "#coarse", "#image,x"):
+        with pytest.raises(DataError, match=r"one column of images .*mask \(Image\)"):
             load(f"hf:{tmp_path}/many{columns}", None, "train")
     images = load(f"hf:{tmp_path}/many#mask,coarse", None, "train")
     assert images.source.beginning(1) == photo(51) and images.labels is not None and images.labels.tolist() == [0, 1, -1, -1]
     datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk(tmp_path / "texts")
-    with pytest.raises(DataError, match="no column of images"):
+    with pytest.raises(DataError, match="one column of images"):
         load(f"hf:{tmp_path}/texts", None, "train")
 
 
@@ -122,9 +121,3 @@ def test_names_that_cannot_be_loaded_are_one_line(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"relssl\[hf\]"):
         exists("hf:cifar10", None)
-
-
-def test_labels_agree_with_the_library(tmp_path: Path) -> None:
-    dataset(range(9)).save_to_disk(tmp_path / "saved")
-    images, table = load(f"hf:{tmp_path}/saved", None, "train"), datasets.load_from_disk(tmp_path / "saved")
-    assert images.labels is not None and np.array_equal(images.labels, table["label"][:])

@@ -150,6 +150,32 @@ def test_a_run_goes_on_for_more_epochs(tmp_path: Path) -> None:
     assert [path for path, _ in contents(folder)] == [path for path, _ in before]
 
 
+def test_a_run_goes_on_with_settings_that_change_nothing_and_says_which_change_something(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = cut(finished, tmp_path / "cut", 17)
+    command = [
+        "resume",
+        str(folder),
+        "--log.every",
+        "5",
+        "--log.knn_every",
+        "2",
+        "--loader.workers",
+        "1",
+        "--checkpoint.keep",
+        "3",
+    ]
+    assert main([*command, "--lr", "0.5", "--seed", "1"]) == 2
+    assert [line.split(":")[1] for line in capsys.readouterr().err.splitlines()] == [" seed", " optimizer.lr"]
+    assert main([*command, "--threads", "1"]) == 0
+    assert differing(final_state(finished), final_state(folder)) == [] and "exactly" in (folder / "run.log").read_text()
+    assert relssl.load_run(folder).config.log.every == 5
+    folder = cut(finished, tmp_path / "warned", 19)
+    assert main(["resume", str(folder), "--threads", "2"]) == 0
+    assert "not bit for bit (threads 1 -> 2)" in (folder / "run.log").read_text()
+
+
 def test_a_used_or_locked_folder_is_left_alone(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = contents(finished)
     assert relssl.resume(finished, quiet=True) is not None  # at once, as it had finished

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from relssl.evaluation.finetune import finetune as finetune
     from relssl.evaluation.finetune import predict as predict
     from relssl.evaluation.result import compare as compare
+    from relssl.report.advise import advise as advise
+    from relssl.report.doctor import doctor as doctor
     from relssl.report.page import write_report as write_report
+    from relssl.report.views import write_views as write_views
     from relssl.reproduction.reproduce import reproduce as reproduce
     from relssl.train.estimate import estimate as estimate
     from relssl.train.pretrain import pretrain as pretrain
@@ -31,7 +34,9 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 _HOMES = {
+    "advise": "report.advise",
     "compare": "evaluation.result",
+    "doctor": "report.doctor",
     "embed": "evaluation.embed",
     "estimate": "train.estimate",
     "evaluate": "evaluation.evaluate",
@@ -45,6 +50,7 @@ _HOMES = {
     "reproduce": "reproduction.reproduce",
     "resume": "train.pretrain",
     "write_report": "report.page",
+    "write_views": "report.views",
 }
 __all__ = list(_HOMES)
 

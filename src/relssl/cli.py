@@ -25,7 +25,7 @@ from relssl.settings import recipes
 from relssl.settings.evaluation import Evaluation, Tuning, read_settings
 from relssl.settings.launcher import rank, with_launch
 from relssl.settings.names import MAIN, spell
-from relssl.settings.reading import build, leaves
+from relssl.settings.reading import build, flat, leaves
 from relssl.settings.run import Config, differences, resolve, to_yaml
 from relssl.settings.small import adjustments, give_way
 from relssl.weights.formats import FORMATS, find_format
@@ -88,16 +88,80 @@ def estimate(args: argparse.Namespace, overrides: Overrides) -> Outcome | None:
 
 
 @verb(
+    "draw images beside their views, as a run with these settings would draw them, into a PNG file",
+    *_RUN,
+    option("--images", "rows (default: 8)", type=int, default=8),
+    option("--out", "target .png (default: views.png)", default="views.png", metavar="FILE"),
+    settings=Config,
+    main=MAIN,
+)
+def views(args: argparse.Namespace, overrides: Overrides) -> Outcome | None:
+    config = _run_settings(args, overrides)
+    _prepare(config)
+    path = relssl.write_views(settings=config, **_pick(args, "out", "images"))
+    return Outcome({"out": str(path)}, str(path))
+
+
+@verb(
     "go on with a run exactly where it was saved",
     option("run_folder", metavar="RUN"),
     option("data", "where the run's images are now, if they have moved", metavar="DATA", nargs="?"),
     option("--epochs", "how many the run has in all from now on, its schedules included", type=int, metavar="N"),
     option("--time_limit", "minutes after which it saves and stops with exit code 75", type=float, metavar="M"),
     option("--checkpoint", "name of an older checkpoint to go on from"),
+    settings=Config,
+    main=(),
 )
-def resume(args: argparse.Namespace, _: Overrides) -> Outcome | None:
+def resume(args: argparse.Namespace, overrides: Overrides) -> Outcome | None:
     _prepare()
-    return _trained(relssl.resume(args.run_folder, **_pick(args, "checkpoint", "time_limit", "epochs", "data")))
+    return _trained(relssl.resume(args.run_folder, **_pick(args, "checkpoint", "time_limit", "epochs", "data"), **overrides))
+
+
+@verb(
+    "verify a run's checkpoints, inspect one, or tell the diff of two",
+    option("action", "what to do", choices=("verify", "inspect", "diff")),
+    option("run_folder", metavar="RUN"),
+    option(
+        "other",
+        "inspect: a step; diff: a step, or another run; default: the newest, the one before",
+        metavar="STEP|RUN",
+        nargs="?",
+    ),
+)
+def checkpoint(args: argparse.Namespace, _: Overrides) -> Outcome | None:
+    _prepare()
+    from relssl.weights import inspection
+
+    facts = getattr(inspection, args.action)(args.run_folder, args.other)
+    return Outcome(facts, _lines(facts))
+
+
+@verb(
+    "prove that runs on this machine resume bit for bit: a short run of these settings, against the same cut and resumed",
+    *_RUN,
+    settings=Config,
+    main=MAIN,
+)
+def verify_resume(args: argparse.Namespace, overrides: Overrides) -> Outcome | None:
+    _prepare(_run_settings(args, overrides))
+    from relssl.train.proof import prove
+
+    given = _pick(args, "data", "config") | spell(overrides)
+    facts = prove({name: value for name, value in given.items() if value is not None}, _say)
+    return Outcome(facts, facts["result"], None if facts["exact"] else NumericError(f"resume: {facts['result']}"))
+
+
+@verb(
+    "look through the images of DATA: unreadable and doubled ones, test images among the training images, sizes",
+    option("data", metavar="DATA"),
+    option("--data_root", "where named data sets lie"),
+)
+def scan(args: argparse.Namespace, _: Overrides) -> Outcome | None:
+    _prepare()
+    from relssl.data.survey import survey
+
+    facts = survey(args.data, args.data_root, _say)
+    return Outcome(facts, _lines(facts))
 
 
 @verb(
@@ -149,6 +213,28 @@ def report(args: argparse.Namespace, _: Overrides) -> Outcome | None:
     _prepare()
     path = relssl.write_report(*args.runs, out=args.out, say=None if args.json else _say)
     return Outcome({"out": str(path)}, str(path))
+
+
+@verb(
+    "suggest a teacher's temperature, memory and warm-up from the relations of a run, without training",
+    option("run_folder", metavar="RUN"),
+)
+def advise(args: argparse.Namespace, _: Overrides) -> Outcome | None:
+    _prepare()
+    from relssl.report.tables import show_advice
+
+    facts = relssl.advise(args.run_folder)
+    return Outcome(facts, lambda: show_advice(facts))
+
+
+@verb(
+    "say what of this machine, or of a run, is slow, missing or known to be broken, and what to do",
+    option("run_folder", metavar="RUN", nargs="?"),
+)
+def doctor(args: argparse.Namespace, _: Overrides) -> Outcome | None:
+    findings = relssl.doctor(args.run_folder)
+    lines = [f"{each['what']}: {each['evidence']}; {each['remedy']}" for each in findings]
+    return Outcome({"findings": findings}, "\n".join(lines or ["nothing found that is slow, missing or broken"]))
 
 
 @verb(
@@ -394,6 +480,13 @@ def _reading(args: argparse.Namespace, **more: Any) -> Any:
     from relssl.weights.foreign import Reading
 
     return Reading(args.layout, args.backbone, args.stem, prefix=args.prefix, allow=args.allow, **more)
+
+
+def _lines(facts: dict[str, Any], most: int = 30) -> str:
+    lines = [
+        f"{name}: {', '.join(map(str, value[:5])) if isinstance(value, list) else value}" for name, value in flat(facts).items()
+    ]
+    return "\n".join([*lines[:most], *([f"and {len(lines) - most} more, which --json lists"] if len(lines) > most else [])])
 
 
 def _pick(args: Any, *names: str) -> dict[str, Any]:

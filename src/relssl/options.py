@@ -52,7 +52,7 @@ def verb(about: str, *options: Option, settings: Any = None, main: tuple[str, ..
     """Make a command of a function of its arguments and settings, which returns no outcome in processes that have none."""
 
     def add(run: Callable[[argparse.Namespace, Overrides], Outcome | None]) -> Any:
-        name, own = run.__name__.removesuffix("_"), dict((*options, *_COMMON))
+        name, own = run.__name__.removesuffix("_").replace("_", "-"), dict((*options, *_COMMON))
         command = _COMMANDS.add_parser(name, help=about, description=about, allow_abbrev=False)
         command.set_defaults(run=run)
         for at, more in own.items():
@@ -164,6 +164,4 @@ def _help(verb: Verb, given: Overrides, every: bool) -> argparse.ArgumentParser:
 
 def _nearest_option(name: str, verb: Verb) -> str:
     options = [each[2:] for each in verb.options if each.startswith("--")]
-    if verb is VERBS["resume"] and set(meant(name, leaves(Config))) & leaves(Config).keys():
-        return "a run goes on with the settings that it was started with"
     return f"the nearest is --{next((each for each in meant(name, options) if each in options), nearest_word(name, options))}"

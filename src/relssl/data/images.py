@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Protocol
+from functools import partial
+from typing import TYPE_CHECKING, ClassVar, Protocol, Self
 
 import numpy as np
 from PIL import Image
 
-from relssl.data.decode import Opened, open_image
+from relssl.data.decode import BadImage, Opened, open_image
 from relssl.data.names import Names, table
 
 if TYPE_CHECKING:  # DATA is checked before torch is imported
@@ -27,7 +28,7 @@ IMAGENET_STD: Channels = (0.229, 0.224, 0.225)
 
 
 class Source(Protocol):
-    """The pixels of N images, wherever they lie: `Pixels`, `Files`, `shards.Shards`, `hub.Hub` or `cache.Shrunk`."""
+    """The pixels of N images, wherever they lie: `Pixels`, `Files`, `shards.Shards`, `hub.Hub`, `own.Items` or `cache.Shrunk`."""
 
     def __len__(self) -> int: ...
 
@@ -76,25 +77,60 @@ class Pixels:
 
 
 @dataclass(frozen=True, eq=False)
-class Files:
-    """N image files, each below one folder or anywhere.
+class Stored:
+    """N images that are kept as the bytes of image files; the base of `Files`, `shards.Shards` and `hub.Hub`.
 
-    Names that are no text keep their bytes (`surrogateescape`), so every file can be opened again.
+    A subclass names the columns, arrays [N] or `Names`, that hold something of each image, and says how an image is called and read.
+    """
+
+    names: Names
+    sizes: np.ndarray  # int64 [N], in bytes; 0: not known
+    times: np.ndarray  # int64, when the files were changed, in ns, as far as that is looked at
+
+    columns: ClassVar[tuple[str, ...]] = ("names", "sizes")
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def take(self, rows: np.ndarray) -> Self:
+        return replace(self, **{name: getattr(self, name).take(rows) for name in self.columns})
+
+    def fingerprint(self) -> str:
+        """Compute 16 hex digits of names, order and sizes; where the images lie does not count."""
+        return self.names.digest(type(self).__name__.lower(), self.sizes)
+
+    def name(self, row: int) -> str:
+        raise NotImplementedError
+
+    def read(self, row: int, at_most: int | None = None) -> bytes:
+        """Return the first bytes of an image as it is stored, None: all; BadImage or OSError if there are none."""
+        raise NotImplementedError
+
+    def beginning(self, row: int) -> bytes:
+        with suppress(BadImage, OSError):
+            return self.read(row, BEGINNING)
+        return b"unreadable " + os.fsencode(self.name(row))
+
+    def open(self, row: int, max_pixels: int) -> AbstractContextManager[Opened]:
+        return open_image(partial(self.read, row), max_pixels)
+
+
+@dataclass(frozen=True, eq=False)
+class Files(Stored):
+    """N image files, each below one folder or anywhere; `times` has one of each, 0: not looked at.
+
+    Names are paths, relative to the folder or absolute. Those that are no text keep their bytes (`surrogateescape`), so every file can
+    be opened again.
     """
 
     folder: bytes
-    names: Names  # paths, relative to the folder or absolute
-    sizes: np.ndarray  # int64 [N], in bytes; 0: not looked at
-    times: np.ndarray  # int64 [N], when each was changed, in ns; 0: not looked at
+    columns = ("names", "sizes", "times")
 
     @staticmethod
     def of(folder: str, entries: Iterable[tuple[bytes, int] | tuple[bytes, int, int]]) -> Files:
         """Return the files of entries, each a name and a size, maybe with a time of change."""
         names, (sizes, times) = table(((*entry, 0)[:3] for entry in entries), 2)
-        return Files(os.fsencode(folder), names, sizes, times)
-
-    def __len__(self) -> int:
-        return len(self.sizes)
+        return Files(names, sizes, times, os.fsencode(folder))
 
     def __iter__(self) -> Iterator[str]:
         return map(self.name, range(len(self)))
@@ -102,19 +138,9 @@ class Files:
     def name(self, row: int) -> str:
         return os.fsdecode(os.path.join(self.folder, self.names[row]))
 
-    def take(self, rows: np.ndarray) -> Files:
-        return Files(self.folder, self.names.take(rows), self.sizes[rows], self.times[rows])
-
-    def fingerprint(self) -> str:
-        """Compute 16 hex digits of names, order and sizes; where the folder lies does not count."""
-        return self.names.digest("files", self.sizes)
-
-    def beginning(self, row: int) -> bytes:
-        try:
-            with open(self.name(row), "rb") as opened:
-                return opened.read(BEGINNING)
-        except OSError:
-            return b"unreadable " + os.fsencode(self.name(row))
+    def read(self, row: int, at_most: int | None = None) -> bytes:
+        with open(self.name(row), "rb") as file:
+            return file.read(at_most)
 
     def open(self, row: int, max_pixels: int) -> AbstractContextManager[Opened]:
         return open_image(self.name(row), max_pixels)

@@ -72,7 +72,7 @@ def read_list(path: str) -> Images:
         raise DataError(f"{shown(path)}: cannot be read: {error.strerror}") from error
     notes = [f"a list of more than {LOOKED_AT} lines: files that cannot be used show when they are read"] if believed else []
     labels, classes = words.labels(numbers)
-    files = Files(os.fsencode(folder), names, sizes, times)
+    files = Files(names, sizes, times, os.fsencode(folder))
     return Images(shown(path), files, labels, classes, bad=bad, notes=(*notes, *unusable(bad)))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import unicodedata
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate, islice
 
@@ -39,10 +39,10 @@ class Names:
         """Return those at positions int64 [M], in this order."""
         return table(((self[row],) for row in rows.tolist()), 0)[0]
 
-    def digest(self, title: str, *numbers: np.ndarray) -> str:
+    def digest(self, title: str, numbers: np.ndarray) -> str:
         """Compute 16 hex digits of a title, the names in their order, and whole numbers besides."""
         digest = hashlib.sha256(f"{title} {len(self)} ".encode())
-        for part in (self.ends.astype("<i8", copy=False), self.block, *(each.astype("<i8", copy=False) for each in numbers)):
+        for part in (self.ends.astype("<i8", copy=False), self.block, numbers.astype("<i8", copy=False)):
             digest.update(np.ascontiguousarray(part).data)
         return digest.hexdigest()[:16]
 
@@ -56,19 +56,15 @@ def table(rows: Iterable[tuple[bytes, *tuple[int, ...]]], columns: int) -> tuple
         block += b"".join(names)
         for column, values in zip(numbers, others, strict=True):
             column.extend(values)
-    return Names(np.frombuffer(block, np.uint8), np.frombuffer(ends, np.int64)), [
-        np.frombuffer(each, np.int64) for each in numbers
-    ]
+    arrays = [np.frombuffer(each, np.int64) for each in numbers]
+    return Names(np.frombuffer(block, np.uint8), np.frombuffer(ends, np.int64)), arrays
 
 
 class Words:
     """The words that label images, numbered as they are met; an empty one labels nothing."""
 
-    def __init__(self, words: Iterable[bytes] = ()) -> None:
-        self._numbers = {word: number for number, word in enumerate(dict.fromkeys([b"", *words]))}
-
-    def __iter__(self) -> Iterator[bytes]:
-        return iter(self._numbers)
+    def __init__(self) -> None:
+        self._numbers = {b"": 0}
 
     def number(self, word: bytes) -> int:
         """Return the number of a word."""

@@ -1,13 +1,12 @@
 """Data sets that are handed over from Python: any with `len` and `[i]`, and arrays or tensors of all the images.
 
-An item is a PIL image, an array or a tensor, the path or the bytes of an image file, or a tuple or mapping that holds one of these.
-What files are turned into, items are too: 8 bits, upright, without transparency. PIL images, paths and bytes are RGB; arrays and tensors
-have the channels that they have, 1 to 16. Integers of 16 bits are scaled by 255/65535, floats must lie in 0..1.
+An item is a PIL image, an array or a tensor, the path or the bytes of an image file, a tuple that begins with one of these, or a mapping
+that holds one as `image` or `img`. What files are turned into, items are too: 8 bits, upright, without transparency. PIL images, paths
+and bytes are RGB; arrays and tensors have the channels that they have, 1 to 16.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageFile
-from torch import Tensor, as_tensor, empty, from_numpy, uint8
+from torch import Tensor, from_numpy
 
 from relssl.data.decode import BadImage, Opened, from_16_bits, open_image, upright_rgb
 from relssl.data.folder import TEST, TRAIN
@@ -27,13 +26,12 @@ from relssl.data.transforms import seeded
 from relssl.errors import DataError
 from relssl.settings.run import MOST_CHANNELS, LoaderConfig
 
-_KEYS = ("image", "img")  # of the image of an item that is a mapping; else it is the first value that can be one
-_LABEL_KEYS = ("label", "labels", "target", "targets", "class")
+_IMAGES, _LABELS = ("image", "img"), ("label", "labels", "target", "targets", "class")  # their names in mappings
 _TRIED = 16  # items, until one can be read
 _SAMPLE = 32  # items that the fingerprint looks at
 _MEASURED = 128  # images of which means and deviations are taken
 _MOST_PIXELS = LoaderConfig().max_pixels
-_FEW = 1 / 255  # least deviation of a channel
+_LEAST_STD = 1 / 255  # of a channel
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,10 +54,6 @@ class Items:
 
     def fingerprint(self) -> str:
         """Compute 16 hex digits of the number of images and the pixels of up to 32 of them, evenly spread."""
-        return self._fingerprint
-
-    @functools.cached_property
-    def _fingerprint(self) -> str:
         digest = hashlib.sha256(f"items {len(self)} ".encode())
         for row in spread(0, len(self), _SAMPLE):
             digest.update(self.beginning(row))
@@ -70,19 +64,17 @@ class Items:
 
     def beginning(self, row: int) -> bytes:
         """Return size and pixels of one image, by which copies are known."""
-        try:
-            with self.open(row, _MOST_PIXELS) as opened:
-                pixels = np.asarray(opened.whole())
+        with suppress(BadImage), self.open(row, _MOST_PIXELS) as opened:
+            pixels = np.asarray(opened.whole())
             return f"{pixels.shape} ".encode() + pixels.tobytes()
-        except BadImage:
-            return f"unreadable {self.name(row)}".encode()
+        return f"unreadable {self.name(row)}".encode()
 
     def item(self, row: int) -> Any:
-        """Return what one item is, or holds as its image; BadImage if it raises."""
+        """Return the image that one item is, or holds; BadImage if it raises or holds none."""
         place = int(self.rows[row])
         try:
             with seeded(0, 0, place, 0):
-                image = _image_of(self.dataset[place])
+                image = _parts(self.dataset[place])[0]
         except Exception as error:  # whatever a user's code raises
             raise BadImage(f"raises {repr(error)[:160]}") from error
         if isinstance(image, ImageFile.ImageFile) and isinstance(self.dataset, (list, tuple)) and image.filename:
@@ -115,13 +107,14 @@ def open_item(image: Any, max_pixels: int) -> Iterator[Opened]:
 def to_bands(image: Any) -> np.ndarray:
     """Return an array or tensor [H,W], [H,W,C] or [C,H,W] as uint8 [C,H,W], C from 1 to 16; BadImage if it is none.
 
-    Where both layouts fit, arrays have their channels last and tensors first.
+    Where both layouts fit, arrays have their channels last and tensors first. Integers of 16 bits are scaled by 255/65535, floats lie in
+    0..1.
     """
     values = image
     if isinstance(image, Tensor):
         values = (image.float() if image.is_floating_point() else image).detach().cpu().numpy()
     elif not isinstance(image, np.ndarray):
-        needs = "a PIL image, an array or tensor, or the path or bytes of an image file"
+        needs = "a PIL image, an array or tensor, or the path or bytes of an image file, as `image` or `img` in a mapping"
         raise BadImage(f"is or holds no image, but a {type(image).__name__}; needs {needs}")
     first, last = (values.ndim == 3 and values.shape[axis] <= MOST_CHANNELS for axis in (0, -1))
     if not values.size or not (values.ndim == 2 or first or last):
@@ -130,35 +123,28 @@ def to_bands(image: Any) -> np.ndarray:
         values = values[None]
     elif last and not (first and isinstance(image, Tensor)):
         values = values.transpose(2, 0, 1)
-    return np.ascontiguousarray(_eight_bit(values))
-
-
-def _eight_bit(values: np.ndarray) -> np.ndarray:
-    if values.dtype == np.uint8:
-        return values
-    if values.dtype == np.bool_:
-        return np.where(values, np.uint8(255), np.uint8(0))
     if values.dtype.kind == "f":
         low, high = float(values.min()), float(values.max())
         if not (low > -0.01 and high < 1.01):  # filters overshoot a little; NaN is neither
             raise BadImage(f"has floats from {low:.3g} to {high:.3g}; they must lie in 0..1, not normalised")
-        rounded: np.ndarray = np.rint(values.clip(0, 1) * 255).astype(np.uint8)
-        return rounded
-    if values.dtype in (np.uint16, np.int32):
-        return from_16_bits(values)
-    raise BadImage(f"has {values.dtype} pixels; needs uint8, uint16, int32 of 16 bits, or floats in 0..1")
+        values = np.rint(values.clip(0, 1) * 255).astype(np.uint8)
+    elif values.dtype in (np.uint16, np.int32):
+        values = from_16_bits(values)
+    elif values.dtype != np.uint8:
+        raise BadImage(f"has {values.dtype} pixels; needs uint8, uint16, int32 of 16 bits, or floats in 0..1")
+    return np.ascontiguousarray(values)
 
 
 def measured(images: Images) -> tuple[Channels, Channels]:
     """Return means and deviations, in 0..1, of the channels, which are not 3, of a sample of up to 128 images."""
-    sums = np.zeros((3, images.channels))
+    moments = []
     for row in spread(0, len(images), _MEASURED):
         with suppress(BadImage), images.source.open(row, _MOST_PIXELS) as opened:
             assert opened.bands is not None
             values = opened.bands.reshape(images.channels, -1) / 255
-            sums += np.stack([np.full(len(values), values.shape[1]), values.sum(1), (values**2).sum(1)])
-    mean = sums[1] / sums[0]
-    std = np.sqrt(np.maximum(sums[2] / sums[0] - mean**2, _FEW**2))
+            moments.append((values.mean(1), (values**2).mean(1)))
+    mean, square = np.mean(moments, 0)
+    std = np.sqrt(np.maximum(square - mean**2, _LEAST_STD**2))
     return tuple(mean.round(4).tolist()), tuple(std.round(4).tolist())
 
 
@@ -171,8 +157,7 @@ def open_dataset(dataset: Any, name: str, split: str = "train") -> Images:
         name: for messages.
         split: "train", "bank" (the same) or "test"; a set that is no mapping has no test images.
 
-    Labels are those of (images, labels), of `.targets` or `.labels`, or of a list's own items: integers, or names of classes. Of other
-    sets they would cost decoding all images, and are not read.
+    Labels that would cost decoding all images are not read.
 
     Raises:
         DataError: if it is none of these, has no such split, or none of its first items is an image.
@@ -186,41 +171,32 @@ def open_dataset(dataset: Any, name: str, split: str = "train") -> Images:
         return open_dataset(dataset[key], f"{name}/{key}")
     if split == "test":
         raise DataError(f'{name}: has no test images; hand over a mapping {{"train": ..., "test": ...}}')
-    labels, classes = _labels(dataset)
-    dataset = getattr(dataset, "tensors", dataset)
-    if (isinstance(dataset, tuple) and len(dataset) in (1, 2) and _is_whole(dataset[0])) or _is_pair(dataset):
-        dataset = dataset[0]
-    if isinstance(dataset, (str, bytes)) or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+    images, labels, classes = _labelled(dataset)
+    if not _is_sized(images):
         needs = "a data set with `len` and `[i]`, or an array or tensor of images [N, H, W, C] or [N, C, H, W]"
-        raise DataError(f"{name}: a {type(dataset).__name__} is no data set; hand over {needs}")
-    source = _pixels(dataset, name) if _is_whole(dataset) else _items(dataset, name)
-    return Images(name, source, labels, classes)
+        raise DataError(f"{name}: a {type(images).__name__} is no data set; hand over {needs}")
+    is_whole = isinstance(images, (np.ndarray, Tensor)) and images.ndim in (3, 4) and len(images)
+    source = _pixels(images, name) if is_whole else _items(images, name)
+    return Images(name, source, *_coded(labels, classes, len(source)))
 
 
-def _is_whole(dataset: Any) -> bool:
-    """Return whether this is one array of all images."""
-    return isinstance(dataset, (np.ndarray, Tensor)) and dataset.ndim in (3, 4)
-
-
-def _is_pair(dataset: Any) -> bool:
-    """Return whether this is (images, labels)."""
-    sized = isinstance(dataset, tuple) and len(dataset) == 2 and all(hasattr(part, "__len__") for part in dataset)
-    return sized and len(dataset[0]) == len(dataset[1]) and _coded(dataset[1])[0] is not None
+def _is_sized(value: Any) -> bool:
+    return all(hasattr(value, name) for name in ("__len__", "__getitem__")) and not isinstance(value, (str, bytes, Mapping))
 
 
 def _pixels(images: Any, name: str) -> Pixels:
     """Return an array or tensor of images as uint8 [N,C,H,W]: itself if it is so already."""
-    row, usable = 0, isinstance(images, Tensor) or images.flags.writeable
+    row = 0
     try:
-        shape = to_bands(images[0]).shape if len(images) else (3, 1, 1)
-        if images.shape[1:] == shape and str(images.dtype).endswith("uint8"):
-            return Pixels(as_tensor(images if usable else images.copy()).detach().cpu().contiguous(), name)
-        pixels = empty((len(images), *shape), dtype=uint8)
+        if images.shape[1:] == to_bands(images[0]).shape and str(images.dtype).endswith("uint8"):
+            whole = images if isinstance(images, Tensor) else from_numpy(np.require(images, requirements="W"))
+            return Pixels(whole.detach().cpu().contiguous(), name)
+        pixels = np.empty((len(images), *to_bands(images[0]).shape), np.uint8)
         for row in range(len(images)):
-            pixels[row] = from_numpy(to_bands(images[row]))
+            pixels[row] = to_bands(images[row])
     except BadImage as fault:
         raise DataError(f"{name}/{row:06}: {fault}") from fault
-    return Pixels(pixels, name)
+    return Pixels(from_numpy(pixels), name)
 
 
 def _items(dataset: Any, name: str) -> Items:
@@ -237,52 +213,44 @@ def _items(dataset: Any, name: str) -> Items:
     return items
 
 
-def _image_of(item: Any) -> Any:
-    """Return the image that an item is, or holds: of a mapping under its usual name, else the first that can be one."""
+def _parts(item: Any) -> tuple[Any, Any]:
+    """Return the image that an item is, or holds, and the label beside it, None if there is none."""
     if isinstance(item, Mapping):
-        item = [item[key] for key in _KEYS if key in item] or [*item.values()]
-    if not isinstance(item, (tuple, list)):
-        return item
-    images = [part for part in item if isinstance(part, (Image.Image, bytes, Mapping)) or getattr(part, "ndim", 0) > 1]
-    images += [part for part in item if isinstance(part, (str, os.PathLike))]
-    return _image_of(images[0]) if images else item
+        image, label = (next((item[key] for key in keys if key in item), None) for keys in (_IMAGES, _LABELS))
+        return image, label
+    return (*item, None, None)[:2] if isinstance(item, (tuple, list)) else (item, None)
 
 
-def _labels(dataset: Any) -> tuple[np.ndarray | None, tuple[str, ...] | None]:
-    """Return a data set's labels and classes, where they can be had without decoding images."""
+def _labelled(dataset: Any) -> tuple[Any, Any, Any]:
+    """Return a data set's images, and its labels and names of classes where they can be had without decoding images, else None."""
     dataset = getattr(dataset, "tensors", dataset)  # of torch's TensorDataset
-    if hasattr(dataset, "dataset") and hasattr(dataset, "indices"):  # torch's Subset
-        labels, classes = _labels(dataset.dataset)
-        return labels if labels is None else labels[np.asarray(dataset.indices, np.int64)], classes
-    if _is_pair(dataset):
-        return _coded(dataset[1])
+    if isinstance(dataset, tuple) and len(dataset) in (1, 2) and all(map(_is_sized, dataset)):
+        images, labels = (*dataset, None)[:2]
+        if (
+            labels is None or getattr(images, "ndim", 0) == 4 or _coded(labels, None, len(images))[0] is not None
+        ):  # else two items
+            return images, labels, None
     if isinstance(dataset, (list, tuple)):
-        return (
-            _coded([_label_of(item) for item in dataset]) if len(dataset) and _label_of(dataset[0]) is not None else (None, None)
-        )
-    if hasattr(dataset, "column_names") and (column := next((key for key in _LABEL_KEYS if key in dataset.column_names), None)):
-        return _coded(dataset[column][:], getattr(dataset.features[column], "names", None))  # Hugging Face's
-    for name in ("targets", "labels"):
-        values = getattr(dataset, name, None)
-        if values is not None and hasattr(values, "__len__") and len(values) == len(dataset):
-            return _coded(values, getattr(dataset, "classes", None))
-    return None, None
+        return dataset, [_parts(item)[1] for item in dataset], None
+    if hasattr(dataset, "dataset") and hasattr(dataset, "indices"):  # torch's Subset
+        _, labels, classes = _labelled(dataset.dataset)
+        return dataset, labels if labels is None else [labels[row] for row in dataset.indices], classes
+    if column := next(
+        (name for name in getattr(dataset, "column_names", ()) if name in _LABELS), None
+    ):  # of Hugging Face's datasets
+        return dataset, dataset[column][:], getattr(dataset.features[column], "names", None)
+    given: list[Any] = [getattr(dataset, name, None) for name in ("targets", "labels")]
+    labels = next((each for each in given if _is_sized(each) and len(each) == len(dataset)), None)
+    return dataset, labels, getattr(dataset, "classes", None)
 
 
-def _label_of(item: Any) -> Any:
-    """Return the label beside an item's image: of a tuple the second, of a mapping by its usual name."""
-    if isinstance(item, Mapping):
-        return next((item[key] for key in _LABEL_KEYS if key in item), None)
-    return item[1] if isinstance(item, (tuple, list)) and len(item) > 1 else None
-
-
-def _coded(labels: Any, classes: Any = None) -> tuple[np.ndarray | None, tuple[str, ...] | None]:
-    """Return labels int64 [N] with the names of the classes if these are known, from integers or names; None if they are neither."""
+def _coded(labels: Any, classes: Any, count: int) -> tuple[np.ndarray | None, tuple[str, ...] | None]:
+    """Return labels int64 [count] from integers or names, with the names of the classes if these are known; None if they are neither."""
     try:
         values = np.asarray(labels.tolist() if hasattr(labels, "tolist") else [*labels])
-    except ValueError:  # of changing lengths
+    except (TypeError, ValueError):  # not there, or of changing lengths
         return None, None
-    if values.ndim != 1 or values.dtype.kind not in "iuU" or not len(values):
+    if values.shape != (count,) or values.dtype.kind not in "iuU" or not count:
         return None, None
     if values.dtype.kind == "U":
         words, numbers = np.unique(values, return_inverse=True)

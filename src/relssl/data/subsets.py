@@ -15,9 +15,7 @@ import numpy.typing as npt
 from relssl.data.decode import BadImage
 from relssl.data.draws import Slot, uniforms
 from relssl.data.folder import shown
-from relssl.data.hub import Hub
-from relssl.data.images import Files, Images, Source
-from relssl.data.shards import Shards
+from relssl.data.images import Images, Source, Stored
 from relssl.errors import DataError
 
 Rows = npt.NDArray[np.int64]
@@ -92,7 +90,7 @@ def identity(images: Images) -> str:
     Uncompressed images of two sets may agree in names and sizes, which are all that the fingerprint of files looks at.
     """
     digest = hashlib.sha256(images.fingerprint().encode())
-    if isinstance(images.source, Files | Shards):
+    if isinstance(images.source, Stored):
         digest.update(images.source.times.astype("<i8").tobytes())
     for row in [] if images.in_memory else spread(0, len(images), _SAMPLE):
         digest.update(hashlib.sha256(images.source.beginning(row)).digest())
@@ -132,6 +130,6 @@ def shared(bank: Images, test: Images) -> int:
 
 def _marks(source: Source) -> Iterator[bytes]:
     """Yield base name and size of each file, a hash of each other image's beginning."""
-    if isinstance(source, Files | Shards | Hub):
+    if isinstance(source, Stored):
         return (os.path.basename(source.names[row]) + b"/%d" % size for row, size in enumerate(source.sizes.tolist()))
     return (hashlib.blake2b(source.beginning(row), digest_size=12).digest() for row in range(len(source)))

@@ -55,11 +55,8 @@ class Transform:
         setting = f"views.{'strong' if slot else 'weak'}.name"
         if not parts.is_part(view.name):
             return None
-        call = parts.find(setting, view.name)
-        if not callable(call):
-            raise ConfigError(
-                f"{setting}: {view.name} is a {type(call).__name__}; needs something that can be called with an image"
-            )
+        if not callable(call := parts.find(setting, view.name)):
+            raise ConfigError(f"{setting}: {view.name} is a {type(call).__name__}; needs a function of an image")
         return Transform(setting, call, view.size, statistics)
 
     def __call__(self, image: Image.Image | Tensor, name: str) -> Tensor:
@@ -70,17 +67,12 @@ class Transform:
         except Exception as error:  # whatever a user's code raises
             raise ConfigError(f"{self.setting}: raises {repr(error)[:200]} on {name}") from error
         pixels = pil_to_tensor(view) if isinstance(view, Image.Image) else view
-        tensor = isinstance(pixels, Tensor) and (pixels.dtype == torch.uint8 or pixels.is_floating_point())
-        as_it_is = tensor and pixels.is_floating_point()
-        allowed = {channels} if as_it_is or channels not in (1, 3) else {1, 3}
-        if not tensor or pixels.dim() != 3 or pixels.shape[0] not in allowed or pixels.shape[1:] != (size, size):
-            kind = (
-                f"{str(view.dtype).removeprefix('torch.')} {tuple(view.shape)}"
-                if isinstance(view, Tensor)
-                else type(view).__name__
-            )
-            kind += f" of {view.width} x {view.height} pixels, mode {view.mode}" if isinstance(view, Image.Image) else ""
-            needs = f"needs a PIL image of {size} x {size} pixels, or a uint8 or float tensor [{channels}, {size}, {size}]"
-            raise ConfigError(f"{self.setting}: returns {kind} for {name}; {needs} ({self.setting.removesuffix('name')}size)")
+        is_tensor = isinstance(pixels, Tensor)
+        floats = is_tensor and pixels.is_floating_point()
+        fitting = {(c, size, size) for c in ({1, 3} if channels in (1, 3) and not floats else {channels})}
+        if not is_tensor or not (floats or pixels.dtype == torch.uint8) or pixels.shape not in fitting:
+            got = f"{str(pixels.dtype).removeprefix('torch.')} {[*pixels.shape]}" if is_tensor else type(view).__name__
+            needs = f"needs a PIL image, or a uint8 or float tensor, [{channels}, {size}, {size}]"
+            raise ConfigError(f"{self.setting}: returns {got} for {name}; {needs} ({self.setting.removesuffix('name')}size)")
         pixels = pixels.as_subclass(Tensor)
-        return pixels.float() if as_it_is else batched.normalise(pixels[None], *self.statistics)[0]
+        return pixels.float() if floats else batched.normalise(pixels[None], *self.statistics)[0]

@@ -72,9 +72,8 @@ class Method(nn.Module):
     """
 
     has_teacher: ClassVar[bool] = True
-    traits: ClassVar[Any] = (
-        None  # settings.run.Traits; None: those of the class that it is made from, else a memory if there is a teacher
-    )
+    # A settings.run.Traits; None: those of the class that it is made from, else a memory if there is a teacher.
+    traits: ClassVar[Any] = None
     # Names of the settings that `step` takes: constants of `method`, and what its schedules say of a step.
     constants: ClassVar[tuple[str, ...]] = ()
     scheduled: ClassVar[tuple[str, ...]] = ()
@@ -114,26 +113,15 @@ class Method(nn.Module):
             ConfigError: if that is no Step, or one of other shapes, or without a gradient.
         """
         step: Any = self.step(*views, **settings)
-        samples, dim = len(views[0]), None if self.memory is None else self.memory.keys.shape[1]
-        fault = "" if isinstance(step, Step) else f"a {type(step).__name__}"
-        if not fault and (step.loss.ndim or not step.loss.requires_grad):
-            fault = f"a loss of shape {list(step.loss.shape)}{' without' * (not step.loss.requires_grad)} gradient"
-        if not fault and (step.queries.ndim, step.queries.shape[1:2], step.keys.shape[:1], step.keys.ndim) != (
-            3,
-            (samples,),
-            (samples,),
-            2,
-        ):
-            fault = f"queries {list(step.queries.shape)} and keys {list(step.keys.shape)} of {samples} samples"
-        if not fault and dim not in (None, step.keys.shape[1]):
-            fault = f"keys {list(step.keys.shape)} for a memory of dimension {dim}"
-        if fault:
-            raise ConfigError(
-                f"method.name: the step of {type(self).__name__} returns {fault}; needs a Step of a scalar loss with its gradient, queries "
-                "[V, B, D] and keys [B, D]"
-            )
-        result: Step = step
-        return result
+        got, samples, dim = f"a {type(step).__name__}", len(views[0]), self.memory.keys.shape[1] if self.memory else 0
+        if isinstance(step, Step):
+            loss, queries, keys = ([*tensor.shape] for tensor in (step.loss, step.queries, step.keys))
+            fits = len(queries) == 3 and queries[1] == samples and keys[:1] == [samples] and keys[1:] == [dim or keys[-1]]
+            if fits and not loss and step.loss.requires_grad:
+                return step
+            got = f"a loss {loss}{' without gradient' * (not step.loss.requires_grad)}, queries {queries} and keys {keys}"
+        needs = f"needs a Step of a scalar loss with its gradient, queries [V, {samples}, D] and keys [{samples}, {dim or 'D'}]"
+        raise ConfigError(f"method.name: the step of {type(self).__name__} returns {got}; {needs}")
 
     @property
     def past(self) -> Tensor:

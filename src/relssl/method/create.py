@@ -69,14 +69,14 @@ def create_student(config: Config, classes: int = 0) -> Encoder:
     derived, channels = derive(config), {} if config.views.channels == 3 else {"in_chans": config.views.channels}
     backbone = create_backbone(config.backbone, config.encoder.stem, channels | config.backbone_args, config.views.weak.size)
     split_batch_norms(backbone, derived.norm_splits)
-    freeze_stages(backbone, config.encoder.frozen_stages)
+    still = freeze_stages(backbone, config.encoder.frozen_stages)
     widths = {size: feature_width(backbone, size) for size in {view.size for view in derived.views}}
     width = widths[config.views.weak.size]
-    if derived.traits.labels:
-        return Classifier(backbone, width, classes)
     heads = dataclasses.asdict(config.encoder)
     del heads["stem"], heads["batch_norm_splits"], heads["frozen_stages"]  # which are the backbone's
-    return Encoder(backbone, width, **heads)
+    student = Classifier(backbone, width, classes) if derived.traits.labels else Encoder(backbone, width, **heads)
+    student.still = still
+    return student
 
 
 def create_run_optimizer(config: Config, student: nn.Module) -> torch.optim.Optimizer:

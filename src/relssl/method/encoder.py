@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -47,10 +47,18 @@ class Encoder(nn.Module):
         self.predictor: nn.Module | None = None
         if predictor != "none":
             self.predictor = mlp([dim, predictor_hidden, dim], predictor_norm)
+        self.still: tuple[nn.Module, ...] = ()  # parts of the backbone that never leave eval mode
         self.residual = predictor == "residual"
         if self.residual:
             for parameter in self.predictor[-1].parameters():  # type: ignore[index, union-attr, operator]
                 nn.init.zeros_(parameter)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training or eval mode, but for the parts that stay in eval mode."""
+        super().train(mode)
+        for part in self.still:
+            part.eval()
+        return self
 
     def heads(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Embed images [N, C, H, W]: after the predictor [N, D] and before it [N, D], one tensor if there is none; unit norm, fp32."""

@@ -28,8 +28,7 @@ def health(
     Computed a few samples at a time, so that it needs no more memory than the loss; nothing waits for the device.
 
     Args:
-        queries: [V, B, D], unit norm.
-        keys: [B, D], unit norm.
+        queries, keys: [V, B, D] and [B, D], unit norm.
         memory: [K, D], as the step's loss saw it.
         ages: [K], of its keys in steps, 0 where there is none; see `Memory.ages`.
 

@@ -9,8 +9,10 @@ import copy
 import importlib.util
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,14 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from relssl.data.images import Images
-from relssl.data.loader import Plan, worker_count
-from relssl.data.named import load
+from relssl.data.loader import Batch, Plan, worker_count
 from relssl.data.plain import PlainView, Reader
 from relssl.engine import Engine
 from relssl.errors import CheckpointError, DataError
 from relssl.evaluation.embed import escaped
 from relssl.evaluation.features import evaluating, unit
-from relssl.evaluation.pairs import choose
 from relssl.method.base import Method, unwrapped
 from relssl.method.encoder import Encoder
 from relssl.method.health import effective_rank
@@ -34,6 +34,7 @@ from relssl.report.pictures import Sheet, visible
 from relssl.report.relations import relations
 from relssl.settings.run import derive
 from relssl.train.loop import Run, create_run, open_loader, scheduled
+from relssl.train.pretrain import load_images
 from relssl.train.start import open_sources
 from relssl.weights import store
 from relssl.weights.opening import Run as Opened
@@ -71,25 +72,35 @@ def gallery(opened: Opened, say: Callable[[str], None] = lambda line: None) -> G
     Raises:
         RelsslError: if checkpoint or images are missing or damaged.
     """
+    with ready(opened) as (run, start, reset):
+        say("report: views and relations")
+        explored, pictures, facts = explore(run, copy.deepcopy(start))
+        reset()  # without the batch-norm statistics of those passes
+        rows = choose_shown(explored, facts, run.state.model, len(run.images), run.config.seed)
+        say("report: features")
+        return describe(run, rows, explored, pictures, facts, start)
+
+
+@contextmanager
+def ready(opened: Opened) -> Iterator[tuple[Run, Encoder, Callable[[], None]]]:
+    """Yield a run as its newest good checkpoint has it, its untrained student, and what brings networks and memory back to that state.
+
+    Raises:
+        RelsslError: if checkpoint or images are missing or damaged.
+    """
     path, config = newest(opened), opened.config
-    images = load(config.data, config.data_root, "bank" if derive(config).traits.labels else "train")
-    images = images if config.max_images is None else choose(images, config.max_images, config.seed)
+    images = load_images(config)
     if opened.data and opened.data["fingerprint"] != images.fingerprint():
         raise DataError(f"{images.name}: holds other images now than those that the run was trained on")
     config, given = open_sources(config, begun=True)
     engine = Engine.local("cpu" if config.engine.device == "cpu" else "auto", config.engine.precision)
     with engine.running(), torch.no_grad():
         run = create_run(config, engine, images, given=given)
-        start, model = copy.deepcopy(unwrapped(run.state.model.student)), run.state.model
-        tensors, meta = store.load(path)
+        start, (tensors, meta) = copy.deepcopy(unwrapped(run.state.model.student)), store.load(path)
         run.state.step = int(meta["step"])
-        restore(model, tensors, path)
-        say("report: views and relations")
-        explored, pictures, facts = explore(run, copy.deepcopy(start))
-        restore(model, tensors, path)  # without the batch-norm statistics of those passes
-        rows = choose_shown(explored, facts, model, len(images), config.seed)
-        say("report: features")
-        return describe(run, rows, explored, pictures, facts, start)
+        reset = partial(restore, run.state.model, tensors, path)
+        reset()
+        yield run, start, reset
 
 
 def restore(model: Method, tensors: dict[str, Tensor], path: Any) -> None:
@@ -105,17 +116,8 @@ def restore(model: Method, tensors: dict[str, Tensor], path: Any) -> None:
 
 
 def explore(run: Run, start: Encoder) -> tuple[list[int], list[np.ndarray], dict[str, Any]]:
-    """Return the positions of E images, their views view by view, and their relations to the memory; `start` is the untrained student.
-
-    These are the first images of the next epoch, in views as it draws them, and the networks are in training mode, in parts as large as
-    the run's: so the relations are those that the next step would learn from.
-    """
-    config, model = run.config, run.state.model
-    share = max(2, min(run.plan.share, _EXPLORED, len(run.images)))
-    parts = max(1, min(_EXPLORED, len(run.images)) // share)
-    plan = Plan(len(run.images), share * parts, parts, 0, 1, config.seed)
-    first = math.ceil(run.state.step / run.plan.steps_per_epoch) * plan.steps_per_epoch
-    batches = next(iter(open_loader(config, run.engine, plan, run.images).stream(first, first + 1)))
+    """Return the positions of E images, their views view by view, and their relations to the memory; `start` is the untrained student."""
+    config, model, batches = run.config, run.state.model, next_batches(run, _EXPLORED)
     ids = torch.cat([batch.ids for batch in batches]).tolist()
     mean, std = config.views.statistics()
     all_views = [[batch.weak, *batch.strong] for batch in batches]
@@ -126,20 +128,34 @@ def explore(run: Run, start: Encoder) -> tuple[list[int], list[np.ndarray], dict
     teacher = model.given if model.teacher is None else model.teacher
     if model.memory is None or teacher is None or not batches[0].strong:
         return ids, pictures, facts
-
-    def embed(network: nn.Module, views: list[Tensor]) -> Tensor:
-        with run.engine.autocast():
-            return torch.cat([network([run.engine.place(view)])[0] for view in views]).float()
-
+    student = unwrapped(model.student)
     weak, strong = [batch.weak for batch in batches], [batch.strong[0] for batch in batches]
-    keys, queries = embed(teacher, weak), embed(unwrapped(model.student), strong)
+    keys, queries = embed(run, teacher, weak), embed(run, student, strong)
     now = scheduled(run, max(0, run.state.step - 1))
     memory = model.memory.keys.float()
     warm = {"teacher_temperature": now["teacher_temperature"], "student_temperature": config.method.student_temperature}
     facts["relations"] = relations((keys @ memory.T).cpu(), (queries @ memory.T).cpu(), **warm)
-    pairs = {"untrained": (embed(start, strong), embed(start, weak)), "student": (queries, keys)}
+    pairs = {"untrained": (embed(run, start, strong), embed(run, start, weak)), "student": (queries, keys)}
     facts["matched"] = {name: share_matched(*pair) for name, pair in pairs.items()}
     return ids, pictures, facts
+
+
+def next_batches(run: Run, most: int) -> list[Batch]:
+    """Return the first images of a run's next epoch, `most` or a few less, in views as it draws them.
+
+    They come in parts as large as the run's, for networks in training mode: so relations are those that the next step would learn from.
+    """
+    share = max(2, min(run.plan.share, most, len(run.images)))
+    parts = max(1, min(most, len(run.images)) // share)
+    plan = Plan(len(run.images), share * parts, parts, 0, 1, run.config.seed)
+    first = math.ceil(run.state.step / run.plan.steps_per_epoch) * plan.steps_per_epoch
+    return next(iter(open_loader(run.config, run.engine, plan, run.images).stream(first, first + 1)))
+
+
+def embed(run: Run, network: nn.Module, views: Sequence[Tensor]) -> Tensor:
+    """Return a network's embeddings [E,D] of parts of views, as a step computes them."""
+    with run.engine.autocast():
+        return torch.cat([network([run.engine.place(view)])[0] for view in views]).float()
 
 
 def share_matched(queries: Tensor, keys: Tensor) -> float:

@@ -15,7 +15,7 @@ from rich.text import Text
 from relssl.files import duration, read_rows, size
 from relssl.method.backbones import Network
 from relssl.settings.run import Config
-from relssl.train.figures import alarms, at_the_end, columns
+from relssl.train.figures import COLLAPSES, alarms, at_the_end, describe
 
 if TYPE_CHECKING:
     from relssl.train.estimate import Estimate
@@ -151,6 +151,18 @@ def show_comparison(rows: list[dict[str, Any]]) -> None:
         print(f"\nallowed to differ: {', '.join(allowed)}")
 
 
+def show_advice(facts: dict[str, Any]) -> None:
+    """Print what `advise` returns: a line for each temperature, then the advice."""
+    chance = "" if facts["chance"] is None else f", purity of all keys {facts['chance']:.1%}"
+    print(f"{facts['run']}, step {facts['step']}: relations of {facts['images']} images to {facts['keys']} keys{chance}\n")
+    print("temperature  neighbours   of all  purity")
+    for row in facts["temperatures"]:
+        t, count, purity, (low, high) = *(row[name] for name in ("temperature", "neighbours", "purity")), facts["band"] or (1, 0)
+        mark = "  <- the run's own" if t == facts["temperature"] else "  |" if low <= t <= high else ""
+        print(f"{t:11g} {count:11.1f} {count / facts['keys']:8.1%} {'' if purity is None else f'{purity:7.1%}'}{mark}")
+    print("\n  ".join(["", *(f"{each['setting']}: {each['value']}  ({each['why']})" for each in facts["advice"])]))
+
+
 def _setting(setting: dict[str, Any]) -> str:
     def plain(value: Any) -> str:
         if isinstance(value, (list, tuple)):
@@ -182,7 +194,9 @@ def facts(result: Result, config: Config) -> dict[str, Any]:
         "feature_rank": [before["feature_rank"], last.get("feature_rank")] if "feature_rank" in before else None,
         **{"loss_start": start["loss"], "loss_end": last["loss"]},
         **{"info_nce_start": start["warmup_mix"], "info_nce_end": last["warmup_mix"]},
-        "health": {name: last[name] for name in columns("relation") if name in last},
+        "health": {
+            name: last[name] for each in describe() if each.get("group") == "relation" for name in each["columns"] if name in last
+        },
     }
     word, *lines = _judge(known, config)
     return known | {"word": word, "verdict": lines}
@@ -213,7 +227,8 @@ def _judge(known: dict[str, Any], config: Config) -> Iterator[str]:
     top1, bases = known["knn_student"], {title: known[f"knn_{name}"] for name, title in reversed(_BASES.items())}
     gains = {name: top1 - base for name, base in bases.items() if top1 is not None and base is not None}
     health = {name: math.nan if value is None else value for name, value in known["health"].items()}
-    fault = "; ".join(alarms([health], config).values())
+    raised = alarms([health], config)
+    fault = next((raised[name] for name in COLLAPSES if name in raised), None)
     if any(map(math.isnan, health.values())) or known["loss_end"] is None:
         yield "collapsing"
         yield "Not good: figures of the last step are not finite; lower optimizer.lr, or set optimizer.clip"
@@ -232,6 +247,7 @@ def _judge(known: dict[str, Any], config: Config) -> Iterator[str]:
     start, end = known["info_nce_start"], known["info_nce_end"]
     if not fault and end < start and (known["loss_end"] or 0) > (known["loss_start"] or math.inf):
         yield f"The loss rose as InfoNCE's part of it, the smaller one, went from {start:.0%} to {end:.0%}: that is no fault."
+    yield from (f"But {sentence}." for name, sentence in raised.items() if name not in COLLAPSES)
 
 
 def _learned(known: dict[str, Any], config: Config) -> Iterator[tuple[str, str] | None]:

@@ -16,7 +16,7 @@ from relssl.files import duration, read_json, read_rows, write_file, write_json
 from relssl.reproduction.plan import Plan, Run, options
 from relssl.reproduction.tables import REPORTED, Row
 from relssl.settings.reading import nest
-from relssl.train.figures import alarms
+from relssl.train.figures import COLLAPSES, alarms
 
 # Figures of the relations in a run's last row, and their names on the page; methods without a memory or a teacher have not all.
 ENDS = {"teacher_neighbours": "effective neighbours", "embedding_std": "spread of embeddings", "effective_rank": "effective rank"}
@@ -47,7 +47,7 @@ def outcome(run: Run) -> dict[str, Any] | None:
         return {
             "figures": {f"{each['protocol']} {each['network']}": each["figures"][each["main"]] for each in evaluated},
             "ends": ends,
-            "collapsed": bool(alarms([ends], run.config)),
+            "collapsed": not alarms([ends], run.config).keys().isdisjoint(COLLAPSES),
             "images_per_second": rows[-1]["samples"] / seconds,
             "training_seconds": seconds,
             "evaluation_seconds": sum(each["seconds"] for each in evaluated),

@@ -37,21 +37,9 @@ _MEANT = {word: setting.split() for setting, words in _WORDS.items() for word in
 
 # The settings of a run that nearly everyone has a use for.
 MAIN = (
-    *(
-        "recipe",
-        "start",
-        "teacher",
-        "backbone",
-        "method.name",
-        "epochs",
-        "max_steps",
-        "time_limit",
-        "batch_size",
-        "accumulate",
-        "optimizer.lr",
-    ),
-    *("optimizer.weight_decay", "optimizer.warmup_epochs", "views.weak.size", "method.memory_size", "out", "seed"),
-    *("engine.device", "engine.devices", "engine.precision", "loader.workers", "log.knn_every", "log.to"),
+    *("recipe", "start", "teacher", "backbone", "method.name", "epochs", "max_steps", "time_limit", "batch_size", "accumulate"),
+    *("optimizer.lr", "optimizer.weight_decay", "optimizer.warmup_epochs", "views.weak.size", "method.memory_size", "out"),
+    *("seed", "engine.device", "engine.devices", "engine.precision", "loader.workers", "log.knn_every", "log.to"),
 )
 
 _WEIGHTS = "weights to begin with are given as start (a run, a file or a timm name), those of a frozen teacher as teacher"

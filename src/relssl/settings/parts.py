@@ -23,16 +23,13 @@ P = ParamSpec("P")
 T = TypeVar("T")
 SETTINGS = ("backbone", "data", "method.name", "views.weak.name", "views.strong.name")
 HANDED = "handed:"
-_DATA = ("hf:", "shards:")  # what names of data sets begin with
 _NAME = re.compile(r"(?!hf:|shards:)[A-Za-z_]\w*([.][A-Za-z_]\w*)*:[A-Za-z_]\w*")  # but for the prefixes of DATA
 _AT_HAND: ContextVar[Mapping[str, Any]] = ContextVar("parts", default={})  # noqa: B039 - never changed in place
 
 
 def is_part(value: Any) -> bool:
     """Return whether a setting's value names a part from outside, by the look of it alone."""
-    if not isinstance(value, str) or value.startswith(_DATA):
-        return False
-    return value.startswith(HANDED) or _NAME.fullmatch(value) is not None
+    return isinstance(value, str) and (is_handed(value) or _NAME.fullmatch(value) is not None)
 
 
 def named(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -96,9 +93,8 @@ def find(setting: str, value: str) -> Any:
     if is_handed(value):
         part = _AT_HAND.get().get(setting)
         if part is None or name_of(part) != value:
-            raise ConfigError(
-                f"{setting}: {title(value)} was handed over in Python, and is not at hand here; hand it over again ({_again(setting)})"
-            )
+            again = f"hand it over again, {setting.removesuffix('.name').partition('.')[0]}=... in Python"
+            raise ConfigError(f"{setting}: {title(value)} was handed over in Python, and is not at hand here; {again}")
         return part
     module, _, name = value.partition(":")
     sys.path.insert(0, os.getcwd())  # where a user's own module lies, whatever the command that runs
@@ -106,17 +102,6 @@ def find(setting: str, value: str) -> Any:
         return getattr(importlib.import_module(module), name)
     except Exception as error:  # whatever a module raises as it is imported
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ConfigError(
-            f"{setting}: {value} cannot be imported ({reason}); needs package.module:name, found from here"
-        ) from error
+        raise ConfigError(f"{setting}: {value} cannot be imported ({reason}); needs package.module:name") from error
     finally:
         sys.path.remove(os.getcwd())
-
-
-def _again(setting: str) -> str:
-    argument = setting.removesuffix(".name").partition(".")[0]
-    return (
-        f"relssl.resume(RUN, {argument}=...)"
-        if argument != "backbone"
-        else "backbone=... of relssl.resume and relssl.load_backbone"
-    )

@@ -10,7 +10,6 @@ import collections
 import contextlib
 import dataclasses
 import difflib
-import itertools
 import json
 import os
 import re
@@ -20,7 +19,7 @@ from collections.abc import Iterable, Mapping
 from operator import attrgetter
 from pathlib import Path
 from reprlib import repr as shortened
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import yaml
 from pydantic import AfterValidator, ConfigDict, Field, ValidationError
@@ -33,9 +32,9 @@ STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 NULL = {"null", "none", "~", ""}
 _LONGEST = 4096  # characters of a text, as of a path
 # Of a YAML file; the classes of a fine-tuned network may be tens of thousands.
-_MAX_YAML_BYTES, _MAX_YAML_VALUES, _MAX_YAML_DEPTH = 1 << 20, 50_000, 30
+_MAX_YAML_BYTES, _MAX_YAML_VALUES = 1 << 20, 50_000
 _MOST_UNKNOWN = 20  # keys that are told, each with the nearest, which takes a while
-_PARSER = getattr(yaml, "CBaseLoader", yaml.BaseLoader)  # libyaml is 30 times as fast, where it is there
+_PARSER: Any = getattr(yaml, "CBaseLoader", yaml.BaseLoader)  # libyaml is 30 times as fast, where it is there
 _WORDS = {"missing": "is too short", "too_short": "is too short", "too_long": "is too long"}  # where pydantic's say less
 
 
@@ -166,7 +165,7 @@ def _typed(value: Any, kind: Any) -> Any:
     if origin is tuple and args[-1] is Ellipsis and isinstance(value, str) and value.lower() in NULL:
         return []
     if origin in (tuple, dict) and isinstance(value, str):
-        with contextlib.suppress(yaml.YAMLError, UnicodeError):
+        with contextlib.suppress(yaml.YAMLError, UnicodeError, RecursionError):
             value = parse_yaml(value if value.startswith(("[", "{")) or origin is dict else f"[{value}]")
     if origin is tuple and args[-1] is Ellipsis and isinstance(value, (int, float)):
         return [value]  # one of several
@@ -195,39 +194,23 @@ def _plain(value: Any) -> Any:
     return value
 
 
+class _Loader(_PARSER):  # type: ignore[misc]
+    """All scalars stay text; a key given twice is refused instead of silently winning."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Any:
+        keys = collections.Counter(str(key.value) for key, _ in node.value)
+        if twice := [key for key, count in keys.items() if count > 1]:
+            raise yaml.MarkedYAMLError(problem=f"key {show(twice[0])} is given twice", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def parse_yaml(text: str) -> Any:
-    """Return what YAML text holds, all scalars as text; None if that is nothing.
-
-    yaml.YAMLError, too, for what would silently win or grow: a key given twice, an anchor or alias, more values or levels than settings have.
-    """
-    events, count = yaml.parse(text, Loader=_PARSER), itertools.count()
-
-    def build(start: Any, depth: int) -> Any:
-        def refuse(problem: str) -> NoReturn:
-            raise yaml.MarkedYAMLError(problem=problem, problem_mark=start.start_mark)
-
-        if getattr(start, "anchor", None):
-            refuse("anchors and aliases are not read here")
-        if next(count) == _MAX_YAML_VALUES or depth > _MAX_YAML_DEPTH:
-            refuse(f"more than {_MAX_YAML_VALUES} values or {_MAX_YAML_DEPTH} levels, which no settings have")
-        if isinstance(start, yaml.ScalarEvent):
-            return start.value
-        items = list[Any]()
-        while not isinstance(event := next(events), yaml.CollectionEndEvent):
-            items.append(build(event, depth + 1))
-        if isinstance(start, yaml.SequenceStartEvent):
-            return items
-        keys = items[::2]
-        if wrong := [key for key in keys if not isinstance(key, str)]:
-            refuse(f"a key must be text, got {show(wrong[0])}")
-        if twice := [key for key, times in collections.Counter(keys).items() if times > 1]:
-            refuse(f"key {show(twice[0])} is given twice")
-        return dict(zip(keys, items[1::2], strict=True))
-
-    documents = [build(next(events), 0) for event in events if isinstance(event, yaml.DocumentStartEvent)]
-    if len(documents) > 1:
-        raise yaml.MarkedYAMLError(problem="it holds several documents")
-    return documents[0] if documents else None
+    """Return what YAML text holds, all scalars as text; yaml.YAMLError, too, for what would grow: anchors, aliases, and too many values."""
+    for count, event in enumerate(yaml.parse(text, Loader=_PARSER)):
+        if getattr(event, "anchor", None) or count > _MAX_YAML_VALUES:
+            problem = f"anchors, aliases and more than {_MAX_YAML_VALUES} values are not read here"
+            raise yaml.YAMLError(problem)
+    return yaml.load(text, _Loader)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -238,7 +221,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         loaded = parse_yaml(path.read_text(encoding="utf-8-sig"))
         if not isinstance(loaded, dict):
             raise ValueError("it holds no settings; needs lines of the form `key: value`")
-    except (yaml.YAMLError, OSError, ValueError) as error:
+    except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or error
         where = f" line {mark.line + 1}:" if mark else ""
         raise ConfigError(f"{path}:{where} cannot be read: {' '.join(str(problem).split())}") from error

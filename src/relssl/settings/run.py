@@ -112,8 +112,7 @@ class ViewConfig:
         return self.scale is None and not any(chances) and not parts.is_part(self.name)
 
     name: ViewName = setting(
-        "weak",
-        "named view recipe that the other keys start from, or your own view, package.module:function, which has a size alone",
+        "weak", "named view recipe below the other keys, or your own, package.module:function, which has a size alone"
     )
     size: Pixels = setting(32, "side of the view in pixels")
     scale: Shares | None = setting(None, "share of the image's area that the random crop keeps")
@@ -142,17 +141,10 @@ class ViewsConfig:
     weak: ViewConfig = ViewConfig()  # the teacher's view; of two equal views the first; of supervised learning the only one
     strong: ViewConfig = ViewConfig()  # the student's views; of two equal views the second
     crops: tuple[Crop, ...] = setting((), "student crops [size, min scale, max scale]; empty: as `strong`")
-    channels: int = setting(
-        3,
-        "channels of the images that the networks see: those of your own data, else 3, or 1, which turns all views grey",
-        ge=1,
-        le=MOST_CHANNELS,
-    )
+    channels: int = setting(3, "channels that the networks see: your own data's, else 3, or 1: all grey", ge=1, le=MOST_CHANNELS)
     enlarge: bool = setting(False, "let views be larger than the images of a set in memory, which blows them up")
     mean: tuple[Probability, ...] | None = setting(None, "channel means in 0..1; null: the data set's")
-    margin: Margin | None = setting(
-        None, "plain view: sizes that the shorter side has before the crop; null: 1, of files 256/224"
-    )
+    margin: Margin | None = setting(None, "plain view: sizes of the shorter side before the crop; null: 1, files 256/224")
     interpolation: Literal["bilinear", "bicubic"] = setting("bilinear", "plain view: how images are scaled, antialiased")
     std: tuple[Share, ...] | None = setting(None, "channel deviations in 0..1; null: the data set's")
 
@@ -188,15 +180,13 @@ class EncoderConfig:
     projector_layers: int = setting(2, "linear layers of the projector", ge=1, le=8)
     projector_norm: Literal["none", "batch"] = setting("none", "normalisation of the projector's hidden layers")
     projector_output_norm: Literal["none", "batch", "plain"] = setting(
-        "none", "normalisation of the projector's output; plain is batch without scale and shift"
+        "none", "of the projector's output; plain: no scale and shift"
     )
     predictor: Literal["none", "mlp", "residual"] = setting("none", "the student's own head; residual starts as the identity")
     predictor_hidden: Width = setting(512, "hidden width of the predictor")
     predictor_norm: Literal["none", "batch"] = setting("batch", "normalisation of the predictor's hidden layer")
     frozen_stages: Natural = setting(0, "first stages of the backbone (timm's; the stem is one) that stay as `start` has them")
-    batch_norm_splits: Parts = setting(
-        1, "least parts of a batch for batch norms; devices and accumulated parts count (papers: 8)"
-    )
+    batch_norm_splits: Parts = setting(1, "least parts of a batch for batch norms, devices and accumulated ones included")
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -240,12 +230,8 @@ class OptimizerConfig:
         "what decays; weights: all but norms and biases; official: so by the ImageNet code's names, with downsampling norms",
     )
     warmup_epochs: float = setting(5.0, "epochs over which the learning rate rises from lr_start to lr", ge=0)
-    heads_first: float = setting(
-        0.0, "first epochs in which the backbone stays as `start` has it and the heads alone train", ge=0
-    )
-    layer_decay: Share | None = setting(
-        None, "learning rate of each layer of the backbone (timm's groups) in times the next one's; null: all alike"
-    )
+    heads_first: float = setting(0.0, "first epochs, in which the heads alone train and the backbone stays as `start`", ge=0)
+    layer_decay: Share | None = setting(None, "learning rate of each layer (timm's groups) in times the next one's; null: alike")
     clip: float | None = setting(None, "largest gradient norm; null: no clipping", gt=0)
 
 
@@ -266,18 +252,12 @@ class EngineConfig:
 class LoaderConfig:
     """The way of images to the networks."""
 
-    path: Literal["auto", "resident", "files"] = setting(
-        "auto", "resident: uint8 images on the device; files: decoded in workers"
-    )
-    views_ahead: Parts | None = setting(
-        None, "resident path: steps whose views are made in one go; null: up to 8 on GPUs, else 1"
-    )
+    path: Literal["auto", "resident", "files"] = setting("auto", "resident: on the device; files: decoded in workers")
+    views_ahead: Parts | None = setting(None, "resident path: steps whose views are made at once; null: 8 on GPUs, else 1")
     workers: int | None = setting(None, "loader processes of the files path; null: one fewer than the cores", ge=0, le=1024)
     reduced_decode: bool = setting(True, "files path: decode a JPEG at 1/2, 1/4 or 1/8 where each view keeps its resolution")
     cache: int | None = setting(None, "files path: shrink shorter sides to this many pixels, once; null: no", ge=16, le=8192)
-    cache_folder: PathText | None = setting(
-        None, "where shrunk images lie; null: `shrunk` in $RELSSL_CACHE, else ~/.cache/relssl"
-    )
+    cache_folder: PathText | None = setting(None, "folder of shrunk images; null: `shrunk` in $RELSSL_CACHE or ~/.cache/relssl")
     max_bad_fraction: Probability = setting(0.1, "stop when more than this share of the images cannot be read")
     max_pixels: Count = setting(89_000_000, "images with more pixels than this are skipped")
 
@@ -302,9 +282,7 @@ class CheckpointConfig:
     every: Count = setting(1, "epochs between checkpoints")
     every_steps: Count | None = setting(None, "steps between further checkpoints; null: none")
     keep: int = setting(2, "newest checkpoints that are kept", ge=2, le=1000)
-    best: Literal["knn", "label-free", "off"] = setting(
-        "knn", "figure by which the best checkpoint is kept too; label-free: lidar"
-    )
+    best: Literal["knn", "label-free", "off"] = setting("knn", "figure of the best checkpoint; label-free: lidar")
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -319,10 +297,7 @@ class Config:
         "resnet18", "the network: timm's name, torchvision/ and torchvision's (see relssl backbones), or package.module:function"
     )
     backbone_args: dict[str, Any] = setting({}, "arguments for timm.create_model or the network's function, as {name: value}")
-    start: PathText | None = setting(
-        None,
-        "weights to begin with; of a run, a file or a timm name, which say what network it is; null: random ones",
-    )
+    start: PathText | None = setting(None, "weights to begin with; a run, file or timm name, with its network; null: random")
     start_from: Text | None = setting(None, "layout of start, if another program wrote it; null: recognised by its names")
     teacher: PathText | None = setting(None, "a frozen teacher; a run, a file or a timm name; null: the student's moving average")
     teacher_from: Text | None = setting(None, "layout of teacher, if another program wrote it; null: recognised by its names")
@@ -330,9 +305,7 @@ class Config:
     epochs: Count = setting(200, "passes over the images")
     max_steps: Count | None = setting(None, "optimizer steps after which the run ends, if `epochs` are more; null: none")
     batch_size: int = setting(256, "images an optimizer step, over all devices and accumulated parts", ge=2, lt=1 << 63)
-    fit_batch: bool = setting(
-        False, "lower batch_size to what fits in memory, and optimizer.lr with it; batch_size auto is the same"
-    )
+    fit_batch: bool = setting(False, "lower batch_size to what fits in memory, and optimizer.lr with it; as batch_size auto")
     accumulate: Count = setting(1, "equal parts a batch is computed in, one after another")
     seed: Natural = setting(0, "seed of weights, memory, order and views")
     max_images: Count | None = setting(None, "train on this many images, chosen by the seed; null: all")

@@ -12,6 +12,7 @@ from torch import nn
 from relssl.engine import Engine
 from relssl.errors import CheckpointError, DistributedError
 from relssl.method.base import Method, unwrapped
+from relssl.settings.resuming import WARNED
 from relssl.train.state import State
 from relssl.weights import store
 
@@ -95,8 +96,9 @@ def restore(path: Path, state: State, engine: Engine, origin: dict[str, Any]) ->
     state.guard.streak.fill_(facts["non_finite"])
     state.guard.worst.fill_(facts["non_finite_worst"])
     now, saved = origin | origin["choices"], facts | facts["choices"]
-    matters = ("threads", "world", "precision", *origin["choices"])
-    inexact = [f"{name} {saved[name]} -> {now[name]}" for name in matters if saved[name] != now[name]]
+    inexact = [
+        f"{name} {saved[name]} -> {now[name]}" for name in sorted({*WARNED.values()} & now.keys()) if saved[name] != now[name]
+    ]
     if not engine.restore_random_state(tree["random"]):
         inexact.append("random generators of another world or device")
     return inexact if facts["data"] == origin["data"] else [*inexact, "the data has changed"]

@@ -184,7 +184,7 @@ def _measure(run: Run, timed: Run, steps: int) -> Estimate:
     )
     # An evaluated image is waited for and passes each network once: about what one of the student's views takes.
     view = (shares["data"] + shares["student"] / max(1, len(derive(config).strong))) * mean / per_rank
-    evaluated = len(run.networks) * run.online.count if run.online else 0
+    evaluated = run.online.passes if run.online else 0
     training, evaluating, floor = run.total_steps * mean, evaluations * evaluated * view, sum(flops.values()) * per_rank / rate
     folder = Path(config.out or default_folder(config)).absolute()
     limits = {"data": shares["data"], "networks": 1 - shares["data"] - shares["update"], "update": shares["update"]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,6 @@ def describe() -> list[dict[str, Any]]:
     return content
 
 
-def columns(group: str) -> list[str]:
-    """Return the columns of a group."""
-    return [name for each in describe() if each.get("group") == group for name in each["columns"]]
-
-
 def at_the_end(row: Row, memory: int) -> dict[str, tuple[str, str]]:
     """Return what the end of a run says of its last row, {column: (title, figure in words)}."""
     single = {next(iter(each["columns"])): (each["title"], each["form"]) for each in describe() if "form" in each}
@@ -38,56 +34,45 @@ def at_the_end(row: Row, memory: int) -> dict[str, tuple[str, str]]:
 
 
 def in_words(row: Row, memory: int) -> str:
-    """Describe the relations of a row with a memory of K keys: `14 of 4,096 neighbours, sharp; student agrees on 61 %`."""
-    if row.get("teacher_neighbours") is None:
+    """Describe the relations of a row with a memory of K keys: `14 of 4,096 neighbours, sharp; student agrees on 61%`."""
+    count = row.get("teacher_neighbours", math.nan)
+    if not math.isfinite(count):
         return ""
-    count = row["teacher_neighbours"]
     words = {1.2: "one-hot", max(10.0, 0.05 * memory): "sharp", 0.5 * memory: "soft", math.inf: "close to uniform"}
-    word = next(word for limit, word in words.items() if not count > limit)
+    word = next(word for limit, word in words.items() if count <= limit)
     return f"{count:.0f} of {memory:,} neighbours, {word}; student agrees on {row['agreement']:.0%}"
 
 
-# Name, condition and sentence of each alarm; a condition reads columns of a row, and `memory` K, `dim` D, `epochs`, `moving` (there is a
-# teacher that is to follow the student) and `span`, the steps that the memory holds. What is missing or not finite is NaN, and no reason.
-ALARMS: tuple[tuple[str, Callable[[Row], bool], str], ...] = (
-    (
-        "dead-projector",
+# Condition and sentence of each alarm, causes before their consequences. A condition reads columns of a row, and `memory` K, `dim` D,
+# `epochs`, `moving` (a teacher is to follow the student) and `span`, steps that the memory holds; NaN, no reason, where one is missing.
+ALARMS: dict[str, tuple[Callable[[Row], bool], str]] = {
+    "dead-projector": (
         lambda row: row["embedding_std"] < 1e-3,
-        "dead: the embeddings do not depend on the image; lower optimizer.lr or lengthen optimizer.warmup_epochs, or set "
-        "encoder.projector_norm batch",
+        "dead: the embeddings do not depend on the image; lower optimizer.lr, or set encoder.projector_norm batch",
     ),
-    (
-        "dimensional-collapse",
+    "dimensional-collapse": (
         lambda row: row["embedding_std"] < 0.1 or row["effective_rank"] < min(4.0, 0.1 * row["dim"]),
-        "collapsed: the embeddings use few directions or one; lower optimizer.lr, or lengthen method.warmup_share if the method warms up",
+        "collapsed: the embeddings use few directions or one; lower optimizer.lr, or lengthen method.warmup_share where there is a warm-up",
     ),
-    (
-        "uniform-teacher",
+    "uniform-teacher": (
         lambda row: row["teacher_neighbours"] > 0.9 * row["memory"],
-        "collapsed: the teacher's relation is uniform, which teaches nothing; lower method.teacher_temperature, or lengthen "
-        "method.warmup_share",
+        "collapsed: the teacher's relation is uniform; lower method.teacher_temperature, or lengthen method.warmup_share",
     ),
-    (
-        "one-hot-teacher",
+    "one-hot-teacher": (
         lambda row: row["teacher_neighbours"] < 1.2,
-        "the teacher's relation is a single neighbour, and no relation; raise method.teacher_temperature",
+        "the teacher's relation is a single neighbour, which says nothing of the others; raise method.teacher_temperature",
     ),
-    (
-        "frozen-teacher",
+    "frozen-teacher": (
         lambda row: row["moving"] and row["teacher_momentum"] > 0.99999 and row["epoch"] < 0.9 * row["epochs"],
         "the teacher does not follow the student; lower method.teacher_momentum",
     ),
-    (
-        "stale-memory",
-        lambda row: row["span"] >= 4 and row["matched_age"] < 0.25 * min(row["span"], row["step"]) / 2,
-        "the memory's older part matches nothing any more; lower method.memory_size, or raise method.teacher_momentum",
+    "stale-memory": (
+        lambda row: row["span"] >= 4 and row["matched_age"] < min(row["span"], row["step"]) / 8,
+        "the older part of the memory matches nothing any more; lower method.memory_size, or raise method.teacher_momentum",
     ),
-)
-
-
-class _Known(dict[str, Any]):
-    def __missing__(self, name: str) -> float:
-        return math.nan
+}
+# Those of a collapse; the others are faults of a run that may learn all the same.
+COLLAPSES = ("dead-projector", "dimensional-collapse", "uniform-teacher")
 
 
 def alarms(rows: Iterable[Row], config: Config) -> dict[str, str]:
@@ -99,5 +84,5 @@ def alarms(rows: Iterable[Row], config: Config) -> dict[str, str]:
     facts: dict[str, float] = {"dim": config.encoder.dim, "epochs": config.epochs, "moving": traits.teacher}
     if traits.memory:
         facts |= {"memory": config.method.memory_size, "span": config.method.memory_size / config.batch_size}
-    known = [_Known({name: math.nan if value is None else value for name, value in row.items()} | facts) for row in rows]
-    return {name: sentence for name, holds, sentence in ALARMS if known and all(holds(row) for row in known)}
+    known = [defaultdict(lambda: math.nan, {k: v for k, v in row.items() if v is not None} | facts) for row in rows]
+    return {name: sentence for name, (holds, sentence) in ALARMS.items() if known and all(map(holds, known))}

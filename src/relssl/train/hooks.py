@@ -7,14 +7,7 @@ from typing import Any
 
 from relssl.errors import ConfigError, HookError
 
-# What a hook may have a method for, and what that gets.
-EVENTS = {
-    "on_start": "the run, before its first step",
-    "on_row": "each row of metrics.jsonl, a dict, once it is written",
-    "on_evaluation": "those of the rows that hold an evaluation",
-    "on_checkpoint": "the folder of each checkpoint, a Path, once it is whole",
-    "on_end": "the Result, once the networks are exported",
-}
+EVENTS = ("on_start", "on_row", "on_evaluation", "on_checkpoint", "on_end")  # docs/own-parts.md says what each gets, and when
 
 
 class Hooks:
@@ -31,8 +24,8 @@ class Hooks:
         if not isinstance(hooks, (list, tuple)):
             raise ConfigError(f"hooks: needs a list of objects, got a {type(hooks).__name__}")
         for hook in hooks:
+            title = getattr(hook, "__name__", type(hook).__name__)  # of a class or function its own
             if isinstance(hook, type) or not any(callable(getattr(hook, event, None)) for event in EVENTS):
-                title = f"the class {hook.__name__}" if isinstance(hook, type) else type(hook).__name__
                 raise ConfigError(f"hooks: {title} is no object with one of {', '.join(EVENTS)}")
         self.hooks = hooks
 

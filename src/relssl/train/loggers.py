@@ -111,9 +111,7 @@ def show_end(logger: Any, config: Config, row: Mapping[str, Any], projected: Map
     """Show the settings beside the last figures, and features for the projector, `add_embedding`'s arguments."""
     from torch.utils.tensorboard.summary import hparams
 
-    settings = {
-        name: value if isinstance(value, str | int | float) else str(value) for name, value in flat(to_mapping(config)).items()
-    }
+    settings = {k: v if isinstance(v, str | int | float) else str(v) for k, v in flat(to_mapping(config)).items()}
     figures = {tag(name): value for name, value in row.items() if name != "step"}  # which have their values in rows
     for summary in hparams(settings, figures):  # type: ignore[no-untyped-call]
         logger.experiment.file_writer.add_summary(summary)

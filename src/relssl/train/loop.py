@@ -345,7 +345,7 @@ def report(run: Run, figures: Figures, display: Display, stop: StopRequest) -> N
         if run.online is not None:
             row |= run.online.measure(state, run.engine)
             figure = BEST[run.config.checkpoint.best]
-            if figure in row and (state.best is None or row[figure] > state.best.get(figure, -math.inf)):
+            if figure in row and row[figure] > (state.best or {}).get(figure, -math.inf):
                 state.best = {figure: row[figure], "checkpoint": store.step_folder(Path(), state.step).name}
         run.engine.wait()
     if run.folder is not None:
@@ -363,11 +363,12 @@ def raise_alarms(run: Run, display: Display, stop: StopRequest) -> None:
     """Tell of alarms that all of the last rows raise, each once; with `log.alarms` stop the first one ends the run."""
     rows = run.recent
     raised = alarms(rows, run.config) if len(rows) == rows.maxlen and rows[0]["epoch"] >= 1 else {}
-    for name in raised.keys() - run.warned:
-        run.warned.add(name)
-        display.say(f"alarm: step {rows[-1]['step']}: {name}: {raised[name]}")
-        if run.config.log.alarms == "stop":
-            stop.request(NumericError.exit_code, f"by the alarm {name} ({raised[name]})")
+    for name, sentence in list(raised.items())[:1]:  # what follows it in the table may be its consequence
+        if name not in run.warned:
+            run.warned.add(name)
+            display.say(f"alarm: step {rows[-1]['step']}: {name}: {sentence}")
+            if run.config.log.alarms == "stop" and not stop.code:
+                stop.code, stop.reason = NumericError.exit_code, f"by the alarm {name} ({sentence})"
 
 
 def knn_due(run: Run) -> bool:

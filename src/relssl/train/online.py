@@ -38,7 +38,9 @@ class Online:
         self.reader = Reader(PlainView.of(config.views), workers, config.loader.max_pixels)
         self.images = choose(images, min(_IMAGES, len(images) - len(images) % _BATCH or len(images)), config.seed)
         self.config, self.pair = config, pair
-        self.count = len(self.images) + (0 if pair is None else len(pair.bank) + len(pair.test))  # images that it looks at
+        networks = 1 + derive(config).traits.teacher
+        # Images that pass through a network.
+        self.passes = (1 + _VIEWS) * len(self.images) + (0 if pair is None else networks * (len(pair.bank) + len(pair.test)))
 
     def measure(self, state: State, engine: Engine) -> dict[str, float]:
         """Measure the present networks for a row.
@@ -64,23 +66,21 @@ class Online:
         state.neighbours = [" ".join(map(str, line)) for line in nearest.tolist()]
         figures = {name: round(value, 4) for name, value in figures.items()}
         if self.pair is not None:
-            figures["knn_top1"] = self._top1(student, engine)
+            figures["knn_top1"] = self._top1(self.pair, student, engine)
             if state.model.teacher is not None:
-                figures["knn_teacher_top1"] = self._top1(state.model.teacher.backbone, engine)
+                figures["knn_teacher_top1"] = self._top1(self.pair, state.model.teacher.backbone, engine)
         return figures
 
     def baselines(self, state: State, engine: Engine) -> dict[str, float]:
         """Measure the networks before they train; with labels a frozen teacher, and for sets in memory the pixels themselves,
         "knn_raw_pixels", too."""
         figures = self.measure(state, engine)
-        if self.pair is None:
-            return figures
-        sides = (self.pair.bank, self.pair.test)
-        if state.model.given is not None:
+        if self.pair is not None and state.model.given is not None:
             teacher: Any = state.model.given.backbone
-            figures["knn_teacher_top1"] = self._top1(teacher, engine, replace(self.reader, view=teacher.transform))
-        if all(isinstance(images.source, Pixels) for images in sides):
-            figures["knn_raw_pixels"] = self._score(*map(_pixels, sides))
+            reader = replace(self.reader, view=teacher.transform)
+            figures["knn_teacher_top1"] = self._top1(self.pair, teacher, engine, reader)
+        if self.pair is not None and all(isinstance(images.source, Pixels) for images in (self.pair.bank, self.pair.test)):
+            figures["knn_raw_pixels"] = self._score(self.pair, *map(_pixels, (self.pair.bank, self.pair.test)))
         return figures
 
     def projected(self, state: State, engine: Engine) -> dict[str, Any]:
@@ -105,18 +105,16 @@ class Online:
         views = torch.cat(features).view(_VIEWS, count, -1)
         return torch.stack([view[rows] for view, rows in zip(views, order, strict=True)], dim=1)
 
-    def _top1(self, backbone: nn.Module, engine: Engine, reader: Reader | None = None) -> float:
+    def _top1(self, pair: LabelledPair, backbone: nn.Module, engine: Engine, reader: Reader | None = None) -> float:
         sides = []
-        assert self.pair is not None
-        for images in (self.pair.bank, self.pair.test):
+        for images in (pair.bank, pair.test):
             features = extract(backbone, images, reader or self.reader, engine)
             assert images.labels is not None
             sides.append((features.vectors, torch.from_numpy(images.labels[features.rows])))
-        return self._score(*sides)
+        return self._score(pair, *sides)
 
-    def _score(self, bank: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> float:
-        assert self.pair is not None
-        return round(knn_accuracy(LabelledFeatures(*bank, *test, classes=self.pair.classes), *self.config.log.knn)["top1"], 4)
+    def _score(self, pair: LabelledPair, bank: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> float:
+        return round(knn_accuracy(LabelledFeatures(*bank, *test, classes=pair.classes), *self.config.log.knn)["top1"], 4)
 
 
 def _pixels(images: Images) -> tuple[Tensor, Tensor]:

@@ -29,7 +29,8 @@ from relssl.evaluation.pairs import LabelledPair, choose
 from relssl.files import read_rows, write_file, write_json
 from relssl.settings import parts, recipes
 from relssl.settings.launcher import rank, with_launch
-from relssl.settings.run import Config, derive, from_mapping, handed_over, to_mapping, to_yaml
+from relssl.settings.resuming import going_on, lasting
+from relssl.settings.run import Config, derive, handed_over, to_yaml
 from relssl.settings.small import adjustments, give_way
 from relssl.train import checkpoint
 from relssl.train.console import Display
@@ -125,13 +126,9 @@ def _whole_path(data: str, root: str | None) -> str:
 
 
 def _go_on(folder: Path, wanted: Config, quiet: bool, hooks: Hooks) -> Result:
-    """Go on with the run in a folder; ConfigError if it was started with other settings than the user typed now."""
-    stored, typed = load_run(folder).config, wanted.typed or frozenset[str]()
-    free = ("epochs", "time_limit", "data")
-    values = {name: (attrgetter(name)(stored), attrgetter(name)(wanted)) for name in sorted(typed - {*free, "out", "fit_batch"})}
-    if faults := [f"{name}: the run in {folder} has {was}, not {now}" for name, (was, now) in values.items() if was != now]:
-        raise ConfigError(*(f"{fault}; leave it out, or give another out" for fault in faults))
-    return resume(folder, quiet=quiet, hooks=hooks.hooks, **{name: getattr(wanted, name) for name in free if name in typed})
+    """Go on with the run in a folder, with what the user typed now as of `resume`."""
+    typed = (wanted.typed or frozenset()) - {"out", "fit_batch"}
+    return resume(folder, quiet=quiet, hooks=hooks.hooks, **{name: attrgetter(name)(wanted) for name in typed})
 
 
 def resume(
@@ -146,6 +143,7 @@ def resume(
     method: Any = None,
     views: Mapping[str, Any] | None = None,
     hooks: Sequence[Any] = (),
+    **overrides: Any,
 ) -> Result:
     """Go on with a run exactly where it was saved.
 
@@ -158,45 +156,46 @@ def resume(
         data: where the run's images are now, or the data set that was handed over.
         backbone, method, views: the objects that were handed over, again; the module's weights do not matter.
         hooks: as for `pretrain`.
+        overrides: other settings by name; `settings/resuming.py` says which may change, and what that costs.
 
     Returns:
         The finished run, at once if it had finished already.
 
     Raises:
         CheckpointError: if the checkpoint is missing or damaged; the good one before it is named.
-        ConfigError: if the run has made more steps than `epochs` have, or was begun with other parts.
+        ConfigError: if the run has made more steps than `epochs` have, or settings have changed that may not.
         DataError: if the run's images are not there, or `data` holds others.
     """
-    given = {"data": data, "backbone": backbone, "method": method, "views": views or {}}
-    over, objects = parts.named(recipes.spell_out({name: part for name, part in given.items() if part is not None}))
+    given = {"data": data, "backbone": backbone, "method": method, "views": views, "epochs": epochs, "time_limit": time_limit}
+    given = {name: value for name, value in given.items() if value is not None}
+    over, objects = parts.named(recipes.spell_out(given | overrides))
+    if over.get("time_limit") == math.inf:
+        over["time_limit"] = None
     with parts.at_hand(objects):
-        loaded = load_run(run)
-        for name in over.keys() & set(parts.SETTINGS) - {"data"}:
-            if (stored := attrgetter(name)(loaded.config)) != over[name]:
-                raise ConfigError(f"{name}: the run in {run} has {parts.title(stored)}, not {parts.title(over[name])}")
-        return _resume(loaded, checkpoint, quiet, time_limit, epochs, over.get("data"), Hooks(hooks))
+        return _resume(load_run(run), checkpoint, quiet, over, Hooks(hooks))
 
 
-def _resume(
-    loaded: Loaded, checkpoint: str | None, quiet: bool, time_limit: float | None, epochs: int | None, data: Any, hooks: Hooks
-) -> Result:
+def _resume(loaded: Loaded, checkpoint: str | None, quiet: bool, over: dict[str, Any], hooks: Hooks) -> Result:
     """Go on with a run whose parts are at hand; arguments as of `resume`."""
-    folder, config = loaded.folder, loaded.config
-    wanted: dict[str, Any] = {} if epochs is None else {"epochs": epochs, "max_steps": None}
-    config = from_mapping(to_mapping(config) | wanted) if epochs not in (None, config.epochs) else config
-    if checkpoint is None and epochs in (None, loaded.config.epochs) and _complete(folder, config):
+    folder, stored = loaded.folder, loaded.config
+    moved = over.pop("data", None)
+    config = going_on(stored, over, folder)
+    if (
+        checkpoint is None
+        and (config.epochs, config.max_steps) == (stored.epochs, stored.max_steps)
+        and _complete(folder, config)
+    ):
         if not default_target(folder, "student").exists():
             raise unexported(folder, "its file is missing")
         return _result(folder, rank())
     try:
-        config = dataclasses.replace(config, data=_whole_path(config.data if data is None else os.fspath(data), config.data_root))
+        config = dataclasses.replace(config, data=_whole_path(os.fspath(moved or config.data), config.data_root))
     except DataError as error:
         raise DataError(f"{error}; if the run's images have moved: relssl resume {folder} --data PATH") from error
+    refuse_missing(config.log.to)
     config = with_launch(config, resumed=True)
     begun = any((folder / "checkpoints").glob("step-*"))
     saved = loaded.checkpoint(checkpoint) if checkpoint is not None or begun else None
-    if time_limit is not None:
-        config = dataclasses.replace(config, time_limit=None if math.isinf(time_limit) else time_limit)
     return _run(config, folder, Engine(config.engine), quiet, hooks, saved, fresh=False)
 
 
@@ -274,9 +273,8 @@ def begin(run: Run, display: Display, fresh: bool) -> None:
 def write_changes(run: Run) -> None:
     """Write down what has changed of a run that goes on."""
     assert run.folder is not None
-    stored, names = load_run(run.folder.path).config, ("epochs", "max_steps", "data")
-    changed = dataclasses.replace(stored, **{name: getattr(run.config, name) for name in names})
-    if changed != stored:
+    stored = load_run(run.folder.path).config
+    if (changed := lasting(stored, run.config)) != stored:
         write_file(run.folder.path / "config.yaml", to_yaml(changed).encode())
 
 
@@ -376,10 +374,8 @@ def build(config: Config, engine: Engine, say: Callable[[str], None] = lambda li
         config, given = open_sources(config)
     labelled = derive(config).traits.labels
     say(f"reading the images of {config.data}")
-    images = load(config.data, config.data_root, "bank" if labelled else "train")
+    images = load_images(config)
     check_variety(images, config.loader.max_pixels)
-    if config.max_images is not None:
-        images = choose(images, config.max_images, config.seed)
     if labelled and images.class_count < 2:
         raise DataError(
             f"{images.name}: {config.method.name} needs a label for each image, of two classes or more; take a labelled set, lay the "
@@ -412,6 +408,12 @@ def build(config: Config, engine: Engine, say: Callable[[str], None] = lambda li
         online = Online(images, config, pair)
     say(f"building {parts.title(config.backbone)}")
     return create_run(config, engine, images, online, given)
+
+
+def load_images(config: Config) -> Images:
+    """Return the images that a run trains on."""
+    images = load(config.data, config.data_root, "bank" if derive(config).traits.labels else "train")
+    return images if config.max_images is None else choose(images, config.max_images, config.seed)
 
 
 def complete_settings(config: Config, images: Images) -> Config:

@@ -68,6 +68,7 @@ class RunFolder:
         self._listed = {row["file"] for row in read_rows(path / "bad_samples.jsonl")}
         self._rows: Any = None
         self._loggers: Loggers | None = None
+        self.draw: Callable[[Callable[[Any], object]], None] = lambda draws: None  # see `Loggers.draw`
 
     def status(self, state: str, step: int, **facts: Any) -> None:
         """Write to status.json where the run stands; state is running, complete, interrupted or failed."""
@@ -103,6 +104,7 @@ class RunFolder:
         write_file(path, b"".join(to_json(row, None) for row in rows))
         self._rows = path.open("ab")
         self._loggers = Loggers(config, self.path, rows, start, say)
+        self.draw = self._loggers.draw
 
     def write_row(self, row: dict[str, Any]) -> None:
         """Append one row of figures; it has reached the operating system when this returns."""
@@ -113,11 +115,6 @@ class RunFolder:
         self.hooks.call("on_row", row)
         if "knn_top1" in row:
             self.hooks.call("on_evaluation", row)
-
-    def draw(self, draws: Callable[[Any], object]) -> None:
-        """Call `draws` with TensorBoard's logger, if rows go there."""
-        if self._loggers is not None:
-            self._loggers.draw(draws)
 
     def close(self) -> None:
         """Close all files, and let others write the folder."""

@@ -48,11 +48,6 @@ class StopRequest:
             self.code, self.reason = TIME_LIMIT, "at its time limit"
         return self.code
 
-    def request(self, code: int, reason: str) -> None:
-        """Ask the run to stop with this exit code, unless it was asked already."""
-        if not self.code:
-            self.code, self.reason = code, reason
-
     def interruption(self, code: int, when: str) -> Interrupted:
         """Return the error that ends a run, with the exit code on which all ranks agree."""
         return Interrupted(f"stopped {self.reason} {when}; go on with `relssl resume {self.run}`", code)

@@ -53,11 +53,11 @@ class Given:
 
     def lines(self) -> Iterator[str]:
         """Yield a line for each source that was opened."""
-        use = {"start": "loaded into student and teacher; the heads are fresh", "teacher": "frozen"}
-        for setting in [*["start"] * bool(self.start), *["teacher"] * (self.teacher is not None)]:
+        use = {"start": "loaded into student and teacher; the heads are fresh"} if self.start else {}
+        for setting, manner in (use | ({"teacher": "frozen"} if self.teacher is not None else {})).items():
             fact = self.facts[setting]
-            origin = f"{fact['network']} of {fact['source']} ({fact['part']}, {fact['origin']})"
-            yield f"{setting}: {origin}, {fact['weights']} of {fact['weights']} weights, {use[setting]}; sha256 {fact['sha256'][:12]}"
+            origin = f"{fact['network']} of {fact['source']} ({fact['part']}, {fact['origin']}), {fact['weights']} weights"
+            yield f"{setting}: {origin}, {manner}; sha256 {fact['sha256'][:12]}"
 
 
 def open_sources(config: Config, begun: bool = False, recorded: Mapping[str, Any] | None = None) -> tuple[Config, Given]:
@@ -109,10 +109,8 @@ def _open(setting: str, source: str, reading: Reading, recorded: dict[str, Any] 
         with file.open("rb") as content:
             digest = hashlib.file_digest(content, "sha256").hexdigest()
     if recorded and recorded["sha256"] != digest:
-        raise CheckpointError(
-            f"{setting}: {source} holds other weights (sha256 {digest[:12]}) than those that the run was started with "
-            f"({recorded['sha256'][:12]}); put these back"
-        )
+        was = f"the run was started with {recorded['sha256'][:12]}; put these back"
+        raise CheckpointError(f"{setting}: {source} holds other weights, of sha256 {digest[:12]}; {was}")
     facts = {"source": opened.name, "network": spec.name, "part": opened.header["network"], "origin": opened.header["origin"]}
     return opened, facts | {"sha256": digest, "weights": len(backbone.state_dict())}
 
@@ -121,18 +119,20 @@ def _with_network(config: Config, opened: Opened) -> Config:
     """Return the settings with the network of the weights, and with the images it has seen where nobody says otherwise."""
     spec, typed, views = opened.spec, config.typed or frozenset[str](), config.views
     theirs = {"backbone": spec.name, "encoder.stem": spec.stem, "views.channels": spec.view.channels}
-    others = {name: attrgetter(name)(config) for name in theirs if name in typed and attrgetter(name)(config) != theirs[name]}
-    if others:
-        faults = (f"{opened.name} has {name} {theirs[name]}, not {value}" for name, value in others.items())
-        raise ConfigError(*(f"start: {fault}; leave that out, or give other weights" for fault in faults))
+    faults = [
+        f"start: {opened.name} has {name} {value}, not {attrgetter(name)(config)}; leave that out, or give other weights"
+        for name, value in theirs.items()
+        if name in typed and attrgetter(name)(config) != value
+    ]
+    if faults:
+        raise ConfigError(*faults)
     # Of data that no recipe of ours is made for, the size is as good as unknown.
     unknown = config.recipe in recipes.NAMES and recipes.for_run(config.data, config.method.name).endswith("folder")
-    weak, strong = (
-        replace(view, size=spec.view.size) if unknown and f"views.{name}.size" not in typed else view
-        for name, view in (("weak", views.weak), ("strong", views.strong))
-    )
+    for name in ("weak", "strong"):
+        if unknown and f"views.{name}.size" not in typed:
+            views = replace(views, **{name: replace(getattr(views, name), size=spec.view.size)})
     args, own = dict(spec.arguments), spec.all_arguments()
-    if "img_size" in own and weak.size != own["img_size"]:  # its position embeddings stay, and are resampled as images come
+    if "img_size" in own and views.weak.size != own["img_size"]:  # its position embeddings stay, and are resampled as images come
         args |= {name: value for name, value in own.items() if name != "in_chans"}
     args |= config.backbone_args if "backbone_args" in typed else {}
     statistics: dict[str, Any] = {
@@ -140,7 +140,7 @@ def _with_network(config: Config, opened: Opened) -> Config:
         for name, values in (("mean", spec.view.mean), ("std", spec.view.std))
         if f"views.{name}" not in typed
     }
-    views = replace(views, weak=weak, strong=strong, channels=spec.view.channels, **statistics)
+    views = replace(views, channels=spec.view.channels, **statistics)
     stem: Any = spec.stem
     return check(replace(config, backbone=spec.name, backbone_args=args, encoder=replace(config.encoder, stem=stem), views=views))
 
@@ -149,9 +149,7 @@ def _with_teacher(config: Config, opened: Opened) -> Config:
     """Return the settings with embeddings as wide as the teacher's features, and its batch as it comes."""
     width, channels = opened.backbone.num_features, opened.spec.view.channels
     if channels != config.views.channels:
-        raise ConfigError(
-            f"teacher: {opened.name} sees images of {channels} channels, and views.channels is {config.views.channels}"
-        )
+        raise ConfigError(f"teacher: {opened.name} sees {channels} channels, and views.channels is {config.views.channels}")
     if config.encoder.dim != width and "encoder.dim" in (config.typed or ()):
         raise ConfigError(f"encoder.dim: {config.encoder.dim} is not the {width} features of the teacher; leave it out")
     encoder, method = replace(config.encoder, dim=width), replace(config.method, shuffle=False)
@@ -162,13 +160,9 @@ def teacher_features(teacher: nn.Module | None, config: Config, loader: Loader, 
     """Compute a frozen teacher's features [N, D] of all images, once, on the device; None where there is none, where its view of an image
     changes or the student sees it too, where images do not lie in memory, or where features would take too much of it."""
     view, count = config.views.weak, loader.plan.count
-    if (
-        teacher is None
-        or not view.fixed
-        or derive(config).two_way
-        or loader.workers is not None
-        or count * config.encoder.dim * 4 > _MOST
-    ):
+    if teacher is None or not view.fixed or derive(config).two_way:
+        return None
+    if loader.workers is not None or count * config.encoder.dim * 4 > _MOST:
         return None
     with engine.autocast():
         parts = (np.arange(first, min(first + loader.plan.share, count)) for first in range(0, count, loader.plan.share))
