@@ -121,12 +121,7 @@ def resume(args: argparse.Namespace, overrides: Overrides) -> Outcome | None:
     "verify a run's checkpoints, inspect one, or tell the diff of two",
     option("action", "what to do", choices=("verify", "inspect", "diff")),
     option("run_folder", metavar="RUN"),
-    option(
-        "other",
-        "inspect: a step; diff: a step, or another run; default: the newest, the one before",
-        metavar="STEP|RUN",
-        nargs="?",
-    ),
+    option("other", "a step, or of diff another run (default: all, the newest, the one before)", metavar="STEP|RUN", nargs="?"),
 )
 def checkpoint(args: argparse.Namespace, _: Overrides) -> Outcome | None:
     _prepare()
@@ -146,8 +141,7 @@ def verify_resume(args: argparse.Namespace, overrides: Overrides) -> Outcome | N
     _prepare(_run_settings(args, overrides))
     from relssl.train.proof import prove
 
-    given = _pick(args, "data", "config") | spell(overrides)
-    facts = prove({name: value for name, value in given.items() if value is not None}, _say)
+    facts = prove(_pick(args, "data", "config") | spell(overrides), _say)
     return Outcome(facts, facts["result"], None if facts["exact"] else NumericError(f"resume: {facts['result']}"))
 
 
@@ -483,9 +477,13 @@ def _reading(args: argparse.Namespace, **more: Any) -> Any:
 
 
 def _lines(facts: dict[str, Any], most: int = 30) -> str:
-    lines = [
-        f"{name}: {', '.join(map(str, value[:5])) if isinstance(value, list) else value}" for name, value in flat(facts).items()
-    ]
+    """Return facts for people, a line each, without empty lists."""
+    shown = {
+        name: ", ".join(map(str, fact[:5])) if isinstance(fact, list) else fact
+        for name, fact in flat(facts).items()
+        if fact != []
+    }
+    lines = [f"{name}: {fact}" for name, fact in shown.items()]
     return "\n".join([*lines[:most], *([f"and {len(lines) - most} more, which --json lists"] if len(lines) > most else [])])
 
 

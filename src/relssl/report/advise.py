@@ -69,14 +69,13 @@ def sweep(keys: Tensor, memory: Tensor, scale: list[float], others: Tensor, same
         Of each, "temperature"; "neighbours", exp of the mean entropy, as of `health`; "purity", the share of the relation to others that
         falls on the image's own class, None without labels.
     """
-    relations = {temperature: relation(keys, memory, temperature) for temperature in scale}
     return [
         {
             "temperature": temperature,
             "neighbours": float(torch.special.entr(p).sum(dim=1).mean().exp()),
             "purity": None if same is None else round(float((p * same).sum() / (p * others).sum().clamp(min=1e-12)), 4),
         }
-        for temperature, p in relations.items()
+        for temperature, p in ((each, relation(keys, memory, each)) for each in scale)  # one at a time: each takes E x K
     ]
 
 

@@ -10,21 +10,14 @@ from relssl.settings import parts, recipes
 from relssl.settings.reading import changes
 from relssl.settings.run import Config, from_mapping, to_mapping
 
-# Free: what the run computes is the same bit for bit, or as a run of so many epochs has it from here on. Sections end in a dot.
+# Free: what the run computes is the same bit for bit, or as a run of so many epochs has it from here on. Beginnings of names.
 FREE = (
     *("data", "data_root", "out", "epochs", "max_steps", "time_limit", "engine.timeout"),
-    *("loader.workers", "loader.cache_folder", "log.", "checkpoint."),
+    *("loader.workers", "loader.cache_folder", "log.", "checkpoint.every", "checkpoint.keep"),
 )
 # Warned of: results are alike, and not bit for bit, if this fact that each checkpoint notes is another one; a run says so as it goes on.
-WARNED = {
-    "engine.threads": "threads",
-    "engine.devices": "world",
-    "engine.nodes": "world",
-    "engine.precision": "precision",
-    "engine.device": "random generators",
-    "compile": "compiled",
-    "method.loss_form": "loss form",
-}
+WARNED = {"engine.threads": "threads", "engine.devices": "world", "engine.nodes": "world", "engine.precision": "precision"}
+WARNED |= {"engine.device": "random generators", "compile": "compiled", "method.loss_form": "loss form"}
 ONCE = ("out", "time_limit", "engine.devices", "engine.nodes")  # which hold for one command, and are not written down
 
 
@@ -36,19 +29,18 @@ def going_on(config: Config, over: Mapping[str, Any], run: object) -> Config:
     changed = from_mapping({**recipes.spell_out(to_mapping(config)), **over})
     if changed.epochs != config.epochs:
         changed = from_mapping(to_mapping(changed) | {"max_steps": over.get("max_steps")})
-    pairs = changes(config, changed)
-    faults = [
-        f"{name}: the run in {run} has {parts.title(str(was))}, not {parts.title(str(now))}; leave it out, or start another run"
-        for name, (was, now) in pairs.items()
-        if name not in WARNED and not name.startswith(FREE)
-    ]
+    pairs = {name: map(str, pair) for name, pair in changes(config, changed).items() if not _may_change(name)}
+    faults = [f"{name}: the run in {run} has {', not '.join(map(parts.title, pair))}" for name, pair in pairs.items()]
     if faults:
-        raise ConfigError(*faults)
+        raise ConfigError(*(f"{fault}; leave it out, or start another run" for fault in faults))
     return changed
 
 
 def lasting(stored: Config, config: Config) -> Config:
     """Return the settings to write down of a run that goes on: the stored ones with what `going_on` lets change."""
-    pairs = changes(stored, config)
-    names = [name for name in pairs if (name in WARNED or name.startswith(FREE)) and name not in ONCE]
-    return from_mapping(recipes.spell_out(to_mapping(stored)) | {name: pairs[name][1] for name in names})
+    pairs = {name: now for name, (_, now) in changes(stored, config).items() if _may_change(name) and name not in ONCE}
+    return from_mapping(recipes.spell_out(to_mapping(stored)) | pairs)
+
+
+def _may_change(name: str) -> bool:
+    return name in WARNED or name.startswith(FREE)

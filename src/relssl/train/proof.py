@@ -36,7 +36,8 @@ def prove(settings: Mapping[str, Any], say: Callable[[str], None]) -> dict[str, 
     with tempfile.TemporaryDirectory(prefix="relssl-") as folder:
         whole, cut = Path(folder, "whole"), Path(folder, "cut")
         say("a run of 6 steps")
-        _relssl("pretrain", *(f"--{name}={value}" for name, value in {**settings, **_SHORT, "out": whole}.items()))
+        typed = {name: value for name, value in {**settings, **_SHORT, "out": whole}.items() if value is not None}
+        _relssl("pretrain", *(f"--{name}={value}" for name, value in typed.items()))
         *_, start, end = (path.name for path in store.checkpoints(whole / "checkpoints"))
         shutil.copytree(whole, cut, ignore=shutil.ignore_patterns(end, "export", "status.json"))
         say(f"the same, from {start} on")
@@ -44,10 +45,9 @@ def prove(settings: Mapping[str, Any], say: Callable[[str], None]) -> dict[str, 
         apart = differences(whole / "checkpoints" / end, cut / "checkpoints" / end)
         rows = [[{k: row[k] for k in row if k not in _CLOCK} for row in read_rows(run / "metrics.jsonl")] for run in (whole, cut)]
     apart |= {"metrics.jsonl": "has other rows"} if rows[0] != rows[1] else {}
-    result = f"exact: cut at {start} and resumed, {end} and all rows are equal, bit for bit"
-    if apart:
-        name, how = next(iter(apart.items()))
-        result = f"not exact: {len(apart)} things differ, the first: {name} {how}; on GPUs set engine.deterministic true"
+    first = " ".join(next(iter(apart.items()), ()))
+    result = f"not exact: {len(apart)} things differ, the first: {first}; on GPUs set engine.deterministic true"
+    result = result if apart else f"exact: cut at {start} and resumed, {end} and all rows are equal, bit for bit"
     return {"exact": not apart, "result": result, "differences": apart}
 
 
