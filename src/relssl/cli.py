@@ -247,7 +247,7 @@ def embed(args: argparse.Namespace, _: Overrides) -> Outcome | None:
     options = _pick(args, "network", "split", "data_root", "device", "precision")
     facts = relssl.embed(args.source, args.data, args.out, reading=_reading(args, size=args.size), **options)
     written = f"{facts['images']} features of dimension {facts['dim']} in {facts['out']}"
-    return Outcome(facts, "\n".join([f"{written}; {len(facts['bad'])} images could not be read", *facts["notes"]]))
+    return Outcome(facts, "\n".join([f"{written}; images that could not be read: {len(facts['bad'])}", *facts["notes"]]))
 
 
 @verb(
@@ -389,7 +389,8 @@ def validate(args: argparse.Namespace, overrides: Overrides) -> Outcome | None:
 
     if exists(typed.data, typed.data_root) is None:
         data: dict[str, Any] = {"here": at_hand(typed.data, typed.data_root)}
-        lines = [f"{typed.data}: a known data set, {'here' if data['here'] else 'to be downloaded'}"]
+        name = "a set of the Hugging Face Hub, not looked up" if typed.data.startswith("hf:") else "a known data set"
+        lines = [f"{typed.data}: {name}, {'here' if data['here'] else 'to be downloaded'}"]
     else:
         images, test = load(typed.data, typed.data_root, "train"), None
         with contextlib.suppress(DataError):  # there is none

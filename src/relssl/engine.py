@@ -276,7 +276,8 @@ class Engine:
     def describe(self) -> str:
         """Describe the engine in one line for the console."""
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type.upper()
-        ranks, threads = f", {self.world} ranks" * (self.world > 1), f", {self.threads} threads" * (self.device.type == "cpu")
+        threads = f", {self.threads} thread{'s' * (self.threads > 1)}" * (self.device.type == "cpu")
+        ranks = f", {self.world} ranks" * (self.world > 1)
         return f"{name}{ranks}{threads}, {self.precision}"
 
 

@@ -264,7 +264,9 @@ def begin(run: Run, display: Display, fresh: bool) -> None:
     for line in folder.mend():
         display.say(line)
     if stored.config.epochs != config.epochs:
-        display.say(f"epochs are {config.epochs} instead of {stored.config.epochs}: from here on the schedules are theirs")
+        display.say(
+            f"epochs are {config.epochs} instead of {stored.config.epochs}: from here on the schedules are those of {config.epochs} epochs"
+        )
     folder.bad_samples(run.images.bad)
 
 
