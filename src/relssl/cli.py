@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import relssl
-from relssl.errors import CheckpointError, ConfigError, DataError, Interrupted, LockedError, NumericError, RelsslError
+from relssl.errors import ConfigError, DataError, NumericError, RelsslError
 from relssl.files import plain
 from relssl.options import Outcome, Overrides, option, parse, verb
 from relssl.settings import recipes
@@ -28,6 +28,7 @@ from relssl.settings.names import MAIN, spell
 from relssl.settings.reading import build, flat, leaves
 from relssl.settings.run import Config, differences, resolve, to_yaml
 from relssl.settings.small import adjustments, give_way
+from relssl.train.signals import StopRequest
 from relssl.weights.formats import FORMATS, find_format
 
 _RUN = (
@@ -449,7 +450,7 @@ def _run_settings(args: argparse.Namespace, overrides: Overrides) -> Config:
 
 def _prepare(config: Config | None = None) -> None:
     """Check that the data of a run exists, then import torch and tune this process for computing, without what libraries have to say."""
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
     if config is not None:
@@ -504,7 +505,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         args, overrides = parse(argv)
-        outcome = args.run(args, overrides)
+        with StopRequest():
+            outcome = args.run(args, overrides)
         if outcome is not None:
             if args.json:
                 print(json.dumps(outcome.facts))
@@ -536,8 +538,8 @@ def _failed(error: BaseException, debug: bool) -> int:
     elif isinstance(error, KeyboardInterrupt):
         code, lines = 130, "interrupted"
     number, torch = rank(), sys.modules.get("torch")
-    met_by_all = isinstance(error, (CheckpointError, LockedError, NumericError, Interrupted))
-    if number == 0 or (torch and torch.distributed.is_initialized() and not met_by_all):
+    kind, met = getattr(error, "kind", "bug"), torch and torch.distributed.is_initialized()
+    if number == 0 or kind == "distributed" or (met and kind not in ("checkpoint", "locked", "numeric", "interrupted")):
         for line in lines.splitlines():
             _say(f"relssl: {f'rank {number}: ' if number else ''}{plain(line)}")
     return code
