@@ -35,6 +35,8 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for ((rank = 0; rank < SLURM_NTASKS; rank++)); do
         SLURM_PROCID=$rank SLURM_LOCALID=$rank SLURM_NODEID=0 "$@" & pids+=($!)
     done
+    until [ -s run/metrics.jsonl ]; do sleep 0.1; done
+    kill -USR1 "${pids[@]}"
     for pid in "${pids[@]}"; do wait "$pid" || code=$?; done
     exit $code"""
     for name, body in {"relssl": relssl, "torchrun": torchrun, "srun": srun, "scontrol": 'echo "scontrol $*"'}.items():
@@ -176,7 +178,7 @@ def test_a_slurm_job_stops_in_time_asks_for_its_place_in_the_queue_and_goes_on(t
     job = {"JOB_ID": "4711", "JOB_NAME": "relssl", "NNODES": "1", "JOB_NUM_NODES": "1", "NODELIST": "localhost"}
     job |= {"JOB_NODELIST": "localhost", "NTASKS": "2", "NTASKS_PER_NODE": "2"}
     environment = {f"SLURM_{name}": value for name, value in job.items()}
-    words = ("bash", str(EXAMPLES / "slurm.sbatch"), "digits", "run", *TINY, "--epochs", "1")
-    shown = run(tmp_path, *words, programs=programs, MINUTES="0.001", **environment)
+    words = ("bash", str(EXAMPLES / "slurm.sbatch"), "digits", "run", *TINY, "--epochs", "1000", "--log.every", "1")
+    shown = run(tmp_path, *words, programs=programs, **environment)
     assert "2 ranks" in shown and "scontrol requeue 4711" in shown
     assert state(tmp_path / "run")["exit_code"] == 75

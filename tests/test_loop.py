@@ -50,6 +50,7 @@ def test_a_bad_step_leaves_the_buffers_alone(fault: float | None, where: str) ->
         guard.watch()
         network(images * (1 if fault is None else fault))
         figures = {"loss": torch.tensor(1.0), "norm": torch.tensor(1.0)}
+        assert bool(guard.doubt() == 0) == (fault is None)
         if fault is not None:
             figures[where] = torch.tensor(fault)
         assert bool(guard.judge(**figures)) == (fault is None)

@@ -105,6 +105,121 @@ def test_a_rank_that_dies_ends_the_run_with_a_line_and_a_status(tmp_path: Path) 
     assert (status["state"], status["exit_code"], status["error"]["kind"]) == ("failed", 7, "distributed")
 
 
+def family(process: subprocess.Popen[str], count: int) -> list[psutil.Process]:
+    """The processes below one that was started, once there are as many."""
+    while process.poll() is None and len(children := psutil.Process(process.pid).children(recursive=True)) < count:
+        time.sleep(0.05)
+    return children
+
+
+@pytest.mark.torture
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_hangs_is_named_and_ends_the_run(tmp_path: Path, rank: int) -> None:
+    """The first rank is stopped while it evaluates, the other one while it trains; more launches of two ranks: torture."""
+    knn = {"knn_every": 1, "knn_images": [1000, 700]} if rank == 0 else {"knn_every": 0}
+    settings = merge(SETTINGS, {"epochs": 500, "log": knn, "checkpoint": {"every_steps": 5}, "engine": {"timeout": 30}})
+    run = start(tmp_path / "run", settings)
+    (other,) = family(run, 1)
+    while run.poll() is None and not (tmp_path / ("run/config.yaml" if rank == 0 else "run/checkpoints/step-00000005")).exists():
+        time.sleep(0.005)
+    time.sleep(0.3)
+    begun = time.monotonic()
+    (psutil.Process(run.pid) if rank == 0 else other).suspend()
+    try:
+        other.wait(60) if rank == 0 else run.wait(60)
+        seconds = time.monotonic() - begun
+    finally:
+        os.killpg(run.pid, signal.SIGKILL)
+    output = run.communicate()[0]
+    assert re.search(rf"rank {rank} has died or hangs, last heard of at its step \d+; rank {1 - rank} is at step \d+", output), (
+        output
+    )
+    other.wait(10)
+    print(f"rank {rank} hangs: the other ended after {seconds:.1f} s")
+
+
+@pytest.mark.torture
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_ranks_end_with_the_torchrun_that_started_them(tmp_path: Path, number: int) -> None:
+    """Two launches by torchrun: torture."""
+    file, folder = tmp_path / "run.yaml", tmp_path / "run"
+    settings = merge(SETTINGS, {"epochs": 500, "out": str(folder), "log": {"knn_every": 0}, "checkpoint": {"every_steps": 5}})
+    file.write_text(to_yaml(resolve(settings)))
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "relssl", "pretrain"]
+    agent = subprocess.Popen([*words, "--config", str(file)], start_new_session=True, stderr=subprocess.PIPE, text=True)
+    ranks = family(agent, 2)
+    while agent.poll() is None and not (folder / "checkpoints/step-00000005").exists():
+        time.sleep(0.02)
+    begun = time.monotonic()
+    agent.send_signal(number)
+    try:
+        _, alive = psutil.wait_procs(ranks, timeout=15)
+        print(f"{signal.Signals(number).name} to torchrun: ranks gone after {time.monotonic() - begun:.1f} s")
+        assert not alive
+    finally:
+        if alive or agent.poll() is None:
+            os.killpg(agent.pid, signal.SIGKILL)
+    assert "a bug" not in (shown := agent.communicate()[1]), shown
+    status = json.loads((folder / "status.json").read_text())
+    assert status["exit_code"] == (7 if number == signal.SIGKILL else 143)
+    store.verify(folder / "checkpoints" / status["last_checkpoint"])
+
+
+@pytest.mark.torture
+def test_ranks_wait_longer_than_the_timeout_for_a_first_one_that_works(tmp_path: Path) -> None:
+    """One more launch of two ranks: torture."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"""
+import sys, time
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import relssl
+from relssl.settings.reading import merge
+from relssl.settings.run import resolve
+from test_ranks import SETTINGS
+
+class Slow:
+    def on_start(self, run):
+        time.sleep(40)
+
+settings = merge(SETTINGS, {{"max_steps": 2, "out": "run", "log": {{"knn_every": 0}}, "engine": {{"devices": 2, "timeout": 30}}}})
+relssl.pretrain(settings=resolve(settings), hooks=[Slow()])
+"""
+    )
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(Path(__file__).parent)]))
+    }
+    ran = subprocess.run(
+        [sys.executable, str(script)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert json.loads((tmp_path / "run/status.json").read_text())["state"] == "complete"
+
+
+@pytest.mark.torture
+def test_a_run_of_one_process_goes_on_with_two_and_back(tmp_path: Path) -> None:
+    """The same samples in the same order: batch norm alone makes a difference, and this network has none; two launches: torture."""
+    whole = small_run(tmp_path / "whole", **NORMLESS, checkpoint={"every_steps": 5, "keep": 9}).folder
+    cut = tmp_path / "cut"
+    shutil.copytree(
+        whole, cut, ignore=shutil.ignore_patterns("export", "status.json", "step-00000010", "step-00000015", "step-00000020")
+    )
+    words = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "-m",
+        "relssl",
+        "resume",
+        str(cut),
+    ]
+    ran = subprocess.run(words, capture_output=True, text=True, timeout=240)
+    assert ran.returncode == 0 and "world 1 -> 2" in ran.stderr, ran.stderr
+    assert close_runs(whole, cut)
+
+
 @pytest.mark.torture
 def test_ranks_read_the_shrunk_images_that_the_first_one_writes(tmp_path: Path) -> None:
     """One more launch of two ranks: torture."""
@@ -134,8 +249,12 @@ STEP = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_ID
         ({}, (1, 1)),
         (TORCHRUN, (2, 2)),
         ({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "a"}, (1, 2)),  # a pod each
-        ({"WORLD_SIZE": "abc"}, (1, 1)),
-        ({"WORLD_SIZE": "2", "LOCAL_RANK": "1"}, (1, 1)),
+        ({"WORLD_SIZE": "abc"}, "WORLD_SIZE: is set without RANK"),
+        ({"RANK": "1"}, "RANK: is set without WORLD_SIZE"),
+        ({"WORLD_SIZE": "1"}, (1, 1)),
+        ({"WORLD_SIZE": "2", "LOCAL_RANK": "1"}, "WORLD_SIZE: "),
+        (TORCHRUN | {"LOCAL_WORLD_SIZE": "0"}, "torchrun: "),
+        (TORCHRUN | {"MASTER_PORT": "99999"}, "torchrun: .*MASTER_PORT 99999"),
         (BATCH, (1, 1)),
         (BATCH | STEP, (2, 2)),
         (BATCH | STEP | {"SLURM_PTY_PORT": "1"}, (1, 1)),  # a shell in a step

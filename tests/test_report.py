@@ -104,7 +104,7 @@ def test_a_page_says_what_is_missing(run: Path, tmp_path: Path, capsys: pytest.C
 
 
 def test_two_runs_are_compared(run: Path, tmp_path: Path) -> None:
-    other = small_run(tmp_path / "other", **{"method.teacher_temperature": 0.07}).folder
+    other = small_run(tmp_path / "other", **{"method.teacher_temperature": 0.07, "log.knn_every": 0}).folder  # one has no kNN
     page = relssl.write_report(run, other, out=tmp_path / "both.html")
     text = page.read_text()
     assert "method.teacher_temperature" in text and "0.07" in text

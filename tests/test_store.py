@@ -135,7 +135,7 @@ def test_a_missing_linked_or_odd_file_is_named(saved: Path, name: str) -> None:
     def refused() -> None:
         with pytest.raises(CheckpointError, match=name):
             store.load(saved)
-        assert store.checkpoints(saved.parent) == []
+        assert store.checkpoints(saved.parent) == [saved] and not store.is_whole(saved)
 
     refused()
     (saved / name).symlink_to("away")
@@ -370,7 +370,7 @@ def test_look_alikes_are_neither_listed_nor_removed(template: Path, tmp_path: Pa
     (tmp_path / "step-00000011").symlink_to(template)
     (tmp_path / "step-00000012").touch()
     (tmp_path / "step-00000013").mkdir()
-    assert [path.name for path in store.checkpoints(tmp_path)] == ["step-00000003", "step-123456789"]
+    assert [path.name for path in store.checkpoints(tmp_path)] == ["step-00000003", "step-00000013", "step-123456789"]
     assert store.checkpoints(tmp_path / "nowhere") == []
     for name in ("", "step-00000011", look_alikes[0]):
         with pytest.raises(ValueError, match="not a checkpoint"):
@@ -429,12 +429,12 @@ def test_retention_over_random_folders(template: Path, kinds: dict[int, str], ke
         deleted = store.prune(parent, keep, [store.step_folder(parent, step) for step in safe])
         good = [step for step in steps if kinds[step] in ("good", "visited")]
         oldest = good[-keep] if len(good) >= keep else -1
-        gone = [step for step in steps if step < oldest and step not in safe and kinds[step] != "incomplete"]
+        gone = [step for step in steps if step < oldest and step not in safe]
         assert deleted == [store.step_folder(parent, step) for step in gone]
         # What is not ours stays, in the folder of a checkpoint that goes as well.
         left = {store.step_folder(parent, step).name for step in steps if step not in gone or kinds[step] == "visited"}
         assert set(names(parent)) == left | {"notes", "step-1.tmp"}
         assert all((store.step_folder(parent, step) / "notes.txt").exists() for step in steps if kinds[step] == "visited")
-        listed = [step for step in steps if step not in gone and kinds[step] != "incomplete"]
+        listed = [step for step in steps if step not in gone]
         assert store.checkpoints(parent) == [store.step_folder(parent, step) for step in listed]
         assert store.prune(parent, keep, [store.step_folder(parent, step).name for step in safe]) == []

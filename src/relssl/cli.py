@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import relssl
-from relssl.errors import CheckpointError, ConfigError, DataError, Interrupted, LockedError, NumericError, RelsslError
+from relssl.errors import ConfigError, DataError, NumericError, RelsslError
 from relssl.files import plain
 from relssl.options import Outcome, Overrides, option, parse, verb
 from relssl.settings import recipes
@@ -28,6 +28,7 @@ from relssl.settings.names import MAIN, spell
 from relssl.settings.reading import build, flat, leaves
 from relssl.settings.run import Config, differences, resolve, to_yaml
 from relssl.settings.small import adjustments, give_way
+from relssl.train.signals import StopRequest
 from relssl.weights.formats import FORMATS, find_format
 
 _RUN = (
@@ -246,7 +247,7 @@ def embed(args: argparse.Namespace, _: Overrides) -> Outcome | None:
     options = _pick(args, "network", "split", "data_root", "device", "precision")
     facts = relssl.embed(args.source, args.data, args.out, reading=_reading(args, size=args.size), **options)
     written = f"{facts['images']} features of dimension {facts['dim']} in {facts['out']}"
-    return Outcome(facts, "\n".join([f"{written}; {len(facts['bad'])} images could not be read", *facts["notes"]]))
+    return Outcome(facts, "\n".join([f"{written}; images that could not be read: {len(facts['bad'])}", *facts["notes"]]))
 
 
 @verb(
@@ -388,7 +389,8 @@ def validate(args: argparse.Namespace, overrides: Overrides) -> Outcome | None:
 
     if exists(typed.data, typed.data_root) is None:
         data: dict[str, Any] = {"here": at_hand(typed.data, typed.data_root)}
-        lines = [f"{typed.data}: a known data set, {'here' if data['here'] else 'to be downloaded'}"]
+        name = "a set of the Hugging Face Hub, not looked up" if typed.data.startswith("hf:") else "a known data set"
+        lines = [f"{typed.data}: {name}, {'here' if data['here'] else 'to be downloaded'}"]
     else:
         images, test = load(typed.data, typed.data_root, "train"), None
         with contextlib.suppress(DataError):  # there is none
@@ -448,7 +450,7 @@ def _run_settings(args: argparse.Namespace, overrides: Overrides) -> Config:
 
 def _prepare(config: Config | None = None) -> None:
     """Check that the data of a run exists, then import torch and tune this process for computing, without what libraries have to say."""
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
     if config is not None:
@@ -476,9 +478,13 @@ def _reading(args: argparse.Namespace, **more: Any) -> Any:
 
 
 def _lines(facts: dict[str, Any], most: int = 30) -> str:
-    lines = [
-        f"{name}: {', '.join(map(str, value[:5])) if isinstance(value, list) else value}" for name, value in flat(facts).items()
-    ]
+    """Return facts for people, a line each, without empty lists."""
+    shown = {
+        name: ", ".join(map(str, fact[:5])) if isinstance(fact, list) else fact
+        for name, fact in flat(facts).items()
+        if fact != []
+    }
+    lines = [f"{name}: {fact}" for name, fact in shown.items()]
     return "\n".join([*lines[:most], *([f"and {len(lines) - most} more, which --json lists"] if len(lines) > most else [])])
 
 
@@ -499,7 +505,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         args, overrides = parse(argv)
-        outcome = args.run(args, overrides)
+        with StopRequest():
+            outcome = args.run(args, overrides)
         if outcome is not None:
             if args.json:
                 print(json.dumps(outcome.facts))
@@ -531,8 +538,8 @@ def _failed(error: BaseException, debug: bool) -> int:
     elif isinstance(error, KeyboardInterrupt):
         code, lines = 130, "interrupted"
     number, torch = rank(), sys.modules.get("torch")
-    met_by_all = isinstance(error, (CheckpointError, LockedError, NumericError, Interrupted))
-    if number == 0 or (torch and torch.distributed.is_initialized() and not met_by_all):
+    kind, met = getattr(error, "kind", "bug"), torch and torch.distributed.is_initialized()
+    if number == 0 or kind == "distributed" or (met and kind not in ("checkpoint", "locked", "numeric", "interrupted")):
         for line in lines.splitlines():
             _say(f"relssl: {f'rank {number}: ' if number else ''}{plain(line)}")
     return code

@@ -5,15 +5,18 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import math
 import os
 import platform
 import random
+import signal
+import socket
 import sys
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from typing import Any, ClassVar, TypeVar
 
@@ -22,13 +25,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from relssl.errors import ConfigError, DistributedError, RelsslError
+from relssl.errors import STOPPING, ConfigError, DistributedError, RelsslError
 from relssl.settings.launcher import MARK, find_launch
 from relssl.settings.reading import build
 from relssl.settings.run import EngineConfig
 
 T = TypeVar("T")
-_GRACE = 10.0  # seconds in which a process notices by itself that another one has died
+SILENCE = 45.0  # seconds, at most, after which a process that gives no sign of life is given up
+_PAUSE = 1.0  # seconds between two looks at the others
+_GRACE = 6.0  # seconds in which a process notices by itself that another one has died
 
 
 def available_cores() -> int:
@@ -48,12 +53,14 @@ class Engine:
     Attributes:
         device: where this process computes.
         rank, world: this process's number and how many there are; the one that `is_first` writes the run folder.
+        step: of the run, for messages.
+        last_words: called before this process ends because another one has died.
         precision: "fp32" or "bf16", after `auto` has been decided.
         threads: CPU threads of this process while it runs; results are bitwise repeatable for a fixed number only.
     """
 
     prepared: ClassVar[bool] = False  # true once `prepare_process` has run
-    last_words: Callable[[DistributedError], None] | None = None  # of a run, before this process ends with the others
+    watch: Watch | None  # of several ranks
 
     def __init__(self, config: EngineConfig) -> None:
         available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -70,6 +77,8 @@ class Engine:
         if kind == "cuda":
             self.device = torch.device(kind, int(number) if number else torch.cuda.current_device())
         self.rank, self.world, self._fabric, self._format = 0, 1, None, torch.channels_last
+        self.step, self.watch = 0, None
+        self.last_words: Callable[[DistributedError], object] = id
         if config.devices * config.nodes > 1:
             self._launch(kind, config)
         self.is_first = self.rank == 0
@@ -91,32 +100,26 @@ class Engine:
         shared = {"broadcast_buffers": False, "gradient_as_bucket_view": True, "cluster_environment": _environment()}
         ddp = DDPStrategy(process_group_backend=backend, timeout=patience, **shared)
         threads = torch.get_num_threads()
+        # Until all have met: if a signal ended one on its way here, Lightning would kill this one without a word.
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
         try:
             with quiet_libraries():
                 fabric = Fabric(accelerator=kind, devices=config.devices, num_nodes=config.nodes, precision=32, strategy=ddp)
                 fabric.launch()
+            others = list(getattr(ddp.launcher, "procs", ()))
+            if others:
+                ddp.launcher.procs.clear()  # with which Lightning would kill this process, before it can say why
         except (RuntimeError, ValueError) as error:
             where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise DistributedError(f"engine.devices: processes did not meet at {where} ({reason}); start all alike") from error
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
         torch.set_num_threads(threads)  # Lightning shares them out, as `running` does
-        others = list(getattr(ddp.launcher, "procs", ()))
-        if others:
-            ddp.launcher.procs.clear()  # with which Lightning would kill this process, before it can say why
-            threading.Thread(target=self._watch, args=(others,), daemon=True).start()
         self._fabric, self.device, self.rank, self.world = fabric, fabric.device, fabric.global_rank, fabric.world_size
-        # What ranks exchange at every step beside tensors goes by the host, so that it waits for no device.
-        self._host: Any = dist.new_group(backend="gloo", timeout=patience)
-        self._patient: Any = dist.new_group(backend="gloo", timeout=timedelta(days=7))
-
-    def _watch(self, others: list[Any]) -> None:
-        """End this process if one of those that it started has died and no exchange with it has failed for a while, as on GPUs."""
-        while not any(process.poll() for process in others):
-            time.sleep(1)
-        time.sleep(_GRACE)
-        if self.last_words is not None:
-            self.last_words(DistributedError("another process of the run has died; the last checkpoint is good, resume from it"))
-            os._exit(DistributedError.exit_code)
+        # What ranks exchange beside tensors goes by the host, so that it waits for no device, and for as long as the first one works.
+        self._host: Any = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+        self.watch = Watch(self, config.timeout, others)
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -129,6 +132,8 @@ class Engine:
             raise ConfigError("engine.precision: no run can begin inside torch.autocast; leave it and set engine.precision")
         keep_memory(True)
         with ExitStack() as after:
+            if self.watch is not None:
+                after.callback(setattr, self.watch, "active", False)
             after.callback(keep_memory, Engine.prepared)
             after.callback(self._set_generators, self._generators())
             after.callback(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled())
@@ -186,14 +191,6 @@ class Engine:
         dist.all_gather_object(lists, items, group=self._host)
         return [item for each in lists for item in each]
 
-    def mean(self, value: Tensor) -> Tensor:
-        """Average a tensor over the ranks."""
-        if self.world == 1:
-            return value
-        total = value.clone()
-        dist.all_reduce(total)
-        return total / self.world
-
     def on_first(self, make: Callable[[], T]) -> T | None:
         """Return what `make` returns on the first rank, None on the others; its RelsslError is raised on all, so that none waits."""
         value, fault = None, None
@@ -202,9 +199,7 @@ class Engine:
         except RelsslError as error:
             fault = error
         self.wait()  # patiently: to shrink a million images takes hours
-        if self._fabric is not None:
-            fault = self._fabric.broadcast(fault, src=0)
-        if fault is not None:
+        if (fault := self.gather_items([fault])[0]) is not None:
             raise fault
         return value
 
@@ -217,9 +212,9 @@ class Engine:
         return int(shared)
 
     def wait(self) -> None:
-        """Wait until all ranks are here, however long the first one evaluates; a rank that dies ends the wait."""
+        """Wait until all ranks are here, however long the first one evaluates; one that dies or hangs ends the wait, see `Watch`."""
         if self.world > 1:
-            dist.barrier(group=self._patient)
+            dist.barrier(group=self._host)
 
     def fetch(self, values: Mapping[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
         """Start to bring tensors to the host. What is returned waits for them alone, and for no later work of the device."""
@@ -281,8 +276,86 @@ class Engine:
     def describe(self) -> str:
         """Describe the engine in one line for the console."""
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type.upper()
-        ranks, threads = f", {self.world} ranks" * (self.world > 1), f", {self.threads} threads" * (self.device.type == "cpu")
+        threads = f", {self.threads} thread{'s' * (self.threads > 1)}" * (self.device.type == "cpu")
+        ranks = f", {self.world} ranks" * (self.world > 1)
         return f"{name}{ranks}{threads}, {self.precision}"
+
+
+class Watch(threading.Thread):
+    """A thread that ends this process once another of its run has died or hangs, or the launcher above it has died.
+
+    Each rank tells the first one its step now and then, whatever its main thread does, and the first one all others. Silence is
+    measured in looks, so that a job that was suspended as a whole goes on. `active` is false once the run is over.
+    """
+
+    def __init__(self, engine: Engine, timeout: float, children: list[Any]) -> None:
+        """Meet the other ranks; `children` are those that this process has started."""
+        super().__init__(daemon=True)
+        self.active, self._engine, self._children, self._reason = True, engine, children, ""
+        self._limit = min(SILENCE, timeout)
+        dual, peers = socket.has_dualstack_ipv6(), dict[int, socket.socket]()
+        family = socket.AF_INET6 if dual else socket.AF_INET
+        with socket.create_server(("", 0), family=family, backlog=engine.world, dualstack_ipv6=dual) as server:
+            server.settimeout(timeout)
+            port = engine.gather_items([server.getsockname()[1]])[0]
+            if engine.rank:
+                peers[0] = socket.create_connection((os.environ["MASTER_ADDR"], port), timeout)
+                peers[0].send(b"%9d" % engine.rank)
+            while len(peers) < (engine.world - 1 if engine.rank == 0 else 1):
+                peer, _ = server.accept()
+                peers[int(peer.recv(9, socket.MSG_WAITALL))] = peer
+        self._peers = peers
+        # A shell that started a single rank may leave; torchrun, and the first process, stay as long as their ranks.
+        started = "TORCHELASTIC_RUN_ID" in os.environ or os.environ.get(MARK) == str(os.getppid())
+        self._parent = os.getppid() if started else None
+        self.start()
+
+    def run(self) -> None:
+        """Look at the others until the run is over, or until one is lost; then end this process."""
+        own, verdict, orphaned = self._engine, b"", False
+        silent, heard = dict.fromkeys(self._peers, 0.0), dict.fromkeys(self._peers, b"0")
+        while not self._reason:
+            time.sleep(_PAUSE)
+            for rank, peer in self._peers.items():
+                peer.setblocking(False)
+                silent[rank] += _PAUSE
+                try:
+                    peer.send(b"%d " % own.step)
+                    words, _, verdict = peer.recv(1 << 16).partition(b"!")
+                    silent[rank] = 0.0 if words else math.inf
+                    heard[rank] = next(reversed(words.split()), heard[rank])
+                except BlockingIOError:
+                    pass  # it has said nothing since
+                except OSError:
+                    silent[rank] = math.inf
+            if not self.active:
+                return
+            lost, orphaned = max(silent, key=silent.__getitem__), self._parent not in (None, os.getppid())
+            if verdict or orphaned:
+                self._reason = verdict.decode() or "the process that started this one has died; resume from the last checkpoint"
+            elif silent[lost] >= self._limit:
+                place = f"last heard of at its step {heard[lost].decode()}; rank {own.rank} is at step {own.step}"
+                self._reason = f"rank {lost} has died or hangs, {place}; the last checkpoint is good, resume from it"
+        for peer in self._peers.values() if own.rank == 0 else ():
+            with suppress(OSError):
+                peer.send(b"!" + self._reason.encode())
+        time.sleep(0 if orphaned else _GRACE)
+        if self.active:
+            error = DistributedError(self._reason)
+            own.last_words(error)
+            if not (verdict or (orphaned and own.rank)):  # one speaks
+                print(f"relssl: rank {own.rank}: {error}", file=sys.stderr, flush=True)
+            for child in self._children:
+                child.kill()
+            os._exit(error.exit_code)
+
+    def explain(self, fault: str) -> str:
+        """Say why an exchange with the others has failed: which is lost, if that shows soon, else the `fault` itself."""
+        for _ in range(8):
+            if not self._reason:
+                time.sleep(_PAUSE / 2)
+        own = self._engine
+        return self._reason or f"rank {own.rank} failed at step {own.step} ({fault}); resume from the last checkpoint"
 
 
 class _Gather(torch.autograd.Function):

@@ -153,11 +153,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read the rows of a .jsonl file; a last line cut short by a crash is left out."""
-    rows: list[dict[str, Any]] = []
-    with contextlib.suppress(json.JSONDecodeError):
-        rows += map(json.loads, path.read_text().splitlines() if path.exists() else [])
-    return rows
+    """Read the rows of a .jsonl file; lines that hold no object, such as a last one cut short by a crash, are left out."""
+    rows: list[Any] = []
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError, RecursionError):
+            rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict)]
 
 
 def duration(seconds: float) -> str:

@@ -340,6 +340,8 @@ def read_batches(dataset: Any, join: Callable[[list[Any]], Any], workers: int, *
             generator=torch.Generator(),  # else it would draw from the global one, and a resumed run once more
             **batching,
         )
+        # Workers begin with these blocked, until they have said what to do with them.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING if workers else ())
         try:
             batches: Any = iter(loader)
         except (pickle.PicklingError, AttributeError, TypeError) as error:
@@ -347,6 +349,8 @@ def read_batches(dataset: Any, join: Callable[[list[Any]], Any], workers: int, *
                 raise
             advice = "define the data set, and views of your own, in a module, or set loader.workers 0"
             raise ConfigError(f"loader.workers: loader processes cannot be sent the images ({error}); {advice}") from error
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     try:
         yield from batches
     except (RuntimeError, ConnectionError, OSError) as error:
@@ -372,6 +376,7 @@ def _set_signals(worker: int) -> None:
     for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
 
 
 def _join_shared(join: Callable[[Any], Any], items: Any) -> Any:

@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -48,7 +49,10 @@ def _part(images: Images) -> tuple[dict[str, Any], dict[bytes, list[str]]]:
     marks, sides = defaultdict[bytes, list[str]](list), list[int]()
     bad = [f"{shown(name)}: {fault}" for name, fault in images.bad]
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding and hashing hold no lock
-        for row, look in enumerate(pool.map(partial(_look, images), range(len(images)))):
+        blocks = (
+            range(start, min(start + 512, len(images))) for start in range(0, len(images), 512)
+        )  # not millions of tasks at once
+        for row, look in chain.from_iterable(zip(rows, pool.map(partial(_look, images), rows), strict=True) for rows in blocks):
             name = shown(images.source.name(row))
             if isinstance(look, str):
                 bad.append(f"{name}: {look}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -18,7 +17,7 @@ from relssl.errors import ConfigError, DataError, StorageError
 from relssl.evaluation.features import Features, LabelledFeatures, cached, evaluating, extract, state_hash
 from relssl.evaluation.metrics import Interval
 from relssl.evaluation.result import Finding, Protocol, Record, Task, card, file_name, title, writable
-from relssl.files import write_json
+from relssl.files import read_json, write_json
 from relssl.settings import parts
 from relssl.settings.evaluation import Evaluation, read_settings
 from relssl.weights.foreign import Reading
@@ -241,8 +240,5 @@ def not_run(row: Mapping[str, Any]) -> str:
 
 def _unfinished(run: Path | None) -> list[str]:
     """Return a note for a run that may still be at work, or was stopped."""
-    try:
-        complete = run is None or json.loads((run / "status.json").read_bytes())["state"] == "complete"
-    except (OSError, ValueError, LookupError, TypeError):
-        return []
+    complete = run is None or read_json(run / "status.json").get("state", "complete") == "complete"
     return [] if complete else ["the run is not complete; its newest checkpoint was measured, which the card names"]

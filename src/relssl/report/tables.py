@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from relssl.files import duration, size
+from relssl.files import duration, read_rows, size
 from relssl.method.backbones import Network
 from relssl.settings.run import Config
 from relssl.train.figures import COLLAPSES, alarms, at_the_end, describe
@@ -93,7 +93,7 @@ def _costs(figures: Estimate) -> Iterator[tuple[str, str] | None]:
         yield "  extrapolated", f"from steps of {timed} images, as those of {figures.batch_size} take too long to time"
     yield "whole run", f"{duration(figures.seconds)}: {figures.epochs} epochs, {figures.total_steps:,} steps"
     if figures.evaluations:
-        yield "  of it kNN", f"{duration(figures.evaluation_seconds)}, evaluations: {figures.evaluations}"
+        yield "  of it evaluation", f"{duration(figures.evaluation_seconds)}, {figures.evaluations} times"
     yield None
     if memory["device_total"]:
         yield "GPU memory, peak", f"{size(memory['device_used'])} of {size(memory['device_total'])}"
@@ -208,6 +208,8 @@ def show_summary(result: Result, config: Config) -> None:
     known = facts(result, config)
     _pairs("What the backbone learned", _learned(known, config))
     print("\n".join(known["verdict"]))
+    if bad := read_rows(result.folder / "bad_samples.jsonl"):
+        print(f"Images that could not be read: {len(bad)}, in {result.folder / 'bad_samples.jsonl'}")
     print(f"""
 run folder  {known["folder"]}
 weights     {known["backbone"]}
@@ -261,4 +263,4 @@ def _learned(known: dict[str, Any], config: Config) -> Iterator[tuple[str, str] 
         yield "rank of the features, before and after", " -> ".join(number(rank, "{:.0f}") for rank in known["feature_rank"])
     yield "loss, first and last row", f"{number(known['loss_start'], '{:.3f}')} -> {number(known['loss_end'], '{:.3f}')}"
     for name, (title, figure) in at_the_end(known["health"], config.method.memory_size).items():
-        yield title, figure + counts * (unlabelled and name == "effective_rank")
+        yield title[0].lower() + title[1:], figure + counts * (unlabelled and name == "effective_rank")

@@ -141,6 +141,7 @@ def _costs(planned: Plan, say: Say) -> dict[str, Any]:
     if planned.table.scale == "smoke" or planned.rehearsal:
         say("its numbers mean nothing: runs are cut short to show that everything works")
     work: dict[str, tuple[float, float]] = {}
+    unknown: dict[str, list[str]] = {}
     rate, evaluation, basis = 0.0, None, "as no row can be set up here"  # operations a second, and seconds
     for name, (first, *_) in rows.items():
         try:
@@ -149,7 +150,9 @@ def _costs(planned: Plan, say: Say) -> dict[str, Any]:
                 rate = work[name][0] / _training_seconds(first)
                 basis = f"from a few steps of {name}, the other rows by their operations; without the probe's own time"
         except (RelsslError, RuntimeError, ValueError) as error:  # its run will fail with the same
-            say(f"{name}: time unknown: {str(error).splitlines()[0]}")
+            unknown.setdefault(str(error).splitlines()[0], []).append(name)
+    for reason, names in unknown.items():
+        say(f"{', '.join(names)}: time unknown: {reason}")
     if timed := [(work[name][0], one) for name, one in finished if name in work]:
         rate = statistics.fmean(training / one["training_seconds"] for training, one in timed)
         evaluation = statistics.fmean(one["evaluation_seconds"] for _, one in timed)
@@ -184,7 +187,7 @@ def _operations(run: Run) -> tuple[float, float]:
 
     config, derived, flops = run.config, derive(run.config), step_flops(run.config)
     if not at_hand(config.data, config.data_root):
-        raise DataError(f"{config.data} is not under data_root, and no plan downloads it; its runs do")
+        raise DataError(f"{config.data} is not under data_root, which a plan does not download; its runs do")
     images = len(load(config.data, config.data_root, "bank" if derived.traits.labels else "train"))
     steps = config.steps(min(images, config.max_images or images))
     # A classifier trained on augmented images passes them through the frozen network again in each epoch.

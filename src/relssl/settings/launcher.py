@@ -31,14 +31,19 @@ def find_launch() -> dict[str, int | str] | None:
         address = re.sub(r"\[(\d+).*", r"\1", os.environ.get("SLURM_STEP_NODELIST", "localhost")).partition(",")[0]
         here, odd = divmod(world, _number("SLURM_STEP_NUM_NODES", 1))
         here *= not odd
+    elif MARK not in os.environ and (os.environ.get("WORLD_SIZE", "1") != "1" or "RANK" in os.environ):
+        name, missing = ("WORLD_SIZE", "RANK") if "WORLD_SIZE" in os.environ else ("RANK", "WORLD_SIZE")
+        raise ConfigError(f"{name}: is set without {missing}: each process would be a run of its own; set both, or unset it")
     else:
         return None
     numbers = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": local, "LOCAL_WORLD_SIZE": here}
-    if not (rank < world and here and world % here == 0 and address):
-        values = ", ".join(f"{name} {value}" for name, value in (numbers | {"MASTER_ADDR": address or "missing"}).items())
+    port = _number("MASTER_PORT", port)
+    if not (rank < world <= 4096 and here and world % here == 0 and address and 0 < port < 1 << 16):
+        place = {"MASTER_ADDR": address or "missing", "MASTER_PORT": port}
+        values = ", ".join(f"{name} {value}" for name, value in (numbers | place).items())
         then = "start as many processes on every machine, or unset them"
         raise ConfigError(f"{launcher}: its variables do not fit together ({values}); {then}")
-    numbers |= {"GROUP_RANK": rank // here, "MASTER_PORT": _number("MASTER_PORT", port)}
+    numbers |= {"GROUP_RANK": rank // here, "MASTER_PORT": port}
     return numbers | {"MASTER_ADDR": address} if world > 1 else None
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from relssl.engine import Engine
-from relssl.errors import CheckpointError, DistributedError
+from relssl.errors import CheckpointError, DistributedError, NumericError
 from relssl.method.base import Method, unwrapped
 from relssl.settings.resuming import WARNED
 from relssl.train.state import State
@@ -26,13 +26,19 @@ def save(folder: Path | None, state: State, engine: Engine, origin: dict[str, An
 
     Raises:
         DistributedError: if ranks have drifted apart; such a state is never saved.
+        NumericError: if a number on any rank is not finite; likewise.
     """
-    tree, hashes = whole_state(state, engine), agreed_hashes(state.model, engine)
+    (tensors, rest), hashes = store.flatten(whole_state(state, engine)), agreed_hashes(state.model, engine)
+    broken = sorted(store.non_finite(tensors) - state.infinite)
+    if engine.largest(len(broken)):
+        names = f"{broken[0]} and {len(broken) - 1} others are" if broken else "numbers of another rank are"
+        raise NumericError(
+            f"step {state.step}: {names} not finite and not saved; lower optimizer.lr, or set optimizer.clip; the last checkpoint is good"
+        )
     if folder is None:
         return None
-    tensors, rest = store.flatten(tree)
     facts = {"step": state.step, "best": state.best, "unreadable": sorted(state.unreadable), "hashes": hashes, "tree": rest}
-    facts |= {"non_finite": int(state.guard.streak), "non_finite_worst": int(state.guard.worst), "neighbours": state.neighbours}
+    facts |= {"non_finite": int(state.guard.streak), "neighbours": state.neighbours}
     target = store.step_folder(folder, state.step)
     store.save(target, tensors, facts | origin)
     return target
@@ -74,16 +80,13 @@ def restore(path: Path, state: State, engine: Engine, origin: dict[str, Any]) ->
         The reasons why the run will not repeat bit for bit; none when it will.
 
     Raises:
-        CheckpointError: if the checkpoint is damaged, or does not fit this run.
+        CheckpointError: if the checkpoint is damaged; whatever torch does, if it does not fit this run (see `store.offering`).
     """
     tensors, facts = store.load(path)
     tree = store.unflatten(tensors, facts["tree"])
-    try:
-        for name, part in _parts(state.model).items():
-            part.load_state_dict(tree[name])
-        state.optimizer.load_state_dict(tree["optimizer"])
-    except (KeyError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{path}: does not fit this configuration: {store.one_line(error)}") from error
+    for name, part in _parts(state.model).items():
+        part.load_state_dict(tree[name])
+    state.optimizer.load_state_dict(tree["optimizer"])
     if (before := facts["steps_per_epoch"]) != (length := origin["steps_per_epoch"]):
         raise CheckpointError(f"{path}: was saved at {before} steps an epoch, the data now gives {length}")
     # Saved tensors come back row by row; the fused optimizer walks parameter and momentum side by side in memory, so a
@@ -94,11 +97,9 @@ def restore(path: Path, state: State, engine: Engine, origin: dict[str, Any]) ->
     state.step, state.best, state.unreadable = facts["step"], facts["best"], set(facts["unreadable"])
     state.neighbours = facts.get("neighbours")
     state.guard.streak.fill_(facts["non_finite"])
-    state.guard.worst.fill_(facts["non_finite_worst"])
-    now, saved = origin | origin["choices"], facts | facts["choices"]
-    inexact = [
-        f"{name} {saved[name]} -> {now[name]}" for name in sorted({*WARNED.values()} & now.keys()) if saved[name] != now[name]
-    ]
+    now, saved = origin | origin["choices"], facts | origin["choices"] | facts["choices"]  # older ones say less
+    matters = sorted({*WARNED.values(), *origin["choices"]} & now.keys())
+    inexact = [f"{name} {saved[name]} -> {now[name]}" for name in matters if saved[name] != now[name]]
     if not engine.restore_random_state(tree["random"]):
         inexact.append("random generators of another world or device")
     return inexact if facts["data"] == origin["data"] else [*inexact, "the data has changed"]

@@ -126,10 +126,12 @@ def estimate(
 
 def _estimate(settings: Config, steps: int, quiet: bool) -> Estimate:
     """Estimate a run whose parts are at hand; arguments as of `estimate`."""
-    engine, still = Engine(settings.engine), dataclasses.replace(settings.optimizer, lr=_STILL)
-    lines = list[str]()
+    engine, lines = Engine(settings.engine), list[str]()
     with engine.running(), explaining(settings, engine):
-        run = build(dataclasses.replace(settings, optimizer=still), engine, lines.append)
+        run = build(settings, engine, lines.append)
+        run = dataclasses.replace(
+            run, config=dataclasses.replace(run.config, optimizer=dataclasses.replace(run.config.optimizer, lr=_STILL))
+        )
         compile_networks(run)
         timed = affordable(run)
         batch = "" if timed is run else f" of {timed.config.batch_size} instead of {run.config.batch_size} images"

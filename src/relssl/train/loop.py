@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from relssl.data.images import Images
@@ -105,6 +106,7 @@ def create_run(config: Config, engine: Engine, images: Images, online: Online | 
     model.train()
     guard = Guard([encoder] if teacher is None else [encoder, teacher], engine.device)
     state = State(model, create_run_optimizer(config, encoder), guard)
+    state.infinite = store.non_finite(store.flatten(checkpoint.whole_state(state, engine))[0])
     known = teacher_features(frozen, config, loader, engine)
     # From here on randomness inside the networks (dropout, stochastic depth) differs between ranks.
     engine.seed(config.seed + 1 + engine.rank)
@@ -153,7 +155,8 @@ def train_step(run: Run, parts: list[Batch]) -> Figures | None:
     if state.step < config.optimizer.heads_first * run.plan.steps_per_epoch:
         for parameter in student.backbone.parameters():
             parameter.grad = None  # which every optimizer passes over, and momentum with it
-    loss = engine.mean(torch.stack([step.loss.detach() for step in steps]).mean())
+    # Each rank has its own buffers: by way of the loss all hear of one's doubt.
+    loss = engine.gather((torch.stack([step.loss.detach() for step in steps]).mean() + guard.doubt()).reshape(1), 1).mean()
     norm = get_total_norm([parameter.grad for parameter in student.parameters() if parameter.grad is not None])
     if config.optimizer.clip is not None:
         clip_grads_with_norm_(student.parameters(), config.optimizer.clip, norm)
@@ -181,7 +184,7 @@ def train_step(run: Run, parts: list[Batch]) -> Figures | None:
     model.follow(now["teacher_momentum"], good)
     if not logged and state.step % PATIENCE:
         return None
-    return Figures(state.step, now, engine.fetch((figures if logged else {}) | {"streak": guard.longest()}), logged)
+    return Figures(state.step, now, engine.fetch((figures if logged else {}) | {"streak": guard.streak}), logged)
 
 
 def scheduled(run: Run, step: int) -> dict[str, float]:
@@ -254,12 +257,14 @@ def train(run: Run, display: Display, stop: StopRequest) -> None:
             display.say(f"measuring {'the given weights' if config.start else 'the untrained network'}")
             folder.write_row({"step": 0, "epoch": 0, "samples": 0} | run.online.baselines(state, engine))
     engine.wait()
+    engine.step = state.step
     display.begin(state.step, run.total_steps, run.plan.steps_per_epoch, config.batch_size)
     watch, pending = Stopwatch(run.loader.stream(state.step, run.total_steps), config.batch_size), None
     try:
         for parts in watch:
             figures = train_step(run, parts)
             display.step(state.step)
+            engine.step, stop.at_once = state.step, None
             if state.step == 1 and folder is not None:
                 folder.draw(lambda logger: loggers.show_views(logger, [parts[0].weak, *parts[0].strong], 0))  # noqa: B023 - at once
             note_unreadable(run, [fault for part in parts for fault in part.bad])
@@ -329,9 +334,9 @@ def report(run: Run, figures: Figures, display: Display, stop: StopRequest) -> N
     """Read a step's figures and write their row, with kNN where it is due; NumericError after too many bad steps in a row."""
     state, epoch = run.state, figures.step / run.plan.steps_per_epoch
     values = figures.read()
-    if values.pop("streak") >= PATIENCE:
+    if (streak := values.pop("streak")) >= min(PATIENCE, run.total_steps):
         raise NumericError(
-            f"step {figures.step}: loss or gradient was not finite {PATIENCE} steps in a row; "
+            f"step {figures.step}: loss, gradient or a batch norm was not finite {int(streak)} steps in a row; "
             "lower optimizer.lr, or set optimizer.clip or engine.precision fp32; the last checkpoint is good"
         )
     if not figures.logged:
@@ -388,7 +393,9 @@ def save_due(run: Run) -> bool:
 
 def origin(run: Run) -> dict[str, Any]:
     """Return what a checkpoint depends on beside its state: the epoch's length, the data, and what rounds otherwise."""
-    choices = {"loss form": run.loss_form, "compiled": run.networks[0].compiled_heads is not None}
+    choices: dict[str, Any] = {"loss form": run.loss_form, "compiled": run.networks[0].compiled_heads is not None}
+    if any(isinstance(module, _BatchNorm) for module in run.networks[0].modules()):
+        choices["images a batch norm sees (its loss depends on them)"] = run.plan.share // derive(run.config).norm_splits
     facts = {"threads": run.engine.threads, "world": run.engine.world, "precision": run.engine.precision}
     return {"steps_per_epoch": run.plan.steps_per_epoch, "data": run.fingerprint, "choices": choices, **facts}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,7 +25,7 @@ from relssl.data.subsets import check_variety
 from relssl.engine import Engine
 from relssl.errors import ConfigError, DataError, DistributedError, ExportError, RelsslError, StorageError
 from relssl.evaluation.pairs import LabelledPair, choose
-from relssl.files import read_rows, write_file, write_json
+from relssl.files import read_json, read_rows, write_file, write_json
 from relssl.settings import parts, recipes
 from relssl.settings.launcher import rank, with_launch
 from relssl.settings.resuming import going_on, lasting
@@ -201,23 +200,21 @@ def _resume(loaded: Loaded, checkpoint: str | None, quiet: bool, over: dict[str,
 
 def _complete(folder: Path, config: Config) -> bool:
     """Return whether a run has made all steps that its settings, which may have changed since, ask for."""
-    length = 0
-    with suppress(OSError, ValueError, KeyError):  # without a status that can be read, the run goes on
-        status = json.loads((folder / "status.json").read_text())
-        if status["state"] == "complete":
-            newest = store.step_folder(folder / "checkpoints", status["step"]) / store.META
-            with suppress(OSError, ValueError, KeyError):  # its checkpoint may be gone
-                length = json.loads(newest.read_text())["meta"]["steps_per_epoch"]
-            return config.steps(length * config.batch_size) <= int(status["step"])
-    return False
+    status = read_json(folder / "status.json")  # without one that can be read, the run goes on
+    step, length = status.get("step"), 0
+    if status.get("state") != "complete" or not isinstance(step, int):
+        return False
+    with suppress(KeyError, TypeError):  # its checkpoint may be gone
+        length = read_json(store.step_folder(folder / "checkpoints", step) / store.META)["meta"]["steps_per_epoch"]
+    return config.steps(length * config.batch_size) <= step
 
 
 def _run(
     config: Config, path: Path, engine: Engine, quiet: bool, hooks: Hooks, saved: Path | None = None, *, fresh: bool
 ) -> Result:
     """Train in a folder, from the checkpoint `saved` or from the start, then export the networks."""
-    stop = StopRequest(config.time_limit, config.out)
-    with engine.running(), Display(engine.is_first and not quiet, stop) as display, ExitStack() as stack:
+    stop = StopRequest(config.time_limit, config.out, "before its first step; start it again")
+    with stop, engine.running(), Display(engine.is_first and not quiet, stop) as display, ExitStack() as stack:
         with explaining(config, engine):
             recorded = {} if fresh else load_run(path).environment
             config, given = open_sources(config, saved is not None, recorded)
@@ -227,7 +224,7 @@ def _run(
         for note in prepare(run, saved):
             display.say(note)
         engine.on_first(lambda: write_changes(run))
-        with stop, recording(run, display), explaining(run.config, engine):
+        with recording(run, display), explaining(run.config, engine):
             if run.folder is not None:
                 run.folder.give_up_after(run.state.step)
                 run.folder.status("running", run.state.step)
@@ -235,7 +232,8 @@ def _run(
             engine.on_first(lambda: hooks.call("on_start", run))
             train(run, display, stop)
         engine.on_first(lambda: hand_over(run, display))
-        engine.on_first(lambda: write_page(run, display))
+        if not engine.largest(stop.pending()):  # else `relssl report` can do it later
+            engine.on_first(lambda: write_page(run, display))
         result = _result(path, engine.rank)
         engine.on_first(lambda: hooks.call("on_end", result))
         return result
@@ -263,8 +261,12 @@ def begin(run: Run, display: Display, fresh: bool) -> None:
         images = f"{len(run.images)} images that are not the {stored.data.get('images', '')} of the run"
         raise DataError(f"{run.images.name}: holds {images}, by their names, order and sizes; give the folder or list that does")
     display.log_to(folder.path / "run.log")
+    for line in folder.mend():
+        display.say(line)
     if stored.config.epochs != config.epochs:
-        display.say(f"epochs are {config.epochs} instead of {stored.config.epochs}: from here on the schedules are theirs")
+        display.say(
+            f"epochs are {config.epochs} instead of {stored.config.epochs}: from here on the schedules are those of {config.epochs} epochs"
+        )
     folder.bad_samples(run.images.bad)
 
 
@@ -290,7 +292,8 @@ def prepare(run: Run, saved: Path | None) -> Iterator[str]:
     if compiled := compile_networks(run):
         yield compiled
     if saved is not None:
-        inexact = checkpoint.restore(saved, run.state, run.engine, origin(run))
+        with store.offering(saved):
+            inexact = checkpoint.restore(saved, run.state, run.engine, origin(run))
         manner = f"not bit for bit ({'; '.join(inexact)})" if inexact else "exactly"
         yield f"going on {manner} from step {run.state.step}"
     if run.known is not None:
@@ -311,18 +314,14 @@ def recording(run: Run, display: Display) -> Iterator[None]:
             with suppress(StorageError):  # a full disk must not hide the error that there is to report
                 run.folder.failed(run.state.step, error)
 
-    def lost(error: DistributedError) -> None:
-        display.say(f"relssl: {error}")
-        record(error)
-
-    run.engine.last_words = lost
+    run.engine.last_words = record
     try:
         yield
     except BaseException as error:
         record(error)
         raise
     finally:
-        run.engine.last_words = None
+        run.engine.last_words = id
 
 
 def hand_over(run: Run, display: Display) -> None:
@@ -465,10 +464,9 @@ def explaining(config: Config, engine: Engine) -> Iterator[None]:
                 f"batch_size: {config.batch_size} does not fit the device's memory; lower it, {pieces}"
                 "or set loader.path files to keep the images out of it"
             ) from error
-        if engine.world == 1:
+        if engine.watch is None:
             raise
-        reason = f"rank {engine.rank} failed, another may have been lost: {store.one_line(error)}"
-        raise DistributedError(f"{reason}; the last checkpoint is good, resume from it") from error
+        raise DistributedError(engine.watch.explain(store.one_line(error))) from error
 
 
 def compile_networks(run: Run) -> str | None:

@@ -9,7 +9,7 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ class RunFolder:
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {platform.node()}")
         self._lock.flush()
-        self._listed = {row["file"] for row in read_rows(path / "bad_samples.jsonl")}
+        self._listed = {row.get("file") for row in read_rows(path / "bad_samples.jsonl")}
         self._rows: Any = None
         self._loggers: Loggers | None = None
         self.draw: Callable[[Callable[[Any], object]], None] = lambda draws: None  # see `Loggers.draw`
@@ -77,15 +77,24 @@ class RunFolder:
     def failed(self, step: int, error: BaseException) -> None:
         """Write to status.json why the run has ended before its last step."""
         details = {"kind": getattr(error, "kind", "bug"), "field": None, "message": str(error)}
-        newest = max((path.name for path in self.checkpoints.glob("step-*")), default=None)
+        newest = max((path.name for path in store.checkpoints(self.checkpoints)), default=None)
         facts = {"exit_code": getattr(error, "exit_code", 1), "error": details, "last_checkpoint": newest}
         self.status("interrupted" if isinstance(error, Interrupted) else "failed", step, **facts)
 
     def give_up_after(self, step: int) -> None:
-        """Remove checkpoints later than `step`: going on from an older one gives their future up."""
+        """Remove checkpoints later than `step`, whole or not: going on from an older one gives their future up."""
         for path in store.checkpoints(self.checkpoints):
             if path > store.step_folder(self.checkpoints, step):
                 store.remove(path)
+
+    def mend(self) -> Iterator[str]:
+        """Take lines that are no rows out of the logs, and yield what there is to say of it."""
+        for name, key, kind in (("metrics.jsonl", "step", int), ("bad_samples.jsonl", "file", str)):
+            path = self.path / name
+            rows = [row for row in read_rows(path) if isinstance(row.get(key), kind)]
+            if path.exists() and (odd := len(path.read_bytes().splitlines()) - len(rows)):
+                write_file(path, b"".join(to_json(row, None) for row in rows))
+                yield f"{name}: {odd} damaged {'lines are' if odd > 1 else 'line is'} left out"
 
     def bad_samples(self, faults: list[tuple[str, str]]) -> None:
         """List images that could not be read, each file once: one object a line with the file and the reason."""

@@ -16,10 +16,16 @@ _SAME = 2.0  # seconds within which a signal that comes again is the same reques
 
 
 class StopRequest:
-    """Listens for signals and a limit of `minutes` while a run goes on, whose folder messages name; a second signal leaves at once."""
+    """Listens for signals and a limit of `minutes` while a run goes on, whose folder messages name; a second signal leaves at once.
 
-    def __init__(self, minutes: float | None, run: str | None = None) -> None:
+    Attributes:
+        at_once: with what to say of it, a signal raises Interrupted wherever the main thread is; None, while there are steps to save:
+            it is `pending`.
+    """
+
+    def __init__(self, minutes: float | None = None, run: str | None = None, at_once: str = "") -> None:
         self.code, self.run, self.reason = 0, run, "on another rank's request"
+        self.at_once: str | None = at_once
         self._deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
         self._handlers: dict[int, Any] = {}
         self._received = math.inf
@@ -41,6 +47,8 @@ class StopRequest:
         self._received = min(self._received, time.monotonic())
         if not self.code:
             self.code, self.reason = STOPPING[signal.Signals(number)], f"by {signal.Signals(number).name}"
+            if self.at_once is not None:
+                raise Interrupted(f"stopped {self.reason} {self.at_once}".strip(), self.code)
 
     def pending(self) -> int:
         """Return the exit code of a pending request, or 0."""

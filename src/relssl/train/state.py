@@ -20,14 +20,13 @@ class Guard:
 
     Attributes:
         streak: scalar int64 on the device, the non-finite steps in a row until now.
-        worst: the longest streak since `longest` was last called, likewise.
     """
 
     def __init__(self, networks: Sequence[nn.Module], device: torch.device) -> None:
         buffers = [buffer for network in networks for buffer in network.buffers()]
         self._kinds = [_Copies([each for each in buffers if each.dtype == kind]) for kind in {each.dtype for each in buffers}]
+        self._judged = [bool(copies.note().isfinite()) for copies in self._kinds]  # others hold constants such as -inf
         self.streak = torch.zeros((), dtype=torch.int64, device=device)
-        self.worst = self.streak.clone()
 
     def watch(self) -> None:
         """Note the buffers before a step's forward passes."""
@@ -39,23 +38,21 @@ class Guard:
         for copies in self._kinds:
             torch._foreach_copy_(copies.buffers, copies.before)
 
+    def doubt(self) -> Tensor | int:
+        """Note the buffers after a step's forward passes. Return 0, or NaN if they are no longer finite: a batch norm's variance
+        overflows long before the loss does."""
+        sums = [copies.note() for copies in self._kinds]
+        return 0 * sum(total for total, judged in zip(sums, self._judged, strict=True) if judged)
+
     def judge(self, loss: Tensor, norm: Tensor) -> Tensor:
         """Return [] on the device, true if loss and gradient norm are finite; if not, the buffers are put back."""
         good = torch.isfinite(loss) & torch.isfinite(norm)
         for copies in self._kinds:
-            torch._foreach_copy_(copies.after, copies.buffers)
             torch.where(good, copies.block_after, copies.block_before, out=copies.block_before)
         self.take_back()
         self.streak += 1
         self.streak *= ~good
-        torch.maximum(self.worst, self.streak, out=self.worst)
         return good
-
-    def longest(self) -> Tensor:
-        """Return the longest streak since the last call, [] on the device."""
-        longest = self.worst.clone()
-        self.worst.copy_(self.streak)
-        return longest
 
 
 class _Copies:
@@ -64,6 +61,11 @@ class _Copies:
     def __init__(self, buffers: list[Tensor]) -> None:
         self.buffers = buffers
         (self.block_before, self.before), (self.block_after, self.after) = (self._block() for _ in range(2))
+
+    def note(self) -> Tensor:
+        """Copy the buffers to the second block; return its sum [], which is finite if they are."""
+        torch._foreach_copy_(self.after, self.buffers)
+        return self.block_after.sum(dtype=torch.float32)
 
     def _block(self) -> tuple[Tensor, list[Tensor]]:
         block = self.buffers[0].new_empty(sum(buffer.numel() for buffer in self.buffers))
@@ -82,3 +84,4 @@ class State:
     best: dict[str, Any] | None = None  # {figure: value, "checkpoint"} of the best student so far, once one was measured
     neighbours: list[str] | None = None  # of the images that `Online` looks at, each a line, when they were last measured
     unreadable: set[str] = field(default_factory=set)  # files that could not be read so far
+    infinite: set[str] = field(default_factory=set)  # tensors that are not finite from the start, such as masks

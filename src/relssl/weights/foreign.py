@@ -277,7 +277,10 @@ def load_timm(name: str) -> Any:
     try:
         weights = timm.create_model(name, pretrained=True, num_classes=0).state_dict()
     except Exception as error:  # whatever the network, the hub or the file raise
-        raise CheckpointError(f"{name}: its weights cannot be fetched ({store.one_line(error)}); is there a network?") from error
+        raise CheckpointError(
+            f"{name}: its weights cannot be fetched ({store.one_line(error)}); without a network, copy the cache of the Hugging Face Hub "
+            "(HF_HOME, else ~/.cache/huggingface) from a machine that has them, and set HF_HUB_OFFLINE=1 to skip the retries"
+        ) from error
     # timm rounds down to whole pixels.
     margin = math.floor(cfg.input_size[-1] / cfg.crop_pct) / cfg.input_size[-1]
     view = PlainView(cfg.input_size[-1], margin, cfg.interpolation, tuple(cfg.mean), tuple(cfg.std))

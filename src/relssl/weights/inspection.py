@@ -44,7 +44,7 @@ def inspect(run: str | Path, name: str | None = None) -> dict[str, Any]:
     origin = {
         name: value for name, value in (facts | facts["choices"]).items() if name in ("steps_per_epoch", "data", *WARNED.values())
     }
-    broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    broken = sorted(store.non_finite(tensors))
     return {"checkpoint": path.name, "step": facts["step"], **totals, "depends": origin, "not_finite": broken}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from safetensors import safe_open
 from relssl.data.loader import worker_count
 from relssl.data.plain import Reader
 from relssl.errors import CheckpointError, ConfigError
+from relssl.files import read_json
 from relssl.settings import parts, recipes
 from relssl.settings.reading import read_yaml
 from relssl.settings.recipes import public_name
@@ -33,9 +33,7 @@ class Run:
     @property
     def environment(self) -> dict[str, Any]:
         """The facts that the run noted when it was started: versions, hardware, data, weights it was given; as far as it can be read."""
-        with contextlib.suppress(OSError, ValueError, TypeError):  # torn, or of another version
-            return dict(json.loads((self.folder / "environment.json").read_text()))
-        return {}
+        return read_json(self.folder / "environment.json")
 
     @property
     def data(self) -> dict[str, Any]:
@@ -50,12 +48,8 @@ class Run:
         if path is None:
             named = f" {name!r}; it holds: {', '.join(saved) or 'none'}" if name else " yet"
             raise CheckpointError(f"{self.folder}: holds no checkpoint{named}")
-        try:
+        with store.offering(path):
             store.verify(path)
-        except CheckpointError as error:
-            good = next(filter(store.is_whole, reversed(saved.values())), None)
-            offer = good and f"a good one: `relssl resume {self.folder} --checkpoint {good.name}`"
-            raise CheckpointError(f"{error}; {offer or 'no other is good'}") from error
         return path
 
 

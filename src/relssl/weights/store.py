@@ -150,6 +150,11 @@ def unflatten(tensors: Mapping[str, Tensor], rest: Any) -> Any:
         raise CheckpointError(f"the state is malformed, or a tensor of it is missing ({one_line(error)})") from error
 
 
+def non_finite(tensors: Mapping[str, Tensor]) -> set[str]:
+    """Return the names of those in which a number is not finite."""
+    return {name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())}
+
+
 def save(folder: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
     """Write a checkpoint folder, whole or not at all.
 
@@ -247,10 +252,24 @@ def step_folder(parent: Path, step: int) -> Path:
 
 
 def checkpoints(parent: Path) -> list[Path]:
-    """List the complete checkpoints in `parent`, by step: named exactly so, no links, with all three files. Not verified."""
-    folders = [folder for folder in parent.glob("step-*") if _STEP.fullmatch(folder.name) and not folder.is_symlink()]
-    complete = [folder for folder in folders if all(_is_plain(folder / name) for name in FILES)]
-    return sorted(complete, key=lambda folder: int(folder.name.removeprefix("step-")))
+    """List the checkpoints in `parent`, by step: folders named exactly so, no links. They may be damaged, or incomplete."""
+    folders = [each for each in parent.glob("step-*") if _STEP.fullmatch(each.name) and each.is_dir() and not each.is_symlink()]
+    # Where others' files alone are left, one was deleted.
+    ours = [folder for folder in folders if (names := set(os.listdir(folder))) & set(FILES) or not names]
+    return sorted(ours, key=lambda folder: int(folder.name.removeprefix("step-")))
+
+
+@contextlib.contextmanager
+def offering(path: Path) -> Iterator[None]:
+    """Raise whatever goes wrong with the checkpoint at `path` as a CheckpointError that says which other one of its run is good."""
+    try:
+        yield
+    except (CheckpointError, LookupError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+        fault = f"{error} is missing" if isinstance(error, LookupError) else one_line(error)
+        fault = str(error) if isinstance(error, CheckpointError) else f"{path}: does not fit this configuration: {fault}"
+        good = next((other for other in reversed(checkpoints(path.parent)) if other != path and is_whole(other)), None)
+        offer = good and f"a good one: `relssl resume {path.parents[1]} --checkpoint {good.name}`"
+        raise CheckpointError(f"{fault}; {offer or 'no other is good'}") from error
 
 
 def prune(parent: Path, keep: int, protect: Iterable[str | Path] = ()) -> list[Path]:
