@@ -4,7 +4,7 @@
 
 From a command line, in this folder:
 
-    relssl pretrain own_dataset:sides --backbone resnet10t --image_size 32 --epochs 1
+    relssl pretrain own_dataset:sides --backbone resnet10t --image_size 32 --epochs 1 --out runs/own-dataset
 """
 
 import sys

@@ -4,7 +4,7 @@
 
 From a command line, in this folder:
 
-    relssl pretrain digits --method own_method:Similarities
+    relssl pretrain digits --method own_method:Similarities --out runs/own-method
 """
 
 import sys

@@ -4,7 +4,7 @@
 
 It begins with the weights that it has, and a copy of it is trained. From a command line, in this folder:
 
-    relssl pretrain digits --backbone own_module:Small --backbone_args '{width: 32}'
+    relssl pretrain digits --backbone own_module:Small --backbone_args '{width: 32}' --out runs/own-module
 """
 
 import sys

@@ -4,7 +4,7 @@
 
 From a command line, in this folder:
 
-    relssl pretrain digits --views.strong own_view:strong --views.strong.size 32
+    relssl pretrain digits --views.strong own_view:strong --views.strong.size 32 --out runs/own-view
 """
 
 import sys
