@@ -126,7 +126,7 @@ def test_without_labels_the_best_checkpoint_is_kept_by_a_figure_and_resumes_exac
     newest = max((whole.folder / "checkpoints").glob("step-*"))
     best = json.loads((newest / "state.json").read_text())["meta"]["best"]
     figure = next(name for name in best if name != "checkpoint")
-    rows = [row for row in whole.rows if "lidar" in row and row["step"]]  # those of evaluations
+    rows = [row for row in whole.rows if "feature_rank" in row and row["step"]]  # those of evaluations
     assert best == {figure: (top := max(row[figure] for row in rows)), "checkpoint": best["checkpoint"]}
     assert best["checkpoint"].endswith(str(next(row["step"] for row in rows if row[figure] == top)))
     assert (whole.folder / "checkpoints" / best["checkpoint"]).exists()

@@ -6,13 +6,12 @@ from collections import deque
 import hypothesis.strategies as st
 import numpy as np
 import pytest
-import scipy.linalg
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 
 from relssl.method import Encoder, Memory, ReSSL, create_backbone, health, info_nce, relation, relational_loss, schedules
-from relssl.method.health import effective_rank, lidar
+from relssl.method.health import effective_rank
 
 
 def unit(*shape: int) -> torch.Tensor:
@@ -156,21 +155,6 @@ def test_health_of_known_relations() -> None:
 def test_effective_rank_counts_directions() -> None:
     assert float(effective_rank(torch.eye(16))) == pytest.approx(16, rel=1e-4)
     assert float(effective_rank(torch.ones(16, 8))) == pytest.approx(1, rel=1e-3)
-
-
-def test_lidar_equals_a_float64_oracle_of_generalised_eigenvalues() -> None:
-    generator = np.random.default_rng(0)
-    views = generator.normal(size=(40, 1, 6)) * [4, 3, 2, 1, 0.1, 0.1] + generator.normal(size=(40, 3, 6))
-    wide = views / views.std(ddof=1)
-    means = wide.mean(axis=1)
-    centred = means - means.mean(axis=0)
-    within = (wide - means[:, None]).reshape(-1, 6)
-    values = scipy.linalg.eigh(centred.T @ centred, within.T @ within / len(within) + 1e-4 * np.eye(6), eigvals_only=True)
-    share = values / values.sum()
-    assert float(lidar(torch.tensor(views, dtype=torch.float32))) == pytest.approx(
-        np.exp(-(share * np.log(share)).sum()), rel=1e-4
-    )
-    assert lidar(torch.full((4, 2, 3), torch.nan)).isnan()
 
 
 def test_figures_of_relations_equal_a_float64_oracle(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,19 +115,3 @@ def effective_rank(embeddings: Tensor) -> Tensor:
     share = values / values.sum().clamp_min(1e-12)
     rank: Tensor = torch.special.entr(share).sum().exp()
     return rank
-
-
-def lidar(views: Tensor) -> Tensor:
-    """exp of the entropy of the normalised eigenvalues of between-sample against within-sample scatter of the embeddings [n, q, D]
-    of q views of n samples (LiDAR, arXiv 2312.04000), 1 to min(n - 1, D): how many directions tell samples apart. It waits."""
-    if not torch.isfinite(views).all():
-        return views.new_tensor(torch.nan)
-    views = views.double() / views.double().std().clamp_min(1e-12)  # so that the ridge is one of scale 1
-    means = views.mean(dim=1)  # [n, D]
-    within = (views - means[:, None]).flatten(end_dim=1)
-    ridge = 1e-4 * torch.eye(views.shape[-1], dtype=views.dtype, device=views.device)
-    factor = torch.linalg.cholesky(within.T @ within / len(within) + ridge)
-    between = torch.linalg.solve_triangular(factor, (means - means.mean(dim=0)).T, upper=False)
-    values = torch.linalg.svdvals(between).square()
-    dimensions: Tensor = torch.special.entr(values / values.sum().clamp_min(1e-12)).sum().exp()
-    return dimensions

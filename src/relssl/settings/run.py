@@ -282,7 +282,7 @@ class CheckpointConfig:
     every: Count = setting(1, "epochs between checkpoints")
     every_steps: Count | None = setting(None, "steps between further checkpoints; null: none")
     keep: int = setting(2, "newest checkpoints that are kept", ge=2, le=1000)
-    best: Literal["knn", "label-free", "off"] = setting("knn", "figure of the best checkpoint; label-free: lidar")
+    best: Literal["knn", "label-free", "off"] = setting("knn", "figure of the best checkpoint; label-free: positive_margin")
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -9,20 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from relssl.data.images import Images, Pixels
-from relssl.data.loader import Loader, Plan, worker_count
+from relssl.data.loader import worker_count
 from relssl.data.plain import PlainView, Reader
 from relssl.engine import Engine
-from relssl.evaluation.features import LabelledFeatures, evaluating, extract, unit
+from relssl.evaluation.features import LabelledFeatures, extract, unit
 from relssl.evaluation.knn import knn_accuracy
 from relssl.evaluation.pairs import LabelledPair, choose
 from relssl.method.base import unwrapped
-from relssl.method.health import effective_rank, lidar, spread
+from relssl.method.health import effective_rank
 from relssl.settings.run import Config, derive
 from relssl.train.loggers import pictures
 from relssl.train.state import State
 
-_IMAGES, _BATCH = 512, 128  # images that the figures without labels are of
-_VIEWS, _NEAR = 4, 10  # strong views of each, and nearest neighbours
+_IMAGES, _NEAR = 512, 10  # images that the figures without labels are of, and nearest neighbours of each
 
 
 class Online:
@@ -36,11 +35,11 @@ class Online:
     def __init__(self, images: Images, config: Config, pair: LabelledPair | None = None) -> None:
         workers = worker_count(config.loader.workers, config.engine.devices)
         self.reader = Reader(PlainView.of(config.views), workers, config.loader.max_pixels)
-        self.images = choose(images, min(_IMAGES, len(images) - len(images) % _BATCH or len(images)), config.seed)
+        self.images = choose(images, min(_IMAGES, len(images)), config.seed)
         self.config, self.pair = config, pair
         networks = 1 + derive(config).traits.teacher
         # Images that pass through a network.
-        self.passes = (1 + _VIEWS) * len(self.images) + (0 if pair is None else networks * (len(pair.bank) + len(pair.test)))
+        self.passes = len(self.images) + (0 if pair is None else networks * (len(pair.bank) + len(pair.test)))
 
     def measure(self, state: State, engine: Engine) -> dict[str, float]:
         """Measure the present networks for a row.
@@ -48,17 +47,13 @@ class Online:
         Returns:
             feature_rank: effective rank of the student's features, centred.
             neighbour_stability: mean share of an image's 10 nearest neighbours that are those of the last time, kept in the state.
-            lidar, feature_alignment, feature_uniformity: of 4 strong views of each image, the same ones each time.
             knn_top1, knn_teacher_top1: top-1 in percent at `log.knn`, where there are labels, and a teacher.
         """
         student = unwrapped(state.model.student).backbone
-        vectors, views = extract(student, self.images, self.reader, engine).vectors, self._strong(student, engine)
+        vectors = extract(student, self.images, self.reader, engine).vectors
         rows, near = unit(vectors), min(_NEAR, len(vectors) - 1)
         nearest = (rows @ rows.T).fill_diagonal_(-torch.inf).topk(near).indices
-        figures = {"feature_rank": float(effective_rank(vectors - vectors.mean(dim=0))), "lidar": float(lidar(views))}
-        sides = unit(views.flatten(end_dim=1)).view_as(views)
-        figures["feature_alignment"] = float((sides - sides.roll(1, dims=1)).square().sum(dim=-1).mean())
-        figures["feature_uniformity"] = float(spread(sides[:, 0])["uniformity"])
+        figures = {"feature_rank": float(effective_rank(vectors - vectors.mean(dim=0)))}
         if state.neighbours:
             before = torch.tensor([[int(each) for each in line.split()] for line in state.neighbours])
             shared = (nearest[:, :, None] == before[:, None]).any(dim=-1)
@@ -89,21 +84,6 @@ class Online:
         labels = None if self.images.labels is None else self.images.labels[features.rows].tolist()
         shown = [pictures(views) for _, views, _ in self.reader.batches(self.images)]
         return {"mat": features.vectors, "metadata": labels, "label_img": torch.cat(shown)}
-
-    @torch.no_grad()
-    def _strong(self, backbone: nn.Module, engine: Engine) -> Tensor:
-        """The features of strong views, [N, 4, F]; an epoch of a loader gives one of each image."""
-        config, count = self.config, len(self.images)
-        plan, view = Plan(count, min(_BATCH, count), seed=config.seed), (derive(config).strong or derive(config).views)[0]
-        loader = Loader(self.images, [view], plan, engine.device, config.views.statistics(), config.loader, config.engine.devices)
-        features = []
-        with evaluating(backbone):
-            for (batch,) in loader.stream(0, _VIEWS * plan.steps_per_epoch):
-                with engine.autocast():
-                    features.append(backbone(engine.place(batch.weak)).float().cpu())
-        order = torch.stack([torch.from_numpy(plan.order(epoch)).argsort() for epoch in range(_VIEWS)])
-        views = torch.cat(features).view(_VIEWS, count, -1)
-        return torch.stack([view[rows] for view, rows in zip(views, order, strict=True)], dim=1)
 
     def _top1(self, pair: LabelledPair, backbone: nn.Module, engine: Engine, reader: Reader | None = None) -> float:
         sides = []
