@@ -41,7 +41,9 @@ def main() -> None:
     for seed in range(args.seeds):  # every method has one run before any has two
         for method in methods:
             folder = args.out / f"{method}-{seed}"
-            relssl.pretrain(args.data, out=folder, method=method, seed=seed, resume="auto", quiet=True, **limits)
+            relssl.pretrain(
+                args.data, out=folder, method=method, seed=seed, resume="auto", quiet=True, log={"report": False}, **limits
+            )
             figures[method].append(measure(folder, args.data))
             last = ", ".join(f"{FIGURES[name]} {value:.1f}" for name, value in figures[method][-1].items())
             print(f"{method} seed {seed}: {last}", flush=True)

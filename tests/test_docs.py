@@ -102,7 +102,7 @@ def test_a_method_is_added_as_the_guide_says(tmp_path: Path) -> None:
     (package / "settings/recipes/_align.yaml").write_text(base)
     (package / "settings/recipes/align").mkdir()
     (package / "settings/recipes/align/digits.yaml").write_text(recipe)
-    words = "pretrain digits --method align --max_images 128 --epochs 1 --log.knn_every 0 --engine.device cpu --engine.threads 1 --out run"
+    words = "pretrain digits --method align --max_images 128 --epochs 1 --log.knn_every 0 --log.report false --engine.device cpu --engine.threads 1 --out run"
     env = {"PYTHONPATH": str(tmp_path), "PATH": "", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "relssl", *words.split()]
     ran = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)  # where the copy of the package is
