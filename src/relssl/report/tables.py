@@ -210,10 +210,9 @@ def show_summary(result: Result, config: Config) -> None:
     print("\n".join(known["verdict"]))
     if bad := read_rows(result.folder / "bad_samples.jsonl"):
         print(f"Images that could not be read: {len(bad)}, in {result.folder / 'bad_samples.jsonl'}")
+    places = {"run folder": result.folder, "weights": result.backbone, "report": result.folder / "report.html"}
+    print("\n" + "\n".join(f"{name:11} {path}" for name, path in places.items() if path.exists()))
     print(f"""
-run folder  {known["folder"]}
-weights     {known["backbone"]}
-
 Load them:
 
     import relssl
