@@ -28,9 +28,9 @@ in_browser = pytest.mark.skipif(PROGRAM is None, reason=HOW)
 
 def data_of(page: Path) -> Any:
     """The facts inside a page."""
-    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page.read_text(), re.DOTALL)
-    assert found
-    return json.loads(found[1])
+    data = re.search(r'<script type="application/json" id="data">(.*?)</script>', page.read_text(), re.DOTALL)
+    assert data
+    return json.loads(data[1])
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,12 @@ import copy
 import importlib.util
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -58,12 +60,14 @@ class Gallery:
     views: Sheet
 
 
-def newest(opened: Opened) -> Any:
-    """Return the newest checkpoint that is whole; CheckpointError if there is none."""
+def newest(opened: Opened) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
+    """Return the newest checkpoint that is whole, its tensors and what else it holds; CheckpointError if there is none."""
     for path in reversed(store.checkpoints(opened.folder / "checkpoints")):
-        if store.is_whole(path):
-            return path
-    return opened.checkpoint()  # whose error says why
+        with suppress(CheckpointError):  # a run that goes on lets go of its older ones, this one perhaps meanwhile
+            if store.is_whole(path):
+                return path, *store.load(path)
+    path = opened.checkpoint()  # whose error says why, or one that has come meanwhile
+    return path, *store.load(path)
 
 
 def gallery(opened: Opened, say: Callable[[str], None] = lambda line: None) -> Gallery:
@@ -88,7 +92,7 @@ def ready(opened: Opened) -> Iterator[tuple[Run, Encoder, Callable[[], None]]]:
     Raises:
         RelsslError: if checkpoint or images are missing or damaged.
     """
-    path, config = newest(opened), opened.config
+    (path, tensors, meta), config = newest(opened), opened.config
     images = load_images(config)
     if opened.data and opened.data["fingerprint"] != images.fingerprint():
         raise DataError(f"{images.name}: holds other images now than those that the run was trained on")
@@ -96,7 +100,7 @@ def ready(opened: Opened) -> Iterator[tuple[Run, Encoder, Callable[[], None]]]:
     engine = Engine.local("cpu" if config.engine.device == "cpu" else "auto", config.engine.precision)
     with engine.running(), torch.no_grad():
         run = create_run(config, engine, images, given=given)
-        start, (tensors, meta) = copy.deepcopy(unwrapped(run.state.model.student)), store.load(path)
+        start = copy.deepcopy(unwrapped(run.state.model.student))
         run.state.step = int(meta["step"])
         reset = partial(restore, run.state.model, tensors, path)
         reset()
@@ -263,7 +267,8 @@ def maps(vectors: Tensor, seed: int) -> dict[str, list[list[int]]]:
         tsne = TSNE(init="pca", perplexity=min(30, (len(x) - 1) / 3), random_state=seed, n_jobs=torch.get_num_threads())
         flat["t-SNE"] = tsne.fit_transform(few)
         if importlib.util.find_spec("umap") is not None:
-            import umap
+            with warnings.catch_warnings(action="ignore"):  # that it could do more with TensorFlow
+                import umap
 
             flat["UMAP"] = umap.UMAP(random_state=seed, n_jobs=1).fit_transform(few)
     return {name: _scaled(places) for name, places in flat.items()}

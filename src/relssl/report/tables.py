@@ -183,15 +183,16 @@ def _range(interval: Any) -> str:
 def facts(result: Result, config: Config) -> dict[str, Any]:
     """Return what a run came to, as one JSON object."""
     first, last, start = result.rows[0], result.rows[-1], next(row for row in result.rows if "loss" in row)
+    measured = next((row for row in reversed(result.rows) if "feature_rank" in row or "knn_top1" in row), last)
     before = {name: first[name] for name in ("knn_top1", "feature_rank") if name in first and first["step"] == 0}
     known = {
         **{"folder": str(result.folder), "backbone": str(result.backbone), "step": last["step"]},
         "knn_raw_pixels": first.get("knn_raw_pixels"),
         "knn_untrained": before.get("knn_top1") if config.start is None else None,
         "knn_start": before.get("knn_top1") if config.start is not None else None,
-        "knn_student": last.get("knn_top1"),
-        "knn_teacher": last.get("knn_teacher_top1", first.get("knn_teacher_top1")),  # of a frozen one, measured once
-        "feature_rank": [before["feature_rank"], last.get("feature_rank")] if "feature_rank" in before else None,
+        "knn_student": measured.get("knn_top1") if measured is not first else None,
+        "knn_teacher": measured.get("knn_teacher_top1", first.get("knn_teacher_top1")),  # of a frozen one, measured once
+        "feature_rank": [before["feature_rank"], measured.get("feature_rank")] if "feature_rank" in before else None,
         **{"loss_start": start["loss"], "loss_end": last["loss"]},
         **{"info_nce_start": start["warmup_mix"], "info_nce_end": last["warmup_mix"]},
         "health": {
