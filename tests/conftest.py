@@ -3,10 +3,13 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import tempfile
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+
+from small_runs import small_run
 
 # No test looks into the real one; processes that tests start inherit it.
 _CACHE = tempfile.TemporaryDirectory(prefix="relssl-tests-")
@@ -37,3 +40,9 @@ class TinyNet(nn.Module):
 @pytest.fixture
 def tiny_net() -> type[TinyNet]:
     return TinyNet
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained small run, whose tests only read."""
+    return small_run(tmp_path_factory.mktemp("given") / "source").folder

@@ -31,14 +31,6 @@ OVER: dict[str, Any] = {name: value for name, value in SMALL.items() if name != 
 }
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A trained run, whose tests only read."""
-    folder = tmp_path_factory.mktemp("start") / "source"
-    small_run(folder)
-    return folder
-
-
 def going_on(out: Path, source: Any, **more: Any) -> Result:
     return pretrain(settings=resolve(merge(OVER, nest({"out": str(out), "start": str(source)} | more))), quiet=True)
 

@@ -34,14 +34,6 @@ OVER: dict[str, Any] = merge(SMALL, {"backbone_args": NARROW}) | {
 FIXED = {"views.weak.affine": 0}
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A trained run, wider than its student, whose tests only read."""
-    folder = tmp_path_factory.mktemp("teacher") / "source"
-    small_run(folder)
-    return folder
-
-
 def taught(out: Path, source: Any, **more: Any) -> Result:
     return pretrain(settings=resolve(merge(OVER, nest({"out": str(out), "teacher": str(source)} | more))), quiet=True)
 

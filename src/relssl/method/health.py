@@ -73,7 +73,7 @@ def health(
 
 @torch.no_grad()
 def spread(keys: Tensor) -> dict[str, Tensor]:
-    """How far keys [B, D] lie apart, two scalars.
+    """Measure the distances between keys [B, D]: two scalars.
 
     Returns:
         embedding_std: mean over dimensions of their standard deviation, times sqrt(D): about 1 when healthy, 0 when all are one.

@@ -58,7 +58,7 @@ class Memory(nn.Module):
         self.pointer.add_(total if when is None else total * when).remainder_(size)
 
     def ages(self, rows: int) -> Tensor:
-        """How many pushes of `rows` keys each have been made since a key was written, itself included: int64 [K], from 1 for the newest;
+        """Count the pushes of `rows` keys each since a key was written, itself included: int64 [K], from 1 for the newest;
         0 where no sample has been written."""
         since = (self.pointer - 1 - torch.arange(len(self.ids), device=self.ids.device)) % len(self.ids)
         return (since // rows + 1) * (self.ids >= 0)

@@ -38,10 +38,11 @@ def doctor(run: str | Path | None = None) -> list[dict[str, str]]:
     """Look for what may be wrong with this machine, or with a run, in whatever state; return {"name", "what", "evidence", "remedy"} of each
     finding of findings.yaml, none where all is well. ConfigError if the folder holds no run."""
     signs = machine_signs(machine()) if run is None else run_signs(Path(run))
-    found = [(name, {"folder": run} | (facts if isinstance(facts, dict) else {})) for name, facts in signs if facts]
+    findings = [(name, {"folder": run} | (facts if isinstance(facts, dict) else {})) for name, facts in signs if facts]
     texts, fields = read_yaml(Path(__file__).with_name("findings.yaml")), ("what", "evidence", "remedy")
     return [
-        {"name": name} | dict(zip(fields, (text.format(**facts) for text in texts[name]), strict=True)) for name, facts in found
+        {"name": name} | dict(zip(fields, (text.format(**facts) for text in texts[name]), strict=True))
+        for name, facts in findings
     ]
 
 
@@ -85,8 +86,8 @@ def machine_signs(facts: dict[str, Any]) -> Signs:
         version = versions.get(need.name.lower().replace("_", "-"))
         fault = "missing" if version is None else "of a version that does not work"
         bad = version is None or not need.specifier.contains(version, prereleases=True)
-        wanted = need.marker is None or need.marker.evaluate({"extra": ""})
-        yield "package", wanted and bad and {"name": need.name, "need": need, "version": version or "none", "fault": fault}
+        applies = need.marker is None or need.marker.evaluate({"extra": ""})
+        yield "package", applies and bad and {"name": need.name, "need": need, "version": version or "none", "fault": fault}
     yield "cpus", facts["quota"] and facts["quota"] < cores and facts
     yield "threads", facts["threads"].isdecimal() and int(facts["threads"]) < cores and facts
     yield "limit", facts["limit"] and facts["limit"] < facts["memory"] and facts

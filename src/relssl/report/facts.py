@@ -1,4 +1,4 @@
-"""What the files of a run folder say of the run, whatever is missing there."""
+"""The facts about a run in the files of its folder, whatever is missing there."""
 
 from __future__ import annotations
 

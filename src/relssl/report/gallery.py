@@ -169,16 +169,16 @@ def share_matched(queries: Tensor, keys: Tensor) -> float:
 
 def choose_shown(explored: list[int], facts: dict[str, Any], model: Method, count: int, seed: int) -> np.ndarray:
     """Return the positions of the images that are shown: the explored ones, those that their relations fall on, others by the seed."""
-    wanted = dict.fromkeys(explored)
+    rows = dict.fromkeys(explored)
     if facts["relations"]:
         assert model.memory is not None
         ids = model.memory.ids.tolist()
         for rank in range(_PER_IMAGE):
             slots = (each["slots"][rank] for each in facts["relations"]["images"] if rank < len(each["slots"]))
-            wanted |= dict.fromkeys(row for slot in slots if (row := ids[slot]) >= 0)
+            rows |= dict.fromkeys(row for slot in slots if (row := ids[slot]) >= 0)
     others = np.random.default_rng(seed).choice(count, min(count, SHOWN), replace=False)
-    wanted |= dict.fromkeys(others.tolist())
-    return np.array(list(wanted)[:SHOWN], np.int64)
+    rows |= dict.fromkeys(others.tolist())
+    return np.array(list(rows)[:SHOWN], np.int64)
 
 
 def describe(

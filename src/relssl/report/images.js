@@ -94,14 +94,14 @@ function drawMap() {
   });
 
   const highlight = () => {
-    const text = by("search").value.trim().toLowerCase(), wanted = by("class") ? by("class").value : "";
-    const all = !text && !wanted;
-    const found = GALLERY.names.map((name, image) => image).filter((image) =>
-      nameOf(image).toLowerCase().includes(text) && (!wanted || GALLERY.labels[image] === Number(wanted)));
-    const on = new Set(all ? [] : found);
+    const text = by("search").value.trim().toLowerCase(), label = by("class") ? by("class").value : "";
+    const all = !text && !label;
+    const matches = GALLERY.names.map((name, image) => image).filter((image) =>
+      nameOf(image).toLowerCase().includes(text) && (!label || GALLERY.labels[image] === Number(label)));
+    const on = new Set(all ? [] : matches);
     dots.forEach((dot, image) => dot.setAttribute("class", all ? "" : on.has(image) ? "on" : "off"));
-    by("found").textContent = all ? "" : `${found.length} of ${GALLERY.names.length} images`;
-    by("matches").replaceChildren(...(all ? [] : found.slice(0, 24).map((image) => choice(image))));
+    by("found").textContent = all ? "" : `${matches.length} of ${GALLERY.names.length} images`;
+    by("matches").replaceChildren(...(all ? [] : matches.slice(0, 24).map((image) => choice(image))));
   };
   by("search").addEventListener("input", highlight);
   if (by("class")) by("class").addEventListener("change", highlight);

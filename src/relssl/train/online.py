@@ -25,7 +25,7 @@ _IMAGES, _NEAR = 512, 10  # images that the figures without labels are of, and n
 
 
 class Online:
-    """What is measured before the first step and while training.
+    """Measurements before the first step and while training.
 
     Args:
         images: those of the run, of which up to 512 serve the figures without labels.
