@@ -48,6 +48,7 @@ class Traits:
     predictor: bool = False  # cannot do without `encoder.predictor`
     tiled: bool = False  # its loss over the memory can be computed in tiles
     labels: bool = False  # trains on labels
+    relational: bool = False  # has the options `method.relation` and `method.sinkhorn_iterations`
     whole_batch: bool = False  # compares the samples of a batch, which cannot be computed in parts
 
 
@@ -202,6 +203,15 @@ class MethodConfig:
     allow_unsharpened: bool = setting(False, "let the teacher's temperature reach the student's, for ablations: it collapses")
     memory_size: int = setting(4096, "past teacher embeddings K that relations are taken to", ge=2, le=1 << 24)
     student_temperature: float = setting(0.1, "softmax temperature of the student's relation", gt=0, le=10)
+    relation: Literal["embeddings", "features"] = setting(
+        "embeddings", "ressl: what the teacher's relation compares; features: its backbone's, an option of later methods"
+    )
+    sinkhorn_iterations: int = setting(
+        0,
+        "ressl: iterations that balance the teacher's relations over the memory, an option of later methods; 0: none",
+        ge=0,
+        le=100,
+    )
     teacher_temperature: float = setting(0.04, "softmax temperature of the teacher's relation; lower is sharper", gt=0, le=10)
     teacher_temperature_start: float | None = setting(None, "teacher temperature at step 0; null: constant", gt=0, le=10)
     teacher_temperature_epochs: float = setting(0.0, "epochs from the start temperature to the final one, linearly", ge=0)
@@ -458,6 +468,9 @@ def _faults(config: Config, derived: Derived) -> Iterator[str]:
     if method.symmetric and traits.two_way is not None:
         symmetric = ", ".join(name for name, other in METHODS.items() if other.two_way is None)
         yield f"method.symmetric: is for {symmetric}; {method.name} {'is so' if traits.two_way else 'has one direction'}"
+    for name in ("relation", "sinkhorn_iterations"):
+        if getattr(method, name) != getattr(MethodConfig(), name) and not traits.relational:
+            yield f"method.{name}: is an option of ressl, which {method.name} is without; leave it out"
     if traits.predictor and encoder.predictor == "none":
         yield f"encoder.predictor: {method.name} collapses without one; needs mlp or residual"
     yield from _source_faults(config, traits)
@@ -511,6 +524,8 @@ def _source_faults(config: Config, traits: Traits) -> Iterator[str]:
     if config.teacher is not None and not (traits.teacher and traits.memory):
         fitting = ", ".join(name for name, other in METHODS.items() if other.teacher and other.memory)
         yield f"teacher: a frozen one is for methods with a teacher and a memory ({fitting}), which {config.method.name} is not"
+    if config.teacher is not None and config.method.relation == "features":
+        yield "method.relation: a frozen teacher's relation is that of its features as it is; leave it out"
     for name in ("method.teacher_momentum", "method.teacher_momentum_end", "method.shuffle"):
         if config.teacher is not None and name in (config.typed or ()):
             yield f"{name}: is of a teacher that follows the student, and a frozen one is given; leave it out"

@@ -161,6 +161,7 @@ def train_step(run: Run, parts: list[Batch]) -> Figures | None:
     if config.optimizer.clip is not None:
         clip_grads_with_norm_(student.parameters(), config.optimizer.clip, norm)
     keys = joined(run, [step.keys for step in steps])
+    features = joined(run, [step.features for step in steps if step.features is not None]) if model.features else None
 
     # Before the memory moves: figures are those of the relations that the loss has seen.
     state.step += 1
@@ -168,7 +169,7 @@ def train_step(run: Run, parts: list[Batch]) -> Figures | None:
     figures = {"loss": loss, "grad_norm": norm, "keys": keys}
     if logged:
         queries = joined(run, [step.queries.transpose(0, 1) for step in steps]).transpose(0, 1)
-        figures |= relations(run, queries, keys, now)
+        figures |= relations(run, queries, keys, features, now)
 
     # Student, memory and teacher move, unless the step is bad; the verdict is read on the device.
     good = guard.judge(loss, norm)
@@ -180,7 +181,7 @@ def train_step(run: Run, parts: list[Batch]) -> Figures | None:
     elif bool(good):  # other forms cannot read it there
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    model.push(keys, joined(run, [part.ids for part in parts]), good)
+    model.push(keys, joined(run, [part.ids for part in parts]), good, features)
     model.follow(now["teacher_momentum"], good)
     if not logged and state.step % PATIENCE:
         return None
@@ -230,8 +231,9 @@ def joined(run: Run, parts: list[Tensor]) -> Tensor:
     return torch.cat([run.engine.gather(part, run.plan.share) for part in parts])
 
 
-def relations(run: Run, queries: Tensor, keys: Tensor, now: dict[str, float]) -> dict[str, Tensor]:
-    """Compute the figures of the relations of queries [V, B, D] and keys [B, D]; without a memory there is only the keys' spread."""
+def relations(run: Run, queries: Tensor, keys: Tensor, features: Tensor | None, now: dict[str, float]) -> dict[str, Tensor]:
+    """Compute the figures of the relations of queries [V, B, D] and keys [B, D], or of features [B, F]; without a memory there is
+    only the keys' spread."""
     memory = run.state.model.memory
     if memory is None:
         return spread(keys)
@@ -239,7 +241,8 @@ def relations(run: Run, queries: Tensor, keys: Tensor, now: dict[str, float]) ->
         "student_temperature": run.config.method.student_temperature,
         "teacher_temperature": now["teacher_temperature"],
     }
-    return health(queries, keys, memory.keys, **temperatures, ages=memory.ages(len(keys)))
+    target = run.state.model.target(keys, features, now["teacher_temperature"])
+    return health(queries, keys, memory.keys, **temperatures, ages=memory.ages(len(keys)), target=target)
 
 
 def train(run: Run, display: Display, stop: StopRequest) -> None:
