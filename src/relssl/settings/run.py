@@ -347,6 +347,7 @@ class Derived:
     passes: int  # equal parts that a batch is computed in: accumulated one after another, each shared out among the devices
     share: int  # images in each of these parts
     norm_splits: int  # parts that a batch norm splits each share into, as `encoder.batch_norm_splits` wants beyond the passes
+    backward: int  # views of a sample through which a step propagates back
     networks: tuple[str, ...]  # a student, and with most methods a teacher
 
 
@@ -355,15 +356,17 @@ def derive(config: Config) -> Derived:
     traits, views = _traits(config.method.name), config.views
     strong = tuple(dataclasses.replace(views.strong, size=size, scale=(low, high)) for size, low, high in views.crops)
     strong = () if traits.labels else strong or (views.strong,)
+    two_way = config.method.symmetric if traits.two_way is None else traits.two_way
     passes = config.accumulate * config.engine.devices * config.engine.nodes
     return Derived(
         traits=traits,
         views=(views.weak, *strong),
         strong=strong,
-        two_way=config.method.symmetric if traits.two_way is None else traits.two_way,
+        two_way=two_way,
         passes=passes,
         share=config.batch_size // passes,
         norm_splits=max(1, config.encoder.batch_norm_splits // passes),
+        backward=1 + len(strong) if two_way else max(1, len(strong)),
         networks=("student", "teacher") if traits.teacher and config.teacher is None else ("student",),
     )
 
