@@ -127,8 +127,13 @@ def test_a_signal_ends_knn_at_once(finished: Path, tmp_path: Path, monkeypatch: 
     def endless(self: Online, state: State, engine: Engine) -> dict[str, float]:
         figures = measure(self, state, engine)
         if state.step == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(60)
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(60)
+            except Interrupted as error:
+                if step == 0:  # as C++ that is being imported does
+                    raise ImportError("initialization failed") from error
+                raise
         return figures
 
     measure = Online.measure
