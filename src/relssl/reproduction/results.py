@@ -212,7 +212,7 @@ def order(rows: Iterable[Row], data: Mapping[str, str], figures: Mapping[str, Ma
 def page(content: Mapping[str, Any]) -> str:
     """Return the Markdown page of what `reproduce` returns."""
     rows = content["rows"]
-    text = _template("page.md.jinja", content).render(
+    text: str = _template("page.md.jinja", content).render(
         content,
         figures=_union(row["ours"] for row in rows),
         beside=_union(row["beside_reference"] for row in rows),
@@ -237,7 +237,8 @@ def curves(content: Mapping[str, Any]) -> str:
     step = next(each for each in (1, 2, 5, 10, 20) if (high - low) / each <= 8)
     levels = [*range(math.floor(low / step) * step, math.ceil(high / step) * step + 1, step)]
     names = _union({run["row"]: None} for run in runs)
-    return _template("curves.svg.jinja", content).render(runs=runs, names=names, levels=levels, last=last)
+    drawing: str = _template("curves.svg.jinja", content).render(runs=runs, names=names, levels=levels, last=last)
+    return drawing
 
 
 def _template(name: str, content: Mapping[str, Any]) -> Any:
