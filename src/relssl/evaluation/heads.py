@@ -110,7 +110,9 @@ class Training:
                 if not finite.any():
                     protocol = self.title.split()[0]
                     rates_of = f"{protocol}.lr" + (f" or {protocol}.head_lr" if hasattr(settings, "head_lr") else "")
-                    raise NumericError(f"{self.title}: the loss stopped being finite in epoch {epoch} or before; lower {rates_of}")
+                    raise NumericError(
+                        f"{self.title}: the loss stopped being finite in epoch {epoch} or before; lower {rates_of}"
+                    )
                 yield epoch
 
     def reports(self, epoch: int) -> bool:
