@@ -17,7 +17,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from relssl.data.loader import Batch, Unreadable
 from relssl.engine import send
-from relssl.errors import DataError, NumericError
+from relssl.errors import DataError, Interrupted, NumericError
 from relssl.method import health, schedules
 from relssl.method.base import ALONE, Step, World, unwrapped
 from relssl.method.create import step_settings
@@ -47,13 +47,18 @@ def train(run: Run, display: Display, stop: StopRequest) -> None:
     """
     engine, state, folder, pending = run.engine, run.state, run.folder, None
     if folder is not None:
-        folder.open_rows(state.step, run.config, display.say)
+        folder.open_rows(state.step - (state.unmeasured is not None), run.config, display.say)
         if state.step == 0 and run.online is not None:
             display.say(f"measuring {'the given weights' if run.config.start else 'the untrained network'}")
             folder.write_row({"step": 0, "epoch": 0, "samples": 0} | run.online.baselines(state, engine))
     engine.wait()
     engine.step = state.step
     display.begin(state.step, run.total_steps, run.plan.steps_per_epoch, run.config.batch_size)
+    if (row := state.unmeasured) is not None:
+        measure(run, row)
+        state.unmeasured = None
+        write(run, row, display, stop)
+        engine.wait()
     watch = Stopwatch(run.loader.stream(state.step, run.total_steps), run.config.batch_size)
     try:
         for parts in watch:
@@ -67,14 +72,15 @@ def train(run: Run, display: Display, stop: StopRequest) -> None:
             report(run, pending, display, stop)
             if figures is not None and figures.logged:
                 figures.speed = watch.split()
-            pending, code = figures, engine.largest(stop.pending())
-            if code or save_due(run):
+            pending = figures
+            if engine.largest(stop.pending()) or save_due(run):
                 # The row first, so that rows up to a checkpoint are on disk before it is.
                 report(run, pending, display, stop)
                 save(run)
                 pending, _ = None, watch.split()  # evaluating and saving is not training
-            if code and state.step < run.total_steps:
-                raise stop.interruption(code, f"after step {state.step} of {run.total_steps}, saved")
+                code = engine.largest(stop.pending())
+                if code and (state.step < run.total_steps or state.unmeasured):
+                    raise stop.interruption(code, f"after step {state.step} of {run.total_steps}, saved")
     except Unreadable as error:
         if folder is not None:
             folder.bad_samples(error.faults)
@@ -151,10 +157,11 @@ def train_step(run: Run, parts: list[Batch]) -> Figures | None:
     # Before the memory moves: figures are those of the relations that the loss has seen.
     state.step += 1
     keys, figures = joined(run, [step.keys for step in steps]), dict[str, Tensor]()
+    features = joined(run, [step.features for step in steps if step.features is not None]) if model.features else None
     logged = state.step % config.log.every == 0 or state.step % run.plan.steps_per_epoch == 0 or state.step == run.total_steps
     if logged:
         queries = joined(run, [step.queries.transpose(0, 1) for step in steps]).transpose(0, 1)
-        figures = {"loss": loss, "grad_norm": norm, "keys": keys} | relations(run, queries, keys, now)
+        figures = {"loss": loss, "grad_norm": norm, "keys": keys} | relations(run, queries, keys, features, now)
 
     # Student, memory and teacher move, unless the step is bad; the verdict is read on the device.
     good = guard.judge(loss, norm)
@@ -166,7 +173,7 @@ def train_step(run: Run, parts: list[Batch]) -> Figures | None:
     elif bool(good):  # other forms cannot read it there
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    model.push(keys, joined(run, [part.ids for part in parts]), good)
+    model.push(keys, joined(run, [part.ids for part in parts]), good, features)
     model.follow(now["teacher_momentum"], good)
     if not logged and state.step % PATIENCE:
         return None
@@ -210,20 +217,25 @@ def joined(run: Run, parts: list[Tensor]) -> Tensor:
     return torch.cat([run.engine.gather(part, run.plan.share) for part in parts])
 
 
-def relations(run: Run, queries: Tensor, keys: Tensor, now: dict[str, float]) -> dict[str, Tensor]:
-    """Compute the figures of the relations of queries [V, B, D] and keys [B, D]; without a memory there is only the keys' spread."""
-    memory = run.state.model.memory
+def relations(run: Run, queries: Tensor, keys: Tensor, features: Tensor | None, now: dict[str, float]) -> dict[str, Tensor]:
+    """Compute the figures of the relations of queries [V, B, D] and keys [B, D], or of features [B, F]; without a memory there is
+    only the keys' spread."""
+    model, memory = run.state.model, run.state.model.memory
     if memory is None:
         return spread(keys)
-    student, teacher, ages = run.config.method.student_temperature, now["teacher_temperature"], memory.ages(len(keys))
-    return health(queries, keys, memory.keys, student_temperature=student, teacher_temperature=teacher, ages=ages)
+    student, teacher = run.config.method.student_temperature, now["teacher_temperature"]
+    ages, target = memory.ages(len(keys)), model.target(keys, features, teacher)
+    return health(queries, keys, memory.keys, student_temperature=student, teacher_temperature=teacher, ages=ages, target=target)
 
 
 def report(run: Run, figures: Figures | None, display: Display, stop: StopRequest) -> None:
-    """Read a step's figures, if there are any, and write their row, with kNN where it is due; NumericError after too many bad steps."""
+    """Read a step's figures, if there are any, and write their row, with kNN where it is due; NumericError after too many bad steps.
+
+    A request to stop ends kNN at once: the row is saved with the state then, and whoever goes on with the run measures first.
+    """
     if figures is None:
         return
-    values, epoch = figures.read(), figures.step / run.plan.steps_per_epoch
+    state, values = run.state, figures.read()
     if (streak := values.pop("streak")) >= min(PATIENCE, run.total_steps):
         raise NumericError(
             f"step {figures.step}: loss, gradient or a batch norm was not finite {int(streak)} steps in a row; "
@@ -233,32 +245,47 @@ def report(run: Run, figures: Figures | None, display: Display, stop: StopReques
         return
     keys = values.pop("keys")
     vectors = {name: values.pop(name) for name in ("neighbours", "top_probability") if name in values}
-    row: dict[str, Any] = {"step": figures.step, "epoch": int(epoch), "samples": figures.step * run.config.batch_size}
+    row: dict[str, Any] = {"step": figures.step, "epoch": figures.step // run.plan.steps_per_epoch}
+    row["samples"] = figures.step * run.config.batch_size
     row |= figures.schedule | {name: float(value) for name, value in values.items()}
     row |= {"effective_rank": float(effective_rank(keys))} | figures.speed
-    if knn_due(run) and figures.step == run.state.step:
-        evaluate(run, row)
-    if run.folder is None:
-        return
-    run.folder.write_row(row)
-    ended = epoch.is_integer() or figures.step == run.total_steps
-    display.row(row, ended, in_words(row, run.config.method.memory_size))
-    if ended:
+    if knn_due(run) and figures.step == state.step:
+        before, done, stop.at_once = state.neighbours, not stop.pending(), ""
+        try:
+            if done:
+                measure(run, row)
+            stop.at_once = None
+        except Interrupted:
+            done, state.neighbours = False, before
+        state.unmeasured = None if run.engine.gather_items([done])[0] else row
+    if run.folder is not None and ended(run, row):
         run.folder.draw(show_relations, vectors, figures.step)
-    run.recent.append(row)
-    if run.config.log.alarms != "off":
-        raise_alarms(run, display, stop)
+    if state.unmeasured is None:
+        write(run, row, display, stop)
 
 
-def evaluate(run: Run, row: dict[str, Any]) -> None:
-    """Add what `Online` measures to a row, on the rank that does, and note the best checkpoint; the others wait."""
-    state = run.state
+def measure(run: Run, row: dict[str, Any]) -> None:
+    """Add what is measured of the present networks to their row, on the first rank, and note whether they are the best so far."""
+    state, figure = run.state, BEST[run.config.checkpoint.best]
     if run.online is not None:
         row |= run.online.measure(state, run.engine)
-        figure = BEST[run.config.checkpoint.best]
         if figure in row and row[figure] > (state.best or {}).get(figure, -math.inf):
             state.best = {figure: row[figure], "checkpoint": store.step_folder(Path(), state.step).name}
-    run.engine.wait()
+
+
+def write(run: Run, row: dict[str, Any], display: Display, stop: StopRequest) -> None:
+    """Write a row, show it, and judge it."""
+    if run.folder is not None:
+        run.folder.write_row(row)
+        display.row(row, ended(run, row), in_words(row, run.config.method.memory_size))
+        run.recent.append(row)
+        if run.config.log.alarms != "off":
+            raise_alarms(run, display, stop)
+
+
+def ended(run: Run, row: dict[str, Any]) -> bool:
+    """Return true if a row is that of an epoch's last step, or of the run's."""
+    return row["step"] in (row["epoch"] * run.plan.steps_per_epoch, run.total_steps)
 
 
 def raise_alarms(run: Run, display: Display, stop: StopRequest) -> None:

@@ -213,7 +213,7 @@ def _run(
             display.say(line)
         if loaded is not None and (changed := lasting(loaded.config, run.config)) != loaded.config:
             engine.on_first(lambda: write_file(path / "config.yaml", to_yaml(changed).encode()))
-        with recording(run, display), explaining(run.config, engine):
+        with recording(run, display, stop), explaining(run.config, engine):
             if run.folder is not None:
                 run.folder.give_up_after(run.state.step)
                 run.folder.status("running", run.state.step)
@@ -338,7 +338,7 @@ def _result(folder: Path, number: int) -> Result:
 
 
 @contextmanager
-def recording(run: Run, display: Display) -> Iterator[None]:
+def recording(run: Run, display: Display, stop: StopRequest) -> Iterator[None]:
     """Write to status.json, and to the log, why the run ends before its last step."""
 
     def record(error: BaseException) -> None:
@@ -351,7 +351,7 @@ def recording(run: Run, display: Display) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        record(error)
+        record(stop.cause(error))
         raise
     finally:
         run.engine.last_words = id
