@@ -14,13 +14,13 @@ from relssl.errors import NumericError
 from relssl.method import Encoder
 from relssl.method.optim import PLAIN, create_optimizer, parameter_groups
 from relssl.train import checkpoint
+from relssl.train.checkpoint import Guard
 from relssl.train.console import Display
 from relssl.train.loop import origin, save, scheduled, train, train_step
 from relssl.train.pretrain import compile_networks
 from relssl.train.run import Run
 from relssl.train.run_folder import RunFolder
 from relssl.train.signals import StopRequest
-from relssl.train.state import Guard
 from small_runs import differing, ready_run, training_state
 
 CPU = torch.device("cpu")

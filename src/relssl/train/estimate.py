@@ -249,10 +249,8 @@ def time_steps(run: Run, steps: int, limit: float = 60.0) -> tuple[list[float], 
     """Train some steps and time them, for so many seconds, but three steps at least; every rank has to call it.
 
     A few steps more are timed where the loader's processes deliver in turns, so that each has had as many, or where views of several
-    steps are made in one go.
-
-    Returns:
-        The seconds of each step, the shares of what they are spent on, and the number of unreadable images among them.
+    steps are made in one go. Returns the seconds of each step, the shares of what they are spent on, and how many images met were
+    unreadable.
     """
     engine, loader, model, gpu = run.engine, run.loader, run.state.model, run.engine.device.type == "cuda"
     marks: list[tuple[str, Any]] = []
@@ -310,12 +308,8 @@ def step_flops(config: Config, classes: int = 0, given: torch.nn.Module | None =
     """Count the floating-point operations of one optimizer step per image, two for a multiply-add, on the run's own networks: convolutions,
     matrix products and attention. ReSSL's InfoNCE adds nothing, as its similarities are those of the relation.
 
-    Args:
-        classes: of the labels, for supervised learning; where they are not known, 0 leaves out next to nothing.
-        given: a frozen teacher.
-
-    Returns:
-        {"teacher", "student": forward, "backward": the student's, "memory": similarities and their gradient}; 0 for what there is not.
+    `given` is a frozen teacher. Returns {"teacher", "student": forward, "backward": the student's, "memory": similarities and their
+    gradient}; 0 for what there is not.
     """
     derived = derive(config)
     # Split norms need whole batches, and cost nothing that is counted.

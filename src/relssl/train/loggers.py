@@ -32,12 +32,9 @@ def refuse_missing(names: Sequence[str]) -> None:
 
 
 class Loggers:
-    """The loggers that `log.to` names. One that fails is left out from then on, in a line; the run goes on.
+    """The loggers that `log.to` names. One that fails is left out from then on, in a line to `say`; the run goes on.
 
-    Args:
-        folder: the run folder, which TensorBoard's and CSV files lie in.
-        rows: of metrics.jsonl so far, if the run is resumed after step `start`.
-        say: tells of failures.
+    `rows` are those of metrics.jsonl so far, if the run is resumed after step `start`.
     """
 
     def __init__(self, config: Config, folder: Path, rows: list[dict[str, Any]], start: int, say: Callable[[str], None]) -> None:

@@ -38,13 +38,8 @@ BEST = {"knn": "knn_top1", "label-free": "positive_margin", "off": ""}
 
 
 def train(run: Run, display: Display, stop: StopRequest) -> None:
-    """Train to the end, or until asked to stop.
-
-    Raises:
-        Interrupted: after saving, on a signal or at the time limit.
-        NumericError: after too many non-finite steps in a row.
-        DataError: when too many images cannot be read.
-    """
+    """Train to the end, or until asked to stop: Interrupted after saving, NumericError after too many non-finite steps in a row, DataError
+    when too many images cannot be read."""
     engine, state, folder, pending = run.engine, run.state, run.folder, None
     if folder is not None:
         folder.open_rows(state.step - (state.unmeasured is not None), run.config, display.say)

@@ -38,15 +38,8 @@ def fit(
 ) -> Config:
     """Return the settings, with `fit_batch` those of the largest batch that fits in memory, before any of it is taken.
 
-    Args:
-        config: the resolved settings.
-        workers: loader processes of each training process, which hold batches ahead.
-        classes: of the labels, for supervised learning.
-        free: bytes that there are; default: those of `free_memory`.
-        given: a frozen teacher.
-
-    Raises:
-        ConfigError: if a step would take more memory than there is, with the batch size or the accumulation that would not.
+    `workers` loader processes of each training process hold batches ahead; `free` bytes are there, by default those of `free_memory`;
+    other arguments as of `step_memory`. ConfigError, with the batch size or accumulation that fits, if a step would take more.
     """
     derived, gpu = derive(config), engine.device.type == "cuda"
     free = -engine.largest(-(free or free_memory(engine.device)))  # ranks agree
@@ -89,13 +82,7 @@ def step_memory(config: Config, engine: Engine, share: int, classes: int = 0, gi
 
     A step of the run's own networks is made with tensors that have shapes and no content, so that it takes a second or two and no
     memory, whatever the batch. What kernels take for themselves while they run is not in it. A user's own network or method that needs
-    content to be passed counts as nothing.
-
-    Args:
-        config: the resolved settings.
-        share: images of one accumulated part on one process.
-        classes: of the labels, for supervised learning.
-        given: a frozen teacher.
+    content to be passed counts as nothing. `share` is the images of one accumulated part on one process, `given` a frozen teacher.
     """
     form, devices = "tiled" if derive(config).traits.tiled else "plain", [engine.device] if engine.device.type == "cuda" else []
     with torch.random.fork_rng(devices):

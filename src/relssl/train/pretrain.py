@@ -229,12 +229,8 @@ def _run(
 
 
 def begin(run: Run, display: Display, loaded: Loaded | None) -> None:
-    """Write what the run is, or check what has changed of the `loaded` one.
-
-    Raises:
-        ConfigError: if the folder was used in the meantime.
-        DataError: if the data moved and holds other images than those that the run was started with.
-    """
+    """Write what the run is, or check what has changed of the `loaded` one; ConfigError if the folder was used in the meantime, DataError if
+    the data moved and holds other images than those that the run was started with."""
     assert run.folder is not None
     folder, config, facts = run.folder, run.config, {"images": len(run.images), "fingerprint": run.fingerprint}
     if loaded is None:
@@ -282,11 +278,8 @@ def prepare(run: Run, saved: Path | None) -> Iterator[str]:
 
 
 def shrink(run: Run, display: Display) -> None:
-    """Let the run read shrunk images, if the settings want it; the first rank finds or writes them while the others wait.
-
-    Raises:
-        Interrupted: on a signal or at the time limit; what is shrunk by then stays.
-    """
+    """Let the run read shrunk images, if the settings want it; the first rank finds or writes them while the others wait. If Interrupted,
+    what is shrunk by then stays."""
     config, images = run.config, run.images
     if config.loader.cache is not None:
         source = run.engine.on_first(lambda: shrunken(images, config.loader, display, config.engine.devices))
@@ -297,11 +290,7 @@ def shrink(run: Run, display: Display) -> None:
 
 
 def hand_over(run: Run, display: Display) -> None:
-    """Export the networks of a run that is done; it stays so if that fails, and `relssl export` can try again.
-
-    Raises:
-        ExportError: what went wrong, and what to do.
-    """
+    """Export the networks of a run that is done; it stays so if that fails with an ExportError, and `relssl export` can try again."""
     assert run.folder is not None
     path, few = run.folder.path, run.images.subset(range(min(4, len(run.images))))  # enough to notice a wrong file, and quick
     ending = {"exit_code": 0, "last_checkpoint": store.step_folder(path, run.state.step).name}

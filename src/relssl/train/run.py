@@ -28,12 +28,11 @@ from relssl.method.encoder import Encoder
 from relssl.settings.parts import is_part, title
 from relssl.settings.run import Config, derive
 from relssl.settings.small import adjustments, give_way
-from relssl.train.checkpoint import whole_state
+from relssl.train.checkpoint import Guard, State, whole_state
 from relssl.train.memory import fit
 from relssl.train.online import Online
 from relssl.train.run_folder import RunFolder
 from relssl.train.start import Given, open_sources, teacher_features
-from relssl.train.state import Guard, State
 from relssl.weights import store
 
 Say = Callable[[str], object]
@@ -112,12 +111,8 @@ def load_images(config: Config) -> Images:
 
 
 def complete_settings(config: Config, images: Images) -> Config:
-    """Return the settings with what only the data can say, small data's included.
-
-    Raises:
-        ConfigError: if a view is larger than the images of a set in memory, or settings do not fit so few images.
-        DataError: if there are fewer than four images.
-    """
+    """Return the settings with what only the data can say, small data's included; DataError if there are fewer than four images, ConfigError
+    if a view is larger than the images of a set in memory, or settings do not fit so few images."""
     config = give_way(config, len(images))
     views = config.views
     if isinstance(images.source, Pixels) and not views.enlarge:
@@ -164,10 +159,7 @@ def _labelled_pair(config: Config, images: Images, say: Say) -> LabelledPair | N
 
 
 def create_run(config: Config, engine: Engine, images: Images, online: Online | None = None, given: Given | None = None) -> Run:
-    """Create a run that is ready for its first step.
-
-    Every rank creates the same networks and memory from the same seed; they stay equal by moving alike.
-    """
+    """Create a run that is ready for its first step: on every rank from the same seed; networks and memory stay equal by moving alike."""
     given, traits, labels = given or Given(), derive(config).traits, None
     plan = Plan(len(images), config.batch_size, config.accumulate, engine.rank, engine.world, config.seed)
     loader = open_loader(config, engine, plan, images)

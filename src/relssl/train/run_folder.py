@@ -63,12 +63,8 @@ class Hooks:
 
 
 class RunFolder:
-    """A run's files, for the one process that writes them, with the hooks that follow them.
-
-    Raises:
-        LockedError: if another process writes the folder.
-        StorageError: if it cannot be written.
-    """
+    """A run's files, for the one process that writes them, with the hooks that follow them; LockedError if another one writes the folder,
+    StorageError if it cannot be written."""
 
     def __init__(self, path: Path, hooks: Hooks | None = None) -> None:
         self.path, self.checkpoints, self.hooks = path, path / "checkpoints", hooks or Hooks()
