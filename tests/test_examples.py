@@ -132,6 +132,16 @@ def test_a_table_of_the_datasets_library(tmp_path: Path) -> None:
     assert re.search(r"^kNN of the test split: \d+\.\d %$", shown, re.MULTILINE)
 
 
+def test_neighbours_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    small_run(tmp_path / "run")
+    words = [str(tmp_path / "run"), "digits", str(tmp_path / "picture.png"), "--rows", "3", "--neighbours", "5", "--side", "20"]
+    monkeypatch.setattr(sys, "argv", ["neighbours", *words])
+    runpy.run_path(str(EXAMPLES / "neighbours.py"), run_name="__main__")
+    assert re.search(r"^of the 5 nearest, \d+\.\d% are of the same class$", capsys.readouterr().out, re.MULTILINE)
+    with Image.open(tmp_path / "picture.png") as picture:
+        assert picture.size == (6 * 24 + 8, 3 * 24)
+
+
 def test_shards(tmp_path: Path) -> None:
     photos(tmp_path / "photos", "train", 24)
     words = ("photos", "packed", "--each", "10", "--image_size", "32", "--epochs", "1", "--backbone", "resnet10t", "--out", "run")
