@@ -106,7 +106,8 @@ def test_what_does_not_fit_is_refused_before_it_is_taken(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("relssl.train.memory.free_memory", lambda device: 4 * 10**8)
     used = memory_used()
-    assert main(["estimate", "digits", "--batch_size", "512", "--engine.device", "cpu", "--engine.precision", "fp32"]) == 2
+    command = "estimate digits --batch_size 512 --encoder.stem small --engine.device cpu --engine.precision fp32"
+    assert main(command.split()) == 2
     error = capsys.readouterr().err
     takes = re.search(
         r"^relssl: batch_size: .* takes about ([\d.]+) GB of memory, 400.0 MB .*accumulate \d+$", error, re.MULTILINE
