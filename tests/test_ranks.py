@@ -117,24 +117,16 @@ def test_two_ranks_with_given_weights_and_a_frozen_teacher_behave_as_one(source:
 
 
 @pytest.mark.torture
-def test_sigterm_to_one_rank_stops_both(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "code", "state"), [(signal.SIGTERM, 143, "interrupted"), (signal.SIGKILL, 7, "failed")])
+def test_what_ends_one_rank_ends_both_with_a_line_and_a_status(tmp_path: Path, number: int, code: int, state: str) -> None:
+    """SIGTERM reaches the first rank alone, SIGKILL the other one."""
     run = start_two(tmp_path / "run", ENDLESS)
     wait_for(tmp_path / "run/checkpoints/step-00000005", run)
-    run.terminate()  # reaches the first rank alone
-    finish(run, 143)
-    assert read_json(tmp_path / "run/status.json")["exit_code"] == 143
-    assert "step-00000005" <= store.checkpoints(tmp_path / "run/checkpoints")[-1].name < "step-00000500"
-
-
-@pytest.mark.torture
-def test_a_rank_that_dies_ends_the_run_with_a_line_and_a_status(tmp_path: Path) -> None:
-    run = start_two(tmp_path / "run", ENDLESS)
-    wait_for(tmp_path / "run/checkpoints/step-00000005", run)
-    (other,) = family(run, 1)
-    other.kill()
-    assert "relssl: " in finish(run, 7)
+    (psutil.Process(run.pid) if number == signal.SIGTERM else family(run, 1)[0]).send_signal(number)
+    assert "relssl: " in finish(run, code)
     status = read_json(tmp_path / "run/status.json")
-    assert (status["state"], status["exit_code"], status["error"]["kind"]) == ("failed", 7, "distributed")
+    assert (status["state"], status["exit_code"]) == (state, code)
+    assert "step-00000005" <= store.checkpoints(tmp_path / "run/checkpoints")[-1].name < "step-00000500"
 
 
 @pytest.mark.torture
