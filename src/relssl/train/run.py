@@ -114,14 +114,14 @@ def complete_settings(config: Config, images: Images) -> Config:
     config = give_way(config, len(images))
     views = config.views
     if isinstance(images.source, Pixels) and not views.enlarge:
-        side, crops = min(images.source.tensor.shape[-2:]), "views.crops" if views.crops else "views.strong.size"
-        sides = {"views.weak.size": (views.weak,), crops: derive(config).strong}
+        side, strong = min(images.source.tensor.shape[-2:]), "views.crops" if views.crops else "views.strong.size"
+        sizes = {"views.weak.size": [views.weak.size], strong: [view.size for view in derive(config).strong]}
         faults = [
-            f"{name}: {view.size} is larger than the images of {images.name} ({side} x {side} pixels), which would only be blown up; "
+            f"{name}: {size} is larger than the images of {images.name} ({side} x {side} pixels), which would only be blown up; "
             "views.enlarge true does so all the same"
-            for name, some in sides.items()
-            for view in some
-            if view.size > side
+            for name, each in sizes.items()
+            for size in each
+            if size > side
         ]
         if faults:
             raise ConfigError(*faults)
