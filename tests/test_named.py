@@ -343,7 +343,9 @@ def test_official_lists_in_their_order(name: str, tmp_path: Path) -> None:
     write(tmp_path / "elsewhere")
     assert load(name, str(tmp_path / "elsewhere"), "bank").fingerprint() == bank.fingerprint()
     (folder / expected["bank"][1][0]).write_bytes(b"")  # an image that is missing is refused, on the side that misses it
-    with pytest.raises(DataError, match=f"{name}: 1 of {len(bank)} images cannot be used, the first: {expected['bank'][1][0]}"):
+    with pytest.raises(
+        DataError, match=f"{name}: lists {len(bank)} images; files that cannot be used: 1, the first {expected['bank'][1][0]}"
+    ):
         load(name, str(tmp_path), "bank")
     assert len(load(name, str(tmp_path), "test")) == len(test)
 

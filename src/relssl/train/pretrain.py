@@ -19,7 +19,7 @@ from relssl.data.batched import left_out
 from relssl.data.cache import shrunken
 from relssl.data.images import Images, Pixels
 from relssl.data.loader import Batch, fitting, worker_count
-from relssl.data.named import PREFIXES, SETS, exists, load
+from relssl.data.named import SETS, exists, load
 from relssl.data.own import measured
 from relssl.data.subsets import check_variety
 from relssl.engine import Engine
@@ -121,7 +121,7 @@ def _begin(resolved: Config, quiet: bool, resume: str | None, hooks: Hooks) -> R
 def _whole_path(data: str, root: str | None) -> str:
     """Return DATA that is a path from the root on, so that the run goes on, and is evaluated, from any working folder."""
     path = exists(data, root)
-    return data if data in SETS or path is None else path if path.startswith(PREFIXES) else os.path.abspath(path)
+    return data if data in SETS or path is None else path
 
 
 def _go_on(folder: Path, wanted: Config, quiet: bool, hooks: Hooks) -> Result:
