@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,7 @@ from PIL import Image
 from relssl.data.named import at_hand, exists, load
 from relssl.data.subsets import identity, shared
 from relssl.errors import ConfigError, DataError
-from small_runs import differing, final_state, small_run
-from test_shards import photo
+from test_shards import bad_file_of_equal_runs, photo, plant_all
 
 datasets: Any = pytest.importorskip("datasets")
 
@@ -27,11 +25,12 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def dataset(numbers: range, **columns: Any) -> Any:
-    """A table as others write it: bytes of images and classes."""
-    features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog", "owl"])}
-    rows = {"image": [{"bytes": photo(n), "path": f"{n}.jpg"} for n in numbers], "label": [n % 3 for n in numbers]}
-    features |= {name: feature for name, (feature, _) in columns.items()}
-    return datasets.Dataset.from_dict(rows | {name: values for name, (_, values) in columns.items()}, datasets.Features(features))
+    """A table as others write it: bytes of images and classes; further columns with their features."""
+    images = [{"bytes": photo(number), "path": f"{number}.jpg"} for number in numbers]
+    columns |= {"image": (datasets.Image(), images)}
+    columns |= {"label": (datasets.ClassLabel(names=["cat", "dog", "owl"]), [number % 3 for number in numbers])}
+    features, rows = ({name: column[place] for name, column in columns.items()} for place in (0, 1))
+    return datasets.Dataset.from_dict(rows, datasets.Features(features))
 
 
 def check(data: str, count: int) -> None:
@@ -41,9 +40,8 @@ def check(data: str, count: int) -> None:
     with Image.open(io.BytesIO(photo(4))) as wanted, images.source.open(4, 10**6) as opened:
         assert opened.rgb(1).tobytes() == wanted.convert("RGB").tobytes()
     part = pickle.loads(pickle.dumps(images.subset([5, 2])))
-    assert (
-        part.source.beginning(0) == photo(5) and part.labels.tolist() == [2, 2] and part.source.name(1).endswith(":train/000002")
-    )
+    assert part.source.beginning(0) == photo(5) and part.source.name(1).endswith(":train/000002")
+    assert part.labels.tolist() == [2, 2]
     assert len({images.fingerprint(), part.fingerprint(), load(data, None, "bank").fingerprint()}) == 2
     assert identity(part) != identity(images) and shared(images, part) == 2
 
@@ -52,9 +50,8 @@ def test_parquet_arrow_and_saved_tables(tmp_path: Path) -> None:
     table = dataset(range(9))
     table.to_parquet(tmp_path / "parquet/train.parquet")
     table.save_to_disk(tmp_path / "saved")
-    datasets.DatasetDict(train=table, validation=dataset(range(9, 13)), test=dataset(range(13, 15))).save_to_disk(
-        tmp_path / "parts"
-    )
+    others = {"validation": dataset(range(9, 13)), "test": dataset(range(13, 15))}
+    datasets.DatasetDict(train=table, **others).save_to_disk(tmp_path / "parts")
     for name in ("parquet", "saved", "parts"):
         check(f"hf:{tmp_path}/{name}", 9)
     assert len(load(f"hf:{tmp_path}/parts", None, "test")) == 4  # as of folders, val before test
@@ -90,21 +87,13 @@ def test_columns_are_found_by_their_kind_and_named_where_there_are_several(tmp_p
 
 
 def test_a_run_on_a_table_equals_one_on_the_same_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for number in range(16):
-        path = tmp_path / "photos" / f"{number:04}.jpg"
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(photo(number) if number != 5 else b"broken")
-    rows = {"image": [{"bytes": path.read_bytes(), "path": None} for path in sorted((tmp_path / "photos").iterdir())]}
+    contents = [(f"{number:04}.jpg", photo(number) if number != 5 else b"broken") for number in range(24)]
+    plant_all(tmp_path / "photos", contents)
+    rows = {"image": [{"bytes": content, "path": None} for _, content in contents]}
     datasets.Dataset.from_dict(rows, datasets.Features(image=datasets.Image())).save_to_disk(tmp_path / "table")
     monkeypatch.chdir(tmp_path)
-    for name, data, workers in (("files", "photos", 0), ("hub", "hf:table", 2)):
-        small_run(tmp_path / name, data=data, loader={"workers": workers}, recipe="digits", batch_size=8, epochs=1, max_images=16)
-    assert differing(final_state(tmp_path / "files"), final_state(tmp_path / "hub")) == []
-    (bad,) = [json.loads(line) for line in (tmp_path / "hub/bad_samples.jsonl").read_text().splitlines()]
-    assert (
-        bad["file"] == f"hf:{tmp_path}/table:train/000005"
-        and f"hf:{tmp_path}/table" in (tmp_path / "hub/config.yaml").read_text()
-    )
+    assert bad_file_of_equal_runs(tmp_path, "hf:table") == f"hf:{tmp_path}/table:train/000005"
+    assert f"hf:{tmp_path}/table" in (tmp_path / "other/config.yaml").read_text()
 
 
 def test_names_that_cannot_be_loaded_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

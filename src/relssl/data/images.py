@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -97,7 +97,10 @@ class Stored:
 
     def fingerprint(self) -> str:
         """Compute 16 hex digits of names, order and sizes; where the images lie does not count."""
-        return self.names.digest(type(self).__name__.lower(), self.sizes)
+        digest = hashlib.sha256(f"{type(self).__name__.lower()} {len(self)} ".encode())
+        for part in (self.names.ends, self.names.block, self.sizes):
+            digest.update(part.data)
+        return digest.hexdigest()[:16]
 
     def name(self, row: int) -> str:
         raise NotImplementedError
@@ -131,9 +134,6 @@ class Files(Stored):
         """Return the files of entries, each a name and a size, maybe with a time of change."""
         names, (sizes, times) = table(((*entry, 0)[:3] for entry in entries), 2)
         return Files(names, sizes, times, os.fsencode(folder))
-
-    def __iter__(self) -> Iterator[str]:
-        return map(self.name, range(len(self)))
 
     def name(self, row: int) -> str:
         return os.fsdecode(os.path.join(self.folder, self.names[row]))

@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice
+from operator import methodcaller
 from typing import BinaryIO
 
 from relssl.data.folder import Entry, judge, shown, unusable
 from relssl.data.images import Fault, Files, Images
-from relssl.data.names import Words, table
+from relssl.data.names import class_labels, table
 from relssl.errors import DataError
 
 LIST_SUFFIXES = (".txt", ".lst", ".csv", ".tsv")
@@ -23,20 +24,16 @@ _LABELS = (b"label", b"labels", b"class", b"target", b"category")
 
 
 def read_list(path: str) -> Images:
-    """Read a list file: a path a line, then optionally a tab and a label.
+    """Read a list file: a path a line, of any bytes, then optionally a tab and a label, and a tab and the size of the file in bytes.
 
-    A third column is the size of the file in bytes; such a line is believed, which spares a look at the file, and so is every line
-    of a list of more than `LOOKED_AT`. Blank lines and lines that begin with # are passed over. Lines may hold any bytes; a file may
-    be named more than once, have any extension and lie anywhere: what is written down is meant.
+    A line with a size is believed, which spares a look at the file, and so is every line of a list of more than `LOOKED_AT`. Blank lines
+    and lines that begin with # are passed over. A file may be named twice, have any extension and lie anywhere.
 
     What other programs write is read too: blanks around a path, CSV with commas or semicolons, with or without a head, `path label`
     with a blank, backslashes, UTF-16. Paths are absolute, or relative to the list's folder or to the working folder. Whatever makes
-    most of the first lines name files holds for the whole list.
-
-    Raises:
-        DataError: if the list cannot be read.
+    most of the first lines name files holds for the whole list. DataError if the list cannot be read.
     """
-    words, bad = Words(), list[Fault]()
+    words, bad = dict[bytes, int](), list[Fault]()
     try:
         with open(path, "rb") as opened:
             believed = sum(block.count(b"\n") for block in iter(partial(opened.read, 1 << 24), b"")) > LOOKED_AT
@@ -59,7 +56,7 @@ def read_list(path: str) -> Images:
                 for number, line in chain(first, lines):
                     word, name, size, time, fault = way.entry(line, believed)
                     if fault is None:
-                        yield name, size, time, words.number(word)
+                        yield name, size, time, words.setdefault(word, len(words))
                     else:
                         bad.append((os.fsdecode(name), f"{fault} (line {number})"))
 
@@ -67,7 +64,7 @@ def read_list(path: str) -> Images:
     except OSError as error:
         raise DataError(f"{shown(path)}: cannot be read: {error.strerror}") from error
     notes = [f"a list of more than {LOOKED_AT} lines: files that cannot be used show when they are read"] if believed else []
-    labels, classes = words.labels(numbers)
+    labels, classes = class_labels(words, numbers)
     files = Files(names, sizes, times, way.folder)
     return Images(shown(path), files, labels, classes, bad=bad, notes=(*notes, *unusable(bad)))
 
@@ -84,10 +81,6 @@ def _lines(opened: BinaryIO) -> Iterator[tuple[int, bytes]]:
             yield number, line.rstrip(b"\r\n")
 
 
-def _tabs(line: bytes) -> list[bytes]:
-    return line.split(b"\t")
-
-
 def _csv(line: bytes, delimiter: str) -> list[bytes]:
     try:
         cells = next(csv.reader([line.decode("utf-8", "surrogateescape")], delimiter=delimiter))
@@ -96,12 +89,9 @@ def _csv(line: bytes, delimiter: str) -> list[bytes]:
     return [cell.strip().encode("utf-8", "surrogateescape") for cell in cells]
 
 
-def _blank(line: bytes) -> list[bytes]:
-    return line.rsplit(None, 1)
-
-
+_TABS, _BLANK = methodcaller("split", b"\t"), methodcaller("rsplit", None, 1)
 _CSV = (partial(_csv, delimiter=","), partial(_csv, delimiter=";"))
-_CELLS = (_tabs, *_CSV, _blank)  # a line without a comma is a single cell, without the blanks around it
+_CELLS = (_TABS, *_CSV, _BLANK)  # a line without a comma is a single cell, without the blanks around it
 
 
 @dataclass(frozen=True)
@@ -118,6 +108,6 @@ class _Way:
         row = self.cells(line)
         name = row[0].replace(b"\\", b"/") if self.backslashes else row[0]
         word = row[self.column] if self.column < len(row) else b""
-        if self.cells is _tabs and len(row) > 2 and row[2].isdigit():
+        if self.cells is _TABS and len(row) > 2 and row[2].isdigit():
             return word, name, int(row[2]), 0, None
         return (word, name, 0, 0, None) if believed else (word, name, *judge(os.path.join(self.folder, name)))

@@ -54,11 +54,10 @@ def load(data: str, root: str | None, split: str) -> Images:
     """Return the images that DATA names.
 
     Args:
-        data: a name of `SETS`, a folder, a list file (.txt, .lst, .csv, .tsv), hf:..., shards:..., or a part from outside, see
-            `own.open_dataset`.
-        root: where named data sets lie; None: $RELSSL_DATA, else ~/.cache/relssl.
-        split: "train" (what pretraining uses), "bank" (training images with labels) or "test". The first two are one and
-            the same but for stl10, whose `train` holds its unlabelled images (label -1) as well.
+        data: a name of `SETS`, a folder, a list file, hf:..., shards:..., or a part from outside, see `own.open_dataset`.
+        root: where named data sets lie, see `data_root`.
+        split: "train" (what pretraining uses), "bank" (training images with labels) or "test". The first two are the same but for
+            stl10, whose `train` holds its unlabelled images (label -1) as well.
 
     Raises:
         DataError: if it is missing and cannot be downloaded, holds no image, or has no such part.
@@ -206,20 +205,16 @@ def _torchvision(name: str, root: str, split: str, **options: Any) -> list[Any]:
     return [fetch(name, root, partial(reader, root, **{argument: part}, **options)) for part in some]
 
 
-def _read_digits(name: str, root: str, split: str) -> Images:
-    import torch
-
-    pixels, labels = digits.load("test" if split == "test" else "train")
-    source = Pixels(torch.from_numpy(pixels), f"{name}/{split}")
-    return Images(name, source, labels, tuple("0123456789"), digits.MEAN, digits.STD)
-
-
 def _read_pixels(name: str, root: str, split: str) -> Images:
-    """A set that torchvision holds in memory, as uint8 [N, 3, H, W]."""
+    """Read a set that lies in memory, our digits or one of torchvision's, as uint8 [N, 3, H, W]."""
     import torch
 
-    (dataset,) = _torchvision(name, root, split)
-    pixels = np.asarray(dataset.data)
+    if name == "digits":
+        dataset: Any = None
+        pixels, labels = digits.load("test" if split == "test" else "train")
+    else:
+        (dataset,) = _torchvision(name, root, split)
+        pixels, labels = np.asarray(dataset.data), dataset.labels if hasattr(dataset, "labels") else dataset.targets
     if pixels.ndim == 3:
         pixels = np.repeat(pixels[:, None], 3, axis=1)
     elif pixels.shape[-1] == 3:
@@ -228,10 +223,9 @@ def _read_pixels(name: str, root: str, split: str) -> Images:
         pixels = pixels.transpose(0, 1, 3, 2)
         for image in pixels:
             image[:] = image.transpose(0, 2, 1).copy()
-    labels = np.asarray(dataset.labels if hasattr(dataset, "labels") else dataset.targets, np.int64)
     classes = tuple(getattr(dataset, "classes", "0123456789"))
     source = Pixels(torch.from_numpy(np.ascontiguousarray(pixels)), f"{name}/{split}")
-    return Images(name, source, labels, classes, SETS[name].mean, SETS[name].std)
+    return Images(name, source, np.asarray(labels, np.int64), classes, SETS[name].mean, SETS[name].std)
 
 
 def _read_files(name: str, root: str, split: str) -> Images:
@@ -349,7 +343,6 @@ def _read_voc_part(name: str, folder: str, part: str) -> Images:
 
 
 _READERS: dict[str, Callable[[str, str, str], Images]] = {  # of the name, the root of data sets, and one of `SPLITS`
-    "digits": _read_digits,
     "pixels": _read_pixels,
     "files": _read_files,
     "imagenet": _read_imagenet,

@@ -5,7 +5,6 @@ Objects of Python would take ten times the room, and loader processes that count
 
 from __future__ import annotations
 
-import hashlib
 import unicodedata
 from array import array
 from collections.abc import Iterable
@@ -39,13 +38,6 @@ class Names:
         """Return those at positions int64 [M], in this order."""
         return table(((self[row],) for row in rows.tolist()), 0)[0]
 
-    def digest(self, title: str, numbers: np.ndarray) -> str:
-        """Compute 16 hex digits of a title, the names in their order, and whole numbers besides."""
-        digest = hashlib.sha256(f"{title} {len(self)} ".encode())
-        for part in (self.ends.astype("<i8", copy=False), self.block, numbers.astype("<i8", copy=False)):
-            digest.update(np.ascontiguousarray(part).data)
-        return digest.hexdigest()[:16]
-
 
 def table(rows: Iterable[tuple[bytes, *tuple[int, ...]]], columns: int) -> tuple[Names, list[np.ndarray]]:
     """Read rows of a name and so many numbers each, as they come: the names, and each column, int64 [N]."""
@@ -60,26 +52,16 @@ def table(rows: Iterable[tuple[bytes, *tuple[int, ...]]], columns: int) -> tuple
     return Names(np.frombuffer(block, np.uint8), np.frombuffer(ends, np.int64)), arrays
 
 
-class Words:
-    """The words that label images, numbered as they are met; an empty one labels nothing."""
+def class_labels(words: dict[bytes, int], numbers: np.ndarray) -> tuple[np.ndarray | None, tuple[str, ...] | None]:
+    """Return labels int64 [N], -1 for none, of the numbers [N] that words have, and the classes; None and None if no word labels anything.
 
-    def __init__(self) -> None:
-        self._numbers = {b"": 0}
-
-    def number(self, word: bytes) -> int:
-        """Return the number of a word."""
-        return self._numbers.setdefault(word, len(self._numbers))
-
-    def labels(self, numbers: np.ndarray) -> tuple[np.ndarray | None, tuple[str, ...] | None]:
-        """Return labels int64 [N], -1 for none, of the numbers of words, and the classes; None and None if no word was met.
-
-        Classes are sorted, by value where all are whole numbers. Words that differ in blanks around them or in their Unicode form
-        alone are one.
-        """
-        titles = [unicodedata.normalize("NFC", word.strip().decode("utf-8", "backslashreplace")) for word in self._numbers]
-        if not (distinct := {*titles} - {""}):
-            return None, None
-        numeric = all(word.isascii() and word.isdigit() and len(word) < 19 for word in distinct)
-        classes = tuple(sorted(distinct, key=lambda word: (int(word), word) if numeric else (0, word)))
-        rank = {word: position for position, word in enumerate(classes)} | {"": -1}
-        return np.array([rank[title] for title in titles], np.int64)[numbers], classes
+    Classes are sorted, by value where all are whole numbers. Words that differ in blanks around them or in their Unicode form
+    alone are one; an empty one labels nothing.
+    """
+    titles = [unicodedata.normalize("NFC", word.strip().decode("utf-8", "backslashreplace")) for word in words]
+    if not (distinct := {*titles} - {""}):
+        return None, None
+    numeric = all(word.isascii() and word.isdigit() and len(word) < 19 for word in distinct)
+    classes = tuple(sorted(distinct, key=lambda word: (int(word), word) if numeric else (0, word)))
+    rank = {word: position for position, word in enumerate(classes)} | {"": -1}
+    return np.array([rank[title] for title in titles], np.int64)[numbers], classes
