@@ -10,17 +10,17 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from relssl.data.images import Fault, Files, Images
 from relssl.errors import DataError, StorageError
 
-EXTENSIONS = frozenset(
-    b"jpg jpeg jpe jfif png webp gif bmp tif tiff ppm pgm pbm pnm jp2 j2k avif".split()  # of the formats that `decode` reads
-)
+EXTENSIONS = {  # of the formats that `decode` reads
+    *("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "pbm", "pnm", "jp2", "j2k", "avif"),
+}
 _APPLE_DOUBLE, _HIDDEN = "._* of macOS", "hidden"
 # Kinds of pictures that are left out: one alone is worth a line.
 _PICTURES = {
@@ -29,7 +29,8 @@ _PICTURES = {
 }
 # Names of the parts of a folder; the first there is wins.
 TRAIN, TEST = ("train", "training"), ("val", "valid", "validation", "test", "testing")
-Entry = tuple[bytes, int, int, str | None]  # the name of a file, its bytes, time of change in ns, and why it is no image, if so
+Entry = tuple[str, int, int, str | None]  # the name of a file, its bytes, time of change in ns, and why it is no image, if so
+_composed = partial(unicodedata.normalize, "NFC")
 
 
 def cache_root() -> Path:
@@ -51,9 +52,9 @@ def walk(folder: str, others: Counter[str]) -> Iterator[Entry]:
     Links are followed, wherever they lead, each folder once: a loop or a second way into a folder is no image. Hidden files and folders
     are passed over. DataError if the folder itself cannot be read.
     """
-    root, real = os.path.join(os.fsencode(folder), b""), Path(os.path.realpath(folder))
+    root, real = os.path.join(folder, ""), Path(os.path.realpath(folder))
     seen = {_place(each) for each in (real, *real.parents) if each.exists()}
-    pending, links = [b""], list[bytes]()
+    pending, links = [""], list[str]()
     while pending or links:
         if not pending:  # links last and in order: which of two ways into a folder is taken must not depend on the disk
             links.sort()
@@ -71,40 +72,40 @@ def walk(folder: str, others: Counter[str]) -> Iterator[Entry]:
                     name, ending = entry.name, _ending(entry.name)
                     if _is_hidden(name):
                         if ending in EXTENSIONS:
-                            others[_APPLE_DOUBLE if name.startswith(b"._") else _HIDDEN] += 1
+                            others[_APPLE_DOUBLE if name.startswith("._") else _HIDDEN] += 1
                     elif _is_folder(entry):
-                        (links if entry.is_symlink() else pending).append(below + name + b"/")
+                        (links if entry.is_symlink() else pending).append(f"{below}{name}/")
                     elif ending in EXTENSIONS:
                         yield below + name, *judge(entry.path)
                     else:
-                        others[f".{ending.decode('ascii', 'replace')}" if 0 < len(ending) < 9 else "without ending"] += 1
+                        others[f".{ending}" if 0 < len(ending) < 9 and ending.isprintable() else "without ending"] += 1
         except OSError as error:
             if not below:
                 raise DataError(f"{shown(folder)}: cannot be read: {error.strerror}") from error
             yield below, 0, 0, f"folder cannot be read: {error.strerror}"
 
 
-def _ending(name: bytes) -> bytes:
-    return name.lower().rpartition(b".")[2] if b"." in name else b""
+def _ending(name: str) -> str:
+    return name.lower().rpartition(".")[2] if "." in name else ""
 
 
-def _is_hidden(name: bytes) -> bool:
+def _is_hidden(name: str) -> bool:
     """`.name`, and so the `._name` companions that macOS leaves; `..name` is only an odd name."""
-    return name.startswith(b".") and not name.startswith(b"..")
+    return name.startswith(".") and not name.startswith("..")
 
 
-def _is_folder(entry: os.DirEntry[Any]) -> bool:
+def _is_folder(entry: os.DirEntry[str]) -> bool:
     """True for a folder and a link to one; false, without an error, for a link that leads nowhere."""
     return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir(follow_symlinks=False)
 
 
-def _place(folder: bytes | Path) -> tuple[int, int]:
+def _place(folder: str | Path) -> tuple[int, int]:
     """Return what identifies a folder by whatever way it is reached."""
     status = os.stat(folder)
     return status.st_dev, status.st_ino
 
 
-def judge(path: bytes) -> tuple[int, int, str | None]:
+def judge(path: str | bytes) -> tuple[int, int, str | None]:
     """Return (bytes, time of change in ns, None) of a usable file, (0, 0, reason) of what cannot be an image."""
     try:
         status = os.stat(path)
@@ -117,12 +118,12 @@ def judge(path: bytes) -> tuple[int, int, str | None]:
 
 
 def usable(entries: Iterable[Entry], bad: list[Fault]) -> Iterator[tuple[bytes, int, int]]:
-    """Yield name, bytes and time of change of the images among some entries; `bad` takes up the others."""
+    """Yield name, size and time of change of the images among some entries; `bad` takes up the others."""
     for name, size, time, fault in entries:
         if fault is None:
-            yield name, size, time
+            yield os.fsencode(name), size, time
         else:
-            bad.append((os.fsdecode(name), fault))
+            bad.append((name, fault))
 
 
 def unusable(bad: Sequence[Fault]) -> list[str]:
@@ -136,8 +137,7 @@ def complete(name: str, folder: str, names: Sequence[str]) -> Files:
     Without it a figure would not be that of the data set.
     """
     bad = list[Fault]()
-    entries = ((os.fsencode(file), *judge(os.fsencode(os.path.join(folder, file)))) for file in names)
-    files = Files.of(folder, usable(entries, bad))
+    files = Files.of(folder, usable(((file, *judge(os.path.join(folder, file))) for file in names), bad))
     if bad:
         raise DataError(f"{name}: lists {len(names)} images; {unusable(bad)[0]}; remove {shown(folder)} and unpack it anew")
     return files
@@ -175,18 +175,14 @@ def read_folder(folder: str, split: str, labelled: bool = False) -> Images:
     files = files.take(np.array(sorted(range(len(files)), key=files.names.__getitem__), np.int64))
     bad = [(os.path.join(sides[split], name), fault) for name, fault in sorted(bad)]
     labels, classes, notes = _class_labels(files, sides.values() if "test" in sides or labelled else ())
-    notes = [
-        *_layout(folder, sides, split),
-        *notes,
-        *_left_out(os.path.basename(os.path.normpath(sides[split])), others, len(files)),
-    ]
-    return Images(shown(folder), files, labels, classes, bad=bad, notes=(*notes, *unusable(bad)))
+    notes = [*_layout(folder, sides, split), *notes, *_left_out(sides[split], others, len(files)), *unusable(bad)]
+    return Images(shown(folder), files, labels, classes, bad=bad, notes=tuple(notes))
 
 
 def _folders(folder: str) -> list[str]:
     """Return the names of the visible folders right below one."""
     with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if not _is_hidden(os.fsencode(entry.name)) and _is_folder(entry))
+        return sorted(entry.name for entry in entries if not _is_hidden(entry.name) and _is_folder(entry))
 
 
 def _class_labels(files: Files, sides: Iterable[str]) -> tuple[np.ndarray | None, tuple[str, ...] | None, list[str]]:
@@ -212,10 +208,6 @@ def _class_labels(files: Files, sides: Iterable[str]) -> tuple[np.ndarray | None
     return labels, tuple(rank), notes
 
 
-def _composed(name: str) -> str:
-    return unicodedata.normalize("NFC", name)
-
-
 def _layout(folder: str, sides: dict[str, str], split: str) -> list[str]:
     """Return what to know of how a folder is split."""
     folders = _folders(folder)
@@ -227,8 +219,7 @@ def _layout(folder: str, sides: dict[str, str], split: str) -> list[str]:
         return []
     train, test = (os.path.basename(sides[part]) for part in ("train", "test"))
     unused = [f"{shown(name)}/" for name in folders if name not in (train, test) and holds_images(os.path.join(folder, name))]
-    files = [name for name in map(os.fsencode, os.listdir(folder)) if os.fsdecode(name) not in folders and not _is_hidden(name)]
-    loose = sum(_ending(name) in EXTENSIONS for name in files)
+    loose = sum(_ending(name) in EXTENSIONS and not _is_hidden(name) for name in {*os.listdir(folder)} - {*folders})
     unused += [f"images beside these folders ({loose})"] if loose else []
     notes = [f"only {train}/ is used; {test}/ is its test part"] if split == "train" else []
     return [*notes, f"neither used nor the test part, which is {test}/: {', '.join(unused)}"] if unused else notes
@@ -241,17 +232,14 @@ def _left_out(folder: str, others: Counter[str], images: int) -> list[str]:
     most = others.most_common(3)
     rest = others.total() - sum(count for _, count in most)
     counts = ", ".join(f"{count} {kind}" for kind, count in most) + (f" and {rest} others" if rest else "")
-    return [f"left out of {shown(folder)}/, as files of other kinds: {counts}"]
+    return [f"left out of {shown(os.path.basename(os.path.abspath(folder)))}/, as files of other kinds: {counts}"]
 
 
 def list_lines(folder: str) -> tuple[list[bytes], Images]:
-    """Return a folder's images as the lines of a list file, which stands in its place for pretraining, and the images.
+    """Return a folder's (training) images as the lines of a list file, which stands in its place for pretraining, and the images.
 
     Each line holds the absolute path, the class folder or nothing, and the size in bytes, so that reading the list takes no
-    look at the files. Of a folder with train/ and val/ (or test/) it is the training images.
-
-    Raises:
-        DataError: if the folder cannot be read, or holds no image.
+    look at the files. DataError if the folder cannot be read, or holds no image.
     """
     images = read_folder(os.path.abspath(os.path.expanduser(folder)), "train", labelled=True)
     files, lines, odd = images.source, list[bytes](), list[Fault]()
@@ -270,6 +258,5 @@ def list_lines(folder: str) -> tuple[list[bytes], Images]:
 
 def empty(images: Images, advice: str = "") -> DataError:
     """Return the error of a data set without an image that can be used, with the reasons and what to do."""
-    return DataError(
-        f"{images.name}: holds no usable image ({'; '.join(images.notes) or 'nothing is in it'}){advice and '; '}{advice}"
-    )
+    reasons = "; ".join(images.notes) or "nothing is in it"
+    return DataError(f"{images.name}: holds no usable image ({reasons}){advice and '; '}{advice}")

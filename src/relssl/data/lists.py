@@ -12,7 +12,7 @@ from itertools import chain, islice
 from operator import methodcaller
 from typing import BinaryIO
 
-from relssl.data.folder import Entry, judge, shown, unusable
+from relssl.data.folder import judge, shown, unusable
 from relssl.data.images import Fault, Files, Images
 from relssl.data.names import class_labels, table
 from relssl.errors import DataError
@@ -103,8 +103,8 @@ class _Way:
     backslashes: bool
     column: int = 1  # the one of labels
 
-    def entry(self, line: bytes, believed: bool = False) -> tuple[bytes, *Entry]:
-        """Return the label and the file that a line names."""
+    def entry(self, line: bytes, believed: bool = False) -> tuple[bytes, bytes, int, int, str | None]:
+        """Return the label and the file that a line names, its bytes, time of change, and why it is no image, if so."""
         row = self.cells(line)
         name = row[0].replace(b"\\", b"/") if self.backslashes else row[0]
         word = row[self.column] if self.column < len(row) else b""

@@ -155,7 +155,7 @@ def _fault(data: str, path: str) -> str | None:
         return "images are read from disks alone; download them into a folder and name that"
     if ending in ("zip", "tar", "gz", "tgz", "bz2", "xz", "zst", "7z", "rar"):
         return "is an archive; unpack it and name the folder"
-    if is_file and ending.encode() in EXTENSIONS:
+    if is_file and ending in EXTENSIONS:
         return "is a single image; name the folder that it lies in"
     if os.path.exists(path):
         return f"is neither a folder of images nor a list file ({', '.join(LIST_SUFFIXES)})"

@@ -140,11 +140,11 @@ def _index(paths: list[str]) -> dict[str, np.ndarray]:
             try:
                 with open(path, "rb", opener=open_regular) as file:
                     for name, key, ending, offset, size in _members(file):
-                        if ending.encode() in EXTENSIONS:
+                        if ending in EXTENSIONS:
                             images.append((name, key, offset, size))
                         elif ending in ("cls", "json") and size <= _LABEL_BYTES:
                             labels[key] = _label(ending, os.pread(file.fileno(), size, offset)) or labels.get(key, b"")
-                        elif ending.rpartition(".")[2].encode() in EXTENSIONS:
+                        elif ending.rpartition(".")[2] in EXTENSIONS:
                             left[ending] += 1
             except (tarfile.TarError, OSError, BadImage) as error:
                 if not images:
