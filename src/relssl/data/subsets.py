@@ -102,7 +102,8 @@ def check_variety(images: Images, max_pixels: int) -> None:
             pictures.add(opened.rgb(opened.reductions[-1]).resize((16, 16)).tobytes())
             readable += 1
     if readable > 1 and len(pictures) == 1:
-        raise DataError(f"{images.name}: {readable} images all show the same, so nothing can be learned; check the files")
+        alike = f"{readable} images looked at all show the same"
+        raise DataError(f"{images.name}: {alike}, so nothing can be learned; check the files")
 
 
 def spread(start: int, stop: int, count: int) -> list[int]:
