@@ -16,8 +16,7 @@ import numpy as np
 
 from relssl.data.decode import BadImage
 from relssl.data.folder import TEST, shown
-from relssl.data.images import Images, Stored
-from relssl.data.names import table
+from relssl.data.images import Images, Stored, table
 from relssl.errors import ConfigError, DataError
 
 

@@ -13,8 +13,7 @@ from operator import methodcaller
 from typing import BinaryIO
 
 from relssl.data.folder import judge, shown, unusable
-from relssl.data.images import Fault, Files, Images
-from relssl.data.names import class_labels, table
+from relssl.data.images import Fault, Files, Images, class_labels, table
 from relssl.errors import DataError
 
 LIST_SUFFIXES = (".txt", ".lst", ".csv", ".tsv")

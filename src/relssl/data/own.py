@@ -36,10 +36,7 @@ _LEAST_STD = 1 / 255  # of a channel
 
 @dataclass(frozen=True, eq=False)
 class Items:
-    """Items of a map-style data set; a source of `Images`.
-
-    What an item draws at random is seeded by its position, so it is the same whenever and wherever it is read.
-    """
+    """Items of a map-style data set. What an item draws at random is seeded by its position, so it is the same wherever it is read."""
 
     dataset: Any
     rows: np.ndarray  # int64 [N], their positions in it
@@ -106,8 +103,7 @@ def open_item(image: Any, max_pixels: int) -> AbstractContextManager[Opened]:
 def to_bands(image: Any) -> np.ndarray:
     """Return an array or tensor [H,W], [H,W,C] or [C,H,W] as uint8 [C,H,W], C from 1 to 16; BadImage if it is none.
 
-    Where both layouts fit, arrays have their channels last and tensors first. Integers of 16 bits are scaled by 255/65535, floats lie in
-    0..1.
+    Where both layouts fit, arrays have their channels last and tensors first. Integers may have 16 bits, floats lie in 0..1.
     """
     values = image
     if isinstance(image, Tensor):
@@ -148,13 +144,13 @@ def measured(images: Images) -> tuple[Channels, Channels]:
 
 
 def open_dataset(dataset: Any, name: str, split: str = "train") -> Images:
-    """Return the images of a data set that is handed over, or of what a function returns; labels only where no image is decoded for them.
+    """Return the images of a split of a data set that is handed over; labels only where no image is decoded for them.
 
     Args:
         dataset: any with `len` and `[i]`; an array or tensor [N,H,W], [N,H,W,C] or [N,C,H,W], which stays in memory as uint8; (images,
             labels); a mapping of sets by split, such as {"train": ..., "test": ...}; or a function that returns one of these.
         name: for messages.
-        split: "train", "bank" (the same) or "test"; a set that is no mapping has no test images.
+        split: "train", "bank" (the same) or "test", which only a mapping may have.
 
     Raises:
         DataError: if it is none of these, has no such split, or none of its first items is an image.

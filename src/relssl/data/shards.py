@@ -23,8 +23,7 @@ import numpy as np
 
 from relssl.data.decode import BadImage, open_regular
 from relssl.data.folder import EXTENSIONS, TEST, TRAIN, cache_root, shown
-from relssl.data.images import Images, Stored
-from relssl.data.names import Names, class_labels, table
+from relssl.data.images import Images, Names, Stored, class_labels, table
 from relssl.errors import DataError, StorageError
 from relssl.files import locked, read_arrays, replacing
 
