@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +69,14 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
 
 
 def family(process: subprocess.Popen[str], count: int) -> list[psutil.Process]:
-    """The processes below one that was started, once there are as many."""
-    while process.poll() is None and len(children := psutil.Process(process.pid).children(recursive=True)) < count:
+    """The ranks below a process that was started, once there are as many; what else it starts comes and goes."""
+    while process.poll() is None:
+        with suppress(psutil.NoSuchProcess):
+            children = psutil.Process(process.pid).children(recursive=True)
+            if len(ranks := [child for child in children if "pretrain" in child.cmdline()]) == count:
+                return ranks
         time.sleep(0.05)
-    return children
+    raise AssertionError(process.communicate()[0])
 
 
 @pytest.fixture(scope="module")
@@ -135,8 +140,8 @@ def test_a_rank_that_hangs_is_named_and_ends_the_run(tmp_path: Path, rank: int) 
     """The first rank is stopped while it evaluates, the other one while it trains."""
     knn = {"knn_every": 1, "knn_images": [1000, 700]} if rank == 0 else {"knn_every": 0}
     run = start_two(tmp_path / "run", ENDLESS, {"log": knn, "engine": {"timeout": 30}})
-    (other,) = family(run, 1)
     wait_for(tmp_path / ("run/config.yaml" if rank == 0 else "run/checkpoints/step-00000005"), run)
+    (other,) = family(run, 1)
     time.sleep(0.3)
     begun = time.monotonic()
     (psutil.Process(run.pid) if rank == 0 else other).suspend()
