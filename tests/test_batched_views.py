@@ -50,7 +50,7 @@ def reference(image: Tensor, config: ViewConfig, draws: Draws, row: int) -> Tens
     """torchvision on one float image [3,H,W] in 0..1."""
     top, left, height, width = draws.crop[row].tolist()
     x = F.resized_crop(image, top, left, height, width, [config.size, config.size], antialias=True)
-    if draws.affine[row]:
+    if config.affine:
         shift = draws.shift[row].tolist()
         bilinear = F.InterpolationMode.BILINEAR
         x = F.affine(x, float(draws.angle[row]), shift, float(draws.zoom[row]), [0.0, 0.0], bilinear)

@@ -3,6 +3,7 @@
 import os
 import resource
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,11 @@ import torch
 from hypothesis import given, settings
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from relssl.data import batched
 from relssl.data.draws import draw
 from relssl.data.images import Images, Pixels
-from relssl.data.loader import Crops, Loader, Plan, crop, crop_reduced, read_batches
+from relssl.data.loader import Loader, Plan, crop, crop_reduced, read_batches
 from relssl.data.named import load
 from relssl.errors import ConfigError, DataError
 from relssl.settings.run import VIEWS, LoaderConfig, ViewConfig
@@ -151,11 +151,12 @@ def test_files_are_cropped_and_everything_else_follows_in_the_batch(folder: Path
     """The batch equals `batched.apply` on crops made by hand, bit for bit; what stands in for a bad file has its own draws."""
     (folder / "03.png").write_bytes(b"no image")
     images, config = load(str(folder), None, "train"), view("digit-strong", scale=(0.3, 1.0), flip=0.5, size=20)
-    for number, parts in enumerate(loader_of(images, Plan(12, 6, parts=2, seed=4), [config]).stream(1, 5), start=1):
+    loader = loader_of(images, Plan(12, 6, parts=2, seed=4), [config])
+    for number, parts in enumerate(loader.stream(1, 5), start=1):
         for part in parts:
             rows = part.ids.numpy()
             draws = draw(config, 4, number // 2, rows, 0, (40, 48))
-            crops = torch.stack([Crops(images, [config], 4, LoaderConfig(), [None])[number // 2, row].crops[0] for row in rows])
+            (crops,) = loader.read((number // 2, rows)).pixels
             moved = batched.apply(crops, view("digit-strong", scale=None, flip=0.5, size=20), draws)
             assert torch.equal(part.weak, batched.normalise(moved, *STATISTICS))
             assert 3 not in rows
@@ -193,13 +194,14 @@ def test_too_few_images_and_impossible_paths_are_refused(folder: Path) -> None:
     for file in folder.iterdir():
         file.write_bytes(b"\x89PNG no")
     for workers in (0, 1):
-        with pytest.raises(DataError, match=r"^48 images in a row cannot be read, the last is .*; replace them"):
+        with pytest.raises(DataError, match=r"^12 images in a row cannot be read, the last is .*; replace them"):
             batches(loader_of(images, Plan(12, 4), workers=workers), 0, 1)
 
 
 def crops_of(images: Images, views: Any, reduce: bool) -> list[list[np.ndarray]]:
-    crops = Crops(images, views, 0, LoaderConfig(reduced_decode=reduce), [None] * len(views))
-    return [[each.numpy().astype(int) for each in crops[epoch, row].crops] for epoch in range(2) for row in range(len(images))]
+    loader = loader_of(images, Plan(len(images), 2), views, reduced_decode=reduce)
+    crops = [loader.read((epoch, np.array([row]))).pixels for epoch in range(2) for row in range(len(images))]
+    return [[each[0].numpy().astype(int) for each in pixels] for pixels in crops]
 
 
 def test_crops_of_reduced_images_differ_by_what_decoders_round(photos: Images) -> None:
@@ -221,8 +223,8 @@ def test_an_image_is_decoded_as_small_as_its_largest_view_allows(photos: Images,
     boxes = np.array([[0, 0, 300, 420]] * 2)
     with photos.source.open(0, 10**6) as opened:
         image = opened.rgb(reduction)
-    seen = Crops(photos, [ViewConfig(size=size) for size in sizes], 0, LoaderConfig(), [None] * len(sizes))[0, 0].crops
-    for box, one, other in zip(boxes, views, seen, strict=True):
+    seen = loader_of(photos, Plan(len(photos), 2), [ViewConfig(size=size) for size in sizes]).read((0, np.array([0]))).pixels
+    for box, one, (other,) in zip(boxes, views, seen, strict=True):
         by_hand = crop_reduced(image, box / reduction, one.size)
         assert (by_hand.int() - other.int()).abs().max() <= 1  # torch and Pillow round apart
 
@@ -236,21 +238,13 @@ def test_crops_are_pillows(source: tuple[int, int]) -> None:
         assert one.shape == (3, 32, 32) and (one - other).abs().max() <= 1 and (one - other).abs().float().mean() < 0.5
 
 
-class Failing(Dataset[Tensor]):
-    """Items whose reading ends a worker, or runs out of its shared memory, which is a file."""
-
-    def __init__(self, how: str) -> None:
-        self.how = how
-
-    def __len__(self) -> int:
-        return 8
-
-    def __getitem__(self, row: int) -> Tensor:
-        if self.how == "dies" and row == 4:
-            os._exit(1)
-        if self.how == "no memory":
-            resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-        return torch.zeros(8)
+def failing(how: str, rows: list[int]) -> Tensor:
+    """Tensors whose reading ends a worker, or runs out of its shared memory, which is a file."""
+    if how == "dies" and 4 in rows:
+        os._exit(1)
+    if how == "no memory":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    return torch.zeros(8)
 
 
 # torch tells of the dead worker by an error raised wherever Python is, at times where it can only be ignored; it looks again itself.
@@ -259,6 +253,6 @@ class Failing(Dataset[Tensor]):
 def test_a_worker_that_cannot_go_on_is_one_line_that_names_the_setting(how: str) -> None:
     signal.alarm(120)  # rather than wait for ever
     with pytest.raises(DataError, match=r"loader\.workers") as caught:
-        list(read_batches(Failing(how), torch.stack, 1, batch_size=2))
+        list(read_batches(partial(failing, how), [[0, 1], [2, 3], [4, 5], [6, 7]], 1))
     signal.alarm(0)
     assert caught.value.exit_code == 3 and "\n" not in str(caught.value)

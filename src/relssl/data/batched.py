@@ -17,9 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from relssl.data import ops
-from relssl.data.draws import CONTRAST, HUE, SATURATION, Bools, Draws, Floats, Ints
+from relssl.data.draws import CONTRAST, HUE, SATURATION, Draws, Floats, Ints
 from relssl.data.ops import column, on
-from relssl.engine import send
 from relssl.settings.run import LUMA, ViewConfig
 
 
@@ -36,23 +35,15 @@ def apply(images: Tensor, view: ViewConfig, draws: Draws) -> Tensor:
         fp32 [B,C,S,S] in 0..1 on the images' device, in memory of its own.
     """
     with torch.autocast(images.device.type, enabled=False):
-        # The flip costs nothing inside the crop's or the affine's own resampling.
-        moves = view.affine > 0
-        x = _crop(images, view, draws, None if moves else draws.flip)
-        if moves:
+        x = _crop(images, view, draws)
+        if view.affine:
             x = _affine(x, draws)
-        if view.jitter:
-            x = on(x, draws.jitter, lambda part, rows: _jitter(part, view, draws.take(rows)))
-        if view.grey and x.shape[1] == 3:
+        x = on(x, draws.jitter, lambda part, rows: _jitter(part, view, draws.take(rows)))
+        if x.shape[1] == 3:
             x = on(x, draws.grey, lambda part, rows: luma(part).expand_as(part))
-        if view.blur:
-            radius = math.ceil(4 * view.blur_sigma[1])
-            x = on(x, draws.sigma > 0, lambda part, rows: _blur(part, draws.sigma[rows], radius))
-        if view.solarize:
-            x = on(x, draws.solarize, lambda part, rows: torch.where(part < 0.5, part, 1 - part))
-        if view.randaugment:
-            x = ops.apply(x, draws)
-    return x
+        x = on(x, draws.sigma > 0, lambda part, rows: _blur(part, draws.sigma[rows], math.ceil(4 * view.blur_sigma[1])))
+        x = on(x, draws.solarize, lambda part, rows: torch.where(part < 0.5, part, 1 - part))
+        return ops.apply(x, draws)
 
 
 def left_out(views: Sequence[ViewConfig], channels: int) -> list[str]:
@@ -83,34 +74,30 @@ def normalise(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     return torch.addcmul(bias, x.float(), weight)
 
 
-def _crop(images: Tensor, view: ViewConfig, draws: Draws, flip: Bools | None) -> Tensor:
+def _crop(images: Tensor, view: ViewConfig, draws: Draws) -> Tensor:
     """Crop, resize and flip [B,C,H,W] -> [B,C,S,S]: torchvision's resized_crop (bilinear, antialiased) as two matrices."""
-    height, width = images.shape[-2:]
+    (height, width), size = images.shape[-2:], view.size
     white = 255.0 if images.dtype == torch.uint8 else 1.0
-    if view.scale is None and (height, width) == (view.size, view.size):
-        x = images / white  # always a copy: what follows works in place
-        return x if flip is None else on(x, flip, lambda part, rows: part.flip(-1))
+    flip = draws.flip & (view.affine == 0)  # which costs nothing inside a resampling, and the affine's is the last
+    if view.scale is None and (height, width) == (size, size):
+        # Always a copy: what follows works in place.
+        return on(images / white, flip, lambda part, rows: part.flip(-1))
     x = images.float()
-    top, left, rows, columns = draws.crop.T
-    down = _resize_weights(column(top, x), column(rows, x), None, height, view.size)
-    across = _resize_weights(column(left, x), column(columns, x), flip, width, view.size).div_(white)
-    wide = torch.bmm(x.flatten(1, 2), across.transpose(1, 2))
-    return torch.matmul(down[:, None], wide.view(*x.shape[:3], view.size))
+    top, left, rows, columns = (column(each, x)[..., 0] for each in draws.crop.T)
+    down = _resize_weights(top, rows, column(np.zeros_like(flip), x)[..., 0], height, size)
+    across = _resize_weights(left, columns, column(flip, x)[..., 0], width, size).div_(white)
+    return _filter(x, down, across)
 
 
-def _resize_weights(start: Tensor, length: Tensor, flip: Bools | None, source: int, size: int) -> Tensor:
-    """Return the weights [B,size,source] of an antialiased bilinear resize of source[start : start + length] to `size`.
+def _resize_weights(start: Tensor, length: Tensor, flip: Tensor, source: int, size: int) -> Tensor:
+    """Return the weights [B,size,source] of an antialiased bilinear resize of source[start : start + length] to `size`; each [B,1,1].
 
     Pillow's and ATen's definition: a triangle as wide as a target pixel (at least a source pixel), cut at the crop's edges and
     normalised again.
     """
-    start, length = start.view(-1, 1, 1), length.view(-1, 1, 1)
-    scale = length / size
-    target = torch.arange(size, device=start.device, dtype=torch.float32).expand(len(start), size)
-    if flip is not None:
-        target = torch.where(send(torch.as_tensor(flip), start.device)[:, None], size - 1 - target, target)
-    offset = torch.arange(source, device=start.device, dtype=torch.float32) - start
-    centre = (target[:, :, None] + 0.5) * scale
+    scale, target = length / size, torch.arange(size, device=start.device)[:, None].float()
+    centre = (torch.where(flip > 0, size - 1 - target, target) + 0.5) * scale
+    offset = torch.arange(source, device=start.device).float() - start
     weights = (1 - (offset + 0.5 - centre).abs_().div_(scale.clamp(min=1.0))).clamp_(min=0)
     weights *= (offset >= 0) & (offset < length)
     return weights.div_(weights.sum(-1, keepdim=True))
@@ -125,10 +112,10 @@ def _affine(x: Tensor, draws: Draws) -> Tensor:
     cos, sin = np.cos(angle) / draws.zoom, np.sin(angle) / draws.zoom
     shift_x, shift_y = draws.shift.T * 2.0 / x.shape[-1]  # affine_grid's unit is half a side
     mirror = np.where(draws.flip, -1.0, 1.0)
-    theta = np.stack(
-        [cos * mirror, sin, -cos * shift_x - sin * shift_y, -sin * mirror, cos, sin * shift_x - cos * shift_y], axis=1
-    )
-    grid = F.affine_grid(column(theta, x).view(-1, 2, 3), list(x.shape), align_corners=False)
+    across = (cos * mirror, sin, -cos * shift_x - sin * shift_y)
+    down = (-sin * mirror, cos, sin * shift_x - cos * shift_y)
+    theta = column(np.stack([*across, *down], axis=1), x).view(-1, 2, 3)
+    grid = F.affine_grid(theta, list(x.shape), align_corners=False)
     return F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
@@ -192,5 +179,10 @@ def _blur(x: Tensor, sigma: Floats, radius: int) -> Tensor:
     landed = (torch.arange(size, device=x.device) + offsets[:, None]).clamp_(0, size - 1)
     reach = (landed[:, :, None] == torch.arange(size, device=x.device)).float()
     weights = (kernel @ reach.view(len(offsets), -1)).view(-1, size, size)
-    wide = torch.bmm(x.reshape(len(x), -1, size), weights.transpose(1, 2))
-    return torch.matmul(weights[:, None], wide.view(x.shape))
+    return _filter(x, weights, weights)
+
+
+def _filter(x: Tensor, down: Tensor, across: Tensor) -> Tensor:
+    """Apply weights [B,S,H] and [B,S,W] along the two sides; [B,C,H,W] -> [B,C,S,S]."""
+    wide = torch.bmm(x.flatten(1, 2), across.transpose(1, 2))
+    return torch.matmul(down[:, None], wide.view(*x.shape[:3], -1))

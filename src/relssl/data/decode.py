@@ -21,15 +21,14 @@ from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 # Errors that say more about the machine or the network at this moment than about the file.
 _PASSING = (errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ETIMEDOUT, errno.ENOTCONN)
-# Of EXIF's orientations, from 2 on.
+# What sets an image upright, of EXIF's orientations from 2 on.
 _TURNS = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
 
 
 class BadImage(Exception):
     """A file that cannot be read as an image; the message is one short line that fits behind the file's name.
 
-    Attributes:
-        lasting: whether it is the file's own fault; otherwise another try may well succeed.
+    It is `lasting` if it is the file's own fault; otherwise another try may well succeed.
     """
 
     def __init__(self, reason: str, lasting: bool = True) -> None:
@@ -94,14 +93,14 @@ def open_image(image: str | Callable[[], bytes], max_pixels: int) -> Iterator[Op
     with contextlib.ExitStack() as files:
         with _refusals():
             file = io.BytesIO(image()) if callable(image) else files.enter_context(open(image, "rb", opener=open_regular))
-            opening = _read_header(file, max_pixels)
-            if opening.format in ("JPEG", "MPO"):
-                turn, sides = _orientation(opening), opening.size
+            header = _read_header(file, max_pixels)
+            if header.format in ("JPEG", "MPO"):
+                turn, sides = _orientation(header), header.size
                 # A turned image's far side becomes its top or left: it must hold whole squares of pixels.
                 whole = (r for r in (1, 2, 4, 8) if r <= min(sides) and (turn == 1 or not any(side % r for side in sides)))
-                opened = Opened(sides if turn >= 5 else sides[::-1], partial(_upright_rgb, opening), tuple(whole))
+                opened = Opened(sides if turn >= 5 else sides[::-1], partial(_read_pixels, header), tuple(whole))
             else:
-                opened = Opened.of(_upright_rgb(opening))
+                opened = Opened.of(_read_pixels(header))
         yield opened
 
 
@@ -164,44 +163,39 @@ def _read_header(file: IO[bytes], max_pixels: int) -> ImageFile.ImageFile:
     return image
 
 
+def _read_pixels(header: ImageFile.ImageFile, reduction: int = 1) -> Image.Image:
+    """Read the pixels of a file of ours, as `upright_rgb` returns them."""
+    with _refusals():
+        if reduction > 1:
+            header.draft(None, (header.width // reduction, header.height // reduction))
+        header.load()
+        header.fp = None  # Pillow closes only files that it opened itself
+        rgb = upright_rgb(header)
+        rgb.info.clear()  # or a colour key or orientation that is already applied could be applied again
+        return rgb
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """Return an image of any kind, turned as its EXIF orientation says, as RGB; itself if it is that. BadImage as `open_image` says."""
+    with _refusals():
+        image.load()
+        turn = _orientation(image)
+        if image.mode.startswith(("F", "I")):  # grey of 16 bits has mode I;16, or I where the decoder gives it so
+            image = Image.fromarray(from_16_bits(np.asarray(image)))
+        if image.has_transparency_data:
+            layers, image = image.convert("RGBA"), Image.new("RGB", image.size, "white")
+            image.paste(layers, mask=layers.getchannel("A"))
+        elif image.mode != "RGB":
+            image = image.convert("RGB")
+        return image.transpose(Image.Transpose[_TURNS[turn - 2]]) if turn > 1 else image
+
+
 def _orientation(image: Image.Image) -> int:
     """Return the EXIF orientation 1..8; 1 if there is none or the data is broken, which says nothing about the pixels."""
     turn = 1
     with contextlib.suppress(Exception):
         turn = image.getexif().get(ExifTags.Base.Orientation, 1)
     return turn if turn in range(2, 9) else 1
-
-
-def _upright_rgb(image: ImageFile.ImageFile, reduction: int = 1) -> Image.Image:
-    """Read an image of ours, as `upright_rgb` returns it."""
-    with _refusals():
-        if reduction > 1:
-            image.draft(None, (image.width // reduction, image.height // reduction))
-        image.load()
-        image.fp = None  # Pillow closes only files that it opened itself
-        rgb = upright_rgb(image)
-        rgb.info.clear()  # or a colour key or orientation that is already applied could be applied again
-        return rgb
-
-
-def upright_rgb(image: Image.Image) -> Image.Image:
-    """Return an image of any kind, turned as its EXIF orientation says, as RGB; BadImage as `open_image` says."""
-    with _refusals():
-        image.load()
-        turn, rgb = _orientation(image), _to_rgb(image)
-        return rgb.transpose(Image.Transpose[_TURNS[turn - 2]]) if turn > 1 else rgb
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Return a loaded image of any mode as RGB; itself, not copied, if it is that already."""
-    if image.mode.startswith(("F", "I")):  # grey of 16 bits has mode I;16, or I where the decoder gives it so
-        image = Image.fromarray(from_16_bits(np.asarray(image)))
-    if not image.has_transparency_data:
-        return image if image.mode == "RGB" else image.convert("RGB")
-    layers = image.convert("RGBA")
-    paper = Image.new("RGB", image.size, "white")
-    paper.paste(layers, mask=layers.getchannel("A"))
-    return paper
 
 
 def from_16_bits(values: np.ndarray) -> np.ndarray:

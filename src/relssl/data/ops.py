@@ -9,9 +9,9 @@ truncation, so the tensors hold whole numbers 0..255 and follow Pillow to the le
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,13 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from relssl.data.draws import POOL, Bools, Draws, Floats, Ints
+from relssl.data.draws import POOL, Bools, Draws, Ints
 from relssl.engine import send
-
-
-def apply(x: Tensor, draws: Draws) -> Tensor:
-    """Apply each sample's drawn operations, in turn, in place; x fp32 [B,C,S,S] in 0..1, on any device."""
-    return on(x, draws.ops_applied.sum(axis=1) > 0, lambda part, rows: _apply_drawn(part, draws.take(rows)))
 
 
 def on(x: Tensor, where: Bools, operation: Callable[[Tensor, Ints], Tensor]) -> Tensor:
@@ -37,13 +32,22 @@ def on(x: Tensor, where: Bools, operation: Callable[[Tensor, Ints], Tensor]) -> 
     return x.index_copy_(0, index, operation(x.index_select(0, index), rows))
 
 
+def column(values: npt.ArrayLike, like: Tensor) -> Tensor:
+    """Send numbers of the host, one a sample, to `like`'s device: fp32 [B,1,1,1]."""
+    return send(torch.as_tensor(np.asarray(values, np.float32)), like.device).view(-1, 1, 1, 1)
+
+
+def apply(x: Tensor, draws: Draws) -> Tensor:
+    """Apply each sample's drawn operations, in turn, in place; x fp32 [B,C,S,S] in 0..1, on any device."""
+    return on(x, draws.ops_applied.sum(axis=1) > 0, lambda part, rows: _apply_drawn(part, draws.take(rows)))
+
+
 def _apply_drawn(x: Tensor, draws: Draws) -> Tensor:
     pixels = (x * 255).round_()
-    for turn in range(draws.ops.shape[1]):
-        for op, name in enumerate(POOL):
+    for ops, applied, levels in zip(draws.ops.T, draws.ops_applied.T, draws.levels.T, strict=True):
+        for number, name in enumerate(POOL):
             if name != "identity" and (name != "color" or x.shape[1] == 3):
-                where = (draws.ops[:, turn] == op) & draws.ops_applied[:, turn]
-                pixels = on(pixels, where, partial(_apply, name, draws.levels[:, turn]))
+                pixels = on(pixels, applied & (ops == number), partial(_apply, name, levels))
     return pixels.div_(255)
 
 
@@ -62,25 +66,7 @@ def _apply(name: str, levels: Ints, x: Tensor, rows: Ints) -> Tensor:
         return x - x.remainder(column(2 ** (4 - 4 * strength // 10), x))
     if name == "solarize":
         return torch.where(x < column(256 - 256 * strength // 10, x), x, 255 - x)
-    return _warp(x, np.array([_matrix(name, level, x.shape[-1]) for level in levels]))
-
-
-def _matrix(name: str, level: int, side: int) -> tuple[float, ...]:
-    """Return Pillow's affine data: target (x, y) takes its pixel from (a x + b y + c, d x + e y + f)."""
-    share = 0.3 * level / 10
-    cos, sin, centre = math.cos(math.radians(3 * level)), math.sin(math.radians(3 * level)), side / 2
-    return {
-        "shear_x": (1, share, 0, 0, 1, 0),
-        "shear_y": (1, 0, 0, share, 1, 0),
-        "translate_x": (1, 0, int(share * side), 0, 1, 0),
-        "translate_y": (1, 0, 0, 0, 1, int(share * side)),
-        "rotate": (cos, -sin, centre - centre * (cos - sin), sin, cos, centre - centre * (sin + cos)),
-    }[name]
-
-
-def column(values: npt.ArrayLike, like: Tensor) -> Tensor:
-    """Send numbers of the host, one a sample, to `like`'s device: fp32 [B,1,1,1]."""
-    return send(torch.as_tensor(np.asarray(values, np.float32)), like.device).view(-1, 1, 1, 1)
+    return _warp(x, name, levels)
 
 
 def _luma(x: Tensor) -> Tensor:
@@ -125,14 +111,22 @@ def _equalize(x: Tensor) -> Tensor:
     return torch.where(step > 0, table.clamp_(max=255).gather(1, flat), flat).view(x.shape).to(x.dtype)
 
 
-def _warp(x: Tensor, matrices: Floats) -> Tensor:
-    """Move pixels by nearest-neighbour affine maps [B,6] as of `_matrix`, over black; in Pillow's 16-bit fixed point, so that ties fall the same way."""
-    side = x.shape[-1]
-    matrices = matrices.astype(np.float64)
+def _warp(x: Tensor, name: str, levels: Ints) -> Tensor:
+    """Move pixels to their nearest neighbours, over black; in Pillow's 16-bit fixed point, so that ties fall the same way."""
+    side, share, angle = x.shape[-1], 0.3 * levels / 10, np.deg2rad(3 * levels)
+    shift, cos, sin = np.trunc(share * side), np.cos(angle), np.sin(angle)
+    # Pillow's affine data: target (x, y) takes its pixel from (a x + b y + c, d x + e y + f).
+    numbers: dict[str, tuple[Any, ...]] = {
+        "shear_x": (1, share, 0, 0, 1, 0),
+        "shear_y": (1, 0, 0, share, 1, 0),
+        "translate_x": (1, 0, shift, 0, 1, 0),
+        "translate_y": (1, 0, 0, 0, 1, shift),
+        "rotate": (cos, -sin, side / 2 - side / 2 * (cos - sin), sin, cos, side / 2 - side / 2 * (sin + cos)),
+    }
+    matrices = np.stack(np.broadcast_arrays(*numbers[name], share)[:6], axis=1)
     matrices[:, [2, 5]] += 0.5 * (matrices[:, [0, 3]] + matrices[:, [1, 4]])  # pixels are taken at their centres
-    a, b, c, d, e, f = (
-        send(torch.as_tensor(np.floor(matrices * 65536 + 0.5).astype(np.int64)), x.device).view(-1, 6, 1, 1).unbind(1)
-    )
+    fixed = torch.as_tensor(np.floor(matrices * 65536 + 0.5).astype(np.int64))
+    a, b, c, d, e, f = send(fixed, x.device).view(-1, 6, 1, 1).unbind(1)
     across = torch.arange(side, device=x.device)
     down = across[:, None]
     column, row = (c + a * across + b * down) >> 16, (f + d * across + e * down) >> 16
