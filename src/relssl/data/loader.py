@@ -135,8 +135,8 @@ class Loader:
         elif settings.path == "resident":
             raise ConfigError("loader.path: resident is for data sets held in memory and views of ours; use files for others")
         if settings.cache is not None and (images.in_memory or images.channels != 3):
-            needs = f"is for colour images that have to be decoded, not for those of {images.name}; use null"
-            raise ConfigError(f"loader.cache: {needs}")
+            use = f"for colour images that have to be decoded, not for those of {images.name}; use null"
+            raise ConfigError(f"loader.cache: is {use}")
         step_bytes = plan.share * plan.parts * images.channels * 4 * max(view.size for view in self.views) ** 2
         usual = max(1, min(8, _VIEW_BYTES // step_bytes)) if self.device.type == "cuda" else 1
         self.ahead = settings.views_ahead or usual
@@ -208,7 +208,9 @@ class Loader:
             except BadImage as fault:
                 bad.append((self.images.source.name(position), str(fault)))
         last = f"the last is {shown(bad[-1][0])} ({bad[-1][1]})"
-        raise Unreadable(f"{tries} images in a row cannot be read, {last}; replace them, or take them out of the data set", bad)
+        error = Unreadable(f"{tries} images in a row cannot be read, {last}; replace them, or take them out of the data set")
+        error.faults = bad
+        raise error
 
     def _crops(self, opened: Opened, epoch: int, row: int) -> list[Tensor]:
         """Decode an image once for all views, as small as the largest reduction at which no crop has fewer pixels than its view."""
@@ -240,11 +242,7 @@ class Crops(NamedTuple):
 class Unreadable(DataError):
     """So many unreadable images in a row that a batch cannot be filled."""
 
-    def __init__(
-        self, message: str, faults: Sequence[Fault] = ()
-    ) -> None:  # pickled without them, they follow with the attributes
-        super().__init__(message)
-        self.faults = list(faults)
+    faults: Sequence[Fault] = ()
 
 
 def fitting(channels: int, images: Images) -> None:
