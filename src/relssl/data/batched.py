@@ -207,7 +207,7 @@ def _blur(x: Tensor, sigma: Floats, radius: int) -> Tensor:
 def _filter(x: Tensor, down: Tensor, across: Tensor) -> Tensor:
     """Apply weights [B,S,H] and [B,S,W] along the two sides; [B,C,H,W] -> [B,C,S,S]."""
     wide = torch.bmm(x.flatten(1, 2), across.transpose(1, 2))
-    return torch.matmul(down[:, None], wide.view(*x.shape[:3], -1))
+    return torch.matmul(down[:, None], wide.view(*x.shape[:3], across.shape[1]))
 
 
 def _randaugment(x: Tensor, draws: Draws) -> Tensor:

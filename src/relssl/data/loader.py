@@ -242,7 +242,7 @@ class Crops(NamedTuple):
 class Unreadable(DataError):
     """So many unreadable images in a row that a batch cannot be filled."""
 
-    faults: Sequence[Fault] = ()
+    faults: list[Fault]  # these
 
 
 def fitting(channels: int, images: Images) -> None:
