@@ -312,13 +312,14 @@ def read_batches(
             if isinstance(batch, RelsslError):
                 raise batch
             yield batch
-    except (RuntimeError, ConnectionError, OSError) as error:
+    except (RuntimeError, OSError, EOFError) as error:  # at the end of its tensors' channel, a worker is gone
         # Until workers are forgotten, torch raises the death of one anew, in whatever the main thread does, whenever another child ends.
         if workers and threading.current_thread() is threading.main_thread():
             before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             batches._shutdown_workers()
             signal.signal(signal.SIGCHLD, before)
-        if not workers or not (isinstance(error, ConnectionError) or any(sign in str(error).lower() for sign in _DIED)):
+        gone = isinstance(error, (ConnectionError, EOFError)) or any(sign in str(error).lower() for sign in _DIED)
+        if not workers or not gone:
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
         script = "" if get_start_method() == "fork" else '; a script has to begin below `if __name__ == "__main__":`'
