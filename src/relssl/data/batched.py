@@ -32,15 +32,10 @@ from relssl.settings.run import LUMA, ViewConfig
 
 @torch.no_grad()
 def apply(images: Tensor, view: ViewConfig, draws: Draws) -> Tensor:
-    """Apply `draws`, drawn for `view` and these images' size, in the order of ViewConfig's fields; without what `left_out` names.
+    """Apply `draws`, a row an image, to images [B,C,H,W], uint8 or float in 0..1, in the order of ViewConfig's fields.
 
-    Args:
-        images: [B,C,H,W] uint8, or float in 0..1.
-        view: the view's settings; S is its size.
-        draws: the parameters, one row an image.
-
-    Returns:
-        fp32 [B,C,S,S] in 0..1 on the images' device, in memory of its own.
+    They were drawn for `view`, whose size is S, and images of this size. What `left_out` names is left out. Returns fp32 [B,C,S,S] in
+    0..1 on the images' device, in memory of its own.
     """
     with torch.autocast(images.device.type, enabled=False):
         x = _crop(images, view, draws)
@@ -66,15 +61,7 @@ def left_out(views: Sequence[ViewConfig], channels: int) -> list[str]:
 
 
 def normalise(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Normalise each channel: (x - mean) / std.
-
-    Args:
-        x: [B,C,S,S], float in 0..1 or uint8.
-        mean, std: of the C channels, in 0..1; those of one channel turn colours grey first.
-
-    Returns:
-        fp32 [B,C,S,S].
-    """
+    """Normalise each channel of [B,C,S,S], float in 0..1 or uint8: fp32 (x - mean) / std, in 0..1; those of one turn colours grey."""
     if len(mean) == 1 and x.shape[1] == 3:
         x = luma(x / 255 if x.dtype == torch.uint8 else x)
     scale = 255.0 if x.dtype == torch.uint8 else 1.0

@@ -38,17 +38,11 @@ _SAMPLE = 64  # images by which the size of a cache is estimated
 
 
 class Shrunk:
-    """The first n images of a set of files, or all, shrunk; a source of `Images`.
+    """The first n images of a set of files, or all, shrunk; a source of `Images`, of which `take` returns files.
 
     The pixels are mapped into memory when the first image is read: all processes of a machine share what of it lies in the
-    system's page cache, and a copy sent to another process maps the file anew.
-
-    Attributes:
-        folder: where the two files of the cache lie.
-        files: all files of the set; `take` gives some of these, not shrunk.
-        sizes: int32 [n,2], height and width of each image; 0, 0 if it cannot be read.
-        bad: {position: reason} of those.
-        total: bytes of all pixels.
+    system's page cache, and a copy sent to another process maps the file anew. `sizes`, int32 [n,2], are height and width of each
+    image, 0 if it cannot be read; `bad` is {position: reason} of those; `total` counts the bytes of all pixels.
     """
 
     def __init__(self, folder: Path, files: Source, sizes: np.ndarray, bad: dict[int, str]) -> None:

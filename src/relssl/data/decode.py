@@ -77,18 +77,13 @@ class Opened:
 
 @contextlib.contextmanager
 def open_image(image: str | Callable[[], bytes], max_pixels: int) -> Iterator[Opened]:
-    """Open an image. A JPEG is decoded by `rgb`; any other file at once, as its header need not say how it lies.
+    """Open an image file, given its path or what returns its bytes; BadImage for each that cannot be read, whatever it holds.
 
-    Transparent pixels are laid on white. Palettes, grey, 1-bit, CMYK and YCbCr are converted; 16-bit grey is scaled by 255/65535;
-    of an animation the first frame is taken; the EXIF orientation is applied. Floating-point and 32-bit images have no defined
-    white and are refused, as are cut-off files.
-
-    Args:
-        image: the path of its file; anything but a regular file is refused without reading it. Or what returns the file's bytes.
-        max_pixels: refuse images with more pixels than this, before decoding them. Above 178,956,970 Pillow's own limit rules.
-
-    Raises:
-        BadImage: for every file that cannot be read, whatever it holds.
+    A JPEG is decoded by `rgb`; any other file at once, as its header need not say how it lies. Transparent pixels are laid on white.
+    Palettes, grey, 1-bit, CMYK and YCbCr are converted; 16-bit grey is scaled by 255/65535; of an animation the first frame is taken;
+    the EXIF orientation is applied. Refused are floating-point and 32-bit images, which have no defined white, cut-off files, images
+    of more than `max_pixels`, before they are decoded (above 178,956,970 Pillow's own limit rules), and without reading it anything
+    but a regular file.
     """
     with contextlib.ExitStack() as files:
         with _refusals():
@@ -168,9 +163,8 @@ def _read_pixels(header: ImageFile.ImageFile, reduction: int = 1) -> Image.Image
     with _refusals():
         if reduction > 1:
             header.draft(None, (header.width // reduction, header.height // reduction))
-        header.load()
-        header.fp = None  # Pillow closes only files that it opened itself
         rgb = upright_rgb(header)
+        header.fp = None  # Pillow closes only files that it opened itself
         rgb.info.clear()  # or a colour key or orientation that is already applied could be applied again
         return rgb
 

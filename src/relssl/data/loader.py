@@ -102,10 +102,6 @@ class Loader:
     several steps, a stretch, are made in one go.
 
     Attributes:
-        views: of each image, the first as `Batch.weak`, the others as `Batch.strong`.
-        plan: which samples each step sees, and the seed of their views.
-        statistics: means and deviations, in 0..1, of the channels that the networks see.
-        processes: training processes that share this machine's cores.
         workers: loader processes, 0: this one; None for images that lie on the device.
         ahead: steps of a stretch; without `loader.views_ahead` up to 8 on GPUs, else 1.
 
@@ -115,12 +111,12 @@ class Loader:
     """
 
     images: Images
-    views: Sequence[ViewConfig]
-    plan: Plan
+    views: Sequence[ViewConfig]  # of each image, the first as `Batch.weak`, the others as `Batch.strong`
+    plan: Plan  # which samples each step sees, and the seed of their views
     device: torch.device
-    statistics: tuple[Sequence[float], Sequence[float]]
+    statistics: tuple[Sequence[float], Sequence[float]]  # means and deviations, in 0..1, of the channels that the networks see
     settings: LoaderConfig
-    processes: int = 1
+    processes: int = 1  # for training, which share this machine's cores
 
     def __post_init__(self) -> None:
         images, settings, plan = self.images, self.settings, self.plan
