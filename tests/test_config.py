@@ -22,8 +22,8 @@ from relssl.cli import main
 from relssl.data.images import Files, Images, Pixels
 from relssl.errors import ConfigError, DataError
 from relssl.settings.evaluation import Evaluation, read_settings
-from relssl.settings.reading import leaves, nest, read_yaml
-from relssl.settings.run import RETIRED, Config, derive, from_mapping, resolve, to_mapping, to_yaml
+from relssl.settings.reading import RETIRED, leaves, nest, read_yaml
+from relssl.settings.run import Config, derive, from_mapping, resolve, to_mapping, to_yaml
 from relssl.settings.small import adjustments, give_way
 from relssl.train.pretrain import complete_settings
 

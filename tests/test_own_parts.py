@@ -16,8 +16,9 @@ import relssl
 from relssl.errors import ConfigError, HookError, RelsslError
 from relssl.method import ReSSL
 from relssl.method.base import ALONE, Method, Step, World
+from relssl.settings.methods import Traits
 from relssl.settings.reading import merge
-from relssl.settings.run import Traits, derive, resolve, to_yaml
+from relssl.settings.run import derive, resolve, to_yaml
 from small_runs import SMALL, equal_runs, final_state
 
 TINY: dict[str, Any] = {

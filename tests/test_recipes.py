@@ -14,9 +14,10 @@ from relssl.cli import main
 from relssl.errors import ConfigError
 from relssl.method.create import create_method
 from relssl.settings import recipes
+from relssl.settings.methods import METHODS
 from relssl.settings.reading import leaves, merge, nest, read_yaml
 from relssl.settings.recipes import layer, spell_out
-from relssl.settings.run import METHODS, Config, derive, differences, from_mapping, resolve, to_yaml
+from relssl.settings.run import Config, derive, differences, from_mapping, resolve, to_yaml
 from relssl.train.run_folder import default_folder
 from relssl.weights.card import public
 

@@ -24,8 +24,7 @@ from relssl.options import Overrides, parse
 from relssl.settings import recipes
 from relssl.settings.evaluation import Tuning, read_settings
 from relssl.settings.launcher import rank, with_launch
-from relssl.settings.names import spell
-from relssl.settings.reading import build, flat, leaves
+from relssl.settings.reading import build, flat, leaves, spell
 from relssl.settings.run import Config, differences, resolve, to_yaml
 from relssl.settings.small import adjustments, give_way
 from relssl.train.signals import StopRequest

@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 import relssl
 from relssl.errors import ConfigError
 from relssl.settings.evaluation import Evaluation, Tuning
-from relssl.settings.names import meant, spell, words
-from relssl.settings.reading import build, choices, leaves, nearest_word, path_text, read_yaml
+from relssl.settings.reading import build, choices, leaves, meant, nearest_word, path_text, read_yaml, spell, words
 from relssl.settings.run import Config, resolve
 from relssl.weights.formats import FORMATS
 

@@ -1,7 +1,6 @@
 """Every setting of a run with its help, range and default, the checks between settings, and what follows from them; no torch.
 
-`Config` is what the user asked for, `derive(config)` what follows from it. What each method is made of stands in its base recipe,
-`recipes/_NAME.yaml`; the method itself is `method/NAME.py`.
+`Config` is what the user asked for, `derive(config)` what follows from it.
 """
 
 from __future__ import annotations
@@ -21,37 +20,8 @@ from pydantic.dataclasses import dataclass
 
 from relssl.errors import ConfigError
 from relssl.settings import parts, recipes
-from relssl.settings.reading import NULL, RISING, STRICT, PathText, Text, build, leaves, read_yaml, setting
-
-# Settings and values that are no more, and what to do instead. Saved runs, recipes and config files load without them.
-RETIRED = {
-    "loader.decoder": "is retired: images are decoded by Pillow; loader.cache decodes them once",
-    "loader.index": "is retired: `relssl list FOLDER > photos.txt` writes a list of the files, which starts at once",
-    "loader.photometric": "is retired: colour operations are made in batches, on the device",
-    "loader.resize": "is retired: torch resizes the crops",
-    "loader.prefetch": "is retired: each worker prepares 2 batches ahead; set loader.workers",
-    "method.loss_form triton": "triton is retired; use tiled or auto",
-}
-
-
-@dataclass(frozen=True, config=STRICT)
-class Traits:
-    """The nature of a method, and its needs."""
-
-    about: str
-    title: str  # in the literature
-    paper: str = ""
-    teacher: bool = False  # a momentum teacher follows the student
-    memory: bool = False  # past keys are kept
-    sharpened: bool = False  # a teacher's relation is matched, which has to be sharper than the student's
-    two_way: bool | None = False  # student, and teacher if any, see both views; None: if `method.symmetric` says so
-    predictor: bool = False  # cannot do without `encoder.predictor`
-    tiled: bool = False  # its loss over the memory can be computed in tiles
-    labels: bool = False  # trains on labels
-    whole_batch: bool = False  # compares the samples of a batch, which cannot be computed in parts
-
-
-METHODS: dict[str, Traits] = {name: build(Traits, raw) for name, raw in recipes.traits().items()}
+from relssl.settings.methods import METHODS, Traits, traits_of
+from relssl.settings.reading import NULL, RETIRED, RISING, STRICT, PathText, Text, build, leaves, read_yaml, setting
 
 # Arguments of timm and torchvision that bring weights, whatever theirs are called, and those that make the output another thing.
 _WEIGHT_ARGS = ("pretrained", "checkpoint_path", "weights", "weights_backbone")
@@ -342,7 +312,7 @@ class Derived:
 
 def derive(config: Config) -> Derived:
     """Compute what follows from the settings of a run."""
-    traits, views = _traits(config.method.name), config.views
+    traits, views = traits_of(config.method.name), config.views
     strong = tuple(dataclasses.replace(views.strong, size=size, scale=(low, high)) for size, low, high in views.crops)
     strong = () if traits.labels else strong or (views.strong,)
     passes = config.accumulate * config.engine.devices * config.engine.nodes
@@ -355,29 +325,6 @@ def derive(config: Config) -> Derived:
         share=config.batch_size // passes,
         norm_splits=max(1, config.encoder.batch_norm_splits // passes),
         networks=("student", "teacher") if traits.teacher and config.teacher is None else ("student",),
-    )
-
-
-def _traits(name: str) -> Traits:
-    """Return the traits of a method. Those of the user's own: its `traits`, else those of the method here that it is made from, else as its
-    teacher says; of one that is not at hand, with which no run goes on, the default ones with a teacher."""
-    if not parts.is_part(name):
-        return METHODS[name]
-    try:
-        kind = parts.find("method.name", name)
-    except ConfigError:
-        if not parts.is_handed(name):
-            raise
-        return Traits(about="a method of its own", title=parts.title(name), teacher=True)
-    above = [f"{each.__module__}.{each.__qualname__}" for each in getattr(kind, "__mro__", ())]
-    if "relssl.method.base.Method" not in above:
-        raise ConfigError(f"method.name: {parts.title(name)} is no subclass of relssl.method.base.Method")
-    if isinstance(traits := getattr(kind, "traits", None), Traits):
-        return traits
-    about, title = next(iter((kind.__doc__ or "").strip().splitlines()), "a method of its own"), kind.__qualname__
-    bases = [METHODS[stem] for each in above if (stem := each.split(".")[-2]) in METHODS and each.startswith("relssl.method.")]
-    return dataclasses.replace(
-        (bases or [Traits("", "", teacher=kind.has_teacher, memory=kind.has_teacher)])[0], about=about, title=title, paper=""
     )
 
 
@@ -436,7 +383,7 @@ def _checked(raw: dict[str, Any], typed: frozenset[str] | None = None) -> Config
     theirs = {f"{view}{key}" for view in own for key in ViewConfig.__dataclass_fields__ if key not in ("name", "size")}
     theirs |= {"encoder.stem"} if parts.is_part(raw.get("backbone")) else set()
     raw = {name: value for name, value in raw.items() if name not in theirs - (typed or set())}
-    return check(dataclasses.replace(build(Config, raw, RETIRED), typed=typed))
+    return check(dataclasses.replace(build(Config, raw), typed=typed))
 
 
 def check(config: Config) -> Config:
