@@ -136,8 +136,8 @@ def explore(run: Run, start: Encoder) -> tuple[list[int], list[np.ndarray], Fact
     weak, strong = [batch.weak for batch in batches], [batch.strong[0] for batch in batches]
     keys, queries, memory = embed(run, teacher, weak), embed(run, model.student, strong), model.memory.keys.float()
     temperature = scheduled(run, max(0, run.state.step - 1))["teacher_temperature"]
-    similarities = [(each @ memory.T).cpu() for each in (keys, queries)]
-    facts["relations"] = relations(*similarities, temperature, config.method.student_temperature)
+    similar = [(each @ memory.T).cpu() for each in (keys, queries)]
+    facts["relations"] = relations(similar[0], similar[1], temperature, config.method.student_temperature)
     pairs = {"untrained": (embed(run, start, strong), embed(run, start, weak)), "student": (queries, keys)}
     facts["matched"] = {  # of strong views, the share whose own weak one is the nearest
         name: float(((one @ other.T).argmax(dim=1).cpu() == torch.arange(len(ids))).float().mean())
