@@ -321,7 +321,8 @@ def _trained(result: Any) -> Outcome | None:
     if result.rank:
         return None
     config = relssl.load_run(result.folder).config
-    return Outcome(facts(result, config), lambda: show_summary(result, config))
+    known = facts(result, config)
+    return Outcome(known, lambda: show_summary(known, config))
 
 
 def _written(path: Path) -> Outcome:

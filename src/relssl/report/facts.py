@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from relssl.errors import ConfigError, RelsslError
-from relssl.files import duration, read_json, read_rows
+from relssl.files import read_json, read_rows
 from relssl.report.tables import facts as figures
 from relssl.settings.reading import flat, read_yaml
 from relssl.settings.run import Config, to_mapping
@@ -57,7 +57,10 @@ def run_facts(folder: Path) -> dict[str, Any]:
     return {
         "state": state,
         "settings": settings,
-        "what": _what(settings, stands, where, rows, images),
+        "stands": stands,
+        "where": where,
+        "steps": rows[-1]["step"] if rows else 0,
+        "seconds": _seconds(rows),
         "verdict": _verdict(folder, rows, config),
         "curves": _curves(rows, epoch),
         "axis": "epoch" if epoch else "step",
@@ -82,28 +85,13 @@ def _settings(folder: Path, missing: list[str]) -> tuple[dict[str, Any], Config 
     return {}, None
 
 
-def _what(settings: dict[str, Any], stands: str, where: dict[str, Any], rows: list[Row], images: Any) -> dict[str, str]:
-    """Return what was run on what, in words."""
+def _seconds(rows: list[Row]) -> float:
+    """Return the time that was spent in steps, by the speeds in a run's rows."""
     seconds, before = 0.0, 0
     for row in rows:
         if row.get("images_per_second"):
             seconds, before = seconds + (row["samples"] - before) / row["images_per_second"], row["samples"]
-    step, size = rows[-1]["step"] if rows else 0, settings.get("views.weak.size")
-    cores = f", {where['cores']} cores" if where.get("cores") else ""
-    words = {
-        "recipe": str(settings.get("recipe") or ""),
-        "method": str(settings.get("method.name") or ""),
-        "network": f"{settings.get('backbone')}, stem {settings.get('encoder.stem')}",
-        "data": f"{Path(str(settings.get('data'))).name}" + (f", {images:,} images" if images else ""),
-        "views": f"{size} x {size} pixels",
-        "length": f"{settings.get('epochs')} epochs of batches of {settings.get('batch_size')}; {step:,} steps made",
-        "state": stands,
-        "hardware": f"{where.get('engine', '')}; {where.get('processor', '')}{cores}" if where else "",
-        "time in steps": duration(seconds) if seconds else "",
-        "versions": ", ".join(f"{name} {version}" for name, version in where.get("versions", {}).items()),
-        "revision": (where.get("git") or "")[:12],
-    }
-    return {name: text for name, text in words.items() if text}
+    return seconds
 
 
 def _verdict(folder: Path, rows: list[Row], config: Config | None) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from relssl import __version__
 from relssl.errors import RelsslError
-from relssl.files import to_json, write_file
+from relssl.files import duration, to_json, write_file
 from relssl.report.facts import differences, run_facts
 from relssl.report.gallery import Facts, gallery
 from relssl.report.pictures import Sheet
@@ -76,7 +76,7 @@ def _page(runs: list[Facts], shown: Facts | None, sheets: dict[str, Sheet]) -> s
     }
     policy = f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; script-src '{_hash(script)}'; base-uri 'none'; form-action 'none'"
     pages = Environment(loader=PackageLoader("relssl.report", "."), undefined=StrictUndefined, autoescape=True)
-    pages.filters["figure"] = _figure
+    pages.filters |= {"figure": _figure, "duration": duration}
     return pages.get_template("page.html.jinja").render(
         runs=runs,
         gallery=shown,
