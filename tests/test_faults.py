@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 import relssl
+from relssl.engine import Engine
 from relssl.errors import STOPPING, CheckpointError, Interrupted, NumericError
 from relssl.files import read_rows
 from relssl.settings.reading import merge
@@ -26,6 +27,7 @@ from relssl.settings.run import resolve, to_yaml
 from relssl.train import checkpoint
 from relssl.train.loop import origin, train_step
 from relssl.train.online import Online
+from relssl.train.state import State
 from relssl.weights import store
 from small_runs import SMALL, equal_runs, ready_run, small_run
 
@@ -120,18 +122,32 @@ def test_signals_to_the_group_at_random_moments(tmp_path: Path, ranks: int) -> N
     assert longest < 20
 
 
-def test_a_signal_before_the_first_step_ends_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def endless(*_: Any) -> dict[str, float]:
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(60)
-        return {}
+@pytest.mark.parametrize("step", [0, 10, 20])
+def test_a_signal_ends_knn_at_once(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    def endless(self: Online, state: State, engine: Engine) -> dict[str, float]:
+        figures = measure(self, state, engine)
+        if state.step == step:
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(60)
+            except Interrupted as error:
+                if step == 0:  # as C++ that is being imported does
+                    raise ImportError("initialization failed") from error
+                raise
+        return figures
 
-    monkeypatch.setattr(Online, "baselines", endless)
-    with pytest.raises(Interrupted, match=r"by SIGTERM before its first step; start it again") as error:
+    measure = Online.measure
+    monkeypatch.setattr(Online, "measure", endless)
+    with pytest.raises(
+        Interrupted, match=f"by SIGTERM after step {step}" if step else "before its first step; start it again"
+    ) as error:
         small_run(tmp_path / "run")
-    assert error.value.exit_code == json.loads((tmp_path / "run/status.json").read_text())["exit_code"] == 143
+    status = json.loads((tmp_path / "run/status.json").read_text())
+    assert (error.value.exit_code, status["exit_code"], status["step"]) == (143, 143, step)
     monkeypatch.undo()
-    assert small_run(tmp_path / "other", max_steps=1).rows[0]["knn_top1"] > 0
+    if step:
+        relssl.resume(tmp_path / "run", quiet=True)
+        assert equal_runs(finished, tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -165,7 +181,7 @@ def test_a_state_without_a_part_is_refused_by_name_and_the_one_before_offered(cu
             left[outer] = {name: value for name, value in facts[outer].items() if name != inner}
         shutil.rmtree(newest)
         store.save(newest, tensors, left)
-        if key in ("hashes", "neighbours"):  # for other tools, and newer than the first checkpoints
+        if key in ("hashes", "neighbours", "unmeasured"):  # for other tools, and newer than the first checkpoints
             continue
         with pytest.raises(
             CheckpointError, match=rf"step-00000010: .*'{inner or outer}' is missing; a good one: .*--checkpoint step-00000005`"

@@ -39,7 +39,11 @@ def create_method(
     """
     method, student = config.method, create_student(config, classes)
     memory_size = method.memory_size if derive(config).traits.memory else 0
-    return method_class(method.name)(student, memory_size, config.encoder.dim, generator, loss_form, method.symmetric, given)
+    # Methods of the user's own may know nothing of options that are not theirs.
+    options = {"features": student.num_features} if method.relation == "features" else {}
+    options |= {"sinkhorn_iterations": method.sinkhorn_iterations} if method.sinkhorn_iterations else {}
+    kind, dim = method_class(method.name), config.encoder.dim
+    return kind(student, memory_size, dim, generator, loss_form, method.symmetric, given, **options)
 
 
 def method_class(name: str) -> type[Method]:

@@ -25,6 +25,7 @@ class Traits:
     predictor: bool = False  # cannot do without `encoder.predictor`
     tiled: bool = False  # its loss over the memory can be computed in tiles
     labels: bool = False  # trains on labels
+    relational: bool = False  # has the options `method.relation` and `method.sinkhorn_iterations`
     whole_batch: bool = False  # compares the samples of a batch, which cannot be computed in parts
 
 

@@ -38,7 +38,7 @@ def save(folder: Path | None, state: State, engine: Engine, origin: dict[str, An
     if folder is None:
         return None
     facts = {"step": state.step, "best": state.best, "unreadable": sorted(state.unreadable), "hashes": hashes, "tree": rest}
-    facts |= {"non_finite": int(state.guard.streak), "neighbours": state.neighbours}
+    facts |= {"non_finite": int(state.guard.streak), "neighbours": state.neighbours, "unmeasured": state.unmeasured}
     target = store.step_folder(folder, state.step)
     store.save(target, tensors, facts | origin)
     return target
@@ -95,7 +95,7 @@ def restore(path: Path, state: State, engine: Engine, origin: dict[str, Any]) ->
         same = {name: value for name, value in moments.items() if getattr(value, "shape", None) == parameter.shape}
         moments |= {name: torch.empty_like(parameter).copy_(value) for name, value in same.items()}
     state.step, state.best, state.unreadable = facts["step"], facts["best"], set(facts["unreadable"])
-    state.neighbours = facts.get("neighbours")
+    state.neighbours, state.unmeasured = facts.get("neighbours"), facts.get("unmeasured")
     state.guard.streak.fill_(facts["non_finite"])
     now, saved = origin | origin["choices"], facts | origin["choices"] | facts["choices"]  # older ones say less
     matters = sorted({*WARNED.values(), *origin["choices"]} & now.keys())

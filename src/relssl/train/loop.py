@@ -19,7 +19,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from relssl.data.images import Images
 from relssl.data.loader import Batch, Loader, Plan, Unreadable
 from relssl.engine import Engine, send
-from relssl.errors import DataError, NumericError
+from relssl.errors import DataError, Interrupted, NumericError
 from relssl.method import create_method, health, schedules
 from relssl.method.base import ALONE, Method, Step, World, unwrapped
 from relssl.method.create import create_run_optimizer
@@ -161,6 +161,7 @@ def train_step(run: Run, parts: list[Batch]) -> Figures | None:
     if config.optimizer.clip is not None:
         clip_grads_with_norm_(student.parameters(), config.optimizer.clip, norm)
     keys = joined(run, [step.keys for step in steps])
+    features = joined(run, [step.features for step in steps if step.features is not None]) if model.features else None
 
     # Before the memory moves: figures are those of the relations that the loss has seen.
     state.step += 1
@@ -168,7 +169,7 @@ def train_step(run: Run, parts: list[Batch]) -> Figures | None:
     figures = {"loss": loss, "grad_norm": norm, "keys": keys}
     if logged:
         queries = joined(run, [step.queries.transpose(0, 1) for step in steps]).transpose(0, 1)
-        figures |= relations(run, queries, keys, now)
+        figures |= relations(run, queries, keys, features, now)
 
     # Student, memory and teacher move, unless the step is bad; the verdict is read on the device.
     good = guard.judge(loss, norm)
@@ -180,7 +181,7 @@ def train_step(run: Run, parts: list[Batch]) -> Figures | None:
     elif bool(good):  # other forms cannot read it there
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    model.push(keys, joined(run, [part.ids for part in parts]), good)
+    model.push(keys, joined(run, [part.ids for part in parts]), good, features)
     model.follow(now["teacher_momentum"], good)
     if not logged and state.step % PATIENCE:
         return None
@@ -230,8 +231,9 @@ def joined(run: Run, parts: list[Tensor]) -> Tensor:
     return torch.cat([run.engine.gather(part, run.plan.share) for part in parts])
 
 
-def relations(run: Run, queries: Tensor, keys: Tensor, now: dict[str, float]) -> dict[str, Tensor]:
-    """Compute the figures of the relations of queries [V, B, D] and keys [B, D]; without a memory there is only the keys' spread."""
+def relations(run: Run, queries: Tensor, keys: Tensor, features: Tensor | None, now: dict[str, float]) -> dict[str, Tensor]:
+    """Compute the figures of the relations of queries [V, B, D] and keys [B, D], or of features [B, F]; without a memory there is
+    only the keys' spread."""
     memory = run.state.model.memory
     if memory is None:
         return spread(keys)
@@ -239,7 +241,8 @@ def relations(run: Run, queries: Tensor, keys: Tensor, now: dict[str, float]) ->
         "student_temperature": run.config.method.student_temperature,
         "teacher_temperature": now["teacher_temperature"],
     }
-    return health(queries, keys, memory.keys, **temperatures, ages=memory.ages(len(keys)))
+    target = run.state.model.target(keys, features, now["teacher_temperature"])
+    return health(queries, keys, memory.keys, **temperatures, ages=memory.ages(len(keys)), target=target)
 
 
 def train(run: Run, display: Display, stop: StopRequest) -> None:
@@ -252,13 +255,18 @@ def train(run: Run, display: Display, stop: StopRequest) -> None:
     """
     config, engine, state, folder = run.config, run.engine, run.state, run.folder
     if folder is not None:
-        folder.open_rows(state.step, config, display.say)
+        folder.open_rows(state.step - (state.unmeasured is not None), config, display.say)
         if state.step == 0 and run.online is not None:
             display.say(f"measuring {'the given weights' if config.start else 'the untrained network'}")
             folder.write_row({"step": 0, "epoch": 0, "samples": 0} | run.online.baselines(state, engine))
     engine.wait()
     engine.step = state.step
     display.begin(state.step, run.total_steps, run.plan.steps_per_epoch, config.batch_size)
+    if (row := state.unmeasured) is not None:
+        measure(run, row)
+        state.unmeasured = None
+        write(run, row, display, stop)
+        engine.wait()
     watch, pending = Stopwatch(run.loader.stream(state.step, run.total_steps), config.batch_size), None
     try:
         for parts in watch:
@@ -273,16 +281,17 @@ def train(run: Run, display: Display, stop: StopRequest) -> None:
                 report(run, pending, display, stop)
             if figures is not None and figures.logged:
                 figures.speed = watch.split()
-            pending, code, due = figures, engine.largest(stop.pending()), save_due(run)
-            if code or due:
+            pending = figures
+            if engine.largest(stop.pending()) or save_due(run):
                 # The row first, so that rows up to a checkpoint are on disk before it is.
                 if pending is not None:
                     report(run, pending, display, stop)
                     pending = None
                 save(run)
                 watch.split()  # evaluating and saving is not training
-            if code and state.step < run.total_steps:
-                raise stop.interruption(code, f"after step {state.step} of {run.total_steps}, saved")
+                code = engine.largest(stop.pending())
+                if code and (state.step < run.total_steps or state.unmeasured):
+                    raise stop.interruption(code, f"after step {state.step} of {run.total_steps}, saved")
         if folder is not None and run.recent:
             shown = None if run.online is None or "tensorboard" not in config.log.to else run.online.projected(state, engine)
             folder.draw(lambda logger: loggers.show_end(logger, config, run.recent[-1], shown))
@@ -331,9 +340,11 @@ def note_unreadable(run: Run, faults: list[tuple[str, str]]) -> None:
 
 
 def report(run: Run, figures: Figures, display: Display, stop: StopRequest) -> None:
-    """Read a step's figures and write their row, with kNN where it is due; NumericError after too many bad steps in a row."""
-    state, epoch = run.state, figures.step / run.plan.steps_per_epoch
-    values = figures.read()
+    """Read a step's figures and write their row, with kNN where it is due; NumericError after too many bad steps in a row.
+
+    A request to stop ends kNN at once: the row is saved with the state then, and whoever goes on with the run measures first.
+    """
+    state, values = run.state, figures.read()
     if (streak := values.pop("streak")) >= min(PATIENCE, run.total_steps):
         raise NumericError(
             f"step {figures.step}: loss, gradient or a batch norm was not finite {int(streak)} steps in a row; "
@@ -342,26 +353,48 @@ def report(run: Run, figures: Figures, display: Display, stop: StopRequest) -> N
     if not figures.logged:
         return
     keys, (speed, waiting) = values.pop("keys"), figures.speed
-    row: dict[str, Any] = {"step": figures.step, "epoch": int(epoch), "samples": figures.step * run.config.batch_size}
+    row: dict[str, Any] = {"step": figures.step, "epoch": figures.step // run.plan.steps_per_epoch}
+    row["samples"] = figures.step * run.config.batch_size
     vectors: dict[str, Tensor] = {name: values.pop(name) for name in ("neighbours", "top_probability") if name in values}
     row |= figures.schedule | {name: float(value) for name, value in values.items()}
     row |= {"effective_rank": float(effective_rank(keys)), "images_per_second": round(speed, 1), "data_wait": round(waiting, 4)}
     if knn_due(run) and figures.step == state.step:
-        if run.online is not None:
-            row |= run.online.measure(state, run.engine)
-            figure = BEST[run.config.checkpoint.best]
-            if figure in row and row[figure] > (state.best or {}).get(figure, -math.inf):
-                state.best = {figure: row[figure], "checkpoint": store.step_folder(Path(), state.step).name}
-        run.engine.wait()
+        before, done, stop.at_once = state.neighbours, not stop.pending(), ""
+        try:
+            if done:
+                measure(run, row)
+            stop.at_once = None
+        except Interrupted:
+            done, state.neighbours = False, before
+        state.unmeasured = None if run.engine.gather_items([done])[0] else row
+    if run.folder is not None and ended(run, row):
+        run.folder.draw(lambda logger: loggers.show_relations(logger, vectors, figures.step))
+    if state.unmeasured is None:
+        write(run, row, display, stop)
+
+
+def measure(run: Run, row: dict[str, Any]) -> None:
+    """Add what is measured of the present networks to their row, on the first rank, and note whether they are the best so far."""
+    state, figure = run.state, BEST[run.config.checkpoint.best]
+    if run.online is not None:
+        row |= run.online.measure(state, run.engine)
+        if figure in row and row[figure] > (state.best or {}).get(figure, -math.inf):
+            state.best = {figure: row[figure], "checkpoint": store.step_folder(Path(), state.step).name}
+
+
+def write(run: Run, row: dict[str, Any], display: Display, stop: StopRequest) -> None:
+    """Write a row, show it, and judge it."""
     if run.folder is not None:
         run.folder.write_row(row)
-        ended, memory = epoch.is_integer() or figures.step == run.total_steps, run.config.method.memory_size
-        display.row(row, ended, in_words(row, memory))
-        if ended:
-            run.folder.draw(lambda logger: loggers.show_relations(logger, vectors, figures.step))
+        display.row(row, ended(run, row), in_words(row, run.config.method.memory_size))
         run.recent.append(row)
         if run.config.log.alarms != "off":
             raise_alarms(run, display, stop)
+
+
+def ended(run: Run, row: dict[str, Any]) -> bool:
+    """Return true if a row is that of an epoch's last step, or of the run's."""
+    return row["step"] in (row["epoch"] * run.plan.steps_per_epoch, run.total_steps)
 
 
 def raise_alarms(run: Run, display: Display, stop: StopRequest) -> None:

@@ -224,7 +224,7 @@ def _run(
         for note in prepare(run, saved):
             display.say(note)
         engine.on_first(lambda: write_changes(run))
-        with recording(run, display), explaining(run.config, engine):
+        with recording(run, display, stop), explaining(run.config, engine):
             if run.folder is not None:
                 run.folder.give_up_after(run.state.step)
                 run.folder.status("running", run.state.step)
@@ -305,7 +305,7 @@ def prepare(run: Run, saved: Path | None) -> Iterator[str]:
 
 
 @contextmanager
-def recording(run: Run, display: Display) -> Iterator[None]:
+def recording(run: Run, display: Display, stop: StopRequest) -> Iterator[None]:
     """Write to status.json, and to the log, why the run ends before its last step."""
 
     def record(error: BaseException) -> None:
@@ -318,7 +318,7 @@ def recording(run: Run, display: Display) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        record(error)
+        record(stop.cause(error))
         raise
     finally:
         run.engine.last_words = id

@@ -83,5 +83,6 @@ class State:
     step: int = 0  # optimizer steps so far
     best: dict[str, Any] | None = None  # {figure: value, "checkpoint"} of the best student so far, once one was measured
     neighbours: list[str] | None = None  # of the images that `Online` looks at, each a line, when they were last measured
+    unmeasured: dict[str, Any] | None = None  # the present step's row, if a request to stop came before its kNN was done
     unreadable: set[str] = field(default_factory=set)  # files that could not be read so far
     infinite: set[str] = field(default_factory=set)  # tensors that are not finite from the start, such as masks
