@@ -110,7 +110,7 @@ def test_two_runs_of_one_name_are_compared_and_told_apart(run: Path, tmp_path: P
     assert [each["name"] for each in data_of(page)["runs"]] == [f"{folder.parent.name}/run" for folder in (run, other)]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def page(run: Path) -> Iterator[Browser]:
     with Browser(run / "report.html") as browser:
         yield browser
