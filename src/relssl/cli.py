@@ -108,7 +108,7 @@ def scan(args: argparse.Namespace, _: Overrides) -> Outcome:
 
 @command
 def evaluate(args: argparse.Namespace, overrides: Overrides) -> Outcome:
-    settings = read_settings(overrides)
+    settings = read_settings(overrides, typed=True)
     _prepare()
     from relssl.report.tables import show_evaluation
 

@@ -148,21 +148,18 @@ class Evaluation(Measuring):
     detection: DetectionConfig = DetectionConfig()
 
 
-def read_settings(overrides: Mapping[str, Any]) -> Evaluation:
+def read_settings(overrides: Mapping[str, Any], *, typed: bool = False) -> Evaluation:
     """Return checked settings of dotted or nested overrides.
 
     Raises:
-        ConfigError: with a line for every fault, such as a setting of a protocol that is not asked for.
+        ConfigError: with a line for every fault; if they were typed, a setting of a protocol that is not asked for is one, too.
     """
     given = spell(flat(overrides), leaves(Evaluation))
     settings: Evaluation = build(Evaluation, given)
     if settings.protocol == ("all",):
         settings = replace(settings, protocol=tuple(name for name in PROTOCOLS if name != "detection"))
     used = {*settings.protocol, *(("probe",) if "transfer" in settings.protocol else ())}
-    idle = {name: section for name in given if "." in name and (section := name.partition(".")[0]) not in used}
-    if idle:
+    if idle := [name for name in given if typed and "." in name and name.partition(".")[0] not in used]:
         asked = ", ".join(settings.protocol)
-        raise ConfigError(
-            *(f"{name}: protocol {part} is not asked for, only {asked}; leave it out" for name, part in idle.items())
-        )
+        raise ConfigError(*(f"{name}: is of a protocol that is not asked for, only {asked}; leave it out" for name in idle))
     return settings
