@@ -1,8 +1,8 @@
 # What `import relssl` offers, for type checkers, and for __init__.py, which imports each on first use.
 from relssl.evaluation.embed import embed as embed
+from relssl.evaluation.embed import predict as predict
 from relssl.evaluation.evaluate import evaluate as evaluate
 from relssl.evaluation.finetune import finetune as finetune
-from relssl.evaluation.finetune import predict as predict
 from relssl.evaluation.result import compare as compare
 from relssl.report.advise import advise as advise
 from relssl.report.doctor import doctor as doctor

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -81,6 +83,11 @@ def create_student(config: Config, classes: int = 0) -> Encoder:
     student = Classifier(backbone, width, classes) if derived.traits.labels else Encoder(backbone, width, **heads)
     student.still = still
     return student
+
+
+def step_settings(config: Config, model: Method, now: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that a method's step takes: its constants, and what the schedules say `now`."""
+    return {name: getattr(config.method, name) for name in model.constants} | {name: now[name] for name in model.scheduled}
 
 
 def create_run_optimizer(config: Config, student: nn.Module) -> torch.optim.Optimizer:
