@@ -45,9 +45,10 @@ from relssl.engine import Engine, available_cores, prepare_process
 from relssl.method.create import create_student
 from relssl.settings.run import Config, resolve
 from relssl.train.estimate import attainable, step_flops
-from relssl.train.loop import create_run, train_step
+from relssl.train.loop import train_step
 from relssl.train.memory import memory_used
-from relssl.train.pretrain import compile_networks, complete_settings
+from relssl.train.pretrain import compile_networks
+from relssl.train.run import complete_settings, create_run
 from relssl.train.run_folder import environment
 
 Record = dict[str, Any]

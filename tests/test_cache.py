@@ -31,8 +31,9 @@ from relssl.errors import DataError, Interrupted, StorageError
 from relssl.settings.reading import merge
 from relssl.settings.run import LoaderConfig, resolve
 from relssl.train.console import Display
-from relssl.train.pretrain import build, resume
+from relssl.train.pretrain import resume
 from relssl.train.pretrain import shrink as shrink_images
+from relssl.train.run import build
 from relssl.train.signals import StopRequest
 from small_runs import SMALL, differing, final_state, repeatable_rows, small_run
 from test_loaders import batches, equal, loader_of

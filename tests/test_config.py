@@ -25,7 +25,7 @@ from relssl.settings.evaluation import Evaluation, read_settings
 from relssl.settings.reading import leaves, nest, read_yaml
 from relssl.settings.run import RETIRED, Config, derive, from_mapping, resolve, to_mapping, to_yaml
 from relssl.settings.small import adjustments, give_way
-from relssl.train.pretrain import complete_settings
+from relssl.train.run import complete_settings
 
 LEAVES = leaves(Config)
 # What would bring weights, or make something else of the network than a backbone.

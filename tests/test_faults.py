@@ -27,9 +27,9 @@ from relssl.files import read_rows
 from relssl.settings.reading import merge
 from relssl.settings.run import resolve, to_yaml
 from relssl.train import checkpoint
+from relssl.train.checkpoint import State
 from relssl.train.loop import origin, train_step
 from relssl.train.online import Online
-from relssl.train.state import State
 from relssl.weights import store
 from small_runs import SMALL, equal_runs, ready_run, small_run
 

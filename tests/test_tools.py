@@ -17,8 +17,7 @@ from relssl.errors import ConfigError
 from relssl.report.advise import band_of, sweep
 from relssl.report.doctor import machine, machine_signs
 from relssl.settings.run import resolve
-from relssl.train.loop import open_loader
-from relssl.train.pretrain import complete_settings, load_images
+from relssl.train.run import complete_settings, load_images, open_loader
 from small_runs import small_run
 
 

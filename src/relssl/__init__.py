@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from relssl.evaluation.embed import embed as embed
+    from relssl.evaluation.embed import predict as predict
     from relssl.evaluation.evaluate import evaluate as evaluate
     from relssl.evaluation.finetune import finetune as finetune
-    from relssl.evaluation.finetune import predict as predict
     from relssl.evaluation.result import compare as compare
     from relssl.report.advise import advise as advise
     from relssl.report.doctor import doctor as doctor
@@ -45,7 +45,7 @@ _HOMES = {
     "import_weights": "weights.export",
     "load_backbone": "weights.opening",
     "load_run": "weights.opening",
-    "predict": "evaluation.finetune",
+    "predict": "evaluation.embed",
     "pretrain": "train.pretrain",
     "reproduce": "reproduction.reproduce",
     "resume": "train.pretrain",

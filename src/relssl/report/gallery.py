@@ -35,8 +35,8 @@ from relssl.method.health import effective_rank
 from relssl.report.pictures import Sheet, visible
 from relssl.report.relations import relations
 from relssl.settings.run import derive
-from relssl.train.loop import Run, create_run, open_loader, scheduled
-from relssl.train.pretrain import load_images
+from relssl.train.loop import scheduled
+from relssl.train.run import Run, create_run, load_images, open_loader
 from relssl.train.start import open_sources
 from relssl.weights import store
 from relssl.weights.opening import Run as Opened

@@ -15,8 +15,7 @@ from relssl.errors import ConfigError
 from relssl.files import write_file
 from relssl.report.pictures import tile, visible
 from relssl.settings.run import Config, handed_over
-from relssl.train.loop import open_loader
-from relssl.train.pretrain import complete_settings, load_images
+from relssl.train.run import complete_settings, load_images, open_loader
 
 # Pixels of the titles' line, between views, and of a view's side at least: smaller ones are magnified by a whole number.
 _HEAD, _GAP, _LEAST = 16, 2, 96

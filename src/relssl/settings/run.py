@@ -48,6 +48,7 @@ class Traits:
     predictor: bool = False  # cannot do without `encoder.predictor`
     tiled: bool = False  # its loss over the memory can be computed in tiles
     labels: bool = False  # trains on labels
+    relational: bool = False  # has the options `method.relation` and `method.sinkhorn_iterations`
     whole_batch: bool = False  # compares the samples of a batch, which cannot be computed in parts
 
 
@@ -202,6 +203,15 @@ class MethodConfig:
     allow_unsharpened: bool = setting(False, "let the teacher's temperature reach the student's, for ablations: it collapses")
     memory_size: int = setting(4096, "past teacher embeddings K that relations are taken to", ge=2, le=1 << 24)
     student_temperature: float = setting(0.1, "softmax temperature of the student's relation", gt=0, le=10)
+    relation: Literal["embeddings", "features"] = setting(
+        "embeddings", "ressl: what the teacher's relation compares; features: its backbone's, an option of later methods"
+    )
+    sinkhorn_iterations: int = setting(
+        0,
+        "ressl: iterations that balance the teacher's relations over the memory, an option of later methods; 0: none",
+        ge=0,
+        le=100,
+    )
     teacher_temperature: float = setting(0.04, "softmax temperature of the teacher's relation; lower is sharper", gt=0, le=10)
     teacher_temperature_start: float | None = setting(None, "teacher temperature at step 0; null: constant", gt=0, le=10)
     teacher_temperature_epochs: float = setting(0.0, "epochs from the start temperature to the final one, linearly", ge=0)
@@ -337,6 +347,7 @@ class Derived:
     passes: int  # equal parts that a batch is computed in: accumulated one after another, each shared out among the devices
     share: int  # images in each of these parts
     norm_splits: int  # parts that a batch norm splits each share into, as `encoder.batch_norm_splits` wants beyond the passes
+    backward: int  # views of a sample through which a step propagates back
     networks: tuple[str, ...]  # a student, and with most methods a teacher
 
 
@@ -345,15 +356,17 @@ def derive(config: Config) -> Derived:
     traits, views = _traits(config.method.name), config.views
     strong = tuple(dataclasses.replace(views.strong, size=size, scale=(low, high)) for size, low, high in views.crops)
     strong = () if traits.labels else strong or (views.strong,)
+    two_way = config.method.symmetric if traits.two_way is None else traits.two_way
     passes = config.accumulate * config.engine.devices * config.engine.nodes
     return Derived(
         traits=traits,
         views=(views.weak, *strong),
         strong=strong,
-        two_way=config.method.symmetric if traits.two_way is None else traits.two_way,
+        two_way=two_way,
         passes=passes,
         share=config.batch_size // passes,
         norm_splits=max(1, config.encoder.batch_norm_splits // passes),
+        backward=1 + len(strong) if two_way else max(1, len(strong)),
         networks=("student", "teacher") if traits.teacher and config.teacher is None else ("student",),
     )
 
@@ -458,6 +471,9 @@ def _faults(config: Config, derived: Derived) -> Iterator[str]:
     if method.symmetric and traits.two_way is not None:
         symmetric = ", ".join(name for name, other in METHODS.items() if other.two_way is None)
         yield f"method.symmetric: is for {symmetric}; {method.name} {'is so' if traits.two_way else 'has one direction'}"
+    for name in ("relation", "sinkhorn_iterations"):
+        if getattr(method, name) != getattr(MethodConfig(), name) and not traits.relational:
+            yield f"method.{name}: is an option of ressl, which {method.name} is without; leave it out"
     if traits.predictor and encoder.predictor == "none":
         yield f"encoder.predictor: {method.name} collapses without one; needs mlp or residual"
     yield from _source_faults(config, traits)
@@ -511,6 +527,8 @@ def _source_faults(config: Config, traits: Traits) -> Iterator[str]:
     if config.teacher is not None and not (traits.teacher and traits.memory):
         fitting = ", ".join(name for name, other in METHODS.items() if other.teacher and other.memory)
         yield f"teacher: a frozen one is for methods with a teacher and a memory ({fitting}), which {config.method.name} is not"
+    if config.teacher is not None and config.method.relation == "features":
+        yield "method.relation: a frozen teacher's relation is that of its features as it is; leave it out"
     for name in ("method.teacher_momentum", "method.teacher_momentum_end", "method.shuffle"):
         if config.teacher is not None and name in (config.typed or ()):
             yield f"{name}: is of a teacher that follows the student, and a frozen one is given; leave it out"
