@@ -19,8 +19,7 @@ from relssl.settings import parts
 from relssl.settings.recipes import public_name
 from relssl.settings.run import Config, derive
 from relssl.weights.opening import Opened
-from relssl.weights.parity import Parity
-from relssl.weights.writers import Written
+from relssl.weights.writers import Parity, Written
 
 _TEMPLATE = """---
 {{ card_data }}
@@ -84,8 +83,7 @@ def card(source: Opened, written: Written, parity: Parity, file: str, settings: 
     network, origin = source.header["network"], source.header["origin"]
     config = None if source.config is None or network == "backbone" else public(source.config)
     classifier, use = source.spec.classifier, "image-classification" if source.spec.classes else "image-feature-extraction"
-    own = parts.is_part(source.spec.name)  # which no library knows
-    title, tags = parts.title(source.spec.name), [*([] if own else ["timm", "transformers"]), use]
+    title, tags = parts.title(source.spec.name), [*(["timm", "transformers"] if source.spec.library else []), use]
     if classifier:
         title += f", trained to classify {classifier['data']}"
         about = (
@@ -106,7 +104,7 @@ def card(source: Opened, written: Written, parity: Parity, file: str, settings: 
         about = f"{network.capitalize()} backbone of {origin}, recipe `{config.recipe}`, {length}. {'It was trained on labels' if traits.labels else unlabelled}."
         about += f" It went on from the weights of `{config.start}`." if config.start else ""
         about += f" A frozen teacher gave the relations: `{config.teacher}`." if config.teacher else ""
-    library = None if own else "timm"
+    library = "timm" if source.spec.library else None
     data = ModelCardData(library_name=library, pipeline_tag=use, license="other", license_name="to-be-chosen", tags=tags)
     versions = ", ".join(f"{each.__name__} {each.__version__}" for each in (relssl, torch, timm, torchvision))
     facts = {"title": title, "about": about, "versions": versions, "settings": settings, "file": file, "hub": hub}
