@@ -75,8 +75,8 @@ def as_safetensors(source: Opened, format: str) -> Written:
     if format != "safetensors" and spec.library != "timm":
         raise _unsuited(format, f"is read by timm, which does not know {parts.title(spec.name)}")
     if spec.library == "torchvision":
-        last = None if spec.classes else _torchvision_network(spec)[1]
-        snippet = Snippet("torchvision", _torchvision_lines(spec, "safetensors.torch.load_file({file})", last))
+        layers = _stem_layers(spec) if spec.classes else _torchvision_network(spec)[1]
+        snippet = Snippet("torchvision", _torchvision_lines(spec, "safetensors.torch.load_file({file})", layers))
     else:
         snippet = Snippet("timm alone", _timm_lines(spec)) if spec.library else _own_snippet(spec)
     snippets, notes = [snippet], ""
@@ -148,7 +148,7 @@ def as_graph(source: Opened, format: str) -> Written:
 def as_torchvision(source: Opened, format: str) -> Written:
     """Write torchvision's names, for a strict load into its network without the last layer."""
     spec, state = source.spec, source.backbone.state_dict()
-    network, last = _torchvision_network(spec)
+    network, layers = _torchvision_network(spec)
     try:
         weights = convert(state, spec.name) if spec.stem == "standard" and spec.library == "timm" else state
     except ConfigError as error:
@@ -158,7 +158,7 @@ def as_torchvision(source: Opened, format: str) -> Written:
         raise _unsuited(format, f"cannot take {spec.name} with a {spec.stem} stem")
     theirs.update(weights)
     exact = weights.keys() == state.keys() and all(torch.equal(weights[key], state[key]) for key in state)
-    code = _torchvision_lines(spec, "torch.load({file}, weights_only=True)", last)
+    code = _torchvision_lines(spec, "torch.load({file}, weights_only=True)", layers)
     return Written({"": _saved(theirs)}, (Snippet("torchvision", code, tolerance=0.0 if exact else _TOLERANCE),), exact)
 
 
@@ -227,21 +227,21 @@ def _own_snippet(spec: BackboneSpec) -> Snippet:
     return Snippet("torch", code, use, given=given)
 
 
+def _lines(imports: str, create: str, layers: Mapping[str, nn.Module], load: str, transform: str) -> list[str]:
+    """Return Python that makes a `model`, whose layers that differ are put in before the weights, and the `transform` of its images."""
+    replaced = (f"model.set_submodule({name!r}, torch.nn.{module!r})" for name, module in layers.items())
+    return [f"import {imports}", f"model = {create}.eval()", *replaced, load, f"transform = {transform}"]
+
+
 def _timm_lines(spec: BackboneSpec) -> list[str]:
-    """Return Python that loads `{file}` with timm and nothing of ours, as `model` and the `transform` of its images."""
+    """Return Python that loads `{file}` with timm and nothing of ours."""
     view = ", ".join(f"{name}={value!r}" for name, value in timm_view(spec).items())
-    transform, imports = f"timm.data.create_transform({spec.view.size}, {view})", "import timm, timm.data"
+    transform, imports = f"timm.data.create_transform({spec.view.size}, {view})", "timm, timm.data"
     if spec.view.channels == 1:
         imports += ", torchvision.transforms"
         transform = f"torchvision.transforms.Compose([torchvision.transforms.Grayscale(), {transform}])"
-    # timm cannot be asked for a small stem, so the layers that differ are put in before the weights.
-    return [
-        f"{imports}, torch",
-        f"model = timm.create_model({spec.name!r}, {_arguments(spec, num_classes=len(spec.classes))}).eval()",
-        *_stem_lines(spec),
-        "timm.models.load_checkpoint(model, {file})",
-        f"transform = {transform}",
-    ]
+    create = f"timm.create_model({spec.name!r}, {_arguments(spec, num_classes=len(spec.classes))})"
+    return _lines(f"{imports}, torch", create, _stem_layers(spec), "timm.models.load_checkpoint(model, {file})", transform)
 
 
 def timm_view(spec: BackboneSpec) -> dict[str, Any]:
@@ -254,34 +254,30 @@ def timm_view(spec: BackboneSpec) -> dict[str, Any]:
     return {"crop_pct": share, "interpolation": view.interpolation, "mean": view.mean, "std": view.std}
 
 
-def _torchvision_network(spec: BackboneSpec) -> tuple[nn.Module, str]:
-    """Return torchvision's network with the first layers that the backbone has, and the name of the last layer, which is out."""
+def _torchvision_network(spec: BackboneSpec) -> tuple[nn.Module, dict[str, nn.Module]]:
+    """Return torchvision's network with the layers that the backbone has, and those of them that torchvision's lacks."""
     theirs = spec.library == "torchvision"
     name = spec.name.removeprefix(TORCHVISION) if theirs else TWINS.get(spec.name)
     if name is None:
         raise _unsuited("torchvision", f"has no network that is known to equal {spec.name}")
     network, last = bare(name, _library_arguments(spec) if theirs else None)
-    for path, module in _stem_layers(spec).items():
+    layers = {last: nn.Identity(), **_stem_layers(spec)}
+    for path, module in layers.items():
         network.set_submodule(path, module)
-    return network, last
+    return network, layers
 
 
-def _torchvision_lines(spec: BackboneSpec, load: str, last: str | None = None) -> list[str]:
-    """Return Python that loads the file with torchvision, as `model` and the `transform` of its images; `last` is the layer to leave out."""
+def _torchvision_lines(spec: BackboneSpec, load: str, layers: Mapping[str, nn.Module]) -> list[str]:
+    """Return Python that loads the file with torchvision; `load` reads it."""
     view, classes = spec.view, {"num_classes": len(spec.classes)} if spec.classes else {}
     resize = f"v.Resize({view.shorter_side}, v.InterpolationMode.{view.interpolation.upper()}), v.CenterCrop({view.size})"
     steps = f"{'v.Grayscale(), ' * (view.channels == 1)}{resize}, v.ToTensor(), v.Normalize({view.mean}, {view.std})"
     name, arguments = TWINS.get(spec.name), ""
     if name is None:
         name, arguments = spec.name.removeprefix(TORCHVISION), _arguments(spec, **classes)
-    return [
-        f"import {'safetensors.torch, ' * ('safetensors' in load)}torch, torchvision, torchvision.transforms as v",
-        f"model = torchvision.models.{name}({arguments}).eval()",
-        *([f"model.set_submodule({last!r}, torch.nn.Identity())"] if last else []),
-        *_stem_lines(spec),
-        f"model.load_state_dict({load})",
-        f"transform = v.Compose([{steps}])",
-    ]
+    imports = f"{'safetensors.torch, ' * ('safetensors' in load)}torch, torchvision, torchvision.transforms as v"
+    create = f"torchvision.models.{name}({arguments})"
+    return _lines(imports, create, layers, f"model.load_state_dict({load})", f"v.Compose([{steps}])")
 
 
 def _arguments(spec: BackboneSpec, **more: Any) -> str:
@@ -295,10 +291,6 @@ def _library_arguments(spec: BackboneSpec) -> dict[str, Any]:
     """Return the arguments that the network's library takes; the channels of torchvision's networks are not among them."""
     without = {"in_chans"} if spec.library == "torchvision" else set()
     return {name: value for name, value in spec.all_arguments().items() if name not in without}
-
-
-def _stem_lines(spec: BackboneSpec) -> list[str]:
-    return [f"model.set_submodule({name!r}, torch.nn.{module!r})" for name, module in _stem_layers(spec).items()]
 
 
 def _stem_layers(spec: BackboneSpec) -> dict[str, nn.Module]:
