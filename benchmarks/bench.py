@@ -40,7 +40,7 @@ from relssl.method.backbones import NAMED, create_backbone, feature_width
 from relssl.method.base import OBJECTIVES
 from relssl.settings.run import Config
 from relssl.train.console import Display
-from relssl.train.loop import create_run
+from relssl.train.run import create_run
 
 PRECISIONS = ("fp32", "bf16")
 STYLES = {"conventional, Pillow": contenders.pillow, "conventional, tensors": contenders.tensors}

@@ -12,11 +12,11 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from relssl.reproduction.results import page
+from relssl.reproduction.results import curves, page
 from relssl.settings import recipes
-from relssl.settings.names import words
-from relssl.settings.reading import leaves
-from relssl.settings.run import METHODS, Config, differences, resolve
+from relssl.settings.methods import METHODS
+from relssl.settings.reading import leaves, words
+from relssl.settings.run import Config, differences, resolve
 
 ROOT = Path(__file__).parents[1]
 _GROUPS = {"": "ReSSL, extended, and sets of one's own", "nips": "ReSSL, conference version", "solo": "ReSSL as in solo-learn"}
@@ -111,6 +111,9 @@ def on_files(files: Any, config: Any) -> Any:
 
     for name, text in pages().items():
         files.append(File.generated(config, f"tables/{name}.md", content=text))
+    for table in _results():
+        if drawing := curves(table):
+            files.append(File.generated(config, f"tables/{table['name']}.svg", content=drawing))
     for name in ("CONTRIBUTING", "CHANGELOG"):
         text = (ROOT / f"{name}.md").read_text(encoding="utf-8")
         place = {"CONTRIBUTING": "contributing.md", "CHANGELOG": "changes.md"}[name]

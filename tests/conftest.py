@@ -42,7 +42,7 @@ def tiny_net() -> type[TinyNet]:
     return TinyNet
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A trained small run, whose tests only read."""
-    return small_run(tmp_path_factory.mktemp("given") / "source").folder
+    """A trained small run of 20 steps with a checkpoint of each, whose tests only read."""
+    return small_run(tmp_path_factory.mktemp("given") / "source", checkpoint={"every_steps": 1, "keep": 20}).folder

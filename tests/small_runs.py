@@ -1,5 +1,6 @@
 """Small runs for tests: a narrow network on a few digits, a second or two each."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ from relssl.engine import Engine
 from relssl.files import read_rows
 from relssl.settings.reading import merge, nest
 from relssl.settings.run import resolve
-from relssl.train.loop import Run, create_run
-from relssl.train.pretrain import Result, complete_settings, pretrain
+from relssl.train.pretrain import Result, pretrain
+from relssl.train.run import Run, complete_settings, create_run
 from relssl.weights import store
 
 SMALL: dict[str, Any] = {
@@ -39,6 +40,14 @@ def small_run(out: Path, **overrides: Any) -> Result:
     over = nest(overrides)
     base = {key: value for key, value in SMALL.items() if key != "backbone_args" or key not in over}
     return pretrain(settings=resolve(merge(merge(base, over), {"out": str(out)})), quiet=True)
+
+
+def cut(run: Path, target: Path, step: int) -> Path:
+    """A copy of a run as it was when it was killed after `step`, rows of the steps behind its newest checkpoint included."""
+    shutil.copytree(run, target, ignore=shutil.ignore_patterns("export", "status.json", "step-*"))
+    name = store.step_folder(Path("checkpoints"), step)
+    shutil.copytree(run / name, target / name)
+    return target
 
 
 def ready_run(out: Path, images: int = 320, **overrides: Any) -> Run:

@@ -20,8 +20,8 @@ from relssl.evaluation.pairs import choose
 from relssl.method import BYOL, SCE, Classifier, Encoder, Method, MoCo, SimCLR, SimSiam, Step, Supervised
 from relssl.settings.reading import merge
 from relssl.settings.run import resolve
-from relssl.train.loop import create_run, forward, scheduled
-from relssl.train.pretrain import build, complete_settings
+from relssl.train.loop import forward, scheduled
+from relssl.train.run import build, complete_settings, create_run
 from small_runs import NORMLESS, SMALL, differing, final_state, repeatable_rows, small_run
 from test_ranks import finish, start
 
@@ -212,17 +212,19 @@ def over(name: str) -> dict[str, Any]:
     """A run of a few steps."""
     predictor = {"encoder.predictor": "mlp", "encoder.predictor_hidden": 16} if name in ("byol", "simsiam") else {}
     short = {"max_images": 96, "log": {"knn_images": [40, 40]}, "method.name": name}
+    if name == "options":
+        short |= {"method.name": "ressl", "method.relation": "features", "method.sinkhorn_iterations": 2}
     return short | predictor | {"method.symmetric": name in ("moco", "sce"), "recipe": "digits"}
 
 
-@pytest.mark.parametrize("name", ["moco", "sce", "simclr", "byol", "simsiam", "supervised"])
+@pytest.mark.parametrize("name", ["moco", "sce", "simclr", "byol", "simsiam", "supervised", "options"])
 def test_a_run_trains_resumes_exactly_and_hands_over(tmp_path: Path, name: str) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     result = small_run(whole, **over(name))
-    networks = ["student", "teacher"] if name in ("moco", "sce", "byol") else ["student"]
+    networks = ["student", "teacher"] if name in ("moco", "sce", "byol", "options") else ["student"]
     assert [row["step"] for row in result.rows] == [0, 3, 6] and "knn_top1" in result.rows[-1]
     assert ("knn_teacher_top1" in result.rows[-1]) == ("teacher" in networks)
-    assert ("teacher_neighbours" in result.rows[-1]) == (name in ("moco", "sce"))
+    assert ("teacher_neighbours" in result.rows[-1]) == (name in ("moco", "sce", "options"))
     assert 0 < result.rows[-1]["effective_rank"] <= 16 and result.rows[-1]["grad_norm"] > 0
     exported = sorted(path.stem for path in (whole / "export").glob("*.safetensors"))
     assert exported == ["backbone", "backbone-teacher"][: len(networks)]
@@ -247,7 +249,7 @@ def test_a_run_trains_resumes_exactly_and_hands_over(tmp_path: Path, name: str) 
             with pytest.raises(ConfigError, match="not teacher"):
                 work()
     card = (whole / "export/backbone.md").read_text()
-    assert ("trained on labels" in card) == (name == "supervised") and "ReSSL" not in card
+    assert ("trained on labels" in card) == (name == "supervised") and ("ReSSL" in card) == (name == "options")
 
 
 @pytest.mark.torture
@@ -287,7 +289,7 @@ def test_a_few_of_the_labelled_images_keep_all_classes_and_their_own_labels() ->
     assert images.labels is not None and len(set(images.labels.tolist())) < 10
     run = create_run(complete_settings(config, images), Engine(config.engine), images)
     student = run.state.model.student
-    assert run.classes == 10 and student.projector[0].out_features == 10  # type: ignore[union-attr, index]
+    assert student.projector[0].out_features == 10  # type: ignore[union-attr, index]
     ((part,),) = run.loader.stream(0, 1)
     assert part.strong == [] and run.labels is not None
     step = forward(run, part, scheduled(run, 0))

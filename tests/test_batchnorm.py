@@ -17,7 +17,7 @@ from relssl.method.batchnorm import SplitBatchNorm2d, shuffled, split_batch_norm
 from relssl.settings.reading import merge
 from relssl.settings.run import derive, resolve
 from relssl.train.loop import train_step
-from relssl.train.pretrain import build
+from relssl.train.run import build
 from small_runs import NORMLESS, SMALL
 
 

@@ -2,6 +2,7 @@
 bank and test images, or their features, meaningless is refused by name."""
 
 import os
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -114,65 +115,66 @@ def test_the_hash_knows_names_types_shapes_and_values() -> None:
     assert len({state_hash(each) for each in nets}) == len(nets)
 
 
-def sides(bank_labels: torch.Tensor, test_labels: torch.Tensor, classes: int = 10) -> LabelledFeatures:
-    return LabelledFeatures(torch.randn(len(bank_labels), 4), bank_labels, torch.randn(len(test_labels), 4), test_labels, classes)
-
-
-def test_features_that_no_protocol_can_use_are_refused() -> None:
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({"test": torch.tensor([[1.0, 5.0], [1.0, 5.001]])}, None),
+        ({"test": torch.tensor([[1.0, 2.0]])}, None),  # one image cannot vary
+        ({"test": torch.zeros(20, 4)}, "test features are constant over all 20 images"),
+        ({"test": 1e6 * (1 + 1e-7 * torch.randn(20, 4))}, "test features are constant over all 20 images"),
+        *(
+            (
+                {"bank": torch.randn(20, 4).index_fill_(0, torch.tensor([13, 17]), value)},
+                "bank features hold NaN or Inf, .* row 13",
+            )
+            for value in (float("nan"), float("inf"), -float("inf"))
+        ),
+    ],
+)
+def test_features_that_no_protocol_can_use_are_refused(change: dict[str, torch.Tensor], fault: str | None) -> None:
     labels = torch.arange(20) % 10
-    assert replace(sides(labels, labels[:2]), test=torch.tensor([[1.0, 5.0], [1.0, 5.001]])).check() == []
-    assert replace(sides(labels, labels[:1]), test=torch.tensor([[1.0, 2.0]])).check() == []  # one image cannot vary
-    for features in (torch.zeros(20, 4), 1e6 * (1 + 1e-7 * torch.randn(20, 4))):
-        with pytest.raises(NumericError, match="test features are constant over all 20 images"):
-            replace(sides(labels, labels), test=features).check()
-    features = torch.randn(20, 4)
-    for value in (float("nan"), float("inf"), -float("inf")):
-        features[13, 2] = features[17, 0] = value
-        with pytest.raises(NumericError, match="bank features hold NaN or Inf, first in row 13"):
-            replace(sides(labels, labels), bank=features).check()
+    sides = replace(LabelledFeatures(torch.randn(20, 4), labels, torch.randn(20, 4), labels, 10), **change)
+    with pytest.raises(NumericError, match=fault) if fault else nullcontext():
+        sides.check()
 
 
-def test_labels_that_leave_nothing_to_tell_apart_are_refused_and_gaps_noted() -> None:
-    labels = torch.arange(20) % 10
-    assert sides(labels, labels).check() == []
-    with pytest.raises(DataError, match="single class 4"):
-        sides(torch.full((20,), 4), labels).check()
-    with pytest.raises(DataError, match="test images are of no class"):
-        sides(labels, labels[:0]).check()
-    (note,) = sides(labels[labels < 3], labels).check()
-    assert "classes 3, 4, 5, 6, 7 and 2 more, so 14 test labels" in note
-    known = torch.eye(3, dtype=torch.int8).repeat(4, 1)
-    (note,) = sides(known, known * torch.tensor([1, 1, -1], dtype=torch.int8), 3).check()
-    assert "class 2, left out of map" in note
-
-
-def pets(labels: list[int], seed: int = 0, classes: tuple[str, ...] | None = ("cat", "dog", "owl")) -> Images:
+def pets(labels: Any, seed: int = 0, classes: tuple[str, ...] | None = ("cat", "dog", "owl")) -> Images:
+    """Noise with one label each, or with several."""
     pixels = torch.randint(256, (len(labels), 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
-    return Images("pets", Pixels(pixels), np.array(labels, np.int64), classes)
+    known = np.array(labels)
+    several = {"targets": known.astype(np.int8)} if known.ndim == 2 else {"labels": known.astype(np.int64)}
+    return Images("pets", Pixels(pixels), classes=classes, **several)
 
 
-def save_shades(path: Path, splits: dict[str, dict[str, list[int]]]) -> Path:
-    for split, classes in splits.items():
-        for word, shades in classes.items():
-            (path / split / word).mkdir(parents=True)
-            for shade in shades:
-                Image.fromarray(np.full((8, 8, 3), shade, np.uint8)).save(path / split / word / f"{shade}.bmp")
-    return path
+BOTH = [[1, 0, 0], [0, 1, 0]]
 
 
-def test_one_class_and_unknown_classes_are_refused_by_name() -> None:
-    with pytest.raises(DataError, match=r"of one class \(cat\)"):
-        LabelledPair(pets([0, 0]), pets([0, 1], seed=1)).notes()
-    with pytest.raises(DataError, match="no bank image: owl"):
-        LabelledPair(pets([0, 1]), pets([0, 2], seed=1)).notes()
-    with pytest.raises(DataError, match="name their classes differently"):
-        LabelledPair(pets([0, 1]), pets([0, 1], seed=1, classes=("cat", "Dog", "owl"))).notes()
-    # Of several labels too: column by column, another class would be measured.
-    bank, test = (replace(pets([0, 0], seed), labels=None, targets=np.eye(2, 3, dtype=np.int8)) for seed in (0, 1))
-    assert LabelledPair(bank, test).notes() == []
-    for classes in (("cat", "dog", "pig"), ("dog", "cat", "owl")):
-        with pytest.raises(DataError, match="name their classes differently"):
-            LabelledPair(bank, replace(test, classes=classes)).notes()
+@pytest.mark.parametrize(
+    ("bank", "test", "classes", "fault"),
+    [
+        ([0, 0], [0, 1], ("cat", "dog", "owl"), r"of class cat alone"),
+        ([0, 1], [0, 2], ("cat", "dog", "owl"), "no bank image is of class owl, so 1 test labels"),
+        ([0, 1], [0, 1], ("cat", "Dog", "owl"), "name their classes differently"),
+        # Of several labels too: column by column, another class would be measured.
+        (BOTH, BOTH, ("cat", "dog", "pig"), "name their classes differently"),
+        (BOTH, BOTH, ("dog", "cat", "owl"), "name their classes differently"),
+        (BOTH, [[0, 0, -1]], ("cat", "dog", "owl"), "none of its 1 images is of any class"),
+    ],
+)
+def test_labels_that_leave_nothing_to_measure_are_refused(bank: Any, test: Any, classes: Any, fault: str) -> None:
+    with pytest.raises(DataError, match=fault):
+        LabelledPair(pets(bank), pets(test, 1, classes)).notes()
+
+
+def test_classes_without_images_are_noted() -> None:
+    (note,) = LabelledPair(pets(BOTH), pets([[1, 0, 0], [1, 0, 1]], 1)).notes()[:1]
+    assert note == "no bank image is of class owl, so 1 test labels cannot be predicted"
+    cut = LabelledPair(pets([0, 1] * 4, classes=None), pets([0, 2, 3, 4, 5, 6, 7, 7], 1, None), of=(20, 8))
+    assert cut.notes()[1:] == [
+        "no bank image is of classes 2, 3, 4, 5, 6 and 1 more, so 7 test labels cannot be predicted",
+        "no test image is of class 1",
+    ]
+    assert LabelledPair(pets(BOTH), pets(BOTH, 1)).notes() == ["no image at all is of class owl, left out of map"]
 
 
 def test_test_images_that_are_bank_images_are_refused_or_counted() -> None:
@@ -182,6 +184,15 @@ def test_test_images_that_are_bank_images_are_refused_or_counted() -> None:
     mixed = torch.cat([side.source.tensor for side in (pets([0, 1], seed=2), bank.subset([3]))])  # type: ignore[attr-defined]
     pair = LabelledPair(bank, Images("pets", Pixels(mixed), np.array([0, 1, 2]), bank.classes))
     assert pair.notes() == ["1 of 3 test images are in the bank too"]
+
+
+def save_shades(path: Path, splits: dict[str, dict[str, list[int]]]) -> Path:
+    for split, classes in splits.items():
+        for word, shades in classes.items():
+            (path / split / word).mkdir(parents=True)
+            for shade in shades:
+                Image.fromarray(np.full((8, 8, 3), shade, np.uint8)).save(path / split / word / f"{shade}.bmp")
+    return path
 
 
 def test_files_are_the_same_by_name_size_and_content(tmp_path: Path) -> None:
@@ -207,7 +218,7 @@ def test_edges_of_a_folder_are_noted_or_refused_by_what_to_do(tmp_path: Path) ->
 
     train, val = {"cat": [1, 2], "dog": [3]}, {"cat": [4], "dog": [5]}
     (note,) = pair("empty class", train=train | {"owl": []}, val=val).notes()
-    assert "no image at all: owl" in note
+    assert note == "no image at all is of class owl"
     (tmp_path / "empty class/train/owl").rmdir()
     (tmp_path / "empty class/val/dog/5.bmp").rename(tmp_path / "empty class/val/5.bmp")
     notes = LabelledPair.load(str(tmp_path / "empty class"), None).notes()

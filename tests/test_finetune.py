@@ -33,11 +33,11 @@ TINY: dict[str, dict[str, Any]] = {
 QUICK: dict[str, Any] = {"epochs": 3, "batch_size": 16, "device": "cpu", "workers": 0}
 
 
+VIEW = PlainView(SIZE, 1.0, "bilinear", (0.5,) * 3, (0.25,) * 3)
+
+
 def backbone_file(folder: Path, name: str) -> Path:
-    spec, file = (
-        BackboneSpec(name, TINY[name], "standard", PlainView(SIZE, 1.0, "bilinear", (0.5,) * 3, (0.25,) * 3)),
-        folder / "b.safetensors",
-    )
+    spec, file = BackboneSpec(name, TINY[name], "standard", VIEW), folder / "b.safetensors"
     file.with_suffix(".yaml").write_text(spec.to_yaml())
     save_file({key: value.contiguous() for key, value in spec.create().state_dict().items()}, file)
     return file
@@ -60,21 +60,25 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(labelled: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    file = tmp_path_factory.mktemp("model") / "model.safetensors"
-    return file, relssl.finetune(backbone_file(file.parent, "resnet18"), labelled, file, **QUICK | {"epochs": 12})
+    file, lines = tmp_path_factory.mktemp("model") / "model.safetensors", list[str]()
+    facts = relssl.finetune(backbone_file(file.parent, "resnet18"), labelled, file, say=lines.append, **QUICK | {"epochs": 12})
+    assert len(lines) == 10  # some ten in all
+    return file, facts
+
+
+def timms(file: Path) -> nn.Module:
+    return timm.create_model("resnet18", num_classes=3, checkpoint_path=str(file), **TINY["resnet18"]).eval()
 
 
 def views(folder: Path) -> tuple[list[str], Tensor]:
     files = sorted(path for path in folder.rglob("*.png") if path.stem != "broken")
-    view = PlainView(SIZE, 1.0, "bilinear", (0.5,) * 3, (0.25,) * 3)
-    return [str(file) for file in files], torch.stack([view(Image.open(file).convert("RGB")) for file in files])
+    return [str(file) for file in files], torch.stack([VIEW(Image.open(file).convert("RGB")) for file in files])
 
 
 def test_the_file_is_timms_and_scores_and_accuracy_are_those_of_it(
     model: tuple[Path, dict[str, Any]], labelled: Path, tmp_path: Path
 ) -> None:
-    file, facts = model
-    network = timm.create_model("resnet18", num_classes=3, checkpoint_path=str(file), **TINY["resnet18"]).eval()
+    (file, facts), network = model, timms(model[0])
     names, images = views(labelled / "val")
     with torch.no_grad():
         wanted = network(images).softmax(dim=1)
@@ -87,10 +91,7 @@ def test_the_file_is_timms_and_scores_and_accuracy_are_those_of_it(
         assert arrays["names"].tolist() == names and arrays["classes"].tolist() == facts["classes"]
         np.testing.assert_allclose(arrays["scores"], wanted.numpy(), atol=1e-5)
         assert arrays["predicted"].tolist() == wanted.argmax(dim=1).tolist()
-        right = [
-            name == facts["classes"][best]
-            for name, best in zip([Path(name).parent.name for name in names], arrays["predicted"], strict=True)
-        ]
+        right = [Path(name).parent.name == arrays["classes"][best] for name, best in zip(names, arrays["predicted"], strict=True)]
     assert facts["top1"] == pytest.approx(100 * np.mean(right), abs=1e-3) and facts["top1"] > 60
     assert "`blue`, `green`, `red`" in (card := file.with_suffix(".md").read_text()) and f"{facts['top1']:.2f} %" in card
 
@@ -99,15 +100,11 @@ def test_tables_say_the_same(
     model: tuple[Path, dict[str, Any]], labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for suffix in ("npz", "csv", "parquet"):
-        assert (
-            main(["predict", str(model[0]), str(labelled / "val"), "--out", str(tmp_path / f"p.{suffix}"), "--device", "cpu"])
-            == 0
-        )
+        out = tmp_path / f"p.{suffix}"
+        assert main(["predict", str(model[0]), str(labelled / "val"), "--out", str(out), "--device", "cpu"]) == 0
         assert "1 could not be read" in capsys.readouterr().out
-    rows, columns = (
-        list(csv.DictReader((tmp_path / "p.csv").read_text().splitlines())),
-        parquet.read_table(tmp_path / "p.parquet").to_pydict(),
-    )
+    rows = list(csv.DictReader((tmp_path / "p.csv").read_text().splitlines()))
+    columns = parquet.read_table(tmp_path / "p.parquet").to_pydict()
     with np.load(tmp_path / "p.npz") as arrays:
         scores, best = arrays["scores"], arrays["scores"].max(axis=1)
         classes = arrays["classes"][arrays["predicted"]].tolist()
@@ -122,15 +119,12 @@ def test_tables_say_the_same(
 def test_an_export_has_the_classifier_too(
     format: str, model: tuple[Path, dict[str, Any]], labelled: Path, tmp_path: Path
 ) -> None:
-    result, scope = (
-        relssl.export(model[0], format=format, out=tmp_path / f"out{'' if format == 'hf' else '.pt2'}"),
-        dict[str, Any](),
-    )
-    card = next(file for file in result.files if file.suffix == ".md").read_text()
+    result = relssl.export(model[0], format=format, out=tmp_path / f"out{'' if format == 'hf' else '.pt2'}")
+    card, scope = next(file for file in result.files if file.suffix == ".md").read_text(), dict[str, Any]()
     exec("\n".join(result.lines), scope)
-    network = timm.create_model("resnet18", num_classes=3, checkpoint_path=str(model[0]), **TINY["resnet18"]).eval()
+    images, network = views(labelled / "val")[1], timms(model[0])
     with torch.no_grad():
-        torch.testing.assert_close(scope["model"](images := views(labelled / "val")[1]), network(images), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(scope["model"](images), network(images), rtol=1e-4, atol=1e-4)
     assert "`blue`, `green`, `red`" in card and "outputs = model(images)" in card
     with pytest.raises(ConfigError, match="without a classifier"):
         relssl.export(model[0], format="torchvision")

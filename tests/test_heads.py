@@ -26,17 +26,12 @@ from relssl.evaluation.metrics import Bootstrap, accuracies, ranks
 from relssl.evaluation.pairs import LabelledPair
 from relssl.evaluation.result import Finding, Task
 from relssl.settings.evaluation import FinetuneConfig, LinearConfig, SemiConfig
-from relssl.settings.run import EngineConfig, ViewConfig
+from relssl.settings.run import ViewConfig
 from relssl.weights.spec import BackboneSpec
 
-
-def engine() -> Engine:
-    return Engine(EngineConfig(device="cpu", precision="fp32", threads=1))
-
-
-def reader() -> Reader:
-    """Views of 16 pixels, mirrored in training."""
-    return Reader(PlainView(16, 1.0, "bilinear", (0.5,) * 3, (0.25,) * 3))
+VIEW = PlainView(16, 1.0, "bilinear", (0.5,) * 3, (0.25,) * 3)  # mirrored in training
+TASK = Task(BackboneSpec("tiny", {}, "small", VIEW), Reader(VIEW), Engine.local("cpu", "fp32"), Bootstrap(100, 3))
+SEED4 = dataclasses.replace(TASK, bootstrap=Bootstrap(100, 4))
 
 
 def coloured(count: int, seed: int, classes: int = 3) -> Images:
@@ -87,11 +82,11 @@ TUNE = FinetuneConfig(epochs=3, batch_size=16, lr=0.05, head_lr=0.5, weight_deca
 Settings = LinearConfig | FinetuneConfig | SemiConfig
 
 
-def run(settings: Settings, data: LabelledPair | None = None, backbone: nn.Module | None = None, **task: Any) -> list[Finding]:
-    on, seed, say = task.get("on", engine()), task.get("seed", 3), task.get("say", lambda line: None)
-    given = Task(BackboneSpec("tiny", {}, "small", reader().view), reader(), on, Bootstrap(100, seed), say)
+def run(
+    settings: Settings, data: LabelledPair | None = None, backbone: nn.Module | None = None, task: Task = TASK
+) -> list[Finding]:
     protocol: Any = {LinearConfig: linear, FinetuneConfig: finetune, SemiConfig: semi}[type(settings)]
-    return list(protocol(backbone or network(), data or pair(), settings, given))
+    return list(protocol(backbone or network(), data or pair(), settings, task))
 
 
 def pixels(images: Images) -> Tensor:
@@ -110,7 +105,7 @@ def by_hand(data: LabelledPair, settings: LinearConfig | FinetuneConfig, groups:
     for epoch, (rows,) in plan.steps(0, total):
         views = apply(pixels(data.bank)[rows], view, draw(view, 3, epoch, rows, 0, (16, 16)))
         assert data.bank.labels is not None
-        loss = F.cross_entropy(forward(reader().view.normalise(views)), torch.from_numpy(data.bank.labels[rows]))
+        loss = F.cross_entropy(forward(VIEW.normalise(views)), torch.from_numpy(data.bank.labels[rows]))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -123,7 +118,7 @@ def scored(data: LabelledPair, forward: Callable[[Tensor], Tensor]) -> tuple[dic
     assert data.test.labels is not None
     truth = torch.from_numpy(data.test.labels)
     with torch.no_grad():
-        rank = ranks(forward(reader().view.normalise(plain_batch(pixels(data.test), reader().view))), truth)
+        rank = ranks(forward(VIEW.normalise(plain_batch(pixels(data.test), VIEW))), truth)
     return accuracies(rank, truth, 3), rank == 0
 
 
@@ -157,14 +152,6 @@ def test_finetune_equals_a_plain_loop() -> None:
     assert finding.figures == scored(data, lambda views: head(tuned(views)))[0] and finding.setting == {}
 
 
-def test_classes_that_can_be_told_apart_are_and_progress_is_told() -> None:
-    for settings in (LinearConfig(epochs=20, batch_size=25), dataclasses.replace(TUNE, epochs=15)):
-        lines: list[str] = []
-        (finding,) = run(settings, say=lines.append)
-        assert finding.main == "top1" and finding.figures["top1"] == finding.figures["mean_per_class"] == 100
-        assert finding.intervals["top1"] == (100, 100) and finding.notes == () and len(lines) == 10
-
-
 @pytest.mark.parametrize("settings", [LinearConfig(lr=(0.5,), epochs=3, batch_size=20), TUNE], ids=["linear", "finetune"])
 def test_the_same_call_gives_the_same_bits_and_disturbs_nothing(settings: Settings) -> None:
     backbone = network(dropout=0.5)
@@ -173,7 +160,7 @@ def test_the_same_call_gives_the_same_bits_and_disturbs_nothing(settings: Settin
     assert torch.equal(state, torch.get_rng_state())
     torch.manual_seed(12)
     assert run(settings, backbone=backbone.train())[0].plain() == first.plain()
-    assert run(settings, backbone=backbone, seed=4)[0].details["loss"] != first.details["loss"]
+    assert run(settings, backbone=backbone, task=SEED4)[0].details["loss"] != first.details["loss"]
     assert all(torch.equal(value, weights[name]) for name, value in backbone.state_dict().items())
     assert all(parameter.grad is None for parameter in backbone.parameters())
 
@@ -226,22 +213,22 @@ def test_a_loss_that_is_not_finite_is_noted_or_ends_it_with_the_setting_named() 
     lost, kept = run(LinearConfig(lr=(1e10, 1e-32), epochs=3, batch_size=25, momentum=0), backbone=Huge())
     assert lost.figures == {"top1": 0, "top5": 0, "mean_per_class": 0} and lost.details["loss"] is None and lost.notes
     assert math.isfinite(kept.details["loss"]) and kept.figures["top5"] == 100
-    with pytest.raises(NumericError, match=r"linear\.lr"):
-        run(LinearConfig(lr=(1e10,), epochs=3, batch_size=25), backbone=Huge())
-    with pytest.raises(NumericError, match=r"finetune\.lr"):
-        run(dataclasses.replace(TUNE, lr=1e20, head_lr=1e20))
-    with pytest.raises(NumericError, match=r"semi\.lr"):
-        run(SemiConfig(fractions=(0.5,), epochs=3, batch_size=16, lr=1e20, head_lr=1e20))
+    wild: dict[str, Any] = {"epochs": 3, "batch_size": 16, "lr": 1e20, "head_lr": 1e20}
     spoilt = network()
-    with torch.no_grad():
-        next(spoilt.parameters()).fill_(float("nan"))
-    with pytest.raises(NumericError, match="tints"):
-        run(LinearConfig(epochs=1), backbone=spoilt)
+    torch.nn.init.constant_(next(spoilt.parameters()), torch.nan)
+    for settings, backbone, fault in (
+        (LinearConfig(lr=(1e10,), epochs=3, batch_size=25), Huge(), r"linear\.lr"),
+        (FinetuneConfig(**wild), None, r"finetune\.lr"),
+        (SemiConfig(fractions=(0.5,), **wild), None, r"semi\.lr"),
+        (LinearConfig(epochs=1), spoilt, "tints"),
+    ):
+        with pytest.raises(NumericError, match=fault):
+            run(settings, backbone=backbone)
 
 
 def test_the_classifier_is_fp32_whatever_the_backbones_precision() -> None:
-    half = Engine(EngineConfig(device="cpu", precision="bf16", threads=1))
-    (rough,), (exact,) = (run(LinearConfig(epochs=4, batch_size=25), on=each) for each in (half, engine()))
+    half = dataclasses.replace(TASK, engine=Engine.local("cpu", "bf16"))
+    (rough,), (exact,) = (run(LinearConfig(epochs=4, batch_size=25), task=each) for each in (half, TASK))
     assert 0 < abs(rough.details["loss"] - exact.details["loss"]) < 0.02  # features are rounded, weights are not
 
 
@@ -262,7 +249,7 @@ def test_shares_are_drawn_by_the_seed_and_named_by_a_hash() -> None:
         rows = stratified(data.bank.labels, each.setting["fraction"], 3)
         assert each.details["split"] == fingerprint(rows) and each.details["per_class"] == [count, count]
         assert (each.details["images"], each.details["steps"], each.notes) == (3 * count, steps, ())
-    assert run(settings, data, seed=4)[0].details["split"] != findings[0].details["split"]
+    assert run(settings, data, task=SEED4)[0].details["split"] != findings[0].details["split"]
     (whole,), (few,) = run(TUNE), run(SemiConfig(fractions=(1.0,), **vars(TUNE)))
     assert few.figures == whole.figures and few.details["loss"] == whole.details["loss"]  # all labels are fine-tuning
 

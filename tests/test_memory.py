@@ -1,19 +1,22 @@
 """The memory of a step: predicted before it is taken, refused where there is not enough, lowered where that is wanted."""
 
 import dataclasses
+import re
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
 import pytest
+import torch
 
+from relssl.cli import main
 from relssl.engine import Engine
 from relssl.errors import ConfigError
 from relssl.settings.run import EngineConfig, resolve
 from relssl.train.estimate import affordable
-from relssl.train.memory import fit, step_memory
-from relssl.train.pretrain import build
+from relssl.train.memory import fit, memory_used, peak_memory, step_memory
+from relssl.train.run import build
 from small_runs import SMALL
 
 NETWORKS = """resnet18 resnet50 mobilenetv3_small_100 efficientnet_b0 vit_tiny_patch16_224 convnext_tiny densenet121 regnety_002
@@ -25,9 +28,10 @@ _STEPS = """
     import psutil, torch
     from relssl.engine import Engine
     from relssl.settings.run import resolve
-    from relssl.train.loop import create_run
+    from relssl.train.run import create_run
     from relssl.train.memory import memory_used, step_memory
-    from relssl.train.pretrain import complete_settings, pass_noise
+    from relssl.train.pretrain import pass_noise
+    from relssl.train.run import complete_settings
     from relssl.data.named import load
 
     name, size, batch = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
@@ -72,13 +76,14 @@ def test_what_a_step_of_any_network_takes_is_known(name: str, size: int) -> None
     assert 0.4 < taken / (1.25 * predicted + MALLOC) < 1
 
 
-def test_it_grows_with_the_batch_and_less_in_parts() -> None:
-    """Activations grow with the images of a part; the rest stays."""
-    config = resolve(SMALL)
-    engine = Engine(EngineConfig(device="cpu"))
+def test_memory_grows_with_the_images_of_a_part_and_with_the_processes() -> None:
+    engine, config = Engine(EngineConfig(device="cpu")), resolve(SMALL)
     few, some, more = (step_memory(config, engine, share) for share in (4, 8, 16))
-    assert few < some < more
-    assert 2 * (some - few) == pytest.approx(more - some, rel=0.05)
+    assert few < some < more and 2 * (some - few) == pytest.approx(more - some, rel=0.05)
+    block = torch.zeros(1 << 24).add_(1)  # 64 MiB that are really there
+    one, four = peak_memory(engine, 1), peak_memory(engine, 4)
+    assert block.nbytes < one["used"] < one["total"] and one["device_total"] == 0
+    assert four["used"] == pytest.approx(4 * one["used"], rel=0.05)
 
 
 def test_what_fits_is_taken_where_that_is_wanted() -> None:
@@ -87,33 +92,45 @@ def test_what_fits_is_taken_where_that_is_wanted() -> None:
     engine = Engine(EngineConfig(device="cpu"))
     free = MALLOC + 2 * step_memory(config, engine, 64)
     fitting = fit(dataclasses.replace(config, fit_batch=True), engine, 0, free=free)
-    assert fit(fitting, engine, 0, free=free) == fitting
-    assert fitting.optimizer.lr / config.optimizer.lr == fitting.batch_size / 256
+    accumulated = dataclasses.replace(config, accumulate=256 // fitting.batch_size)
+    assert fit(fitting, engine, 0, free=free) == fitting and fit(accumulated, engine, 0, free=free) == accumulated
+    assert fitting.optimizer.lr / config.optimizer.lr == fitting.batch_size / 256 < 1
     with pytest.raises(ConfigError, match=f"batch_size.* {fitting.batch_size}, .*accumulate {256 // fitting.batch_size}"):
         fit(config, engine, 0, free=free)
     with pytest.raises(ConfigError, match="batch_size"):
         fit(dataclasses.replace(fitting, batch_size=2 * fitting.batch_size), engine, 0, free=free)
-    accumulated = dataclasses.replace(config, accumulate=256 // fitting.batch_size)
-    assert fit(accumulated, engine, 0, free=free) == accumulated
 
 
-def test_what_does_not_fit_is_refused_before_it_is_taken(tmp_path: Path) -> None:
-    """Where a process may map 2 GB more than torch's libraries are: exit code 2 in one line, and nothing is written."""
+RESNET50 = ["estimate", "digits", "--backbone", "resnet50", "--batch_size", "256", "--views.enlarge", "true"]
+RESNET50 += ["--engine.device", "cpu", "--engine.precision", "fp32", "--views.weak.size", "224", "--views.strong.size", "224"]
+
+
+def test_what_does_not_fit_is_refused_before_it_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("relssl.train.memory.free_memory", lambda device: 2 * 10**9)
+    used = memory_used()
+    assert main(RESNET50) == 2
+    assert re.search(r"^relssl: batch_size: .* takes about .*accumulate \d+$", capsys.readouterr().err, re.MULTILINE)
+    assert memory_used() - used < 10**9 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.torture
+def test_the_limit_of_a_process_is_minded(tmp_path: Path) -> None:
+    """Where a process may map 2 GB more than torch's libraries are; a fresh process: torture."""
     script = """
         import resource, sys, psutil, torch, timm, relssl.train.estimate, relssl.report.tables
         most = psutil.Process().memory_info().vms + 2 * 10**9
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
         from relssl.cli import main
-        sys.exit(main(["estimate", "digits", "--backbone", "resnet50", "--batch_size", "256", *sys.argv[1:]]))
+        sys.exit(main(sys.argv[1:]))
     """
-    views = [option for side in ("weak", "strong") for option in (f"--views.{side}.size", "224")]
-    options = [*views, "--views.enlarge", "true", "--engine.device", "cpu", "--engine.precision", "fp32"]
-    command = [sys.executable, "-c", textwrap.dedent(script), *options]
+    command = [sys.executable, "-c", textwrap.dedent(script), *RESNET50]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
     assert result.returncode == 2
     (line,) = [line for line in result.stderr.splitlines() if "batch_size" in line]
     assert "accumulate" in line and "GB" in line
-    assert not list(tmp_path.iterdir())
 
 
 def test_steps_that_take_minutes_are_timed_on_fewer_images() -> None:

@@ -11,6 +11,7 @@ from sklearn.metrics import average_precision_score, balanced_accuracy_score, to
 
 from relssl.errors import DataError, NumericError
 from relssl.evaluation.features import LabelledFeatures
+from relssl.evaluation.knn import retrieval
 from relssl.evaluation.metrics import (
     Bootstrap,
     accuracies,
@@ -22,7 +23,6 @@ from relssl.evaluation.metrics import (
     ranks,
 )
 from relssl.evaluation.result import Finding
-from relssl.evaluation.retrieval import retrieval
 from relssl.settings.evaluation import RetrievalConfig
 
 

@@ -7,6 +7,7 @@ import shutil
 import signal
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -15,7 +16,7 @@ from relssl.cli import main
 from relssl.errors import CheckpointError, ConfigError, Interrupted
 from relssl.reproduction import tables
 from relssl.reproduction.plan import Plan, plain, plan
-from relssl.reproduction.results import against_paper, outcome, page, paired, results, spread, verdicts
+from relssl.reproduction.results import against_paper, curves, outcome, page, paired, results, spread, verdicts
 from relssl.reproduction.tables import Row, read_table
 from relssl.settings.evaluation import read_settings
 from relssl.settings.run import to_yaml
@@ -251,8 +252,15 @@ def finish(run: Any, ends: list[dict[str, float | None]], top1: float = 12.5, pr
     run.folder.mkdir(parents=True, exist_ok=True)
     (run.folder / "config.yaml").write_text(to_yaml(run.config))
     (run.folder / "status.json").write_text('{"state": "complete"}')
-    (run.folder / "environment.json").write_text("{}")
+    machine = {
+        "engine": "cpu",
+        "cores": 2,
+        "processor": "x",
+        "versions": dict.fromkeys(("relssl", "torch", "torchvision", "timm"), "1"),
+    }
+    (run.folder / "environment.json").write_text(json.dumps(machine | {"git": None}))
     rows = [{"step": i, "samples": 64 * i, "loss": 1.0, "images_per_second": 32.0 * i} | ends[-1] for i in (1, 2)]
+    rows = [row | {"epoch": row["step"] / 2, "knn_top1": top1 * row["step"] / 2} for row in rows]
     (run.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     result = {"protocol": protocol, "network": "student", "main": "top1", "figures": {"top1": top1}, "seconds": 2.0}
     run.note.write_text(json.dumps({"evaluation": plain(run.evaluation), "results": [result]}))
@@ -276,6 +284,24 @@ def test_a_run_that_ended_in_one_point_or_a_uniform_relation_has_collapsed(tmp_p
     assert "teacher_neighbours" not in ended(teacher_neighbours=None, embedding_std=0.9)["ends"]  # no memory
     run.note.write_text(json.dumps({"evaluation": {}, "results": []}))
     assert run.state() == "trained"  # it was evaluated otherwise
+
+
+def test_the_figure_has_a_curve_for_each_run_and_a_name_for_each_row(tmp_path: Path) -> None:
+    planned = shipped("memory", "smoke", seeds=2, runs=tmp_path)
+    assert curves(results(planned)) == ""
+    for run, top1 in zip(planned.runs, (40.0, 60.0, 50.0, 70.0), strict=True):
+        finish(run, [{"embedding_std": 1.0, "effective_rank": 50.0}], top1)
+    content = results(planned)
+    assert [run["curve"] for run in content["runs"]] == [[[0.5, top1 / 2], [1.0, top1]] for top1 in (40.0, 60.0, 50.0, 70.0)]
+    drawing = ElementTree.fromstring(curves(content))
+    lines = [line.get("points", "").split() for line in drawing.iterfind("{*}polyline")]
+    heights = [float(points[-1].split(",")[1]) for points in lines]
+    assert sorted(heights, reverse=True) == [heights[i] for i in (0, 2, 1, 3)]  # 40, 50, 60, 70: the better, the higher
+    assert (heights[0] - heights[1]) == pytest.approx(2 * (heights[0] - heights[2]), abs=0.2)
+    names = [text.text for text in drawing.iterfind("{*}text")]
+    assert all(row["label"] in names for row in content["rows"])
+    assert "![kNN over epochs](memory-smoke.svg)" in page(content)
+    assert {row["backward"] for row in content["rows"]} == {1} and content["rows"][0]["seconds"]["mean"] == 3.0
 
 
 def seeds(*values: float, collapsed: tuple[bool, ...] | None = None) -> dict[int, dict[str, Any]]:

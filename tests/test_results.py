@@ -1,4 +1,4 @@
-"""Two evaluations compare only if they were made alike, naming the field that differs; transfer as one finding."""
+"""Two evaluations compare only if they were made alike, naming the field that differs."""
 
 import copy
 import json
@@ -10,7 +10,6 @@ import pytest
 
 from relssl.cli import main
 from relssl.errors import ConfigError, DataError
-from relssl.evaluation.evaluate import transfer_table
 from relssl.evaluation.result import Finding, compare
 
 CARD: dict[str, Any] = {
@@ -102,24 +101,3 @@ def test_what_is_no_result_is_refused(content: str, tmp_path: Path) -> None:
         compare(good, bad)
     with pytest.raises(DataError, match=r"no\.json: .*No such file"):
         compare(tmp_path / "no.json", good)
-
-
-def finding(main: str = "top1", notes: tuple[str, ...] = (), **figures: float) -> Finding:
-    return Finding({}, main, figures, {name: (value - 1, value + 2) for name, value in figures.items()}, notes)
-
-
-def test_the_mean_of_transfer_is_over_the_figure_of_each_set_that_ran() -> None:
-    cifar, flowers = finding(top1=90.0, mean_per_class=10.0, notes=("a subset",)), finding(top1=10.0, mean_per_class=80.0)
-    photos = finding(top1=69.0, mean_per_class=10.0)
-    sets = {"cifar10": cifar, "flowers102": flowers, "voc07": finding("map", map=61.0), "./my photos": photos}
-    joined = transfer_table(sets | {"dtd": "dtd: not complete in /sets/dtd"})
-    assert joined.figures == {"cifar10": 90.0, "flowers102": 80.0, "voc07": 61.0, "./my photos": 69.0, "mean": 75.0}
-    assert joined.intervals == {"cifar10": (89, 92), "flowers102": (79, 82), "voc07": (60, 63), "./my photos": (68, 71)}
-    assert joined.main == "mean" and joined.setting == {"sets": [*sets, "dtd"]}
-    rows = {row["data"]: row for row in joined.details["rows"]}
-    assert rows["dtd"] == {"data": "dtd", "not_run": "not complete in /sets/dtd"}
-    assert (rows["flowers102"]["metric"], rows["flowers102"]["value"]) == ("mean_per_class", 80.0)
-    assert len(joined.notes) == 3 and "4 of 5 data sets" in joined.notes[0] and "cifar10: a subset" in joined.notes
-    assert json.loads(json.dumps(joined.plain()))["details"] == joined.details
-    with pytest.raises(DataError, match="dtd was not run: no network; svhn was not run: broken"):
-        transfer_table({"dtd": "no network", "svhn": "svhn: broken"})

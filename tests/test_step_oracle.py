@@ -14,8 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from relssl.method import Encoder, ReSSL
+from relssl.method.base import World
 from relssl.method.health import health
-from relssl.method.relation import objective
+from relssl.method.relation import Target, balance, objective
 from relssl.method.tiled import tiled_objective
 
 TEMPERATURES = {"student_temperature": 0.1, "teacher_temperature": 0.04}
@@ -152,6 +153,76 @@ def test_residual_predictor_starts_as_the_identity(tiny_net) -> None:
     student = Encoder(tiny_net(), 16, projector_hidden=32, dim=12, predictor="residual")
     images = torch.rand(8, 3, 8, 8)
     torch.testing.assert_close(student([images]), student.teacher()([images]))
+
+
+# Options of later methods
+
+
+def sinkhorn(similar: np.ndarray, iterations: int) -> np.ndarray:
+    """The matrix exp(similar) [B, K] with its columns and then its rows divided by their sums, so many times, in float64."""
+    q = np.exp(similar - similar.max())
+    for _ in range(iterations):
+        q /= q.sum(axis=0, keepdims=True)
+        q /= q.sum(axis=1, keepdims=True)
+    return q
+
+
+@pytest.mark.parametrize("form", ["plain", "tiled"])
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("relation", ["embeddings", "features"])
+@pytest.mark.parametrize("iterations", [0, 1, 3])
+def test_relations_of_features_and_balanced_targets_equal_the_float64_oracle(
+    tiny_net, form: str, shuffle: bool, relation: str, iterations: int
+) -> None:
+    student = Encoder(
+        tiny_net(norm=False), 16, projector_hidden=32, dim=12, predictor="mlp", predictor_hidden=24, predictor_norm="none"
+    )
+    width = 16 if relation == "features" else 0
+    model = ReSSL(student, memory_size=40, dim=12, loss_form=form, features=width, sinkhorn_iterations=iterations)
+    exact = copy.deepcopy(model.student).double(), copy.deepcopy(model.teacher).double()
+    for start in range(0, 56, 8):  # the memory is full, and has wrapped around
+        weak, strong = torch.rand(8, 3, 8, 8), [torch.rand(8, 3, 8, 8) for _ in range(2)]
+        world = World(order=torch.randperm(8)) if shuffle else World()
+        past = model.memory.keys.double().numpy(), (model.memory.features if width else model.memory.keys).double().numpy()
+        step = model(weak, strong, world, **TEMPERATURES)
+        model.student.zero_grad()
+        step.loss.backward()
+        model.push(step.keys, torch.arange(start, start + 8), None, step.features)
+
+    features = exact[1].backbone(weak.double())
+    keys = F.normalize(exact[1].projector(features), dim=1)
+    rows = (F.normalize(features, dim=1) if width else keys).detach().numpy()
+    target = sinkhorn(rows @ past[1].T / 0.04, iterations) if iterations else softmax(rows @ past[1].T / 0.04)
+    queries = exact[0]([view.double() for view in strong])
+    assert np.allclose(target.sum(axis=1), 1)
+    loss = -(torch.from_numpy(target) * (queries @ torch.from_numpy(past[0]).T / 0.1).log_softmax(dim=-1)).sum(dim=-1).mean()
+    loss.backward()
+
+    torch.testing.assert_close(step.loss.double(), loss, rtol=1e-5, atol=0)
+    flat = [torch.cat([p.grad.flatten() for p in network.parameters()]) for network in (model.student, exact[0])]
+    assert relative(*flat) < 1e-4
+    torch.testing.assert_close(model.memory.keys[16 - 8 : 16].double(), keys.detach(), rtol=1e-5, atol=1e-6)
+    if width:
+        torch.testing.assert_close(model.memory.features[16 - 8 : 16].double(), torch.from_numpy(rows), rtol=1e-5, atol=1e-6)
+    # The figures are those of the relation that the loss has seen.
+    model.memory.keys.copy_(torch.from_numpy(past[0]))
+    seen = Target(torch.from_numpy(rows), torch.from_numpy(past[1]))
+    seen = seen if not iterations else Target(seen.rows, seen.memory, balance(seen.logits(0.04), iterations))
+    figures = health(queries.detach(), keys.detach(), torch.from_numpy(past[0]), **TEMPERATURES, target=seen)
+    assert float(figures["teacher_entropy"]) == pytest.approx(-(target * np.log(target)).sum(axis=1).mean(), rel=1e-6)
+
+
+def test_targets_are_balanced_over_the_samples_of_all_ranks() -> None:
+    """Two ranks, of which each has half of the batch, have together the targets of the whole one, and many iterations even the memory out."""
+    rows, past = unit(12, 8).double(), unit(20, 8).double()
+    whole = sinkhorn((rows @ past.T / 0.04).numpy(), 200)
+    np.testing.assert_allclose(whole.sum(axis=0), np.full(20, 12 / 20), rtol=1e-3)
+    for rank in range(2):
+        model = ReSSL(Encoder(torch.nn.Flatten(), 8, dim=8), memory_size=20, dim=8, sinkhorn_iterations=200)
+        model.memory.keys = past
+        part = rows[6 * rank : 6 * rank + 6]
+        target = model.target(part, None, 0.04, World(rank, gather=lambda _: rows))
+        np.testing.assert_allclose(target.logits(0.04).softmax(dim=-1).numpy(), whole[6 * rank : 6 * rank + 6], rtol=1e-8)
 
 
 # The tiled loss

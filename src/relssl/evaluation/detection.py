@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from timm.utils.model import freeze_batch_norm_2d
 from torch import Tensor, nn
+from torch.utils.data import BatchSampler
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
@@ -26,7 +27,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from relssl.data.boxes import Scenes, Target, load
 from relssl.data.loader import read_batches
-from relssl.errors import ConfigError, DataError, NumericError
+from relssl.errors import ConfigError, NumericError
 from relssl.evaluation.features import evaluating
 from relssl.evaluation.result import Finding, Task
 from relssl.method.backbones import channels_of
@@ -144,12 +145,6 @@ def freeze(network: nn.Module, name: str, stages: int, *, all_norms: bool) -> No
             network.set_submodule(path, freeze_batch_norm_2d(module))
 
 
-def length(images: int, settings: DetectionConfig) -> tuple[int, int]:
-    """Return the steps of a training on that many images, and those of its warm-up, at most a third: else no peak is reached."""
-    steps = max(1, round(settings.epochs * images / settings.batch_size))
-    return steps, min(settings.warmup_steps, steps // 3)
-
-
 def rate_share(step: int, steps: int, warmup: int) -> float:
     """Return the share of the peak learning rate at a step, 0 the first: a linear rise, then tenths from 2/3 and 11/12 on.
 
@@ -159,41 +154,39 @@ def rate_share(step: int, steps: int, warmup: int) -> float:
     return float(min(1.0, (step + 1) / max(1, warmup)) * 0.1**drops)
 
 
-def train(model: nn.Module, images: Scenes, settings: DetectionConfig, task: Task) -> Iterator[float]:
-    """Train torchvision's model, yielding the loss of each step after it.
-
-    Raises:
-        NumericError: naming the first step whose loss is not finite; that step changes no weight.
-        DataError: if an image cannot be read.
-    """
-    generator, size = task.bootstrap.generator(), settings.batch_size
-    steps, warmup = length(len(images), settings)
-    order = np.concatenate([generator.permutation(len(images)) for _ in range(-(-steps * size // len(images)))])[: steps * size]
-    flips = (generator.random(steps * size) < 0.5).reshape(steps, size)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.SGD(parameters, lr=settings.lr, momentum=_MOMENTUM, weight_decay=settings.weight_decay)
-    for step, batch in enumerate(_batches(images, order.tolist(), size, task)):
-        model.train()
-        samples = [mirror(*sample) if flip else sample for sample, flip in zip(batch, flips[step], strict=True)]
-        optimizer.param_groups[0]["lr"] = settings.lr * rate_share(step, steps, warmup)
-        parts = model([image for image, _ in samples], [target for _, target in samples])
-        loss: Tensor = torch.stack(list(parts.values())).sum()
-        value = loss.item()
-        if not math.isfinite(value):
-            named = ", ".join(f"{name} {part.item():g}" for name, part in parts.items())
-            raise NumericError(f"detection: the loss is {value} at step {step + 1} of {steps} ({named}); lower detection.lr")
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        yield value
-
-
 def mirror(image: Tensor, target: Target) -> Sample:
     """Return the mirror image, left for right, of an image [3, H, W] with boxes [n, 4] and, if there are any, masks [n, H, W]."""
     left, top, right, bottom = target["boxes"].unbind(1)
     flipped: Target = {"boxes": torch.stack([image.shape[-1] - right, top, image.shape[-1] - left, bottom], dim=1)}
     flipped |= {name: value.flip(-1) for name, value in target.items() if name == "masks"}
     return image.flip(-1), target | flipped
+
+
+def train(model: nn.Module, images: Scenes, settings: DetectionConfig, task: Task, steps: int, warmup: int) -> Iterator[float]:
+    """Train torchvision's model, yielding the loss of each step after it.
+
+    NumericError naming the first step whose loss is not finite, which changes no weight; DataError if an image cannot be read.
+    """
+    generator, size = task.bootstrap.generator(), settings.batch_size
+    order = np.concatenate([generator.permutation(len(images)) for _ in range(-(-steps * size // len(images)))])[: steps * size]
+    flips = (generator.random(steps * size) < 0.5).reshape(steps, size)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=settings.lr, momentum=_MOMENTUM, weight_decay=settings.weight_decay)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(rate_share, steps=steps, warmup=warmup))
+    model.train()
+    for step, batch in enumerate(_batches(images, order.tolist(), size, task)):
+        samples = [mirror(*sample) if flip else sample for sample, flip in zip(batch, flips[step], strict=True)]
+        parts = model([image for image, _ in samples], [target for _, target in samples])
+        loss: Tensor = torch.stack(list(parts.values())).sum()
+        value = loss.item()
+        if not math.isfinite(value):
+            each = ", ".join(f"{name} {part.item():g}" for name, part in parts.items())
+            raise NumericError(f"detection: the loss is {value} at step {step + 1} of {steps} ({each}); lower detection.lr")
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        schedule.step()
+        yield value
 
 
 @torch.no_grad()
@@ -206,61 +199,46 @@ def measure(model: nn.Module, images: Scenes, task: Task) -> dict[str, tuple[dic
     metric = MeanAveragePrecision(iou_type=tuple(kinds), class_metrics=True, backend="pycocotools")
     model.eval()
     for ((image, target),) in _batches(images, range(len(images)), 1, task):
-        objects = {name: value.cpu() for name, value in model([image])[0].items()}
-        truth = {name: value.cpu() for name, value in target.items()}
+        objects, truth = ({name: value.cpu() for name, value in each.items()} for each in (model([image])[0], target))
         if images.masked:
             objects["masks"], truth["masks"] = objects["masks"][:, 0] > 0.5, truth["masks"].bool()
         metric.update([objects], [truth])
     computed = metric.compute()
-    labels = computed["classes"].reshape(-1).tolist()
-    results = {}
+    words, results = [images.classes[label - 1] for label in computed["classes"].reshape(-1).tolist()], {}
     for kind, of in kinds.items():
         prefix = f"{kind}_" if len(kinds) > 1 else ""
         figures = {name: 100 * float(computed[prefix + name]) for name in _FIGURES}
-        values = computed[f"{prefix}map_per_class"].reshape(-1).tolist()
+        each_class = dict(zip(words, (100 * computed[f"{prefix}map_per_class"].double()).reshape(-1).tolist(), strict=True))
         # Of sizes and classes that the test images have none of, pycocotools says -1.
-        per_class = {images.classes[label - 1]: round(100 * v, 4) for label, v in zip(labels, values, strict=True) if v >= 0}
-        results[of] = {name: value for name, value in figures.items() if value >= 0}, per_class
+        results[of] = (
+            {name: value for name, value in figures.items() if value >= 0},
+            {name: round(value, 4) for name, value in each_class.items() if value >= 0},
+        )
     return results
-
-
-def curve(losses: list[float]) -> list[list[float]]:
-    """Return [step, mean loss since the point before] of at most 100 points."""
-    parts = np.array_split(losses, min(_POINTS, len(losses)))
-    ends = np.cumsum([len(part) for part in parts]).tolist()
-    return [[end, round(float(part.mean()), 5)] for end, part in zip(ends, parts, strict=True)]
 
 
 def _batches(images: Scenes, order: Sequence[int], size: int, task: Task) -> Iterator[list[Sample]]:
     """Yield images in this order, on the device, in 0..1, with their targets."""
     device = task.engine.device
-    for batch in read_batches(order, partial(_read, images), task.reader.workers, batch_size=size):
-        if isinstance(batch, str):
-            raise DataError(batch)
+    for batch in read_batches(partial(_read, images), BatchSampler(order, size, drop_last=False), task.reader.workers):
         on_device = ((image.to(device), {name: each.to(device) for name, each in target.items()}) for image, target in batch)
         yield [(image.float() / 255, target) for image, target in on_device]
 
 
-def _read(images: Scenes, rows: list[int]) -> list[Sample] | str:
-    """Return the samples, or the fault as text: an error that passes through a worker comes out with its traceback."""
-    try:
-        return [images[row] for row in rows]
-    except DataError as error:
-        return str(error)
+def _read(images: Scenes, rows: list[int]) -> list[Sample]:
+    return [images[row] for row in rows]
 
 
 def detection(backbone: nn.Module, folder: str, settings: DetectionConfig, task: Task) -> list[Finding]:
     """Train a detector on a copy of a timm network and evaluate it by COCO's mean average precision.
 
     Horizontal flips are the only augmentation. The same seed gives the same figures on a CPU with the same threads; on GPUs the
-    gradients of region pooling are added in any order.
+    gradients of region pooling are added in any order. ConfigError if a package or the masks asked for are missing, or the backbone
+    does not suit; other errors as of `load` and `train`.
 
     Returns:
         One finding for boxes and, of Mask R-CNN, one for masks: COCO's AP in percent, from recall at 101 points, as map (over IoU
         0.50 to 0.95), map_50, map_75, and by size where there are such objects. The main figure is map, of VOC's layout map_50.
-
-    Raises:
-        ConfigError: if a package or the masks asked for are missing, or the backbone does not suit. Others as `load` and `train`.
     """
     check(settings)
     spec, engine = task.spec, task.engine
@@ -272,29 +250,40 @@ def detection(backbone: nn.Module, folder: str, settings: DetectionConfig, task:
     useful = whole.for_training()
     rows = task.bootstrap.generator().permutation(len(useful))[: settings.max_images]
     drawn = replace(useful, scenes=[useful.scenes[row] for row in np.sort(rows)])
-    steps, warmup = length(len(drawn), settings)
-    details: dict[str, Any] = {"steps": steps, "warmup_steps": warmup, "layout": test.layout, "classes": len(whole.classes)}
-    details["images"] = {"training": len(drawn), "without_objects": len(whole) - len(useful), "test": len(test)}
-    details["objects"] = {"training": drawn.objects(), "test": test.objects()}
-    details["fingerprints"] = {"training": drawn.fingerprint(), "test": test.fingerprint()}
-    details["dropped"] = {"training": whole.dropped, "test": test.dropped}
+    steps = max(1, round(settings.epochs * len(drawn) / settings.batch_size))
+    warmup = min(settings.warmup_steps, steps // 3)  # else no peak would be reached
     kind = "mask-rcnn" if whole.masked else "faster-rcnn"
     task.say(
         f"{kind} on {spec.name}, maps of stride {', '.join(map(str, strides))}: {steps} steps of {settings.batch_size} images"
     )
-    start, losses, often = time.monotonic(), list[float](), max(1, steps // 10)
+    times, losses, often = [time.monotonic()], list[float](), max(1, steps // 10)
     with torch.random.fork_rng(devices=[engine.device] if engine.device.type == "cuda" else []):
         torch.manual_seed(task.bootstrap.seed)
         model = create_detector(backbone, spec, settings, len(whole.classes), masks=whole.masked, autocast=engine.autocast)
-        for loss in train(engine.place(model), drawn, settings, task):
+        for loss in train(engine.place(model), drawn, settings, task, steps, warmup):
             losses.append(loss)
             if len(losses) % often == 0:
                 task.say(f"step {len(losses)} of {steps}: loss {np.mean(losses[-often:]):.4g}")
-    trained = time.monotonic()
+    times.append(time.monotonic())
     task.say(f"evaluating on {len(test)} images")
     results = measure(model, test, task)
-    seconds = {"training": round(trained - start, 1), "evaluation": round(time.monotonic() - trained, 1)}
-    details |= {"precision": engine.precision, "strides": strides, "seconds": seconds, "loss": curve(losses)}
+    times.append(time.monotonic())
+    parts = np.array_split(losses, min(_POINTS, steps))
+    ends = np.cumsum([len(part) for part in parts]).tolist()
+    details: dict[str, Any] = {
+        "steps": steps,
+        "warmup_steps": warmup,
+        "layout": test.layout,
+        "classes": len(whole.classes),
+        "images": {"training": len(drawn), "without_objects": len(whole) - len(useful), "test": len(test)},
+        "objects": {"training": drawn.objects(), "test": test.objects()},
+        "fingerprints": {"training": drawn.fingerprint(), "test": test.fingerprint()},
+        "dropped": {"training": whole.dropped, "test": test.dropped},
+        "precision": engine.precision,
+        "strides": strides,
+        "seconds": dict(zip(("training", "evaluation"), np.diff(times).round(1).tolist(), strict=True)),
+        "loss": [[end, round(float(part.mean()), 5)] for end, part in zip(ends, parts, strict=True)],
+    }
     notes = [f"Of {len(useful)} training images {len(drawn)} were used, chosen by the seed."] if len(drawn) < len(useful) else []
     if warmup < settings.warmup_steps:
         notes.append(f"The warm-up of {settings.warmup_steps} steps was cut to {warmup}, a third of the run.")
@@ -303,8 +292,8 @@ def detection(backbone: nn.Module, folder: str, settings: DetectionConfig, task:
     if main := "map_50" if test.layout == "voc" else "":
         notes.append("map_50 is read at 101 points of recall, not at the 11 of VOC2007's own rule, which may differ by a point.")
     return [
-        Finding({"model": kind, "of": of}, main or "map", figures, {}, tuple(notes), details | {"map_per_class": per_class})
-        for of, (figures, per_class) in results.items()
+        Finding({"model": kind, "of": of}, main or "map", figures, {}, tuple(notes), details | {"map_per_class": each_class})
+        for of, (figures, each_class) in results.items()
     ]
 
 

@@ -1,4 +1,4 @@
-"""The features of any images, as a file for other programs."""
+"""A table for other programs of the features of any images, or of the classes that a classifier sees in them."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from relssl.data.images import Images
 from relssl.data.named import load
 from relssl.errors import ConfigError, NumericError, StorageError
-from relssl.evaluation.features import extract
+from relssl.evaluation.features import Features, extract
 from relssl.evaluation.result import Task, writable
 from relssl.files import replacing
 from relssl.settings import parts
 from relssl.settings.evaluation import Measuring
 from relssl.settings.reading import build
 from relssl.weights.foreign import Reading
-from relssl.weights.opening import open_backbones
+from relssl.weights.opening import Opened, is_exported, open_backbones, open_whole
 
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet would run begins with one of these
 _GROUP = 1 << 22  # numbers in a row group of parquet
@@ -60,16 +61,13 @@ def embed(
     Returns:
         {"out", "images", "dim", "bad": [(file, reason)], "notes": what to know of the weights and images}.
 
-    Raises:
-        ConfigError, DataError, CheckpointError, StorageError: each with what to do about it. NumericError: for NaN or Inf.
+    Raises ConfigError, DataError, CheckpointError, StorageError, each with what to do about it; NumericError for NaN or Inf.
     """
     check_target(Path(out))
     reading = reading or Reading()
     opened = open_backbones(source, replace(reading, network=network or reading.network))
     where = {"data_root": data_root, "size": reading.size, "device": device, "precision": precision}
-    task = Task.of(opened, build(Measuring, where))
-    images = load(str(data), task.root, split)
-    features = extract(task.engine.place(opened.backbone), images, task.reader, task.engine)
+    images, features = _pass(opened, str(data), split, where)
     arrays: dict[str, Any] = {"ids": features.rows, "names": features.names(images)}
     columns: dict[str, Any] = {"id": arrays["ids"], "name": arrays["names"]}
     if images.labels is not None:
@@ -83,6 +81,55 @@ def embed(
     return {"out": str(out), "images": count, "dim": dim, "bad": [*images.bad, *features.bad], "notes": notes}
 
 
+@parts.takes_data
+def predict(
+    model: str | Path,
+    data: Any,
+    out: str | Path,
+    *,
+    split: str = "train",
+    data_root: str | None = None,
+    device: str = "auto",
+    precision: str = "fp32",
+    workers: int | None = None,
+) -> dict[str, Any]:
+    """Classify images by a file that `finetune` wrote, and write the name, class and score of each.
+
+    Unreadable images are left out. The score is the class's share of the softmax, 0..1.
+
+    Args:
+        model: the `.safetensors` file, with its settings beside it.
+        data, split, precision: as for `embed`.
+        out: a `.csv` with the columns name, class, score; a `.parquet` with a column `scores` of all classes besides; or a `.npz` with
+            `names`, `predicted` int64 [N], `scores` float32 [N, C] and `classes`, the names of the C columns. Its folder must exist.
+
+    Returns:
+        {"out", "images", "classes", "bad": [(file, reason)], "notes": what to know of the images}.
+
+    Raises ConfigError, DataError, CheckpointError, NumericError, StorageError, each with what to do about it.
+    """
+    path, source = Path(out), Path(model)
+    check_target(path)
+    opened = open_whole(source) if source.is_file() and is_exported(source) else None
+    if opened is None or not opened.spec.classes:
+        raise ConfigError(f"{model}: is no classifier; `relssl finetune {model} DATA --out MODEL.safetensors` trains one")
+    where = {"data_root": data_root, "device": device, "precision": precision, "workers": workers}
+    images, features = _pass(opened, str(data), split, where)
+    names, classes, scores = features.names(images), np.array(opened.spec.classes), features.vectors.softmax(dim=1).numpy()
+    best = scores.argmax(axis=1)
+    columns = {"name": names, "class": classes[best].tolist(), "score": scores.max(axis=1)}
+    write_table(path, "scores", scores, {"names": names, "predicted": best, "classes": classes}, columns, spread=False)
+    bad = [*images.bad, *features.bad]
+    return {"out": str(out), "images": len(names), "classes": classes.tolist(), "bad": bad, "notes": list(images.notes)}
+
+
+def _pass(opened: Opened, data: str, split: str, where: Mapping[str, Any]) -> tuple[Images, Features]:
+    """Return the images of a data set and what the opened network says of them."""
+    task = Task.of(opened, build(Measuring, where))
+    images = load(data, task.root, split)
+    return images, extract(task.engine.place(opened.backbone), images, task.reader, task.engine)
+
+
 def write_table(
     path: Path, title: str, vectors: NDArray[np.float32], arrays: Columns, columns: Columns, *, spread: bool = True
 ) -> None:
@@ -90,10 +137,7 @@ def write_table(
     with `columns` to a .csv or .parquet; a .csv has them in columns of their own if they are to be `spread`, else not at all.
 
     In a .csv and .parquet bytes that are not UTF-8 are backslash escapes, and in a .csv what a spreadsheet would run as a formula
-    gets a leading '.
-
-    Raises:
-        StorageError: if the file cannot be written. NumericError: for NaN or Inf.
+    gets a leading '. StorageError if the file cannot be written, NumericError for NaN or Inf.
     """
     finite, suffix = np.isfinite(vectors).all(axis=1), path.suffix.lower()
     if not finite.all():

@@ -5,17 +5,19 @@ from __future__ import annotations
 import functools
 import importlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from relssl.data.folder import shown
+from relssl.data.images import Images
 from relssl.errors import ConfigError, DataError, StorageError
-from relssl.evaluation.features import Features, LabelledFeatures, cached, evaluating, extract, state_hash
+from relssl.evaluation.features import LabelledFeatures, cached, evaluating, extract, state_hash
 from relssl.evaluation.metrics import Interval
+from relssl.evaluation.pairs import LabelledPair, labels_of
 from relssl.evaluation.result import Finding, Protocol, Record, Task, card, file_name, title, writable
 from relssl.files import read_json, write_json
 from relssl.settings import parts
@@ -28,7 +30,7 @@ PROTOCOLS = {
     "knn": Protocol("knn.knn", swept=("k", "temperature")),
     "probe": Protocol("probe.probe"),
     "lowshot": Protocol("lowshot.lowshot", swept=("shots",)),
-    "retrieval": Protocol("retrieval.retrieval", swept=("at",)),
+    "retrieval": Protocol("knn.retrieval", swept=("at",)),
     "transfer": Protocol("probe.probe"),
     "linear": Protocol("heads.linear", "images", swept=("lr",)),
     "finetune": Protocol("heads.finetune", "images", trains=True),
@@ -59,8 +61,8 @@ def evaluate(
 
     Args:
         source: a run folder, an exported file, another program's file, or a timm name; see `open_backbones`.
-        data: a data set with labels, by name or as an object, default the run's own. For `transfer` several, joined by commas; for `detection` a folder
-            in COCO's or VOC's layout.
+        data: a data set with labels, by name or as an object, default the run's own. For `transfer` several, joined by commas; for
+            `detection` a folder in COCO's or VOC's layout.
         settings: all settings, instead of `overrides`.
         reading: how to read another program's file.
         out: JSON file for all results, besides those that are kept in a run folder, or instead where that cannot be written.
@@ -72,8 +74,7 @@ def evaluate(
         {"source", "data", "results": [{"protocol", "network", "data", "setting", "main", "figures", "intervals", "notes",
         "details", "seconds", "card"}, ...]}; of a run also written to RUN/evaluations, a file for each protocol.
 
-    Raises:
-        ConfigError, DataError, CheckpointError, NumericError, StorageError: each with what to do about it.
+    Raises ConfigError, DataError, CheckpointError, NumericError, StorageError, each with what to do about it.
     """
     settings, say, out = settings or read_settings(overrides), say or (lambda line: None), Path(out).absolute() if out else None
     if out and (not out.parent.is_dir() or out.is_dir()):
@@ -84,12 +85,17 @@ def evaluate(
         raise ConfigError(f"data: {opened.name} does not say what it was trained on; name the labelled data to evaluate it on")
     _check_data(settings, data)
     folder = _results_folder(opened.folder, out, say)
-    evaluation = _Evaluation(opened, settings, say)
-    answer: Record = {"source": opened.name, "data": title(data), "results": []}
+    work = _Work(settings, Task.of(opened, settings, say, settings.resamples))
+    notes, answer = list(opened.notes), Record(source=opened.name, data=title(data), results=[])
+    if opened.folder and read_json(opened.folder / "status.json").get("state", "complete") != "complete":
+        notes.append("the run is not complete; its newest checkpoint was measured, which the card names")
     if any(PROTOCOLS[name].takes != "scenes" and name != "transfer" for name in settings.protocol):
-        evaluation.pair(data)  # whatever is wrong with the data shows before hours of another protocol
+        work.pair(data)  # whatever is wrong with the data shows before hours of another protocol
     for name in dict.fromkeys(settings.protocol):
-        records = list(evaluation.records(name, data))
+        records = list[Record]()
+        for network, backbone in opened.networks.items():
+            about = {"network": network, "source": opened.origin}
+            records += [each | {"notes": [*notes, *each["notes"]]} for each in work.records(name, backbone, data, about)]
         answer["results"] += records
         if folder is not None:
             write_json(folder / file_name(name, data, settings), answer | {"results": records, "time": time.time()})
@@ -136,38 +142,33 @@ def _check_data(settings: Evaluation, data: str) -> None:
         raise ConfigError(f"transfer: {min(twice)} names more than one data set; their results would mix, so rename a folder")
 
 
-class _Evaluation:
+class _Work:
     """The work that the protocols of one evaluation share."""
 
-    def __init__(self, opened: Opened, settings: Evaluation, say: Say) -> None:
-        self.opened, self.settings, self.task = opened, settings, Task.of(opened, settings, say, settings.resamples)
-        self.notes = [*opened.notes, *_unfinished(opened.folder)]
+    def __init__(self, settings: Evaluation, task: Task) -> None:
+        self.settings, self.task = settings, task
         # One at a time: sets may be large.
-        self.pair = functools.lru_cache(maxsize=1)(functools.partial(self.task.pair, at_most=settings.images))
+        self.pair = functools.lru_cache(maxsize=1)(functools.partial(task.pair, at_most=settings.images))
 
-    def records(self, name: str, data: str) -> Iterator[Record]:
-        """Yield the records of one protocol, network by network."""
+    def records(self, name: str, backbone: nn.Module, data: str, about: Record) -> Iterator[Record]:
+        """Yield the records of one protocol on one network; `about` it is for the cards."""
         protocol, section = PROTOCOLS[name], getattr(self.settings, "probe" if name == "transfer" else name)
-        measure = self._transfer if name == "transfer" else self._findings
-        common = card(name, protocol, section, self.task)
-        for network, backbone in self.opened.networks.items():
-            start = time.monotonic()
-            self.task.say(f"{name}: {network} on {title(data)}")
-            backbone = self.task.engine.place(backbone)
-            common |= {"network": network, "weights": state_hash(backbone), "source": self.opened.origin}
-            with evaluating(backbone):
-                findings, common["images"] = measure(protocol, section, backbone, data)
-            # If batch norm counted the images it sees, each batch would measure another network, and no figure would show it.
-            if state_hash(backbone) != common["weights"]:
-                raise AssertionError(f"{name} changed the backbone's weights or batch-norm statistics")
-            record = {"protocol": name, "network": network, "data": title(data), "seconds": round(time.monotonic() - start, 2)}
-            for finding in findings:
-                plain = finding.plain()
-                plain["notes"] = [*self.notes, *plain["notes"]]
-                settings = common["settings"] | finding.setting
-                if "split" in finding.details:  # which labelled images were trained on, where a protocol takes a part of them
-                    settings["split"] = finding.details["split"]
-                yield record | plain | {"card": common | {"settings": settings}}
+        start, backbone = time.monotonic(), self.task.engine.place(backbone)
+        self.task.say(f"{name}: {about['network']} on {title(data)}")
+        common = card(name, protocol, section, self.task) | about | {"weights": state_hash(backbone)}
+        with evaluating(backbone):
+            run = self._transfer if name == "transfer" else self._findings
+            findings, common["images"] = run(protocol, section, backbone, data)
+        # If batch norm counted the images it sees, each batch would measure another network, and no figure would show it.
+        if state_hash(backbone) != common["weights"]:
+            raise AssertionError(f"{name} changed the backbone's weights or batch-norm statistics")
+        seconds = round(time.monotonic() - start, 2)
+        for finding in findings:
+            # Which labelled images were trained on, where a protocol takes a part of them.
+            split = {key: value for key, value in finding.details.items() if key == "split"}
+            settings = {"settings": common["settings"] | finding.setting | split}
+            record = {"protocol": name, "network": about["network"], "data": title(data), "seconds": seconds}
+            yield record | finding.plain() | {"card": common | settings}
 
     def _findings(self, protocol: Protocol, section: Any, backbone: nn.Module, data: str) -> Measured:
         module, function = protocol.place.split(".")
@@ -175,70 +176,60 @@ class _Evaluation:
         if protocol.takes == "scenes":
             findings = run(backbone, data, section, self.task)
             return findings, findings[0].details["fingerprints"]
-        pair, (*notes,) = self.pair(data)
+        pair, notes = self.pair(data)
         used = pair.card()
         if protocol.takes == "images":
             findings = run(backbone, pair, section, self.task)
         else:
-            take, both = functools.partial(cached, say=self.task.say) if self.settings.cache else extract, list[Features]()
-            for side, images, _ in pair.sides:
-                both.append(features := take(backbone, images, self.task.reader, self.task.engine))
-                if bad := features.bad:
-                    first = f"the first is {shown(bad[0][0])}: {bad[0][1]}"
-                    notes.append(f"{len(bad)} of {len(images)} {side} images cannot be read, {first}")
-                    used[side]["read"] = len(features.rows)
-            sides = LabelledFeatures.of(pair, *both)
-            notes += sides.check()
-            if (
-                self.task.engine.device.type == "cuda"
-            ):  # protocols compute where the test features are, in fp64, which MPS has not
-                sides = replace(sides, test=sides.test.to(self.task.engine.device))
+            sides, faults = self._features(backbone, pair, used)
+            notes = [*dict.fromkeys([*notes, *faults])]
             findings = run(sides, section, self.task.bootstrap)
         return [replace(finding, notes=(*notes, *finding.notes)) for finding in findings], used
 
+    def _features(self, backbone: nn.Module, pair: LabelledPair, used: Record) -> tuple[LabelledFeatures, list[str]]:
+        """Return the features of a pair, whose card gets how many images could be read if some could not, and notes on these."""
+        take, task = functools.partial(cached, say=self.task.say) if self.settings.cache else extract, self.task
+        notes, vectors, read = list[str](), list[Tensor](), list[Images]()
+        for side, images, _ in pair.sides:
+            features = take(backbone, images, task.reader, task.engine)
+            if bad := features.bad:
+                first = f"the first is {shown(bad[0][0])}: {bad[0][1]}"
+                notes.append(f"{len(bad)} of {len(images)} {side} images cannot be read, {first}")
+                used[side]["read"] = len(features.rows)
+            vectors.append(features.vectors)
+            read.append(images.subset(features.rows) if bad else images)
+        classes, pair = pair.classes, replace(pair, bank=read[0], test=read[1])
+        # Protocols compute where the test features are, in fp64, which MPS has not.
+        device = task.engine.device if task.engine.device.type == "cuda" else "cpu"
+        sides = LabelledFeatures(vectors[0], labels_of(pair.bank), vectors[1].to(device), labels_of(pair.test), classes)
+        sides.check()
+        return sides, [*notes, *pair.gaps()]
+
     def _transfer(self, protocol: Protocol, section: Any, backbone: nn.Module, data: str) -> Measured:
-        """Run the protocol on each of several data sets."""
-        outcomes, images = dict[str, Finding | str](), Record()
-        for one in filter(None, data.split(",")):
+        """Run the protocol on each of several data sets; one finding has the customary figure of each, and their `mean`.
+
+        Its details hold {"rows": [...]}, one a set: {"data", "metric", "value", "interval"} with the interval [low, high] or None, or
+        {"data", "not_run": reason}. The mean has no interval, as the sets were drawn apart. DataError if there is no figure.
+        """
+        images, rows, notes, missing = Record(), list[Record](), list[str](), list[str]()
+        figures, intervals = dict[str, float](), dict[str, Interval]()
+        for name, one in {title(one): one for one in data.split(",") if one}.items():
             try:
-                (outcomes[title(one)],), images[title(one)] = self._findings(protocol, section, backbone, one)
+                (finding,), images[name] = self._findings(protocol, section, backbone, one)
             except DataError as error:  # one set that is not at hand must not cost the others
-                outcomes[title(one)] = str(error)
-        return [transfer_table(outcomes)], images
-
-
-def transfer_table(outcomes: Mapping[str, Finding | str]) -> Finding:
-    """Join the findings on several data sets, or the reasons why there is none, in one: the customary figure of each, and `mean`.
-
-    `details` holds {"rows": [...]}, one a set: {"data", "metric", "value", "interval"} with the interval [low, high] or None, or
-    {"data", "not_run": reason}. The mean has no interval, as the sets were drawn apart. DataError if there is no finding.
-    """
-    rows, notes, figures, intervals = list[Record](), list[str](), dict[str, float](), dict[str, Interval]()
-    for name, outcome in outcomes.items():
-        if isinstance(outcome, str):
-            rows.append({"data": name, "not_run": outcome.removeprefix(f"{name}: ")})  # which our errors begin with
-            continue
-        plain, metric = outcome.plain(), CUSTOMARY.get(name, outcome.main)
-        figures[name], interval = plain["figures"][metric], plain["intervals"].get(metric)
-        rows.append({"data": name, "metric": metric, "value": figures[name], "interval": interval})
-        intervals |= {name: tuple(interval)} if interval else {}
-        notes += [f"{name}: {note}" for note in outcome.notes]
-    missing = [not_run(row) for row in rows if "not_run" in row]
-    if not figures:
-        raise DataError(f"transfer: ran on none of the data sets ({'; '.join(missing) or 'none was named'})")
-    if missing:
-        subset = f"the mean is over {len(figures)} of {len(rows)} data sets; do not compare it with one over others"
-        notes = [subset, *missing, *notes]
-    mean = sum(figures.values()) / len(figures)
-    return Finding({"sets": list(outcomes)}, "mean", figures | {"mean": mean}, intervals, tuple(notes), {"rows": rows})
-
-
-def not_run(row: Mapping[str, Any]) -> str:
-    """Return why there is no figure of a row's data set, as a sentence."""
-    return f"{row['data']} was not run: {row['not_run']}"
-
-
-def _unfinished(run: Path | None) -> list[str]:
-    """Return a note for a run that may still be at work, or was stopped."""
-    complete = run is None or read_json(run / "status.json").get("state", "complete") == "complete"
-    return [] if complete else ["the run is not complete; its newest checkpoint was measured, which the card names"]
+                reason = str(error).removeprefix(f"{name}: ")  # which our errors begin with
+                rows.append({"data": name, "not_run": reason})
+                missing.append(f"{name} was not run: {reason}")
+                continue
+            metric = CUSTOMARY.get(name, finding.main)
+            figures[name], interval = round(finding.figures[metric], 4), finding.plain()["intervals"].get(metric)
+            rows.append({"data": name, "metric": metric, "value": figures[name], "interval": interval})
+            intervals |= {name: tuple(interval)} if interval else {}
+            notes += [f"{name}: {note}" for note in finding.notes]
+        if not figures:
+            raise DataError(f"transfer: ran on none of the data sets ({'; '.join(missing) or 'none was named'})")
+        if missing:
+            subset = f"the mean is over {len(figures)} of {len(rows)} data sets; do not compare it with one over others"
+            notes = [subset, *missing, *notes]
+        setting, mean = {"sets": [row["data"] for row in rows]}, {"mean": sum(figures.values()) / len(figures)}
+        return [Finding(setting, "mean", figures | mean, intervals, tuple(notes), {"rows": rows})], images

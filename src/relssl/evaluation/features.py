@@ -9,7 +9,6 @@ import hashlib
 import itertools
 import json
 import os
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -25,8 +24,7 @@ from relssl.data.plain import Reader
 from relssl.data.subsets import identity
 from relssl.engine import Engine
 from relssl.errors import DataError, NumericError, StorageError
-from relssl.evaluation.pairs import LabelledPair, class_counts, numbered
-from relssl.files import replacing, storing, sweep
+from relssl.files import read_arrays, replacing, storing, sweep
 
 _LAYOUT = 2  # of the files in the cache
 _LIMIT = 20 << 30  # bytes that they may take together
@@ -50,8 +48,7 @@ class Features:
 def extract(backbone: nn.Module, images: Images, reader: Reader, engine: Engine) -> Features:
     """Compute the features of a data set by the backbone, on the engine's device, in eval mode; it is left in its own mode.
 
-    Raises:
-        DataError: if no image can be read, with the first reason.
+    DataError if no image can be read, with the first reason.
     """
     vectors, rows, bad = torch.empty(0), list[int](), list[tuple[str, str]]()
     with evaluating(backbone):
@@ -110,24 +107,24 @@ def cached(
     try:
         folder = cache_root() / "features"
         path = folder / f"{cache_key(backbone, images, reader, engine)}.npz"
-        with suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # not there, or damaged
-            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-                bad = [(str(name), str(reason)) for name, reason in arrays["bad"]]
-                features = Features(torch.from_numpy(arrays["vectors"]), arrays["rows"], bad)
-            os.utime(path)  # which fails in a cache that is read-only
-        if features is None:
-            features = extract(backbone, images, reader, engine)
-            with storing(folder):
-                folder.mkdir(parents=True, exist_ok=True)
-            sweep(folder)
-            with replacing(path, needed=features.vectors.nbytes) as target:
-                faults = np.array(features.bad or np.empty((0, 2)), dtype=str)
-                np.savez(target, vectors=features.vectors.numpy(), rows=features.rows, bad=faults)
-            with suppress(OSError):  # another process may clean up at the same time
-                files = sorted(folder.glob("*.npz"), key=lambda each: (each == path, each.stat().st_mtime), reverse=True)
-                for old, total in zip(files, itertools.accumulate(each.stat().st_size for each in files), strict=True):
-                    if total > limit and old != path:
-                        old.unlink()
+        if (arrays := read_arrays(path)) is not None:
+            with suppress(OSError):  # of a cache that is read-only
+                os.utime(path)
+            return Features(
+                torch.from_numpy(arrays["vectors"]), arrays["rows"], [(str(file), str(reason)) for file, reason in arrays["bad"]]
+            )
+        features = extract(backbone, images, reader, engine)
+        with storing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        sweep(folder)
+        with replacing(path, needed=features.vectors.nbytes) as target:
+            bad = np.array(features.bad or np.empty((0, 2)), dtype=str)
+            np.savez(target, vectors=features.vectors.numpy(), rows=features.rows, bad=bad)
+        with suppress(OSError):  # another process may clean up at the same time
+            files = sorted(folder.glob("*.npz"), key=lambda each: (each == path, each.stat().st_mtime), reverse=True)
+            for old, total in zip(files, itertools.accumulate(each.stat().st_size for each in files), strict=True):
+                if total > limit and old != path:
+                    old.unlink()
     except StorageError as error:
         say(f"features are not cached: {error}")
     return features or extract(backbone, images, reader, engine)
@@ -148,41 +145,23 @@ def cache_key(backbone: nn.Module, images: Images, reader: Reader, engine: Engin
 
 @dataclass(frozen=True)
 class LabelledFeatures:
-    """Features and labels of both sides, for a protocol on features; it works on the device of `test`.
-
-    Labels are on the CPU: int64 [N] in 0..C-1; or, of images with several each, int8 [N,C] (1 yes, 0 no, -1 unknown).
-    """
+    """Features and labels of both sides, for a protocol on features; it works on the device of `test`."""
 
     bank: Tensor  # fp32 [N,F]
-    bank_labels: Tensor
+    bank_labels: Tensor  # on the CPU, as of `pairs.labels_of`
     test: Tensor  # fp32 [M,F]
     test_labels: Tensor
     classes: int
-
-    @classmethod
-    def of(cls, pair: LabelledPair, bank: Features, test: Features) -> LabelledFeatures:
-        """Give the features of both sides their labels."""
-        known = (np.asarray(images.labels if images.targets is None else images.targets) for _, images, _ in pair.sides)
-        bank_labels, test_labels = (torch.from_numpy(each[side.rows]) for each, side in zip(known, (bank, test), strict=True))
-        return cls(bank.vectors, bank_labels, test.vectors, test_labels, pair.classes)
 
     @property
     def several(self) -> bool:
         """True if an image can have several labels."""
         return self.bank_labels.dim() == 2
 
-    def check(self) -> list[str]:
-        """Return what a reader of any figure must know of the labels.
-
-        Features count as constant if no dimension's range exceeds a millionth of the largest magnitude, which rounding may leave.
-
-        Raises:
-            NumericError: for NaN, Inf or constant features. DataError: without test images, or with nothing to tell apart.
-        """
-        known, wanted = (class_counts(labels, self.classes) for labels in (self.bank_labels, self.test_labels))
-        for side, features, count in (("bank", self.bank, known), ("test", self.test, wanted)):
-            if not int(count.sum()):
-                raise DataError(f"labels: the {side} images are of no class; nothing can be measured")
+    def check(self) -> None:
+        """Raise a NumericError for features that are NaN, Inf or constant: no dimension's range exceeds a millionth of the largest
+        magnitude, which rounding may leave."""
+        for side, features in (("bank", self.bank), ("test", self.test)):
             low, high = (bound.double() for bound in torch.aminmax(features, dim=0))
             if not bool((low.isfinite() & high.isfinite()).all()):  # NaN passes through both
                 row = int((~features.isfinite().all(dim=1)).nonzero()[0])
@@ -190,15 +169,6 @@ class LabelledFeatures:
             if len(features) > 1 and bool((high - low).max() <= 1e-6 * torch.maximum(low.abs(), high.abs()).max()):
                 fault = "the network has collapsed or is broken"
                 raise NumericError(f"{side} features are constant over all {len(features)} images: {fault}")
-        if not self.several and int((known > 0).sum()) < 2:
-            single = f"all {len(self.bank)} images of the bank are of the single class {int(known.argmax())}"
-            raise DataError(f"labels: {single}; give two or more")
-        notes = []
-        if missing := numbered(lacking := (known == 0) & (wanted > 0)):
-            notes.append(f"The bank has no image of {missing}, so {int(wanted[lacking].sum())} test labels cannot be predicted.")
-        if self.several and (absent := numbered(wanted == 0)):
-            notes.append(f"No test image is of {absent}, left out of map.")
-        return notes
 
 
 def unit(rows: Tensor, device: torch.device | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""A classifier on labelled images: trained together with a backbone, kept as a file, and applied to images."""
+"""A classifier on labelled images: trained together with a backbone, and kept as a file."""
 
 from __future__ import annotations
 
@@ -8,22 +8,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
-from relssl.data.named import load
 from relssl.errors import CheckpointError, ConfigError
-from relssl.evaluation.embed import check_target, escaped, write_table
-from relssl.evaluation.features import extract
+from relssl.evaluation.embed import escaped
 from relssl.evaluation.heads import linear_classifier, train_whole
 from relssl.evaluation.result import Task, title
 from relssl.settings import parts
-from relssl.settings.evaluation import FinetuneConfig, Measuring, Tuning
+from relssl.settings.evaluation import FinetuneConfig, Tuning
 from relssl.settings.reading import build
 from relssl.weights import export
 from relssl.weights.foreign import Reading
-from relssl.weights.opening import Opened, is_exported, open_backbones, open_whole
+from relssl.weights.opening import Opened, open_backbones
 from relssl.weights.spec import Backbone, BackboneSpec
 
 _TOLERANCE = 1e-4  # of scores, relative to the largest: the library adds up in another order
@@ -51,8 +48,7 @@ def finetune(
     Returns:
         {"out", "classes": names, "images": trained on, "tested": images, "top1": percent, "interval": [low, high] of 95 %, "notes"}.
 
-    Raises:
-        ConfigError, DataError, CheckpointError, NumericError, StorageError: each with what to do about it.
+    Raises ConfigError, DataError, CheckpointError, NumericError, StorageError, each with what to do about it.
     """
     settings, target, reading = settings or build(Tuning, overrides), Path(out), reading or Reading()
     export.check_target(target, "safetensors", Path(source))
@@ -61,9 +57,8 @@ def finetune(
     task = Task.of(opened, settings, say)
     pair, notes = task.pair(str(data))
     # The shapes of weights would follow another size.
-    spec = replace(
-        opened.spec, view=task.reader.view, arguments=(opened.spec.all_arguments() if settings.size else opened.spec.arguments)
-    )
+    arguments = opened.spec.all_arguments() if settings.size else opened.spec.arguments
+    spec = replace(opened.spec, view=task.reader.view, arguments=arguments)
     names = [escaped(name) for name in pair.bank.classes or pair.test.classes or ()]
     names += map(str, range(len(names), pair.classes))
     start = linear_classifier(opened.backbone.num_features, len(names), settings.seed)
@@ -71,29 +66,24 @@ def finetune(
     tuned, head, finding = train_whole(opened.backbone, pair, settings, task, "finetune")
     origin, result = opened.header["origin"], finding.plain()
     trained = ", ".join(f"{name} {getattr(settings, name)}" for name in FinetuneConfig.__dataclass_fields__)
+    facts = {"images": finding.details["images"], "tested": result["tested"], "top1": result["figures"]["top1"]}
     classifier = {
         "classes": names,
         "data": title(str(data)),
         "source": f"`{opened.name}` ({opened.header['network']} of {origin})",
         "training": f"seed {settings.seed}, {trained}",
-        "images": finding.details["images"],
-        "tested": result["tested"],
-        "top1": result["figures"]["top1"],
+        **facts,
     }
     whole = _joined(spec, tuned, head, classifier)
-    header = {"network": "classifier", "origin": origin}
-    export.hand_over(Opened(target.name, {"backbone": whole}, whole.spec, header, {}), target, "safetensors", pair.test)
-    figures = {name: classifier[name] for name in ("classes", "images", "tested", "top1")}
+    handed = Opened(target.name, {"backbone": whole}, whole.spec, {"network": "classifier", "origin": origin}, {})
+    export.hand_over(handed, target, "safetensors", pair.test)
     notes = [*opened.notes, *notes, *result["notes"]]
-    return {"out": str(target), **figures, "interval": result["intervals"]["top1"], "notes": notes}
+    return {"out": str(target), "classes": names, **facts, "interval": result["intervals"]["top1"], "notes": notes}
 
 
 def _joined(spec: BackboneSpec, backbone: nn.Module, head: nn.Linear, classifier: Mapping[str, Any]) -> Backbone:
-    """Return a backbone and a classifier on its features, which go to the CPU, as the one network that its library has for both.
-
-    Raises:
-        ConfigError: if the library's own classifier is not one linear layer on the features.
-    """
+    """Return a backbone and a classifier on its features, which go to the CPU, as the one network that its library has for both;
+    ConfigError if the library's own classifier is not one linear layer on the features."""
     parts, whole = nn.Sequential(backbone, head).cpu().eval(), replace(spec, classifier=classifier)
     weights = dict(backbone.state_dict())
     layer = max(name.rpartition(".")[0] for name in whole.create().state_dict().keys() - weights.keys())
@@ -107,50 +97,3 @@ def _joined(spec: BackboneSpec, backbone: nn.Module, head: nn.Linear, classifier
         f"backbone: the classifier that {spec.name} has in its library is not one linear layer on its features, so that no file could "
         "hold it; take another network, or measure this one by `relssl evaluate SOURCE DATA --protocol finetune`"
     )
-
-
-@parts.takes_data
-def predict(
-    model: str | Path,
-    data: Any,
-    out: str | Path,
-    *,
-    split: str = "train",
-    data_root: str | None = None,
-    device: str = "auto",
-    precision: str = "fp32",
-    workers: int | None = None,
-) -> dict[str, Any]:
-    """Classify images by a file that `finetune` wrote, and write the name, class and score of each.
-
-    Unreadable images are left out. The score is the class's share of the softmax, 0..1.
-
-    Args:
-        model: the `.safetensors` file, with its settings beside it.
-        data: any data set, folder or list, by name or as an object.
-        out: a `.csv` with the columns name, class, score; a `.parquet` with a column `scores` of all classes besides; or a `.npz` with
-            `names`, `predicted` int64 [N], `scores` float32 [N, C] and `classes`, the names of the C columns. Its folder must exist.
-        split: train, bank or test, for sets that have them.
-        precision: fp32, bf16 or auto: bf16 where it is faster.
-
-    Returns:
-        {"out", "images", "classes", "bad": [(file, reason)], "notes": what to know of the images}.
-
-    Raises:
-        ConfigError, DataError, CheckpointError, NumericError, StorageError: each with what to do about it.
-    """
-    path, source = Path(out), Path(model)
-    check_target(path)
-    opened = open_whole(source) if source.is_file() and is_exported(source) else None
-    if opened is None or not opened.spec.classes:
-        raise ConfigError(f"{model}: is no classifier; `relssl finetune {model} DATA --out MODEL.safetensors` trains one")
-    where = {"data_root": data_root, "device": device, "precision": precision, "workers": workers}
-    task, classes = Task.of(opened, build(Measuring, where)), np.array(opened.spec.classes)
-    images = load(str(data), task.root, split)
-    features = extract(task.engine.place(opened.backbone), images, task.reader, task.engine)
-    names, scores = features.names(images), features.vectors.softmax(dim=1).numpy()
-    best = scores.argmax(axis=1)
-    columns = {"name": names, "class": classes[best].tolist(), "score": scores.max(axis=1)}
-    write_table(path, "scores", scores, {"names": names, "predicted": best, "classes": classes}, columns, spread=False)
-    bad = [*images.bad, *features.bad]
-    return {"out": str(out), "images": len(names), "classes": classes.tolist(), "bad": bad, "notes": list(images.notes)}

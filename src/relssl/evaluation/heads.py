@@ -25,7 +25,7 @@ from relssl.data.subsets import fingerprint, from_index, stratified
 from relssl.errors import ConfigError, NumericError
 from relssl.evaluation.features import Features, extract
 from relssl.evaluation.metrics import ranks
-from relssl.evaluation.pairs import LabelledPair, listed
+from relssl.evaluation.pairs import LabelledPair, named
 from relssl.evaluation.result import Finding, Task
 from relssl.method.backbones import feature_width
 from relssl.method.optim import parameter_groups
@@ -66,7 +66,7 @@ class Training:
         heads: int = 1,
     ) -> None:
         self.title, self.pair, self.settings, self.task = title, pair, settings, task
-        self.labels, seed, images = labels_of(pair, title.split()[0]), task.bootstrap.seed, len(pair.bank)
+        self.labels, seed, images = one_label(pair, title.split()[0]), task.bootstrap.seed, len(pair.bank)
         width = feature_width(network, task.reader.view.size)
         # Of one seed all start alike, so a rate's outcome does not depend on which others are tried.
         starts = [linear_classifier(width, pair.classes, seed) for _ in range(heads)]
@@ -77,18 +77,15 @@ class Training:
         self.unreadable: set[str] = set()  # files that were replaced by the image behind them
 
     def epochs(self, network: nn.Module, groups: list[dict[str, Any]], *, nesterov: bool, schedule: str) -> Iterator[int]:
-        """Train to the end by SGD, yielding the number of epochs done after each.
+        """Train to the end by SGD, yielding the number of epochs done after each; NumericError once no classifier's loss is finite.
 
         Args:
             network: [B, 3, S, S] -> [B, F], on the device; gradients pass into it if it is in training mode.
             groups: what is trained, with its peak learning rate `lr` and `weight_decay`.
             schedule: of the learning rates, as of `rate_share`.
-
-        Raises:
-            NumericError: once no classifier's loss is finite.
         """
         reader, engine, settings, length = self.task.reader, self.task.engine, self.settings, self.plan.steps_per_epoch
-        labels = torch.from_numpy(self.labels).to(engine.device)
+        labels = self.labels.to(engine.device)
         # The papers train classifiers on a random crop and a flip; what pretraining never mirrors, such as digits, is not here.
         view = ViewConfig(size=reader.view.size, scale=settings.scale, flip=0.5 if reader.mirrored else 0.0)
         loading = LoaderConfig(workers=reader.workers, max_pixels=reader.max_pixels)
@@ -111,9 +108,11 @@ class Training:
                 for each, loss, fine in zip(self.classifiers, losses.tolist(), finite.tolist(), strict=True):
                     each.loss, each.lost = loss, each.lost or (0 if fine else epoch)
                 if not finite.any():
-                    names = [name for name in ("lr", "head_lr") if hasattr(settings, name)]
-                    named = " or ".join(f"{self.title.split()[0]}.{name}" for name in names)
-                    raise NumericError(f"{self.title}: the loss stopped being finite in epoch {epoch} or before; lower {named}")
+                    protocol = self.title.split()[0]
+                    rates_of = f"{protocol}.lr" + (f" or {protocol}.head_lr" if hasattr(settings, "head_lr") else "")
+                    raise NumericError(
+                        f"{self.title}: the loss stopped being finite in epoch {epoch} or before; lower {rates_of}"
+                    )
                 yield epoch
 
     def reports(self, epoch: int) -> bool:
@@ -168,22 +167,19 @@ def linear_classifier(features: int, classes: int, seed: int) -> nn.Linear:
     return head
 
 
-def labels_of(pair: LabelledPair, protocol: str) -> np.ndarray:
+def one_label(pair: LabelledPair, protocol: str) -> Tensor:
     """Return the labels of the bank; ConfigError for images with several labels each."""
     if pair.bank.labels is None:
         raise ConfigError(f"protocol: {protocol} takes one label an image, {pair.bank.name} has several; use probe or lowshot")
-    return pair.bank.labels
+    return torch.from_numpy(pair.bank.labels)
 
 
 def linear(backbone: nn.Module, pair: LabelledPair, settings: LinearConfig, task: Task) -> list[Finding]:
     """Train one classifier a learning rate on the features of [B, 3, S, S] -> [B, F], and test each on the plain views.
 
-    Returns:
-        A finding for each learning rate, in their order: of the last epoch, with the curve and the best epoch in its details. One
-        whose loss stopped being finite has no image right, and a note.
-
-    Raises:
-        ConfigError: for images with several labels. NumericError: if no classifier's loss, or no feature, stays finite.
+    Returns a finding for each learning rate, in their order: of the last epoch, with the curve and the best epoch in its details. One
+    whose loss stopped being finite has no image right, and a note. ConfigError for images with several labels, NumericError if no
+    classifier's loss, or no feature, stays finite.
     """
     backbone = task.engine.place(backbone).eval()
     rates, nesterov = papers_choice(settings, small=task.reader.view.size <= _SMALL)
@@ -254,22 +250,18 @@ def train_whole(
 def semi(backbone: nn.Module, pair: LabelledPair, settings: SemiConfig, task: Task) -> list[Finding]:
     """`finetune` on few images of the bank: shares of each class drawn by the seed, or those that an index file names.
 
-    Returns:
-        A finding for each share, or one for the file; `split` in its details is a hash of which images were used.
-
-    Raises:
-        As `finetune`; DataError for a file that names other images.
+    Returns a finding for each share, or one for the file; `split` in its details is a hash of which images were used. Raises as
+    `finetune`, and DataError for a file that names other images.
     """
-    labels, bank, findings = labels_of(pair, "semi"), pair.bank, list[Finding]()
+    labels, bank, findings = one_label(pair, "semi").numpy(), pair.bank, list[Finding]()
     if settings.index and pair.of is not None and len(bank) < pair.of[0]:  # where the same positions are other images
         raise ConfigError(f"semi.index: names images of the whole bank, of which `images` leaves {len(bank)}; drop one of them")
     for share in (1.0,) if settings.index else settings.fractions:
         title, notes = "semi" if settings.index else f"semi on {100 * share:g} %", list[str]()
         rows = from_index(settings.index, bank) if settings.index else stratified(labels, share, task.bootstrap.seed)
         count = np.bincount(labels[rows], minlength=pair.classes)
-        if absent := np.flatnonzero(count == 0).tolist():
-            named = listed(absent, bank.classes)
-            notes.append(f"{len(absent)} of {pair.classes} classes have no labelled image: {named}")
+        if absent := named(count == 0, bank.classes):
+            notes.append(f"no labelled image is of {absent}")
         if len(rows) > 1.5 * share * len(labels):
             notes.append(f"{len(rows)} of {len(labels)} images, as each class gives one at least")
         (finding,) = finetune(backbone, replace(pair, bank=bank.subset(rows)), settings, task, title)

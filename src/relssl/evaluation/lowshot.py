@@ -24,7 +24,7 @@ from sklearn.svm import LinearSVC
 from relssl.errors import DataError
 from relssl.evaluation.features import LabelledFeatures, unit
 from relssl.evaluation.metrics import Bootstrap, accuracies, average_precision, map_samples, mean_interval, percentiles, ranks
-from relssl.evaluation.pairs import class_counts, numbered
+from relssl.evaluation.pairs import class_counts, named
 from relssl.evaluation.result import Finding
 from relssl.settings.evaluation import LowshotConfig
 
@@ -45,29 +45,25 @@ def lowshot(sides: LabelledFeatures, settings: LowshotConfig, bootstrap: Bootstr
     Figures are means over the draws, of two or more with the deviation of the main one (of draws - 1). Intervals are those of the
     mean over the same draws: what other test images would change.
     """
-    findings, labels = [], sides.bank_labels.numpy().astype(np.int64)
+    findings, labels, single = list[Finding](), sides.bank_labels.numpy().astype(np.int64), not sides.several
     bank, test = (unit(rows).double().cpu().numpy() for rows in (sides.bank, sides.test))
     count = class_counts(sides.bank_labels, sides.classes)
     for shots in dict.fromkeys(settings.shots):
-        seeds = [[bootstrap.seed, draw] for draw in range(settings.draws)]
-        orders = [np.random.Generator(np.random.PCG64(each)).permutation(len(labels)) for each in seeds]
-        if not shots or (not sides.several and shots >= int(count.max())):
-            orders = [np.arange(len(labels))]  # every draw would take them all
-        scores, costs, stuck = list[torch.Tensor](), list[float | None](), 0
-        with warnings.catch_warnings(action="ignore", category=ConvergenceWarning):  # a note says it instead
-            for order in orders:
-                taken = drawn_rows(labels, sides.classes, order, shots)
-                truths = {own: labels[rows] if own is None else labels[rows, own] for own, rows in taken.items()}
-                costs.append(
-                    choose_cost([(bank[rows], truths[own]) for own, rows in taken.items()], settings.cost, not sides.several)
-                )
-                machines = {own: _machine(costs[-1], own is None).fit(bank[rows], truths[own]) for own, rows in taken.items()}
-                stuck += sum(int(machine.n_iter_ >= _ITERATIONS) for machine in machines.values())
-                scores.append(torch.from_numpy(_scores(machines, test, sides.classes)))
-        notes = []
-        if few := numbered((count > 0) & (count < shots)):
+        whole = not shots or (single and shots >= int(count.max()))  # every draw would take them all
+        scores, costs, stuck, notes = list[torch.Tensor](), list[float | None](), 0, list[str]()
+        for draw in range(1 if whole else settings.draws):
+            generator = np.random.Generator(np.random.PCG64([bootstrap.seed, draw]))
+            order = np.arange(len(labels)) if whole else generator.permutation(len(labels))
+            taken = drawn_rows(labels, sides.classes, order, shots)
+            problems = {own: (bank[rows], labels[rows] if single else labels[rows, own]) for own, rows in taken.items()}
+            with warnings.catch_warnings(action="ignore", category=ConvergenceWarning):  # a note says it instead
+                costs.append(choose_cost([*problems.values()], settings.cost, single))
+                machines = {own: _machine(costs[-1], single).fit(*problem) for own, problem in problems.items()}
+            stuck += sum(int(machine.n_iter_ >= _ITERATIONS) for machine in machines.values())
+            scores.append(torch.from_numpy(_scores(machines, test, sides.classes)))
+        if few := named((count > 0) & (count < shots)):
             notes.append(f"Fewer than {shots} bank images of {few}: all of them were used.")
-        if sides.several and (lone := numbered((count == 0) | ((sides.bank_labels == 0).sum(dim=0) == 0))):
+        if not single and (lone := named((count == 0) | ((sides.bank_labels == 0).sum(dim=0) == 0))):
             notes.append(f"The bank has no images both of {lone} and not, so nothing was learnt there.")
         if None in costs:
             notes.append(f"With so few images a class there is no cross-validation, so the cost was {_COST:g}.")
@@ -119,16 +115,15 @@ def choose_cost(problems: list[tuple[Floats, Ints]], costs: tuple[float, ...], s
     """
     if len(costs) == 1:
         return costs[0]
-    figures: dict[float, list[float]] = {cost: [] for cost in sorted(costs)}
+    scoring, scores = None if single else _precision, {cost: list[float]() for cost in sorted(costs)}
     for features, truth in problems:
         turn = np.full(len(truth), -1)
         for own, count in zip(*np.unique(truth, return_counts=True), strict=True):
             turn[truth == own] = np.arange(count) % _PARTS if count > 1 else -1
         splits = [sides for sides in PredefinedSplit(turn).split() if all(len(np.unique(truth[side])) > 1 for side in sides)]
-        for cost, scores in figures.items() if splits else ():
-            machine, scoring = _machine(cost, single), None if single else _precision
-            scores += cross_val_score(machine, features, truth, cv=splits, scoring=scoring).tolist()
-    means = {cost: np.mean(scores) for cost, scores in figures.items() if scores}
+        for cost in scores if splits else ():
+            scores[cost] += cross_val_score(_machine(cost, single), features, truth, cv=splits, scoring=scoring).tolist()
+    means = {cost: np.mean(each) for cost, each in scores.items() if each}
     return max(means, key=lambda cost: means[cost], default=None)
 
 

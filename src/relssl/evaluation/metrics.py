@@ -92,8 +92,7 @@ def average_precision(
         scores, targets: [M,C], higher for more likely, NumericError for NaN; int8 [M,C], 1 yes, 0 no, -1 unknown.
         counts: [R,M], how often each image counts; None: once.
 
-    Returns:
-        [C], or [R,C] with counts, in 0..1; NaN for a class that no image is of.
+    Returns [C], or [R,C] with counts, in 0..1; NaN for a class that no image is of.
     """
     _require_numbers(scores)
     weights = np.ones((1, len(scores)), np.int64) if counts is None else counts

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,20 +19,20 @@ from relssl.errors import DataError
 from relssl.settings import parts
 
 
-def listed(classes: Collection[int], names: Sequence[str] | None = None) -> str:
-    """Return the first five classes by name, or by number, and how many more there are: `3, 8 and 2 more`."""
-    more = f" and {len(classes) - 5} more" if len(classes) > 5 else ""
-    return ", ".join(names[place] if names else str(place) for place in sorted(classes)[:5]) + more
+def named(chosen: Any, names: Sequence[str] | None = None) -> str:
+    """Return the classes for which a bool [C] is true, the first five by name or number: `classes 3, 8 and 2 more`, or nothing."""
+    words = [names[place] if names else str(place) for place in np.flatnonzero(chosen).tolist()]
+    more = f" and {len(words) - 5} more" if len(words) > 5 else ""
+    return f"class{'es' if len(words) > 1 else ''} {', '.join(words[:5])}{more}" if words else ""
 
 
-def numbered(wanted: Tensor) -> str:
-    """Return the classes for which a bool [C] is true: `class 3`, `classes 3, 8 and 2 more`, or nothing."""
-    classes = wanted.nonzero().flatten().tolist()
-    return f"class{'es' if len(classes) > 1 else ''} {listed(classes)}" if classes else ""
+def labels_of(images: Images) -> Tensor:
+    """Return the labels of images, int64 [N] in 0..C-1; or, of images with several each, int8 [N,C] (1 yes, 0 no, -1 unknown)."""
+    return torch.from_numpy(np.ascontiguousarray(images.labels if images.targets is None else images.targets))
 
 
 def class_counts(labels: Tensor, classes: int) -> Tensor:
-    """Count the images of each class: int64 [C], of labels [N] in 0..C-1 or int8 [N,C] (1 yes, 0 no, -1 unknown)."""
+    """Count the images of each class, int64 [C], by labels as of `labels_of`."""
     return (labels > 0).sum(dim=0).cpu() if labels.dim() == 2 else torch.bincount(labels.cpu().long(), minlength=classes)
 
 
@@ -49,14 +49,13 @@ class LabelledPair:
     def load(data: str, root: str | None, at_most: tuple[int, int] | None = None, seed: int = 0) -> LabelledPair:
         """Load the labelled images of both sides of a data set, cut to `at_most` (bank, test) images chosen by the seed.
 
-        Raises:
-            DataError: if the data set has no labels or no test part.
+        DataError if the data set has no labels or no test part.
         """
         bank, uncut = labelled(data, load(data, root, "bank"), "training"), load(data, root, "test")
         test = labelled(data, uncut, "test")
-        of = (len(bank), len(test))
-        most = at_most or of
-        return LabelledPair(choose(bank, most[0], seed), choose(test, most[1], seed), of, uncut.fingerprint())
+        most = at_most or (len(bank), len(test))
+        cut = choose(bank, most[0], seed), choose(test, most[1], seed)
+        return LabelledPair(*cut, (len(bank), len(test)), uncut.fingerprint())
 
     @property
     def sides(self) -> tuple[tuple[str, Images, int], ...]:
@@ -75,9 +74,7 @@ class LabelledPair:
     def notes(self, seen: str | None = None) -> list[str]:
         """Return what a reader of any figure of this pair must know; `seen` is the fingerprint of what was pretrained on.
 
-        Raises:
-            DataError: if no figure would mean anything: a single class, test classes that the bank lacks, or test images that are
-                all in the bank.
+        DataError if no figure would mean anything: as of `gaps`; for other classes on both sides; for test images all in the bank.
         """
         bank, test = self.bank, self.test
         if bank.classes and test.classes and bank.classes != test.classes:
@@ -85,32 +82,38 @@ class LabelledPair:
             raise DataError(f"{bank.name}: bank and test name their classes differently ({', '.join(alone)}); give both the same")
         notes = list(dict.fromkeys([*bank.notes, *test.notes]))
         notes += [f"a subset: {len(side)} of {of} {name} images" for name, side, of in self.sides if len(side) < of]
-        if bank.labels is not None and test.labels is not None:
-            known, wanted = set(bank.labels.tolist()), set(test.labels.tolist())
-            if len(known) < 2:
-                one = listed(known, bank.classes)
-                raise DataError(f"{bank.name}: all bank images are of one class ({one}); give two or more")
-            if unknown := wanted - known:
-                missing = f"{len(unknown)} classes of the test images have no bank image: {listed(unknown, test.classes)}"
-                if not any(len(side) < of for _, side, of in self.sides):
-                    raise DataError(f"{bank.name}: {missing}; give both sides the same classes")
-                notes.append(missing)
-            if unused := known - wanted:
-                notes.append(f"{len(unused)} classes have no test image: {listed(unused, bank.classes)}")
-            if empty := set(range(self.classes)) - known - wanted:
-                notes.append(f"{len(empty)} classes have no image at all: {listed(empty, bank.classes)}")
+        notes += self.gaps()
         again = shared(bank, test)
         if again == len(test):
             raise DataError(f"{test.name}: all {again} test images are in the bank too; evaluate on images of their own")
         notes += [f"{again} of {len(test)} test images are in the bank too"] if again else []
         return [*notes, "the test images are those that the run was pretrained on"] if seen and seen == self.uncut else notes
 
+    def gaps(self) -> list[str]:
+        """Return notes on classes without images.
+
+        DataError for a side without any label; of one label an image, also for a single class, or test classes that an uncut bank lacks.
+        """
+        (known, wanted), names = (class_counts(labels_of(side), self.classes) for _, side, _ in self.sides), self.bank.classes
+        several, unknown = self.bank.targets is not None, (known == 0) & (wanted > 0)
+        for (_, side, _), count in zip(self.sides, (known, wanted), strict=True):
+            if not count.any():
+                raise DataError(f"{side.name}: none of its {len(side)} images is of any class; nothing can be measured")
+        if not several and (known > 0).sum() < 2:
+            raise DataError(f"{self.bank.name}: all bank images are of {named(known > 0, names)} alone; give two classes or more")
+        lost = f"no bank image is of {named(unknown, names)}, so {int(wanted[unknown].sum())} test labels cannot be predicted"
+        if unknown.any() and not several and all(len(side) == of for _, side, of in self.sides):
+            raise DataError(f"{self.bank.name}: {lost}; give both sides the same classes")
+        notes, effect = [lost] if unknown.any() else [], ", left out of map" if several else ""
+        for kind, absent in (("test image", (known > 0) & (wanted == 0)), ("image at all", known + wanted == 0)):
+            notes += [f"no {kind} is of {named(absent, names)}{effect}"] if absent.any() else []
+        return notes
+
     def card(self) -> dict[str, Any]:
         """Return which images and labels are used, by their content: the same folder elsewhere is the same."""
         used: dict[str, Any] = {"classes": self.classes}
         for name, images, of in self.sides:
-            labels = np.ascontiguousarray(images.labels if images.targets is None else images.targets)
-            digest = hashlib.sha256(images.fingerprint().encode() + labels.tobytes())
+            digest = hashlib.sha256(images.fingerprint().encode() + labels_of(images).numpy().tobytes())
             used[name] = {"images": len(images), "of": of, "hash": digest.hexdigest()[:16]}
         return used
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from relssl.evaluation.features import LabelledFeatures, full_precision
 from relssl.evaluation.metrics import Bootstrap, accuracies, average_precision, map_samples, percentiles, ranks
-from relssl.evaluation.pairs import class_counts, numbered
+from relssl.evaluation.pairs import class_counts, named
 from relssl.evaluation.result import Finding
 from relssl.settings.evaluation import ProbeConfig
 
@@ -164,7 +164,7 @@ def hold_out(labels: Tensor, classes: int, share: float, seed: int) -> tuple[Ten
     if labels.dim() == 1:
         count = class_counts(labels, classes)
         groups = torch.split(labels.argsort(stable=True), count.tolist())
-        if single := numbered(count == 1):
+        if single := named(count == 1):
             notes.append(f"With a single bank image each, {single} took no part in choosing the penalty.")
     for rows in groups:
         some = min(max(1, round(share * len(rows))), len(rows) - 1)

@@ -134,7 +134,7 @@ def card(name: str, protocol: Protocol, section: Any, task: Task) -> Record:
     return {
         "protocol": name,
         "layer": "backbone",
-        "settings": {name: value for name, value in dataclasses.asdict(section).items() if name not in protocol.swept},
+        "settings": {key: value for key, value in dataclasses.asdict(section).items() if key not in protocol.swept},
         "view": seen,
         "batch_norm": norms,
         "precision": task.engine.precision,
@@ -153,9 +153,9 @@ def title(data: str) -> str:
 
 def file_name(protocol: str, data: str, settings: Evaluation) -> str:
     """Return the name of a protocol's results; a cut, another size or schedule has its own, so that it replaces no full result."""
-    cut = "" if settings.images is None else f"-{settings.images[0]}-{settings.images[1]}"
-    size = "" if settings.size is None else f"-{settings.size}px"
     plain = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in title(data))[:100]
+    cut = "" if settings.images is None else "-{}-{}".format(*settings.images)
+    size = "" if settings.size is None else f"-{settings.size}px"
     schedule = "-step" if protocol == "linear" and settings.linear.schedule == "step" else ""
     return f"{protocol}-{plain}{cut}{size}{schedule}.json"
 
@@ -188,28 +188,25 @@ def compare(
     Raises:
         ConfigError: naming the fields that do not match, or if there is nothing to compare. DataError: for a damaged file.
     """
-    sides = [_read(Path(path)) for path in (first, second)]
+    sides, alike = [_read(Path(path)) for path in (first, second)], ["protocol", "setting", "main", "network"]
     if network is not None:
         sides = [[record for record in side if record["network"] == name] for side, name in zip(sides, network, strict=True)]
-        allow = (*allow, "network")
-    alike = ("protocol", "setting", "main", *(("network",) if network is None else ()))
-    rows: list[Record] = []
-    faults: dict[str, str] = {}  # what differs, and where first
+        alike, allow = alike[:-1], (*allow, "network")
+    rows, faults = list[Record](), dict[str, str]()  # what differs, and where first
     for mine in sides[0]:
         others = [other for other in sides[1] if all(other[key] == mine[key] for key in alike)]
         for other in sorted(others, key=lambda other: other["data"] != mine["data"])[:1]:  # of another name if nothing else fits
             cards = mine["flat"], other["flat"]
             differing = [name for name in cards[0] | cards[1] if cards[0].get(name) != cards[1].get(name)]
-            refused = [name for name in differing if not any(f"{name}.".startswith(f"{field}.") for field in allow)]
             where = " ".join([mine["protocol"], mine["network"], *(f"{key}={value}" for key, value in mine["setting"].items())])
-            for name in refused:
-                values = " and ".join(f"{json.dumps(each.get(name)):.80}" for each in cards)
-                faults.setdefault(f"{name} differs: {values}", where)
-            if not refused:
-                rows.append(_difference(mine, other) | {"allowed": differing})
+            for name in differing:
+                if not any(f"{name}.".startswith(f"{field}.") for field in allow):
+                    values = " and ".join(f"{json.dumps(each.get(name)):.80}" for each in cards)
+                    faults.setdefault(f"{name} differs: {values}", where)
+            rows.append(_difference(mine, other) | {"allowed": differing})
     if faults:
-        named = [f"{where}: {fault}" for fault, where in faults.items()]
-        raise ConfigError(*named[:10], f"{second}: does not compare with {first}; --allow FIELD lets a field differ")
+        lines = [f"{where}: {fault}" for fault, where in faults.items()]
+        raise ConfigError(*lines[:10], f"{second}: does not compare with {first}; --allow FIELD lets a field differ")
     if not rows:
         names = ({f"{each['protocol']} of {each['network']} on {each['data']}" for each in side} for side in sides)
         has = "; the second ".join(", ".join(sorted(side)) or "nothing" for side in names)
@@ -219,28 +216,24 @@ def compare(
 
 
 def _read(path: Path) -> list[Record]:
-    """Return the findings in a file, each with `flat`, its card by dotted names, and `right`, its answers."""
+    """Return the findings in a file, each with `flat`, its card by dotted names, and `right`, which test images were labelled right;
+    None where some could not be read, so that places do not match."""
     try:
         records: list[Record] = json.loads(path.read_bytes())["results"]
         for record in records:
             if not all(isinstance(record[key], kind) for key, kind in _SHAPE.items()):
                 raise ValueError("a finding is malformed")
             record["figure"] = float(record["figures"][record["main"]])
-            record["flat"] = flat({key: value for key, value in record["card"].items() if key not in _SUBJECT})
-            record["right"] = _answers(record)
+            record["flat"], record["right"] = flat({k: v for k, v in record["card"].items() if k not in _SUBJECT}), None
+            count = record.get("tested")
+            if count and count == record["card"]["images"]["test"]["images"]:
+                packed = np.frombuffer(base64.b64decode(record["correct"], validate=True), np.uint8)
+                if len(packed) * 8 < count:
+                    raise ValueError(f"holds {len(packed) * 8} answers, not those of {count} images")
+                record["right"] = np.unpackbits(packed)[:count].astype(bool)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{path}: is not a result of `relssl evaluate` ({' '.join(str(error).split())[:100]})") from error
     return records
-
-
-def _answers(record: Record) -> npt.NDArray[np.bool_] | None:
-    """Return which test images were labelled right; None where some could not be read, so that places do not match."""
-    if "correct" not in record or record["tested"] != record["card"]["images"]["test"]["images"] or not record["tested"]:
-        return None
-    right = np.unpackbits(np.frombuffer(base64.b64decode(record["correct"], validate=True), np.uint8))[: record["tested"]]
-    if len(right) < record["tested"]:
-        raise ValueError(f"holds {len(right)} answers, not those of {record['tested']} images")
-    return right.astype(bool)
 
 
 def _difference(mine: Record, other: Record) -> Record:

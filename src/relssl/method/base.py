@@ -13,7 +13,7 @@ from relssl.errors import ConfigError
 from relssl.method.batchnorm import shuffled
 from relssl.method.encoder import Encoder
 from relssl.method.memory import Memory
-from relssl.method.relation import objective
+from relssl.method.relation import Target, balance, logits, objective
 from relssl.method.tiled import tiled_objective
 
 
@@ -24,6 +24,7 @@ class Step:
     loss: Tensor  # scalar with the gradient's graph
     queries: Tensor  # [V, B, D], the student's embeddings that are matched to the keys, detached
     keys: Tensor  # [B, D], what they are matched to; with a teacher, its embeddings of `weak`, which go into the memory
+    features: Tensor | None = None  # [B, F], unit norm: its backbone's features, where the memory keeps them beside the keys
 
 
 def _own(rows: Tensor) -> Tensor:
@@ -68,11 +69,13 @@ class Method(nn.Module):
         generator: source of the memory's first, random keys.
         loss_form: plain, or tiled: the same loss over the memory in less memory and time.
         symmetric: teacher and student see both views, and each is matched to the other, where a method leaves that open.
+        features: F, of the backbone's features, if the teacher's relation is theirs; 0: its embeddings'. ReSSL's option.
+        sinkhorn_iterations: which balance the teacher's relations over the memory; 0: none. ReSSL's option.
         given: a teacher that is given instead: views to embeddings [T, B, D] as Encoder, and never changed; see `FrozenTeacher`.
     """
 
     has_teacher: ClassVar[bool] = True
-    # A settings.run.Traits; None: those of the class that it is made from, else a memory if there is a teacher.
+    # A settings.methods.Traits; None: those of the class that it is made from, else a memory if there is a teacher.
     traits: ClassVar[Any] = None
     # Names of the settings that `step` takes: constants of `method`, and what its schedules say of a step.
     constants: ClassVar[tuple[str, ...]] = ()
@@ -87,13 +90,16 @@ class Method(nn.Module):
         loss_form: str = "plain",
         symmetric: bool = False,
         given: nn.Module | None = None,
+        features: int = 0,
+        sinkhorn_iterations: int = 0,
     ) -> None:
         super().__init__()
         self.student: nn.Module = student
         self.given = given
         self.teacher = student.teacher() if self.has_teacher and given is None else None
-        self.memory = Memory(memory_size, dim, generator) if memory_size else None
+        self.memory = Memory(memory_size, dim, generator, features) if memory_size else None
         self.objective, self.symmetric = OBJECTIVES[loss_form], symmetric
+        self.features, self.sinkhorn_iterations = features, sinkhorn_iterations
 
     def step(self, *views: Any, **settings: Any) -> Step:
         """step(weak, strong, world, **settings): views to a loss.
@@ -131,13 +137,29 @@ class Method(nn.Module):
 
     @torch.no_grad()
     def keys(self, views: Sequence[Tensor], world: World = ALONE) -> Tensor:
-        """The teacher's embeddings of T views, [T, B, D]."""
-        teacher, order = self.given if self.teacher is None else self.teacher, world.order
-        assert teacher is not None
-        if order is None:
+        """The teacher's embeddings of T views, [T, B, D], where relations are of features with these behind them, [T, B, D + F]."""
+        given = self.given if self.teacher is None else self.teacher
+        assert given is not None
+        teacher = (lambda views: torch.cat(given(views, "features"), dim=-1)) if self.features else given
+        if world.order is None:
             keys: Tensor = teacher(views)
             return keys
-        return torch.stack([shuffled(lambda x: teacher([x])[0], view, order, world.rank, world.gather) for view in views])
+        return torch.stack([shuffled(lambda x: teacher([x])[0], view, world.order, world.rank, world.gather) for view in views])
+
+    def target(self, keys: Tensor, features: Tensor | None, temperature: float, world: World = ALONE) -> Target | None:
+        """Return the teacher's side of the relation of keys [B, D] and features [B, F] of this rank; None: the keys' own.
+
+        Args:
+            temperature: the teacher's, at which its relations are balanced: over the samples of all ranks.
+        """
+        if features is None and not self.sinkhorn_iterations:
+            return None
+        assert self.memory is not None
+        rows, past = (keys, self.memory.keys) if features is None else (features, self.memory.features)
+        assert past is not None
+        if not self.sinkhorn_iterations:
+            return Target(rows, past)
+        return Target(rows, past, balance(logits(world.gather(rows), past, temperature), self.sinkhorn_iterations))
 
     def matched(self, weak: Tensor, strong: Sequence[Tensor], world: World, symmetric: bool) -> list[tuple[Tensor, Tensor]]:
         """The student's queries [V, B, D] of `strong` with the teacher's keys [B, D] of `weak`, to which they are matched.
@@ -151,10 +173,11 @@ class Method(nn.Module):
         queries = self.student(views)  # [V, B, D]
         return [(queries[:1], keys[0]), (queries[1:], keys[1])] if symmetric else [(queries, keys[0])]
 
-    def push(self, keys: Tensor, ids: Tensor, when: Tensor | None = None) -> None:
-        """Put the step's keys [N, D] and sample ids [N], of all ranks and parts, into the memory, if `when` [] says so."""
+    def push(self, keys: Tensor, ids: Tensor, when: Tensor | None = None, features: Tensor | None = None) -> None:
+        """Put the step's keys [N, D], sample ids [N] and features [N, F], of all ranks and parts, into the memory, if `when` []
+        says so."""
         if self.memory is not None:
-            self.memory.push(keys, ids, when)
+            self.memory.push(keys, ids, when, features)
 
     @torch.no_grad()
     def follow(self, momentum: float, when: Tensor | None = None) -> None:

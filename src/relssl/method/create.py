@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -39,7 +41,11 @@ def create_method(
     """
     method, student = config.method, create_student(config, classes)
     memory_size = method.memory_size if derive(config).traits.memory else 0
-    return method_class(method.name)(student, memory_size, config.encoder.dim, generator, loss_form, method.symmetric, given)
+    # Methods of the user's own may know nothing of options that are not theirs.
+    options = {"features": student.num_features} if method.relation == "features" else {}
+    options |= {"sinkhorn_iterations": method.sinkhorn_iterations} if method.sinkhorn_iterations else {}
+    kind, dim = method_class(method.name), config.encoder.dim
+    return kind(student, memory_size, dim, generator, loss_form, method.symmetric, given, **options)
 
 
 def method_class(name: str) -> type[Method]:
@@ -77,6 +83,11 @@ def create_student(config: Config, classes: int = 0) -> Encoder:
     student = Classifier(backbone, width, classes) if derived.traits.labels else Encoder(backbone, width, **heads)
     student.still = still
     return student
+
+
+def step_settings(config: Config, model: Method, now: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that a method's step takes: its constants, and what the schedules say `now`."""
+    return {name: getattr(config.method, name) for name in model.constants} | {name: now[name] for name in model.scheduled}
 
 
 def create_run_optimizer(config: Config, student: nn.Module) -> torch.optim.Optimizer:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -60,14 +60,16 @@ class Encoder(nn.Module):
             part.eval()
         return self
 
-    def heads(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Embed images [N, C, H, W]: after the predictor [N, D] and before it [N, D], one tensor if there is none; unit norm, fp32."""
-        projected = self.projector(self.backbone(images))
+    def heads(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Embed images [N, C, H, W]: after the predictor [N, D] and before it [N, D], one tensor if there is none, both of unit norm
+        and fp32; and the backbone's features [N, F] as they are."""
+        features = self.backbone(images)
+        projected = self.projector(features)
         projection = _unit(projected)
         if self.predictor is None:
-            return projection, projection
+            return projection, projection, features
         predicted = self.predictor(projected)
-        return _unit(projected + predicted if self.residual else predicted), projection
+        return _unit(projected + predicted if self.residual else predicted), projection, features
 
     def compile_heads(self, graphs: bool) -> None:
         """Let `forward` go through compiled `heads`, with CUDA graphs or without. Evaluation calls the backbone, which stays as it is."""
@@ -79,22 +81,24 @@ class Encoder(nn.Module):
         """Embed images: [N, C, H, W] -> [N, D], unit norm, fp32."""
         return self.heads(images)[0]
 
-    def forward(self, views: Sequence[Tensor], projections: bool = False) -> Any:
+    def forward(self, views: Sequence[Tensor], beside: Literal["", "projections", "features"] = "") -> Any:
         """Embed V views [B, C, H, W], of one size or several: [V, B, D]. Views of one size share a forward pass.
 
         Args:
-            projections: return (embeddings, what the predictor was given) instead, each [V, B, D].
+            beside: return (embeddings, these) instead: what the predictor was given [V, B, D], or the backbone's features [V, B, F],
+                both of unit norm and fp32.
         """
         sizes = [view.shape[-2:] for view in views]
         embeddings: list[Any] = [None] * len(views)
-        inputs: list[Any] = [None] * len(views)
+        others: list[Any] = [None] * len(views)
         for size in dict.fromkeys(sizes):
             members = [i for i, other in enumerate(sizes) if other == size]
             images = torch.cat([views[i] for i in members]) if len(members) > 1 else views[members[0]]
-            after, before = (part.chunk(len(members)) for part in (self.compiled_heads or self.heads)(images))
-            for i, embedding, projection in zip(members, after, before, strict=True):
-                embeddings[i], inputs[i] = embedding, projection
-        return (torch.stack(embeddings), torch.stack(inputs)) if projections else torch.stack(embeddings)
+            after, before, features = (self.compiled_heads or self.heads)(images)
+            other = _unit(features) if beside == "features" else before
+            for i, embedding, row in zip(members, after.chunk(len(members)), other.chunk(len(members)), strict=True):
+                embeddings[i], others[i] = embedding, row
+        return (torch.stack(embeddings), torch.stack(others)) if beside else torch.stack(embeddings)
 
     def teacher(self) -> Encoder:
         """Copy the encoder without its predictor, frozen."""

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from relssl.method.relation import logits
+from relssl.method.relation import Target, logits
 
 _TILE_BYTES = 64 << 20  # of one tile of similarities
 _NEAR, _SOME = 10, 512  # how many of the nearest keys are looked at, and keys of which a median is taken at most
@@ -22,6 +22,7 @@ def health(
     student_temperature: float,
     teacher_temperature: float,
     ages: Tensor | None = None,
+    target: Target | None = None,
 ) -> dict[str, Tensor]:
     """The health of one step's relations, but for the keys' `effective_rank`.
 
@@ -30,6 +31,7 @@ def health(
     Args:
         queries, keys: [V, B, D] and [B, D], unit norm.
         memory: [K, D], as the step's loss saw it.
+        target: as for `relation.objective`.
         ages: [K], of its keys in steps, 0 where there is none; see `Memory.ages`.
 
     Returns:
@@ -49,11 +51,17 @@ def health(
     """
     rows = max(1, _TILE_BYTES // (4 * len(memory) * (len(queries) + 1)))
     parts = [
-        _relations(queries[:, i : i + rows], keys[i : i + rows], memory, student_temperature, teacher_temperature)
+        _relations(
+            queries[:, i : i + rows],
+            keys[i : i + rows],
+            memory,
+            student_temperature,
+            (target or Target(keys, memory)).logits(teacher_temperature, i, i + rows),
+        )
         for i in range(0, len(keys), rows)
     ]
     entropy, kl, same, shared, margin, cosine, top, near = map(torch.cat, zip(*parts, strict=True))
-    places = torch.zeros(len(memory), device=keys.device).index_add_(0, near.flatten(), keys.new_ones(near.numel()))
+    places = keys.new_zeros(len(memory)).index_add_(0, near.flatten(), keys.new_ones(near.numel()))
     figures = {
         "teacher_entropy": entropy.mean(),
         "teacher_neighbours": entropy.mean().exp(),
@@ -86,11 +94,9 @@ def spread(keys: Tensor) -> dict[str, Tensor]:
     return {"embedding_std": keys.std(dim=0, correction=0).mean() * math.sqrt(keys.shape[1]), "uniformity": apart}
 
 
-def _relations(
-    queries: Tensor, keys: Tensor, memory: Tensor, student_temperature: float, teacher_temperature: float
-) -> tuple[Tensor, ...]:
-    """Figures of n samples, means over views [n], and the teacher's nearest keys [n, 10]."""
-    target = logits(keys, memory, teacher_temperature).log_softmax(dim=-1)
+def _relations(queries: Tensor, keys: Tensor, memory: Tensor, student_temperature: float, teacher: Tensor) -> tuple[Tensor, ...]:
+    """Figures of n samples, means over views [n], and the teacher's nearest keys [n, 10], of its logits [n, K]."""
+    target = teacher.log_softmax(dim=-1)
     scores = logits(queries, memory, student_temperature)
     cosine = (queries * keys).sum(dim=-1)  # [V, n]
     some = scores[..., :: -(-len(memory) // _SOME)].contiguous()  # a median of all costs more than everything else here

@@ -1,4 +1,4 @@
-"""The memory: a ring buffer of past teacher embeddings and of the samples they came from."""
+"""The memory: a ring buffer of past teacher embeddings, of the samples they came from, and of their features if asked for."""
 
 from __future__ import annotations
 
@@ -17,27 +17,32 @@ class Memory(nn.Module):
         size: K, number of keys held.
         dim: D, dimension of a key.
         generator: source of the random directions; None draws from torch's global state.
+        features: F, dimension of the backbone's features that are kept beside each key; 0: none are.
     """
 
     keys: Tensor  # [K, D] fp32, unit norm
     ids: Tensor  # [K] int64, -1 where no sample has been written yet
+    features: Tensor | None  # [K, F] fp32, unit norm
     pointer: Tensor  # scalar int64, the position the next key goes to
 
-    def __init__(self, size: int, dim: int, generator: torch.Generator | None = None) -> None:
+    def __init__(self, size: int, dim: int, generator: torch.Generator | None = None, features: int = 0) -> None:
         super().__init__()
         if size < 1 or dim < 1:
             raise ValueError(f"a memory needs a size and a dimension of at least 1, got {size} and {dim}")
         self.register_buffer("keys", F.normalize(torch.randn(size, dim, generator=generator), dim=1))
         self.register_buffer("ids", torch.full((size,), -1, dtype=torch.int64))
+        start = F.normalize(torch.randn(size, features, generator=generator), dim=1) if features else None
+        self.register_buffer("features", start)
         self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))
 
     @torch.no_grad()
-    def push(self, keys: Tensor, ids: Tensor, when: Tensor | None = None) -> None:
+    def push(self, keys: Tensor, ids: Tensor, when: Tensor | None = None, features: Tensor | None = None) -> None:
         """Write N keys over the oldest ones; of more than K, the newest K stay.
 
         Args:
             keys: [N, D], unit norm.
             ids: [N] int64, the keys' samples.
+            features: [N, F], unit norm; given if and only if they are kept.
             when: a truth value on the device []; if it is false, all stays as it was. None: true.
 
         Raises:
@@ -50,11 +55,10 @@ class Memory(nn.Module):
         total = len(keys)
         keep = min(total, size)
         slots = (self.pointer + torch.arange(total - keep, total, device=self.keys.device)) % size
-        written, samples = keys[total - keep :].to(self.keys.dtype), ids[total - keep :].to(self.ids)
-        if when is not None:
-            written, samples = torch.where(when, written, self.keys[slots]), torch.where(when, samples, self.ids[slots])
-        self.keys[slots] = written
-        self.ids[slots] = samples
+        for buffer, rows in ((self.keys, keys), (self.ids, ids), (self.features, features)):
+            if buffer is not None and rows is not None:
+                newest = rows[total - keep :].to(buffer)
+                buffer[slots] = newest if when is None else torch.where(when, newest, buffer[slots])
         self.pointer.add_(total if when is None else total * when).remainder_(size)
 
     def ages(self, rows: int) -> Tensor:

@@ -6,6 +6,8 @@ NIPS = "ReSSL: Relational Self-Supervised Learning with Weak Augmentation" (2021
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,42 @@ def logits(embeddings: Tensor, memory: Tensor, temperature: float) -> Tensor:
     with torch.autocast(embeddings.device.type, enabled=False):
         wide = torch.promote_types(embeddings.dtype, torch.float32)
         return embeddings.to(wide) @ memory.to(wide).T / temperature
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the teacher's relation is computed from, where that is not its embeddings and the memory of them alone."""
+
+    rows: Tensor  # [B, F], unit norm: the teacher's embeddings, or its backbone's features
+    memory: Tensor  # [K, F], unit norm: those of past samples
+    offsets: Tensor | None = None  # [K], which are added to the logits; see `balance`
+
+    def logits(self, temperature: float, start: int = 0, stop: int | None = None) -> Tensor:
+        """Return the relation's logits of the samples start to stop: [stop - start, K]."""
+        similar = logits(self.rows[start:stop], self.memory, temperature)
+        return similar if self.offsets is None else similar + self.offsets
+
+
+@torch.no_grad()
+def balance(similar: Tensor, iterations: int) -> Tensor:
+    """Offsets of the memory's keys by which all of them are as much related to, over the samples (Sinkhorn and Knopp).
+
+    Each iteration divides the matrix exp(similar) by the sums of its columns and then of its rows. All that is left of it are a
+    factor a column and the last division by rows, which is the softmax. ReSA (2025) makes three on a batch's own features; here
+    the columns are the memory.
+
+    Args:
+        similar: [B, K], logits of the samples of all ranks.
+        iterations: at least 1.
+
+    Returns:
+        [K], to be added to the logits.
+    """
+    rows = similar.new_zeros(len(similar), 1)
+    for _ in range(iterations):
+        offsets = -(similar + rows).logsumexp(dim=0)
+        rows = -(similar + offsets).logsumexp(dim=1, keepdim=True)
+    return offsets
 
 
 def relation(embeddings: Tensor, memory: Tensor, temperature: float) -> Tensor:
@@ -36,7 +74,13 @@ def relation(embeddings: Tensor, memory: Tensor, temperature: float) -> Tensor:
 
 
 def relational_loss(
-    queries: Tensor, keys: Tensor, memory: Tensor, *, student_temperature: float, teacher_temperature: float
+    queries: Tensor,
+    keys: Tensor,
+    memory: Tensor,
+    *,
+    student_temperature: float,
+    teacher_temperature: float,
+    target: Target | None = None,
 ) -> Tensor:
     """Cross-entropy of the student's relations under the teacher's sharpened ones, averaged (NIPS, eq. 4).
 
@@ -46,13 +90,14 @@ def relational_loss(
         queries: [V, B, D], the student's embeddings of V strong views.
         keys: [B, D], the teacher's embeddings of the weak view; every strong view is matched to them.
         memory: [K, D], past keys; none of this batch.
+        target: what the teacher's relation is computed from; None: keys and memory.
 
     Returns:
         A scalar, the mean over views and samples. Gradient flows through `queries` alone.
     """
-    target = relation(keys.detach(), memory.detach(), teacher_temperature)
+    sharp = (target or Target(keys.detach(), memory.detach())).logits(teacher_temperature).softmax(dim=-1)
     log_relation = logits(queries, memory.detach(), student_temperature).log_softmax(dim=-1)
-    return -(target * log_relation).sum(dim=-1).mean()
+    return -(sharp * log_relation).sum(dim=-1).mean()
 
 
 def info_nce(queries: Tensor, keys: Tensor, memory: Tensor, *, temperature: float) -> Tensor:
@@ -87,11 +132,13 @@ def objective(
     teacher_temperature: float,
     warmup_mix: float = 0.0,
     info_nce_temperature: float = 0.1,
+    target: Target | None = None,
 ) -> Tensor:
     """Compute the loss of a step: the relational loss, and InfoNCE's share of it while that warms up (TPAMI).
 
     Args:
         warmup_mix: share of InfoNCE, 0 to 1.
+        target: as for `relational_loss`.
 
     Returns:
         A scalar.
@@ -99,7 +146,7 @@ def objective(
     temperatures = {"student_temperature": student_temperature, "teacher_temperature": teacher_temperature}
     loss = queries.new_zeros(())
     if warmup_mix < 1:
-        loss = loss + (1 - warmup_mix) * relational_loss(queries, keys, memory, **temperatures)
+        loss = loss + (1 - warmup_mix) * relational_loss(queries, keys, memory, **temperatures, target=target)
     if warmup_mix > 0:
         loss = loss + warmup_mix * info_nce(queries, keys, memory, temperature=info_nce_temperature)
     return loss

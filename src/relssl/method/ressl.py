@@ -10,7 +10,11 @@ from relssl.method.base import ALONE, Method, Step, World
 
 
 class ReSSL(Method):
-    """Weak-augmentation-guided relational self-supervised learning (NIPS, TPAMI)."""
+    """Weak-augmentation-guided relational self-supervised learning (NIPS, TPAMI).
+
+    Two options are not the papers' but later methods': the teacher's relation may be that of its backbone's features, and may be
+    balanced over the memory ("Clustering Properties of Self-Supervised Learning", ReSA, 2025, has both).
+    """
 
     constants = ("student_temperature", "info_nce_temperature")
     scheduled = ("teacher_temperature", "warmup_mix")
@@ -24,7 +28,10 @@ class ReSSL(Method):
             world: the processes that share the batch out.
             settings: as for `relation.objective`: temperatures, and InfoNCE's share of the loss.
         """
-        keys = self.keys([weak], world)[0]  # [B, D]
+        keys, features = self.keys([weak], world)[0], None  # [B, D]
+        if self.features:
+            keys, features = keys.tensor_split((-self.features,), dim=1)  # and [B, F]
         queries = self.student(strong)  # [V, B, D]
         memory = self.past  # [K, D], from before this step: no sample meets itself
-        return Step(self.objective(queries, keys, memory, **settings), queries.detach(), keys)
+        target = self.target(keys, features, settings["teacher_temperature"], world)
+        return Step(self.objective(queries, keys, memory, target=target, **settings), queries.detach(), keys, features)

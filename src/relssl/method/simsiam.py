@@ -21,7 +21,7 @@ class SimSiam(Method):
         Args:
             weak, strong: two views [B, C, H, W] of each sample, the second in a list.
         """
-        predictions, embeddings = self.student([weak, *strong], projections=True)  # [2, B, D] each
+        predictions, embeddings = self.student([weak, *strong], beside="projections")  # [2, B, D] each
         embeddings = embeddings.detach()
         loss = -(predictions * embeddings.flip(0)).sum(dim=-1).mean()
         return Step(loss, predictions.detach(), embeddings[0])

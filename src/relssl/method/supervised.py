@@ -23,11 +23,12 @@ class Classifier(Encoder):
     def __init__(self, backbone: nn.Module, num_features: int, classes: int) -> None:
         super().__init__(backbone, num_features, dim=classes, projector_layers=1)
 
-    def heads(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """[N, C, H, W] -> logits [N, C], at least fp32, twice the same tensor."""
-        logits = self.projector(self.backbone(images))
+    def heads(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[N, C, H, W] -> logits [N, C], at least fp32, twice the same tensor, and the backbone's features [N, F]."""
+        features = self.backbone(images)
+        logits = self.projector(features)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return logits, logits
+        return logits, logits, features
 
 
 class Supervised(Method):

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from relssl.method.relation import Target
+
 # Bytes of a tile's similarities: larger ones feed the matrix products better, smaller ones stay in the cache.
 _TILE_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
 
@@ -25,6 +27,7 @@ def tiled_objective(
     teacher_temperature: float,
     warmup_mix: float = 0.0,
     info_nce_temperature: float = 0.1,
+    target: Target | None = None,
     rows: int | None = None,
 ) -> Tensor:
     """`relation.objective`, computed in tiles.
@@ -36,14 +39,21 @@ def tiled_objective(
         sample = (len(queries) + 1) * len(memory) * 4
         rows = max(8, _TILE_BYTES.get(queries.device.type, 64 << 20) // sample)
     temperatures = (student_temperature, teacher_temperature, info_nce_temperature)
-    loss: Tensor = _Objective.apply(queries, keys.detach(), memory.detach(), temperatures, warmup_mix, rows)
+    loss: Tensor = _Objective.apply(queries, keys.detach(), memory.detach(), temperatures, warmup_mix, rows, target)
     return loss
 
 
 class _Objective(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, queries: Tensor, keys: Tensor, memory: Tensor, temperatures: tuple[float, float, float], mix: float, rows: int
+        ctx: Any,
+        queries: Tensor,
+        keys: Tensor,
+        memory: Tensor,
+        temperatures: tuple[float, float, float],
+        mix: float,
+        rows: int,
+        target: Target | None,
     ) -> Tensor:
         ctx.count = queries.shape[0] * queries.shape[1]
         with torch.autocast(queries.device.type, enabled=False):
@@ -51,7 +61,15 @@ class _Objective(torch.autograd.Function):
             q, k, m = queries.to(wide), keys.to(wide), memory.to(wide)
             gradient = torch.zeros_like(q)
             losses = [
-                _tile(q[:, i : i + rows], k[i : i + rows], m, temperatures, mix, gradient[:, i : i + rows])
+                _tile(
+                    q[:, i : i + rows],
+                    k[i : i + rows],
+                    m,
+                    temperatures,
+                    mix,
+                    gradient[:, i : i + rows],
+                    None if target is None else target.logits(temperatures[1], i, i + rows),
+                )
                 for i in range(0, len(k), rows)
             ]
         ctx.save_for_backward(gradient.to(queries.dtype))
@@ -61,17 +79,29 @@ class _Objective(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * (outer[0] / ctx.count), None, None, None, None, None
+        return gradient * (outer[0] / ctx.count), *[None] * 6
 
 
-def _tile(q: Tensor, k: Tensor, memory: Tensor, temperatures: tuple[float, float, float], mix: float, gradient: Tensor) -> Tensor:
-    """The summed loss of queries [V, R, D] against keys [R, D]; its gradient is added to `gradient` [V, R, D]."""
+def _tile(
+    q: Tensor,
+    k: Tensor,
+    memory: Tensor,
+    temperatures: tuple[float, float, float],
+    mix: float,
+    gradient: Tensor,
+    target: Tensor | None,
+) -> Tensor:
+    """The summed loss of queries [V, R, D] against keys [R, D]; its gradient is added to `gradient` [V, R, D].
+
+    `target` [R, K] holds the logits of the teacher's relation; None: those of the keys.
+    """
     t_student, t_teacher, t_nce = temperatures
-    views, rows, dim = q.shape
-    # One product for teacher and student; the temperatures go on its small side.
-    scaled = torch.cat([k[None] / t_teacher, q / t_student]).view(-1, dim)
-    similar = _product(scaled, memory).view(views + 1, rows, -1)
-    target, weights = similar[0], similar[1:]
+    # One product for teacher and student where they relate to the same memory; the temperatures go on its small side.
+    scaled = torch.cat([k[None] / t_teacher, q / t_student]) if target is None else q / t_student
+    similar = _product(scaled.flatten(0, 1), memory).view(*scaled.shape[:2], -1)
+    if target is None:
+        target, similar = similar[0], similar[1:]
+    weights = similar
     loss, scale = q.new_zeros(()), (1 - mix) / t_student
     if mix > 0:
         positive = (q * k).sum(dim=-1) / t_nce

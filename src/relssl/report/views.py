@@ -15,8 +15,7 @@ from relssl.errors import ConfigError
 from relssl.files import write_file
 from relssl.report.pictures import tile, visible
 from relssl.settings.run import Config, handed_over
-from relssl.train.loop import open_loader
-from relssl.train.pretrain import complete_settings, load_images
+from relssl.train.run import complete_settings, load_images, open_loader
 
 # Pixels of the titles' line, between views, and of a view's side at least: smaller ones are magnified by a whole number.
 _HEAD, _GAP, _LEAST = 16, 2, 96
@@ -43,10 +42,8 @@ def write_views(
     with handed_over(data, config, settings, overrides) as given:
         loaded = load_images(given)
         full = complete_settings(given, loaded)
-        engine, plan = (
-            Engine.local(full.engine.device.partition(":")[0]),
-            Plan(len(loaded), min(images, len(loaded)), seed=full.seed),
-        )
+        plan = Plan(len(loaded), min(images, len(loaded)), seed=full.seed)
+        engine = Engine.local(full.engine.device.partition(":")[0])
         batch = next(iter(open_loader(full, engine, plan, loaded).stream(0, 1)))[0]
         seen = [visible(view, *full.views.statistics()) for view in (batch.weak, *batch.strong)]
         side = max(views.shape[1] for views in seen)

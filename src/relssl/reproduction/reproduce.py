@@ -193,5 +193,4 @@ def _operations(run: Run) -> tuple[float, float]:
     # A classifier trained on augmented images passes them through the frozen network again in each epoch.
     passes = 1 + (run.evaluation.linear.epochs if "linear" in run.evaluation.protocol else 0)
     evaluated = min(images, (run.evaluation.images or (images,))[0])
-    views = len(derived.views) if derived.two_way else max(1, len(derived.strong))
-    return float(sum(flops.values()) * steps * config.batch_size), passes * evaluated * flops["student"] / views
+    return float(sum(flops.values()) * steps * config.batch_size), passes * evaluated * flops["student"] / derived.backward

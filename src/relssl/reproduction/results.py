@@ -16,6 +16,7 @@ from relssl.files import duration, read_json, read_rows, write_file, write_json
 from relssl.reproduction.plan import Plan, Run, options
 from relssl.reproduction.tables import REPORTED, Row
 from relssl.settings.reading import nest
+from relssl.settings.run import derive
 from relssl.train.figures import COLLAPSES, alarms
 
 # Figures of the relations in a run's last row, and their names on the page; methods without a memory or a teacher have not all.
@@ -29,7 +30,8 @@ Outcomes = Mapping[str, Mapping[int, Outcome]]  # by row and seed
 
 
 def outcome(run: Run) -> dict[str, Any] | None:
-    """Read what a finished run left, {"figures": {"knn student": percent, ...}, "ends": {name: value}, "collapsed": bool,
+    """Read what a finished run left, {"figures": {"knn student": percent, ...}, "ends": {name: value},
+    "curve": [[epoch, kNN top-1 of the student while it trained], ...], "collapsed": bool,
     "images_per_second", "training_seconds", "evaluation_seconds", "environment"}; None while it is not done.
 
     Raises:
@@ -39,7 +41,8 @@ def outcome(run: Run) -> dict[str, Any] | None:
         return None
     try:
         evaluated = read_json(run.note)["results"]
-        rows = [row for row in read_rows(run.folder / "metrics.jsonl") if "loss" in row]
+        every = read_rows(run.folder / "metrics.jsonl")
+        rows = [row for row in every if "loss" in row]
         ends = {name: rows[-1][name] for name in ENDS if rows[-1].get(name) is not None}
         # What a stop made undone is not in the rows. Speeds are rounded to a tenth.
         samples = np.diff([0, *(row["samples"] for row in rows)])
@@ -47,6 +50,7 @@ def outcome(run: Run) -> dict[str, Any] | None:
         return {
             "figures": {f"{each['protocol']} {each['network']}": each["figures"][each["main"]] for each in evaluated},
             "ends": ends,
+            "curve": [[row["epoch"], row["knn_top1"]] for row in every if "knn_top1" in row],
             "collapsed": not alarms([ends], run.config).keys().isdisjoint(COLLAPSES),
             "images_per_second": rows[-1]["samples"] / seconds,
             "training_seconds": seconds,
@@ -61,10 +65,13 @@ def outcome(run: Run) -> dict[str, Any] | None:
 
 
 def write_results(plan: Plan, out: Path) -> dict[str, Any]:
-    """Write OUT/NAME.json and its page, OUT/NAME.md; returns what is in the first."""
+    """Write OUT/NAME.json, its page, OUT/NAME.md, and if kNN was measured on the way its figure, OUT/NAME.svg; returns what is in
+    the first."""
     content = results(plan)
     write_json(out / f"{plan.name}.json", content)
     write_file(out / f"{plan.name}.md", page(content).encode())
+    if drawing := curves(content):
+        write_file(out / f"{plan.name}.svg", drawing.encode())
     return content
 
 
@@ -76,6 +83,7 @@ def results(plan: Plan) -> dict[str, Any]:
         if (content := outcome(run)) is not None:
             outcomes[run.row.name][run.seed] = content
     data = {run.row.name: run.config.data for run in plan.runs}
+    backward = {run.row.name: derive(run.config).backward for run in plan.runs}
     figures = {name: by_name(seeds, "figures") for name, seeds in outcomes.items()}
     beside = {one: figures[reference] if one == data.get(reference) else {} for one in data.values()}
     # Only runs in the paper's own setting have its numbers to reach.
@@ -90,6 +98,8 @@ def results(plan: Plan) -> dict[str, Any]:
             # Figures of one data set say nothing beside those of another.
             "beside_reference": paired(figures[row.name], beside[data[row.name]]) if row.name != reference else {},
             "ends": {name: spread(values) for name, values in by_name(outcomes[row.name], "ends").items()},
+            "backward": backward[row.name],
+            "seconds": spread({seed: one["training_seconds"] for seed, one in outcomes[row.name].items()}),
             "collapsed": [seed for seed, one in outcomes[row.name].items() if one["collapsed"]],
         }
         for row in table.rows
@@ -124,7 +134,9 @@ def _missing(plan: Plan, outcomes: Outcomes) -> list[dict[str, Any]]:
 
 
 def spread(values: Values) -> dict[str, Any]:
-    """Return {"mean", "std" (sample standard deviation, None of one), "min", "max", "seeds": {seed: value}}."""
+    """Return {"mean", "std" (sample standard deviation, None of one), "min", "max", "seeds": {seed: value}}; {} of none."""
+    if not values:
+        return {}
     numbers, seeds = list(values.values()), {str(seed): value for seed, value in values.items()}
     std = statistics.stdev(numbers) if len(numbers) > 1 else None
     return {"mean": statistics.fmean(numbers), "std": std, "min": min(numbers), "max": max(numbers), "seeds": seeds}
@@ -199,21 +211,45 @@ def order(rows: Iterable[Row], data: Mapping[str, str], figures: Mapping[str, Ma
 
 def page(content: Mapping[str, Any]) -> str:
     """Return the Markdown page of what `reproduce` returns."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    rows, loader = content["rows"], PackageLoader("relssl.reproduction", ".")
-    trim: Any = {"trim_blocks": True, "lstrip_blocks": True, "extensions": ["jinja2.ext.do"]}
-    pages = Environment(loader=loader, undefined=StrictUndefined, **trim)
-    labels = {row["row"]: row["label"] for row in rows}
-    pages.filters |= {"label": labels.__getitem__, "duration": duration, "options": options, "spread": _spread}
-    text = pages.get_template("page.md.jinja").render(
+    rows = content["rows"]
+    text: str = _template("page.md.jinja", content).render(
         content,
         figures=_union(row["ours"] for row in rows),
         beside=_union(row["beside_reference"] for row in rows),
         ends={name: words for name, words in ENDS.items() if any(name in row["ends"] for row in rows)},
         compared=any(number["difference"] is not None for row in rows for number in row["paper"]),
+        drawn=bool(curves(content)),
     )
     return text.strip() + "\n"
+
+
+def curves(content: Mapping[str, Any]) -> str:
+    """Return the SVG figure of the student's kNN over epochs, a line for each run and a colour for each row; empty without figures.
+
+    Args:
+        content: what `reproduce` returns.
+    """
+    runs = [run for run in content["runs"] if len(run.get("curve", [])) > 1]
+    points = np.array([point for run in runs for point in run["curve"]]).reshape(-1, 2)
+    if not runs:
+        return ""
+    (_, low), (last, high) = points.min(axis=0), points.max(axis=0)
+    step = next(each for each in (1, 2, 5, 10, 20) if (high - low) / each <= 8)
+    levels = [*range(math.floor(low / step) * step, math.ceil(high / step) * step + 1, step)]
+    names = _union({run["row"]: None} for run in runs)
+    drawing: str = _template("curves.svg.jinja", content).render(runs=runs, names=names, levels=levels, last=last)
+    return drawing
+
+
+def _template(name: str, content: Mapping[str, Any]) -> Any:
+    """Return a template of this folder, in which rows have their labels."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    trim: Any = {"trim_blocks": True, "lstrip_blocks": True, "extensions": ["jinja2.ext.do"]}
+    pages = Environment(loader=PackageLoader("relssl.reproduction", "."), undefined=StrictUndefined, **trim)
+    labels = {row["row"]: row["label"] for row in content["rows"]}
+    pages.filters |= {"label": labels.__getitem__, "duration": duration, "options": options, "spread": _spread}
+    return pages.get_template(name)
 
 
 def _union(maps: Iterable[Mapping[str, Any]]) -> list[str]:

@@ -13,7 +13,7 @@ from relssl.settings.recipes import layer, spell_out
 
 FOLDER = Path(__file__).parent / "tables"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
-SCALES = ("smoke", "small", "paper")
+SCALES = ("smoke", "small", "medium", "paper")
 # How sure a published number is: read in its source, quoted by a third party, or recalled and not checked; from best to worst.
 SURE = ("read", "third party", "recalled, high", "recalled, medium", "recalled, low")
 # Figures that papers report, and ours that they are compared with.

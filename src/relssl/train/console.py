@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -45,12 +46,8 @@ class Unbroken:
 
 
 class Display:
-    """The voice of a run, from its first word to its last.
-
-    Args:
-        show: print on standard error; else there is only the log, once `log_to` names it.
-        stop: ends chores; None: nothing does.
-    """
+    """The voice of a run, from its first word to its last: on standard error if `show` says so, and in the log that `log_to` names. A
+    request to `stop` ends chores."""
 
     def __init__(self, show: bool, stop: StopRequest | None = None) -> None:
         stream: Any = Unbroken(sys.stderr)
@@ -58,9 +55,10 @@ class Display:
         self._live = console.is_terminal and show
         columns = BarColumn(bar_width=10), TextColumn("{task.fields[text]}", markup=False)
         self._progress = Progress(*columns, console=console, disable=not self._live, auto_refresh=False)
-        self._steps = self._progress.add_task("steps", visible=False, text="")
+        self._steps = self._progress.add_task("steps", visible=False, text="the first step")
         self._log: IO[str] = io.StringIO()
-        self._drawn, self._words = 0.0, ""  # when the bar was drawn last, and the loss that it shows
+        self._drawn, self._due = 0.0, math.inf  # when the bar was drawn last, and when a line is due where there is none
+        self._loss: list[str] = []  # as the bar shows it
         self._pace: tuple[int, float] | None = None  # number and end of this session's first step
 
     def __enter__(self) -> Display:
@@ -69,7 +67,8 @@ class Display:
 
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
-        self._log.close()
+        with contextlib.suppress(OSError):  # the same full disk
+            self._log.close()
 
     def log_to(self, path: Path) -> None:
         """Write all lines to a file, too, those said before included; StorageError if it cannot be written."""
@@ -93,11 +92,11 @@ class Display:
 
         What is yielded is called with how many of `total` are done; it raises Interrupted when the run is asked to stop.
         """
-        task, tenth = self._progress.add_task("chore", total=total, completed=start, text=title), -1
+        task, tenth = self._progress.add_task("chore", total=total, text=title), -1
 
         def advance(now: int) -> None:
             nonlocal tenth
-            self._draw(task, f"{title}: {now:,} of {total:,}", now)
+            self._draw(task, now, f"{title}: {now:,} of {total:,}")
             if not self._live and 10 * now // total > tenth:
                 tenth = 10 * now // total
                 self.say(f"{title}: {now} of {total}")
@@ -114,8 +113,7 @@ class Display:
         """Show the steps from `start` to `total` from now on."""
         self._total, self._length, self._batch = total, steps_per_epoch, batch_size
         self._due = time.monotonic() + _FIRST
-        self._progress.update(self._steps, total=total, completed=start, visible=True, text="the first step")
-        self._progress.refresh()
+        self._progress.update(self._steps, total=total, completed=start, visible=True, refresh=True)
 
     def step(self, step: int) -> None:
         """Show that a step is done: the bar on a terminal, elsewhere a line now and then where epochs are long."""
@@ -124,32 +122,29 @@ class Display:
         epochs = -(-self._total // self._length)
         place = f"epoch {min(step // self._length + 1, epochs)}/{epochs}  step {step}/{self._total}"
         if self._live and (now - self._drawn >= _FRAME or step == self._total):
-            self._draw(self._steps, "  ".join(filter(None, [place, self._words, *self._speed(step)])), step)
+            self._draw(self._steps, step, place, *self._loss, *self._speed(step))
         elif not self._live and now >= self._due:
             self._due = now + _LATER
             self.say("  ".join([place, *self._speed(step)]))
 
     def _speed(self, step: int) -> list[str]:
-        """Say how fast this session has been until now, evaluations included, and how long the rest takes at that pace.
-
-        Its first step is left out: loaders start in it, and kernels are built.
-        """
+        """Say how fast this session has been but for its first step, in which loaders start, and how long the rest takes at that pace."""
         first, begun = self._pace or (step, 0.0)
         if not first < step < self._total:
             return []
         each = max(time.monotonic() - begun, 1e-9) / (step - first)
         return [f"{self._batch / each:.0f} img/s", f"{duration(max(1.0, each * (self._total - step)))} left"]
 
-    def _draw(self, task: Any, text: str, completed: int) -> None:
+    def _draw(self, task: Any, completed: int, *words: str) -> None:
         self._drawn = time.monotonic()
-        self._progress.update(task, completed=completed, text=text)
-        self._progress.refresh()
+        self._progress.update(task, completed=completed, text="  ".join(words), refresh=True)
 
     def row(self, row: dict[str, Any], epoch_ended: bool, relations: str = "") -> None:
         """Show a row's main figures; at the end of an epoch on a line of their own, with its `relations` in words."""
-        self._words = f"loss {row['loss']:.3f}"
+        self._loss = [_WORDS["loss"].format(row["loss"])]
         if epoch_ended:
             words = [f"epoch {row['epoch']:>4}", *(form.format(row[name]) for name, form in _WORDS.items() if name in row)]
+            words += [*self._speed(row["step"])[1:], *([f"relations: {relations}"] if relations else [])]
             self._due = time.monotonic() + _LATER
             tell = self.note if self._live and "knn_top1" not in row else self.say
-            tell("  ".join([*words, *self._speed(row["step"])[1:], *([f"relations: {relations}"] if relations else [])]))
+            tell("  ".join(words))

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import itertools
 import math
 import shutil
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,9 +26,10 @@ from relssl.method.backbones import count_flops
 from relssl.settings.launcher import with_launch
 from relssl.settings.run import Config, derive, handed_over
 from relssl.train.checkpoint import whole_state
-from relssl.train.loop import Run, create_run, knn_due, save_due, train_step
+from relssl.train.loop import knn_due, save_due, train_step
 from relssl.train.memory import double, peak_memory, step_memory
-from relssl.train.pretrain import WORTH_COMPILING, build, compile_networks, explaining, pass_noise, read
+from relssl.train.pretrain import WORTH_COMPILING, compile_networks, explaining, pass_noise
+from relssl.train.run import Run, build, create_run
 from relssl.train.run_folder import default_folder
 from relssl.weights import store
 
@@ -45,7 +45,7 @@ _PARTS = ("data", "teacher", "student", "backward", "update")
 # Side of the matrices that are multiplied, and images [N, C, S, S] of 3x3 convolutions C -> C as in residual networks.
 _SMALL = (2048, ((32, 64, 32), (32, 128, 28), (32, 256, 14)))
 _LARGE = (8192, ((256, 64, 56), (256, 128, 28), (256, 256, 14), (256, 512, 14)))
-Figures = dict[str, Any]
+_SPREAD = (0.1, 0.5, 0.9)  # quantiles of the steps' seconds
 
 
 @dataclass(frozen=True)
@@ -129,9 +129,7 @@ def _estimate(settings: Config, steps: int, quiet: bool) -> Estimate:
     engine, lines = Engine(settings.engine), list[str]()
     with engine.running(), explaining(settings, engine):
         run = build(settings, engine, lines.append)
-        run = dataclasses.replace(
-            run, config=dataclasses.replace(run.config, optimizer=dataclasses.replace(run.config.optimizer, lr=_STILL))
-        )
+        run.config = replace(run.config, optimizer=replace(run.config.optimizer, lr=_STILL))
         compile_networks(run)
         timed = affordable(run)
         batch = "" if timed is run else f" of {timed.config.batch_size} instead of {run.config.batch_size} images"
@@ -139,7 +137,7 @@ def _estimate(settings: Config, steps: int, quiet: bool) -> Estimate:
         if engine.is_first and not quiet:
             print("\n".join(lines), file=sys.stderr, flush=True)
         figures = _measure(run, timed, steps)
-    return dataclasses.replace(figures, advice=advise(figures, settings), rank=engine.rank)
+    return replace(figures, advice=advise(figures, settings), rank=engine.rank)
 
 
 def affordable(run: Run, seconds: float = 60.0) -> Run:
@@ -156,9 +154,7 @@ def affordable(run: Run, seconds: float = 60.0) -> Run:
     share = double(smallest, min(in_time, most))
     if 2 * share > most:
         return run
-    return create_run(
-        dataclasses.replace(run.config, batch_size=share * derived.passes), engine, run.images, run.online, run.given
-    )
+    return create_run(replace(run.config, batch_size=share * derived.passes), engine, run.images, run.online, run.given)
 
 
 def _measure(run: Run, timed: Run, steps: int) -> Estimate:
@@ -168,47 +164,73 @@ def _measure(run: Run, timed: Run, steps: int) -> Estimate:
     for state.step in range(1, run.total_steps + 1):
         evaluations, saves = evaluations + (knn_due(run) and run.online is not None), saves + save_due(run)
     timed.state.step = timed.total_steps // 2
-    seconds, shares, unreadable = time_steps(timed, steps)
-    seconds = [each * config.batch_size / timed.config.batch_size for each in seconds]
-    memory = peak_memory(engine, config.engine.devices)  # before anything is measured that training does not do
-    if timed is not run:
-        whole, part = (
-            step_memory(each.config, engine, each.plan.share, max(1, run.classes), state.model.given) for each in (run, timed)
-        )
-        memory["device_used" if memory["device_total"] else "used"] += (whole - part) * config.engine.devices
-    mean, (low, middle, high) = float(np.mean(seconds)), np.quantile(seconds, [0.1, 0.5, 0.9]).tolist()
-    flops, rate, per_rank = (
-        step_flops(config, run.classes, state.model.given),
-        attainable(engine),
-        config.batch_size / engine.world,
-    )
+    times, shares, unreadable = time_steps(timed, steps)
+    seconds = np.multiply(times, config.batch_size / timed.config.batch_size)
+    memory = _memory(run, timed)  # before anything is measured that training does not do
+    mean, per_rank, (low, middle, high) = float(np.mean(seconds)), config.batch_size / engine.world, np.quantile(seconds, _SPREAD)
+    flops, rate = step_flops(config, run.images.class_count, state.model.given), attainable(engine)
+    floor = sum(flops.values()) * per_rank / rate
     # An evaluated image is waited for and passes each network once: about what one of the student's views takes.
     view = (shares["data"] + shares["student"] / max(1, len(derive(config).strong))) * mean / per_rank
-    evaluated = run.online.passes if run.online else 0
-    training, evaluating, floor = run.total_steps * mean, evaluations * evaluated * view, sum(flops.values()) * per_rank / rate
-    folder = Path(config.out or default_folder(config)).absolute()
+    training, evaluating = run.total_steps * mean, evaluations * (run.online.passes if run.online else 0) * view
     limits = {"data": shares["data"], "networks": 1 - shares["data"] - shares["update"], "update": shares["update"]}
-    disk = {
-        "checkpoint": sum(tensor.nbytes for tensor in store.flatten(whole_state(state, engine))[0].values()),
+    return Estimate(
+        data=config.data,
+        images=len(run.images),
+        backbone=config.backbone,
+        batch_size=config.batch_size,
+        epochs=config.epochs,
+        total_steps=run.total_steps,
+        device=engine.describe(),
+        kind=engine.device.type,
+        world=engine.world,
+        cores=available_cores(),
+        threads=engine.threads,
+        workers=run.loader.workers,
+        steps_timed=len(seconds),
+        timed_batch=timed.config.batch_size,
+        step_seconds=float(middle),
+        step_low=float(low),
+        step_high=float(high),
+        step_mean=mean,
+        images_per_second=config.batch_size / mean,
+        seconds=training + evaluating,
+        training_seconds=training,
+        evaluation_seconds=evaluating,
+        evaluations=evaluations,
+        memory=memory,
+        disk=_disk(run, saves) | {"cache": lacking},
+        flops=flops,
+        attainable_flops=rate,
+        floor_seconds=floor,
+        floor_multiple=mean / floor,
+        shares=shares,
+        limit=max(limits, key=limits.__getitem__),
+        unreadable=unreadable,
+    )
+
+
+def _memory(run: Run, timed: Run) -> dict[str, int]:
+    """Return the peak of memory after steps of `timed`, with what the run's own would take besides."""
+    processes, given = run.config.engine.devices, run.state.model.given
+    memory = peak_memory(run.engine, processes)
+    if timed is not run:
+        classes = run.images.class_count
+        whole, part = (step_memory(each.config, each.engine, each.plan.share, classes, given) for each in (run, timed))
+        memory["device_used" if memory["device_total"] else "used"] += (whole - part) * processes
+    return memory
+
+
+def _disk(run: Run, saves: int) -> dict[str, int]:
+    """Return the bytes of a checkpoint, how many there are at most of so many that are saved, and the bytes free."""
+    folder = Path(run.config.out or default_folder(run.config)).absolute()
+    tensors, _ = store.flatten(whole_state(run.state, run.engine))
+    return {
+        "checkpoint": sum(tensor.nbytes for tensor in tensors.values()),
         # At most there are the newest, the best, and a new one before the oldest goes.
-        "checkpoints": min(config.checkpoint.keep, saves) + (run.online is not None) + 1,
+        "checkpoints": min(run.config.checkpoint.keep, saves) + (run.online is not None) + 1,
         "free": shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free,
-        "cache": lacking,
     }
-    asked: Figures = {name: getattr(config, name) for name in ("data", "backbone", "batch_size", "epochs")}
-    asked |= {"images": len(run.images), "total_steps": run.total_steps, "evaluations": evaluations, "unreadable": unreadable}
-    machine: Figures = {
-        "device": engine.describe(),
-        "kind": engine.device.type,
-        "world": engine.world,
-        "cores": available_cores(),
-    }
-    machine |= {"threads": engine.threads, "workers": run.loader.workers, "memory": memory, "disk": disk}
-    step: Figures = {"step_seconds": middle, "step_low": low, "step_high": high, "step_mean": mean, "steps_timed": len(seconds)}
-    step |= {"timed_batch": timed.config.batch_size, "images_per_second": config.batch_size / mean, "shares": shares}
-    step |= {"flops": flops, "attainable_flops": rate, "floor_seconds": floor, "floor_multiple": mean / floor}
-    length: Figures = {"seconds": training + evaluating, "training_seconds": training, "evaluation_seconds": evaluating}
-    return Estimate(**asked, **machine, **step, **length, limit=max(limits, key=limits.__getitem__))
 
 
 def _missing_cache(run: Run) -> int:
@@ -219,7 +241,7 @@ def _missing_cache(run: Run) -> int:
     shrunk = Shrunk.load(place(images, loader), images.source)
     lacking = len(images) - len(shrunk)
     if not run.engine.largest(lacking):
-        read(run, dataclasses.replace(images, source=shrunk))
+        run.read(replace(images, source=shrunk))
     return lacking * 3 * loader.cache * round(loader.cache * 4 / 3)  # the shape of most photographs
 
 
@@ -227,17 +249,11 @@ def time_steps(run: Run, steps: int, limit: float = 60.0) -> tuple[list[float], 
     """Train some steps and time them, for so many seconds, but three steps at least; every rank has to call it.
 
     A few steps more are timed where the loader's processes deliver in turns, so that each has had as many, or where views of several
-    steps are made in one go.
-
-    Returns:
-        The seconds of each step, the shares of what they are spent on, and the number of unreadable images among them.
+    steps are made in one go. Returns the seconds of each step, the shares of what they are spent on, and how many images met were
+    unreadable.
     """
-    engine, loader, state, begun = run.engine, run.loader, run.state, time.perf_counter()
-    gpu, marks = engine.device.type == "cuda", list[tuple[str, Any]]()
-
-    def over(seconds: float) -> bool:
-        """Return true if time is up on any rank: all have to make the same steps."""
-        return bool(engine.largest(int(time.perf_counter() - begun > seconds)))
+    engine, loader, model, gpu = run.engine, run.loader, run.state.model, run.engine.device.type == "cuda"
+    marks: list[tuple[str, Any]] = []
 
     def mark(name: str, *_: Any) -> None:
         """Note when the device is through with all that was asked of it so far, without waiting for it on a GPU; here ends `name`."""
@@ -249,17 +265,24 @@ def time_steps(run: Run, steps: int, limit: float = 60.0) -> tuple[list[float], 
             moment = time.perf_counter()
         marks.append((name, moment))
 
+    def spans(moments: list[Any]) -> list[float]:
+        return [a.elapsed_time(b) / 1000 if gpu else b - a for a, b in itertools.pairwise(moments)]
+
+    def over(begun: float, seconds: float) -> bool:
+        """Return true if time is up on any rank: all have to make the same steps."""
+        return bool(engine.largest(int(time.perf_counter() - begun > seconds)))
+
     turns = loader.ahead if loader.workers is None else math.ceil(loader.workers / run.plan.parts)
     turns = max(1, engine.largest(turns))  # machines may differ in their cores
-    warm, count = max(_WARM, turns), turns * math.ceil(steps / turns)
-    stream, unreadable = loader.stream(state.step, state.step + warm + count), set[str]()
+    warm, count, begun = max(_WARM, turns), turns * math.ceil(steps / turns), time.perf_counter()
+    stream, unreadable = loader.stream(run.state.step, run.state.step + warm + count), set[str]()
     for batches in itertools.islice(stream, warm):  # kernels are chosen, memory is taken, and loaders start
         train_step(run, batches)
-        if over(_WARM_SECONDS):
+        if over(begun, _WARM_SECONDS):
             break
     # Between the networks and the optimizer is the loss, with its backward pass and the student's.
-    handles: list[Any] = [state.optimizer.register_step_pre_hook(partial(mark, "backward"))]
-    for name, network in (("student", state.model.student), ("teacher", state.model.teacher), ("teacher", state.model.given)):
+    handles: list[Any] = [run.state.optimizer.register_step_pre_hook(partial(mark, "backward"))]
+    for name, network in (("student", model.student), ("teacher", model.teacher), ("teacher", model.given)):
         if network is not None:
             handles += [network.register_forward_pre_hook(partial(mark, "backward"))]
             handles += [network.register_forward_hook(partial(mark, name))]
@@ -270,34 +293,29 @@ def time_steps(run: Run, steps: int, limit: float = 60.0) -> tuple[list[float], 
         train_step(run, batches)
         mark("update")
         unreadable.update(name for part in batches for name, _ in part.bad)
-        if number >= 3 and over(limit):
+        if number >= 3 and over(begun, limit):
             break
     for handle in handles:
         handle.remove()
     engine.synchronise()
-    times = [marks[0][1].elapsed_time(moment) / 1000 if gpu else moment for _, moment in marks]
-    spans = list(zip((name for name, _ in marks[1:]), np.diff(times).tolist(), strict=True))
-    seconds = np.diff([time for (name, _), time in zip(marks, times, strict=True) if name in ("begin", "update")]).tolist()
-    parts = {name: sum(span for each, span in spans if each == name) for name in _PARTS}
+    seconds, parts = spans([moment for name, moment in marks if name in ("begin", "update")]), dict.fromkeys(_PARTS, 0.0)
+    for (name, _), span in zip(marks[1:], spans([moment for _, moment in marks]), strict=True):
+        parts[name] += span
     return seconds, {name: span / sum(seconds) for name, span in parts.items()}, len(unreadable)
 
 
-def step_flops(config: Config, classes: int = 1, given: torch.nn.Module | None = None) -> dict[str, int]:
+def step_flops(config: Config, classes: int = 0, given: torch.nn.Module | None = None) -> dict[str, int]:
     """Count the floating-point operations of one optimizer step per image, two for a multiply-add, on the run's own networks: convolutions,
     matrix products and attention. ReSSL's InfoNCE adds nothing, as its similarities are those of the relation.
 
-    Args:
-        classes: of the labels, for supervised learning; where they are not known, 1 leaves out next to nothing.
-        given: a frozen teacher.
-
-    Returns:
-        {"teacher", "student": forward, "backward": the student's, "memory": similarities and their gradient}; 0 for what there is not.
+    `given` is a frozen teacher. Returns {"teacher", "student": forward, "backward": the student's, "memory": similarities and their
+    gradient}; 0 for what there is not.
     """
     derived = derive(config)
     # Split norms need whole batches, and cost nothing that is counted.
-    config = dataclasses.replace(config, encoder=dataclasses.replace(config.encoder, batch_norm_splits=1))
+    config = replace(config, encoder=replace(config.encoder, batch_norm_splits=1))
     with torch.random.fork_rng(devices=[]):  # networks are drawn, and others go on drawing afterwards
-        student = create_student(config, classes)
+        student = create_student(config, max(1, classes))
         # Two images, as batch norm has to have a spread to normalise by.
         views = [torch.randn(2, config.views.channels, view.size, view.size) for view in derived.views]
         seen = views if derived.two_way or not derived.strong else views[1:]

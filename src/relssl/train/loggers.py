@@ -32,12 +32,9 @@ def refuse_missing(names: Sequence[str]) -> None:
 
 
 class Loggers:
-    """The loggers that `log.to` names. One that fails is left out from then on, in a line; the run goes on.
+    """The loggers that `log.to` names. One that fails is left out from then on, in a line to `say`; the run goes on.
 
-    Args:
-        folder: the run folder, which TensorBoard's and CSV files lie in.
-        rows: of metrics.jsonl so far, if the run is resumed after step `start`.
-        say: tells of failures.
+    `rows` are those of metrics.jsonl so far, if the run is resumed after step `start`.
     """
 
     def __init__(self, config: Config, folder: Path, rows: list[dict[str, Any]], start: int, say: Callable[[str], None]) -> None:
@@ -48,7 +45,7 @@ class Loggers:
                 self._loggers[name] = logger = _open(name, folder, start, ids.get(name))
                 if name == "csv":  # begun anew, as rows after the checkpoint do not count
                     for row in rows:
-                        self._log(logger, row)
+                        _log(logger, row)
                 elif name != "tensorboard" and name not in ids:
                     logger.log_hyperparams(to_mapping(config))
                     ids[name] = logger.version if name == "wandb" else logger.run_id
@@ -57,27 +54,22 @@ class Loggers:
 
     def write(self, row: dict[str, Any]) -> None:
         """Pass a row on."""
-        for name, logger in list(self._loggers.items()):
-            with self._surviving(name):
-                self._log(logger, row)
+        self._each(lambda name, logger: _log(logger, row))
 
-    def draw(self, draws: Callable[[Any], object]) -> None:
-        """Call `draws` with TensorBoard's logger, if rows go there."""
+    def draw(self, show: Callable[..., None], *subjects: Any) -> None:
+        """Let `show` draw its subjects with TensorBoard's writer, if rows go there."""
         if "tensorboard" in self._loggers:
             with self._surviving("tensorboard"):
-                draws(self._loggers["tensorboard"])
+                show(self._loggers["tensorboard"].experiment, *subjects)
 
     def close(self) -> None:
         """Let all loggers write what they have."""
+        self._each(_close)
+
+    def _each(self, call: Callable[[str, Any], None]) -> None:
         for name, logger in list(self._loggers.items()):
             with self._surviving(name):
-                logger.save()
-                logger.finalize("success")
-                if name == "wandb":
-                    logger.experiment.finish()
-
-    def _log(self, logger: Any, row: dict[str, Any]) -> None:
-        logger.log_metrics({tag(name): row[name] for name in sorted(row.keys() - {"step"})}, row["step"])
+                call(name, logger)
 
     @contextlib.contextmanager
     def _surviving(self, name: str) -> Any:
@@ -95,28 +87,57 @@ class Loggers:
             rank_zero_only.rank = rank
 
 
-def show_views(logger: Any, views: Sequence[Tensor], step: int) -> None:
-    """Show eight images of each view [B,C,H,W], the weak one first, in TensorBoard."""
+def _open(name: str, folder: Path, start: int, known: str | None) -> Any:
+    """Open a logger; `known` is the name that a service gave to this run when it began."""
+    from lightning.fabric.loggers import CSVLogger, TensorBoardLogger
+
+    if name == "tensorboard":
+        return TensorBoardLogger(folder, name="tensorboard", version="", purge_step=start + 1)
+    if name == "csv":
+        (folder / "csv" / "metrics.csv").unlink(missing_ok=True)
+        return CSVLogger(folder, name="csv", version="", flush_logs_every_n_steps=1)
+    from lightning.pytorch import loggers  # seconds of imports that files need not wait for
+
+    if name == "wandb":
+        return loggers.WandbLogger(name=folder.name, save_dir=folder, project="relssl", id=known, resume="allow")
+    server = os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{folder.absolute()}/mlflow.db")
+    return loggers.MLFlowLogger(experiment_name="relssl", run_name=folder.name, tracking_uri=server, run_id=known)
+
+
+def _log(logger: Any, row: dict[str, Any]) -> None:
+    logger.log_metrics({tag(name): row[name] for name in sorted(row.keys() - {"step"})}, row["step"])
+
+
+def _close(name: str, logger: Any) -> None:
+    logger.save()
+    logger.finalize("success")
+    if name == "wandb":
+        logger.experiment.finish()
+
+
+def show_views(writer: Any, views: Sequence[Tensor], step: int) -> None:
+    """Show eight images of each view [B,C,H,W], the weak one first."""
     for number, view in enumerate(views):
-        logger.experiment.add_images(f"views/{f'strong-{number}' if number else 'weak'}", pictures(view[:8]), step)
+        writer.add_images(f"views/{f'strong-{number}' if number else 'weak'}", pictures(view[:8]), step)
 
 
-def show_relations(logger: Any, vectors: Mapping[str, Tensor], step: int) -> None:
+def show_relations(writer: Any, vectors: Mapping[str, Tensor], step: int) -> None:
     """Show how figures of single samples, each [B], are spread."""
     for name, values in vectors.items():
-        logger.experiment.add_histogram(f"relation/{name}", values[values.isfinite()], step)
+        writer.add_histogram(f"relation/{name}", values[values.isfinite()], step)
 
 
-def show_end(logger: Any, config: Config, row: Mapping[str, Any], projected: Mapping[str, Any] | None) -> None:
-    """Show the settings beside the last figures, and features for the projector, `add_embedding`'s arguments."""
+def show_end(writer: Any, config: Config, row: Mapping[str, Any], projected: Callable[[], Mapping[str, Any]] | None) -> None:
+    """Show the settings beside the last figures, and features for the projector, where these `projected` can be: `add_embedding`'s
+    arguments."""
     from torch.utils.tensorboard.summary import hparams
 
     settings = {k: v if isinstance(v, str | int | float) else str(v) for k, v in flat(to_mapping(config)).items()}
     figures = {tag(name): value for name, value in row.items() if name != "step"}  # which have their values in rows
     for summary in hparams(settings, figures):  # type: ignore[no-untyped-call]
-        logger.experiment.file_writer.add_summary(summary)
+        writer.file_writer.add_summary(summary)
     if projected is not None:
-        logger.experiment.add_embedding(**projected, global_step=row["step"], tag="features")
+        writer.add_embedding(**projected(), global_step=row["step"], tag="features")
 
 
 def pictures(views: Tensor, side: int = 64) -> Tensor:
@@ -125,22 +146,3 @@ def pictures(views: Tensor, side: int = 64) -> Tensor:
     views = F.interpolate(views, size=min(side, views.shape[-1]), mode="area")
     low, high = views.amin(dim=(1, 2, 3), keepdim=True), views.amax(dim=(1, 2, 3), keepdim=True)
     return (views - low) / (high - low).clamp_min(1e-6)
-
-
-def _open(name: str, folder: Path, start: int, known: str | None) -> Any:
-    """Open a logger; `known` is the name that a service gave to this run when it began."""
-    if name == "tensorboard":
-        from lightning.fabric.loggers import TensorBoardLogger
-
-        return TensorBoardLogger(folder, name="tensorboard", version="", purge_step=start + 1)
-    if name == "csv":
-        from lightning.fabric.loggers import CSVLogger
-
-        (folder / "csv" / "metrics.csv").unlink(missing_ok=True)
-        return CSVLogger(folder, name="csv", version="", flush_logs_every_n_steps=1)
-    from lightning.pytorch import loggers
-
-    if name == "wandb":
-        return loggers.WandbLogger(name=folder.name, save_dir=folder, project="relssl", id=known, resume="allow")
-    server = os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{folder.absolute()}/mlflow.db")
-    return loggers.MLFlowLogger(experiment_name="relssl", run_name=folder.name, tracking_uri=server, run_id=known)

@@ -1,10 +1,9 @@
-"""Training, from top to bottom: what a run is made of, one optimizer step from views to weights, and the loop over the steps."""
+"""Training, from top to bottom: the loop over the steps, one optimizer step from views to weights, and what is told and saved of it."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,25 +15,20 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from relssl.data.images import Images
-from relssl.data.loader import Batch, Loader, Plan, Unreadable
-from relssl.engine import Engine, send
-from relssl.errors import DataError, NumericError
-from relssl.method import create_method, health, schedules
-from relssl.method.base import ALONE, Method, Step, World, unwrapped
-from relssl.method.create import create_run_optimizer
-from relssl.method.encoder import Encoder
+from relssl.data.loader import Batch, Unreadable
+from relssl.engine import send
+from relssl.errors import DataError, Interrupted, NumericError
+from relssl.method import health, schedules
+from relssl.method.base import ALONE, Step, World, unwrapped
+from relssl.method.create import step_settings
 from relssl.method.health import effective_rank, spread
-from relssl.settings.parts import is_part
-from relssl.settings.run import Config, derive
-from relssl.train import checkpoint, loggers
+from relssl.settings.run import derive
+from relssl.train import checkpoint
 from relssl.train.console import Display
 from relssl.train.figures import alarms, in_words
-from relssl.train.online import Online
-from relssl.train.run_folder import RunFolder
+from relssl.train.loggers import show_end, show_relations, show_views
+from relssl.train.run import Run
 from relssl.train.signals import StopRequest
-from relssl.train.start import Given, teacher_features
-from relssl.train.state import Guard, State
 from relssl.weights import store
 
 # Non-finite steps in a row after which a run cannot be expected to recover; they are counted on the device, which is asked as often.
@@ -43,80 +37,74 @@ PATIENCE = 10
 BEST = {"knn": "knn_top1", "label-free": "positive_margin", "off": ""}
 
 
-@dataclass
-class Run:
-    """The parts of a run, which stay, and its state, which changes."""
-
-    config: Config  # with the data's means and deviations filled in
-    engine: Engine
-    images: Images
-    fingerprint: str  # 16 hex digits that change with the images
-    plan: Plan  # the samples of each step, part and rank
-    loader: Loader  # makes the views of these samples
-    labels: Tensor | None  # int64 [N] on the device, for methods that train on them
-    classes: int  # how many the labels tell apart; else 0
-    loss_form: str  # plain or tiled, two ways to the same number
-    state: State
-    online: Online | None = None  # what is measured while training
-    given: Given = field(default_factory=Given)  # weights from elsewhere
-    known: Tensor | None = None  # [N, D] on the device, a frozen teacher's features of all images, where these never change
-    folder: RunFolder | None = None  # where the run is written; None on ranks that do not write
-    graphs: bool = False  # the networks' passes are CUDA graphs, see `pretrain.compile_networks`
-    recent: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=3))  # the last rows, on which alarms are judged
-    warned: set[str] = field(default_factory=set)  # alarms that were raised
-
-    @property
-    def total_steps(self) -> int:
-        """Optimizer steps of the whole run."""
-        return self.config.steps(self.plan.count)
-
-    @property
-    def networks(self) -> list[Encoder]:
-        """The student, without the engine's wrapper, and the teacher if there is one."""
-        model = self.state.model
-        return [unwrapped(model.student)] + ([] if model.teacher is None else [model.teacher])
-
-
-def create_run(config: Config, engine: Engine, images: Images, online: Online | None = None, given: Given | None = None) -> Run:
-    """Create a run that is ready for its first step.
-
-    Every rank creates the same networks and memory from the same seed; they stay equal by moving alike.
-    """
-    given = given or Given()
-    plan = Plan(len(images), config.batch_size, config.accumulate, engine.rank, engine.world, config.seed)
-    loader, traits, labels, classes = open_loader(config, engine, plan, images), derive(config).traits, None, 0
-    if traits.labels and images.labels is not None:
-        labels, classes = torch.from_numpy(images.labels).to(engine.device), images.class_count
-    best = "tiled" if traits.tiled and engine.device.type != "mps" else "plain"
-    form = best if config.method.loss_form == "auto" else config.method.loss_form
-
-    torch.manual_seed(config.seed)
-    frozen = given.frozen_teacher(config)
-    model = create_method(config, torch.Generator().manual_seed(config.seed), form, classes, frozen)
-    encoder, teacher = unwrapped(model.student), model.teacher
-    for network in (encoder, teacher):
-        if network is not None:
-            given.load(network)
-    model.student = engine.setup(encoder)
-    for part in (teacher, frozen, model.memory):
-        if part is not None:
-            engine.place(part)
-    if is_part(config.backbone):
-        model.follow(0.0)  # ranks may have brought their own weights, of which the engine has given the student the first rank's
-    model.train()
-    guard = Guard([encoder] if teacher is None else [encoder, teacher], engine.device)
-    state = State(model, create_run_optimizer(config, encoder), guard)
-    state.infinite = store.non_finite(store.flatten(checkpoint.whole_state(state, engine))[0])
-    known = teacher_features(frozen, config, loader, engine)
-    # From here on randomness inside the networks (dropout, stochastic depth) differs between ranks.
-    engine.seed(config.seed + 1 + engine.rank)
-    return Run(config, engine, images, images.fingerprint(), plan, loader, labels, classes, form, state, online, given, known)
+def train(run: Run, display: Display, stop: StopRequest) -> None:
+    """Train to the end, or until asked to stop: Interrupted after saving, NumericError after too many non-finite steps in a row, DataError
+    when too many images cannot be read."""
+    engine, state, folder, pending = run.engine, run.state, run.folder, None
+    if folder is not None:
+        folder.open_rows(state.step - (state.unmeasured is not None), run.config, display.say)
+        if state.step == 0 and run.online is not None:
+            display.say(f"measuring {'the given weights' if run.config.start else 'the untrained network'}")
+            folder.write_row({"step": 0, "epoch": 0, "samples": 0} | run.online.baselines(state, engine))
+    engine.wait()
+    engine.step = state.step
+    display.begin(state.step, run.total_steps, run.plan.steps_per_epoch, run.config.batch_size)
+    if (row := state.unmeasured) is not None:
+        measure(run, row)
+        state.unmeasured = None
+        write(run, row, display, stop)
+        engine.wait()
+    watch = Stopwatch(run.loader.stream(state.step, run.total_steps), run.config.batch_size)
+    try:
+        for parts in watch:
+            figures = train_step(run, parts)
+            display.step(state.step)
+            engine.step, stop.at_once = state.step, None
+            if state.step == 1 and folder is not None:
+                folder.draw(show_views, [parts[0].weak, *parts[0].strong], 0)
+            note_unreadable(run, [fault for part in parts for fault in part.bad])
+            # Figures are read once the next step is on its way, so that the device never waits for the host.
+            report(run, pending, display, stop)
+            if figures is not None and figures.logged:
+                figures.speed = watch.split()
+            pending = figures
+            if engine.largest(stop.pending()) or save_due(run):
+                # The row first, so that rows up to a checkpoint are on disk before it is.
+                report(run, pending, display, stop)
+                save(run)
+                pending, _ = None, watch.split()  # evaluating and saving is not training
+                code = engine.largest(stop.pending())
+                if code and (state.step < run.total_steps or state.unmeasured):
+                    raise stop.interruption(code, f"after step {state.step} of {run.total_steps}, saved")
+    except Unreadable as error:
+        if folder is not None:
+            folder.bad_samples(error.faults)
+        raise
+    if folder is not None and run.recent:
+        folder.draw(show_end, run.config, run.recent[-1], run.online and partial(run.online.projected, state, engine))
 
 
-def open_loader(config: Config, engine: Engine, plan: Plan, images: Images) -> Loader:
-    """Create what makes a run's views on its device."""
-    views, statistics = derive(config).views, config.views.statistics()
-    return Loader(images, views, plan, engine.device, statistics, config.loader, config.engine.devices)
+class Stopwatch:
+    """Passes batches on; counts them, and the seconds spent waiting for them out of all."""
+
+    def __init__(self, batches: Iterator[list[Batch]], batch_size: int) -> None:
+        self.batches, self.batch_size = batches, batch_size
+        self.start, self.waited, self.steps = time.perf_counter(), 0.0, 0
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        start = time.perf_counter()
+        for batch in self.batches:
+            self.waited += time.perf_counter() - start
+            self.steps += 1
+            yield batch
+            start = time.perf_counter()
+
+    def split(self) -> dict[str, float]:
+        """Return the figures of speed since the last split."""
+        seconds = max(time.perf_counter() - self.start, 1e-9)
+        speed, waiting = self.steps * self.batch_size / seconds, self.waited / seconds
+        self.start, self.waited, self.steps = time.perf_counter(), 0.0, 0
+        return {"images_per_second": round(speed, 1), "data_wait": round(waiting, 4)}
 
 
 @dataclass
@@ -127,7 +115,7 @@ class Figures:
     schedule: dict[str, float]
     read: Callable[[], dict[str, Tensor]]  # waits for the figures of the device
     logged: bool  # all of them; else the count of bad steps alone
-    speed: tuple[float, float] = (0.0, 0.0)  # images per second and share of time spent waiting for data, which the loop adds
+    speed: dict[str, float] = field(default_factory=dict)  # which the loop adds
 
 
 def train_step(run: Run, parts: list[Batch]) -> Figures | None:
@@ -160,15 +148,15 @@ def train_step(run: Run, parts: list[Batch]) -> Figures | None:
     norm = get_total_norm([parameter.grad for parameter in student.parameters() if parameter.grad is not None])
     if config.optimizer.clip is not None:
         clip_grads_with_norm_(student.parameters(), config.optimizer.clip, norm)
-    keys = joined(run, [step.keys for step in steps])
 
     # Before the memory moves: figures are those of the relations that the loss has seen.
     state.step += 1
+    keys, figures = joined(run, [step.keys for step in steps]), dict[str, Tensor]()
+    features = joined(run, [step.features for step in steps if step.features is not None]) if model.features else None
     logged = state.step % config.log.every == 0 or state.step % run.plan.steps_per_epoch == 0 or state.step == run.total_steps
-    figures = {"loss": loss, "grad_norm": norm, "keys": keys}
     if logged:
         queries = joined(run, [step.queries.transpose(0, 1) for step in steps]).transpose(0, 1)
-        figures |= relations(run, queries, keys, now)
+        figures = {"loss": loss, "grad_norm": norm, "keys": keys} | relations(run, queries, keys, features, now)
 
     # Student, memory and teacher move, unless the step is bad; the verdict is read on the device.
     good = guard.judge(loss, norm)
@@ -180,11 +168,11 @@ def train_step(run: Run, parts: list[Batch]) -> Figures | None:
     elif bool(good):  # other forms cannot read it there
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    model.push(keys, joined(run, [part.ids for part in parts]), good)
+    model.push(keys, joined(run, [part.ids for part in parts]), good, features)
     model.follow(now["teacher_momentum"], good)
     if not logged and state.step % PATIENCE:
         return None
-    return Figures(state.step, now, engine.fetch((figures if logged else {}) | {"streak": guard.streak}), logged)
+    return Figures(state.step, now, engine.fetch(figures | {"streak": guard.streak}), logged)
 
 
 def scheduled(run: Run, step: int) -> dict[str, float]:
@@ -219,100 +207,92 @@ def forward(run: Run, part: Batch, now: dict[str, float], world: World = ALONE) 
     return step
 
 
-def step_settings(config: Config, model: Method, now: dict[str, float]) -> dict[str, Any]:
-    """Return the settings that a method's step takes: its constants, and what the schedules say `now`."""
-    constants = {name: getattr(config.method, name) for name in model.constants}
-    return constants | {name: now[name] for name in model.scheduled}
-
-
 def joined(run: Run, parts: list[Tensor]) -> Tensor:
     """Join all ranks' and parts' rows in the order of the batch."""
     return torch.cat([run.engine.gather(part, run.plan.share) for part in parts])
 
 
-def relations(run: Run, queries: Tensor, keys: Tensor, now: dict[str, float]) -> dict[str, Tensor]:
-    """Compute the figures of the relations of queries [V, B, D] and keys [B, D]; without a memory there is only the keys' spread."""
-    memory = run.state.model.memory
+def relations(run: Run, queries: Tensor, keys: Tensor, features: Tensor | None, now: dict[str, float]) -> dict[str, Tensor]:
+    """Compute the figures of the relations of queries [V, B, D] and keys [B, D], or of features [B, F]; without a memory there is
+    only the keys' spread."""
+    model, memory = run.state.model, run.state.model.memory
     if memory is None:
         return spread(keys)
-    temperatures = {
-        "student_temperature": run.config.method.student_temperature,
-        "teacher_temperature": now["teacher_temperature"],
-    }
-    return health(queries, keys, memory.keys, **temperatures, ages=memory.ages(len(keys)))
+    student, teacher = run.config.method.student_temperature, now["teacher_temperature"]
+    ages, target = memory.ages(len(keys)), model.target(keys, features, teacher)
+    return health(queries, keys, memory.keys, student_temperature=student, teacher_temperature=teacher, ages=ages, target=target)
 
 
-def train(run: Run, display: Display, stop: StopRequest) -> None:
-    """Train to the end, or until asked to stop.
+def report(run: Run, figures: Figures | None, display: Display, stop: StopRequest) -> None:
+    """Read a step's figures, if there are any, and write their row, with kNN where it is due; NumericError after too many bad steps.
 
-    Raises:
-        Interrupted: after saving, on a signal or at the time limit.
-        NumericError: after too many non-finite steps in a row.
-        DataError: when too many images cannot be read.
+    A request to stop ends kNN at once: the row is saved with the state then, and whoever goes on with the run measures first.
     """
-    config, engine, state, folder = run.config, run.engine, run.state, run.folder
-    if folder is not None:
-        folder.open_rows(state.step, config, display.say)
-        if state.step == 0 and run.online is not None:
-            display.say(f"measuring {'the given weights' if config.start else 'the untrained network'}")
-            folder.write_row({"step": 0, "epoch": 0, "samples": 0} | run.online.baselines(state, engine))
-    engine.wait()
-    engine.step = state.step
-    display.begin(state.step, run.total_steps, run.plan.steps_per_epoch, config.batch_size)
-    watch, pending = Stopwatch(run.loader.stream(state.step, run.total_steps), config.batch_size), None
-    try:
-        for parts in watch:
-            figures = train_step(run, parts)
-            display.step(state.step)
-            engine.step, stop.at_once = state.step, None
-            if state.step == 1 and folder is not None:
-                folder.draw(lambda logger: loggers.show_views(logger, [parts[0].weak, *parts[0].strong], 0))  # noqa: B023 - at once
-            note_unreadable(run, [fault for part in parts for fault in part.bad])
-            # Figures are read once the next step is on its way, so that the device never waits for the host.
-            if pending is not None:
-                report(run, pending, display, stop)
-            if figures is not None and figures.logged:
-                figures.speed = watch.split()
-            pending, code, due = figures, engine.largest(stop.pending()), save_due(run)
-            if code or due:
-                # The row first, so that rows up to a checkpoint are on disk before it is.
-                if pending is not None:
-                    report(run, pending, display, stop)
-                    pending = None
-                save(run)
-                watch.split()  # evaluating and saving is not training
-            if code and state.step < run.total_steps:
-                raise stop.interruption(code, f"after step {state.step} of {run.total_steps}, saved")
-        if folder is not None and run.recent:
-            shown = None if run.online is None or "tensorboard" not in config.log.to else run.online.projected(state, engine)
-            folder.draw(lambda logger: loggers.show_end(logger, config, run.recent[-1], shown))
-    except Unreadable as error:
-        if folder is not None:
-            folder.bad_samples(error.faults)
-        raise
+    if figures is None:
+        return
+    state, values = run.state, figures.read()
+    if (streak := values.pop("streak")) >= min(PATIENCE, run.total_steps):
+        raise NumericError(
+            f"step {figures.step}: loss, gradient or a batch norm was not finite {int(streak)} steps in a row; "
+            "lower optimizer.lr, or set optimizer.clip or engine.precision fp32; the last checkpoint is good"
+        )
+    if not figures.logged:
+        return
+    keys = values.pop("keys")
+    vectors = {name: values.pop(name) for name in ("neighbours", "top_probability") if name in values}
+    row: dict[str, Any] = {"step": figures.step, "epoch": figures.step // run.plan.steps_per_epoch}
+    row["samples"] = figures.step * run.config.batch_size
+    row |= figures.schedule | {name: float(value) for name, value in values.items()}
+    row |= {"effective_rank": float(effective_rank(keys))} | figures.speed
+    if knn_due(run) and figures.step == state.step:
+        before, done, stop.at_once = state.neighbours, not stop.pending(), ""
+        try:
+            if done:
+                measure(run, row)
+            stop.at_once = None
+        except Interrupted:
+            done, state.neighbours = False, before
+        state.unmeasured = None if run.engine.gather_items([done])[0] else row
+    if run.folder is not None and ended(run, row):
+        run.folder.draw(show_relations, vectors, figures.step)
+    if state.unmeasured is None:
+        write(run, row, display, stop)
 
 
-class Stopwatch:
-    """Passes batches on; counts them, and the seconds spent waiting for them out of all."""
+def measure(run: Run, row: dict[str, Any]) -> None:
+    """Add what is measured of the present networks to their row, on the first rank, and note whether they are the best so far."""
+    state, figure = run.state, BEST[run.config.checkpoint.best]
+    if run.online is not None:
+        row |= run.online.measure(state, run.engine)
+        if figure in row and row[figure] > (state.best or {}).get(figure, -math.inf):
+            state.best = {figure: row[figure], "checkpoint": store.step_folder(Path(), state.step).name}
 
-    def __init__(self, batches: Iterator[list[Batch]], batch_size: int) -> None:
-        self.batches, self.batch_size = batches, batch_size
-        self.start, self.waited, self.steps = time.perf_counter(), 0.0, 0
 
-    def __iter__(self) -> Iterator[list[Batch]]:
-        start = time.perf_counter()
-        for batch in self.batches:
-            self.waited += time.perf_counter() - start
-            self.steps += 1
-            yield batch
-            start = time.perf_counter()
+def write(run: Run, row: dict[str, Any], display: Display, stop: StopRequest) -> None:
+    """Write a row, show it, and judge it."""
+    if run.folder is not None:
+        run.folder.write_row(row)
+        display.row(row, ended(run, row), in_words(row, run.config.method.memory_size))
+        run.recent.append(row)
+        if run.config.log.alarms != "off":
+            raise_alarms(run, display, stop)
 
-    def split(self) -> tuple[float, float]:
-        """Return (images per second, share of the time spent waiting) since the last split."""
-        seconds = max(time.perf_counter() - self.start, 1e-9)
-        speed = self.steps * self.batch_size / seconds, self.waited / seconds
-        self.start, self.waited, self.steps = time.perf_counter(), 0.0, 0
-        return speed
+
+def ended(run: Run, row: dict[str, Any]) -> bool:
+    """Return true if a row is that of an epoch's last step, or of the run's."""
+    return row["step"] in (row["epoch"] * run.plan.steps_per_epoch, run.total_steps)
+
+
+def raise_alarms(run: Run, display: Display, stop: StopRequest) -> None:
+    """Tell of alarms that all of the last rows raise, each once; with `log.alarms` stop the first one ends the run."""
+    rows = run.recent
+    raised = alarms(rows, run.config) if len(rows) == rows.maxlen and rows[0]["epoch"] >= 1 else {}
+    for name, sentence in list(raised.items())[:1]:  # what follows it in the table may be its consequence
+        if name not in run.warned:
+            run.warned.add(name)
+            display.say(f"alarm: step {rows[-1]['step']}: {name}: {sentence}")
+            if run.config.log.alarms == "stop" and not stop.code:
+                stop.code, stop.reason = NumericError.exit_code, f"by the alarm {name} ({sentence})"
 
 
 def note_unreadable(run: Run, faults: list[tuple[str, str]]) -> None:
@@ -328,52 +308,6 @@ def note_unreadable(run: Run, faults: list[tuple[str, str]]) -> None:
             f"{run.images.name}: {len(unreadable)} of {len(run.images)} images cannot be read, more than "
             f"loader.max_bad_fraction ({limit:g}); see bad_samples.jsonl"
         )
-
-
-def report(run: Run, figures: Figures, display: Display, stop: StopRequest) -> None:
-    """Read a step's figures and write their row, with kNN where it is due; NumericError after too many bad steps in a row."""
-    state, epoch = run.state, figures.step / run.plan.steps_per_epoch
-    values = figures.read()
-    if (streak := values.pop("streak")) >= min(PATIENCE, run.total_steps):
-        raise NumericError(
-            f"step {figures.step}: loss, gradient or a batch norm was not finite {int(streak)} steps in a row; "
-            "lower optimizer.lr, or set optimizer.clip or engine.precision fp32; the last checkpoint is good"
-        )
-    if not figures.logged:
-        return
-    keys, (speed, waiting) = values.pop("keys"), figures.speed
-    row: dict[str, Any] = {"step": figures.step, "epoch": int(epoch), "samples": figures.step * run.config.batch_size}
-    vectors: dict[str, Tensor] = {name: values.pop(name) for name in ("neighbours", "top_probability") if name in values}
-    row |= figures.schedule | {name: float(value) for name, value in values.items()}
-    row |= {"effective_rank": float(effective_rank(keys)), "images_per_second": round(speed, 1), "data_wait": round(waiting, 4)}
-    if knn_due(run) and figures.step == state.step:
-        if run.online is not None:
-            row |= run.online.measure(state, run.engine)
-            figure = BEST[run.config.checkpoint.best]
-            if figure in row and row[figure] > (state.best or {}).get(figure, -math.inf):
-                state.best = {figure: row[figure], "checkpoint": store.step_folder(Path(), state.step).name}
-        run.engine.wait()
-    if run.folder is not None:
-        run.folder.write_row(row)
-        ended, memory = epoch.is_integer() or figures.step == run.total_steps, run.config.method.memory_size
-        display.row(row, ended, in_words(row, memory))
-        if ended:
-            run.folder.draw(lambda logger: loggers.show_relations(logger, vectors, figures.step))
-        run.recent.append(row)
-        if run.config.log.alarms != "off":
-            raise_alarms(run, display, stop)
-
-
-def raise_alarms(run: Run, display: Display, stop: StopRequest) -> None:
-    """Tell of alarms that all of the last rows raise, each once; with `log.alarms` stop the first one ends the run."""
-    rows = run.recent
-    raised = alarms(rows, run.config) if len(rows) == rows.maxlen and rows[0]["epoch"] >= 1 else {}
-    for name, sentence in list(raised.items())[:1]:  # what follows it in the table may be its consequence
-        if name not in run.warned:
-            run.warned.add(name)
-            display.say(f"alarm: step {rows[-1]['step']}: {name}: {sentence}")
-            if run.config.log.alarms == "stop" and not stop.code:
-                stop.code, stop.reason = NumericError.exit_code, f"by the alarm {name} ({sentence})"
 
 
 def knn_due(run: Run) -> bool:

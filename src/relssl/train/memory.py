@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
 import re
 import resource
 import sys
 import weakref
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,44 +25,35 @@ from relssl.errors import ConfigError, RelsslError
 from relssl.files import size
 from relssl.method import create_method
 from relssl.method.base import Method
-from relssl.method.create import create_run_optimizer
+from relssl.method.create import create_run_optimizer, step_settings
 from relssl.settings.parts import is_part
 from relssl.settings.run import Config, derive
-from relssl.train.loop import step_settings
 
 # A step can hardly take more than so many times the bytes of its views: a huge transformer takes about 1,400 times as many.
 _MOST = 2000
-# What is held beside a step's tensors, as measured: by kernels and by fragments, in times, and by malloc for what may come (`keep_memory`).
-_MARGINS, _RESERVES = {"cpu": 1.25, "cuda": 1.15}, {"cpu": 256 << 20}
 
 
 def fit(
-    config: Config, engine: Engine, workers: int, classes: int = 1, free: int | None = None, given: nn.Module | None = None
+    config: Config, engine: Engine, workers: int, classes: int = 0, free: int | None = None, given: nn.Module | None = None
 ) -> Config:
     """Return the settings, with `fit_batch` those of the largest batch that fits in memory, before any of it is taken.
 
-    Args:
-        config: the resolved settings.
-        workers: loader processes of each training process, which hold batches ahead.
-        classes: of the labels, for supervised learning.
-        free: bytes that there are; default: those of `free_memory`.
-        given: a frozen teacher.
-
-    Raises:
-        ConfigError: if a step would take more memory than there is, with the batch size or the accumulation that would not.
+    `workers` loader processes of each training process hold batches ahead; `free` bytes are there, by default those of `free_memory`;
+    other arguments as of `step_memory`. ConfigError, with the batch size or accumulation that fits, if a step would take more.
     """
-    derived, free = derive(config), -engine.largest(-(free or free_memory(engine.device)))  # ranks agree
+    derived, gpu = derive(config), engine.device.type == "cuda"
+    free = -engine.largest(-(free or free_memory(engine.device)))  # ranks agree
     image = sum(4 * config.views.channels * view.size**2 for view in derived.views)
-    here = 1 if engine.device.type == "cuda" else config.engine.devices
+    here = 1 if gpu else config.engine.devices  # processes that share it
     if here * derived.share * image * _MOST <= free:
         return config
-    smallest, kind = 2 * derived.norm_splits, engine.device.type
-    margin, reserve = _MARGINS.get(kind, 1.25), _RESERVES.get(kind, 0)
 
     def needed(share: int) -> float:
-        ahead = 0 if engine.device.type == "cuda" else (2 * workers + 1) * share * image
-        return here * (margin * step_memory(config, engine, share, classes, given) + reserve + ahead)
+        step = step_memory(config, engine, share, classes, given)
+        # Beside a step's tensors, as measured: what kernels and fragments take; what malloc holds (`keep_memory`), and loaders.
+        return 1.15 * step if gpu else here * (1.25 * step + (256 << 20) + (2 * workers + 1) * share * image)
 
+    smallest = 2 * derived.norm_splits
     most, least = needed(derived.share), needed(smallest)
     if most <= free:
         return config
@@ -70,13 +61,13 @@ def fit(
     share = double(smallest, smallest + (free - least) / max(1, image_takes))
     batch, fits = share * derived.passes, least <= free
     if config.fit_batch and fits:
-        scaled = dataclasses.replace(config.optimizer, lr=config.optimizer.lr * batch / config.batch_size)
-        return dataclasses.replace(config, batch_size=batch, fit_batch=False, optimizer=scaled)
+        scaled = replace(config.optimizer, lr=config.optimizer.lr * batch / config.batch_size)
+        return replace(config, batch_size=batch, fit_batch=False, optimizer=scaled)
+    parts, advice = derived.share // share * config.accumulate, "take a smaller network or smaller views"
+    if fits:
+        whole = derived.traits.whole_batch or config.batch_size % (parts * here)
+        advice = f"take batch_size {batch}" + ("" if whole else f", or keep the batch with accumulate {parts}")
     pixels = ", ".join(sorted({str(view.size) for view in derived.views}))
-    parts = derived.share // share * config.accumulate
-    whole = derived.traits.whole_batch or config.batch_size % (parts * here) or not fits
-    advice = f"take batch_size {batch}" if fits else "take a smaller network or smaller views"
-    advice += "" if whole else f", or keep the batch with accumulate {parts}"
     step = f"a step of {config.backbone} with {config.batch_size} images in views of {pixels} pixels"
     raise ConfigError(f"batch_size: {step} takes about {size(round(most))} of memory, {size(free)} are free; {advice}")
 
@@ -86,22 +77,16 @@ def double(share: int, most: float) -> int:
     return share << int(math.log2(max(1, most / share)))
 
 
-def step_memory(config: Config, engine: Engine, share: int, classes: int = 1, given: nn.Module | None = None) -> int:
+def step_memory(config: Config, engine: Engine, share: int, classes: int = 0, given: nn.Module | None = None) -> int:
     """Compute the bytes that training holds at the peak of a step: networks, memory, optimizer, views and what the gradient needs.
 
     A step of the run's own networks is made with tensors that have shapes and no content, so that it takes a second or two and no
     memory, whatever the batch. What kernels take for themselves while they run is not in it. A user's own network or method that needs
-    content to be passed counts as nothing.
-
-    Args:
-        config: the resolved settings.
-        share: images of one accumulated part on one process.
-        classes: of the labels, for supervised learning.
-        given: a frozen teacher.
+    content to be passed counts as nothing. `share` is the images of one accumulated part on one process, `given` a frozen teacher.
     """
-    devices = [engine.device] if engine.device.type == "cuda" else []
+    form, devices = "tiled" if derive(config).traits.tiled else "plain", [engine.device] if engine.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
-        model = create_method(config, torch.Generator(), "tiled" if derive(config).traits.tiled else "plain", classes, given)
+        model = create_method(config, torch.Generator(), form, max(1, classes), given)
     try:
         return _peak(model, config, engine, share)
     except RelsslError:
@@ -113,33 +98,29 @@ def step_memory(config: Config, engine: Engine, share: int, classes: int = 1, gi
 
 
 def _peak(model: Method, config: Config, engine: Engine, share: int) -> int:
+    now = {"teacher_temperature": config.method.teacher_temperature, "teacher_momentum": 0.99, "warmup_mix": 0.5}
+    settings, sides = step_settings(config, model, now), [view.size for view in derive(config).views]
     fake = FakeTensorMode()
     with FakeCopyMode(fake):
         model = copy.deepcopy(model.train())
     with fake, _Living() as living:
         for tensor in [*model.parameters(), *model.buffers()]:
             living.note(tensor)
-        guarded = 3 * sum(buffer.nbytes for buffer in model.buffers())  # the guard's copies, and one for what is read of figures
         optimizer = create_run_optimizer(config, model.student)
-        _pass(model, config, engine, share)
-        optimizer.step()  # its state is there from now on
-        if config.accumulate == 1:
-            optimizer.zero_grad()
-        _pass(model, config, engine, share)
+        for first in (True, False):
+            if derive(config).traits.labels:
+                settings["labels"] = torch.zeros(share, dtype=torch.int64)
+            weak, *strong = (torch.empty(share, config.views.channels, side, side) for side in sides)
+            with engine.autocast():
+                step = model(weak, strong, **settings)
+            step.loss.backward()  # type: ignore[no-untyped-call]
+            if first:
+                optimizer.step()  # its state is there from now on
+                if config.accumulate == 1:
+                    optimizer.zero_grad()
+            del weak, strong, step
         peak: int = living.peak
-    return peak + guarded
-
-
-def _pass(model: Method, config: Config, engine: Engine, share: int) -> None:
-    """Pass views of a share forward and back."""
-    schedules = {"teacher_temperature": config.method.teacher_temperature, "teacher_momentum": 0.99, "warmup_mix": 0.5}
-    settings = step_settings(config, model, schedules)
-    if derive(config).traits.labels:
-        settings["labels"] = torch.zeros(share, dtype=torch.int64)
-    weak, *strong = (torch.empty(share, config.views.channels, view.size, view.size) for view in derive(config).views)
-    with engine.autocast():
-        step = model(weak, strong, **settings)
-    step.loss.backward()  # type: ignore[no-untyped-call]
+    return peak + 3 * sum(buffer.nbytes for buffer in model.buffers())  # the guard's copies, and one for what is read of figures
 
 
 class _Living(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -174,13 +155,13 @@ class _Living(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def peak_memory(engine: Engine, processes: int) -> dict[str, int]:
     """Return {"used", "total", "device_used", "device_total"} in bytes up to now: of this machine, if all `processes` take as much as
     this one, and of its GPU, 0 without one."""
-    total, device_used, device_total = psutil.virtual_memory().total, 0, 0
+    memory = {"used": processes * memory_used(), "total": psutil.virtual_memory().total, "device_used": 0, "device_total": 0}
     with suppress(OSError, ValueError):  # no container, or one without a limit
-        total = min(total, int(_cgroup("memory.max")))
+        memory["total"] = min(memory["total"], _cgroup("memory.max"))
     if engine.device.type == "cuda":
-        device_used = torch.cuda.max_memory_reserved(engine.device)
-        device_total = torch.cuda.get_device_properties(engine.device).total_memory
-    return {"used": processes * memory_used(), "total": total, "device_used": device_used, "device_total": device_total}
+        memory["device_used"] = torch.cuda.max_memory_reserved(engine.device)
+        memory["device_total"] = torch.cuda.get_device_properties(engine.device).total_memory
+    return memory
 
 
 def free_memory(device: torch.device) -> int:
@@ -190,15 +171,15 @@ def free_memory(device: torch.device) -> int:
     free = [psutil.virtual_memory().available]
     for limit, usage in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
         with suppress(OSError, ValueError):  # no container, or one without a limit
-            free.append(int(_cgroup(limit)) - int(_cgroup(usage)))
+            free.append(_cgroup(limit) - _cgroup(usage))
     most, _ = resource.getrlimit(resource.RLIMIT_AS)
     if most != resource.RLIM_INFINITY:
         free.append(most - psutil.Process().memory_info().vms)
     return max(0, min(free))
 
 
-def _cgroup(name: str) -> str:
-    return (Path("/sys/fs/cgroup") / name).read_text()
+def _cgroup(name: str) -> int:
+    return int((Path("/sys/fs/cgroup") / name).read_text())
 
 
 def memory_used() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -18,19 +19,15 @@ from relssl.evaluation.pairs import LabelledPair, choose
 from relssl.method.base import unwrapped
 from relssl.method.health import effective_rank
 from relssl.settings.run import Config, derive
+from relssl.train.checkpoint import State
 from relssl.train.loggers import pictures
-from relssl.train.state import State
 
 _IMAGES, _NEAR = 512, 10  # images that the figures without labels are of, and nearest neighbours of each
 
 
 class Online:
-    """Measurements before the first step and while training.
-
-    Args:
-        images: those of the run, of which up to 512 serve the figures without labels.
-        pair: for kNN; its labels reach nothing but this report.
-    """
+    """Measurements before the first step and while training: of up to 512 of the run's images, and kNN on a `pair`, whose labels reach
+    nothing but this report."""
 
     def __init__(self, images: Images, config: Config, pair: LabelledPair | None = None) -> None:
         workers = worker_count(config.loader.workers, config.engine.devices)
@@ -49,33 +46,28 @@ class Online:
             neighbour_stability: mean share of an image's 10 nearest neighbours that are those of the last time, kept in the state.
             knn_top1, knn_teacher_top1: top-1 in percent at `log.knn`, where there are labels, and a teacher.
         """
-        student = unwrapped(state.model.student).backbone
+        student, teacher = unwrapped(state.model.student).backbone, state.model.teacher
         vectors = extract(student, self.images, self.reader, engine).vectors
         rows, near = unit(vectors), min(_NEAR, len(vectors) - 1)
         nearest = (rows @ rows.T).fill_diagonal_(-torch.inf).topk(near).indices
-        figures = {"feature_rank": float(effective_rank(vectors - vectors.mean(dim=0)))}
+        figures = {"feature_rank": round(float(effective_rank(vectors - vectors.mean(dim=0))), 4)}
         if state.neighbours:
             before = torch.tensor([[int(each) for each in line.split()] for line in state.neighbours])
             shared = (nearest[:, :, None] == before[:, None]).any(dim=-1)
-            figures["neighbour_stability"] = float(shared.float().mean())
+            figures["neighbour_stability"] = round(float(shared.float().mean()), 4)
         state.neighbours = [" ".join(map(str, line)) for line in nearest.tolist()]
-        figures = {name: round(value, 4) for name, value in figures.items()}
-        if self.pair is not None:
-            figures["knn_top1"] = self._top1(self.pair, student, engine)
-            if state.model.teacher is not None:
-                figures["knn_teacher_top1"] = self._top1(self.pair, state.model.teacher.backbone, engine)
-        return figures
+        figures |= self._top1("knn_top1", student, engine)
+        return figures if teacher is None else figures | self._top1("knn_teacher_top1", teacher.backbone, engine)
 
     def baselines(self, state: State, engine: Engine) -> dict[str, float]:
         """Measure the networks before they train; with labels a frozen teacher, and for sets in memory the pixels themselves,
         "knn_raw_pixels", too."""
-        figures = self.measure(state, engine)
-        if self.pair is not None and state.model.given is not None:
+        figures, pair = self.measure(state, engine), self.pair
+        if state.model.given is not None:
             teacher: Any = state.model.given.backbone
-            reader = replace(self.reader, view=teacher.transform)
-            figures["knn_teacher_top1"] = self._top1(self.pair, teacher, engine, reader)
-        if self.pair is not None and all(isinstance(images.source, Pixels) for images in (self.pair.bank, self.pair.test)):
-            figures["knn_raw_pixels"] = self._score(self.pair, *map(_pixels, (self.pair.bank, self.pair.test)))
+            figures |= self._top1("knn_teacher_top1", teacher, engine, replace(self.reader, view=teacher.transform))
+        if pair is not None and all(isinstance(images.source, Pixels) for images in (pair.bank, pair.test)):
+            figures["knn_raw_pixels"] = self._score(pair, lambda images: (images.source.tensor.flatten(1).float(), slice(None)))
         return figures
 
     def projected(self, state: State, engine: Engine) -> dict[str, Any]:
@@ -85,18 +77,20 @@ class Online:
         shown = [pictures(views) for _, views, _ in self.reader.batches(self.images)]
         return {"mat": features.vectors, "metadata": labels, "label_img": torch.cat(shown)}
 
-    def _top1(self, pair: LabelledPair, backbone: nn.Module, engine: Engine, reader: Reader | None = None) -> float:
-        sides = []
-        for images in (pair.bank, pair.test):
-            features = extract(backbone, images, reader or self.reader, engine)
+    def _top1(self, name: str, backbone: nn.Module, engine: Engine, reader: Reader | None = None) -> dict[str, float]:
+        """Return the figure of a network by its name, if there are labels."""
+
+        def features(images: Images) -> tuple[Tensor, Any]:
+            extracted = extract(backbone, images, reader or self.reader, engine)
+            return extracted.vectors, extracted.rows
+
+        return {} if self.pair is None else {name: self._score(self.pair, features)}
+
+    def _score(self, pair: LabelledPair, features: Callable[[Any], tuple[Tensor, Any]]) -> float:
+        def labelled(images: Images) -> tuple[Tensor, Tensor]:
+            vectors, rows = features(images)
             assert images.labels is not None
-            sides.append((features.vectors, torch.from_numpy(images.labels[features.rows])))
-        return self._score(pair, *sides)
+            return vectors, torch.from_numpy(images.labels[rows])
 
-    def _score(self, pair: LabelledPair, bank: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> float:
-        return round(knn_accuracy(LabelledFeatures(*bank, *test, classes=pair.classes), *self.config.log.knn)["top1"], 4)
-
-
-def _pixels(images: Images) -> tuple[Tensor, Tensor]:
-    assert isinstance(images.source, Pixels) and images.labels is not None
-    return images.source.tensor.flatten(1).float(), torch.from_numpy(images.labels)
+        both = LabelledFeatures(*labelled(pair.bank), *labelled(pair.test), classes=pair.classes)
+        return round(knn_accuracy(both, *self.config.log.knn)["top1"], 4)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from operator import attrgetter
@@ -15,32 +15,24 @@ from typing import Any
 import torch
 
 import relssl
-from relssl.data.batched import left_out
 from relssl.data.cache import shrunken
-from relssl.data.images import Images, Pixels
-from relssl.data.loader import Batch, fitting, worker_count
-from relssl.data.named import PREFIXES, SETS, exists, load
-from relssl.data.own import measured
-from relssl.data.subsets import check_variety
+from relssl.data.loader import Batch
+from relssl.data.named import SETS, exists
 from relssl.engine import Engine
 from relssl.errors import ConfigError, DataError, DistributedError, ExportError, RelsslError, StorageError
-from relssl.evaluation.pairs import LabelledPair, choose
 from relssl.files import read_json, read_rows, write_file, write_json
 from relssl.settings import parts, recipes
 from relssl.settings.launcher import rank, with_launch
 from relssl.settings.resuming import going_on, lasting
 from relssl.settings.run import Config, derive, handed_over, to_yaml
-from relssl.settings.small import adjustments, give_way
 from relssl.train import checkpoint
 from relssl.train.console import Display
-from relssl.train.hooks import Hooks
 from relssl.train.loggers import refuse_missing
-from relssl.train.loop import Run, create_run, forward, open_loader, origin, scheduled, train
-from relssl.train.memory import fit
-from relssl.train.online import Online
-from relssl.train.run_folder import RunFolder, default_folder, environment, refuse_used
+from relssl.train.loop import forward, origin, scheduled, train
+from relssl.train.run import Run, build
+from relssl.train.run_folder import Hooks, RunFolder, default_folder, environment, refuse_used
 from relssl.train.signals import StopRequest
-from relssl.train.start import Given, open_sources
+from relssl.train.start import open_sources
 from relssl.weights import store
 from relssl.weights.export import default_target, export
 from relssl.weights.opening import Run as Loaded
@@ -98,36 +90,31 @@ def pretrain(
         Interrupted: on a signal or at the time limit, after saving.
     """
     with handed_over(data, config, settings, overrides) as given:
-        return _begin(with_launch(given), quiet, resume, Hooks(hooks))
+        return _start(with_launch(given), quiet, resume, Hooks(hooks))
 
 
-def _begin(resolved: Config, quiet: bool, resume: str | None, hooks: Hooks) -> Result:
-    """Begin a run in a new folder, or go on in one that holds a run if `resume` says so."""
-    sources = {name: getattr(resolved, name) for name in ("start", "teacher")}  # files, from the root on, or names
-    resolved = dataclasses.replace(resolved, **{k: os.path.abspath(v) for k, v in sources.items() if v and os.path.exists(v)})
-    folder = Path(resolved.out or default_folder(resolved))
-    if resume not in (None, "auto"):
-        raise ConfigError(f"resume: must be auto, got {resume}; to go on with a run: relssl resume RUN")
-    if resume and (folder / "config.yaml").exists():
-        return _go_on(folder, resolved, quiet, hooks)
-    resolved = dataclasses.replace(resolved, out=str(folder), data=_whole_path(resolved.data, resolved.data_root))
-    refuse_missing(resolved.log.to)
-    engine = Engine(resolved.engine)
+def _start(config: Config, quiet: bool, mode: str | None, hooks: Hooks) -> Result:
+    """Start a run in a new folder, or go on with the one in it in `mode` auto; arguments as of `pretrain`."""
+    sources = {name: getattr(config, name) for name in ("start", "teacher")}  # files, from the root on, or names
+    config = dataclasses.replace(config, **{k: os.path.abspath(v) for k, v in sources.items() if v and os.path.exists(v)})
+    folder = Path(config.out or default_folder(config))
+    if mode not in (None, "auto"):
+        raise ConfigError(f"resume: must be auto, got {mode}; to go on with a run: relssl resume RUN")
+    if mode and (folder / "config.yaml").exists():
+        typed = (config.typed or frozenset()) - {"out", "fit_batch"}
+        return resume(folder, quiet=quiet, hooks=hooks.hooks, **{name: attrgetter(name)(config) for name in typed})
+    config = dataclasses.replace(config, out=str(folder), data=_whole_path(config.data, config.data_root))
+    refuse_missing(config.log.to)
+    engine = Engine(config.engine)
     folder = engine.gather_items([folder])[0]  # of the first rank, whatever a script makes of its name on the others
     engine.on_first(lambda: refuse_used(folder))
-    return _run(resolved, folder, engine, quiet, hooks, fresh=True)
+    return _run(config, folder, engine, quiet, hooks)
 
 
 def _whole_path(data: str, root: str | None) -> str:
     """Return DATA that is a path from the root on, so that the run goes on, and is evaluated, from any working folder."""
     path = exists(data, root)
-    return data if data in SETS or path is None else path if path.startswith(PREFIXES) else os.path.abspath(path)
-
-
-def _go_on(folder: Path, wanted: Config, quiet: bool, hooks: Hooks) -> Result:
-    """Go on with the run in a folder, with what the user typed now as of `resume`."""
-    typed = (wanted.typed or frozenset()) - {"out", "fit_batch"}
-    return resume(folder, quiet=quiet, hooks=hooks.hooks, **{name: attrgetter(name)(wanted) for name in typed})
+    return data if data in SETS or path is None else path
 
 
 def resume(
@@ -171,19 +158,15 @@ def resume(
     if over.get("time_limit") == math.inf:
         over["time_limit"] = None
     with parts.at_hand(objects):
-        return _resume(load_run(run), checkpoint, quiet, over, Hooks(hooks))
+        return _go_on(load_run(run), checkpoint, quiet, over, Hooks(hooks))
 
 
-def _resume(loaded: Loaded, checkpoint: str | None, quiet: bool, over: dict[str, Any], hooks: Hooks) -> Result:
-    """Go on with a run whose parts are at hand; arguments as of `resume`."""
-    folder, stored = loaded.folder, loaded.config
-    moved = over.pop("data", None)
+def _go_on(loaded: Loaded, name: str | None, quiet: bool, over: dict[str, Any], hooks: Hooks) -> Result:
+    """Go on with a run from the checkpoint of that `name`; its parts are at hand, other arguments as of `resume`."""
+    folder, stored, moved = loaded.folder, loaded.config, over.pop("data", None)
     config = going_on(stored, over, folder)
-    if (
-        checkpoint is None
-        and (config.epochs, config.max_steps) == (stored.epochs, stored.max_steps)
-        and _complete(folder, config)
-    ):
+    as_long = (config.epochs, config.max_steps) == (stored.epochs, stored.max_steps)
+    if name is None and as_long and _complete(folder, config):
         if not default_target(folder, "student").exists():
             raise unexported(folder, "its file is missing")
         return _result(folder, rank())
@@ -194,8 +177,8 @@ def _resume(loaded: Loaded, checkpoint: str | None, quiet: bool, over: dict[str,
     refuse_missing(config.log.to)
     config = with_launch(config, resumed=True)
     begun = any((folder / "checkpoints").glob("step-*"))
-    saved = loaded.checkpoint(checkpoint) if checkpoint is not None or begun else None
-    return _run(config, folder, Engine(config.engine), quiet, hooks, saved, fresh=False)
+    saved = loaded.checkpoint(name) if name is not None or begun else None
+    return _run(config, folder, Engine(config.engine), quiet, hooks, loaded, saved)
 
 
 def _complete(folder: Path, config: Config) -> bool:
@@ -210,21 +193,27 @@ def _complete(folder: Path, config: Config) -> bool:
 
 
 def _run(
-    config: Config, path: Path, engine: Engine, quiet: bool, hooks: Hooks, saved: Path | None = None, *, fresh: bool
+    config: Config,
+    path: Path,
+    engine: Engine,
+    quiet: bool,
+    hooks: Hooks,
+    loaded: Loaded | None = None,
+    saved: Path | None = None,
 ) -> Result:
-    """Train in a folder, from the checkpoint `saved` or from the start, then export the networks."""
+    """Train in a folder, a new one or that of a `loaded` run with its checkpoint `saved`, if there is one, then export the networks."""
     stop = StopRequest(config.time_limit, config.out, "before its first step; start it again")
     with stop, engine.running(), Display(engine.is_first and not quiet, stop) as display, ExitStack() as stack:
         with explaining(config, engine):
-            recorded = {} if fresh else load_run(path).environment
-            config, given = open_sources(config, saved is not None, recorded)
+            config, given = open_sources(config, saved is not None, loaded.environment if loaded else {})
             run = build(config, engine, display.say, given)
         run.folder = engine.on_first(lambda: stack.enter_context(closing(RunFolder(path, hooks))))
-        engine.on_first(lambda: begin(run, display, fresh))
-        for note in prepare(run, saved):
-            display.say(note)
-        engine.on_first(lambda: write_changes(run))
-        with recording(run, display), explaining(run.config, engine):
+        engine.on_first(lambda: begin(run, display, loaded))
+        for line in prepare(run, saved):
+            display.say(line)
+        if loaded is not None and (changed := lasting(loaded.config, run.config)) != loaded.config:
+            engine.on_first(lambda: write_file(path / "config.yaml", to_yaml(changed).encode()))
+        with recording(run, display, stop), explaining(run.config, engine):
             if run.folder is not None:
                 run.folder.give_up_after(run.state.step)
                 run.folder.status("running", run.state.step)
@@ -239,43 +228,27 @@ def _run(
         return result
 
 
-def begin(run: Run, display: Display, fresh: bool) -> None:
-    """Write what the run is, or check what has changed of it.
-
-    Raises:
-        ConfigError: if the folder was used in the meantime.
-        DataError: if the data moved and holds other images than those that the run was started with.
-    """
+def begin(run: Run, display: Display, loaded: Loaded | None) -> None:
+    """Write what the run is, or check what has changed of the `loaded` one; ConfigError if the folder was used in the meantime, DataError if
+    the data moved and holds other images than those that the run was started with."""
     assert run.folder is not None
     folder, config, facts = run.folder, run.config, {"images": len(run.images), "fingerprint": run.fingerprint}
-    if fresh:
+    if loaded is None:
         refuse_used(folder.path)  # again, now that nobody else can write it
-    if not (folder.path / "config.yaml").exists():
         write_file(folder.path / "config.yaml", to_yaml(config).encode())
-        write_json(
-            folder.path / "environment.json", environment() | {"data": facts, "engine": run.engine.describe()} | run.given.facts
-        )
-    stored = load_run(folder.path)
-    moved = parts.is_handed(config.data) or os.path.abspath(stored.config.data) != os.path.abspath(config.data)
-    if moved and stored.data != facts:
-        images = f"{len(run.images)} images that are not the {stored.data.get('images', '')} of the run"
-        raise DataError(f"{run.images.name}: holds {images}, by their names, order and sizes; give the folder or list that does")
+        about = {"data": facts, "engine": run.engine.describe(), **run.given.facts}
+        write_json(folder.path / "environment.json", environment() | about)
+    elif loaded.data != facts and (
+        parts.is_handed(config.data) or os.path.abspath(loaded.config.data) != os.path.abspath(config.data)
+    ):
+        others = f"{len(run.images)} images that are not the {loaded.data.get('images', '')} of the run"
+        raise DataError(f"{run.images.name}: holds {others}, by their names, order and sizes; give the folder or list that does")
     display.log_to(folder.path / "run.log")
     for line in folder.mend():
         display.say(line)
-    if stored.config.epochs != config.epochs:
-        display.say(
-            f"epochs are {config.epochs} instead of {stored.config.epochs}: from here on the schedules are those of {config.epochs} epochs"
-        )
+    if loaded is not None and (before := loaded.config.epochs) != (now := config.epochs):
+        display.say(f"epochs are {now} instead of {before}: from here on the schedules are those of {now} epochs")
     folder.bad_samples(run.images.bad)
-
-
-def write_changes(run: Run) -> None:
-    """Write down what has changed of a run that goes on."""
-    assert run.folder is not None
-    stored = load_run(run.folder.path).config
-    if (changed := lasting(stored, run.config)) != stored:
-        write_file(run.folder.path / "config.yaml", to_yaml(changed).encode())
 
 
 def prepare(run: Run, saved: Path | None) -> Iterator[str]:
@@ -304,32 +277,20 @@ def prepare(run: Run, saved: Path | None) -> Iterator[str]:
         )
 
 
-@contextmanager
-def recording(run: Run, display: Display) -> Iterator[None]:
-    """Write to status.json, and to the log, why the run ends before its last step."""
-
-    def record(error: BaseException) -> None:
-        display.note(str(error) or type(error).__name__)
-        if run.folder is not None:
-            with suppress(StorageError):  # a full disk must not hide the error that there is to report
-                run.folder.failed(run.state.step, error)
-
-    run.engine.last_words = record
-    try:
-        yield
-    except BaseException as error:
-        record(error)
-        raise
-    finally:
-        run.engine.last_words = id
+def shrink(run: Run, display: Display) -> None:
+    """Let the run read shrunk images, if the settings want it; the first rank finds or writes them while the others wait. If Interrupted,
+    what is shrunk by then stays."""
+    config, images = run.config, run.images
+    if config.loader.cache is not None:
+        source = run.engine.on_first(lambda: shrunken(images, config.loader, display, config.engine.devices))
+        # Once more on the other ranks, as machines may have a disk of their own.
+        source = source or shrunken(images, config.loader, display, config.engine.devices)
+        run.engine.wait()
+        run.read(dataclasses.replace(images, source=source))
 
 
 def hand_over(run: Run, display: Display) -> None:
-    """Export the networks of a run that is done; it stays so if that fails, and `relssl export` can try again.
-
-    Raises:
-        ExportError: what went wrong, and what to do.
-    """
+    """Export the networks of a run that is done; it stays so if that fails with an ExportError, and `relssl export` can try again."""
     assert run.folder is not None
     path, few = run.folder.path, run.images.subset(range(min(4, len(run.images))))  # enough to notice a wrong file, and quick
     ending = {"exit_code": 0, "last_checkpoint": store.step_folder(path, run.state.step).name}
@@ -365,85 +326,24 @@ def _result(folder: Path, number: int) -> Result:
     return Result(folder, default_target(folder, "student"), read_rows(folder / "metrics.jsonl"), number)
 
 
-def build(config: Config, engine: Engine, say: Callable[[str], None] = lambda line: None, given: Given | None = None) -> Run:
-    """Load a run's images and create the run, ready for its first step and without a folder; `say` gets a line for what takes a while."""
-    if given is None:
-        config, given = open_sources(config)
-    labelled = derive(config).traits.labels
-    say(f"reading the images of {config.data}")
-    images = load_images(config)
-    check_variety(images, config.loader.max_pixels)
-    if labelled and images.class_count < 2:
-        raise DataError(
-            f"{images.name}: {config.method.name} needs a label for each image, of two classes or more; take a labelled set, lay the "
-            "images out as train/CLASS/ and val/CLASS/, or take a method without labels"
-        )
-    workers = 0 if images.in_memory else worker_count(config.loader.workers, config.engine.devices)
-    settings = complete_settings(config, images)
-    if settings.views.channels != 3 and (config.views.mean is None or config.views.std is None):
-        say("views: {} channels of means {} and deviations {}".format(settings.views.channels, *settings.views.statistics()))
-    if operations := left_out(derive(settings).views, images.channels):
-        say(f"views: without {', '.join(operations)}, which mean nothing on {images.channels} channels")
-    for line in adjustments(config, settings, len(images)):
-        say(line)
-    enough = len(images) >= settings.batch_size  # too few are refused by the loader
-    if enough:
-        config = fit(settings, engine, workers, images.class_count if labelled else 1, given=given.frozen_teacher(settings))
-    else:
-        config = settings
-    if config.batch_size != settings.batch_size:
-        say(f"batch_size is {config.batch_size}, which fits in memory, with optimizer.lr {config.optimizer.lr:g}")
-    online, pair = None, None
-    if config.log.knn_every and engine.is_first:
-        try:
-            pair = LabelledPair.load(config.data, config.data_root, config.log.knn_images, config.seed)
-        except DataError as error:  # data without a test part is not evaluated, nor is one without labels to vote about
-            if images.labels is not None:
-                images = dataclasses.replace(images, notes=(*images.notes, f"no kNN while training: {error}"))
-        if pair is not None and (pair.bank.labels is None or pair.bank.labels.min() == pair.bank.labels.max()):
-            pair = None
-        online = Online(images, config, pair)
-    say(f"building {parts.title(config.backbone)}")
-    return create_run(config, engine, images, online, given)
+@contextmanager
+def recording(run: Run, display: Display, stop: StopRequest) -> Iterator[None]:
+    """Write to status.json, and to the log, why the run ends before its last step."""
 
+    def record(error: BaseException) -> None:
+        display.note(str(error) or type(error).__name__)
+        if run.folder is not None:
+            with suppress(StorageError):  # a full disk must not hide the error that there is to report
+                run.folder.failed(run.state.step, error)
 
-def load_images(config: Config) -> Images:
-    """Return the images that a run trains on."""
-    images = load(config.data, config.data_root, "bank" if derive(config).traits.labels else "train")
-    return images if config.max_images is None else choose(images, config.max_images, config.seed)
-
-
-def complete_settings(config: Config, images: Images) -> Config:
-    """Return the settings with what only the data can say, small data's included.
-
-    Raises:
-        ConfigError: if a view is larger than the images of a set in memory, or settings do not fit so few images.
-        DataError: if there are fewer than four images.
-    """
-    config = give_way(config, len(images))
-    views = config.views
-    if isinstance(images.source, Pixels) and not views.enlarge:
-        side = min(images.source.tensor.shape[-2:])
-        name = "views.crops" if views.crops else "views.strong.size"
-        sizes = [("views.weak.size", views.weak.size), *((name, view.size) for view in derive(config).strong)]
-        faults = [
-            f"{name}: {size} is larger than the images of {images.name} ({side} x {side} pixels), which would only be blown up; "
-            "views.enlarge true does so all the same"
-            for name, size in sizes
-            if size > side
-        ]
-        if faults:
-            raise ConfigError(*faults)
-    margin, channels, mean, std = views.margin or (1.0 if images.in_memory else 256 / 224), views.channels, views.mean, views.std
-    if images.channels != 3 and "views.channels" not in (config.typed or {"views.channels"}):
-        channels = images.channels
-    fitting(channels, images)
-    if mean is None or std is None:
-        usual = (images.mean, images.std) if images.channels == 3 else measured(images)
-        mean, std = (given or values * (channels // len(values) or 1) for given, values in zip((mean, std), usual, strict=True))
-    views = dataclasses.replace(views, channels=channels, mean=mean, std=std, margin=margin)
-    views.statistics()  # refuses another number of them
-    return dataclasses.replace(config, views=views)
+    run.engine.last_words = record
+    try:
+        yield
+    except BaseException as error:
+        record(stop.cause(error))
+        raise
+    finally:
+        run.engine.last_words = id
 
 
 @contextmanager
@@ -492,7 +392,7 @@ def compile_networks(run: Run) -> str | None:
                 pass_noise(run, run.plan.share)
                 state.optimizer.zero_grad(set_to_none=True)
     except Exception as error:  # whatever a compiler runs into
-        fault = next(iter(str(error).splitlines()), type(error).__name__)[:160]
+        fault = store.one_line(error)[:160] or type(error).__name__
     state.guard.take_back()
     state.optimizer.zero_grad(set_to_none=True)
     if engine.largest(len(fault)):
@@ -515,24 +415,3 @@ def pass_noise(run: Run, share: int) -> None:
         with run.engine.autocast():
             step = forward(run, Batch(ids, weak, strong), scheduled(run, run.total_steps - 1))
         step.loss.backward()  # type: ignore[no-untyped-call]
-
-
-def shrink(run: Run, display: Display) -> None:
-    """Let the run read shrunk images, if the settings want it; the first rank finds or writes them while the others wait.
-
-    Raises:
-        Interrupted: on a signal or at the time limit; what is shrunk by then stays.
-    """
-    config, images = run.config, run.images
-    if config.loader.cache is not None:
-        source = run.engine.on_first(lambda: shrunken(images, config.loader, display, config.engine.devices))
-        # Once more on the other ranks, as machines may have a disk of their own.
-        source = source or shrunken(images, config.loader, display, config.engine.devices)
-        run.engine.wait()
-        read(run, dataclasses.replace(images, source=source))
-
-
-def read(run: Run, images: Images) -> None:
-    """Train on the same images from another source."""
-    assert images.fingerprint() == run.fingerprint
-    run.images, run.loader = images, open_loader(run.config, run.engine, run.plan, images)

@@ -26,12 +26,8 @@ _CLOCK = ("images_per_second", "data_wait")
 def prove(settings: Mapping[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
     """Make a short run, and once more from a checkpoint on, each in processes of its own; return whether state and rows are equal.
 
-    Args:
-        settings: as they are typed, by dotted names; `data` and `config`, too.
-        say: gets a line before each run.
-
-    Raises:
-        RelsslError: if a run fails, with its exit code and last line.
+    `settings` are as they are typed, by dotted names, with `data` and `config`; `say` gets a line before each run. RelsslError if a run
+    fails, with its exit code and last line.
     """
     with tempfile.TemporaryDirectory(prefix="relssl-") as folder:
         whole, cut = Path(folder, "whole"), Path(folder, "cut")

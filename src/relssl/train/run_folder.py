@@ -1,4 +1,4 @@
-"""The run folder: created once, never overwritten silently, written by one process at a time."""
+"""The run folder: created once, never overwritten silently, written by one process at a time; and the user's hooks on what is written."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import relssl
-from relssl.errors import ConfigError, Interrupted, LockedError, StorageError
+from relssl.errors import ConfigError, HookError, Interrupted, LockedError, StorageError
 from relssl.files import read_rows, to_json, write_file, write_json
 from relssl.settings.recipes import public_name
 from relssl.settings.run import Config
-from relssl.train.hooks import Hooks
 from relssl.train.loggers import Loggers
 from relssl.weights import store
 
+EVENTS = ("on_start", "on_row", "on_evaluation", "on_checkpoint", "on_end")  # docs/own-parts.md says what each gets, and when
 _PACKAGES = ("torch", "torchvision", "timm", "lightning", "numpy", "scikit-learn", "safetensors", "Pillow")
 
 
@@ -40,13 +40,31 @@ def default_folder(config: Config) -> str:
     return f"runs/{name.removesuffix('.yaml').removesuffix('.yml').replace('/', '-')}-{config.seed}"
 
 
-class RunFolder:
-    """A run's files, for the one process that writes them, with the hooks that follow them.
+class Hooks:
+    """The user's objects that are told what happens in a run, each with methods of `EVENTS` of one argument; ConfigError if one has none."""
 
-    Raises:
-        LockedError: if another process writes the folder.
-        StorageError: if it cannot be written.
-    """
+    def __init__(self, hooks: Iterable[Any] = ()) -> None:
+        if not isinstance(hooks, (list, tuple)):
+            raise ConfigError(f"hooks: needs a list of objects, got a {type(hooks).__name__}")
+        for hook in hooks:
+            title = getattr(hook, "__name__", type(hook).__name__)  # of a class or function its own
+            if isinstance(hook, type) or not any(callable(getattr(hook, event, None)) for event in EVENTS):
+                raise ConfigError(f"hooks: {title} is no object with one of {', '.join(EVENTS)}")
+        self.hooks = hooks
+
+    def call(self, event: str, subject: Any) -> None:
+        """Tell all hooks that have a method for the event, in their order; HookError if one raises, which ends the run."""
+        for hook in self.hooks:
+            try:
+                getattr(hook, event, lambda _: None)(subject)
+            except Exception as error:  # whatever a user's code raises
+                reason = " ".join(f"{type(error).__name__}: {error}".split())
+                raise HookError(f"hooks: {type(hook).__name__}.{event} failed ({reason}); what was saved before stays") from error
+
+
+class RunFolder:
+    """A run's files, for the one process that writes them, with the hooks that follow them; LockedError if another one writes the folder,
+    StorageError if it cannot be written."""
 
     def __init__(self, path: Path, hooks: Hooks | None = None) -> None:
         self.path, self.checkpoints, self.hooks = path, path / "checkpoints", hooks or Hooks()
@@ -68,7 +86,6 @@ class RunFolder:
         self._listed = {row.get("file") for row in read_rows(path / "bad_samples.jsonl")}
         self._rows: Any = None
         self._loggers: Loggers | None = None
-        self.draw: Callable[[Callable[[Any], object]], None] = lambda draws: None  # see `Loggers.draw`
 
     def status(self, state: str, step: int, **facts: Any) -> None:
         """Write to status.json where the run stands; state is running, complete, interrupted or failed."""
@@ -113,7 +130,6 @@ class RunFolder:
         write_file(path, b"".join(to_json(row, None) for row in rows))
         self._rows = path.open("ab")
         self._loggers = Loggers(config, self.path, rows, start, say)
-        self.draw = self._loggers.draw
 
     def write_row(self, row: dict[str, Any]) -> None:
         """Append one row of figures; it has reached the operating system when this returns."""
@@ -124,6 +140,11 @@ class RunFolder:
         self.hooks.call("on_row", row)
         if "knn_top1" in row:
             self.hooks.call("on_evaluation", row)
+
+    def draw(self, show: Callable[..., None], *subjects: Any) -> None:
+        """Let `show` draw its subjects in TensorBoard, see `Loggers.draw`."""
+        if self._loggers is not None:
+            self._loggers.draw(show, *subjects)
 
     def close(self) -> None:
         """Close all files, and let others write the folder."""

@@ -10,7 +10,7 @@ import time
 from types import FrameType
 from typing import Any
 
-from relssl.errors import STOPPING, TIME_LIMIT, Interrupted
+from relssl.errors import STOPPING, TIME_LIMIT, Interrupted, RelsslError
 
 _SAME = 2.0  # seconds within which a signal that comes again is the same request: launchers pass on what their group gets as well
 
@@ -37,9 +37,18 @@ class StopRequest:
             self._handlers = {number: signal.signal(number, self._receive) for number in heard}
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: one that is not Python's
+        if error is not None and (cause := self.cause(error)) is not error:
+            raise cause from error
+
+    def cause(self, error: BaseException) -> BaseException:
+        """Return what ends a run: libraries that were being imported may have made another error of the request to end at once."""
+        return error if self.at_once is None or not self.code or isinstance(error, RelsslError) else self._interrupted()
+
+    def _interrupted(self) -> Interrupted:
+        return Interrupted(f"stopped {self.reason} {self.at_once}".strip(), self.code)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if time.monotonic() - self._received > _SAME:
@@ -48,7 +57,7 @@ class StopRequest:
         if not self.code:
             self.code, self.reason = STOPPING[signal.Signals(number)], f"by {signal.Signals(number).name}"
             if self.at_once is not None:
-                raise Interrupted(f"stopped {self.reason} {self.at_once}".strip(), self.code)
+                raise self._interrupted()
 
     def pending(self) -> int:
         """Return the exit code of a pending request, or 0."""

@@ -61,19 +61,13 @@ class Given:
 
 
 def open_sources(config: Config, begun: bool = False, recorded: Mapping[str, Any] | None = None) -> tuple[Config, Given]:
-    """Open what `start` and `teacher` name; a run that has begun does not need the first again.
+    """Open what `start` and `teacher` name; a run that has `begun`, with a checkpoint, does not need the first again.
 
-    Args:
-        config: the settings.
-        begun: the run goes on from a checkpoint.
-        recorded: facts of the sources as the run noted them when it was started; other weights are refused.
-
-    Returns:
-        The settings, with the network that comes with the weights and what a frozen teacher asks for, and the weights.
+    Returns the settings, with the network that comes with the weights and what a frozen teacher asks for, and the weights.
 
     Raises:
         ConfigError: if a source is none, or does not fit what was typed; the setting comes first.
-        CheckpointError: if its weights are damaged, untrained, or not those of `recorded`.
+        CheckpointError: if its weights are damaged, untrained, or not those whose facts the run has `recorded` when it was started.
     """
     for recipe, setting in (("continue", "start"), ("distil", "teacher")):
         if config.recipe == recipe and getattr(config, setting) is None:
