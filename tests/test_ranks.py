@@ -227,7 +227,8 @@ def test_torchrun_restarts_what_was_killed(two: Path, tmp_path: Path) -> None:
     for mark in ("config.yaml", "checkpoints/step-00000003"):
         ranks = family(agent, 2)
         wait_for(folder / mark, agent)
-        ranks[1].kill()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            ranks[1].kill()
         psutil.wait_procs(ranks, timeout=60)
     finish(agent)
     assert "going on exactly from step" in (folder / "run.log").read_text() and equal_runs(two, folder)
