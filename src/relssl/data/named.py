@@ -146,26 +146,23 @@ def exists(data: str, root: str | None) -> str | None:
 
 def _fault(data: str, path: str) -> str | None:
     """Return why DATA is neither a folder nor a list file, and what to do; None if it is one."""
-    ending, is_list, is_file = path.lower().rpartition(".")[2], path.lower().endswith(LIST_SUFFIXES), os.path.isfile(path)
+    ending, is_file, is_list = path.lower().rpartition(".")[2], os.path.isfile(path), path.lower().endswith(LIST_SUFFIXES)
     if os.path.isdir(path) or (is_list and is_file and os.path.getsize(path)):
         return None
-    if is_list and is_file:
-        return "is an empty list; needs the path of an image on each line"
-    if re.match(r"\w{2,9}:", data):
-        return "images are read from disks alone; download them into a folder and name that"
-    if ending in ("zip", "tar", "gz", "tgz", "bz2", "xz", "zst", "7z", "rar"):
-        return "is an archive; unpack it and name the folder"
-    if is_file and ending in EXTENSIONS:
-        return "is a single image; name the folder that it lies in"
-    if os.path.exists(path):
-        return f"is neither a folder of images nor a list file ({', '.join(LIST_SUFFIXES)})"
-    if set("*?") & set(data):
-        return "is a pattern; name the folder, or a list file, which `ls PATTERN > list.txt` makes"
-    if "," in data and all(map(os.path.exists, data.split(","))):
-        return "names several folders; join them in a list file: (relssl list A; relssl list B) > list.txt"
-    if os.sep in data or is_list:
-        return f"no such folder or list file (looked in {shown(os.getcwd())})"
-    return f"neither a folder nor a known data set; the nearest is {nearest_word(data, SETS)} (known: {', '.join(SETS)})"
+    archives, suffixes = ("zip", "tar", "gz", "tgz", "bz2", "xz", "zst", "7z", "rar"), ", ".join(LIST_SUFFIXES)
+    several = "," in data and all(map(os.path.exists, data.split(",")))
+    faults = {  # the first that holds
+        "is an empty list; needs the path of an image on each line": is_list and is_file,
+        "images are read from disks alone; download them into a folder and name that": re.match(r"\w{2,9}:", data),
+        "is an archive; unpack it and name the folder": ending in archives,
+        "is a single image; name the folder that it lies in": is_file and ending in EXTENSIONS,
+        f"is neither a folder of images nor a list file ({suffixes})": os.path.exists(path),
+        "is a pattern; name the folder, or a list file, which `ls PATTERN > list.txt` makes": set("*?") & set(data),
+        "names several folders; join them in a list file: (relssl list A; relssl list B) > list.txt": several,
+        f"no such folder or list file (looked in {shown(os.getcwd())})": os.sep in data or is_list,
+        f"neither a folder nor a known data set; the nearest is {nearest_word(data, SETS)} (known: {', '.join(SETS)})": True,
+    }
+    return next(fault for fault, holds in faults.items() if holds)
 
 
 def fetch(name: str, root: str, read: Callable[..., Any]) -> Any:

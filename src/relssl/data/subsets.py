@@ -116,12 +116,8 @@ def shared(bank: Images, test: Images) -> int:
     alike: dict[bytes, list[int]] = defaultdict(list)  # of the test images; the larger side is gone through without being held
     for row, mark in enumerate(_marks(test.source)):
         alike[mark].append(row)
-    common: set[int] = set()
-    for row, mark in enumerate(_marks(bank.source)):
-        for other in set(alike.get(mark, ())) - common:
-            if bank.source.beginning(row) == test.source.beginning(other):
-                common.add(other)
-    return len(common)
+    pairs = ((row, other) for row, mark in enumerate(_marks(bank.source)) for other in alike.get(mark, ()))
+    return len({other for row, other in pairs if bank.source.beginning(row) == test.source.beginning(other)})
 
 
 def _marks(source: Source) -> Iterator[bytes]:
