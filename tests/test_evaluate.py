@@ -199,7 +199,7 @@ def test_collapsed_and_broken_networks_are_refused(value: float, fault: str, fin
     weights = load_file(finished / "export/backbone.safetensors")
     save_file({k: torch.full_like(v, value) if v.is_floating_point() else v for k, v in weights.items()}, file)
     with pytest.raises(NumericError, match=fault):
-        relssl.evaluate(file, protocol="retrieval", **QUICK)
+        relssl.evaluate(file, protocol="retrieval", **QUICK | {"network": None})
 
 
 def test_settings_are_checked_before_anything_is_loaded() -> None:
