@@ -17,7 +17,7 @@ import torch
 import relssl
 from relssl.data.cache import shrunken
 from relssl.data.loader import Batch
-from relssl.data.named import PREFIXES, SETS, exists
+from relssl.data.named import SETS, exists
 from relssl.engine import Engine
 from relssl.errors import ConfigError, DataError, DistributedError, ExportError, RelsslError, StorageError
 from relssl.files import read_json, read_rows, write_file, write_json
@@ -114,7 +114,7 @@ def _start(config: Config, quiet: bool, mode: str | None, hooks: Hooks) -> Resul
 def _whole_path(data: str, root: str | None) -> str:
     """Return DATA that is a path from the root on, so that the run goes on, and is evaluated, from any working folder."""
     path = exists(data, root)
-    return data if data in SETS or path is None else path if path.startswith(PREFIXES) else os.path.abspath(path)
+    return data if data in SETS or path is None else path
 
 
 def resume(
