@@ -56,13 +56,8 @@ View = Callable[[Any], Any]
 Style = Callable[[int, Any, Any], tuple[View, View]]  # (size, mean, std) -> the weak and the contrastive view
 Step = Callable[[Tensor, Tensor], None]  # (weak, strong), each [B, 3, S, S] on the device
 # A network of a few thousand weights, to try the code.
-TINY: Record = {
-    "backbone_args": {"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 8], "zero_init_last": False},
-    "encoder.projector_hidden": 32,
-    "encoder.dim": 16,
-    "batch_size": 16,
-    "method.memory_size": 64,
-}
+TINY: Record = {"encoder.projector_hidden": 32, "encoder.dim": 16, "batch_size": 16, "method.memory_size": 64}
+TINY |= {"backbone_args": {"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 8], "zero_init_last": False}}
 
 
 class Work(NamedTuple):

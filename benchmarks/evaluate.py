@@ -61,14 +61,14 @@ def blobs(bank: int, test: int, dims: int, classes: int = 10) -> Points:
     return points[:bank], labels[:bank], points[bank:], labels[bank:]
 
 
-def knn_here(points: Points) -> float:
+def knn_here(points: Points, strength: None = None) -> float:
     """Classify by our vote."""
     similarity, index = neighbours(points[0], points[2], K)
     scores = votes(similarity, points[1][index], TEMPERATURE, int(points[1].max()) + 1)
     return 100 * float((scores.argmax(dim=1) == points[3]).float().mean())
 
 
-def knn_sklearn(points: Points) -> float:
+def knn_sklearn(points: Points, strength: None = None) -> float:
     """Classify by scikit-learn's form of the same vote."""
     bank, labels, test, truth = (each.numpy() for each in points)
     model = KNeighborsClassifier(K, algorithm="brute", metric="cosine", weights=lambda far: np.exp((1 - far) / TEMPERATURE))
@@ -87,14 +87,12 @@ def probe_sklearn(points: Points, strength: float | None) -> float:
     """Fit and test scikit-learn's logistic regression, at the same penalties and on the same held-out images."""
     scaler, settings, labels = StandardScaler(), ProbeConfig(), points[1].numpy()
     bank, test, truth = scaler.fit_transform(points[0].numpy()), scaler.transform(points[2].numpy()), points[3].numpy()
-    out = hold_out(points[1], int(labels.max()) + 1, settings.held_out, 0)[0].numpy()
     model = LogisticRegression(C=1 / ((strength or 1) * len(labels)), max_iter=settings.iterations)
     if strength is None:
-        costs = [1 / (each * int((~out).sum())) for each in settings.strengths]
-        split = [((~out).nonzero()[0], out.nonzero()[0])]
+        out = hold_out(points[1], int(labels.max()) + 1, settings.held_out, 0)[0].numpy()
+        costs, split = [1 / (each * int((~out).sum())) for each in settings.strengths], [((~out).nonzero()[0], out.nonzero()[0])]
         model = LogisticRegressionCV(Cs=costs, cv=split, max_iter=settings.iterations, scoring="accuracy")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of iterations, and of names that change between versions
+    with warnings.catch_warnings(action="ignore"):  # of iterations, and of names that change between versions
         return 100 * float(model.fit(bank, labels).score(test, truth))
 
 
@@ -102,9 +100,14 @@ TASKS: dict[str, dict[str, Callable[..., float]]] = {
     "knn": {"relssl": knn_here, "scikit-learn": knn_sklearn},
     "probe": {"relssl": probe_here, "scikit-learn": probe_sklearn},
 }
+# The penalties that each is measured at; None: chosen among several.
+WAYS: dict[str, dict[str, float | None]] = {
+    "knn": {f"k {K}": None},
+    "probe": {"one penalty, 0.001": 1e-3, "the penalty chosen": None},
+}
 
 
-def labelling(task: str, name: str, sizes: tuple[int, int, int], threads: int, **penalty: float | None) -> Work:
+def labelling(task: str, name: str, sizes: tuple[int, int, int], threads: int, strength: float | None = None) -> Work:
     """Return a fit, if any, and the labelling of all test points as work, of random points."""
     torch.set_num_threads(threads)
     threadpool_limits(threads)
@@ -112,7 +115,7 @@ def labelling(task: str, name: str, sizes: tuple[int, int, int], threads: int, *
 
     def run(count: int) -> None:
         for _ in range(count):
-            facts["top1"] = round(TASKS[task][name](points, **penalty), 2)
+            facts["top1"] = round(TASKS[task][name](points, strength), 2)
 
     return Work(run, len(points[2]), facts)
 
@@ -120,12 +123,9 @@ def labelling(task: str, name: str, sizes: tuple[int, int, int], threads: int, *
 def measure_labelling(args: argparse.Namespace, task: str) -> Record:
     """Compare kNN with scikit-learn's brute force, or the probe with its logistic regression."""
     sizes = (500, 100, 16) if args.tiny else (50_000, 10_000, 512)
-    ways: dict[str, Record] = {f"k {K}": {}}
-    if task == "probe":
-        ways = {"one penalty, 0.001": {"strength": 1e-3}, "the penalty chosen": {"strength": None}}
     results: Record = {"sizes": sizes}
-    for title, penalty in ways.items():
-        rivals = {name: partial(labelling, task, name, sizes, args.threads, **penalty) for name in TASKS[task]}
+    for title, strength in WAYS[task].items():
+        rivals = {name: partial(labelling, task, name, sizes, args.threads, strength) for name in TASKS[task]}
         results[title] = measure(args, f"{task}, {title}", rivals, ["scikit-learn"])
     return results
 

@@ -14,9 +14,9 @@ from typing import Any
 
 from relssl.reproduction.results import curves, page
 from relssl.settings import recipes
-from relssl.settings.names import words
-from relssl.settings.reading import leaves
-from relssl.settings.run import METHODS, Config, differences, resolve
+from relssl.settings.methods import METHODS
+from relssl.settings.reading import leaves, words
+from relssl.settings.run import Config, differences, resolve
 
 ROOT = Path(__file__).parents[1]
 _GROUPS = {"": "ReSSL, extended, and sets of one's own", "nips": "ReSSL, conference version", "solo": "ReSSL as in solo-learn"}

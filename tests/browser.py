@@ -5,7 +5,6 @@ On Debian: apt-get install -y chromium
 
 from __future__ import annotations
 
-import base64
 import itertools
 import json
 import os
@@ -102,12 +101,3 @@ class Browser:
 
     def focus(self, selector: str) -> None:
         self.js(f"document.querySelector({json.dumps(selector)}).focus()")
-
-    def shot(self, path: Path, selector: str | None = None, whole: bool = False) -> None:
-        """Write a picture of what is seen, of an element or of the whole page, as PNG."""
-        more: dict[str, Any] = {}
-        if selector or whole:
-            code = "(() => {const b = document.querySelector(%s).getBoundingClientRect();return [b.x, b.y + scrollY, b.width, b.height]})()"
-            x, y, width, height = self.js(code % json.dumps(selector or "html"))
-            more = {"captureBeyondViewport": True, "clip": {"x": x, "y": y, "width": width, "height": height, "scale": 1}}
-        path.write_bytes(base64.b64decode(self("Page.captureScreenshot", **more)["data"]))

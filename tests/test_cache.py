@@ -8,8 +8,6 @@ import pickle
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from bad_images import SKIP
@@ -26,16 +23,12 @@ from relssl.data.cache import PIXELS, TABLE, Shrunk, place, shrunken
 from relssl.data.images import Files, Images
 from relssl.data.loader import Plan
 from relssl.data.named import load
-from relssl.engine import Engine
 from relssl.errors import DataError, Interrupted, StorageError
-from relssl.settings.reading import merge
-from relssl.settings.run import LoaderConfig, resolve
+from relssl.settings.run import LoaderConfig
 from relssl.train.console import Display
 from relssl.train.pretrain import resume
-from relssl.train.pretrain import shrink as shrink_images
-from relssl.train.run import build
 from relssl.train.signals import StopRequest
-from small_runs import SMALL, differing, final_state, repeatable_rows, small_run
+from small_runs import differing, final_state, repeatable_rows, small_run
 from test_loaders import batches, equal, loader_of
 
 COUNT, SIDE = 20, 40
@@ -63,18 +56,14 @@ class Report:
         yield advance
 
 
-def paint(path: Path, number: int) -> None:
-    """Wide, tall, square, and every fourth small enough to stay as it is."""
-    coarse = np.random.default_rng(number).integers(0, 256, (6, 8, 3), dtype=np.uint8)
-    size = [(90, 60), (50, 101), (64, 64), (40, 31)][number % 4]
-    Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(path)
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
+    """Wide, tall, square, and every fourth small enough to stay as it is."""
     (tmp_path / "images").mkdir()
     for number in range(COUNT):
-        paint(tmp_path / "images" / f"{number:02}.png", number)
+        coarse = np.random.default_rng(number).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+        size = [(90, 60), (50, 101), (64, 64), (40, 31)][number % 4]
+        Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(tmp_path / f"images/{number:02}.png")
     return tmp_path / "images"
 
 
@@ -88,21 +77,6 @@ def options(tmp_path: Path) -> LoaderConfig:
     return LoaderConfig(workers=0, cache=SIDE, cache_folder=str(tmp_path / "kept"))
 
 
-def pixels_at(shrunk: Shrunk, row: int) -> Image.Image:
-    with shrunk.open(row, 0) as opened:
-        return opened.rgb(1)
-
-
-def pixels_of(shrunk: Shrunk) -> list[bytes]:
-    return [pixels_at(shrunk, row).tobytes() for row in range(len(shrunk)) if row not in shrunk.bad]
-
-
-def whole_of(images: Images, root: Path) -> list[bytes]:
-    """All pixels of a cache that nothing disturbs."""
-    options = LoaderConfig(workers=0, cache=SIDE, cache_folder=str(root / "whole"))
-    return pixels_of(shrunken(images, options, Report()))
-
-
 def by_hand(path: Path) -> Image.Image:
     image = Image.open(path).convert("RGB")
     width, height = image.size
@@ -110,6 +84,15 @@ def by_hand(path: Path) -> Image.Image:
         return image
     size = (SIDE, round(height * SIDE / width)) if width < height else (round(width * SIDE / height), SIDE)
     return image.resize(size, Image.Resampling.LANCZOS)
+
+
+def check(images: Images, options: LoaderConfig, report: Report | None = None) -> Shrunk:
+    """The cache, once it is made; all its pixels are those of images shrunk by hand."""
+    shrunk = shrunken(images, options, report or Report())
+    for row in range(len(images)):
+        with shrunk.open(row, 0) as opened:
+            assert opened.rgb(1).tobytes() == by_hand(Path(images.source.name(row))).tobytes()
+    return shrunk
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -128,64 +111,60 @@ def test_views_equal_those_of_images_shrunk_beforehand(workers: int, folder: Pat
 
 def test_a_second_run_uses_it_and_both_report_what_it_costs(images: Images, options: LoaderConfig) -> None:
     report, again = Report(), Report()
-    first = shrunken(images, options, report)
+    first = check(images, options, report)
     size = os.path.getsize(first.folder / PIXELS)
     assert report.steps == [8, 16, 20] and f"{size / 1e6:.1f} MB" in report.lines[-1]
-    second = shrunken(images, options, again)
-    assert again.steps == [] and again.lines == report.lines[-1:]
-    assert pixels_of(second) == pixels_of(first) and size == second.total
-    assert len(pickle.dumps(second)) < 3000  # workers are not sent the pixels
-    assert pixels_of(pickle.loads(pickle.dumps(second))) == pixels_of(first)
+    second = check(images, options, again)
+    assert again.steps == [] and again.lines == report.lines[-1:] and size == second.total
+    copy = pickle.dumps(second)
+    assert len(copy) < 3000  # workers are not sent the pixels
+    with pickle.loads(copy).open(3, 0) as opened, first.open(3, 0) as other:
+        assert opened.rgb(1).tobytes() == other.rgb(1).tobytes()
 
 
 def test_other_images_sides_and_limits_have_caches_of_their_own(folder: Path, images: Images, options: LoaderConfig) -> None:
-    as_bitmap = folder.parent / "bitmaps"
-    as_bitmap.mkdir()
+    bitmaps, elsewhere = folder.parent / "bitmaps", folder.parent / "elsewhere"
+    bitmaps.mkdir()
     for file in folder.iterdir():
-        Image.open(file).save(as_bitmap / f"{file.stem}.bmp")
-    bitmaps = load(str(as_bitmap), None, "train")
-    before = place(bitmaps, options)
-    shutil.copytree(as_bitmap, folder.parent / "elsewhere")
-    assert place(load(str(folder.parent / "elsewhere"), None, "train"), options) == before
-    content = bytearray((as_bitmap / "03.bmp").read_bytes())
+        Image.open(file).save(bitmaps / f"{file.stem}.bmp")
+    shutil.copytree(bitmaps, elsewhere)
+    before, copied = (place(load(str(each), None, "train"), options) for each in (bitmaps, elsewhere))
+    assert copied == before
+    content = bytearray((bitmaps / "03.bmp").read_bytes())
     content[-1] ^= 255
-    (as_bitmap / "03.bmp").write_bytes(content)  # of the same size and name
-    others = [{"cache": SIDE + 1}, {"max_pixels": 4000}, {"reduced_decode": False}]
-    places = {before, place(bitmaps, options), place(images, options)}
+    (bitmaps / "03.bmp").write_bytes(content)  # of the same size and name
+    others: list[dict[str, Any]] = [{}, {"cache": SIDE + 1}, {"max_pixels": 4000}, {"reduced_decode": False}]
+    places = {before, place(load(str(bitmaps), None, "train"), options)}
     places |= {place(images.subset(rows), options) for rows in (range(5), [1, 0])}
-    places |= {place(images, dataclasses.replace(options, **other)) for other in others}  # type: ignore[arg-type]
+    places |= {place(images, dataclasses.replace(options, **other)) for other in others}
     assert len(places) == 8
 
 
 def test_what_is_damaged_is_made_again(images: Images, options: LoaderConfig) -> None:
-    first = shrunken(images, options, Report())
-    whole, table, pixels = pixels_of(first), first.folder / TABLE, first.folder / PIXELS
+    first = check(images, options)
+    table, pixels = first.folder / TABLE, first.folder / PIXELS
     for path, content in (
         *((table, table.read_bytes().replace(b"\x28", b"\x29")), (table, table.read_bytes()[:50]), (table, b"something else")),
         *((pixels, pixels.read_bytes()[:-1]), (pixels, b"")),
     ):
         path.write_bytes(content)
         assert len(Shrunk.load(first.folder, first.files)) == 0
-        assert pixels_of(shrunken(images, options, Report())) == whole
+        check(images, options)
 
 
-KILL = """
-import os, signal, sys
-import test_cache as tests
-def kill(done):
-    if done == 16:
-        os.kill(os.getpid(), signal.SIGKILL)
-options = tests.LoaderConfig(workers=0, cache=tests.SIDE, cache_folder=sys.argv[2])
-tests.shrunken(tests.load(sys.argv[1], None, "train"), options, tests.Report(kill))
-"""
+def test_a_killed_build_is_never_a_wrong_cache(images: Images, options: LoaderConfig) -> None:
+    def kill(done: int) -> None:
+        if done == 16:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-
-def test_a_killed_build_is_never_a_wrong_cache(folder: Path, images: Images, options: LoaderConfig, tmp_path: Path) -> None:
-    path = os.pathsep.join([os.path.dirname(__file__), *sys.path])
-    words = [sys.executable, "-c", KILL, str(folder), str(options.cache_folder)]
-    assert subprocess.run(words, env=os.environ | {"PYTHONPATH": path}, check=False).returncode == -signal.SIGKILL
+    if (child := os.fork()) == 0:
+        try:
+            shrunken(images, options, Report(kill))
+        finally:
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
     assert (place(images, options) / PIXELS).stat().st_size > 0
-    assert pixels_of(shrunken(images, options, Report())) == whole_of(images, tmp_path)
+    check(images, options)
 
 
 def test_unreadable_images_are_remembered_with_their_reasons(folder: Path, options: LoaderConfig) -> None:
@@ -198,19 +177,20 @@ def test_unreadable_images_are_remembered_with_their_reasons(folder: Path, optio
     reopened = dataclasses.replace(images, source=shrunken(images, options, Report()))
     plan = Plan(len(images), len(images))
     (plain,), (seen,) = (next(loader_of(each, plan).stream(0, 1)) for each in (images, reopened))
-    assert torch.equal(plain.ids, seen.ids) and plain.bad == seen.bad and len(seen.bad) >= len(kinds)
+    assert plain.ids.tolist() == seen.ids.tolist() and plain.bad == seen.bad and len(seen.bad) >= len(kinds)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), MemoryError()])
 def test_a_fault_that_may_pass_is_not_kept_and_the_build_goes_on_there(
-    workers: int, error: BaseException, images: Images, options: LoaderConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    workers: int, error: BaseException, images: Images, options: LoaderConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opener = decoding.open_regular
+    opener, opened = decoding.open_regular, set[str]()  # the first time for the sample that tells how much room is needed
 
     def failing(path: str, flags: int) -> int:
-        if path.endswith("13.png"):
+        if path.endswith("13.png") and path in opened:
             raise error
+        opened.add(path)
         return opener(path, flags)
 
     with monkeypatch.context() as patched:
@@ -218,10 +198,28 @@ def test_a_fault_that_may_pass_is_not_kept_and_the_build_goes_on_there(
         with pytest.raises(DataError, match=r"^\S*/13.png: "):
             shrunken(images, dataclasses.replace(options, workers=workers), Report())
     folder, report = place(images, options), Report()
-    assert isinstance(images.source, Files) and len(Shrunk.load(folder, images.source)) == 8
+    assert len(Shrunk.load(folder, images.source)) == 8
     with (folder / PIXELS).open("ab") as file:
         file.write(b"half an image that no table names")
-    assert pixels_of(shrunken(images, options, report)) == whole_of(images, tmp_path) and report.steps == [16, 20]
+    check(images, options, report)
+    assert report.steps == [16, 20]
+
+
+def test_a_build_that_is_asked_to_stop_goes_on_later(images: Images, options: LoaderConfig) -> None:
+    class Asked(StopRequest):
+        """Somebody asks when the first images are shrunk."""
+
+        answers = iter([0, 143])
+
+        def pending(self) -> int:
+            return next(self.answers)
+
+    with Display(show=False, stop=Asked(None)) as display, pytest.raises(Interrupted, match="resume") as caught:
+        shrunken(images, options, display)
+    assert caught.value.exit_code == 143
+    report = Report()
+    check(images, options, report)
+    assert report.steps == [16, 20]
 
 
 def test_a_disk_without_room_is_refused_before_anything_is_written(
@@ -229,14 +227,12 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
 ) -> None:
     usage = shutil.disk_usage
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(path)._replace(free=90_000))
-    with pytest.raises(StorageError, match=r"0\.1 MB, 0\.1 MB are free.* loader\.cache, or set loader\.cache_folder") as told:
+    with pytest.raises(StorageError, match=r"0\.1 MB, 0\.1 MB are free.* loader\.cache, or set loader\.cache_folder") as caught:
         shrunken(images, options, Report())
-    assert told.value.exit_code == 5 and (place(images, options) / PIXELS).stat().st_size == 0
+    assert caught.value.exit_code == 5 and (place(images, options) / PIXELS).stat().st_size == 0
 
 
-def test_a_disk_that_fills_up_is_a_storage_error_and_the_build_can_be_repeated(
-    images: Images, options: LoaderConfig, tmp_path: Path
-) -> None:
+def test_a_disk_that_fills_up_is_a_storage_error_and_the_build_can_be_repeated(images: Images, options: LoaderConfig) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (80_000, limits[1]))  # bytes of a file: those of two batches and a half
     try:
@@ -244,7 +240,7 @@ def test_a_disk_that_fills_up_is_a_storage_error_and_the_build_can_be_repeated(
             shrunken(images, options, Report())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert pixels_of(shrunken(images, options, Report())) == whole_of(images, tmp_path)
+    check(images, options)
 
 
 def test_two_that_want_the_same_agree(images: Images, options: LoaderConfig) -> None:
@@ -269,15 +265,9 @@ def test_two_that_want_the_same_agree(images: Images, options: LoaderConfig) -> 
 
 def test_a_run_on_shrunk_images_resumes_exactly(folder: Path, tmp_path: Path) -> None:
     settings: dict[str, Any] = {
-        "data": str(folder),
-        "recipe": "digits",
-        "batch_size": 4,
-        "max_images": 18,
-        "epochs": 1,
-        "optimizer.warmup_epochs": 0,
+        **{"data": str(folder), "recipe": "digits", "batch_size": 4, "max_images": 18, "epochs": 1, "optimizer.warmup_epochs": 0},
         "views": {"weak": "weak", "strong": "contrastive"},
-        "checkpoint.every_steps": 3,
-        "checkpoint.keep": 9,
+        **{"checkpoint.every_steps": 3, "checkpoint.keep": 9, "log.knn_every": 0},
         "loader": {"workers": 1, "cache": SIDE, "cache_folder": str(tmp_path / "kept")},
     }
     small_run(tmp_path / "whole", **settings)
@@ -288,26 +278,3 @@ def test_a_run_on_shrunk_images_resumes_exactly(folder: Path, tmp_path: Path) ->
     assert differing(whole, final_state(tmp_path / "whole")) == [] and rows == repeatable_rows(tmp_path / "whole")
     (kept,) = (tmp_path / "kept").iterdir()
     assert len(Shrunk.load(kept, Files.of(str(folder), []))) == 18
-
-
-class Asked(StopRequest):
-    """Somebody asks to stop as soon as the first images are shrunk."""
-
-    def pending(self) -> int:
-        return 143
-
-
-def test_a_build_ends_when_the_run_is_asked_to_stop_and_goes_on_later(folder: Path, tmp_path: Path) -> None:
-    over = {"data": str(folder), "loader": {"cache": SIDE, "cache_folder": str(tmp_path / "kept"), "workers": 0}}
-    small = {"views": {"weak": {"size": 32}, "strong": {"size": 32}}, "batch_size": 8, "encoder": {"stem": "small"}}
-    settings = merge(merge({k: v for k, v in SMALL.items() if k != "encoder"}, over), small | {"out": str(tmp_path / "run")})
-    config = resolve(settings)
-    run = build(config, Engine(config.engine))
-    with Display(show=False, stop=Asked(None)) as display:
-        with pytest.raises(Interrupted, match="resume") as caught:
-            shrink_images(run, display)
-        assert caught.value.exit_code == 143
-        assert isinstance(run.images.source, Files)
-    with Display(show=False) as display:
-        shrink_images(run, display)
-    assert isinstance(run.images.source, Shrunk) and len(run.images) == COUNT

@@ -5,7 +5,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -15,19 +14,16 @@ from bad_images import CONTENTS, HEIGHT, LOAD, MAX_PIXELS, WIDTH, alpha_picture,
 from relssl.data.decode import BadImage, decode, open_image
 
 WHOLE_CORPUS = """
-import json, os, resource, sys
+import json, pathlib, sys
 from relssl.data.decode import BadImage, decode
-reasons = {}
 for path in sys.argv[2:]:
     try:
-        reasons[path] = decode(path, int(sys.argv[1])).mode
-    except BadImage as fault:
-        reasons[path] = str(fault)
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-if os.path.exists("/proc/self/status"):  # getrusage counts the process that started this one, too
-    with open("/proc/self/status") as status:
-        peak = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
-print(json.dumps([peak, "torch" in sys.modules, reasons]))
+        decode(path, int(sys.argv[1]))
+    except BadImage:
+        pass
+status = pathlib.Path("/proc/self/status")  # getrusage counts the process that started this one, too
+status = status.read_text() if status.exists() else "VmHWM: 0"
+print(json.dumps([int(status.partition("VmHWM:")[2].split()[0]) * 1024, "torch" in sys.modules]))
 """
 
 
@@ -43,14 +39,13 @@ def stored(folder, data: bytes, name: str = "image.bin") -> str:
     return str(folder / name)
 
 
-def pixels(path: str, **options) -> np.ndarray:
-    return np.asarray(decode(path, MAX_PIXELS, **options)).astype(int)
+def pixels(path: str) -> np.ndarray:
+    return np.asarray(decode(path, MAX_PIXELS)).astype(int)
 
 
 @pytest.mark.parametrize("kind", CONTENTS)
 def test_every_kind_is_decoded_or_refused_quietly(kind, tmp_path, capfd):
     expected, path = write(tmp_path, kind)
-    begun = time.perf_counter()
     try:
         image = decode(path, MAX_PIXELS)
     except BadImage as fault:
@@ -62,41 +57,30 @@ def test_every_kind_is_decoded_or_refused_quietly(kind, tmp_path, capfd):
         assert image.mode == "RGB" and min(image.size) > 0
         assert getattr(image, "fp", None) is None and not image.info
         image.tobytes()
-    assert time.perf_counter() - begun < 5
     assert capfd.readouterr() == ("", "")
 
 
 def test_the_whole_corpus_stays_small_and_needs_no_torch(tmp_path):
-    paths = [write(tmp_path, kind)[1] for kind in CONTENTS]
+    paths = [write(tmp_path, kind)[1] for kind in CONTENTS] + [str(tmp_path / "sparse.jpg")]
     (tmp_path / "sparse.jpg").touch()
     os.truncate(tmp_path / "sparse.jpg", 256 << 20)
-    paths.append(str(tmp_path / "sparse.jpg"))
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", WHOLE_CORPUS, str(MAX_PIXELS), *paths], capture_output=True, text=True, check=True
-    )
-    peak, torch_imported, reasons = json.loads(done.stdout)
-    assert done.stderr == ""
-    assert len(reasons) == len(paths) > 65
-    assert not torch_imported
-    assert peak < 1 << 30
+    words = [sys.executable, "-W", "error", "-c", WHOLE_CORPUS, str(MAX_PIXELS), *paths]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    peak, torch_imported = json.loads(done.stdout)
+    assert done.stderr == "" and not torch_imported and peak < 1 << 30
     assert len(list(tmp_path.iterdir())) == len(paths)  # nothing was written
 
 
-@pytest.mark.parametrize("kind", [kind for kind in LOAD if kind.startswith(("jpeg_exif", "jpeg_icc", "jpeg_trail", "jpeg_app"))])
+@pytest.mark.parametrize("kind", [kind for kind in LOAD if kind.startswith(("jpeg_exif", "jpeg_icc", "jpeg_trail"))])
 def test_metadata_changes_nothing_but_the_orientation(kind, tmp_path):
     _, path = write(tmp_path, kind)
-    plain = np.asarray(ImageOps.exif_transpose(Image.open(stored(tmp_path, jpeg(), "plain.jpg"))))
-    if kind[-1].isdigit():
-        with Image.open(path) as raw:
-            plain = np.asarray(ImageOps.exif_transpose(raw))
-    np.testing.assert_array_equal(pixels(path), plain)
+    with Image.open(path if kind[-1].isdigit() else stored(tmp_path, jpeg())) as raw:
+        np.testing.assert_array_equal(pixels(path), np.asarray(ImageOps.exif_transpose(raw)))
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
 def test_orientation_outside_jpeg(kind, tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 8
-    path = stored(tmp_path, save(picture(), kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {})))
+    path = stored(tmp_path, save(picture(), kind, 8, **({"lossless": True} if kind == "WEBP" else {})))
     np.testing.assert_array_equal(pixels(path), np.rot90(np.asarray(picture())))
 
 
@@ -113,8 +97,8 @@ def test_formats_keep_the_picture_and_the_first_frame(kind, tmp_path):
 def test_transparent_pixels_are_laid_on_white(kind, tmp_path):
     seen = pixels(write(tmp_path, kind)[1])
     assert (seen[:, : WIDTH // 2] == 255).all()
-    wanted = np.asarray(alpha_picture().convert("LA" if kind == "png_la" else "RGB").convert("RGB"))
-    assert np.abs(seen - wanted)[:, WIDTH // 2 :].mean() < 12
+    expected = np.asarray(alpha_picture().convert("LA" if kind == "png_la" else "RGB").convert("RGB"))
+    assert np.abs(seen - expected)[:, WIDTH // 2 :].mean() < 12
     half = Image.new("RGBA", (1, 1), (0, 0, 0, 51))
     assert pixels(stored(tmp_path, save(half, "PNG"))).tolist() == [[[204, 204, 204]]]
     key = save(Image.new("RGB", (1, 1), (1, 2, 3)), "PNG", transparency=(1, 2, 3))
@@ -131,44 +115,31 @@ def test_16_bit_grey_is_scaled_not_cut(kind, tmp_path):
     assert np.abs(colour - np.linspace(0, 255, colour.size)).max() <= 1
 
 
-def test_a_jpeg_may_be_decoded_smaller(tmp_path):
-    path = stored(tmp_path, jpeg(picture().resize((961, 642))))
-    for reduction, size in ((1, (961, 642)), (2, (481, 321)), (4, (241, 161)), (8, (121, 81))):
-        with open_image(path, MAX_PIXELS) as opened:
-            assert (opened.size, opened.reductions) == ((642, 961), (1, 2, 4, 8))
-            small = opened.rgb(reduction)
-        assert small.size == size
-        assert np.abs(np.asarray(small).astype(int) - np.asarray(picture().resize(size))).mean() < 8
+LARGE = picture().resize((961, 642))
 
 
-def test_only_a_jpeg_and_only_down_to_a_pixel_is_reduced(tmp_path):
-    for data, wanted in (
+@pytest.mark.parametrize(
+    ("data", "reductions"),
+    [
+        (jpeg(LARGE), (1, 2, 4, 8)),
+        (CONTENTS["jpeg_mpo"][2](), (1, 2, 4, 8)),
+        (jpeg(picture().resize((3, 90))), (1, 2)),  # down to a pixel
         (png(), (1,)),
         (save(picture(), "WEBP"), (1,)),
-        (jpeg(), (1, 2, 4, 8)),
-        (CONTENTS["jpeg_mpo"][2](), (1, 2, 4, 8)),
-        (jpeg(picture().resize((3, 90))), (1, 2)),
-    ):
-        with open_image(stored(tmp_path, data), MAX_PIXELS) as opened:
-            assert opened.reductions == wanted
-            image = opened.rgb(wanted[-1])
-            assert image.size == tuple(-(-side // wanted[-1]) for side in opened.size[::-1])
-
-
-@pytest.mark.parametrize("turn", range(1, 9))
-@pytest.mark.parametrize("size", [(96, 64), (93, 62)])
-def test_the_size_is_known_upright_before_decoding(turn, size, tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = turn
-    image = picture().resize(size)
-    path = stored(tmp_path, jpeg(image, exif=exif))
-    whole = decode(path, MAX_PIXELS)
-    with open_image(path, MAX_PIXELS) as opened:
-        assert opened.size == (whole.height, whole.width)
+        *((jpeg(picture().resize((96, 64)), turn), (1, 2, 4, 8)) for turn in range(1, 9)),
         # A square that is cut short must not come to lie at the top or left.
-        assert opened.reductions == ((1, 2, 4, 8) if turn == 1 or size == (96, 64) else (1,))
-        last = opened.reductions[-1]
-        assert np.abs(np.asarray(opened.rgb(last)).astype(int) - np.asarray(whole.reduce(last))).mean() < 4
+        *((jpeg(picture().resize((93, 62)), turn), (1,) if turn > 1 else (1, 2, 4, 8)) for turn in range(1, 9)),
+    ],
+)
+def test_a_jpeg_may_be_decoded_smaller_and_its_upright_size_is_known_before(data, reductions, tmp_path):
+    path = stored(tmp_path, data)
+    whole = decode(path, MAX_PIXELS)
+    for reduction in reductions:
+        with open_image(path, MAX_PIXELS) as opened:
+            assert (opened.size, opened.reductions) == ((whole.height, whole.width), reductions)
+            small = opened.rgb(reduction)
+        assert small.size == tuple(-(-side // reduction) for side in whole.size)
+        assert np.abs(np.asarray(small).astype(int) - np.asarray(whole.reduce(reduction))).mean() < 8
 
 
 def test_the_pixel_limit_is_read_from_the_header(tmp_path):

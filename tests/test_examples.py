@@ -11,6 +11,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from small_runs import close_runs, small_run
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
+FEW = {"NUMBA_DISABLE_JIT": "1"}  # to compile UMAP takes 10 s, which few images do not earn
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +58,13 @@ def run(cwd: Path, *words: str, programs: Path | None = None, **environment: str
     return ran.stdout + ran.stderr
 
 
-def state(folder: Path) -> dict[str, object]:
-    answer: dict[str, object] = json.loads((folder / "status.json").read_text())
+def example(cwd: Path, name: str, words: str, **environment: str) -> str:
+    """What an example prints, run with these words."""
+    return run(cwd, sys.executable, str(EXAMPLES / f"{name}.py"), *words.split(), **environment)
+
+
+def state(folder: Path) -> dict[str, Any]:
+    answer: dict[str, Any] = json.loads((folder / "status.json").read_text())
     return answer
 
 
@@ -75,8 +82,8 @@ def photos(folder: Path, split: str, count: int) -> Path:
 
 def test_own_photos(tmp_path: Path) -> None:
     photos(tmp_path / "photos", "train", 24)
-    words = ("--image_size", "32", "--epochs", "1", "--backbone", "resnet10t", "--out", "run")
-    shown = run(tmp_path, sys.executable, str(EXAMPLES / "own_photos.py"), "photos", *words)
+    words = "photos --image_size 32 --epochs 1 --backbone resnet10t --out run"
+    shown = example(tmp_path, "own_photos", words, **FEW)
     assert re.search(r"^-?[01]\.\d+ +\S+\.png +\S+\.png$", shown, re.MULTILINE)
     with np.load(tmp_path / "run/features.npz") as stored:
         assert stored["features"].shape == (24, 512)
@@ -88,29 +95,21 @@ def test_finetune_and_deploy(tmp_path: Path) -> None:
     small_run(tmp_path / "run", epochs=1)
     for part, split, count in (("train", "train", 60), ("val", "test", 20)):
         photos(tmp_path / "labelled" / part, split, count)
-    words = ("run", "labelled", "--epochs", "1", "--batch_size", "16")
-    shown = run(tmp_path, sys.executable, str(EXAMPLES / "finetune_and_deploy.py"), *words)
+    shown = example(tmp_path, "finetune_and_deploy", "run labelled --epochs 1 --batch_size 16")
     assert "agree on 20 of 20 images" in shown
     assert {path.suffix for path in (tmp_path / "model").iterdir()} == {".safetensors", ".yaml", ".md", ".csv", ".onnx"}
 
 
 def test_compare_methods(tmp_path: Path) -> None:
-    words = ("--methods", "ressl,moco", "--seeds", "1", "--epochs", "1", "--max_images", "128", "--out", "runs")
-    shown = run(tmp_path, sys.executable, str(EXAMPLES / "compare_methods.py"), *words)
+    shown = example(tmp_path, "compare_methods", "--methods ressl,moco --seeds 1 --epochs 1 --max_images 128 --out runs")
     assert re.search(r"^ressl +\d+\.\d \+- \d\.\d +\d+\.\d \+- \d\.\d$", shown, re.MULTILINE)
     assert re.search(r"^moco +[+-]\d+\.\d \[[+-]\d+\.\d\.\.[+-]\d+\.\d\]$", shown, re.MULTILINE)
 
 
-@pytest.mark.parametrize(
-    ("name", "line"),
-    [
-        ("own_module", "features [2, 32]"),
-        ("own_view", "loss "),
-        ("own_dataset", "features [1, 512]"),
-        ("own_method", "loss 0."),
-        ("hook", "best kNN "),
-    ],
-)
+LINES = {"own_module": "features [2, 32]", "own_view": "loss ", "own_dataset": "features [1, 512]", "own_method": "loss 0."}
+
+
+@pytest.mark.parametrize(("name", "line"), [*LINES.items(), ("hook", "best kNN ")])
 def test_parts_of_ones_own(
     name: str, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -125,10 +124,7 @@ TINY = ("--device", "cpu", "--max_images", "256", "--log.knn_every", "0", "--log
 
 def test_a_table_of_the_datasets_library(tmp_path: Path) -> None:
     pytest.importorskip("datasets", reason="pip install 'relssl[hf]'")
-    words = ("--epochs", "1", "--out", "runs/hf")
-    shown = run(
-        tmp_path, sys.executable, str(EXAMPLES / "hf_folder.py"), *words, HF_HOME=str(tmp_path / "hub"), HF_HUB_OFFLINE="1"
-    )
+    shown = example(tmp_path, "hf_folder", "--epochs 1 --out runs/hf", HF_HOME=str(tmp_path / "hub"), HF_HUB_OFFLINE="1")
     assert re.search(r"^kNN of the test split: \d+\.\d %$", shown, re.MULTILINE)
 
 
@@ -144,8 +140,8 @@ def test_neighbours_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
 
 def test_shards(tmp_path: Path) -> None:
     photos(tmp_path / "photos", "train", 24)
-    words = ("photos", "packed", "--each", "10", "--image_size", "32", "--epochs", "1", "--backbone", "resnet10t", "--out", "run")
-    run(tmp_path, sys.executable, str(EXAMPLES / "shards.py"), *words, RELSSL_CACHE=str(tmp_path / "kept"))
+    words = "photos packed --each 10 --image_size 32 --epochs 1 --backbone resnet10t --out run"
+    example(tmp_path, "shards", words, RELSSL_CACHE=str(tmp_path / "kept"), **FEW)
     assert len(list((tmp_path / "packed").glob("*.tar"))) == 3 and state(tmp_path / "run")["state"] == "complete"
     assert len(load(f"shards:{tmp_path}/packed/train-{{00000..00002}}.tar", None, "train")) == 24
 
@@ -153,18 +149,8 @@ def test_shards(tmp_path: Path) -> None:
 @pytest.mark.torture
 def test_two_nodes_equal_one_process(tmp_path: Path, programs: Path) -> None:
     """Two agents of torchrun, a process each, which meet on the loopback."""
-    words = (
-        "digits",
-        *TINY,
-        "--epochs",
-        "1",
-        "--backbone",
-        "convnext_atto",
-        "--encoder.projector_norm",
-        "none",
-        "--precision",
-        "fp32",
-    )
+    more = "--epochs 1 --backbone convnext_atto --encoder.projector_norm none --precision fp32"
+    words = ("digits", *TINY, *more.split())
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         host = f"127.0.0.1:{free.getsockname()[1]}"

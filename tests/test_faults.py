@@ -2,8 +2,10 @@
 
 import json
 import math
+import multiprocessing
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -20,7 +22,7 @@ from PIL import Image
 
 import relssl
 from relssl.engine import Engine
-from relssl.errors import STOPPING, CheckpointError, Interrupted, NumericError
+from relssl.errors import STOPPING, CheckpointError, Interrupted, NumericError, RelsslError, StorageError
 from relssl.files import read_rows
 from relssl.settings.reading import merge
 from relssl.settings.run import resolve, to_yaml
@@ -47,22 +49,22 @@ def cut(finished: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "cut", ignore=left_out))
 
 
+FILES: dict[str, Any] = {"recipe": "digits", "max_images": "null", "batch_size": 8, "epochs": 1000, "loader": {"workers": 2}}
+FILES |= {"views": {"weak": {"name": "weak", "size": 32}, "strong": {"name": "contrastive", "size": 32}}}
+FILES |= {"method": {"memory_size": 16}, "log": {"knn_every": 0, "every": 1}}
+
+
+def pictures(folder: Path) -> str:
+    """Write 40 images."""
+    folder.mkdir(exist_ok=True)
+    for number, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (40, 40, 48, 3), dtype=np.uint8)):
+        Image.fromarray(pixels).save(folder / f"{number:02}.png")
+    return str(folder)
+
+
 def begin(folder: Path, **overrides: Any) -> subprocess.Popen[str]:
     """Start a run on files with two loader workers in a process group of its own."""
-    images = folder.parent / "images"
-    images.mkdir(exist_ok=True)
-    for number, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (40, 40, 48, 3), dtype=np.uint8)):
-        Image.fromarray(pixels).save(images / f"{number:02}.png")
-    settings = {
-        "data": str(images),
-        "recipe": "digits",
-        "batch_size": 8,
-        "epochs": 1000,
-        "loader": {"workers": 2},
-        "out": str(folder),
-    }
-    views = {"weak": {"name": "weak", "size": 32}, "strong": {"name": "contrastive", "size": 32}}
-    settings |= {"max_images": "null", "views": views, "method": {"memory_size": 16}, "log": {"knn_every": 0, "every": 1}}
+    settings = FILES | {"data": pictures(folder.parent / "images"), "out": str(folder)}
     file = folder.with_suffix(".yaml")
     file.write_text(to_yaml(resolve(merge(merge(SMALL, settings), overrides))))
     command = ["resume", str(folder)] if (folder / "config.yaml").exists() else ["pretrain", "--config", str(file)]
@@ -120,6 +122,132 @@ def test_signals_to_the_group_at_random_moments(tmp_path: Path, ranks: int) -> N
             store.verify(path)
     print(f"{ranks} ranks: 20 of 20 ended with their code, the slowest in {longest:.1f} s")
     assert longest < 20
+
+
+# Sessions forked from one process that has imported all: a second each, of which half is the run.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["pytest", "psutil", "sklearn.datasets", "timm", "lightning.fabric", "relssl.train.pretrain"])
+
+
+def session(folder: Path, largest: int = -1, settings: dict[str, Any] | None = None) -> None:
+    """Begin a run or go on with it, where no file can be of more bytes than `largest`; end with its exit code."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+    try:
+        relssl.resume(folder, quiet=True) if (folder / "config.yaml").exists() else small_run(folder, **settings or {})
+    except RelsslError as error:
+        os._exit(error.exit_code)
+
+
+@pytest.mark.torture
+def test_kills_at_random_moments_of_twenty_runs(tmp_path: Path) -> None:
+    """T3, T4 and T7: each of 20 runs is killed up to ten times, and ends as one that nobody disturbed, bit for bit."""
+    settings, draw, kills, losses = {"epochs": 8, "checkpoint": {"every_steps": 3}}, random.Random(0), 0, [0]
+    whole, start = small_run(tmp_path / "whole", **settings).folder, time.monotonic()
+    for run in range(20):
+        for attempt in range(11):
+            process = FORKS.Process(target=session, args=(tmp_path / str(run), -1, settings))
+            process.start()
+            process.join(draw.uniform(0, 3) if attempt < 10 else None)
+            if process.exitcode is None:
+                kills += 1
+                process.kill()
+                process.join()
+                saved = max((int(path.name[5:]) for path in store.checkpoints(tmp_path / str(run) / "checkpoints")), default=0)
+                losses += [row["step"] - saved for row in read_rows(tmp_path / str(run) / "metrics.jsonl")]
+            else:
+                assert process.exitcode == 0
+        assert equal_runs(whole, tmp_path / str(run))
+    print(f"{kills} kills, at most {max(losses)} logged steps lost, 20 of 20 runs equal, {time.monotonic() - start:.0f} s")
+
+
+@pytest.mark.torture
+def test_a_full_disk_at_fifty_sizes(finished: Path, cut: Path) -> None:
+    """T16: no file can be larger than so many bytes, down to a row of metrics.jsonl; the last checkpoint stays good."""
+    whole = (cut / "checkpoints/step-00000010/state.safetensors").stat().st_size
+    for largest in [100, 1000, *np.linspace(2000, whole - 1, 48, dtype=int).tolist()]:
+        process = FORKS.Process(target=session, args=(cut, largest))
+        process.start()
+        process.join()
+        assert process.exitcode == StorageError.exit_code
+        if largest > 2000:  # else it cannot be written either
+            assert "bytes needed" in json.loads((cut / "status.json").read_text())["error"]["message"]
+        assert [path.name for path in store.checkpoints(cut / "checkpoints")] == ["step-00000005", "step-00000010"]
+        store.verify(cut / "checkpoints/step-00000010")
+        assert list(cut.rglob(".relssl-*")) == []
+    relssl.resume(cut, quiet=True)
+    assert equal_runs(finished, cut)
+
+
+def save_and_prune(folder: Path, stop: bool = True) -> None:
+    """Save a third checkpoint and remove the first, once whoever stopped this process lets it go on."""
+    if stop:
+        save_and_prune(folder / "warm", False)  # all that is imported at the first save
+        os.kill(os.getpid(), signal.SIGSTOP)
+    folder.mkdir(exist_ok=True)
+    try:
+        for step in [3] if stop else [1, 2, 3]:
+            store.save(store.step_folder(folder, step), {"a": torch.full((1000,), float(step))}, {"step": step})
+        store.prune(folder, 2)
+    except (StorageError, OSError):  # of which a run makes one of the other kind
+        os._exit(StorageError.exit_code)
+
+
+@pytest.mark.torture
+@pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace")
+@pytest.mark.parametrize("fault", ["signal=SIGKILL", "error=ENOSPC", "error=EIO", "error=EDQUOT"])
+def test_a_fault_at_every_system_call_of_a_save(tmp_path: Path, fault: str) -> None:
+    """T2: brought about by strace, at each call that makes, writes, syncs, renames or removes, in its turn."""
+    points, log = 0, tmp_path / "log"
+    for call in ("mkdir", "openat", "write", "fsync", "rename", "unlinkat", "rmdir"):
+        for number in range(1, 100):
+            folder = tmp_path / f"{call}-{number}"
+            folder.mkdir()
+            for step in (1, 2):
+                store.save(store.step_folder(folder, step), {"a": torch.full((1000,), float(step))}, {"step": step})
+            process = FORKS.Process(target=save_and_prune, args=(folder,))
+            process.start()
+            status = Path(f"/proc/{process.pid}/status")
+            while "T (stopped)" not in status.read_text():
+                time.sleep(0.002)
+            words = ["strace", "-qq", "-o", str(log), "-e", f"trace={call}", "-e", f"inject={call}:{fault}:when={number}"]
+            with subprocess.Popen([*words, "-p", str(process.pid)]):
+                while "TracerPid:\t0\n" in status.read_text():
+                    time.sleep(0.002)
+                os.kill(process.pid, signal.SIGCONT)
+                process.join()
+            assert process.exitcode in (0, -signal.SIGKILL if "KILL" in fault else StorageError.exit_code), (call, number)
+            good = [store.load(path)[1]["step"] for path in store.checkpoints(folder)]
+            assert good in ([1, 2], [1, 2, 3], [2, 3]), (call, number, good)
+            assert (
+                "KILL" in fault or list(folder.glob(".relssl-*")) == [] or good == [2, 3]
+            )  # what is half removed goes next time
+            store.prune(folder, 2)
+            assert sorted(os.listdir(folder)) in (
+                ["step-00000001", "step-00000002", "warm"],
+                ["step-00000002", "step-00000003", "warm"],
+            )
+            if process.exitcode == 0 and "INJECTED" not in log.read_text():
+                break
+            points += 1
+    print(f"{fault}: {points} points, none lost a checkpoint")
+    assert points > 15
+
+
+@pytest.mark.torture
+@pytest.mark.parametrize("source", ["memory", "files", "files, 2 workers"])
+def test_a_chain_of_twenty_sessions(finished: Path, tmp_path: Path, source: str) -> None:
+    """T6: a run that is stopped after each of its steps, the first, the last but one and ends of epochs among them."""
+    settings = {}
+    if source != "memory":
+        settings = FILES | {"data": pictures(tmp_path / "images"), "epochs": 4, "loader": {"workers": 2 * ("2" in source)}}
+        finished = small_run(tmp_path / "whole", **settings).folder
+    with pytest.raises(Interrupted):
+        small_run(tmp_path / "cut", **settings, time_limit=1e-6)
+    for _ in range(18):
+        with pytest.raises(Interrupted):
+            relssl.resume(tmp_path / "cut", quiet=True, time_limit=1e-6)
+    relssl.resume(tmp_path / "cut", quiet=True, time_limit=math.inf)
+    assert equal_runs(finished, tmp_path / "cut")
 
 
 @pytest.mark.parametrize("step", [0, 10, 20])

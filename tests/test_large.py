@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 
 from relssl.data import lists, loader, shards
 from relssl.data.draws import permuted
-from relssl.data.images import Files
 from relssl.data.lists import read_list
 from relssl.data.loader import Plan
 from relssl.data.named import load
@@ -80,24 +79,14 @@ print(json.dumps([len(images), peak() - before, time.process_time() - start]))
 """
 
 
-def made_up_list(path: Path, count: int) -> str:
-    words = [f"n{word:08}" for word in range(1000)]
-    with path.open("w") as file:
-        for row in range(count):
-            word = words[row * 7919 % 1000]
-            file.write(f"/data/images/train/{word}/{word}_{row}.JPEG\t{word}\t{100_000 + row % 5000}\n")
-    return str(path)
-
-
-def cost(data: str) -> tuple[int, float, float]:
-    """The images, the memory that they took at most, in MB, and the seconds of a processor until the first batch is known."""
-    words = [sys.executable, "-c", COST, data]
-    count, memory, seconds = json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
-    return count, memory, seconds
-
-
-def made_up_shards(folder: Path, count: int, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A pattern of a hundred files of which the index, made here, believes that they hold so many images."""
+def made_up(kind: str, folder: Path, count: int, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A list, or a pattern of a hundred files of which the index, made here, believes that they hold so many images."""
+    if kind == "list":
+        with (folder / "list.txt").open("w") as file:
+            for row in range(count):
+                word = f"n{row * 7919 % 1000:08}"
+                file.write(f"/data/images/train/{word}/{word}_{row}.JPEG\t{word}\t{100_000 + row % 5000}\n")
+        return str(folder / "list.txt")
     for shard in range(100):
         (folder / f"{shard:03}.tar").write_bytes(b"a tar file, never read")
     monkeypatch.setenv("RELSSL_CACHE", str(folder / "kept"))
@@ -111,7 +100,7 @@ def made_up_shards(folder: Path, count: int, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("kind", ["list", "shards"])
 def test_many_images_cost_little_memory_each(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     count = 100_000
-    data = made_up_list(tmp_path / "list.txt", count) if kind == "list" else made_up_shards(tmp_path, count, monkeypatch)
+    data = made_up(kind, tmp_path, count, monkeypatch)
     tracemalloc.start()
     try:
         images = load(data, None, "train")
@@ -122,19 +111,11 @@ def test_many_images_cost_little_memory_each(kind: str, tmp_path: Path, monkeypa
 
 
 @pytest.mark.torture
-def test_ten_million_images_in_shards_cost_less_than_a_gigabyte_and_half_a_minute(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("kind", ["list", "shards"])
+def test_ten_million_images_cost_less_than_a_gigabyte_and_half_a_minute(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    count, memory, seconds = cost(made_up_shards(tmp_path, 10_000_000, monkeypatch))
+    """The images, the memory that they take at most, in MB, and the seconds of a processor until the first batch is known."""
+    words = [sys.executable, "-c", COST, made_up(kind, tmp_path, 10_000_000, monkeypatch)]
+    count, memory, seconds = json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
     assert count == 10_000_000 and memory < 1024 and seconds < 30
-
-
-@pytest.mark.torture
-def test_ten_million_files_cost_less_than_a_gigabyte_and_half_a_minute(tmp_path: Path) -> None:
-    count, memory, seconds = cost(made_up_list(tmp_path / "list.txt", 10_000_000))
-    assert count == 10_000_000 and memory < 1024 and seconds < 30
-
-
-def test_files_are_taken_as_arrays_without_objects_of_their_own() -> None:
-    files = Files.of("/top", ((b"name%d" % row, row) for row in range(70_000)))
-    assert files.name(69_999) == "/top/name69999" and files.sizes.nbytes == 8 * 70_000

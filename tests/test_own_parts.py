@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,20 +17,15 @@ import relssl
 from relssl.errors import ConfigError, HookError, RelsslError
 from relssl.method import ReSSL
 from relssl.method.base import ALONE, Method, Step, World
+from relssl.settings import parts
+from relssl.settings.methods import Traits
 from relssl.settings.reading import merge
-from relssl.settings.run import Traits, derive, resolve, to_yaml
+from relssl.settings.run import derive, resolve, to_yaml
 from small_runs import SMALL, equal_runs, final_state
 
-TINY: dict[str, Any] = {
-    **{name: value for name, value in SMALL.items() if name not in ("backbone_args", "encoder")},
-    "max_images": 128,
-}
-TINY |= {
-    "epochs": 1,
-    "encoder": {"projector_hidden": 32, "dim": 16},
-    "log": {"every": 2, "knn_every": 0, "to": []},
-    "quiet": True,
-}
+TINY: dict[str, Any] = {name: value for name, value in SMALL.items() if name != "backbone_args"}
+TINY |= {"max_images": 128, "epochs": 1, "encoder": {"projector_hidden": 32, "dim": 16}, "quiet": True}
+TINY |= {"log": {"every": 2, "knn_every": 0, "to": [], "report": False}}
 
 
 class Maps(nn.Module):
@@ -65,10 +61,10 @@ def test_a_module_is_trained_from_its_own_weights_and_stays_as_it_was(tmp_path: 
 def test_a_run_with_parts_handed_over_goes_on_exactly_once_they_are_handed_over_again(tmp_path: Path) -> None:
     torch.manual_seed(1)
     module = Maps()
-    parts: dict[str, Any] = {"backbone": module, "method": Mine}
-    go(tmp_path / "whole", **parts, epochs=2)
+    own: dict[str, Any] = {"backbone": module, "method": Mine}
+    go(tmp_path / "whole", **own, epochs=2)
     with pytest.raises(RelsslError, match="saved"):
-        go(tmp_path / "cut", **parts, epochs=2, time_limit=1e-9)
+        go(tmp_path / "cut", **own, epochs=2, time_limit=1e-9)
     for again in ({}, {"backbone": module}, {"backbone": nn.Flatten(), "method": Mine}):
         with pytest.raises(ConfigError, match=r"^(backbone|method.name): "):
             relssl.resume(tmp_path / "cut", quiet=True, time_limit=float("inf"), **again)
@@ -83,7 +79,7 @@ def test_a_run_with_parts_handed_over_goes_on_exactly_once_they_are_handed_over_
 def test_a_function_is_found_by_its_name_with_arguments_and_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = "import torch\ndef network(width=4, in_chans=3):\n    return torch.nn.Sequential(torch.nn.Conv2d(in_chans, width, 3, 2), torch.nn.ReLU())\n"
     (tmp_path / "networks_of_a_test.py").write_text(source)
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path)  # where a part is looked for first
     named: dict[str, Any] = {"backbone": "networks_of_a_test:network", "backbone_args": {"width": 6}, "views": {"channels": 1}}
     run = go(tmp_path / "run", **named)
     assert relssl.load_backbone(run)(torch.zeros(2, 1, 32, 32)).shape == (2, 6)
@@ -119,14 +115,12 @@ def test_a_function_is_found_by_its_name_with_arguments_and_exported(tmp_path: P
         ({"settings": resolve({}), "epochs": 3}, "settings: holds all settings; leave out epochs"),
         ({"hooks": [print]}, "hooks: print is no object with one of on_start"),
         ({"callbacks": [print]}, "callbacks: hooks="),
+        ({"backbone": "no_such_module_at_all:x"}, "backbone: no_such_module_at_all:x cannot be imported"),
+        ({"data": ["photos", "more"]}, "data: takes one, got 2"),
     ],
 )
 def test_what_cannot_be_used_is_refused_in_one_line(tmp_path: Path, settings: dict[str, Any], line: str) -> None:
-    given = (
-        {"out": tmp_path / "run", **settings} if "settings" in settings else {"out": tmp_path / "run", **merge(TINY, settings)}
-    )
-    if "settings" in settings:
-        del given["out"]
+    given = settings if "settings" in settings else {"out": tmp_path / "run", **merge(TINY, settings)}
     with pytest.raises(ConfigError, match=rf"^{line}") as refused:
         relssl.pretrain(**given)
     assert "\n" not in str(refused.value) and not (tmp_path / "run").exists()
@@ -153,10 +147,9 @@ class Pull(Method):
 
 
 def test_a_method_of_ones_own_has_traits_and_trains(tmp_path: Path) -> None:
-    with_parts = relssl.settings.parts.at_hand({"method.name": Mine})
-    with with_parts:
-        config = resolve({"method": relssl.settings.parts.name_of(Mine)})
-        assert derive(config).traits.sharpened and derive(config).traits.title == "Mine"
+    with parts.at_hand({"method.name": Mine}):
+        traits = derive(resolve({"method": parts.name_of(Mine)})).traits
+        assert traits.sharpened and traits.title == "Mine"
     run = go(tmp_path / "run", method=Pull)
     assert json.loads((run / "status.json").read_text())["state"] == "complete"
     assert [path.name for path in (run / "export").glob("*.safetensors")] == ["backbone.safetensors"]
@@ -173,10 +166,7 @@ def test_a_method_of_ones_own_has_traits_and_trains(tmp_path: Path) -> None:
     ("answer", "line"),
     [
         (lambda loss, embeddings: loss, "returns a Tensor; needs a Step"),
-        (
-            lambda loss, embeddings: Step(loss[None], embeddings.detach(), embeddings[0].detach()),
-            r"returns a loss \[1\]",
-        ),
+        (lambda loss, embeddings: Step(loss[None], embeddings.detach(), embeddings[0].detach()), r"returns a loss \[1\]"),
         (lambda loss, embeddings: Step(loss.detach(), embeddings, embeddings[0]), "without gradient"),
         (lambda loss, embeddings: Step(loss, embeddings[0].detach(), embeddings[0].detach()), r"queries \[32, 16\] and keys"),
     ],
@@ -193,6 +183,13 @@ def test_a_step_cannot_ask_for_settings_that_there_are_not(tmp_path: Path) -> No
             go(tmp_path / "run", method=type("Asks", (Pull,), {attribute: ("heat",)}))
 
 
+@pytest.mark.parametrize(
+    "value", ["resnet18", "torchvision/resnet18", "photos/", "C:/photos", "contrastive", "a:b/c", "hf:cifar10"]
+)
+def test_names_of_the_package_and_paths_are_no_parts(value: str) -> None:
+    assert not parts.is_part(value)
+
+
 def test_views_of_ones_own_stand_in_the_settings_with_their_size() -> None:
     config = resolve({"views.weak": "torchvision.transforms:RandomCrop", "views.weak.size": 20, "data": "cifar10"})
     assert config.views.weak == dataclasses.replace(type(config.views.weak)(), name="torchvision.transforms:RandomCrop", size=20)
@@ -202,12 +199,13 @@ def test_views_of_ones_own_stand_in_the_settings_with_their_size() -> None:
 
 def test_a_run_on_data_handed_over_is_exported_later_and_its_export_once_more(tmp_path: Path) -> None:
     digits = np.random.default_rng(0).integers(0, 256, (64, 32, 32, 3), np.uint8)
-    run = go(tmp_path / "run", data=digits, max_images=None, batch_size=16, views={"weak": {"size": 32}, "strong": {"size": 32}})
+    small: dict[str, Any] = {"backbone_args": SMALL["backbone_args"], "batch_size": 16, "max_images": None}
+    run = go(tmp_path / "run", data=digits, views={"weak": {"size": 32}, "strong": {"size": 32}}, **small)
     with pytest.raises(ConfigError, match=r"^data: .*hand it over again"):
         relssl.resume(run, epochs=2, quiet=True)
     assert relssl.resume(run, epochs=2, data=digits, quiet=True).rows[-1]["step"] == 8
     exported = relssl.export(run, out=tmp_path / "once.safetensors")
-    assert relssl.export(exported.path, format="torchvision").parity.relative < 1e-4
+    assert relssl.export(exported.path, out=tmp_path / "twice.safetensors").parity.relative < 1e-4
 
 
 class Diary:
@@ -216,25 +214,20 @@ class Diary:
     def __init__(self, fails: str = "") -> None:
         self.events, self.fails = list[tuple[str, Any]](), fails
 
+    def __getattr__(self, event: str) -> Any:
+        if not event.startswith("on_"):
+            raise AttributeError(event)
+        return partial(self.note, event)
+
     def note(self, event: str, subject: Any) -> None:
-        self.events.append((event, subject))
+        facts = {
+            "on_start": lambda: subject.total_steps,
+            "on_checkpoint": lambda: (subject.name, (subject / "SHA256SUMS").exists()),
+        }
+        facts |= {"on_end": lambda: (subject.folder, subject.backbone.exists())}
+        self.events.append((event, facts.get(event, lambda: subject["step"])()))
         if event == self.fails:
             raise KeyError("mine")
-
-    def on_start(self, run: Any) -> None:
-        self.note("on_start", run.total_steps)
-
-    def on_row(self, row: dict[str, Any]) -> None:
-        self.note("on_row", row["step"])
-
-    def on_evaluation(self, row: dict[str, Any]) -> None:
-        self.note("on_evaluation", row["step"])
-
-    def on_checkpoint(self, path: Path) -> None:
-        self.note("on_checkpoint", (path.name, (path / "SHA256SUMS").exists()))
-
-    def on_end(self, result: Any) -> None:
-        self.note("on_end", (result.folder, result.backbone.exists()))
 
 
 def test_hooks_are_told_in_order_what_happens(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Two processes behave as one. Launches beyond the one that all tests here share are torture."""
 
+import contextlib
 import json
 import os
 import re
@@ -28,7 +29,7 @@ from relssl.train.checkpoint import agreed_hashes
 from relssl.weights import store
 from small_runs import NORMLESS, SMALL, close_runs, cut, equal_runs, repeatable_rows, small_run
 
-SETTINGS = merge(SMALL, NORMLESS) | {"backbone_args": NORMLESS["backbone_args"]}
+SETTINGS = merge(SMALL, NORMLESS) | {"backbone_args": NORMLESS["backbone_args"], "max_images": 128}
 ENDLESS = {"epochs": 500, "log": {"knn_every": 0}, "checkpoint": {"every_steps": 5}}
 RELSSL = [sys.executable, "-m", "relssl"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "relssl"]
@@ -69,8 +70,11 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
 
 def family(process: subprocess.Popen[str], count: int) -> list[psutil.Process]:
     """The processes below one that was started, once there are as many."""
-    while process.poll() is None and len(children := psutil.Process(process.pid).children(recursive=True)) < count:
+    children: list[psutil.Process] = []
+    while process.poll() is None and len(children) < count:
         time.sleep(0.05)
+        with contextlib.suppress(psutil.Error):  # others come and go, such as git
+            children = [each for each in psutil.Process(process.pid).children(recursive=True) if "-m" in each.cmdline()]
     return children
 
 
@@ -78,14 +82,14 @@ def family(process: subprocess.Popen[str], count: int) -> list[psutil.Process]:
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run on two ranks, whose tests only read."""
     folder = tmp_path_factory.mktemp("ranks") / "two"
-    output = finish(start_two(folder, {"checkpoint": {"every_steps": 7, "keep": 9}}))
+    output = finish(start_two(folder, {"checkpoint": {"every_steps": 3, "keep": 9}}))
     assert output.count("reading the images") == output.count("What the backbone learned") == 1  # one rank speaks,
     assert not re.search(r"Warning|\[W|[Ll]ightning|distributed", output), output  # and no library does
     return folder
 
 
 def test_two_ranks_equal_one_process(two: Path, tmp_path: Path) -> None:
-    small_run(tmp_path / "one", **NORMLESS)
+    small_run(tmp_path / "one", **SETTINGS)
     _, meta = store.load(store.checkpoints(two / "checkpoints")[-1])
     assert len(meta["hashes"]) == 2 and meta["hashes"][0] == meta["hashes"][1]
     assert meta["hashes"][0].keys() == {"student", "teacher", "memory"}
@@ -97,8 +101,8 @@ def test_two_ranks_equal_one_process(two: Path, tmp_path: Path) -> None:
 
 @pytest.mark.torture
 def test_two_ranks_resume_exactly(two: Path, tmp_path: Path) -> None:
-    folder = cut(two, tmp_path / "cut", 14)
-    assert "going on exactly from step 14" in finish(start(*RELSSL, "resume", str(folder)))
+    folder = cut(two, tmp_path / "cut", 3)
+    assert "going on exactly from step 3" in finish(start(*RELSSL, "resume", str(folder)))
     assert equal_runs(two, folder)
 
 
@@ -127,23 +131,26 @@ def test_sigterm_to_one_rank_stops_both(tmp_path: Path) -> None:
 
 
 @pytest.mark.torture
-def test_a_rank_that_dies_ends_the_run_with_a_line_and_a_status(tmp_path: Path) -> None:
-    run = start_two(tmp_path / "run", ENDLESS)
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_rank_that_dies_ends_the_run_with_a_line_and_a_status(tmp_path: Path, ranks: int) -> None:
+    run = start_two(tmp_path / "run", ENDLESS, {"engine": {"devices": ranks}})
+    others = family(run, ranks - 1)
     wait_for(tmp_path / "run/checkpoints/step-00000005", run)
-    (other,) = family(run, 1)
-    other.kill()
-    assert "relssl: " in finish(run, 7)
+    begun = time.monotonic()
+    others[-1].kill()
+    assert "relssl: " in finish(run, 7) and psutil.wait_procs(others, timeout=10)[1] == []
+    print(f"one of {ranks} ranks dies: the others ended after {time.monotonic() - begun:.1f} s")
     status = read_json(tmp_path / "run/status.json")
     assert (status["state"], status["exit_code"], status["error"]["kind"]) == ("failed", 7, "distributed")
 
 
 @pytest.mark.torture
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_hangs_is_named_and_ends_the_run(tmp_path: Path, rank: int) -> None:
-    """The first rank is stopped while it evaluates, the other one while it trains."""
+@pytest.mark.parametrize(("rank", "ranks"), [(0, 2), (1, 2), (3, 4)])
+def test_a_rank_that_hangs_is_named_and_ends_the_run(tmp_path: Path, rank: int, ranks: int) -> None:
+    """The first rank is stopped while it evaluates, the last one while it trains."""
     knn = {"knn_every": 1, "knn_images": [1000, 700]} if rank == 0 else {"knn_every": 0}
-    run = start_two(tmp_path / "run", ENDLESS, {"log": knn, "engine": {"timeout": 30}})
-    (other,) = family(run, 1)
+    run = start_two(tmp_path / "run", ENDLESS, {"log": knn, "engine": {"timeout": 30, "devices": ranks}})
+    other = family(run, ranks - 1)[-1]
     wait_for(tmp_path / ("run/config.yaml" if rank == 0 else "run/checkpoints/step-00000005"), run)
     time.sleep(0.3)
     begun = time.monotonic()
@@ -155,8 +162,8 @@ def test_a_rank_that_hangs_is_named_and_ends_the_run(tmp_path: Path, rank: int) 
     finally:
         os.killpg(run.pid, signal.SIGKILL)
     output, died = run.communicate()[0], rf"rank {rank} has died or hangs, last heard of at its step \d+"
-    assert seconds < 60 and re.search(rf"{died}; rank {1 - rank} is at step \d+", output), output
-    print(f"rank {rank} hangs: the other ended after {seconds:.1f} s")
+    assert seconds < 60 and re.search(rf"{died}; rank {0 if rank else 1} is at step \d+", output), output
+    print(f"rank {rank} of {ranks} hangs: the others ended after {seconds:.1f} s")
 
 
 @pytest.mark.torture
@@ -202,12 +209,66 @@ def test_ranks_wait_longer_than_the_timeout_for_a_first_one_that_works(tmp_path:
 
 
 @pytest.mark.torture
-def test_a_run_of_one_process_goes_on_with_two(tmp_path: Path) -> None:
+def test_a_run_goes_on_with_other_numbers_of_processes(tmp_path: Path) -> None:
     """The same samples in the same order: batch norm alone makes a difference, and this network has none."""
     whole = small_run(tmp_path / "whole", **NORMLESS, checkpoint={"every_steps": 5, "keep": 9}).folder
     folder = cut(whole, tmp_path / "cut", 5)
-    assert "world 1 -> 2" in finish(start(*TORCHRUN, "resume", str(folder)))
+    for before, ranks in ((1, 2), (2, 4), (4, 1)):
+        words = ["resume", str(folder), "--engine.devices", str(ranks), "--time_limit", "0.000001"]
+        assert f"world {before} -> {ranks}" in finish(start(*RELSSL, *words), 75)
+    assert "world 1 -> 2" in finish(start(*TORCHRUN, "resume", str(folder), "--engine.devices", "2"))
     assert close_runs(whole, folder)
+
+
+@pytest.mark.torture
+def test_torchrun_restarts_what_was_killed(two: Path, tmp_path: Path) -> None:
+    folder, words = tmp_path / "run", [*TORCHRUN[:4], "--max-restarts=3", *TORCHRUN[4:], "pretrain", "--resume", "auto"]
+    agent = start(*words, "--config", config_file(folder, {"checkpoint": {"every_steps": 1, "keep": 9}}))
+    for mark in ("config.yaml", "checkpoints/step-00000003"):
+        ranks = family(agent, 2)
+        wait_for(folder / mark, agent)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            ranks[1].kill()
+        psutil.wait_procs(ranks, timeout=60)
+    finish(agent)
+    assert "going on exactly from step" in (folder / "run.log").read_text() and equal_runs(two, folder)
+
+
+@pytest.mark.torture
+def test_an_alarm_stops_all_ranks(tmp_path: Path) -> None:
+    uniform = {"method": {"teacher_temperature": 10.0, "allow_unsharpened": True}, "log": {"knn_every": 0, "alarms": "stop"}}
+    assert "uniform-teacher" in finish(start_two(tmp_path / "run", uniform), 6)
+    status = read_json(tmp_path / "run/status.json")
+    assert status["exit_code"] == 6 and status["last_checkpoint"] == f"step-{status['step']:08d}"
+
+
+POISONED = """
+import sys
+sys.path.insert(0, sys.argv[2])
+import relssl
+from relssl.train import loop
+from small_runs import differing, training_state
+
+def poisoned(run, parts):
+    bad, before = run.state.step % 2, training_state(run)
+    if bad and run.engine.rank == run.state.step // 2 % 2:
+        parts[0].strong[0][0, 0, 0, 0] = float("nan")
+    figures = train_step(run, parts)
+    assert bool(differing(before, training_state(run)) == []) == bool(bad) if run.state.step > 1 else not bad
+    return figures
+
+train_step, loop.train_step = loop.train_step, poisoned
+relssl.pretrain(config=sys.argv[1])
+"""
+
+
+@pytest.mark.torture
+def test_a_bad_step_of_one_rank_leaves_no_trace_on_any(tmp_path: Path) -> None:
+    """NaN in an image of the first or the second rank, in every other one of 40 steps; ranks are compared at each save."""
+    (tmp_path / "script.py").write_text(POISONED)
+    file = config_file(tmp_path / "run", {"epochs": 4, "engine": {"devices": 2}, "checkpoint": {"every_steps": 1}})
+    finish(start(sys.executable, str(tmp_path / "script.py"), file, str(Path(__file__).parent)))
+    assert read_json(tmp_path / "run/status.json")["state"] == "complete"
 
 
 @pytest.mark.torture

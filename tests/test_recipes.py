@@ -7,16 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from relssl.cli import main
 from relssl.errors import ConfigError
 from relssl.method.create import create_method
 from relssl.settings import recipes
-from relssl.settings.reading import leaves, merge, nest, read_yaml
+from relssl.settings.methods import METHODS
+from relssl.settings.reading import changes, nest, read_yaml
 from relssl.settings.recipes import layer, spell_out
-from relssl.settings.run import METHODS, Config, derive, differences, from_mapping, resolve, to_yaml
+from relssl.settings.run import derive, differences, from_mapping, resolve, to_yaml
 from relssl.train.run_folder import default_folder
 from relssl.weights.card import public
 
@@ -30,11 +29,6 @@ PAPER: dict[str, tuple[Any, ...]] = {
     "optimizer.weight_decay": (5e-4, 5e-4, 5e-4, 5e-4, 1e-4),
     "encoder.dim": (128, 128, 128, 128, 512),
 }
-
-
-# What a baseline may change of ReSSL's run on a small set, beside its name and the first view.
-def changed(config: Config, other: Config) -> set[str]:
-    return {name for name in leaves(Config) if attrgetter(name)(config) != attrgetter(name)(other)} - {"recipe"}
 
 
 @pytest.mark.parametrize("name", recipes.NAMES)
@@ -53,7 +47,7 @@ def test_the_authors_runs_and_the_extension_on_them(name: str) -> None:
     assert (theirs.encoder.predictor, theirs.method.warmup, len(derive(theirs).strong)) == ("none", "none", 1)
     extension = recipes.read("_extension")
     assert ours.recipe == name
-    assert changed(ours, theirs) <= extension.keys()
+    assert changes(theirs, ours).keys() - {"recipe"} <= extension.keys()
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -65,32 +59,18 @@ def test_a_method_is_its_file_and_its_base_recipe(method: str) -> None:
     assert resolve({"method": method, "data": "photos"}).recipe == ("folder" if method == "ressl" else f"{method}/folder")
 
 
-# Layers
-
-VALUES: dict[str, st.SearchStrategy[Any]] = {
-    "epochs": st.integers(5, 99),
-    "optimizer.lr": st.floats(0.01, 1),
-    "views.strong.name": st.sampled_from(("weak", "contrastive", "simclr")),
-    "views.strong.size": st.integers(8, 64),
-    "views.weak.size": st.integers(8, 64),
-    "method.memory_size": st.integers(256, 512),
-}
-LAYERS = st.lists(st.dictionaries(st.sampled_from(sorted(VALUES)), st.none(), max_size=5), min_size=1, max_size=4)
-
-
-@given(shapes=LAYERS, data=st.data())
-@settings(max_examples=25, deadline=None)
-def test_a_recipe_on_its_bases_is_the_last_word_on_each_setting(
-    shapes: list[dict[str, None]], data: Any, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    folder = tmp_path_factory.mktemp("layers")
-    layers = [{name: data.draw(VALUES[name]) for name in shape} for shape in shapes]
-    files = [str(folder / f"{number}.yaml") for number in range(len(layers))]
+def test_a_recipe_lies_on_its_bases_and_later_ones_on_earlier(tmp_path: Path) -> None:
+    layers: list[dict[str, Any]] = [
+        {"epochs": 9, "optimizer.lr": 0.1, "views.strong.name": "weak", "views.strong.size": 8, "method.memory_size": 256},
+        {"epochs": 8, "optimizer.lr": 0.2, "views.strong.name": "simclr"},
+        {"epochs": 7, "views.weak.size": 16},
+    ]
+    files = [str(tmp_path / f"{number}.yaml") for number in range(len(layers))]
     for file, own in zip(files, layers, strict=True):
         Path(file).write_text(json.dumps(nest(own) | ({"base": files[:-1]} if file == files[-1] else {})))
     flat = {name: value for own in layers for name, value in own.items()}
     run = {"recipe": files[-1], "data": "x"}
-    assert resolve(run) == from_mapping(merge(nest(flat), run))
+    assert resolve(run) == from_mapping(flat | run)
 
 
 def test_short_forms_and_arguments_of_another_backbone(tmp_path: Path) -> None:
@@ -129,10 +109,8 @@ def test_recipes_are_listed_in_groups_and_shown_whole(capsys: pytest.CaptureFixt
     assert main(["recipes"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[:-2] if line] == list(recipes.NAMES) and max(map(len, lines)) < 140
-    assert lines[lines.index("") + 1].startswith("byol/") and not [name for name in recipes.NAMES if "_" in name]
     assert main(["recipes", "nips/imagenet-5crop", "--json"]) == 0
     shown = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert len(shown["settings"]["views.crops"]) == 5 and "official code" in shown["source"]
     assert from_mapping(nest(shown["settings"]) | {"recipe": "nips/imagenet-5crop"}) == resolve({"recipe": "nips/imagenet-5crop"})
 
 

@@ -6,6 +6,7 @@ In a browser, what is pressed, moved and typed shows the same, and the console s
 import json
 import math
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -96,22 +97,29 @@ def test_a_page_says_what_is_missing(run: Path, tmp_path: Path, capsys: pytest.C
     (torn / "config.yaml").write_text("data: digits\nno_such_setting: 3\n")
     assert main(["report", str(torn)]) == 0
     page = (torn / "report.html").read_text()
-    assert all(
-        words in page for words in ("status.json is missing or damaged", "no row yet", "no_such_setting", "Nothing to judge yet")
-    )
+    for words in ("status.json is missing or damaged", "no row yet", "no_such_setting", "Nothing to judge yet"):
+        assert words in page
     with pytest.raises(ConfigError, match="is no run folder"):
         relssl.write_report(tmp_path)
 
 
-def test_two_runs_are_compared(run: Path, tmp_path: Path) -> None:
-    other = small_run(tmp_path / "other", **{"method.teacher_temperature": 0.07, "log.knn_every": 0}).folder  # one has no kNN
-    page = relssl.write_report(run, other, out=tmp_path / "both.html")
+def test_two_runs_of_one_name_are_compared_and_told_apart(run: Path, tmp_path: Path) -> None:
+    one, other = (
+        Path(shutil.copytree(run, tmp_path / name / "run", ignore=shutil.ignore_patterns("checkpoints"))) for name in "ab"
+    )
+    settings = (run / "config.yaml").read_text()
+    (other / "config.yaml").write_text(settings.replace("teacher_temperature: 0.04", "teacher_temperature: 0.07"))
+    rows = (
+        json.dumps({name: value for name, value in row.items() if "knn" not in name}) for row in read_rows(run / "metrics.jsonl")
+    )
+    (other / "metrics.jsonl").write_text("\n".join(rows))
+    page = relssl.write_report(one, other, out=tmp_path / "both.html")
     text = page.read_text()
-    assert "method.teacher_temperature" in text and "0.07" in text
-    assert [each["name"] for each in data_of(page)["runs"]] == ["run", "other"]
+    assert "method.teacher_temperature" in text and "0.07" in text and "holds no checkpoint" in text
+    assert [each["name"] for each in data_of(page)["runs"]] == ["a/run", "b/run"]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def page(run: Path) -> Iterator[Browser]:
     with Browser(run / "report.html") as browser:
         yield browser
@@ -125,20 +133,13 @@ def number(text: str) -> float:
 @in_browser
 def test_curves_are_read_by_keyboard_and_pointer(page: Browser, run: Path) -> None:
     rows = [row for row in read_rows(run / "metrics.jsonl") if "loss" in row]
-    place = next(
-        i
-        for i, title in enumerate(
-            json.loads(page.js("JSON.stringify([...document.querySelectorAll('#charts h3')].map(e => e.textContent))"))
-        )
-        if title == "Loss"
-    )
-    figure = f"#charts figure:nth-child({place + 1})"
+    titles = json.loads(page.js("JSON.stringify([...document.querySelectorAll('#charts h3')].map(e => e.textContent))"))
+    figure = f"#charts figure:nth-child({titles.index('Loss') + 1})"
     assert number(page.text(f"{figure} .values").split()[-1]) == pytest.approx(rows[-1]["loss"], rel=1e-3)
     page.focus(f"{figure} svg")
-    page.press("Home", 36)
-    assert number(page.text(f"{figure} .values").split()[-1]) == pytest.approx(rows[0]["loss"], rel=1e-3)
-    page.press("ArrowRight", 39)
-    assert number(page.text(f"{figure} .values").split()[-1]) == pytest.approx(rows[1]["loss"], rel=1e-3)
+    for row, (key, code) in enumerate({"Home": 36, "ArrowRight": 39}.items()):
+        page.press(key, code)
+        assert number(page.text(f"{figure} .values").split()[-1]) == pytest.approx(rows[row]["loss"], rel=1e-3)
     page.click(f"{figure} svg")
     assert page.text(f"{figure} .values").startswith("epoch ")
 
@@ -150,17 +151,15 @@ def test_the_explorer_shows_the_relations_that_training_has(page: Browser, run: 
     stored, own = facts["relations"]["images"][6], facts["relations"]["temperatures"].index(0.04)
     assert facts["names"][facts["explored"][6]] in page.text("#detail")
     assert number(page.text("#neighbours-value")) == pytest.approx(math.exp(stored["entropy"][own]), rel=1e-3)
-    assert number(page.text("#divergence-value")) == pytest.approx(
-        stored["cross"][own] - stored["entropy"][own], rel=1e-3, abs=1e-3
-    )
+    divergence = stored["cross"][own] - stored["entropy"][own]
+    assert number(page.text("#divergence-value")) == pytest.approx(divergence, rel=1e-3, abs=1e-3)
     # The memory is the checkpoint's: each key's picture is that of its sample.
     ids = final_state(run)["memory.ids"]
     for slot, image in facts["relations"]["pictures"].items():
         assert image < 0 or facts["names"][image].endswith(f"{int(ids[int(slot)]):06}")
 
-    shares = [
-        number(page.text(f".butterfly tbody tr:nth-child({row}) .left")) / 100 for row in range(1, 14)
-    ]  # the last: all others
+    # The last row is that of all others.
+    shares = [number(page.text(f".butterfly tbody tr:nth-child({row}) .left")) / 100 for row in range(1, 14)]
     wanted = torch.tensor(stored["teacher"], dtype=torch.float64) / 0.04 - stored["log_sum"][own]
     assert shares[0] == pytest.approx(float(wanted.exp().max()), abs=6e-3) and sum(shares) == pytest.approx(1, abs=0.03)
 

@@ -1,4 +1,4 @@
-"""The command line: what each command does, and what becomes of errors. torch is imported only once a command is worth it."""
+"""The command line: what each command of verbs.yaml does, and what becomes of errors. torch is imported only once a command is worth it."""
 
 from __future__ import annotations
 
@@ -13,72 +13,50 @@ import sys
 import textwrap
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import relssl
 from relssl.errors import ConfigError, DataError, NumericError, RelsslError
 from relssl.files import plain
-from relssl.options import Outcome, Overrides, option, parse, verb
+from relssl.options import Overrides, parse
 from relssl.settings import recipes
-from relssl.settings.evaluation import Evaluation, Tuning, read_settings
+from relssl.settings.evaluation import Tuning, read_settings
 from relssl.settings.launcher import rank, with_launch
-from relssl.settings.names import MAIN, spell
-from relssl.settings.reading import build, flat, leaves
+from relssl.settings.reading import build, flat, leaves, spell
 from relssl.settings.run import Config, differences, resolve, to_yaml
 from relssl.settings.small import adjustments, give_way
 from relssl.train.signals import StopRequest
-from relssl.weights.formats import FORMATS, find_format
-
-_RUN = (
-    option(
-        "data",
-        "name of a data set, folder of images, list file, hf:NAME, hf:FOLDER or shards:PATTERN (default: digits)",
-        metavar="DATA",
-        nargs="?",
-    ),
-    option("--config", "YAML file of settings", metavar="FILE"),
-)
-_SOURCE = option("source", "run folder, file of weights, or timm name", metavar="SOURCE")
-_NETWORK = option("--network", "of a run; default: student", choices=("student", "teacher"))
-# How features of images are computed.
-_EXTRACTION = (
-    option("--split", default="train", choices=("train", "bank", "test")),
-    option("--data_root", "where named data sets lie"),
-    option("--device", "auto, cpu, mps, cuda, or one of several such as cuda:1", default="auto"),
-    option("--precision", "of the network's arithmetic", default="fp32", choices=("auto", "fp32", "bf16")),
-)
-# How files of other programs are read.
-_FOREIGN = (
-    option("--from", "official, solo, moco, dino, torchvision or timm; default: by its names", dest="layout", metavar="LAYOUT"),
-    option("--backbone", "timm's name of the network; default: ResNets are recognised", metavar="NAME"),
-    option("--stem", "standard, small, small-pool or small-wide; default: by the first convolution"),
-    option("--prefix", "what stands before the network's names in the file; default: recognised", metavar="P"),
-    option("--allow", "names that may be missing or unexpected (abc.* for many)", nargs="+", default=[], metavar="NAME"),
-)
+from relssl.weights.formats import find_format
 
 
-@verb(
-    "pretrain a backbone on images",
-    *_RUN,
-    option("--resume", "auto: go on with the run in --out, if there is one", metavar="auto"),
-    settings=Config,
-    main=MAIN,
-)
+class Outcome(NamedTuple):
+    """The outcome of a command."""
+
+    facts: Any  # for --json
+    show: str | Callable[[], Any]  # the text for people, or what prints it
+    error: BaseException | None = None  # raised once all that was finished before is shown
+
+
+Run = Callable[[argparse.Namespace, Overrides], Outcome | None]  # which returns no outcome in processes that have none
+_COMMANDS: dict[str, Run] = {}
+
+
+def command(run: Run) -> Run:
+    """Make a function of its arguments and settings the command of its name."""
+    _COMMANDS[run.__name__.removesuffix("_").replace("_", "-")] = run
+    return run
+
+
+@command
 def pretrain(args: argparse.Namespace, overrides: Overrides) -> Outcome | None:
     config = _run_settings(args, overrides)
     _prepare(None if args.resume else config)
     return _trained(relssl.pretrain(settings=config, resume=args.resume))
 
 
-@verb(
-    "time a few steps of a run: what the whole would take, and what to change",
-    *_RUN,
-    option("--steps", "steps that are timed (default: 20)", type=int, default=20),
-    settings=Config,
-    main=MAIN,
-)
+@command
 def estimate(args: argparse.Namespace, overrides: Overrides) -> Outcome | None:
     config = _run_settings(args, overrides)
     _prepare(config)
@@ -88,43 +66,21 @@ def estimate(args: argparse.Namespace, overrides: Overrides) -> Outcome | None:
     return None if figures.rank else Outcome(dataclasses.asdict(figures), lambda: show_estimate(figures))
 
 
-@verb(
-    "draw images beside their views, as a run with these settings would draw them, into a PNG file",
-    *_RUN,
-    option("--images", "rows (default: 8)", type=int, default=8),
-    option("--out", "target .png (default: views.png)", default="views.png", metavar="FILE"),
-    settings=Config,
-    main=MAIN,
-)
-def views(args: argparse.Namespace, overrides: Overrides) -> Outcome | None:
+@command
+def views(args: argparse.Namespace, overrides: Overrides) -> Outcome:
     config = _run_settings(args, overrides)
     _prepare(config)
-    path = relssl.write_views(settings=config, **_pick(args, "out", "images"))
-    return Outcome({"out": str(path)}, str(path))
+    return _written(relssl.write_views(settings=config, **_pick(args, "out", "images")))
 
 
-@verb(
-    "go on with a run exactly where it was saved",
-    option("run_folder", metavar="RUN"),
-    option("data", "where the run's images are now, if they have moved", metavar="DATA", nargs="?"),
-    option("--epochs", "how many the run has in all from now on, its schedules included", type=int, metavar="N"),
-    option("--time_limit", "minutes after which it saves and stops with exit code 75", type=float, metavar="M"),
-    option("--checkpoint", "name of an older checkpoint to go on from"),
-    settings=Config,
-    main=(),
-)
+@command
 def resume(args: argparse.Namespace, overrides: Overrides) -> Outcome | None:
     _prepare()
     return _trained(relssl.resume(args.run_folder, **_pick(args, "checkpoint", "time_limit", "epochs", "data"), **overrides))
 
 
-@verb(
-    "verify a run's checkpoints, inspect one, or tell the diff of two",
-    option("action", "what to do", choices=("verify", "inspect", "diff")),
-    option("run_folder", metavar="RUN"),
-    option("other", "a step, or of diff another run (default: all, the newest, the one before)", metavar="STEP|RUN", nargs="?"),
-)
-def checkpoint(args: argparse.Namespace, _: Overrides) -> Outcome | None:
+@command
+def checkpoint(args: argparse.Namespace, _: Overrides) -> Outcome:
     _prepare()
     from relssl.weights import inspection
 
@@ -132,13 +88,8 @@ def checkpoint(args: argparse.Namespace, _: Overrides) -> Outcome | None:
     return Outcome(facts, _lines(facts))
 
 
-@verb(
-    "prove that runs on this machine resume bit for bit: a short run of these settings, against the same cut and resumed",
-    *_RUN,
-    settings=Config,
-    main=MAIN,
-)
-def verify_resume(args: argparse.Namespace, overrides: Overrides) -> Outcome | None:
+@command
+def verify_resume(args: argparse.Namespace, overrides: Overrides) -> Outcome:
     _prepare(_run_settings(args, overrides))
     from relssl.train.proof import prove
 
@@ -146,12 +97,8 @@ def verify_resume(args: argparse.Namespace, overrides: Overrides) -> Outcome | N
     return Outcome(facts, facts["result"], None if facts["exact"] else NumericError(f"resume: {facts['result']}"))
 
 
-@verb(
-    "look through the images of DATA: unreadable and doubled ones, test images among the training images, sizes",
-    option("data", metavar="DATA"),
-    option("--data_root", "where named data sets lie"),
-)
-def scan(args: argparse.Namespace, _: Overrides) -> Outcome | None:
+@command
+def scan(args: argparse.Namespace, _: Overrides) -> Outcome:
     _prepare()
     from relssl.data.survey import survey
 
@@ -159,16 +106,9 @@ def scan(args: argparse.Namespace, _: Overrides) -> Outcome | None:
     return Outcome(facts, _lines(facts))
 
 
-@verb(
-    "measure what a backbone learned",
-    _SOURCE,
-    option("data", "labelled data; default: the run's own; transfer: several, A,B,C", metavar="DATA", nargs="?"),
-    option("--out", "JSON file for all results; those of a run are kept in RUN/evaluations too", metavar="FILE"),
-    *_FOREIGN,
-    settings=Evaluation,
-)
-def evaluate(args: argparse.Namespace, overrides: Overrides) -> Outcome | None:
-    settings = read_settings(overrides)
+@command
+def evaluate(args: argparse.Namespace, overrides: Overrides) -> Outcome:
+    settings = read_settings(overrides, typed=True)
     _prepare()
     from relssl.report.tables import show_evaluation
 
@@ -183,14 +123,8 @@ def evaluate(args: argparse.Namespace, overrides: Overrides) -> Outcome | None:
     return Outcome(records[-1], lambda: show_evaluation(records[-1]), error)
 
 
-@verb(
-    "compare two evaluations, if they were made alike",
-    option("first", "of RUN/evaluations, or of evaluate --out", metavar="A.json"),
-    option("second", metavar="B.json"),
-    option("--network", "network of both, or of each: student,backbone; default: of equal names"),
-    option("--allow", "fields of the card that may differ", nargs="+", default=[], metavar="FIELD"),
-)
-def compare(args: argparse.Namespace, _: Overrides) -> Outcome | None:
+@command
+def compare(args: argparse.Namespace, _: Overrides) -> Outcome:
     from relssl.report.tables import show_comparison
 
     names = (args.network or "").split(",")
@@ -199,22 +133,14 @@ def compare(args: argparse.Namespace, _: Overrides) -> Outcome | None:
     return Outcome({"comparisons": rows}, lambda: show_comparison(rows))
 
 
-@verb(
-    "write a page that shows what runs have learned, finished or not: curves, neighbours, map, relations",
-    option("runs", "run folders; several are compared, with pictures of the first", metavar="RUN", nargs="+"),
-    option("--out", "target .html; default: report.html in the folder of a single run, else here", metavar="FILE"),
-)
-def report(args: argparse.Namespace, _: Overrides) -> Outcome | None:
+@command
+def report(args: argparse.Namespace, _: Overrides) -> Outcome:
     _prepare()
-    path = relssl.write_report(*args.runs, out=args.out, say=None if args.json else _say)
-    return Outcome({"out": str(path)}, str(path))
+    return _written(relssl.write_report(*args.runs, out=args.out, say=None if args.json else _say))
 
 
-@verb(
-    "suggest a teacher's temperature, memory and warm-up from the relations of a run, without training",
-    option("run_folder", metavar="RUN"),
-)
-def advise(args: argparse.Namespace, _: Overrides) -> Outcome | None:
+@command
+def advise(args: argparse.Namespace, _: Overrides) -> Outcome:
     _prepare()
     from relssl.report.tables import show_advice
 
@@ -222,27 +148,15 @@ def advise(args: argparse.Namespace, _: Overrides) -> Outcome | None:
     return Outcome(facts, lambda: show_advice(facts))
 
 
-@verb(
-    "say what of this machine, or of a run, is slow, missing or known to be broken, and what to do",
-    option("run_folder", metavar="RUN", nargs="?"),
-)
-def doctor(args: argparse.Namespace, _: Overrides) -> Outcome | None:
+@command
+def doctor(args: argparse.Namespace, _: Overrides) -> Outcome:
     findings = relssl.doctor(args.run_folder)
     lines = [f"{each['what']}: {each['evidence']}; {each['remedy']}" for each in findings]
     return Outcome({"findings": findings}, "\n".join(lines or ["nothing found that is slow, missing or broken"]))
 
 
-@verb(
-    "write the features of images to a file",
-    _SOURCE,
-    option("data", metavar="DATA"),
-    option("--out", "target .npz, .csv or .parquet", required=True),
-    option("--size", "side of the view in pixels; default: the one pretraining used", type=int),
-    _NETWORK,
-    *_EXTRACTION,
-    *_FOREIGN,
-)
-def embed(args: argparse.Namespace, _: Overrides) -> Outcome | None:
+@command
+def embed(args: argparse.Namespace, _: Overrides) -> Outcome:
     _prepare()
     options = _pick(args, "network", "split", "data_root", "device", "precision")
     facts = relssl.embed(args.source, args.data, args.out, reading=_reading(args, size=args.size), **options)
@@ -250,15 +164,8 @@ def embed(args: argparse.Namespace, _: Overrides) -> Outcome | None:
     return Outcome(facts, "\n".join([f"{written}; images that could not be read: {len(facts['bad'])}", *facts["notes"]]))
 
 
-@verb(
-    "train a backbone and a classifier on labelled images, and write both to a file that timm loads",
-    _SOURCE,
-    option("data", "labelled images with a test part: train/CLASS/ and val/CLASS/, or a named set", metavar="DATA"),
-    option("--out", "target .safetensors", required=True, metavar="MODEL"),
-    *_FOREIGN,
-    settings=Tuning,
-)
-def finetune(args: argparse.Namespace, overrides: Overrides) -> Outcome | None:
+@command
+def finetune(args: argparse.Namespace, overrides: Overrides) -> Outcome:
     settings = build(Tuning, spell(overrides, leaves(Tuning)))
     _prepare()
     say = None if args.json else _say
@@ -269,14 +176,8 @@ def finetune(args: argparse.Namespace, overrides: Overrides) -> Outcome | None:
     return Outcome(facts, "\n".join([f"{facts['out']}: {len(facts['classes'])} classes, {figure}", *facts["notes"], use]))
 
 
-@verb(
-    "classify images by a file that finetune wrote",
-    option("model", "the .safetensors file, with its .yaml beside it", metavar="MODEL"),
-    option("data", metavar="DATA"),
-    option("--out", "target .csv, or .parquet or .npz with the scores of all classes", required=True, metavar="FILE"),
-    *_EXTRACTION,
-)
-def predict(args: argparse.Namespace, _: Overrides) -> Outcome | None:
+@command
+def predict(args: argparse.Namespace, _: Overrides) -> Outcome:
     _prepare()
     facts = relssl.predict(args.model, args.data, args.out, **_pick(args, "split", "data_root", "device", "precision"))
     left_out = f"; {len(facts['bad'])} could not be read" if facts["bad"] else ""
@@ -284,16 +185,8 @@ def predict(args: argparse.Namespace, _: Overrides) -> Outcome | None:
     return Outcome(facts, "\n".join([written, *facts["notes"]]))
 
 
-@verb(
-    "write a backbone for other programs, and check what they will read",
-    option("source", "run folder, or exported or imported .safetensors", metavar="RUN|WEIGHTS"),
-    option("--format", "; ".join(f"{name}: {each.about}" for name, each in FORMATS.items()) + "; default: safetensors, or hf"),
-    _NETWORK,
-    option("--out", "target file, or folder for hf; default: in RUN/export, or beside the file"),
-    option("--push", "upload it to the Hugging Face Hub, as a private repository if there is none yet", metavar="ORG/NAME"),
-    option("--dry_run", "with --push: say what would be uploaded, and leave everything as it is", action="store_true"),
-)
-def export(args: argparse.Namespace, _: Overrides) -> Outcome | None:
+@command
+def export(args: argparse.Namespace, _: Overrides) -> Outcome:
     find_format(args.format or "safetensors")  # before torch is imported
     _prepare()
     result = relssl.export(args.source, **_pick(args, "format", "network", "out", "push", "dry_run"))
@@ -309,25 +202,15 @@ def export(args: argparse.Namespace, _: Overrides) -> Outcome | None:
     return Outcome(facts, f"{where}\nchecked on {parity.images}: {how}\n\nLoad it:\n\n{code}")
 
 
-@verb(
-    "turn another program's checkpoint into a backbone file",
-    option("file", "what it saved: .pth, .pth.tar, .ckpt, .safetensors", metavar="FILE"),
-    option("--network", "default: the one its authors evaluate", choices=("student", "teacher")),
-    option("--size", "pixels of its images; default: 224, or 32 and 64 for small stems", type=int),
-    option("--out", "target .safetensors; default: beside FILE"),
-    *_FOREIGN,
-)
-def import_(args: argparse.Namespace, _: Overrides) -> Outcome | None:
+@command
+def import_(args: argparse.Namespace, _: Overrides) -> Outcome:
     _prepare()
-    report = relssl.import_weights(args.file, out=args.out, **vars(_reading(args, network=args.network, size=args.size)))
-    return Outcome(dataclasses.asdict(report), "\n".join([*report.lines(), f"written to {report.out}"]))
+    result = relssl.import_weights(args.file, out=args.out, **vars(_reading(args, network=args.network, size=args.size)))
+    return Outcome(dataclasses.asdict(result), "\n".join([*result.lines(), f"written to {result.out}"]))
 
 
-@verb(
-    "list the recipes, or show the settings of one and where they come from",
-    option("recipe", "a recipe, to see its settings", metavar="NAME", nargs="?"),
-)
-def recipes_(args: argparse.Namespace, _: Overrides) -> Outcome | None:
+@command
+def recipes_(args: argparse.Namespace, _: Overrides) -> Outcome:
     if args.recipe is None:
         listed = [recipes.find(name) for name in recipes.NAMES]
         groups = itertools.groupby(listed, lambda recipe: recipe["name"].rpartition("/")[0])
@@ -340,11 +223,8 @@ def recipes_(args: argparse.Namespace, _: Overrides) -> Outcome | None:
     return Outcome(recipe | {"settings": settings}, "\n".join([head, *rows]))
 
 
-@verb(
-    "print the images of a folder as a list file, which is read at once: relssl list FOLDER > FILE",
-    option("folder", metavar="FOLDER"),
-)
-def list_(args: argparse.Namespace, _: Overrides) -> Outcome | None:
+@command
+def list_(args: argparse.Namespace, _: Overrides) -> Outcome:
     from relssl.data.folder import list_lines
 
     lines, images = list_lines(args.folder)
@@ -354,16 +234,8 @@ def list_(args: argparse.Namespace, _: Overrides) -> Outcome | None:
     return Outcome({"images": len(lines), "bad": images.bad}, lambda: write(line + b"\n" for line in lines))
 
 
-@verb(
-    "list networks with their parameters and GFLOPs",
-    option("pattern", "part of the name, or all of it with * and ?; searches them all", metavar="PATTERN", nargs="?"),
-    option("--family", "what the name begins with, such as mobilenetv3"),
-    option("--max_params", "at most this many million parameters", type=float, default=float("inf"), metavar="M"),
-    option("--max_gflops", "at most this many GFLOPs", type=float, default=float("inf"), metavar="G"),
-    option("--size", "side of the images in pixels (default: 224)", type=int, default=224),
-    option("--all", "all networks of timm and torchvision, not those named here alone", action="store_true"),
-)
-def backbones(args: argparse.Namespace, _: Overrides) -> Outcome | None:
+@command
+def backbones(args: argparse.Namespace, _: Overrides) -> Outcome:
     if args.size < 4:
         raise ConfigError(f"size: must be 4 pixels or more, got {args.size}")
     from relssl.method.backbones import find, within
@@ -374,14 +246,8 @@ def backbones(args: argparse.Namespace, _: Overrides) -> Outcome | None:
     return Outcome([dataclasses.asdict(each) for each in shown], lambda: None)
 
 
-@verb(
-    "check settings and data without running anything",
-    *_RUN,
-    option("--show", "print all settings as YAML, without a look at the data", action="store_true"),
-    settings=Config,
-    main=MAIN,
-)
-def validate(args: argparse.Namespace, overrides: Overrides) -> Outcome | None:
+@command
+def validate(args: argparse.Namespace, overrides: Overrides) -> Outcome:
     typed = config = _run_settings(args, overrides)
     if args.show:
         return Outcome({"valid": True, "recipe": config.recipe}, to_yaml(config).rstrip())
@@ -404,21 +270,8 @@ def validate(args: argparse.Namespace, overrides: Overrides) -> Outcome | None:
     return Outcome({"valid": True, "recipe": config.recipe, "data": data}, "\n".join([f"valid: {run}", *lines]))
 
 
-@verb(
-    "rerun one of the paper's comparisons, with --epochs N as a rehearsal; without TABLE: list them",
-    option("table", "which comparison", metavar="TABLE", nargs="?"),
-    option("--list", "list the rows that TABLE has at the scale", action="store_true"),
-    option("--scale", "smoke: shows that it runs; small: for two CPU cores; paper: its own (default: small)", default="small"),
-    option("--seeds", "runs of each row (default: 1, at the small scale 3)", type=int, metavar="N"),
-    option("--only", "run these rows alone", metavar="ROW,...", type=lambda rows: rows.split(","), default=[]),
-    option("--plan", "show what would run and what it would take, and stop", action="store_true"),
-    option("--runs", "folder of the run folders (default: runs/reproduce/TABLE-SCALE)", metavar="DIR"),
-    option("--out", "folder of TABLE-SCALE.json and .md (default: results)", dest="results", default="results", metavar="DIR"),
-    option("--time_limit", "minutes for all runs together; then exit code 75, to go on later", dest="minutes", type=float),
-    settings=Config,
-    main=(),
-)
-def reproduce(args: argparse.Namespace, overrides: Overrides) -> Outcome | None:
+@command
+def reproduce(args: argparse.Namespace, overrides: Overrides) -> Outcome:
     from relssl.reproduction.plan import plan
     from relssl.reproduction.tables import NAMES, read_table
 
@@ -427,7 +280,7 @@ def reproduce(args: argparse.Namespace, overrides: Overrides) -> Outcome | None:
         facts = [{"table": table.name, "title": table.title, "rows": [row.name for row in table.rows]} for table in listed]
         lines = [f"{table.name:18} {table.title}" for table in listed]
         return Outcome(facts, "\n".join(lines + [f"  {row.name:24} {row.label}" for row in listed[0].rows if args.table]))
-    rows = _pick(args, "seeds", "only", "runs")
+    rows = _pick(args, "seeds", "runs") | {"only": args.only.split(",") if args.only else []}
     # Faults come to light before torch is imported.
     planned = plan(read_table(args.table, args.scale), overrides=overrides, **rows)
     _prepare()
@@ -468,7 +321,12 @@ def _trained(result: Any) -> Outcome | None:
     if result.rank:
         return None
     config = relssl.load_run(result.folder).config
-    return Outcome(facts(result, config), lambda: show_summary(result, config))
+    known = facts(result, config)
+    return Outcome(known, lambda: show_summary(known, config))
+
+
+def _written(path: Path) -> Outcome:
+    return Outcome({"out": str(path)}, str(path))
 
 
 def _reading(args: argparse.Namespace, **more: Any) -> Any:
@@ -479,12 +337,11 @@ def _reading(args: argparse.Namespace, **more: Any) -> Any:
 
 def _lines(facts: dict[str, Any], most: int = 30) -> str:
     """Return facts for people, a line each, without empty lists."""
-    shown = {
-        name: ", ".join(map(str, fact[:5])) if isinstance(fact, list) else fact
+    lines = [
+        f"{name}: {', '.join(map(str, fact[:5])) if isinstance(fact, list) else fact}"
         for name, fact in flat(facts).items()
         if fact != []
-    }
-    lines = [f"{name}: {fact}" for name, fact in shown.items()]
+    ]
     return "\n".join([*lines[:most], *([f"and {len(lines) - most} more, which --json lists"] if len(lines) > most else [])])
 
 
@@ -506,7 +363,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args, overrides = parse(argv)
         with StopRequest():
-            outcome = args.run(args, overrides)
+            outcome = _COMMANDS[args.verb](args, overrides)
         if outcome is not None:
             if args.json:
                 print(json.dumps(outcome.facts))

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import psutil
+
 from relssl.errors import StorageError
 
 _TOKEN = secrets.token_hex(4)  # once a container restarts, the same pid is another process
@@ -30,18 +32,10 @@ def sweep(folder: Path) -> None:
     """Remove unfinished files and folders of ours whose process is gone."""
     for path in folder.glob(".relssl-*.tmp"):
         match = _TEMPORARY.fullmatch(path.name)
-        if match and not path.is_symlink() and not _alive(int(match[1]), match[2]):
+        own = match and int(match[1]) == os.getpid()
+        if match and not path.is_symlink() and (match[2] != _TOKEN if own else not psutil.pid_exists(int(match[1]))):
             with contextlib.suppress(OSError):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def _alive(pid: int, token: str) -> bool:
-    with contextlib.suppress(PermissionError):  # another user's
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return False
-    return pid != os.getpid() or token == _TOKEN
 
 
 @contextlib.contextmanager

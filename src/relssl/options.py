@@ -1,4 +1,4 @@
-"""Commands and their options: how each is declared, read from the words of a command line, and explained; no torch."""
+"""Commands and their options: as verbs.yaml declares them, read from the words of a command line, and explained; no torch."""
 
 from __future__ import annotations
 
@@ -8,32 +8,24 @@ import copy
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from operator import attrgetter
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import relssl
 from relssl.errors import ConfigError
-from relssl.settings.names import meant, spell, words
-from relssl.settings.reading import build, choices, leaves, nearest_word, path_text
+from relssl.settings.evaluation import Evaluation, Tuning
+from relssl.settings.reading import build, choices, leaves, meant, nearest_word, path_text, read_yaml, spell, words
 from relssl.settings.run import Config, resolve
+from relssl.weights.formats import FORMATS
 
 Overrides = dict[str, Any]
-Option = tuple[str, dict[str, Any]]
-
-
-class Outcome(NamedTuple):
-    """The outcome of a command."""
-
-    facts: Any  # for --json
-    show: str | Callable[[], Any]  # the text for people, or what prints it
-    error: BaseException | None = None  # raised once all that was finished before is shown
-
-
 _ABOUT = "Pretrain image backbones on unlabelled images with ReSSL."
 PARSER = argparse.ArgumentParser(prog="relssl", description=_ABOUT, allow_abbrev=False)
 PARSER.add_argument("--version", action="version", version=f"relssl {relssl.__version__}")
-_COMMANDS = PARSER.add_subparsers(dest="verb", required=True, metavar="COMMAND")
+_SETTINGS = {"run": Config, "evaluation": Evaluation, "tuning": Tuning}
+_TYPES = {"int": int, "float": float}
 
 
 class Verb(NamedTuple):
@@ -42,38 +34,31 @@ class Verb(NamedTuple):
     parser: argparse.ArgumentParser  # of its own options, and not of the settings
     options: dict[str, dict[str, Any]]  # its own, with their arguments for argparse
     settings: Any  # the dataclass whose fields are options, too
-    main: tuple[str, ...] | None  # the settings that `--help` shows; None: those outside of sections
+    shows: list[str] | None  # the settings that `--help` shows; None: those outside of sections
 
 
-VERBS: dict[str, Verb] = {}
+def _verbs() -> Iterator[tuple[str, Verb]]:
+    """Yield the commands of verbs.yaml by name, each with a parser below `PARSER`."""
+    commands = PARSER.add_subparsers(dest="verb", required=True, metavar="COMMAND")
+    file = read_yaml(Path(__file__).with_name("verbs.yaml"))
+    formats = "; ".join(f"{name}: {each.about}" for name, each in FORMATS.items())
+    for name, declared in file["verbs"].items():
+        parser = commands.add_parser(name, help=declared["about"], description=declared["about"], allow_abbrev=False)
+        takes = [file["groups"][each] if isinstance(each, str) else each for each in (*declared["takes"], "common")]
+        options = {option: dict(how) for each in takes for option, how in each.items()}
+        for option, how in options.items():
+            if "type" in how:
+                how["type"] = _TYPES[how["type"]]
+            if "help" in how:
+                how["help"] = how["help"].replace("{formats}", formats)
+            parser.add_argument(option, **how)
+        if "settings" in declared:
+            parser.usage = f"{parser.format_usage().removeprefix('usage: ').rstrip()} [--SETTING VALUE ...]"
+        shows = file["groups"]["main"] if declared.get("shows") == "main" else declared.get("shows")
+        yield name, Verb(parser, options, _SETTINGS.get(declared.get("settings")), shows)
 
 
-def verb(about: str, *options: Option, settings: Any = None, main: tuple[str, ...] | None = None) -> Callable[[Any], Any]:
-    """Make a command of a function of its arguments and settings, which returns no outcome in processes that have none."""
-
-    def add(run: Callable[[argparse.Namespace, Overrides], Outcome | None]) -> Any:
-        name, own = run.__name__.removesuffix("_").replace("_", "-"), dict((*options, *_COMMON))
-        command = _COMMANDS.add_parser(name, help=about, description=about, allow_abbrev=False)
-        command.set_defaults(run=run)
-        for at, more in own.items():
-            command.add_argument(at, **more)
-        if settings:
-            command.usage = f"{command.format_usage().removeprefix('usage: ').rstrip()} [--SETTING VALUE ...]"
-        VERBS[name] = Verb(command, own, settings, main)
-        return run
-
-    return add
-
-
-def option(name: str, about: str | None = None, **more: Any) -> Option:
-    """Return an argument for argparse."""
-    return name, {"help": about, **more}
-
-
-_COMMON = (
-    option("--json", "end the output with one JSON object of the results", action="store_true"),
-    option("--debug", "show a traceback with an error", action="store_true"),
-)
+VERBS = dict(_verbs())
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Overrides]:
@@ -119,7 +104,8 @@ def _sort(verb: Verb, argv: Sequence[str]) -> tuple[list[str], list[str], Overri
         elif word[:2] != "--" or key in ("help", "help_all") or how.get("action") == "store_true":
             options.append(f"--{key}" if word[:2] == "--" else word)
         elif not equals and (not rest or rest[0].startswith("--")):
-            raise ConfigError(f"{name}: needs a value")
+            about = how.get("help") or next((known[each].description for each in meant(key, known) if each in known), "")
+            raise ConfigError(f"{name}: needs a value" + (f" ({about})" if about else ""))
         elif how.get("nargs") == "+":
             options += [f"--{key}", value if equals else rest.popleft()]
             while rest and not rest[0].startswith("--"):
@@ -144,7 +130,7 @@ def _help(verb: Verb, given: Overrides, every: bool) -> argparse.ArgumentParser:
         settings = read({name: value for name, value in given.items() if name == "data" or name not in verb.options})
     except ConfigError:
         settings = read({})
-    shown = fields if every else [name for name in fields if "." not in name] if verb.main is None else verb.main
+    shown = fields if every else [name for name in fields if "." not in name] if verb.shows is None else verb.shows
     parser = copy.deepcopy(verb.parser)
     parser.add_argument("--help-all", action="store_true", help=f"show all {len(fields)} settings, too")
     whole = f"settings, as recipe {settings.recipe} has them" if hasattr(settings, "recipe") else "settings and their defaults"

@@ -6,13 +6,12 @@ table ends, and a cache is complete when its table names every image.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import BatchSampler
 
 from relssl.data.decode import BadImage, Opened
 from relssl.data.folder import cache_root, shown
@@ -38,21 +38,16 @@ _SAMPLE = 64  # images by which the size of a cache is estimated
 
 
 class Shrunk:
-    """The first n images of a set of files, or all, shrunk; a source of `Images`.
+    """The first n images of a set of files, or all, shrunk; a source of `Images`, of which `take` returns files.
 
     The pixels are mapped into memory when the first image is read: all processes of a machine share what of it lies in the
-    system's page cache, and a copy sent to another process maps the file anew.
-
-    Attributes:
-        folder: where the two files of the cache lie.
-        files: all files of the set.
-        sizes: int32 [n,2], height and width of each image; 0, 0 if it cannot be read.
-        bad: {position: reason} of those.
-        total: bytes of all pixels.
+    system's page cache, and a copy sent to another process maps the file anew. `sizes`, int32 [n,2], are height and width of each
+    image, 0 if it cannot be read; `bad` is {position: reason} of those; `total` counts the bytes of all pixels.
     """
 
     def __init__(self, folder: Path, files: Source, sizes: np.ndarray, bad: dict[int, str]) -> None:
         self.folder, self.files, self.sizes, self.bad = folder, files, sizes, bad
+        self.take, self.fingerprint, self.name, self.beginning = files.take, files.fingerprint, files.name, files.beginning
         self._ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(3 * sizes.astype(np.int64).prod(1))])
         self.total = int(self._ends[-1])
         self._pixels: np.ndarray | None = None
@@ -60,7 +55,7 @@ class Shrunk:
     @staticmethod
     def load(folder: Path, files: Source) -> Shrunk:
         """Return what the table of a folder names: no image if there is no table, it is damaged, or pixels are missing."""
-        with contextlib.suppress(OSError, ValueError, KeyError):
+        with suppress(OSError, ValueError, KeyError):
             if (table := read_arrays(folder / TABLE)) is not None:
                 bad = dict(zip(table["rows"].tolist(), table["reasons"].tolist(), strict=True))
                 if (folder / PIXELS).stat().st_size >= (shrunk := Shrunk(folder, files, table["sizes"], bad)).total:
@@ -74,19 +69,6 @@ class Shrunk:
 
     def __len__(self) -> int:
         return len(self.sizes)
-
-    def take(self, rows: np.ndarray) -> Source:
-        """Return the files at these positions, int64 [M], not shrunk."""
-        return self.files.take(rows)
-
-    def fingerprint(self) -> str:
-        return self.files.fingerprint()
-
-    def name(self, row: int) -> str:
-        return self.files.name(row)
-
-    def beginning(self, row: int) -> bytes:
-        return self.files.beginning(row)
 
     def open(self, row: int, max_pixels: int) -> AbstractContextManager[Opened]:
         """Open one image; BadImage with the reason for which its file could not be read."""
@@ -120,19 +102,18 @@ def shrunken(images: Images, settings: LoaderConfig, progress: Progress, process
         DataError: if a worker process dies, or a file cannot be read for a reason that may pass; the next call goes on there.
     """
     folder, files = place(images, settings), images.source
-    shrunk = Shrunk.load(folder, files)
+    shrunk, where = Shrunk.load(folder, files), shown(str(folder))
     if len(shrunk) < len(files):
         try:
-            waits = f"cache: waiting for the process that makes {shown(str(folder))}"
-            with locked(folder / ".lock", lambda: progress.say(waits)) as alone:
+            with locked(folder / ".lock", lambda: progress.say(f"cache: waiting for the process that makes {where}")) as alone:
                 if not alone:
-                    progress.say(f"cache: {shown(str(folder))} cannot be locked; let no other run make it at the same time")
+                    progress.say(f"cache: {where} cannot be locked; let no other run make it at the same time")
                 shrunk = Shrunk.load(folder, files)  # another process may have made it meanwhile
                 if len(shrunk) < len(files):
                     shrunk = _extend(shrunk, settings, progress, worker_count(settings.workers, processes) * processes)
         except StorageError as error:
             raise StorageError(f"{error}, or set loader.cache_folder to another place") from error
-    about = f"{len(files)} images in {size(shrunk.total)}, {shown(str(folder))}"
+    about = f"{len(files)} images in {size(shrunk.total)}, {where}"
     progress.say(f"cache: {about}; shorter sides are {settings.cache} pixels at most")
     return shrunk
 
@@ -144,58 +125,65 @@ def place(images: Images, settings: LoaderConfig) -> Path:
     return root / f"shrunk-{settings.cache}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
 
 
-def _shrink_files(
-    files: Source, settings: LoaderConfig, rows: list[int]
-) -> tuple[Tensor, list[tuple[int, ...]], dict[int, BadImage]]:
+def _extend(shrunk: Shrunk, settings: LoaderConfig, progress: Progress, workers: int) -> Shrunk:
+    """Append the missing images to the pixels that the table names, and save the table now and then, and however it ends."""
+    folder, files, start, path = shrunk.folder, shrunk.files, len(shrunk), shrunk.folder / PIXELS
+    sizes, bad, saved, shrink = shrunk.sizes.tolist(), dict(shrunk.bad), time.monotonic(), partial(_shrink, files, settings)
+    sample = spread(start, len(files), _SAMPLE)
+    needed = shrink(sample)[0].nbytes * (len(files) - start) // len(sample)
+    batches = read_batches(shrink, BatchSampler(range(start, len(files)), _BATCH, drop_last=False), workers)
+    sweep(folder)
+    # Workers hold the lock too until they end, so they are not left to the garbage collector.
+    with closing(batches), storing(path, needed), path.open("ab") as file:
+        file.truncate(shrunk.total)
+        if needed > (free := shutil.disk_usage(folder).free):
+            needs = f"the cache needs about {size(needed)}, {size(free)} are free"
+            raise StorageError(f"{folder}: {needs}; free some space, or lower loader.cache")
+
+        def save() -> Shrunk:
+            os.fsync(file)
+            table = Shrunk(folder, files, np.array(sizes, np.int32).reshape(-1, 2), bad)
+            table.save()
+            return table
+
+        with progress.chore(f"shrinking to {settings.cache} pixels, about {size(needed)}", start, len(files)) as advance:
+            try:
+                for pixels, shapes, reasons in batches:
+                    write_all(file.fileno(), pixels.numpy().data)
+                    bad |= reasons
+                    sizes += shapes
+                    if time.monotonic() - saved >= _SAVE_EVERY:
+                        save()
+                        saved = time.monotonic()
+                    advance(len(sizes))
+            finally:
+                shrunk = save()
+    return shrunk
+
+
+def _shrink(files: Source, settings: LoaderConfig, rows: list[int]) -> tuple[Tensor, list[tuple[int, ...]], dict[int, str]]:
     """Scale images to shorter sides of `loader.cache` pixels at most.
 
     Returns:
         All pixels, uint8 in one row; the height and width of each image, 0 if it cannot be read; and the reasons, by position.
+
+    Raises:
+        DataError: if one cannot be read for a reason that may pass.
     """
-    images, faults, side = list[np.ndarray](), dict[int, BadImage](), settings.cache or 0
+    images, reasons, side = list[np.ndarray](), dict[int, str](), settings.cache or 0
     for row in rows:
         try:
             with files.open(row, settings.max_pixels) as opened:
                 # The filter still gets twice the side, as in Pillow's own thumbnails.
                 reductions = opened.reductions if settings.reduced_decode else ()
-                reduction = max((each for each in reductions if min(opened.size) >= 2 * side * each), default=1)
-                image = opened.rgb(reduction)
+                image = opened.rgb(max((each for each in reductions if min(opened.size) >= 2 * side * each), default=1))
             if (shorter := min(image.size)) > side:
                 image = image.resize([round(length * side / shorter) for length in image.size], Image.Resampling.LANCZOS)
             images.append(np.asarray(image))
         except BadImage as fault:
+            if not fault.lasting:
+                then = "that may pass, and the next start goes on here; if it does not, remove the file"
+                raise DataError(f"{shown(files.name(row))}: {fault}; {then}") from fault
             images.append(np.empty((0, 0, 3), np.uint8))
-            faults[row] = fault
-    return torch.from_numpy(np.concatenate([*map(np.ravel, images)])), [image.shape[:2] for image in images], faults
-
-
-def _extend(shrunk: Shrunk, settings: LoaderConfig, progress: Progress, workers: int) -> Shrunk:
-    """Append the missing images to the pixels that the table names, and save the table now and then, and at the end."""
-    folder, files, start, path = shrunk.folder, shrunk.files, len(shrunk), shrunk.folder / PIXELS
-    sizes, bad, saved = shrunk.sizes.tolist(), dict(shrunk.bad), time.monotonic()
-    sample = spread(start, len(files), _SAMPLE)
-    needed = _shrink_files(files, settings, sample)[0].nbytes * (len(files) - start) // len(sample)
-    batches = read_batches(range(start, len(files)), partial(_shrink_files, files, settings), workers, batch_size=_BATCH)
-    sweep(folder)
-    # Workers hold the lock too until they end, so they are not left to the garbage collector.
-    with contextlib.closing(batches), storing(path, needed), path.open("ab") as file:
-        file.truncate(shrunk.total)
-        if needed > (free := shutil.disk_usage(folder).free):
-            needs = f"the cache needs about {size(needed)}, {size(free)} are free"
-            raise StorageError(f"{folder}: {needs}; free some space, or lower loader.cache")
-        with progress.chore(f"shrinking to {settings.cache} pixels, about {size(needed)}", start, len(files)) as advance:
-            for pixels, shapes, faults in batches:
-                passing = next((row for row, fault in faults.items() if not fault.lasting), None)
-                if passing is None:
-                    write_all(file.fileno(), pixels.numpy().data)
-                    bad |= {row: str(fault) for row, fault in faults.items()}
-                    sizes += shapes
-                if passing is not None or len(sizes) == len(files) or time.monotonic() - saved >= _SAVE_EVERY:
-                    os.fsync(file)
-                    shrunk, saved = Shrunk(folder, files, np.array(sizes, np.int32).reshape(-1, 2), bad), time.monotonic()
-                    shrunk.save()
-                if passing is not None:
-                    then = "that may pass, and the next start goes on here; if it does not, remove the file"
-                    raise DataError(f"{shown(files.name(passing))}: {faults[passing]}; {then}")
-                advance(len(sizes))
-    return shrunk
+            reasons[row] = str(fault)
+    return torch.from_numpy(np.concatenate([*map(np.ravel, images)])), [image.shape[:2] for image in images], reasons

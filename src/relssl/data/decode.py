@@ -21,15 +21,14 @@ from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 # Errors that say more about the machine or the network at this moment than about the file.
 _PASSING = (errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ETIMEDOUT, errno.ENOTCONN)
-# Of EXIF's orientations, from 2 on.
+# What sets an image upright, of EXIF's orientations from 2 on.
 _TURNS = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
 
 
 class BadImage(Exception):
     """A file that cannot be read as an image; the message is one short line that fits behind the file's name.
 
-    Attributes:
-        lasting: whether it is the file's own fault; otherwise another try may well succeed.
+    It is `lasting` if it is the file's own fault; otherwise another try may well succeed.
     """
 
     def __init__(self, reason: str, lasting: bool = True) -> None:
@@ -78,30 +77,25 @@ class Opened:
 
 @contextlib.contextmanager
 def open_image(image: str | Callable[[], bytes], max_pixels: int) -> Iterator[Opened]:
-    """Open an image. A JPEG is decoded by `rgb`; any other file at once, as its header need not say how it lies.
+    """Open an image file, given its path or what returns its bytes; BadImage for each that cannot be read, whatever it holds.
 
-    Transparent pixels are laid on white. Palettes, grey, 1-bit, CMYK and YCbCr are converted; 16-bit grey is scaled by 255/65535;
-    of an animation the first frame is taken; the EXIF orientation is applied. Floating-point and 32-bit images have no defined
-    white and are refused, as are cut-off files.
-
-    Args:
-        image: the path of its file; anything but a regular file is refused without reading it. Or what returns the file's bytes.
-        max_pixels: refuse images with more pixels than this, before decoding them. Above 178,956,970 Pillow's own limit rules.
-
-    Raises:
-        BadImage: for every file that cannot be read, whatever it holds.
+    A JPEG is decoded by `rgb`; any other file at once, as its header need not say how it lies. Transparent pixels are laid on white.
+    Palettes, grey, 1-bit, CMYK and YCbCr are converted; 16-bit grey is scaled by 255/65535; of an animation the first frame is taken;
+    the EXIF orientation is applied. Refused are floating-point and 32-bit images, which have no defined white, cut-off files, images
+    of more than `max_pixels`, before they are decoded (above 178,956,970 Pillow's own limit rules), and without reading it anything
+    but a regular file.
     """
     with contextlib.ExitStack() as files:
         with _refusals():
             file = io.BytesIO(image()) if callable(image) else files.enter_context(open(image, "rb", opener=open_regular))
-            opening = _read_header(file, max_pixels)
-            if opening.format in ("JPEG", "MPO"):
-                turn, sides = _orientation(opening), opening.size
+            header = _read_header(file, max_pixels)
+            if header.format in ("JPEG", "MPO"):
+                turn, sides = _orientation(header), header.size
                 # A turned image's far side becomes its top or left: it must hold whole squares of pixels.
                 whole = (r for r in (1, 2, 4, 8) if r <= min(sides) and (turn == 1 or not any(side % r for side in sides)))
-                opened = Opened(sides if turn >= 5 else sides[::-1], partial(_upright_rgb, opening), tuple(whole))
+                opened = Opened(sides if turn >= 5 else sides[::-1], partial(_read_pixels, header), tuple(whole))
             else:
-                opened = Opened.of(_upright_rgb(opening))
+                opened = Opened.of(_read_pixels(header))
         yield opened
 
 
@@ -164,44 +158,38 @@ def _read_header(file: IO[bytes], max_pixels: int) -> ImageFile.ImageFile:
     return image
 
 
+def _read_pixels(header: ImageFile.ImageFile, reduction: int = 1) -> Image.Image:
+    """Read the pixels of a file of ours, as `upright_rgb` returns them."""
+    with _refusals():
+        if reduction > 1:
+            header.draft(None, (header.width // reduction, header.height // reduction))
+        rgb = upright_rgb(header)
+        header.fp = None  # Pillow closes only files that it opened itself
+        rgb.info.clear()  # or a colour key or orientation that is already applied could be applied again
+        return rgb
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """Return an image of any kind, turned as its EXIF orientation says, as RGB; itself if it is that. BadImage as `open_image` says."""
+    with _refusals():
+        image.load()
+        turn = _orientation(image)
+        if image.mode.startswith(("F", "I")):  # grey of 16 bits has mode I;16, or I where the decoder gives it so
+            image = Image.fromarray(from_16_bits(np.asarray(image)))
+        if image.has_transparency_data:
+            layers, image = image.convert("RGBA"), Image.new("RGB", image.size, "white")
+            image.paste(layers, mask=layers.getchannel("A"))
+        elif image.mode != "RGB":
+            image = image.convert("RGB")
+        return image.transpose(Image.Transpose[_TURNS[turn - 2]]) if turn > 1 else image
+
+
 def _orientation(image: Image.Image) -> int:
     """Return the EXIF orientation 1..8; 1 if there is none or the data is broken, which says nothing about the pixels."""
     turn = 1
     with contextlib.suppress(Exception):
         turn = image.getexif().get(ExifTags.Base.Orientation, 1)
     return turn if turn in range(2, 9) else 1
-
-
-def _upright_rgb(image: ImageFile.ImageFile, reduction: int = 1) -> Image.Image:
-    """Read an image of ours, as `upright_rgb` returns it."""
-    with _refusals():
-        if reduction > 1:
-            image.draft(None, (image.width // reduction, image.height // reduction))
-        image.load()
-        image.fp = None  # Pillow closes only files that it opened itself
-        rgb = upright_rgb(image)
-        rgb.info.clear()  # or a colour key or orientation that is already applied could be applied again
-        return rgb
-
-
-def upright_rgb(image: Image.Image) -> Image.Image:
-    """Return an image of any kind, turned as its EXIF orientation says, as RGB; BadImage as `open_image` says."""
-    with _refusals():
-        image.load()
-        turn, rgb = _orientation(image), _to_rgb(image)
-        return rgb.transpose(Image.Transpose[_TURNS[turn - 2]]) if turn > 1 else rgb
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Return a loaded image of any mode as RGB; itself, not copied, if it is that already."""
-    if image.mode.startswith(("F", "I")):  # grey of 16 bits has mode I;16, or I where the decoder gives it so
-        image = Image.fromarray(from_16_bits(np.asarray(image)))
-    if not image.has_transparency_data:
-        return image if image.mode == "RGB" else image.convert("RGB")
-    layers = image.convert("RGBA")
-    paper = Image.new("RGB", image.size, "white")
-    paper.paste(layers, mask=layers.getchannel("A"))
-    return paper
 
 
 def from_16_bits(values: np.ndarray) -> np.ndarray:

@@ -20,10 +20,6 @@ DEGREES = 20.0  # largest tilt either way
 NOISE = 24  # largest noise either way, of 255; triangular, so mostly far less
 SEED = 2020
 
-# Channel statistics of the training drawings; a test measures them again.
-MEAN = (0.1447, 0.1447, 0.1447)
-STD = (0.2522, 0.2522, 0.2522)
-
 _SOURCE = 8  # side of the originals, whose values are 0..16
 _FRACTION = 8  # bits of a source position's fraction: bilinear weights are whole numbers of 1/256
 

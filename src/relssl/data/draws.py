@@ -60,7 +60,6 @@ class Draws:
     """The drawn parameters of B views of one ViewConfig, one row a sample. What is not applied holds its neutral value."""
 
     crop: Ints  # [B,4] top, left, height, width, in pixels of the source image
-    affine: Bools  # [B]
     angle: Floats  # [B] degrees clockwise, as torchvision.transforms.functional.affine counts them
     shift: Ints  # [B,2] x, y in whole pixels of the view
     zoom: Floats  # [B]
@@ -82,26 +81,17 @@ class Draws:
 
 
 def uniforms(seed: int, epoch: int, ids: Ints, slot: int, count: int) -> Floats:
-    """Compute random numbers, those of row i from nothing but (seed, epoch, slot, ids[i]).
+    """Compute random numbers [B, count] float64 in [0, 1), of 53 bits; row i from nothing but (seed, epoch, slot, ids[i]).
 
     The words are absorbed one after another through splitmix64's finaliser (Steele, Lea and Flood 2014; constants: Stafford's
-    variant 13); this key starts a splitmix64 sequence of which column c is element c. For given other words the key is
-    a bijection of the id, so two samples never share one.
-
-    Args:
-        seed, epoch, ids: of the run, and [B] int64 of the samples.
-        slot: who draws: a view's number or one of `Slot`.
-        count: numbers per sample; a smaller count is a prefix of a larger one.
-
-    Returns:
-        [B, count] float64 in [0, 1), with 53 random bits.
+    variant 13); this key starts a splitmix64 sequence of which column c is element c, whatever the count. For given other words
+    the key is a bijection of the id, so two samples never share one.
     """
     key = np.zeros(1, dtype=np.uint64)
     for word in (seed, epoch, slot):
         key = _mix(key + np.array([word & 0xFFFFFFFFFFFFFFFF], dtype=np.uint64) + _GOLDEN)
     key = _mix(key + np.asarray(ids, dtype=np.int64).view(np.uint64) + _GOLDEN)
-    steps = np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN
-    bits = _mix(key[:, None] + steps)
+    bits = _mix(key[:, None] + np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN)
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
@@ -132,16 +122,12 @@ def _mix(z: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 
 
 def draw(view: ViewConfig, seed: int, epoch: int, ids: Ints, slot: int, sizes: Ints | tuple[int, int]) -> Draws:
-    """Draw the parameters of one view of each sample, B rows.
+    """Draw the parameters of one view of each sample, B rows, which depend on what those of `uniforms` do.
 
-    Args:
-        view: the ranges and probabilities.
-        seed, epoch, ids, slot: what the draws depend on, see `uniforms`.
-        sizes: height and width of the source images, (H, W) for all or [B,2].
+    `sizes` are height and width of the source images, (H, W) for all or [B,2].
     """
-    ids = np.asarray(ids, dtype=np.int64)
-    randaugment_end = _RANDAUGMENT + 4 * view.randaugment
-    u = uniforms(seed, epoch, ids, slot, _SOLARIZE + 1 if view.solarize else randaugment_end)
+    end = _RANDAUGMENT + 4 * view.randaugment
+    u = uniforms(seed, epoch, ids, slot, _SOLARIZE + 1 if view.solarize else end)
     # As torchvision's RandomAffine: angle and zoom uniform, shift uniform and then rounded to whole pixels.
     affine, reach = u[:, _AFFINE] < view.affine, view.translate * view.size
     shift = np.rint(_between(u[:, _AFFINE + 2 : _AFFINE + 4], -reach, reach))
@@ -150,11 +136,10 @@ def draw(view: ViewConfig, seed: int, epoch: int, ids: Ints, slot: int, sizes: I
     factors = _between(u[:, _JITTER + 2 : _JITTER + 5], np.maximum(0.0, 1.0 - widths), 1.0 + widths)
     # As FixMatch's RandAugment with m = 10: operations with replacement, each applied with probability 0.5 at a level 1..9
     # (np.random.randint(1, 10)) and, where it has a direction, either way alike.
-    op, applied, level, sign = np.moveaxis(u[:, _RANDAUGMENT:randaugment_end].reshape(len(ids), view.randaugment, 4), 2, 0)
+    op, applied, level, sign = np.moveaxis(u[:, _RANDAUGMENT:end].reshape(len(u), view.randaugment, 4), 2, 0)
     levels = 1 + (9 * level).astype(np.int64)
     return Draws(
         crop=_crop(view, u, sizes),
-        affine=affine,
         angle=np.where(affine, _between(u[:, _AFFINE + 1], -view.degrees, view.degrees), 0.0),
         shift=np.where(affine[:, None], shift, 0).astype(np.int64),
         zoom=np.where(affine, _between(u[:, _AFFINE + 4], *view.zoom), 1.0),
@@ -168,17 +153,13 @@ def draw(view: ViewConfig, seed: int, epoch: int, ids: Ints, slot: int, sizes: I
         hue=np.where(jitter, _between(u[:, _JITTER + 5], -view.hue, view.hue), 0.0),
         grey=u[:, _GREY] < view.grey,
         sigma=np.where(u[:, _BLUR] < view.blur, _between(u[:, _BLUR + 1], *view.blur_sigma), 0.0),
-        solarize=u[:, _SOLARIZE] < view.solarize if view.solarize else np.zeros(len(ids), np.bool_),
+        solarize=u[:, _SOLARIZE] < view.solarize if view.solarize else np.zeros(len(u), np.bool_),
     )
 
 
 def draw_crops(view: ViewConfig, seed: int, epoch: int, ids: Ints, slot: int, sizes: Ints | tuple[int, int]) -> Ints:
     """Draw the crops [B,4] of `draw` alone: all that depends on the images' sizes."""
     return _crop(view, uniforms(seed, epoch, ids, slot, _AFFINE), sizes)
-
-
-def _between(u: Floats, low: float | Floats, high: float | Floats) -> Floats:
-    return low + (high - low) * u
 
 
 def _crop(view: ViewConfig, u: Floats, sizes: Ints | tuple[int, int]) -> Ints:
@@ -199,3 +180,7 @@ def _crop(view: ViewConfig, u: Floats, sizes: Ints | tuple[int, int]) -> Ints:
     top = np.where(fitting, u[:, _AFFINE - 2] * (height - h + 1), (height - h) // 2).astype(np.int64)
     left = np.where(fitting, u[:, _AFFINE - 1] * (width - w + 1), (width - w) // 2).astype(np.int64)
     return np.stack([top, left, h, w], axis=1)
+
+
+def _between(u: Floats, low: float | Floats, high: float | Floats) -> Floats:
+    return low + (high - low) * u

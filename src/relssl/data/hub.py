@@ -16,8 +16,7 @@ import numpy as np
 
 from relssl.data.decode import BadImage
 from relssl.data.folder import TEST, shown
-from relssl.data.images import Images, Stored
-from relssl.data.names import table
+from relssl.data.images import Images, Stored, table
 from relssl.errors import ConfigError, DataError
 
 
@@ -43,8 +42,8 @@ class Hub(Stored):
         return bytes(data[:at_most])
 
 
-def located(text: str) -> tuple[str, str, str, bool]:
-    """Return the name or folder, the split and the columns of what follows `hf:`, NAME[:SPLIT][#COLUMN,...], and whether it is a folder.
+def located(text: str) -> tuple[str, str, list[str]]:
+    """Return what follows `hf:`, NAME[:SPLIT][#COLUMN,...], in parts: the name, or the folder from the root on, the split and the columns.
 
     Raises:
         ConfigError: if the library is not installed.
@@ -57,10 +56,10 @@ def located(text: str) -> tuple[str, str, str, bool]:
     if not os.path.isdir(place) and ":" in place:
         place, _, part = place.rpartition(":")
     if os.path.isdir(place):
-        return os.path.abspath(place), part, columns, True
-    if not place or place.startswith((".", os.sep)) or place.count("/") > 1:
+        place = os.path.abspath(place)
+    elif not place or place.startswith((".", os.sep)) or place.count("/") > 1:
         raise DataError(f"hf:{shown(place)}: no such folder (looked in {shown(os.getcwd())})")
-    return place, part, columns, False
+    return place, part, [*filter(None, columns.split(","))]
 
 
 def read_hub(text: str, split: str) -> Images:
@@ -69,26 +68,27 @@ def read_hub(text: str, split: str) -> Images:
     Raises:
         DataError: if the set cannot be loaded, has no such split, or not just one column of images and at most one of classes.
     """
-    place, part, columns, is_folder = located(text)
-    tables = _tables(place, is_folder)
+    place, part, columns = located(text)
+    tables = _tables(place)
     train = part or ("train" if "train" in tables else next(iter(tables)))
     name = train if split != "test" else next((name for name in TEST if name in tables and name != train), "for tests")
     if missing := [each for each in (train, name) if each not in tables]:
         raise DataError(f"hf:{shown(place)}: has no split {shown(missing[0])}, only {', '.join(tables)}")
-    return _read_table(tables[name], f"hf:{shown(place)}:{name}", [*filter(None, columns.split(","))])
+    return _read_table(tables[name], f"hf:{shown(place)}:{name}", columns)
 
 
-def _tables(place: str, is_folder: bool) -> Mapping[str, Any]:
+def _tables(place: str) -> Mapping[str, Any]:
     """Return the tables by their splits."""
     import datasets
     import huggingface_hub
 
     huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True
-    saved = is_folder and any(os.path.exists(os.path.join(place, file)) for file in ("state.json", "dataset_dict.json"))
+    saved = any(os.path.exists(os.path.join(place, file)) for file in ("state.json", "dataset_dict.json"))
     try:
         tables = datasets.load_from_disk(place) if saved else datasets.load_dataset(place)
     except Exception as error:  # readers of a dozen formats, and of the network
         reason = " ".join((str(error) or type(error).__name__).split())[:200]
+        is_folder = os.path.isabs(place)
         advice = "give a folder of parquet, arrow or image files" if is_folder else "is there a network, or is the name wrong?"
         raise DataError(f"hf:{shown(place)}: cannot be loaded ({reason}); {advice}") from error
     return tables if isinstance(tables, Mapping) else {"train": tables}

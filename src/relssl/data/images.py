@@ -1,20 +1,26 @@
-"""A data set: images from one source, in memory, as files, or as files that were shrunk beforehand, and their labels."""
+"""A data set: images from one source, in memory, as files, or as files that were shrunk beforehand, and their labels.
+
+Names of files lie in a few blocks of memory: objects of Python would take ten times the room, and loader processes that count
+references to them would copy them.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import unicodedata
+from array import array
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import accumulate, islice
 from typing import TYPE_CHECKING, ClassVar, Protocol, Self
 
 import numpy as np
 from PIL import Image
 
 from relssl.data.decode import BadImage, Opened, open_image
-from relssl.data.names import Names, table
 
 if TYPE_CHECKING:  # DATA is checked before torch is imported
     from torch import Tensor
@@ -25,6 +31,7 @@ Fault = tuple[str, str]  # the name of an image, and why it cannot be used
 BEGINNING = 1 << 20
 IMAGENET_MEAN: Channels = (0.485, 0.456, 0.406)
 IMAGENET_STD: Channels = (0.229, 0.224, 0.225)
+_ROWS = 1 << 14  # of a table that are Python objects at a time
 
 
 class Source(Protocol):
@@ -46,104 +53,6 @@ class Source(Protocol):
 
     def open(self, row: int, max_pixels: int) -> AbstractContextManager[Opened]:
         """Open one image; BadImage, without its name, if it cannot be read, or if a file has more than `max_pixels` pixels."""
-
-
-@dataclass(frozen=True, eq=False)
-class Pixels:
-    """Images in memory."""
-
-    tensor: Tensor  # uint8 [N, C, H, W], contiguous, on the CPU
-    title: str = "image"  # what the name of each image begins with; its position follows
-
-    def __len__(self) -> int:
-        return len(self.tensor)
-
-    def take(self, rows: np.ndarray) -> Pixels:
-        return Pixels(self.tensor[rows], self.title)
-
-    def fingerprint(self) -> str:
-        digest = hashlib.sha256(f"pixels {tuple(self.tensor.shape)} ".encode())
-        digest.update(self.tensor.numpy().data)
-        return digest.hexdigest()[:16]
-
-    def name(self, row: int) -> str:
-        return f"{self.title}/{row:06}"
-
-    def beginning(self, row: int) -> bytes:
-        return self.tensor[row].numpy().tobytes()
-
-    def open(self, row: int, max_pixels: int) -> AbstractContextManager[Opened]:
-        return nullcontext(Opened.of_bands(self.tensor[row].numpy()))
-
-
-@dataclass(frozen=True, eq=False)
-class Stored:
-    """N images that are kept as the bytes of image files; the base of `Files`, `shards.Shards` and `hub.Hub`.
-
-    A subclass names the columns, arrays [N] or `Names`, that hold something of each image, and says how an image is called and read.
-    """
-
-    names: Names
-    sizes: np.ndarray  # int64 [N], in bytes; 0: not known
-    times: np.ndarray  # int64, when the files were changed, in ns, as far as that is looked at
-
-    columns: ClassVar[tuple[str, ...]] = ("names", "sizes")
-
-    def __len__(self) -> int:
-        return len(self.sizes)
-
-    def take(self, rows: np.ndarray) -> Self:
-        return replace(self, **{name: getattr(self, name).take(rows) for name in self.columns})
-
-    def fingerprint(self) -> str:
-        """Compute 16 hex digits of names, order and sizes; where the images lie does not count."""
-        return self.names.digest(type(self).__name__.lower(), self.sizes)
-
-    def name(self, row: int) -> str:
-        raise NotImplementedError
-
-    def read(self, row: int, at_most: int | None = None) -> bytes:
-        """Return the first bytes of an image as it is stored, None: all; BadImage or OSError if there are none."""
-        raise NotImplementedError
-
-    def beginning(self, row: int) -> bytes:
-        with suppress(BadImage, OSError):
-            return self.read(row, BEGINNING)
-        return b"unreadable " + os.fsencode(self.name(row))
-
-    def open(self, row: int, max_pixels: int) -> AbstractContextManager[Opened]:
-        return open_image(partial(self.read, row), max_pixels)
-
-
-@dataclass(frozen=True, eq=False)
-class Files(Stored):
-    """N image files, each below one folder or anywhere; `times` has one of each, 0: not looked at.
-
-    Names are paths, relative to the folder or absolute. Those that are no text keep their bytes (`surrogateescape`), so every file can
-    be opened again.
-    """
-
-    folder: bytes
-    columns = ("names", "sizes", "times")
-
-    @staticmethod
-    def of(folder: str, entries: Iterable[tuple[bytes, int] | tuple[bytes, int, int]]) -> Files:
-        """Return the files of entries, each a name and a size, maybe with a time of change."""
-        names, (sizes, times) = table(((*entry, 0)[:3] for entry in entries), 2)
-        return Files(names, sizes, times, os.fsencode(folder))
-
-    def __iter__(self) -> Iterator[str]:
-        return map(self.name, range(len(self)))
-
-    def name(self, row: int) -> str:
-        return os.fsdecode(os.path.join(self.folder, self.names[row]))
-
-    def read(self, row: int, at_most: int | None = None) -> bytes:
-        with open(self.name(row), "rb") as file:
-            return file.read(at_most)
-
-    def open(self, row: int, max_pixels: int) -> AbstractContextManager[Opened]:
-        return open_image(self.name(row), max_pixels)
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,3 +103,147 @@ class Images:
     def fingerprint(self) -> str:
         """Compute 16 hex digits of the pixels, or of the files' names and sizes; labels do not count."""
         return self.source.fingerprint()
+
+
+@dataclass(frozen=True, eq=False)
+class Pixels:
+    """Images in memory."""
+
+    tensor: Tensor  # uint8 [N, C, H, W], contiguous, on the CPU
+    title: str = "image"  # what the name of each image begins with; its position follows
+
+    def __len__(self) -> int:
+        return len(self.tensor)
+
+    def take(self, rows: np.ndarray) -> Pixels:
+        return Pixels(self.tensor[rows], self.title)
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(f"pixels {tuple(self.tensor.shape)} ".encode())
+        digest.update(self.tensor.numpy().data)
+        return digest.hexdigest()[:16]
+
+    def name(self, row: int) -> str:
+        return f"{self.title}/{row:06}"
+
+    def beginning(self, row: int) -> bytes:
+        return self.tensor[row].numpy().tobytes()
+
+    def open(self, row: int, max_pixels: int) -> AbstractContextManager[Opened]:
+        return nullcontext(Opened.of_bands(self.tensor[row].numpy()))
+
+
+@dataclass(frozen=True, eq=False)
+class Names:
+    """N strings of bytes."""
+
+    block: np.ndarray  # uint8, all of them without anything between
+    ends: np.ndarray  # int64 [N+1], where each one ends; the first is 0
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def __getitem__(self, row: int) -> bytes:
+        return self.block[self.ends[row] : self.ends[row + 1]].tobytes()
+
+    def take(self, rows: np.ndarray) -> Names:
+        """Return those at positions int64 [M], in this order."""
+        return table(((self[row],) for row in rows.tolist()), 0)[0]
+
+
+def table(rows: Iterable[tuple[bytes, *tuple[int, ...]]], columns: int) -> tuple[Names, list[np.ndarray]]:
+    """Read rows of a name and so many numbers each, as they come: the names, and each column, int64 [N]."""
+    block, ends, numbers, source = bytearray(), array("q", [0]), [array("q") for _ in range(columns)], iter(rows)
+    while some := list(islice(source, _ROWS)):
+        names, *others = zip(*some, strict=True)
+        ends.extend(islice(accumulate(map(len, names), initial=len(block)), 1, None))
+        block += b"".join(names)
+        for column, values in zip(numbers, others, strict=True):
+            column.extend(values)
+    arrays = [np.frombuffer(each, np.int64) for each in numbers]
+    return Names(np.frombuffer(block, np.uint8), np.frombuffer(ends, np.int64)), arrays
+
+
+def class_labels(words: Iterable[bytes], numbers: np.ndarray) -> tuple[np.ndarray | None, tuple[str, ...] | None]:
+    """Return labels int64 [N], -1 for none, of positions [N] in distinct words, and the classes; None and None if no word labels anything.
+
+    Classes are sorted, by value where all are whole numbers. Words that differ in blanks around them or in their Unicode form
+    alone are one; an empty one labels nothing.
+    """
+    titles = [unicodedata.normalize("NFC", word.strip().decode("utf-8", "backslashreplace")) for word in words]
+    if not (distinct := {*titles} - {""}):
+        return None, None
+    numeric = all(word.isascii() and word.isdigit() and len(word) < 19 for word in distinct)
+    classes = tuple(sorted(distinct, key=lambda word: (int(word), word) if numeric else (0, word)))
+    rank = {word: position for position, word in enumerate(classes)} | {"": -1}
+    return np.array([rank[title] for title in titles], np.int64)[numbers], classes
+
+
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """N images that are kept as the bytes of image files; the base of `Files`, `shards.Shards` and `hub.Hub`.
+
+    A subclass names the columns, arrays [N] or `Names`, that hold something of each image, and says how an image is called and read.
+    """
+
+    names: Names
+    sizes: np.ndarray  # int64 [N], in bytes; 0: not known
+    times: np.ndarray  # int64, when the files were changed, in ns, as far as that is looked at
+
+    columns: ClassVar[tuple[str, ...]] = ("names", "sizes")
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def take(self, rows: np.ndarray) -> Self:
+        return replace(self, **{name: getattr(self, name).take(rows) for name in self.columns})
+
+    def fingerprint(self) -> str:
+        """Compute 16 hex digits of names, order and sizes; where the images lie does not count."""
+        digest = hashlib.sha256(f"{type(self).__name__.lower()} {len(self)} ".encode())
+        for part in (self.names.ends, self.names.block, self.sizes):
+            digest.update(part.data)
+        return digest.hexdigest()[:16]
+
+    def name(self, row: int) -> str:
+        raise NotImplementedError
+
+    def read(self, row: int, at_most: int | None = None) -> bytes:
+        """Return the first bytes of an image as it is stored, None: all; BadImage or OSError if there are none."""
+        raise NotImplementedError
+
+    def beginning(self, row: int) -> bytes:
+        with suppress(BadImage, OSError):
+            return self.read(row, BEGINNING)
+        return b"unreadable " + os.fsencode(self.name(row))
+
+    def open(self, row: int, max_pixels: int) -> AbstractContextManager[Opened]:
+        return open_image(partial(self.read, row), max_pixels)
+
+
+@dataclass(frozen=True, eq=False)
+class Files(Stored):
+    """N image files, each below one folder or anywhere; `times` has one of each, 0: not looked at.
+
+    Names are paths, relative to the folder or absolute. Those that are no text keep their bytes (`surrogateescape`), so every file can
+    be opened again.
+    """
+
+    folder: bytes
+    columns = ("names", "sizes", "times")
+
+    @staticmethod
+    def of(folder: str, entries: Iterable[tuple[bytes, int] | tuple[bytes, int, int]]) -> Files:
+        """Return the files of entries, each a name and a size, maybe with a time of change."""
+        names, (sizes, times) = table(((*entry, 0)[:3] for entry in entries), 2)
+        return Files(names, sizes, times, os.fsencode(folder))
+
+    def name(self, row: int) -> str:
+        return os.fsdecode(os.path.join(self.folder, self.names[row]))
+
+    def read(self, row: int, at_most: int | None = None) -> bytes:
+        with open(self.name(row), "rb") as file:
+            return file.read(at_most)
+
+    def open(self, row: int, max_pixels: int) -> AbstractContextManager[Opened]:
+        return open_image(self.name(row), max_pixels)

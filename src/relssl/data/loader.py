@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import pickle
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing
-from dataclasses import dataclass, field
-from functools import partial
-from itertools import chain, islice
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby, islice
 from multiprocessing import get_start_method
 from typing import Any, NamedTuple
 
@@ -23,19 +20,23 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset, get_worker_info
-from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from torchvision.transforms.functional import pil_to_tensor
 
 from relssl.data import batched
 from relssl.data.decode import BadImage, Opened
 from relssl.data.draws import Ints, Slot, draw, draw_crops, permuted, uniforms
 from relssl.data.folder import shown
 from relssl.data.images import Fault, Images, Pixels
-from relssl.data.transforms import Transform, seeded
+from relssl.data.transforms import Transform
 from relssl.engine import available_cores, send
-from relssl.errors import STOPPING, ConfigError, DataError
+from relssl.errors import STOPPING, ConfigError, DataError, RelsslError
 from relssl.settings.run import LoaderConfig, ViewConfig
 
-Statistics = tuple[Sequence[float], Sequence[float]]  # means and deviations of the channels that the networks see, in 0..1
+_SORTED = 4_000_000  # samples whose order is made by sorting: a second and 300 MB for twice as many
+_VIEW_BYTES = 256 << 20  # of one view of all the images of a stretch; a handful of such blocks lives at a time
+_TRIES = 100  # images in a row before giving up
+# Signs in errors that a worker is gone, or that /dev/shm or memory is full.
+_DIED = ("exited unexpectedly", "killed by signal", "bus error", "unable to", "no space left", "allocate")
 
 
 @dataclass
@@ -46,9 +47,6 @@ class Batch:
     weak: Tensor  # [B,C,H,W], the teacher's view, normalised, on the device
     strong: list[Tensor]  # the student's views, each [B,C,h,w]
     bad: list[Fault] = field(default_factory=list)  # images that could not be read and were replaced
-
-
-_SORTED = 4_000_000  # samples whose order is made by sorting: a second and 300 MB for twice as many
 
 
 @dataclass(frozen=True)
@@ -78,30 +76,22 @@ class Plan:
 
     def order(self, epoch: int) -> Ints:
         """Return the epoch's permutation of the samples, [count] int64; for up to `_SORTED` samples."""
-        keys = uniforms(self.seed, epoch, np.arange(self.count), Slot.ORDER, 1)[:, 0]
-        return np.argsort(keys, kind="stable")
+        return np.argsort(uniforms(self.seed, epoch, np.arange(self.count), Slot.ORDER, 1)[:, 0], kind="stable")
 
     def shuffle(self, step: int, part: int) -> Ints:
         """Return the order in which a part of a step's batch goes through a teacher that sees it shuffled, [world * share]
         int64: the same on all ranks, and for one rank that of many."""
         rows = self.batch_size // self.parts
-        keys = uniforms(self.seed, step, part * rows + np.arange(rows), Slot.SHUFFLE, 1)[:, 0]
-        return np.argsort(keys, kind="stable")
+        return np.argsort(uniforms(self.seed, step, part * rows + np.arange(rows), Slot.SHUFFLE, 1)[:, 0], kind="stable")
 
     def steps(self, start: int, stop: int) -> Iterator[tuple[int, list[Ints]]]:
         """Yield (epoch, this rank's sample positions for each part) of the steps from `start` to `stop`."""
-        order, current = np.empty(0, np.int64), -1
-        for step in range(start, stop):
-            epoch, within = divmod(step, self.steps_per_epoch)
-            if epoch != current and self.count <= _SORTED:
-                order, current = self.order(epoch), epoch
-            rows = within * self.batch_size + np.arange(self.batch_size)
-            batch = order[rows] if self.count <= _SORTED else permuted(self.seed, epoch, rows, self.count)
-            yield epoch, list(batch.reshape(self.parts, self.world, self.share)[:, self.rank])
-
-
-# Bytes of one view of all the images of a stretch; a handful of such blocks lives at a time.
-_VIEW_BYTES = 256 << 20
+        for epoch, steps in groupby(range(start, stop), lambda step: step // self.steps_per_epoch):
+            order = self.order(epoch) if self.count <= _SORTED else None
+            for step in steps:
+                rows = step % self.steps_per_epoch * self.batch_size + np.arange(self.batch_size)
+                batch = permuted(self.seed, epoch, rows, self.count) if order is None else order[rows]
+                yield epoch, list(batch.reshape(self.parts, self.world, self.share)[:, self.rank])
 
 
 @dataclass
@@ -112,10 +102,6 @@ class Loader:
     several steps, a stretch, are made in one go.
 
     Attributes:
-        views: of each image, the first as `Batch.weak`, the others as `Batch.strong`.
-        plan: which samples each step sees, and the seed of their views.
-        statistics: what normalises views.
-        processes: training processes that share this machine's cores.
         workers: loader processes, 0: this one; None for images that lie on the device.
         ahead: steps of a stretch; without `loader.views_ahead` up to 8 on GPUs, else 1.
 
@@ -125,32 +111,31 @@ class Loader:
     """
 
     images: Images
-    views: Sequence[ViewConfig]
-    plan: Plan
+    views: Sequence[ViewConfig]  # of each image, the first as `Batch.weak`, the others as `Batch.strong`
+    plan: Plan  # which samples each step sees, and the seed of their views
     device: torch.device
-    statistics: Statistics
+    statistics: tuple[Sequence[float], Sequence[float]]  # means and deviations, in 0..1, of the channels that the networks see
     settings: LoaderConfig
-    processes: int = 1
+    processes: int = 1  # for training, which share this machine's cores
 
     def __post_init__(self) -> None:
-        images, settings, most = self.images, self.settings, max(2, self.plan.count)
-        if self.plan.steps_per_epoch == 0:
-            few = f"{images.name}: {self.plan.count} usable images, batch is {self.plan.batch_size}"
-            raise DataError(f"{few}; lower batch_size to {most} or less, or add images")
+        images, settings, plan = self.images, self.settings, self.plan
+        if plan.steps_per_epoch == 0:
+            advice = f"lower batch_size to {max(2, plan.count)} or less, or add images"
+            raise DataError(f"{images.name}: {plan.count} usable images, batch is {plan.batch_size}; {advice}")
+        fitting(len(self.statistics[0]), images)
         self._calls = [Transform.of(view, slot, self.statistics) for slot, view in enumerate(self.views)]
-        if settings.path == "resident" and not (images.in_memory and not any(self._calls)):
+        self.workers: int | None = worker_count(settings.workers, self.processes)
+        if settings.path != "files" and isinstance(images.source, Pixels) and not any(self._calls):
+            self.workers, self._pixels = None, images.source.tensor.to(self.device)
+        elif settings.path == "resident":
             raise ConfigError("loader.path: resident is for data sets held in memory and views of ours; use files for others")
         if settings.cache is not None and (images.in_memory or images.channels != 3):
-            raise ConfigError(
-                f"loader.cache: is for colour images that have to be decoded, not for those of {images.name}; use null"
-            )
-        fitting(len(self.statistics[0]), images)
-        self.workers: int | None = worker_count(settings.workers, self.processes)
-        if isinstance(images.source, Pixels) and settings.path != "files" and not any(self._calls):
-            self.workers, self._pixels = None, images.source.tensor.to(self.device)
-        step_bytes = self.plan.share * self.plan.parts * images.channels * 4 * max(view.size for view in self.views) ** 2
-        steps = max(1, min(8, _VIEW_BYTES // step_bytes)) if self.device.type == "cuda" else 1
-        self.ahead = settings.views_ahead or steps
+            use = f"for colour images that have to be decoded, not for those of {images.name}; use null"
+            raise ConfigError(f"loader.cache: is {use}")
+        step_bytes = plan.share * plan.parts * images.channels * 4 * max(view.size for view in self.views) ** 2
+        usual = max(1, min(8, _VIEW_BYTES // step_bytes)) if self.device.type == "cuda" else 1
+        self.ahead = settings.views_ahead or usual
 
     def stream(self, start: int, stop: int) -> Iterator[list[Batch]]:
         """Yield the parts of each step from `start` to `stop`; Unreadable if one has no image."""
@@ -158,135 +143,108 @@ class Loader:
 
     def weak(self, rows: Ints) -> Tensor:
         """Return the first epoch's first views [B,C,S,S] of images that lie on the device."""
-        return self._views([self._pixels[torch.from_numpy(rows).to(self.device)]], self.views[:1], 0, rows)[0]
+        return self._view(0, self.views[0], self._pixels[torch.from_numpy(rows).to(self.device)], 0, rows)
 
     def _from_memory(self, start: int, stop: int) -> Iterator[list[Batch]]:
         # Stretches begin and end at the same steps wherever the stream does, and none spans two epochs.
-        length, parts, share = self.plan.steps_per_epoch, self.plan.parts, self.plan.share
+        length, parts = self.plan.steps_per_epoch, self.plan.parts
         step = start - start % length % self.ahead
         source = self.plan.steps(step, stop + self.ahead)
         while step < stop:
             steps = list(islice(source, min(self.ahead, length - step % length)))
-            rows = np.concatenate([positions for _, shares in steps for positions in shares])
+            rows = np.concatenate([share for _, shares in steps for share in shares])
             ids = send(torch.from_numpy(rows), self.device)
-            weak, *strong = self._views([self._pixels[ids]] * len(self.views), self.views, steps[0][0], rows)
-            cuts = [slice(first, first + share) for first in range(0, len(rows), share)]
+            pixels, epoch = self._pixels[ids], steps[0][0]
+            weak, *strong = (self._view(slot, view, pixels, epoch, rows) for slot, view in enumerate(self.views))
+            cuts = [slice(first, first + self.plan.share) for first in range(0, len(rows), self.plan.share)]
             batches = [Batch(ids[cut], weak[cut], [view[cut] for view in strong]) for cut in cuts]
             for number in range(max(0, start - step), min(len(steps), stop - step)):
                 yield batches[number * parts : (number + 1) * parts]
             step += len(steps)
 
     def _from_files(self, start: int, stop: int, workers: int) -> Iterator[list[Batch]]:
-        steps, pin = self.plan.steps(start, stop), self.device.type == "cuda"
-        requests = ([(epoch, int(row)) for row in rows] for epoch, parts in steps for rows in parts)
-        crops = Crops(self.images, self.views, self.plan.seed, self.settings, self._calls)
-        # Closed at once where a batch is refused: its traceback would hold the workers.
-        with closing(read_batches(crops, collate, workers, batch_sampler=requests, pin_memory=pin)) as samples:
-            batches = map(self._finish, samples)
-            while parts := list(islice(batches, self.plan.parts)):
-                yield parts
+        requests = ((epoch, rows) for epoch, parts in self.plan.steps(start, stop) for rows in parts)
+        batches = map(self._finish, read_batches(self.read, requests, workers, self.device.type == "cuda"))
+        while parts := list(islice(batches, self.plan.parts)):
+            yield parts
 
-    def _finish(self, sample: Sample) -> Batch:
-        """Make the views of joined samples from their crops."""
-        if sample.fault:
-            raise ConfigError(sample.fault)
-        if not sample.crops:
-            raise Unreadable(sample.bad)
-        rows, crops = np.array(sample.rows, np.int64), [send(pixels, self.device) for pixels in sample.crops]
+    def _finish(self, crops: Crops) -> Batch:
         # Of the parameters of a view, its crop alone depends on the image's size, so all others can be drawn without it.
-        rest = [dataclasses.replace(view, scale=None) for view in self.views]
-        weak, *strong = self._views(crops, rest, sample.epoch, rows)
-        return Batch(send(torch.from_numpy(rows), self.device), weak, strong, sample.bad)
+        rest = [replace(view, scale=None) for view in self.views]
+        weak, *strong = (
+            self._view(slot, view, send(pixels, self.device), crops.epoch, crops.rows)
+            for slot, (view, pixels) in enumerate(zip(rest, crops.pixels, strict=True))
+        )
+        return Batch(send(torch.from_numpy(crops.rows), self.device), weak, strong, crops.bad)
 
-    def _views(self, images: Sequence[Tensor], views: Sequence[ViewConfig], epoch: int, rows: Ints) -> list[Tensor]:
-        """Make the normalised views fp32 [B,C,S,S] of images at these positions in the data set, for each view uint8 [B,C,H,W], or what
-        a callable has made."""
-        normalised = []
-        for slot, (pixels, view) in enumerate(zip(images, views, strict=True)):
-            if self._calls[slot]:
-                normalised.append(pixels)
-                continue
-            draws = draw(view, self.plan.seed, epoch, rows, slot, (pixels.shape[-2], pixels.shape[-1]))
-            normalised.append(batched.normalise(batched.apply(pixels, view, draws), *self.statistics))
-        return normalised
+    def _view(self, slot: int, view: ViewConfig, pixels: Tensor, epoch: int, rows: Ints) -> Tensor:
+        """Make a normalised view fp32 [B,C,S,S] of uint8 [B,C,H,W]; of a callable it is made already."""
+        if self._calls[slot]:
+            return pixels
+        draws = draw(view, self.plan.seed, epoch, rows, slot, (pixels.shape[-2], pixels.shape[-1]))
+        return batched.normalise(batched.apply(pixels, view, draws), *self.statistics)
 
+    def read(self, request: tuple[int, Ints]) -> Crops:
+        """Read and crop the images of an epoch at positions [B]; any process returns the same.
 
-def fitting(channels: int, images: Images) -> None:
-    """Check that networks which see so many channels can see these images; ConfigError if not. Grey and colour stand in for each other."""
-    if channels != images.channels and {channels, images.channels} != {1, 3}:
-        raise ConfigError(f"views.channels: the network sees {channels}, the images of {images.name} have {images.channels}")
+        An image that cannot be read is replaced by the next one that can, a rule that no number of workers or ranks changes.
+        """
+        epoch, bad = request[0], list[Fault]()
+        rows, crops = zip(*(self._readable(epoch, row, bad) for row in request[1].tolist()), strict=True)
+        return Crops(epoch, np.array(rows), [torch.stack(view) for view in zip(*crops, strict=True)], bad)
 
-
-class Unreadable(DataError):
-    """So many unreadable images in a row that a batch cannot be filled."""
-
-    def __init__(self, faults: list[Fault]) -> None:
-        last = f"the last is {shown(faults[-1][0])} ({faults[-1][1]})"
-        super().__init__(f"{len(faults)} images in a row cannot be read, {last}; replace them, or take them out of the data set")
-        self.faults = faults
-
-
-class Sample(NamedTuple):
-    """The crops of one image; of several, stacked, once collated."""
-
-    epoch: int
-    rows: list[int]  # positions in the data set
-    crops: list[Tensor]  # for each view, uint8 [C,S,S], or [B,C,S,S], or what a callable has made; none if no image can be read
-    bad: list[Fault]  # unreadable files on the way
-    fault: str = ""  # of a callable
-
-
-_TRIES = 100  # images in a row before giving up
-
-
-@dataclass
-class Crops(Dataset[Sample]):
-    """The crop of each view of an image, scaled to the view's size; any worker gives the same for (epoch, row).
-
-    An image that cannot be read is replaced by the next one that can, a rule that no number of workers or ranks changes.
-    """
-
-    images: Images
-    views: Sequence[ViewConfig]
-    seed: int
-    settings: LoaderConfig
-    calls: Sequence[Transform | None]  # for each view, the callable that makes it
-
-    def __getitem__(self, request: tuple[int, int]) -> Sample:
-        epoch, row = request
-        bad: list[Fault] = []
-        for offset in range(min(_TRIES, len(self.images))):
-            position = (row + offset) % len(self.images)
+    def _readable(self, epoch: int, row: int, bad: list[Fault]) -> tuple[int, list[Tensor]]:
+        """Return the position and the crops of an image, or of the next that can be read, and add the others to `bad`."""
+        tries = min(_TRIES, len(self.images))
+        for position in range(row, row + tries):
+            position %= len(self.images)
             try:
                 with self.images.source.open(position, self.settings.max_pixels) as opened:
-                    return Sample(epoch, [position], self._crops(opened, epoch, position), bad)
+                    return position, self._crops(opened, epoch, position)
             except BadImage as fault:
                 bad.append((self.images.source.name(position), str(fault)))
-            except ConfigError as error:
-                return Sample(epoch, [row], [], bad, str(error))
-        return Sample(epoch, [row], [], bad)
+        last = f"the last is {shown(bad[-1][0])} ({bad[-1][1]})"
+        error = Unreadable(f"{tries} images in a row cannot be read, {last}; replace them, or take them out of the data set")
+        error.faults = bad
+        raise error
 
     def _crops(self, opened: Opened, epoch: int, row: int) -> list[Tensor]:
         """Decode an image once for all views, as small as the largest reduction at which no crop has fewer pixels than its view."""
-        ids, sizes = np.array([row]), [view.size for view in self.views]
-        boxes = [draw_crops(view, self.seed, epoch, ids, slot, opened.size)[0] for slot, view in enumerate(self.views)]
-        whole = any(self.calls) or not self.settings.reduced_decode
+        seed, ids, sizes = self.plan.seed, np.array([row]), [view.size for view in self.views]
+        boxes = [draw_crops(view, seed, epoch, ids, slot, opened.size)[0] for slot, view in enumerate(self.views)]
+        whole = any(self._calls) or not self.settings.reduced_decode
         spare = 1 if whole else min(box[2:].min() / size for box, size in zip(boxes, sizes, strict=True))
         reduction = max((each for each in opened.reductions if each <= spare), default=1)
         if reduction > 1:  # boxes then have parts of pixels at their edges, which only Pillow takes
             image = opened.rgb(reduction)
             return [crop_reduced(image, box / reduction, size) for box, size in zip(boxes, sizes, strict=True)]
         pixels = pil_to_tensor(opened.rgb(1)) if opened.bands is None else torch.from_numpy(opened.bands)
-        crops = []
-        for slot, (box, size, call) in enumerate(zip(boxes, sizes, self.calls, strict=True)):
-            if call is None:
-                crops.append(crop(pixels, box, size))
-                continue
-            with seeded(self.seed, epoch, row, slot):
-                crops.append(
-                    call(pixels if opened.channels not in (1, 3) else to_pil_image(pixels), self.images.source.name(row))
-                )
-        return crops
+        name = self.images.source.name(row)
+        return [
+            crop(pixels, box, size) if call is None else call(pixels, name, seed, epoch, row, slot)
+            for slot, (box, size, call) in enumerate(zip(boxes, sizes, self._calls, strict=True))
+        ]
+
+
+class Crops(NamedTuple):
+    """The crops of a batch of images, scaled to the views' sizes."""
+
+    epoch: int
+    rows: Ints  # [B], positions in the data set
+    pixels: list[Tensor]  # for each view, uint8 [B,C,S,S], or what a callable has made
+    bad: list[Fault]  # unreadable files on the way
+
+
+class Unreadable(DataError):
+    """So many unreadable images in a row that a batch cannot be filled."""
+
+    faults: list[Fault]  # these
+
+
+def fitting(channels: int, images: Images) -> None:
+    """Check that networks which see so many channels can see these images; ConfigError if not. Grey and colour stand in for each other."""
+    if channels != images.channels and {channels, images.channels} != {1, 3}:
+        raise ConfigError(f"views.channels: the network sees {channels}, the images of {images.name} have {images.channels}")
 
 
 def crop(pixels: Tensor, box: Ints, size: int) -> Tensor:
@@ -307,65 +265,90 @@ def crop_reduced(image: Image.Image, box: np.ndarray, size: int) -> Tensor:
     return pixels
 
 
-def collate(samples: Sequence[Sample]) -> Sample:
-    """Join samples of one epoch; without crops if one of them has none."""
-    epochs, rows, crops, bad, faults = zip(*samples, strict=True)
-    stacked = [torch.stack(each) for each in zip(*crops, strict=True)] if all(crops) else []
-    return Sample(epochs[0], list(chain(*rows)), stacked, list(chain(*bad)), next(filter(None, faults), ""))
-
-
-# Signs in errors that a worker is gone, or that /dev/shm or memory is full.
-_DIED = ("exited unexpectedly", "killed by signal", "bus error", "unable to", "no space left", "allocate")
-
-
 def worker_count(workers: int | None, processes: int = 1) -> int:
     """Return the loader processes to start: `workers`, else the cores of one of so many training processes, less one."""
     return max(1, available_cores() // processes - 1) if workers is None else workers
 
 
-def read_batches(dataset: Any, join: Callable[[list[Any]], Any], workers: int, **batching: Any) -> Generator[Any, None, None]:
-    """Yield batches of a sequence's items that worker processes (0: this process) take and join; `batching` is for torch's DataLoader.
+def read_batches(
+    read: Callable[[Any], Any], requests: Iterable[Any], workers: int, pin: bool = False
+) -> Generator[Any, None, None]:
+    """Yield what `read` makes of each request, in worker processes (0: in this one), its tensors page-locked if `pin`.
 
     Raises:
-        ConfigError: if workers have to be sent the sequence, as processes that are not forked do, and it cannot be pickled.
+        RelsslError: that `read` raises; one from a worker has lost its traceback.
+        ConfigError: if workers have to be sent `read`, as processes that are not forked do, and it cannot be pickled.
         DataError: if a worker dies, or has no shared or other memory left.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "This DataLoader will create|Got pickle error")  # more workers than cores; said below
         loader = DataLoader(
-            dataset,
+            _Answers(read),
+            batch_size=None,
+            sampler=requests,
             num_workers=workers,
-            collate_fn=partial(_join_shared, join),
+            collate_fn=_share_memory,
+            pin_memory=pin,
             worker_init_fn=_set_signals,
             generator=torch.Generator(),  # else it would draw from the global one, and a resumed run once more
-            **batching,
         )
         # Workers begin with these blocked, until they have said what to do with them.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING if workers else ())
         try:
             batches: Any = iter(loader)
         except (pickle.PicklingError, AttributeError, TypeError) as error:
-            if not workers or get_start_method() == "fork":
+            if get_start_method() == "fork":
                 raise
             advice = "define the data set, and views of your own, in a module, or set loader.workers 0"
             raise ConfigError(f"loader.workers: loader processes cannot be sent the images ({error}); {advice}") from error
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     try:
-        yield from batches
-    except (RuntimeError, ConnectionError, OSError) as error:
+        for batch in batches:
+            if isinstance(batch, RelsslError):
+                raise batch
+            yield batch
+    except (RuntimeError, OSError, EOFError) as error:
         # Until workers are forgotten, torch raises the death of one anew, in whatever the main thread does, whenever another child ends.
         if workers and threading.current_thread() is threading.main_thread():
             before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             batches._shutdown_workers()
             signal.signal(signal.SIGCHLD, before)
-        if not workers or not (isinstance(error, ConnectionError) or any(sign in str(error).lower() for sign in _DIED)):
+        # A worker that dies while its tensors are fetched is the end of a connection.
+        died = isinstance(error, (ConnectionError, EOFError)) or any(sign in str(error).lower() for sign in _DIED)
+        if not workers or not died:
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
         script = "" if get_start_method() == "fork" else '; a script has to begin below `if __name__ == "__main__":`'
         raise DataError(
             f"a loader process died or has no memory left ({reason}); try loader.workers 0, or fewer, or more shared memory{script}"
         ) from error
+    finally:
+        del batches  # else an error's traceback would hold the workers
+
+
+@dataclass
+class _Answers(Dataset[Any]):
+    """What `read` makes of each request; an error of ours is returned, as torch would raise it anew with its traceback for a message."""
+
+    read: Callable[[Any], Any]
+
+    def __getitem__(self, request: Any) -> Any:
+        try:
+            return self.read(request)
+        except RelsslError as error:
+            return error
+
+
+def _share_memory(batch: Any) -> Any:
+    """Move the tensors of a batch to shared memory if this is a worker.
+
+    Else the queue's own thread would, and where it fails it drops the batch: the main process would wait for ever.
+    """
+    for leaf in tree_leaves(batch) if get_worker_info() else ():
+        if isinstance(leaf, Tensor):
+            leaf.share_memory_()  # type: ignore[no-untyped-call]
+    return batch
 
 
 def _set_signals(worker: int) -> None:
@@ -377,15 +360,3 @@ def _set_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
-
-
-def _join_shared(join: Callable[[Any], Any], items: Any) -> Any:
-    """Join items, their tensors already in shared memory if this is a worker.
-
-    Else the queue's own thread would move them, and where it fails it drops the batch: the main process would wait for ever.
-    """
-    joined = join(items)
-    for leaf in tree_leaves(joined) if get_worker_info() else ():
-        if isinstance(leaf, Tensor):
-            leaf.share_memory_()  # type: ignore[no-untyped-call]
-    return joined

@@ -7,18 +7,19 @@ import os
 import re
 import socket
 import tomllib
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from pydantic import TypeAdapter
 
 from relssl.data import digits
-from relssl.data.folder import EXTENSIONS, LeftOut, complete, read_folder, shown, split_folders, walk
+from relssl.data.folder import EXTENSIONS, complete, empty, holds_images, read_folder, shown, split_folders, usable, walk
 from relssl.data.hub import located, read_hub
 from relssl.data.images import IMAGENET_MEAN, IMAGENET_STD, Channels, Files, Images, Pixels
 from relssl.data.lists import LIST_SUFFIXES, read_list
@@ -28,9 +29,7 @@ from relssl.files import locked
 from relssl.settings import parts
 from relssl.settings.reading import nearest_word
 
-T = TypeVar("T")
 SPLITS = ("train", "bank", "test")
-PREFIXES = ("hf:", "shards:")  # of DATA that is neither a name nor a path
 IMAGENET100 = tuple(Path(__file__).with_name("imagenet100.txt").read_text("ascii").split())  # HobbitLong/CMC's list, sorted
 
 
@@ -55,10 +54,10 @@ def load(data: str, root: str | None, split: str) -> Images:
     """Return the images that DATA names.
 
     Args:
-        data: a name of `SETS`, a folder, a list file (.txt, .lst, .csv, .tsv), or a part from outside, see `own.open_dataset`.
-        root: where named data sets lie; None: $RELSSL_DATA, else ~/.cache/relssl.
-        split: "train" (what pretraining uses), "bank" (training images with labels) or "test". The first two are one and
-            the same but for stl10, whose `train` holds its unlabelled images (label -1) as well.
+        data: a name of `SETS`, a folder, a list file, hf:..., shards:..., or a part from outside, see `own.open_dataset`.
+        root: where named data sets lie, see `data_root`.
+        split: "train" (what pretraining uses), "bank" (training images with labels) or "test". The first two are the same but for
+            stl10, whose `train` holds its unlabelled images (label -1) as well.
 
     Raises:
         DataError: if it is missing and cannot be downloaded, holds no image, or has no such part.
@@ -66,29 +65,26 @@ def load(data: str, root: str | None, split: str) -> Images:
     """
     if split not in SPLITS:
         raise ConfigError(f"split: must be one of {', '.join(SPLITS)}, got {split!r} (nearest: {nearest_word(split, SPLITS)})")
-    path, (prefix, _, rest) = exists(data, root), data.partition(":")
-    if prefix in _PREFIXED:
-        images = _PREFIXED[prefix](rest, split)
+    exists(data, root)
+    path, (prefix, _, rest), advice = os.path.expanduser(data), data.partition(":"), ""
+    if prefix == "hf":
+        images = read_hub(rest, split)
+    elif prefix == "shards":
+        images = read_shards(rest, split)
     elif parts.is_part(data):
         from relssl.data.own import open_dataset
 
         images = open_dataset(parts.find("data", data), parts.title(data), split)
-    elif path is None or data in SETS:
+    elif data in SETS:
         images = _READERS[SETS[data].kind](data, data_root(root), split)
     elif os.path.isdir(path):
         images = read_voc(path, split) or read_folder(path, split)
     elif split == "test":
         raise DataError(f"{shown(data)}: a list file has no test images; use a folder with train/CLASS/ and val/CLASS/")
     else:
-        images = read_list(path)
+        images, advice = read_list(path), "paths count from the list's folder or the working folder"
     if len(images) == 0:
-        reasons = "; ".join(images.notes) or "nothing is in it"
-        where = (
-            ""
-            if path is None or prefix in _PREFIXED or os.path.isdir(path)
-            else "; paths count from the list's folder or the working folder"
-        )
-        raise DataError(f"{images.name}: names or holds no usable image ({reasons}{where})")
+        raise empty(images, advice)
     return images
 
 
@@ -97,23 +93,20 @@ def sample(data: str, root: str | None, count: int) -> Images | None:
 
     Nothing is downloaded, and no large folder is read to its end.
     """
-    if not at_hand(data, root):
-        return None
     with contextlib.suppress(DataError, ConfigError):  # what was handed over is not always at hand
-        if (path := exists(data, root)) is None or not os.path.isdir(path):
-            return load(data, root, "train")
-        folder = split_folders(path)["train"]
-        return Images(data, Files.of(folder, sorted(islice(walk(folder, LeftOut()), count))))
+        path = exists(data, root)
+        if at_hand(data, root) and path and os.path.isdir(path):
+            folder = split_folders(path)["train"]
+            return Images(data, Files.of(folder, sorted(islice(usable(walk(folder, Counter()), []), count))))
+        return load(data, root, "train") if at_hand(data, root) else None
     return None
 
 
 def at_hand(data: str, root: str | None) -> bool:
     """Return whether `load` needs no download for DATA."""
-    if data.startswith("hf:"):
-        return located(data.removeprefix("hf:"))[-1]
-    if data not in SETS or not SETS[data].source:
-        return True
-    return Path(data_root(root), SETS[data].folder or "train_32x32.mat").exists()  # SVHN's files lie in the root itself
+    if data in SETS and SETS[data].source:
+        return Path(data_root(root), SETS[data].folder or "train_32x32.mat").exists()  # SVHN's files lie in the root itself
+    return not data.startswith("hf:") or exists(data, root) is not None
 
 
 def data_root(root: str | None) -> str:
@@ -125,81 +118,68 @@ def exists(data: str, root: str | None) -> str | None:
     """Check that DATA can be what it names, before anything slow is imported; images are not read.
 
     Returns:
-        The folder or list file that it names, `hf:FOLDER` and `shards:PATTERN` from the root on; None for a set that `load` may
+        The folder or list file that it names, `hf:FOLDER` and `shards:PATTERN`, from the root on; None for a set that `load` may
         download, draw or call for.
 
     Raises:
         DataError: for a name that is not known, a path that does not exist, a folder without images, an empty list file.
     """
     path, (prefix, _, rest) = os.path.expanduser(data), data.partition(":")
-    if prefix == "hf":
-        place, part, columns, is_folder = located(rest)
-        return f"hf:{place}{part and ':'}{part}{columns and '#'}{columns}" if is_folder else None
-    if prefix == "shards":
-        listed(rest)
-        return f"shards:{os.path.abspath(os.path.expanduser(rest))}"
-    if parts.is_part(data):
+    if prefix in ("hf", "shards"):
+        on_disk = os.path.isabs(located(rest)[0]) if prefix == "hf" else listed(rest)
+        return f"{prefix}:{os.path.abspath(os.path.expanduser(rest))}" if on_disk else None
+    if parts.is_part(data) or (data in SETS and SETS[data].kind != "imagenet"):
         return None
     if data in SETS:
-        if SETS[data].kind != "imagenet":
-            return None
         path = os.path.join(data_root(root), "imagenet")
         if "test" not in split_folders(path):
             raise DataError(f"{data}: not found; put train/CLASS/ and val/CLASS/ below {shown(path)}, or set data_root")
-    elif not os.path.exists(path):
-        if advice := _advice(data):
-            raise DataError(f"{shown(data)}: {advice}")
-        if os.sep in data or data.lower().endswith(LIST_SUFFIXES):
-            raise DataError(f"{shown(data)}: no such folder or list file (looked in {shown(os.getcwd())})")
-        guess, known = nearest_word(data, SETS), ", ".join(SETS)
-        raise DataError(f"{shown(data)}: neither a folder nor a known data set; the nearest is {guess} (known: {known})")
+    elif fault := _fault(data, path):
+        raise DataError(f"{shown(data)}: {fault}")
     if os.path.isdir(path):
-        for folder in sorted(set(split_folders(path).values())):
-            left = LeftOut()
-            if next(walk(folder, left), None) is None:
-                faults = f"{len(left.faults)} cannot be used, the first {next(iter(left.faults.values()))}" if left.faults else ""
-                there = "; ".join(filter(None, [left.counts(), faults])) or "nothing is there"
+        for side in dict.fromkeys(split_folders(path).values()):
+            if not holds_images(side):
                 advice = "convert them, end their names in .jpg or .png, or name them in a list file"
-                raise DataError(f"{shown(folder)}: holds no usable image ({there}); {advice}")
-    elif not path.lower().endswith(LIST_SUFFIXES) or not os.path.isfile(path):
-        advice = _advice(path) or f"is neither a folder of images nor a list file ({', '.join(LIST_SUFFIXES)})"
-        raise DataError(f"{shown(path)}: {advice}")
-    elif os.path.getsize(path) == 0:
-        raise DataError(f"{shown(path)}: is an empty list; needs the path of an image on each line")
-    return path
+                raise empty(read_folder(side, "train"), advice)
+    return os.path.abspath(path)
 
 
-def _advice(data: str) -> str | None:
-    """Return what to do about DATA of a kind that is not read, if it is of a known one."""
-    ending = data.lower().rpartition(".")[2]
-    if re.match(r"\w{2,9}:", data):
-        return "images are read from disks alone; download them into a folder and name that"
-    if ending in ("zip", "tar", "gz", "tgz", "bz2", "xz", "zst", "7z", "rar"):
-        return "is an archive; unpack it and name the folder"
-    if ending.encode() in EXTENSIONS and os.path.isfile(data):
-        return "is a single image; name the folder that it lies in"
-    if set("*?") & set(data):
-        return "is a pattern; name the folder, or a list file, which `ls PATTERN > list.txt` makes"
-    if "," in data and all(map(os.path.exists, data.split(","))):
-        return "names several folders; join them in a list file: (relssl list A; relssl list B) > list.txt"
-    return None
+def _fault(data: str, path: str) -> str | None:
+    """Return why DATA is neither a folder nor a list file, and what to do; None if it is one."""
+    ending, is_file, is_list = path.lower().rpartition(".")[2], os.path.isfile(path), path.lower().endswith(LIST_SUFFIXES)
+    if os.path.isdir(path) or (is_list and is_file and os.path.getsize(path)):
+        return None
+    archives, suffixes = ("zip", "tar", "gz", "tgz", "bz2", "xz", "zst", "7z", "rar"), ", ".join(LIST_SUFFIXES)
+    several = "," in data and all(map(os.path.exists, data.split(",")))
+    faults = {  # the first that holds
+        "is an empty list; needs the path of an image on each line": is_list and is_file,
+        "images are read from disks alone; download them into a folder and name that": re.match(r"\w{2,9}:", data),
+        "is an archive; unpack it and name the folder": ending in archives,
+        "is a single image; name the folder that it lies in": is_file and ending in EXTENSIONS,
+        f"is neither a folder of images nor a list file ({suffixes})": os.path.exists(path),
+        "is a pattern; name the folder, or a list file, which `ls PATTERN > list.txt` makes": set("*?") & set(data),
+        "names several folders; join them in a list file: (relssl list A; relssl list B) > list.txt": several,
+        f"no such folder or list file (looked in {shown(os.getcwd())})": os.sep in data or is_list,
+        f"neither a folder nor a known data set; the nearest is {nearest_word(data, SETS)} (known: {', '.join(SETS)})": True,
+    }
+    return next(fault for fault, holds in faults.items() if holds)
 
 
-def fetch(name: str, root: str, read: Callable[[bool], T]) -> T:
-    """Return `read(False)`, or where that fails, `read(True)`, which downloads first; torchvision checks that by its hash.
+def fetch(name: str, root: str, read: Callable[..., Any]) -> Any:
+    """Return `read(download=False)`, or where that fails, `read(download=True)`, which checks what it downloads by its hash.
 
     One process of a machine downloads while the others wait, and none waits for a dead server. DataError, which says where the files
     belong, if they are not complete and cannot be downloaded.
     """
     with contextlib.suppress(Exception):  # missing and damaged files make the readers raise all sorts of errors
-        return read(False)
+        return read(download=False)
     timeout = socket.getdefaulttimeout()
     try:
         if root.startswith("~"):
             raise FileNotFoundError("no home folder is known here")
         with locked(Path(root, f".{name}.lock")):
             socket.setdefaulttimeout(30)
-            return read(True)
+            return read(download=True)
     except MemoryError:
         raise
     except Exception as error:
@@ -217,54 +197,51 @@ def _torchvision(name: str, root: str, split: str, **options: Any) -> list[Any]:
     import torchvision.datasets
 
     entry = SETS[name]
-    reader, argument = getattr(torchvision.datasets, entry.reader), "split" if isinstance(entry.parts[0][0], str) else "train"
-
-    def read(part: Any, download: bool) -> Any:
-        return reader(root, download=download, **{argument: part}, **options)
-
-    return [fetch(name, root, partial(read, part)) for part in entry.parts[SPLITS.index(split)]]
-
-
-def _read_digits(name: str, root: str, split: str) -> Images:
-    import torch
-
-    pixels, labels = digits.load("test" if split == "test" else "train")
-    source = Pixels(torch.from_numpy(pixels), f"{name}/{split}")
-    return Images(name, source, labels, tuple("0123456789"), digits.MEAN, digits.STD)
+    reader, some = getattr(torchvision.datasets, entry.reader), entry.parts[SPLITS.index(split)]
+    argument = "split" if isinstance(some[0], str) else "train"
+    return [fetch(name, root, partial(reader, root, **{argument: part}, **options)) for part in some]
 
 
 def _read_pixels(name: str, root: str, split: str) -> Images:
-    """A set that torchvision holds in memory, as uint8 [N, 3, H, W]."""
+    """Read a set that lies in memory, our digits or one of torchvision's, as uint8 [N, 3, H, W]."""
     import torch
 
-    (dataset,) = _torchvision(name, root, split)
-    pixels = np.asarray(dataset.data)
+    if name == "digits":
+        dataset: Any = None
+        pixels, labels = digits.load("test" if split == "test" else "train")
+    else:
+        (dataset,) = _torchvision(name, root, split)
+        pixels, labels = np.asarray(dataset.data), dataset.labels if hasattr(dataset, "labels") else dataset.targets
     if pixels.ndim == 3:
         pixels = np.repeat(pixels[:, None], 3, axis=1)
     elif pixels.shape[-1] == 3:
         pixels = pixels.transpose(0, 3, 1, 2)
     elif name == "stl10":  # a transposed view, turned in place: a copy would double 2.8 GB
-        stored = pixels.transpose(0, 1, 3, 2)
-        for upright, turned in zip(pixels, stored, strict=True):
-            turned[:] = upright.copy()
-        pixels = stored
-    labels = np.asarray(dataset.labels if hasattr(dataset, "labels") else dataset.targets, np.int64)
+        pixels = pixels.transpose(0, 1, 3, 2)
+        for image in pixels:
+            image[:] = image.transpose(0, 2, 1).copy()
     classes = tuple(getattr(dataset, "classes", "0123456789"))
     source = Pixels(torch.from_numpy(np.ascontiguousarray(pixels)), f"{name}/{split}")
-    return Images(name, source, labels, classes, SETS[name].mean, SETS[name].std)
+    return Images(name, source, np.asarray(labels, np.int64), classes, SETS[name].mean, SETS[name].std)
 
 
 def _read_files(name: str, root: str, split: str) -> Images:
     """A set of files in the order of its official lists; its training and validation images are both train and bank."""
     folder, pets = os.path.join(root, SETS[name].folder), name == "oxford-pets"
     datasets = _torchvision(name, root, split, **({} if pets else {"loader": os.fspath}))  # a path in place of an image
-    if len({tuple(dataset.classes) for dataset in datasets}) > 1:  # torchvision numbers the classes that it meets in each part
+    classes = {tuple(map(str, dataset.classes)) for dataset in datasets}
+    if len(classes) > 1:  # torchvision numbers the classes that it meets in each part
         raise DataError(f"{name}: its parts {' and '.join(SETS[name].parts[1])} have other classes; get {shown(folder)} anew")
-    pairs: list[tuple[Any, Any]] = []
+    pairs: list[tuple[Any, int]] = []
     for dataset in datasets:  # the reader of the pets offers no way to its lists but these
-        pairs += zip(dataset._images, dataset._labels, strict=True) if pets else (dataset[row] for row in range(len(dataset)))
-    files = complete(name, folder, [os.path.relpath(path, folder) for path, _ in pairs])
-    return Images(name, files, np.array([label for _, label in pairs], np.int64), tuple(map(str, datasets[0].classes)))
+        pairs += zip(dataset._images, dataset._labels, strict=True) if pets else map(dataset.__getitem__, range(len(dataset)))
+    return _listed(name, folder, [(os.path.relpath(path, folder), label) for path, label in pairs], classes.pop())
+
+
+def _listed(name: str, folder: str, pairs: list[tuple[str, int]], classes: tuple[str, ...]) -> Images:
+    """Return the images of a list of files, relative to a folder, and labels, all of which must be there."""
+    files, labels = complete(name, folder, [file for file, _ in pairs]), np.array([label for _, label in pairs], np.int64)
+    return Images(name, files, labels, classes, SETS[name].mean, SETS[name].std)
 
 
 def _read_imagenet(name: str, root: str, split: str) -> Images:
@@ -274,39 +251,36 @@ def _read_imagenet(name: str, root: str, split: str) -> Images:
         return images
     if images.labels is None or images.classes is None or images.labels.min() < 0:
         raise DataError("imagenet100: every image in imagenet/ must lie in the folder of its class, imagenet/train/CLASS/")
-    present = {images.classes[label] for label in np.unique(images.labels)}
-    if missing := [word for word in IMAGENET100 if word not in present]:
+    rank = {word: place for place, word in enumerate(IMAGENET100)}
+    labels = np.array([rank.get(word, -1) for word in images.classes], np.int64)[images.labels]
+    if missing := [word for word, place in rank.items() if place not in labels]:
         raise DataError(f"imagenet100: imagenet/ has no image of {missing[0]}; {len(missing)} of the 100 classes are missing")
-    rank = np.array([IMAGENET100.index(word) if word in IMAGENET100 else -1 for word in images.classes], np.int64)
-    rows = np.flatnonzero(rank[images.labels] >= 0)
-    return replace(images.subset(rows), labels=rank[images.labels[rows]], classes=IMAGENET100)
+    rows = np.flatnonzero(labels >= 0)
+    return replace(images.subset(rows), labels=labels[rows], classes=IMAGENET100)
 
 
 def _read_tiny_imagenet(name: str, root: str, split: str) -> Images:
     """Read the training images as train and bank, the validation images (the labels of its test images are secret) as test."""
-    entry = SETS[name]
-    folder = os.path.join(root, entry.folder)
+    folder = os.path.join(root, SETS[name].folder)
 
     def read(download: bool) -> None:
         if download:
             from torchvision.datasets.utils import download_and_extract_archive
 
-            download_and_extract_archive(entry.source, root, md5="90528d7ca1a48142e341f4ef8d21d0de")
+            download_and_extract_archive(SETS[name].source, root, md5="90528d7ca1a48142e341f4ef8d21d0de")
         for file in ("wnids.txt", "train", "val/val_annotations.txt"):
             os.stat(os.path.join(folder, file))
 
     fetch(name, root, read)
-    classes = tuple(sorted(word for (word,) in _rows(1, folder, "wnids.txt")))
+    rank = {word: place for place, word in enumerate(sorted(word for (word,) in _rows(1, folder, "wnids.txt")))}
     if split == "test":
         pairs = [(f"val/images/{file}", word) for file, word, *_ in _rows(6, folder, "val", "val_annotations.txt")]
     else:  # the list of each class's boxes names its images
-        boxes = ((word, _rows(5, folder, "train", word, f"{word}_boxes.txt")) for word in classes)
+        boxes = ((word, _rows(5, folder, "train", word, f"{word}_boxes.txt")) for word in rank)
         pairs = [(f"train/{word}/images/{file}", word) for word, rows in boxes for file, *_ in rows]
-    rank = {word: position for position, word in enumerate(classes)}
     if strange := sorted({word for _, word in pairs} - rank.keys()):
         raise DataError(f"{shown(folder)}: {shown(strange[0])} is none of the classes of wnids.txt; unpack it anew")
-    files = complete(name, folder, [file for file, _ in pairs])
-    return Images(name, files, np.array([rank[word] for _, word in pairs], np.int64), classes, entry.mean, entry.std)
+    return _listed(name, folder, [(file, rank[word]) for file, word in pairs], tuple(rank))
 
 
 def _rows(columns: int, *path: str) -> list[list[str]]:
@@ -319,12 +293,6 @@ def _rows(columns: int, *path: str) -> list[list[str]]:
     if any(len(row) != columns for row in rows):
         raise DataError(f"{shown(os.path.join(*path))}: needs lines of {columns} words each; get the set anew")
     return rows
-
-
-def _voc_classes(folder: str, part: str) -> list[str]:
-    """Return the classes, sorted, that have a list for a part (train, val, trainval, test) of a VOC year."""
-    lists = Path(folder, "ImageSets", "Main").glob(f"?*_{part}.txt")
-    return sorted(file.name.removesuffix(f"_{part}.txt") for file in lists)
 
 
 def read_voc(folder: str, split: str) -> Images | None:
@@ -345,36 +313,36 @@ def _read_voc07(name: str, root: str, split: str) -> Images:
     from torchvision.datasets import VOCDetection
 
     part = "test" if split == "test" else "trainval"
-    fetch(name, root, lambda download: VOCDetection(root, year="2007", image_set=part, download=download))
+    fetch(name, root, partial(VOCDetection, root, year="2007", image_set=part))
     return _read_voc_part(name, os.path.join(root, SETS[name].folder), part)
+
+
+def _voc_classes(folder: str, part: str) -> list[str]:
+    """Return the classes, sorted, that have a list for a part (train, val, trainval, test) of a VOC year."""
+    lists = Path(folder, "ImageSets", "Main").glob(f"?*_{part}.txt")
+    return sorted(file.name.removesuffix(f"_{part}.txt") for file in lists)
 
 
 def _read_voc_part(name: str, folder: str, part: str) -> Images:
     """Read the lists of a part, one a class: all name the same images, each once, with 1 (yes), -1 (no) or 0 (difficult)."""
-    classes = _voc_classes(folder, part)
-    columns: list[dict[str, int]] = []  # by class: the target of each image
-    for word in classes:
-        rows = _rows(2, folder, "ImageSets", "Main", f"{word}_{part}.txt")
-        columns.append({image: {"1": 1, "-1": 0, "0": -1}.get(sign, 2) for image, sign in rows})
-        if not rows or len(columns[-1]) < len(rows) or 2 in columns[-1].values() or list(columns[-1]) != list(columns[0]):
+    classes, targets = _voc_classes(folder, part), {"1": 1, "-1": 0, "0": -1}
+    if not classes:
+        raise DataError(f"{name}: {shown(folder)} has no lists ImageSets/Main/CLASS_{part}.txt")
+    lists = [_rows(2, folder, "ImageSets", "Main", f"{word}_{part}.txt") for word in classes]
+    images = dict(lists[0])
+    for word, rows in zip(classes, lists, strict=True):
+        if not rows or [image for image, _ in rows] != [*images] or {sign for _, sign in rows} - targets.keys():
             others = f"the images of {classes[0]}_{part}.txt, each once, with 1, 0 or -1"
             raise DataError(f"{name}: ImageSets/Main/{shown(word)}_{part}.txt in {shown(folder)} must name {others}; get it anew")
-    if not columns:
-        raise DataError(f"{name}: {shown(folder)} has no lists ImageSets/Main/CLASS_{part}.txt")
-    files = complete(name, os.path.join(folder, "JPEGImages"), [f"{image}.jpg" for image in columns[0]])
-    targets = np.ascontiguousarray(np.array([list(column.values()) for column in columns], np.int8).T)
-    return Images(name, files, classes=tuple(classes), targets=targets)
+    files = complete(name, os.path.join(folder, "JPEGImages"), [f"{image}.jpg" for image in images])
+    columns = np.array([[targets[sign] for _, sign in rows] for rows in lists], np.int8)
+    return Images(name, files, classes=tuple(classes), targets=np.ascontiguousarray(columns.T))
 
 
 _READERS: dict[str, Callable[[str, str, str], Images]] = {  # of the name, the root of data sets, and one of `SPLITS`
-    "digits": _read_digits,
     "pixels": _read_pixels,
     "files": _read_files,
     "imagenet": _read_imagenet,
     "tiny-imagenet": _read_tiny_imagenet,
     "voc07": _read_voc07,
 }
-_PREFIXED: dict[str, Callable[[str, str], Images]] = {
-    "hf": read_hub,
-    "shards": read_shards,
-}  # of what follows the prefix, and a split

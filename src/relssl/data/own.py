@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,10 +36,7 @@ _LEAST_STD = 1 / 255  # of a channel
 
 @dataclass(frozen=True, eq=False)
 class Items:
-    """Items of a map-style data set; a source of `Images`.
-
-    What an item draws at random is seeded by its position, so it is the same whenever and wherever it is read.
-    """
+    """Items of a map-style data set. What an item draws at random is seeded by its position, so it is the same wherever it is read."""
 
     dataset: Any
     rows: np.ndarray  # int64 [N], their positions in it
@@ -91,24 +88,22 @@ class Items:
             yield opened
 
 
-@contextmanager
-def open_item(image: Any, max_pixels: int) -> Iterator[Opened]:
+def open_item(image: Any, max_pixels: int) -> AbstractContextManager[Opened]:
     """Open an image of any kind that an item may be or hold; BadImage if it is none."""
-    if isinstance(image, (str, bytes, os.PathLike)):
-        with open_image((lambda: image) if isinstance(image, bytes) else os.fspath(image), max_pixels) as opened:
-            yield opened
-        return
+    if isinstance(image, bytes):
+        return open_image(lambda: image, max_pixels)
+    if isinstance(image, (str, os.PathLike)):
+        return open_image(os.fspath(image), max_pixels)
     opened = Opened.of(upright_rgb(image)) if isinstance(image, Image.Image) else Opened.of_bands(to_bands(image))
     if opened.size[0] * opened.size[1] > max_pixels:
         raise BadImage(f"has {opened.size[1]} x {opened.size[0]} pixels, more than max_pixels ({max_pixels})")
-    yield opened
+    return nullcontext(opened)
 
 
 def to_bands(image: Any) -> np.ndarray:
     """Return an array or tensor [H,W], [H,W,C] or [C,H,W] as uint8 [C,H,W], C from 1 to 16; BadImage if it is none.
 
-    Where both layouts fit, arrays have their channels last and tensors first. Integers of 16 bits are scaled by 255/65535, floats lie in
-    0..1.
+    Where both layouts fit, arrays have their channels last and tensors first. Integers may have 16 bits, floats lie in 0..1.
     """
     values = image
     if isinstance(image, Tensor):
@@ -116,12 +111,12 @@ def to_bands(image: Any) -> np.ndarray:
     elif not isinstance(image, np.ndarray):
         needs = "a PIL image, an array or tensor, or the path or bytes of an image file, as `image` or `img` in a mapping"
         raise BadImage(f"is or holds no image, but a {type(image).__name__}; needs {needs}")
-    first, last = (values.ndim == 3 and values.shape[axis] <= MOST_CHANNELS for axis in (0, -1))
-    if not values.size or not (values.ndim == 2 or first or last):
-        raise BadImage(f"has shape {[*image.shape]}; needs [H, W], [H, W, C] or [C, H, W] with 1 to {MOST_CHANNELS} channels")
     if values.ndim == 2:
         values = values[None]
-    elif last and not (first and isinstance(image, Tensor)):
+    first, last = (values.ndim == 3 and values.shape[axis] <= MOST_CHANNELS for axis in (0, -1))
+    if not values.size or not (first or last):
+        raise BadImage(f"has shape {[*image.shape]}; needs [H, W], [H, W, C] or [C, H, W] with 1 to {MOST_CHANNELS} channels")
+    if last and image.ndim == 3 and not (first and isinstance(image, Tensor)):
         values = values.transpose(2, 0, 1)
     if values.dtype.kind == "f":
         low, high = float(values.min()), float(values.max())
@@ -149,15 +144,13 @@ def measured(images: Images) -> tuple[Channels, Channels]:
 
 
 def open_dataset(dataset: Any, name: str, split: str = "train") -> Images:
-    """Return the images of a data set that is handed over, or of what a function returns.
+    """Return the images of a split of a data set that is handed over; labels only where no image is decoded for them.
 
     Args:
         dataset: any with `len` and `[i]`; an array or tensor [N,H,W], [N,H,W,C] or [N,C,H,W], which stays in memory as uint8; (images,
             labels); a mapping of sets by split, such as {"train": ..., "test": ...}; or a function that returns one of these.
         name: for messages.
-        split: "train", "bank" (the same) or "test"; a set that is no mapping has no test images.
-
-    Labels that would cost decoding all images are not read.
+        split: "train", "bank" (the same) or "test", which only a mapping may have.
 
     Raises:
         DataError: if it is none of these, has no such split, or none of its first items is an image.
@@ -226,19 +219,16 @@ def _labelled(dataset: Any) -> tuple[Any, Any, Any]:
     dataset = getattr(dataset, "tensors", dataset)  # of torch's TensorDataset
     if isinstance(dataset, tuple) and len(dataset) in (1, 2) and all(map(_is_sized, dataset)):
         images, labels = (*dataset, None)[:2]
-        if (
-            labels is None or getattr(images, "ndim", 0) == 4 or _coded(labels, None, len(images))[0] is not None
-        ):  # else two items
-            return images, labels, None
+        if labels is None or getattr(images, "ndim", 0) == 4 or _coded(labels, None, len(images))[0] is not None:
+            return images, labels, None  # else they are two items
     if isinstance(dataset, (list, tuple)):
         return dataset, [_parts(item)[1] for item in dataset], None
     if hasattr(dataset, "dataset") and hasattr(dataset, "indices"):  # torch's Subset
         _, labels, classes = _labelled(dataset.dataset)
         return dataset, labels if labels is None else [labels[row] for row in dataset.indices], classes
-    if column := next(
-        (name for name in getattr(dataset, "column_names", ()) if name in _LABELS), None
-    ):  # of Hugging Face's datasets
-        return dataset, dataset[column][:], getattr(dataset.features[column], "names", None)
+    for name in getattr(dataset, "column_names", ()):  # of Hugging Face's datasets
+        if name in _LABELS:
+            return dataset, dataset[name][:], getattr(dataset.features[name], "names", None)
     given: list[Any] = [getattr(dataset, name, None) for name in ("targets", "labels")]
     labels = next((each for each in given if _is_sized(each) and len(each) == len(dataset)), None)
     return dataset, labels, getattr(dataset, "classes", None)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import BatchSampler
 from torchvision.transforms.functional import InterpolationMode, center_crop, pil_to_tensor, resize
 
 from relssl.data.batched import normalise
@@ -25,19 +26,12 @@ from relssl.settings.run import LoaderConfig, ViewsConfig
 
 @dataclass(frozen=True)
 class PlainView:
-    """Scaling with antialiasing, a centre crop, and normalisation.
+    """Scaling with antialiasing, a centre crop, and normalisation."""
 
-    Attributes:
-        size: side of the view in pixels.
-        margin: shorter side before the centre crop, in sizes.
-        interpolation: bilinear or bicubic.
-        mean, std: of each channel that the network sees, in 0..1; those of a single one make colours grey.
-    """
-
-    size: int
-    margin: float
-    interpolation: str
-    mean: tuple[float, ...]
+    size: int  # side of the view in pixels
+    margin: float  # shorter side before the centre crop, in sizes
+    interpolation: str  # bilinear or bicubic
+    mean: tuple[float, ...]  # of each channel that the network sees, in 0..1; that of a single one makes colours grey
     std: tuple[float, ...]
 
     @staticmethod
@@ -61,9 +55,8 @@ class PlainView:
     def __str__(self) -> str:
         """The view in words, for protocol cards."""
         channels = {1: ", grey", 3: ""}.get(self.channels, f", {self.channels} channels")
-        return (
-            f"resize shorter side to {self.shorter_side}, centre crop {self.size}, {self.interpolation} with antialias{channels}"
-        )
+        scaling = f"centre crop {self.size}, {self.interpolation} with antialias{channels}"
+        return f"resize shorter side to {self.shorter_side}, {scaling}"
 
     def normalise(self, images: Tensor) -> Tensor:
         """Normalise images of the view's size: uint8, or floats in 0..1, [B,C,S,S] to fp32 [B,channels,S,S]."""
@@ -96,17 +89,15 @@ class Reader:
     def batches(self, images: Images, size: int = 256) -> Iterator[tuple[np.ndarray, Tensor, list[Fault]]]:
         """Yield (rows, normalised views [B,C,S,S] on the CPU, unreadable files) over a data set, in its order, `size` images each."""
         fitting(self.view.channels, images)
-        if isinstance(images.source, Pixels):
-            for start in range(0, len(images), size):
-                pixels = images.source.tensor[start : start + size]
-                yield np.arange(start, start + len(pixels)), self.view.normalise(plain_batch(pixels, self.view)), []
-            return
-        read = partial(self._read, images)
-        for rows, pixels, bad in read_batches(range(len(images)), read, self.workers, batch_size=size):
+        requests = BatchSampler(range(len(images)), size, drop_last=False)
+        in_memory = isinstance(images.source, Pixels)
+        for rows, pixels, bad in read_batches(partial(self._read, images), requests, 0 if in_memory else self.workers):
             yield rows, self.view.normalise(pixels), bad
 
     def _read(self, images: Images, rows: list[int]) -> tuple[np.ndarray, Tensor, list[Fault]]:
-        """Return which of these images can be read, their views, uint8, and the others."""
+        """Return which of these images can be read, their views, and the others."""
+        if isinstance(images.source, Pixels):
+            return np.array(rows), plain_batch(images.source.tensor[rows[0] : rows[-1] + 1], self.view), []
         views, bad = dict[int, Tensor](), list[Fault]()
         for row in rows:
             try:

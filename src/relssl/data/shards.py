@@ -16,7 +16,6 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from itertools import chain
 from typing import BinaryIO
 
@@ -24,13 +23,11 @@ import numpy as np
 
 from relssl.data.decode import BadImage, open_regular
 from relssl.data.folder import EXTENSIONS, TEST, TRAIN, cache_root, shown
-from relssl.data.images import Images, Stored
-from relssl.data.names import Names, Words, table
+from relssl.data.images import Images, Names, Stored, class_labels, table
 from relssl.errors import DataError, StorageError
 from relssl.files import locked, read_arrays, replacing
 
 _LABEL_BYTES = 1 << 16  # of a member that may hold a label
-_OPEN = 128  # shards that a process keeps open
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,30 +44,15 @@ class Shards(Stored):
         return f"{self.paths[self.shards[row]]}/{os.fsdecode(self.names[row])}"
 
     def read(self, row: int, at_most: int | None = None) -> bytes:
-        shard, size = self.shards[row], int(self.sizes[row])
-        handle = _open(self.paths[shard], int(self.lengths[shard]), int(self.times[shard]))
-        count = min(size, at_most or size)
-        data = os.pread(handle.descriptor, count, int(self.offsets[row]))
+        shard, count = self.shards[row], min(int(self.sizes[row]), at_most or 1 << 62)
+        with open(self.paths[shard], "rb", buffering=0, opener=open_regular) as file:
+            status = os.fstat(file.fileno())
+            if (status.st_size, status.st_mtime_ns) != (self.lengths[shard], self.times[shard]):
+                raise BadImage("lies in a shard that has changed since the run began")
+            data = os.pread(file.fileno(), count, int(self.offsets[row]))
         if not data or len(data) < count:
             raise BadImage("is cut off, or empty")
         return data
-
-
-class _Handle:
-    """An open file; a process that was forked from this one may read it too, at any place."""
-
-    def __init__(self, path: str, *version: int) -> None:
-        self.descriptor = open_regular(path, os.O_RDONLY | os.O_CLOEXEC)
-        status = os.fstat(self.descriptor)
-        if (status.st_size, status.st_mtime_ns) != version:
-            raise BadImage("lies in a shard that has changed since the run began")
-
-    def __del__(self) -> None:
-        if hasattr(self, "descriptor"):
-            os.close(self.descriptor)
-
-
-_open = lru_cache(_OPEN)(_Handle)
 
 
 def listed(pattern: str) -> list[str]:
@@ -106,9 +88,9 @@ def read_shards(pattern: str, split: str) -> Images:
     Raises:
         DataError: if a shard is missing, is no tar file, or there is no test part.
     """
-    images = _indexed(listed(pattern), f"shards:{shown(pattern)}")
+    paths = listed(pattern)
+    images = _indexed(paths, f"shards:{shown(pattern)}")
     assert isinstance(images.source, Shards)
-    paths = images.source.paths
     root = len(os.path.commonpath([*map(os.path.dirname, paths)]))
     words = [{*re.split("[^a-z]+", path[root:].lower())} for path in paths]
     side = next((name for name in TEST if any(name in each for each in words)), None)
@@ -141,16 +123,15 @@ def _indexed(paths: list[str], name: str) -> Images:
                     np.savez(opened, **index)  # type: ignore[arg-type]
     except StorageError as error:
         notes, index = [f"the index of the shards is not kept: {error}"], index or _index(paths)
-    source = Shards(
-        Names(index["block"], index["ends"]), index["sizes"], times, index["shards"], index["offsets"], tuple(paths), lengths
-    )
-    classes = tuple(index["classes"].tolist())
-    return Images(name, source, index["labels"] if classes else None, classes or None, notes=(*notes, *index["notes"].tolist()))
+    names, sizes, shards = Names(index["block"], index["ends"]), index["sizes"], index["shards"]
+    source = Shards(names, sizes, times, shards, index["offsets"], tuple(paths), lengths)
+    labels, classes = (index["labels"], tuple(index["classes"].tolist())) if len(index["classes"]) else (None, None)
+    return Images(name, source, labels, classes, notes=(*notes, *index["notes"].tolist()))
 
 
 def _index(paths: list[str]) -> dict[str, np.ndarray]:
     """Read the headers of all members."""
-    words, left, notes = Words(), Counter[str](), list[str]()
+    words, left, notes = dict[bytes, int](), Counter[str](), list[str]()
 
     def rows() -> Iterator[tuple[bytes, int, int, int, int]]:
         for number, path in enumerate(paths):
@@ -158,11 +139,11 @@ def _index(paths: list[str]) -> dict[str, np.ndarray]:
             try:
                 with open(path, "rb", opener=open_regular) as file:
                     for name, key, ending, offset, size in _members(file):
-                        if ending.encode() in EXTENSIONS:
+                        if ending in EXTENSIONS:
                             images.append((name, key, offset, size))
                         elif ending in ("cls", "json") and size <= _LABEL_BYTES:
                             labels[key] = _label(ending, os.pread(file.fileno(), size, offset)) or labels.get(key, b"")
-                        elif ending.rpartition(".")[2].encode() in EXTENSIONS:
+                        elif ending.rpartition(".")[2] in EXTENSIONS:
                             left[ending] += 1
             except (tarfile.TarError, OSError, BadImage) as error:
                 if not images:
@@ -170,18 +151,23 @@ def _index(paths: list[str]) -> dict[str, np.ndarray]:
                     raise DataError(f"{shown(path)}: {reason}; needs an uncompressed tar file") from error
                 notes.append(f"{shown(path)}: is cut off or damaged; the {len(images)} images that are whole are used")
             for name, key, offset, size in images:
-                yield os.fsencode(name), number, offset, size, words.number(labels.get(key, b""))
+                word = labels.get(key, b"")
+                yield os.fsencode(name), number, offset, size, words.setdefault(word, len(words))
 
     names, (shards, offsets, sizes, numbers) = table(rows(), 4)
-    kinds = ", ".join(f"{count} .{kind}" for kind, count in left.most_common(3))
-    notes += [f"left out, as the ending of each has several parts: {kinds}"] if left else []
-    labels, classes = words.labels(numbers)
-    columns = {"block": names.block, "ends": names.ends, "shards": shards, "offsets": offsets, "sizes": sizes}
-    return columns | {
-        "labels": numbers if labels is None else labels,
-        "classes": np.array(classes or (), str),
+    if left:
+        kinds = ", ".join(f"{count} .{kind}" for kind, count in left.most_common(3))
+        notes.append(f"left out, as the ending of each has several parts: {kinds}")
+    labels, classes = class_labels(words, numbers)
+    index = {
+        "block": names.block,
+        "ends": names.ends,
+        "shards": shards,
+        "offsets": offsets,
+        "sizes": sizes,
         "notes": np.array(notes, str),
     }
+    return index | {"labels": numbers if labels is None else labels, "classes": np.array(classes or (), str)}
 
 
 def _members(file: BinaryIO) -> Iterator[tuple[str, str, str, int, int]]:

@@ -32,7 +32,6 @@ def stratified(labels: Rows, fraction: float, seed: int) -> Rows:
     Args:
         labels: int64 [N]; images of label -1 are never drawn.
         fraction: above 0 and at most 1; of n images of a class n * fraction rounded are drawn, and at least one.
-        seed: another gives an independent draw.
     """
     lots = uniforms(seed, 0, np.arange(len(labels)), Slot.SUBSET, 1)[:, 0]
     drawn = [np.empty(0, np.int64)]
@@ -69,10 +68,8 @@ def from_index(path: str, images: Images) -> Rows:
             rows = [int(line)] if int(line) < len(images) else []
         if len(rows) != 1 or rows[0] in chosen:
             fault = "several" if len(rows) > 1 else "again one" if rows else "none"
-            kind = "images (in memory, so they have positions alone)" if images.in_memory else "images"
-            raise DataError(
-                f"{shown(path)}: {shown(line)} names {fault} of the {len(images)} {kind} of {images.name}; correct it"
-            )
+            advice = "give positions, as images in memory have no names" if images.in_memory else "correct it"
+            raise DataError(f"{shown(path)}: {shown(line)} names {fault} of the {len(images)} images of {images.name}; {advice}")
         chosen.add(rows[0])
     if not chosen:
         raise DataError(f"{shown(path)}: names no image; give one a line, by name or position")
@@ -105,9 +102,8 @@ def check_variety(images: Images, max_pixels: int) -> None:
             pictures.add(opened.rgb(opened.reductions[-1]).resize((16, 16)).tobytes())
             readable += 1
     if readable > 1 and len(pictures) == 1:
-        raise DataError(
-            f"{images.name}: {readable} images looked at all show the same, so nothing can be learned; check the files"
-        )
+        alike = f"{readable} images looked at all show the same"
+        raise DataError(f"{images.name}: {alike}, so nothing can be learned; check the files")
 
 
 def spread(start: int, stop: int, count: int) -> list[int]:
@@ -120,12 +116,8 @@ def shared(bank: Images, test: Images) -> int:
     alike: dict[bytes, list[int]] = defaultdict(list)  # of the test images; the larger side is gone through without being held
     for row, mark in enumerate(_marks(test.source)):
         alike[mark].append(row)
-    common: set[int] = set()
-    for row, mark in enumerate(_marks(bank.source)):
-        for other in set(alike.get(mark, ())) - common:
-            if bank.source.beginning(row) == test.source.beginning(other):
-                common.add(other)
-    return len(common)
+    pairs = ((row, other) for row, mark in enumerate(_marks(bank.source)) for other in alike.get(mark, ()))
+    return len({other for row, other in pairs if bank.source.beginning(row) == test.source.beginning(other)})
 
 
 def _marks(source: Source) -> Iterator[bytes]:

@@ -8,7 +8,6 @@ from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from relssl.errors import DataError
 from relssl.settings.run import LoaderConfig
 
 _FEW = 20  # that are named
+_BLOCK = 512  # images that are given out at once
 
 
 def survey(data: str, root: str | None, say: Callable[[str], None]) -> dict[str, Any]:
@@ -49,16 +49,13 @@ def _part(images: Images) -> tuple[dict[str, Any], dict[bytes, list[str]]]:
     marks, sides = defaultdict[bytes, list[str]](list), list[int]()
     bad = [f"{shown(name)}: {fault}" for name, fault in images.bad]
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding and hashing hold no lock
-        blocks = (
-            range(start, min(start + 512, len(images))) for start in range(0, len(images), 512)
-        )  # not millions of tasks at once
-        for row, look in chain.from_iterable(zip(rows, pool.map(partial(_look, images), rows), strict=True) for rows in blocks):
-            name = shown(images.source.name(row))
-            if isinstance(look, str):
-                bad.append(f"{name}: {look}")
-            else:
-                marks[look[0]].append(name)
-                sides.append(look[1])
+        for start in range(0, len(images), _BLOCK):
+            for name, look in pool.map(partial(_look, images), range(start, min(start + _BLOCK, len(images)))):
+                if isinstance(look, str):
+                    bad.append(f"{name}: {look}")
+                else:
+                    marks[look[0]].append(name)
+                    sides.append(look[1])
     if not sides:
         raise DataError(f"{images.name}: none of its {len(images)} images can be read, the first: {bad[0]}")
     copies = [" = ".join(names) for names in marks.values() if len(names) > 1]
@@ -68,11 +65,15 @@ def _part(images: Images) -> tuple[dict[str, Any], dict[bytes, list[str]]]:
     return facts | {"copies": len(sides) - len(marks), "first_copies": copies[:_FEW]}, marks
 
 
-def _look(images: Images, row: int) -> str | tuple[bytes, int]:
-    """Return a hash of an image's pixels and its shorter side, or why it cannot be read."""
+def _look(images: Images, row: int) -> tuple[str, str | tuple[bytes, int]]:
+    """Return an image's name, and a hash of its pixels and its shorter side, or why it cannot be read."""
+    name = shown(images.source.name(row))
     try:
         with images.source.open(row, LoaderConfig().max_pixels) as opened:
             pixels = np.asarray(opened.whole())
-            return hashlib.blake2b(str(pixels.shape).encode() + pixels.tobytes(), digest_size=16).digest(), min(opened.size)
+            return name, (
+                hashlib.blake2b(str(pixels.shape).encode() + pixels.tobytes(), digest_size=16).digest(),
+                min(opened.size),
+            )
     except BadImage as error:
-        return str(error)
+        return name, str(error)

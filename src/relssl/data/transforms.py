@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.functional import pil_to_tensor
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from relssl.data import batched
 from relssl.data.draws import uniforms
@@ -44,7 +44,7 @@ class Transform:
     It returns a PIL image or a uint8 tensor of the view's size, which are scaled and normalised here, or a float tensor, taken as it is.
     """
 
-    setting: str
+    setting: str  # that names it
     call: Callable[[Any], Any]
     size: int
     statistics: tuple[Sequence[float], Sequence[float]]
@@ -59,20 +59,23 @@ class Transform:
             raise ConfigError(f"{setting}: {view.name} is a {type(call).__name__}; needs a function of an image")
         return Transform(setting, call, view.size, statistics)
 
-    def __call__(self, image: Image.Image | Tensor, name: str) -> Tensor:
-        """Return the normalised view, fp32 [C,S,S]; ConfigError, with the image's name, if the callable raises or returns another."""
+    def __call__(self, pixels: Tensor, name: str, *key: int) -> Tensor:
+        """Return the normalised view, fp32 [C,S,S], of an image uint8 [C,H,W] of this name, seeded by (seed, epoch, row, slot).
+
+        ConfigError, with the image's name, if the callable raises or returns another.
+        """
         channels, size = len(self.statistics[0]), self.size
         try:
-            view = self.call(image)
+            with seeded(*key):
+                view = self.call(to_pil_image(pixels) if len(pixels) in (1, 3) else pixels)
         except Exception as error:  # whatever a user's code raises
             raise ConfigError(f"{self.setting}: raises {repr(error)[:200]} on {name}") from error
-        pixels = pil_to_tensor(view) if isinstance(view, Image.Image) else view
-        is_tensor = isinstance(pixels, Tensor)
-        floats = is_tensor and pixels.is_floating_point()
-        fitting = {(c, size, size) for c in ({1, 3} if channels in (1, 3) and not floats else {channels})}
-        if not is_tensor or not (floats or pixels.dtype == torch.uint8) or pixels.shape not in fitting:
-            got = f"{str(pixels.dtype).removeprefix('torch.')} {[*pixels.shape]}" if is_tensor else type(view).__name__
+        x = pil_to_tensor(view) if isinstance(view, Image.Image) else view
+        floats = isinstance(x, Tensor) and x.is_floating_point()
+        usable = [(c, size, size) for c in ((1, 3) if channels in (1, 3) and not floats else (channels,))]
+        if not isinstance(x, Tensor) or not (floats or x.dtype == torch.uint8) or tuple(x.shape) not in usable:
+            got = f"{str(x.dtype).removeprefix('torch.')} {[*x.shape]}" if isinstance(x, Tensor) else type(view).__name__
             needs = f"needs a PIL image, or a uint8 or float tensor, [{channels}, {size}, {size}]"
             raise ConfigError(f"{self.setting}: returns {got} for {name}; {needs} ({self.setting.removesuffix('name')}size)")
-        pixels = pixels.as_subclass(Tensor)
-        return pixels.float() if floats else batched.normalise(pixels[None], *self.statistics)[0]
+        x = x.as_subclass(Tensor)
+        return x.float() if floats else batched.normalise(x[None], *self.statistics)[0]

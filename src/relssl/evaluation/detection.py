@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from timm.utils.model import freeze_batch_norm_2d
 from torch import Tensor, nn
+from torch.utils.data import BatchSampler
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
@@ -26,7 +27,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from relssl.data.boxes import Scenes, Target, load
 from relssl.data.loader import read_batches
-from relssl.errors import ConfigError, DataError, NumericError
+from relssl.errors import ConfigError, NumericError
 from relssl.evaluation.features import evaluating
 from relssl.evaluation.result import Finding, Task
 from relssl.method.backbones import channels_of
@@ -219,19 +220,13 @@ def measure(model: nn.Module, images: Scenes, task: Task) -> dict[str, tuple[dic
 def _batches(images: Scenes, order: Sequence[int], size: int, task: Task) -> Iterator[list[Sample]]:
     """Yield images in this order, on the device, in 0..1, with their targets."""
     device = task.engine.device
-    for batch in read_batches(order, partial(_read, images), task.reader.workers, batch_size=size):
-        if isinstance(batch, str):
-            raise DataError(batch)
+    for batch in read_batches(partial(_read, images), BatchSampler(order, size, drop_last=False), task.reader.workers):
         on_device = ((image.to(device), {name: each.to(device) for name, each in target.items()}) for image, target in batch)
         yield [(image.float() / 255, target) for image, target in on_device]
 
 
-def _read(images: Scenes, rows: list[int]) -> list[Sample] | str:
-    """Return the samples, or the fault as text: an error that passes through a worker comes out with its traceback."""
-    try:
-        return [images[row] for row in rows]
-    except DataError as error:
-        return str(error)
+def _read(images: Scenes, rows: list[int]) -> list[Sample]:
+    return [images[row] for row in rows]
 
 
 def detection(backbone: nn.Module, folder: str, settings: DetectionConfig, task: Task) -> list[Finding]:

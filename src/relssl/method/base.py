@@ -75,7 +75,7 @@ class Method(nn.Module):
     """
 
     has_teacher: ClassVar[bool] = True
-    # A settings.run.Traits; None: those of the class that it is made from, else a memory if there is a teacher.
+    # A settings.methods.Traits; None: those of the class that it is made from, else a memory if there is a teacher.
     traits: ClassVar[Any] = None
     # Names of the settings that `step` takes: constants of `method`, and what its schedules say of a step.
     constants: ClassVar[tuple[str, ...]] = ()

@@ -36,8 +36,8 @@ def advise(run: str | Path) -> dict[str, Any]:
         CheckpointError, DataError: if checkpoint or images are missing or damaged.
     """
     opened, same, chance = load_run(run), None, None
-    method = opened.config.method
-    with ready(opened) as (now, _, _):
+    config, method = opened.config, opened.config.method
+    with ready(opened) as (now, _):
         model, batches = now.state.model, next_batches(now, _IMAGES)
         teacher = model.given if model.teacher is None else model.teacher
         if model.memory is None or teacher is None:
@@ -51,12 +51,18 @@ def advise(run: str | Path) -> dict[str, Any]:
             chance = round(float(same.sum() / others.sum().clamp(min=1)), 4)
         scale = sorted({*_TEMPERATURES, method.teacher_temperature, method.student_temperature})
         table = sweep(keys, memory, scale, others, same)
-        rows = read_rows(opened.folder / "metrics.jsonl") if "warmup_mix" in model.scheduled else []
-        advice = advice_on(table, opened.config, len(now.images), rows, now.total_steps)
-    facts = {"run": opened.folder.resolve().name, "step": now.state.step, "images": len(ids), "keys": len(memory)}
-    facts |= {"temperature": method.teacher_temperature, "band": band_of(table, opened.config), "chance": chance}
-    advised = [dict(zip(("setting", "value", "why"), each, strict=True)) for each in advice]
-    return facts | {"temperatures": table, "advice": advised}
+    rows = read_rows(opened.folder / "metrics.jsonl") if "warmup_mix" in model.scheduled else []
+    return {
+        "run": opened.folder.resolve().name,
+        "step": now.state.step,
+        "images": len(ids),
+        "keys": len(memory),
+        "temperature": method.teacher_temperature,
+        "band": band_of(table, config),
+        "chance": chance,
+        "temperatures": table,
+        "advice": advice_on(table, config, len(now.images), rows, now.total_steps),
+    }
 
 
 def sweep(keys: Tensor, memory: Tensor, scale: list[float], others: Tensor, same: Tensor | None = None) -> Rows:
@@ -88,8 +94,8 @@ def band_of(table: Rows, config: Config) -> list[float] | None:
     return [min(good), max(good)] if good else None
 
 
-def advice_on(table: Rows, config: Config, images: int, rows: Rows, total: int) -> list[tuple[str, str, str]]:
-    """Return a setting, its value and why for temperature, memory and, with rows of a run of so many steps, warm-up."""
+def advice_on(table: Rows, config: Config, images: int, rows: Rows, total: int) -> Rows:
+    """Return "setting", "value" and "why" for temperature, memory and, with rows of a run of so many steps, warm-up."""
     method, band, counts = config.method, band_of(table, config), {row["temperature"]: row["neighbours"] for row in table}
     own, size, most = method.teacher_temperature, method.memory_size, counts[method.student_temperature] / _SHARPER
     why, value = f"{own:g} has {counts[own]:.1f} effective neighbours", f"{own / _FAR:g}"
@@ -100,12 +106,12 @@ def advice_on(table: Rows, config: Config, images: int, rows: Rows, total: int) 
         why += f", and none near it has under {most:.3g}: too flat to learn much from; start anew"
     else:
         value, why = f"{own * _FAR:g}", f"{why}, and none near it has {_LEAST}: relations are one-hot"
-    advice = [("method.teacher_temperature", value, why)]
+    advice = [("teacher_temperature", value, why)]
     largest = 1 << int(math.log2(max(2, images / 2)))
     why = f"under half of the {images} images; its oldest keys are {size // config.batch_size} steps old"
     if size > largest:
         why = f"{size} keys are over half of the {images} images, which meet old copies of themselves"
-    advice.append(("method.memory_size", str(min(size, largest)), why))
+    advice.append(("memory_size", str(min(size, largest)), why))
 
     # InfoNCE may end once relations are sharp, with fewer neighbours than half of the memory.
     rows = [row for row in rows if row.get("teacher_neighbours") is not None]
@@ -113,9 +119,9 @@ def advice_on(table: Rows, config: Config, images: int, rows: Rows, total: int) 
     none, why = method.warmup == "none", f"relations are sharp from step {flat} of {total} on"
     if rows and flat == rows[-1]["step"]:
         why = f"relations are still flat at step {flat}, and InfoNCE spreads embeddings; lower the temperature first"
-        advice.append(("method.warmup", "linear" if none else method.warmup, why))
+        advice.append(("warmup", "linear" if none else method.warmup, why))
     elif rows and none:
-        advice.append(("method.warmup", "none", f"{why} without one"))
+        advice.append(("warmup", "none", f"{why} without one"))
     elif rows:
-        advice.append(("method.warmup_share", f"{max(method.warmup_share, math.ceil(20 * flat / total) / 20):g}", why))
-    return advice
+        advice.append(("warmup_share", f"{max(method.warmup_share, math.ceil(20 * flat / total) / 20):g}", why))
+    return [{"setting": f"method.{name}", "value": value, "why": why} for name, value, why in advice]

@@ -24,11 +24,8 @@ from relssl.files import read_json, read_rows
 from relssl.settings.reading import read_yaml
 from relssl.weights import store
 
-_SHARED, _FREE, _WAITING = (
-    1.0,
-    5.0,
-    0.25,
-)  # GB of shared memory and on disk, and share of time waiting for data, that are no finding
+# GB of shared memory and on disk, and share of the time waiting for data, that are no finding.
+_SHARED, _FREE, _WAITING = 1.0, 5.0, 0.25
 Signs = Iterator[
     tuple[str, Any]
 ]  # names of findings.yaml, each with a truth value, or the facts that its texts name if it is one
@@ -38,12 +35,13 @@ def doctor(run: str | Path | None = None) -> list[dict[str, str]]:
     """Look for what may be wrong with this machine, or with a run, in whatever state; return {"name", "what", "evidence", "remedy"} of each
     finding of findings.yaml, none where all is well. ConfigError if the folder holds no run."""
     signs = machine_signs(machine()) if run is None else run_signs(Path(run))
-    findings = [(name, {"folder": run} | (facts if isinstance(facts, dict) else {})) for name, facts in signs if facts]
-    texts, fields = read_yaml(Path(__file__).with_name("findings.yaml")), ("what", "evidence", "remedy")
-    return [
-        {"name": name} | dict(zip(fields, (text.format(**facts) for text in texts[name]), strict=True))
-        for name, facts in findings
-    ]
+    texts, findings = read_yaml(Path(__file__).with_name("findings.yaml")), list[dict[str, str]]()
+    for name, facts in signs:
+        if facts:
+            known = {"folder": run} | (facts if isinstance(facts, dict) else {})
+            what, evidence, remedy = (text.format(**known) for text in texts[name])
+            findings.append({"name": name, "what": what, "evidence": evidence, "remedy": remedy})
+    return findings
 
 
 def machine() -> dict[str, Any]:

@@ -12,8 +12,6 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,46 +46,40 @@ _NEIGHBOURS = 8
 _VIEWS = 3  # of an image that are shown, the weak one first
 _PIXELS = 32  # side to which images are scaled before their pixels are compared
 _SIDE = 64  # of a picture at most, in pixels
-_SPACES = ("pixels", "untrained", "student")
+Facts = dict[str, Any]  # plain JSON
 
 
-@dataclass
-class Gallery:
-    """Facts as plain JSON, and two sheets of pictures: the n images, and the views of the first E of them, view by view."""
-
-    facts: dict[str, Any]
-    images: Sheet
-    views: Sheet
-
-
-def newest(opened: Opened) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
-    """Return the newest checkpoint that is whole, its tensors and what else it holds; CheckpointError if there is none."""
-    for path in reversed(store.checkpoints(opened.folder / "checkpoints")):
-        with suppress(CheckpointError):  # a run that goes on lets go of its older ones, this one perhaps meanwhile
-            if store.is_whole(path):
-                return path, *store.load(path)
-    path = opened.checkpoint()  # whose error says why, or one that has come meanwhile
-    return path, *store.load(path)
-
-
-def gallery(opened: Opened, say: Callable[[str], None] = lambda line: None) -> Gallery:
+def gallery(opened: Opened, say: Callable[[str], None] = lambda line: None) -> tuple[Facts, dict[str, Sheet]]:
     """Compute all that is shown of a run's images, from its newest good checkpoint.
+
+    Returns:
+        Facts, and two sheets of pictures: "thumb", of the n images, and "view", the views of the first E of them, view by view.
 
     Raises:
         RelsslError: if checkpoint or images are missing or damaged.
     """
-    with ready(opened) as (run, start, reset):
+    with ready(opened) as (run, start):
         say("report: views and relations")
-        explored, pictures, facts = explore(run, copy.deepcopy(start))
-        reset()  # without the batch-norm statistics of those passes
-        rows = choose_shown(explored, facts, run.state.model, len(run.images), run.config.seed)
+        explored, views, facts = explore(run, start)
         say("report: features")
-        return describe(run, rows, explored, pictures, facts, start)
+        shown, thumbs, features = look(run, choose_shown(run, explored, facts["relations"]), start.backbone)
+        places = {row: number for number, row in enumerate(shown)}
+        facts |= names_and_labels(run.images, shown) | {"images": len(run.images), "step": run.state.step}
+        facts["explored"] = [places.get(row, -1) for row in explored]
+        if facts["relations"]:
+            ids = memory_ids(run.state.model)
+            used = sorted({slot for each in facts["relations"]["images"] for slot in each["slots"]})
+            # Of each key that is listed: the picture it stands for; -1 of an image that is not shown, -2: a random direction of the start.
+            facts["relations"]["pictures"] = {slot: -2 if ids[slot] < 0 else places.get(ids[slot], -1) for slot in used}
+        facts["neighbours"] = neighbours(features, facts.get("labels"))
+        facts["maps"] = maps(features["student"], run.config.seed)
+        facts["ranks"] = {name: round(float(effective_rank(features[name])), 1) for name in ("untrained", "student")}
+    return facts, {"thumb": Sheet(thumbs), "view": Sheet(views)}
 
 
 @contextmanager
-def ready(opened: Opened) -> Iterator[tuple[Run, Encoder, Callable[[], None]]]:
-    """Yield a run as its newest good checkpoint has it, its untrained student, and what brings networks and memory back to that state.
+def ready(opened: Opened) -> Iterator[tuple[Run, Encoder]]:
+    """Yield a run as its newest good checkpoint has it, and its untrained student.
 
     Raises:
         RelsslError: if checkpoint or images are missing or damaged.
@@ -100,47 +92,57 @@ def ready(opened: Opened) -> Iterator[tuple[Run, Encoder, Callable[[], None]]]:
     engine = Engine.local("cpu" if config.engine.device == "cpu" else "auto", config.engine.precision)
     with engine.running(), torch.no_grad():
         run = create_run(config, engine, images, given=given)
-        start = copy.deepcopy(unwrapped(run.state.model.student))
+        model, start = run.state.model, copy.deepcopy(unwrapped(run.state.model.student))
         run.state.step = int(meta["step"])
-        reset = partial(restore, run.state.model, tensors, path)
-        reset()
-        yield run, start, reset
+        for name, part in {"student": unwrapped(model.student), "teacher": model.teacher, "memory": model.memory}.items():
+            mine = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
+            try:
+                _ = part is None or part.load_state_dict(mine)
+            except RuntimeError as error:
+                raise CheckpointError(f"{path}: does not fit the run's settings: {store.one_line(error)}") from error
+        yield run, start
 
 
-def restore(model: Method, tensors: dict[str, Tensor], path: Any) -> None:
-    """Load student, teacher and memory."""
-    parts = {"student": unwrapped(model.student), "teacher": model.teacher, "memory": model.memory}
-    try:
-        for name, part in parts.items():
-            if part is not None:
-                mine = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
-                part.load_state_dict(mine)
-    except RuntimeError as error:
-        raise CheckpointError(f"{path}: does not fit the run's settings: {store.one_line(error)}") from error
+def newest(opened: Opened) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
+    """Return the newest checkpoint that is whole, its tensors and what else it holds; CheckpointError if there is none."""
+    for path in reversed(store.checkpoints(opened.folder / "checkpoints")):
+        with suppress(CheckpointError):  # a run that goes on lets go of its older ones, this one perhaps meanwhile
+            if store.is_whole(path):
+                return path, *store.load(path)
+    path = opened.checkpoint()  # whose error says why, or one that has come meanwhile
+    return path, *store.load(path)
 
 
-def explore(run: Run, start: Encoder) -> tuple[list[int], list[np.ndarray], dict[str, Any]]:
+def memory_ids(model: Method) -> list[int]:
+    """Return the samples [K] whose keys are in the memory, -1 for a random direction of the start."""
+    assert model.memory is not None
+    ids: list[int] = model.memory.ids.tolist()
+    return ids
+
+
+def explore(run: Run, start: Encoder) -> tuple[list[int], list[np.ndarray], Facts]:
     """Return the positions of E images, their views view by view, and their relations to the memory; `start` is the untrained student."""
     config, model, batches = run.config, run.state.model, next_batches(run, _EXPLORED)
     ids = torch.cat([batch.ids for batch in batches]).tolist()
     mean, std = config.views.statistics()
-    all_views = [[batch.weak, *batch.strong] for batch in batches]
+    by_view = zip(*([batch.weak, *batch.strong] for batch in batches), strict=True)
     side = min(_SIDE, max(view.size for view in derive(config).views))
-    pictures = [p for views in zip(*all_views, strict=True) for view in views for p in visible(view, mean, std, side)]
+    pictures = [picture for views in by_view for part in views for picture in visible(part, mean, std, side)]
     pictures = pictures[: _VIEWS * len(ids)]
-    facts: dict[str, Any] = {"views": len(pictures) // len(ids), "relations": None, "matched": None}
+    facts: Facts = {"views": len(pictures) // len(ids), "relations": None, "matched": None}
     teacher = model.given if model.teacher is None else model.teacher
     if model.memory is None or teacher is None or not batches[0].strong:
         return ids, pictures, facts
-    student = unwrapped(model.student)
     weak, strong = [batch.weak for batch in batches], [batch.strong[0] for batch in batches]
-    keys, queries = embed(run, teacher, weak), embed(run, student, strong)
-    now = scheduled(run, max(0, run.state.step - 1))
-    memory = model.memory.keys.float()
-    warm = {"teacher_temperature": now["teacher_temperature"], "student_temperature": config.method.student_temperature}
-    facts["relations"] = relations((keys @ memory.T).cpu(), (queries @ memory.T).cpu(), **warm)
+    keys, queries, memory = embed(run, teacher, weak), embed(run, model.student, strong), model.memory.keys.float()
+    temperature = scheduled(run, max(0, run.state.step - 1))["teacher_temperature"]
+    similar = [(each @ memory.T).cpu() for each in (keys, queries)]
+    facts["relations"] = relations(similar[0], similar[1], temperature, config.method.student_temperature)
     pairs = {"untrained": (embed(run, start, strong), embed(run, start, weak)), "student": (queries, keys)}
-    facts["matched"] = {name: share_matched(*pair) for name, pair in pairs.items()}
+    facts["matched"] = {  # of strong views, the share whose own weak one is the nearest
+        name: float(((one @ other.T).argmax(dim=1).cpu() == torch.arange(len(ids))).float().mean())
+        for name, (one, other) in pairs.items()
+    }
     return ids, pictures, facts
 
 
@@ -157,101 +159,70 @@ def next_batches(run: Run, most: int) -> list[Batch]:
 
 
 def embed(run: Run, network: nn.Module, views: Sequence[Tensor]) -> Tensor:
-    """Return a network's embeddings [E,D] of parts of views, as a step computes them."""
+    """Return a network's embeddings [E,D] of parts of views, as a step computes them; by a copy, as batch norm notes what it sees."""
+    network = copy.deepcopy(unwrapped(network))
     with run.engine.autocast():
         return torch.cat([network([run.engine.place(view)])[0] for view in views]).float()
 
 
-def share_matched(queries: Tensor, keys: Tensor) -> float:
-    """Return the share of queries [E,D] whose own key, of keys [E,D], is the nearest."""
-    return float(((queries @ keys.T).argmax(dim=1).cpu() == torch.arange(len(keys))).float().mean())
+def choose_shown(run: Run, explored: list[int], related: Facts | None) -> np.ndarray:
+    """Return the positions [n] of the images that are shown: the explored ones, those that their relations fall on, others by the seed."""
+    rows, ids, count = dict.fromkeys(explored), memory_ids(run.state.model) if related else [], len(run.images)
+    for rank in range(_PER_IMAGE if related else 0):
+        slots = (each["slots"][rank] for each in (related or {})["images"] if rank < len(each["slots"]))
+        rows |= dict.fromkeys(row for slot in slots if (row := ids[slot]) >= 0)
+    others = np.random.default_rng(run.config.seed).choice(count, min(count, SHOWN), replace=False)
+    return np.array(list(rows | dict.fromkeys(others.tolist()))[:SHOWN], np.int64)
 
 
-def choose_shown(explored: list[int], facts: dict[str, Any], model: Method, count: int, seed: int) -> np.ndarray:
-    """Return the positions of the images that are shown: the explored ones, those that their relations fall on, others by the seed."""
-    rows = dict.fromkeys(explored)
-    if facts["relations"]:
-        assert model.memory is not None
-        ids = model.memory.ids.tolist()
-        for rank in range(_PER_IMAGE):
-            slots = (each["slots"][rank] for each in facts["relations"]["images"] if rank < len(each["slots"]))
-            rows |= dict.fromkeys(row for slot in slots if (row := ids[slot]) >= 0)
-    others = np.random.default_rng(seed).choice(count, min(count, SHOWN), replace=False)
-    rows |= dict.fromkeys(others.tolist())
-    return np.array(list(rows)[:SHOWN], np.int64)
-
-
-def describe(
-    run: Run, rows: np.ndarray, explored: list[int], pictures: list[np.ndarray], facts: dict[str, Any], start: Encoder
-) -> Gallery:
-    """Compute features, neighbours and map of the images at `rows`, the first of them the explored ones."""
-    config, engine, model = run.config, run.engine, run.state.model
-    view = PlainView.of(config.views)
-    reader = Reader(view, worker_count(config.loader.workers), config.loader.max_pixels)
-    shown, backbones = run.images.subset(rows), {"untrained": start.backbone, "student": unwrapped(model.student).backbone}
-    parts: dict[str, list[Tensor]] = {name: [] for name in _SPACES}
-    thumbs, read = list[np.ndarray](), list[int]()
-    with evaluating(backbones["untrained"]), evaluating(backbones["student"]):
-        for some, views, _ in reader.batches(shown):
+def look(run: Run, rows: np.ndarray, untrained: nn.Module) -> tuple[list[int], list[np.ndarray], dict[str, Tensor]]:
+    """Return the positions of the images at `rows` that can be read, their pictures, and their unit features in three spaces."""
+    view, loader = PlainView.of(run.config.views), run.config.loader
+    networks = {"untrained": untrained, "student": unwrapped(run.state.model.student).backbone}
+    shown, thumbs, side = list[int](), list[np.ndarray](), min(_PIXELS, view.size)
+    parts: dict[str, list[Tensor]] = {"pixels": [], "untrained": [], "student": []}
+    with evaluating(networks["untrained"]), evaluating(networks["student"]):
+        reader = Reader(view, worker_count(loader.workers), loader.max_pixels)
+        for some, views, _ in reader.batches(run.images.subset(rows)):
             if len(some):
-                read += some.tolist()
+                shown += rows[some].tolist()
                 thumbs += list(visible(views, view.mean, view.std, min(_SIDE, view.size)))
-                parts["pixels"].append(
-                    F.interpolate(views, (min(_PIXELS, view.size),) * 2, mode="bilinear", antialias=True).flatten(1)
-                )
-                with engine.autocast():
-                    for name, backbone in backbones.items():
-                        parts[name].append(backbone(engine.place(views)).float().cpu())
-    features = {name: unit(torch.cat(each)) for name, each in parts.items()}
-    facts |= names_and_labels(run.images, rows[read])
-    facts |= {
-        "images": len(run.images),
-        "step": run.state.step,
-        "explored": [read.index(i) if i in read else -1 for i in range(len(explored))],
-    }
-    if facts["relations"]:
-        assert model.memory is not None
-        place = {row: number for number, row in enumerate(rows[read].tolist())}
-        ids = model.memory.ids.tolist()
-        used = {slot for each in facts["relations"]["images"] for slot in each["slots"]}
-        # Of each key that is listed: the picture it stands for; -1 of an image that is not shown, -2: a random direction of the start.
-        facts["relations"]["pictures"] = {slot: -2 if ids[slot] < 0 else place.get(ids[slot], -1) for slot in sorted(used)}
-    facts["neighbours"] = neighbours(features, facts.get("labels"))
-    facts["maps"] = maps(features["student"], config.seed)
-    facts["ranks"] = {name: round(float(effective_rank(features[name])), 1) for name in ("untrained", "student")}
-    return Gallery(facts, Sheet(thumbs), Sheet(pictures))
+                small = F.interpolate(views, (side, side), mode="bilinear", antialias=True)
+                parts["pixels"].append(small.flatten(1))
+                with run.engine.autocast():
+                    for name, network in networks.items():
+                        parts[name].append(network(run.engine.place(views)).float().cpu())
+    return shown, thumbs, {name: unit(torch.cat(each)) for name, each in parts.items()}
 
 
-def names_and_labels(images: Images, rows: np.ndarray) -> dict[str, Any]:
+def names_and_labels(images: Images, rows: list[int]) -> Facts:
     """Return the images' names, of files below the folder that holds all of them, and their labels where there are any."""
-    names = [images.source.name(row) for row in rows.tolist()]
+    names = [images.source.name(row) for row in rows]
     above = os.path.commonpath({os.path.dirname(name) for name in names}) + "/" if all(map(os.path.isabs, names)) else ""
-    facts: dict[str, Any] = {"names": [escaped(name.removeprefix(above)) for name in names]}
+    facts: Facts = {"names": [escaped(name.removeprefix(above)) for name in names]}
     if images.labels is not None and (labels := images.labels[rows]).max() >= 0:
         classes = images.classes or [str(label) for label in range(int(labels.max()) + 1)]
         facts |= {"labels": labels.tolist(), "classes": [escaped(name) for name in classes]}
     return facts
 
 
-def neighbours(features: dict[str, Tensor], labels: list[int] | None) -> dict[str, Any]:
+def neighbours(features: dict[str, Tensor], labels: list[int] | None) -> Facts:
     """Return each image's nearest others by cosine in each space, nearest first, and what they say of the space."""
-    facts: dict[str, Any] = {}
+    facts: Facts = {}
     for name, vectors in features.items():
+        count = len(vectors)
         similar = (vectors @ vectors.T).fill_diagonal_(-2)
-        nearest = similar.topk(min(_NEIGHBOURS, len(vectors) - 1), dim=1).indices
+        nearest = similar.topk(min(_NEIGHBOURS, count - 1), dim=1).indices
         facts[name] = {"nearest": nearest.tolist()}
         if labels is not None:
             known = torch.tensor(labels)
             facts[name]["same_class"] = round(float((known[nearest] == known[:, None]).float().mean()), 4)
         if name == "student":
-            counts = torch.bincount(nearest.flatten(), minlength=len(vectors))
-            hubs = counts.topk(min(24, len(vectors)))
-            pairs = similar.triu(1).flatten().topk(min(12, len(vectors)))
-            facts["hubs"] = list(zip(hubs.indices.tolist(), hubs.values.tolist(), strict=True))
-            facts["pairs"] = [
-                [*divmod(place, len(vectors)), round(value, 4)]
-                for place, value in zip(pairs.indices.tolist(), pairs.values.tolist(), strict=True)
-            ]
+            times, images = torch.bincount(nearest.flatten(), minlength=count).topk(min(24, count))
+            facts["hubs"] = list(zip(images.tolist(), times.tolist(), strict=True))
+            cosines, places = similar.triu(1).flatten().topk(min(12, count))
+            pairs = zip(places.tolist(), cosines.tolist(), strict=True)
+            facts["pairs"] = [[*divmod(place, count), round(cosine, 4)] for place, cosine in pairs]
     return facts
 
 
@@ -275,6 +246,6 @@ def maps(vectors: Tensor, seed: int) -> dict[str, list[list[int]]]:
 
 
 def _scaled(places: np.ndarray) -> list[list[int]]:
-    low, high = places.min(axis=0), places.max(axis=0)
-    scaled: list[list[int]] = ((places - low) / max(float((high - low).max()), 1e-12) * 1000).round().astype(int).tolist()
+    widest = max(float(np.ptp(places, axis=0).max()), 1e-12)
+    scaled: list[list[int]] = ((places - places.min(axis=0)) / widest * 1000).round().astype(int).tolist()
     return scaled

@@ -6,15 +6,16 @@ import base64
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from relssl import __version__
 from relssl.errors import RelsslError
-from relssl.files import to_json, write_file
+from relssl.files import duration, to_json, write_file
 from relssl.report.facts import differences, run_facts
-from relssl.report.gallery import Gallery, gallery
+from relssl.report.gallery import Facts, gallery
+from relssl.report.pictures import Sheet
 from relssl.weights.opening import load_run
 
 _SCRIPTS = ("pictures.js", "charts.js", "images.js", "explorer.js")
@@ -35,50 +36,50 @@ def write_report(*runs: str | Path, out: str | Path | None = None, say: Callable
         ConfigError: if a folder holds no run. StorageError: if the file cannot be written.
     """
     folders = [Path(run) for run in runs]
-    facts = [run_facts(folder) for folder in folders]
-    shown = pictures(folders[0], facts[0], say or (lambda line: None))
+    known = [run_facts(folder) | {"name": name} for folder, name in zip(folders, _names(folders), strict=True)]
+    shown, sheets, missing = None, dict[str, Sheet](), known[0]["missing"]
+    try:
+        shown, sheets = gallery(load_run(folders[0]), say or (lambda line: None))
+        if not shown["relations"]:
+            missing.append("relations: the method has no memory, or no teacher, that they could be taken to")
+    except RelsslError as error:
+        missing.append(f"no pictures, map and explorer: {error}")
+    except Exception as error:  # networks, data and views are others' code, and the rest of the page needs none of them
+        missing.append(f"no pictures, map and explorer: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
     target = Path(out) if out is not None else (folders[0] if len(folders) == 1 else Path()) / "report.html"
-    write_file(target, render(facts, shown).encode("utf-8", "backslashreplace"))
+    write_file(target, _page(known, shown, sheets).encode("utf-8", "backslashreplace"))
     return target
 
 
-def pictures(folder: Path, facts: dict[str, Any], say: Callable[[str], None]) -> Gallery | None:
-    """Return what there is to see of a run's images; None, and a line more in `missing`, if that is nothing."""
-    try:
-        shown = gallery(load_run(folder), say)
-        if not shown.facts["relations"]:
-            facts["missing"].append("relations: the method has no memory, or no teacher, that they could be taken to")
-        return shown
-    except RelsslError as error:
-        facts["missing"].append(f"no pictures, map and explorer: {error}")
-    except Exception as error:  # networks, data and views are others' code, and the rest of the page needs none of them
-        facts["missing"].append(f"no pictures, map and explorer: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
-    return None
+def _names(folders: Sequence[Path]) -> list[str]:
+    """Return the folders' names, with as many of those above them as tell them apart."""
+    paths = [folder.resolve() for folder in folders]
+    names = (
+        [str(Path(*path.parts[-depth:])) for path in paths] for depth in range(1, max(len(path.parts) for path in paths) + 1)
+    )
+    return next(each for each in names if len({*each}) == len({*paths}))
 
 
-def render(runs: list[dict[str, Any]], shown: Gallery | None) -> str:
+def _page(runs: list[Facts], shown: Facts | None, sheets: dict[str, Sheet]) -> str:
     """Return the page as HTML; all that runs or styles it is inside, and is named by its hash."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     here = Path(__file__).parent
-    style = (here / "page.css").read_text()
-    sheets = {} if shown is None else {"thumb": shown.images, "view": shown.views}
+    style, script = (here / "page.css").read_text(), "\n".join((here / name).read_text() for name in _SCRIPTS)
     for name, sheet in sheets.items():
         size = f"{sheet.columns * 100}% {sheet.rows * 100}%"
         style += f'.{name} {{ background-image: url("{sheet.uri}"); background-size: {size}; }}\n'
-    script = "\n".join((here / name).read_text() for name in _SCRIPTS)
     grids = {name: [sheet.columns, sheet.rows] for name, sheet in sheets.items()}
     data = {
         "runs": [{name: run[name] for name in ("name", "curves", "axis")} for run in runs],
-        "gallery": None if shown is None else shown.facts | {"grids": grids},
+        "gallery": shown and shown | {"grids": grids},
     }
     policy = f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; script-src '{_hash(script)}'; base-uri 'none'; form-action 'none'"
     pages = Environment(loader=PackageLoader("relssl.report", "."), undefined=StrictUndefined, autoescape=True)
-    pages.filters["figure"] = _figure
+    pages.filters |= {"figure": _figure, "duration": duration}
     return pages.get_template("page.html.jinja").render(
         runs=runs,
-        first=runs[0],
-        gallery=None if shown is None else shown.facts,
+        gallery=shown,
         differences=differences(runs) if len(runs) > 1 else [],
         policy=policy,
         style=style,

@@ -18,8 +18,8 @@ _QUALITY = 70
 
 def visible(views: Tensor, mean: Sequence[float], std: Sequence[float], side: int | None = None) -> np.ndarray:
     """Return normalised views [B,C,S,S] as people can see them: uint8 [B,side,side,3]; of other than three channels, their mean."""
-    column = (torch.tensor(values, dtype=torch.float32)[:, None, None] for values in (std, mean))
-    x = views.float().cpu() * next(column) + next(column)
+    scale, shift = (torch.tensor(values, dtype=torch.float32)[:, None, None] for values in (std, mean))
+    x = views.float().cpu() * scale + shift
     x = x if x.shape[1] == 3 else x.mean(dim=1, keepdim=True).expand(-1, 3, -1, -1)
     if side not in (None, x.shape[-1]):
         x = F.interpolate(x, (side, side), mode="bilinear", antialias=True)
@@ -37,12 +37,7 @@ def tile(pictures: Sequence[np.ndarray], columns: int, gap: int = 0) -> np.ndarr
 
 
 class Sheet:
-    """Pictures of one size side by side.
-
-    Attributes:
-        columns, rows: pictures across and down.
-        uri: the image, as a `data:` address.
-    """
+    """Pictures of one size side by side: how many `columns` and `rows` of them, and the image as a `data:` address, `uri`."""
 
     def __init__(self, pictures: Sequence[np.ndarray]) -> None:
         self.columns = math.ceil(math.sqrt(len(pictures)))

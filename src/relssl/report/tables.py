@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
@@ -184,41 +185,26 @@ def facts(result: Result, config: Config) -> dict[str, Any]:
     """Return what a run came to, as one JSON object."""
     first, last, start = result.rows[0], result.rows[-1], next(row for row in result.rows if "loss" in row)
     measured = next((row for row in reversed(result.rows) if "feature_rank" in row or "knn_top1" in row), last)
-    before = {name: first[name] for name in ("knn_top1", "feature_rank") if name in first and first["step"] == 0}
+    before = first if first["step"] == 0 else {}
+    relation = [name for each in describe() if each.get("group") == "relation" for name in each["columns"]]
     known = {
-        **{"folder": str(result.folder), "backbone": str(result.backbone), "step": last["step"]},
+        "folder": str(result.folder),
+        "backbone": str(result.backbone),
+        "step": last["step"],
         "knn_raw_pixels": first.get("knn_raw_pixels"),
         "knn_untrained": before.get("knn_top1") if config.start is None else None,
         "knn_start": before.get("knn_top1") if config.start is not None else None,
         "knn_student": measured.get("knn_top1") if measured is not first else None,
         "knn_teacher": measured.get("knn_teacher_top1", first.get("knn_teacher_top1")),  # of a frozen one, measured once
         "feature_rank": [before["feature_rank"], measured.get("feature_rank")] if "feature_rank" in before else None,
-        **{"loss_start": start["loss"], "loss_end": last["loss"]},
-        **{"info_nce_start": start["warmup_mix"], "info_nce_end": last["warmup_mix"]},
-        "health": {
-            name: last[name] for each in describe() if each.get("group") == "relation" for name in each["columns"] if name in last
-        },
+        "loss_start": start["loss"],
+        "loss_end": last["loss"],
+        "info_nce_start": start["warmup_mix"],
+        "info_nce_end": last["warmup_mix"],
+        "health": {name: last[name] for name in relation if name in last},
     }
     word, *lines = _judge(known, config)
     return known | {"word": word, "verdict": lines}
-
-
-def show_summary(result: Result, config: Config) -> None:
-    """Print the table: kNN where there are labels, the relations' health, where the weights lie, how to load them; below it, in words,
-    whether the figure that counts is good."""
-    known = facts(result, config)
-    _pairs("What the backbone learned", _learned(known, config))
-    print("\n".join(known["verdict"]))
-    if bad := read_rows(result.folder / "bad_samples.jsonl"):
-        print(f"Images that could not be read: {len(bad)}, in {result.folder / 'bad_samples.jsonl'}")
-    places = {"run folder": result.folder, "weights": result.backbone, "report": result.folder / "report.html"}
-    print("\n" + "\n".join(f"{name:11} {path}" for name, path in places.items() if path.exists()))
-    print(f"""
-Load them:
-
-    import relssl
-    backbone = relssl.load_backbone("{known["folder"]}")
-    features = backbone(images)  # [N, C, S, S] -> [N, F]""")
 
 
 def _judge(known: dict[str, Any], config: Config) -> Iterator[str]:
@@ -230,19 +216,17 @@ def _judge(known: dict[str, Any], config: Config) -> Iterator[str]:
     raised = alarms([health], config)
     fault = next((raised[name] for name in COLLAPSES if name in raised), None)
     if any(map(math.isnan, health.values())) or known["loss_end"] is None:
-        yield "collapsing"
-        yield "Not good: figures of the last step are not finite; lower optimizer.lr, or set optimizer.clip"
+        yield from ("collapsing", "Not good: figures of the last step are not finite; lower optimizer.lr, or set optimizer.clip")
     elif fault:
         yield from ("collapsing", f"Not good: {fault}")
     elif gains:
-        least = min(gains.values())
-        word = "Good" if least >= _CLEAR else "Little" if least > 0 else "Not good"
-        yield "learning" if least >= _CLEAR else "flat"
-        against = " and ".join(f"{gain:+.1f} points on {name}" for name, gain in gains.items())
-        yield f"{word}: {against}" + ("" if least >= _CLEAR else "; more epochs or more images may help")
+        least, points = min(gains.values()), " and ".join(f"{gain:+.1f} points on {name}" for name, gain in gains.items())
+        if least >= _CLEAR:
+            yield from ("learning", f"Good: {points}")
+        else:
+            yield from ("flat", f"{'Little' if least > 0 else 'Not good'}: {points}; more epochs or more images may help")
     else:
-        yield "healthy"
-        yield "Healthy: the embeddings are spread out, and none of the signs of a collapse is there."
+        yield from ("healthy", "Healthy: the embeddings are spread out, and none of the signs of a collapse is there.")
         yield "What that is worth, labelled images can say: relssl evaluate RUN DATA"
     start, end = known["info_nce_start"], known["info_nce_end"]
     if not fault and end < start and (known["loss_end"] or 0) > (known["loss_start"] or math.inf):
@@ -250,9 +234,27 @@ def _judge(known: dict[str, Any], config: Config) -> Iterator[str]:
     yield from (f"But {sentence}." for name, sentence in raised.items() if name not in COLLAPSES)
 
 
+def show_summary(known: dict[str, Any], config: Config) -> None:
+    """Print the table: kNN where there are labels, the relations' health, where the weights lie, how to load them; below it, in words,
+    whether the figure that counts is good."""
+    folder = Path(known["folder"])
+    _pairs("What the backbone learned", _learned(known, config))
+    print("\n".join(known["verdict"]))
+    if bad := read_rows(folder / "bad_samples.jsonl"):
+        print(f"Images that could not be read: {len(bad)}, in {folder / 'bad_samples.jsonl'}")
+    places = {"run folder": folder, "weights": Path(known["backbone"]), "report": folder / "report.html"}
+    print("\n" + "\n".join(f"{name:11} {path}" for name, path in places.items() if path.exists()))
+    print(f"""
+Load them:
+
+    import relssl
+    backbone = relssl.load_backbone("{known["folder"]}")
+    features = backbone(images)  # [N, C, S, S] -> [N, F]""")
+
+
 def _learned(known: dict[str, Any], config: Config) -> Iterator[tuple[str, str] | None]:
-    def number(value: float | None, form: str) -> str:
-        return "not finite" if value is None else form.format(value)
+    def finite(form: str, *values: float | None) -> str:
+        return " -> ".join("not finite" if value is None else form.format(value) for value in values)
 
     unlabelled, counts = known["knn_student"] is None, "  <- counts most"
     for name in ("raw_pixels", "untrained", "start", "student", "teacher"):
@@ -260,7 +262,7 @@ def _learned(known: dict[str, Any], config: Config) -> Iterator[tuple[str, str] 
             yield f"kNN top-1, {_BASES.get(name, name).removeprefix('the ')}", f"{top1:.1f} %{counts * (name == 'student')}"
     yield None
     if known["feature_rank"] is not None:
-        yield "rank of the features, before and after", " -> ".join(number(rank, "{:.0f}") for rank in known["feature_rank"])
-    yield "loss, first and last row", f"{number(known['loss_start'], '{:.3f}')} -> {number(known['loss_end'], '{:.3f}')}"
+        yield "rank of the features, before and after", finite("{:.0f}", *known["feature_rank"])
+    yield "loss, first and last row", finite("{:.3f}", known["loss_start"], known["loss_end"])
     for name, (title, figure) in at_the_end(known["health"], config.method.memory_size).items():
         yield title[0].lower() + title[1:], figure + counts * (unlabelled and name == "effective_rank")

@@ -42,10 +42,8 @@ def write_views(
     with handed_over(data, config, settings, overrides) as given:
         loaded = load_images(given)
         full = complete_settings(given, loaded)
-        engine, plan = (
-            Engine.local(full.engine.device.partition(":")[0]),
-            Plan(len(loaded), min(images, len(loaded)), seed=full.seed),
-        )
+        plan = Plan(len(loaded), min(images, len(loaded)), seed=full.seed)
+        engine = Engine.local(full.engine.device.partition(":")[0])
         batch = next(iter(open_loader(full, engine, plan, loaded).stream(0, 1)))[0]
         seen = [visible(view, *full.views.statistics()) for view in (batch.weak, *batch.strong)]
         side = max(views.shape[1] for views in seen)

@@ -11,8 +11,8 @@ from typing import Any, Literal, get_args
 
 from pydantic.dataclasses import dataclass
 
-from relssl.settings.names import spell
-from relssl.settings.reading import STRICT, PathText, build, flat, leaves, setting
+from relssl.errors import ConfigError
+from relssl.settings.reading import STRICT, PathText, build, flat, leaves, setting, spell
 from relssl.settings.run import Count, Device, Momentum, Natural, Pixels, Positive, Precision, Probability, Share, Shares
 
 Protocol = Literal["knn", "probe", "linear", "semi", "finetune", "lowshot", "retrieval", "transfer", "detection", "all"]
@@ -148,9 +148,18 @@ class Evaluation(Measuring):
     detection: DetectionConfig = DetectionConfig()
 
 
-def read_settings(overrides: Mapping[str, Any]) -> Evaluation:
-    """Return checked settings of dotted or nested overrides; ConfigError with a line for every fault."""
-    settings: Evaluation = build(Evaluation, spell(flat(overrides), leaves(Evaluation)))
+def read_settings(overrides: Mapping[str, Any], *, typed: bool = False) -> Evaluation:
+    """Return checked settings of dotted or nested overrides.
+
+    Raises:
+        ConfigError: with a line for every fault; if they were typed, a setting of a protocol that is not asked for is one, too.
+    """
+    given = spell(flat(overrides), leaves(Evaluation))
+    settings: Evaluation = build(Evaluation, given)
     if settings.protocol == ("all",):
-        return replace(settings, protocol=tuple(name for name in PROTOCOLS if name != "detection"))
+        settings = replace(settings, protocol=tuple(name for name in PROTOCOLS if name != "detection"))
+    used = {*settings.protocol, *(("probe",) if "transfer" in settings.protocol else ())}
+    if idle := [name for name in given if typed and "." in name and name.partition(".")[0] not in used]:
+        asked = ", ".join(settings.protocol)
+        raise ConfigError(*(f"{name}: is of a protocol that is not asked for, only {asked}; leave it out" for name in idle))
     return settings

@@ -56,9 +56,8 @@ def with_launch(config: Config, *, resumed: bool = False) -> Config:
     launch, count = find_launch(), config.engine.devices * config.engine.nodes
     if launch is None:
         if config.engine.nodes > 1:
-            raise ConfigError(
-                f"engine.nodes: {config.engine.nodes} machines need torchrun or srun to start the command on each of them"
-            )
+            several = f"{config.engine.nodes} machines"
+            raise ConfigError(f"engine.nodes: {several} need torchrun or srun to start the command on each of them")
         return config
     world, here = int(launch["WORLD_SIZE"]), int(launch["LOCAL_WORLD_SIZE"])
     if not resumed and count not in (1, world):

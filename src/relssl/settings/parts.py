@@ -23,18 +23,25 @@ P = ParamSpec("P")
 T = TypeVar("T")
 SETTINGS = ("backbone", "data", "method.name", "views.weak.name", "views.strong.name")
 HANDED = "handed:"
-_NAME = re.compile(r"(?!hf:|shards:)[A-Za-z_]\w*([.][A-Za-z_]\w*)*:[A-Za-z_]\w*")  # but for the prefixes of DATA
+_PART = re.compile(r"(?!hf:|shards:)[A-Za-z_]\w*([.][A-Za-z_]\w*)*:[A-Za-z_]\w*")  # but for the prefixes of DATA
+_NAMES = (str, os.PathLike, type(None))  # what is no object handed over
 _AT_HAND: ContextVar[Mapping[str, Any]] = ContextVar("parts", default={})  # noqa: B039 - never changed in place
 
 
 def is_part(value: Any) -> bool:
     """Return whether a setting's value names a part from outside, by the look of it alone."""
-    return isinstance(value, str) and (is_handed(value) or _NAME.fullmatch(value) is not None)
+    return isinstance(value, str) and (is_handed(value) or _PART.fullmatch(value) is not None)
 
 
 def named(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return settings, by dotted names, with a name in the place of each object that was handed over; and these objects, for `at_hand`."""
-    parts = {name: settings[name] for name in SETTINGS if not isinstance(settings.get(name), (str, os.PathLike, type(None)))}
+    """Return settings, by dotted names, with a name in the place of each object that was handed over; and these objects, for `at_hand`.
+
+    Raises:
+        ConfigError: for several folders, or other names, as data.
+    """
+    parts = {name: settings[name] for name in SETTINGS if not isinstance(settings.get(name), _NAMES)}
+    if isinstance(several := parts.get("data"), (list, tuple)) and several and all(isinstance(each, _NAMES) for each in several):
+        raise ConfigError(f"data: takes one, got {len(several)}; put the folders below one, or list all their images in one file")
     return {**settings, **{name: name_of(part) for name, part in parts.items()}}, parts
 
 

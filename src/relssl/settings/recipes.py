@@ -14,8 +14,7 @@ from reprlib import repr as show
 from typing import Any
 
 from relssl.errors import ConfigError
-from relssl.settings.names import spell
-from relssl.settings.reading import flat, nearest_word, read_yaml
+from relssl.settings.reading import flat, nearest_word, read_yaml, spell
 
 _FOLDER = Path(__file__).parent / "recipes"
 # All files by their names, those without a folder first; a base is not listed.

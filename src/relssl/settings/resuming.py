@@ -18,6 +18,7 @@ FREE = (
 # Warned of: results are alike, and not bit for bit, if this fact that each checkpoint notes is another one; a run says so as it goes on.
 WARNED = {"engine.threads": "threads", "engine.devices": "world", "engine.nodes": "world", "engine.precision": "precision"}
 WARNED |= {"engine.device": "random generators", "compile": "compiled", "method.loss_form": "loss form"}
+DATAS = ("views.mean", "views.std", "views.margin")  # null is what the data say, which the run has in its place
 ONCE = ("out", "time_limit", "engine.devices", "engine.nodes")  # which hold for one command, and are not written down
 
 
@@ -26,6 +27,7 @@ def going_on(config: Config, over: Mapping[str, Any], run: object) -> Config:
 
     Another number of epochs lifts `max_steps`, unless that is given, too.
     """
+    over = {name: value for name, value in over.items() if value is not None or name not in DATAS}
     changed = from_mapping({**recipes.spell_out(to_mapping(config)), **over})
     if changed.epochs != config.epochs:
         changed = from_mapping(to_mapping(changed) | {"max_steps": over.get("max_steps")})

@@ -1,7 +1,6 @@
 """Every setting of a run with its help, range and default, the checks between settings, and what follows from them; no torch.
 
-`Config` is what the user asked for, `derive(config)` what follows from it. What each method is made of stands in its base recipe,
-`recipes/_NAME.yaml`; the method itself is `method/NAME.py`.
+`Config` is what the user asked for, `derive(config)` what follows from it.
 """
 
 from __future__ import annotations
@@ -21,42 +20,9 @@ from pydantic.dataclasses import dataclass
 
 from relssl.errors import ConfigError
 from relssl.settings import parts, recipes
-from relssl.settings.reading import NULL, RISING, STRICT, PathText, Text, build, leaves, read_yaml, setting
-
-# Settings and values that are no more, and what to do instead. Saved runs, recipes and config files load without them.
-RETIRED = {
-    "loader.decoder": "is retired: images are decoded by Pillow; loader.cache decodes them once",
-    "loader.index": "is retired: `relssl list FOLDER > photos.txt` writes a list of the files, which starts at once",
-    "loader.photometric": "is retired: colour operations are made in batches, on the device",
-    "loader.resize": "is retired: torch resizes the crops",
-    "loader.prefetch": "is retired: each worker prepares 2 batches ahead; set loader.workers",
-    "method.loss_form triton": "triton is retired; use tiled or auto",
-}
-
-
-@dataclass(frozen=True, config=STRICT)
-class Traits:
-    """The nature of a method, and its needs."""
-
-    about: str
-    title: str  # in the literature
-    paper: str = ""
-    teacher: bool = False  # a momentum teacher follows the student
-    memory: bool = False  # past keys are kept
-    sharpened: bool = False  # a teacher's relation is matched, which has to be sharper than the student's
-    two_way: bool | None = False  # student, and teacher if any, see both views; None: if `method.symmetric` says so
-    predictor: bool = False  # cannot do without `encoder.predictor`
-    tiled: bool = False  # its loss over the memory can be computed in tiles
-    labels: bool = False  # trains on labels
-    relational: bool = False  # has the options `method.relation` and `method.sinkhorn_iterations`
-    whole_batch: bool = False  # compares the samples of a batch, which cannot be computed in parts
-
-
-METHODS: dict[str, Traits] = {name: build(Traits, raw) for name, raw in recipes.traits().items()}
-
-# Arguments of timm and torchvision that bring weights, whatever theirs are called, and those that make the output another thing.
-_WEIGHT_ARGS = ("pretrained", "checkpoint_path", "weights", "weights_backbone")
-_OUTPUT_ARGS = ("num_classes", "features_only", "out_indices")
+from relssl.settings.checks import find_faults
+from relssl.settings.methods import METHODS, Traits, traits_of
+from relssl.settings.reading import NULL, RETIRED, RISING, STRICT, PathText, Text, build, leaves, read_yaml, setting
 
 MOST_CHANNELS = 16  # of an image
 # Shares of red, green and blue in grey, as torchvision makes it.
@@ -353,7 +319,7 @@ class Derived:
 
 def derive(config: Config) -> Derived:
     """Compute what follows from the settings of a run."""
-    traits, views = _traits(config.method.name), config.views
+    traits, views = traits_of(config.method.name), config.views
     strong = tuple(dataclasses.replace(views.strong, size=size, scale=(low, high)) for size, low, high in views.crops)
     strong = () if traits.labels else strong or (views.strong,)
     two_way = config.method.symmetric if traits.two_way is None else traits.two_way
@@ -368,29 +334,6 @@ def derive(config: Config) -> Derived:
         norm_splits=max(1, config.encoder.batch_norm_splits // passes),
         backward=1 + len(strong) if two_way else max(1, len(strong)),
         networks=("student", "teacher") if traits.teacher and config.teacher is None else ("student",),
-    )
-
-
-def _traits(name: str) -> Traits:
-    """Return the traits of a method. Those of the user's own: its `traits`, else those of the method here that it is made from, else as its
-    teacher says; of one that is not at hand, with which no run goes on, the default ones with a teacher."""
-    if not parts.is_part(name):
-        return METHODS[name]
-    try:
-        kind = parts.find("method.name", name)
-    except ConfigError:
-        if not parts.is_handed(name):
-            raise
-        return Traits(about="a method of its own", title=parts.title(name), teacher=True)
-    above = [f"{each.__module__}.{each.__qualname__}" for each in getattr(kind, "__mro__", ())]
-    if "relssl.method.base.Method" not in above:
-        raise ConfigError(f"method.name: {parts.title(name)} is no subclass of relssl.method.base.Method")
-    if isinstance(traits := getattr(kind, "traits", None), Traits):
-        return traits
-    about, title = next(iter((kind.__doc__ or "").strip().splitlines()), "a method of its own"), kind.__qualname__
-    bases = [METHODS[stem] for each in above if (stem := each.split(".")[-2]) in METHODS and each.startswith("relssl.method.")]
-    return dataclasses.replace(
-        (bases or [Traits("", "", teacher=kind.has_teacher, memory=kind.has_teacher)])[0], about=about, title=title, paper=""
     )
 
 
@@ -449,108 +392,14 @@ def _checked(raw: dict[str, Any], typed: frozenset[str] | None = None) -> Config
     theirs = {f"{view}{key}" for view in own for key in ViewConfig.__dataclass_fields__ if key not in ("name", "size")}
     theirs |= {"encoder.stem"} if parts.is_part(raw.get("backbone")) else set()
     raw = {name: value for name, value in raw.items() if name not in theirs - (typed or set())}
-    return check(dataclasses.replace(build(Config, raw, RETIRED), typed=typed))
+    return check(dataclasses.replace(build(Config, raw), typed=typed))
 
 
 def check(config: Config) -> Config:
     """Return settings that fit each other; ConfigError with a line for each two that do not."""
-    if faults := list(_faults(config, derive(config))):
+    if faults := list(find_faults(config, derive(config))):
         raise ConfigError(*faults)
     return config
-
-
-def _faults(config: Config, derived: Derived) -> Iterator[str]:
-    """Yield a line for each two settings that do not fit each other."""
-    method, traits, encoder, size, passes = config.method, derived.traits, config.encoder, config.batch_size, derived.passes
-    flattest = max(method.teacher_temperature, method.teacher_temperature_start or 0)
-    if traits.sharpened and flattest >= method.student_temperature and not method.allow_unsharpened:
-        yield (
-            f"method.teacher_temperature: {flattest:g} must be below method.student_temperature ({method.student_temperature:g}), or "
-            "the teacher's relation is not sharper and training collapses; method.allow_unsharpened true runs it all the same"
-        )
-    if method.symmetric and traits.two_way is not None:
-        symmetric = ", ".join(name for name, other in METHODS.items() if other.two_way is None)
-        yield f"method.symmetric: is for {symmetric}; {method.name} {'is so' if traits.two_way else 'has one direction'}"
-    for name in ("relation", "sinkhorn_iterations"):
-        if getattr(method, name) != getattr(MethodConfig(), name) and not traits.relational:
-            yield f"method.{name}: is an option of ressl, which {method.name} is without; leave it out"
-    if traits.predictor and encoder.predictor == "none":
-        yield f"encoder.predictor: {method.name} collapses without one; needs mlp or residual"
-    yield from _source_faults(config, traits)
-    if config.accumulate > 1 and traits.whole_batch:
-        yield f"accumulate: must be 1 with {method.name}, whose negatives are the rest of the batch"
-    if config.checkpoint.best == "label-free" and not traits.memory:
-        yield f"checkpoint.best: label-free goes by relations to a memory, which {method.name} is without; use knn or off"
-    if traits.memory and method.memory_size < size:
-        yield f"method.memory_size: {method.memory_size} must be at least batch_size ({size})"
-    if config.optimizer.warmup_epochs > config.epochs and (config.typed is None or "optimizer.warmup_epochs" in config.typed):
-        yield f"optimizer.warmup_epochs: {config.optimizer.warmup_epochs:g} must not exceed epochs ({config.epochs})"
-    pieces, splits = f"accumulate x devices x nodes ({passes})", encoder.batch_norm_splits
-    if size % passes:
-        yield f"batch_size: {size} must divide into {pieces} equal parts"
-    elif derived.share < 2:
-        yield f"batch_size: {size} leaves one image a part, too few for batch normalisation; raise it"
-    elif splits > passes and (size % splits or splits % passes):
-        yield f"encoder.batch_norm_splits: {splits} must divide batch_size ({size}) and be a multiple of {pieces}, or not exceed it"
-    elif splits > passes and size // splits < 2:
-        yield f"encoder.batch_norm_splits: {splits} leaves one image a part; needs {size // 2} at most"
-    if not parts.is_part(config.backbone):
-        yield from _argument_faults(config.backbone_args)
-    elif encoder.stem != "standard":
-        yield f"encoder.stem: {encoder.stem} is for networks of timm and torchvision; {parts.title(config.backbone)} is used as it is"
-    for name in ("views.weak", "views.strong"):
-        view: ViewConfig = attrgetter(name)(config)
-        if parts.is_part(view.name):
-            plain = ViewConfig(name=view.name, size=view.size)
-            useless = [key for key in ViewConfig.__dataclass_fields__ if getattr(view, key) != getattr(plain, key)]
-            yield from (
-                f"{name}.{key}: is for views of ours; {parts.title(view.name)} makes its own, of {name}.size" for key in useless
-            )
-    if config.views.crops and parts.is_part(config.views.strong.name):
-        yield "views.crops: a view of your own has one size, views.strong.size; set views.crops []"
-    channels, inputs = config.views.channels, config.backbone_args.get("in_chans", config.views.channels)
-    if derived.two_way and config.views.crops:
-        yield f"views.crops: {method.name} compares two views, views.weak and views.strong; leave views.crops empty"
-    if config.views.crops and {"views.strong.size", "views.crops"} & (config.typed or set()) == {"views.strong.size"}:
-        yield "views.strong.size: views.crops has the sizes of the student's views; set that, and views.weak.size"
-    if config.engine.device.startswith("cuda:") and config.engine.devices * config.engine.nodes > 1:
-        yield f"engine.device: {config.engine.device} is one device of {config.engine.devices}; leave the number out"
-    if inputs != channels:
-        yield f"backbone_args: in_chans {inputs} does not fit views.channels {channels}; leave in_chans out"
-    cache, largest = config.loader.cache, max(view.size for view in derived.views)
-    if cache is not None and cache < largest:
-        yield f"loader.cache: {cache} pixels are fewer than the largest view has; needs {largest} or more, or it would be enlarged"
-
-
-def _source_faults(config: Config, traits: Traits) -> Iterator[str]:
-    """Yield a line for each setting that does not fit the weights that are given, or that none are."""
-    if config.teacher is not None and not (traits.teacher and traits.memory):
-        fitting = ", ".join(name for name, other in METHODS.items() if other.teacher and other.memory)
-        yield f"teacher: a frozen one is for methods with a teacher and a memory ({fitting}), which {config.method.name} is not"
-    if config.teacher is not None and config.method.relation == "features":
-        yield "method.relation: a frozen teacher's relation is that of its features as it is; leave it out"
-    for name in ("method.teacher_momentum", "method.teacher_momentum_end", "method.shuffle"):
-        if config.teacher is not None and name in (config.typed or ()):
-            yield f"{name}: is of a teacher that follows the student, and a frozen one is given; leave it out"
-    idle = {"encoder.frozen_stages": config.encoder.frozen_stages, "optimizer.heads_first": config.optimizer.heads_first}
-    for name, value in idle.items():
-        if value and config.start is None:
-            yield f"{name}: is for a backbone that begins with given weights; needs start, or 0"
-    for name in ("start", "teacher"):
-        if getattr(config, f"{name}_from") and not getattr(config, name):
-            yield f"{name}_from: is the layout of {name}, which is not given"
-
-
-def _argument_faults(arguments: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a line for each argument that would make something else of the network than a backbone with random weights."""
-    for name, value in arguments.items():
-        if name in _WEIGHT_ARGS or name.startswith("pretrained_cfg"):
-            yield (
-                f"backbone_args: {name}: would bring weights; leave it out. To go on from given weights: --start SOURCE; to measure them: "
-                "`relssl evaluate SOURCE DATA`; to train them on labels: `relssl finetune SOURCE DATA --out FILE`"
-            )
-        elif name in _OUTPUT_ARGS or (name == "global_pool" and not value):
-            yield f"backbone_args: {name}: needs to stay as it is, for one vector of features an image; leave it out"
 
 
 def differences(config: Config) -> dict[str, Any]:

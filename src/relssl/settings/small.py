@@ -42,8 +42,8 @@ def give_way(config: Config, images: int) -> Config:
 
 def adjustments(before: Config, after: Config, images: int) -> list[str]:
     """Return a line for each setting that gave way."""
-    why, pairs = (
+    why, changed = (
         f"for {after.steps(images)} steps on {images} images",
         changes(before, dataclasses.replace(after, views=before.views)),
     )
-    return [f"note: {name} is {now:g} instead of {was:g}, {why}" for name, (was, now) in pairs.items()]
+    return [f"note: {name} is {now:g} instead of {was:g}, {why}" for name, (was, now) in changed.items()]

@@ -67,7 +67,8 @@ class Display:
 
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
-        self._log.close()
+        with contextlib.suppress(OSError):  # the same full disk
+            self._log.close()
 
     def log_to(self, path: Path) -> None:
         """Write all lines to a file, too, those said before included; StorageError if it cannot be written."""
