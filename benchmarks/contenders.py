@@ -373,7 +373,7 @@ def measure_parts(args: argparse.Namespace, measures: Measures) -> None:
 
     Parts that an earlier call has left there, on this machine with these options, stay.
     """
-    used = {name: value for name, value in vars(args).items() if name not in ("only", "out")}
+    used = {name: value for name, value in vars(args).items() if name not in ("only", "out", "limit", "start")}
     results: Record = {
         "machine": environment() | {"gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None},
         "options": json.loads(json.dumps(used, default=str)),

@@ -273,10 +273,10 @@ def validate(args: argparse.Namespace, overrides: Overrides) -> Outcome:
 @command
 def reproduce(args: argparse.Namespace, overrides: Overrides) -> Outcome:
     from relssl.reproduction.plan import plan
-    from relssl.reproduction.tables import NAMES, read_table
+    from relssl.reproduction.tables import offered, read_table
 
     if args.list or args.table is None:
-        listed = [read_table(name, args.scale) for name in ([args.table] if args.table else NAMES)]
+        listed = [read_table(args.table, args.scale)] if args.table else offered(args.scale)
         facts = [{"table": table.name, "title": table.title, "rows": [row.name for row in table.rows]} for table in listed]
         lines = [f"{table.name:18} {table.title}" for table in listed]
         return Outcome(facts, "\n".join(lines + [f"  {row.name:24} {row.label}" for row in listed[0].rows if args.table]))

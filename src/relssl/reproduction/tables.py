@@ -56,10 +56,17 @@ def known(what: str, word: str, words: Iterable[str]) -> str:
     return word
 
 
+def offered(scale: str) -> list[Table]:
+    """Return the shipped tables that have this scale."""
+    return [read_table(name, scale) for name in NAMES if scale in read_yaml(FOLDER / f"{name}.yaml")["scales"]]
+
+
 def read_table(name: str, scale: str = "small") -> Table:
     """Read a table by its name, or a YAML file of one's own; a ConfigError names the nearest of an unknown name or scale."""
     path = Path(name) if name.endswith(".yaml") else FOLDER / f"{known('table', name, NAMES)}.yaml"
     raw, at = read_yaml(path), read_yaml(FOLDER / "scales" / f"{known('scale', scale, SCALES)}.yaml")
+    if scale not in raw["scales"]:
+        raise ConfigError(f"scale: {path.stem} has no {scale} scale; it has {', '.join(raw['scales'])}")
     rows = [_row(row) for row in raw["rows"] if scale in row.get("scales", SCALES)]
     names = [row.name for row in rows]
     expected = [
