@@ -1,5 +1,6 @@
 """What goes wrong around a run, brought about from outside: signals, damaged files, numbers that overflow."""
 
+import itertools
 import json
 import math
 import multiprocessing
@@ -177,6 +178,33 @@ def test_a_full_disk_at_fifty_sizes(finished: Path, cut: Path) -> None:
         assert list(cut.rglob(".relssl-*")) == []
     relssl.resume(cut, quiet=True)
     assert equal_runs(finished, cut)
+
+
+def save_for_ever(folder: Path) -> None:
+    """Save 16 MB after 16 MB, of which two are kept."""
+    newest = max((int(path.name[5:]) for path in store.checkpoints(folder)), default=0)
+    for step in itertools.count(newest + 1):
+        store.save(store.step_folder(folder, step), {"a": torch.full((4_000_000,), float(step))}, {"step": step})
+        store.prune(folder, 2)
+
+
+@pytest.mark.torture
+def test_two_hundred_kills_of_a_loop_that_saves(tmp_path: Path) -> None:
+    """T1: at random moments; the newest checkpoint is whole each time, and none is lost."""
+    draw, newest = random.Random(1), 0
+    for _ in range(200):
+        process = FORKS.Process(target=save_for_ever, args=(tmp_path,))
+        process.start()
+        process.join(draw.uniform(0.1, 0.7))
+        process.kill()
+        process.join()
+        for path in store.checkpoints(tmp_path):
+            tensors, facts = store.load(path)
+            assert (tensors["a"] == facts["step"]).all()
+        before, newest = newest, facts["step"] if store.checkpoints(tmp_path) else 0
+        assert newest >= before
+    print(f"200 kills, {newest} checkpoints, none lost")
+    assert newest > 100
 
 
 def save_and_prune(folder: Path, stop: bool = True) -> None:
