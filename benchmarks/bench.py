@@ -149,7 +149,7 @@ def measure_networks(args: argparse.Namespace) -> Record:
     base = settings_of(args, **base | {"views.weak.size": size, "views.strong.size": size, "backbone_args": {}})
     rows = {name: partial(training, base | {"backbone": name}, (64, size + 32)) for name in names}
     records = measure(args, f"Named networks: {batch} images of {size} pixels", rows, [])
-    return {name: dataclasses.asdict(backbones.measure(name, size)) | records[name] for name in names}
+    return {name: dataclasses.asdict(next(backbones.within([name], size))) | records[name] for name in names}
 
 
 def write_folder(folder: Path, count: int, width: int, height: int, different: int = 32) -> str:

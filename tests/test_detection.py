@@ -39,7 +39,7 @@ from relssl.weights.spec import BackboneSpec
 
 SIDE = 64
 NAME = "test_resnet"  # timm's smallest
-SMALL = DetectionConfig(min_size=SIDE, max_size=SIDE, regions=16, batch_size=2, lr=0.01, frozen_stages=0, norm="train", epochs=1)
+SMALL = DetectionConfig(min_size=32, max_size=32, regions=16, batch_size=2, lr=0.01, frozen_stages=0, norm="train", epochs=1)
 VIEW = PlainView(224, 256 / 224, "bilinear", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 SPEC = BackboneSpec(NAME, {}, "standard", VIEW)
 TASK = Task(SPEC, Reader(VIEW), Engine.local("cpu", "fp32"), Bootstrap(100))
@@ -407,7 +407,7 @@ def test_a_loss_that_is_not_finite_ends_it_with_the_setting_named(folder: Path) 
 
 
 def test_what_cannot_work_is_refused_before_any_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for setting, more in (("min_size", {"max_size": 32}), ("norm", {"norm": "train", "batch_size": 1})):
+    for setting, more in (("min_size", {"min_size": 64}), ("norm", {"norm": "train", "batch_size": 1})):
         with pytest.raises(ConfigError, match=rf"detection\.{setting}"):
             run(tmp_path, **more)
     spec_of = importlib.util.find_spec

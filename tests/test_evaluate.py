@@ -23,7 +23,8 @@ from small_runs import small_run
 
 Capture = pytest.CaptureFixture[str]
 QUICK: dict[str, Any] = {
-    "images": (240, 120),
+    "images": (120, 60),
+    "network": "student",
     "device": "cpu",
     "precision": "fp32",
     "resamples": 100,
@@ -69,7 +70,7 @@ PROTOCOLS = ("knn", "probe", "linear", "semi", "finetune", "lowshot", "retrieval
 
 def test_every_protocol_gives_figures_with_intervals_and_a_card(finished: Path, tmp_path: Path) -> None:
     out, threads = tmp_path / "all.json", torch.get_num_threads()
-    answer = relssl.evaluate(finished, "digits", protocol=PROTOCOLS, out=out, **QUICK)
+    answer = relssl.evaluate(finished, "digits", protocol=PROTOCOLS, out=out, **QUICK | {"network": None})
     assert json.loads(out.read_text())["results"] == json.loads(json.dumps(answer["results"]))
     assert {(result["protocol"], result["network"]) for result in answer["results"]} == {
         (protocol, network) for protocol in PROTOCOLS for network in ("student", "teacher")
@@ -83,18 +84,18 @@ def test_every_protocol_gives_figures_with_intervals_and_a_card(finished: Path, 
         assert (card["protocol"], card["network"]) == (protocol, result["network"])
         assert (card["view"]["size"], card["precision"]) == (32, "fp32") and card["versions"]["torch"] in torch.__version__
         if protocol != "transfer":
-            assert [card["images"][side]["images"] for side in ("bank", "test")] == [240, 120]
-            assert any(note.startswith("a subset: 240 of") for note in result["notes"])
+            assert [card["images"][side]["images"] for side in ("bank", "test")] == [120, 60]
+            assert any(note.startswith("a subset: 120 of") for note in result["notes"])
         assert ("unchanged" in card["batch_norm"]) == (protocol not in ("semi", "finetune"))
         assert card["view"].get("flip_in_training") == (0.0 if protocol in ("linear", "semi", "finetune") else None)
         assert ("split" in card["settings"]) == (protocol == "semi")
     for protocol in PROTOCOLS:
-        written = json.loads((finished / f"evaluations/{protocol}-digits-240-120.json").read_text())
+        written = json.loads((finished / f"evaluations/{protocol}-digits-120-60.json").read_text())
         assert {result["protocol"] for result in written["results"]} == {protocol}
 
 
 def test_one_pass_over_the_images_serves_all_protocols_on_features(finished: Path, tmp_path: Path) -> None:
-    quick = QUICK | {"protocol": "knn,probe,retrieval", "network": "student"}
+    quick = QUICK | {"protocol": "knn,probe,retrieval"}
     first = relssl.evaluate(finished, **quick)
     files = {file: file.stat().st_ino for file in (tmp_path / "cache/features").iterdir()}
     assert len(files) == 2  # bank and test
@@ -114,7 +115,7 @@ def test_transfer_is_the_mean_of_each_sets_figure_and_names_those_not_at_hand(
         pictures(tmp_path / name, {"train": {"cat": 6, "dog": 6}, "val": {"cat": cats, "dog": 4}})
     monkeypatch.setitem(CUSTOMARY, "theirs", "mean_per_class")
     names = [str(tmp_path / name) for name in ("mine", "theirs", "gone")]
-    answer = relssl.evaluate(finished, ",".join(names), protocol="transfer", network="student", **QUICK)
+    answer = relssl.evaluate(finished, ",".join(names), protocol="transfer", **QUICK)
     (result,) = answer["results"]
     rows, figures = {row["data"]: row for row in result["details"]["rows"]}, result["figures"]
     assert list(rows) == result["setting"]["sets"] == ["mine", "theirs", "gone"] and "not_run" in rows["gone"]
@@ -133,7 +134,7 @@ def test_transfer_is_the_mean_of_each_sets_figure_and_names_those_not_at_hand(
 
 def test_folders_with_faults_are_refused_or_noted(finished: Path, tmp_path: Path) -> None:
     sides = {"train": {"cat": 4, "dog": 4}, "val": {"cat": 3, "dog": 3}}
-    quick = {key: value for key, value in QUICK.items() if key != "images"} | {"network": "student"}
+    quick = {key: value for key, value in QUICK.items() if key != "images"}
     good = pictures(tmp_path / "good", sides)
     (good / "train/cat/broken.png").write_bytes(b"no")
     first, second = relssl.evaluate(finished, str(good), **quick)["results"]
@@ -198,7 +199,7 @@ def test_collapsed_and_broken_networks_are_refused(value: float, fault: str, fin
     weights = load_file(finished / "export/backbone.safetensors")
     save_file({k: torch.full_like(v, value) if v.is_floating_point() else v for k, v in weights.items()}, file)
     with pytest.raises(NumericError, match=fault):
-        relssl.evaluate(file, protocol="retrieval", **QUICK)
+        relssl.evaluate(file, protocol="retrieval", **QUICK | {"network": None})
 
 
 def test_settings_are_checked_before_anything_is_loaded() -> None:
@@ -220,10 +221,10 @@ def test_what_cannot_be_used_is_refused_in_one_line(finished: Path, tmp_path: Pa
 
 
 def test_the_command_prints_a_table_or_json(finished: Path, capsys: Capture) -> None:
-    arguments = ["evaluate", str(finished), "--images", "200,100", "--device", "cpu", "--resamples", "100"]
+    arguments = ["evaluate", str(finished), "--images", "100,50", "--device", "cpu", "--resamples", "100"]
     assert main(arguments) == 0
     printed = capsys.readouterr()
-    assert "95 % interval" in printed.out and "a subset: 200 of" in printed.out and "knn: student on digits" in printed.err
+    assert "95 % interval" in printed.out and "a subset: 100 of" in printed.out and "knn: student on digits" in printed.err
     assert main([*arguments, "--json", "--knn.k", "7", "--knn.temperature", "0.5"]) == 0
     answer = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [result["setting"] for result in answer["results"]] == [{"k": 7, "temperature": 0.5}] * 2

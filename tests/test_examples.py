@@ -23,6 +23,7 @@ from small_runs import close_runs, small_run
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
+FEW = {"NUMBA_DISABLE_JIT": "1"}  # to compile UMAP takes 10 s, which few images do not earn
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +82,8 @@ def photos(folder: Path, split: str, count: int) -> Path:
 
 def test_own_photos(tmp_path: Path) -> None:
     photos(tmp_path / "photos", "train", 24)
-    shown = example(tmp_path, "own_photos", "photos --image_size 32 --epochs 1 --backbone resnet10t --out run")
+    words = "photos --image_size 32 --epochs 1 --backbone resnet10t --out run"
+    shown = example(tmp_path, "own_photos", words, **FEW)
     assert re.search(r"^-?[01]\.\d+ +\S+\.png +\S+\.png$", shown, re.MULTILINE)
     with np.load(tmp_path / "run/features.npz") as stored:
         assert stored["features"].shape == (24, 512)
@@ -129,7 +131,7 @@ def test_a_table_of_the_datasets_library(tmp_path: Path) -> None:
 def test_shards(tmp_path: Path) -> None:
     photos(tmp_path / "photos", "train", 24)
     words = "photos packed --each 10 --image_size 32 --epochs 1 --backbone resnet10t --out run"
-    example(tmp_path, "shards", words, RELSSL_CACHE=str(tmp_path / "kept"))
+    example(tmp_path, "shards", words, RELSSL_CACHE=str(tmp_path / "kept"), **FEW)
     assert len(list((tmp_path / "packed").glob("*.tar"))) == 3 and state(tmp_path / "run")["state"] == "complete"
     assert len(load(f"shards:{tmp_path}/packed/train-{{00000..00002}}.tar", None, "train")) == 24
 

@@ -81,16 +81,16 @@ def test_the_file_is_timms_and_scores_and_accuracy_are_those_of_it(
     (file, facts), network = model, timms(model[0])
     names, images = views(labelled / "val")
     with torch.no_grad():
-        wanted = network(images).softmax(dim=1)
+        expected = network(images).softmax(dim=1)
         alone = nn.functional.linear(relssl.load_backbone(file)(images), network.fc.weight, network.fc.bias).softmax(dim=1)
-    torch.testing.assert_close(alone, wanted)
+    torch.testing.assert_close(alone, expected)
     answer = relssl.predict(file, labelled, tmp_path / "p.npz", split="test", device="cpu")
     assert answer["classes"] == facts["classes"] == ["blue", "green", "red"]
     assert answer["images"] == len(names) and "broken.png" in answer["bad"][0][0]
     with np.load(tmp_path / "p.npz", allow_pickle=False) as arrays:
         assert arrays["names"].tolist() == names and arrays["classes"].tolist() == facts["classes"]
-        np.testing.assert_allclose(arrays["scores"], wanted.numpy(), atol=1e-5)
-        assert arrays["predicted"].tolist() == wanted.argmax(dim=1).tolist()
+        np.testing.assert_allclose(arrays["scores"], expected.numpy(), atol=1e-5)
+        assert arrays["predicted"].tolist() == expected.argmax(dim=1).tolist()
         right = [Path(name).parent.name == arrays["classes"][best] for name, best in zip(names, arrays["predicted"], strict=True)]
     assert facts["top1"] == pytest.approx(100 * np.mean(right), abs=1e-3) and facts["top1"] > 60
     assert "`blue`, `green`, `red`" in (card := file.with_suffix(".md").read_text()) and f"{facts['top1']:.2f} %" in card
@@ -158,9 +158,9 @@ def test_what_cannot_be_is_refused(
     assert main(["finetune", str(source), str(labelled), "--out", str(tmp_path / "m.safetensors"), "--epoch", "3"]) == 2
     assert "epochs" in capsys.readouterr().err
     settings = model[0].with_suffix(".yaml")
-    kept = settings.read_text()
-    settings.write_text(re.sub(r"  layer: .*\n", "", kept))
+    before = settings.read_text()
+    settings.write_text(re.sub(r"  layer: .*\n", "", before))
     with pytest.raises(ConfigError, match="layer"):
         relssl.load_backbone(model[0])
-    settings.write_text(kept)
+    settings.write_text(before)
     assert load_file(model[0]).keys() - load_file(source).keys() == {"fc.weight", "fc.bias"}

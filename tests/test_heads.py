@@ -65,7 +65,7 @@ def network(width: int = 8, dropout: float = 0.0) -> nn.Module:
     """[B, 3, 16, 16] -> [B, width], with batch norm, from the same weights each time."""
     with torch.random.fork_rng([]):
         torch.manual_seed(5)
-        made = nn.Sequential(
+        backbone = nn.Sequential(
             nn.Conv2d(3, width, 3, stride=2, bias=False),
             nn.BatchNorm2d(width),
             nn.ReLU(),
@@ -74,8 +74,8 @@ def network(width: int = 8, dropout: float = 0.0) -> nn.Module:
             nn.Flatten(),
         )
         for images in torch.randn(4, 8, 3, 16, 16):  # running statistics of their own
-            made(images)
-    return made.eval()
+            backbone(images)
+    return backbone.eval()
 
 
 TUNE = FinetuneConfig(epochs=3, batch_size=16, lr=0.05, head_lr=0.5, weight_decay=0.01)
@@ -210,9 +210,9 @@ class Huge(nn.Module):
 
 
 def test_a_loss_that_is_not_finite_is_noted_or_ends_it_with_the_setting_named() -> None:
-    lost, kept = run(LinearConfig(lr=(1e10, 1e-32), epochs=3, batch_size=25, momentum=0), backbone=Huge())
+    lost, finite = run(LinearConfig(lr=(1e10, 1e-32), epochs=3, batch_size=25, momentum=0), backbone=Huge())
     assert lost.figures == {"top1": 0, "top5": 0, "mean_per_class": 0} and lost.details["loss"] is None and lost.notes
-    assert math.isfinite(kept.details["loss"]) and kept.figures["top5"] == 100
+    assert math.isfinite(finite.details["loss"]) and finite.figures["top5"] == 100
     wild: dict[str, Any] = {"epochs": 3, "batch_size": 16, "lr": 1e20, "head_lr": 1e20}
     spoilt = network()
     torch.nn.init.constant_(next(spoilt.parameters()), torch.nan)

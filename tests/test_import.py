@@ -59,12 +59,12 @@ def under(prefix: str, network: nn.Module) -> dict[str, Tensor]:
     return {prefix + name: value.clone() for name, value in network.state_dict().items()}
 
 
-def head(prefix: str) -> dict[str, Tensor]:
-    return {f"{prefix}{part}": torch.randn(4, 4) for part in ("linear1.weight", "linear2.weight")}
+def heads(*prefixes: str) -> dict[str, Tensor]:
+    return {f"{prefix}{part}": torch.randn(4, 4) for prefix in prefixes for part in ("linear1.weight", "linear2.weight")}
 
 
-def sgd() -> dict[str, Any]:
-    return {"state": {0: {"momentum_buffer": torch.zeros(3)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
+def sgd(lr: Any = 0.1) -> dict[str, Any]:
+    return {"state": {0: {"momentum_buffer": torch.zeros(3)}}, "param_groups": [{"lr": lr, "params": [0]}]}
 
 
 def queue(prefix: str = "module.") -> dict[str, Tensor]:
@@ -74,47 +74,44 @@ def queue(prefix: str = "module.") -> dict[str, Tensor]:
 def official(student: nn.Module, teacher: nn.Module) -> dict[str, Any]:
     """ReSSL's own ressl.py, from within DistributedDataParallel."""
     q, k = "module.encoder_q.", "module.encoder_k."
-    model = under(q + "net.", student) | head(q + "head.") | under(k + "net.", teacher) | head(k + "head.") | queue()
+    model = under(q + "net.", student) | under(k + "net.", teacher) | heads(q + "head.", k + "head.") | queue()
     return {"model": model, "optimizer": sgd(), "epoch": 200}
 
 
 def official_small(student: nn.Module, teacher: nn.Module) -> dict[str, Any]:
     """The small-set code: the ResNet's children by number, those without weights counted, the max-pool only if it is kept."""
     q, k = (nn.Sequential(*(part for part in net.children() if not isinstance(part, nn.Identity))) for net in (student, teacher))
-    return {"model": under("net.net.", q) | under("encoder_k.net.", k) | head("head_q.") | head("head_k.") | queue("")}
+    return {"model": under("net.net.", q) | under("encoder_k.net.", k) | heads("head_q.", "head_k.") | queue("")}
 
 
 def solo(student: nn.Module, teacher: nn.Module) -> dict[str, Any]:
     """A Lightning checkpoint of solo-learn."""
     state = under("backbone.", student) | under("momentum_backbone.", teacher) | queue("")
-    for name in ("classifier", "projector.0", "momentum_projector.0"):
-        state[f"{name}.weight"] = torch.randn(4, 4)
+    state |= heads("classifier.", "projector.0.", "momentum_projector.0.")
     return {"epoch": 3, "state_dict": state, "optimizer_states": [sgd()], "hyper_parameters": argparse.Namespace(lr=0.1)}
 
 
 def moco_v2(student: nn.Module, teacher: nn.Module) -> dict[str, Any]:
     q, k = "module.encoder_q.", "module.encoder_k."
-    state = under(q, student) | under(k, teacher) | queue() | head(q + "fc.") | head(k + "fc.")
+    state = under(q, student) | under(k, teacher) | queue() | heads(q + "fc.", k + "fc.")
     return {"epoch": 200, "arch": "resnet18", "state_dict": state, "optimizer": sgd()}
 
 
 def moco_v3(student: nn.Module, teacher: nn.Module) -> dict[str, Any]:
     q, k = "module.base_encoder.", "module.momentum_encoder."
-    state = under(q, student) | under(k, teacher) | head(q + "fc.") | head(k + "fc.") | head("module.predictor.")
+    state = under(q, student) | under(k, teacher) | heads(q + "fc.", k + "fc.", "module.predictor.")
     return {"epoch": 300, "arch": "resnet18", "state_dict": state, "optimizer": sgd(), "scaler": {"scale": 1.0}}
 
 
 def dino(student: nn.Module, teacher: nn.Module) -> dict[str, Any]:
     """DINO's checkpoint.pth: the student within DistributedDataParallel, learning rates as numpy scalars, arguments parsed."""
-    optimizer = sgd()
-    optimizer["param_groups"][0]["lr"] = np.float64(1e-4)
-    sides = {"student": under("module.backbone.", student) | head("module.head.")}
-    sides["teacher"] = under("backbone.", teacher) | head("head.")
+    sides = {"student": under("module.backbone.", student) | heads("module.head.")}
+    sides["teacher"] = under("backbone.", teacher) | heads("head.")
     args = argparse.Namespace(arch="resnet18", patch_size=16)
-    return {**sides, "optimizer": optimizer, "epoch": 100, "args": args, "dino_loss": {"center": torch.zeros(1, 16)}}
+    return {**sides, "optimizer": sgd(np.float64(1e-4)), "args": args, "dino_loss": {"center": torch.zeros(1, 16)}}
 
 
-def plain(student: nn.Module, _: nn.Module) -> dict[str, Any]:
+def plain(student: nn.Module, _: nn.Module | None = None) -> dict[str, Any]:
     """torchvision's own files: names and weights, with the classifier."""
     return {**under("", student), "fc.weight": torch.randn(1000, 512), "fc.bias": torch.randn(1000)}
 
@@ -142,16 +139,12 @@ def write(path: Path, content: Any, **options: Any) -> Path:
 
 
 def load(path: Path, **options: Any) -> tuple[nn.Module, LoadReport]:
-    return load_foreign(path, Reading(**options))
+    return load_foreign(path, Reading(**{"size": 32, **options}))
 
 
 def refused(match: str, path: Path, **options: Any) -> None:
     with pytest.raises(CheckpointError, match=match):
         load(path, **options)
-
-
-def plain_file(folder: Path) -> Path:
-    return write(folder / "plain.pth", plain(resnet18(), resnet18()))
 
 
 @torch.no_grad()
@@ -164,16 +157,18 @@ def test_every_layout_loads_whole_and_computes_what_its_source_does(tmp_path, ki
     layout, stem, writer = WRITERS[kind]
     student, teacher = resnet18(stem), resnet18(stem, seed=1)
     path = write(tmp_path / "weights.pth", writer(student, teacher))
-    backbone, report = load(path, size=32)
+    backbone, report = load(path)
     assert (report.layout, report.detected, report.backbone, report.stem) == (layout, True, "resnet18", stem)
-    assert report.matched == report.total == len(student.state_dict())
-    assert report.missing == report.unexpected == []
+    assert report.matched == report.total == len(student.state_dict()) and report.missing == report.unexpected == []
     assert report.network == {"dino": "teacher", "torchvision": "backbone"}.get(kind, "student")
     assert same(backbone, teacher if kind == "dino" else student)
     assert backbone.num_features == 512 and not backbone.training
     if kind in ("official small", "solo", "moco v3", "dino"):
-        other, report = load(path, layout=layout, network="student" if kind == "dino" else "teacher", size=32)
+        other, report = load(path, layout=layout, network="student" if kind == "dino" else "teacher")
         assert same(other, student if kind == "dino" else teacher) and not report.detected
+    if kind == "moco v2":  # both heads' two tensors: the student's apart, the teacher's with the teacher
+        beside = {"epoch": 0, "arch": 0, "optimizer": 1, "encoder_k.": 122, "queue": 1, "queue_ptr": 1, "encoder_q.fc.": 2}
+        assert report.left_out == beside
 
 
 @pytest.mark.parametrize("kind", ["official small", "dino", "torchvision"])
@@ -183,32 +178,22 @@ def test_one_renamed_key_is_refused_by_both_its_names(tmp_path, kind):
     holder = next((content[key] for key in ("model", "state_dict", "teacher") if key in content), content)
     name = next(key for key in holder if key.endswith("1.bn2.running_var"))  # of the student, which comes first
     holder[name.replace("running_var", "running_bar")] = holder.pop(name)
-    refused(
-        r"119 of 120 .*missing \(1\): \S*2.running_var; unexpected \(1\): \S*running_bar",
-        write(tmp_path / "weights.pth", content),
-    )
-
-
-def test_what_is_left_out_is_counted(tmp_path):
-    path = write(tmp_path / "moco.pth.tar", moco_v2(resnet18(), resnet18(seed=1)))
-    # Both heads' two tensors: the student's apart, the teacher's with the teacher.
-    expected = {"epoch": 0, "arch": 0, "optimizer": 1, "encoder_k.": 122, "queue": 1, "queue_ptr": 1, "encoder_q.fc.": 2}
-    assert load(path)[1].left_out == expected
+    counts = r"119 of 120 .*missing \(1\): \S*2.running_var; unexpected \(1\): \S*running_bar"
+    refused(counts, write(tmp_path / "weights.pth", content))
 
 
 def test_names_can_be_allowed(tmp_path):
-    content = plain(resnet18(), resnet18())
+    content = whole(extra__scale=torch.zeros(1), extra__shift=torch.zeros(1))
     del content["layer4.1.conv2.weight"]
-    content["extra.scale"], content["extra.shift"] = torch.zeros(1), torch.zeros(1)
     path = write(tmp_path / "weights.pth", content)
     for allow in ((), ("extra.*",), ("layer4.1.conv2.weight", "extra.scale"), ("extr",)):
-        refused(r"missing|unexpected", path, allow=allow, size=48)
+        refused(r"missing|unexpected", path, allow=allow)
     allow = ("layer4.1.conv2.weight", "extra.")
-    first, report = load(path, allow=allow, size=48)
+    first, report = load(path, allow=allow)
     assert (report.missing, report.unexpected, report.matched) == ([allow[0]], ["extra.scale", "extra.shift"], 119)
     opened = open_backbones(path, Reading(allow=allow, size=48))
     assert torch.equal(opened.backbone.layer4[1].conv2.weight, first.layer4[1].conv2.weight)  # fresh, and the same each time
-    assert len(opened.notes) == 2 and open_backbones(plain_file(tmp_path), Reading(size=48)).notes == ()
+    assert len(opened.notes) == 2 and open_backbones(write(path, whole()), Reading(size=48)).notes == ()
 
 
 @pytest.mark.parametrize("name", ["resnet34", "resnet152", "resnext50_32x4d", "wide_resnet101_2"])
@@ -220,8 +205,7 @@ def test_resnets_are_recognised_by_their_weights(name):
 def test_stems_differ_in_what_they_compute(tmp_path):
     path = write(tmp_path / "solo.ckpt", solo(resnet18("small-wide"), resnet18("small-wide")))
     with torch.no_grad():
-        maps = [load(path, stem=stem)[0].conv1(images(32)).shape[-1] for stem in (None, "small")]
-    assert maps == [34, 32]
+        assert [load(path, stem=stem)[0].conv1(images(32)).shape[-1] for stem in (None, "small")] == [34, 32]
     backbone, _ = load(path, stem="small-pool", size=96)
     assert backbone.spec.view.size == 96 and isinstance(backbone.maxpool, nn.MaxPool2d)
 
@@ -233,7 +217,7 @@ def test_a_small_vit_of_moco_v3_has_twelve_heads(tmp_path):
     state = content["state_dict"]
     state["module.base_encoder.head.0.weight"] = state.pop("module.base_encoder.fc.linear1.weight")
     path = write(tmp_path / "vit.pth", content)
-    backbone, report = load(path, backbone="vit_small_patch32_224")
+    backbone, report = load(path, backbone="vit_small_patch32_224", size=None)
     assert same(backbone, source, side=224) and "12 attention heads" in " ".join(report.notes)
     with pytest.raises(ConfigError, match="backbone: "):
         load(path)
@@ -243,14 +227,14 @@ def test_fresh_weights_are_refused(tmp_path):
     torch.manual_seed(3)
     fresh = timm.create_model("resnet18", num_classes=0)
     path = write(tmp_path / "fresh.pth", fresh.state_dict())
-    refused("untrained: its batch-norm statistics", path, size=48)
-    assert same(load(path, size=48, allow=("untrained",))[0], fresh.eval())
+    refused("untrained: its batch-norm statistics", path)
+    assert same(load(path, allow=("untrained",))[0], fresh.eval())
     fresh.train()(images())  # nothing is learned by that
-    refused("untrained: its norms and biases", write(path, fresh.state_dict()), size=48)
+    refused("untrained: its norms and biases", write(path, fresh.state_dict()))
 
 
 def whole(**changes: Any) -> dict[str, Any]:
-    return plain(resnet18(), resnet18()) | {name.replace("__", "."): value for name, value in changes.items()}
+    return plain(resnet18()) | {name.replace("__", "."): value for name, value in changes.items()}
 
 
 def numbered(name: str) -> dict[str, Any]:
@@ -305,9 +289,9 @@ def test_what_is_no_backbone_is_refused_in_one_line(tmp_path, content, options, 
     content, path = content() if callable(content) else content, tmp_path / "weights.pth"
     path.write_bytes(content) if isinstance(content, bytes) else write(path, content)
     setting = named.removesuffix(": ") in ("from", "network", "stem", "size")
-    with pytest.raises(ConfigError if setting else CheckpointError, match=named) as caught:
+    with pytest.raises(ConfigError if setting else CheckpointError, match=named) as refusal:
         load(path, **options)
-    assert "\n" not in str(caught.value) and (setting or str(path) in str(caught.value))
+    assert "\n" not in str(refusal.value) and (setting or str(path) in str(refusal.value))
 
 
 class Hostile:
@@ -320,7 +304,7 @@ def test_code_in_a_file_is_refused_by_name_and_never_run(tmp_path, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "x.pth"
     for hidden in (Hostile(), {"deep": [Hostile()]}):
-        write(path, {**plain(resnet18(), resnet18()), "args": hidden}, _use_new_zipfile_serialization=not legacy)
+        write(path, whole(args=hidden), _use_new_zipfile_serialization=not legacy)
         refused(r"holds a (posix|nt).system, which is refused", path)
         assert main(["import", str(path)]) == 4
     refused(r"torch.nn.modules.linear.Linear, which is refused", write(path, {"model": nn.Linear(2, 2)}))
@@ -329,7 +313,7 @@ def test_code_in_a_file_is_refused_by_name_and_never_run(tmp_path, monkeypatch, 
 
 def test_old_files_without_counters_and_in_the_old_format_load(tmp_path):
     content = {name: value for name, value in resnet18().state_dict().items() if "num_batches" not in name}
-    backbone, report = load(write(tmp_path / "old.pth", content, _use_new_zipfile_serialization=False), size=48)
+    backbone, report = load(write(tmp_path / "old.pth", content, _use_new_zipfile_serialization=False))
     assert same(backbone, resnet18()) and "20 counters" in report.notes[0]
 
 
@@ -345,25 +329,29 @@ def test_safetensors_with_timms_names_load(tmp_path):
 def test_twins_are_proven_both_ways(tmp_path, name):
     torch.manual_seed(0)
     ours = trained(timm.create_model(name, num_classes=0))
-    state = twins.to_torchvision(ours.state_dict(), name)
+    state = twins.convert(ours.state_dict(), name)
     theirs, classifier = twins.bare(twins.TWINS[name])
     theirs.load_state_dict(state)
     path = write(tmp_path / "tv.pth", {**state, f"{classifier}.bias": torch.zeros(3)})
     backbone, report = load(path, backbone=name)
-    assert (
-        report.layout == "torchvision"
-        and report.left_out == {f"{classifier.partition('.')[0]}.": 1}
-        and report.matched == len(state)
-    )
+    assert report.layout == "torchvision" and report.matched == len(state)
+    assert report.left_out == {f"{classifier.partition('.')[0]}.": 1}
     with torch.no_grad():
         expected, others = ours(images()), (theirs(images()), backbone(images()))
     for features in others:
         torch.testing.assert_close(features, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
-
-
-def test_networks_without_a_twin_are_refused():
     with pytest.raises(ConfigError, match="resnet18d"):
-        twins.to_torchvision({}, "resnet18d")
+        twins.convert({}, "resnet18d")
+
+
+def test_torchvisions_networks_are_read_from_its_own_files(tmp_path):
+    torch.manual_seed(2)
+    theirs = trained(torchvision.models.shufflenet_v2_x0_5())
+    path = write(tmp_path / "shuffle.pth", theirs.state_dict())
+    backbone, report = load(path, backbone="torchvision/shufflenet_v2_x0_5")
+    theirs.fc = nn.Identity()
+    assert same(backbone, theirs) and report.layout == "torchvision" and report.left_out == {"fc.": 2}
+    refused("match", path, backbone="torchvision/shufflenet_v2_x1_0")
 
 
 def test_an_imported_file_is_the_backbone_that_opening_the_file_gives(tmp_path):
@@ -374,14 +362,19 @@ def test_an_imported_file_is_the_backbone_that_opening_the_file_gives(tmp_path):
     assert opened.origin == {**dataclasses.asdict(report), "out": None}
     again = open_backbones(report.out)
     assert again.spec == opened.spec and same(again.backbone, opened.backbone)
-    assert again.origin == {
-        "kind": "exported",
-        "file": "solo-200.safetensors",
-        "network": "backbone",
-        "origin": "solo-200.pth.tar",
-    }
+    header = {"network": "backbone", "origin": "solo-200.pth.tar"}
+    assert again.origin == {"kind": "exported", "file": "solo-200.safetensors", **header}
     text = (tmp_path / "solo-200.md").read_text()
     assert "layout solo" in text and "CIFAR-10's mean" in text and str(tmp_path) not in text
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of ours with its settings; tests put these back."""
+    folder = tmp_path_factory.mktemp("imported")
+    source = resnet18("small-wide")
+    import_weights(write(folder / "solo.ckpt", solo(source, source)), out=folder / "a.safetensors")
+    return folder / "a.safetensors"
 
 
 HUGE = {
@@ -391,25 +384,25 @@ HUGE = {
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize("name", HUGE)
-def test_settings_beside_a_file_build_nothing_larger_than_the_file(tmp_path, name):
-    import_weights(plain_file(tmp_path), size=48)
-    file = tmp_path / "plain.safetensors"
-    spec = dataclasses.replace(open_backbones(file).spec, name=name, arguments=HUGE[name])
-    file.with_suffix(".yaml").write_text(spec.to_yaml())
+def test_settings_beside_a_file_build_nothing_larger_than_the_file(imported, tmp_path):
+    file, spec = tmp_path / "a.safetensors", open_backbones(imported).spec
+    file.write_bytes(imported.read_bytes())
     limits, pages = resource.getrlimit(resource.RLIMIT_AS), int(Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (1 << 30), limits[1]))
     try:
-        with pytest.raises(CheckpointError, match=name):
-            relssl.load_backbone(file)
+        for name, arguments in HUGE.items():
+            large = dataclasses.replace(spec, name=name, arguments=arguments, stem="standard")
+            file.with_suffix(".yaml").write_text(large.to_yaml())
+            with pytest.raises(CheckpointError, match=name):
+                relssl.load_backbone(file)
     finally:
         resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
 def test_an_import_replaces_nothing_but_an_import(tmp_path):
-    path = plain_file(tmp_path)
-    import_weights(path, size=20)
-    import_weights(path, size=20)
+    path = write(tmp_path / "plain.pth", whole())
+    for _ in range(2):
+        import_weights(path, size=20)
     (tmp_path / "mine.yaml").write_text("precious")
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
     (tmp_path / "text.safetensors").write_text("no tensors")
@@ -419,52 +412,44 @@ def test_an_import_replaces_nothing_but_an_import(tmp_path):
     assert (tmp_path / "mine.yaml").read_text() == "precious"
 
 
-def test_a_file_of_ours_is_used_with_its_settings_or_not_at_all(tmp_path):
+def test_a_file_of_ours_is_used_with_its_settings_or_not_at_all(imported):
     """Read by its names alone it would come back with another stem, size and mean."""
-    source = resnet18("small-wide")
-    file = tmp_path / "a.safetensors"
-    import_weights(write(tmp_path / "solo.ckpt", solo(source, source)), out=file)
-    settings = file.with_suffix(".yaml")
+    settings = imported.with_suffix(".yaml")
     before = settings.read_text()
     with pytest.raises(ConfigError, match="nothing to import"):
-        import_weights(file)
+        import_weights(imported)
     for reading, option in ((Reading(network="teacher"), "network"), (Reading(layout="solo"), "--from")):
         with pytest.raises(ConfigError, match=f"{option}: .*leave .*out"):
-            open_backbones(file, reading)
+            open_backbones(imported, reading)
     assert settings.read_text() == before
-    settings.write_text(before.replace("backbone_args: {}", "backbone_args: {checkpoint_path: other.pth}"))
-    with pytest.raises(ConfigError, match=r"a\.yaml: backbone_args: checkpoint_path"):
-        relssl.load_backbone(file)
-    settings.unlink()
-    for use in (open_backbones, relssl.load_backbone, relssl.export):
-        with pytest.raises(ConfigError, match=r"a\.yaml"):
-            use(file)
+    try:
+        settings.write_text(before.replace("backbone_args: {}", "backbone_args: {checkpoint_path: other.pth}"))
+        with pytest.raises(ConfigError, match=r"a\.yaml: backbone_args: checkpoint_path"):
+            relssl.load_backbone(imported)
+        settings.unlink()
+        for use in (open_backbones, relssl.load_backbone, relssl.export):
+            with pytest.raises(ConfigError, match=r"a\.yaml"):
+                use(imported)
+    finally:
+        settings.write_text(before)
 
 
 BESIDE = {"projection_head.0.weight": torch.ones(2), "prototypes.weight": torch.ones(2)}
+NAMES = [
+    *(("", "", "timm"), ("module.", "", "timm"), ("model.module.", "", "timm")),
+    *(("backbone._orig_mod.", "momentum_backbone.", "solo"), ("backbone.", "backbone_momentum.", "solo")),
+    *(("student_backbone.", "teacher_backbone.", "dino"), ("online_encoder.net.", "target_encoder.net.", "moco")),
+]
 
 
-@pytest.mark.parametrize(
-    ("theirs", "beside", "layout"),
-    [
-        ("", "", "timm"),
-        ("module.", "", "timm"),
-        ("model.", "", "timm"),
-        ("model.module.", "", "timm"),
-        ("backbone._orig_mod.", "momentum_backbone.", "solo"),
-        ("backbone.", "backbone_momentum.", "solo"),
-        ("student_backbone.", "teacher_backbone.", "dino"),
-        ("online_encoder.net.", "target_encoder.net.", "moco"),
-    ],
-)
+@pytest.mark.parametrize(("theirs", "beside", "layout"), NAMES)
 def test_wrappers_heads_and_other_programs_names_are_known(tmp_path, theirs, beside, layout):
     other = under(beside, resnet18(seed=1)) if beside else {}
     path = write(tmp_path / "w.ckpt", {"state_dict": under(theirs, resnet18()) | other | BESIDE, "epoch": 1})
-    network = {"network": "student"} if layout == "dino" else {}
-    backbone, report = load(path, size=48, **network)
+    backbone, report = load(path, network="student" if layout == "dino" else None)
     assert same(backbone, resnet18()) and (report.layout, report.matched, report.unexpected) == (layout, 120, [])
     if beside:
-        assert same(load(path, size=48, network="teacher")[0], resnet18(seed=1))
+        assert same(load(path, network="teacher")[0], resnet18(seed=1))
 
 
 def test_a_network_deep_in_a_file_is_found_or_named_by_its_prefix(tmp_path):
@@ -472,37 +457,24 @@ def test_a_network_deep_in_a_file_is_found_or_named_by_its_prefix(tmp_path):
     content: dict[str, Any] = {"phase": 1, "classy_state_dict": {"base_model": model}, "optimizer": {"state": [torch.ones(2)]}}
     content["optimizer"]["self"] = content  # a file may hold itself
     path = write(tmp_path / "vissl.torch", content)
-    backbone, report = load(path, size=48)
-    assert same(backbone, resnet18()) and report.left_out == {
-        "phase": 0,
-        "classy_state_dict.": 1,
-        "optimizer.": 1,
-        "optimizer": 0,
-    }
-    path = write(tmp_path / "two.pth", {"state_dict": under("one.", resnet18()), "ema": under("", resnet18(seed=1))})
+    backbone, report = load(path)
+    assert same(backbone, resnet18())
+    assert report.left_out == {"phase": 0, "classy_state_dict.": 1, "optimizer.": 1, "optimizer": 0}
+    write(path, {"state_dict": under("one.", resnet18()), "ema": under("", resnet18(seed=1))})
     for prefix, seed in (("one", 0), ("one.", 0), ("ema", 1), ("state_dict.one", 0)):
-        opened = open_backbones(path, Reading(prefix=prefix, size=48))
-        assert same(opened.backbone, resnet18(seed=seed))
+        assert same(load(path, prefix=prefix)[0], resnet18(seed=seed))
     write(path, under("one.", resnet18()) | under("two.", resnet18(seed=1)))
     refused(r"several networks, one\., two\.; name one with --prefix", path)
     refused(r"looked for three\.", path, prefix="three")
     refused("--allow NAME", path, prefix="one", backbone="resnet34")
-
-
-def test_the_average_is_read_where_a_training_program_keeps_both(tmp_path):
-    content = {"epoch": 3, "state_dict": under("", resnet18()), "state_dict_ema": under("", resnet18(seed=1)), "optimizer": sgd()}
-    path = write(tmp_path / "timm.pth.tar", content)
-    backbone, report = load(path, size=48)
+    # The average is read where a training program keeps both.
+    write(
+        path, {"epoch": 3, "state_dict": under("", resnet18()), "state_dict_ema": under("", resnet18(seed=1)), "optimizer": sgd()}
+    )
+    backbone, report = load(path)
     assert same(backbone, resnet18(seed=1)) and report.left_out["state_dict"] == 120
     assert any("state_dict_ema" in note for note in report.notes)
-    assert same(load(path, size=48, prefix="state_dict")[0], resnet18())
-
-
-@pytest.fixture(scope="module")
-def small_vit() -> nn.Module:
-    """For images of 96 pixels."""
-    torch.manual_seed(0)
-    return trained(timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=96, dynamic_img_size=True))
+    assert same(load(path, prefix="state_dict")[0], resnet18())
 
 
 def transformers_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -525,8 +497,11 @@ def transformers_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return named | {"vit.pooler.dense.weight": torch.ones(2), "classifier.weight": torch.ones(2)}
 
 
-def test_vision_transformers_load_under_the_names_and_sizes_that_programs_use(tmp_path, small_vit):
-    state, name = small_vit.state_dict(), "vit_tiny_patch16_224"
+def test_vision_transformers_load_under_the_names_and_sizes_that_programs_use(tmp_path):
+    torch.manual_seed(0)
+    name = "vit_tiny_patch16_224"
+    source = trained(timm.create_model(name, num_classes=0, img_size=96, dynamic_img_size=True))
+    state = source.state_dict()
     chunks = {f"backbone.{key.replace('blocks.', 'blocks.0.')}": value for key, value in state.items()}
     files: dict[str, Any] = {
         "mae": {"model": state | {"mask_token": torch.ones(2), "decoder_embed.weight": torch.ones(2)}},
@@ -534,14 +509,12 @@ def test_vision_transformers_load_under_the_names_and_sizes_that_programs_use(tm
         "transformers": transformers_names(state),
     }
     for kind, content in files.items():
-        backbone, report = load(write(tmp_path / f"{kind}.pth", content), backbone=name)
+        backbone, report = load(write(tmp_path / f"{kind}.pth", content), backbone=name, size=None)
         assert backbone.spec.view.size == 96 and report.unexpected == report.missing == []
-        torch.testing.assert_close(backbone(images(96)), small_vit(images(96)), rtol=0, atol=1e-5)
-    out = import_weights(tmp_path / "mae.pth", backbone=name, size=64).out
-    again = open_backbones(out)
-    assert again.spec.view.size == 64 and torch.equal(again.backbone(images(64)), small_vit(images(64)))
-    with pytest.raises(CheckpointError, match=f"perhaps of {name}"):
-        load(tmp_path / "mae.pth")
+        torch.testing.assert_close(backbone(images(96)), source(images(96)), rtol=0, atol=1e-5)
+    again = open_backbones(import_weights(tmp_path / "mae.pth", backbone=name, size=64).out)  # the embeddings stay
+    assert again.spec.view.size == 64 and torch.equal(again.backbone(images(64)), source(images(64)))
+    refused(f"perhaps of {name}", tmp_path / "mae.pth")
     bomb = torch.zeros(1, 1, 192).expand(1, 10**8 + 1, 192)
     refused("pos_embed", write(tmp_path / "bomb.pth", state | {"pos_embed": bomb}), backbone=name)
 
@@ -549,17 +522,16 @@ def test_vision_transformers_load_under_the_names_and_sizes_that_programs_use(tm
 def test_a_grey_network_sees_grey_images(tmp_path):
     torch.manual_seed(0)
     source = trained(timm.create_model("resnet18", num_classes=0, in_chans=1))
-    out = import_weights(write(tmp_path / "grey.pth", source.state_dict()), size=48).out
-    backbone = relssl.load_backbone(out)
+    backbone = relssl.load_backbone(import_weights(write(tmp_path / "grey.pth", source.state_dict()), size=48).out)
     pixels = backbone.transform(Image.fromarray(np.full((60, 60), 115, np.uint8)))
     assert pixels.shape == (1, 48, 48) and abs(float(pixels.mean())) < 0.05  # about ImageNet's mean
     assert torch.equal(backbone(pixels[None]), source(pixels[None]))
 
 
 def test_the_command_reports_counts(tmp_path, capsys):
-    path, options = str(plain_file(tmp_path)), ["--size", "48", "--out", str(tmp_path / "b.safetensors"), "--json"]
+    path = str(write(tmp_path / "plain.pth", whole()))
     assert main(["export", path, "--format", "timm"]) == 2  # is to be imported first
-    assert main(["import", path, "--from", "torchvision", *options]) == 0
+    assert main(["import", path, "--from", "torchvision", "--size", "48", "--json"]) == 0
     answer = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (answer["matched"], answer["layout"], answer["left_out"]) == (120, "torchvision", {"fc.": 2})
     assert main(["import", path, "--from", "solo"]) == 4
@@ -567,9 +539,14 @@ def test_the_command_reports_counts(tmp_path, capsys):
 
 def test_timms_own_weights_come_with_timms_view(monkeypatch):
     torch.manual_seed(0)
-    source = trained(timm.create_model("resnet18", num_classes=0))
-    create = timm.create_model
-    monkeypatch.setattr(timm, "create_model", lambda name, pretrained=False, **kw: source if pretrained else create(name, **kw))
+    source, create, offline = trained(timm.create_model("resnet18", num_classes=0)), timm.create_model, False
+
+    def fetched(name, pretrained=False, **options):
+        if pretrained and offline:
+            raise OSError("no route to host")
+        return source if pretrained else create(name, **options)
+
+    monkeypatch.setattr(timm, "create_model", fetched)
     backbone = load_timm("timm:resnet18.a1_in1k")
     view, cfg = backbone.spec.view, timm.get_pretrained_cfg("resnet18.a1_in1k")
     assert same(backbone, source) and backbone.spec.name == "resnet18"
@@ -577,13 +554,7 @@ def test_timms_own_weights_come_with_timms_view(monkeypatch):
     photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 90, 3), np.uint8)).resize((450, 350))
     theirs = timm.data.create_transform(**timm.data.resolve_data_config(cfg.to_dict()))
     torch.testing.assert_close(backbone.transform(photo), theirs(photo), rtol=0, atol=1e-5)
-
-    def offline(name, pretrained=False, **kw):
-        if pretrained:
-            raise OSError("no route to host")
-        return create(name, **kw)
-
-    monkeypatch.setattr(timm, "create_model", offline)
+    offline = True
     with pytest.raises(CheckpointError, match="no route to host"):
         load_timm("resnet18")
     for unknown in ("timm:resnet19", "resnet18.nowhere"):

@@ -83,16 +83,18 @@ def test_accuracy_on_digits_is_that_of_scikit_learn(digits: Sides) -> None:
 
 def test_map_of_several_labels_is_that_of_the_scores(digits: Sides) -> None:
     bank, labels, test, truth = digits
-    known, wanted = (torch.stack([own % 2, own < 3, own * 0 + 1, own // 10], dim=1).to(torch.int8) for own in (labels, truth))
+    known, several_truth = (
+        torch.stack([own % 2, own < 3, own * 0 + 1, own // 10], dim=1).to(torch.int8) for own in (labels, truth)
+    )
     known[::7, 0] = -1
-    finding = measure((bank, known, test, wanted), classes=4)
+    finding = measure((bank, known, test, several_truth), classes=4)
     each = finding.details["average_precision"]
     assert finding.main == "map" and list(finding.figures) == ["map"] and (each[2], each[3]) == (100, None)
     assert finding.figures["map"] == pytest.approx(np.mean(each[:3]), abs=1e-3)
     scaler = StandardScaler().fit(bank)
     model = LogisticRegression(C=1 / (finding.details["strength"] * 1000), max_iter=5000).fit(scaler.transform(bank), labels < 3)
     scores = torch.from_numpy(model.decision_function(scaler.transform(test)))[:, None]
-    assert each[1] == pytest.approx(100 * average_precision(scores, wanted[:, 1:2])[0], abs=0.2)
+    assert each[1] == pytest.approx(100 * average_precision(scores, several_truth[:, 1:2])[0], abs=0.2)
 
 
 def test_the_penalty_is_the_best_on_held_out_images(digits: Sides) -> None:
@@ -131,9 +133,9 @@ def few(sides: Sides) -> Sides:
 @pytest.fixture
 def several(digits: Sides) -> Sides:
     bank, labels, test, truth = few(digits)
-    known, wanted = (torch.stack([own % 2, own < 3, own == 7], dim=1).to(torch.int8) for own in (labels, truth))
-    known[::5, 0], wanted[::3, 1] = -1, -1
-    return bank, known, test, wanted
+    known, several_truth = (torch.stack([own % 2, own < 3, own == 7], dim=1).to(torch.int8) for own in (labels, truth))
+    known[::5, 0], several_truth[::3, 1] = -1, -1
+    return bank, known, test, several_truth
 
 
 def shoot(sides: Sides, shots: int, *, classes: int = 10, draws: int = 3, seed: int = 0, **settings: Any) -> Finding:
@@ -163,7 +165,7 @@ def test_all_images_give_what_scikit_learn_gives(digits: Sides) -> None:
 
 
 def test_map_of_all_images_is_that_of_scikit_learn(several: Sides) -> None:
-    bank, known, test, wanted = several
+    bank, known, test, several_truth = several
     finding = shoot(several, 0, classes=3, cost=(1.0,))
     columns = []
     for own in range(3):
@@ -171,7 +173,7 @@ def test_map_of_all_images_is_that_of_scikit_learn(several: Sides) -> None:
         model = LinearSVC(C=1.0, dual="auto", class_weight={0: 1, 1: 2}, max_iter=5000)
         model.fit(normalize(bank.double())[rows], known[rows, own].numpy())
         columns.append(torch.from_numpy(model.decision_function(normalize(test.double()))))
-    want = 100 * average_precision(torch.stack(columns, dim=1), wanted, interpolated=True).mean()
+    want = 100 * average_precision(torch.stack(columns, dim=1), several_truth, interpolated=True).mean()
     assert finding.main == "map" and finding.figures["map"] == pytest.approx(want, abs=0.1)
     low, high = finding.intervals["map"]
     assert low < want < high

@@ -104,17 +104,19 @@ def test_a_page_says_what_is_missing(run: Path, tmp_path: Path, capsys: pytest.C
 
 
 def test_two_runs_of_one_name_are_compared_and_told_apart(run: Path, tmp_path: Path) -> None:
-    other = Path(shutil.copytree(run, tmp_path / "run"))
+    one, other = (
+        Path(shutil.copytree(run, tmp_path / name / "run", ignore=shutil.ignore_patterns("checkpoints"))) for name in "ab"
+    )
     settings = (run / "config.yaml").read_text()
     (other / "config.yaml").write_text(settings.replace("teacher_temperature: 0.04", "teacher_temperature: 0.07"))
     rows = (
         json.dumps({name: value for name, value in row.items() if "knn" not in name}) for row in read_rows(run / "metrics.jsonl")
     )
     (other / "metrics.jsonl").write_text("\n".join(rows))
-    page = relssl.write_report(run, other, out=tmp_path / "both.html")
+    page = relssl.write_report(one, other, out=tmp_path / "both.html")
     text = page.read_text()
-    assert "method.teacher_temperature" in text and "0.07" in text
-    assert [each["name"] for each in data_of(page)["runs"]] == [f"{folder.parent.name}/run" for folder in (run, other)]
+    assert "method.teacher_temperature" in text and "0.07" in text and "holds no checkpoint" in text
+    assert [each["name"] for each in data_of(page)["runs"]] == ["a/run", "b/run"]
 
 
 @pytest.fixture(scope="module")

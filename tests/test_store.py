@@ -71,8 +71,7 @@ def saved(tmp_path: Path) -> Path:
 def test_round_trip_is_exact(saved: Path) -> None:
     loaded, meta = store.load(saved)
     assert loaded.keys() == tensors().keys() and all(bits(loaded[name]) == bits(value) for name, value in tensors().items())
-    assert meta == {"step": 7, "lr": 0.1 + 0.2}
-    assert names(saved) == sorted(FILES)
+    assert meta == {"step": 7, "lr": 0.1 + 0.2} and names(saved) == sorted(FILES)
     (saved / FILES[0]).write_bytes(b"")  # loaded tensors outlive the file
     assert loaded["tied"].sum() == 276
     store.save(saved.with_name("empty"), {}, {})
@@ -80,38 +79,27 @@ def test_round_trip_is_exact(saved: Path) -> None:
 
 
 @pytest.mark.skipif(shutil.which("sha256sum") is None, reason="needs sha256sum")
-def test_a_state_of_more_than_64_mib_beside_tensors_is_refused_unread(tmp_path: Path) -> None:
-    store.save(tmp_path / "step-00000001", {}, {"text": "x" * (64 << 20)})
-    with pytest.raises(CheckpointError, match=r"state\.json.*67108"):
-        store.load(tmp_path / "step-00000001")
-
-
 def test_sha256sum_reads_the_hashes(saved: Path) -> None:
     result = subprocess.run(["sha256sum", "-c", "--strict", "SHA256SUMS"], cwd=saved, capture_output=True, text=True, check=True)
     assert result.stdout.splitlines() == ["state.safetensors: OK", "state.json: OK"]
 
 
-@pytest.mark.parametrize("kind", ["folder", "link"])
-def test_an_existing_target_is_refused(tmp_path: Path, kind: str) -> None:
-    target = tmp_path / "step-00000001"
-    target.symlink_to(tmp_path / "nowhere") if kind == "link" else target.mkdir()
-    with pytest.raises(StorageError, match="exists already"):
-        store.save(target, {}, {})
-    assert names(tmp_path) == ["step-00000001"]
-
-
-@pytest.mark.parametrize(
-    ("state", "meta", "names"),
-    [
-        ({"a\udc80": torch.zeros(1)}, {}, "udc80"),
-        ({"m": torch.zeros(1, device="meta")}, {}, "'m'"),
-        ({"s": torch.eye(2).to_sparse()}, {}, "'s'"),
-    ],
-)
-def test_what_cannot_be_stored_is_named(tmp_path: Path, state: dict[str, Tensor], meta: dict[str, Any], names: str) -> None:
-    with pytest.raises(ValueError, match=names):
-        store.save(tmp_path / "a", state, meta)
-    assert not list(tmp_path.iterdir())
+def test_what_cannot_be_stored_is_named_and_nothing_is_replaced(tmp_path: Path) -> None:
+    odd = {
+        "udc80": {"a\udc80": torch.zeros(1)},
+        "'m'": {"m": torch.zeros(1, device="meta")},
+        "'s'": {"s": torch.eye(2).to_sparse()},
+    }
+    for named, state in odd.items():
+        with pytest.raises(ValueError, match=named):
+            store.save(tmp_path / "a", state, {})
+    assert not names(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for name in ("folder", "link"):
+        with pytest.raises(StorageError, match="exists already"):
+            store.save(tmp_path / name, {}, {})
+    assert names(tmp_path) == ["folder", "link"]
 
 
 def test_every_flipped_bit_and_every_cut_is_found(saved: Path) -> None:
@@ -131,28 +119,21 @@ def test_every_flipped_bit_and_every_cut_is_found(saved: Path) -> None:
 @pytest.mark.parametrize("name", FILES)
 def test_a_missing_linked_or_odd_file_is_named(saved: Path, name: str) -> None:
     (saved / name).rename(saved / "away")
-
-    def refused() -> None:
+    for put in (lambda path: None, lambda path: path.symlink_to("away"), os.mkfifo):
+        (saved / name).unlink(missing_ok=True)
+        put(saved / name)
         with pytest.raises(CheckpointError, match=name):
             store.load(saved)
         assert store.checkpoints(saved.parent) == [saved] and not store.is_whole(saved)
-
-    refused()
-    (saved / name).symlink_to("away")
-    refused()
-    (saved / name).unlink()
-    os.mkfifo(saved / name)
-    refused()
     with pytest.raises(CheckpointError, match="gone"):
         store.load(saved / "gone")
 
 
 METAS = {
-    "empty": b"", "list": b"[]", "null": b"null", "no meta": b'{"version": 1}',
-    "version": b'{"version": "1", "meta": {}}', "old": b'{"version": 0, "meta": {}}', "deep": b"[" * 200_000,
-    "bytes": b"\xff\xfe\0", "newer": b'{"version": 3, "meta": {}}',
+    "empty": b"", "list": b"[]", "null": b"null", "no meta": b'{"version": 1}', "version": b'{"version": "1", "meta": {}}',
+    "old": b'{"version": 0, "meta": {}}', "deep": b"[" * 200_000, "bytes": b"\xff\xfe\0", "newer": b'{"version": 3, "meta": {}}',
     "nan": b'{"version": 1, "meta": {"a": NaN}}', "true": b'{"version": true, "meta": {}}',
-    "digits": b'{"version": 1, "meta": {"a": ' + b"9" * 9999 + b"}}", "huge": b'{"a": "' + b" " * (17 << 20) + b'"}',
+    "digits": b'{"version": 1, "meta": {"a": ' + b"9" * 9999 + b"}}", "more than 64 MiB": b'{"a": "' + b" " * (64 << 20) + b'"}',
 }  # fmt: skip
 
 
@@ -200,9 +181,8 @@ LEAVES = st.one_of(
     st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), st.text(max_size=5),
     st.sampled_from(["$tensor", "__metadata__"]), st.builds(lambda n: torch.arange(n), st.integers(0, 3)),
 )  # fmt: skip
-KEYS = st.one_of(
-    st.text(max_size=3), st.integers(-3, 3), st.none(), st.sampled_from(["$tensor", "$dict", "a.b", "__metadata__", "0"])
-)
+ODD_KEYS = st.sampled_from(["$tensor", "$dict", "a.b", "__metadata__", "0"])
+KEYS = st.one_of(st.text(max_size=3), st.integers(-3, 3), st.none(), ODD_KEYS)
 TREES = st.recursive(
     LEAVES, lambda t: st.one_of(st.lists(t, max_size=3), st.dictionaries(KEYS, t, max_size=3), st.tuples(t, t)), max_leaves=12
 )
@@ -213,25 +193,22 @@ def equal(a: Any, b: Any) -> bool:
         return False
     if isinstance(a, Tensor):
         return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return len(a) == len(b) and all(map(equal, a, b)) and all(map(equal, a.values(), b.values()))
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(equal, a, b))
+    if isinstance(a, (dict, list, tuple)):
+        values = not isinstance(a, dict) or all(map(equal, a.values(), b.values()))
+        return len(a) == len(b) and all(map(equal, a, b)) and values
     return bool(a == b) and (not isinstance(a, float) or math.copysign(1, a) == math.copysign(1, b))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(TREES)
 def test_flatten_round_trip_is_exact(state: Any) -> None:
     flat, rest = store.flatten(state)
-    rest = json.loads(json.dumps(rest, allow_nan=False))
-    assert equal(store.unflatten(flat, rest), state)
+    assert equal(store.unflatten(flat, json.loads(json.dumps(rest, allow_nan=False))), state)
     assert "__metadata__" not in flat
 
 
 @pytest.mark.parametrize(
-    "rest",
-    [{"$tensor": "gone"}, {"$tensor": []}, {"$dict": 3}, {"$dict": [[[], 1]]}, {"$float": "x"}, {"$tuple": 1}],
+    "rest", [{"$tensor": "gone"}, {"$tensor": []}, {"$dict": 3}, {"$dict": [[[], 1]]}, {"$float": "x"}, {"$tuple": 1}]
 )
 def test_a_malformed_rest_is_refused(rest: Any) -> None:
     with pytest.raises(CheckpointError):
@@ -246,7 +223,7 @@ def test_what_cannot_be_flattened_is_named() -> None:
 KILLS = r"""
 import itertools, os, signal, sys
 from pathlib import Path
-import torch
+import safetensors.torch, torch
 from relssl.weights import store
 
 parent = Path(sys.argv[1])
@@ -264,7 +241,7 @@ def work(step, fatal):
         store.prune(parent, 2)
 
 newest = 0
-for fatal in range(60):
+for fatal in range(36):
     child = os.fork()
     if not child:
         work(newest + 1, fatal)
@@ -276,12 +253,12 @@ for fatal in range(60):
     newest = meta["step"] if store.checkpoints(parent) else 0
 store.prune(parent, 2)
 assert sorted(os.listdir(parent)) == [folder.name for folder in store.checkpoints(parent)]
-print("survived", newest > 20)
+print("survived", newest > 10)
 """
 
 
 def test_the_newest_checkpoint_survives_every_kill(tmp_path: Path) -> None:
-    """One at each of the first 60 system calls of a loop that saves, in processes forked from one import."""
+    """One at each of the first 36 system calls of a loop that saves, in processes forked from one import."""
     result = subprocess.run([sys.executable, "-W", "error", "-c", KILLS, str(tmp_path)], capture_output=True, text=True)
     assert result.stdout == "survived True\n", result.stderr
 
@@ -314,24 +291,21 @@ def test_a_failed_save_leaves_nothing(saved: Path, monkeypatch: pytest.MonkeyPat
     store.verify(saved)
 
 
-@pytest.mark.parametrize(("name", "at"), [("open", 0), ("write", 0), ("fsync", 0), ("replace", 0)])
-def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, at: int) -> None:
+@pytest.mark.parametrize("name", ["open", "write", "fsync", "replace"])
+def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     path = tmp_path / "status.json"
     files.write_file(path, b"old")
     with monkeypatch.context() as patch:
-        fail(patch, name, at, errno.ENOSPC)
+        fail(patch, name, 0, errno.ENOSPC)
         with pytest.raises(StorageError, match=r"status\.json.*3 bytes needed, \d+ bytes free"):
             files.write_file(path, b"new")
     assert (names(tmp_path), path.read_bytes()) == (["status.json"], b"old")
 
 
-def test_a_vanished_folder_is_named(tmp_path: Path) -> None:
+def test_written_files_follow_the_umask_replace_links_and_name_a_vanished_folder(tmp_path: Path) -> None:
     for write in (lambda path: files.write_file(path, b""), lambda path: store.save(path, {}, {})):
         with pytest.raises(StorageError, match=r"gone/x.*No such file"):
             write(tmp_path / "gone" / "x")
-
-
-def test_written_files_follow_the_umask_and_replace_links(tmp_path: Path) -> None:
     (tmp_path / "victim").write_bytes(b"safe")
     (tmp_path / "a").symlink_to(tmp_path / "victim")
     before = os.umask(0o027)
@@ -339,8 +313,7 @@ def test_written_files_follow_the_umask_and_replace_links(tmp_path: Path) -> Non
         files.write_file(tmp_path / "a", b"x" * 3)
     finally:
         os.umask(before)
-    assert (tmp_path / "a").lstat().st_mode & 0o177777 == 0o100640
-    assert (tmp_path / "victim").read_bytes() == b"safe"
+    assert (tmp_path / "a").lstat().st_mode & 0o177777 == 0o100640 and (tmp_path / "victim").read_bytes() == b"safe"
 
 
 def test_json_floats_are_exact_and_nan_is_null(tmp_path: Path) -> None:
@@ -382,7 +355,7 @@ def test_look_alikes_are_neither_listed_nor_removed(template: Path, tmp_path: Pa
 
 
 def test_sweep_takes_only_what_dead_processes_left(tmp_path: Path) -> None:
-    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone = subprocess.Popen(["true"])
     gone.wait()
     token = "0" * 8
     dead = [f".relssl-{gone.pid}-{token}-{token}.tmp", f".relssl-{os.getpid()}-{token}-{token}.tmp"]  # ours before a restart
@@ -400,41 +373,36 @@ def test_sweep_takes_only_what_dead_processes_left(tmp_path: Path) -> None:
     assert names(tmp_path) == sorted([*others, link])
 
 
-def _make(folder: Path, kind: str, template: Path) -> None:
-    shutil.copytree(template, folder)
-    if kind == "changed":
-        (folder / "state.json").write_bytes((folder / "state.json").read_bytes() + b" ")
-    elif kind == "cut":
-        (folder / "state.safetensors").write_bytes(b"")
-    elif kind == "incomplete":
-        (folder / "SHA256SUMS").unlink()
-    elif kind == "visited":
-        (folder / "notes.txt").write_text("mine")
+SPOIL: dict[str, Callable[[Path], object]] = {
+    "good": lambda folder: None,
+    "changed": lambda folder: (folder / "state.json").write_bytes((folder / "state.json").read_bytes() + b" "),
+    "cut": lambda folder: (folder / "state.safetensors").write_bytes(b""),
+    "incomplete": lambda folder: (folder / "SHA256SUMS").unlink(),
+    "visited": lambda folder: (folder / "notes.txt").write_text("mine"),
+}
+KINDS = st.sampled_from(["good", "good", *SPOIL])
 
 
-KINDS = st.sampled_from(["good", "good", "good", "changed", "cut", "incomplete", "visited"])
-
-
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.dictionaries(st.integers(0, 10**9), KINDS, max_size=9), st.integers(2, 4), st.data())
 def test_retention_over_random_folders(template: Path, kinds: dict[int, str], keep: int, data: st.DataObject) -> None:
     steps = sorted(kinds)
     safe = data.draw(st.lists(st.sampled_from(steps), max_size=2)) if steps else []
     with tempfile.TemporaryDirectory() as name:
         parent = Path(name)
-        for step in steps:
-            _make(store.step_folder(parent, step), kinds[step], template)
+        folders = {step: store.step_folder(parent, step) for step in steps}
+        for step, folder in folders.items():
+            shutil.copytree(template, folder)
+            SPOIL[kinds[step]](folder)
         (parent / "notes").mkdir()
         (parent / "step-1.tmp").touch()
-        deleted = store.prune(parent, keep, [store.step_folder(parent, step) for step in safe])
         good = [step for step in steps if kinds[step] in ("good", "visited")]
         oldest = good[-keep] if len(good) >= keep else -1
         gone = [step for step in steps if step < oldest and step not in safe]
-        assert deleted == [store.step_folder(parent, step) for step in gone]
+        assert store.prune(parent, keep, [folders[step] for step in safe]) == [folders[step] for step in gone]
         # What is not ours stays, in the folder of a checkpoint that goes as well.
-        left = {store.step_folder(parent, step).name for step in steps if step not in gone or kinds[step] == "visited"}
+        left = {folders[step].name for step in steps if step not in gone or kinds[step] == "visited"}
         assert set(names(parent)) == left | {"notes", "step-1.tmp"}
-        assert all((store.step_folder(parent, step) / "notes.txt").exists() for step in steps if kinds[step] == "visited")
-        listed = [step for step in steps if step not in gone]
-        assert store.checkpoints(parent) == [store.step_folder(parent, step) for step in listed]
-        assert store.prune(parent, keep, [store.step_folder(parent, step).name for step in safe]) == []
+        assert all((folders[step] / "notes.txt").exists() for step in steps if kinds[step] == "visited")
+        assert store.checkpoints(parent) == [folders[step] for step in steps if step not in gone]
+        assert store.prune(parent, keep, [folders[step].name for step in safe]) == []

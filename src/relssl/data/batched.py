@@ -93,21 +93,22 @@ def _crop(images: Tensor, view: ViewConfig, draws: Draws) -> Tensor:
         return on(images / white, flip, lambda part, rows: part.flip(-1))
     x = images.float()
     top, left, rows, columns = (column(each, x)[..., 0] for each in draws.crop.T)
-    down = _resize_weights(top, rows, column(np.zeros_like(flip), x)[..., 0], height, size)
-    across = _resize_weights(left, columns, column(flip, x)[..., 0], width, size).div_(white)
+    centres = torch.arange(size, device=x.device)[:, None] + 0.5
+    mirrored = torch.where(column(flip, x)[..., 0] > 0, size - centres, centres)
+    down = _resize_weights(top, rows, height, centres)
+    across = _resize_weights(left, columns, width, mirrored).div_(white)
     return _filter(x, down, across)
 
 
-def _resize_weights(start: Tensor, length: Tensor, flip: Tensor, source: int, size: int) -> Tensor:
-    """Return the weights [B,size,source] of an antialiased bilinear resize of source[start : start + length] to `size`; each [B,1,1].
+def _resize_weights(start: Tensor, length: Tensor, source: int, centres: Tensor) -> Tensor:
+    """Return the weights [B,S,source] of an antialiased bilinear resize of source[start : start + length], each [B,1,1], to S pixels.
 
-    Pillow's and ATen's definition: a triangle as wide as a target pixel (at least a source pixel), cut at the crop's edges and
-    normalised again.
+    `centres`, [B,S,1] or [S,1], are those of the target pixels. Pillow's and ATen's definition: a triangle as wide as a target pixel
+    (at least a source pixel), cut at the crop's edges and normalised again.
     """
-    scale, target = length / size, torch.arange(size, device=start.device)[:, None].float()
-    centre = (torch.where(flip > 0, size - 1 - target, target) + 0.5) * scale
-    offset = torch.arange(source, device=start.device).float() - start
-    weights = (1 - (offset + 0.5 - centre).abs_().div_(scale.clamp(min=1.0))).clamp_(min=0)
+    scale = length / centres.shape[-2]
+    offset = torch.arange(source, device=start.device) - start
+    weights = (1 - (offset + 0.5 - centres * scale).abs_().div_(scale.clamp(min=1.0))).clamp_(min=0)
     weights *= (offset >= 0) & (offset < length)
     return weights.div_(weights.sum(-1, keepdim=True))
 

@@ -308,14 +308,15 @@ def read_batches(
             if isinstance(batch, RelsslError):
                 raise batch
             yield batch
-    except (RuntimeError, OSError, EOFError) as error:  # at the end of its tensors' channel, a worker is gone
+    except (RuntimeError, OSError, EOFError) as error:
         # Until workers are forgotten, torch raises the death of one anew, in whatever the main thread does, whenever another child ends.
         if workers and threading.current_thread() is threading.main_thread():
             before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             batches._shutdown_workers()
             signal.signal(signal.SIGCHLD, before)
-        gone = isinstance(error, (ConnectionError, EOFError)) or any(sign in str(error).lower() for sign in _DIED)
-        if not workers or not gone:
+        # A worker that dies while its tensors are fetched is the end of a connection.
+        died = isinstance(error, (ConnectionError, EOFError)) or any(sign in str(error).lower() for sign in _DIED)
+        if not workers or not died:
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
         script = "" if get_start_method() == "fork" else '; a script has to begin below `if __name__ == "__main__":`'
@@ -328,7 +329,7 @@ def read_batches(
 
 @dataclass
 class _Answers(Dataset[Any]):
-    """What `read` makes of a request; an error of ours instead of raised, as torch would raise it with its traceback as text."""
+    """What `read` makes of each request; an error of ours is returned, as torch would raise it anew with its traceback for a message."""
 
     read: Callable[[Any], Any]
 

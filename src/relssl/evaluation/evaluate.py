@@ -108,10 +108,10 @@ def evaluate(
 
 def _open(source: str | Path, reading: Reading, settings: Evaluation) -> Opened:
     """Open the backbones that are wanted, or all of a run."""
-    wanted = set(settings.network or ())
-    network = min(wanted) if len(wanted) == 1 else reading.network
+    names = set(settings.network or ())
+    network = min(names) if len(names) == 1 else reading.network
     opened = open_backbones(source, replace(reading, network=network, size=settings.size or reading.size))
-    if opened.folder is not None and (unknown := wanted - opened.networks.keys()):
+    if opened.folder is not None and (unknown := names - opened.networks.keys()):
         raise ConfigError(f"network: {opened.name} holds {' and '.join(opened.networks)}, not {', '.join(sorted(unknown))}")
     return opened
 

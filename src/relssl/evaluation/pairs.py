@@ -94,19 +94,21 @@ class LabelledPair:
 
         DataError for a side without any label; of one label an image, also for a single class, or test classes that an uncut bank lacks.
         """
-        (known, wanted), names = (class_counts(labels_of(side), self.classes) for _, side, _ in self.sides), self.bank.classes
-        several, unknown = self.bank.targets is not None, (known == 0) & (wanted > 0)
-        for (_, side, _), count in zip(self.sides, (known, wanted), strict=True):
+        in_bank, in_test = (class_counts(labels_of(images), self.classes) for _, images, _ in self.sides)
+        several, unknown, bank = self.bank.targets is not None, (in_bank == 0) & (in_test > 0), self.bank
+        for images, count in ((bank, in_bank), (self.test, in_test)):
             if not count.any():
-                raise DataError(f"{side.name}: none of its {len(side)} images is of any class; nothing can be measured")
-        if not several and (known > 0).sum() < 2:
-            raise DataError(f"{self.bank.name}: all bank images are of {named(known > 0, names)} alone; give two classes or more")
-        lost = f"no bank image is of {named(unknown, names)}, so {int(wanted[unknown].sum())} test labels cannot be predicted"
-        if unknown.any() and not several and all(len(side) == of for _, side, of in self.sides):
-            raise DataError(f"{self.bank.name}: {lost}; give both sides the same classes")
-        notes, effect = [lost] if unknown.any() else [], ", left out of map" if several else ""
-        for kind, absent in (("test image", (known > 0) & (wanted == 0)), ("image at all", known + wanted == 0)):
-            notes += [f"no {kind} is of {named(absent, names)}{effect}"] if absent.any() else []
+                raise DataError(f"{images.name}: none of its {len(images)} images is of any class; nothing can be measured")
+        if not several and (in_bank > 0).sum() < 2:
+            only = named(in_bank > 0, bank.classes)
+            raise DataError(f"{bank.name}: all bank images are of {only} alone; give two classes or more")
+        missing, unlearned = named(unknown, bank.classes), int(in_test[unknown].sum())
+        lost = f"no bank image is of {missing}, so {unlearned} test labels cannot be predicted"
+        if missing and not several and all(len(images) == of for _, images, of in self.sides):
+            raise DataError(f"{bank.name}: {lost}; give both sides the same classes")
+        notes, effect = [lost] if missing else [], ", left out of map" if several else ""
+        for kind, absent in (("test image", (in_bank > 0) & (in_test == 0)), ("image at all", in_bank + in_test == 0)):
+            notes += [f"no {kind} is of {named(absent, bank.classes)}{effect}"] if absent.any() else []
         return notes
 
     def card(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import timm
@@ -25,10 +25,16 @@ from relssl.settings.reading import nearest_word
 
 # What names of torchvision's networks begin with; all others are timm's.
 TORCHVISION = "torchvision/"
+# Those of the papers, and their like: each is trained a step in the tests.
+NAMED = (
+    *("resnet18", "resnet34", "resnet50"),
+    *("efficientnet_b0", "efficientnet_b1", "mobilenetv2_100", "mobilenetv3_large_100", "mobilenetv3_small_100"),
+    *("torchvision/shufflenet_v2_x1_0", "regnety_004", "regnety_016", "convnext_tiny", "vit_small_patch16_224"),
+)
 _CLASSES = 1000  # outputs of torchvision's classifiers
-# Without the classifiers halfway, which these two give beside the last one while they train.
-_SINGLE = {"aux_logits": False, "init_weights": True}
-_TORCHVISION_ARGS: dict[str, dict[str, Any]] = {"googlenet": _SINGLE, "inception_v3": _SINGLE}
+# These two have a second classifier halfway, whose scores they give beside the last one's while they train.
+_HALFWAY = {f"{TORCHVISION}{name}": {"aux_logits": False, "init_weights": True} for name in ("googlenet", "inception_v3")}
+_LEAST = 4  # pixels: the smallest side a view may have
 
 
 def create_backbone(
@@ -36,7 +42,7 @@ def create_backbone(
 ) -> nn.Module:
     """Create a randomly initialised network without its classifier: images [N, C, H, W] to features [N, F].
 
-    A network of the user's own (`own_backbone`) has the weights that it comes with.
+    A network of the user's own is on the CPU and in fp32, with the weights and names that it comes with; maps [N, F, h, w] are averaged.
 
     Args:
         name: timm's name, such as `resnet18`, or `torchvision/` and the name of a classification network there, or a part from outside.
@@ -55,57 +61,64 @@ def create_backbone(
     if parts.is_part(name):
         if classes:
             raise ConfigError(f"backbone: {parts.title(name)} is no network that a classifier is known to fit on")
-        return own_backbone(name, full)
-    library = "torchvision" if name.startswith(TORCHVISION) else "timm"
-    if not (timm.is_model(name) if library == "timm" else name in names()):
-        raise ConfigError(f"backbone: {library} knows no {name!r}; the nearest is {nearest_word(name, names())}")
-    try:
-        network = _torchvision(name, full, classes) if library == "torchvision" else _timm(name, full, classes)
-    except Exception as error:  # whatever a network raises over arguments that do not suit it
-        raise ConfigError(f"backbone_args: {library} refuses {full} for {name}: {_reason(error)}") from error
-    if stem != "standard":
-        if fault := stem_fault(network):
-            raise ConfigError(f"encoder.stem: {name} {fault}")
-        _shrink_stem(network, stem)
+        network = _own(name, full)
+    else:
+        library = "torchvision" if name.startswith(TORCHVISION) else "timm"
+        if not (timm.is_model(name) if library == "timm" else name in names()):
+            raise ConfigError(f"backbone: {library} knows no {name!r}; the nearest is {nearest_word(name, names())}")
+        try:
+            network = _from_library(name, full, classes)
+        except Exception as error:  # whatever a network raises over arguments that do not suit it
+            raise ConfigError(f"backbone_args: {library} refuses {full} for {name}: {_reason(error)}") from error
+        if stem != "standard":
+            if fault := stem_fault(network):
+                raise ConfigError(f"encoder.stem: {name} {fault}")
+            _shrink_stem(network, stem)
     # Its first convolution need not have as many: some networks fold pixels into channels before it.
     network.in_chans = int(full.get("in_chans", 3))  # type: ignore[assignment]
     return network
 
 
-def own_backbone(name: str, args: Mapping[str, Any]) -> nn.Module:
-    """Return a copy of the module that was handed over, or what the named function makes of `args`, on the CPU and in fp32.
+def _from_library(name: str, args: dict[str, Any], classes: int) -> nn.Module:
+    network: nn.Module
+    if not name.startswith(TORCHVISION):
+        # The papers' ResNets start with all branches alive, timm's do not.
+        alive = {"zero_init_last": False} if timm.models.is_model_in_modules(name, ["resnet"]) else {}
+        network = timm.create_model(name, pretrained=False, num_classes=classes, **(alive | args))
+        return network
+    args = ({"num_classes": classes} if classes else {}) | args
+    channels = int(args.pop("in_chans", 3))
+    network = torchvision.models.get_model(name.removeprefix(TORCHVISION), weights=None, **args)
+    if not classes:
+        drop_classifier(network)
+    if channels != 3:
+        _replace_first(network, channels)
+    return network
 
-    It keeps the names of its weights. Where it gives maps [N, F, h, w], the copy averages them. Of a function that has no argument
-    `in_chans`, the images' channels are checked by `feature_width` alone.
 
-    Raises:
-        ConfigError: if the part is not at hand, fails, or is no network.
-    """
-    part, title, given = parts.find("backbone", name), parts.title(name), dict(args)
-    channels = int(given.get("in_chans", 3))
+def _own(name: str, args: dict[str, Any]) -> nn.Module:
+    """Return a copy of the module that was handed over, or what the user's function makes of `args`."""
+    part, title = parts.find("backbone", name), parts.title(name)
+    if isinstance(part, nn.Module) and args.keys() - {"in_chans"}:
+        raise ConfigError(f"backbone_args: {title} is a network already, which takes none; leave them out")
     try:
         if isinstance(part, nn.Module):
-            if given.keys() - {"in_chans"}:
-                raise ConfigError(f"backbone_args: {title} is a network already, which takes none; leave them out")
             network = copy.deepcopy(part)
         else:
             taken = inspect.signature(part).parameters.values()
             if not any(each.name == "in_chans" or each.kind is each.VAR_KEYWORD for each in taken):
-                given.pop("in_chans", None)
-            network = part(**given)
-    except ConfigError:
-        raise
+                args = {key: value for key, value in args.items() if key != "in_chans"}  # the first images show whether it fits
+            network = part(**args)
     except Exception as error:  # whatever a user's function raises
         raise ConfigError(f"backbone: {title} does not give a network: {type(error).__name__}: {_reason(error)}") from error
     if not isinstance(network, nn.Module):
         raise ConfigError(f"backbone: {title} gives a {type(network).__name__}, needs a torch.nn.Module")
     network.register_forward_hook(_average)
-    network.in_chans = channels  # type: ignore[assignment]
     return network.cpu().float()
 
 
 def _average(_: nn.Module, images: Any, features: Any) -> Any:
-    """Average maps [N, F, h, w] to features [N, F]."""
+    """Average maps [N, F, h, w] to features [N, F]; a function with a name, so that the network can be pickled."""
     return features.mean((2, 3)) if isinstance(features, Tensor) and features.ndim == 4 else features
 
 
@@ -121,9 +134,8 @@ def names() -> list[str]:
 def arguments(name: str, args: Mapping[str, Any], size: int | None) -> dict[str, Any]:
     """Return `args` and what the network needs besides to take images of `size` pixels a side, and of others if it can."""
     if name.startswith(TORCHVISION):
-        bare = name.removeprefix(TORCHVISION)
-        sized = {"image_size": size} if bare.startswith("vit_") and size is not None else {}
-        return _TORCHVISION_ARGS.get(bare, {}) | sized | dict(args)
+        sized = {"image_size": size} if name.startswith(f"{TORCHVISION}vit_") and size is not None else {}
+        return _HALFWAY.get(name, {}) | sized | dict(args)
     flags = _size_flags(name) if size is not None else None
     if flags is None:
         return dict(args)
@@ -147,25 +159,6 @@ def _size_flags(name: str) -> dict[str, bool] | None:
     return None
 
 
-def _timm(name: str, args: Mapping[str, Any], classes: int) -> nn.Module:
-    # The papers' ResNets start with all branches alive, timm's do not.
-    start = {"zero_init_last": False} if timm.models.is_model_in_modules(name, ["resnet"]) else {}
-    network: nn.Module = timm.create_model(name, pretrained=False, num_classes=classes, **(start | dict(args)))
-    return network
-
-
-def _torchvision(name: str, args: Mapping[str, Any], classes: int) -> nn.Module:
-    last = {"num_classes": classes} if classes else {}
-    others, channels = {key: value for key, value in args.items() if key != "in_chans"}, int(args.get("in_chans", 3))
-    network: nn.Module = torchvision.models.get_model(name.removeprefix(TORCHVISION), weights=None, **last, **others)
-    if not classes:
-        drop_classifier(network)
-    path, first = _first_convolution(network)
-    if channels != 3 and first is not None:
-        _replace(network, path, first, channels, kernel_size=first.kernel_size, stride=first.stride, padding=first.padding)
-    return network
-
-
 def drop_classifier(network: nn.Module) -> str:
     """Take the last layer of one of torchvision's networks out, and the dropout in front of it; returns the layer's name."""
     layers = list(network.named_modules())
@@ -178,6 +171,26 @@ def drop_classifier(network: nn.Module) -> str:
     return str(path)
 
 
+def _first_convolution(network: nn.Module) -> tuple[str, nn.Conv2d | None]:
+    return next(((path, module) for path, module in network.named_modules() if isinstance(module, nn.Conv2d)), ("", None))
+
+
+def _replace_first(network: nn.Module, channels: int | None = None, **shape: Any) -> None:
+    """Put a fresh convolution of other input channels or another shape in the place of the first, if there is any."""
+    path, first = _first_convolution(network)
+    if first is not None:
+        shape = {"kernel_size": first.kernel_size, "stride": first.stride, "padding": first.padding} | shape
+        convolution = nn.Conv2d(channels or first.in_channels, first.out_channels, bias=first.bias is not None, **shape)
+        nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
+        network.set_submodule(path, convolution)
+
+
+def _patch(network: nn.Module) -> int:
+    """The side of the patches that a network cuts images into; 1 if it cuts none."""
+    _, first = _first_convolution(network)
+    return first.stride[0] if first is not None and first.kernel_size[0] == first.stride[0] else 1
+
+
 def stem_fault(network: nn.Module) -> str | None:
     """Say why a network's first layers cannot be made small; None: they can."""
     _, first = _first_convolution(network)
@@ -188,33 +201,14 @@ def stem_fault(network: nn.Module) -> str | None:
     return None
 
 
-def _patch(network: nn.Module) -> int:
-    """The side of the patches that a network cuts images into; 1 if it cuts none."""
-    _, first = _first_convolution(network)
-    return first.stride[0] if first is not None and first.kernel_size[0] == first.stride[0] else 1
-
-
 def _shrink_stem(network: nn.Module, stem: str) -> None:
-    path, first = _first_convolution(network)
-    assert first is not None
-    _replace(network, path, first, first.in_channels, kernel_size=3, stride=1, padding=2 if stem == "small-wide" else 1)
-    # Of the max-pool: what ResNets call so, or one that comes before the second convolution.
-    layers = [(path, module) for path, module in network.named_modules() if isinstance(module, (nn.Conv2d, nn.MaxPool2d))]
-    pool = next((path for path, module in layers[:2] if isinstance(module, nn.MaxPool2d)), "")
-    pool = "maxpool" if hasattr(network, "maxpool") else pool
-    if pool and stem != "small-pool":
-        network.set_submodule(pool, nn.Identity())
-
-
-def _first_convolution(network: nn.Module) -> tuple[str, nn.Conv2d | None]:
-    return next(((path, module) for path, module in network.named_modules() if isinstance(module, nn.Conv2d)), ("", None))
-
-
-def _replace(network: nn.Module, path: str, first: nn.Conv2d, channels: int, **shape: Any) -> None:
-    """Put another first convolution in the place of `first`."""
-    convolution = nn.Conv2d(channels, first.out_channels, bias=first.bias is not None, **shape)
-    nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
-    network.set_submodule(path, convolution)
+    _replace_first(network, kernel_size=3, stride=1, padding=2 if stem == "small-wide" else 1)
+    if stem != "small-pool":
+        # What ResNets call so, or a max-pool that comes before the second convolution.
+        layers = [(path, module) for path, module in network.named_modules() if isinstance(module, (nn.Conv2d, nn.MaxPool2d))]
+        pools = ["maxpool"] * hasattr(network, "maxpool") + [path for path, each in layers[:2] if isinstance(each, nn.MaxPool2d)]
+        if pools:
+            network.set_submodule(pools[0], nn.Identity())
 
 
 def channels_of(backbone: nn.Module) -> int:
@@ -231,10 +225,11 @@ def feature_width(backbone: nn.Module, size: int) -> int:
         ConfigError: if images of that size do not pass, or the output is not one vector an image.
     """
     training, device = backbone.training, next((parameter.device for parameter in backbone.parameters()), None)
+    channels = channels_of(backbone)
     try:
-        features = backbone.eval()(torch.zeros(2, channels_of(backbone), size, size, device=device))
+        features = backbone.eval()(torch.zeros(2, channels, size, size, device=device))
     except Exception as error:  # whatever a network raises, the user needs to hear that this size does not fit
-        pixels = f"{channels_of(backbone)} x {size} x {size}"
+        pixels = f"{channels} x {size} x {size}"
         raise ConfigError(f"backbone: images of {pixels} pixels do not pass through it: {_reason(error)}") from error
     finally:
         backbone.train(training)
@@ -244,13 +239,23 @@ def feature_width(backbone: nn.Module, size: int) -> int:
     return int(features.shape[1])
 
 
-# Those of the papers, and their like: each is trained a step in the tests.
-NAMED = (
-    *("resnet18", "resnet34", "resnet50"),
-    *("efficientnet_b0", "efficientnet_b1", "mobilenetv2_100", "mobilenetv3_large_100", "mobilenetv3_small_100"),
-    *("torchvision/shufflenet_v2_x1_0", "regnety_004", "regnety_016", "convnext_tiny", "vit_small_patch16_224"),
-)
-_LEAST = 4  # pixels: the smallest side a view may have
+def weightless(name: str, *args: Any, **kwargs: Any) -> nn.Module:
+    """A network, as of `create_backbone`, whose weights have shapes and no values: it takes neither time nor memory. Or a user's own."""
+    if parts.is_part(name):
+        return create_backbone(name, *args, **kwargs)
+    try:
+        with torch.device("meta"):
+            return create_backbone(name, *args, **kwargs)
+    except ConfigError:
+        with torch.random.fork_rng(devices=[]), _NoWeights():  # some compute with values as they are built: torchvision's RegNets
+            return create_backbone(name, *args, **kwargs).to("meta")
+
+
+class _NoWeights(TorchFunctionMode):
+    """Leaves out the memory of tensors that are made without values, as layers make their weights."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}) | ({"device": "meta"} if func is torch.empty else {}))
 
 
 @dataclass(frozen=True)
@@ -262,7 +267,7 @@ class Network:
     gflops: float | None  # 10^9 multiply-adds of one image, each counted once as papers do; None: such images do not pass
     features: int | None  # width F of its output; None as above
     small_stem: bool  # `encoder.stem` may be other than standard
-    smallest: int | None = None  # side in pixels of the smallest image that passes; None: none up to the given size
+    smallest: int | None  # side in pixels of the smallest image that passes; None: none up to the given size
 
 
 def find(pattern: str | None = None, family: str | None = None, everything: bool = False) -> list[str]:
@@ -285,32 +290,37 @@ def find(pattern: str | None = None, family: str | None = None, everything: bool
     raise ConfigError(f"backbones: no network is called {word!r}; the nearest is {nearest_word(word, names())}")
 
 
-def measure(name: str, size: int = 224) -> Network:
-    """Measure a network for images of `size` pixels a side; ConfigError for an unknown name."""
-    return next(within([name], size))
-
-
 def within(names: Iterable[str], size: int, max_params: float = math.inf, max_gflops: float = math.inf) -> Iterator[Network]:
-    """Yield the figures of the networks that have at most so many parameters and multiply-adds, one by one."""
+    """Yield the figures, for images of `size` pixels a side, of the networks with at most so many parameters and 10^9 multiply-adds.
+
+    Raises ConfigError for an unknown name.
+    """
     for name in names:
-        network = _figures(name, size)
-        if network.parameters <= max_params and (network.gflops or 0) <= max_gflops:
-            yield replace(network, smallest=_smallest(name, size))
+        network, features = _passing(name, size) or (weightless(name), None)
+        gflops = None
+        if features is not None:
+            with torch.no_grad():
+                image = torch.zeros(1, channels_of(network), size, size, device="meta")
+                gflops = count_flops(functools.partial(network.eval(), image)) / 2e9
+        parameters = sum(parameter.numel() for parameter in network.parameters())
+        if parameters <= max_params and (gflops or 0) <= max_gflops:
+            yield Network(name, parameters, gflops, features, stem_fault(network) is None, _smallest(name, size, _patch(network)))
 
 
-def _figures(name: str, size: int) -> Network:
-    """All figures but the smallest image, which takes longest."""
-    gflops = features = None
+def _smallest(name: str, size: int, step: int) -> int | None:
+    """The smallest side up to `size` that passes, by halving: where one passes, larger ones mostly do."""
+    sides = range(-(-_LEAST // step) * step, size + 1, step)
+    position = bisect.bisect_left(sides, True, key=lambda side: _passing(name, side) is not None)
+    return sides[position] if position < len(sides) else None
+
+
+def _passing(name: str, size: int) -> tuple[nn.Module, int] | None:
+    """A weightless network and the width of its features of images of that size; None: such images do not pass."""
     try:
         network = weightless(name, size=size)
-        features = feature_width(network, size)
-        image = torch.zeros(1, channels_of(network), size, size, device="meta")
-        with torch.no_grad():
-            gflops = count_flops(lambda: network.eval()(image)) / 2e9
+        return network, feature_width(network, size)
     except ConfigError:
-        network = weightless(name)
-    parameters = sum(parameter.numel() for parameter in network.parameters())
-    return Network(name, parameters, gflops, features, stem_fault(network) is None)
+        return None
 
 
 def count_flops(work: Callable[[], object]) -> int:
@@ -318,37 +328,3 @@ def count_flops(work: Callable[[], object]) -> int:
     with FlopCounterMode(display=False) as counter:
         work()
     return int(counter.get_total_flops())
-
-
-def _smallest(name: str, size: int) -> int | None:
-    """The smallest side up to `size` that passes, by halving: where one passes, larger ones mostly do."""
-
-    def passes(side: int) -> bool:
-        try:
-            return feature_width(weightless(name, size=side), side) > 0
-        except ConfigError:
-            return False
-
-    step = _patch(weightless(name))
-    sides = range(-(-_LEAST // step) * step, size + 1, step)
-    position = bisect.bisect_left(sides, True, key=passes)
-    return sides[position] if position < len(sides) else None
-
-
-def weightless(name: str, *args: Any, **kwargs: Any) -> nn.Module:
-    """A network, as of `create_backbone`, whose weights have shapes and no values: it takes neither time nor memory. Or a user's own."""
-    if parts.is_part(name):
-        return create_backbone(name, *args, **kwargs)
-    try:
-        with torch.device("meta"):
-            return create_backbone(name, *args, **kwargs)
-    except ConfigError:
-        with torch.random.fork_rng(devices=[]), _NoWeights():  # some compute with values as they are built: torchvision's RegNets
-            return create_backbone(name, *args, **kwargs).to("meta")
-
-
-class _NoWeights(TorchFunctionMode):
-    """Leaves out the memory of tensors that are made without values, as layers make their weights."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*args, **(kwargs or {}) | ({"device": "meta"} if func is torch.empty else {}))

@@ -39,12 +39,11 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
 
     def forward(self, images: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, C, H, W]; ValueError in training if N does not divide into `splits` parts."""
-        activated: Tensor = self.act(self.drop(self._normalise(images)))
+        split = self.training and self.splits > 1
+        activated: Tensor = self.act(self.drop(self._normalise(images) if split else super().forward(images)))
         return activated
 
     def _normalise(self, images: Tensor) -> Tensor:
-        if not self.training or self.splits == 1:
-            return super().forward(images)
         if len(images) % self.splits:
             raise ValueError(f"a batch of {len(images)} does not divide into {self.splits} equal parts")
         assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None

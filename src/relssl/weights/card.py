@@ -19,16 +19,30 @@ from relssl.settings import parts
 from relssl.settings.recipes import public_name
 from relssl.settings.run import Config, derive
 from relssl.weights.opening import Opened
-from relssl.weights.parity import Parity
-from relssl.weights.writers import Written
+from relssl.weights.writers import Parity, Written
 
 _TEMPLATE = """---
 {{ card_data }}
 ---
 
 # {{ title }}
+{% if classifier %}
+Backbone from {{ classifier.source }} with a classifier, trained together on {{ classifier.images }} labelled images of \
+`{{ classifier.data }}`: {{ classifier.training }}. Classes, in the order of the scores:
 
-{{ about }}
+`{{ classifier.classes | join('`, `') }}`
+{%- elif config %}
+{{ network | capitalize }} backbone of {{ origin }}, recipe `{{ config.recipe }}`, {{ config.epochs }} epochs\
+{{ ' or %d steps' % config.max_steps if config.max_steps }} on {{ '%s images of ' % images if images }}`{{ config.data }}`, seed {{ config.seed }}. \
+{% if traits.labels %}It was trained on labels.{% else %}No labels were used: {{ traits.title }}{{ ' (%s)' % traits.paper if traits.paper }}, \
+{{ traits.about }}.{% endif %}{% if config.start %} It went on from the weights of `{{ config.start }}`.{% endif %}\
+{% if config.teacher %} A frozen teacher gave the relations: `{{ config.teacher }}`.{% endif %}
+{%- else %}
+Backbone from `{{ origin }}`, imported; how it was trained is not known here.
+{% for line in report %}
+- {{ line }}
+{%- endfor %}
+{%- endif %}
 
 Input: {{ {1: 'grey', 3: 'RGB'}.get(view.channels, '%d channels' % view.channels) }}, {{ view.size }} x {{ view.size }}, mean {{ view.mean | list }}, std \
 {{ view.std | list }} of values in 0..1; {{ view }}.
@@ -81,37 +95,25 @@ def card(source: Opened, written: Written, parity: Parity, file: str, settings: 
         settings: the name of the file beside it that holds all settings.
         hub: the repository that it will lie in.
     """
-    network, origin = source.header["network"], source.header["origin"]
-    config = None if source.config is None or network == "backbone" else public(source.config)
-    classifier, use = source.spec.classifier, "image-classification" if source.spec.classes else "image-feature-extraction"
-    own = parts.is_part(source.spec.name)  # which no library knows
-    title, tags = parts.title(source.spec.name), [*([] if own else ["timm", "transformers"]), use]
+    spec, header, classifier, traits = source.spec, source.header, source.spec.classifier, None
+    config = None if source.config is None or header["network"] == "backbone" else public(source.config)
+    use, known = "image-classification" if classifier else "image-feature-extraction", spec.library is not None
+    title, tags = parts.title(spec.name), [*(["timm", "transformers"] if known else []), use]
     if classifier:
         title += f", trained to classify {classifier['data']}"
-        about = (
-            f"Backbone from {classifier['source']} with a classifier, trained together on {classifier['images']} labelled images of "
-            f"`{classifier['data']}`: {classifier['training']}. Classes, in the order of the scores:\n\n"
-        ) + ", ".join(f"`{name}`" for name in source.spec.classes)
-    elif config is None:
-        about = f"Backbone from `{origin}`, imported; how it was trained is not known here.\n"
-        about += "".join(f"\n- {line}" for line in (source.report.lines() if source.report else ()))
-    else:
+    elif config:
         traits = derive(config).traits
-        method = parts.title(config.method.name)
-        tags += [method] if traits.labels else ["self-supervised-learning", method]
         title += f", pretrained with {traits.title}"
-        unlabelled = f"No labels were used: {traits.title}{f' ({traits.paper})' if traits.paper else ''}, {traits.about}"
-        images = f"{source.run_data['images']} images of " if "images" in source.run_data else ""
-        length = f"{config.epochs} epochs{f' or {config.max_steps} steps' if config.max_steps else ''} on {images}`{config.data}`, seed {config.seed}"
-        about = f"{network.capitalize()} backbone of {origin}, recipe `{config.recipe}`, {length}. {'It was trained on labels' if traits.labels else unlabelled}."
-        about += f" It went on from the weights of `{config.start}`." if config.start else ""
-        about += f" A frozen teacher gave the relations: `{config.teacher}`." if config.teacher else ""
-    library = None if own else "timm"
-    data = ModelCardData(library_name=library, pipeline_tag=use, license="other", license_name="to-be-chosen", tags=tags)
-    versions = ", ".join(f"{each.__name__} {each.__version__}" for each in (relssl, torch, timm, torchvision))
-    facts = {"title": title, "about": about, "versions": versions, "settings": settings, "file": file, "hub": hub}
-    more = {"view": source.spec.view, "classifier": classifier, "config": config, "written": written, "parity": parity}
-    return str(ModelCard.from_template(data, template_str=_TEMPLATE, **facts, **more, rows=_results(source)))
+        tags += [*([] if traits.labels else ["self-supervised-learning"]), parts.title(config.method.name)]
+    licence = {"license": "other", "license_name": "to-be-chosen"}
+    data = ModelCardData(library_name="timm" if known else None, pipeline_tag=use, tags=tags, **licence)
+    facts: dict[str, Any] = {
+        **{"title": title, "classifier": classifier, "config": config, "traits": traits, "view": spec.view, **header},
+        **{"images": source.run_data.get("images"), "report": source.report.lines() if source.report else ()},
+        **{"written": written, "parity": parity, "file": file, "settings": settings, "hub": hub, "rows": _results(source)},
+        "versions": ", ".join(f"{each.__name__} {each.__version__}" for each in (relssl, torch, timm, torchvision)),
+    }
+    return str(ModelCard.from_template(data, template_str=_TEMPLATE, **facts))
 
 
 def _results(source: Opened) -> list[tuple[str, str]]:

@@ -1,28 +1,40 @@
-"""Handing a backbone over: written in a format, loaded back as its card says, compared with the source, and only then kept."""
+"""Handing a backbone over: written in a format, loaded back by the lines that its card prints, compared with the source, then kept."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
+import io
+import itertools
+import math
 import shutil
 import tempfile
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.utils import validate_repo_id
+from torch import Tensor, nn
 
 from relssl import __version__
-from relssl.data.images import Images
-from relssl.errors import ConfigError, StorageError
+from relssl.data.images import Images, Pixels
+from relssl.data.named import load, sample
+from relssl.data.plain import PlainView, Reader
+from relssl.errors import CheckpointError, ConfigError, StorageError
 from relssl.files import storing, sweep, sync_folder, temporary, write_file
-from relssl.settings.run import to_yaml
+from relssl.settings.run import Config, to_yaml
 from relssl.weights import store
 from relssl.weights.card import card, public
 from relssl.weights.foreign import LoadReport, Reading
 from relssl.weights.formats import FORMATS, find_format
 from relssl.weights.opening import Opened, header_of, is_exported, open_backbones, open_foreign, open_whole, settings_of
-from relssl.weights.parity import Parity, compare, real_images
-from relssl.weights.writers import WRITERS
+from relssl.weights.writers import WRITERS, Parity, Snippet, Written
+
+COUNT = 16  # images compared
 
 
 @dataclass(frozen=True)
@@ -88,6 +100,35 @@ def export(
     return exported if push is None else replace(exported, address=_upload(target, push))
 
 
+def import_weights(path: str | Path, *, out: str | Path | None = None, **reading: Any) -> LoadReport:
+    """Write the backbone in a foreign file as OUT.safetensors, its settings as OUT.yaml and a card as OUT.md.
+
+    It is checked as an export is, and exported like one.
+
+    Args:
+        out: ends in .safetensors; default: beside the file, under its name. An older file there is replaced only if relssl wrote it.
+        reading: layout, backbone, stem, network, prefix, allow, size, as of `Reading`.
+
+    Returns:
+        The report on the file's names; its `out` is the file written, which `relssl.load_backbone` opens.
+
+    Raises:
+        ConfigError, CheckpointError: as `load_foreign`, and if OUT must not be written.
+        StorageError: if it cannot be.
+    """
+    path = Path(path)
+    store.peek(path)
+    if header_of(path):
+        raise ConfigError(f"{path}: was written by relssl and is used as it is; there is nothing to import")
+    target = path.with_name(path.name.removesuffix(".tar")).with_suffix(".safetensors") if out is None else Path(out)
+    check_target(target, "safetensors", path)
+    opened = open_foreign(path, Reading(**reading))
+    hand_over(opened, target, "safetensors")
+    assert opened.report is not None
+    opened.report.out = str(target)
+    return opened.report
+
+
 def _check_push(name: str | None, dry_run: bool, format: str) -> None:
     """Refuse, before any work, what cannot be uploaded."""
     if name is None:
@@ -115,6 +156,36 @@ def _upload(folder: Path, name: str) -> str:
         reason = f"the upload failed ({store.one_line(error)}); {folder} is whole, so push again"
         raise StorageError(f"push: {name}: {reason}") from error
     return str(address)
+
+
+def default_target(folder: Path, network: str, format: str = "safetensors") -> Path:
+    """Return where a run's own export of a network lies."""
+    return folder / "export" / _file_name("backbone" if network == "student" else f"backbone-{network}", format)
+
+
+def _file_name(stem: str, format: str) -> str:
+    suffix = FORMATS[format].suffix
+    return stem + suffix if suffix == ".safetensors" else f"{stem}-{format}{suffix}"
+
+
+def _card_of(target: Path, format: str) -> Path:
+    return target.with_suffix(".md") if FORMATS[format].suffix else target / "README.md"
+
+
+def check_target(target: Path, format: str, source: Path) -> None:
+    """Refuse to replace what may be a user's own: only an earlier export or import goes, and never the source."""
+    suffix, card = FORMATS[format].suffix, _card_of(target, format)
+    if suffix and target.suffix != suffix:
+        raise ConfigError(f"out: {target} must end in {suffix} for {format}")
+    if suffix == ".safetensors" and target.stem == "config":
+        raise ConfigError(f"out: {target}: its settings, beside it, would replace a config.yaml; choose another name")
+    if suffix in (".safetensors", ""):
+        earlier = bool(header_of(target if suffix else target / "model.safetensors"))
+    else:  # whose card names it
+        earlier = target.is_file() and card.is_file() and repr(target.name) in card.read_text(errors="replace")
+    beside = [target, card, *([settings_of(target)] if suffix == ".safetensors" else [])]
+    if (taken := next(filter(Path.exists, beside), None)) and not (earlier and target.resolve() != source.resolve()):
+        raise ConfigError(f"out: {taken} is the source, or in the way and not written by relssl; choose another name with --out")
 
 
 def hand_over(source: Opened, target: Path, format: str, images: Images | None = None, hub: str | None = None) -> Exported:
@@ -148,60 +219,61 @@ def hand_over(source: Opened, target: Path, format: str, images: Images | None =
     return Exported(target, paths, format, source.header["network"], lines, parity, sizes)
 
 
-def check_target(target: Path, format: str, source: Path) -> None:
-    """Refuse to replace what may be a user's own: only an earlier export or import goes, and never the source."""
-    suffix, card = FORMATS[format].suffix, _card_of(target, format)
-    if suffix and target.suffix != suffix:
-        raise ConfigError(f"out: {target} must end in {suffix} for {format}")
-    if suffix == ".safetensors" and target.stem == "config":
-        raise ConfigError(f"out: {target}: its settings, beside it, would replace a config.yaml; choose another name")
-    if suffix in (".safetensors", ""):
-        earlier = bool(header_of(target if suffix else target / "model.safetensors"))
-    else:  # whose card names it
-        earlier = target.is_file() and card.is_file() and repr(target.name) in card.read_text(errors="replace")
-    beside = [target, card, *([settings_of(target)] if suffix == ".safetensors" else [])]
-    if (taken := next(filter(Path.exists, beside), None)) and not (earlier and target.resolve() != source.resolve()):
-        raise ConfigError(f"out: {taken} is the source, or in the way and not written by relssl; choose another name with --out")
-
-
-def _card_of(target: Path, format: str) -> Path:
-    return target.with_suffix(".md") if FORMATS[format].suffix else target / "README.md"
-
-
-def default_target(folder: Path, network: str, format: str = "safetensors") -> Path:
-    """Return where a run's own export of a network lies."""
-    return folder / "export" / _file_name("backbone" if network == "student" else f"backbone-{network}", format)
-
-
-def _file_name(stem: str, format: str) -> str:
-    suffix = FORMATS[format].suffix
-    return stem + suffix if suffix == ".safetensors" else f"{stem}-{format}{suffix}"
-
-
-def import_weights(path: str | Path, *, out: str | Path | None = None, **reading: Any) -> LoadReport:
-    """Write the backbone in a foreign file as OUT.safetensors, its settings as OUT.yaml and a card as OUT.md.
-
-    It is checked as an export is, and exported like one.
-
-    Args:
-        out: ends in .safetensors; default: beside the file, under its name. An older file there is replaced only if relssl wrote it.
-        reading: layout, backbone, stem, network, prefix, allow, size, as of `Reading`.
-
-    Returns:
-        The report on the file's names; its `out` is the file written, which `relssl.load_backbone` opens.
+def compare(network: nn.Module, written: Written, file: Path, images: Tensor, what: str) -> Parity:
+    """Load `file` by each of its snippets and compare the outputs for `images` [N, C, S, S] with the network's.
 
     Raises:
-        ConfigError, CheckpointError: as `load_foreign`, and if OUT must not be written.
-        StorageError: if it cannot be.
+        CheckpointError: if it does not load, or an output differs by more than the format's tolerance.
     """
-    path = Path(path)
-    store.peek(path)
-    if header_of(path):
-        raise ConfigError(f"{path}: was written by relssl and is used as it is; there is nothing to import")
-    target = path.with_name(path.name.removesuffix(".tar")).with_suffix(".safetensors") if out is None else Path(out)
-    check_target(target, "safetensors", path)
-    opened = open_foreign(path, Reading(**reading))
-    hand_over(opened, target, "safetensors")
-    assert opened.report is not None
-    opened.report.out = str(target)
-    return opened.report
+    with torch.no_grad():
+        expected = torch.cat([network(images), network(images[:1])])
+    largest, worst = float(expected.abs().max()), 0.0
+    if not math.isfinite(largest):
+        raise CheckpointError(f"{file.name}: the backbone's own features are not finite on {what}, so nothing is kept")
+    snippets = [snippet for snippet in written.snippets if snippet.needs is None or importlib.util.find_spec(snippet.needs)]
+    for snippet in snippets:
+        loaded, outputs = _run(snippet, file, images)
+        difference = float((outputs - expected).abs().max()) if outputs.shape == expected.shape else math.nan
+        # Bit for bit, in order: outputs alone would miss a weight that these images do not use.
+        ours, theirs = ([*each.state_dict().values()] if written.exact else [] for each in (network, loaded))
+        equal = len(ours) == len(theirs) and all(map(torch.equal, ours, theirs))
+        if not equal or not difference <= snippet.tolerance * largest:  # NaN is refused too
+            figures = f"by {difference:.2g}, where {snippet.tolerance:g} of the largest, {largest:.2g}, is allowed"
+            fault = f"loaded with {snippet.title} its weights or features differ {figures}; it is not kept"
+            raise CheckpointError(f"{file.name}: {fault}")
+        worst = max(worst, difference)
+    return Parity(worst, worst / largest if largest else 0.0, what, tuple(snippet.title for snippet in snippets))
+
+
+def _run(snippet: Snippet, file: Path, images: Tensor) -> tuple[Any, Tensor]:
+    """Return what the snippet's own code loads, and its outputs [N+1, F] for all images and for the first alone."""
+    scope, outputs = dict(snippet.given), []
+    try:
+        # What other libraries warn of while they load, and their progress bars, are not about the file.
+        with torch.no_grad(), warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            exec("\n".join(snippet.lines(str(file))), scope)
+            for scope["images"] in (images, images[:1]):
+                exec(snippet.use, scope)
+                outputs.append(torch.as_tensor(np.asarray(scope["outputs"])))
+    except Exception as error:  # whatever a library raises over a file that it cannot use
+        reason = store.one_line(error) or type(error).__name__
+        raise CheckpointError(f"{file.name}: does not load with {snippet.title}: {reason}") from error
+    return scope.get("model"), torch.cat(outputs)
+
+
+def real_images(view: PlainView, config: Config | None = None, images: Images | None = None) -> tuple[Tensor, str]:
+    """Return up to 16 images through the plain view as [N, C, S, S], and which they are in words.
+
+    They are of `images`, or else the first of the data of the run with that `config` if they lie on this machine, else drawn digits.
+    """
+    if images is None and config is not None:
+        images = sample(config.data, config.data_root, 4 * COUNT)
+    reader, digits = Reader(view, max_pixels=(config or Config()).loader.max_pixels), load("digits", None, "test")
+    assert isinstance(digits.source, Pixels)
+    grey = Pixels(digits.source.tensor[:, :1].expand(-1, view.channels, -1, -1))
+    for source in filter(None, (images, replace(digits, source=grey, name="the built-in digits"))):
+        batches = reader.batches(source.subset(range(min(len(source), 4 * COUNT))), COUNT)  # as some files cannot be read
+        if views := list(itertools.islice((one for _, batch, _ in batches for one in batch), COUNT)):
+            break
+    return torch.stack(views), f"{len(views)} images of {Path(source.name).name}"

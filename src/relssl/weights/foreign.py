@@ -19,7 +19,7 @@ from relssl.errors import CheckpointError, ConfigError
 from relssl.method.backbones import TORCHVISION, create_backbone, weightless
 from relssl.settings.run import ViewsConfig
 from relssl.weights import layouts, store, twins
-from relssl.weights.layouts import AVERAGES, HEADS, LAYOUTS, PLAIN, bare_name
+from relssl.weights.layouts import AVERAGES, HEADS, LAYOUTS, PLAIN, Layout, bare_name
 from relssl.weights.spec import BackboneSpec, mismatch
 
 _CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
@@ -48,11 +48,11 @@ class LoadReport:
     """An account of every name in a file."""
 
     file: str
-    layout: str
     detected: bool  # the layout was recognised by the names rather than given
-    network: str
-    backbone: str
-    stem: str
+    layout: str = ""
+    network: str = ""  # student, teacher, or backbone where the file holds a single one
+    backbone: str = ""
+    stem: str = ""
     matched: int = 0  # weights of the backbone that the file holds
     total: int = 0  # of all that it has
     left_out: dict[str, int] = field(default_factory=dict)  # tensors of no part of the network (heads, queue, optimizer), by name
@@ -60,6 +60,10 @@ class LoadReport:
     unexpected: list[str] = field(default_factory=list)  # likewise
     notes: list[str] = field(default_factory=list)  # what was assumed, for people
     out: str | None = None  # where `import_weights` wrote it
+
+    def leave_out(self, name: str) -> None:
+        """Count a tensor that is no part of the network."""
+        self.left_out[name] = self.left_out.get(name, 0) + 1
 
     def gaps(self) -> tuple[str, ...]:
         """Return what was allowed and belongs beside every figure of these weights."""
@@ -96,135 +100,146 @@ def load_foreign(path: Path, reading: Reading) -> tuple[Any, LoadReport]:
             raise ConfigError(f"{option.replace('layout', 'from')}: must be one of {', '.join(values)}, got {value!r}")
     if reading.size is not None and reading.size < 4:
         raise ConfigError(f"size: must be 4 pixels or more, got {reading.size}")
-    content = layouts.read(path)
+    content, report = layouts.read(path), LoadReport(path.name, reading.layout is None)
     try:
-        spec, weights, fresh, report = _matched(content, path, reading)
+        prefix, weights = _take(content, reading, report)
+        spec, complete, fresh = _fit(weights, prefix, reading, report)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    loaded = spec.load(weights, path)
-    if "untrained" not in reading.allow and (fault := untrained(loaded, fresh, spec.view)):
+    network = spec.load(complete, path)
+    if "untrained" not in reading.allow and (fault := untrained(network, fresh, spec.view)):
         raise CheckpointError(f"{path}: the {report.network} looks untrained: {fault}; --allow untrained loads it all the same")
-    return loaded, report
+    return network, report
 
 
-def _matched(
-    content: Mapping[str, Any], path: Path, reading: Reading
-) -> tuple[BackboneSpec, dict[str, Tensor], nn.Module, LoadReport]:
-    """Return the network in a file, all of its weights under its own names, the same network fresh, and the report."""
-    outer = layouts.bare_name(f"{reading.prefix.rstrip('.')}.") if reading.prefix else ""
-    tensors, left_out = layouts.find_state(content, outer)
-    layout = reading.layout or ("timm" if outer else layouts.find_layout(tensors))
-    if (layout in PLAIN or outer) and reading.network is not None:
-        raise ConfigError(f"network: {path} holds one network, or --prefix chooses it; leave the option out")
-    expected = list(weightless(reading.backbone).state_dict()) if reading.backbone else []
-    network, prefix, weights = layouts.split(tensors, layout, reading.network, outer, expected, left_out)
-    weights, stem = layouts.name_children(weights, LAYOUTS[layout].small_stem)
-    name, stem = reading.backbone or layouts.infer_resnet(weights), reading.stem or stem
-    if name is None:
-        first = (
-            f"its names, such as {next(iter(tensors))}, read in layout {layout}, are those of no ResNet{layouts.guess(weights)}"
+def _take(content: Mapping[str, Any], reading: Reading, report: LoadReport) -> tuple[str, dict[str, Tensor]]:
+    """Return what stands before the names of the network in the file, and its weights by their names in the backbone."""
+    outer = bare_name(f"{reading.prefix.rstrip('.')}.") if reading.prefix else ""
+    tensors, report.left_out = layouts.find_state(content, outer)
+    report.layout = reading.layout or ("timm" if outer else layouts.find_layout(tensors))
+    known, alone = LAYOUTS[report.layout], report.layout in PLAIN or bool(outer)
+    if alone and reading.network is not None:
+        raise ConfigError(f"network: {report.file} holds one network, or --prefix chooses it; leave the option out")
+    layout = Layout((outer,)) if outer else known
+    prefixes = {"student": layouts.first(layout.student, tensors), "teacher": layouts.first(layout.teacher, tensors)}
+    chosen = reading.network or next((side for side in (layout.default, *prefixes) if prefixes[side] is not None), layout.default)
+    if (prefix := prefixes[chosen]) is None:
+        what, places = reading.network or "backbone", " or ".join(layout.student + layout.teacher)
+        listed = ", ".join(list(tensors)[:4])
+        raise CheckpointError(f"holds no {what} of layout {report.layout} (looked for {places}); it holds {listed}")
+    if not outer:
+        expected = list(weightless(reading.backbone).state_dict()) if reading.backbone else []
+        prefix += layouts.inner_prefix({name.removeprefix(prefix) for name in tensors if name.startswith(prefix)}, expected)
+    weights = dict[str, Tensor]()
+    for name, value in tensors.items():
+        if name.startswith(prefix):
+            weights[name.removeprefix(prefix)] = value
+        else:
+            report.leave_out("".join(name.partition(".")[:2]))
+    weights, stem = layouts.name_children(weights, known.small_stem)
+    report.network, report.stem = "backbone" if alone else chosen, reading.stem or stem
+    if prefix not in ("", *known.student, *known.teacher):
+        report.notes.append(f"its names begin with {prefix} in the file")
+    if not outer and (average := next((key for key in AVERAGES if key in content and key not in report.left_out), None)):
+        report.notes.append(
+            f"read from {average}, the average that its program evaluates; --prefix chooses the weights themselves"
         )
+    return prefix, weights
+
+
+def _fit(
+    weights: dict[str, Tensor], prefix: str, reading: Reading, report: LoadReport
+) -> tuple[BackboneSpec, dict[str, Tensor], nn.Module]:
+    """Return the network that the weights are those of, all of its weights under its own names, and the same network fresh."""
+    name = reading.backbone or layouts.infer_resnet(weights)
+    if name is None:
+        of_none = f"its names, such as {prefix}{next(iter(weights))}, read in layout {report.layout}, are those of no ResNet"
         advice = "give timm's name of its network with --backbone, its layout with --from, or what stands before its names with --prefix"
-        if layout in PLAIN:
-            raise CheckpointError(f"{first}; {advice}")
-        raise ConfigError(f"backbone: {path}: {first}; {advice}")
-    twelve = layout == "moco" and prefix.startswith(("base_", "momentum_")) and name.startswith("vit_small")
-    args, shape = {"num_heads": 12} if twelve else {}, _shape(weightless(name), weights)
+        fault = f"{of_none}{layouts.guess(weights)}; {advice}"
+        raise CheckpointError(fault) if report.layout in PLAIN else ConfigError(f"backbone: {report.file}: {fault}")
+    args = dict[str, Any]()
+    if report.layout == "moco" and prefix.startswith(("base_", "momentum_")) and name.startswith("vit_small"):
+        args["num_heads"] = 12
+        report.notes.append("12 attention heads, as MoCo v3's small ViT has, where timm's has 6")
+    (channels, fixed), standard = _images(weightless(name), weights), report.stem == "standard"
+    fixed = fixed if standard else None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # what is allowed to be missing is the same in every process
-        fresh = create_backbone(name, stem, args | shape)
-    own, twin = fresh.state_dict(), twins.TWINS.get(name, "") if stem == "standard" and layout in PLAIN else ""
-    theirs = twins.bare(twin)[0].state_dict() if twin and reading.layout != "timm" else {}
-    renamed = bool(theirs) and (
-        reading.layout is not None or len(theirs.keys() & weights.keys()) > len(own.keys() & weights.keys())
-    )
-    if renamed or (layout in PLAIN and name.startswith(TORCHVISION)):
-        layout = reading.layout or "torchvision"
-    elif layout == "torchvision" and stem == "standard":
+        fresh = create_backbone(name, report.stem, args | {"in_chans": channels} if channels != 3 else args, fixed)
+    own, theirs, report.backbone = fresh.state_dict(), dict[str, Tensor](), name
+    if standard and report.layout in PLAIN and reading.layout != "timm" and name in twins.TWINS:
+        theirs = twins.bare(twins.TWINS[name])[0].state_dict()
+    renamed = bool(theirs) and (bool(reading.layout) or len(theirs.keys() & weights.keys()) > len(own.keys() & weights.keys()))
+    if renamed or (report.layout in PLAIN and name.startswith(TORCHVISION)):
+        report.layout = reading.layout or "torchvision"
+    elif report.layout == "torchvision" and standard:
         raise ConfigError(f"backbone: torchvision's twin of {name!r} is not known; if the names are timm's, say --from timm")
-    report = LoadReport(path.name, layout, reading.layout is None, network, name, stem, left_out=left_out)
-    average = next((key for key in AVERAGES if key in content and key not in left_out and not outer), None)
-    remarks = {
-        f"its names begin with {prefix} in the file": prefix not in ("", *LAYOUTS[layout].student, *LAYOUTS[layout].teacher),
-        f"read from {average}, the average that its program evaluates; --prefix chooses the weights themselves": average,
-        "12 attention heads, as MoCo v3's small ViT has, where timm's has 6": twelve,
-    }
-    report.notes += [remark for remark, applies in remarks.items() if applies]
     complete = _match(weights, prefix, theirs if renamed else own, reading.allow, report)
-    cfg: Any = getattr(fresh, "pretrained_cfg", {})
-    usual = cfg["input_size"][-1] if cfg.get("fixed_input_size") and stem == "standard" else None
-    spec = _spec(report, args, reading.size, shape.get("img_size", usual), shape.get("in_chans", 3))
-    return spec, twins.from_torchvision(complete, name) if renamed else complete, fresh, report
+    if renamed:
+        complete = twins.convert(complete, name, back=True)
+    return _spec(report, args, reading.size, fixed, channels), complete, fresh
 
 
 def _match(
-    weights: Mapping[str, Tensor], prefix: str, wanted: Mapping[str, Tensor], allow: Sequence[str], report: LoadReport
+    weights: Mapping[str, Tensor], prefix: str, expected: Mapping[str, Tensor], allow: Sequence[str], report: LoadReport
 ) -> dict[str, Tensor]:
-    """Return the backbone's weights, complete; heads, missing and unexpected names go into the report.
-
-    Args:
-        weights: those in the file, by their names in the backbone; `prefix` stands before them in the file.
-        wanted: every weight of the network; their values stand in for those that are allowed to be missing.
-    """
-    exact, complete, counters = {bare_name(name) for name in allow}, {}, 0
+    """Return the backbone's weights, complete: those that may be missing as `expected`. The report gets heads and names that do not match."""
+    exact, complete, counters = {bare_name(name) for name in allow}, dict[str, Tensor](), 0
     starts = tuple(bare_name(name.removesuffix("*")) for name in allow if name.endswith((".", "*")))
 
     def allowed(name: str) -> bool:
         return prefix + name in exact or f"{prefix}{name}".startswith(starts)
 
     for name, value in weights.items():
-        if name not in wanted and (head := next(filter(name.startswith, HEADS), None)):
-            report.left_out[prefix + head] = report.left_out.get(prefix + head, 0) + 1
-        elif name not in wanted and allowed(name):
+        if name not in expected and (head := next(filter(name.startswith, HEADS), None)):
+            report.leave_out(prefix + head)
+        elif name not in expected and allowed(name):
             report.unexpected.append(prefix + name)
         else:
             complete[name] = value
-    report.matched, report.total = len(complete), len(wanted)
-    for name in sorted(wanted.keys() - complete.keys()):
+    report.matched, report.total = len(complete), len(expected)
+    for name in sorted(expected.keys() - complete.keys()):
         if name.endswith("num_batches_tracked"):  # not in files from before PyTorch 0.4.1, and nothing reads them here
-            complete[name], counters = wanted[name], counters + 1
+            complete[name], counters = expected[name], counters + 1
         elif allowed(name):
-            complete[name] = wanted[name]
+            complete[name] = expected[name]
             report.missing.append(prefix + name)
     if counters:
         report.notes.append(f"{counters} counters num_batches_tracked are not in the file and start at 0")
-    if not (fault := mismatch(wanted, complete)):
+    if not (fault := mismatch(expected, complete)):
         for name, value in complete.items():
-            if value.is_floating_point() != wanted[name].is_floating_point() or value.is_complex():
-                fault = f"{name} ({value.dtype} for {wanted[name].dtype})"
+            if value.is_floating_point() != expected[name].is_floating_point() or value.is_complex():
+                fault = f"{name} ({value.dtype} for {expected[name].dtype})"
             elif not value.isfinite().all():
                 fault = f"{name} (not finite)"
     if fault:
         what = f"{report.backbone} (stem {report.stem}) in layout {report.layout}, {report.network}"
-        advice = "; --allow NAME ... lets names differ ('abc.*' for many)" if wanted.keys() != complete.keys() else ""
+        advice = "; --allow NAME ... lets names differ ('abc.*' for many)" if expected.keys() != complete.keys() else ""
         raise CheckpointError(f"is no {what}: {fault}{advice}")
-    return {name: complete[name].detach().to(value.dtype).clone() for name, value in wanted.items()}
+    return {name: complete[name].detach().to(value.dtype).clone() for name, value in expected.items()}
 
 
-def _shape(usual: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, int]:
-    """Return in_chans and img_size where the weights are for other images than the usual ones; CheckpointError if we read no such."""
-    state, shape, patches = usual.state_dict(), dict[str, int](), getattr(usual, "patch_embed", None)
+def _images(usual: nn.Module, weights: Mapping[str, Tensor]) -> tuple[int, int | None]:
+    """Return the channels of the images that weights are for, and their side; None where the network, as of `usual`, takes any."""
+    cfg: Any = getattr(usual, "pretrained_cfg", {})
+    patches: Any = getattr(usual, "patch_embed", None)
+    state = usual.state_dict()
     first = next((name for name, value in state.items() if value.ndim == 4 and value.shape[1] == 3), "")
-    if first in weights and weights[first].ndim == 4 and (bands := weights[first].shape[1]) != 3:
-        if bands != 1:
-            raise CheckpointError(
-                f"its network sees images of {bands} bands ({first}); relssl reads those of 3 (RGB) or 1 (grey)"
-            )
-        shape["in_chans"] = 1
+    bands = weights[first].shape[1] if first in weights and weights[first].ndim == 4 else 3
+    if bands not in (1, 3):
+        raise CheckpointError(f"its network sees images of {bands} bands ({first}); relssl reads those of 3 (RGB) or 1 (grey)")
+    side = cfg["input_size"][-1] if cfg.get("fixed_input_size") else None
     own, theirs, grid = state.get("pos_embed"), weights.get("pos_embed"), getattr(patches, "num_patches", None)
     if own is not None and theirs is not None and grid and own.ndim == theirs.ndim == 3:
         count = theirs.shape[1] - own.shape[1] + grid  # without those of class tokens
         across = math.isqrt(max(count, 0))
         if 0 < count == across**2 != grid:
-            shape["img_size"] = across * int(patches.patch_size[0])  # type: ignore[union-attr]
-    return shape
+            side = across * int(patches.patch_size[0])
+    return bands, side
 
 
 def _spec(report: LoadReport, args: Mapping[str, Any], size: int | None, fixed: int | None, channels: int) -> BackboneSpec:
-    """Return what the backbone is, with what the file does not say as the layout's authors have it, and note that.
-
-    `fixed` is the side of the images that its position embeddings are for, if it has any.
-    """
+    """Return what the backbone is, with what the file does not say as the layout's authors have it, and note that."""
     side = size or fixed or _SIZES[report.stem]
     if fixed and side != fixed:
         args = {"img_size": fixed, **args}

@@ -6,9 +6,8 @@ import collections
 import functools
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -63,24 +62,21 @@ class _Ignored:
     def __setstate__(self, _: Any) -> None: ...
 
 
-_IGNORED = {
-    "argparse": ("Namespace",),  # MoCo v3's and DINO's arguments
-    "numpy": ("dtype", "ndarray"),  # DINO's optimizer keeps learning rates as numpy scalars
-    **dict.fromkeys(("numpy.core.multiarray", "numpy._core.multiarray"), ("scalar", "_reconstruct")),
-    "numpy.dtypes": tuple(f"{kind}DType" for kind in ("Float64", "Float32", "Int64", "Int32", "Bool")),
-    "pathlib": ("Path", "PosixPath", "WindowsPath", "PurePosixPath"),
-    **{"typing": ("Any",), "builtins": ("dict", "list", "int", "float", "str")},
-    # Settings of solo-learn.
-    **{"omegaconf.dictconfig": ("DictConfig",), "omegaconf.listconfig": ("ListConfig",), "omegaconf.nodes": ("AnyNode",)},
-    "omegaconf.base": ("ContainerMetadata", "Metadata"),
-    "pytorch_lightning.callbacks.model_checkpoint": (
-        "ModelCheckpoint",
-    ),  # old versions key the state of callbacks by their class
-}
+_IGNORED = """
+    argparse.Namespace
+    numpy.dtype numpy.ndarray numpy.core.multiarray.scalar numpy.core.multiarray._reconstruct
+    numpy._core.multiarray.scalar numpy._core.multiarray._reconstruct
+    numpy.dtypes.Float64DType numpy.dtypes.Float32DType numpy.dtypes.Int64DType numpy.dtypes.Int32DType numpy.dtypes.BoolDType
+    pathlib.Path pathlib.PosixPath pathlib.WindowsPath pathlib.PurePosixPath
+    typing.Any builtins.dict builtins.list builtins.int builtins.float builtins.str
+    omegaconf.dictconfig.DictConfig omegaconf.listconfig.ListConfig omegaconf.nodes.AnyNode
+    omegaconf.base.ContainerMetadata omegaconf.base.Metadata
+    pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint
+"""  # arguments of MoCo v3 and DINO, DINO's learning rates, settings of solo-learn; old versions key callbacks' states by class
 # Lightning keeps hyper-parameters in dictionaries of its own; the unpickler fills Python's alone.
 _LIGHTNING = ("lightning.fabric.utilities.data", "lightning_fabric.utilities.data", "pytorch_lightning.utilities.parsing")
 _HARMLESS: list[Any] = [
-    *((_Ignored, f"{module}.{name}") for module, names in _IGNORED.items() for name in names),
+    *((_Ignored, name) for name in _IGNORED.split()),
     *((collections.OrderedDict, f"{module}.AttributeDict") for module in _LIGHTNING),
     (lambda *_: collections.OrderedDict(), "collections.defaultdict"),  # its factory is dropped
 ]
@@ -123,15 +119,14 @@ def find_state(content: Mapping[str, Any], outer: str = "") -> tuple[dict[str, T
     Raises:
         CheckpointError: if there are no tensors, or two of one name.
     """
-    holders = [key for key in ("student", "teacher", *AVERAGES, "state_dict", "model") if isinstance(content.get(key), Mapping)]
-    sides = [key for key in holders if key in ("student", "teacher")]
-    holders = sides or holders[:1]
-    if nested := isinstance(content.get(outer.partition(".")[0]), Mapping):
-        holders = sides = []
-    left_out = collections.Counter({str(key): _count(content[key]) for key in content if holders and key not in holders})
+    everything = isinstance(content.get(outer.partition(".")[0]), Mapping)
+    keys = [key for key in ("student", "teacher", *AVERAGES, "state_dict", "model") if isinstance(content.get(key), Mapping)]
+    sides = [key for key in keys if key in ("student", "teacher")]
+    keys = [] if everything else sides or keys[:1]
+    left_out = collections.Counter({str(key): _count(value) for key, value in content.items() if keys and key not in keys})
     tensors: dict[str, Tensor] = {}
-    for side, weights in [(f"{key}." if sides else "", content[key]) for key in holders] or [("", content)]:
-        flat = not nested and any(isinstance(value, Tensor) for value in weights.values())
+    for side, weights in [(f"{key}." if sides else "", content[key]) for key in keys] or [("", content)]:
+        flat = not everything and any(isinstance(value, Tensor) for value in weights.values())
         for key, value in weights.items() if flat else _nested(weights):
             name = side + bare_name(str(key))
             if _is_plain(value):
@@ -155,43 +150,6 @@ def _is_plain(value: Any) -> bool:
     return not odd and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
 
 
-# Hugging Face transformers' names in vision transformers (ViT, DINOv2), and timm's.
-_TRANSFORMERS = {
-    **{".embeddings.cls_token": ".cls_token", ".embeddings.mask_token": ".mask_token"},
-    **{".embeddings.position_embeddings": ".pos_embed", ".embeddings.patch_embeddings.projection.": ".patch_embed.proj."},
-    **{".encoder.layer.": ".blocks.", ".attention.attention.": ".attn.", ".attention.output.dense.": ".attn.proj."},
-    **{".intermediate.dense.": ".mlp.fc1.", ".output.dense.": ".mlp.fc2.", ".layer_scale1.lambda1": ".ls1.gamma"},
-    **{".layer_scale2.lambda1": ".ls2.gamma", ".layernorm_before.": ".norm1.", ".layernorm_after.": ".norm2."},
-    **{".layernorm.": ".norm."},
-}
-
-
-def _timm_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Give vision transformers of transformers, and those whose blocks DINOv2's training put into chunks, timm's names."""
-    renamed: dict[str, Tensor] = {}
-    if any(name.endswith("embeddings.patch_embeddings.projection.weight") for name in tensors):
-        for name, value in tensors.items():
-            _add(renamed, reduce(lambda text, pair: text.replace(*pair), _TRANSFORMERS.items(), f".{name}")[1:], value)
-        for name in [name for name in renamed if ".attn.query." in name]:
-            names = [name.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
-            parts = [renamed[part] for part in names if part in renamed]
-            if len(parts) == 3 and len({part.shape for part in parts} - {()}) == 1:
-                _add(renamed, name.replace(".query.", ".qkv."), torch.cat(parts))
-                renamed = {key: value for key, value in renamed.items() if key not in names}
-        return renamed
-    places = {match.groups() for name in tensors if (match := re.search(r"\bblocks\.(\d+)\.(\d+)\.norm1\.weight$", name))}
-    chunked = places and len({block for _, block in places}) == len(places)  # blocks of stages count anew in each
-    for name, value in tensors.items():
-        _add(renamed, re.sub(r"(?<=\bblocks\.)\d+\.(?=\d+\.)", "", name, count=1) if chunked else name, value)
-    return renamed
-
-
-def _add(tensors: dict[str, Tensor], name: str, value: Tensor) -> None:
-    if name in tensors:
-        raise CheckpointError(f"holds two weights of one name, {name}, in two spellings")
-    tensors[name] = value
-
-
 def _nested(tree: Any) -> Iterator[tuple[str, Any]]:
     """Walk through dictionaries and lists, each once however often the file holds it: names joined by dots, and what lies there."""
     stack: list[tuple[str, Any]] = [("", tree)]
@@ -211,7 +169,46 @@ def _count(value: Any) -> int:
     return sum(isinstance(node, Tensor) for _, node in _nested(value))
 
 
-def _first(prefixes: Iterable[str], names: Iterable[str]) -> str | None:
+def _add(tensors: dict[str, Tensor], name: str, value: Tensor) -> None:
+    if name in tensors:
+        raise CheckpointError(f"holds two weights of one name, {name}, in two spellings")
+    tensors[name] = value
+
+
+# Hugging Face transformers' names in vision transformers (ViT, DINOv2), and timm's.
+_TRANSFORMERS = {
+    **{".embeddings.cls_token": ".cls_token", ".embeddings.mask_token": ".mask_token"},
+    **{".embeddings.position_embeddings": ".pos_embed", ".embeddings.patch_embeddings.projection.": ".patch_embed.proj."},
+    **{".encoder.layer.": ".blocks.", ".attention.attention.": ".attn.", ".attention.output.dense.": ".attn.proj."},
+    **{".intermediate.dense.": ".mlp.fc1.", ".output.dense.": ".mlp.fc2.", ".layer_scale1.lambda1": ".ls1.gamma"},
+    **{".layer_scale2.lambda1": ".ls2.gamma", ".layernorm_before.": ".norm1.", ".layernorm_after.": ".norm2."},
+    **{".layernorm.": ".norm."},
+}
+
+
+def _timm_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Give vision transformers of transformers, and those whose blocks DINOv2's training put into chunks, timm's names."""
+    theirs = any(name.endswith("embeddings.patch_embeddings.projection.weight") for name in tensors)
+    places = {match.groups() for name in tensors if (match := re.search(r"\bblocks\.(\d+)\.(\d+)\.norm1\.weight$", name))}
+    chunked = places and len({block for _, block in places}) == len(places)  # blocks of stages count anew in each
+    renamed: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        if theirs:
+            name = functools.reduce(lambda text, pair: text.replace(*pair), _TRANSFORMERS.items(), f".{name}")[1:]
+        elif chunked:
+            name = re.sub(r"(?<=\bblocks\.)\d+\.(?=\d+\.)", "", name, count=1)
+        _add(renamed, name, value)
+    for name in [name for name in renamed if theirs and ".attn.query." in name]:
+        names = [name.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
+        parts = [renamed[part] for part in names if part in renamed]
+        if len(parts) == 3 and len({part.shape for part in parts} - {()}) == 1:
+            _add(renamed, name.replace(".query.", ".qkv."), torch.cat(parts))
+            renamed = {key: value for key, value in renamed.items() if key not in names}
+    return renamed
+
+
+def first(prefixes: Iterable[str], names: Iterable[str]) -> str | None:
+    """Return the first of the prefixes that any of the names begins with."""
     return next((prefix for prefix in prefixes if any(name.startswith(prefix) for name in names)), None)
 
 
@@ -220,40 +217,17 @@ def find_layout(tensors: Mapping[str, Tensor]) -> str:
     # `encoder_q.` begins the official names as well as MoCo's.
     layouts = {name: layout for name, layout in LAYOUTS.items() if name not in PLAIN}
     prefixes = {prefix: name for name, layout in layouts.items() for prefix in layout.student + layout.teacher * (name == "dino")}
-    return prefixes.get(_first(sorted(prefixes, key=len, reverse=True), tensors) or "", "timm")
+    return prefixes.get(first(sorted(prefixes, key=len, reverse=True), tensors) or "", "timm")
 
 
-def split(
-    tensors: Mapping[str, Tensor], name: str, network: str | None, outer: str, expected: Sequence[str], left_out: dict[str, int]
-) -> tuple[str, str, dict[str, Tensor]]:
-    """Take one network of a layout out of a file, and count in `left_out` what lies beside it: heads, queue, the other network.
-
-    Args:
-        outer: what stands before the network's names; "": found by the layout, and within that by the `expected` names of the network
-            or, if there are none, those that ResNets and vision transformers have.
-
-    Returns:
-        Student, teacher, or backbone where a layout holds a single one; the prefix of its names in the file; and its weights by
-        their names in the backbone.
-    """
-    layout = Layout((outer,)) if outer else LAYOUTS[name]
-    prefixes = {"student": _first(layout.student, tensors), "teacher": _first(layout.teacher, tensors)}
-    chosen = network or next((side for side in (layout.default, *prefixes) if prefixes[side] is not None), layout.default)
-    if (prefix := prefixes[chosen]) is None:
-        places, listed = " or ".join(layout.student + layout.teacher), ", ".join(list(tensors)[:4])
-        raise CheckpointError(f"holds no {network or 'backbone'} of layout {name} (looked for {places}); it holds {listed}")
-    if not outer:
-        names = {key.removeprefix(prefix) for key in tensors if key.startswith(prefix)}
-        ends = expected[:1] or ["layer1.0.conv1.weight", "3.0.conv1.weight", "4.0.conv1.weight", "patch_embed.proj.weight"]
-        starts = {key.removesuffix(end) for key in names for end in ends if f".{key}".endswith(f".{end}")}
-        inner = sorted(start for start in starts if 2 * sum(start + key in names for key in expected) >= len(expected))
-        if len(inner) > 1 and "" not in inner:
-            raise CheckpointError(f"holds several networks, {', '.join(inner)}; name one with --prefix")
-        prefix += next(iter(inner), "")
-    weights = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-    for part in ("".join(key.partition(".")[:2]) for key in tensors if not key.startswith(prefix)):
-        left_out[part] = left_out.get(part, 0) + 1
-    return "backbone" if name in PLAIN or outer else chosen, prefix, weights
+def inner_prefix(names: set[str], expected: list[str]) -> str:
+    """Return what stands before the `expected` names of a network, or, without any, those that ResNets and vision transformers have."""
+    ends = expected[:1] or ["layer1.0.conv1.weight", "3.0.conv1.weight", "4.0.conv1.weight", "patch_embed.proj.weight"]
+    starts = {key.removesuffix(end) for key in names for end in ends if f".{key}".endswith(f".{end}")}
+    inner = sorted(start for start in starts if 2 * sum(start + key in names for key in expected) >= len(expected))
+    if len(inner) > 1 and "" not in inner:
+        raise CheckpointError(f"holds several networks, {', '.join(inner)}; name one with --prefix")
+    return inner[0] if inner else ""
 
 
 def name_children(weights: Mapping[str, Tensor], small_stem: str) -> tuple[dict[str, Tensor], str]:

@@ -62,27 +62,14 @@ def load_run(path: str | Path) -> Run:
     folder = Path(path)
     if not (folder / "config.yaml").is_file():
         raise ConfigError(f"{folder}: is no run folder (it has no config.yaml)")
-    return Run(folder, _settings(folder / "config.yaml"))
+    return Run(folder, _config(folder / "config.yaml", read_yaml(folder / "config.yaml")))
 
 
-def _settings(file: Path, stored: dict[str, Any] | None = None) -> Config:
+def _config(file: Path, stored: dict[str, Any]) -> Config:
     try:
-        return from_mapping(stored or read_yaml(file))
+        return from_mapping(stored)
     except ConfigError as error:  # which knows the settings' names alone
         raise ConfigError(*(f"{file}: {fault}" for fault in error.faults)) from error
-
-
-def _disarmed(file: Path, stored: dict[str, Any]) -> dict[str, Any]:
-    """Return settings beside a file, which may be a stranger's, without names of code that would be run; ConfigError if the network is code
-    that the user has not named."""
-    flat = recipes.spell_out(stored)
-    names = {name: value for name in parts.SETTINGS if parts.is_part(value := str(flat.get(name))) and not parts.is_handed(value)}
-    code = names.pop("backbone", None)
-    if code is not None and not parts.is_given("backbone", code):
-        raise ConfigError(
-            f"{file}: backbone: is code, {code}, which is run only if you name it: backbone={code!r}, or --backbone {code}"
-        )
-    return flat | {name: parts.HANDED + value for name, value in names.items()}
 
 
 def settings_of(path: Path) -> Path:
@@ -177,12 +164,12 @@ def open_backbones(source: str | Path, reading: Reading | None = None) -> Opened
     if path.is_file() and parts.is_part(reading.backbone):
         with parts.at_hand({"backbone": reading.backbone}):
             return open_backbones(source, replace(reading, backbone=None))
-    options = {"layout": "from"} | {option: option for option in ("backbone", "stem", "allow", "prefix")}
+    options = {"layout": "from", "backbone": "backbone", "stem": "stem", "allow": "allow", "prefix": "prefix"}
     if useless := [option for field, option in options.items() if getattr(reading, field)]:
         why = f"is for files of other programs, which {name} is not; leave it out"
         raise ConfigError(*(f"--{option}: {why}" for option in useless))
     if path.is_dir():
-        return _open_run(path, reading.network)
+        return _open_run(load_run(path), reading.network)
     if reading.network:
         raise ConfigError(f"network: {name} holds one network; leave the option out")
     if path.is_file():
@@ -201,38 +188,46 @@ def open_foreign(path: Path, reading: Reading) -> Opened:
 
 
 def open_whole(path: Path, alone: bool = False) -> Opened:
-    """Return the network in an exported or imported file, with its classifier unless `alone`; raises as `open_backbones`."""
+    """Return the network in an exported or imported file, with its classifier unless `alone`; raises as `open_backbones`.
+
+    The settings beside it may be a stranger's: code that they name is run only as the network, and only if the user has named it too.
+    """
     file, stored = settings_of(path), read_yaml(settings_of(path))
     classifier, header = stored.pop("classifier", {}), header_of(path) or {"network": "backbone", "origin": path.name}
-    if classifier and not (
-        isinstance(classifier, dict) and classifier.keys() >= CLASSIFIER and isinstance(classifier["classes"], list)
-    ):
+    whole = isinstance(classifier, dict) and classifier.keys() >= CLASSIFIER and isinstance(classifier["classes"], list)
+    if classifier and not whole:
         raise ConfigError(f"{file}: classifier: needs {', '.join(sorted(CLASSIFIER))}, as `relssl finetune` writes them")
-    config = _settings(file, _disarmed(file, stored))
+    flat = recipes.spell_out(stored)
+    code = {name: value for name in parts.SETTINGS if parts.is_part(value := str(flat.get(name))) and not parts.is_handed(value)}
+    named = code.pop("backbone", None)
+    if named is not None and not parts.is_given("backbone", named):
+        how = f"which is run only if you name it: backbone={named!r}, or --backbone {named}"
+        raise ConfigError(f"{file}: backbone: is code, {named}, {how}")
+    config = _config(file, flat | {name: parts.HANDED + value for name, value in code.items()})
     spec, origin = replace(BackboneSpec.of(config), classifier=classifier), {"kind": "exported", "file": path.name, **header}
     weights = store.read(path)
     if classifier and alone:
         spec, layer = replace(spec, classifier={}), f"{classifier['layer']}."
         weights = {name: value for name, value in weights.items() if not name.startswith(layer)}
-    networks = {"backbone": spec.load(weights, path)}
-    return Opened(path.name, networks, spec, header, origin, None if config.data == NO_DATA else config)
+    return Opened(
+        path.name, {"backbone": spec.load(weights, path)}, spec, header, origin, None if config.data == NO_DATA else config
+    )
 
 
-def _open_run(path: Path, network: str | None) -> Opened:
-    run = load_run(path)
-    networks, title = derive(run.config).networks, path.resolve().name
+def _open_run(run: Run, network: str | None) -> Opened:
+    networks, title = derive(run.config).networks, run.folder.resolve().name
     if network is not None and network not in networks:
         why = "" if "teacher" in networks else f" ({run.config.method.name} has no teacher)"
-        raise ConfigError(f"network: {path.name} holds {' and '.join(networks)}, not {network}{why}")
-    checkpoint, spec, wanted = run.checkpoint(), BackboneSpec.of(run.config), networks if network is None else (network,)
+        raise ConfigError(f"network: {run.folder.name} holds {' and '.join(networks)}, not {network}{why}")
+    checkpoint, spec, chosen = run.checkpoint(), BackboneSpec.of(run.config), networks if network is None else (network,)
     tensors, _ = store.load(checkpoint)
     backbones = {}
-    for name in wanted:
+    for name in chosen:
         prefix = f"{name}.backbone."
         weights = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-        if not weights and network is None and parts.is_handed(run.config.method.name):
-            continue  # nobody knows whether a method that is not at hand has a teacher
-        backbones[name] = spec.load(weights, checkpoint)
-    header = {"network": wanted[0], "origin": checkpoint.name}
+        # Nobody knows whether a method that is not at hand has a teacher.
+        if weights or network is not None or not parts.is_handed(run.config.method.name):
+            backbones[name] = spec.load(weights, checkpoint)
+    header = {"network": chosen[0], "origin": checkpoint.name}
     origin = {"kind": "run", "run": title, "checkpoint": checkpoint.name, "recipe": public_name(run.config.recipe)}
-    return Opened(title, backbones, spec, header, origin, run.config, path, run.data)
+    return Opened(title, backbones, spec, header, origin, run.config, run.folder, run.data)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from relssl.data.plain import PlainView
 from relssl.errors import CheckpointError
-from relssl.method.backbones import arguments, create_backbone, feature_width, weightless
+from relssl.method.backbones import TORCHVISION, arguments, create_backbone, feature_width, weightless
 from relssl.settings import parts
 from relssl.settings.run import Config
 
@@ -52,6 +52,13 @@ class BackboneSpec:
         return BackboneSpec(config.backbone, config.backbone_args, config.encoder.stem, PlainView.of(config.views))
 
     @property
+    def library(self) -> str | None:
+        """The library whose network it is, timm or torchvision; None for one of the user's own."""
+        if parts.is_part(self.name):
+            return None
+        return "torchvision" if self.name.startswith(TORCHVISION) else "timm"
+
+    @property
     def classes(self) -> tuple[str, ...]:
         """Names of the classes, in the order of the network's scores; none of a backbone alone."""
         return tuple(self.classifier.get("classes", ()))
@@ -81,8 +88,7 @@ class BackboneSpec:
                 raise CheckpointError(f"{origin}: is no {self.name} of backbone_args with {number[:20]}: its weights are smaller")
 
         json.loads(json.dumps(self.all_arguments(), default=str), parse_int=bounded, parse_float=bounded)
-        own = parts.is_part(self.name)  # which is at hand, and may compute with values as it is built
-        shapes = self.create() if own else self.create(weightless)
+        shapes = self.create(weightless)
         if fault := mismatch(shapes.state_dict(), weights):
             raise CheckpointError(f"{origin}: is no {self.name}: {fault}")
         network = cast(Backbone, self.create())

@@ -197,7 +197,7 @@ def verify(folder: Path) -> None:
     """Check every file of a checkpoint against its hash; raise CheckpointError, naming the folder, if one is not as written."""
     with _intact(folder):
         for name in FILES:
-            if not _is_plain(folder / name):  # a link could lead anywhere, and a pipe would wait for ever
+            if (folder / name).is_symlink() or not (folder / name).is_file():  # a link could lead anywhere, and a pipe would wait
                 raise ValueError(f"{name} is missing or no regular file")
         present = {}
         for name in (TENSORS, META):
@@ -222,10 +222,6 @@ def is_whole(folder: Path) -> bool:
         verify(folder)
         return True
     return False
-
-
-def _is_plain(path: Path) -> bool:
-    return path.is_file() and not path.is_symlink()
 
 
 def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -26,41 +26,21 @@ from relssl.weights.spec import mismatch
 TOLERANCE = 1e-4  # largest difference of outputs, relative to the largest output, in fp32
 SIDE = 64  # pixels of the images of a comparison, where the network takes any size
 
-# timm's name, less `regnet`, -> torchvision's. timm rounds the widths of a few RegNets to other numbers: their `_tv` forms are the twins.
-_REGNETS = {
-    **{"x_004_tv": "x_400mf", "x_008": "x_800mf", "x_016": "x_1_6gf", "x_032": "x_3_2gf"},
-    **{"x_080": "x_8gf", "x_160": "x_16gf", "x_320": "x_32gf"},
-    **{"y_004": "y_400mf", "y_008_tv": "y_800mf", "y_016": "y_1_6gf", "y_032": "y_3_2gf"},
-    **{"y_080_tv": "y_8gf", "y_160": "y_16gf", "y_320": "y_32gf"},
-}
+# timm rounds the widths of a few RegNets to other numbers than torchvision: their `_tv` forms are the twins.
+_REGNETS = {"x": "004_tv 008 016 032 080 160 320", "y": "004 008_tv 016 032 080_tv 160 320"}
+_WIDTHS = ("400mf", "800mf", "1_6gf", "3_2gf", "8gf", "16gf", "32gf")
+# timm's names and torchvision's.
 TWINS = {
-    **{
-        name: name
-        for name in torchvision.models.list_models(module=torchvision.models, exclude="inception*")
-        if timm.is_model(name)
-    },
+    **{name: name for name in torchvision.models.list_models(torchvision.models, exclude="inception*") if timm.is_model(name)},
     **{f"mobilenetv3_{size}_100": f"mobilenet_v3_{size}" for size in ("large", "small")},
     **{"mobilenetv2_100": "mobilenet_v2", "mnasnet_050": "mnasnet0_5", "mnasnet_100": "mnasnet1_0"},
-    **{f"regnet{ours}": f"regnet_{theirs}" for ours, theirs in _REGNETS.items()},
+    **{
+        f"regnet{kind}_{ours}": f"regnet_{kind}_{theirs}"
+        for kind, names in _REGNETS.items()
+        for ours, theirs in zip(names.split(), _WIDTHS, strict=True)
+    },
     **{f"vit_{size}_patch{patch}_224": f"vit_{size[0]}_{patch}" for size in ("base", "large") for patch in (16, 32)},
 }
-
-
-def to_torchvision(weights: Mapping[str, Tensor], timm_name: str) -> dict[str, Tensor]:
-    """Return the weights of a timm network without classifier, with its own (`standard`) stem, under torchvision's names.
-
-    Where the two libraries differ in batch norm's epsilon (MobileNetV3, large EfficientNets) the norms' weights are scaled to make
-    up for it: in eval mode the networks are equal.
-
-    Raises:
-        ConfigError: if torchvision has no such network, or with these weights the two are not the same function.
-    """
-    return _converted(weights, timm_name, back=False)
-
-
-def from_torchvision(weights: Mapping[str, Tensor], timm_name: str) -> dict[str, Tensor]:
-    """Return torchvision's weights, without its last linear layer, under timm's names; raises as `to_torchvision`."""
-    return _converted(weights, timm_name, back=True)
 
 
 def bare(name: str, args: Mapping[str, Any] | None = None) -> tuple[nn.Module, str]:
@@ -70,7 +50,16 @@ def bare(name: str, args: Mapping[str, Any] | None = None) -> tuple[nn.Module, s
     return network.eval(), drop_classifier(network)
 
 
-def _converted(weights: Mapping[str, Tensor], timm_name: str, back: bool) -> dict[str, Tensor]:
+def convert(weights: Mapping[str, Tensor], timm_name: str, *, back: bool = False) -> dict[str, Tensor]:
+    """Return the weights of a timm network without classifier, with its own (`standard`) stem, under torchvision's names; `back`:
+    torchvision's, without its last linear layer, under timm's.
+
+    Where the two libraries differ in batch norm's epsilon (MobileNetV3, large EfficientNets) the norms' weights are scaled to make
+    up for it: in eval mode the networks are equal.
+
+    Raises:
+        ConfigError: if torchvision has no such network, or with these weights the two are not the same function.
+    """
     if timm_name not in TWINS:
         near = nearest_word(timm_name, list(TWINS))
         raise ConfigError(f"backbone: torchvision's twin of {timm_name!r} is not known; near: {near}")
@@ -78,10 +67,8 @@ def _converted(weights: Mapping[str, Tensor], timm_name: str, back: bool) -> dic
         ours: nn.Module = timm.create_model(timm_name, num_classes=0).eval()
     theirs, _ = bare(TWINS[timm_name])
     source, target = (theirs, ours) if back else (ours, theirs)
-    before, after = (
-        source.state_dict(),
-        target.state_dict(),
-    )  # the networks' own: torchvision's MNASNet asks for the version in it
+    # The networks' own states: torchvision's MNASNet asks for the version in it.
+    before, after = source.state_dict(), target.state_dict()
     if fault := mismatch(before, weights):
         raise ConfigError(f"backbone: is no plain {timm_name}: {fault}")
     names = {name: name for name in before}
@@ -117,13 +104,14 @@ def _by_shape(state: Mapping[str, Tensor]) -> dict[tuple[int, ...], list[str]]:
 def _keep_scale(renamed: dict[str, Tensor], source: nn.Module, target: nn.Module, names: Mapping[str, str]) -> None:
     """Scale the weights of batch norms that differ in epsilon, so that weight / sqrt(variance + epsilon) stays."""
     for name, other in names.items():
-        if name.endswith("running_var"):
+        path, _, kind = other.rpartition(".")
+        if kind == "running_var":
             before: Any = source.get_submodule(name.rpartition(".")[0]).eps
-            after: Any = target.get_submodule(other.rpartition(".")[0]).eps
-            weight, variance = other.removesuffix("running_var") + "weight", renamed[other].double()
+            after: Any = target.get_submodule(path).eps
             if before != after:
+                weight, variance = renamed[f"{path}.weight"], renamed[other].double()
                 scale = ((variance + after) / (variance + before)).sqrt()
-                renamed[weight] = (renamed[weight].double() * scale).to(renamed[other].dtype)
+                renamed[f"{path}.weight"] = (weight.double() * scale).to(weight.dtype)
 
 
 @torch.no_grad()

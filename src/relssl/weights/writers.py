@@ -22,7 +22,7 @@ from relssl.settings import parts
 from relssl.weights import store
 from relssl.weights.opening import Opened
 from relssl.weights.spec import BackboneSpec, mismatch
-from relssl.weights.twins import TWINS, bare, to_torchvision
+from relssl.weights.twins import TWINS, bare, convert
 
 _TOLERANCE = 1e-4  # another implementation of the same function, in fp32; a compiler may fold batch norm and reorder sums
 _MAPPED_TOLERANCE = 1e-5  # transformers leaves weights where the file was mapped, unaligned, and sums come in another order
@@ -55,38 +55,38 @@ class Written:
     notes: str = ""  # more about loading it, as Markdown, with `{file}`
 
 
+@dataclass(frozen=True)
+class Parity:
+    """The distance of a file that was loaded back from the network in it."""
+
+    difference: float  # the largest absolute one of features, or scores, in fp32, over batches of all the images and of one
+    relative: float  # the same as a share of the largest feature
+    images: str  # which images, in words
+    checked: tuple[str, ...]  # titles of the snippets that were run
+
+
 def _unsuited(format: str, why: str) -> ConfigError:
     return ConfigError(f"format: {format} {why}; safetensors, onnx and torch-export take every network")
 
 
 def as_safetensors(source: Opened, format: str) -> Written:
     """Write the network's own names; those of timm's networks, and `timm` takes no others, in a file for its `checkpoint_path`."""
-    snippets = _own_snippets(source.spec) if parts.is_part(source.spec.name) else [Snippet("timm alone", timm_lines(source.spec))]
-    if format != "safetensors" and (_theirs(source.spec) or parts.is_part(source.spec.name)):
-        raise _unsuited(format, f"is read by timm, which does not know {parts.title(source.spec.name)}")
-    if _theirs(source.spec):
-        snippets = [Snippet("torchvision", _torchvision_lines(source.spec, "safetensors.torch.load_file({file})"))]
-    notes = (
-        '`relssl predict {file} DATA --out FILE` classifies images; `relssl.load_backbone("{file}")` returns the backbone alone.'
-    )
-    if not source.spec.classes:
-        again = ", backbone=module" if snippets[0].given else ""
-        again = f", backbone={source.spec.name!r}" if parts.is_part(source.spec.name) and not again else again
-        ours = Snippet("relssl", ("import relssl", f"model = relssl.load_backbone({{file}}{again})"), given=snippets[0].given)
-        snippets, notes = [*snippets, ours], ""
-    return Written({"": store.encode(source.backbone.state_dict(), {"format": "pt", **source.header})}, snippets, notes=notes)
-
-
-def _own_snippets(spec: BackboneSpec) -> list[Snippet]:
-    """Return the way to load the weights of a network of the user's own with torch."""
-    if parts.is_handed(spec.name):
-        lines, given = ["model = module.eval()  # the one that was handed over, or its like"], {"module": spec.create()}
+    spec = source.spec
+    if format != "safetensors" and spec.library != "timm":
+        raise _unsuited(format, f"is read by timm, which does not know {parts.title(spec.name)}")
+    if spec.library == "torchvision":
+        layers = _stem_layers(spec) if spec.classes else _torchvision_network(spec)[1]
+        snippet = Snippet("torchvision", _torchvision_lines(spec, "safetensors.torch.load_file({file})", layers))
     else:
-        module, _, name = spec.name.partition(":")
-        lines, given = [f"from {module} import {name}", f"model = {name}({', '.join(_arguments(spec, None))}).eval()"], {}
-    code = ["import safetensors.torch", *lines, "model.load_state_dict(safetensors.torch.load_file({file}))"]
-    use = "outputs = model(images); outputs = outputs.mean((2, 3)) if outputs.ndim == 4 else outputs"
-    return [Snippet("torch", code, use, given=given)]
+        snippet = Snippet("timm alone", _timm_lines(spec)) if spec.library else _own_snippet(spec)
+    snippets, notes = [snippet], ""
+    if spec.classes:
+        notes = '`relssl predict {file} DATA --out FILE` classifies images; `relssl.load_backbone("{file}")` returns the backbone alone.'
+    else:
+        again = ", backbone=module" if snippet.given else "" if spec.library else f", backbone={spec.name!r}"
+        code = ("import relssl", f"model = relssl.load_backbone({{file}}{again})")
+        snippets.append(Snippet("relssl", code, given=snippet.given))
+    return Written({"": store.encode(source.backbone.state_dict(), {"format": "pt", **source.header})}, snippets, notes=notes)
 
 
 def as_hf(source: Opened, format: str) -> Written:
@@ -96,15 +96,14 @@ def as_hf(source: Opened, format: str) -> Written:
         raise _unsuited(format, f"is read with colour images, and {spec.name} sees {spec.view.channels} channels")
     if spec.stem != "standard":
         raise _unsuited(format, f"cannot describe a {spec.stem} stem, which timm cannot be asked for")
-    count = {"num_classes": len(spec.classes)}
+    count, labels = {"num_classes": len(spec.classes)}, {"label_names": spec.classes} if spec.classes else {}
     pretrained = {  # as timm writes it, about these weights: none of what it says of timm's own is taken over
         **{"tag": "ressl", "custom_load": False, "input_size": [3, spec.view.size, spec.view.size]},
         **{"fixed_input_size": known.get("fixed_input_size", False), "crop_mode": "center", **timm_view(spec), **count},
         **{"pool_size": None, "first_conv": known.get("first_conv"), "classifier": known.get("classifier")},
     }
-    described = {"architecture": known["architecture"], **count, "num_features": source.backbone.num_features}
-    described |= {"label_names": spec.classes} if spec.classes else {}
     # No num_classes in model_args: transformers sets it itself and stumbles over another.
+    described = {"architecture": known["architecture"], **count, "num_features": source.backbone.num_features, **labels}
     described |= {"model_args": spec.all_arguments(), "pretrained_cfg": pretrained}
     with_timm = (
         "import timm, timm.data",
@@ -149,17 +148,17 @@ def as_graph(source: Opened, format: str) -> Written:
 def as_torchvision(source: Opened, format: str) -> Written:
     """Write torchvision's names, for a strict load into its network without the last layer."""
     spec, state = source.spec, source.backbone.state_dict()
-    network, _ = _torchvision_network(spec)
+    network, layers = _torchvision_network(spec)
     try:
-        weights = to_torchvision(state, spec.name) if spec.stem == "standard" and not _theirs(spec) else state
+        weights = convert(state, spec.name) if spec.stem == "standard" and spec.library == "timm" else state
     except ConfigError as error:
         raise _unsuited(format, f"cannot take this {spec.name} ({error})") from error
-    if mismatch(network.state_dict(), weights):
-        raise _unsuited(format, f"cannot take {spec.name} with a {spec.stem} stem")
     theirs = network.state_dict()  # the network's own: torchvision's MNASNet asks for the version in it
-    theirs.update({name: weights[name] for name in theirs})
+    if mismatch(theirs, weights):
+        raise _unsuited(format, f"cannot take {spec.name} with a {spec.stem} stem")
+    theirs.update(weights)
     exact = weights.keys() == state.keys() and all(torch.equal(weights[key], state[key]) for key in state)
-    code = _torchvision_lines(spec, "torch.load({file}, weights_only=True)")
+    code = _torchvision_lines(spec, "torch.load({file}, weights_only=True)", layers)
     return Written({"": _saved(theirs)}, (Snippet("torchvision", code, tolerance=0.0 if exact else _TOLERANCE),), exact)
 
 
@@ -187,11 +186,9 @@ def as_detectron2(source: Opened, format: str) -> Written:
         what = f"{spec.name} with {spec.stem} stem" + (" and backbone_args" if spec.arguments else "")
         raise _unsuited(format, f"takes timm's ResNets with torchvision's shapes, not {what}")
     first = network.layer1[0]
-    resnets = {
-        **{"DEPTH": int(re.findall(r"[0-9]+", spec.name)[0]), "STRIDE_IN_1X1": False, "NUM_GROUPS": network.groups},
-        "WIDTH_PER_GROUP": network.base_width,
-        "RES2_OUT_CHANNELS": first.conv1.in_channels * (4 if hasattr(first, "conv3") else 1),
-    }
+    resnets = {"DEPTH": int(re.findall(r"[0-9]+", spec.name)[0]), "STRIDE_IN_1X1": False, "NUM_GROUPS": network.groups}
+    width = first.conv1.in_channels * (4 if hasattr(first, "conv3") else 1)
+    resnets |= {"WIDTH_PER_GROUP": network.base_width, "RES2_OUT_CHANNELS": width}
     mean, std = ([round(255 * value, 3) for value in channels] for channels in (spec.view.mean, spec.view.std))
     model = {"WEIGHTS": "{file}", "PIXEL_MEAN": mean, "PIXEL_STD": std, "RESNETS": resnets}
     settings = yaml.safe_dump({"MODEL": model, "INPUT": {"FORMAT": "RGB"}}, sort_keys=False, width=120, default_flow_style=None)
@@ -218,21 +215,33 @@ WRITERS: dict[str, Callable[[Opened, str], Written]] = {
 }
 
 
-def timm_lines(spec: BackboneSpec) -> list[str]:
-    """Return Python that loads `{file}` with timm and nothing of ours, as `model` and the `transform` of its images."""
+def _own_snippet(spec: BackboneSpec) -> Snippet:
+    """Return the way to load the weights of a network of the user's own with torch."""
+    if parts.is_handed(spec.name):
+        lines, given = ["model = module.eval()  # the one that was handed over, or its like"], {"module": spec.create()}
+    else:
+        module, _, name = spec.name.partition(":")
+        lines, given = [f"from {module} import {name}", f"model = {name}({_arguments(spec)}).eval()"], {}
+    code = ["import safetensors.torch", *lines, "model.load_state_dict(safetensors.torch.load_file({file}))"]
+    use = "outputs = model(images); outputs = outputs.mean((2, 3)) if outputs.ndim == 4 else outputs"
+    return Snippet("torch", code, use, given=given)
+
+
+def _lines(imports: str, create: str, layers: Mapping[str, nn.Module], load: str, transform: str) -> list[str]:
+    """Return Python that makes a `model`, whose layers that differ are put in before the weights, and the `transform` of its images."""
+    replaced = (f"model.set_submodule({name!r}, torch.nn.{module!r})" for name, module in layers.items())
+    return [f"import {imports}", f"model = {create}.eval()", *replaced, load, f"transform = {transform}"]
+
+
+def _timm_lines(spec: BackboneSpec) -> list[str]:
+    """Return Python that loads `{file}` with timm and nothing of ours."""
     view = ", ".join(f"{name}={value!r}" for name, value in timm_view(spec).items())
-    transform, imports = f"timm.data.create_transform({spec.view.size}, {view})", "import timm, timm.data"
+    transform, imports = f"timm.data.create_transform({spec.view.size}, {view})", "timm, timm.data"
     if spec.view.channels == 1:
         imports += ", torchvision.transforms"
         transform = f"torchvision.transforms.Compose([torchvision.transforms.Grayscale(), {transform}])"
-    # timm cannot be asked for a small stem, so the layers that differ are put in before the weights.
-    return [
-        f"{imports}, torch",
-        f"model = timm.create_model({', '.join([repr(spec.name), *_arguments(spec, len(spec.classes))])}).eval()",
-        *_stem_lines(spec),
-        "timm.models.load_checkpoint(model, {file})",
-        f"transform = {transform}",
-    ]
+    create = f"timm.create_model({spec.name!r}, {_arguments(spec, num_classes=len(spec.classes))})"
+    return _lines(f"{imports}, torch", create, _stem_layers(spec), "timm.models.load_checkpoint(model, {file})", transform)
 
 
 def timm_view(spec: BackboneSpec) -> dict[str, Any]:
@@ -245,62 +254,51 @@ def timm_view(spec: BackboneSpec) -> dict[str, Any]:
     return {"crop_pct": share, "interpolation": view.interpolation, "mean": view.mean, "std": view.std}
 
 
-def _theirs(spec: BackboneSpec) -> bool:
-    return spec.name.startswith(TORCHVISION)
-
-
-def _torchvision_network(spec: BackboneSpec) -> tuple[nn.Module, str]:
-    """Return torchvision's network with the first layers that the backbone has, and the name of the last layer, which is out."""
-    name = spec.name.removeprefix(TORCHVISION) if _theirs(spec) else TWINS.get(spec.name)
+def _torchvision_network(spec: BackboneSpec) -> tuple[nn.Module, dict[str, nn.Module]]:
+    """Return torchvision's network with the layers that the backbone has, and those of them that torchvision's lacks."""
+    theirs = spec.library == "torchvision"
+    name = spec.name.removeprefix(TORCHVISION) if theirs else TWINS.get(spec.name)
     if name is None:
         raise _unsuited("torchvision", f"has no network that is known to equal {spec.name}")
-    network, last = bare(name, _library_arguments(spec) if _theirs(spec) else None)
-    for path, module in stem_layers(spec).items():
+    network, last = bare(name, _library_arguments(spec) if theirs else None)
+    layers = {last: nn.Identity(), **_stem_layers(spec)}
+    for path, module in layers.items():
         network.set_submodule(path, module)
-    return network, last
+    return network, layers
 
 
-def _torchvision_lines(spec: BackboneSpec, load: str) -> list[str]:
-    """Return Python that loads the file with torchvision, as `model` and the `transform` of its images; `load` reads it."""
-    view, arguments = spec.view, _arguments(spec, len(spec.classes) or None) if _theirs(spec) else []
-    last = [] if spec.classes else [f"model.set_submodule({_torchvision_network(spec)[1]!r}, torch.nn.Identity())"]
+def _torchvision_lines(spec: BackboneSpec, load: str, layers: Mapping[str, nn.Module]) -> list[str]:
+    """Return Python that loads the file with torchvision; `load` reads it."""
+    view, classes = spec.view, {"num_classes": len(spec.classes)} if spec.classes else {}
     resize = f"v.Resize({view.shorter_side}, v.InterpolationMode.{view.interpolation.upper()}), v.CenterCrop({view.size})"
     steps = f"{'v.Grayscale(), ' * (view.channels == 1)}{resize}, v.ToTensor(), v.Normalize({view.mean}, {view.std})"
-    name = TWINS.get(spec.name, spec.name.removeprefix(TORCHVISION))
-    return [
-        f"import {'safetensors.torch, ' * ('safetensors' in load)}torch, torchvision, torchvision.transforms as v",
-        f"model = torchvision.models.{name}({', '.join(arguments)}).eval()",
-        *last,
-        *_stem_lines(spec),
-        f"model.load_state_dict({load})",
-        f"transform = v.Compose([{steps}])",
-    ]
+    name, arguments = TWINS.get(spec.name), ""
+    if name is None:
+        name, arguments = spec.name.removeprefix(TORCHVISION), _arguments(spec, **classes)
+    imports = f"{'safetensors.torch, ' * ('safetensors' in load)}torch, torchvision, torchvision.transforms as v"
+    create = f"torchvision.models.{name}({arguments})"
+    return _lines(imports, create, layers, f"model.load_state_dict({load})", f"v.Compose([{steps}])")
 
 
-def _arguments(spec: BackboneSpec, classes: int | None) -> list[str]:
+def _arguments(spec: BackboneSpec, **more: Any) -> str:
     # The lines are run, and a card that came with a file may say anything.
     if strange := [name for name in spec.arguments if not name.isidentifier()]:
         raise ConfigError(f"backbone_args: {strange[0]!r} is no name of an argument")
-    full = ({} if classes is None else {"num_classes": classes}) | _library_arguments(spec)
-    return [f"{name}={value!r}" for name, value in full.items()]
+    return ", ".join(f"{name}={value!r}" for name, value in (more | _library_arguments(spec)).items())
 
 
 def _library_arguments(spec: BackboneSpec) -> dict[str, Any]:
     """Return the arguments that the network's library takes; the channels of torchvision's networks are not among them."""
-    return {name: value for name, value in spec.all_arguments().items() if not (_theirs(spec) and name == "in_chans")}
+    without = {"in_chans"} if spec.library == "torchvision" else set()
+    return {name: value for name, value in spec.all_arguments().items() if name not in without}
 
 
-def _stem_lines(spec: BackboneSpec) -> list[str]:
-    return [f"model.set_submodule({name!r}, torch.nn.{module!r})" for name, module in stem_layers(spec).items()]
-
-
-def stem_layers(spec: BackboneSpec) -> dict[str, nn.Module]:
+def _stem_layers(spec: BackboneSpec) -> dict[str, nn.Module]:
     """Return the first layers that differ from the network's own: a small stem, or other channels in torchvision's networks."""
     if spec.stem == "standard" and _library_arguments(spec) == spec.all_arguments():
         return {}
     with torch.random.fork_rng(devices=[]):
         library = create_backbone(spec.name, args=_library_arguments(spec), size=spec.view.size, classes=len(spec.classes))
-        plain = dict(library.named_modules())
-        ours = spec.create().named_modules()
+        plain, ours = dict(library.named_modules()), spec.create().named_modules()
     kinds = (nn.Conv2d, nn.Identity)
     return {name: module for name, module in ours if type(module) in kinds and repr(module) != repr(plain.get(name))}
