@@ -29,7 +29,7 @@ from relssl.train.checkpoint import agreed_hashes
 from relssl.weights import store
 from small_runs import NORMLESS, SMALL, close_runs, cut, equal_runs, repeatable_rows, small_run
 
-SETTINGS = merge(SMALL, NORMLESS) | {"backbone_args": NORMLESS["backbone_args"]}
+SETTINGS = merge(SMALL, NORMLESS) | {"backbone_args": NORMLESS["backbone_args"], "max_images": 128}
 ENDLESS = {"epochs": 500, "log": {"knn_every": 0}, "checkpoint": {"every_steps": 5}}
 RELSSL = [sys.executable, "-m", "relssl"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "relssl"]
@@ -82,14 +82,14 @@ def family(process: subprocess.Popen[str], count: int) -> list[psutil.Process]:
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run on two ranks, whose tests only read."""
     folder = tmp_path_factory.mktemp("ranks") / "two"
-    output = finish(start_two(folder, {"checkpoint": {"every_steps": 7, "keep": 9}}))
+    output = finish(start_two(folder, {"checkpoint": {"every_steps": 3, "keep": 9}}))
     assert output.count("reading the images") == output.count("What the backbone learned") == 1  # one rank speaks,
     assert not re.search(r"Warning|\[W|[Ll]ightning|distributed", output), output  # and no library does
     return folder
 
 
 def test_two_ranks_equal_one_process(two: Path, tmp_path: Path) -> None:
-    small_run(tmp_path / "one", **NORMLESS)
+    small_run(tmp_path / "one", **SETTINGS)
     _, meta = store.load(store.checkpoints(two / "checkpoints")[-1])
     assert len(meta["hashes"]) == 2 and meta["hashes"][0] == meta["hashes"][1]
     assert meta["hashes"][0].keys() == {"student", "teacher", "memory"}
@@ -101,8 +101,8 @@ def test_two_ranks_equal_one_process(two: Path, tmp_path: Path) -> None:
 
 @pytest.mark.torture
 def test_two_ranks_resume_exactly(two: Path, tmp_path: Path) -> None:
-    folder = cut(two, tmp_path / "cut", 14)
-    assert "going on exactly from step 14" in finish(start(*RELSSL, "resume", str(folder)))
+    folder = cut(two, tmp_path / "cut", 3)
+    assert "going on exactly from step 3" in finish(start(*RELSSL, "resume", str(folder)))
     assert equal_runs(two, folder)
 
 

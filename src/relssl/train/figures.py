@@ -17,9 +17,13 @@ Row = Mapping[str, Any]
 
 
 @functools.cache
+def _read(name: str) -> Any:
+    return yaml.safe_load(Path(__file__).with_name(f"{name}.yaml").read_text())
+
+
 def describe() -> list[dict[str, Any]]:
     """Return the figures as figures.yaml describes them."""
-    content: list[dict[str, Any]] = yaml.safe_load(Path(__file__).with_name("figures.yaml").read_text())
+    content: list[dict[str, Any]] = _read("figures")
     return content
 
 
@@ -43,33 +47,16 @@ def in_words(row: Row, memory: int) -> str:
     return f"{count:.0f} of {memory:,} neighbours, {word}; student agrees on {row['agreement']:.0%}"
 
 
-# Condition and sentence of each alarm, causes before their consequences. A condition reads columns of a row, and `memory` K, `dim` D,
-# `epochs`, `moving` (a teacher is to follow the student) and `span`, steps that the memory holds; NaN, no reason, where one is missing.
-ALARMS: dict[str, tuple[Callable[[Row], bool], str]] = {
-    "dead-projector": (
-        lambda row: row["embedding_std"] < 1e-3,
-        "dead: the embeddings do not depend on the image; lower optimizer.lr, or set encoder.projector_norm batch",
-    ),
-    "dimensional-collapse": (
-        lambda row: row["embedding_std"] < 0.1 or row["effective_rank"] < min(4.0, 0.1 * row["dim"]),
-        "collapsed: the embeddings use few directions or one; lower optimizer.lr, or lengthen method.warmup_share where there is a warm-up",
-    ),
-    "uniform-teacher": (
-        lambda row: row["teacher_neighbours"] > 0.9 * row["memory"],
-        "collapsed: the teacher's relation is uniform; lower method.teacher_temperature, or lengthen method.warmup_share",
-    ),
-    "one-hot-teacher": (
-        lambda row: row["teacher_neighbours"] < 1.2,
-        "the teacher's relation is a single neighbour, which says nothing of the others; raise method.teacher_temperature",
-    ),
-    "frozen-teacher": (
-        lambda row: row["moving"] and row["teacher_momentum"] > 0.99999 and row["epoch"] < 0.9 * row["epochs"],
-        "the teacher does not follow the student; lower method.teacher_momentum",
-    ),
-    "stale-memory": (
-        lambda row: row["span"] >= 4 and row["matched_age"] < min(row["span"], row["step"]) / 8,
-        "the older part of the memory matches nothing any more; lower method.memory_size, or raise method.teacher_momentum",
-    ),
+# Condition of each alarm, causes before their consequences; alarms.yaml has their sentences. It reads columns of a row, and `memory` K,
+# `dim` D, `epochs`, `moving` (a teacher is to follow the student) and `span`, steps that the memory holds; NaN, no reason, where one is
+# missing.
+ALARMS: dict[str, Callable[[Row], bool]] = {
+    "dead-projector": lambda row: row["embedding_std"] < 1e-3,
+    "dimensional-collapse": lambda row: row["embedding_std"] < 0.1 or row["effective_rank"] < min(4.0, 0.1 * row["dim"]),
+    "uniform-teacher": lambda row: row["teacher_neighbours"] > 0.9 * row["memory"],
+    "one-hot-teacher": lambda row: row["teacher_neighbours"] < 1.2,
+    "frozen-teacher": lambda row: row["moving"] and row["teacher_momentum"] > 0.99999 and row["epoch"] < 0.9 * row["epochs"],
+    "stale-memory": lambda row: row["span"] >= 4 and row["matched_age"] < min(row["span"], row["step"]) / 8,
 }
 # Those of a collapse; the others are faults of a run that may learn all the same.
 COLLAPSES = ("dead-projector", "dimensional-collapse", "uniform-teacher")
@@ -85,4 +72,4 @@ def alarms(rows: Iterable[Row], config: Config) -> dict[str, str]:
     if traits.memory:
         facts |= {"memory": config.method.memory_size, "span": config.method.memory_size / config.batch_size}
     known = [defaultdict(lambda: math.nan, {k: v for k, v in row.items() if v is not None} | facts) for row in rows]
-    return {name: sentence for name, (holds, sentence) in ALARMS.items() if known and all(map(holds, known))}
+    return {name: _read("alarms")[name] for name, holds in ALARMS.items() if known and all(map(holds, known))}

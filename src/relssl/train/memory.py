@@ -34,7 +34,7 @@ _MOST = 2000
 
 
 def fit(
-    config: Config, engine: Engine, workers: int, classes: int = 0, free: int | None = None, given: nn.Module | None = None
+    config: Config, engine: Engine, workers: int, classes: int = 0, given: nn.Module | None = None, free: int | None = None
 ) -> Config:
     """Return the settings, with `fit_batch` those of the largest batch that fits in memory, before any of it is taken.
 

@@ -211,8 +211,7 @@ def _run(
         engine.on_first(lambda: begin(run, display, loaded))
         for line in prepare(run, saved):
             display.say(line)
-        if loaded is not None and (changed := lasting(loaded.config, run.config)) != loaded.config:
-            engine.on_first(lambda: write_file(path / "config.yaml", to_yaml(changed).encode()))
+        engine.on_first(lambda: write_changes(run, loaded))
         with recording(run, display, stop), explaining(run.config, engine):
             if run.folder is not None:
                 run.folder.give_up_after(run.state.step)
@@ -249,6 +248,13 @@ def begin(run: Run, display: Display, loaded: Loaded | None) -> None:
     if loaded is not None and (before := loaded.config.epochs) != (now := config.epochs):
         display.say(f"epochs are {now} instead of {before}: from here on the schedules are those of {now} epochs")
     folder.bad_samples(run.images.bad)
+
+
+def write_changes(run: Run, loaded: Loaded | None) -> None:
+    """Write down what has changed of a run that goes on."""
+    assert run.folder is not None
+    if loaded is not None and (changed := lasting(loaded.config, run.config)) != loaded.config:
+        write_file(run.folder.path / "config.yaml", to_yaml(changed).encode())
 
 
 def prepare(run: Run, saved: Path | None) -> Iterator[str]:

@@ -6,7 +6,6 @@ import dataclasses
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import repeat
 from typing import Any
 
 import torch
@@ -91,10 +90,9 @@ def build(config: Config, engine: Engine, say: Say = id, given: Given | None = N
     settings = complete_settings(config, images)
     for line in (*_remarks(config, settings, images), *adjustments(config, settings, len(images))):
         say(line)
-    config = settings
-    if len(images) >= config.batch_size:  # too few are refused by the loader
-        workers = 0 if images.in_memory else worker_count(config.loader.workers, config.engine.devices)
-        config = fit(settings, engine, workers, images.class_count, given=given.frozen_teacher(settings))
+    workers = 0 if images.in_memory else worker_count(config.loader.workers, config.engine.devices)
+    enough = len(images) >= settings.batch_size  # too few are refused by the loader
+    config = fit(settings, engine, workers, images.class_count, given.frozen_teacher(settings)) if enough else settings
     if config.batch_size != settings.batch_size:
         say(f"batch_size is {config.batch_size}, which fits in memory, with optimizer.lr {config.optimizer.lr:g}")
     online = None
@@ -117,13 +115,13 @@ def complete_settings(config: Config, images: Images) -> Config:
     views = config.views
     if isinstance(images.source, Pixels) and not views.enlarge:
         side, strong = min(images.source.tensor.shape[-2:]), "views.crops" if views.crops else "views.strong.size"
+        sizes = {"views.weak.size": [views.weak.size], strong: [view.size for view in derive(config).strong]}
         faults = [
-            f"{name}: {view.size} is larger than the images of {images.name} ({side} x {side} pixels), which would only be blown up; "
+            f"{name}: {size} is larger than the images of {images.name} ({side} x {side} pixels), which would only be blown up; "
             "views.enlarge true does so all the same"
-            for name, view in zip(
-                ("views.weak.size", *repeat(strong, len(derive(config).strong))), derive(config).views, strict=True
-            )
-            if view.size > side
+            for name, each in sizes.items()
+            for size in each
+            if size > side
         ]
         if faults:
             raise ConfigError(*faults)
