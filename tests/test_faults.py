@@ -1,5 +1,6 @@
 """What goes wrong around a run, brought about from outside: signals, damaged files, numbers that overflow."""
 
+import itertools
 import json
 import math
 import multiprocessing
@@ -21,11 +22,12 @@ import torch
 from PIL import Image
 
 import relssl
+from bad_images import CONTENTS, NAMES, jpeg
 from relssl.engine import Engine
-from relssl.errors import STOPPING, CheckpointError, Interrupted, NumericError, RelsslError, StorageError
-from relssl.files import read_rows
-from relssl.settings.reading import merge
-from relssl.settings.run import resolve, to_yaml
+from relssl.errors import STOPPING, CheckpointError, ConfigError, Interrupted, NumericError, RelsslError, StorageError
+from relssl.files import plain, read_rows
+from relssl.settings.reading import leaves, merge, nest
+from relssl.settings.run import Config, resolve, to_yaml
 from relssl.train import checkpoint
 from relssl.train.checkpoint import State
 from relssl.train.loop import origin, train_step
@@ -176,6 +178,33 @@ def test_a_full_disk_at_fifty_sizes(finished: Path, cut: Path) -> None:
         assert list(cut.rglob(".relssl-*")) == []
     relssl.resume(cut, quiet=True)
     assert equal_runs(finished, cut)
+
+
+def save_for_ever(folder: Path) -> None:
+    """Save 16 MB after 16 MB, of which two are kept."""
+    newest = max((int(path.name[5:]) for path in store.checkpoints(folder)), default=0)
+    for step in itertools.count(newest + 1):
+        store.save(store.step_folder(folder, step), {"a": torch.full((4_000_000,), float(step))}, {"step": step})
+        store.prune(folder, 2)
+
+
+@pytest.mark.torture
+def test_two_hundred_kills_of_a_loop_that_saves(tmp_path: Path) -> None:
+    """T1: at random moments; the newest checkpoint is whole each time, and none is lost."""
+    draw, newest = random.Random(1), 0
+    for _ in range(200):
+        process = FORKS.Process(target=save_for_ever, args=(tmp_path,))
+        process.start()
+        process.join(draw.uniform(0.1, 0.7))
+        process.kill()
+        process.join()
+        for path in store.checkpoints(tmp_path):
+            tensors, facts = store.load(path)
+            assert (tensors["a"] == facts["step"]).all()
+        before, newest = newest, facts["step"] if store.checkpoints(tmp_path) else 0
+        assert newest >= before
+    print(f"200 kills, {newest} checkpoints, none lost")
+    assert newest > 100
 
 
 def save_and_prune(folder: Path, stop: bool = True) -> None:
@@ -329,6 +358,73 @@ def test_an_incomplete_step_folder_is_refused_by_name(finished: Path, cut: Path,
         relssl.resume(cut, quiet=True)
     relssl.resume(cut, checkpoint="step-00000010", quiet=True)
     assert equal_runs(finished, cut)
+
+
+@pytest.mark.torture
+@pytest.mark.parametrize(("ranks", "workers"), [(1, 0), (1, 2), (2, 2)])
+def test_a_folder_of_every_kind_of_image_and_name(tmp_path: Path, ranks: int, workers: int) -> None:
+    """T10 and T22: what is broken is listed with its reason, all else trained on, and nothing of a name reaches a terminal or a page."""
+    folder = os.fsencode(pictures(tmp_path / "images"))
+    for kind, (_, extension, make) in CONTENTS.items():
+        (tmp_path / f"images/{kind}.{extension}").write_bytes(make())
+    for name in NAMES.values():
+        os.makedirs(os.path.dirname(folder + b"/" + name), exist_ok=True)
+        with open(folder + b"/" + name, "wb") as file:
+            file.write(jpeg())
+    bad = {kind for kind, (expected, *_) in CONTENTS.items() if expected == "skip"}
+    more = {
+        "epochs": 6,
+        "loader": {"workers": workers, "max_bad_fraction": 1},
+        "engine": {"devices": ranks},
+        "log": {"report": True},
+    }
+    run = begin(tmp_path / "run", **more)
+    output = run.communicate(timeout=400)[0]
+    assert run.returncode == 0, output
+    listed = read_rows(tmp_path / "run/bad_samples.jsonl")
+    assert {Path(row["file"]).stem for row in listed} == bad and len(listed) == len(bad) and all(row["reason"] for row in listed)
+    for text in [output, *(path.read_text() for path in (tmp_path / "run").iterdir() if path.is_file())]:
+        assert "\x1b" not in text and "<script>alert" not in text
+
+
+@pytest.mark.torture
+def test_two_thousand_files_of_random_settings(tmp_path: Path) -> None:
+    """T12: each is refused by name in lines that can be read, or taken; nothing else happens."""
+    names, draw, refused, longest = [*leaves(Config), "nonsense", "optimizer", "views.strong.x"], random.Random(0), 0, 0.0
+    values = [
+        None,
+        True,
+        "",
+        "x",
+        "nan",
+        -1,
+        0,
+        1,
+        10**9,
+        10**400,
+        1e-300,
+        math.inf,
+        [],
+        [1],
+        {},
+        {"a": 1},
+        "٣",
+        "1e3",
+        "a\x1b[31m",
+        "x" * 9999,
+    ]
+    for _ in range(2000):
+        settings = nest({name: draw.choice(values) for name in sorted(draw.sample(names, 3))})
+        (tmp_path / "run.yaml").write_text(json.dumps(settings))
+        begun = time.process_time()
+        try:
+            resolve({}, tmp_path / "run.yaml")
+        except ConfigError as error:
+            refused += 1
+            assert all(": " in line and len(plain(line)) < 610 for line in error.faults), error
+        longest = max(longest, time.process_time() - begun)
+    print(f"{refused} of 2000 refused, the slowest took {longest:.2f} s")
+    assert refused > 1000 and longest < 2
 
 
 @pytest.mark.parametrize("status", [b"[3]", b"\xff", b'{"state": "complete", "step": "x"}', b"{"])
