@@ -38,10 +38,10 @@ OFFICIAL_CROPS = [[224, 0.2, 1], [192, 0.172, 0.86], [160, 0.143, 0.715], [128, 
 def measure_equal(args: argparse.Namespace) -> Record:
     """Compare the losses of the first steps on both devices."""
     losses: Record = {}
-    settings: Record = {"engine.precision": "fp32", "max_images": 1024, "epochs": 2, "log": {"every": 1, "report": False}, "quiet": True}
+    settings: Record = {"engine.precision": "fp32", "max_images": 1024, "epochs": 2, "log": {"every": 1, "report": False}}
     for name, device in (("cpu", "cpu"), ("gpu", "cpu" if args.tiny else "cuda")):
         with tempfile.TemporaryDirectory() as folder:
-            run = relssl.pretrain("digits", out=f"{folder}/run", **settings | {"engine.device": device})
+            run = relssl.pretrain("digits", out=f"{folder}/run", quiet=True, **settings | {"engine.device": device})
         assert run is not None
         losses[name] = [row["loss"] for row in run.rows if "loss" in row]
     difference = max(abs(one / other - 1) for one, other in zip(*losses.values(), strict=True))
