@@ -51,7 +51,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which samples each step, part and rank sees.
+    """The samples that each step, part and rank sees.
 
     A step's batch is cut into parts, each part into the ranks' shares, so that parts and ranks joined in order give back the
     batch: one process, many and accumulation fill the memory alike. Images beyond the last full batch sit out an epoch.

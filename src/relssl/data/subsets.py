@@ -56,10 +56,10 @@ def from_index(path: str, images: Images) -> Rows:
     except OSError as error:
         raise DataError(f"{shown(path)}: cannot be read ({error.strerror}); give a text file with one image a line") from error
     lines = [line.strip() for line in text.split("\n") if line.strip()]
-    wanted = {os.path.basename(line) for line in lines}
+    base_names = {os.path.basename(line) for line in lines}
     paths: dict[str, list[tuple[int, str]]] = defaultdict(list)  # by base name
     for row in range(0 if images.in_memory else len(images)):
-        if (base := os.path.basename(name := images.source.name(row))) in wanted:
+        if (base := os.path.basename(name := images.source.name(row))) in base_names:
             paths[base].append((row, f"/{name}"))
     chosen: set[int] = set()
     for line in lines:

@@ -25,7 +25,7 @@ def logits(embeddings: Tensor, memory: Tensor, temperature: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Target:
-    """What the teacher's relation is computed from, where that is not its embeddings and the memory of them alone."""
+    """The teacher's side of the relation, where that is not its embeddings and the memory of them alone."""
 
     rows: Tensor  # [B, F], unit norm: the teacher's embeddings, or its backbone's features
     memory: Tensor  # [K, F], unit norm: those of past samples

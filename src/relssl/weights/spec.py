@@ -112,17 +112,17 @@ class BackboneSpec:
         return yaml.safe_dump(described, sort_keys=False, width=120, default_flow_style=None)
 
 
-def mismatch(wanted: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> str | None:
+def mismatch(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> str | None:
     """Say how many weights match and which are missing, unexpected or of another shape; None if all match."""
-    both = sorted(wanted.keys() & weights.keys())
-    shapes = {name: (list(weights[name].shape), list(wanted[name].shape)) for name in both}
+    both = sorted(expected.keys() & weights.keys())
+    shapes = {name: (list(weights[name].shape), list(expected[name].shape)) for name in both}
     kinds = {
-        "missing": sorted(wanted.keys() - weights.keys()),
-        "unexpected": sorted(weights.keys() - wanted.keys()),
+        "missing": sorted(expected.keys() - weights.keys()),
+        "unexpected": sorted(weights.keys() - expected.keys()),
         "other shape": [f"{name} {one} for {other}" for name, (one, other) in shapes.items() if one != other],
     }
     lists = [
         f"{kind} ({len(names)}): {', '.join(names[:3])}{' ...' * (len(names) > 3)}" for kind, names in kinds.items() if names
     ]
     matched = len(both) - len(kinds["other shape"])
-    return f"{matched} of {len(wanted)} weights match; {'; '.join(lists)}" if lists else None
+    return f"{matched} of {len(expected)} weights match; {'; '.join(lists)}" if lists else None
