@@ -149,7 +149,7 @@ def test_a_rank_that_dies_ends_the_run_with_a_line_and_a_status(tmp_path: Path, 
 def test_a_rank_that_hangs_is_named_and_ends_the_run(tmp_path: Path, rank: int, ranks: int) -> None:
     """The first rank is stopped while it evaluates, the last one while it trains."""
     knn = {"knn_every": 1, "knn_images": [1000, 700]} if rank == 0 else {"knn_every": 0}
-    run = start_two(tmp_path / "run", ENDLESS, {"log": knn, "engine": {"timeout": 30, "devices": ranks}})
+    run = start_two(tmp_path / "run", ENDLESS, {"log": knn, "engine": {"timeout": 120, "devices": ranks}})
     other = family(run, ranks - 1)[-1]
     wait_for(tmp_path / ("run/config.yaml" if rank == 0 else "run/checkpoints/step-00000005"), run)
     time.sleep(0.3)
@@ -236,7 +236,11 @@ def test_torchrun_restarts_what_was_killed(two: Path, tmp_path: Path) -> None:
 
 @pytest.mark.torture
 def test_an_alarm_stops_all_ranks(tmp_path: Path) -> None:
-    uniform = {"method": {"teacher_temperature": 10.0, "allow_unsharpened": True}, "log": {"knn_every": 0, "alarms": "stop"}}
+    uniform = {
+        "epochs": 8,
+        "method": {"teacher_temperature": 10.0, "allow_unsharpened": True},
+        "log": {"knn_every": 0, "alarms": "stop"},
+    }
     assert "uniform-teacher" in finish(start_two(tmp_path / "run", uniform), 6)
     status = read_json(tmp_path / "run/status.json")
     assert status["exit_code"] == 6 and status["last_checkpoint"] == f"step-{status['step']:08d}"

@@ -105,10 +105,13 @@ class Engine:
         try:
             with quiet_libraries():
                 fabric = Fabric(accelerator=kind, devices=config.devices, num_nodes=config.nodes, precision=32, strategy=ddp)
+                _meet_again(backend, patience)
                 fabric.launch()
             others = list(getattr(ddp.launcher, "procs", ()))
             if others:
                 ddp.launcher.procs.clear()  # with which Lightning would kill this process, before it can say why
+            # What ranks exchange beside tensors goes by the host, so that it waits for no device, and as long as the first one works.
+            self._host: Any = dist.new_group(backend="gloo", timeout=timedelta(days=7))
         except (RuntimeError, ValueError) as error:
             where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             reason = next(iter(str(error).splitlines()), type(error).__name__)
@@ -117,8 +120,6 @@ class Engine:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
         torch.set_num_threads(threads)  # Lightning shares them out, as `running` does
         self._fabric, self.device, self.rank, self.world = fabric, fabric.device, fabric.global_rank, fabric.world_size
-        # What ranks exchange beside tensors goes by the host, so that it waits for no device, and for as long as the first one works.
-        self._host: Any = dist.new_group(backend="gloo", timeout=timedelta(days=7))
         self.watch = Watch(self, config.timeout, others)
 
     @contextmanager
@@ -412,6 +413,17 @@ def _environment() -> Any:
             os.environ.pop(name, None)
         os.environ[MARK] = str(os.getpid())
     return LightningEnvironment()
+
+
+def _meet_again(backend: str, patience: timedelta) -> None:
+    """Meet under another name than the ranks that torchrun has started anew: its store still has their addresses."""
+    names = ("TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_USE_AGENT_STORE")
+    attempt, shared = (os.environ.get(name, "0") for name in names)
+    if int(attempt) and shared == "True":
+        rank, world, port = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+        shelf = dist.TCPStore(os.environ["MASTER_ADDR"], port, world, is_master=False, timeout=patience)  # type: ignore[attr-defined]
+        store = dist.PrefixStore(f"attempt-{attempt}", shelf)  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)
 
 
 @contextmanager

@@ -203,10 +203,10 @@ def _run(
 ) -> Result:
     """Train in a folder, a new one or that of a `loaded` run with its checkpoint `saved`, if there is one, then export the networks."""
     stop = StopRequest(config.time_limit, config.out, "before its first step; start it again")
-    with stop, engine.running(), Display(engine.is_first and not quiet, stop) as display, ExitStack() as stack:
-        with explaining(config, engine):
-            config, given = open_sources(config, saved is not None, loaded.environment if loaded else {})
-            run = build(config, engine, display.say, given)
+    voice = Display(engine.is_first and not quiet, stop)
+    with stop, engine.running(), voice as display, ExitStack() as stack, explaining(config, engine):
+        config, given = open_sources(config, saved is not None, loaded.environment if loaded else {})
+        run = build(config, engine, display.say, given)
         run.folder = engine.on_first(lambda: stack.enter_context(closing(RunFolder(path, hooks))))
         engine.on_first(lambda: begin(run, display, loaded))
         for line in prepare(run, saved):
