@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from datetime import timedelta
@@ -99,7 +100,7 @@ class Engine:
         patience, backend = timedelta(seconds=config.timeout), "nccl" if kind == "cuda" else "gloo"
         shared = {"broadcast_buffers": False, "gradient_as_bucket_view": True, "cluster_environment": _environment()}
         ddp = DDPStrategy(process_group_backend=backend, timeout=patience, **shared)
-        threads = torch.get_num_threads()
+        threads, watch = torch.get_num_threads(), Watch(self)
         # Until all have met: if a signal ended one on its way here, Lightning would kill this one without a word.
         signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
         try:
@@ -113,6 +114,7 @@ class Engine:
             # What ranks exchange beside tensors goes by the host, so that it waits for no device, and as long as the first one works.
             self._host: Any = dist.new_group(backend="gloo", timeout=timedelta(days=7))
         except (RuntimeError, ValueError) as error:
+            watch.active = False
             where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise DistributedError(f"engine.devices: processes did not meet at {where} ({reason}); start all alike") from error
@@ -120,7 +122,7 @@ class Engine:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
         torch.set_num_threads(threads)  # Lightning shares them out, as `running` does
         self._fabric, self.device, self.rank, self.world = fabric, fabric.device, fabric.global_rank, fabric.world_size
-        self.watch = Watch(self, config.timeout, others)
+        self.watch = watch.meet(config.timeout, others)
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -283,17 +285,26 @@ class Engine:
 
 
 class Watch(threading.Thread):
-    """A thread that ends this process once another of its run has died or hangs, or the launcher above it has died.
+    """A thread that ends this process once the launcher above it has died, or, when it has met the other ranks, one of them has died or
+    hangs.
 
     Each rank tells the first one its step now and then, whatever its main thread does, and the first one all others. Silence is
     measured in looks, so that a job that was suspended as a whole goes on. `active` is false once the run is over.
     """
 
-    def __init__(self, engine: Engine, timeout: float, children: list[Any]) -> None:
-        """Meet the other ranks; `children` are those that this process has started."""
+    def __init__(self, engine: Engine) -> None:
         super().__init__(daemon=True)
-        self.active, self._engine, self._children, self._reason = True, engine, children, ""
-        self._limit = min(SILENCE, timeout)
+        self.active, self._engine, self._reason, self._limit = True, engine, "", SILENCE
+        self._children: list[Any] = []
+        self._peers: dict[int, socket.socket] = {}
+        # A shell that started a single rank may leave; torchrun, and the first process, stay as long as their ranks.
+        started = "TORCHELASTIC_RUN_ID" in os.environ or os.environ.get(MARK) == str(os.getppid())
+        self._parent = os.getppid() if started else None
+        self.start()
+
+    def meet(self, timeout: float, children: list[Any]) -> Watch:
+        """Meet the other ranks, and watch them from here on; `children` are those that this process has started."""
+        engine, self._children, self._limit = self._engine, children, min(SILENCE, timeout)
         dual, peers = socket.has_dualstack_ipv6(), dict[int, socket.socket]()
         family = socket.AF_INET6 if dual else socket.AF_INET
         with socket.create_server(("", 0), family=family, backlog=engine.world, dualstack_ipv6=dual) as server:
@@ -306,15 +317,12 @@ class Watch(threading.Thread):
                 peer, _ = server.accept()
                 peers[int(peer.recv(9, socket.MSG_WAITALL))] = peer
         self._peers = peers
-        # A shell that started a single rank may leave; torchrun, and the first process, stay as long as their ranks.
-        started = "TORCHELASTIC_RUN_ID" in os.environ or os.environ.get(MARK) == str(os.getppid())
-        self._parent = os.getppid() if started else None
-        self.start()
+        return self
 
     def run(self) -> None:
         """Look at the others until the run is over, or until one is lost; then end this process."""
         own, verdict, orphaned = self._engine, b"", False
-        silent, heard = dict.fromkeys(self._peers, 0.0), dict.fromkeys(self._peers, b"0")
+        silent, heard = defaultdict[int, float](float), defaultdict[int, bytes](lambda: b"0")
         while not self._reason:
             time.sleep(_PAUSE)
             for rank, peer in self._peers.items():
@@ -331,7 +339,7 @@ class Watch(threading.Thread):
                     silent[rank] = math.inf
             if not self.active:
                 return
-            lost, orphaned = max(silent, key=silent.__getitem__), self._parent not in (None, os.getppid())
+            lost, orphaned = max(silent, key=silent.__getitem__, default=0), self._parent not in (None, os.getppid())
             if verdict or orphaned:
                 self._reason = verdict.decode() or "the process that started this one has died; resume from the last checkpoint"
             elif silent[lost] >= self._limit:
