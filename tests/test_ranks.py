@@ -270,7 +270,7 @@ relssl.pretrain(config=sys.argv[1])
 def test_a_bad_step_of_one_rank_leaves_no_trace_on_any(tmp_path: Path) -> None:
     """NaN in an image of the first or the second rank, in every other one of 40 steps; ranks are compared at each save."""
     (tmp_path / "script.py").write_text(POISONED)
-    file = config_file(tmp_path / "run", {"epochs": 4, "engine": {"devices": 2}, "checkpoint": {"every_steps": 1}})
+    file = config_file(tmp_path / "run", {"epochs": 10, "engine": {"devices": 2}, "checkpoint": {"every_steps": 1}})
     finish(start(sys.executable, str(tmp_path / "script.py"), file, str(Path(__file__).parent)))
     assert read_json(tmp_path / "run/status.json")["state"] == "complete"
 
