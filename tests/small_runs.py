@@ -1,6 +1,7 @@
 """Small runs for tests: a narrow network on a few digits, a second or two each."""
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from relssl.data.named import load
 from relssl.engine import Engine
 from relssl.files import read_rows
-from relssl.settings.reading import merge, nest
+from relssl.settings.reading import nest
 from relssl.settings.run import resolve
 from relssl.train.pretrain import Result, pretrain
 from relssl.train.run import Run, complete_settings, create_run
@@ -34,6 +35,15 @@ NORMLESS: dict[str, Any] = {
     "encoder": {"stem": "standard", "projector_hidden": 32, "dim": 16, "projector_norm": "none"},
     "engine": {"threads": 1, "device": "cpu", "precision": "fp32"},
 }
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Lay `over` on `base`; mappings are merged key by key, all else is replaced."""
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
 
 
 def small_run(out: Path, **overrides: Any) -> Result:

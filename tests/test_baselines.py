@@ -18,11 +18,10 @@ from relssl.engine import Engine
 from relssl.errors import ConfigError, DataError
 from relssl.evaluation.pairs import choose
 from relssl.method import BYOL, SCE, Classifier, Encoder, Method, MoCo, SimCLR, SimSiam, Step, Supervised
-from relssl.settings.reading import merge
 from relssl.settings.run import resolve
 from relssl.train.loop import forward, scheduled
 from relssl.train.run import build, complete_settings, create_run
-from small_runs import NORMLESS, SMALL, differing, final_state, repeatable_rows, small_run
+from small_runs import NORMLESS, SMALL, differing, final_state, merge, repeatable_rows, small_run
 from test_ranks import finish, start
 
 KEYS = {"memory_size": 24, "dim": 12}

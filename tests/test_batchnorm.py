@@ -14,11 +14,10 @@ from relssl.engine import Engine
 from relssl.errors import ConfigError
 from relssl.method import create_student
 from relssl.method.batchnorm import SplitBatchNorm2d, shuffled, split_batch_norms
-from relssl.settings.reading import merge
 from relssl.settings.run import derive, resolve
 from relssl.train.loop import train_step
 from relssl.train.run import build
-from small_runs import NORMLESS, SMALL
+from small_runs import NORMLESS, SMALL, merge
 
 
 def norms(splits: int, channels: int = 5) -> tuple[SplitBatchNorm2d, nn.BatchNorm2d]:

@@ -26,14 +26,14 @@ from bad_images import CONTENTS, NAMES, jpeg
 from relssl.engine import Engine
 from relssl.errors import STOPPING, CheckpointError, ConfigError, Interrupted, NumericError, RelsslError, StorageError
 from relssl.files import plain, read_rows
-from relssl.settings.reading import leaves, merge, nest
+from relssl.settings.reading import leaves, nest
 from relssl.settings.run import Config, resolve, to_yaml
 from relssl.train import checkpoint
 from relssl.train.checkpoint import State
 from relssl.train.loop import origin, train_step
 from relssl.train.online import Online
 from relssl.weights import store
-from small_runs import SMALL, equal_runs, ready_run, small_run
+from small_runs import SMALL, equal_runs, merge, ready_run, small_run
 
 SHORT: dict[str, Any] = {"log.knn_every": 0, "optimizer.warmup_epochs": 0}
 

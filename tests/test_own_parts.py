@@ -19,9 +19,8 @@ from relssl.method import ReSSL
 from relssl.method.base import ALONE, Method, Step, World
 from relssl.settings import parts
 from relssl.settings.methods import Traits
-from relssl.settings.reading import merge
 from relssl.settings.run import derive, resolve, to_yaml
-from small_runs import SMALL, equal_runs, final_state
+from small_runs import SMALL, equal_runs, final_state, merge
 
 TINY: dict[str, Any] = {name: value for name, value in SMALL.items() if name != "backbone_args"}
 TINY |= {"max_images": 128, "epochs": 1, "encoder": {"projector_hidden": 32, "dim": 16}, "quiet": True}

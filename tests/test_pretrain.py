@@ -23,12 +23,23 @@ from relssl.cli import main
 from relssl.data.named import load
 from relssl.errors import STOPPING, CheckpointError, ConfigError, DataError, Interrupted, LockedError, StorageError
 from relssl.files import read_json, read_rows
-from relssl.settings.reading import merge
 from relssl.train.loop import train_step
 from relssl.train.pretrain import explaining
 from relssl.train.run_folder import RunFolder
 from relssl.weights import store
-from small_runs import NORMLESS, SMALL, close_runs, cut, differing, equal_runs, final_state, ready_run, small_run, training_state
+from small_runs import (
+    NORMLESS,
+    SMALL,
+    close_runs,
+    cut,
+    differing,
+    equal_runs,
+    final_state,
+    merge,
+    ready_run,
+    small_run,
+    training_state,
+)
 
 FIGURES = {
     *("step", "epoch", "samples", "loss", "lr", "teacher_momentum", "warmup_mix", "images_per_second", "data_wait", "grad_norm"),

@@ -23,11 +23,11 @@ from relssl.errors import ConfigError, DistributedError
 from relssl.files import read_json
 from relssl.method import Encoder, ReSSL
 from relssl.settings.launcher import with_launch
-from relssl.settings.reading import merge, nest
+from relssl.settings.reading import nest
 from relssl.settings.run import resolve, to_yaml
 from relssl.train.checkpoint import agreed_hashes
 from relssl.weights import store
-from small_runs import NORMLESS, SMALL, close_runs, cut, equal_runs, repeatable_rows, small_run
+from small_runs import NORMLESS, SMALL, close_runs, cut, equal_runs, merge, repeatable_rows, small_run
 
 SETTINGS = merge(SMALL, NORMLESS) | {"backbone_args": NORMLESS["backbone_args"], "max_images": 128}
 ENDLESS = {"epochs": 500, "log": {"knn_every": 0}, "checkpoint": {"every_steps": 5}}

@@ -21,14 +21,14 @@ from relssl.files import read_rows
 from relssl.method.base import unwrapped
 from relssl.method.optim import parameter_groups
 from relssl.method.stages import depths, freeze_stages
-from relssl.settings.reading import merge, nest
+from relssl.settings.reading import nest
 from relssl.settings.run import resolve
 from relssl.train.loop import train_step
 from relssl.train.pretrain import Result, pretrain, resume
 from relssl.train.run import build
 from relssl.weights import store
 from relssl.weights.opening import load_run, open_backbones
-from small_runs import SMALL, cut, differing, equal_runs, final_state
+from small_runs import SMALL, cut, differing, equal_runs, final_state, merge
 
 # As a user would type it: the weights say which network it is.
 OVER: dict[str, Any] = {name: value for name, value in SMALL.items() if name != "backbone_args"} | {

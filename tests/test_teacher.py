@@ -17,13 +17,13 @@ from relssl.errors import CheckpointError, ConfigError
 from relssl.evaluation.features import state_hash
 from relssl.method import Encoder, ReSSL
 from relssl.method.frozen import FrozenTeacher
-from relssl.settings.reading import merge, nest
+from relssl.settings.reading import nest
 from relssl.settings.run import resolve
 from relssl.train.loop import train_step
 from relssl.train.pretrain import Result, pretrain, resume
 from relssl.train.run import build
 from relssl.weights.opening import open_backbones
-from small_runs import SMALL, cut, equal_runs, final_state, training_state
+from small_runs import SMALL, cut, equal_runs, final_state, merge, training_state
 
 NARROW = {"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 12], "zero_init_last": False}
 OVER: dict[str, Any] = merge(SMALL, {"backbone_args": NARROW}) | {

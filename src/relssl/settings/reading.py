@@ -150,15 +150,6 @@ def nest(raw: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Lay `over` on `base`; mappings are merged key by key, all else is replaced."""
-    merged = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = merge(merged[key], value) if both else value
-    return merged
-
-
 # Names
 
 _NAMES = read_yaml(Path(__file__).with_name("names.yaml"))
