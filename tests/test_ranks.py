@@ -4,7 +4,9 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -186,6 +188,26 @@ def test_ranks_end_with_the_torchrun_that_started_them(tmp_path: Path, number: i
     status = read_json(folder / "status.json")
     assert status["exit_code"] == (7 if number == signal.SIGKILL else 143)
     store.verify(folder / "checkpoints" / status["last_checkpoint"])
+
+
+@pytest.mark.torture
+def test_a_rank_that_waits_for_others_ends_with_what_started_it(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    launch = {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    words = [f"{name}={value}" for name, value in launch.items()] + ["TORCHELASTIC_RUN_ID=x", *RELSSL, "pretrain", "--config"]
+    command = shlex.join(["env", *words, config_file(tmp_path / "run", {"engine": {"devices": 2}})])
+    shell = start("bash", "-c", f"{command} & wait")  # which stands for torchrun
+    (rank,) = family(shell, 1)
+    while rank.is_running() and not any(each.status == "LISTEN" for each in rank.net_connections()):
+        time.sleep(0.05)  # until it waits for the other one
+    shell.kill()
+    try:
+        assert psutil.wait_procs([rank], timeout=15)[1] == []
+        assert "the process that started this one has died" in shell.communicate()[0]
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(shell.pid, signal.SIGKILL)
 
 
 SLOW = """
