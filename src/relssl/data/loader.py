@@ -329,7 +329,7 @@ def read_batches(
 
 @dataclass
 class _Answers(Dataset[Any]):
-    """What `read` makes of each request; an error of ours is returned, as torch would raise it anew with its traceback for a message."""
+    """The answers of `read` to each request; an error of ours is returned, as torch would raise it anew with its traceback for a message."""
 
     read: Callable[[Any], Any]
 

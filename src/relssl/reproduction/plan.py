@@ -1,4 +1,4 @@
-"""Which runs a table is made of, with all their settings, and which of them are done; imports no torch."""
+"""The runs that a table is made of, with all their settings, and how far each has come; imports no torch."""
 
 from __future__ import annotations
 
