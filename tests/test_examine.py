@@ -24,7 +24,7 @@ def test_checkpoints_are_verified_inspected_and_compared(run: Path, tmp_path: Pa
         assert main(["checkpoint", *words, "--json"]) == 0
         return dict(json.loads(capsys.readouterr().out.splitlines()[-1]))
 
-    assert ask("verify", str(run))["as_written"] == ["step-00000009", "step-00000010"]
+    assert ask("verify", str(run))["intact"] == ["step-00000009", "step-00000010"]
     facts = ask("inspect", str(run), "9")
     assert facts["step"] == 9 and facts["not_finite"] == [] and facts["depends"]["threads"] == 1
     assert facts["numbers"]["memory"] > 96 * 16

@@ -87,6 +87,12 @@ def test_advise_names_temperature_memory_and_warmup(run: Path, capsys: pytest.Ca
     assert "<- the run's own" in capsys.readouterr().out
 
 
+def test_advise_wants_a_memory_that_is_full(tmp_path: Path) -> None:
+    young = small_run(tmp_path / "run", epochs=1, method={"memory_size": 4096}).folder
+    with pytest.raises(ConfigError, match=r"method\.memory_size: .*train on"):
+        relssl.advise(young)
+
+
 GOOD: dict[str, Any] = {
     "needed": ["torch>=2.10", "pillow>=11", "onnx>=1; extra == 'onnx'"],
     "cores": 8,

@@ -32,7 +32,7 @@ def advise(run: str | Path) -> dict[str, Any]:
         "chance" (the purity of all keys, None without labels), "temperatures" (see `sweep`), "advice" (each setting, value and why).
 
     Raises:
-        ConfigError: if the folder holds no run, or one of a method without relations to a memory.
+        ConfigError: if the folder holds no run, one of a method without relations to a memory, or one too young to have filled it.
         CheckpointError, DataError: if checkpoint or images are missing or damaged.
     """
     opened, same, chance = load_run(run), None, None
@@ -44,6 +44,9 @@ def advise(run: str | Path) -> dict[str, Any]:
             raise ConfigError(f"method.name: {method.name} has no teacher with a memory, and so no relations to advise on")
         keys, memory = embed(now, teacher, [each.weak for each in batches]).cpu(), model.memory.keys.float().cpu()
         ids, samples = torch.cat([each.ids for each in batches]).cpu(), model.memory.ids.cpu()
+        if empty := int((samples < 0).sum()):
+            reached = f"at step {now.state.step} {empty} of its {len(samples)} keys are random still"
+            raise ConfigError(f"method.memory_size: {reached}, and so are relations to them; train on, and ask then")
         others = (samples >= 0) & (samples != ids[:, None])
         if now.images.class_count:
             labels = torch.from_numpy(now.images.labels)

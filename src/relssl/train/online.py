@@ -15,7 +15,7 @@ from relssl.data.plain import PlainView, Reader
 from relssl.engine import Engine
 from relssl.evaluation.features import LabelledFeatures, extract, unit
 from relssl.evaluation.knn import knn_accuracy
-from relssl.evaluation.pairs import LabelledPair, choose
+from relssl.evaluation.pairs import LabelledPair, choose, labels_of
 from relssl.method.base import unwrapped
 from relssl.method.health import effective_rank
 from relssl.settings.run import Config, derive
@@ -89,8 +89,7 @@ class Online:
     def _score(self, pair: LabelledPair, features: Callable[[Any], tuple[Tensor, Any]]) -> float:
         def labelled(images: Images) -> tuple[Tensor, Tensor]:
             vectors, rows = features(images)
-            assert images.labels is not None
-            return vectors, torch.from_numpy(images.labels[rows])
+            return vectors, labels_of(images)[rows]
 
         both = LabelledFeatures(*labelled(pair.bank), *labelled(pair.test), classes=pair.classes)
         return round(knn_accuracy(both, *self.config.log.knn)["top1"], 4)

@@ -27,7 +27,7 @@ def verify(run: str | Path, name: str | None = None) -> dict[str, Any]:
             faults.append(str(error))
     if faults:
         raise CheckpointError("\n".join(faults))
-    return {"as_written": [path.name for path in paths]}
+    return {"intact": [path.name for path in paths]}
 
 
 def inspect(run: str | Path, name: str | None = None) -> dict[str, Any]:
