@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from relssl.cli import main
+from relssl.weights import inspection, store
 from small_runs import SMALL, small_run
 
 
@@ -38,6 +39,12 @@ def test_checkpoints_are_verified_inspected_and_compared(run: Path, tmp_path: Pa
     assert "step-00000010: is damaged" in (told := capsys.readouterr().err) and "step-00000009" not in told
     assert main(["checkpoint", "inspect", str(copy), "7"]) == 4 and "step-00000009" in capsys.readouterr().err
     assert main(["checkpoint", "verify", str(tmp_path)]) == 2
+
+
+def test_a_run_that_goes_on_may_let_go_of_a_checkpoint_meanwhile(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = Path(shutil.copytree(run, tmp_path / "copy"))
+    monkeypatch.setattr(store, "verify", lambda path, verify=store.verify: (path.name.endswith("9") and store.remove(path), verify(path)))
+    assert inspection.verify(copy) == {"intact": ["step-00000010"]}
 
 
 def test_a_scan_counts_what_cannot_be_read_copies_and_leaks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -314,7 +314,10 @@ def test_targets_that_do_not_suit_are_refused(sources: Sources, tmp_path: Path) 
 def test_a_folder_replaces_its_like_and_has_a_card_for_the_hub(sources: Sources, tmp_path: Path) -> None:
     folder, (file, _) = tmp_path / "folder", sources("tiny")
     export(file, format="hf", out=folder)
-    (folder / "stale.txt").write_text("old")
+    (folder / "mine.txt").write_text("all of it")
+    with pytest.raises(ConfigError, match=r"out: .* holds mine\.txt"):
+        export(file, format="hf", out=folder)
+    (folder / "mine.txt").unlink()
     exported = export(file, format="hf", out=folder)
     names = ["README.md", "config.json", "model.safetensors"]
     assert [path.name for path in exported.files] == sorted(path.name for path in folder.iterdir()) == names

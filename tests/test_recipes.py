@@ -82,6 +82,13 @@ def test_short_forms_and_arguments_of_another_backbone(tmp_path: Path) -> None:
     assert layer(spell_out({"method": "moco"}), {"method.memory_size": 9}) == {"method.name": "moco", "method.memory_size": 9}
     assert resolve({"recipe": "null", "data": "cifar10"}).recipe == "cifar10"
     assert resolve({"recipe": "digits", "backbone": "resnet18"}).backbone_args["layers"] == [1, 1, 1, 1]
+    rate = {"recipe": "digits", "backbone_args": "{drop_path_rate: 0.1}"}
+    assert resolve(rate).backbone_args == resolve({"recipe": "digits"}).backbone_args | {"drop_path_rate": 0.1}
+    assert resolve(rate | {"backbone_args": "{}"}).backbone_args == {}
+    given = tmp_path / "given.yaml"
+    given.write_text("backbone_args: {drop_path_rate: 0.1}")  # without the name of its network
+    for backbone in ("resnet50", "convnext_tiny"):
+        assert resolve({"data": "photos", "backbone": backbone}, given).backbone_args["drop_path_rate"] == 0.1
     over = {"method": "byol", "method.teacher_momentum": 0.5, "views.strong": "weak", "views.strong.flip": 0.25}
     for given_settings in (over, dict(reversed(over.items()))):
         config = resolve(given_settings)

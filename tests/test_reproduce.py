@@ -5,6 +5,7 @@ import json
 import shlex
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -19,7 +20,9 @@ from relssl.reproduction.plan import Plan, plain, plan
 from relssl.reproduction.results import against_paper, curves, outcome, page, paired, results, spread, verdicts
 from relssl.reproduction.tables import Row, read_table
 from relssl.settings.evaluation import read_settings
-from relssl.settings.run import to_yaml
+from relssl.settings.reading import changes
+from relssl.settings.run import resolve, to_yaml
+from relssl.settings.small import give_way
 from relssl.train.pretrain import pretrain
 from small_runs import differing, final_state, repeatable_rows
 
@@ -94,6 +97,28 @@ def test_a_plan_runs_all_rows_on_one_seed_before_the_next(tiny: Path) -> None:
     assert runs[0].folder == Path("runs/reproduce/tiny-smoke/k96-0") and runs[0].config.out == str(runs[0].folder)
     assert {run.state() for run in runs} == {"new"}
     assert "backbone_args" not in runs[2].commands()[0]  # they were meant for the scale's own network
+
+
+@pytest.mark.parametrize("over", [{"recipe": "solo/cifar10"}, {"epochs": 1, "max_images": 400}])
+def test_commands_say_what_would_give_way_on_a_command_line(over: dict[str, Any], tmp_path: Path) -> None:
+    run = shipped("temperature", "paper", overrides=over, runs=tmp_path).runs[0]
+    _, _, _, *options = shlex.split(run.commands()[0])
+    typed = {name.removeprefix("--"): value for name, value in zip(options[::2], options[1::2], strict=True)}
+    assert changes(run.config, give_way(resolve({"data": "cifar10"} | typed), 400)) == {}
+
+
+def test_a_run_that_has_filled_in_its_settings_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    over = {"start": "w.safetensors", "teacher": "t.safetensors", "batch_size": "auto"}
+    run = shipped("temperature", "smoke", overrides=over).runs[0]
+    encoder, optimizer = replace(run.config.encoder, dim=77), replace(run.config.optimizer, lr=0.01)
+    filled = {"start": str(tmp_path / "w.safetensors"), "teacher": str(tmp_path / "t.safetensors"), "backbone": "resnet50"}
+    filled |= {"encoder": encoder, "optimizer": optimizer, "fit_batch": False}
+    run.folder.mkdir(parents=True)
+    (run.folder / "config.yaml").write_text(to_yaml(replace(run.config, **filled)))
+    assert shipped("temperature", "smoke", overrides=over).runs[0].state() == "begun"
+    with pytest.raises(ConfigError, match="holds a run of other settings"):
+        shipped("temperature", "smoke", overrides=over | {"start": "other.safetensors"})
 
 
 def test_a_rehearsal_keeps_the_warm_ups_share_and_has_a_name_of_its_own(tmp_path: Path) -> None:

@@ -316,6 +316,13 @@ def test_written_files_follow_the_umask_replace_links_and_name_a_vanished_folder
     assert (tmp_path / "a").lstat().st_mode & 0o177777 == 0o100640 and (tmp_path / "victim").read_bytes() == b"safe"
 
 
+@pytest.mark.parametrize("length", [int.from_bytes(b" <"), 0x3C20, 0x3C])  # each begins as a web page may
+def test_a_header_of_any_length_is_read(length: int, tmp_path: Path) -> None:
+    header = json.dumps({"a": {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}}, separators=(",", ":")).ljust(length)
+    (path := tmp_path / "weights.safetensors").write_bytes(len(header).to_bytes(8, "little") + header.encode() + b"abcd")
+    assert bytes(store.read(path)["a"].tolist()) == b"abcd"
+
+
 def test_json_floats_are_exact_and_nan_is_null(tmp_path: Path) -> None:
     values = [0.1, 1e-320, 1.7976931348623157e308, -0.0, 2**200, "ü\udc80\n", True, None, {"1": ()}]
     files.write_json(tmp_path / "a.json", {"v": values, "t": torch.tensor(2), "n": [math.nan, -math.inf, torch.tensor(math.nan)]})

@@ -119,6 +119,7 @@ GOOD |= {"flags": {"avx2", "avx512f", "avx512_bf16"}, "gpu": True, "malloc": "",
         ({"quota": 1.5, "limit": 4.0, "shared": 0.064, "free": 1.0}, "cpus limit shared disk"),
         ({"gpu": False, "flags": {"avx2"}}, "no-gpu bf16 avx2"),
         ({"cuda": None}, "idle-gpu"),
+        ({"cuda": None, "versions": {"pillow": "12.0"}}, "package"),
         ({"threads": "1", "malloc": "libjemalloc.so", "variables": "TORCH_LOGS=all"}, "threads malloc variables"),
     ],
 )
@@ -137,6 +138,10 @@ def test_the_doctor_judges_a_run(run: Path, capsys: pytest.CaptureFixture[str]) 
         return {each["name"] for each in relssl.doctor(run)}
 
     assert found() <= {"poor", "waits", "half"}
+    settings = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(settings + "brand_new: 1\n")
+    assert "missing" in found()
+    (run / "config.yaml").write_text(settings)
     status = json.loads((run / "status.json").read_text())
     newest = sorted((run / "checkpoints").iterdir())[-1] / "state.json"
     newest.write_text(newest.read_text() + " ")

@@ -80,7 +80,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Overrides]:
     if extra:
         raise ConfigError(f"{extra[0]!r}: not expected here; settings are given as --name value, and DATA once")
     for name, value in vars(args).items():
-        if isinstance(value, str):
+        if isinstance(value, str) and name != "only":  # the names of rows may be a long list
             try:
                 setattr(args, name, path_text(value))
             except ValueError as error:

@@ -110,11 +110,11 @@ def advice_on(table: Rows, config: Config, images: int, rows: Rows, total: int) 
     else:
         value, why = f"{own * _FAR:g}", f"{why}, and none near it has {_LEAST}: relations are one-hot"
     advice = [("teacher_temperature", value, why)]
-    largest = 1 << int(math.log2(max(2, images / 2)))
-    why = f"under half of the {images} images; its oldest keys are {size // config.batch_size} steps old"
-    if size > largest:
+    why, keys = f"at most half of the {images} images; its oldest keys are {size // config.batch_size} steps old", size
+    if size > images / 2:
         why = f"{size} keys are over half of the {images} images, which meet old copies of themselves"
-    advice.append(("memory_size", str(min(size, largest)), why))
+        keys = 1 << int(math.log2(max(2, images / 2)))
+    advice.append(("memory_size", str(keys), why))
 
     # InfoNCE may end once relations are sharp, with fewer neighbours than half of the memory.
     rows = [row for row in rows if row.get("teacher_neighbours") is not None]

@@ -71,7 +71,7 @@ def machine() -> dict[str, Any]:
         "free": shutil.disk_usage(".").free / 1e9,
         "flags": {*" ".join(re.findall(r"^flags\s*:(.*)", read("/proc/cpuinfo"), re.MULTILINE)[:1]).split()},
         "cuda": next(iter(re.findall(r"^cuda.* = '(.*)'", build, re.MULTILINE)), None),
-        "gpu": os.path.exists("/dev/nvidiactl"),
+        "gpu": any(map(os.path.exists, ("/dev/nvidiactl", "/usr/lib/wsl/lib/libcuda.so.1"))),
         "malloc": preload if "malloc" in preload else f"the C library is {libc or 'unknown'}" if libc != "glibc" else "",
         "variables": ", ".join(sorted(f"{name}={value}" for name, value in os.environ.items() if changing.match(name))),
     }
@@ -91,8 +91,8 @@ def machine_signs(facts: dict[str, Any]) -> Signs:
     yield "limit", facts["limit"] and facts["limit"] < facts["memory"] and facts
     yield "shared", facts["shared"] is not None and facts["shared"] < _SHARED and facts
     yield "disk", facts["free"] < _FREE and facts
-    yield "idle-gpu", gpu and not cuda and versions
-    yield "no-gpu", cuda and not gpu and facts | versions
+    yield "idle-gpu", gpu and not cuda and "torch" in versions and versions
+    yield "no-gpu", cuda and not gpu and "torch" in versions and facts | versions
     yield "bf16", flags and not gpu and not flags & {"avx512_bf16", "amx_bf16"}
     yield "avx2", "avx2" in flags and "avx512f" not in flags
     yield "malloc", facts["malloc"] and facts
@@ -109,10 +109,12 @@ def run_signs(folder: Path) -> Signs:
     yield "stopped", state == "interrupted" and status
     yield "killed", state == "running" and not _is_written(folder)
     verdict, waits = known["verdict"], [row["data_wait"] for row in rows if row.get("data_wait") is not None]
-    yield "poor", verdict["word"] in ("collapsing", "flat") and verdict | {"lines": " ".join(verdict["lines"])}
+    poor = verdict["word"] in ("collapsing", "flat") and verdict | {"lines": " ".join(verdict["lines"])}
+    yield "poor" if "kl" in known["last"] else "weak", poor
     yield "waits", waits and (share := statistics.median(waits)) > _WAITING and {"waiting": share}
     images, keys = (where.get("data") or {}).get("images"), known["settings"].get("method.memory_size", 0)
-    yield "half", images and "kl" in known["last"] and keys > images / 2 and {"keys": keys, "images": images}
+    related = "kl" in known["last"] and isinstance(keys, int)  # text, where the settings cannot be read
+    yield "half", images and related and keys > images / 2 and {"keys": keys, "images": images}
     saved, export = store.checkpoints(folder / "checkpoints"), status.get("export") or {}
     yield "unsaved", rows and not saved
     unexported = state == "complete" and not any((folder / "export").glob("*.safetensors"))
@@ -126,8 +128,8 @@ def run_signs(folder: Path) -> Signs:
     for path in saved:
         try:
             store.verify(path)
-        except CheckpointError as damage:
-            yield "damaged", {"damage": str(damage).partition(";")[0]}
+        except CheckpointError as damage:  # or the run has let go of it since
+            yield "damaged", path.exists() and {"damage": str(damage).partition(";")[0]}
 
 
 def _is_written(folder: Path) -> bool:

@@ -21,10 +21,17 @@ from relssl.settings.evaluation import Evaluation, read_settings
 from relssl.settings.reading import changes, leaves, read_yaml
 from relssl.settings.recipes import layer, spell_out
 from relssl.settings.run import Config, check, from_mapping, resolve
+from relssl.settings.small import GIVING_WAY
 
 # Settings that do not change what a run learns, and those that the data fills in.
 _NEUTRAL = ("out", "time_limit", "data_root")
 _FROM_DATA = ("views.mean", "views.std", "views.margin")
+# Those that given weights, or the memory there is, fill in, by the setting that asks for it.
+_FILLED = {
+    "start": ("backbone", "encoder.stem", "views.channels", "views.weak.size", "views.strong.size", "views.mean", "views.std"),
+    "teacher": ("encoder.dim", "method.shuffle"),
+    "fit_batch": ("fit_batch", "batch_size", "optimizer.lr"),
+}
 # Settings that are the plan's own.
 _RESERVED = {"out": "--out and --runs name the folders", "seed": "use --seeds N", "time_limit": "it is for all runs together"}
 
@@ -57,6 +64,7 @@ class Run:
     def commands(self) -> list[str]:
         """Return the two commands, of training and of evaluation, that give the same numbers."""
         names = {re.sub(r"^backbone_args\..*", "backbone_args", name) for name in self.settings} - {"data", "recipe"}
+        names |= {name for name in GIVING_WAY if attrgetter(name)(self.config)}  # on a command line what is not typed does
         train = {name: attrgetter(name)(self.config) for name in ("recipe", *(name for name in leaves(Config) if name in names))}
         evaluate = {name: value for name, (_, value) in changes(Evaluation(), self.evaluation).items()}
         data, folder = shlex.quote(self.config.data), shlex.quote(str(self.folder))
@@ -147,9 +155,11 @@ def _refuse_other_settings(run: Run) -> None:
         stored = from_mapping(read_yaml(file)) if file.exists() else run.config
     except ConfigError as error:
         raise ConfigError(f"{run.folder}: its config.yaml cannot be used ({error.faults[0]}); move the folder away") from error
+    filled = tuple(name for asking, names in _FILLED.items() if getattr(run.config, asking) for name in names)
     for name, (there, here) in changes(stored, run.config).items():
-        same = name == "data" and os.path.abspath(there) == os.path.abspath(here)  # a run holds the whole path
-        if not (same or name in _NEUTRAL or (name in _FROM_DATA and here is None)):
+        # A run holds whole paths.
+        same = name in ("data", "start", "teacher") and there and here and os.path.abspath(there) == os.path.abspath(here)
+        if not (same or name in _NEUTRAL or name.startswith(filled) or (name in _FROM_DATA and here is None)):
             differs = f"holds a run of other settings ({name}: {there} there, {here} now)"
             raise ConfigError(f"{run.folder}: {differs}; give another --runs and --out, or move it away")
 

@@ -69,8 +69,9 @@ def find_faults(config: Config, derived: Derived) -> Iterator[str]:
     channels, inputs = config.views.channels, config.backbone_args.get("in_chans", config.views.channels)
     if derived.two_way and config.views.crops:
         yield f"views.crops: {method.name} compares two views, views.weak and views.strong; leave views.crops empty"
-    if config.views.crops and {"views.strong.size", "views.crops"} & (config.typed or set()) == {"views.strong.size"}:
-        yield "views.strong.size: views.crops has the sizes of the student's views; set that, and views.weak.size"
+    for name, those, instead in (("size", "sizes", "that, and views.weak.size"), ("scale", "scales", "that")):
+        if config.views.crops and {f"views.strong.{name}", "views.crops"} & (config.typed or set()) == {f"views.strong.{name}"}:
+            yield f"views.strong.{name}: views.crops has the {those} of the student's views; set {instead}"
     if config.engine.device.startswith("cuda:") and config.engine.devices * config.engine.nodes > 1:
         yield f"engine.device: {config.engine.device} is one device of {config.engine.devices}; leave the number out"
     if inputs != channels:

@@ -6,6 +6,7 @@ begins with _ is no recipe, only a base. That of a method, `_NAME.yaml`, says as
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from collections.abc import Mapping
@@ -13,8 +14,10 @@ from pathlib import Path
 from reprlib import repr as show
 from typing import Any
 
+import yaml
+
 from relssl.errors import ConfigError
-from relssl.settings.reading import flat, nearest_word, read_yaml, spell
+from relssl.settings.reading import flat, nearest_word, parse_yaml, read_yaml, spell
 
 _FOLDER = Path(__file__).parent / "recipes"
 # All files by their names, those without a folder first; a base is not listed.
@@ -78,7 +81,8 @@ def read(name: str, above: tuple[str, ...] = (), data: str = "folder") -> dict[s
 def spell_out(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings by their dotted names; `method: moco` stands for `method: {name: moco}`, and so for each view; so does a part.
 
-    `batch_size: auto` is `fit_batch: true`; `log.tensorboard: false`, as older runs have it, is `log.to: []`.
+    `batch_size: auto` is `fit_batch: true`; `log.tensorboard: false`, as older runs have it, is `log.to: []`. Arguments of the backbone
+    that are text are added to others, as those in a mapping are; `{}` as text takes the others' place.
 
     Raises:
         ConfigError: if two names give one setting two values.
@@ -88,6 +92,11 @@ def spell_out(raw: Mapping[str, Any]) -> dict[str, Any]:
         f"{name}.name" if name in BY_NAME and (isinstance(value, str) or callable(value)) else name: value
         for name, value in own.items()
     }
+    if isinstance(text := names.get("backbone_args"), str):
+        with contextlib.suppress(yaml.YAMLError, UnicodeError, RecursionError):  # such text is refused once settings are built
+            if isinstance(arguments := parse_yaml(text), dict) and arguments:
+                del names["backbone_args"]
+                names |= flat({"backbone_args": arguments})
     if str(names.get("batch_size")).lower() == "auto":
         names = {name: value for name, value in names.items() if name != "batch_size"} | {"fit_batch": True}
     if (board := names.pop("log.tensorboard", None)) is not None:
@@ -97,5 +106,6 @@ def spell_out(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 def layer(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """Lay `over` on `base`, both spelled out; arguments that were meant for another backbone stay behind."""
-    other = str(over.get("backbone", base.get("backbone"))) != str(base.get("backbone"))
+    meant = base.get("backbone")
+    other = meant is not None and str(over.get("backbone", meant)) != str(meant)
     return {name: value for name, value in base.items() if not (other and name.startswith("backbone_args"))} | over

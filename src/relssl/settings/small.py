@@ -10,6 +10,11 @@ from relssl.settings.reading import changes, nest
 from relssl.settings.run import Config, check, derive
 
 
+# What gives way, unless it is 0; the learning rate and the parts of batch norms go with the batch.
+GIVING_WAY = ("batch_size", "method.memory_size", "optimizer.heads_first", "optimizer.warmup_epochs")
+GIVING_WAY += ("method.teacher_temperature_epochs",)
+
+
 def give_way(config: Config, images: int) -> Config:
     """Return the settings of a run on so many images: what the user did not type gives way to small data and short runs.
 

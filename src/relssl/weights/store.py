@@ -71,8 +71,9 @@ def peek(path: Path) -> str:
             start = file.read(64)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
-    faults = [fault for beginning, fault in _STRANGERS.items() if start.lstrip().lower().startswith(beginning)]
     kind = "safetensors" if start[8:9] == b"{" else "zip" if start.startswith(b"PK") else "other"
+    head = b"" if kind == "safetensors" else start.lstrip().lower()  # which begins with any bytes, those of a length
+    faults = [fault for beginning, fault in _STRANGERS.items() if head.startswith(beginning)]
     if kind == "safetensors" and (length := int.from_bytes(start[:8], "little")) > MAX_JSON:
         faults.append(f"claims a header of {length} bytes, more than {MAX_JSON}, and is not read")
     if kind == "zip" and not zipfile.is_zipfile(path):
@@ -250,8 +251,11 @@ def step_folder(parent: Path, step: int) -> Path:
 def checkpoints(parent: Path) -> list[Path]:
     """List the checkpoints in `parent`, by step: folders named exactly so, no links. They may be damaged, or incomplete."""
     folders = [each for each in parent.glob("step-*") if _STEP.fullmatch(each.name) and each.is_dir() and not each.is_symlink()]
-    # Where others' files alone are left, one was deleted.
-    ours = [folder for folder in folders if (names := set(os.listdir(folder))) & set(FILES) or not names]
+    ours = list[Path]()
+    for folder in folders:
+        with contextlib.suppress(FileNotFoundError):  # the run has let go of it since
+            if (names := set(os.listdir(folder))) & set(FILES) or not names:  # where others' files alone are left, one was deleted
+                ours.append(folder)
     return sorted(ours, key=lambda folder: int(folder.name.removeprefix("step-")))
 
 
