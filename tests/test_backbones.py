@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,8 @@ def test_grey_views_are_torchvisions_grey_normalised() -> None:
     expected = (rgb_to_grayscale(images.double() / 255) - mean) / std
     for given in (images, images.float() / 255):
         torch.testing.assert_close(normalise(given, *config.views.statistics()).double(), expected, rtol=1e-5, atol=1e-5)
+    one_of_them = replace(config.views, mean=(0.5,)).statistics()
+    assert one_of_them[0] == (0.5,) and one_of_them[1] == pytest.approx((std,))
 
 
 SHUFFLE: dict[str, Any] = {

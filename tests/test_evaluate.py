@@ -14,7 +14,7 @@ import relssl
 from relssl.cli import main
 from relssl.data.named import load
 from relssl.errors import ConfigError, DataError, NumericError, StorageError
-from relssl.evaluation.evaluate import CUSTOMARY
+from relssl.evaluation.evaluate import CUSTOMARY, named_sets
 from relssl.evaluation.result import compare
 from relssl.report.tables import show_evaluation
 from relssl.settings.evaluation import read_settings
@@ -200,6 +200,13 @@ def test_collapsed_and_broken_networks_are_refused(value: float, fault: str, fin
     save_file({k: torch.full_like(v, value) if v.is_floating_point() else v for k, v in weights.items()}, file)
     with pytest.raises(NumericError, match=fault):
         relssl.evaluate(file, protocol="retrieval", **QUICK | {"network": None})
+
+
+def test_all_stands_for_the_others_and_columns_of_the_hub_for_one_set() -> None:
+    every = read_settings({"protocol": "all"}).protocol
+    assert "detection" not in every and read_settings({"protocol": "all,detection,knn"}).protocol == (*every, "detection")
+    assert named_sets("hf:a/b#img,fine_label") == ["hf:a/b#img,fine_label"]
+    assert named_sets("hf:a#img,fine,digits,hf:b,cifar10") == ["hf:a#img,fine", "digits", "hf:b", "cifar10"]
 
 
 def test_settings_are_checked_before_anything_is_loaded() -> None:

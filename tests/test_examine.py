@@ -41,9 +41,13 @@ def test_checkpoints_are_verified_inspected_and_compared(run: Path, tmp_path: Pa
     assert main(["checkpoint", "verify", str(tmp_path)]) == 2
 
 
-def test_a_run_that_goes_on_may_let_go_of_a_checkpoint_meanwhile(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_goes_on_may_let_go_of_a_checkpoint_meanwhile(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     copy = Path(shutil.copytree(run, tmp_path / "copy"))
-    monkeypatch.setattr(store, "verify", lambda path, verify=store.verify: (path.name.endswith("9") and store.remove(path), verify(path)))
+    monkeypatch.setattr(
+        store, "verify", lambda path, verify=store.verify: (path.name.endswith("9") and store.remove(path), verify(path))
+    )
     assert inspection.verify(copy) == {"intact": ["step-00000010"]}
 
 

@@ -37,6 +37,8 @@ def test_each_alarm_is_raised_by_its_failure_and_none_by_healthy_rows() -> None:
         assert names(HEALTHY, HEALTHY | figures) == set()  # once is no sign
     assert names(HEALTHY | FAILURES["frozen-teacher"] | {"epoch": 19}) == set()  # where a cosine ends
     assert names(HEALTHY | FAILURES["dead-projector"], recipe="supervised/digits") == set()
+    assert names(HEALTHY | {"effective_rank": 3.9}, batch_size=4, **{"method.memory_size": 16}) == set()  # no more is possible
+    assert names(HEALTHY | {"effective_rank": 1.9}, batch_size=4, **{"method.memory_size": 16}) == {"dimensional-collapse"}
 
 
 def test_relations_in_words() -> None:

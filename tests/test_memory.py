@@ -1,5 +1,6 @@
 """The memory of a step: predicted before it is taken, refused where there is not enough, lowered where that is wanted."""
 
+import contextlib
 import dataclasses
 import re
 import subprocess
@@ -98,6 +99,18 @@ def test_what_fits_is_taken_where_that_is_wanted() -> None:
     with pytest.raises(ConfigError, match=f"batch_size.* {fitting.batch_size}, .*accumulate {256 // fitting.batch_size}"):
         fit(config, engine, 0, free=free)
     assert MALLOC + 1.25 * step_memory(config, engine, 2 * fitting.batch_size) > free
+    larger = dataclasses.replace(config, batch_size=2 * fitting.batch_size - 16)
+    with pytest.raises(ConfigError, match=f"batch_size {fitting.batch_size}, .*accumulate 2"):
+        fit(larger, engine, 0, free=free)
+
+
+def test_on_a_gpu_bf16_takes_as_much_as_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, engine = resolve(SMALL | {"batch_size": 64}), Engine(EngineConfig(device="cpu", precision="bf16"))
+    expected = step_memory(config, engine, 64)
+    assert expected < 0.8 * step_memory(config, Engine(EngineConfig(device="cpu", precision="fp32")), 64)
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: contextlib.nullcontext())
+    engine.device = torch.device("cuda")
+    assert step_memory(config, engine, 64) == expected
 
 
 def test_what_does_not_fit_is_refused_before_it_is_taken(

@@ -24,7 +24,7 @@ from torchvision import datasets
 
 from relssl.data import digits, named
 from relssl.data.images import IMAGENET_MEAN, IMAGENET_STD, Files, Images, Pixels
-from relssl.data.named import SETS, SPLITS, at_hand, load, sample
+from relssl.data.named import SETS, SPLITS, at_hand, fetch, load, sample
 from relssl.data.subsets import from_index, stratified
 from relssl.errors import ConfigError, DataError
 from test_files import below, plant
@@ -286,6 +286,19 @@ def test_tiny_imagenet_is_downloaded_whole_and_checked(tmp_path, monkeypatch):
     plant(tmp_path, "tiny-imagenet-200/val/val_annotations.txt", data="val_0.JPEG\tn03\t0\t0\t63\t63\n")
     with pytest.raises(DataError, match=r"n03 is none of the classes of wnids\.txt"):
         load("tiny-imagenet", str(tmp_path), "test")
+
+
+def test_a_set_that_another_process_has_unpacked_meanwhile_is_not_unpacked_again(tmp_path: Path) -> None:
+    asked = list[bool]()
+
+    def read(download: bool) -> str:
+        asked.append(download)
+        if len(asked) == 1:
+            raise FileNotFoundError
+        return "whole"
+
+    assert fetch("tiny-imagenet", str(tmp_path), read) == "whole" and asked == [False, False]
+    assert fetch("tiny-imagenet", str(tmp_path), read) == "whole" and asked == [False] * 3
 
 
 def test_imagenet_is_a_split_folder_and_imagenet100_some_of_its_classes(tmp_path):

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from relssl.data.decode import BadImage, decode
-from relssl.data.images import Images
+from relssl.data.images import Images, Pixels
 from relssl.data.loader import Loader, Plan
 from relssl.data.named import load
 from relssl.data.own import open_dataset, open_item
@@ -103,6 +103,27 @@ def test_a_picture_is_turned_and_flattened_as_its_file_is(tmp_path: Path) -> Non
         for row in range(3):
             with open_dataset(items, "own").source.open(row, 99) as opened:
                 assert opened.size == (6, 8) and opened.rgb(1) == expected
+
+
+def test_what_was_done_to_a_picture_counts(tmp_path: Path) -> None:
+    pages = [Image.new("RGB", (8, 8), (shade,) * 3) for shade in (10, 100)]
+    pages[0].save(path := tmp_path / "a.tif", save_all=True, append_images=pages[1:])
+    with Image.open(path) as changed, Image.open(path) as second, Image.open(path) as unread:
+        changed.paste((200, 0, 0), (0, 0, 8, 8))
+        second.seek(1)
+        images = open_dataset([changed, second, unread], "own")
+        for row, colour in enumerate(((200, 0, 0), (100,) * 3, (10,) * 3)):
+            assert np.array_equal(images.read(row, 99), np.full((8, 8, 3), colour))
+
+
+def test_an_array_may_be_turned_and_a_whole_batch_unreadable() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 3, 20, 24), np.uint8)
+    source = open_dataset(pixels[::-1, ::-1], "own").source
+    assert isinstance(source, Pixels) and np.array_equal(source.tensor, pixels[::-1, ::-1])
+    bands = [*np.zeros((2, 5, 20, 24), np.uint8), None]
+    reader = Reader(PlainView(20, 1.0, "bilinear", (0.5,) * 5, (0.25,) * 5))
+    parts = list(reader.batches(open_dataset(bands, "own"), 2))
+    assert [len(rows) for rows, _, _ in parts] == [2, 0] and parts[1][2][0][0] == "own/000002"
 
 
 @pytest.mark.parametrize("layout", ["NHWC", "NCHW", "NHW", "floats"])

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,16 @@ def test_small_data_and_short_runs_just_run_and_say_so(tmp_path: Path, capsys: p
         assert words in printed and words in (run.folder / "run.log").read_text()
     with pytest.raises(DataError, match="batch_size"):
         relssl.pretrain(out=tmp_path / "typed", batch_size=64, quiet=True, **few)
+
+
+def test_a_run_whose_batch_was_lowered_goes_on_by_its_own_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "relssl.train.run.fit", lambda config, *_: replace(config, batch_size=16, optimizer=replace(config.optimizer, lr=0.1))
+    )
+    few = SMALL | {"max_images": 64, "epochs": 1, "out": str(tmp_path / "run"), "quiet": True}
+    command = merge(few, {"optimizer": {"lr": 0.2}}) | {"batch_size": 32, "fit_batch": True}
+    rows = relssl.pretrain(**command).rows
+    assert rows[-1]["step"] == 4 and relssl.pretrain(resume="auto", **command).rows == rows
 
 
 def test_a_run_goes_on_for_more_epochs(tmp_path: Path) -> None:

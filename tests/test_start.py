@@ -28,7 +28,7 @@ from relssl.train.pretrain import Result, pretrain, resume
 from relssl.train.run import build
 from relssl.weights import store
 from relssl.weights.opening import load_run, open_backbones
-from small_runs import SMALL, cut, differing, equal_runs, final_state, merge
+from small_runs import SMALL, cut, differing, equal_runs, final_state, merge, repeatable_rows
 
 # As a user would type it: the weights say which network it is.
 OVER: dict[str, Any] = {name: value for name, value in SMALL.items() if name != "backbone_args"} | {
@@ -88,6 +88,17 @@ def test_resume_is_exact_and_needs_the_source_no_more(source: Path, tmp_path: Pa
     folder = cut(whole, tmp_path / "cut", 2)  # while the heads train alone
     resume(folder, quiet=True)
     assert equal_runs(whole, folder)
+
+
+def test_what_was_typed_beside_the_weights_stays_when_there_is_no_checkpoint_yet(source: Path, tmp_path: Path) -> None:
+    typed = {"max_steps": 2, "views": {"mean": (0.1, 0.2, 0.3)}, "backbone_args": {"drop_rate": 0.1}}
+    folder = going_on(tmp_path / "run", source, **typed).folder
+    settings, rows = (folder / "config.yaml").read_text(), repeatable_rows(folder)
+    for path in ("checkpoints", "export", "metrics.jsonl", "status.json", "report.html"):
+        shutil.rmtree(folder / path) if (folder / path).is_dir() else (folder / path).unlink(missing_ok=True)
+    resume(folder, quiet=True)
+    assert (folder / "config.yaml").read_text() == settings and repeatable_rows(folder) == rows
+    assert load_run(folder).config.backbone_args["drop_rate"] == 0.1
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "lars"])

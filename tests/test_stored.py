@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import pickle
 import tarfile
 from pathlib import Path
@@ -157,7 +158,10 @@ def test_what_cannot_be_used_is_refused_or_told(shards: str, tmp_path: Path) -> 
         **dict.fromkeys(("squeezed.tar", "text.tar", "early.tar"), "needs an uncompressed tar file"),
         **{"none.tar": "is empty", "gone-{0..1}.tar": "gone-0.tar: no such shard", "set/gone*.tar": "no such shard"},
         "texts.tar": "no usable image",
+        "gone-{3..1}.tar": "no such shard",
+        "link*.tar": "no such shard",
     }
+    (tmp_path / "link-0.tar").symlink_to(tmp_path / "nowhere.tar")
     for name, reason in reasons.items():
         with pytest.raises(DataError, match=reason) as caught:
             load(f"shards:{tmp_path}/{name}", None, "train")
@@ -224,6 +228,12 @@ def test_a_folder_of_images(tmp_path: Path) -> None:
     images = load(f"hf:{tmp_path}/photos", None, "train")
     assert images.labels is not None and images.labels.tolist() == [0] * 3 + [1] * 3 + [2] * 3
     assert [images.source.beginning(row) for row in range(9)] == [photo(number) for number in range(9)]
+    before = images.fingerprint(), identity(images)
+    os.utime(tmp_path / "photos/train/cat/1.jpg", (1, 1))
+    again = load(f"hf:{tmp_path}/photos", None, "train")
+    assert (
+        again.fingerprint() == before[0] and identity(again) != before[1] and identity(again.subset(range(9))) == identity(again)
+    )
 
 
 def test_columns_are_found_by_their_kind_and_named_where_there_are_several(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from relssl.data.decode import BadImage
-from relssl.data.folder import TEST, shown
+from relssl.data.folder import TEST, judge, shown
 from relssl.data.images import Images, Stored, table
 from relssl.errors import ConfigError, DataError
 
@@ -24,13 +24,14 @@ from relssl.errors import ConfigError, DataError
 class Hub(Stored):
     """N images of a table on the disk, whose column holds their bytes, or the paths of their files.
 
-    Names are the base names of the files that the images were made of, where they are known; sizes are 0 where the table holds paths.
+    Names are the base names of the files that the images were made of, where they are known; sizes are 0 where the table holds paths,
+    and `times` where it holds bytes.
     """
 
     dataset: Any  # datasets.Dataset with the column of the images alone, not decoded
     title: str  # what the name of each image begins with; its row in the table follows
     rows: np.ndarray  # int64 [N], of the table
-    columns = ("names", "sizes", "rows")
+    columns = ("names", "sizes", "times", "rows")
 
     def name(self, row: int) -> str:
         return f"{self.title}/{self.rows[row]:06}"
@@ -111,9 +112,10 @@ def _read_table(dataset: Any, title: str, columns: list[str]) -> Images:
     stored = dataset.cast_column(images[0], datasets.Image(decode=False)).select_columns(images)
     arrow = stored.with_format("arrow")[:][images[0]]  # mapped into memory, not read
     sizes = pc.fill_null(pc.binary_length(pc.struct_field(arrow, "bytes")), 0).to_numpy().astype(np.int64)
-    paths = (path for chunk in pc.struct_field(arrow, "path").chunks for path in chunk.to_pylist())
-    names = table(((os.path.basename(os.fsencode(path or "")),) for path in paths), 0)[0]
-    source = Hub(names, sizes, np.empty(0, np.int64), stored, title, np.arange(len(dataset)))
+    paths = (path or "" for chunk in pc.struct_field(arrow, "path").chunks for path in chunk.to_pylist())
+    rows = ((os.path.basename(os.fsencode(path)), 0 if size else judge(path)[1]) for path, size in zip(paths, sizes, strict=True))
+    names, (times,) = table(rows, 1)
+    source = Hub(names, sizes, times, stored, title, np.arange(len(dataset)))
     if not labels:
         return Images(title, source)
     numbers = pc.fill_null(dataset.select_columns(labels).with_format("arrow")[:][labels[0]], -1).to_numpy().astype(np.int64)

@@ -171,13 +171,16 @@ def fetch(name: str, root: str, read: Callable[..., Any]) -> Any:
     One process of a machine downloads while the others wait, and none waits for a dead server. DataError, which says where the files
     belong, if they are not complete and cannot be downloaded.
     """
-    with contextlib.suppress(Exception):  # missing and damaged files make the readers raise all sorts of errors
-        return read(download=False)
-    timeout = socket.getdefaulttimeout()
+    lock, timeout = Path(root, f".{name}.lock"), socket.getdefaulttimeout()
+    if not os.access(lock, os.W_OK):  # where it is, another process may be unpacking
+        with contextlib.suppress(Exception):  # missing and damaged files make the readers raise all sorts of errors
+            return read(download=False)
     try:
         if root.startswith("~"):
             raise FileNotFoundError("no home folder is known here")
-        with locked(Path(root, f".{name}.lock")):
+        with locked(lock):
+            with contextlib.suppress(Exception):  # to unpack it again would change files that others read
+                return read(download=False)
             socket.setdefaulttimeout(30)
             return read(download=True)
     except MemoryError:

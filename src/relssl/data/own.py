@@ -74,8 +74,9 @@ class Items:
                 image = _parts(self.dataset[place])[0]
         except Exception as error:  # whatever a user's code raises
             raise BadImage(f"raises {repr(error)[:160]}") from error
-        if isinstance(image, ImageFile.ImageFile) and isinstance(self.dataset, (list, tuple)) and image.filename:
-            return image.filename  # maybe not read yet, and processes must not share its file
+        unread = isinstance(image, ImageFile.ImageFile) and image.tile and not image.tell()
+        if unread and isinstance(self.dataset, (list, tuple)) and image.filename:
+            return image.filename  # processes must not share the open file
         return image
 
     @contextmanager
@@ -182,7 +183,7 @@ def _pixels(images: Any, name: str) -> Pixels:
     row = 0
     try:
         if images.shape[1:] == to_bands(images[0]).shape and str(images.dtype).endswith("uint8"):
-            whole = images if isinstance(images, Tensor) else from_numpy(np.require(images, requirements="W"))
+            whole = images if isinstance(images, Tensor) else from_numpy(np.require(images, requirements=["C", "W"]))
             return Pixels(whole.detach().cpu().contiguous(), name)
         pixels = np.empty((len(images), *to_bands(images[0]).shape), np.uint8)
         for row in range(len(images)):

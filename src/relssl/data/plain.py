@@ -104,7 +104,7 @@ class Reader:
                 views[row] = self.view.pixels(images.read(row, self.max_pixels))
             except BadImage as fault:
                 bad.append((images.source.name(row), str(fault)))
-        pixels = torch.stack([*views.values()]) if views else torch.empty(0, 3, 1, 1)
+        pixels = torch.stack([*views.values()]) if views else torch.empty(0, images.channels, 1, 1)
         return np.array([*views], np.int64), pixels, bad
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -14,14 +15,16 @@ from torch import Tensor, nn
 
 from relssl.data.folder import shown
 from relssl.data.images import Images
+from relssl.data.named import SETS
 from relssl.errors import ConfigError, DataError, StorageError
 from relssl.evaluation.features import LabelledFeatures, cached, evaluating, extract, state_hash
 from relssl.evaluation.metrics import Interval
 from relssl.evaluation.pairs import LabelledPair, labels_of
 from relssl.evaluation.result import Finding, Protocol, Record, Task, card, file_name, title, writable
 from relssl.files import read_json, write_json
+from relssl.method.backbones import feature_width
 from relssl.settings import parts
-from relssl.settings.evaluation import Evaluation, read_settings
+from relssl.settings.evaluation import Evaluation, expand, read_settings
 from relssl.weights.foreign import Reading
 from relssl.weights.opening import Opened, open_backbones
 
@@ -76,7 +79,8 @@ def evaluate(
 
     Raises ConfigError, DataError, CheckpointError, NumericError, StorageError, each with what to do about it.
     """
-    settings, say, out = settings or read_settings(overrides), say or (lambda line: None), Path(out).absolute() if out else None
+    settings = expand(settings or read_settings(overrides))
+    say, out = say or (lambda line: None), Path(out).absolute() if out else None
     if out and (not out.parent.is_dir() or out.is_dir()):
         raise ConfigError(f"out: {out} must be a JSON file in a folder that exists")
     opened = _open(source, reading or Reading(), settings)
@@ -113,6 +117,8 @@ def _open(source: str | Path, reading: Reading, settings: Evaluation) -> Opened:
     opened = open_backbones(source, replace(reading, network=network, size=settings.size or reading.size))
     if opened.folder is not None and (unknown := names - opened.networks.keys()):
         raise ConfigError(f"network: {opened.name} holds {' and '.join(opened.networks)}, not {', '.join(sorted(unknown))}")
+    for backbone in opened.networks.values() if settings.size else ():
+        feature_width(backbone, settings.size or 0)
     return opened
 
 
@@ -134,12 +140,24 @@ def _check_data(settings: Evaluation, data: str) -> None:
     for name, instead in (("images", "max_images"), ("size", "min_size")):
         if "detection" in settings.protocol and getattr(settings, name) is not None:
             raise ConfigError(f"{name}: is not for detection; use detection.{instead}")
-    names = [title(one) for one in data.split(",") if one]
+    names = [title(one) for one in named_sets(data)]
     others = [protocol for protocol in settings.protocol if protocol != "transfer"]
     if others and len(names) > 1 and not Path(data).exists():
         raise ConfigError(f"protocol: {others[0]} takes one data set, got {len(names)}; several are for transfer alone")
     if "transfer" in settings.protocol and (twice := {name for name in names if names.count(name) > 1}):
         raise ConfigError(f"transfer: {min(twice)} names more than one data set; their results would mix, so rename a folder")
+
+
+def named_sets(data: str) -> list[str]:
+    """Return the data sets that DATA names, joined by commas, of which one may stand between the columns of a set of the Hub."""
+    names = list[str]()
+    for each in filter(None, data.split(",")):
+        inside = names and names[-1].startswith("hf:") and "#" in names[-1]
+        if inside and not (each in SETS or ":" in each or os.path.exists(each)):
+            names[-1] += f",{each}"
+        else:
+            names.append(each)
+    return names
 
 
 class _Work:
@@ -213,7 +231,7 @@ class _Work:
         """
         images, rows, notes, missing = Record(), list[Record](), list[str](), list[str]()
         figures, intervals = dict[str, float](), dict[str, Interval]()
-        for name, one in {title(one): one for one in data.split(",") if one}.items():
+        for name, one in {title(one): one for one in named_sets(data)}.items():
             try:
                 (finding,), images[name] = self._findings(protocol, section, backbone, one)
             except DataError as error:  # one set that is not at hand must not cost the others

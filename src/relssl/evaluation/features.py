@@ -107,19 +107,18 @@ def cached(
     try:
         folder = cache_root() / "features"
         path = folder / f"{cache_key(backbone, images, reader, engine)}.npz"
-        if (arrays := read_arrays(path)) is not None:
+        if (arrays := read_arrays(path)) is not None and not len(arrays["bad"]):  # some, as earlier versions kept
             with suppress(OSError):  # of a cache that is read-only
                 os.utime(path)
-            return Features(
-                torch.from_numpy(arrays["vectors"]), arrays["rows"], [(str(file), str(reason)) for file, reason in arrays["bad"]]
-            )
+            return Features(torch.from_numpy(arrays["vectors"]), arrays["rows"])
         features = extract(backbone, images, reader, engine)
+        if features.bad:  # which may be mended, and the name of these features would stay
+            return features
         with storing(folder):
             folder.mkdir(parents=True, exist_ok=True)
         sweep(folder)
         with replacing(path, needed=features.vectors.nbytes) as target:
-            bad = np.array(features.bad or np.empty((0, 2)), dtype=str)
-            np.savez(target, vectors=features.vectors.numpy(), rows=features.rows, bad=bad)
+            np.savez(target, vectors=features.vectors.numpy(), rows=features.rows, bad=np.empty(0))
         with suppress(OSError):  # another process may clean up at the same time
             files = sorted(folder.glob("*.npz"), key=lambda each: (each == path, each.stat().st_mtime), reverse=True)
             for old, total in zip(files, itertools.accumulate(each.stat().st_size for each in files), strict=True):

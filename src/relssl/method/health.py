@@ -100,7 +100,8 @@ def _relations(queries: Tensor, keys: Tensor, memory: Tensor, student_temperatur
     scores = logits(queries, memory, student_temperature)
     cosine = (queries * keys).sum(dim=-1)  # [V, n]
     some = scores[..., :: -(-len(memory) // _SOME)].contiguous()  # a median of all costs more than everything else here
-    margin = cosine - student_temperature * some.median(dim=-1).values
+    # Sorted, as CUDA has no deterministic median.
+    margin = cosine - student_temperature * some.sort(dim=-1).values[..., (some.shape[-1] - 1) // 2]
     relation = scores.log_softmax(dim=-1)
     entropy = -(target.exp() * target).sum(dim=-1)
     kl = (target.exp() * (target - relation)).sum(dim=-1)

@@ -54,11 +54,11 @@ class LinearConfig:
     what the authors advise for their second code."""
 
     schedule: Literal["cosine", "step"] = setting("cosine", "cosine to 0 per step, or step: a tenth at 60 % and at 80 %")
-    lr: tuple[Positive, ...] = setting((), "a classifier each; empty: 30 for step, for cosine 1 in memory and 0.3 on files")
+    lr: tuple[Positive, ...] = setting((), "a classifier each; empty: 30 for step, for cosine 1 up to 64 pixels, else 0.3")
     epochs: Count = setting(100, "passes over the bank")
     batch_size: Count = setting(256, "images a step at most; all batches of an epoch are alike")
     momentum: Momentum = setting(0.9, "momentum of SGD")
-    nesterov: bool | None = setting(None, "Nesterov's momentum; null: the paper's, on in memory and off on files")
+    nesterov: bool | None = setting(None, "Nesterov's momentum; null: the papers', on up to 64 pixels, else off")
     weight_decay: Probability = setting(0.0, "weight decay of the classifier")
     scale: Shares = setting((0.08, 1.0), "share of the area that the random crop keeps")
 
@@ -156,10 +156,16 @@ def read_settings(overrides: Mapping[str, Any], *, typed: bool = False) -> Evalu
     """
     given = spell(flat(overrides), leaves(Evaluation))
     settings: Evaluation = build(Evaluation, given)
-    if settings.protocol == ("all",):
-        settings = replace(settings, protocol=tuple(name for name in PROTOCOLS if name != "detection"))
+    settings = expand(settings)
     used = {*settings.protocol, *(("probe",) if "transfer" in settings.protocol else ())}
     if idle := [name for name in given if typed and "." in name and name.partition(".")[0] not in used]:
         asked = ", ".join(settings.protocol)
         raise ConfigError(*(f"{name}: is of a protocol that is not asked for, only {asked}; leave it out" for name in idle))
     return settings
+
+
+def expand(settings: Evaluation) -> Evaluation:
+    """Return the settings with the protocols that `all` stands for, each once."""
+    every = [name for name in PROTOCOLS if name != "detection"]
+    protocols = dict.fromkeys(one for name in settings.protocol for one in (every if name == "all" else [name]))
+    return replace(settings, protocol=tuple(protocols))

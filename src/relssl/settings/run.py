@@ -129,10 +129,11 @@ class ViewsConfig:
                 raise ConfigError(
                     f"views.{name}: has {len(values)} values for the {self.channels} channels that the networks see"
                 )
-        if len(self.mean) == len(self.std) == self.channels:
-            return self.mean, self.std
-        mean, std = (sum(w * value for w, value in zip(LUMA, values, strict=True)) for values in (self.mean, self.std))
-        return (mean,), (std,)
+        mean, std = (
+            values if len(values) == self.channels else (sum(w * value for w, value in zip(LUMA, values, strict=True)),)
+            for values in (self.mean, self.std)
+        )
+        return mean, std
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -367,7 +368,7 @@ def resolve(overrides: Mapping[str, Any], config_file: str | Path | None = None)
     recipe = str(over.get("recipe") or "")
     if recipe.lower() in NULL:
         recipe = recipes.for_run(str(over.get("data", "digits")), str(over.get("method.name", "ressl")))
-    typed = frozenset(re.sub(r"^backbone_args\..*", "backbone_args", name) for name in over)
+    typed = frozenset([*over, *("backbone_args" for name in over if name.startswith("backbone_args."))])
     below = recipes.read(recipe, data=recipes.for_run(str(over.get("data", "digits")), str(over.get("method.name", "ressl"))))
     return _checked(recipes.layer(_current(below), over | {"recipe": recipe}), typed)
 

@@ -9,10 +9,14 @@ from relssl.errors import DataError
 from relssl.settings.reading import changes, nest
 from relssl.settings.run import Config, check, derive
 
-
 # What gives way, unless it is 0; the learning rate and the parts of batch norms go with the batch.
-GIVING_WAY = ("batch_size", "method.memory_size", "optimizer.heads_first", "optimizer.warmup_epochs")
-GIVING_WAY += ("method.teacher_temperature_epochs",)
+GIVING_WAY = (
+    "batch_size",
+    "method.memory_size",
+    "optimizer.heads_first",
+    "optimizer.warmup_epochs",
+    "method.teacher_temperature_epochs",
+)
 
 
 def give_way(config: Config, images: int) -> Config:

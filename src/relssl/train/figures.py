@@ -48,11 +48,13 @@ def in_words(row: Row, memory: int) -> str:
 
 
 # Condition of each alarm, causes before their consequences; alarms.yaml has their sentences. It reads columns of a row, and `memory` K,
-# `dim` D, `epochs`, `moving` (a teacher is to follow the student) and `span`, steps that the memory holds; NaN, no reason, where one is
+# `dim` D, `batch` B, `epochs`, `moving` (a teacher is to follow the student) and `span`, steps that the memory holds; NaN, no reason, where one is
 # missing.
 ALARMS: dict[str, Callable[[Row], bool]] = {
     "dead-projector": lambda row: row["embedding_std"] < 1e-3,
-    "dimensional-collapse": lambda row: row["embedding_std"] < 0.1 or row["effective_rank"] < min(4.0, 0.1 * row["dim"]),
+    "dimensional-collapse": lambda row: (
+        row["embedding_std"] < 0.1 or row["effective_rank"] < min(4.0, 0.1 * row["dim"], 0.5 * row["batch"])
+    ),
     "uniform-teacher": lambda row: row["teacher_neighbours"] > 0.9 * row["memory"],
     "one-hot-teacher": lambda row: row["teacher_neighbours"] < 1.2,
     "frozen-teacher": lambda row: row["moving"] and row["teacher_momentum"] > 0.99999 and row["epoch"] < 0.9 * row["epochs"],
@@ -68,7 +70,12 @@ def alarms(rows: Iterable[Row], config: Config) -> dict[str, str]:
     traits = derive(config).traits
     if traits.labels or config.teacher is not None:
         return {}
-    facts: dict[str, float] = {"dim": config.encoder.dim, "epochs": config.epochs, "moving": traits.teacher}
+    facts: dict[str, float] = {
+        "dim": config.encoder.dim,
+        "batch": config.batch_size,
+        "epochs": config.epochs,
+        "moving": traits.teacher,
+    }
     if traits.memory:
         facts |= {"memory": config.method.memory_size, "span": config.method.memory_size / config.batch_size}
     known = [defaultdict(lambda: math.nan, {k: v for k, v in row.items() if v is not None} | facts) for row in rows]

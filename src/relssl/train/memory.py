@@ -63,9 +63,9 @@ def fit(
     if config.fit_batch and fits:
         scaled = replace(config.optimizer, lr=config.optimizer.lr * batch / config.batch_size)
         return replace(config, batch_size=batch, fit_batch=False, optimizer=scaled)
-    parts, advice = derived.share // share * config.accumulate, "take a smaller network or smaller views"
+    parts, advice = -(-derived.share // share) * config.accumulate, "take a smaller network or smaller views"
     if fits:
-        whole = derived.traits.whole_batch or config.batch_size % (parts * here)
+        whole = derived.traits.whole_batch or config.batch_size % (parts * config.engine.devices * config.engine.nodes)
         advice = f"take batch_size {batch}" + ("" if whole else f", or keep the batch with accumulate {parts}")
     pixels = ", ".join(sorted({str(view.size) for view in derived.views}))
     step = f"a step of {config.backbone} with {config.batch_size} images in views of {pixels} pixels"
@@ -111,7 +111,8 @@ def _peak(model: Method, config: Config, engine: Engine, share: int) -> int:
             if derive(config).traits.labels:
                 settings["labels"] = torch.zeros(share, dtype=torch.int64)
             weak, *strong = (torch.empty(share, config.views.channels, side, side) for side in sides)
-            with engine.autocast():
+            # Of the CPU, wherever the run computes: these tensors lie there.
+            with torch.autocast("cpu", torch.bfloat16, enabled=engine.precision == "bf16"):
                 step = model(weak, strong, **settings)
             step.loss.backward()  # type: ignore[no-untyped-call]
             if first:

@@ -101,8 +101,12 @@ def _start(config: Config, quiet: bool, mode: str | None, hooks: Hooks) -> Resul
     if mode not in (None, "auto"):
         raise ConfigError(f"resume: must be auto, got {mode}; to go on with a run: relssl resume RUN")
     if mode and (folder / "config.yaml").exists():
-        typed = (config.typed or frozenset()) - {"out", "fit_batch"}
-        return resume(folder, quiet=quiet, hooks=hooks.hooks, **{name: attrgetter(name)(config) for name in typed})
+        # The run has the batch that fits, and the arguments of given weights.
+        own = ["out", "fit_batch"]
+        own += ["batch_size", "optimizer.lr"] if config.fit_batch else []
+        own += ["backbone_args"] if config.start else []
+        typed = {name for name in config.typed or () if not name.startswith("backbone_args.")} - {*own}
+        return resume(folder, quiet=quiet, hooks=hooks.hooks, **{each: attrgetter(each)(config) for each in typed})
     config = dataclasses.replace(config, out=str(folder), data=_whole_path(config.data, config.data_root))
     refuse_missing(config.log.to)
     engine = Engine(config.engine)
@@ -202,13 +206,14 @@ def _run(
     saved: Path | None = None,
 ) -> Result:
     """Train in a folder, a new one or that of a `loaded` run with its checkpoint `saved`, if there is one, then export the networks."""
-    stop = StopRequest(config.time_limit, config.out, "before its first step; start it again")
+    stop = StopRequest(config.time_limit, str(path), "before its first step; start it again")
     voice = Display(engine.is_first and not quiet, stop)
     with stop, engine.running(), voice as display, ExitStack() as stack, explaining(config, engine):
         config, given = open_sources(config, saved is not None, loaded.environment if loaded else {})
         run = build(config, engine, display.say, given)
         run.folder = engine.on_first(lambda: stack.enter_context(closing(RunFolder(path, hooks))))
         engine.on_first(lambda: begin(run, display, loaded))
+        stop.at_once = f"before its first step; go on with `relssl resume {path}`"
         for line in prepare(run, saved):
             display.say(line)
         engine.on_first(lambda: write_changes(run, loaded))

@@ -78,7 +78,9 @@ def open_sources(config: Config, begun: bool = False, recorded: Mapping[str, Any
         named = (("backbone", config.backbone), ("encoder.stem", config.encoder.stem))  # which another program's file may not say
         backbone, stem = (value if config.typed is None or name in config.typed else None for name, value in named)
         opened, facts["start"] = _open("start", config.start, Reading(config.start_from, backbone, stem), facts.get("start"))
-        config, start = _with_network(config, opened), opened.backbone.state_dict()
+        start = opened.backbone.state_dict()
+        if "start" not in (recorded or {}):  # else the run has the network of the weights, beside what was typed
+            config = _with_network(config, opened)
     if config.teacher is not None:
         opened, facts["teacher"] = _open("teacher", config.teacher, Reading(layout=config.teacher_from), facts.get("teacher"))
         config, teacher = _with_teacher(config, opened), opened.backbone
@@ -128,7 +130,7 @@ def _with_network(config: Config, opened: Opened) -> Config:
     args, own = dict(spec.arguments), spec.all_arguments()
     if "img_size" in own and views.weak.size != own["img_size"]:  # its position embeddings stay, and are resampled as images come
         args |= {name: value for name, value in own.items() if name != "in_chans"}
-    args |= config.backbone_args if "backbone_args" in typed else {}
+    args |= {name: value for name, value in config.backbone_args.items() if f"backbone_args.{name}" in typed}  # not the recipe's
     statistics: dict[str, Any] = {
         name: (values[0] / sum(LUMA),) * 3 if len(values) == 1 else values  # settings hold those of three channels
         for name, values in (("mean", spec.view.mean), ("std", spec.view.std))
