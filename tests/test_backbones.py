@@ -14,6 +14,7 @@ import timm
 import torch
 import torchvision
 from PIL import Image
+from timm.layers import ScaledStdConv2d, StdConv2d
 from torchvision.transforms.functional import rgb_to_grayscale
 
 import relssl
@@ -177,6 +178,14 @@ def test_any_number_of_channels_passes_the_building_blocks(name: str) -> None:
     step(network, (32,))
     own = torch.nn.Sequential(torch.nn.Conv2d(5, 8, 3))
     assert [channels_of(each) for each in (network, own, torch.nn.Linear(4, 4))] == [4, 5, 3]
+
+
+def test_small_stems_keep_what_networks_without_norms_rely_on() -> None:
+    network = create_backbone("resnetv2_50x1_bit", "small")
+    assert type(network.stem.conv) is StdConv2d and network.stem(torch.zeros(1, 3, 32, 32)).shape[-2:] == (32, 32)
+    assert type(create_backbone("nf_resnet26", "small").stem.conv) is ScaledStdConv2d
+    with pytest.raises(ConfigError, match=r"encoder\.stem standard may take them"):
+        create_student(resolve({"data": "digits", "backbone": "mobileone_s0", "encoder.stem": "small"}))
 
 
 def test_grey_views_are_torchvisions_grey_normalised() -> None:

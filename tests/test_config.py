@@ -75,6 +75,9 @@ FAULTS: list[tuple[str, dict[str, Any]]] = [
     ("engine.device", {"device": "tpu"}),
     ("optimizer.lr: is given twice", {"lr": 0.5, "learning_rate": 0.4}),
     ("views.strong.size: views.crops", {"recipe": "imagenet-5crop", "img_size": 96}),
+    ("optimizer.weight_decay: must be above 0 with lars", {"optimizer": "lars", "optimizer.weight_decay": 0}),
+    ("method.teacher_temperature_start: ", {"method.teacher_temperature_start": 0.02}),
+    ("method.teacher_temperature_start: ", {"method.teacher_temperature_epochs": 2}),
     ("views.strong.scale: views.crops", {"recipe": "imagenet-5crop", "views.strong.scale": "0.5,1"}),
 ]
 FAULTS += [(f"backbone_args: {name}", {"backbone_args": {name: value}}) for name, value in ARGUMENTS.items()]

@@ -82,6 +82,9 @@ def test_short_forms_and_arguments_of_another_backbone(tmp_path: Path) -> None:
     assert layer(spell_out({"method": "moco"}), {"method.memory_size": 9}) == {"method.name": "moco", "method.memory_size": 9}
     assert resolve({"recipe": "null", "data": "cifar10"}).recipe == "cifar10"
     assert resolve({"recipe": "digits", "backbone": "resnet18"}).backbone_args["layers"] == [1, 1, 1, 1]
+    for method in ("byol", "simclr", "ressl"):
+        more = resolve({"recipe": "continue", "data": "photos", "method": method, "start": "x"}).optimizer
+        assert (more.name, more.lr) == ("sgd", 0.02)
     rate = {"recipe": "digits", "backbone_args": "{drop_path_rate: 0.1}"}
     assert resolve(rate).backbone_args == resolve({"recipe": "digits"}).backbone_args | {"drop_path_rate": 0.1}
     assert resolve(rate | {"backbone_args": "{}"}).backbone_args == {}

@@ -121,6 +121,30 @@ def test_a_run_that_has_filled_in_its_settings_goes_on(tmp_path: Path, monkeypat
         shipped("temperature", "smoke", overrides=over | {"start": "other.safetensors"})
 
 
+def test_a_recipe_brings_its_data_and_fewer_steps_are_a_rehearsal(tmp_path: Path) -> None:
+    other = shipped("temperature", "small", overrides={"recipe": "nips/cifar100"}, runs=tmp_path)
+    assert {run.config.data for run in other.runs} == {"cifar100"} and not other.rehearsal
+    assert shipped("temperature", "small", overrides={"max_steps": 20}, runs=tmp_path).rehearsal
+    assert curves({"rows": [], "runs": [{"row": "a", "seed": 0, "curve": [[0, 30.0], [0, 31.0]]}]}) == ""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "fault"),
+    [
+        ("title: ", "heading: ", "without title"),
+        ("name: k64", "name: k96", "k96 is the name of several rows"),
+        ("reference: k96", "reference: k97", "row: 'k97' is unknown"),
+        ("label: ", "lable: ", "a row is without label"),
+    ],
+)
+def test_a_table_of_ones_own_is_refused_by_what_it_lacks(old: str, new: str, fault: str, tiny: Path) -> None:
+    text = Path("tiny.yaml").read_text()
+    assert old in text
+    Path("mine.yaml").write_text(text.replace(old, new))
+    with pytest.raises(ConfigError, match=fault):
+        read_table("mine.yaml", "smoke")
+
+
 def test_a_rehearsal_keeps_the_warm_ups_share_and_has_a_name_of_its_own(tmp_path: Path) -> None:
     rehearsal = shipped("temperature", "paper", overrides={"epochs": "2", "max_images": "512"}, runs=tmp_path)
     config, evaluation = rehearsal.runs[0].config, rehearsal.runs[0].evaluation

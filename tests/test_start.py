@@ -18,6 +18,7 @@ from relssl.cli import main
 from relssl.engine import Engine
 from relssl.errors import CheckpointError, ConfigError
 from relssl.files import read_rows
+from relssl.method.backbones import create_backbone
 from relssl.method.base import unwrapped
 from relssl.method.optim import parameter_groups
 from relssl.method.stages import depths, freeze_stages
@@ -125,6 +126,20 @@ def test_frozen_stages_stay_with_their_statistics(source: Path) -> None:
         assert still == {name for name in state if name.startswith(("conv1", "bn1", "layer1"))}
     with pytest.raises(ConfigError, match=r"encoder\.frozen_stages.* 5 stages"):
         freeze_stages(timm.create_model("resnet18", num_classes=0), 5)
+
+
+def test_stages_of_torchvisions_networks_are_timms() -> None:
+    ours, theirs = (create_backbone(name) for name in ("resnet18", "torchvision/resnet18"))
+    for count in range(1, 5):
+        for network in (ours, theirs):
+            freeze_stages(network, count)
+        trained = [
+            [name for name, parameter in network.named_parameters() if parameter.requires_grad] for network in (ours, theirs)
+        ]
+        assert trained[0] == trained[1] and not any(name.startswith(("conv1", "bn1", f"layer{count - 1}")) for name in trained[0])
+    plain = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Conv2d(4, 4, 3))
+    freeze_stages(plain, 1)
+    assert [parameter.requires_grad for parameter in plain.parameters()] == [False, False, True, True, True, True]
 
 
 @pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224", "mobilenetv3_small_050", "convnext_atto", "regnety_002"])

@@ -15,6 +15,7 @@ from typing import Any
 import timm
 import torch
 import torchvision
+from timm.layers import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -31,6 +32,7 @@ NAMED = (
     *("efficientnet_b0", "efficientnet_b1", "mobilenetv2_100", "mobilenetv3_large_100", "mobilenetv3_small_100"),
     *("torchvision/shufflenet_v2_x1_0", "regnety_004", "regnety_016", "convnext_tiny", "vit_small_patch16_224"),
 )
+_STANDARDISED = (StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame)
 _CLASSES = 1000  # outputs of torchvision's classifiers
 # These two have a second classifier halfway, whose scores they give beside the last one's while they train.
 _HALFWAY = {f"{TORCHVISION}{name}": {"aux_logits": False, "init_weights": True} for name in ("googlenet", "inception_v3")}
@@ -176,11 +178,13 @@ def _first_convolution(network: nn.Module) -> tuple[str, nn.Conv2d | None]:
 
 
 def _replace_first(network: nn.Module, channels: int | None = None, **shape: Any) -> None:
-    """Put a fresh convolution of other input channels or another shape in the place of the first, if there is any."""
+    """Put a fresh convolution of other input channels or another shape in the place of the first, if there is any; one whose weights
+    timm standardises stays of its kind, which networks without norms rely on."""
     path, first = _first_convolution(network)
     if first is not None:
         shape = {"kernel_size": first.kernel_size, "stride": first.stride, "padding": first.padding} | shape
-        convolution = nn.Conv2d(channels or first.in_channels, first.out_channels, bias=first.bias is not None, **shape)
+        kind: Any = next((kind for kind in _STANDARDISED if type(first) is kind), nn.Conv2d)
+        convolution = kind(channels or first.in_channels, first.out_channels, bias=first.bias is not None, **shape)
         nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
         network.set_submodule(path, convolution)
 
@@ -209,6 +213,9 @@ def _shrink_stem(network: nn.Module, stem: str) -> None:
         pools = ["maxpool"] * hasattr(network, "maxpool") + [path for path, each in layers[:2] if isinstance(each, nn.MaxPool2d)]
         if pools:
             network.set_submodule(pools[0], nn.Identity())
+            for path, each in [*network.named_modules()]:
+                if isinstance(each, nn.ConstantPad2d) and path.rpartition(".")[0] == pools[0].rpartition(".")[0]:
+                    network.set_submodule(path, nn.Identity())  # which is for the pool
 
 
 def channels_of(backbone: nn.Module) -> int:

@@ -76,7 +76,11 @@ def create_student(config: Config, classes: int = 0) -> Encoder:
     backbone = create_backbone(config.backbone, config.encoder.stem, channels | config.backbone_args, config.views.weak.size)
     split_batch_norms(backbone, derived.norm_splits)
     still = freeze_stages(backbone, config.encoder.frozen_stages)
-    widths = {size: feature_width(backbone, size) for size in {view.size for view in derived.views}}
+    try:
+        widths = {size: feature_width(backbone, size) for size in {view.size for view in derived.views}}
+    except ConfigError as error:  # a stem may have several first convolutions, of which one was made small
+        advice = "" if config.encoder.stem == "standard" else "; encoder.stem standard may take them"
+        raise ConfigError(f"{error}{advice}") from error
     width = widths[config.views.weak.size]
     heads = dataclasses.asdict(config.encoder)
     del heads["stem"], heads["batch_norm_splits"], heads["frozen_stages"]  # which are the backbone's

@@ -16,15 +16,22 @@ def depths(backbone: nn.Module, coarse: bool = False) -> dict[str, int]:
     children, with those of an nn.Sequential or an only child one by one.
 
     Args:
-        coarse: the stages of a timm network instead of its blocks.
+        coarse: stages instead of blocks: timm's own; of other networks whole children, of which leading single layers are one stem.
     """
     if hasattr(backbone, "group_matcher"):
         return dict(group_parameters(backbone, backbone.group_matcher(coarse=coarse), reverse=True))  # type: ignore[operator]
     paths = {name: name.split(".")[:-1] for name, _ in backbone.named_parameters()}
     shared = len([*takewhile(lambda level: len({*level}) == 1, zip(*paths.values(), strict=False))])
+    inner = 0 if coarse else 1  # levels below the children that count
     blocks = {
-        name: (*path[shared : shared + 1], *filter(str.isdigit, path[shared + 1 : shared + 2])) for name, path in paths.items()
+        name: (*path[shared : shared + 1], *filter(str.isdigit, path[shared + 1 : shared + 1 + inner]))
+        for name, path in paths.items()
     }
+    if coarse:
+        where = next(iter(paths.values()), [])[:shared]
+        children = [*dict.fromkeys(blocks.values())]
+        stem = [*takewhile(lambda child: not [*backbone.get_submodule(".".join([*where, *child])).children()], children)]
+        blocks = {name: () if block in stem and len(stem) < len(children) else block for name, block in blocks.items()}
     numbers = {block: number for number, block in enumerate(dict.fromkeys(blocks.values()))}
     return {name: numbers[block] for name, block in blocks.items()}
 

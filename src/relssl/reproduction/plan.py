@@ -17,6 +17,7 @@ from typing import Any
 from relssl.errors import ConfigError
 from relssl.files import read_json
 from relssl.reproduction.tables import Row, Table, known
+from relssl.settings import recipes
 from relssl.settings.evaluation import Evaluation, read_settings
 from relssl.settings.reading import changes, leaves, read_yaml
 from relssl.settings.recipes import layer, spell_out
@@ -97,8 +98,8 @@ def plan(
         seeds: 0..seeds-1 are chosen; default: the scale's. Others that were run before are in the plan as well.
         only: names of the rows that are chosen, default: all; of the others, those that cannot be set up are left out.
         runs: folder of the run folders; default: runs/reproduce/TABLE-SCALE.
-        overrides: settings of all runs; with `epochs` among them the plan is a rehearsal, whose evaluations are as short, and see as
-            few images as `max_images` leaves.
+        overrides: settings of all runs, a recipe with its data; with `epochs` or `max_steps` among them the plan is a rehearsal; with
+            `epochs` its evaluations are as short, and see as few images as `max_images` leaves.
 
     Raises:
         ConfigError: for settings that cannot be used, that the rows differ in, or other than those a run was started with.
@@ -111,7 +112,7 @@ def plan(
     why = _RESERVED | {name: f"the rows of {table.name} differ in it" for row in table.rows for name in row.settings}
     if faults := [f"{name}: cannot be given for all runs; {why[name]}" for name in over if name in why]:
         raise ConfigError(*faults)
-    rehearsal = "epochs" in over
+    rehearsal = bool({"epochs", "max_steps"} & over.keys())
     name = f"{table.name}-{table.scale}{'-rehearsal' * rehearsal}"
     folder = Path(runs or f"runs/reproduce/{name}")
     # Seeds that have a note are in the plan, so that asking for fewer later takes nothing away from the results.
@@ -134,6 +135,8 @@ def plan(
 
 def _run(table: Table, row: Row, seed: int, folder: Path, over: dict[str, Any]) -> Run:
     settings = layer(table.settings, row.settings)
+    if own := recipes.read(str(over["recipe"])).get("data") if "recipe" in over else None:  # the scale's is another one's
+        settings["data"] = own
     # The figures that are compared are the student's, which every method has.
     evaluation = table.evaluation | {"network": ["student"]}
     if "epochs" in over:  # the learning rate's warm-up keeps its share

@@ -88,7 +88,8 @@ def results(plan: Plan) -> dict[str, Any]:
     beside = {one: figures[reference] if one == data.get(reference) else {} for one in data.values()}
     # Only runs in the paper's own setting have its numbers to reach.
     published = table.scale == "paper" and all(
-        name.startswith(_NEUTRAL) or (name == "recipe" and value.startswith("nips/")) for name, value in plan.overrides.items()
+        name.startswith(_NEUTRAL) or (name == "recipe" and value in {f"nips/{each}" for each in data.values()})
+        for name, value in plan.overrides.items()
     )
     rows = [
         {
@@ -231,7 +232,7 @@ def curves(content: Mapping[str, Any]) -> str:
     """
     runs = [run for run in content["runs"] if len(run.get("curve", [])) > 1]
     points = np.array([point for run in runs for point in run["curve"]]).reshape(-1, 2)
-    if not runs:
+    if not runs or not points[:, 0].max():
         return ""
     (_, low), (last, high) = points.min(axis=0), points.max(axis=0)
     step = next(each for each in (1, 2, 5, 10, 20) if (high - low) / each <= 8)

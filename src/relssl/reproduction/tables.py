@@ -65,16 +65,25 @@ def read_table(name: str, scale: str = "small") -> Table:
     """Read a table by its name, or a YAML file of one's own; a ConfigError names the nearest of an unknown name or scale."""
     path = Path(name) if name.endswith(".yaml") else FOLDER / f"{known('table', name, NAMES)}.yaml"
     raw, at = read_yaml(path), read_yaml(FOLDER / "scales" / f"{known('scale', scale, SCALES)}.yaml")
+    each_needs = {"row": ("name", "label", "settings"), "table": ("title", "shows", "source", "reference", "scales", "rows")}
+    for kind, own in [("table", raw), *(("row", row) for row in raw.get("rows", ()))]:
+        if missing := [key for key in each_needs[kind] if key not in own]:
+            raise ConfigError(f"{path}: a {kind} is without {missing[0]}; needs {', '.join(each_needs[kind])}")
+    every = [row["name"] for row in raw["rows"]]
+    if twice := {name for name in every if every.count(name) > 1}:
+        raise ConfigError(f"{path}: {min(twice)} is the name of several rows; give each its own")
     if scale not in raw["scales"]:
         raise ConfigError(f"scale: {path.stem} has no {scale} scale; it has {', '.join(raw['scales'])}")
     rows = [_row(row) for row in raw["rows"] if scale in row.get("scales", SCALES)]
     names = [row.name for row in rows]
     expected = [
         {"says": each["says"], "kind": kind, "rows": [compared] if isinstance(compared, str) else compared}
-        for each in raw["expected"]
+        for each in raw.get("expected", ())
         for kind, compared in each.items()
         if kind != "says"
     ]
+    for name in (raw["reference"], *(name for each in expected for name in each["rows"])):
+        known(f"{path}: row", name, every)
     return Table(
         name=path.stem,
         title=raw["title"],
