@@ -177,6 +177,7 @@ def runs(counts: Any) -> Change:
     [
         ("train", lambda c: c.update(annotations=[]), "train.json"),
         ("train", lambda c: c.pop("categories"), "train.json"),
+        ("train", lambda c: c["categories"][0].pop("name"), "train.json"),
         ("train", first(image_id=99), "annotation 0"),
         ("train", lambda c: c["annotations"][1].pop("bbox"), "annotation 1"),
         ("train", first(segmentation=[[1, 2, 3, 4]]), "annotation 0"),

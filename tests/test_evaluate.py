@@ -209,6 +209,12 @@ def test_all_stands_for_the_others_and_columns_of_the_hub_for_one_set() -> None:
     assert named_sets("hf:a#img,fine,digits,hf:b,cifar10") == ["hf:a#img,fine", "digits", "hf:b", "cifar10"]
 
 
+def test_a_file_is_read_one_network_at_a_time(finished: Path) -> None:
+    file = finished / "export/backbone.safetensors"
+    with pytest.raises(ConfigError, match=r"network: .* one network at a time"):
+        relssl.evaluate(file, "digits", **QUICK | {"network": ("student", "teacher")})
+
+
 def test_settings_are_checked_before_anything_is_loaded() -> None:
     with pytest.raises(ConfigError, match=r"knn\.k: .*\nretrieval\.at: "):
         read_settings({"knn.k": "", "retrieval.at": ""})

@@ -37,12 +37,12 @@ from relssl.settings.run import Config, resolve, to_yaml
 from relssl.train.estimate import Estimate
 from relssl.train.pretrain import Result
 from relssl.weights import store
-from relssl.weights.export import compare, export, real_images
+from relssl.weights.export import compare, export, import_weights, real_images
 from relssl.weights.formats import FORMATS
-from relssl.weights.opening import Opened
+from relssl.weights.opening import Opened, open_backbones
 from relssl.weights.spec import BackboneSpec
 from relssl.weights.writers import WRITERS, timm_view
-from small_runs import small_run
+from small_runs import differing, small_run
 
 SIZE = 32
 IMAGES = torch.rand(5, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
@@ -309,6 +309,20 @@ def test_targets_that_do_not_suit_are_refused(sources: Sources, tmp_path: Path) 
     with pytest.raises(ConfigError, match="network: "):
         export(file, format="timm", network="teacher", out=tmp_path / "a.safetensors")
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_the_weights_of_a_folder_are_imported_where_their_settings_are_not(tmp_path: Path) -> None:
+    network = timm.create_model("resnet18", num_classes=0)
+    for value in network.state_dict().values():  # fresh norms are refused
+        value.add_(0.1 * torch.rand_like(value)) if value.is_floating_point() and value.ndim == 1 else None
+    save_file(network.state_dict(), tmp_path / "source.safetensors")
+    import_weights(tmp_path / "source.safetensors", out=tmp_path / "own.safetensors")
+    export(tmp_path / "own.safetensors", format="hf", out=tmp_path / "folder")
+    with pytest.raises(ConfigError, match=r"model\.yaml.* `relssl import` makes others"):
+        open_backbones(tmp_path / "folder/model.safetensors")
+    import_weights(tmp_path / "folder/model.safetensors", out=tmp_path / "again.safetensors")
+    one, other = (open_backbones(tmp_path / f"{name}.safetensors").backbone.state_dict() for name in ("own", "again"))
+    assert differing(one, other) == []
 
 
 def test_a_folder_replaces_its_like_and_has_a_card_for_the_hub(sources: Sources, tmp_path: Path) -> None:

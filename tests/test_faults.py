@@ -296,7 +296,7 @@ def test_a_signal_ends_knn_at_once(finished: Path, tmp_path: Path, monkeypatch: 
     measure = Online.measure
     monkeypatch.setattr(Online, "measure", endless)
     with pytest.raises(
-        Interrupted, match=f"by SIGTERM after step {step}" if step else "before its first step; start it again"
+        Interrupted, match=f"by SIGTERM after step {step}" if step else "before its first step; go on with `relssl resume"
     ) as error:
         small_run(tmp_path / "run")
     status = json.loads((tmp_path / "run/status.json").read_text())

@@ -210,6 +210,16 @@ def test_stems_differ_in_what_they_compute(tmp_path):
     assert backbone.spec.view.size == 96 and isinstance(backbone.maxpool, nn.MaxPool2d)
 
 
+def test_a_network_whose_own_first_layer_is_small_keeps_its_stride(tmp_path):
+    source = timm.create_model("legacy_xception", num_classes=0).eval()
+    for name, value in source.state_dict().items():  # fresh norms are refused
+        value.add_(0.1 * torch.rand_like(value)) if "bn" in name and value.is_floating_point() else None
+    write(tmp_path / "weights.pth", source.state_dict())
+    backbone, report = load(tmp_path / "weights.pth", backbone="legacy_xception")
+    images = torch.randn(2, 3, 96, 96)
+    assert report.stem == "standard" and torch.equal(backbone.eval()(images), source(images))
+
+
 def test_a_small_vit_of_moco_v3_has_twelve_heads(tmp_path):
     torch.manual_seed(0)
     source = trained(timm.create_model("vit_small_patch32_224", num_classes=0, num_heads=12))

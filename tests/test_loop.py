@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from relssl.data.named import load
 from relssl.errors import NumericError
 from relssl.method import Encoder
 from relssl.method.optim import PLAIN, create_optimizer, parameter_groups
@@ -17,6 +19,7 @@ from relssl.train import checkpoint
 from relssl.train.checkpoint import Guard
 from relssl.train.console import Display
 from relssl.train.loop import origin, save, scheduled, train, train_step
+from relssl.train.online import Online
 from relssl.train.pretrain import compile_networks
 from relssl.train.run import Run
 from relssl.train.run_folder import RunFolder
@@ -142,6 +145,23 @@ def test_neither_views_nor_step_wait_for_the_device(
 def encoder(predictor: str = "mlp") -> Encoder:
     backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 6))
     return Encoder(backbone, 6, projector_hidden=8, dim=4, predictor=predictor)
+
+
+def test_neighbours_are_compared_of_the_images_that_can_be_read(tmp_path: Path) -> None:
+    for number in range(16):
+        Image.effect_noise((32, 32), 30 + 10 * number).convert("RGB").save(tmp_path / f"{number:02}.png")
+    run = ready_run(tmp_path / "run")
+    online, state = Online(load(str(tmp_path), None, "train"), run.config), run.state
+    assert "neighbour_stability" not in online.measure(state, run.engine)
+    assert online.measure(state, run.engine)["neighbour_stability"] == 1
+    content = (tmp_path / "03.png").read_bytes()
+    (tmp_path / "03.png").write_bytes(b"broken")
+    assert online.measure(state, run.engine)["neighbour_stability"] < 1  # 3 is nobody's neighbour any more
+    assert (state.neighbours or [])[3] == "" and online.measure(state, run.engine)["neighbour_stability"] == 1
+    (tmp_path / "03.png").write_bytes(content)
+    assert 0.8 < online.measure(state, run.engine)["neighbour_stability"] < 1
+    state.neighbours = ["1 2"] * 15  # as earlier versions had it of 15 readable ones
+    assert "neighbour_stability" not in online.measure(state, run.engine)
 
 
 def test_the_predictor_has_groups_of_its_own() -> None:

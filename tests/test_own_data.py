@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+import relssl
 from relssl.data.decode import BadImage, decode
 from relssl.data.images import Images, Pixels
 from relssl.data.loader import Loader, Plan
@@ -164,6 +165,13 @@ def test_what_is_no_data_set_is_refused_in_one_line(dataset: Any) -> None:
     with parts.at_hand({"data": dataset}), pytest.raises(DataError) as caught:
         load(parts.name_of(dataset), None, "train")
     assert "\n" not in str(caught.value)
+
+
+def test_a_run_on_a_mapping_goes_on(tmp_path: Path) -> None:
+    both = {"train": (list(pictures(64)), [0, 1] * 32), "test": (list(pictures(20)), [0, 1] * 10)}
+    settings: dict[str, Any] = {"epochs": 1, "quiet": True, "batch_size": 16, "log.report": False, "threads": 1}
+    run = relssl.pretrain(both, out=tmp_path / "run", **settings)
+    assert "knn_top1" in run.rows[-1] and relssl.resume(run.folder, data=both, epochs=2, quiet=True).rows[-1]["epoch"] == 2
 
 
 def test_labels_are_read_without_decoding() -> None:

@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import os
+import signal
+import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -14,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import relssl
-from relssl.errors import ConfigError, HookError, RelsslError
+from relssl.errors import ConfigError, HookError, Interrupted, RelsslError
 from relssl.method import ReSSL
 from relssl.method.base import ALONE, Method, Step, World
 from relssl.settings import parts
@@ -235,6 +238,31 @@ def test_hooks_are_told_in_order_what_happens(tmp_path: Path) -> None:
     saved = ("on_checkpoint", ("step-00000004", True))
     rows = [("on_row", 0), ("on_evaluation", 0), ("on_row", 2), ("on_row", 4), ("on_evaluation", 4)]
     assert diary.events == [("on_start", 4), *rows, saved, ("on_end", (run, True))]
+
+
+def test_a_signal_inside_a_hook_is_a_signal(tmp_path: Path) -> None:
+    class Stopped:
+        def on_start(self, run: Any) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+
+    with pytest.raises(Interrupted, match="stopped by SIGTERM before its first step"):
+        go(tmp_path / "run", hooks=[Stopped()], backbone=Maps())
+    assert json.loads((tmp_path / "run/status.json").read_text())["exit_code"] == 143
+
+
+def test_a_signal_after_the_last_save_is_handed_on(tmp_path: Path) -> None:
+    class Late:
+        def on_end(self, result: Any) -> None:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    heard = list[int]()
+    before = signal.signal(signal.SIGUSR1, lambda number, _: heard.append(number))
+    try:
+        go(tmp_path / "run", hooks=[Late()], backbone=Maps())
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert heard == [signal.SIGUSR1] and json.loads((tmp_path / "run/status.json").read_text())["state"] == "complete"
 
 
 @pytest.mark.parametrize("event", ["on_start", "on_row", "on_checkpoint", "on_end"])

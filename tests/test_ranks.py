@@ -21,7 +21,7 @@ import yaml
 from PIL import Image
 
 from relssl.engine import Engine
-from relssl.errors import ConfigError, DistributedError
+from relssl.errors import ConfigError, DataError, DistributedError
 from relssl.files import read_json
 from relssl.method import Encoder, ReSSL
 from relssl.settings.launcher import with_launch
@@ -372,6 +372,19 @@ def test_a_notebook_cannot_start_processes(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
     with pytest.raises(ConfigError, match=r"engine\.devices: .*notebook"):
         Engine(resolve({"engine.devices": 2, "engine.device": "cpu"}).engine)
+
+
+def test_ranks_of_other_images_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = ("0" * 16, 319)
+    monkeypatch.setattr(Engine, "gather_items", lambda engine, items: [*items, other] if isinstance(items[0], tuple) else items)
+    with pytest.raises(DataError, match=r"not all ranks have the same images \(320 on rank 0, 319 on rank 1\)"):
+        small_run(tmp_path / "run")
+
+
+def test_runs_of_other_numbers_of_processes_need_a_script_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RELSSL_LAUNCHER", str(os.getppid()))
+    with pytest.raises(ConfigError, match=r"engine\.devices: .* need a script each"):
+        small_run(tmp_path / "run")
 
 
 def test_ranks_that_drifted_apart_are_not_saved() -> None:

@@ -21,6 +21,7 @@ from relssl.cli import main
 from relssl.errors import ConfigError
 from relssl.files import read_rows
 from relssl.method.relation import relation
+from relssl.report.gallery import neighbours
 from relssl.report.relations import relations
 from small_runs import final_state, small_run
 
@@ -89,6 +90,22 @@ def test_names_are_text(tmp_path: Path) -> None:
     page = relssl.write_report(run, out=tmp_path / "page.html")
     assert evil not in page.read_text() and "<-script>" not in page.read_text()
     assert all(name.startswith("<-script>") for name in data_of(page)["gallery"]["names"])
+
+
+def test_images_without_a_label_are_of_no_class() -> None:
+    vectors = torch.nn.functional.normalize(torch.randn(40, 8), dim=1)
+    labels = [-1] * 30 + [0, 1] * 5
+    near = (vectors @ vectors.T).fill_diagonal_(-2).topk(8, dim=1).indices.tolist()
+    own = [labels[other] == labels[image] for image in range(30, 40) for other in near[image]]
+    assert neighbours({"pixels": vectors}, labels)["pixels"]["same_class"] == pytest.approx(sum(own) / 80, abs=1e-4)
+    assert "same_class" not in neighbours({"pixels": vectors}, [-1] * 40)["pixels"]
+
+
+def test_the_first_epoch_is_too_early_for_a_verdict(run: Path, tmp_path: Path) -> None:
+    young = Path(shutil.copytree(run, tmp_path / "young"))
+    rows = read_rows(young / "metrics.jsonl")
+    (young / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
+    assert "too early to judge" in relssl.write_report(young).read_text()
 
 
 def test_a_page_says_what_is_missing(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

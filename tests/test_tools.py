@@ -14,6 +14,7 @@ from relssl.cli import main
 from relssl.data.loader import Plan
 from relssl.engine import Engine
 from relssl.errors import ConfigError
+from relssl.files import read_rows
 from relssl.report.advise import band_of, sweep
 from relssl.report.doctor import machine
 from relssl.settings.run import resolve
@@ -85,6 +86,17 @@ def test_advise_names_temperature_memory_and_warmup(run: Path, capsys: pytest.Ca
     assert [each["setting"].partition("_")[0] for each in facts["advice"]] == ["method.teacher", "method.memory", "method.warmup"]
     assert main(["advise", str(run)]) == 0
     assert "<- the run's own" in capsys.readouterr().out
+
+
+def test_advise_sees_the_relations_that_are_learned_from(tmp_path: Path) -> None:
+    folder = small_run(tmp_path / "features", **{"method.relation": "features", "log.every": 20}).folder
+    facts, last = relssl.advise(folder), read_rows(folder / "metrics.jsonl")[-1]
+    own = next(row for row in facts["temperatures"] if row["temperature"] == facts["temperature"])
+    assert own["neighbours"] == pytest.approx(last["teacher_neighbours"], rel=0.25)  # of other images, a step later
+    for method, fault in ({"method": "moco"}, "method.name: moco"), ({"method.sinkhorn_iterations": 3}, "method.sinkhorn"):
+        other = small_run(tmp_path / fault[-4:], epochs=1, **method).folder
+        with pytest.raises(ConfigError, match=fault):
+            relssl.advise(other)
 
 
 def test_advise_wants_a_memory_that_is_full(tmp_path: Path) -> None:

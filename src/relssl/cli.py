@@ -362,7 +362,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         args, overrides = parse(argv)
-        with StopRequest():
+        with StopRequest(heeding=args.verb == "reproduce"):
             outcome = _COMMANDS[args.verb](args, overrides)
         if outcome is not None:
             if args.json:

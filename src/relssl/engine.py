@@ -34,6 +34,7 @@ from relssl.settings.run import EngineConfig
 T = TypeVar("T")
 SILENCE = 45.0  # seconds, at most, after which a process that gives no sign of life is given up
 _PAUSE = 1.0  # seconds between two looks at the others
+ONE_NUMBER = "runs on other numbers of devices need a script each"
 _GRACE = 6.0  # seconds in which a process notices by itself that another one has died
 
 
@@ -95,6 +96,8 @@ class Engine:
 
         if kind == "cuda" and torch.cuda.device_count() < config.devices:
             raise ConfigError(f"engine.devices: {config.devices} processes need a GPU each, here are {torch.cuda.device_count()}")
+        if dist.is_initialized() and dist.get_world_size() != config.devices * config.nodes:
+            raise ConfigError(f"engine.devices: this process is one of {dist.get_world_size()} already; {ONE_NUMBER}")
         # Memory and teacher lie outside DDP, and so does the student's batch norm: each rank keeps its own statistics of its
         # share, as the papers' runs do, and rank 0's are saved. Precision is `autocast`'s, around student and teacher alike.
         patience, backend = timedelta(seconds=config.timeout), "nccl" if kind == "cuda" else "gloo"
@@ -427,7 +430,7 @@ def _meet_again(backend: str, patience: timedelta) -> None:
     """Meet under another name than the ranks that torchrun has started anew: its store still has their addresses."""
     names = ("TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_USE_AGENT_STORE")
     attempt, shared = (os.environ.get(name, "0") for name in names)
-    if int(attempt) and shared == "True":
+    if int(attempt) and shared == "True" and not dist.is_initialized():
         rank, world, port = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
         shelf = dist.TCPStore(os.environ["MASTER_ADDR"], port, world, is_master=False, timeout=patience)  # type: ignore[attr-defined]
         store = dist.PrefixStore(f"attempt-{attempt}", shelf)  # type: ignore[attr-defined]

@@ -127,7 +127,7 @@ def load(folder: str, *, masks: bool, max_pixels: int) -> tuple[Scenes, Scenes]:
     parts = _read_coco(path) if coco else _read_voc(path)
     for title, _, content in parts:
         with _reading(title):
-            content["categories"].sort(key=lambda each: each["id"])
+            content["categories"].sort(key=lambda each: (each["id"], each["name"]))
             masks = masks and any(each.get("segmentation") for each in content["annotations"])
     classes = tuple(dict.fromkeys(each["name"] for each in parts[0][2]["categories"]))
     read = ((part[0], *_scenes(part, classes, masks, max_pixels)) for part in parts)

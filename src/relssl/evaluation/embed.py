@@ -19,6 +19,7 @@ from relssl.errors import ConfigError, NumericError, StorageError
 from relssl.evaluation.features import Features, extract
 from relssl.evaluation.result import Task, writable
 from relssl.files import replacing
+from relssl.method.backbones import feature_width
 from relssl.settings import parts
 from relssl.settings.evaluation import Measuring
 from relssl.settings.reading import build
@@ -125,7 +126,10 @@ def predict(
 
 def _pass(opened: Opened, data: str, split: str, where: Mapping[str, Any]) -> tuple[Images, Features]:
     """Return the images of a data set and what the opened network says of them."""
-    task = Task.of(opened, build(Measuring, where))
+    measuring = build(Measuring, where)
+    task = Task.of(opened, measuring)
+    if measuring.size:
+        feature_width(opened.backbone, measuring.size)
     images = load(data, task.root, split)
     return images, extract(task.engine.place(opened.backbone), images, task.reader, task.engine)
 

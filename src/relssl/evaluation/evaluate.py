@@ -117,6 +117,8 @@ def _open(source: str | Path, reading: Reading, settings: Evaluation) -> Opened:
     opened = open_backbones(source, replace(reading, network=network, size=settings.size or reading.size))
     if opened.folder is not None and (unknown := names - opened.networks.keys()):
         raise ConfigError(f"network: {opened.name} holds {' and '.join(opened.networks)}, not {', '.join(sorted(unknown))}")
+    if opened.folder is None and len(names) > 1:
+        raise ConfigError(f"network: {opened.name} is read one network at a time; name one of {', '.join(sorted(names))}")
     for backbone in opened.networks.values() if settings.size else ():
         feature_width(backbone, settings.size or 0)
     return opened

@@ -12,8 +12,8 @@ from torch import Tensor
 from relssl.errors import ConfigError
 from relssl.files import read_rows
 from relssl.method.relation import relation
-from relssl.report.gallery import embed, next_batches, ready
-from relssl.settings.run import Config
+from relssl.report.gallery import next_batches, ready, related
+from relssl.settings.run import Config, derive
 from relssl.weights.opening import load_run
 
 _IMAGES = 256  # at most
@@ -32,7 +32,8 @@ def advise(run: str | Path) -> dict[str, Any]:
         "chance" (the purity of all keys, None without labels), "temperatures" (see `sweep`), "advice" (each setting, value and why).
 
     Raises:
-        ConfigError: if the folder holds no run, one of a method without relations to a memory, or one too young to have filled it.
+        ConfigError: if the folder holds no run, one of a method without a teacher's relations to a memory, or with balanced ones, or one
+            too young to have filled it.
         CheckpointError, DataError: if checkpoint or images are missing or damaged.
     """
     opened, same, chance = load_run(run), None, None
@@ -42,7 +43,15 @@ def advise(run: str | Path) -> dict[str, Any]:
         teacher = model.given if model.teacher is None else model.teacher
         if model.memory is None or teacher is None:
             raise ConfigError(f"method.name: {method.name} has no teacher with a memory, and so no relations to advise on")
-        keys, memory = embed(now, teacher, [each.weak for each in batches]).cpu(), model.memory.keys.float().cpu()
+        if not derive(config).traits.sharpened:
+            raise ConfigError(
+                f"method.name: {method.name} matches no teacher's relation, whose temperature there would be to choose"
+            )
+        if model.sinkhorn_iterations:
+            raise ConfigError(
+                "method.sinkhorn_iterations: balanced relations depend on the whole batch; advice is for plain ones"
+            )
+        keys, memory = (each.cpu() for each in related(now, teacher, [each.weak for each in batches]))
         ids, samples = torch.cat([each.ids for each in batches]).cpu(), model.memory.ids.cpu()
         if empty := int((samples < 0).sum()):
             reached = f"at step {now.state.step} {empty} of its {len(samples)} keys are random still"

@@ -21,6 +21,7 @@ from packaging.requirements import Requirement
 
 from relssl.errors import CheckpointError
 from relssl.files import read_json, read_rows
+from relssl.settings.methods import METHODS
 from relssl.settings.reading import read_yaml
 from relssl.weights import store
 
@@ -110,7 +111,9 @@ def run_signs(folder: Path) -> Signs:
     yield "killed", state == "running" and not _is_written(folder)
     verdict, waits = known["verdict"], [row["data_wait"] for row in rows if row.get("data_wait") is not None]
     poor = verdict["word"] in ("collapsing", "flat") and verdict | {"lines": " ".join(verdict["lines"])}
-    yield "poor" if "kl" in known["last"] else "weak", poor
+    method = METHODS.get(str(known["settings"].get("method.name")))
+    advised = (method is None or (method.sharpened and method.memory)) and not known["settings"].get("method.sinkhorn_iterations")
+    yield "poor" if advised else "weak", poor
     yield "waits", waits and (share := statistics.median(waits)) > _WAITING and {"waiting": share}
     images, keys = (where.get("data") or {}).get("images"), known["settings"].get("method.memory_size", 0)
     related = "kl" in known["last"] and isinstance(keys, int)  # text, where the settings cannot be read

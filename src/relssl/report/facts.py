@@ -107,8 +107,10 @@ def _verdict(folder: Path, rows: list[Row], config: Config | None) -> dict[str, 
     line = line.partition(": ")[2]
     if word == "healthy":
         moved = _moved(trained[0], trained[-1])
-        word = "learning" if moved else "flat"
-        line = f"No sign of a collapse{f'; {moved}' if moved else ', and none of progress since the first row'}."
+        early = trained[-1]["epoch"] < 1 or len(trained) == 1
+        word = "learning" if moved else "unknown" if early else "flat"
+        line = "It is too early to judge." if early else "No sign of a collapse, and none of progress since the first row."
+        line = f"No sign of a collapse; {moved}." if moved else line
     elif word != "collapsing":
         line = line.capitalize()
     bars = {"raw_pixels": "raw pixels", "untrained": "untrained network", "student": "student", "teacher": "teacher"}

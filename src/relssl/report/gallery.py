@@ -136,8 +136,11 @@ def explore(run: Run, start: Encoder) -> tuple[list[int], list[np.ndarray], Fact
     weak, strong = [batch.weak for batch in batches], [batch.strong[0] for batch in batches]
     keys, queries, memory = embed(run, teacher, weak), embed(run, model.student, strong), model.memory.keys.float()
     temperature = scheduled(run, max(0, run.state.step - 1))["teacher_temperature"]
-    similar = [(each @ memory.T).cpu() for each in (keys, queries)]
-    facts["relations"] = relations(similar[0], similar[1], temperature, config.method.student_temperature)
+    rows, past = related(run, teacher, weak)
+    if not model.sinkhorn_iterations:  # balanced ones are no function of a temperature alone
+        facts["relations"] = relations(
+            (rows @ past.T).cpu(), (queries @ memory.T).cpu(), temperature, config.method.student_temperature
+        )
     pairs = {"untrained": (embed(run, start, strong), embed(run, start, weak)), "student": (queries, keys)}
     facts["matched"] = {  # of strong views, the share whose own weak one is the nearest
         name: float(((one @ other.T).argmax(dim=1).cpu() == torch.arange(len(ids))).float().mean())
@@ -158,11 +161,22 @@ def next_batches(run: Run, most: int) -> list[Batch]:
     return next(iter(open_loader(run.config, run.engine, plan, run.images).stream(first, first + 1)))
 
 
-def embed(run: Run, network: nn.Module, views: Sequence[Tensor]) -> Tensor:
-    """Return a network's embeddings [E,D] of parts of views, as a step computes them; by a copy, as batch norm notes what it sees."""
+def embed(run: Run, network: nn.Module, views: Sequence[Tensor], features: bool = False) -> Tensor:
+    """Return a network's embeddings [E,D] of parts of views, or its `features` [E,F], as a step computes them; by a copy, as batch norm
+    notes what it sees."""
     network = copy.deepcopy(unwrapped(network))
     with run.engine.autocast():
-        return torch.cat([network([run.engine.place(view)])[0] for view in views]).float()
+        parts = (network([run.engine.place(view)], *["features"] * features) for view in views)
+        return torch.cat([part[1][0] if features else part[0] for part in parts]).float()
+
+
+def related(run: Run, teacher: nn.Module, views: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return what the teacher's relations of parts of views compare: of the images [E,D], and of the memory [K,D]."""
+    memory, features = run.state.model.memory, bool(run.state.model.features)
+    assert memory is not None
+    past = memory.features if features else memory.keys
+    assert past is not None
+    return embed(run, teacher, views, features), past.float()
 
 
 def choose_shown(run: Run, explored: list[int], related: Facts | None) -> np.ndarray:
@@ -216,7 +230,8 @@ def neighbours(features: dict[str, Tensor], labels: list[int] | None) -> Facts:
         facts[name] = {"nearest": nearest.tolist()}
         if labels is not None:
             known = torch.tensor(labels)
-            facts[name]["same_class"] = round(float((known[nearest] == known[:, None]).float().mean()), 4)
+            same = (known[nearest] == known[:, None])[known >= 0]
+            facts[name] |= {"same_class": round(float(same.float().mean()), 4)} if len(same) else {}
         if name == "student":
             times, images = torch.bincount(nearest.flatten(), minlength=count).topk(min(24, count))
             facts["hubs"] = list(zip(images.tolist(), times.tolist(), strict=True))

@@ -16,7 +16,7 @@ function drawNeighbours(image) {
     const near = GALLERY.neighbours[space].nearest[image];
     const same = near.map((other) => GALLERY.labels && GALLERY.labels[other] >= 0 && GALLERY.labels[other] === GALLERY.labels[image]);
     const buttons = near.map((other, i) => { const node = choice(other, same[i] ? "same class" : ""); if (same[i]) node.classList.add("same"); return node; });
-    const count = GALLERY.labels ? `: ${same.filter(Boolean).length} of ${near.length} of its class` : "";
+    const count = GALLERY.labels && GALLERY.labels[image] >= 0 ? `: ${same.filter(Boolean).length} of ${near.length} of its class` : "";
     return [el("h3", {}, `Nearest ${title}${count}`), el("div", { class: "strip" }, ...buttons)];
   });
   by("neighbours").replaceChildren(head, ...rows);

@@ -249,7 +249,7 @@ def report(run: Run, figures: Figures | None, display: Display, stop: StopReques
         try:
             if done:
                 measure(run, row)
-            stop.at_once = None
+            stop.at_once, done = None, done and not stop.code  # code that was interrupted may have made another error of it
         except Interrupted:
             done, state.neighbours = False, before
         state.unmeasured = None if run.engine.gather_items([done])[0] else row

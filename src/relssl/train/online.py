@@ -47,15 +47,19 @@ class Online:
             knn_top1, knn_teacher_top1: top-1 in percent at `log.knn`, where there are labels, and a teacher.
         """
         student, teacher = unwrapped(state.model.student).backbone, state.model.teacher
-        vectors = extract(student, self.images, self.reader, engine).vectors
+        features = extract(student, self.images, self.reader, engine)
+        vectors, places = features.vectors, torch.from_numpy(features.rows)
         rows, near = unit(vectors), min(_NEAR, len(vectors) - 1)
-        nearest = (rows @ rows.T).fill_diagonal_(-torch.inf).topk(near).indices
+        nearest = places[(rows @ rows.T).fill_diagonal_(-torch.inf).topk(near).indices]
         figures = {"feature_rank": round(float(effective_rank(vectors - vectors.mean(dim=0))), 4)}
-        if state.neighbours:
-            before = torch.tensor([[int(each) for each in line.split()] for line in state.neighbours])
-            shared = (nearest[:, :, None] == before[:, None]).any(dim=-1)
-            figures["neighbour_stability"] = round(float(shared.float().mean()), 4)
-        state.neighbours = [" ".join(map(str, line)) for line in nearest.tolist()]
+        # A line for each image, an empty one where it cannot be read; the others may have changed since.
+        lines = dict(zip(places.tolist(), (" ".join(map(str, line)) for line in nearest.tolist()), strict=True))
+        before = state.neighbours or []
+        before = before if len(before) == len(self.images) else []
+        pairs = [({*lines[row].split()}, {*line.split()}) for row, line in enumerate(before) if line and row in lines]
+        if shared := [len(now & then) / len(now) for now, then in pairs]:
+            figures["neighbour_stability"] = round(sum(shared) / len(shared), 4)
+        state.neighbours = [lines.get(row, "") for row in range(len(self.images))]
         figures |= self._top1("knn_top1", student, engine)
         return figures if teacher is None else figures | self._top1("knn_teacher_top1", teacher.backbone, engine)
 

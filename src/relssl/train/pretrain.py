@@ -13,16 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 import relssl
 from relssl.data.cache import shrunken
 from relssl.data.loader import Batch
 from relssl.data.named import SETS, exists
-from relssl.engine import Engine
+from relssl.engine import ONE_NUMBER, Engine
 from relssl.errors import ConfigError, DataError, DistributedError, ExportError, RelsslError, StorageError
 from relssl.files import read_json, read_rows, write_file, write_json
 from relssl.settings import parts, recipes
-from relssl.settings.launcher import rank, with_launch
+from relssl.settings.launcher import MARK, rank, with_launch
 from relssl.settings.resuming import going_on, lasting
 from relssl.settings.run import Config, derive, handed_over, to_yaml
 from relssl.train import checkpoint
@@ -158,7 +159,8 @@ def resume(
     """
     given = {"data": data, "backbone": backbone, "method": method, "views": views, "epochs": epochs, "time_limit": time_limit}
     given = {name: value for name, value in given.items() if value is not None}
-    over, objects = parts.named(recipes.spell_out(given | overrides))
+    over = recipes.spell_out({name: value for name, value in given.items() if name != "data"} | overrides)
+    over, objects = parts.named(over if data is None else over | {"data": data})
     if over.get("time_limit") == math.inf:
         over["time_limit"] = None
     with parts.at_hand(objects):
@@ -206,11 +208,18 @@ def _run(
     saved: Path | None = None,
 ) -> Result:
     """Train in a folder, a new one or that of a `loaded` run with its checkpoint `saved`, if there is one, then export the networks."""
+    if engine.world == 1 and (dist.is_initialized() or os.environ.get(MARK) == str(os.getppid())):
+        raise ConfigError(f"engine.devices: this process is one of several, and the run asks for one; {ONE_NUMBER}")
     stop = StopRequest(config.time_limit, str(path), "before its first step; start it again")
     voice = Display(engine.is_first and not quiet, stop)
-    with stop, engine.running(), voice as display, ExitStack() as stack, explaining(config, engine):
+    # The folder is closed once nobody waits for the first rank any more: services take as long as they like.
+    with stop, voice as display, ExitStack() as stack, engine.running(), explaining(config, engine):
         config, given = open_sources(config, saved is not None, loaded.environment if loaded else {})
         run = build(config, engine, display.say, given)
+        counts = engine.gather_items([(run.fingerprint, len(run.images))])
+        if len({*counts}) > 1:
+            numbers = ", ".join(f"{count} on rank {rank}" for rank, (_, count) in enumerate(counts))
+            raise DataError(f"{run.images.name}: not all ranks have the same images ({numbers}); give each the whole data")
         run.folder = engine.on_first(lambda: stack.enter_context(closing(RunFolder(path, hooks))))
         engine.on_first(lambda: begin(run, display, loaded))
         stop.at_once = f"before its first step; go on with `relssl resume {path}`"

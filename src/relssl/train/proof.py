@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from relssl.errors import RelsslError
+from relssl.errors import ConfigError, RelsslError
 from relssl.files import read_rows
 from relssl.weights import store
 from relssl.weights.inspection import differences
@@ -34,7 +34,11 @@ def prove(settings: Mapping[str, Any], say: Callable[[str], None]) -> dict[str, 
         say("a run of 6 steps")
         typed = {name: value for name, value in {**settings, **_SHORT, "out": whole}.items() if value is not None}
         _relssl("pretrain", *(f"--{name}={value}" for name, value in typed.items()))
-        *_, start, end = (path.name for path in store.checkpoints(whole / "checkpoints"))
+        if len(saved := [path.name for path in store.checkpoints(whole / "checkpoints")]) < 2:
+            raise ConfigError(
+                "epochs: the run has too few steps for the proof, which needs 4; give more epochs, or a smaller batch_size"
+            )
+        start, end = saved[-2:]
         shutil.copytree(whole, cut, ignore=shutil.ignore_patterns(end, "export", "status.json"))
         say(f"the same, from {start} on")
         _relssl("resume", str(cut))

@@ -150,7 +150,8 @@ class RunFolder:
         """Close all files, and let others write the folder."""
         for file in (self._rows, self._loggers, self._lock):
             if file is not None:
-                file.close()
+                with contextlib.suppress(OSError):  # what a full disk did not take was told when it was written
+                    file.close()
 
 
 def environment() -> dict[str, Any]:

@@ -10,7 +10,7 @@ import time
 from types import FrameType
 from typing import Any
 
-from relssl.errors import STOPPING, TIME_LIMIT, Interrupted, RelsslError
+from relssl.errors import STOPPING, TIME_LIMIT, Interrupted
 
 _SAME = 2.0  # seconds within which a signal that comes again is the same request: launchers pass on what their group gets as well
 
@@ -21,14 +21,16 @@ class StopRequest:
     Attributes:
         at_once: with what to say of it, a signal raises Interrupted wherever the main thread is; None, while there are steps to save:
             it is `pending`.
+        heeding: a signal counts here, too, if it came when a run inside had nothing left to save, as there is more to do after it.
     """
 
-    def __init__(self, minutes: float | None = None, run: str | None = None, at_once: str = "") -> None:
+    def __init__(self, minutes: float | None = None, run: str | None = None, at_once: str = "", heeding: bool = True) -> None:
         self.code, self.run, self.reason = 0, run, "on another rank's request"
         self.at_once: str | None = at_once
         self._deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
         self._handlers: dict[int, Any] = {}
-        self._received = math.inf
+        self._received, self.heeding = math.inf, heeding
+        self._number: int | None = None
 
     def __enter__(self) -> StopRequest:
         # Python allows handlers in the main thread only; a run started from another thread goes without.
@@ -42,10 +44,14 @@ class StopRequest:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: one that is not Python's
         if error is not None and (cause := self.cause(error)) is not error:
             raise cause from error
+        if error is None and self._number is not None:  # it came when there was nothing left to save
+            outer = getattr(signal.getsignal(self._number), "__self__", None)
+            if not isinstance(outer, StopRequest) or outer.heeding:
+                signal.raise_signal(self._number)
 
     def cause(self, error: BaseException) -> BaseException:
-        """Return what ends a run: libraries that were being imported may have made another error of the request to end at once."""
-        return error if self.at_once is None or not self.code or isinstance(error, RelsslError) else self._interrupted()
+        """Return what ends a run: libraries, and code of the user's, may have made another error of the request to end at once."""
+        return error if self.at_once is None or not self.code or isinstance(error, Interrupted) else self._interrupted()
 
     def _interrupted(self) -> Interrupted:
         return Interrupted(f"stopped {self.reason} {self.at_once}".strip(), self.code)
@@ -55,6 +61,7 @@ class StopRequest:
             os._exit(128 + number)  # checkpoints are renamed into place whole, so leaving in the middle of one harms none
         self._received = min(self._received, time.monotonic())
         if not self.code:
+            self._number = number
             self.code, self.reason = STOPPING[signal.Signals(number)], f"by {signal.Signals(number).name}"
             if self.at_once is not None:
                 raise self._interrupted()

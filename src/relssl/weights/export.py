@@ -119,7 +119,7 @@ def import_weights(path: str | Path, *, out: str | Path | None = None, **reading
     """
     path = Path(path)
     store.peek(path)
-    if header_of(path):
+    if header_of(path) and settings_of(path).exists():
         raise ConfigError(f"{path}: was written by relssl and is used as it is; there is nothing to import")
     target = path.with_name(path.name.removesuffix(".tar")).with_suffix(".safetensors") if out is None else Path(out)
     check_target(target, "safetensors", path)

@@ -92,7 +92,8 @@ def is_exported(path: Path) -> bool:
     """Return whether an existing file is one of ours; ConfigError if its settings are not beside it, which say what the network sees."""
     ours = path.suffix == ".safetensors" and settings_of(path).is_file()
     if path.suffix == ".safetensors" and not ours and header_of(path):
-        raise ConfigError(f"{path}: its settings {settings_of(path).name}, written with it, are needed beside it")
+        lost = "where they are lost, `relssl import` makes others"
+        raise ConfigError(f"{path}: its settings {settings_of(path).name}, written with it, are needed beside it; {lost}")
     return ours
 
 
