@@ -200,6 +200,7 @@ LISTS: dict[str, tuple[bytes, str, str]] = {  # as others write them: the lines,
     "columns without a head": (b"c.jpg,40,cat\nsub/d.jpg,40,dog\n", "c.jpg|sub/d.jpg", "|"),
     "semicolons": (b"c.jpg;1\nsub/d.jpg;2\n", "c.jpg|sub/d.jpg", "1|2"),
     "working folder": (b"photos/c.jpg\nphotos/sub/d.jpg\n", "c.jpg|sub/d.jpg", "|"),
+    "working folder with sizes": (b"photos/c.jpg\t1\t7\nphotos/sub/d.jpg\t2\t7\n", "c.jpg|sub/d.jpg", "1|2"),
     "one is missing": (b"gone.jpg,1\nc.jpg,1\nsub/d.jpg,2\n", "c.jpg|sub/d.jpg", "1|2"),
 }
 

@@ -1,8 +1,14 @@
 """Order and views of the batches: functions of seed, epoch, sample and view, whatever the workers, ranks and parts."""
 
+import errno
+import multiprocessing
+import multiprocessing.process
 import os
 import resource
 import signal
+import subprocess
+import sys
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -238,3 +244,45 @@ def test_a_worker_that_cannot_go_on_is_one_line_that_names_the_setting(how: str)
         list(read_batches(partial(failing, how), range(4), 1))
     signal.alarm(0)
     assert caught.value.exit_code == 3 and "\n" not in str(caught.value)
+
+
+def test_a_worker_that_is_killed_is_no_fault_of_what_the_main_process_does(tmp_path: Path) -> None:
+    batches = read_batches(abs, range(100), 1)
+    assert next(batches) == 0
+    (worker,) = multiprocessing.active_children()
+    worker.kill()
+    worker.join()
+    time.sleep(0.2)  # a step
+    with pytest.raises(DataError, match="a loader process died"):
+        list(batches)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # torch's own loader is left half made
+def test_processes_that_cannot_be_started_are_one_line_and_leave_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(process: Any, begin: Any = multiprocessing.Process.start) -> None:
+        if multiprocessing.active_children():
+            raise OSError(errno.EMFILE, "Too many open files")
+        begin(process)
+
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", start)
+    with pytest.raises(DataError, match=r"2 loader processes cannot be started \(Too many open files\); lower loader\.workers"):
+        next(read_batches(abs, range(9), 2))
+    for child in multiprocessing.active_children():
+        child.join(10)
+    assert not multiprocessing.active_children()
+
+
+SCRIPT = """
+import sys
+from relssl.data.loader import read_batches
+if __name__ == "__main__":
+    batches = read_batches(abs, range(100), 1)
+    next(batches)
+    raise ValueError("mine")
+"""
+
+
+def test_a_script_that_fails_while_workers_read_ends(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    ended = subprocess.run([sys.executable, tmp_path / "script.py"], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1 and ended.stderr.strip().endswith("ValueError: mine")

@@ -23,8 +23,9 @@ from sklearn.datasets import load_digits
 from torchvision import datasets
 
 from relssl.data import digits, named
+from relssl.data.folder import list_lines
 from relssl.data.images import IMAGENET_MEAN, IMAGENET_STD, Files, Images, Pixels
-from relssl.data.named import SETS, SPLITS, at_hand, fetch, load, sample
+from relssl.data.named import SETS, SPLITS, at_hand, fetch, load, read_voc, sample
 from relssl.data.subsets import from_index, stratified
 from relssl.errors import ConfigError, DataError
 from test_files import below, plant
@@ -359,6 +360,12 @@ def test_voc_targets_of_trainval_and_test(by_name: bool, year: Path, tmp_path: P
     assert below(images, test) == ["000001.jpg", "000002.jpg"] and test.targets.tolist() == [[0, -1], [1, 0]]
     assert bank.classes == test.classes == ("cat", "potted_plant") and bank.subset([2]).targets.tolist() == [[-1, 1]]
     assert bank.name == ("voc07" if by_name else f"{year} (trainval)")
+
+
+def test_a_list_of_a_voc_year_names_its_training_images_alone(year: Path) -> None:
+    write_voc(year, "test", TEST)
+    lines, _ = list_lines(str(year), read_voc(str(year), "train"))
+    assert [Path(os.fsdecode(line.split(b"\t")[0])).name for line in lines] == ["000005.jpg", "000007.jpg", "000009.jpg"]
 
 
 def test_a_voc_year_without_test_labels_is_tested_on_val(year: Path, tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 import io
 import multiprocessing
 import multiprocessing.context
+import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,12 +15,13 @@ import torch
 from PIL import Image
 
 import relssl
-from relssl.data.decode import BadImage, decode
+from relssl.data.decode import BadImage, decode, open_image
 from relssl.data.images import Images, Pixels
 from relssl.data.loader import Loader, Plan
 from relssl.data.named import load
-from relssl.data.own import open_dataset, open_item
+from relssl.data.own import Items, open_dataset, open_item
 from relssl.data.plain import PlainView, Reader
+from relssl.data.subsets import identity
 from relssl.errors import ConfigError, DataError, Interrupted
 from relssl.evaluation.pairs import LabelledPair
 from relssl.files import read_rows
@@ -210,6 +213,41 @@ def test_the_fingerprint_is_that_of_the_content() -> None:
     one, same, other = (open_dataset(Own(pictures(9)), "a"), open_dataset(pictures(9), "b"), open_dataset(pictures(9)[::-1], "c"))
     assert one.fingerprint() == same.fingerprint() != other.fingerprint()
     assert one.subset([2, 3]).fingerprint() != one.fingerprint()
+
+
+def test_caches_know_every_path_of_a_list_and_the_content_of_every_other_item(folder: Path, tmp_path: Path) -> None:
+    paths = [Path(shutil.copy(file, tmp_path)) for file in sorted(folder.iterdir())] * 20
+    before = identity(open_dataset(paths, "own"))
+    os.utime(paths[5], (1, 1))
+    assert identity(open_dataset(paths, "own")) != before
+    pixels = list(pictures(200))
+    before = identity(open_dataset(pixels, "own"))
+    pixels[101] = 255 - pixels[101]
+    assert identity(open_dataset(pixels, "own")) != before
+
+
+def test_a_request_to_stop_is_no_bad_image_and_a_fault_of_the_machine_not_the_images() -> None:
+    faults = iter([Interrupted("stopped", 143), OSError(5, "Input/output error"), ValueError("odd")])
+
+    class Failing(Own):
+        def __getitem__(self, row: int) -> Any:
+            raise next(faults)
+
+    items = Items(Failing([0]), np.arange(1), "own")
+    with pytest.raises(Interrupted):
+        items.item(0)
+    lasting = []
+    for _ in range(2):
+        with pytest.raises(BadImage) as fault:
+            items.item(0)
+        lasting.append(fault.value.lasting)
+    assert lasting == [False, True]
+
+    def stop() -> bytes:
+        raise Interrupted("stopped", 143)
+
+    with pytest.raises(Interrupted), open_image(stop, 99):
+        pass
 
 
 def test_an_item_that_draws_at_random_stays_the_same() -> None:

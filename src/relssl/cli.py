@@ -226,8 +226,10 @@ def recipes_(args: argparse.Namespace, _: Overrides) -> Outcome:
 @command
 def list_(args: argparse.Namespace, _: Overrides) -> Outcome:
     from relssl.data.folder import list_lines
+    from relssl.data.named import read_voc
 
-    lines, images = list_lines(args.folder)
+    folder = os.path.abspath(os.path.expanduser(args.folder))
+    lines, images = list_lines(folder, read_voc(folder, "train"))
     for note in images.notes:
         _say(f"relssl: {note}")
     write = sys.stdout.buffer.writelines

@@ -16,11 +16,26 @@ from typing import IO
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
+from relssl.errors import RelsslError
+
 # Only formats in which photographs lie about. Left out are those that start other programs (EPS), are documents (PDF, PSD),
 # measurements (FITS) or icons, and each whose decoder few people read.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 # Errors that say more about the machine or the network at this moment than about the file.
-_PASSING = (errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ETIMEDOUT, errno.ENOTCONN)
+_PASSING = {
+    *(
+        errno.EIO,
+        errno.ESTALE,
+        errno.EMFILE,
+        errno.ENFILE,
+        errno.ENOMEM,
+        errno.ETIMEDOUT,
+        errno.ENOTCONN,
+        errno.EACCES,
+        errno.EPERM,
+    ),
+    *(errno.EAGAIN, errno.EINTR, errno.ECONNRESET, errno.EHOSTDOWN),
+}
 # What sets an image upright, of EXIF's orientations from 2 on.
 _TURNS = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
 
@@ -114,7 +129,7 @@ def _refusals() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
-    except BadImage:
+    except (BadImage, RelsslError):  # a request to stop is none of the image's
         raise
     except Image.DecompressionBombError as error:
         raise BadImage("has far more than max_pixels pixels") from error

@@ -235,13 +235,14 @@ def _left_out(folder: str, others: Counter[str], images: int) -> list[str]:
     return [f"left out of {shown(os.path.basename(os.path.abspath(folder)))}/, as files of other kinds: {counts}"]
 
 
-def list_lines(folder: str) -> tuple[list[bytes], Images]:
-    """Return a folder's (training) images as the lines of a list file, which stands in its place for pretraining, and the images.
+def list_lines(folder: str, images: Images | None = None) -> tuple[list[bytes], Images]:
+    """Return a folder's (training) images, or `images` of it, as the lines of a list file, which stands in its place for pretraining, and
+    the images.
 
     Each line holds the absolute path, the class folder or nothing, and the size in bytes, so that reading the list takes no
     look at the files. DataError if the folder cannot be read, or holds no image.
     """
-    images = read_folder(os.path.abspath(os.path.expanduser(folder)), "train", labelled=True)
+    images = images or read_folder(folder, "train", labelled=True)
     files, lines, odd = images.source, list[bytes](), list[Fault]()
     assert isinstance(files, Files)
     words, labels = (*(images.classes or ()), ""), np.full(len(images), -1) if images.labels is None else images.labels

@@ -41,7 +41,7 @@ def read_list(path: str) -> Images:
             first = list(islice(lines, _TRIED))
             here, turns = os.path.dirname(path) or ".", (False, True)
             ways = [_Way(os.fsencode(folder), cells, turn) for turn in turns for folder in (here, ".") for cells in _CELLS]
-            way = max(ways, key=lambda way: sum(way.entry(line)[-1] is None for _, line in first))
+            way = max(ways, key=lambda way: sum(way.entry(line, look=True)[-1] is None for _, line in first))
             if first and way.cells in _CSV:
                 # The head says which column holds the labels; without one, a second column must be the last.
                 head = [cell.lower() for cell in way.cells(first[0][1])]
@@ -102,11 +102,12 @@ class _Way:
     backslashes: bool
     column: int = 1  # the one of labels
 
-    def entry(self, line: bytes, believed: bool = False) -> tuple[bytes, bytes, int, int, str | None]:
-        """Return the label and the file that a line names, its bytes, time of change, and why it is no image, if so."""
+    def entry(self, line: bytes, believed: bool = False, look: bool = False) -> tuple[bytes, bytes, int, int, str | None]:
+        """Return the label and the file that a line names, its bytes, time of change, and why it is no image, if so; to `look` is to
+        believe no size."""
         row = self.cells(line)
         name = row[0].replace(b"\\", b"/") if self.backslashes else row[0]
         word = row[self.column] if self.column < len(row) else b""
-        if self.cells is _TABS and len(row) > 2 and row[2].isdigit():
+        if self.cells is _TABS and len(row) > 2 and row[2].isdigit() and not look:
             return word, name, int(row[2]), 0, None
         return (word, name, 0, 0, None) if believed else (word, name, *judge(os.path.join(self.folder, name)))

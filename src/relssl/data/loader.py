@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import math
 import pickle
 import signal
@@ -10,7 +11,7 @@ import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby, islice
-from multiprocessing import get_start_method
+from multiprocessing import active_children, get_start_method
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -293,6 +294,7 @@ def read_batches(
             generator=torch.Generator(),  # else it would draw from the global one, and a resumed run once more
         )
         # Workers begin with these blocked, until they have said what to do with them.
+        handler, others = signal.getsignal(signal.SIGCHLD), {*active_children()}
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING if workers else ())
         try:
             batches: Any = iter(loader)
@@ -301,19 +303,23 @@ def read_batches(
                 raise
             advice = "define the data set, and views of your own, in a module, or set loader.workers 0"
             raise ConfigError(f"loader.workers: loader processes cannot be sent the images ({error}); {advice}") from error
+        except OSError as error:
+            for child in {*active_children()} - others:  # the first of them, of which torch does not know
+                child.kill()
+            raise DataError(f"{workers} loader processes cannot be started ({error.strerror}); lower loader.workers") from error
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            # torch would raise a worker's death in whatever the main thread does; it notices in `next`, too.
+            if workers and threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
+    if workers:  # at exit, before multiprocessing ends them: by one SIGTERM, which is not theirs, and it would wait for ever
+        atexit.register(batches._shutdown_workers)
     try:
         for batch in batches:
             if isinstance(batch, RelsslError):
                 raise batch
             yield batch
     except (RuntimeError, OSError, EOFError) as error:
-        # Until workers are forgotten, torch raises the death of one anew, in whatever the main thread does, whenever another child ends.
-        if workers and threading.current_thread() is threading.main_thread():
-            before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            batches._shutdown_workers()
-            signal.signal(signal.SIGCHLD, before)
         # A worker that dies while its tensors are fetched is the end of a connection.
         died = isinstance(error, (ConnectionError, EOFError)) or any(sign in str(error).lower() for sign in _DIED)
         if not workers or not died:
@@ -324,7 +330,10 @@ def read_batches(
             f"a loader process died or has no memory left ({reason}); try loader.workers 0, or fewer, or more shared memory{script}"
         ) from error
     finally:
-        del batches  # else an error's traceback would hold the workers
+        if workers:
+            atexit.unregister(batches._shutdown_workers)
+            batches._shutdown_workers()
+        del batches  # else an error's traceback would hold it
 
 
 @dataclass

@@ -19,11 +19,11 @@ from PIL import Image, ImageFile
 from torch import Tensor, from_numpy
 
 from relssl.data.decode import BadImage, Opened, from_16_bits, open_image, upright_rgb
-from relssl.data.folder import TEST, TRAIN
+from relssl.data.folder import TEST, TRAIN, judge
 from relssl.data.images import Channels, Images, Pixels
 from relssl.data.subsets import spread
 from relssl.data.transforms import seeded
-from relssl.errors import DataError
+from relssl.errors import DataError, RelsslError
 from relssl.settings.run import MOST_CHANNELS, LoaderConfig
 
 _IMAGES, _LABELS = ("image", "img"), ("label", "labels", "target", "targets", "class")  # their names in mappings
@@ -66,14 +66,30 @@ class Items:
             return f"{pixels.shape} ".encode() + pixels.tobytes()
         return f"unreadable {self.name(row)}".encode()
 
+    def marks(self) -> bytes:
+        """Return a digest that changes with any image of a list: of paths by path, size and time of change, of others by content. Empty where
+        code of the user's makes the images, to ask for all of which would take as long as to decode them."""
+        if not isinstance(self.dataset, (list, tuple)):
+            return b""
+        digest = hashlib.sha256()
+        for row, place in enumerate(self.rows.tolist()):
+            image = _parts(self.dataset[place])[0]
+            is_path = isinstance(image, (str, os.PathLike))
+            digest.update(
+                f"{os.fspath(image)} {judge(image)}".encode("utf-8", "surrogateescape") if is_path else self.beginning(row)
+            )
+        return digest.digest()
+
     def item(self, row: int) -> Any:
         """Return the image that one item is, or holds; BadImage if it raises or holds none."""
         place = int(self.rows[row])
         try:
             with seeded(0, 0, place, 0):
                 image = _parts(self.dataset[place])[0]
+        except RelsslError:  # a request to stop
+            raise
         except Exception as error:  # whatever a user's code raises
-            raise BadImage(f"raises {repr(error)[:160]}") from error
+            raise BadImage(f"raises {repr(error)[:160]}", lasting=not isinstance(error, (OSError, MemoryError))) from error
         unread = isinstance(image, ImageFile.ImageFile) and image.tile and not image.tell()
         if unread and isinstance(self.dataset, (list, tuple)) and image.filename:
             return image.filename  # processes must not share the open file

@@ -89,6 +89,7 @@ def identity(images: Images) -> str:
     digest = hashlib.sha256(images.fingerprint().encode())
     if isinstance(images.source, Stored):
         digest.update(images.source.times.astype("<i8").tobytes())
+    digest.update(getattr(images.source, "marks", bytes)())
     for row in [] if images.in_memory else spread(0, len(images), _SAMPLE):
         digest.update(hashlib.sha256(images.source.beginning(row)).digest())
     return digest.hexdigest()[:16]
