@@ -84,7 +84,10 @@ def test_neither_a_lost_reader_nor_a_name_without_a_code_ends_a_run(tmp_path: Pa
     [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129), (signal.SIGUSR1, 75), (signal.SIGUSR2, 75)],
 )
 def test_a_signal_is_a_request_with_its_code_and_comes_twice_from_launchers(number: signal.Signals, code: int) -> None:
-    usual = signal.signal(number, signal.SIG_DFL)  # as the tests themselves may run where it is ignored
+    heard = list[int]()
+    usual = signal.signal(
+        number, own := lambda number, _: heard.append(number)
+    )  # the tests themselves may run where it is ignored
     with StopRequest(None) as stop:
         stop.at_once = None  # there are steps to save
         os.kill(os.getpid(), number)
@@ -92,7 +95,8 @@ def test_a_signal_is_a_request_with_its_code_and_comes_twice_from_launchers(numb
         assert stop.pending() == code
     error = stop.interruption(code, "after step 3")
     assert isinstance(error, Interrupted) and number.name in str(error) and error.exit_code == code
-    assert signal.signal(number, signal.SIG_IGN) == signal.SIG_DFL
+    assert heard == [number]  # handed on, as no error says that it came
+    assert signal.signal(number, signal.SIG_IGN) == own
     with StopRequest(None) as stop:  # what nohup ignores stays ignored
         os.kill(os.getpid(), number)
         assert stop.pending() == 0
