@@ -88,7 +88,7 @@ def measure_row(args: argparse.Namespace, row: str) -> Record:
     """
     left, scale = args.limit - (time.monotonic() - args.start) - 30, "smoke" if args.tiny else "paper"
     where: Record = {"runs": args.out.with_name(f"{args.out.stem}-runs"), "out": args.out.parent, "data_root": args.data_root}
-    results = relssl.reproduce("baselines", scale, only=[row], time_limit=max(left, 1) / 60, say=print, **where)
+    results = relssl.reproduce("baselines", scale, only=[row], time_limit=max(left, 1) / 60, **where)
     run = next(each for each in results["runs"] if each["row"] == row)
     times = {name: run[name] for name in ("training_seconds", "evaluation_seconds", "images_per_second")}
     show(f"A run from start to end: {row}", [*times, *run["figures"]], [[*times.values(), *run["figures"].values()]])

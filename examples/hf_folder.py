@@ -2,7 +2,7 @@
 
     pip install 'relssl[hf]'
     python examples/hf_folder.py                     # writes the digits as parquet first, and needs no network
-    python examples/hf_folder.py hf:uoft-cs/cifar10#img
+    python examples/hf_folder.py hf:uoft-cs/cifar10
 
 `hf:FOLDER` is a folder of parquet, arrow or image files, `hf:NAME` a set of the hub. Where several columns hold images or classes,
 those to use stand behind a #.
@@ -38,7 +38,8 @@ def main() -> None:
 
     data = args.data or write_table(args.out.with_name(args.out.name + "-table"))
     result = relssl.pretrain(data, recipe="digits", epochs=args.epochs, batch_size=64, out=args.out, views={"enlarge": True})
-    print(f"kNN of the test split: {result.rows[-1]['knn_top1']:.1f} %")
+    if "knn_top1" in result.rows[-1]:  # there are classes, and a test split
+        print(f"kNN of the test split: {result.rows[-1]['knn_top1']:.1f} %")
 
 
 if __name__ == "__main__":

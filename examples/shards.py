@@ -22,7 +22,7 @@ def pack(data: str, out: Path, each: int) -> None:
     images = load(data, None, "train")
     out.mkdir(parents=True, exist_ok=True)
     for number, start in enumerate(range(0, len(images), each)):
-        with tarfile.open(out / f"train-{number:05}.tar", "w") as tar:
+        with tarfile.open(out / f"train-{number:05}.tar", "w", dereference=True) as tar:
             for row in range(start, min(start + each, len(images))):
                 path = Path(images.source.name(row))
                 tar.add(path, f"{row:09}{path.suffix.lower()}")

@@ -35,6 +35,7 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     srun = """
     export SLURM_STEP_ID=0 SLURM_STEP_NUM_TASKS=$SLURM_NTASKS SLURM_STEP_NUM_NODES=1 SLURM_STEP_NODELIST=localhost
     pids=() code=0
+    [[ $1 == --cpus-per-task=* ]] && shift
     for ((rank = 0; rank < SLURM_NTASKS; rank++)); do
         SLURM_PROCID=$rank SLURM_LOCALID=$rank SLURM_NODEID=0 "$@" & pids+=($!)
     done

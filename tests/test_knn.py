@@ -108,6 +108,12 @@ def test_precision_settings_outside_do_not_reach_in() -> None:
     finally:
         torch.set_float32_matmul_precision(before)
     assert torch.equal(scores, want)
+    torch.backends.cuda.matmul.fp32_precision = "tf32"  # torch's newer switch, beside which the older one cannot be read
+    try:
+        assert torch.equal(classify(bank, labels, queries, k=9, temperature=0.1, classes=4), want)
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
 
 
 @pytest.mark.parametrize(("side", "value"), [(0, float("nan")), (2, float("inf"))])

@@ -141,6 +141,23 @@ def test_a_run_whose_batch_was_lowered_goes_on_by_its_own_command(tmp_path: Path
     assert rows[-1]["step"] == 4 and relssl.pretrain(resume="auto", **command).rows == rows
 
 
+def test_a_complete_run_is_not_taken_for_one_on_other_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder, count in (("photos", 40), ("others", 41)):
+        (tmp_path / folder).mkdir()
+        for number in range(count):
+            Image.effect_noise((40, 40), 20 + number).convert("RGB").save(tmp_path / folder / f"{number:02}.png")
+    few = merge(SMALL, {"data": "photos", "epochs": 1, "max_images": None, "out": "run", "quiet": True, "log": {"knn_every": 0}})
+    few |= {"views": {name: {"size": 32} for name in ("weak", "strong")}, "data_root": "sets"}
+    relssl.pretrain(**few)
+    with pytest.raises(DataError, match="holds 41 images that are not the 40 of the run"):
+        relssl.pretrain(**few | {"data": "others", "resume": "auto"})
+    os.rename("photos", "moved")
+    relssl.resume("run", data="moved", quiet=True)
+    config = relssl.load_run("run").config
+    assert config.data == str(tmp_path / "moved") and config.data_root == str(tmp_path / "sets")
+
+
 def test_a_run_goes_on_for_more_epochs(tmp_path: Path) -> None:
     every = {"max_images": 96, "log": {**SMALL["log"], "every": 1, "knn_every": 0}}
     folder = small_run(tmp_path / "run", epochs=1, **every).folder

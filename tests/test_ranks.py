@@ -20,7 +20,8 @@ import torch
 import yaml
 from PIL import Image
 
-from relssl.engine import Engine
+from relssl.data.loader import worker_count
+from relssl.engine import Engine, cores_each
 from relssl.errors import ConfigError, DataError, DistributedError
 from relssl.files import read_json
 from relssl.method import Encoder, ReSSL
@@ -379,6 +380,17 @@ def test_ranks_of_other_images_are_refused(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(Engine, "gather_items", lambda engine, items: [*items, other] if isinstance(items[0], tuple) else items)
     with pytest.raises(DataError, match=r"not all ranks have the same images \(320 on rank 0, 319 on rank 1\)"):
         small_run(tmp_path / "run")
+
+
+def test_cores_are_shared_out_but_those_that_srun_has_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("relssl.engine.available_cores", lambda: 8)
+    for name in ("SLURM_STEP_NUM_TASKS", "SLURM_CPUS_ON_NODE"):
+        monkeypatch.delenv(name, raising=False)
+    assert [cores_each(processes) for processes in (1, 4, 16)] == [8, 2, 1] and worker_count(None, 4) == 1
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    for allocated, each in {"32": 8, "8": 2}.items():  # bound to its own eight, or all share these
+        monkeypatch.setenv("SLURM_CPUS_ON_NODE", allocated)
+        assert cores_each(4) == each and worker_count(None, 4) == each - 1
 
 
 def test_runs_of_other_numbers_of_processes_need_a_script_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

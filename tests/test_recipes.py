@@ -2,6 +2,7 @@
 from ReSSL's runs in what is their own."""
 
 import json
+from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,13 @@ def test_a_recipe_lies_on_its_bases_and_later_ones_on_earlier(tmp_path: Path) ->
     flat = {name: value for own in layers for name, value in own.items()}
     run = {"recipe": files[-1], "data": "x"}
     assert resolve(run) == from_mapping(flat | run)
+
+
+def test_a_recipe_with_its_own_data_is_based_on_their_recipe(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("base: continue\ndata: photos\nstart: x\n")
+    mine = resolve({"recipe": str(file)})
+    assert mine == replace(resolve({"recipe": "continue", "data": "photos", "start": "x"}), recipe=str(file))
 
 
 def test_short_forms_and_arguments_of_another_backbone(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import relssl
 from relssl.cli import main
 from relssl.engine import Engine
 from relssl.errors import CheckpointError, ConfigError
@@ -123,6 +124,12 @@ def test_features_of_a_fixed_view_are_computed_once_and_equal_those_of_each_step
     a, b = training_state(once), training_state(each)
     assert all(torch.allclose(a[name].double(), b[name].double(), rtol=1e-4, atol=1e-5) for name in a)
     assert ready(source).known is None  # a random view
+
+
+def test_a_taught_run_has_its_page_and_its_advice(source: Path, tmp_path: Path) -> None:
+    folder = taught(tmp_path / "run", source, **{"log.knn_every": 0}).folder
+    assert "no pictures" not in relssl.write_report(folder).read_text()
+    assert relssl.advise(folder)["temperatures"]
 
 
 def test_what_does_not_fit_a_frozen_teacher_is_refused_by_name(source: Path, tmp_path: Path) -> None:

@@ -43,6 +43,14 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def cores_each(processes: int) -> int:
+    """Count the cores for each of so many processes of this machine, which share those that this one may use, unless srun has bound it to
+    some of its own."""
+    cores, allocated = available_cores(), os.environ.get("SLURM_CPUS_ON_NODE", "")
+    bound = "SLURM_STEP_NUM_TASKS" in os.environ and allocated.isdecimal() and cores < int(allocated)
+    return max(1, cores if bound else cores // processes)
+
+
 def send(values: Tensor, device: torch.device) -> Tensor:
     """Copy a tensor to the device; to a GPU from page-locked memory, as the copy would wait for its other work otherwise."""
     pinned = device.type == "cuda" and values.device.type == "cpu"
@@ -73,7 +81,7 @@ class Engine:
         kind = usable[0] if wanted == "auto" else wanted
         best = "bf16" if fast_bf16(kind) else "fp32"
         self.precision = best if config.precision == "auto" else config.precision
-        self.threads = config.threads or max(1, available_cores() // config.devices)
+        self.threads = config.threads or cores_each(config.devices)
         self.deterministic = config.deterministic
         self.device = torch.device(kind)
         if kind == "cuda":

@@ -29,7 +29,7 @@ from relssl.data.draws import Ints, Slot, draw, draw_crops, permuted, uniforms
 from relssl.data.folder import shown
 from relssl.data.images import Fault, Images, Pixels
 from relssl.data.transforms import Transform
-from relssl.engine import available_cores, send
+from relssl.engine import cores_each, send
 from relssl.errors import STOPPING, ConfigError, DataError, RelsslError
 from relssl.settings.run import LoaderConfig, ViewConfig
 
@@ -268,7 +268,7 @@ def crop_reduced(image: Image.Image, box: np.ndarray, size: int) -> Tensor:
 
 def worker_count(workers: int | None, processes: int = 1) -> int:
     """Return the loader processes to start: `workers`, else the cores of one of so many training processes, less one."""
-    return max(1, available_cores() // processes - 1) if workers is None else workers
+    return max(1, cores_each(processes) - 1) if workers is None else workers
 
 
 def read_batches(
@@ -294,7 +294,7 @@ def read_batches(
             generator=torch.Generator(),  # else it would draw from the global one, and a resumed run once more
         )
         # Workers begin with these blocked, until they have said what to do with them.
-        handler, others = signal.getsignal(signal.SIGCHLD), {*active_children()}
+        handler, before = signal.getsignal(signal.SIGCHLD), {*active_children()}
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING if workers else ())
         try:
             batches: Any = iter(loader)
@@ -304,14 +304,15 @@ def read_batches(
             advice = "define the data set, and views of your own, in a module, or set loader.workers 0"
             raise ConfigError(f"loader.workers: loader processes cannot be sent the images ({error}); {advice}") from error
         except OSError as error:
-            for child in {*active_children()} - others:  # the first of them, of which torch does not know
+            for child in {*active_children()} - before:  # the first of them, of which torch does not know
                 child.kill()
             raise DataError(f"{workers} loader processes cannot be started ({error.strerror}); lower loader.workers") from error
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             # torch would raise a worker's death in whatever the main thread does; it notices in `next`, too.
             if workers and threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
+                others = getattr(handler, "__module__", "").startswith("torch.utils.data")  # of a loader of the user's
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL if others or handler is None else handler)
     if workers:  # at exit, before multiprocessing ends them: by one SIGTERM, which is not theirs, and it would wait for ever
         atexit.register(batches._shutdown_workers)
     try:

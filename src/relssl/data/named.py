@@ -8,7 +8,7 @@ import re
 import socket
 import tomllib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -24,7 +24,7 @@ from relssl.data.hub import located, read_hub
 from relssl.data.images import IMAGENET_MEAN, IMAGENET_STD, Channels, Files, Images, Pixels
 from relssl.data.lists import LIST_SUFFIXES, read_list
 from relssl.data.shards import listed, read_shards
-from relssl.errors import ConfigError, DataError
+from relssl.errors import ConfigError, DataError, RelsslError
 from relssl.files import locked
 from relssl.settings import parts
 from relssl.settings.reading import nearest_word
@@ -173,17 +173,17 @@ def fetch(name: str, root: str, read: Callable[..., Any]) -> Any:
     """
     lock, timeout = Path(root, f".{name}.lock"), socket.getdefaulttimeout()
     if not os.access(lock, os.W_OK):  # where it is, another process may be unpacking
-        with contextlib.suppress(Exception):  # missing and damaged files make the readers raise all sorts of errors
+        with _trying():
             return read(download=False)
     try:
         if root.startswith("~"):
             raise FileNotFoundError("no home folder is known here")
         with locked(lock):
-            with contextlib.suppress(Exception):  # to unpack it again would change files that others read
+            with _trying():  # to unpack it again would change files that others read
                 return read(download=False)
             socket.setdefaulttimeout(30)
             return read(download=True)
-    except MemoryError:
+    except (MemoryError, RelsslError):  # which may be a request to stop
         raise
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
@@ -193,6 +193,17 @@ def fetch(name: str, root: str, read: Callable[..., Any]) -> Any:
         ) from error
     finally:
         socket.setdefaulttimeout(timeout)
+
+
+@contextlib.contextmanager
+def _trying() -> Iterator[None]:
+    """Pass over all errors but ours, which may be a request to stop: missing and damaged files make readers raise all sorts of them."""
+    try:
+        yield
+    except RelsslError:
+        raise
+    except Exception:
+        pass
 
 
 def _torchvision(name: str, root: str, split: str, **options: Any) -> list[Any]:

@@ -184,10 +184,14 @@ def unit(rows: Tensor, device: torch.device | None = None) -> Tensor:
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """Compute matrix products in true fp32, without gradients: TF32 or bf16 would reorder near neighbours."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    # The older switch, of all backends, refuses to be read once somebody has set one of these.
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    before = [each.fp32_precision for each in backends]
+    for each in backends:
+        each.fp32_precision = "ieee"
     try:
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        for each, precision in zip(backends, before, strict=True):
+            each.fp32_precision = precision

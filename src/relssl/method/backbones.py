@@ -185,6 +185,8 @@ def _replace_first(network: nn.Module, channels: int | None = None, **shape: Any
         shape = {"kernel_size": first.kernel_size, "stride": first.stride, "padding": first.padding} | shape
         kind: Any = next((kind for kind in _STANDARDISED if type(first) is kind), nn.Conv2d)
         convolution = kind(channels or first.in_channels, first.out_channels, bias=first.bias is not None, **shape)
+        if hasattr(first, "scale"):  # timm's, by the weights of an output
+            convolution.scale = first.scale * (first.weight[0].numel() / convolution.weight[0].numel()) ** 0.5
         nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
         network.set_submodule(path, convolution)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import takewhile
 
 from timm.models import group_parameters
@@ -16,21 +17,31 @@ def depths(backbone: nn.Module, coarse: bool = False) -> dict[str, int]:
     children, with those of an nn.Sequential or an only child one by one.
 
     Args:
-        coarse: stages instead of blocks: timm's own; of other networks whole children, of which leading single layers are one stem.
+        coarse: stages instead of blocks: timm's own; of other networks whole children, or theirs where an nn.Sequential holds others, and
+            leading single layers as one stem.
     """
     if hasattr(backbone, "group_matcher"):
         return dict(group_parameters(backbone, backbone.group_matcher(coarse=coarse), reverse=True))  # type: ignore[operator]
     paths = {name: name.split(".")[:-1] for name, _ in backbone.named_parameters()}
     shared = len([*takewhile(lambda level: len({*level}) == 1, zip(*paths.values(), strict=False))])
-    inner = 0 if coarse else 1  # levels below the children that count
-    blocks = {
-        name: (*path[shared : shared + 1], *filter(str.isdigit, path[shared + 1 : shared + 1 + inner]))
-        for name, path in paths.items()
-    }
+    where = next(iter(paths.values()), [])[:shared]
+
+    def inside(child: Sequence[str]) -> list[nn.Module]:
+        return [*backbone.get_submodule(".".join([*where, *child])).children()]
+
+    def is_row(child: Sequence[str]) -> bool:
+        return isinstance(backbone.get_submodule(".".join([*where, *child])), nn.Sequential)
+
+    def block(path: list[str]) -> tuple[str, ...]:
+        child, below = path[shared : shared + 1], path[shared + 1 : shared + 2]
+        rows = is_row(child) and any(isinstance(each, nn.Sequential) for each in inside(child))
+        deeper = rows if coarse else any(map(str.isdigit, below))
+        return (*child, *below) if deeper else (*child,)
+
+    blocks = {name: block(path) for name, path in paths.items()}
     if coarse:
-        where = next(iter(paths.values()), [])[:shared]
         children = [*dict.fromkeys(blocks.values())]
-        stem = [*takewhile(lambda child: not [*backbone.get_submodule(".".join([*where, *child])).children()], children)]
+        stem = [*takewhile(lambda child: not inside(child), children)]
         blocks = {name: () if block in stem and len(stem) < len(children) else block for name, block in blocks.items()}
     numbers = {block: number for number, block in enumerate(dict.fromkeys(blocks.values()))}
     return {name: numbers[block] for name, block in blocks.items()}

@@ -29,6 +29,7 @@ from relssl.evaluation.embed import escaped
 from relssl.evaluation.features import evaluating, unit
 from relssl.method.base import Method, unwrapped
 from relssl.method.encoder import Encoder
+from relssl.method.frozen import FrozenTeacher
 from relssl.method.health import effective_rank
 from relssl.report.pictures import Sheet, visible
 from relssl.report.relations import relations
@@ -164,7 +165,7 @@ def next_batches(run: Run, most: int) -> list[Batch]:
 def embed(run: Run, network: nn.Module, views: Sequence[Tensor], features: bool = False) -> Tensor:
     """Return a network's embeddings [E,D] of parts of views, or its `features` [E,F], as a step computes them; by a copy, as batch norm
     notes what it sees."""
-    network = copy.deepcopy(unwrapped(network))
+    network = copy.deepcopy(network if isinstance(network, FrozenTeacher) else unwrapped(network))
     with run.engine.autocast():
         parts = (network([run.engine.place(view)], *["features"] * features) for view in views)
         return torch.cat([part[1][0] if features else part[0] for part in parts]).float()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from relssl import __version__
-from relssl.errors import RelsslError
+from relssl.errors import Interrupted, RelsslError
 from relssl.files import duration, to_json, write_file
 from relssl.report.facts import differences, run_facts
 from relssl.report.gallery import Facts, gallery
@@ -41,7 +41,9 @@ def write_report(*runs: str | Path, out: str | Path | None = None, say: Callable
     try:
         shown, sheets = gallery(load_run(folders[0]), say or (lambda line: None))
         if not shown["relations"]:
-            missing.append("relations: the method has no memory, or no teacher, that they could be taken to")
+            missing.append("relations: the method has none of a teacher to a memory, or balances them")
+    except Interrupted:  # an earlier page stays
+        raise
     except RelsslError as error:
         missing.append(f"no pictures, map and explorer: {error}")
     except Exception as error:  # networks, data and views are others' code, and the rest of the page needs none of them

@@ -19,7 +19,7 @@ from relssl.files import read_json
 from relssl.reproduction.tables import Row, Table, known
 from relssl.settings import recipes
 from relssl.settings.evaluation import Evaluation, read_settings
-from relssl.settings.reading import changes, leaves, read_yaml
+from relssl.settings.reading import NULL, changes, leaves, read_yaml
 from relssl.settings.recipes import layer, spell_out
 from relssl.settings.run import Config, check, from_mapping, resolve
 from relssl.settings.small import GIVING_WAY
@@ -135,7 +135,8 @@ def plan(
 
 def _run(table: Table, row: Row, seed: int, folder: Path, over: dict[str, Any]) -> Run:
     settings = layer(table.settings, row.settings)
-    if own := recipes.read(str(over["recipe"])).get("data") if "recipe" in over else None:  # the scale's is another one's
+    recipe = str(over.get("recipe") or "")
+    if recipe.lower() not in NULL and (own := recipes.read(recipe).get("data")):  # the scale's is another one's
         settings["data"] = own
     # The figures that are compared are the student's, which every method has.
     evaluation = table.evaluation | {"network": ["student"]}

@@ -65,9 +65,9 @@ def reproduce(
     if plan_only:
         return _costs(planned, tell)
     _check_out(planned, Path(out))
+    end = time.monotonic() + 60 * (math.inf if time_limit is None else time_limit)
     if say and any(run.state() != "done" for run in planned.chosen):
         _costs(planned, say)
-    end = time.monotonic() + 60 * (math.inf if time_limit is None else time_limit)
     try:
         for run in (run for run in planned.chosen if run.state() != "done"):
             _perform(run, end)

@@ -75,6 +75,8 @@ def read_table(name: str, scale: str = "small") -> Table:
     if scale not in raw["scales"]:
         raise ConfigError(f"scale: {path.stem} has no {scale} scale; it has {', '.join(raw['scales'])}")
     rows = [_row(row) for row in raw["rows"] if scale in row.get("scales", SCALES)]
+    if not rows:
+        raise ConfigError(f"{path}: has no rows at the {scale} scale")
     names = [row.name for row in rows]
     expected = [
         {"says": each["says"], "kind": kind, "rows": [compared] if isinstance(compared, str) else compared}

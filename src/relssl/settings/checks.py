@@ -43,9 +43,10 @@ def find_faults(config: Config, derived: Derived) -> Iterator[str]:
         yield f"method.memory_size: {method.memory_size} must be at least batch_size ({size})"
     if config.optimizer.warmup_epochs > config.epochs and "optimizer.warmup_epochs" in (config.typed or ()):
         yield f"optimizer.warmup_epochs: {config.optimizer.warmup_epochs:g} must not exceed epochs ({config.epochs})"
-    if config.optimizer.name == "lars" and not config.optimizer.weight_decay:
+    new = config.typed is not None  # what earlier versions let pass has run
+    if new and config.optimizer.name == "lars" and not config.optimizer.weight_decay:
         yield "optimizer.weight_decay: must be above 0 with lars, such as 1e-6; it adapts only what decays, and all else would explode"
-    if (method.teacher_temperature_start is None) != (method.teacher_temperature_epochs == 0):
+    if new and (method.teacher_temperature_start is None) != (method.teacher_temperature_epochs == 0):
         both = "method.teacher_temperature_epochs above 0 go together; set both, or neither"
         yield f"method.teacher_temperature_start: it and {both}"
     pieces, splits = f"accumulate x devices x nodes ({passes})", encoder.batch_norm_splits

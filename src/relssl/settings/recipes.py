@@ -96,7 +96,9 @@ def spell_out(raw: Mapping[str, Any]) -> dict[str, Any]:
         with contextlib.suppress(yaml.YAMLError, UnicodeError, RecursionError):  # such text is refused once settings are built
             if isinstance(arguments := parse_yaml(text), dict) and arguments:
                 del names["backbone_args"]
-                names |= flat({"backbone_args": arguments})
+                for name, value in flat({"backbone_args": arguments}).items():
+                    if str(names.setdefault(name, value)) != str(value):
+                        raise ConfigError(f"{name}: is given twice, as {show(value)} and as {show(names[name])}; give it once")
     if str(names.get("batch_size")).lower() == "auto":
         names = {name: value for name, value in names.items() if name != "batch_size"} | {"fit_batch": True}
     if (board := names.pop("log.tensorboard", None)) is not None:

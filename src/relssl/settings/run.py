@@ -365,11 +365,12 @@ def resolve(overrides: Mapping[str, Any], config_file: str | Path | None = None)
     over = recipes.spell_out(overrides)
     if config_file is not None:
         over = recipes.layer(_current(read_yaml(Path(config_file))), over)
-    recipe = str(over.get("recipe") or "")
-    if recipe.lower() in NULL:
-        recipe = recipes.for_run(str(over.get("data", "digits")), str(over.get("method.name", "ressl")))
+    recipe, method = str(over.get("recipe") or ""), str(over.get("method.name", "ressl"))
+    below = {} if recipe.lower() in NULL or "data" in over else recipes.read(recipe)
+    usual = recipes.for_run(str(over.get("data", below.get("data", "digits"))), method)
+    recipe = usual if recipe.lower() in NULL else recipe
     typed = frozenset([*over, *("backbone_args" for name in over if name.startswith("backbone_args."))])
-    below = recipes.read(recipe, data=recipes.for_run(str(over.get("data", "digits")), str(over.get("method.name", "ressl"))))
+    below = recipes.read(recipe, data=usual)
     return _checked(recipes.layer(_current(below), over | {"recipe": recipe}), typed)
 
 

@@ -130,8 +130,8 @@ def _estimate(settings: Config, steps: int, quiet: bool) -> Estimate:
     with engine.running(), explaining(settings, engine):
         run = build(settings, engine, lines.append)
         run.config = replace(run.config, optimizer=replace(run.config.optimizer, lr=_STILL))
-        compile_networks(run)
         timed = affordable(run)
+        compile_networks(timed)
         batch = "" if timed is run else f" of {timed.config.batch_size} instead of {run.config.batch_size} images"
         lines.append(f"timing steps{batch} of {settings.backbone} on {len(run.images)} images, {engine.describe()}")
         if engine.is_first and not quiet:
@@ -143,6 +143,8 @@ def _estimate(settings: Config, steps: int, quiet: bool) -> Estimate:
 def affordable(run: Run, seconds: float = 60.0) -> Run:
     """Return the run, or one like it of a smaller batch if a few steps of its own would take longer than so many seconds."""
     engine, derived, most = run.engine, derive(run.config), run.plan.share
+    if engine.device.type == "cuda":  # where a few images take as long as many
+        return run
     smallest = min(most, max(4, 2 * derived.norm_splits))
     pass_noise(run, smallest)  # kernels are chosen
     begun = time.perf_counter()
@@ -213,6 +215,7 @@ def _measure(run: Run, timed: Run, steps: int) -> Estimate:
 def _memory(run: Run, timed: Run) -> dict[str, int]:
     """Return the peak of memory after steps of `timed`, with what the run's own would take besides."""
     processes, given = run.config.engine.devices, run.state.model.given
+    given = None if given is None else copy.deepcopy(given).cpu()
     memory = peak_memory(run.engine, processes)
     if timed is not run:
         classes = run.images.class_count

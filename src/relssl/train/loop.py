@@ -251,7 +251,8 @@ def report(run: Run, figures: Figures | None, display: Display, stop: StopReques
                 measure(run, row)
             stop.at_once, done = None, done and not stop.code  # code that was interrupted may have made another error of it
         except Interrupted:
-            done, state.neighbours = False, before
+            done = False
+        state.neighbours = state.neighbours if done else before
         state.unmeasured = None if run.engine.gather_items([done])[0] else row
     if run.folder is not None and ended(run, row):
         run.folder.draw(show_relations, vectors, figures.step)

@@ -30,7 +30,7 @@ from relssl.train import checkpoint
 from relssl.train.console import Display
 from relssl.train.loggers import refuse_missing
 from relssl.train.loop import forward, origin, scheduled, train
-from relssl.train.run import Run, build
+from relssl.train.run import Run, build, load_images
 from relssl.train.run_folder import Hooks, RunFolder, default_folder, environment, refuse_used
 from relssl.train.signals import StopRequest
 from relssl.train.start import open_sources
@@ -108,12 +108,20 @@ def _start(config: Config, quiet: bool, mode: str | None, hooks: Hooks) -> Resul
         own += ["backbone_args"] if config.start else []
         typed = {name for name in config.typed or () if not name.startswith("backbone_args.")} - {*own}
         return resume(folder, quiet=quiet, hooks=hooks.hooks, **{each: attrgetter(each)(config) for each in typed})
-    config = dataclasses.replace(config, out=str(folder), data=_whole_path(config.data, config.data_root))
+    config = _whole_folders(dataclasses.replace(config, out=str(folder), data=_whole_path(config.data, config.data_root)))
     refuse_missing(config.log.to)
     engine = Engine(config.engine)
     folder = engine.gather_items([folder])[0]  # of the first rank, whatever a script makes of its name on the others
     engine.on_first(lambda: refuse_used(folder))
     return _run(config, folder, engine, quiet, hooks)
+
+
+def _whole_folders(config: Config) -> Config:
+    """Return the settings with the folders of named sets and of the cache from the root on, as `_whole_path` has DATA."""
+    loader = dataclasses.replace(
+        config.loader, cache_folder=config.loader.cache_folder and os.path.abspath(config.loader.cache_folder)
+    )
+    return dataclasses.replace(config, data_root=config.data_root and os.path.abspath(config.data_root), loader=loader)
 
 
 def _whole_path(data: str, root: str | None) -> str:
@@ -173,6 +181,11 @@ def _go_on(loaded: Loaded, name: str | None, quiet: bool, over: dict[str, Any], 
     config = going_on(stored, over, folder)
     as_long = (config.epochs, config.max_steps) == (stored.epochs, stored.max_steps)
     if name is None and as_long and _complete(folder, config):
+        if moved is not None and (parts.is_handed(str(moved)) or os.path.abspath(moved) != os.path.abspath(stored.data)):
+            there = dataclasses.replace(config, data=_whole_path(os.fspath(moved), config.data_root))
+            images = load_images(there)
+            _refuse_others(loaded, there, images.name, {"images": len(images), "fingerprint": images.fingerprint()})
+            write_file(folder / "config.yaml", to_yaml(lasting(stored, there)).encode())
         if not default_target(folder, "student").exists():
             raise unexported(folder, "its file is missing")
         return _result(folder, rank())
@@ -181,7 +194,7 @@ def _go_on(loaded: Loaded, name: str | None, quiet: bool, over: dict[str, Any], 
     except DataError as error:
         raise DataError(f"{error}; if the run's images have moved: relssl resume {folder} --data PATH") from error
     refuse_missing(config.log.to)
-    config = with_launch(config, resumed=True)
+    config = with_launch(_whole_folders(config), resumed=True)
     begun = any((folder / "checkpoints").glob("step-*"))
     saved = loaded.checkpoint(name) if name is not None or begun else None
     return _run(config, folder, Engine(config.engine), quiet, hooks, loaded, saved)
@@ -208,7 +221,10 @@ def _run(
     saved: Path | None = None,
 ) -> Result:
     """Train in a folder, a new one or that of a `loaded` run with its checkpoint `saved`, if there is one, then export the networks."""
-    if engine.world == 1 and (dist.is_initialized() or os.environ.get(MARK) == str(os.getppid())):
+    ours = os.environ.get("LOCAL_RANK") != "0" and os.environ.get(MARK) == str(
+        os.getppid()
+    )  # the first rank's own children are none
+    if engine.world == 1 and (ours or (dist.is_initialized() and dist.get_world_size() > 1)):
         raise ConfigError(f"engine.devices: this process is one of several, and the run asks for one; {ONE_NUMBER}")
     stop = StopRequest(config.time_limit, str(path), "before its first step; start it again")
     voice = Display(engine.is_first and not quiet, stop)
@@ -251,17 +267,22 @@ def begin(run: Run, display: Display, loaded: Loaded | None) -> None:
         write_file(folder.path / "config.yaml", to_yaml(config).encode())
         about = {"data": facts, "engine": run.engine.describe(), **run.given.facts}
         write_json(folder.path / "environment.json", environment() | about)
-    elif loaded.data != facts and (
-        parts.is_handed(config.data) or os.path.abspath(loaded.config.data) != os.path.abspath(config.data)
-    ):
-        others = f"{len(run.images)} images that are not the {loaded.data.get('images', '')} of the run"
-        raise DataError(f"{run.images.name}: holds {others}, by their names, order and sizes; give the folder or list that does")
+    else:
+        _refuse_others(loaded, config, run.images.name, facts)
     display.log_to(folder.path / "run.log")
     for line in folder.mend():
         display.say(line)
     if loaded is not None and (before := loaded.config.epochs) != (now := config.epochs):
         display.say(f"epochs are {now} instead of {before}: from here on the schedules are those of {now} epochs")
     folder.bad_samples(run.images.bad)
+
+
+def _refuse_others(loaded: Loaded, config: Config, name: str, facts: dict[str, Any]) -> None:
+    """Refuse data from another place than a run's if it holds other images than those that the run was started with."""
+    moved = parts.is_handed(config.data) or os.path.abspath(loaded.config.data) != os.path.abspath(config.data)
+    if moved and loaded.data != facts:
+        others = f"{facts['images']} images that are not the {loaded.data.get('images', '')} of the run"
+        raise DataError(f"{name}: holds {others}, by their names, order and sizes; give the folder or list that does")
 
 
 def write_changes(run: Run, loaded: Loaded | None) -> None:

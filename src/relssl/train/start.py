@@ -130,7 +130,8 @@ def _with_network(config: Config, opened: Opened) -> Config:
     args, own = dict(spec.arguments), spec.all_arguments()
     if "img_size" in own and views.weak.size != own["img_size"]:  # its position embeddings stay, and are resampled as images come
         args |= {name: value for name, value in own.items() if name != "in_chans"}
-    args |= {name: value for name, value in config.backbone_args.items() if f"backbone_args.{name}" in typed}  # not the recipe's
+    given = {name.split(".")[1] for name in typed if name.startswith("backbone_args.")}  # and not the recipe's
+    args |= {name: value for name, value in config.backbone_args.items() if name in given}
     statistics: dict[str, Any] = {
         name: (values[0] / sum(LUMA),) * 3 if len(values) == 1 else values  # settings hold those of three channels
         for name, values in (("mean", spec.view.mean), ("std", spec.view.std))
