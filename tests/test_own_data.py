@@ -172,7 +172,15 @@ def test_what_is_no_data_set_is_refused_in_one_line(dataset: Any) -> None:
 
 def test_a_run_on_a_mapping_goes_on(tmp_path: Path) -> None:
     both = {"train": (list(pictures(64)), [0, 1] * 32), "test": (list(pictures(20)), [0, 1] * 10)}
-    settings: dict[str, Any] = {"epochs": 1, "quiet": True, "batch_size": 16, "log.report": False, "threads": 1}
+    settings: dict[str, Any] = {
+        "recipe": "digits",
+        "epochs": 1,
+        "quiet": True,
+        "batch_size": 16,
+        "log.report": False,
+        "threads": 1,
+    }
+    settings |= {"views": {"enlarge": True}, "method": {"memory_size": 32}}
     run = relssl.pretrain(both, out=tmp_path / "run", **settings)
     assert "knn_top1" in run.rows[-1] and relssl.resume(run.folder, data=both, epochs=2, quiet=True).rows[-1]["epoch"] == 2
 
