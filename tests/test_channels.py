@@ -49,6 +49,19 @@ def test_other_channels_from_training_to_an_exported_file(tmp_path: Path, channe
         assert equal_runs(run.folder, tmp_path / "again")
 
 
+def test_weights_and_teachers_of_other_channels(tmp_path: Path) -> None:
+    short = RUN | {"max_steps": 2, "log": {"knn_every": 0, "to": [], "report": False}}
+    of_five, colour = (relssl.pretrain(sides(count), out=tmp_path / str(count), **short).folder for count in (5, 3))
+    less = {name: value for name, value in short.items() if name not in ("backbone", "backbone_args", "encoder")}
+    for data, source in ((5, of_five), (1, colour)):  # grey images are colour to a network of three channels
+        assert relssl.pretrain(sides(data), out=tmp_path / f"on{data}", start=str(source), **less).rows[-1]["step"] == 2
+        assert relssl.pretrain(sides(data), out=tmp_path / f"by{data}", teacher=str(source), **less).rows[-1]["step"] == 2
+    with pytest.raises(ConfigError, match=r"^teacher: 3 sees 3 channels, the student 5"):
+        relssl.pretrain(sides(5), out=tmp_path / "no", teacher=str(colour), **less)
+    with pytest.raises(ConfigError, match=r"^views.channels: the network sees 3, the images .* have 5"):
+        relssl.pretrain(sides(5), out=tmp_path / "no", start=str(colour), **less)
+
+
 @pytest.mark.parametrize(("over", "setting"), [({"channels": 3}, "views.channels"), ({"mean": [0.5] * 3}, "views.mean")])
 def test_channels_that_do_not_fit_are_refused(tmp_path: Path, over: dict[str, Any], setting: str) -> None:
     with pytest.raises(ConfigError, match=f"^{setting}"):

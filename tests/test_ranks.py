@@ -390,7 +390,7 @@ def test_cores_are_shared_out_but_those_that_srun_has_bound(monkeypatch: pytest.
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
     for allocated, each in {"32": 8, "8": 2}.items():  # bound to its own eight, or all share these
         monkeypatch.setenv("SLURM_CPUS_ON_NODE", allocated)
-        assert cores_each(4) == each and worker_count(None, 4) == each - 1
+        assert cores_each(4) == each and worker_count(None, 4) == each - 1 and cores_each(2) == 4  # two share a task
 
 
 def test_runs_of_other_numbers_of_processes_need_a_script_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

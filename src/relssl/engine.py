@@ -44,10 +44,11 @@ def available_cores() -> int:
 
 
 def cores_each(processes: int) -> int:
-    """Count the cores for each of so many processes of this machine, which share those that this one may use, unless srun has bound it to
-    some of its own."""
-    cores, allocated = available_cores(), os.environ.get("SLURM_CPUS_ON_NODE", "")
-    bound = "SLURM_STEP_NUM_TASKS" in os.environ and allocated.isdecimal() and cores < int(allocated)
+    """Count the cores for each of so many processes of this machine, which share those that this one may use, unless they are srun's tasks,
+    each bound to some of its own."""
+    cores, names = available_cores(), ("SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES", "SLURM_CPUS_ON_NODE")
+    tasks, nodes, allocated = (int(value) if (value := os.environ.get(name, "")).isdecimal() else 0 for name in names)
+    bound = tasks == processes * max(1, nodes) and cores < allocated
     return max(1, cores if bound else cores // processes)
 
 

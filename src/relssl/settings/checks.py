@@ -39,6 +39,8 @@ def find_faults(config: Config, derived: Derived) -> Iterator[str]:
         yield f"accumulate: must be 1 with {method.name}, whose negatives are the rest of the batch"
     if config.checkpoint.best == "label-free" and not traits.memory:
         yield f"checkpoint.best: label-free goes by relations to a memory, which {method.name} is without; use knn or off"
+    if config.checkpoint.best == "label-free" and not config.log.knn_every and "checkpoint.best" in (config.typed or ()):
+        yield "checkpoint.best: label-free is judged where kNN is; needs log.knn_every above 0"
     if traits.memory and method.memory_size < size:
         yield f"method.memory_size: {method.memory_size} must be at least batch_size ({size})"
     if config.optimizer.warmup_epochs > config.epochs and "optimizer.warmup_epochs" in (config.typed or ()):

@@ -100,7 +100,8 @@ def find(setting: str, value: str) -> Any:
     if is_handed(value):
         part = _AT_HAND.get().get(setting)
         if part is None or name_of(part) != value:
-            again = f"hand it over again, {setting.removesuffix('.name').partition('.')[0]}=... in Python"
+            argument = setting.removesuffix(".name").partition(".")[0]
+            again = f'hand it over again in Python, {argument}=... or `with relssl.settings.parts.at_hand({{"{setting}": ...}})`'
             raise ConfigError(f"{setting}: {title(value)} was handed over in Python, and is not at hand here; {again}")
         return part
     module, _, name = value.partition(":")

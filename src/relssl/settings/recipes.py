@@ -97,7 +97,8 @@ def spell_out(raw: Mapping[str, Any]) -> dict[str, Any]:
             if isinstance(arguments := parse_yaml(text), dict) and arguments:
                 del names["backbone_args"]
                 for name, value in flat({"backbone_args": arguments}).items():
-                    if str(names.setdefault(name, value)) != str(value):
+                    before = names.setdefault(name, value)
+                    if value != (parse_yaml(before) if isinstance(before, str) else before):
                         raise ConfigError(f"{name}: is given twice, as {show(value)} and as {show(names[name])}; give it once")
     if str(names.get("batch_size")).lower() == "auto":
         names = {name: value for name, value in names.items() if name != "batch_size"} | {"fit_batch": True}

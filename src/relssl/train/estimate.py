@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from relssl.data.cache import Shrunk, place
-from relssl.engine import Engine, available_cores, fast_bf16
+from relssl.engine import Engine, cores_each, fast_bf16
 from relssl.errors import ConfigError
 from relssl.files import size
 from relssl.method import create_student
@@ -171,6 +171,7 @@ def _measure(run: Run, timed: Run, steps: int) -> Estimate:
     memory = _memory(run, timed)  # before anything is measured that training does not do
     mean, per_rank, (low, middle, high) = float(np.mean(seconds)), config.batch_size / engine.world, np.quantile(seconds, _SPREAD)
     flops, rate = step_flops(config, run.images.class_count, state.model.given), attainable(engine)
+    flops |= {} if timed.known is None else {"teacher": 0}  # which has seen each image once
     floor = sum(flops.values()) * per_rank / rate
     # An evaluated image is waited for and passes each network once: about what one of the student's views takes.
     view = (shares["data"] + shares["student"] / max(1, len(derive(config).strong))) * mean / per_rank
@@ -186,7 +187,7 @@ def _measure(run: Run, timed: Run, steps: int) -> Estimate:
         device=engine.describe(),
         kind=engine.device.type,
         world=engine.world,
-        cores=available_cores(),
+        cores=cores_each(run.config.engine.devices) * run.config.engine.devices,
         threads=engine.threads,
         workers=run.loader.workers,
         steps_timed=len(seconds),

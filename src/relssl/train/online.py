@@ -34,7 +34,7 @@ class Online:
         self.reader = Reader(PlainView.of(config.views), workers, config.loader.max_pixels)
         self.images = choose(images, min(_IMAGES, len(images)), config.seed)
         self.config, self.pair = config, pair
-        networks = 1 + derive(config).traits.teacher
+        networks = len(derive(config).networks)
         # Images that pass through a network.
         self.passes = len(self.images) + (0 if pair is None else networks * (len(pair.bank) + len(pair.test)))
 

@@ -20,7 +20,7 @@ from relssl.data.cache import shrunken
 from relssl.data.loader import Batch
 from relssl.data.named import SETS, exists
 from relssl.engine import ONE_NUMBER, Engine
-from relssl.errors import ConfigError, DataError, DistributedError, ExportError, RelsslError, StorageError
+from relssl.errors import ConfigError, DataError, DistributedError, ExportError, Interrupted, RelsslError, StorageError
 from relssl.files import read_json, read_rows, write_file, write_json
 from relssl.settings import parts, recipes
 from relssl.settings.launcher import MARK, rank, with_launch
@@ -185,7 +185,8 @@ def _go_on(loaded: Loaded, name: str | None, quiet: bool, over: dict[str, Any], 
             there = dataclasses.replace(config, data=_whole_path(os.fspath(moved), config.data_root))
             images = load_images(there)
             _refuse_others(loaded, there, images.name, {"images": len(images), "fingerprint": images.fingerprint()})
-            write_file(folder / "config.yaml", to_yaml(lasting(stored, there)).encode())
+            if rank() == 0 and (changed := lasting(stored, there)) != stored:
+                write_file(folder / "config.yaml", to_yaml(changed).encode())
         if not default_target(folder, "student").exists():
             raise unexported(folder, "its file is missing")
         return _result(folder, rank())
@@ -313,9 +314,8 @@ def prepare(run: Run, saved: Path | None) -> Iterator[str]:
     if run.known is not None:
         yield f"teacher: its features of {len(run.known)} images are computed once, as its view of them never changes"
     if run.state.step > run.total_steps:
-        raise ConfigError(
-            f"epochs: {config.epochs} make {run.total_steps} steps, and the run has made {run.state.step}; give more"
-        )
+        setting, value = ("max_steps", config.max_steps) if config.max_steps == run.total_steps else ("epochs", config.epochs)
+        raise ConfigError(f"{setting}: {value} make {run.total_steps} steps, and the run has made {run.state.step}; give more")
 
 
 def shrink(run: Run, display: Display) -> None:
@@ -421,6 +421,7 @@ def compile_networks(run: Run) -> str | None:
     if config.compile == "off" or (config.compile == "auto" and not worth):
         return None
     # Graphs are replayed on fixed memory; gradients of accumulated parts and DDP's buckets outlive a replay.
+    stopped: Interrupted | None = None
     fault, graphs = "", engine.world == 1 and config.accumulate == 1
     torch.compiler.reset()  # type: ignore[no-untyped-call]  # one cache serves all networks of a process
     for network in run.networks:
@@ -433,6 +434,7 @@ def compile_networks(run: Run) -> str | None:
                 pass_noise(run, run.plan.share)
                 state.optimizer.zero_grad(set_to_none=True)
     except Exception as error:  # whatever a compiler runs into
+        stopped = error if isinstance(error, Interrupted) else None
         fault = store.one_line(error)[:160] or type(error).__name__
     state.guard.take_back()
     state.optimizer.zero_grad(set_to_none=True)
@@ -440,6 +442,8 @@ def compile_networks(run: Run) -> str | None:
         for network in run.networks:
             network.compiled_heads = None
         torch.compiler.reset()  # type: ignore[no-untyped-call]  # with it goes the memory that graphs use
+        if stopped is not None:
+            raise stopped
         return f"compile: not possible here ({fault or 'another rank could not'}); going on without"
     run.graphs = graphs
     return "compile: the networks are compiled" + (", and replayed as CUDA graphs" if gpu and graphs else "")

@@ -126,7 +126,7 @@ def complete_settings(config: Config, images: Images) -> Config:
         if faults:
             raise ConfigError(*faults)
     margin, channels, mean, std = views.margin or (1.0 if images.in_memory else 256 / 224), views.channels, views.mean, views.std
-    if images.channels != 3 and "views.channels" not in (config.typed or {"views.channels"}):
+    if images.channels != 3 and config.start is None and "views.channels" not in (config.typed or {"views.channels"}):
         channels = images.channels
     fitting(channels, images)
     if mean is None or std is None:

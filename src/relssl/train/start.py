@@ -48,7 +48,12 @@ class Given:
         """Create the teacher for a run whose data has filled in its statistics; None if none is given."""
         if self.teacher is None:
             return None
-        view = self.teacher.transform
+        view, channels = self.teacher.transform, config.views.channels
+        grey = (channels, view.channels) == (1, 3) and "views.channels" not in (
+            config.typed or ()
+        )  # images, which it sees as colour
+        if channels != view.channels and not grey:
+            raise ConfigError(f"teacher: {self.facts['teacher']['source']} sees {view.channels} channels, the student {channels}")
         return FrozenTeacher(self.teacher, view.size, view.interpolation, (view.mean, view.std), config.views.statistics())
 
     def lines(self) -> Iterator[str]:
@@ -144,9 +149,7 @@ def _with_network(config: Config, opened: Opened) -> Config:
 
 def _with_teacher(config: Config, opened: Opened) -> Config:
     """Return the settings with embeddings as wide as the teacher's features, and its batch as it comes."""
-    width, channels = opened.backbone.num_features, opened.spec.view.channels
-    if channels != config.views.channels:
-        raise ConfigError(f"teacher: {opened.name} sees {channels} channels, and views.channels is {config.views.channels}")
+    width = opened.backbone.num_features
     if config.encoder.dim != width and "encoder.dim" in (config.typed or ()):
         raise ConfigError(f"encoder.dim: {config.encoder.dim} is not the {width} features of the teacher; leave it out")
     encoder, method = replace(config.encoder, dim=width), replace(config.method, shuffle=False)

@@ -268,7 +268,9 @@ def untrained(backbone: nn.Module, fresh: nn.Module, view: PlainView) -> str | N
     weights, biases) still have that value, or all running statistics of batch norms have.
     """
     pixels = torch.from_numpy(digits.load("test")[0][[0, 360, 720, 1080]])
-    features = backbone(view.normalise(plain_batch(pixels, view))).float()
+    images = plain_batch(pixels, view)
+    images = images if view.channels in (1, 3) else images[:, :1].expand(-1, view.channels, -1, -1)
+    features = backbone(view.normalise(images)).float()
     if not features.std(0).max() > 1e-6 * features.abs().max():  # nor if they are NaN
         return "its features are not finite, or the same for all images"
     state, start = backbone.state_dict(), fresh.state_dict()

@@ -218,7 +218,8 @@ def open_whole(path: Path, alone: bool = False) -> Opened:
 def _open_run(run: Run, network: str | None) -> Opened:
     networks, title = derive(run.config).networks, run.folder.resolve().name
     if network is not None and network not in networks:
-        why = "" if "teacher" in networks else f" ({run.config.method.name} has no teacher)"
+        given = run.config.teacher and f" (its teacher was given, and is not saved: {run.config.teacher})"
+        why = "" if "teacher" in networks else given or f" ({run.config.method.name} has no teacher)"
         raise ConfigError(f"network: {run.folder.name} holds {' and '.join(networks)}, not {network}{why}")
     checkpoint, spec, chosen = run.checkpoint(), BackboneSpec.of(run.config), networks if network is None else (network,)
     tensors, _ = store.load(checkpoint)
