@@ -53,9 +53,9 @@ def test_weights_and_teachers_of_other_channels(tmp_path: Path) -> None:
     short = RUN | {"max_steps": 2, "log": {"knn_every": 0, "to": [], "report": False}}
     of_five, colour = (relssl.pretrain(sides(count), out=tmp_path / str(count), **short).folder for count in (5, 3))
     less = {name: value for name, value in short.items() if name not in ("backbone", "backbone_args", "encoder")}
-    for data, source in ((5, of_five), (1, colour)):  # grey images are colour to a network of three channels
-        assert relssl.pretrain(sides(data), out=tmp_path / f"on{data}", start=str(source), **less).rows[-1]["step"] == 2
-        assert relssl.pretrain(sides(data), out=tmp_path / f"by{data}", teacher=str(source), **less).rows[-1]["step"] == 2
+    # Grey images are colour to a network of three channels.
+    for data, given in ((5, {"start": str(of_five), "teacher": str(of_five)}), (1, {"start": str(colour)})):
+        assert relssl.pretrain(sides(data), out=tmp_path / f"on{data}", **given, **less).rows[-1]["step"] == 2
     with pytest.raises(ConfigError, match=r"^teacher: 3 sees 3 channels, the student 5"):
         relssl.pretrain(sides(5), out=tmp_path / "no", teacher=str(colour), **less)
     with pytest.raises(ConfigError, match=r"^views.channels: the network sees 3, the images .* have 5"):
