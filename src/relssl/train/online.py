@@ -56,9 +56,9 @@ class Online:
         lines = dict(zip(places.tolist(), (" ".join(map(str, line)) for line in nearest.tolist()), strict=True))
         before = state.neighbours or []
         before = before if len(before) == len(self.images) else []
-        pairs = [({*lines[row].split()}, {*line.split()}) for row, line in enumerate(before) if line and row in lines]
-        if shared := [len(now & then) / len(now) for now, then in pairs]:
-            figures["neighbour_stability"] = round(sum(shared) / len(shared), 4)
+        pairs = [(lines[row].split(), {*line.split()}) for row, line in enumerate(before) if line and row in lines]
+        if shared := [[each in then for each in now] for now, then in pairs]:
+            figures["neighbour_stability"] = round(float(torch.tensor(shared).float().mean()), 4)
         state.neighbours = [lines.get(row, "") for row in range(len(self.images))]
         figures |= self._top1("knn_top1", student, engine)
         return figures if teacher is None else figures | self._top1("knn_teacher_top1", teacher.backbone, engine)
