@@ -78,7 +78,9 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Start:
     return start
 
 
-OPTIONS: list[dict[str, Any]] = [{"recipe": f"{method}/cifar10"} for method in ("nips", "simclr", "byol", "sce", "supervised")]
+OPTIONS: list[dict[str, Any]] = [
+    {"recipe": f"{method}/cifar10"} for method in ("nips", "moco", "simclr", "byol", "simsiam", "sce", "supervised")
+]
 OPTIONS += [
     {"recipe": "cifar10"},
     {"recipe": "moco/cifar10", "method.symmetric": True},

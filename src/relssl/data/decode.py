@@ -23,18 +23,8 @@ from relssl.errors import RelsslError
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 # Errors that say more about the machine or the network at this moment than about the file.
 _PASSING = {
-    *(
-        errno.EIO,
-        errno.ESTALE,
-        errno.EMFILE,
-        errno.ENFILE,
-        errno.ENOMEM,
-        errno.ETIMEDOUT,
-        errno.ENOTCONN,
-        errno.EACCES,
-        errno.EPERM,
-    ),
-    *(errno.EAGAIN, errno.EINTR, errno.ECONNRESET, errno.EHOSTDOWN),
+    *(errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ETIMEDOUT, errno.ENOTCONN),
+    *(errno.EACCES, errno.EPERM, errno.EAGAIN, errno.EINTR, errno.ECONNRESET, errno.EHOSTDOWN),
 }
 # What sets an image upright, of EXIF's orientations from 2 on.
 _TURNS = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")

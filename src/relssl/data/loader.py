@@ -311,8 +311,8 @@ def read_batches(
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             # torch would raise a worker's death in whatever the main thread does; it notices in `next`, too.
             if workers and threading.current_thread() is threading.main_thread():
-                others = getattr(handler, "__module__", "").startswith("torch.utils.data")  # of a loader of the user's
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL if others or handler is None else handler)
+                torchs = getattr(handler, "__module__", "").startswith("torch.utils.data")  # of a loader of the user's
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL if torchs or handler is None else handler)
     if workers:  # at exit, before multiprocessing ends them: by one SIGTERM, which is not theirs, and it would wait for ever
         atexit.register(batches._shutdown_workers)
     try:

@@ -64,9 +64,8 @@ def listed(pattern: str) -> list[str]:
     pattern = os.path.expanduser(pattern)
     pattern = os.path.join(glob.escape(pattern), "*.tar") if os.path.isdir(pattern) else pattern
     paths = {each: sorted(glob.glob(each, recursive=True)) for each in _ranges(pattern)}
-    if missing := [each for each, some in paths.items() if not (some and all(map(os.path.exists, some)))] or [pattern] * (
-        not paths
-    ):
+    missing = [each for each, some in paths.items() if not some or not all(map(os.path.exists, some))]
+    if missing := missing or [pattern] * (not paths):  # of a range that runs backwards
         usage = "shards are named as shards:FOLDER, or shards:'FOLDER/part-{000..127}.tar'"
         raise DataError(f"{shown(missing[0])}: no such shard; {usage}")
     return [*chain(*paths.values())]

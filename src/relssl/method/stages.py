@@ -26,22 +26,20 @@ def depths(backbone: nn.Module, coarse: bool = False) -> dict[str, int]:
     shared = len([*takewhile(lambda level: len({*level}) == 1, zip(*paths.values(), strict=False))])
     where = next(iter(paths.values()), [])[:shared]
 
-    def inside(child: Sequence[str]) -> list[nn.Module]:
-        return [*backbone.get_submodule(".".join([*where, *child])).children()]
-
-    def is_row(child: Sequence[str]) -> bool:
-        return isinstance(backbone.get_submodule(".".join([*where, *child])), nn.Sequential)
+    def module(child: Sequence[str]) -> nn.Module:
+        return backbone.get_submodule(".".join([*where, *child]))
 
     def block(path: list[str]) -> tuple[str, ...]:
         child, below = path[shared : shared + 1], path[shared + 1 : shared + 2]
-        rows = is_row(child) and any(isinstance(each, nn.Sequential) for each in inside(child))
-        deeper = rows if coarse else any(map(str.isdigit, below))
+        inner = module(child)
+        holds = isinstance(inner, nn.Sequential) and any(isinstance(each, nn.Sequential) for each in inner)
+        deeper = holds if coarse else any(map(str.isdigit, below))
         return (*child, *below) if deeper else (*child,)
 
     blocks = {name: block(path) for name, path in paths.items()}
     if coarse:
         children = [*dict.fromkeys(blocks.values())]
-        stem = [*takewhile(lambda child: not inside(child), children)]
+        stem = [*takewhile(lambda child: not [*module(child).children()], children)]
         blocks = {name: () if block in stem and len(stem) < len(children) else block for name, block in blocks.items()}
     numbers = {block: number for number, block in enumerate(dict.fromkeys(blocks.values()))}
     return {name: numbers[block] for name, block in blocks.items()}

@@ -64,6 +64,19 @@ def find_faults(config: Config, derived: Derived) -> Iterator[str]:
         yield from _argument_faults(config.backbone_args)
     elif encoder.stem != "standard":
         yield f"encoder.stem: {encoder.stem} is for networks of timm and torchvision; {parts.title(config.backbone)} is used as it is"
+    yield from _view_faults(config, derived)
+    channels, inputs = config.views.channels, config.backbone_args.get("in_chans", config.views.channels)
+    if config.engine.device.startswith("cuda:") and config.engine.devices * config.engine.nodes > 1:
+        yield f"engine.device: {config.engine.device} is one device of {config.engine.devices}; leave the number out"
+    if inputs != channels:
+        yield f"backbone_args: in_chans {inputs} does not fit views.channels {channels}; leave in_chans out"
+    cache, largest = config.loader.cache, max(view.size for view in derived.views)
+    if cache is not None and cache < largest:
+        yield f"loader.cache: {cache} pixels are fewer than the largest view has; needs {largest} or more, or it would be enlarged"
+
+
+def _view_faults(config: Config, derived: Derived) -> Iterator[str]:
+    """Yield a line for each setting of a view that has no effect, or does not fit the method."""
     for name in ("views.weak", "views.strong"):
         view: ViewConfig = attrgetter(name)(config)
         if parts.is_part(view.name):
@@ -74,19 +87,11 @@ def find_faults(config: Config, derived: Derived) -> Iterator[str]:
             )
     if config.views.crops and parts.is_part(config.views.strong.name):
         yield "views.crops: a view of your own has one size, views.strong.size; set views.crops []"
-    channels, inputs = config.views.channels, config.backbone_args.get("in_chans", config.views.channels)
     if derived.two_way and config.views.crops:
-        yield f"views.crops: {method.name} compares two views, views.weak and views.strong; leave views.crops empty"
+        yield f"views.crops: {config.method.name} compares two views, views.weak and views.strong; leave views.crops empty"
     for name, those, instead in (("size", "sizes", "that, and views.weak.size"), ("scale", "scales", "that")):
         if config.views.crops and {f"views.strong.{name}", "views.crops"} & (config.typed or set()) == {f"views.strong.{name}"}:
             yield f"views.strong.{name}: views.crops has the {those} of the student's views; set {instead}"
-    if config.engine.device.startswith("cuda:") and config.engine.devices * config.engine.nodes > 1:
-        yield f"engine.device: {config.engine.device} is one device of {config.engine.devices}; leave the number out"
-    if inputs != channels:
-        yield f"backbone_args: in_chans {inputs} does not fit views.channels {channels}; leave in_chans out"
-    cache, largest = config.loader.cache, max(view.size for view in derived.views)
-    if cache is not None and cache < largest:
-        yield f"loader.cache: {cache} pixels are fewer than the largest view has; needs {largest} or more, or it would be enlarged"
 
 
 def _source_faults(config: Config, traits: Traits) -> Iterator[str]:

@@ -49,9 +49,8 @@ class Given:
         if self.teacher is None:
             return None
         view, channels = self.teacher.transform, config.views.channels
-        grey = (channels, view.channels) == (1, 3) and "views.channels" not in (
-            config.typed or ()
-        )  # images, which it sees as colour
+        # Grey images it sees as colour.
+        grey = (channels, view.channels) == (1, 3) and "views.channels" not in (config.typed or ())
         if channels != view.channels and not grey:
             raise ConfigError(f"teacher: {self.facts['teacher']['source']} sees {view.channels} channels, the student {channels}")
         return FrozenTeacher(self.teacher, view.size, view.interpolation, (view.mean, view.std), config.views.statistics())

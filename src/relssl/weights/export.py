@@ -184,11 +184,8 @@ def check_target(target: Path, format: str, source: Path) -> None:
         earlier = bool(header_of(target if suffix else target / "model.safetensors"))
     else:  # whose card names it
         earlier = target.is_file() and card.is_file() and repr(target.name) in card.read_text(errors="replace")
-    if (
-        not suffix
-        and target.is_dir()
-        and (others := sorted({*os.listdir(target)} - {"README.md", "config.json", "model.safetensors"}))
-    ):
+    there = os.listdir(target) if not suffix and target.is_dir() else []
+    if others := sorted({*there} - {"README.md", "config.json", "model.safetensors"}):
         raise ConfigError(f"out: {target} holds {others[0]}, which an export would remove; choose another folder with --out")
     beside = [target, card, *([settings_of(target)] if suffix == ".safetensors" else [])]
     if (taken := next(filter(Path.exists, beside), None)) and not (earlier and target.resolve() != source.resolve()):

@@ -137,12 +137,8 @@ def _take(content: Mapping[str, Any], reading: Reading, report: LoadReport) -> t
         else:
             report.leave_out("".join(name.partition(".")[:2]))
     weights, stem = layouts.name_children(weights, known.small_stem)
-    if (
-        reading.backbone
-        and (own := weightless(reading.backbone).state_dict().get("conv1.weight")) is not None
-        and own.shape[-1] == 3
-    ):
-        stem = "standard"  # so small by itself
+    own = weightless(reading.backbone).state_dict().get("conv1.weight") if reading.backbone else None
+    stem = "standard" if own is not None and own.shape[-1] == 3 else stem  # which is so small by itself
     report.network, report.stem = "backbone" if alone else chosen, reading.stem or stem
     if prefix not in ("", *known.student, *known.teacher):
         report.notes.append(f"its names begin with {prefix} in the file")

@@ -254,10 +254,8 @@ def checkpoints(parent: Path) -> list[Path]:
     ours = list[Path]()
     for folder in folders:
         with contextlib.suppress(FileNotFoundError):  # the run has let go of it since
-            if (names := set(os.listdir(folder))) & set(
-                FILES
-            ) or not names:  # where others' files alone are left, one was deleted
-                ours.append(folder)
+            names = set(os.listdir(folder))
+            ours += [folder] if names & set(FILES) or not names else []  # where others' files alone are left, one was deleted
     return sorted(ours, key=lambda folder: int(folder.name.removeprefix("step-")))
 
 
