@@ -98,7 +98,7 @@ def measure_files(args: argparse.Namespace) -> Record:
             rows |= {f"relssl{way}": partial(loading, base | change, source) for way, change in ways.items()}
             results[f"loader, {name}"] = measure(args, title, rows, [*STYLES], 16 if batch > 8 else 8, per_core=True)
         name, (source, batch) = next(iter(sets.items()))
-        precision = "bf16" if fast_bf16("cpu") else "fp32"
+        precision = "bf16" if fast_bf16(torch.device("cpu")) else "fp32"
         base = file_settings(args, batch) | {"engine.precision": precision}
         rows = {label: partial(conventional_training, base, source, style) for label, style in STYLES.items()}
         rows["relssl"] = partial(training, base, source)

@@ -7,6 +7,7 @@
 #
 # The same command goes on with a run that was stopped.
 set -euo pipefail
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # else processes that torchrun starts anew look for those that are gone
 where=(--standalone)
 if [ "${NODES:-1}" -gt 1 ]; then
     where=(--nnodes "$NODES" --rdzv-backend c10d --rdzv-endpoint "${HOST:?HOST=NAME:PORT of one of the machines}" --rdzv-id "${JOB:-relssl}")

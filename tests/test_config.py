@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pickle
 import re
 import subprocess
@@ -393,3 +394,21 @@ assert 'torch' not in sys.modules
     assert run.returncode == 0, run.stderr
     refusals = [line for line in run.stderr.splitlines() if line.startswith("relssl: ")]
     assert len(refusals) == sum(code > 0 for code in LIGHT.values()) and list(tmp_path.iterdir()) == []
+
+
+def test_a_path_that_is_no_utf_8_survives_its_file(tmp_path: Path) -> None:
+    config = resolve({"data": os.fsdecode(b"/data/photos\xe9"), "recipe": "folder"})
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert from_mapping(read_yaml(tmp_path / "config.yaml")) == config
+
+
+def test_data_of_ones_own_are_read_to_be_validated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "sets_of_a_test.py").write_text(
+        "import numpy as np\nsides = np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), np.uint8)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert main(["validate", "sets_of_a_test:sides"]) == 0
+    assert "40 images to pretrain on" in capsys.readouterr().out
+    assert main(["validate", "sets_of_a_test:none"]) == 2

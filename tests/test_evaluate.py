@@ -19,6 +19,7 @@ from relssl.evaluation.result import compare
 from relssl.report.tables import show_evaluation
 from relssl.settings.evaluation import read_settings
 from relssl.weights import store
+from relssl.weights.opening import open_backbones
 from small_runs import small_run
 
 Capture = pytest.CaptureFixture[str]
@@ -259,3 +260,21 @@ def test_an_unfinished_run_and_images_of_pretraining_are_noted(finished: Path, t
     for path in store.checkpoints(run / "checkpoints"):
         store.remove(path)
     assert main(["evaluate", str(run)]) == 4
+
+
+def test_an_earlier_checkpoint_is_measured_as_the_run_is(tmp_path: Path, source: Path) -> None:
+    first, last = (source / "checkpoints" / f"step-{step:08}" for step in (1, 20))
+    for path, step in ((first, 1), (first / "state.safetensors", 1), (last, 20)):
+        opened = open_backbones(path)
+        tensors, _ = store.load(source / "checkpoints" / f"step-{step:08}")
+        assert torch.equal(opened.backbone.state_dict()["conv1.weight"], tensors["student.backbone.conv1.weight"])
+        assert (opened.spec.view, opened.folder) == (open_backbones(source).spec.view, None)
+    figures = [relssl.evaluate(each, protocol="knn", **QUICK)["results"][0]["figures"] for each in (last, source)]
+    assert figures[0] == figures[1]
+
+
+def test_weights_in_a_folder_for_transformers_are_named_for_what_they_are(source: Path, tmp_path: Path) -> None:
+    shutil.copy(source / "export/backbone.safetensors", tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="is of a Hugging Face folder"):
+        relssl.load_backbone(tmp_path / "model.safetensors")

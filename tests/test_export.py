@@ -397,7 +397,8 @@ def test_the_card_has_results_and_nothing_of_the_machine(run: Path) -> None:
         "card": {"source": {"checkpoint": "step-00000010"}},
     }  # fmt: skip
     older = {"figures": {"top1": 12.345}, "card": {"source": {"checkpoint": "step-00000005"}}}
-    of_these = {"figures": {"top1": 56.789}, "notes": ["a subset"]}
+    note = "a subset; files that cannot be used: 1, the first /home/me/a.jpg is empty"
+    of_these = {"figures": {"top1": 56.789}, "notes": [note]}
     listed = [record, record | {"network": "teacher"}, record | older, record | of_these]
     (run / "evaluations").mkdir(exist_ok=True)
     (run / "evaluations/probe-digits.json").write_text(json.dumps({"data": "/home/me/digits", "results": listed}))
@@ -409,7 +410,7 @@ def test_the_card_has_results_and_nothing_of_the_machine(run: Path) -> None:
     assert f"at the end | {rows[-1]['knn_top1']:.2f} % |" in text and f"untrained | {rows[0]['knn_top1']:.2f} % |" in text
     assert text.count("| probe top1 on digits, penalty 0.1 | 71.23 [70.00, 72.50] |") == 1
     assert "12.35" not in text and "12.34" not in text
-    assert "| probe top1 on digits, penalty 0.1 (a subset) | 56.79 [70.00, 72.50] |" in text
+    assert "| probe top1 on digits, penalty 0.1 (a subset; files that cannot be used: 1) | 56.79 [70.00, 72.50] |" in text
     assert "320 images of `digits`" in text and "seed 0" in text and "recipe `digits`" in text
     stored = (run / "export/backbone.yaml").read_text()
     for private in ("secret", "/home", str(Path.home())):

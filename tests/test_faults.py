@@ -1,11 +1,13 @@
 """What goes wrong around a run, brought about from outside: signals, damaged files, numbers that overflow."""
 
+import errno
 import itertools
 import json
 import math
 import multiprocessing
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -23,8 +25,22 @@ from PIL import Image
 
 import relssl
 from bad_images import CONTENTS, NAMES, jpeg
+from relssl import cli
+from relssl.data.decode import BadImage
+from relssl.data.plain import PlainView
 from relssl.engine import Engine
-from relssl.errors import STOPPING, CheckpointError, ConfigError, Interrupted, NumericError, RelsslError, StorageError
+from relssl.errors import (
+    STOPPING,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DistributedError,
+    Interrupted,
+    LockedError,
+    NumericError,
+    RelsslError,
+    StorageError,
+)
 from relssl.files import plain, read_rows
 from relssl.settings.reading import leaves, nest
 from relssl.settings.run import Config, resolve, to_yaml
@@ -32,9 +48,12 @@ from relssl.train import checkpoint
 from relssl.train.checkpoint import State
 from relssl.train.loop import origin, train_step
 from relssl.train.online import Online
+from relssl.train.run_folder import Hooks, RunFolder, refuse_used
 from relssl.weights import store
 from small_runs import SMALL, equal_runs, merge, ready_run, small_run
 
+CODES: dict[type[RelsslError], int] = {ConfigError: 2, DataError: 3, CheckpointError: 4, StorageError: 5, NumericError: 6}
+CODES |= {DistributedError: 7, LockedError: 8, Interrupted: 130}
 SHORT: dict[str, Any] = {"log.knn_every": 0, "optimizer.warmup_epochs": 0}
 
 
@@ -338,7 +357,9 @@ def test_a_state_without_a_part_is_refused_by_name_and_the_one_before_offered(cu
             left[outer] = {name: value for name, value in facts[outer].items() if name != inner}
         shutil.rmtree(newest)
         store.save(newest, tensors, left)
-        if key in ("hashes", "neighbours", "unmeasured"):  # for other tools, and newer than the first checkpoints
+        if key in ("hashes", "neighbours", "unmeasured", "settings"):  # for other tools, or newer than the first checkpoints
+            with pytest.raises(Interrupted, match="saved"):
+                relssl.resume(shutil.copytree(cut, cut.with_name(key)), quiet=True, time_limit=1e-9)
             continue
         with pytest.raises(
             CheckpointError, match=rf"step-00000010: .*'{inner or outer}' is missing; a good one: .*--checkpoint step-00000005`"
@@ -456,3 +477,71 @@ def test_a_state_that_is_not_finite_is_not_saved(tmp_path: Path) -> None:
     with pytest.raises(NumericError, match=r"step 2: optimizer\.state\.0\.momentum_buffer .* not saved"):
         checkpoint.save(tmp_path, run.state, run.engine, origin(run))
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_a_run_goes_on_from_what_another_process_saved_until_it_let_go(
+    finished: Path, cut: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Late(RunFolder):
+        def __init__(self, path: Path, hooks: Hooks) -> None:
+            shutil.copytree(finished / "checkpoints/step-00000015", path / "checkpoints/step-00000015")
+            super().__init__(path, hooks)
+
+    monkeypatch.setattr("relssl.train.pretrain.RunFolder", Late)
+    lines: list[str] = []
+    monkeypatch.setattr("relssl.train.console.Display.say", lambda display, line: lines.append(line))
+    relssl.resume(cut, quiet=True)
+    assert "going on exactly from step 15" in lines and equal_runs(finished, cut)
+
+
+def test_a_folder_without_locks_is_used_with_a_word(cut: Path, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(file: Any, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("relssl.train.run_folder.fcntl.flock", flock)
+    relssl.resume(cut, quiet=True)
+    assert "cannot be locked (No locks available)" in (cut / "run.log").read_text() and equal_runs(finished, cut)
+
+
+def test_settings_edited_in_their_file_are_named(cut: Path) -> None:
+    config = (cut / "config.yaml").read_text()
+    (cut / "config.yaml").write_text(config.replace("seed: 0", "seed: 7"))
+    with pytest.raises(Interrupted):
+        relssl.resume(cut, quiet=True, time_limit=1e-9)
+    assert "not bit for bit (seed 0 -> 7, in config.yaml" in (cut / "run.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (ValueError("odd"), 1, "a bug: ValueError: odd"),
+        (PermissionError(13, "Permission denied", "/root/x"), 5, "/root/x: cannot be read or written"),
+        (OSError(28, "No space left on device"), 5, "output: cannot be read or written"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        *((kind("odd"), code, "relssl: odd") for kind, code in CODES.items()),
+    ],
+)
+def test_exit_codes_are_those_of_the_contract(
+    error: BaseException, code: int, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setitem(cli._COMMANDS, "recipes", fail)
+    assert cli.main(["recipes"]) == code and words in capsys.readouterr().err
+
+
+def test_a_command_to_paste_is_quoted(tmp_path: Path) -> None:
+    (folder := tmp_path / "my runs").mkdir()
+    (folder / "config.yaml").touch()
+    with pytest.raises(ConfigError, match=re.escape(f"`relssl resume '{folder}'`")):
+        refuse_used(folder)
+
+
+def test_a_narrow_image_costs_no_gigabytes() -> None:
+    view = PlainView(224, 1.14, "bicubic", (0.5,) * 3, (0.5,) * 3)
+    with pytest.raises(BadImage, match="has 1 x 20000 pixels, too narrow"):
+        view.pixels(Image.new("RGB", (20_000, 1)))
+    with pytest.raises(BadImage, match="too narrow"):
+        view.pixels(np.zeros((4, 20_000, 1), np.uint8))
+    assert view.pixels(Image.new("RGB", (4000, 40))).shape == (3, 224, 224)

@@ -20,6 +20,7 @@ from relssl.engine import Engine
 from relssl.errors import DataError, NumericError
 from relssl.evaluation.features import LabelledFeatures, cache_key, cached, evaluating, extract, state_hash
 from relssl.evaluation.pairs import LabelledPair, labelled
+from relssl.weights.spec import BackboneSpec
 
 READER = Reader(PlainView(32, 1.0, "bilinear", (0.5,) * 3, (0.25,) * 3))
 ENGINE = Engine.local("cpu", "fp32")
@@ -68,6 +69,11 @@ def test_whatever_decides_about_the_numbers_has_another_key(whole: Images, tiny_
     keys.append(cache_key(backbone, few, READER, ENGINE))
     backbone.conv.stride = (1, 1)  # the same weights, another network
     keys.append(cache_key(backbone, few, READER, ENGINE))
+    for heads in (1, 2):  # which neither weights nor their description show
+        spec = BackboneSpec("vit_tiny_patch16_224", {"depth": 1, "embed_dim": 16, "num_heads": heads}, "standard", READER.view)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            keys.append(cache_key(spec.load(spec.create().state_dict(), Path("a")), few, READER, ENGINE))
     assert len(set(keys)) == len(keys)
 
 

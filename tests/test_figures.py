@@ -95,3 +95,12 @@ def test_alarms_on_whole_runs(name: str, tmp_path: Path) -> None:
     lines = [line for line in (tmp_path / "run" / "run.log").read_text().splitlines() if line.startswith("alarm: ")]
     print(name, *lines, sep="\n  ")
     assert [line.split(": ")[2] for line in lines][:1] == ([] if name.startswith("seed") else [name])
+
+
+def test_alarms_are_of_what_the_method_reads_and_as_long_as_the_run() -> None:
+    ending = HEALTHY | FAILURES["frozen-teacher"]
+    assert names(ending | {"step": 399}, max_steps=400) == set()  # where the cosine of a run of so many steps ends
+    assert names(ending | {"step": 100}, max_steps=400) == {"frozen-teacher"}
+    moco: dict[str, Any] = {"recipe": "moco/digits", "method.memory_size": 512}
+    for name in ("one-hot-teacher", "uniform-teacher"):  # by a temperature that MoCo's loss does not have
+        assert name in names(HEALTHY | FAILURES[name]) and names(HEALTHY | FAILURES[name], **moco) == set()

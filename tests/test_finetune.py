@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import relssl
 from relssl.cli import main
 from relssl.data.plain import PlainView
-from relssl.errors import ConfigError
+from relssl.errors import ConfigError, StorageError
 from relssl.weights.spec import BackboneSpec
 
 SIZE = 32
@@ -155,6 +155,9 @@ def test_what_cannot_be_is_refused(
         relssl.predict(model[0], labelled, tmp_path / "p.txt")
     with pytest.raises(ConfigError, match="out"):
         relssl.finetune(source, labelled, source, **QUICK)
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError):  # before the work
+        relssl.finetune(source, labelled, tmp_path / "file/m.safetensors", say=lambda line: pytest.fail(line), **QUICK)
     assert main(["finetune", str(source), str(labelled), "--out", str(tmp_path / "m.safetensors"), "--epoch", "3"]) == 2
     assert "epochs" in capsys.readouterr().err
     settings = model[0].with_suffix(".yaml")

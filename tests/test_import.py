@@ -29,6 +29,7 @@ from relssl.errors import CheckpointError, ConfigError
 from relssl.weights import layouts, twins
 from relssl.weights.export import import_weights
 from relssl.weights.foreign import LoadReport, Reading, load_foreign, load_timm
+from relssl.weights.layouts import find_layout
 from relssl.weights.opening import open_backbones
 
 
@@ -557,16 +558,26 @@ def test_timms_own_weights_come_with_timms_view(monkeypatch):
         return source if pretrained else create(name, **options)
 
     monkeypatch.setattr(timm, "create_model", fetched)
-    backbone = load_timm("timm:resnet18.a1_in1k")
+    backbone, _ = load_timm("timm:resnet18.a1_in1k")
     view, cfg = backbone.spec.view, timm.get_pretrained_cfg("resnet18.a1_in1k")
     assert same(backbone, source) and backbone.spec.name == "resnet18"
     assert (view.size, view.mean, view.interpolation) == (cfg.input_size[-1], cfg.mean, cfg.interpolation)
     photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 90, 3), np.uint8)).resize((450, 350))
     theirs = timm.data.create_transform(**timm.data.resolve_data_config(cfg.to_dict()))
     torch.testing.assert_close(backbone.transform(photo), theirs(photo), rtol=0, atol=1e-5)
+    (_, remarks), squashed = load_timm("timm:resnet18.a1_in1k"), dataclasses.replace(cfg, crop_mode="squash")
+    monkeypatch.setattr(timm, "get_pretrained_cfg", lambda name: squashed)
+    assert remarks == () and "squashes" in load_timm("timm:resnet18.a1_in1k")[1][0]
     offline = True
     with pytest.raises(CheckpointError, match="no route to host"):
         load_timm("resnet18")
     for unknown in ("timm:resnet19", "resnet18.nowhere"):
         with pytest.raises(ConfigError):
             load_timm(unknown)
+
+
+def test_torchvisions_own_vision_transformers_are_known_by_their_names():
+    network = torchvision.models.VisionTransformer(
+        image_size=32, patch_size=16, num_layers=1, num_heads=2, hidden_dim=8, mlp_dim=8
+    )
+    assert find_layout(network.state_dict()) == "torchvision"

@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -286,3 +287,14 @@ def test_a_script_that_fails_while_workers_read_ends(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
     ended = subprocess.run([sys.executable, tmp_path / "script.py"], capture_output=True, text=True, timeout=60)
     assert ended.returncode == 1 and ended.stderr.strip().endswith("ValueError: mine")
+
+
+def test_where_no_temporary_file_can_be_loader_processes_are_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (deep := tmp_path / ("long" * 25)).mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
+    monkeypatch.setitem(multiprocessing.process.current_process()._config, "tempdir", None)  # type: ignore[attr-defined]
+    assert next(read_batches(abs, range(9), 0)) == 0
+    with pytest.raises(DataError, match=r"^loader processes need a folder for temporary files \(AF_UNIX path too long"):
+        next(read_batches(abs, range(9), 1))

@@ -16,7 +16,7 @@ from relssl.engine import Engine
 from relssl.errors import ConfigError
 from relssl.settings.run import EngineConfig, resolve
 from relssl.train.estimate import affordable
-from relssl.train.memory import fit, memory_used, peak_memory, step_memory
+from relssl.train.memory import fit, free_memory, memory_used, peak_memory, step_memory
 from relssl.train.run import build
 from small_runs import SMALL
 
@@ -153,3 +153,15 @@ def test_steps_that_take_minutes_are_timed_on_fewer_images() -> None:
     smaller = affordable(run, seconds=0)
     assert smaller.plan.share < run.plan.share
     assert smaller.config.batch_size == smaller.plan.share * run.plan.parts
+
+
+def test_what_a_container_has_read_from_files_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("relssl.train.memory._CGROUPS", tmp_path)
+    files = {
+        "memory.max": "3000000",
+        "memory.current": "2900000",
+        "memory.stat": "anon 900000\ninactive_file 500000\nactive_file 1500000",
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    assert free_memory(torch.device("cpu")) == 2_100_000

@@ -292,3 +292,73 @@ def test_a_run_skips_what_raises_and_goes_on_exactly_with_the_set_handed_over_ag
     assert bad == {(f"00000{n}", "raises KeyError('lost')") for n in (5, 6)}
     assert "knn_top1" in read_rows(whole / "metrics.jsonl")[-1]
     assert equal_runs(whole, tmp_path / "cut")
+
+
+class Packed(torch.utils.data.Dataset[Any]):
+    """Images that follow each other in one file, opened where it is first read, as authors of data sets do for loader processes."""
+
+    def __init__(self, path: Path, count: int) -> None:
+        self.path, self.count, self.file = path, count, 0
+        self.change: Any = lambda pixels: pixels  # which cannot be pickled
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, row: int) -> Any:
+        self.file = self.file or os.open(self.path, os.O_RDONLY)
+        os.lseek(self.file, row * 2700, os.SEEK_SET)
+        return self.change(np.frombuffer(os.read(self.file, 2700), np.uint8).reshape(30, 30, 3)), 0
+
+
+def test_loader_processes_share_no_file_that_a_data_set_opens_as_it_is_read(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (600, 30, 30, 3), np.uint8)
+    (tmp_path / "packed").write_bytes(pixels.tobytes())
+    images = open_dataset(torch.utils.data.Subset(Packed(tmp_path / "packed", 600), range(600)), "own")
+    images.fingerprint()  # reads it here
+    view = PlainView(30, 1.0, "bilinear", *STATISTICS)
+    for rows, views, bad in Reader(view, workers=3).batches(images, 50):
+        expected = torch.from_numpy(pixels[rows]).permute(0, 3, 1, 2)
+        assert not bad and torch.equal(views, view.normalise(expected))
+
+
+def test_a_data_set_is_read_by_its_own_access_and_labels_are_its_own() -> None:
+    class Darker(torch.utils.data.TensorDataset):
+        def __getitem__(self, row: int) -> Any:
+            return self.tensors[0][row] // 2
+
+    class Wrapped(Own):
+        dataset, indices, targets = Own(pictures(6)), [0, 2, 4], [7, 7, 7]
+
+    pixels = torch.from_numpy(np.stack([each[:30] for each in pictures(8)]))
+    darker = open_dataset(Darker(pixels, torch.arange(8)), "own")
+    assert np.array_equal(np.asarray(darker.read(3, 10**6)), pixels[3] // 2)
+    three = open_dataset(torch.utils.data.TensorDataset(pixels, torch.arange(8), torch.zeros(8)), "own")
+    assert len(three) == 8 and three.labels is not None and three.labels.tolist() == [*range(8)]
+    wrapped = open_dataset(Wrapped(pictures(3)), "own")
+    assert wrapped.labels is not None and wrapped.labels.tolist() == [7, 7, 7]
+
+
+def test_both_parts_of_a_mapping_number_their_classes_alike() -> None:
+    sides = {"train": (pictures(6), ["cat", "bird", "dog"] * 2), "test": (pictures(9)[6:], ["dog", "cat", "fox"])}
+    named = {
+        part: [images.classes[label] for label in images.labels.tolist()]
+        for part in ("train", "test")
+        if (images := open_dataset(sides, "own", part)).classes and images.labels is not None
+    }
+    assert named == {part: labels for part, (_, labels) in sides.items()}
+    assert open_dataset(sides, "own", "train").classes == open_dataset(sides, "own", "test").classes
+
+
+@pytest.mark.parametrize("labels", [[True, False, True], [1.0, 0.0, 1.0]])
+def test_labels_may_be_truth_values_or_whole_numbers_of_a_table(labels: list[Any]) -> None:
+    images = open_dataset((pictures(3), np.array(labels)), "own")
+    assert images.labels is not None and images.labels.tolist() == [1, 0, 1]
+
+
+def test_numbers_that_are_no_classes_are_refused_before_votes_are_counted() -> None:
+    sides = {"train": (pictures(6), [10_000_000, 20_000_000] * 3), "test": (pictures(9)[6:], [10_000_000] * 3)}
+    with (
+        parts.at_hand({"data": sides}),
+        pytest.raises(DataError, match="2 bank classes have numbers up to 20000000; number them"),
+    ):
+        LabelledPair.load(parts.name_of(sides), None)

@@ -1,5 +1,6 @@
 """Networks, methods, views and hooks of the user's own, named or handed over."""
 
+import copy
 import dataclasses
 import json
 import os
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 import relssl
 from relssl.errors import ConfigError, HookError, Interrupted, RelsslError
+from relssl.files import read_rows
 from relssl.method import ReSSL
 from relssl.method.base import ALONE, Method, Step, World
 from relssl.settings import parts
@@ -274,3 +276,56 @@ def test_a_hook_that_fails_is_named_and_what_was_saved_stays(tmp_path: Path, eve
     resumed = Diary()
     relssl.resume(tmp_path / "run", quiet=True, backbone=Maps(), hooks=[resumed])
     assert (resumed.events == []) is (event == "on_end")  # which was complete
+
+
+def shared_network() -> nn.Module:
+    return SHARED
+
+
+SHARED = Maps()
+
+
+def test_a_function_may_make_a_network_of_another_name_or_return_one_and_the_same(tmp_path: Path) -> None:
+    before = copy.deepcopy(SHARED.state_dict())
+    run = go(tmp_path / "run", backbone=shared_network)
+    assert all(torch.equal(value, SHARED.state_dict()[name]) for name, value in before.items())
+    student, teacher = (relssl.load_backbone(run, network, backbone=Maps()) for network in ("student", "teacher"))
+    assert not torch.equal(student.state_dict()["convolution.weight"], teacher.state_dict()["convolution.weight"])
+
+
+def test_a_part_of_a_script_may_be_imported_from_elsewhere_later(tmp_path: Path) -> None:
+    with pytest.raises(RelsslError, match="saved"):
+        go(tmp_path / "run", backbone=Maps(), epochs=2, time_limit=1e-9)
+    config = (tmp_path / "run/config.yaml").read_text()
+    assert f"handed:{__name__}.Maps" in config
+    (tmp_path / "run/config.yaml").write_text(config.replace(f"handed:{__name__}.Maps", "handed:__main__.Maps"))
+    relssl.resume(tmp_path / "run", quiet=True, time_limit=float("inf"), backbone=Maps())
+    assert relssl.load_backbone(tmp_path / "run", backbone=Maps()).num_features == 8
+
+
+@pytest.mark.parametrize("name", ["transform", "spec"])
+def test_a_network_whose_names_would_be_overwritten_is_refused_before_it_trains(tmp_path: Path, name: str) -> None:
+    module = Maps()
+    module.add_module(name, nn.ReLU())
+    with pytest.raises(ConfigError, match=f"^backbone: .*Maps has an attribute {name}"):
+        go(tmp_path / "run", backbone=module)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_hook_may_take_its_row_apart(tmp_path: Path) -> None:
+    class Popping:
+        def on_row(self, row: dict[str, Any]) -> None:
+            row.pop("step")
+
+    rows = read_rows(go(tmp_path / "run", hooks=[Popping()]) / "metrics.jsonl")
+    assert rows and all("step" in row for row in rows)
+
+
+def test_whole_settings_are_compared_with_those_of_the_run_that_goes_on_by_itself(tmp_path: Path) -> None:
+    run = go(tmp_path / "run")
+    config = relssl.load_run(run).config
+    assert relssl.pretrain(settings=config, resume="auto", quiet=True).rows == read_rows(run / "metrics.jsonl")
+    with pytest.raises(ConfigError, match=r"^seed: the run in .* has 0, not 5"):
+        relssl.pretrain(settings=dataclasses.replace(config, seed=5), resume="auto", quiet=True)
+    longer = relssl.pretrain(settings=dataclasses.replace(config, epochs=config.epochs + 1), resume="auto", quiet=True)
+    assert longer.rows[-1]["epoch"] == config.epochs + 1

@@ -12,6 +12,7 @@ import pytest
 from relssl.cli import main
 from relssl.errors import ConfigError
 from relssl.method.create import create_method
+from relssl.method.optim import parameter_groups
 from relssl.settings import recipes
 from relssl.settings.methods import METHODS
 from relssl.settings.reading import changes, nest, read_yaml
@@ -29,6 +30,8 @@ PAPER: dict[str, tuple[Any, ...]] = {
     "optimizer.lr": (0.06, 0.06, 0.06, 0.06, 0.05),
     "optimizer.weight_decay": (5e-4, 5e-4, 5e-4, 5e-4, 1e-4),
     "encoder.dim": (128, 128, 128, 128, 512),
+    "method.student_temperature": (0.1, 0.1, 0.1, 0.1, 0.1),
+    "optimizer.decay": ("all", "all", "all", "all", "official"),
 }
 
 
@@ -139,3 +142,12 @@ def test_a_recipe_in_a_folder_keeps_its_name_where_files_lose_their_paths() -> N
     ):
         config = from_mapping({"recipe": recipe})
         assert default_folder(config) == folder and public(config).recipe == name
+
+
+def test_imagenets_runs_of_others_start_and_decay_as_their_code_does() -> None:
+    for method in METHODS:
+        config = resolve({"recipe": f"{method}/imagenet" if method != "ressl" else "nips/imagenet"})
+        assert config.backbone_args == {"zero_init_last": method in ("byol", "simclr", "simsiam")}
+        if config.optimizer.name == "lars":
+            groups = parameter_groups(create_method(config).student, decay=config.optimizer.decay, weight_decay=1.0)
+            assert {each.ndim > 1 for group in groups if group["weight_decay"] for each in group["params"]} == {True}

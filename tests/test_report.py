@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 import relssl
@@ -21,8 +22,10 @@ from relssl.cli import main
 from relssl.errors import ConfigError
 from relssl.files import read_rows
 from relssl.method.relation import relation
+from relssl.report.facts import run_facts
 from relssl.report.gallery import neighbours
 from relssl.report.relations import relations
+from relssl.settings.reading import flat, nest, read_yaml
 from small_runs import final_state, small_run
 
 in_browser = pytest.mark.skipif(PROGRAM is None, reason=HOW)
@@ -234,3 +237,32 @@ def test_it_fits_phones_and_wide_screens(run: Path, width: int, dark: bool) -> N
         assert page.js("getComputedStyle(document.body).backgroundColor") == ("rgb(20, 25, 26)" if dark else "rgb(255, 255, 255)")
         unnamed = "[...document.querySelectorAll('button, input, select, [tabindex]')].filter(e => !(e.getAttribute('aria-label') || e.labels?.length || e.textContent.trim())).length"
         assert page.js(unnamed) == 0 and page.errors == []
+
+
+@pytest.mark.parametrize(
+    ("change", "drop", "settings", "words"),
+    [
+        (
+            {},
+            ("agreement", "teacher_neighbours", "kl"),
+            {"method.name": "simclr"},
+            "unknown['No sign of a collapse.', 'What that is worth, labelled images can say",
+        ),
+        ({"epoch": 0, "embedding_std": 0.0}, (), {}, "unknown['It is too early to judge"),
+        ({"embedding_std": 0.0}, (), {}, "collapsing"),
+        ({}, (), {"start": "some/run"}, "given weights"),
+    ],
+)
+def test_the_verdict_is_of_the_methods_own_signs(
+    run: Path, tmp_path: Path, change: dict[str, Any], drop: tuple[str, ...], settings: dict[str, Any], words: str
+) -> None:
+    other = Path(shutil.copytree(run, tmp_path / "other", ignore=shutil.ignore_patterns("checkpoints")))
+    dropped = drop if "start" in settings else (*drop, "knn_top1", "knn_teacher_top1")
+    rows = [{name: value for name, value in row.items() if name not in dropped} for row in read_rows(run / "metrics.jsonl")]
+    rows = [row | change if "loss" in row else row for row in rows]
+    (other / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = nest(flat(read_yaml(run / "config.yaml")) | settings)
+    (other / "config.yaml").write_text(yaml.safe_dump(config))
+    facts = run_facts(other)
+    assert words in facts["verdict"]["word"] + str(facts["verdict"]["lines"]) + str(facts["verdict"]["bars"])
+    assert ("untrained" in str(facts["curves"])) == (not dropped and "start" not in settings)

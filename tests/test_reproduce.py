@@ -151,6 +151,8 @@ def test_a_rehearsal_keeps_the_warm_ups_share_and_has_a_name_of_its_own(tmp_path
     assert rehearsal.rehearsal and rehearsal.name == "temperature-paper-rehearsal"
     assert config.epochs == 2 and config.optimizer.warmup_epochs == pytest.approx(5 / 200 * 2)
     assert evaluation.linear.epochs == 2 and evaluation.images == config.log.knn_images == (512, 512)
+    few = shipped("temperature", "paper", overrides={"max_steps": 10, "max_images": 512}, runs=tmp_path).runs[0]
+    assert few.evaluation.images == few.config.log.knn_images == (512, 512)
     longer = shipped("temperature", "paper", overrides={"epochs": 2, "optimizer.warmup_epochs": 1}, runs=tmp_path)
     assert longer.runs[0].config.optimizer.warmup_epochs == 1 and longer.runs[0].evaluation.images is None
 

@@ -186,6 +186,7 @@ def test_what_does_not_fit_is_refused_by_name_before_there_is_a_folder(source: P
     untrained = shutil.copytree(source / "export", tmp_path / "fresh") / "backbone.safetensors"
     network = open_backbones(untrained).spec.create()
     untrained.write_bytes(store.encode(network.state_dict(), {"network": "student", "origin": "step-00000001"}))
+    torch.save({"encoder.blocks.0.weight": torch.rand(3, 3)}, other := tmp_path / "foreign.pth")
     wider = {"backbone_args": SMALL["backbone_args"] | {"channels": [8, 8, 16, 32]}}
     refusals: list[tuple[type[Exception], str, Any, dict[str, Any]]] = [
         (ConfigError, r"^start: source has backbone resnet18, not resnet50", source, {"backbone": "resnet50"}),
@@ -195,6 +196,12 @@ def test_what_does_not_fit_is_refused_by_name_before_there_is_a_folder(source: P
         (ConfigError, r"^start: --from", source, {"start_from": "solo"}),
         (CheckpointError, r"^start: .*looks untrained", untrained, {}),
         (CheckpointError, r"^start: .*other shape", source, wider),
+        (
+            ConfigError,
+            r"^start: .*read in layout solo, are those of no ResNet; `relssl import .*foreign.pth --backbone NAME`",
+            other,
+            {},
+        ),
     ]
     for kind, message, given, more in refusals:
         with pytest.raises(kind, match=message):

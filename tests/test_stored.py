@@ -264,3 +264,10 @@ def test_names_that_cannot_be_loaded_are_one_line(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"relssl\[hf\]"):
         exists("hf:cifar10", None)
+
+
+def test_of_several_splits_one_has_to_be_train_or_named(tmp_path: Path) -> None:
+    datasets.DatasetDict(validation=table(range(4)), test=table(range(2))).save_to_disk(tmp_path / "parts")
+    with pytest.raises(DataError, match="has no split train, only validation, test; name one"):
+        load(f"hf:{tmp_path}/parts", None, "train")
+    assert len(load(f"hf:{tmp_path}/parts:validation", None, "train")) == 4

@@ -105,3 +105,16 @@ def test_a_run_with_them_goes_on_exactly(tmp_path: Path) -> None:
         relssl.pretrain(out=str(tmp_path / "cut"), **base, time_limit=1e-9)
     relssl.resume(tmp_path / "cut", views=base["views"], quiet=True, time_limit=float("inf"))
     assert equal_runs(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_view_that_changes_its_image_in_place_leaves_the_next_view_and_the_data_as_they_were() -> None:
+    def darken(image: Tensor) -> Tensor:
+        image[0] = 0
+        return image[:, :16, :16]
+
+    pixels = np.random.default_rng(1).integers(1, 256, (12, 4, 20, 20), np.uint8)
+    before = pixels.copy()
+    _, weak, strong = views(
+        open_dataset(pixels, "own"), darken, lambda image: image[:, :16, :16], statistics=([0.0] * 4, [1.0] * 4)
+    )[:3]
+    assert np.array_equal(pixels, before) and not weak[:, 0].any() and strong[:, 0].all()

@@ -15,15 +15,17 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any, NamedTuple
 
 import relssl
-from relssl.errors import ConfigError, DataError, NumericError, RelsslError
+from relssl.errors import ConfigError, DataError, NumericError, RelsslError, StorageError
 from relssl.files import plain
 from relssl.options import Overrides, parse
 from relssl.settings import recipes
 from relssl.settings.evaluation import Tuning, read_settings
 from relssl.settings.launcher import rank, with_launch
+from relssl.settings.parts import is_part
 from relssl.settings.reading import build, flat, leaves, spell
 from relssl.settings.run import Config, differences, resolve, to_yaml
 from relssl.settings.small import adjustments, give_way
@@ -172,7 +174,7 @@ def finetune(args: argparse.Namespace, overrides: Overrides) -> Outcome:
     facts = relssl.finetune(args.source, args.data, args.out, settings=settings, reading=_reading(args), say=say)
     low, high = facts["interval"]
     figure = f"top-1 {facts['top1']:.2f} % [{low:.2f}, {high:.2f}] on {facts['tested']} test images"
-    use = f"classify images: relssl predict {facts['out']} DATA --out FILE.csv"
+    use = f"classify images: relssl predict {quote(facts['out'])} DATA --out FILE.csv"
     return Outcome(facts, "\n".join([f"{facts['out']}: {len(facts['classes'])} classes, {figure}", *facts["notes"], use]))
 
 
@@ -255,7 +257,8 @@ def validate(args: argparse.Namespace, overrides: Overrides) -> Outcome:
         return Outcome({"valid": True, "recipe": config.recipe}, to_yaml(config).rstrip())
     from relssl.data.named import at_hand, exists, load  # after --help, for which this is slow
 
-    if exists(typed.data, typed.data_root) is None:
+    made = typed.data == "digits" or is_part(typed.data)  # which are read at once
+    if exists(typed.data, typed.data_root) is None and not made:
         data: dict[str, Any] = {"here": at_hand(typed.data, typed.data_root)}
         name = "a set of the Hugging Face Hub, not looked up" if typed.data.startswith("hf:") else "a known data set"
         lines = [f"{typed.data}: {name}, {'here' if data['here'] else 'to be downloaded'}"]
@@ -268,7 +271,7 @@ def validate(args: argparse.Namespace, overrides: Overrides) -> Outcome:
         classes = f" of {images.class_count} classes" * bool(images.class_count)
         lines = [f"{images.name}: {len(images)} images{classes} to pretrain on, {data['test']} to test on", *images.notes]
         lines += adjustments(typed, config, used)
-    run = f"recipe {config.recipe}, {config.backbone} on {config.data}, {config.epochs} epochs of batch {config.batch_size}"
+    run = f"recipe {config.recipe}, {config.backbone} on {config.data}, {config.length} of batch {config.batch_size}"
     return Outcome({"valid": True, "recipe": config.recipe, "data": data}, "\n".join([f"valid: {run}", *lines]))
 
 
@@ -359,6 +362,9 @@ def _say(line: str) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return its exit code."""
     argv, outcome = sys.argv[1:] if argv is None else argv, None
+    for name in ("stdout", "stderr"):  # Python has none where the shell has closed them
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - open as long as the process is
     for stream in (sys.stdout, sys.stderr):  # names that the console has no characters for end no command
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -396,6 +402,8 @@ def _failed(error: BaseException, debug: bool) -> int:
         code, lines = error.exit_code, str(error)
     elif isinstance(error, KeyboardInterrupt):
         code, lines = 130, "interrupted"
+    elif isinstance(error, OSError) and error.strerror:
+        code, lines = StorageError.exit_code, f"{error.filename or 'output'}: cannot be read or written ({error.strerror})"
     number, torch = rank(), sys.modules.get("torch")
     kind, met = getattr(error, "kind", "bug"), torch and torch.distributed.is_initialized()
     if number == 0 or kind == "distributed" or (met and kind not in ("checkpoint", "locked", "numeric", "interrupted")):

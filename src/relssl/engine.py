@@ -55,7 +55,23 @@ def cores_each(processes: int) -> int:
 def send(values: Tensor, device: torch.device) -> Tensor:
     """Copy a tensor to the device; to a GPU from page-locked memory, as the copy would wait for its other work otherwise."""
     pinned = device.type == "cuda" and values.device.type == "cpu"
-    return (values.pin_memory() if pinned else values).to(device, non_blocking=True)
+    # Nowhere else without waiting: MPS would read memory that is in other use by then.
+    return (values.pin_memory() if pinned else values).to(device, non_blocking=pinned)
+
+
+@contextmanager
+def usual_torch() -> Iterator[None]:
+    """Let torch compute as it does where nobody has told it otherwise: in fp32, on the CPU where no device is named, with gradients."""
+    with ExitStack() as after:
+        after.callback(torch.set_default_dtype, torch.get_default_dtype())
+        torch.set_default_dtype(torch.float32)
+        if torch.get_default_device().type != "cpu":
+            after.enter_context(torch.device("cpu"))
+        for kind in ("cpu", "cuda", "mps"):
+            if torch.is_autocast_enabled(kind):
+                after.enter_context(torch.autocast(kind, enabled=False))
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
 
 
 class Engine:
@@ -73,25 +89,25 @@ class Engine:
     prepared: ClassVar[bool] = False  # true once `prepare_process` has run
     watch: Watch | None  # of several ranks
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, spare: bool = False) -> None:
         available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
         usable = [name for name in available if available[name]]
         wanted, _, number = config.device.partition(":")
         if wanted not in ("auto", *usable) or int(number or 0) >= max(1, torch.cuda.device_count()):
             raise ConfigError(f"engine.device: there is no {config.device} device here; usable: {', '.join(usable)}")
         kind = usable[0] if wanted == "auto" else wanted
-        best = "bf16" if fast_bf16(kind) else "fp32"
-        self.precision = best if config.precision == "auto" else config.precision
         self.threads = config.threads or cores_each(config.devices)
         self.deterministic = config.deterministic
         self.device = torch.device(kind)
         if kind == "cuda":
             self.device = torch.device(kind, int(number) if number else torch.cuda.current_device())
+        best = "bf16" if fast_bf16(self.device) else "fp32"
+        self.precision = best if config.precision == "auto" else config.precision
         self.rank, self.world, self._fabric, self._format = 0, 1, None, torch.channels_last
         self.step, self.watch = 0, None
         self.last_words: Callable[[DistributedError], object] = id
         if config.devices * config.nodes > 1:
-            self._launch(kind, config)
+            self._launch(kind, config, spare)
         self.is_first = self.rank == 0
 
     @classmethod
@@ -99,7 +115,7 @@ class Engine:
         """Create an engine of this process alone, with the threads it has: for evaluation, and for networks outside of runs."""
         return cls(build(EngineConfig, {"device": device, "precision": precision, "threads": torch.get_num_threads()}))
 
-    def _launch(self, kind: str, config: EngineConfig) -> None:
+    def _launch(self, kind: str, config: EngineConfig, spare: bool) -> None:
         from lightning.fabric import Fabric  # a second of imports that one process does not need
         from lightning.fabric.strategies import DDPStrategy
 
@@ -110,8 +126,8 @@ class Engine:
         # Memory and teacher lie outside DDP, and so does the student's batch norm: each rank keeps its own statistics of its
         # share, as the papers' runs do, and rank 0's are saved. Precision is `autocast`'s, around student and teacher alike.
         patience, backend = timedelta(seconds=config.timeout), "nccl" if kind == "cuda" else "gloo"
-        shared = {"broadcast_buffers": False, "gradient_as_bucket_view": True, "cluster_environment": _environment()}
-        ddp = DDPStrategy(process_group_backend=backend, timeout=patience, **shared)
+        shared = {"broadcast_buffers": False, "gradient_as_bucket_view": True, "find_unused_parameters": spare}
+        ddp = DDPStrategy(process_group_backend=backend, timeout=patience, cluster_environment=_environment(), **shared)
         threads, watch = torch.get_num_threads(), Watch(self)
         # Until all have met: if a signal ended one on its way here, Lightning would kill this one without a word.
         signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
@@ -139,7 +155,7 @@ class Engine:
     @contextmanager
     def running(self) -> Iterator[None]:
         """Set what a run needs of the whole process, and put it back afterwards: threads, malloc, deterministic kernels, random
-        generators, the default type, and whether gradients are computed.
+        generators, and what `usual_torch` sets.
 
         ConfigError inside `torch.autocast`, where networks would go on with weights that were rounded before they moved.
         """
@@ -151,11 +167,10 @@ class Engine:
                 after.callback(setattr, self.watch, "active", False)
             after.callback(keep_memory, Engine.prepared)
             after.callback(self._set_generators, self._generators())
-            after.callback(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled())
-            after.callback(torch.set_default_dtype, torch.get_default_dtype())
+            before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+            after.callback(torch.use_deterministic_algorithms, before[0], warn_only=before[1])
             after.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(self.threads)
-            torch.set_default_dtype(torch.float32)
             if self.deterministic:
                 if not os.environ.get("CUBLAS_WORKSPACE_CONFIG"):  # read once, by the first product on a GPU
                     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
@@ -163,8 +178,8 @@ class Engine:
                 torch.use_deterministic_algorithms(True)
             if self.device.type == "cuda":
                 after.enter_context(torch.cuda.device(self.device))
-            with torch.inference_mode(False), torch.enable_grad():
-                yield
+            after.enter_context(usual_torch())
+            yield
 
     def setup(self, student: nn.Module) -> nn.Module:
         """Place the student and, with several ranks, wrap it so that they average their gradients."""
@@ -181,7 +196,7 @@ class Engine:
             if self.device.type == "cpu" and _breaks_channels_last(module):
                 self._format = torch.contiguous_format
             return module.to(self.device).to(memory_format=self._format)  # type: ignore[call-overload]
-        return module.to(self.device, non_blocking=True).contiguous(memory_format=self._format)
+        return module.to(self.device, non_blocking=self.device.type == "cuda").contiguous(memory_format=self._format)
 
     def autocast(self) -> Any:
         """Return a context in which networks compute at this precision."""
@@ -265,7 +280,7 @@ class Engine:
     def restore_random_state(self, states: dict[str, Any]) -> bool:
         """Take back this rank's generators. Return false if the state was saved by another world or device."""
         own = states.get(str(self.rank))
-        if own is None or len(states) != self.world or ("cuda" in own) != (self.device.type == "cuda"):
+        if own is None or len(states) != self.world or {"cuda", "mps"} & own.keys() != {self.device.type} - {"cpu"}:
             return False
         self._set_generators(own)
         return True
@@ -277,6 +292,8 @@ class Engine:
         own["numpy"] = [name, torch.from_numpy(np.asarray(keys, np.int64)), *rest]
         if self.device.type == "cuda":
             own["cuda"] = torch.cuda.get_rng_state(self.device)
+        if self.device.type == "mps":
+            own["mps"] = torch.mps.get_rng_state()
         return own
 
     def _set_generators(self, own: dict[str, Any]) -> None:
@@ -287,6 +304,8 @@ class Engine:
         np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
         if "cuda" in own:
             torch.cuda.set_rng_state(own["cuda"], self.device)
+        if "mps" in own:
+            torch.mps.set_rng_state(own["mps"])
 
     def describe(self) -> str:
         """Describe the engine in one line for the console."""
@@ -391,16 +410,16 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
-        whole = outer[0].contiguous()
+        whole = outer[0].clone(memory_format=torch.contiguous_format)  # autograd may hand the same tensor to others
         dist.all_reduce(whole)
         return whole.chunk(ctx.world)[ctx.rank], None, None
 
 
-def fast_bf16(kind: str) -> bool:
+def fast_bf16(device: torch.device) -> bool:
     """Return true if bf16 has hardware of its own: CUDA from compute capability 8, CPUs with AVX-512 BF16 or AMX."""
-    if kind == "cuda":
-        return torch.cuda.get_device_capability()[0] >= 8
-    return kind == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def _breaks_channels_last(network: nn.Module) -> bool:

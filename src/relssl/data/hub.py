@@ -71,10 +71,12 @@ def read_hub(text: str, split: str) -> Images:
     """
     place, part, columns = located(text)
     tables = _tables(place)
-    train = part or ("train" if "train" in tables else next(iter(tables)))
+    train = part or (next(iter(tables)) if len(tables) == 1 else "train")
     name = train if split != "test" else next((name for name in TEST if name in tables and name != train), "for tests")
     if missing := [each for each in (train, name) if each not in tables]:
-        raise DataError(f"hf:{shown(place)}: has no split {shown(missing[0])}, only {', '.join(tables)}")
+        raise DataError(
+            f"hf:{shown(place)}: has no split {shown(missing[0])}, only {', '.join(tables)}; name one, as hf:NAME:SPLIT"
+        )
     return _read_table(tables[name], f"hf:{shown(place)}:{name}", columns)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby, islice
 from multiprocessing import active_children, get_start_method
+from multiprocessing.connection import Listener
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,7 +35,7 @@ from relssl.errors import STOPPING, ConfigError, DataError, RelsslError
 from relssl.settings.run import LoaderConfig, ViewConfig
 
 _SORTED = 4_000_000  # samples whose order is made by sorting: a second and 300 MB for twice as many
-_VIEW_BYTES = 256 << 20  # of one view of all the images of a stretch; a handful of such blocks lives at a time
+VIEW_BYTES = 256 << 20  # of one view of all the images of a stretch; a handful of such blocks lives at a time
 _TRIES = 100  # images in a row before giving up
 # Signs in errors that a worker is gone, or that /dev/shm or memory is full.
 _DIED = ("exited unexpectedly", "killed by signal", "bus error", "unable to", "no space left", "allocate")
@@ -135,7 +136,7 @@ class Loader:
             use = f"for colour images that have to be decoded, not for those of {images.name}; use null"
             raise ConfigError(f"loader.cache: is {use}")
         step_bytes = plan.share * plan.parts * images.channels * 4 * max(view.size for view in self.views) ** 2
-        usual = max(1, min(8, _VIEW_BYTES // step_bytes)) if self.device.type == "cuda" else 1
+        usual = max(1, min(8, VIEW_BYTES // step_bytes)) if self.device.type == "cuda" else 1
         self.ahead = settings.views_ahead or usual
 
     def stream(self, start: int, stop: int) -> Iterator[list[Batch]]:
@@ -279,8 +280,16 @@ def read_batches(
     Raises:
         RelsslError: that `read` raises; one from a worker has lost its traceback.
         ConfigError: if workers have to be sent `read`, as processes that are not forked do, and it cannot be pickled.
-        DataError: if a worker dies, or has no shared or other memory left.
+        DataError: if a worker dies, or has no shared or other memory left, or if there is no folder for temporary files.
     """
+    if workers:  # whose tensors come by a socket there: where none can be bound they would never arrive
+        try:
+            Listener(family="AF_UNIX").close()
+        except OSError as error:
+            advice = "set TMPDIR to a short path that can be written, or loader.workers to 0"
+            raise DataError(
+                f"loader processes need a folder for temporary files ({error.strerror or error}); {advice}"
+            ) from error
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "This DataLoader will create|Got pickle error")  # more workers than cores; said below
         loader = DataLoader(

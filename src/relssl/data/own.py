@@ -8,15 +8,19 @@ and bytes are RGB; arrays and tensors have the channels that they have, 1 to 16.
 from __future__ import annotations
 
 import hashlib
+import io
 import os
+import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
+from types import FunctionType
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageFile
 from torch import Tensor, from_numpy
+from torch.utils.data import Subset, TensorDataset, get_worker_info
 
 from relssl.data.decode import BadImage, Opened, from_16_bits, open_image, upright_rgb
 from relssl.data.folder import TEST, TRAIN, judge
@@ -42,6 +46,7 @@ class Items:
     rows: np.ndarray  # int64 [N], their positions in it
     title: str  # what the name of each image begins with; its position follows
     channels: int = 3
+    near: Any = None  # a copy that this process reads: files that it opens on the way must not be shared with loader processes
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -83,9 +88,10 @@ class Items:
     def item(self, row: int) -> Any:
         """Return the image that one item is, or holds; BadImage if it raises or holds none."""
         place = int(self.rows[row])
+        dataset = self.dataset if self.near is None or get_worker_info() else self.near
         try:
             with seeded(0, 0, place, 0):
-                image = _parts(self.dataset[place])[0]
+                image = _parts(dataset[place])[0]
         except RelsslError:  # a request to stop
             raise
         except Exception as error:  # whatever a user's code raises
@@ -175,10 +181,13 @@ def open_dataset(dataset: Any, name: str, split: str = "train") -> Images:
     if isinstance(dataset, type) or (callable(dataset) and not hasattr(dataset, "__getitem__")):
         dataset = dataset()
     if isinstance(dataset, Mapping):
-        names = TEST if split == "test" else TRAIN
-        if (key := next((key for key in names if key in dataset), None)) is None:
-            raise DataError(f"{name}: has the parts {', '.join(map(str, dataset))}; needs one named {' or '.join(names)}")
-        return open_dataset(dataset[key], f"{name}/{key}")
+        sides = [next((key for key in names if key in dataset), None) for names in (TRAIN, TEST)]
+        if (key := sides[split == "test"]) is None:
+            needs = " or ".join(TEST if split == "test" else TRAIN)
+            raise DataError(f"{name}: has the parts {', '.join(map(str, dataset))}; needs one named {needs}")
+        images = open_dataset(dataset[key], f"{name}/{key}")
+        named = [each for side in sides if side is not None and (each := _class_names(dataset[side]))]
+        return _renumbered(images, tuple(dict.fromkeys(word for each in named for word in each))) if len(named) > 1 else images
     if split == "test":
         raise DataError(f'{name}: has no test images; hand over a mapping {{"train": ..., "test": ...}}')
     images, labels, classes = _labelled(dataset)
@@ -188,6 +197,22 @@ def open_dataset(dataset: Any, name: str, split: str = "train") -> Images:
     is_whole = isinstance(images, (np.ndarray, Tensor)) and images.ndim in (3, 4) and len(images)
     source = _pixels(images, name) if is_whole else _items(images, name)
     return Images(name, source, *_coded(labels, classes, len(source)))
+
+
+def _class_names(dataset: Any) -> tuple[str, ...]:
+    """Return the names of a part's classes, none where its labels are numbers or there is more to do for them."""
+    if callable(dataset) and not hasattr(dataset, "__getitem__"):
+        return ()
+    images, labels, classes = _labelled(dataset)
+    return _coded(labels, classes, len(images))[1] or ()
+
+
+def _renumbered(images: Images, classes: tuple[str, ...]) -> Images:
+    """Return images whose classes are those that both parts have by name, as each part has numbered its own."""
+    if not images.classes or images.labels is None:
+        return images
+    places = np.array([*map(classes.index, images.classes), -1])
+    return replace(images, labels=places[np.maximum(images.labels, -1)], classes=classes)
 
 
 def _is_sized(value: Any) -> bool:
@@ -211,7 +236,7 @@ def _pixels(images: Any, name: str) -> Pixels:
 
 def _items(dataset: Any, name: str) -> Items:
     """Return the items of a data set, whose channels are those of the first that can be read."""
-    items, faults = Items(dataset, np.arange(len(dataset)), name), list[str]()
+    items, faults = Items(dataset, np.arange(len(dataset)), name, near=_apart(dataset)), list[str]()
     for row in range(min(_TRIED, len(items))):
         try:
             with open_item(items.item(row), _MOST_PIXELS) as opened:
@@ -221,6 +246,30 @@ def _items(dataset: Any, name: str) -> Items:
     if faults:
         raise DataError(f"{name}: none of its first {len(faults)} items can be read as an image: {faults[0]}")
     return items
+
+
+def _apart(dataset: Any) -> Any:
+    """Return a copy of a data set that shares arrays, tensors and code with it, and none of what it opens later; None if it has none."""
+    shared, buffers, file = list[Any](), list[pickle.PickleBuffer](), io.BytesIO()
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, value: Any) -> int | None:
+            if isinstance(value, (Tensor, FunctionType, type)):
+                shared.append(value)
+                return len(shared) - 1
+            return None
+
+    class Unpickler(pickle.Unpickler):
+        def persistent_load(self, place: Any) -> Any:
+            return shared[place]
+
+    if isinstance(dataset, (list, tuple)):
+        return None
+    try:
+        Pickler(file, 5, buffer_callback=buffers.append).dump(dataset)
+        return Unpickler(io.BytesIO(file.getbuffer()), buffers=buffers).load()
+    except Exception:  # whatever a user's objects raise
+        return None
 
 
 def _parts(item: Any) -> tuple[Any, Any]:
@@ -233,21 +282,22 @@ def _parts(item: Any) -> tuple[Any, Any]:
 
 def _labelled(dataset: Any) -> tuple[Any, Any, Any]:
     """Return a data set's images, and its labels and names of classes where they can be had without decoding images, else None."""
-    dataset = getattr(dataset, "tensors", dataset)  # of torch's TensorDataset
+    if isinstance(dataset, TensorDataset) and type(dataset).__getitem__ is TensorDataset.__getitem__:
+        dataset = dataset.tensors[:2]
     if isinstance(dataset, tuple) and len(dataset) in (1, 2) and all(map(_is_sized, dataset)):
         images, labels = (*dataset, None)[:2]
         if labels is None or getattr(images, "ndim", 0) == 4 or _coded(labels, None, len(images))[0] is not None:
             return images, labels, None  # else they are two items
     if isinstance(dataset, (list, tuple)):
         return dataset, [_parts(item)[1] for item in dataset], None
-    if hasattr(dataset, "dataset") and hasattr(dataset, "indices"):  # torch's Subset
-        _, labels, classes = _labelled(dataset.dataset)
-        return dataset, labels if labels is None else [labels[row] for row in dataset.indices], classes
     for name in getattr(dataset, "column_names", ()):  # of Hugging Face's datasets
         if name in _LABELS:
             return dataset, dataset[name][:], getattr(dataset.features[name], "names", None)
     given: list[Any] = [getattr(dataset, name, None) for name in ("targets", "labels")]
     labels = next((each for each in given if _is_sized(each) and len(each) == len(dataset)), None)
+    if labels is None and isinstance(dataset, Subset):
+        _, labels, classes = _labelled(dataset.dataset)
+        return dataset, labels if labels is None else [labels[row] for row in dataset.indices], classes
     return dataset, labels, getattr(dataset, "classes", None)
 
 
@@ -257,6 +307,8 @@ def _coded(labels: Any, classes: Any, count: int) -> tuple[np.ndarray | None, tu
         values = np.asarray(labels.tolist() if hasattr(labels, "tolist") else [*labels])
     except (TypeError, ValueError):  # not there, or of changing lengths
         return None, None
+    if values.dtype.kind == "b" or (values.dtype.kind == "f" and (values == np.rint(values)).all()):
+        values = values.astype(np.int64)
     if values.shape != (count,) or values.dtype.kind not in "iuU" or not count:
         return None, None
     if values.dtype.kind == "U":

@@ -63,7 +63,10 @@ class PlainView:
         return normalise(images, self.mean, self.std)
 
     def pixels(self, image: Image.Image | np.ndarray) -> Tensor:
-        """Return the view of an RGB image, or of uint8 [C,H,W], not yet normalised, as uint8 [C,S,S]."""
+        """Return the view of an RGB image, or of uint8 [C,H,W], not yet normalised, as uint8 [C,S,S]; BadImage if it is too narrow."""
+        width, height = image.size if isinstance(image, Image.Image) else image.shape[:0:-1]
+        if max(width, height) * self.shorter_side**2 > LoaderConfig().max_pixels * min(width, height):
+            raise BadImage(f"has {height} x {width} pixels, too narrow to be scaled to a shorter side of {self.shorter_side}")
         whole = torch.from_numpy(image) if isinstance(image, np.ndarray) else image
         view = center_crop(resize(whole, self.shorter_side, InterpolationMode(self.interpolation)), [self.size] * 2)
         return view if isinstance(view, Tensor) else pil_to_tensor(view)

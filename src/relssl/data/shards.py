@@ -150,7 +150,9 @@ def _index(paths: list[str]) -> dict[str, np.ndarray]:
                 if not images:
                     reason = getattr(error, "strerror", None) or error
                     raise DataError(f"{shown(path)}: {reason}; needs an uncompressed tar file") from error
-                notes.append(f"{shown(path)}: is cut off or damaged; the {len(images)} images that are whole are used")
+                notes.append(
+                    f"{shown(os.path.basename(path))}: is cut off or damaged; the {len(images)} images that are whole are used"
+                )
             for name, key, offset, size in images:
                 word = labels.get(key, b"")
                 yield os.fsencode(name), number, offset, size, words.setdefault(word, len(words))

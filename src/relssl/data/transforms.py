@@ -67,7 +67,7 @@ class Transform:
         channels, size = len(self.statistics[0]), self.size
         try:
             with seeded(*key):
-                view = self.call(to_pil_image(pixels) if len(pixels) in (1, 3) else pixels)
+                view = self.call(to_pil_image(pixels) if len(pixels) in (1, 3) else pixels.clone())
         except Exception as error:  # whatever a user's code raises
             raise ConfigError(f"{self.setting}: raises {repr(error)[:200]} on {name}") from error
         x = pil_to_tensor(view) if isinstance(view, Image.Image) else view

@@ -8,6 +8,7 @@ import io
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from relssl.data.images import Images
 from relssl.data.named import load
+from relssl.engine import usual_torch
 from relssl.errors import ConfigError, NumericError, StorageError
 from relssl.evaluation.features import Features, extract
 from relssl.evaluation.result import Task, writable
@@ -31,6 +33,7 @@ _GROUP = 1 << 22  # numbers in a row group of parquet
 Columns = Mapping[str, Any]  # of N values each
 
 
+@usual_torch()
 @parts.takes_data
 def embed(
     source: str | Path,
@@ -82,6 +85,7 @@ def embed(
     return {"out": str(out), "images": count, "dim": dim, "bad": [*images.bad, *features.bad], "notes": notes}
 
 
+@usual_torch()
 @parts.takes_data
 def predict(
     model: str | Path,
@@ -113,7 +117,9 @@ def predict(
     check_target(path)
     opened = open_whole(source) if source.is_file() and is_exported(source) else None
     if opened is None or not opened.spec.classes:
-        raise ConfigError(f"{model}: is no classifier; `relssl finetune {model} DATA --out MODEL.safetensors` trains one")
+        raise ConfigError(
+            f"{model}: is no classifier; `relssl finetune {quote(str(model))} DATA --out MODEL.safetensors` trains one"
+        )
     where = {"data_root": data_root, "device": device, "precision": precision, "workers": workers}
     images, features = _pass(opened, str(data), split, where)
     names, classes, scores = features.names(images), np.array(opened.spec.classes), features.vectors.softmax(dim=1).numpy()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from relssl.data.folder import shown
 from relssl.data.images import Images
 from relssl.data.named import SETS
+from relssl.engine import usual_torch
 from relssl.errors import ConfigError, DataError, StorageError
 from relssl.evaluation.features import LabelledFeatures, cached, evaluating, extract, state_hash
 from relssl.evaluation.metrics import Interval
@@ -48,6 +49,7 @@ Say = Callable[[str], None]
 Measured = tuple[list[Finding], Record]  # findings, and the card's part on the data
 
 
+@usual_torch()
 @parts.takes_data
 def evaluate(
     source: str | Path,

@@ -134,7 +134,8 @@ def cache_key(backbone: nn.Module, images: Images, reader: Reader, engine: Engin
     parts = {
         "layout": _LAYOUT,
         "weights": state_hash(backbone),
-        "network": repr(backbone),  # two networks may have equal weights and differ in a stride
+        # Two networks may have equal weights and differ in a stride, which shows, or in attention heads, which do not.
+        "network": [repr(backbone), repr(getattr(backbone, "spec", None))],
         "images": identity(images),
         "view": [str(reader.view), reader.view.mean, reader.view.std, reader.max_pixels],
         "compute": [engine.precision, engine.device.type, torch.__version__, torch.get_num_threads()],

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from relssl.engine import usual_torch
 from relssl.errors import CheckpointError, ConfigError
 from relssl.evaluation.embed import escaped
 from relssl.evaluation.heads import linear_classifier, train_whole
-from relssl.evaluation.result import Task, title
+from relssl.evaluation.result import Task, title, writable
+from relssl.files import storing
 from relssl.settings import parts
 from relssl.settings.evaluation import FinetuneConfig, Tuning
 from relssl.settings.reading import build
@@ -26,6 +28,7 @@ from relssl.weights.spec import Backbone, BackboneSpec
 _TOLERANCE = 1e-4  # of scores, relative to the largest: the library adds up in another order
 
 
+@usual_torch()
 @parts.takes_data
 def finetune(
     source: str | Path,
@@ -52,6 +55,9 @@ def finetune(
     """
     settings, target, reading = settings or build(Tuning, overrides), Path(out), reading or Reading()
     export.check_target(target, "safetensors", Path(source))
+    with storing(target):
+        target.absolute().parent.mkdir(parents=True, exist_ok=True)
+    writable(target.absolute().parent)
     network, size = settings.network or reading.network, settings.size or reading.size
     opened = open_backbones(source, replace(reading, network=network, size=size))
     task = Task.of(opened, settings, say)

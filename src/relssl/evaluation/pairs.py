@@ -18,6 +18,8 @@ from relssl.data.subsets import shared
 from relssl.errors import DataError
 from relssl.settings import parts
 
+_NUMBERED = 10_000  # the number of a class from which on others must be in use as well: votes are counted for each up to it
+
 
 def named(chosen: Any, names: Sequence[str] | None = None) -> str:
     """Return the classes for which a bool [C] is true, the first five by name or number: `classes 3, 8 and 2 more`, or nothing."""
@@ -38,18 +40,30 @@ def class_counts(labels: Tensor, classes: int) -> Tensor:
 
 @dataclass(frozen=True)
 class LabelledPair:
-    """Both sides of a data set: labelled images."""
+    """Both sides of a data set: labelled images; DataError if they number or name their classes so that no figure would mean anything."""
 
     bank: Images
     test: Images
     of: tuple[int, int] | None = None  # labelled images of the two sides before they were cut; None: they were not
     uncut: str | None = None  # fingerprint of the test side before that, by which a run knows what it was pretrained on
 
+    def __post_init__(self) -> None:
+        for name, images, _ in self.sides:
+            if images.labels is not None and not images.classes:
+                highest, count = int(images.labels.max()), len(np.unique(images.labels))
+                if highest >= max(_NUMBERED, 10 * count):
+                    fault = f"its {count} {name} classes have numbers up to {highest}"
+                    raise DataError(f"{images.name}: {fault}; number them from 0, or name them")
+        bank, test = self.bank, self.test
+        if bank.classes and test.classes and bank.classes != test.classes:
+            alone = sorted(set(bank.classes) ^ set(test.classes))[:3] or ["in another order"]
+            raise DataError(f"{bank.name}: bank and test name their classes differently ({', '.join(alone)}); give both the same")
+
     @staticmethod
     def load(data: str, root: str | None, at_most: tuple[int, int] | None = None, seed: int = 0) -> LabelledPair:
         """Load the labelled images of both sides of a data set, cut to `at_most` (bank, test) images chosen by the seed.
 
-        DataError if the data set has no labels or no test part.
+        DataError if the data set has no labels or no test part, or as of the class.
         """
         bank, uncut = labelled(data, load(data, root, "bank"), "training"), load(data, root, "test")
         test = labelled(data, uncut, "test")
@@ -74,12 +88,9 @@ class LabelledPair:
     def notes(self, seen: str | None = None) -> list[str]:
         """Return what a reader of any figure of this pair must know; `seen` is the fingerprint of what was pretrained on.
 
-        DataError if no figure would mean anything: as of `gaps`; for other classes on both sides; for test images all in the bank.
+        DataError if no figure would mean anything: as of `gaps`; for test images all in the bank.
         """
         bank, test = self.bank, self.test
-        if bank.classes and test.classes and bank.classes != test.classes:
-            alone = sorted(set(bank.classes) ^ set(test.classes))[:3] or ["in another order"]
-            raise DataError(f"{bank.name}: bank and test name their classes differently ({', '.join(alone)}); give both the same")
         notes = list(dict.fromkeys([*bank.notes, *test.notes]))
         notes += [f"a subset: {len(side)} of {of} {name} images" for name, side, of in self.sides if len(side) < of]
         notes += self.gaps()

@@ -77,7 +77,7 @@ def create_backbone(
                 raise ConfigError(f"encoder.stem: {name} {fault}")
             _shrink_stem(network, stem)
     # Its first convolution need not have as many: some networks fold pixels into channels before it.
-    network.in_chans = int(full.get("in_chans", 3))  # type: ignore[assignment]
+    network.image_channels = int(full.get("in_chans", 3))  # type: ignore[assignment]
     return network
 
 
@@ -110,11 +110,16 @@ def _own(name: str, args: dict[str, Any]) -> nn.Module:
             taken = inspect.signature(part).parameters.values()
             if not any(each.name == "in_chans" or each.kind is each.VAR_KEYWORD for each in taken):
                 args = {key: value for key, value in args.items() if key != "in_chans"}  # the first images show whether it fits
-            network = part(**args)
+            network = copy.deepcopy(part(**args))  # it may return one and the same
     except Exception as error:  # whatever a user's function raises
         raise ConfigError(f"backbone: {title} does not give a network: {type(error).__name__}: {_reason(error)}") from error
     if not isinstance(network, nn.Module):
         raise ConfigError(f"backbone: {title} gives a {type(network).__name__}, needs a torch.nn.Module")
+    own = {name: type(getattr(network, name)).__module__ for name in ("transform", "spec") if hasattr(network, name)}
+    if clash := [name for name, module in own.items() if not module.startswith("relssl.")]:
+        raise ConfigError(
+            f"backbone: {title} has an attribute {clash[0]}, a name that relssl's networks keep for their view; rename it"
+        )
     network.register_forward_hook(_average)
     return network.cpu().float()
 
@@ -223,7 +228,7 @@ def _shrink_stem(network: nn.Module, stem: str) -> None:
 def channels_of(backbone: nn.Module) -> int:
     """Return the channels C of the images that a backbone takes: as it was created, else those of its first convolution."""
     first = _first_convolution(backbone)[1]
-    return int(getattr(backbone, "in_chans", 3 if first is None else first.in_channels))  # type: ignore[arg-type]
+    return int(getattr(backbone, "image_channels", 3 if first is None else first.in_channels))  # type: ignore[arg-type]
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from torch import Tensor
 from relssl.method.relation import Target
 
 # Bytes of a tile's similarities: larger ones feed the matrix products better, smaller ones stay in the cache.
-_TILE_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
+TILE_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
 
 
 def tiled_objective(
@@ -37,7 +37,7 @@ def tiled_objective(
     """
     if rows is None:
         sample = (len(queries) + 1) * len(memory) * 4
-        rows = max(8, _TILE_BYTES.get(queries.device.type, 64 << 20) // sample)
+        rows = max(8, TILE_BYTES.get(queries.device.type, 64 << 20) // sample)
     temperatures = (student_temperature, teacher_temperature, info_nce_temperature)
     loss: Tensor = _Objective.apply(queries, keys.detach(), memory.detach(), temperatures, warmup_mix, rows, target)
     return loss

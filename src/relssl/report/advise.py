@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from relssl.engine import usual_torch
 from relssl.errors import ConfigError
 from relssl.files import read_rows
 from relssl.method.relation import relation
@@ -24,6 +25,7 @@ _LEAST, _SHARPER, _FAR = 1.3, 5, 4
 Rows = list[dict[str, Any]]
 
 
+@usual_torch()
 def advise(run: str | Path) -> dict[str, Any]:
     """Sweep the teacher's temperature over the newest checkpoint of a run, and suggest a band for it, a memory size and a warm-up.
 
@@ -122,7 +124,9 @@ def advice_on(table: Rows, config: Config, images: int, rows: Rows, total: int) 
     why, keys = f"at most half of the {images} images; its oldest keys are {size // config.batch_size} steps old", size
     if size > images / 2:
         why = f"{size} keys are over half of the {images} images, which meet old copies of themselves"
-        keys = 1 << int(math.log2(max(2, images / 2)))
+        keys = max(config.batch_size, 1 << int(math.log2(max(2, images / 2))))
+        why += "; a smaller batch_size lets it be smaller" * (keys >= size)
+        keys = min(keys, size)
     advice.append(("memory_size", str(keys), why))
 
     # InfoNCE may end once relations are sharp, with fewer neighbours than half of the memory.

@@ -14,6 +14,7 @@ import statistics
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, distributions, requires
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import psutil
@@ -39,7 +40,7 @@ def doctor(run: str | Path | None = None) -> list[dict[str, str]]:
     texts, findings = read_yaml(Path(__file__).with_name("findings.yaml")), list[dict[str, str]]()
     for name, facts in signs:
         if facts:
-            known = {"folder": run} | (facts if isinstance(facts, dict) else {})
+            known = {"folder": quote(str(run))} | (facts if isinstance(facts, dict) else {})
             what, evidence, remedy = (text.format(**known) for text in texts[name])
             findings.append({"name": name, "what": what, "evidence": evidence, "remedy": remedy})
     return findings

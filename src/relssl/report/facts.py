@@ -62,7 +62,7 @@ def run_facts(folder: Path) -> dict[str, Any]:
         "steps": rows[-1]["step"] if rows else 0,
         "seconds": _seconds(rows),
         "verdict": _verdict(folder, rows, config),
-        "curves": _curves(rows, epoch),
+        "curves": _curves(rows, epoch, bool(settings.get("start"))),
         "axis": "epoch" if epoch else "step",
         "last": trained[-1] if trained else {},
         "evaluations": _evaluations(folder, missing),
@@ -105,15 +105,25 @@ def _verdict(folder: Path, rows: list[Row], config: Config | None) -> dict[str, 
         return unknown | {"lines": [f"Its rows lack {error}, which a verdict needs."]}
     word, (line, *more) = known["word"], known["verdict"]
     line = line.partition(": ")[2]
-    if word == "healthy":
+    early = trained[-1]["epoch"] < 1 or len(trained) == 1
+    if word == "collapsing" and trained[-1]["epoch"] < 1 and "not finite" not in line:
+        word, line = "unknown", "It is too early to judge."
+    elif word == "healthy" and "agreement" not in trained[-1]:  # neither a memory nor labels
+        word, line = "unknown", "No sign of a collapse."
+    elif word == "healthy":
         moved = _moved(trained[0], trained[-1])
-        early = trained[-1]["epoch"] < 1 or len(trained) == 1
         word = "learning" if moved else "unknown" if early else "flat"
         line = "It is too early to judge." if early else "No sign of a collapse, and none of progress since the first row."
         line = f"No sign of a collapse; {moved}." if moved else line
     elif word != "collapsing":
         line = line.capitalize()
-    bars = {"raw_pixels": "raw pixels", "untrained": "untrained network", "student": "student", "teacher": "teacher"}
+    bars = {
+        "raw_pixels": "raw pixels",
+        "untrained": "untrained network",
+        "start": "given weights",
+        "student": "student",
+        "teacher": "teacher",
+    }
     return {
         "word": word,
         "lines": [line, *more],
@@ -128,14 +138,15 @@ def _moved(first: Row, last: Row) -> str:
     return "; ".join(_SIGNS[name][1].format(*pair) for name, pair in pairs.items() if _SIGNS[name][0](*pair))
 
 
-def _curves(rows: list[Row], epoch: int) -> list[dict[str, Any]]:
+def _curves(rows: list[Row], epoch: int, given: bool) -> list[dict[str, Any]]:
     """Return the curves of all columns, at most `_POINTS` points a line; those without `about` matter less."""
     known = [*describe()]
     named = {*_PLACES, *(column for each in known for column in each["columns"])}
     others = sorted({name for row in rows for name, value in row.items() if isinstance(value, int | float)} - named)
     known += [{"title": column.replace("_", " ").capitalize(), "columns": {column: "value"}} for column in others]
     start = rows[0] if rows and rows[0]["step"] == 0 else {}
-    levels = [[name, start[column]] for column, name in _BASELINES.items() if start.get(column) is not None]
+    names = _BASELINES | ({"knn_top1": "given weights"} if given else {})
+    levels = [[name, start[column]] for column, name in names.items() if start.get(column) is not None]
     curves = []
     for each in known:
         lines = []
@@ -169,7 +180,7 @@ def differences(runs: list[dict[str, Any]]) -> list[list[str]]:
     """Return the settings in which runs differ: [name, value of each]."""
     rows = []
     for name in dict.fromkeys(name for run in runs for name in run["settings"]):
-        values = [json.dumps(run["settings"].get(name)) for run in runs]
+        values = [json.dumps(run["settings"].get(name), ensure_ascii=False) for run in runs]
         if len(set(values)) > 1 and not name.startswith(_ASIDE):
             rows.append([name, *(value.strip('"') for value in values)])
     return rows

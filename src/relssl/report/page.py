@@ -7,10 +7,12 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from relssl import __version__
+from relssl.engine import usual_torch
 from relssl.errors import Interrupted, RelsslError
 from relssl.files import duration, to_json, write_file
 from relssl.report.facts import differences, run_facts
@@ -21,6 +23,7 @@ from relssl.weights.opening import load_run
 _SCRIPTS = ("pictures.js", "charts.js", "images.js", "explorer.js")
 
 
+@usual_torch()
 def write_report(*runs: str | Path, out: str | Path | None = None, say: Callable[[str], None] | None = None) -> Path:
     """Write the report of one run, or of several side by side.
 
@@ -78,7 +81,7 @@ def _page(runs: list[Facts], shown: Facts | None, sheets: dict[str, Sheet]) -> s
     }
     policy = f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; script-src '{_hash(script)}'; base-uri 'none'; form-action 'none'"
     pages = Environment(loader=PackageLoader("relssl.report", "."), undefined=StrictUndefined, autoescape=True)
-    pages.filters |= {"figure": _figure, "duration": duration}
+    pages.filters |= {"figure": _figure, "duration": duration, "in_json": partial(json.dumps, ensure_ascii=False)}
     return pages.get_template("page.html.jinja").render(
         runs=runs,
         gallery=shown,

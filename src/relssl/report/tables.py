@@ -15,7 +15,7 @@ from rich.text import Text
 
 from relssl.files import duration, read_rows, size
 from relssl.method.backbones import Network
-from relssl.settings.run import Config
+from relssl.settings.run import Config, derive
 from relssl.train.figures import COLLAPSES, alarms, at_the_end, describe
 
 if TYPE_CHECKING:
@@ -213,7 +213,7 @@ def _judge(known: dict[str, Any], config: Config) -> Iterator[str]:
     top1, bases = known["knn_student"], {title: known[f"knn_{name}"] for name, title in reversed(_BASES.items())}
     gains = {name: top1 - base for name, base in bases.items() if top1 is not None and base is not None}
     health = {name: math.nan if value is None else value for name, value in known["health"].items()}
-    raised = alarms([health], config)
+    raised = alarms([health | {"step": known["step"]}], config)
     fault = next((raised[name] for name in COLLAPSES if name in raised), None)
     if any(map(math.isnan, health.values())) or known["loss_end"] is None:
         yield from ("collapsing", "Not good: figures of the last step are not finite; lower optimizer.lr, or set optimizer.clip")
@@ -225,6 +225,8 @@ def _judge(known: dict[str, Any], config: Config) -> Iterator[str]:
             yield from ("learning", f"Good: {points}")
         else:
             yield from ("flat", f"{'Little' if least > 0 else 'Not good'}: {points}; more epochs or more images may help")
+    elif config.teacher is not None or derive(config).traits.labels:  # whose embeddings no figure here can judge
+        yield from ("healthy", "What it learned, labelled images can say: relssl evaluate RUN DATA")
     else:
         yield from ("healthy", "Healthy: the embeddings are spread out, and none of the signs of a collapse is there.")
         yield "What that is worth, labelled images can say: relssl evaluate RUN DATA"
@@ -256,7 +258,7 @@ def _learned(known: dict[str, Any], config: Config) -> Iterator[tuple[str, str] 
     def finite(form: str, *values: float | None) -> str:
         return " -> ".join("not finite" if value is None else form.format(value) for value in values)
 
-    unlabelled, counts = known["knn_student"] is None, "  <- counts most"
+    counts, telling = "  <- counts most", "effective_rank" if config.teacher is None else "agreement"
     for name in ("raw_pixels", "untrained", "start", "student", "teacher"):
         if (top1 := known[f"knn_{name}"]) is not None:
             yield f"kNN top-1, {_BASES.get(name, name).removeprefix('the ')}", f"{top1:.1f} %{counts * (name == 'student')}"
@@ -265,4 +267,4 @@ def _learned(known: dict[str, Any], config: Config) -> Iterator[tuple[str, str] 
         yield "rank of the features, before and after", finite("{:.0f}", *known["feature_rank"])
     yield "loss, first and last row", finite("{:.3f}", known["loss_start"], known["loss_end"])
     for name, (title, figure) in at_the_end(known["health"], config.method.memory_size).items():
-        yield title[0].lower() + title[1:], figure + counts * (unlabelled and name == "effective_rank")
+        yield title[0].lower() + title[1:], figure + counts * (known["knn_student"] is None and name == telling)

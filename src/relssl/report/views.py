@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
 from relssl.data.loader import Plan
-from relssl.engine import Engine
+from relssl.engine import Engine, usual_torch
 from relssl.errors import ConfigError
 from relssl.files import write_file
 from relssl.report.pictures import tile, visible
@@ -21,6 +21,7 @@ from relssl.train.run import complete_settings, load_images, open_loader
 _HEAD, _GAP, _LEAST = 16, 2, 96
 
 
+@usual_torch()
 def write_views(
     data: Any = None,
     *,

@@ -98,8 +98,8 @@ def plan(
         seeds: 0..seeds-1 are chosen; default: the scale's. Others that were run before are in the plan as well.
         only: names of the rows that are chosen, default: all; of the others, those that cannot be set up are left out.
         runs: folder of the run folders; default: runs/reproduce/TABLE-SCALE.
-        overrides: settings of all runs, a recipe with its data; with `epochs` or `max_steps` among them the plan is a rehearsal; with
-            `epochs` its evaluations are as short, and see as few images as `max_images` leaves.
+        overrides: settings of all runs, a recipe with its data; with `epochs` or `max_steps` among them the plan is a rehearsal, whose
+            evaluations see as few images as `max_images` leaves, and with `epochs` are as short.
 
     Raises:
         ConfigError: for settings that cannot be used, that the rows differ in, or other than those a run was started with.
@@ -145,8 +145,8 @@ def _run(table: Table, row: Row, seed: int, folder: Path, over: dict[str, Any]) 
         epochs = resolve(settings | {"epochs": over["epochs"], "optimizer.warmup_epochs": 0}).epochs
         settings |= {"optimizer.warmup_epochs": round(whole.optimizer.warmup_epochs / whole.epochs * epochs, 6)}
         evaluation |= {"linear.epochs": epochs} if "linear" in evaluation["protocol"] else {}
-        if "max_images" in over:
-            settings["log.knn_images"] = evaluation["images"] = [over["max_images"]] * 2
+    if {"epochs", "max_steps"} & over.keys() and "max_images" in over:
+        settings["log.knn_images"] = evaluation["images"] = [over["max_images"]] * 2
     settings = layer(settings, over) | {"seed": seed, "out": str(folder / f"{row.name}-{seed}")}
     config = check(dataclasses.replace(resolve(settings), typed=None))  # nothing gives way: rows are compared
     return Run(row, seed, settings, config, read_settings(evaluation | {"device": config.engine.device}), Path(settings["out"]))

@@ -69,7 +69,7 @@ def write_results(plan: Plan, out: Path) -> dict[str, Any]:
     the first."""
     content = results(plan)
     write_json(out / f"{plan.name}.json", content)
-    write_file(out / f"{plan.name}.md", page(content).encode())
+    write_file(out / f"{plan.name}.md", page(content).encode("utf-8", "backslashreplace"))
     if drawing := curves(content):
         write_file(out / f"{plan.name}.svg", drawing.encode())
     return content

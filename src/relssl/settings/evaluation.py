@@ -54,11 +54,11 @@ class LinearConfig:
     what the authors advise for their second code."""
 
     schedule: Literal["cosine", "step"] = setting("cosine", "cosine to 0 per step, or step: a tenth at 60 % and at 80 %")
-    lr: tuple[Positive, ...] = setting((), "a classifier each; empty: 30 for step, for cosine 1 up to 64 pixels, else 0.3")
+    lr: tuple[Positive, ...] = setting((), "a classifier each; empty: 30 for step, for cosine 1 up to 96 pixels, else 0.3")
     epochs: Count = setting(100, "passes over the bank")
     batch_size: Count = setting(256, "images a step at most; all batches of an epoch are alike")
     momentum: Momentum = setting(0.9, "momentum of SGD")
-    nesterov: bool | None = setting(None, "Nesterov's momentum; null: the papers', on up to 64 pixels, else off")
+    nesterov: bool | None = setting(None, "Nesterov's momentum; null: the papers', on up to 96 pixels, else off")
     weight_decay: Probability = setting(0.0, "weight decay of the classifier")
     scale: Shares = setting((0.08, 1.0), "share of the area that the random crop keeps")
 

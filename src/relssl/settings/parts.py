@@ -61,6 +61,12 @@ def name_of(part: Any) -> str:
     return f"{HANDED}{named.__module__}.{named.__qualname__}"
 
 
+def same_name(one: Any, other: Any) -> bool:
+    """Return whether two objects handed over have the same name, in whatever module: a script's lie elsewhere once they are imported."""
+    names = [str(each) for each in (one, other)]
+    return all(map(is_handed, names)) and len({re.split("[:.]", name)[-1] for name in names}) == 1
+
+
 @contextlib.contextmanager
 def at_hand(parts: Mapping[str, Any]) -> Iterator[None]:
     """Let `find` return these objects, by the settings that they belong to, inside the context."""
@@ -99,7 +105,9 @@ def find(setting: str, value: str) -> Any:
     """
     if is_handed(value):
         part = _AT_HAND.get().get(setting)
-        if part is None or name_of(part) != value:
+        # Which network it is shows by its weights, which are compared; a function makes one of another name.
+        network = setting == "backbone" and not isinstance(part, str)
+        if part is None or not (network or same_name(name_of(part), value)):
             argument = setting.removesuffix(".name").partition(".")[0]
             again = f'hand it over again in Python, {argument}=... or `with relssl.settings.parts.at_hand({{"{setting}": ...}})`'
             raise ConfigError(f"{setting}: {title(value)} was handed over in Python, and is not at hand here; {again}")

@@ -35,6 +35,7 @@ _LONGEST = 4096  # characters of a text, as of a path
 _MAX_YAML_BYTES, _MAX_YAML_VALUES = 1 << 20, 50_000
 _MOST_UNKNOWN = 20  # keys that are told, each with the nearest, which takes a while
 _PARSER: Any = getattr(yaml, "CBaseLoader", yaml.BaseLoader)  # libyaml is 30 times as fast, where it is there
+_BYTES = re.compile(r"\\u[dD][89a-fA-F]")  # of paths that are no UTF-8, which libyaml writes and does not read
 
 
 # Fields
@@ -95,7 +96,7 @@ def choices(field: FieldInfo) -> tuple[str, ...]:
 # Layers, and files of them
 
 
-class _Loader(_PARSER):  # type: ignore[misc]
+class _Checked(yaml.constructor.BaseConstructor):
     """All scalars stay text; a key given twice is refused instead of silently winning."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Any:
@@ -105,13 +106,22 @@ class _Loader(_PARSER):  # type: ignore[misc]
         return super().construct_mapping(node, deep)
 
 
+class _FastLoader(_Checked, _PARSER):  # type: ignore[misc]
+    pass
+
+
+class _Loader(_Checked, yaml.BaseLoader):
+    pass
+
+
 def parse_yaml(text: str) -> Any:
     """Return what YAML text holds, all scalars as text; yaml.YAMLError, too, for what would grow: anchors, aliases, and too many values."""
-    for count, event in enumerate(yaml.parse(text, Loader=_PARSER)):
+    loader: Any = _Loader if _BYTES.search(text) else _FastLoader
+    for count, event in enumerate(yaml.parse(text, Loader=loader)):
         if getattr(event, "anchor", None) or count > _MAX_YAML_VALUES:
             problem = f"anchors, aliases and more than {_MAX_YAML_VALUES} values are not read here"
             raise yaml.YAMLError(problem)
-    return yaml.load(text, _Loader)
+    return yaml.load(text, loader)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from operator import attrgetter
 from typing import Any
 
 from relssl.errors import ConfigError
 from relssl.settings import parts, recipes
-from relssl.settings.reading import changes
+from relssl.settings.reading import changes, leaves
 from relssl.settings.run import Config, from_mapping, to_mapping
 
 # Free: what the run computes is the same bit for bit, or as a run of so many epochs has it from here on. Beginnings of names.
@@ -31,8 +33,10 @@ def going_on(config: Config, over: Mapping[str, Any], run: object) -> Config:
     changed = from_mapping({**recipes.spell_out(to_mapping(config)), **over})
     if changed.epochs != config.epochs:
         changed = from_mapping(to_mapping(changed) | {"max_steps": over.get("max_steps")})
-    pairs = {name: map(str, pair) for name, pair in changes(config, changed).items() if not _may_change(name)}
-    faults = [f"{name}: the run in {run} has {', not '.join(map(parts.title, pair))}" for name, pair in pairs.items()]
+    pairs = {name: pair for name, pair in changes(config, changed).items() if not (_may_change(name) or parts.same_name(*pair))}
+    faults = [
+        f"{name}: the run in {run} has {', not '.join(parts.title(str(each)) for each in pair)}" for name, pair in pairs.items()
+    ]
     if faults:
         raise ConfigError(*(f"{fault}; leave it out, or start another run" for fault in faults))
     return changed
@@ -42,6 +46,11 @@ def lasting(stored: Config, config: Config) -> Config:
     """Return the settings to write down of a run that goes on: the stored ones with what `going_on` lets change."""
     pairs = {name: now for name, (_, now) in changes(stored, config).items() if _may_change(name) and name not in ONCE}
     return from_mapping(recipes.spell_out(to_mapping(stored)) | pairs)
+
+
+def fixed(config: Config) -> dict[str, Any]:
+    """Return {dotted name: value}, as plain JSON, of the settings that may not change while a run goes on."""
+    return json.loads(json.dumps({name: attrgetter(name)(config) for name in leaves(Config) if not _may_change(name)}))  # type: ignore[no-any-return]
 
 
 def _may_change(name: str) -> bool:

@@ -302,6 +302,11 @@ class Config:
         """Return the optimizer steps of the run on so many images."""
         return min(self.epochs * (images // self.batch_size), self.max_steps or 1 << 63)
 
+    @property
+    def length(self) -> str:
+        """The length in words, as set."""
+        return f"{self.epochs} epochs" if self.max_steps is None else f"at most {self.max_steps} steps"
+
 
 @dataclass(frozen=True)
 class Derived:

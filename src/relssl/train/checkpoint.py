@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch.optim import Optimizer
 from relssl.engine import Engine
 from relssl.errors import CheckpointError, DistributedError, NumericError
 from relssl.method.base import Method, unwrapped
+from relssl.settings.parts import same_name
 from relssl.settings.resuming import WARNED
 from relssl.weights import store
 
@@ -152,6 +154,10 @@ def restore(path: Path, state: State, engine: Engine, origin: dict[str, Any]) ->
     tree = store.unflatten(tensors, facts["tree"])
     for name, part in _parts(state.model).items():
         part.load_state_dict(tree[name])
+    for saved_group, group in zip(tree["optimizer"]["param_groups"], state.optimizer.param_groups, strict=True):
+        saved_group |= {
+            name: group[name] for name in ("fused", "foreach", "capturable") if name in group
+        }  # which go by the device
     state.optimizer.load_state_dict(tree["optimizer"])
     if (before := facts["steps_per_epoch"]) != (length := origin["steps_per_epoch"]):
         raise CheckpointError(f"{path}: was saved at {before} steps an epoch, the data now gives {length}")
@@ -161,11 +167,18 @@ def restore(path: Path, state: State, engine: Engine, origin: dict[str, Any]) ->
         same = {name: value for name, value in moments.items() if getattr(value, "shape", None) == parameter.shape}
         moments |= {name: torch.empty_like(parameter).copy_(value) for name, value in same.items()}
     state.step, state.best, state.unreadable = facts["step"], facts["best"], set(facts["unreadable"])
-    state.neighbours, state.unmeasured = facts.get("neighbours"), facts.get("unmeasured")
+    state.neighbours, row = facts.get("neighbours"), facts.get("unmeasured")
+    state.unmeasured = row and {name: math.nan if value is None else value for name, value in row.items()}
     state.guard.streak.fill_(facts["non_finite"])
     now, saved = origin | origin["choices"], facts | origin["choices"] | facts["choices"]  # older ones say less
     matters = sorted({*WARNED.values(), *origin["choices"]} & now.keys())
     inexact = [f"{name} {saved[name]} -> {now[name]}" for name in matters if saved[name] != now[name]]
+    set_then = facts.get("settings", origin["settings"])  # of which `going_on` has asked; they differ if config.yaml was edited
+    inexact += [
+        f"{name} {set_then[name]} -> {value}, in config.yaml"
+        for name, value in origin["settings"].items()
+        if name in set_then and set_then[name] != value and not same_name(set_then[name], value)
+    ]
     if not engine.restore_random_state(tree["random"]):
         inexact.append("random generators of another world or device")
     return inexact if facts["data"] == origin["data"] else [*inexact, "the data has changed"]

@@ -48,7 +48,7 @@ def in_words(row: Row, memory: int) -> str:
 
 
 # Condition of each alarm, causes before their consequences; alarms.yaml has their sentences. It reads columns of a row, and `memory` K,
-# `dim` D, `batch` B, `epochs`, `moving` (a teacher is to follow the student) and `span`, steps that the memory holds; NaN, no reason, where one is
+# `dim` D, `batch` B, `epochs`, `most` (steps), `moving` (a teacher is to follow the student) and `span`, steps that the memory holds; NaN, no reason, where one is
 # missing.
 ALARMS: dict[str, Callable[[Row], bool]] = {
     "dead-projector": lambda row: row["embedding_std"] < 1e-3,
@@ -57,7 +57,12 @@ ALARMS: dict[str, Callable[[Row], bool]] = {
     ),
     "uniform-teacher": lambda row: row["teacher_neighbours"] > 0.9 * row["memory"],
     "one-hot-teacher": lambda row: row["teacher_neighbours"] < 1.2,
-    "frozen-teacher": lambda row: row["moving"] and row["teacher_momentum"] > 0.99999 and row["epoch"] < 0.9 * row["epochs"],
+    "frozen-teacher": lambda row: (
+        row["moving"]
+        and row["teacher_momentum"] > 0.99999
+        and row["epoch"] < 0.9 * row["epochs"]
+        and row["step"] < 0.9 * row["most"]
+    ),
     "stale-memory": lambda row: row["span"] >= 4 and row["matched_age"] < min(row["span"], row["step"]) / 8,
 }
 # Those of a collapse; the others are faults of a run that may learn all the same.
@@ -74,9 +79,12 @@ def alarms(rows: Iterable[Row], config: Config) -> dict[str, str]:
         "dim": config.encoder.dim,
         "batch": config.batch_size,
         "epochs": config.epochs,
+        "most": config.max_steps or math.inf,
         "moving": traits.teacher,
     }
     if traits.memory:
         facts |= {"memory": config.method.memory_size, "span": config.method.memory_size / config.batch_size}
+    if not traits.sharpened:  # whose loss has no teacher's temperature
+        facts["teacher_neighbours"] = math.nan
     known = [defaultdict(lambda: math.nan, {k: v for k, v in row.items() if v is not None} | facts) for row in rows]
     return {name: _read("alarms")[name] for name, holds in ALARMS.items() if known and all(map(holds, known))}

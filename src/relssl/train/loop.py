@@ -22,6 +22,7 @@ from relssl.method import health, schedules
 from relssl.method.base import ALONE, Step, World, unwrapped
 from relssl.method.create import step_settings
 from relssl.method.health import effective_rank, spread
+from relssl.settings.resuming import fixed
 from relssl.settings.run import derive
 from relssl.train import checkpoint
 from relssl.train.console import Display
@@ -332,7 +333,8 @@ def origin(run: Run) -> dict[str, Any]:
     if any(isinstance(module, _BatchNorm) for module in run.networks[0].modules()):
         choices["images a batch norm sees (its loss depends on them)"] = run.plan.share // derive(run.config).norm_splits
     facts = {"threads": run.engine.threads, "world": run.engine.world, "precision": run.engine.precision}
-    return {"steps_per_epoch": run.plan.steps_per_epoch, "data": run.fingerprint, "choices": choices, **facts}
+    facts |= {"steps_per_epoch": run.plan.steps_per_epoch, "data": run.fingerprint, "settings": fixed(run.config)}
+    return {"choices": choices, **facts}
 
 
 def save(run: Run) -> None:

@@ -20,29 +20,38 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from relssl.data.loader import VIEW_BYTES
 from relssl.engine import Engine
 from relssl.errors import ConfigError, RelsslError
 from relssl.files import size
 from relssl.method import create_method
 from relssl.method.base import Method
 from relssl.method.create import create_run_optimizer, step_settings
+from relssl.method.tiled import TILE_BYTES
 from relssl.settings.parts import is_part
 from relssl.settings.run import Config, derive
 
 # A step can hardly take more than so many times the bytes of its views: a huge transformer takes about 1,400 times as many.
 _MOST = 2000
+_CGROUPS = Path("/sys/fs/cgroup")
 
 
 def fit(
-    config: Config, engine: Engine, workers: int, classes: int = 0, given: nn.Module | None = None, free: int | None = None
+    config: Config,
+    engine: Engine,
+    workers: int,
+    classes: int = 0,
+    given: nn.Module | None = None,
+    free: int | None = None,
+    resident: int = 0,
 ) -> Config:
     """Return the settings, with `fit_batch` those of the largest batch that fits in memory, before any of it is taken.
 
-    `workers` loader processes of each training process hold batches ahead; `free` bytes are there, by default those of `free_memory`;
-    other arguments as of `step_memory`. ConfigError, with the batch size or accumulation that fits, if a step would take more.
+    `workers` loader processes of each training process hold batches ahead; `free` bytes are there, by default those of `free_memory`,
+    of which the images will take as many as `resident`; other arguments as of `step_memory`. ConfigError, with the batch size or accumulation that fits, if a step would take more.
     """
     derived, gpu = derive(config), engine.device.type == "cuda"
-    free = -engine.largest(-(free or free_memory(engine.device)))  # ranks agree
+    free = -engine.largest(-(free or free_memory(engine.device))) - resident  # ranks agree
     image = sum(4 * config.views.channels * view.size**2 for view in derived.views)
     here = 1 if gpu else config.engine.devices  # processes that share it
     if here * derived.share * image * _MOST <= free:
@@ -51,7 +60,10 @@ def fit(
     def needed(share: int) -> float:
         step = step_memory(config, engine, share, classes, given)
         # Beside a step's tensors, as measured: what kernels and fragments take; what malloc holds (`keep_memory`), and loaders.
-        return 1.15 * step if gpu else here * (1.25 * step + (256 << 20) + (2 * workers + 1) * share * image)
+        if gpu:  # where views of several steps, and tiles of the loss, are larger than those that the step was computed with
+            blocks = (len(derived.views) + 2) * min(VIEW_BYTES, 8 * share * derived.passes * image)
+            return 1.15 * step + blocks + 3 * min(TILE_BYTES["cuda"], 4 * share * config.method.memory_size)
+        return here * (1.25 * step + (256 << 20) + (2 * workers + 1) * share * image)
 
     smallest = 2 * derived.norm_splits
     most, least = needed(derived.share), needed(smallest)
@@ -168,11 +180,17 @@ def peak_memory(engine: Engine, processes: int) -> dict[str, int]:
 def free_memory(device: torch.device) -> int:
     """Return the bytes that this process may still take: of a GPU, or of the machine, its container and the process's own limits."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, for what comes
+        return int(torch.cuda.mem_get_info(device)[0]) + held
     free = [psutil.virtual_memory().available]
-    for limit, usage in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+    for folder, limit, usage, total in (
+        ("", "memory.max", "memory.current", ""),
+        ("memory/", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+    ):
         with suppress(OSError, ValueError):  # no container, or one without a limit
-            free.append(_cgroup(limit) - _cgroup(usage))
+            facts = dict(line.split() for line in (_CGROUPS / folder / "memory.stat").read_text().splitlines())
+            cached = sum(int(facts.get(f"{total}{name}_file", 0)) for name in ("active", "inactive"))  # given back when needed
+            free.append(_cgroup(folder + limit) - _cgroup(folder + usage) + cached)
     most, _ = resource.getrlimit(resource.RLIMIT_AS)
     if most != resource.RLIM_INFINITY:
         free.append(most - psutil.Process().memory_info().vms)
@@ -180,7 +198,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def _cgroup(name: str) -> int:
-    return int((Path("/sys/fs/cgroup") / name).read_text())
+    return int((_CGROUPS / name).read_text())
 
 
 def memory_used() -> int:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -24,7 +26,8 @@ from relssl.errors import ConfigError, DataError, DistributedError, ExportError,
 from relssl.files import read_json, read_rows, write_file, write_json
 from relssl.settings import parts, recipes
 from relssl.settings.launcher import MARK, rank, with_launch
-from relssl.settings.resuming import going_on, lasting
+from relssl.settings.reading import changes
+from relssl.settings.resuming import DATAS, going_on, lasting
 from relssl.settings.run import Config, derive, handed_over, to_yaml
 from relssl.train import checkpoint
 from relssl.train.console import Display
@@ -106,11 +109,17 @@ def _start(config: Config, quiet: bool, mode: str | None, hooks: Hooks) -> Resul
         own = ["out", "fit_batch"]
         own += ["batch_size", "optimizer.lr"] if config.fit_batch else []
         own += ["backbone_args"] if config.start else []
-        typed = {name for name in config.typed or () if not name.startswith("backbone_args.")} - {*own}
+        typed = {*(config.typed or ())}
+        if config.typed is None and not (
+            config.start or config.teacher
+        ):  # whole settings, of which the data may have filled in some
+            stored = load_run(folder).config
+            typed = {name for name in changes(stored, config) if not (name in DATAS and attrgetter(name)(config) is None)}
+        typed = {name for name in typed if not name.startswith("backbone_args.")} - {*own}
         return resume(folder, quiet=quiet, hooks=hooks.hooks, **{each: attrgetter(each)(config) for each in typed})
     config = _whole_folders(dataclasses.replace(config, out=str(folder), data=_whole_path(config.data, config.data_root)))
     refuse_missing(config.log.to)
-    engine = Engine(config.engine)
+    engine = _engine(config)
     folder = engine.gather_items([folder])[0]  # of the first rank, whatever a script makes of its name on the others
     engine.on_first(lambda: refuse_used(folder))
     return _run(config, folder, engine, quiet, hooks)
@@ -193,12 +202,19 @@ def _go_on(loaded: Loaded, name: str | None, quiet: bool, over: dict[str, Any], 
     try:
         config = dataclasses.replace(config, data=_whole_path(os.fspath(moved or config.data), config.data_root))
     except DataError as error:
-        raise DataError(f"{error}; if the run's images have moved: relssl resume {folder} --data PATH") from error
+        raise DataError(f"{error}; if the run's images have moved: relssl resume {quote(str(folder))} --data PATH") from error
     refuse_missing(config.log.to)
     config = with_launch(_whole_folders(config), resumed=True)
     begun = any((folder / "checkpoints").glob("step-*"))
-    saved = loaded.checkpoint(name) if name is not None or begun else None
-    return _run(config, folder, Engine(config.engine), quiet, hooks, loaded, saved)
+    choose = partial(loaded.checkpoint, name) if name is not None or begun else None
+    if choose:
+        choose()  # before anything is read
+    return _run(config, folder, _engine(config), quiet, hooks, loaded, choose)
+
+
+def _engine(config: Config) -> Engine:
+    """Create the engine of a run; a network or method of the user's may have parameters that the loss does not reach."""
+    return Engine(config.engine, spare=parts.is_part(config.backbone) or parts.is_part(config.method.name))
 
 
 def _complete(folder: Path, config: Config) -> bool:
@@ -219,27 +235,30 @@ def _run(
     quiet: bool,
     hooks: Hooks,
     loaded: Loaded | None = None,
-    saved: Path | None = None,
+    choose: Callable[[], Path] | None = None,
 ) -> Result:
-    """Train in a folder, a new one or that of a `loaded` run with its checkpoint `saved`, if there is one, then export the networks."""
+    """Train in a folder, a new one or that of a `loaded` run from the checkpoint that `choose` returns, then export the networks."""
     ours = os.environ.get("LOCAL_RANK") != "0" and os.environ.get(MARK) == str(
         os.getppid()
     )  # the first rank's own children are none
     if engine.world == 1 and (ours or (dist.is_initialized() and dist.get_world_size() > 1)):
         raise ConfigError(f"engine.devices: this process is one of several, and the run asks for one; {ONE_NUMBER}")
-    stop = StopRequest(config.time_limit, str(path), "before its first step; start it again")
+    stop = StopRequest(config.time_limit, quote(str(path)), "before its first step; start it again")
     voice = Display(engine.is_first and not quiet, stop)
     # The folder is closed once nobody waits for the first rank any more: services take as long as they like.
     with stop, voice as display, ExitStack() as stack, engine.running(), explaining(config, engine):
-        config, given = open_sources(config, saved is not None, loaded.environment if loaded else {})
+        config, given = open_sources(config, choose is not None, loaded.environment if loaded else {})
         run = build(config, engine, display.say, given)
         counts = engine.gather_items([(run.fingerprint, len(run.images))])
         if len({*counts}) > 1:
             numbers = ", ".join(f"{count} on rank {rank}" for rank, (_, count) in enumerate(counts))
             raise DataError(f"{run.images.name}: not all ranks have the same images ({numbers}); give each the whole data")
         run.folder = engine.on_first(lambda: stack.enter_context(closing(RunFolder(path, hooks))))
+        stack.callback(stop.end)
+        # Again, now that nobody else can write it: a process that was about to end may have saved since.
+        saved = choose and engine.gather_items([engine.on_first(choose)])[0]
         engine.on_first(lambda: begin(run, display, loaded))
-        stop.at_once = f"before its first step; go on with `relssl resume {path}`"
+        stop.at_once = f"before its first step; go on with `relssl resume {quote(str(path))}`"
         for line in prepare(run, saved):
             display.say(line)
         engine.on_first(lambda: write_changes(run, loaded))
@@ -271,7 +290,7 @@ def begin(run: Run, display: Display, loaded: Loaded | None) -> None:
     else:
         _refuse_others(loaded, config, run.images.name, facts)
     display.log_to(folder.path / "run.log")
-    for line in folder.mend():
+    for line in (*folder.notes, *folder.mend()):
         display.say(line)
     if loaded is not None and (before := loaded.config.epochs) != (now := config.epochs):
         display.say(f"epochs are {now} instead of {before}: from here on the schedules are those of {now} epochs")
@@ -355,12 +374,14 @@ def write_page(run: Run, display: Display) -> None:
         try:
             relssl.write_report(run.folder.path)
         except Exception as error:  # networks, views and data are others' code
-            display.say(f"no report ({store.one_line(error)}); try again with `relssl report {run.folder.path}`")
+            display.say(f"no report ({store.one_line(error)}); try again with `relssl report {quote(str(run.folder.path))}`")
 
 
 def unexported(folder: Path, reason: str) -> ExportError:
     """Return the error of a complete run without its export."""
-    return ExportError(f"{folder}: the run is complete, its export failed ({reason}); try again with `relssl export {folder}`")
+    return ExportError(
+        f"{folder}: the run is complete, its export failed ({reason}); try again with `relssl export {quote(str(folder))}`"
+    )
 
 
 def _result(folder: Path, number: int) -> Result:
@@ -405,6 +426,9 @@ def explaining(config: Config, engine: Engine) -> Iterator[None]:
                 f"batch_size: {config.batch_size} does not fit the device's memory; lower it, {pieces}"
                 "or set loader.path files to keep the images out of it"
             ) from error
+        if "deterministic implementation" in str(error):
+            reason = f"{store.one_line(error).partition(' does not have')[0]} has no kernel that repeats bit for bit"
+            raise ConfigError(f"engine.deterministic: {reason}; set it to false, or take another network") from error
         if engine.watch is None:
             raise
         raise DistributedError(engine.watch.explain(store.one_line(error))) from error

@@ -92,7 +92,9 @@ def build(config: Config, engine: Engine, say: Say = id, given: Given | None = N
         say(line)
     workers = 0 if images.in_memory else worker_count(config.loader.workers, config.engine.devices)
     enough = len(images) >= settings.batch_size  # too few are refused by the loader
-    config = fit(settings, engine, workers, images.class_count, given.frozen_teacher(settings)) if enough else settings
+    resident = images.source.tensor.nbytes if isinstance(images.source, Pixels) and engine.device.type == "cuda" else 0
+    teacher = given.frozen_teacher(settings)
+    config = fit(settings, engine, workers, images.class_count, teacher, resident=resident) if enough else settings
     if config.batch_size != settings.batch_size:
         say(f"batch_size is {config.batch_size}, which fits in memory, with optimizer.lr {config.optimizer.lr:g}")
     online = None

@@ -11,6 +11,7 @@ import re
 import subprocess
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import relssl
@@ -28,7 +29,7 @@ _PACKAGES = ("torch", "torchvision", "timm", "lightning", "numpy", "scikit-learn
 def refuse_used(folder: Path) -> None:
     """Raise ConfigError if `folder` holds anything already; this needs no torch, so it comes before start-up."""
     if (folder / "config.yaml").exists():
-        raise ConfigError(f"out: {folder} holds a run; go on with `relssl resume {folder}` or give another --out")
+        raise ConfigError(f"out: {folder} holds a run; go on with `relssl resume {quote(str(folder))}` or give another --out")
     # A run that was killed before it could say what it is has left its lock and an empty folder, and nothing to lose.
     if folder.exists() and not (folder.is_dir() and all(path.name in (".lock", "checkpoints") for path in folder.rglob("*"))):
         raise ConfigError(f"out: {folder} exists and is not empty; give another --out")
@@ -67,19 +68,22 @@ class RunFolder:
     StorageError if it cannot be written."""
 
     def __init__(self, path: Path, hooks: Hooks | None = None) -> None:
-        self.path, self.checkpoints, self.hooks = path, path / "checkpoints", hooks or Hooks()
+        self.path, self.checkpoints, self.hooks, self.notes = path, path / "checkpoints", hooks or Hooks(), list[str]()
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             # A lock of the operating system goes with its process, however that ends: no stale lock needs breaking.
             self._lock = (path / ".lock").open("a+")
+        except OSError as error:
+            raise StorageError(f"{path}: cannot be written ({error.strerror}); give another --out") from error
+        try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             with self._lock:
                 self._lock.seek(0)
                 holder = self._lock.read().strip() or "another process"
             raise LockedError(f"{path}: is being written by {holder}; wait for it or stop it") from None
-        except OSError as error:
-            raise StorageError(f"{path}: cannot be written ({error.strerror}); give another --out") from error
+        except OSError as error:  # as of some network drives
+            self.notes.append(f"{path}: cannot be locked ({error.strerror}); let no other process write it")
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {platform.node()}")
         self._lock.flush()
@@ -137,9 +141,9 @@ class RunFolder:
         self._rows.flush()
         if self._loggers is not None:
             self._loggers.write(row)
-        self.hooks.call("on_row", row)
+        self.hooks.call("on_row", dict(row))
         if "knn_top1" in row:
-            self.hooks.call("on_evaluation", row)
+            self.hooks.call("on_evaluation", dict(row))
 
     def draw(self, show: Callable[..., None], *subjects: Any) -> None:
         """Let `show` draw its subjects in TensorBoard, see `Loggers.draw`."""

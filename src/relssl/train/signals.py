@@ -31,6 +31,7 @@ class StopRequest:
         self._handlers: dict[int, Any] = {}
         self._received, self.heeding = math.inf, heeding
         self._number: int | None = None
+        self._ended = False
 
     def __enter__(self) -> StopRequest:
         # Python allows handlers in the main thread only; a run started from another thread goes without.
@@ -56,7 +57,13 @@ class StopRequest:
     def _interrupted(self) -> Interrupted:
         return Interrupted(f"stopped {self.reason} {self.at_once}".strip(), self.code)
 
+    def end(self) -> None:
+        """Let SIGTERM pass if a signal came before: launchers send it to the first rank, as it closes its files, once others have left."""
+        self._ended = bool(self.code)
+
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self._ended and number == signal.SIGTERM:
+            return
         if time.monotonic() - self._received > _SAME:
             os._exit(128 + number)  # checkpoints are renamed into place whole, so leaving in the middle of one harms none
         self._received = min(self._received, time.monotonic())

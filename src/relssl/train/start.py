@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -99,7 +101,13 @@ def _open(setting: str, source: str, reading: Reading, recorded: dict[str, Any] 
             reading = replace(reading, backbone=None, stem=None)
         opened = open_backbones(source, reading)
     except (ConfigError, CheckpointError) as error:
-        raise type(error)(*(f"{setting}: {fault}" for fault in str(error).splitlines())) from error
+        faults = [*str(error).splitlines()]
+        if path.is_file() and not is_exported(path):  # whose options are those of `relssl import`
+            again = (
+                f"; `relssl import {quote(source)} --backbone NAME` has options for other programs' files: give what it writes"
+            )
+            faults = [re.split("; (?:give timm's name|--allow NAME)", fault)[0] + again for fault in faults]
+        raise type(error)(*(f"{setting}: {fault}" for fault in faults)) from error
     backbone, spec = opened.backbone, opened.spec
     if opened.report is None and (fault := untrained(backbone, spec.create(), spec.view)):  # others' files have been looked at
         raise CheckpointError(f"{setting}: {source} looks untrained: {fault}; give weights that were trained")

@@ -136,7 +136,8 @@ def _results(source: Opened) -> list[tuple[str, str]]:
             evaluation = json.loads(path.read_text())
             for record in evaluation["results"]:
                 if (record["network"], record["card"]["source"]["checkpoint"]) == (network, source.header["origin"]):
-                    main, notes, interval = record["main"], "; ".join(record["notes"]), record["intervals"].get(record["main"])
+                    main, interval = record["main"], record["intervals"].get(record["main"])
+                    notes = "; ".join(note.partition(", the first ")[0] for note in record["notes"])  # which names a file
                     setting = "".join(f", {name} {value}" for name, value in record["setting"].items()) + f" ({notes})" * bool(
                         notes
                     )

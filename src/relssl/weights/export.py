@@ -25,6 +25,7 @@ from relssl import __version__
 from relssl.data.images import Images, Pixels
 from relssl.data.named import load, sample
 from relssl.data.plain import PlainView, Reader
+from relssl.engine import usual_torch
 from relssl.errors import CheckpointError, ConfigError, StorageError
 from relssl.files import storing, sweep, sync_folder, temporary, write_file
 from relssl.settings.run import Config, to_yaml
@@ -52,6 +53,7 @@ class Exported:
     address: str | None = None  # where it was uploaded to
 
 
+@usual_torch()
 def export(
     source: str | Path,
     *,
@@ -101,6 +103,7 @@ def export(
     return exported if push is None else replace(exported, address=_upload(target, push))
 
 
+@usual_torch()
 def import_weights(path: str | Path, *, out: str | Path | None = None, **reading: Any) -> LoadReport:
     """Write the backbone in a foreign file as OUT.safetensors, its settings as OUT.yaml and a card as OUT.md.
 
@@ -210,7 +213,7 @@ def hand_over(source: Opened, target: Path, format: str, images: Images | None =
             for file, data in files.items():
                 write_file(unfinished / file, data)
             parity = compare(source.backbone, written, unfinished / name, batch, what)
-            write_file(unfinished / text, card(source, written, parity, name, settings, hub).encode())
+            write_file(unfinished / text, card(source, written, parity, name, settings, hub).encode("utf-8", "backslashreplace"))
             if target.is_dir():  # folders cannot be replaced in one go: the old one waits where it is removed with the rest
                 target.rename(unfinished / f"{name}.before")
             for entry in entries:

@@ -279,8 +279,8 @@ def untrained(backbone: nn.Module, fresh: nn.Module, view: PlainView) -> str | N
     return None
 
 
-def load_timm(name: str) -> Any:
-    """Load a network of timm's with the library's own pretrained weights and view; downloads them unless they are cached.
+def load_timm(name: str) -> tuple[Any, tuple[str, ...]]:
+    """Load a network of timm's with the library's own pretrained weights and view, and remarks; downloads them unless they are cached.
 
     Args:
         name: timm's name, with or without `timm:` before it and a tag behind it, such as `resnet50.a1_in1k`.
@@ -303,4 +303,6 @@ def load_timm(name: str) -> Any:
     # timm rounds down to whole pixels.
     margin = math.floor(cfg.input_size[-1] / cfg.crop_pct) / cfg.input_size[-1]
     view = PlainView(cfg.input_size[-1], margin, cfg.interpolation, tuple(cfg.mean), tuple(cfg.std))
-    return BackboneSpec(name.partition(".")[0], {}, "standard", view).load(weights, Path(name))
+    manner = {"squash": "squashes images to a square", "border": "pads images to a square"}.get(cfg.crop_mode)
+    remarks = (f"timm's own view {manner}; here a square is cut out of their middle",) if manner else ()
+    return BackboneSpec(name.partition(".")[0], {}, "standard", view).load(weights, Path(name)), remarks

@@ -214,6 +214,8 @@ def first(prefixes: Iterable[str], names: Iterable[str]) -> str | None:
 
 def find_layout(tensors: Mapping[str, Tensor]) -> str:
     """Recognise the layout by the longest prefix that occurs; timm, if there is none."""
+    if {"class_token", "conv_proj.weight"} <= tensors.keys():  # torchvision's vision transformers, with solo-learn's `encoder.`
+        return "torchvision"
     # `encoder_q.` begins the official names as well as MoCo's.
     layouts = {name: layout for name, layout in LAYOUTS.items() if name not in PLAIN}
     prefixes = {prefix: name for name, layout in layouts.items() for prefix in layout.student + layout.teacher * (name == "dino")}

@@ -12,6 +12,7 @@ from safetensors import safe_open
 
 from relssl.data.loader import worker_count
 from relssl.data.plain import Reader
+from relssl.engine import usual_torch
 from relssl.errors import CheckpointError, ConfigError
 from relssl.files import read_json
 from relssl.settings import parts, recipes
@@ -92,6 +93,10 @@ def is_exported(path: Path) -> bool:
     """Return whether an existing file is one of ours; ConfigError if its settings are not beside it, which say what the network sees."""
     ours = path.suffix == ".safetensors" and settings_of(path).is_file()
     if path.suffix == ".safetensors" and not ours and header_of(path):
+        if (path.parent / "config.json").is_file():
+            raise ConfigError(
+                f"{path}: is of a Hugging Face folder, for timm and transformers; give the run or its own .safetensors"
+            )
         lost = "where they are lost, `relssl import` makes others"
         raise ConfigError(f"{path}: its settings {settings_of(path).name}, written with it, are needed beside it; {lost}")
     return ours
@@ -110,6 +115,7 @@ class Opened:
     folder: Path | None = None  # of a run
     run_data: dict[str, Any] = field(default_factory=dict)  # {"images": count, "fingerprint"} of a run, as far as it is known
     report: LoadReport | None = None  # how another program's file was read
+    remarks: tuple[str, ...] = ()  # on its weights, beside those of the report
 
     @property
     def backbone(self) -> Backbone:
@@ -119,7 +125,7 @@ class Opened:
     @property
     def notes(self) -> tuple[str, ...]:
         """Notes for readers of any figure of these weights, such as names that were allowed to be missing."""
-        return () if self.report is None else self.report.gaps()
+        return self.remarks + (() if self.report is None else self.report.gaps())
 
     def reader(self, size: int | None = None, workers: int | None = None) -> Reader:
         """Return how images are read for these backbones: as the run does, with another size or number of workers if given."""
@@ -129,12 +135,13 @@ class Opened:
         return Reader(view, worker_count(workers), config.loader.max_pixels, flipped)
 
 
+@usual_torch()
 def load_backbone(source: str | Path, network: str | None = None, *, backbone: Any = None) -> Backbone:
     """Return a pretrained backbone, in eval mode.
 
     Args:
-        source: a run folder; an exported, imported or fine-tuned `.safetensors` file with its settings beside it; another program's
-            file whose layout its names show; or a timm name, such as `resnet50` or `timm:resnet50.a1_in1k`.
+        source: a run folder, or one of its checkpoints; an exported, imported or fine-tuned `.safetensors` file with its settings beside
+            it; another program's file whose layout its names show; or a timm name, such as `resnet50` or `timm:resnet50.a1_in1k`.
         network: student or teacher, of a run (default: student) or of a file that holds both (default: the one its authors
             evaluate).
         backbone: the module, or its function, that was handed over to the run. One that has a name is imported: of a run as it stands in
@@ -160,7 +167,9 @@ def open_backbones(source: str | Path, reading: Reading | None = None) -> Opened
         CheckpointError: if weights are damaged, or not all of them match.
     """
     reading, path, name = reading or Reading(), Path(source), str(source)
-    if path.is_file() and not is_exported(path):
+    saved = path if path.is_dir() else path.parent
+    of_run = (saved / store.META).is_file() and saved.parent.name == "checkpoints"
+    if path.is_file() and not of_run and not is_exported(path):
         return open_foreign(path, reading)
     if path.is_file() and parts.is_part(reading.backbone):
         with parts.at_hand({"backbone": reading.backbone}):
@@ -169,6 +178,8 @@ def open_backbones(source: str | Path, reading: Reading | None = None) -> Opened
     if useless := [option for field, option in options.items() if getattr(reading, field)]:
         why = f"is for files of other programs, which {name} is not; leave it out"
         raise ConfigError(*(f"--{option}: {why}" for option in useless))
+    if of_run:
+        return _open_run(load_run(saved.parents[1]), reading.network, saved.name)
     if path.is_dir():
         return _open_run(load_run(path), reading.network)
     if reading.network:
@@ -176,8 +187,8 @@ def open_backbones(source: str | Path, reading: Reading | None = None) -> Opened
     if path.is_file():
         return open_whole(path, alone=True)
     if timm.is_model(name.removeprefix("timm:").partition(".")[0]):
-        backbone, header = load_timm(name), {"network": "backbone", "origin": name}
-        return Opened(name, {"backbone": backbone}, backbone.spec, header, {"kind": "timm", "name": name})
+        (backbone, remarks), header = load_timm(name), {"network": "backbone", "origin": name}
+        return Opened(name, {"backbone": backbone}, backbone.spec, header, {"kind": "timm", "name": name}, remarks=remarks)
     raise ConfigError(f"{name}: is no run folder, no file of weights and no timm name")
 
 
@@ -215,13 +226,14 @@ def open_whole(path: Path, alone: bool = False) -> Opened:
     )
 
 
-def _open_run(run: Run, network: str | None) -> Opened:
+def _open_run(run: Run, network: str | None, older: str | None = None) -> Opened:
+    """Return the backbones of a run, or of its checkpoint of the name `older`, which is no run of which results are kept."""
     networks, title = derive(run.config).networks, run.folder.resolve().name
     if network is not None and network not in networks:
         given = run.config.teacher and f" (its teacher was given, and is not saved: {run.config.teacher})"
         why = "" if "teacher" in networks else given or f" ({run.config.method.name} has no teacher)"
         raise ConfigError(f"network: {run.folder.name} holds {' and '.join(networks)}, not {network}{why}")
-    checkpoint, spec, chosen = run.checkpoint(), BackboneSpec.of(run.config), networks if network is None else (network,)
+    checkpoint, spec, chosen = run.checkpoint(older), BackboneSpec.of(run.config), networks if network is None else (network,)
     tensors, _ = store.load(checkpoint)
     backbones = {}
     for name in chosen:
@@ -232,4 +244,5 @@ def _open_run(run: Run, network: str | None) -> Opened:
             backbones[name] = spec.load(weights, checkpoint)
     header = {"network": chosen[0], "origin": checkpoint.name}
     origin = {"kind": "run", "run": title, "checkpoint": checkpoint.name, "recipe": public_name(run.config.recipe)}
-    return Opened(title, backbones, spec, header, origin, run.config, run.folder, run.data)
+    title, folder = (title, run.folder) if older is None else (f"{title}/{older}", None)
+    return Opened(title, backbones, spec, header, origin, run.config, folder, run.data)

@@ -15,6 +15,7 @@ import shutil
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from relssl.errors import CheckpointError, StorageError
@@ -268,7 +269,7 @@ def offering(path: Path) -> Iterator[None]:
         fault = f"{error} is missing" if isinstance(error, LookupError) else one_line(error)
         fault = str(error) if isinstance(error, CheckpointError) else f"{path}: does not fit this configuration: {fault}"
         good = next((other for other in reversed(checkpoints(path.parent)) if other != path and is_whole(other)), None)
-        offer = good and f"a good one: `relssl resume {path.parents[1]} --checkpoint {good.name}`"
+        offer = good and f"a good one: `relssl resume {quote(str(path.parents[1]))} --checkpoint {good.name}`"
         raise CheckpointError(f"{fault}; {offer or 'no other is good'}") from error
 
 
