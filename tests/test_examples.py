@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ import pytest
 from PIL import Image
 
 import relssl
+import relssl.train.pretrain
 from relssl.data.named import load
-from small_runs import close_runs, small_run
+from small_runs import close_runs
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -35,7 +37,7 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     srun = """
     export SLURM_STEP_ID=0 SLURM_STEP_NUM_TASKS=$SLURM_NTASKS SLURM_STEP_NUM_NODES=1 SLURM_STEP_NODELIST=localhost
     pids=() code=0
-    [[ $1 == --cpus-per-task=* ]] && shift
+    while [[ $1 == --* ]]; do shift; done
     for ((rank = 0; rank < SLURM_NTASKS; rank++)); do
         SLURM_PROCID=$rank SLURM_LOCALID=$rank SLURM_NODEID=0 "$@" & pids+=($!)
     done
@@ -62,6 +64,19 @@ def run(cwd: Path, *words: str, programs: Path | None = None, **environment: str
 def example(cwd: Path, name: str, words: str, **environment: str) -> str:
     """What an example prints, run with these words."""
     return run(cwd, sys.executable, str(EXAMPLES / f"{name}.py"), *words.split(), **environment)
+
+
+def inside(monkeypatch: pytest.MonkeyPatch, name: str, *words: str, **few: Any) -> None:
+    """Run an example in this process, with few images measured while it trains; test_report writes pages."""
+    few |= {"log.knn_images": (100, 100), "threads": 1}
+
+    def pretrain(*args: Any, **settings: Any) -> Any:
+        return relssl.train.pretrain.pretrain(*args, **settings, **few)
+
+    monkeypatch.setattr(relssl, "pretrain", pretrain, raising=False)
+    monkeypatch.setattr(relssl, "write_report", lambda run: None, raising=False)
+    monkeypatch.setattr(sys, "argv", [name, *words])
+    runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
 
 
 def state(folder: Path) -> dict[str, Any]:
@@ -92,17 +107,20 @@ def test_own_photos(tmp_path: Path) -> None:
         assert sheet.width > sheet.height / 8 * 6
 
 
-def test_finetune_and_deploy(tmp_path: Path) -> None:
-    small_run(tmp_path / "run", epochs=1)
+def test_finetune_and_deploy(source: Path, tmp_path: Path) -> None:
     for part, split, count in (("train", "train", 60), ("val", "test", 20)):
         photos(tmp_path / "labelled" / part, split, count)
-    shown = example(tmp_path, "finetune_and_deploy", "run labelled --epochs 1 --batch_size 16")
+    shown = example(tmp_path, "finetune_and_deploy", f"{source} labelled --epochs 1 --batch_size 16")
     assert "agree on 20 of 20 images" in shown
     assert {path.suffix for path in (tmp_path / "model").iterdir()} == {".safetensors", ".yaml", ".md", ".csv", ".onnx"}
 
 
-def test_compare_methods(tmp_path: Path) -> None:
-    shown = example(tmp_path, "compare_methods", "--methods ressl,moco --seeds 1 --epochs 1 --max_images 128 --out runs")
+def test_compare_methods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    few = partial(relssl.evaluate, images=(200, 100))
+    monkeypatch.setattr(relssl, "evaluate", few, raising=False)
+    words = f"--methods ressl,moco --seeds 1 --epochs 1 --max_images 128 --out {tmp_path}/runs"
+    inside(monkeypatch, "compare_methods", *words.split())
+    shown = capsys.readouterr().out
     assert re.search(r"^ressl +\d+\.\d \+- \d\.\d +\d+\.\d \+- \d\.\d$", shown, re.MULTILINE)
     assert re.search(r"^moco +[+-]\d+\.\d \[[+-]\d+\.\d\.\.[+-]\d+\.\d\]$", shown, re.MULTILINE)
 
@@ -114,35 +132,38 @@ LINES = {"own_module": "features [2, 32]", "own_view": "loss ", "own_dataset": "
 def test_parts_of_ones_own(
     name: str, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", [name, str(tmp_path / "run")])
-    monkeypatch.setattr(relssl, "write_report", lambda run: None, raising=False)  # test_report writes pages
-    runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    inside(monkeypatch, name, str(tmp_path / "run"))
     assert line in capsys.readouterr().out and state(tmp_path / "run")["state"] == "complete"
 
 
 TINY = ("--device", "cpu", "--max_images", "256", "--log.knn_every", "0", "--log.report", "false")
 
 
-def test_a_table_of_the_datasets_library(tmp_path: Path) -> None:
-    pytest.importorskip("datasets", reason="pip install 'relssl[hf]'")
-    shown = example(tmp_path, "hf_folder", "--epochs 1 --out runs/hf", HF_HOME=str(tmp_path / "hub"), HF_HUB_OFFLINE="1")
-    assert re.search(r"^kNN of the test split: \d+\.\d %$", shown, re.MULTILINE)
+def test_a_table_of_the_datasets_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    datasets = pytest.importorskip("datasets", reason="pip install 'relssl[hf]'")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "kept")
+    few = {"log.report": False, "backbone": "resnet10t", "loader.workers": 0}
+    inside(monkeypatch, "hf_folder", "--epochs", "1", "--out", str(tmp_path / "runs/hf"), **few)
+    assert re.search(r"^kNN of the test split: \d+\.\d %$", capsys.readouterr().out, re.MULTILINE)
 
 
-def test_neighbours_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    small_run(tmp_path / "run")
-    words = [str(tmp_path / "run"), "digits", str(tmp_path / "picture.png"), "--rows", "3", "--neighbours", "5", "--side", "20"]
-    monkeypatch.setattr(sys, "argv", ["neighbours", *words])
-    runpy.run_path(str(EXAMPLES / "neighbours.py"), run_name="__main__")
+def test_neighbours_of_a_run(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [str(source), "digits", str(tmp_path / "picture.png"), "--rows", "3", "--neighbours", "5", "--side", "20"]
+    inside(monkeypatch, "neighbours", *words)
     assert re.search(r"^of the 5 nearest, \d+\.\d% are of the same class$", capsys.readouterr().out, re.MULTILINE)
     with Image.open(tmp_path / "picture.png") as picture:
         assert picture.size == (6 * 24 + 8, 3 * 24)
 
 
-def test_shards(tmp_path: Path) -> None:
+def test_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     photos(tmp_path / "photos", "train", 24)
+    monkeypatch.chdir(tmp_path)
     words = "photos packed --each 10 --image_size 32 --epochs 1 --backbone resnet10t --out run"
-    example(tmp_path, "shards", words, RELSSL_CACHE=str(tmp_path / "kept"), **FEW)
+    inside(monkeypatch, "shards", *words.split(), **{"log.report": False})
     assert len(list((tmp_path / "packed").glob("*.tar"))) == 3 and state(tmp_path / "run")["state"] == "complete"
     assert len(load(f"shards:{tmp_path}/packed/train-{{00000..00002}}.tar", None, "train")) == 24
 

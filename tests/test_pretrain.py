@@ -133,7 +133,8 @@ def test_small_data_and_short_runs_just_run_and_say_so(tmp_path: Path, capsys: p
 
 def test_a_run_whose_batch_was_lowered_goes_on_by_its_own_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "relssl.train.run.fit", lambda config, *_: replace(config, batch_size=16, optimizer=replace(config.optimizer, lr=0.1))
+        "relssl.train.run.fit",
+        lambda config, *_, **__: replace(config, batch_size=16, optimizer=replace(config.optimizer, lr=0.1)),
     )
     few = SMALL | {"max_images": 64, "epochs": 1, "out": str(tmp_path / "run"), "quiet": True}
     command = merge(few, {"optimizer": {"lr": 0.2}}) | {"batch_size": 32, "fit_batch": True}

@@ -94,9 +94,8 @@ def is_exported(path: Path) -> bool:
     ours = path.suffix == ".safetensors" and settings_of(path).is_file()
     if path.suffix == ".safetensors" and not ours and header_of(path):
         if (path.parent / "config.json").is_file():
-            raise ConfigError(
-                f"{path}: is of a Hugging Face folder, for timm and transformers; give the run or its own .safetensors"
-            )
+            own = "give the run or its own .safetensors, or `relssl import` it and correct what its .yaml says of the images"
+            raise ConfigError(f"{path}: is of a Hugging Face folder, whose config.json relssl does not read; {own}")
         lost = "where they are lost, `relssl import` makes others"
         raise ConfigError(f"{path}: its settings {settings_of(path).name}, written with it, are needed beside it; {lost}")
     return ours
