@@ -318,7 +318,7 @@ def test_the_weights_of_a_folder_are_imported_where_their_settings_are_not(tmp_p
     save_file(network.state_dict(), tmp_path / "source.safetensors")
     import_weights(tmp_path / "source.safetensors", out=tmp_path / "own.safetensors")
     export(tmp_path / "own.safetensors", format="hf", out=tmp_path / "folder")
-    with pytest.raises(ConfigError, match="of a Hugging Face folder.* `relssl import` it"):
+    with pytest.raises(ConfigError, match=r"of a Hugging Face folder.* `relssl import` it"):
         open_backbones(tmp_path / "folder/model.safetensors")
     import_weights(tmp_path / "folder/model.safetensors", out=tmp_path / "again.safetensors")
     one, other = (open_backbones(tmp_path / f"{name}.safetensors").backbone.state_dict() for name in ("own", "again"))
