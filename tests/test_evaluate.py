@@ -142,7 +142,7 @@ def test_folders_with_faults_are_refused_or_noted(finished: Path, tmp_path: Path
     assert any(note.startswith("1 of 9 bank images cannot be read") for note in first["notes"])
     assert first["card"]["images"]["bank"]["read"] == 8 and "read" not in first["card"]["images"]["test"]
     assert "k lowered from 20 to 8, the images of the bank" in second["notes"]
-    with pytest.raises(DataError, match="has no labels to evaluate with"):
+    with pytest.raises(DataError, match=r"has no test images; lay it out as train/CLASS/"):
         relssl.evaluate(finished, str(pictures(tmp_path / "c", {"": {"": 5}})), **quick)
     for file in (good / "train/dog").iterdir():
         file.write_bytes(b"no")
@@ -269,6 +269,8 @@ def test_an_earlier_checkpoint_is_measured_as_the_run_is(tmp_path: Path, source:
         tensors, _ = store.load(source / "checkpoints" / f"step-{step:08}")
         assert torch.equal(opened.backbone.state_dict()["conv1.weight"], tensors["student.backbone.conv1.weight"])
         assert (opened.spec.view, opened.folder) == (open_backbones(source).spec.view, None)
+    with pytest.raises(ConfigError, match=r"^out: .*checkpoint"):
+        relssl.export(last)
     figures = [relssl.evaluate(each, protocol="knn", **QUICK)["results"][0]["figures"] for each in (last, source)]
     assert figures[0] == figures[1]
 

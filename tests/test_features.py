@@ -5,7 +5,7 @@ import os
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -14,6 +14,7 @@ from PIL import Image
 
 from relssl.data.images import Images, Pixels
 from relssl.data.named import load
+from relssl.data.own import open_dataset
 from relssl.data.plain import PlainView, Reader
 from relssl.data.subsets import check_variety, identity, shared
 from relssl.engine import Engine
@@ -270,3 +271,22 @@ def test_images_without_a_label_are_left_out() -> None:
     assert rest.labels is not None and rest.labels.tolist() == [0, 2]
     with pytest.raises(DataError, match="pets: has no labels"):
         labelled("pets", pets([-1, -1]), "test")
+
+
+def test_images_that_code_makes_are_compared_as_long_as_they_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Made(torch.utils.data.Dataset[Any]):
+        targets: ClassVar[list[int]] = [0, 1] * 10
+
+        def __len__(self) -> int:
+            return 20
+
+        def __getitem__(self, row: int) -> Any:
+            return np.full((8, 8, 3), row, np.uint8)
+
+    made, other = (
+        open_dataset(Made(), "made"),
+        open_dataset(([np.full((8, 8, 3), n, np.uint8) for n in (3, 99)], [0, 1]), "other"),
+    )
+    assert LabelledPair(made, other).notes()[-1] == "1 of 2 test images are in the bank too"
+    monkeypatch.setattr("relssl.data.subsets._MADE", 21)
+    assert "not looked at" in LabelledPair(made, other).notes()[-1]

@@ -96,6 +96,8 @@ def test_what_fits_is_taken_where_that_is_wanted() -> None:
     accumulated = dataclasses.replace(config, accumulate=256 // fitting.batch_size)
     assert fit(fitting, engine, 0, free=free) == fitting and fit(accumulated, engine, 0, free=free) == accumulated
     assert fitting.optimizer.lr / config.optimizer.lr == fitting.batch_size / 256 < 1
+    with pytest.raises(ConfigError, match=r"0.0 MB are free; set loader\.path files"):
+        fit(config, engine, 0, free=free, resident=free + 1)
     with pytest.raises(ConfigError, match=f"batch_size.* {fitting.batch_size}, .*accumulate {256 // fitting.batch_size}"):
         fit(config, engine, 0, free=free)
     assert MALLOC + 1.25 * step_memory(config, engine, 2 * fitting.batch_size) > free

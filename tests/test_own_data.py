@@ -4,6 +4,7 @@ import io
 import multiprocessing
 import multiprocessing.context
 import os
+import pickle
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -310,11 +311,31 @@ class Packed(torch.utils.data.Dataset[Any]):
         return self.change(np.frombuffer(os.read(self.file, 2700), np.uint8).reshape(30, 30, 3)), 0
 
 
+class Mapped(torch.utils.data.Dataset[Any]):
+    def __init__(self, path: Path) -> None:
+        self.mapped, self.kept = np.memmap(path, np.uint8, "r", shape=(600, 30, 30, 3)), {"a": b"x" * 9}
+
+    def __len__(self) -> int:
+        return 600
+
+    def __getitem__(self, row: int) -> Any:
+        return np.asarray(self.mapped[row])
+
+
+def test_what_cannot_change_is_not_copied(tmp_path: Path) -> None:
+    (tmp_path / "packed").write_bytes(bytes(600 * 2700))
+    dataset = Mapped(tmp_path / "packed")
+    source: Any = open_dataset(dataset, "own").source
+    assert source.near is not dataset and source.near.mapped is dataset.mapped and source.near.kept["a"] is dataset.kept["a"]
+
+
 def test_loader_processes_share_no_file_that_a_data_set_opens_as_it_is_read(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (600, 30, 30, 3), np.uint8)
     (tmp_path / "packed").write_bytes(pixels.tobytes())
     images = open_dataset(torch.utils.data.Subset(Packed(tmp_path / "packed", 600), range(600)), "own")
     images.fingerprint()  # reads it here
+    assert isinstance(images.source, Items) and images.source.near.dataset.file and not images.source.dataset.dataset.file
+    assert pickle.loads(pickle.dumps(open_dataset(Mapped(tmp_path / "packed"), "own").source)).near is None
     view = PlainView(30, 1.0, "bilinear", *STATISTICS)
     for rows, views, bad in Reader(view, workers=3).batches(images, 50):
         expected = torch.from_numpy(pixels[rows]).permute(0, 3, 1, 2)
@@ -334,6 +355,8 @@ def test_a_data_set_is_read_by_its_own_access_and_labels_are_its_own() -> None:
     assert np.array_equal(np.asarray(darker.read(3, 10**6)), pixels[3] // 2)
     three = open_dataset(torch.utils.data.TensorDataset(pixels, torch.arange(8), torch.zeros(8)), "own")
     assert len(three) == 8 and three.labels is not None and three.labels.tolist() == [*range(8)]
+    soft = open_dataset(torch.utils.data.TensorDataset(pixels, torch.rand(8, 10)), "own")
+    assert len(soft) == 8 and soft.labels is None
     wrapped = open_dataset(Wrapped(pictures(3)), "own")
     assert wrapped.labels is not None and wrapped.labels.tolist() == [7, 7, 7]
 
@@ -347,6 +370,8 @@ def test_both_parts_of_a_mapping_number_their_classes_alike() -> None:
     }
     assert named == {part: labels for part, (_, labels) in sides.items()}
     assert open_dataset(sides, "own", "train").classes == open_dataset(sides, "own", "test").classes
+    for other in (None, Own, iter([])):  # which is no set, and a fault of the test part alone
+        assert len(open_dataset(sides | {"test": other}, "own", "train")) == 6
 
 
 @pytest.mark.parametrize("labels", [[True, False, True], [1.0, 0.0, 1.0]])
@@ -359,6 +384,11 @@ def test_numbers_that_are_no_classes_are_refused_before_votes_are_counted() -> N
     sides = {"train": (pictures(6), [10_000_000, 20_000_000] * 3), "test": (pictures(9)[6:], [10_000_000] * 3)}
     with (
         parts.at_hand({"data": sides}),
-        pytest.raises(DataError, match="2 bank classes have numbers up to 20000000; number them"),
+        pytest.raises(DataError, match="2 classes have numbers up to 20000000; number them"),
     ):
         LabelledPair.load(parts.name_of(sides), None)
+    many = {
+        part: (np.zeros((20_000, 4, 4), np.uint8), list(range(20_000))) for part in ("train", "test")
+    }  # all in use, and few of them measured
+    with parts.at_hand({"data": many}):
+        assert LabelledPair.load(parts.name_of(many), None, (50, 20)).classes > 10_000

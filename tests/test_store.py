@@ -403,8 +403,10 @@ def test_retention_over_random_folders(template: Path, kinds: dict[int, str], ke
             SPOIL[kinds[step]](folder)
         (parent / "notes").mkdir()
         (parent / "step-1.tmp").touch()
-        good = [step for step in steps if kinds[step] in ("good", "visited")]
-        oldest = good[-keep] if len(good) >= keep else -1
+        kept, oldest = 0, -1
+        for step in reversed(steps) if steps else ():
+            kept += kept >= 2 or kinds[step] in ("good", "visited")  # two that verify, and the others as they are
+            oldest = step if kept == keep and oldest < 0 else oldest
         gone = [step for step in steps if step < oldest and step not in safe]
         assert store.prune(parent, keep, [folders[step] for step in safe]) == [folders[step] for step in gone]
         # What is not ours stays, in the folder of a checkpoint that goes as well.

@@ -25,9 +25,8 @@ from torch.utils.data import BatchSampler
 from relssl.data.decode import BadImage, Opened
 from relssl.data.folder import cache_root, shown
 from relssl.data.images import Images, Source
-from relssl.data.loader import read_batches, worker_count
+from relssl.data.loader import lone_workers, read_batches
 from relssl.data.subsets import identity, spread
-from relssl.engine import available_cores
 from relssl.errors import DataError, StorageError
 from relssl.files import locked, read_arrays, replacing, size, storing, sweep, write_all
 from relssl.settings.run import LoaderConfig
@@ -111,8 +110,7 @@ def shrunken(images: Images, settings: LoaderConfig, progress: Progress, process
                     progress.say(f"cache: {where} cannot be locked; let no other run make it at the same time")
                 shrunk = Shrunk.load(folder, files)  # another process may have made it meanwhile
                 if len(shrunk) < len(files):
-                    each = worker_count(settings.workers, processes)
-                    shrunk = _extend(shrunk, settings, progress, max(each, min(each * processes, available_cores() - 1)))
+                    shrunk = _extend(shrunk, settings, progress, lone_workers(settings.workers, processes))
         except StorageError as error:
             raise StorageError(f"{error}, or set loader.cache_folder to another place") from error
     about = f"{len(files)} images in {size(shrunk.total)}, {where}"

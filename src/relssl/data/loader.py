@@ -30,7 +30,7 @@ from relssl.data.draws import Ints, Slot, draw, draw_crops, permuted, uniforms
 from relssl.data.folder import shown
 from relssl.data.images import Fault, Images, Pixels
 from relssl.data.transforms import Transform
-from relssl.engine import cores_each, send
+from relssl.engine import available_cores, cores_each, send
 from relssl.errors import STOPPING, ConfigError, DataError, RelsslError
 from relssl.settings.run import LoaderConfig, ViewConfig
 
@@ -128,7 +128,8 @@ class Loader:
         fitting(len(self.statistics[0]), images)
         self._calls = [Transform.of(view, slot, self.statistics) for slot, view in enumerate(self.views)]
         self.workers: int | None = worker_count(settings.workers, self.processes)
-        if settings.path != "files" and isinstance(images.source, Pixels) and not any(self._calls):
+        if in_device_memory(images, settings, not any(self._calls)):
+            assert isinstance(images.source, Pixels)
             self.workers, self._pixels = None, images.source.tensor.to(self.device)
         elif settings.path == "resident":
             raise ConfigError("loader.path: resident is for data sets held in memory and views of ours; use files for others")
@@ -243,6 +244,11 @@ class Unreadable(DataError):
     faults: list[Fault]  # these
 
 
+def in_device_memory(images: Images, settings: LoaderConfig, ours: bool) -> bool:
+    """Return whether images are to lie on the device as a whole; `ours` is true if no view is a callable."""
+    return settings.path != "files" and isinstance(images.source, Pixels) and ours
+
+
 def fitting(channels: int, images: Images) -> None:
     """Check that networks which see so many channels can see these images; ConfigError if not. Grey and colour stand in for each other."""
     if channels != images.channels and {channels, images.channels} != {1, 3}:
@@ -270,6 +276,12 @@ def crop_reduced(image: Image.Image, box: np.ndarray, size: int) -> Tensor:
 def worker_count(workers: int | None, processes: int = 1) -> int:
     """Return the loader processes to start: `workers`, else the cores of one of so many training processes, less one."""
     return max(1, cores_each(processes) - 1) if workers is None else workers
+
+
+def lone_workers(workers: int | None, processes: int) -> int:
+    """Return the loader processes to start for one of so many training processes while the others wait."""
+    each = worker_count(workers, processes)
+    return max(each, min(each * processes, available_cores() - 1))
 
 
 def read_batches(

@@ -51,6 +51,9 @@ class Items:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def __getstate__(self) -> dict[str, Any]:  # for loader processes that are not forked
+        return {**self.__dict__, "near": None}
+
     def take(self, rows: np.ndarray) -> Items:
         return replace(self, rows=self.rows[rows])
 
@@ -201,10 +204,10 @@ def open_dataset(dataset: Any, name: str, split: str = "train") -> Images:
 
 def _class_names(dataset: Any) -> tuple[str, ...]:
     """Return the names of a part's classes, none where its labels are numbers or there is more to do for them."""
-    if callable(dataset) and not hasattr(dataset, "__getitem__"):
+    if isinstance(dataset, type) or not (isinstance(dataset, tuple) or _is_sized(dataset)):
         return ()
     images, labels, classes = _labelled(dataset)
-    return _coded(labels, classes, len(images))[1] or ()
+    return (_coded(labels, classes, len(images))[1] or ()) if _is_sized(images) else ()
 
 
 def _renumbered(images: Images, classes: tuple[str, ...]) -> Images:
@@ -249,12 +252,12 @@ def _items(dataset: Any, name: str) -> Items:
 
 
 def _apart(dataset: Any) -> Any:
-    """Return a copy of a data set that shares arrays, tensors and code with it, and none of what it opens later; None if it has none."""
+    """Return a copy of a data set that shares arrays, images and code with it, and none of what it opens later; None if it has none."""
     shared, buffers, file = list[Any](), list[pickle.PickleBuffer](), io.BytesIO()
 
     class Pickler(pickle.Pickler):
         def persistent_id(self, value: Any) -> int | None:
-            if isinstance(value, (Tensor, FunctionType, type)):
+            if isinstance(value, (Tensor, np.ndarray, bytes, Image.Image, FunctionType, type)):
                 shared.append(value)
                 return len(shared) - 1
             return None
@@ -283,7 +286,7 @@ def _parts(item: Any) -> tuple[Any, Any]:
 def _labelled(dataset: Any) -> tuple[Any, Any, Any]:
     """Return a data set's images, and its labels and names of classes where they can be had without decoding images, else None."""
     if isinstance(dataset, TensorDataset) and type(dataset).__getitem__ is TensorDataset.__getitem__:
-        dataset = dataset.tensors[:2]
+        return dataset.tensors[0], dataset.tensors[1] if len(dataset.tensors) > 1 else None, None
     if isinstance(dataset, tuple) and len(dataset) in (1, 2) and all(map(_is_sized, dataset)):
         images, labels = (*dataset, None)[:2]
         if labels is None or getattr(images, "ndim", 0) == 4 or _coded(labels, None, len(images))[0] is not None:

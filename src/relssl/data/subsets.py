@@ -21,6 +21,7 @@ from relssl.errors import DataError
 Rows = npt.NDArray[np.int64]
 
 _SAMPLE = 64  # images whose beginnings count
+_MADE = 20_000  # images of a user's own making that are compared with each other
 
 
 def stratified(labels: Rows, fraction: float, seed: int) -> Rows:
@@ -112,8 +113,13 @@ def spread(start: int, stop: int, count: int) -> list[int]:
     return [int(row) for row in np.linspace(start, stop - 1, min(count, stop - start)).astype(np.int64)]
 
 
-def shared(bank: Images, test: Images) -> int:
-    """Count the test images that are in the bank too: the same beginning as stored; of files and tables, the same name and size besides."""
+def shared(bank: Images, test: Images) -> int | None:
+    """Count the test images that are in the bank too: the same beginning as stored; of files and tables, the same name and size besides.
+
+    None for over 20,000 images that a user's code makes, all of which would have to be made.
+    """
+    if len(bank) + len(test) > _MADE and not all(side.in_memory or isinstance(side.source, Stored) for side in (bank, test)):
+        return None
     alike: dict[bytes, list[int]] = defaultdict(list)  # of the test images; the larger side is gone through without being held
     for row, mark in enumerate(_marks(test.source)):
         alike[mark].append(row)

@@ -48,12 +48,6 @@ class LabelledPair:
     uncut: str | None = None  # fingerprint of the test side before that, by which a run knows what it was pretrained on
 
     def __post_init__(self) -> None:
-        for name, images, _ in self.sides:
-            if images.labels is not None and not images.classes:
-                highest, count = int(images.labels.max()), len(np.unique(images.labels))
-                if highest >= max(_NUMBERED, 10 * count):
-                    fault = f"its {count} {name} classes have numbers up to {highest}"
-                    raise DataError(f"{images.name}: {fault}; number them from 0, or name them")
         bank, test = self.bank, self.test
         if bank.classes and test.classes and bank.classes != test.classes:
             alone = sorted(set(bank.classes) ^ set(test.classes))[:3] or ["in another order"]
@@ -65,9 +59,15 @@ class LabelledPair:
 
         DataError if the data set has no labels or no test part, or as of the class.
         """
-        bank, uncut = labelled(data, load(data, root, "bank"), "training"), load(data, root, "test")
+        uncut = load(data, root, "test")  # first: without a test part the other one, perhaps of millions, need not be listed
+        bank = labelled(data, load(data, root, "bank"), "training")
         test = labelled(data, uncut, "test")
         most = at_most or (len(bank), len(test))
+        if bank.labels is not None and test.labels is not None and not bank.classes:
+            numbers = np.union1d(bank.labels, test.labels)
+            if numbers[-1] >= max(_NUMBERED, 10 * len(numbers)):
+                fault = f"its {len(numbers)} classes have numbers up to {numbers[-1]}"
+                raise DataError(f"{bank.name}: {fault}; number them from 0, or name them")
         cut = choose(bank, most[0], seed), choose(test, most[1], seed)
         return LabelledPair(*cut, (len(bank), len(test)), uncut.fingerprint())
 
@@ -97,7 +97,10 @@ class LabelledPair:
         again = shared(bank, test)
         if again == len(test):
             raise DataError(f"{test.name}: all {again} test images are in the bank too; evaluate on images of their own")
-        notes += [f"{again} of {len(test)} test images are in the bank too"] if again else []
+        if again is None:
+            notes.append("whether test images are in the bank too was not looked at: all would have to be read")
+        elif again:
+            notes.append(f"{again} of {len(test)} test images are in the bank too")
         return [*notes, "the test images are those that the run was pretrained on"] if seen and seen == self.uncut else notes
 
     def gaps(self) -> list[str]:

@@ -79,9 +79,11 @@ def fit(
     if fits:
         whole = derived.traits.whole_batch or config.batch_size % (parts * config.engine.devices * config.engine.nodes)
         advice = f"take batch_size {batch}" + ("" if whole else f", or keep the batch with accumulate {parts}")
+    elif least <= free + resident:
+        advice = "set loader.path files to keep the images out of it"
     pixels = ", ".join(sorted({str(view.size) for view in derived.views}))
     step = f"a step of {config.backbone} with {config.batch_size} images in views of {pixels} pixels"
-    raise ConfigError(f"batch_size: {step} takes about {size(round(most))} of memory, {size(free)} are free; {advice}")
+    raise ConfigError(f"batch_size: {step} takes about {size(round(most))} of memory, {size(max(0, free))} are free; {advice}")
 
 
 def double(share: int, most: float) -> int:

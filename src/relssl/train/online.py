@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from relssl.data.images import Images, Pixels
-from relssl.data.loader import worker_count
+from relssl.data.loader import lone_workers
 from relssl.data.plain import PlainView, Reader
 from relssl.engine import Engine
 from relssl.evaluation.features import LabelledFeatures, extract, unit
@@ -21,6 +21,7 @@ from relssl.method.health import effective_rank
 from relssl.settings.run import Config, derive
 from relssl.train.checkpoint import State
 from relssl.train.loggers import pictures
+from relssl.train.memory import free_memory
 
 _IMAGES, _NEAR = 512, 10  # images that the figures without labels are of, and nearest neighbours of each
 
@@ -30,7 +31,7 @@ class Online:
     nothing but this report."""
 
     def __init__(self, images: Images, config: Config, pair: LabelledPair | None = None) -> None:
-        workers = worker_count(config.loader.workers, config.engine.devices)
+        workers = lone_workers(config.loader.workers, config.engine.devices)
         self.reader = Reader(PlainView.of(config.views), workers, config.loader.max_pixels)
         self.images = choose(images, min(_IMAGES, len(images)), config.seed)
         self.config, self.pair = config, pair
@@ -71,7 +72,9 @@ class Online:
             teacher: Any = state.model.given.backbone
             figures |= self._top1("knn_teacher_top1", teacher, engine, replace(self.reader, view=teacher.transform))
         if pair is not None and all(isinstance(images.source, Pixels) for images in (pair.bank, pair.test)):
-            figures["knn_raw_pixels"] = self._score(pair, lambda images: (images.source.tensor.flatten(1).float(), slice(None)))
+            figures["knn_raw_pixels"] = self._score(
+                pair, lambda images: (images.source.tensor.flatten(1).float(), slice(None)), engine
+            )
         return figures
 
     def projected(self, state: State, engine: Engine) -> dict[str, Any]:
@@ -88,12 +91,15 @@ class Online:
             extracted = extract(backbone, images, reader or self.reader, engine)
             return extracted.vectors, extracted.rows
 
-        return {} if self.pair is None else {name: self._score(self.pair, features)}
+        return {} if self.pair is None else {name: self._score(self.pair, features, engine)}
 
-    def _score(self, pair: LabelledPair, features: Callable[[Any], tuple[Tensor, Any]]) -> float:
+    def _score(self, pair: LabelledPair, features: Callable[[Any], tuple[Tensor, Any]], engine: Engine) -> float:
         def labelled(images: Images) -> tuple[Tensor, Tensor]:
             vectors, rows = features(images)
             return vectors, labels_of(images)[rows]
 
-        both = LabelledFeatures(*labelled(pair.bank), *labelled(pair.test), classes=pair.classes)
+        bank, (queries, labels) = labelled(pair.bank), labelled(pair.test)
+        if engine.device.type == "cuda" and free_memory(engine.device) > 4 * queries.nbytes + (1 << 30):  # beside the training
+            queries = queries.to(engine.device)
+        both = LabelledFeatures(*bank, queries, labels, classes=pair.classes)
         return round(knn_accuracy(both, *self.config.log.knn)["top1"], 4)

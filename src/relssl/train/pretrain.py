@@ -22,7 +22,16 @@ from relssl.data.cache import shrunken
 from relssl.data.loader import Batch
 from relssl.data.named import SETS, exists
 from relssl.engine import ONE_NUMBER, Engine
-from relssl.errors import ConfigError, DataError, DistributedError, ExportError, Interrupted, RelsslError, StorageError
+from relssl.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DistributedError,
+    ExportError,
+    Interrupted,
+    RelsslError,
+    StorageError,
+)
 from relssl.files import read_json, read_rows, write_file, write_json
 from relssl.settings import parts, recipes
 from relssl.settings.launcher import MARK, rank, with_launch
@@ -257,6 +266,8 @@ def _run(
         stack.callback(stop.end)
         # Again, now that nobody else can write it: a process that was about to end may have saved since.
         saved = choose and engine.gather_items([engine.on_first(choose)])[0]
+        if loaded is not None and saved is None and store.checkpoints(path / "checkpoints"):
+            raise CheckpointError(f"{path}: another process has saved meanwhile; try again")
         engine.on_first(lambda: begin(run, display, loaded))
         stop.at_once = f"before its first step; go on with `relssl resume {quote(str(path))}`"
         for line in prepare(run, saved):

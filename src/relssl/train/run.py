@@ -13,7 +13,7 @@ from torch import Tensor
 
 from relssl.data.batched import left_out
 from relssl.data.images import Images, Pixels
-from relssl.data.loader import Loader, Plan, fitting, worker_count
+from relssl.data.loader import Loader, Plan, fitting, in_device_memory, worker_count
 from relssl.data.named import load
 from relssl.data.own import measured
 from relssl.data.subsets import check_variety
@@ -92,7 +92,9 @@ def build(config: Config, engine: Engine, say: Say = id, given: Given | None = N
         say(line)
     workers = 0 if images.in_memory else worker_count(config.loader.workers, config.engine.devices)
     enough = len(images) >= settings.batch_size  # too few are refused by the loader
-    resident = images.source.tensor.nbytes if isinstance(images.source, Pixels) and engine.device.type == "cuda" else 0
+    source, ours = images.source, not any(is_part(view.name) for view in derive(settings).views)
+    on_gpu = isinstance(source, Pixels) and engine.device.type == "cuda" and in_device_memory(images, settings.loader, ours)
+    resident = source.tensor.nbytes if isinstance(source, Pixels) and on_gpu else 0
     teacher = given.frozen_teacher(settings)
     config = fit(settings, engine, workers, images.class_count, teacher, resident=resident) if enough else settings
     if config.batch_size != settings.batch_size:

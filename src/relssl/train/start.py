@@ -25,7 +25,7 @@ from relssl.settings import recipes
 from relssl.settings.run import LUMA, Config, check, derive
 from relssl.weights import store
 from relssl.weights.foreign import Reading, untrained
-from relssl.weights.opening import Opened, is_exported, open_backbones
+from relssl.weights.opening import Opened, is_foreign, open_backbones
 from relssl.weights.spec import Backbone, mismatch
 
 _MOST = 1 << 30  # bytes of a frozen teacher's features that are kept
@@ -95,14 +95,15 @@ def open_sources(config: Config, begun: bool = False, recorded: Mapping[str, Any
 
 def _open(setting: str, source: str, reading: Reading, recorded: dict[str, Any] | None) -> tuple[Opened, dict[str, Any]]:
     """Return the backbone that a setting names, and the facts about it."""
-    path = Path(source)
+    path, foreign = Path(source), False
     try:
-        if not path.is_file() or is_exported(path):  # which say themselves what they are
+        foreign = is_foreign(path)
+        if not foreign:  # the others say themselves what they are
             reading = replace(reading, backbone=None, stem=None)
         opened = open_backbones(source, reading)
     except (ConfigError, CheckpointError) as error:
         faults = [*str(error).splitlines()]
-        if path.is_file() and not is_exported(path):  # whose options are those of `relssl import`
+        if foreign:  # whose options are those of `relssl import`
             again = (
                 f"; `relssl import {quote(source)} --backbone NAME` has options for other programs' files: give what it writes"
             )

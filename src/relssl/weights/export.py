@@ -93,6 +93,8 @@ def export(
     if opened.spec.classes and format in ("torchvision", "detectron2"):
         raise ConfigError(f"format: {format} holds backbones, without a classifier; use another of {', '.join(FORMATS)}")
     beside = path.with_name(_file_name(path.stem, format))
+    if out is None and path.is_dir() and opened.folder is None and opened.config is not None:
+        raise ConfigError(f"out: {path} is a checkpoint, where nothing else may lie; name a file with --out")
     target = Path(out or (default_target(path, opened.header["network"], format) if path.is_dir() else beside))
     if dry_run:
         with tempfile.TemporaryDirectory() as folder:

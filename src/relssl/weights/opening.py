@@ -101,6 +101,17 @@ def is_exported(path: Path) -> bool:
     return ours
 
 
+def is_foreign(path: Path) -> bool:
+    """Return whether a path is a file of another program; ConfigError as `is_exported`."""
+    return path.is_file() and _checkpoint_of(path) is None and not is_exported(path)
+
+
+def _checkpoint_of(path: Path) -> Path | None:
+    """Return the checkpoint of a run that a path is, or is the file of."""
+    folder = path if path.is_dir() else path.parent
+    return folder if (folder / store.META).is_file() and folder.parent.name == "checkpoints" else None
+
+
 @dataclass(frozen=True)
 class Opened:
     """Backbones in eval mode, on the CPU, ready to be measured or handed over."""
@@ -166,9 +177,7 @@ def open_backbones(source: str | Path, reading: Reading | None = None) -> Opened
         CheckpointError: if weights are damaged, or not all of them match.
     """
     reading, path, name = reading or Reading(), Path(source), str(source)
-    saved = path if path.is_dir() else path.parent
-    of_run = (saved / store.META).is_file() and saved.parent.name == "checkpoints"
-    if path.is_file() and not of_run and not is_exported(path):
+    if is_foreign(path):
         return open_foreign(path, reading)
     if path.is_file() and parts.is_part(reading.backbone):
         with parts.at_hand({"backbone": reading.backbone}):
@@ -177,7 +186,7 @@ def open_backbones(source: str | Path, reading: Reading | None = None) -> Opened
     if useless := [option for field, option in options.items() if getattr(reading, field)]:
         why = f"is for files of other programs, which {name} is not; leave it out"
         raise ConfigError(*(f"--{option}: {why}" for option in useless))
-    if of_run:
+    if (saved := _checkpoint_of(path)) is not None:
         return _open_run(load_run(saved.parents[1]), reading.network, saved.name)
     if path.is_dir():
         return _open_run(load_run(path), reading.network)

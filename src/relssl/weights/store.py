@@ -274,7 +274,7 @@ def offering(path: Path) -> Iterator[None]:
 
 
 def prune(parent: Path, keep: int, protect: Iterable[str | Path] = ()) -> list[Path]:
-    """Delete the checkpoints older than the newest `keep` that verify, and what dead processes left unfinished.
+    """Delete the checkpoints older than the newest `keep`, of which two verify, and what dead processes left unfinished.
 
     Only the process that holds the run may call this: on a shared disk another machine's processes look dead.
 
@@ -290,8 +290,8 @@ def prune(parent: Path, keep: int, protect: Iterable[str | Path] = ()) -> list[P
     sweep(parent)
     older, good = checkpoints(parent), 0
     while older and good < keep:
-        # Where nothing can go, the hashes need not be read.
-        good += len(older) + good <= keep or is_whole(older[-1])
+        # Where nothing can go the hashes need not be read; nor beyond two, without which no broken disk block ends a run.
+        good += good >= 2 or len(older) + good <= keep or is_whole(older[-1])
         older.pop()
     safe = {Path(path).name for path in protect}
     deleted = [folder for folder in older if folder.name not in safe]
