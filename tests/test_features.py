@@ -86,7 +86,7 @@ def test_files_longest_unused_go_first(folder: Path, whole: Images, tiny_net: An
         cached(backbone, sets[count], READER, ENGINE)
         os.utime(files[count], (day, day))
     limit = sum(file.stat().st_size for file in folder.iterdir()) + 500
-    cached(backbone, sets[43], READER, ENGINE, limit=limit)
+    cached(backbone, sets[43], READER, ENGINE, most=limit)
     assert set(folder.iterdir()) == {files[count] for count in (40, 42, 43)}
 
 

@@ -1,7 +1,5 @@
 """The command line: what each command of verbs.yaml does, and what becomes of errors. torch is imported only once a command is worth it."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import dataclasses

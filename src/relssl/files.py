@@ -1,7 +1,5 @@
 """Files that are there whole under their name, or not at all, and figures for people; imports no torch, so start-up code can use it."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import fcntl

@@ -1,7 +1,5 @@
 """Commands and their options: as verbs.yaml declares them, read from the words of a command line, and explained; no torch."""
 
-from __future__ import annotations
-
 import argparse
 import collections
 import copy

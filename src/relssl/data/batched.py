@@ -12,8 +12,6 @@ int(0.3 v / 10 * side); the last three either way. The cutout that FixMatch adds
 operations, with nearest neighbours and truncation, so their tensors hold whole numbers 0..255 and follow Pillow to the level.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from functools import partial

@@ -203,11 +203,8 @@ def _parse(year: Path, names: Sequence[str]) -> dict[str, Any]:
                 left, top, right, bottom = (float(element.findtext(edge, "missing")) for edge in edges)
                 if not (word := element.findtext("name", "").strip()):
                     raise ValueError("an object has no name")
-                box, difficult = (
-                    (left - 1, top - 1, right - left + 1, bottom - top + 1),
-                    element.findtext("difficult", "").strip(),
-                )
-                annotations.append({"image_id": name, "category_id": word, "bbox": box, "iscrowd": difficult == "1"})
+                box, crowd = (left - 1, top - 1, right - left + 1, bottom - top + 1), element.findtext("difficult", "").strip()
+                annotations.append({"image_id": name, "category_id": word, "bbox": box, "iscrowd": crowd == "1"})
     categories = [{"id": word, "name": word} for word in {each["category_id"] for each in annotations}]
     return {"images": images, "annotations": annotations, "categories": categories}
 
@@ -216,12 +213,8 @@ def _scenes(part: Part, classes: Sequence[str], masked: bool, max_pixels: int) -
     """Return the images of a part, and how many objects were left out: those without extent, once cut at the image's edges, and those
     without a mask if `masked`."""
     (title, folder, content), place, labels = part, ["it"], {name: label for label, name in enumerate(classes, 1)}
-    images, rows, scenes, dropped = (
-        dict[Any, tuple[str, Size]](),
-        defaultdict[Any, list[Any]](list),
-        list[Scene](),
-        Counter[str](),
-    )
+    images, rows = dict[Any, tuple[str, Size]](), defaultdict[Any, list[Any]](list)
+    scenes, dropped = list[Scene](), Counter[str]()
     with _reading(title, place):
         names = {each["id"]: each["name"] for each in content["categories"]}
         for number, each in enumerate(content["images"]):

@@ -7,8 +7,6 @@ The drawings are fixed, bit for bit: the randomness is PCG64's raw stream, which
 integer arithmetic, so versions of numpy, scikit-learn or Pillow do not change a run's data.
 """
 
-from __future__ import annotations
-
 import functools
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The image files of a folder: every image once, whatever its name, and nothing else; what is left out is counted."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re

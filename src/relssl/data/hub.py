@@ -3,8 +3,6 @@
 Images are decoded by `decode`, from the bytes as they are stored, so that they look as from a folder of the same files.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import os
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """List files: the images that the lines of a text name, as people and other programs write it."""
 
-from __future__ import annotations
-
 import csv
 import os
 from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE

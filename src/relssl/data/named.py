@@ -1,7 +1,5 @@
 """The names that DATA may be: a data set of the table here, as it lies on the disk, else downloaded once, or a folder, or a list file."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re

@@ -4,8 +4,6 @@ A sample's members share the path up to the first dot of the base name: `a/7.jpg
 whole ending is that of one, its label the text of `.cls`, or `label` in `.json`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import glob
 import hashlib
@@ -162,15 +160,9 @@ def _index(paths: list[str]) -> dict[str, np.ndarray]:
         kinds = ", ".join(f"{count} .{kind}" for kind, count in left.most_common(3))
         notes.append(f"left out, as the ending of each has several parts: {kinds}")
     labels, classes = class_labels(words, numbers)
-    index = {
-        "block": names.block,
-        "ends": names.ends,
-        "shards": shards,
-        "offsets": offsets,
-        "sizes": sizes,
-        "notes": np.array(notes, str),
-    }
-    return index | {"labels": numbers if labels is None else labels, "classes": np.array(classes or (), str)}
+    numbered = {"shards": shards, "offsets": offsets, "sizes": sizes, "labels": numbers if labels is None else labels}
+    worded = {"notes": np.array(notes, str), "classes": np.array(classes or (), str)}
+    return {"block": names.block, "ends": names.ends, **numbered, **worded}
 
 
 def _members(file: BinaryIO) -> Iterator[tuple[str, str, str, int, int]]:

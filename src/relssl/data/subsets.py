@@ -1,7 +1,5 @@
 """Some of a data set's images: the few that are labelled, a sample that identifies the set, those that are on both sides."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import os

@@ -1,7 +1,5 @@
 """A look at every image of a data set before a run: unreadable ones, copies, test images among the training images, sizes."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 from collections import defaultdict

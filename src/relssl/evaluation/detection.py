@@ -3,8 +3,6 @@
 torchvision's Faster R-CNN and Mask R-CNN on a feature pyramid (Lin et al. 2017), measured by pycocotools.
 """
 
-from __future__ import annotations
-
 import copy
 import importlib.util
 import math

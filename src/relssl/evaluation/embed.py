@@ -1,7 +1,5 @@
 """A table for other programs of the features of any images, or of the classes that a classifier sees in them."""
 
-from __future__ import annotations
-
 import csv
 import importlib.util
 import io
@@ -9,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from shlex import quote
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -158,9 +156,21 @@ def write_table(
             present: dict[str, Any] = {title: vectors} | {name: np.array(values) for name, values in arrays.items()}
             np.savez(file, **present)
         elif suffix == ".csv":
-            _write_csv(file, columns, vectors if spread else vectors[:, :0])
+            text, vectors = io.TextIOWrapper(file, "utf-8", newline=""), vectors if spread else vectors[:, :0]
+            writer = csv.writer(text, lineterminator="\n")
+            writer.writerow([*columns, *(f"f{place}" for place in range(vectors.shape[1]))])
+            for *cells, row in zip(*columns.values(), vectors, strict=True):
+                safe = ("'" + each if isinstance(each, str) and each.startswith(_FORMULA) else each for each in cells)
+                writer.writerow([*safe, *row])  # str() of a float32 is the shortest text that reads back to it
+            text.detach()
         else:
-            _write_parquet(file, columns, title, vectors)
+            import pyarrow as pa
+            from pyarrow import parquet
+
+            texts = {name: pa.array(values, pa.string()) for name, values in columns.items() if isinstance(values, list)}
+            lists, rows = pa.FixedSizeListArray.from_arrays(vectors.ravel(), vectors.shape[1]), max(1, _GROUP // vectors.shape[1])
+            # Only the classes recur; a dictionary of the features would be as large as they are.
+            parquet.write_table(pa.table({**columns, **texts, title: lists}), file, row_group_size=rows, use_dictionary=["class"])
 
 
 def check_target(path: Path) -> None:
@@ -178,23 +188,3 @@ def check_target(path: Path) -> None:
 def escaped(text: str | None) -> str | None:
     """Return text with bytes that are not UTF-8 as backslash escapes."""
     return text and text.encode("utf-8", "backslashreplace").decode()
-
-
-def _write_csv(file: BinaryIO, columns: Columns, vectors: NDArray[np.float32]) -> None:
-    text = io.TextIOWrapper(file, "utf-8", newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*columns, *(f"f{place}" for place in range(vectors.shape[1]))])
-    for *cells, row in zip(*columns.values(), vectors, strict=True):
-        # str() of a float32 is the shortest text that reads back to it.
-        writer.writerow([*("'" + cell if isinstance(cell, str) and cell.startswith(_FORMULA) else cell for cell in cells), *row])
-    text.detach()
-
-
-def _write_parquet(file: BinaryIO, columns: Columns, title: str, vectors: NDArray[np.float32]) -> None:
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    texts = {name: pa.array(values, pa.string()) for name, values in columns.items() if isinstance(values, list)}
-    table = pa.table({**columns, **texts, title: pa.FixedSizeListArray.from_arrays(vectors.ravel(), vectors.shape[1])})
-    # Only the classes recur; a dictionary of the features would be as large as they are.
-    parquet.write_table(table, file, row_group_size=max(1, _GROUP // vectors.shape[1]), use_dictionary=["class"])

@@ -1,7 +1,5 @@
 """Measure what a backbone learned: protocols by name, one at a time, on one data set or, for transfer, on several."""
 
-from __future__ import annotations
-
 import functools
 import importlib
 import os

@@ -3,8 +3,6 @@
 Legend: N images, F feature dimensions, C classes.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json
@@ -90,18 +88,12 @@ def state_hash(module: nn.Module) -> str:
 
 
 def cached(
-    backbone: nn.Module,
-    images: Images,
-    reader: Reader,
-    engine: Engine,
-    *,
-    limit: int = _LIMIT,
-    say: Callable[[str], None] = print,
+    backbone: nn.Module, images: Images, reader: Reader, engine: Engine, *, most: int = _LIMIT, say: Callable[[str], None] = print
 ) -> Features:
     """Return `extract`'s features: from $RELSSL_CACHE if they lie there, else computed and written there, or just computed, with a
     line, where that cannot be written.
 
-    All files there take at most `limit` bytes; those that were not used for longest go first.
+    All files there take at most `most` bytes; those that were not used for longest go first.
     """
     features: Features | None = None
     try:
@@ -122,7 +114,7 @@ def cached(
         with suppress(OSError):  # another process may clean up at the same time
             files = sorted(folder.glob("*.npz"), key=lambda each: (each == path, each.stat().st_mtime), reverse=True)
             for old, total in zip(files, itertools.accumulate(each.stat().st_size for each in files), strict=True):
-                if total > limit and old != path:
+                if total > most and old != path:
                     old.unlink()
     except StorageError as error:
         say(f"features are not cached: {error}")

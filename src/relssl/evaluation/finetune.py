@@ -1,7 +1,5 @@
 """A classifier on labelled images: trained together with a backbone, and kept as a file."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -73,13 +71,9 @@ def finetune(
     origin, result = opened.header["origin"], finding.plain()
     trained = ", ".join(f"{name} {getattr(settings, name)}" for name in FinetuneConfig.__dataclass_fields__)
     facts = {"images": finding.details["images"], "tested": result["tested"], "top1": result["figures"]["top1"]}
-    classifier = {
-        "classes": names,
-        "data": title(str(data)),
-        "source": f"`{opened.name}` ({opened.header['network']} of {origin})",
-        "training": f"seed {settings.seed}, {trained}",
-        **facts,
-    }
+    source = f"`{opened.name}` ({opened.header['network']} of {origin})"
+    training = f"seed {settings.seed}, {trained}"
+    classifier = {"classes": names, "data": title(str(data)), "source": source, "training": training, **facts}
     whole = _joined(spec, tuned, head, classifier)
     handed = Opened(target.name, {"backbone": whole}, whole.spec, {"network": "classifier", "origin": origin}, {})
     export.hand_over(handed, target, "safetensors", pair.test)

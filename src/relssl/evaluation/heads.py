@@ -6,8 +6,6 @@ The same call gives the same figures, on CPU bit for bit, and leaves the caller'
 Legend: B images of a step, S side of a view, M test images, F features, C classes, H classifiers.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Iterator
@@ -57,13 +55,7 @@ class Training:
     """
 
     def __init__(
-        self,
-        title: str,
-        pair: LabelledPair,
-        settings: LinearConfig | FinetuneConfig,
-        task: Task,
-        network: nn.Module,
-        heads: int = 1,
+        self, title: str, pair: LabelledPair, settings: LinearConfig | FinetuneConfig, task: Task, network: nn.Module, heads: int
     ) -> None:
         self.title, self.pair, self.settings, self.task = title, pair, settings, task
         self.labels, seed, images = one_label(pair, title.split()[0]), task.bootstrap.seed, len(pair.bank)
@@ -228,7 +220,7 @@ def train_whole(
     Each has a learning rate of its own; weights decay, norms and biases do not. Raises as `linear`.
     """
     network = copy.deepcopy(backbone).cpu()
-    training = Training(title, pair, settings, task, network)
+    training = Training(title, pair, settings, task, network, 1)
     (classifier,), network, device = training.classifiers, task.engine.place(network).train(), task.engine.device
     if not any(parameter.requires_grad for parameter in network.parameters()):
         network.requires_grad_(True)  # of others, what is fixed is meant to be, such as position codes

@@ -9,8 +9,6 @@ queries of the average precision of the whole ranking.
 Legend: N bank or gallery features, M queries, D dimensions, C classes, k neighbours.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator
 

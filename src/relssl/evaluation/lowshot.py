@@ -9,8 +9,6 @@ it is chosen by cross-validation on the drawn images, which no test image has a 
 Legend: N bank images, M test images, F feature dimensions, C classes, n shots.
 """
 
-from __future__ import annotations
-
 import warnings
 from typing import Any
 
@@ -69,7 +67,24 @@ def lowshot(sides: LabelledFeatures, settings: LowshotConfig, bootstrap: Bootstr
             notes.append(f"With so few images a class there is no cross-validation, so the cost was {_COST:g}.")
         if stuck:
             notes.append(f"{stuck} of the support vector machines had not converged after {_ITERATIONS} iterations.")
-        findings.append(_finding(shots, scores, [cost or _COST for cost in costs], notes, sides, bootstrap))
+        truth, setting, right = sides.test_labels, dict[str, Any](shots=shots), None
+        if sides.several:
+            setting["average_precision"] = "interpolated"
+            figures = [{"map": 100 * float(np.nanmean(average_precision(each, truth, interpolated=True)))} for each in scores]
+            samples = np.mean([map_samples(each, truth, bootstrap, interpolated=True) for each in scores], axis=0)
+            intervals = {"map": percentiles(100 * samples)}
+        else:
+            place = torch.stack([ranks(each, truth) for each in scores])
+            figures = [accuracies(rank, truth, sides.classes) for rank in place]
+            best = {"top1": 1, "top5": min(5, sides.classes)}
+            intervals = {name: mean_interval(100 * (place < k).double().mean(dim=0), bootstrap) for name, k in best.items()}
+            right = (place[0] == 0).numpy() if len(scores) == 1 else None
+        main = next(iter(figures[0]))
+        mean = {name: float(np.mean([each[name] for each in figures])) for name in figures[0]}
+        if len(scores) > 1:
+            mean[f"{main}_deviation"] = float(np.std([each[main] for each in figures], ddof=1))
+        draws = [{main: round(own[main], 4), "cost": cost or _COST} for own, cost in zip(figures, costs, strict=True)]
+        findings.append(Finding(setting, main, mean, intervals, tuple(notes), {"draws": draws}, right))
     return findings
 
 
@@ -130,27 +145,3 @@ def choose_cost(problems: list[tuple[Floats, Ints]], costs: tuple[float, ...], s
 def _precision(machine: LinearSVC, features: Floats, truth: Ints) -> float:
     decision = torch.from_numpy(machine.decision_function(features))[:, None]
     return float(average_precision(decision, torch.from_numpy(truth[:, None]), interpolated=True)[0])
-
-
-def _finding(
-    shots: int, scores: list[torch.Tensor], costs: list[float], notes: list[str], sides: LabelledFeatures, bootstrap: Bootstrap
-) -> Finding:
-    """Sum up the draws."""
-    truth, setting, right = sides.test_labels, dict[str, Any](shots=shots), None
-    if sides.several:
-        setting["average_precision"] = "interpolated"
-        figures = [{"map": 100 * float(np.nanmean(average_precision(each, truth, interpolated=True)))} for each in scores]
-        samples = np.mean([map_samples(each, truth, bootstrap, interpolated=True) for each in scores], axis=0)
-        intervals = {"map": percentiles(100 * samples)}
-    else:
-        place = torch.stack([ranks(each, truth) for each in scores])
-        figures = [accuracies(rank, truth, sides.classes) for rank in place]
-        best = {"top1": 1, "top5": min(5, sides.classes)}
-        intervals = {name: mean_interval(100 * (place < k).double().mean(dim=0), bootstrap) for name, k in best.items()}
-        right = (place[0] == 0).numpy() if len(scores) == 1 else None
-    main = next(iter(figures[0]))
-    mean = {name: float(np.mean([each[name] for each in figures])) for name in figures[0]}
-    if len(scores) > 1:
-        mean[f"{main}_deviation"] = float(np.std([each[main] for each in figures], ddof=1))
-    each = [{main: round(own[main], 4), "cost": cost} for own, cost in zip(figures, costs, strict=True)]
-    return Finding(setting, main, mean, intervals, tuple(notes), {"draws": each}, right)

@@ -3,8 +3,6 @@
 Legend: M test images, C classes, R resamples.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np

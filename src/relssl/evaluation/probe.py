@@ -6,8 +6,6 @@ images), on standardised features.
 Legend: N bank images, M test images, F feature dimensions, C classes.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import numpy as np

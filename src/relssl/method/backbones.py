@@ -1,7 +1,5 @@
 """Backbones: networks of timm and torchvision without their classifiers, for images of any size and number of channels."""
 
-from __future__ import annotations
-
 import bisect
 import copy
 import fnmatch

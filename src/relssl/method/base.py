@@ -1,7 +1,5 @@
 """Base of all methods: a student, and for most a teacher that follows it and a memory of the teacher's keys."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar

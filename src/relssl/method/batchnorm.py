@@ -5,8 +5,6 @@ no statistics can tell a query which key is its own (MoCo; He et al. 2020, secti
 CIFAR-10 notebook, which the authors follow for the small sets: batch norms split the batch into 8, and the teacher's is permuted.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -1,7 +1,5 @@
 """A run's networks and method from its settings: the only file here that reads them."""
 
-from __future__ import annotations
-
 import dataclasses
 import importlib
 from collections.abc import Mapping

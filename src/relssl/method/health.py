@@ -1,7 +1,5 @@
 """Is it learning? Figures of the relations themselves, from what the step has already computed."""
 
-from __future__ import annotations
-
 import math
 
 import torch

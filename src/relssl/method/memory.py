@@ -1,7 +1,5 @@
 """The memory: a ring buffer of past teacher embeddings, of the samples they came from, and of their features if asked for."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

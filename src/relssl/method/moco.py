@@ -1,7 +1,5 @@
 """MoCo v2 (He et al. 2020; Chen et al., arXiv 2003.04297): each query picks its own key out of itself and the memory."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
@@ -16,14 +14,7 @@ class MoCo(Method):
     constants = ("info_nce_temperature",)
 
     def step(self, weak: Tensor, strong: Sequence[Tensor], world: World = ALONE, *, info_nce_temperature: float) -> Step:
-        """The InfoNCE loss of V queries, or the mean of both views' against each other.
-
-        Args:
-            weak: [B, C, H, W], the teacher's view; in MoCo v2 as strongly augmented as the student's.
-            strong: V views [B, C, h, w] of the same samples; of a symmetric loss one.
-            world: the processes that share the batch out.
-            info_nce_temperature: 0.2 in MoCo v2.
-        """
+        """The InfoNCE loss of V queries, or the mean of both views' against each other; MoCo v2 has 0.2, and two views alike strong."""
         matched = self.matched(weak, strong, world, self.symmetric)
         # InfoNCE is ReSSL's objective with nothing but its InfoNCE part, so that the relation's temperatures play no role.
         settings = dict.fromkeys(("student_temperature", "teacher_temperature", "info_nce_temperature"), info_nce_temperature)

@@ -1,7 +1,5 @@
 """The optimizer and what it decays."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

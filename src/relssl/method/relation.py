@@ -4,8 +4,6 @@ Shapes: V strong views, B samples, K keys in the memory, D dimensions. All embed
 NIPS = "ReSSL: Relational Self-Supervised Learning with Weak Augmentation" (2021); TPAMI = its extension (2024).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """ReSSL: the student's relation to a memory is matched to the one its teacher sees in a weak view."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -20,14 +18,7 @@ class ReSSL(Method):
     scheduled = ("teacher_temperature", "warmup_mix")
 
     def step(self, weak: Tensor, strong: Sequence[Tensor], world: World = ALONE, **settings: float) -> Step:
-        """Algorithm 1 of the paper, up to the loss.
-
-        Args:
-            weak: [B, C, H, W], one weak view of each sample.
-            strong: V views [B, C, h, w] of the same samples; a single crop is a list of one.
-            world: the processes that share the batch out.
-            settings: as for `relation.objective`: temperatures, and InfoNCE's share of the loss.
-        """
+        """Algorithm 1 of the paper, up to the loss; `settings` as for `relation.objective`: temperatures, and InfoNCE's share of the loss."""
         keys, features = self.keys([weak], world)[0], None  # [B, D]
         if self.features:
             keys, features = keys.tensor_split((-self.features,), dim=1)  # and [B, F]

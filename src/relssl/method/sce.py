@@ -1,7 +1,5 @@
 """SCE, similarity contrastive estimation (Denize et al., WACV 2023, arXiv 2111.14585): InfoNCE whose target is soft."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
@@ -18,14 +16,7 @@ class SCE(Method):
     scheduled = ("teacher_temperature",)
 
     def step(self, weak: Tensor, strong: Sequence[Tensor], world: World = ALONE, **settings: float) -> Step:
-        """The loss of V queries, or the mean of both views' against each other.
-
-        Args:
-            weak: [B, C, H, W], the teacher's view.
-            strong: V views [B, C, h, w] of the same samples; of a symmetric loss one.
-            world: the processes that share the batch out.
-            settings: as for `similarity_contrast`.
-        """
+        """The loss of V queries, or the mean of both views' against each other; `settings` as for `similarity_contrast`."""
         matched = self.matched(weak, strong, world, self.symmetric)
         losses = [similarity_contrast(queries, keys, self.past, **settings) for queries, keys in matched]
         return Step(torch.stack(losses).mean(), matched[0][0].detach(), matched[0][1])

@@ -1,7 +1,5 @@
 """Every schedule as a pure function of the optimizer step, so that a resumed run needs nothing but its step."""
 
-from __future__ import annotations
-
 import math
 
 

@@ -1,7 +1,5 @@
 """SimCLR (Chen et al., ICML 2020, arXiv 2002.05709): each view picks the other one of its image out of the whole batch."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
@@ -19,13 +17,7 @@ class SimCLR(Method):
     constants = ("info_nce_temperature",)
 
     def step(self, weak: Tensor, strong: Sequence[Tensor], world: World = ALONE, *, info_nce_temperature: float) -> Step:
-        """The NT-Xent loss of both views.
-
-        Every rank computes it of all ranks' embeddings, whose gradients `world.gather` sends back to where they are from.
-
-        Args:
-            weak, strong: two views [B, C, H, W] of each sample, the second in a list.
-        """
+        """The NT-Xent loss of both views, of all ranks' embeddings, whose gradients `world.gather` sends back to where they are from."""
         embeddings = self.student([weak, *strong])  # [2, B, D]
         everyone = world.gather(embeddings.transpose(0, 1)).transpose(0, 1)  # [2, N, D]
         loss = nt_xent(everyone, info_nce_temperature)

@@ -1,7 +1,5 @@
 """SimSiam (Chen & He, CVPR 2021, arXiv 2011.10566): from one view the student predicts its own embedding of the other."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -16,11 +14,7 @@ class SimSiam(Method):
     has_teacher = False
 
     def step(self, weak: Tensor, strong: Sequence[Tensor], world: World = ALONE) -> Step:
-        """Minus the cosine of prediction and embedding, the mean of both directions (their eq. 4), -1 to 1.
-
-        Args:
-            weak, strong: two views [B, C, H, W] of each sample, the second in a list.
-        """
+        """Minus the cosine of prediction and embedding, the mean of both directions (their eq. 4), -1 to 1."""
         predictions, embeddings = self.student([weak, *strong], beside="projections")  # [2, B, D] each
         embeddings = embeddings.detach()
         loss = -(predictions * embeddings.flip(0)).sum(dim=-1).mean()

@@ -1,7 +1,5 @@
 """The depth of a backbone's parameters: learning rates that fall towards the images, and first stages that stay as they are."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import takewhile
 

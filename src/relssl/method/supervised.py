@@ -1,7 +1,5 @@
 """Supervised learning: what labels would have given the same network, as an upper mark."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
@@ -37,13 +35,7 @@ class Supervised(Method):
     has_teacher = False
 
     def step(self, weak: Tensor, strong: Sequence[Tensor], world: World = ALONE, *, labels: Tensor) -> Step:
-        """The mean cross-entropy. Its queries and keys are the logits at unit length, whose spread tells of the network's health.
-
-        Args:
-            weak: [B, C, H, W], the only view.
-            strong: none.
-            labels: int64 [B], 0 to C - 1.
-        """
+        """The mean cross-entropy of the only view, `weak`. Queries and keys are the logits at unit length, whose spread tells of health."""
         assert not strong
         logits = self.student([weak])  # [1, B, C]
         directions = F.normalize(logits.detach(), dim=-1)

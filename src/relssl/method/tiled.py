@@ -5,8 +5,6 @@ and its gradient (s - p) M / t: both come from the same tile of similarities, so
 the plain form in `relation` up to fp32 rounding.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -46,32 +44,46 @@ def tiled_objective(
 class _Objective(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        queries: Tensor,
-        keys: Tensor,
-        memory: Tensor,
-        temperatures: tuple[float, float, float],
-        mix: float,
-        rows: int,
-        target: Target | None,
+        ctx: Any, queries: Tensor, keys: Tensor, memory: Tensor, temperatures: Any, mix: float, rows: int, given: Target | None
     ) -> Tensor:
-        ctx.count = queries.shape[0] * queries.shape[1]
+        (t_student, t_teacher, t_nce), ctx.count = temperatures, queries.shape[0] * queries.shape[1]
+
+        def tile(first: int) -> Tensor:
+            """The summed loss of some queries q [V, R, D] against their keys k [R, D]; its gradient is added to theirs, `slope` [V, R, D]."""
+            q, k, slope = wide_q[:, first : first + rows], wide_k[first : first + rows], gradient[:, first : first + rows]
+            # One product for teacher and student where they relate to the same memory; the temperatures go on its small side.
+            scaled = torch.cat([k[None] / t_teacher, q / t_student]) if given is None else q / t_student
+            weights = _product(scaled.flatten(0, 1), past).view(*scaled.shape[:2], -1)
+            if given is None:
+                target, weights = weights[0], weights[1:]  # the logits of the teacher's relation [R, K]
+            else:
+                target = given.logits(t_teacher, first, first + rows)
+            loss, scale = q.new_zeros(()), (1 - mix) / t_student
+            if mix > 0:
+                positive = (q * k).sum(dim=-1) / t_nce
+                negatives = weights * (t_student / t_nce)
+                among = _softmax_(negatives)
+                every = torch.logaddexp(among, positive)
+                loss = loss + mix * (every - positive).sum()
+                negatives.mul_((among - every).exp()[..., None])  # shares among all, the positive included
+                slope.add_((positive - every).expm1()[..., None] * k, alpha=mix / t_nce)
+            if mix < 1:  # the cross-entropies [V, R]; weights become softmax(student) - softmax(target)
+                _softmax_(target)
+                matched = torch.linalg.vecdot(weights, target)
+                loss = loss + (1 - mix) * (_softmax_(weights) - matched).sum()
+                weights.sub_(target)
+                if mix > 0:
+                    weights.add_(negatives, alpha=mix / t_nce / scale)
+            else:
+                weights, scale = negatives, mix / t_nce
+            slope.add_(_product(weights.view(-1, len(past)), past.T).view_as(q), alpha=scale)
+            return loss
+
         with torch.autocast(queries.device.type, enabled=False):
             wide = torch.promote_types(queries.dtype, torch.float32)
-            q, k, m = queries.to(wide), keys.to(wide), memory.to(wide)
-            gradient = torch.zeros_like(q)
-            losses = [
-                _tile(
-                    q[:, i : i + rows],
-                    k[i : i + rows],
-                    m,
-                    temperatures,
-                    mix,
-                    gradient[:, i : i + rows],
-                    None if target is None else target.logits(temperatures[1], i, i + rows),
-                )
-                for i in range(0, len(k), rows)
-            ]
+            wide_q, wide_k, past = queries.to(wide), keys.to(wide), memory.to(wide)
+            gradient = torch.zeros_like(wide_q)
+            losses = [tile(first) for first in range(0, len(wide_k), rows)]
         ctx.save_for_backward(gradient.to(queries.dtype))
         loss: Tensor = torch.stack(losses).sum() / ctx.count
         return loss
@@ -80,55 +92,6 @@ class _Objective(torch.autograd.Function):
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return gradient * (outer[0] / ctx.count), *[None] * 6
-
-
-def _tile(
-    q: Tensor,
-    k: Tensor,
-    memory: Tensor,
-    temperatures: tuple[float, float, float],
-    mix: float,
-    gradient: Tensor,
-    target: Tensor | None,
-) -> Tensor:
-    """The summed loss of queries [V, R, D] against keys [R, D]; its gradient is added to `gradient` [V, R, D].
-
-    `target` [R, K] holds the logits of the teacher's relation; None: those of the keys.
-    """
-    t_student, t_teacher, t_nce = temperatures
-    # One product for teacher and student where they relate to the same memory; the temperatures go on its small side.
-    scaled = torch.cat([k[None] / t_teacher, q / t_student]) if target is None else q / t_student
-    similar = _product(scaled.flatten(0, 1), memory).view(*scaled.shape[:2], -1)
-    if target is None:
-        target, similar = similar[0], similar[1:]
-    weights = similar
-    loss, scale = q.new_zeros(()), (1 - mix) / t_student
-    if mix > 0:
-        positive = (q * k).sum(dim=-1) / t_nce
-        negatives = weights * (t_student / t_nce)
-        among = _softmax_(negatives)
-        every = torch.logaddexp(among, positive)
-        loss = loss + mix * (every - positive).sum()
-        negatives.mul_((among - every).exp()[..., None])  # shares among all, the positive included
-        gradient.add_((positive - every).expm1()[..., None] * k, alpha=mix / t_nce)
-    if mix < 1:
-        loss = loss + (1 - mix) * _relate_(weights, target).sum()
-        if mix > 0:
-            weights.add_(negatives, alpha=mix / t_nce / scale)
-    else:
-        weights, scale = negatives, mix / t_nce
-    gradient.add_(_product(weights.view(-1, len(memory)), memory.T).view_as(q), alpha=scale)
-    return loss
-
-
-def _relate_(student: Tensor, target: Tensor) -> Tensor:
-    """Logits [V, R, K] and [R, K] to the cross-entropies [V, R]; in place, `student` becomes softmax(student) - softmax(target)
-    and `target` its softmax."""
-    _softmax_(target)
-    matched = torch.linalg.vecdot(student, target)
-    cross: Tensor = _softmax_(student) - matched
-    student.sub_(target)
-    return cross
 
 
 def _softmax_(logits: Tensor) -> Tensor:

@@ -1,7 +1,5 @@
 """Advice on the teacher's temperature, the memory and the warm-up, from relations as a run's teacher sees them now; nothing is trained."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any

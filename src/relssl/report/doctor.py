@@ -1,8 +1,6 @@
 """Findings on this machine, or on a run: what is slow, missing or known to be broken. The machine is looked at without torch, as that may
 be what is broken."""
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import importlib.util

@@ -1,7 +1,5 @@
 """The facts about a run in the files of its folder, whatever is missing there."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math
@@ -117,13 +115,8 @@ def _verdict(folder: Path, rows: list[Row], config: Config | None) -> dict[str, 
         line = f"No sign of a collapse; {moved}." if moved else line
     elif word != "collapsing":
         line = line.capitalize()
-    bars = {
-        "raw_pixels": "raw pixels",
-        "untrained": "untrained network",
-        "start": "given weights",
-        "student": "student",
-        "teacher": "teacher",
-    }
+    bars = {"raw_pixels": "raw pixels", "untrained": "untrained network", "start": "given weights"}
+    bars |= {name: name for name in ("student", "teacher")}
     return {
         "word": word,
         "lines": [line, *more],

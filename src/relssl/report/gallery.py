@@ -3,8 +3,6 @@
 Legend: N images of the run, n that are shown, E that are explored, K keys in the memory.
 """
 
-from __future__ import annotations
-
 import copy
 import importlib.util
 import math

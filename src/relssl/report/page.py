@@ -1,7 +1,5 @@
 """The report of runs: one page that opens without a network."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json

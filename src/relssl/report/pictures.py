@@ -1,7 +1,5 @@
 """Many small pictures as one image, which a page cuts up again."""
 
-from __future__ import annotations
-
 import base64
 import io
 import math

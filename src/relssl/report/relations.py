@@ -3,8 +3,6 @@
 Legend: E images, K keys in the memory, G temperatures.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

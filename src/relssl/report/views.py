@@ -1,7 +1,5 @@
 """A contact sheet: images, and the views that a run would draw of them."""
 
-from __future__ import annotations
-
 import io
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The runs that a table is made of, with all their settings, and how far each has come; imports no torch."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import json

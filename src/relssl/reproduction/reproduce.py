@@ -1,7 +1,5 @@
 """Rerunning one of the paper's comparisons, from the plan to the page of results; torch is imported once runs start."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import statistics
@@ -56,10 +54,8 @@ def reproduce(
         Interrupted: on SIGINT, on SIGTERM while training, or at the time limit, after the results so far are written.
         StorageError, LockedError: if a folder cannot be written, or another process writes it.
     """
-    planned, tell = (
-        plan(read_table(table, scale), seeds=seeds, only=only, runs=runs, overrides=overrides),
-        say or (lambda line: None),
-    )
+    planned = plan(read_table(table, scale), seeds=seeds, only=only, runs=runs, overrides=overrides)
+    tell = say or (lambda line: None)
     if time_limit is not None and not time_limit > 0:
         raise ConfigError(f"time_limit: must be above 0 minutes, got {time_limit:g}")
     if plan_only:

@@ -1,7 +1,5 @@
 """The results of a plan's runs: figures over seeds, differences beyond noise or within it, and their page. Plain numbers, no torch."""
 
-from __future__ import annotations
-
 import json
 import math
 import statistics

@@ -1,7 +1,5 @@
 """The comparisons that can be rerun, read from `tables/*.yaml`, each at scales of `tables/scales/*.yaml`; no torch."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path

@@ -3,8 +3,6 @@
 The defaults are the protocols as the papers state them; `docs/evaluation.md` names the source of each.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal, get_args

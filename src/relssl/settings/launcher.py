@@ -1,7 +1,5 @@
 """The processes that a launcher has started (torchrun, srun, others that set the same variables), before torch is there to ask."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import os

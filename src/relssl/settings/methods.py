@@ -1,7 +1,5 @@
 """The methods by name, and what each needs: its base recipe says it, `recipes/_NAME.yaml`; the method itself is `method/NAME.py`."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from pydantic.dataclasses import dataclass

@@ -4,8 +4,6 @@ A setting holds text in either case, so that settings can be stored and compared
 needs the part asks `find` for it. Each part belongs to one setting: backbone, data, method.name, views.weak.name, views.strong.name.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import importlib

@@ -5,8 +5,6 @@ well (names.yaml). YAML is read with all scalars as text, and each value is then
 `no` is a word where a word is wanted and `010` is ten.
 """
 
-from __future__ import annotations
-
 import collections
 import contextlib
 import dataclasses
@@ -106,17 +104,12 @@ class _Checked(yaml.constructor.BaseConstructor):
         return super().construct_mapping(node, deep)
 
 
-class _FastLoader(_Checked, _PARSER):  # type: ignore[misc]
-    pass
-
-
-class _Loader(_Checked, yaml.BaseLoader):
-    pass
+_FAST, _PLAIN = (type("Loader", (_Checked, base), {}) for base in (_PARSER, yaml.BaseLoader))
 
 
 def parse_yaml(text: str) -> Any:
     """Return what YAML text holds, all scalars as text; yaml.YAMLError, too, for what would grow: anchors, aliases, and too many values."""
-    loader: Any = _Loader if _BYTES.search(text) else _FastLoader
+    loader: Any = _PLAIN if _BYTES.search(text) else _FAST
     for count, event in enumerate(yaml.parse(text, Loader=loader)):
         if getattr(event, "anchor", None) or count > _MAX_YAML_VALUES:
             problem = f"anchors, aliases and more than {_MAX_YAML_VALUES} values are not read here"

@@ -4,8 +4,6 @@ A recipe may have a `base`, one or a list, later ones above earlier ones and the
 begins with _ is no recipe, only a base. That of a method, `_NAME.yaml`, says as `traits` what the method needs.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import os

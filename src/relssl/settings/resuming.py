@@ -1,7 +1,5 @@
 """Settings with which a run may go on changed: one table, which resuming, its refusals and warnings, and the pages go by."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from operator import attrgetter

@@ -3,8 +3,6 @@
 `Config` is what the user asked for, `derive(config)` what follows from it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import json

@@ -1,7 +1,5 @@
 """Small data and short runs: what the user did not type gives way to them."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 

@@ -1,7 +1,5 @@
 """The state of a run: what changes while it goes on, the judge that lets a step change it or not, and its way to a folder and back."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Sequence

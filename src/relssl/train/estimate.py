@@ -1,7 +1,5 @@
 """An estimate of what a run would take, from a few of its own steps on this machine; nothing is written to the disk."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 import math
@@ -377,6 +375,7 @@ def advise(figures: Estimate, config: Config) -> tuple[Advice, ...]:
     often = figures.evaluation_seconds > 60 and knn_share > 0.1 and knn < config.epochs
     compiling = config.compile == "off" and gpu and figures.total_steps >= WORTH_COMPILING
     small = gpu and figures.floor_multiple > 4 and waiting <= 0.1 and used <= 0.4 and parts == 2
+    bf16 = config.engine.precision == "fp32" and fast_bf16(torch.device(figures.kind))
     full, waits = f"{used:.0%} of the memory is taken", f"{waiting:.0%} of a step is waiting for data"
     rules = (
         (needed > disk["free"], "out", "another disk", f"checkpoints need {size(needed)}, {size(disk['free'])} are free"),
@@ -386,12 +385,7 @@ def advise(figures: Estimate, config: Config) -> tuple[Advice, ...]:
         (slow and not idle and config.loader.cache is None, "loader.cache", str(side), f"{waits}; decode each image only once"),
         (slow and not idle and config.loader.cache is not None, "data", "a faster disk, or more cores", waits),
         (not gpu and computing < figures.cores, "engine.threads", "null", f"{computing} of {figures.cores} cores compute"),
-        (
-            config.engine.precision == "fp32" and fast_bf16(torch.device(figures.kind)),
-            "engine.precision",
-            "bf16",
-            "the device is built for it",
-        ),
+        (bf16, "engine.precision", "bf16", "the device is built for it"),
         (compiling, "compile", "auto", "compiled networks mostly pay in a run of so many steps"),
         (often, "log.knn_every", str(min(10 * knn, config.epochs)), f"kNN while training takes {knn_share:.0%} of the run"),
         (small, "batch_size", str(2 * config.batch_size), f"{full}, and too little work; choose the learning rate anew"),

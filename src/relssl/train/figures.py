@@ -1,7 +1,5 @@
 """The figures of relations in a run's rows: their names for readers, a line in plain words, and alarms with cause and remedy."""
 
-from __future__ import annotations
-
 import functools
 import math
 from collections import defaultdict
@@ -75,13 +73,8 @@ def alarms(rows: Iterable[Row], config: Config) -> dict[str, str]:
     traits = derive(config).traits
     if traits.labels or config.teacher is not None:
         return {}
-    facts: dict[str, float] = {
-        "dim": config.encoder.dim,
-        "batch": config.batch_size,
-        "epochs": config.epochs,
-        "most": config.max_steps or math.inf,
-        "moving": traits.teacher,
-    }
+    facts: dict[str, float] = {"dim": config.encoder.dim, "batch": config.batch_size, "epochs": config.epochs}
+    facts |= {"most": config.max_steps or math.inf, "moving": traits.teacher}
     if traits.memory:
         facts |= {"memory": config.method.memory_size, "span": config.method.memory_size / config.batch_size}
     if not traits.sharpened:  # whose loss has no teacher's temperature

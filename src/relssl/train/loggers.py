@@ -1,7 +1,5 @@
 """Loggers that the rows of metrics.jsonl go to besides, through Lightning's own; those that nobody asked for are not imported."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
 import os

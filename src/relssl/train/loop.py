@@ -1,7 +1,5 @@
 """Training, from top to bottom: the loop over the steps, one optimizer step from views to weights, and what is told and saved of it."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -271,30 +269,25 @@ def measure(run: Run, row: dict[str, Any]) -> None:
 
 
 def write(run: Run, row: dict[str, Any], display: Display, stop: StopRequest) -> None:
-    """Write a row, show it, and judge it."""
-    if run.folder is not None:
-        run.folder.write_row(row)
-        display.row(row, ended(run, row), in_words(row, run.config.method.memory_size))
-        run.recent.append(row)
-        if run.config.log.alarms != "off":
-            raise_alarms(run, display, stop)
+    """Write a row, show it, and tell of alarms that the last rows all raise, each once; `log.alarms` stop lets the first end the run."""
+    if run.folder is None:
+        return
+    rows, setting = run.recent, run.config.log.alarms
+    run.folder.write_row(row)
+    display.row(row, ended(run, row), in_words(row, run.config.method.memory_size))
+    rows.append(row)
+    full = setting != "off" and len(rows) == rows.maxlen and rows[0]["epoch"] >= 1
+    for name, sentence in [*alarms(rows if full else (), run.config).items()][:1]:  # what follows it may be its consequence
+        if name not in run.warned:
+            run.warned.add(name)
+            display.say(f"alarm: step {row['step']}: {name}: {sentence}")
+            if setting == "stop" and not stop.code:
+                stop.code, stop.reason = NumericError.exit_code, f"by the alarm {name} ({sentence})"
 
 
 def ended(run: Run, row: dict[str, Any]) -> bool:
     """Return true if a row is that of an epoch's last step, or of the run's."""
     return row["step"] in (row["epoch"] * run.plan.steps_per_epoch, run.total_steps)
-
-
-def raise_alarms(run: Run, display: Display, stop: StopRequest) -> None:
-    """Tell of alarms that all of the last rows raise, each once; with `log.alarms` stop the first one ends the run."""
-    rows = run.recent
-    raised = alarms(rows, run.config) if len(rows) == rows.maxlen and rows[0]["epoch"] >= 1 else {}
-    for name, sentence in list(raised.items())[:1]:  # what follows it in the table may be its consequence
-        if name not in run.warned:
-            run.warned.add(name)
-            display.say(f"alarm: step {rows[-1]['step']}: {name}: {sentence}")
-            if run.config.log.alarms == "stop" and not stop.code:
-                stop.code, stop.reason = NumericError.exit_code, f"by the alarm {name} ({sentence})"
 
 
 def note_unreadable(run: Run, faults: list[tuple[str, str]]) -> None:

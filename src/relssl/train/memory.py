@@ -1,7 +1,5 @@
 """The memory that an optimizer step takes, computed without taking any of it, and the memory that there is."""
 
-from __future__ import annotations
-
 import copy
 import math
 import re

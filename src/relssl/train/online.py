@@ -1,19 +1,18 @@
 """Measurements while training: figures of the features that need no labels, and kNN for sets with labels."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
 
 from relssl.data.images import Images, Pixels
 from relssl.data.loader import lone_workers
 from relssl.data.plain import PlainView, Reader
 from relssl.engine import Engine
-from relssl.evaluation.features import LabelledFeatures, extract, unit
+from relssl.evaluation.features import Features, LabelledFeatures, extract, unit
 from relssl.evaluation.knn import knn_accuracy
 from relssl.evaluation.pairs import LabelledPair, choose, labels_of
 from relssl.method.base import unwrapped
@@ -48,7 +47,8 @@ class Online:
             knn_top1, knn_teacher_top1: top-1 in percent at `log.knn`, where there are labels, and a teacher.
         """
         student, teacher = unwrapped(state.model.student).backbone, state.model.teacher
-        features = extract(student, self.images, self.reader, engine)
+        take = partial(extract, reader=self.reader, engine=engine)
+        features = take(student, self.images)
         vectors, places = features.vectors, torch.from_numpy(features.rows)
         rows, near = unit(vectors), min(_NEAR, len(vectors) - 1)
         nearest = places[(rows @ rows.T).fill_diagonal_(-torch.inf).topk(near).indices]
@@ -61,8 +61,8 @@ class Online:
         if shared := [[each in then for each in now] for now, then in pairs]:
             figures["neighbour_stability"] = round(float(torch.tensor(shared).float().mean()), 4)
         state.neighbours = [lines.get(row, "") for row in range(len(self.images))]
-        figures |= self._top1("knn_top1", student, engine)
-        return figures if teacher is None else figures | self._top1("knn_teacher_top1", teacher.backbone, engine)
+        figures |= self._top1("knn_top1", partial(take, student), engine)
+        return figures if teacher is None else figures | self._top1("knn_teacher_top1", partial(take, teacher.backbone), engine)
 
     def baselines(self, state: State, engine: Engine) -> dict[str, float]:
         """Measure the networks before they train; with labels a frozen teacher, and for sets in memory the pixels themselves,
@@ -70,10 +70,11 @@ class Online:
         figures, pair = self.measure(state, engine), self.pair
         if state.model.given is not None:
             teacher: Any = state.model.given.backbone
-            figures |= self._top1("knn_teacher_top1", teacher, engine, replace(self.reader, view=teacher.transform))
+            reader = replace(self.reader, view=teacher.transform)
+            figures |= self._top1("knn_teacher_top1", partial(extract, teacher, reader=reader, engine=engine), engine)
         if pair is not None and all(isinstance(images.source, Pixels) for images in (pair.bank, pair.test)):
-            figures["knn_raw_pixels"] = self._score(
-                pair, lambda images: (images.source.tensor.flatten(1).float(), slice(None)), engine
+            figures |= self._top1(
+                "knn_raw_pixels", lambda x: Features(x.source.tensor.flatten(1).float(), np.arange(len(x))), engine
             )
         return figures
 
@@ -84,22 +85,13 @@ class Online:
         shown = [pictures(views) for _, views, _ in self.reader.batches(self.images)]
         return {"mat": features.vectors, "metadata": labels, "label_img": torch.cat(shown)}
 
-    def _top1(self, name: str, backbone: nn.Module, engine: Engine, reader: Reader | None = None) -> dict[str, float]:
-        """Return the figure of a network by its name, if there are labels."""
-
-        def features(images: Images) -> tuple[Tensor, Any]:
-            extracted = extract(backbone, images, reader or self.reader, engine)
-            return extracted.vectors, extracted.rows
-
-        return {} if self.pair is None else {name: self._score(self.pair, features, engine)}
-
-    def _score(self, pair: LabelledPair, features: Callable[[Any], tuple[Tensor, Any]], engine: Engine) -> float:
-        def labelled(images: Images) -> tuple[Tensor, Tensor]:
-            vectors, rows = features(images)
-            return vectors, labels_of(images)[rows]
-
-        bank, (queries, labels) = labelled(pair.bank), labelled(pair.test)
+    def _top1(self, name: str, take: Callable[[Any], Features], engine: Engine) -> dict[str, float]:
+        """Return the figure of some features by its name, if there are labels."""
+        if self.pair is None:
+            return {}
+        taken = ((take(images), labels_of(images)) for images in (self.pair.bank, self.pair.test))
+        (bank, known), (queries, labels) = ((each.vectors, words[each.rows]) for each, words in taken)
         if engine.device.type == "cuda" and free_memory(engine.device) > 4 * queries.nbytes + (1 << 30):  # beside the training
             queries = queries.to(engine.device)
-        both = LabelledFeatures(*bank, queries, labels, classes=pair.classes)
-        return round(knn_accuracy(both, *self.config.log.knn)["top1"], 4)
+        both = LabelledFeatures(bank, known, queries, labels, self.pair.classes)
+        return {name: round(knn_accuracy(both, *self.config.log.knn)["top1"], 4)}

@@ -1,7 +1,5 @@
 """The two ways into a run: start it, or go on with it."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import os
@@ -22,16 +20,7 @@ from relssl.data.cache import shrunken
 from relssl.data.loader import Batch
 from relssl.data.named import SETS, exists
 from relssl.engine import ONE_NUMBER, Engine
-from relssl.errors import (
-    CheckpointError,
-    ConfigError,
-    DataError,
-    DistributedError,
-    ExportError,
-    Interrupted,
-    RelsslError,
-    StorageError,
-)
+from relssl.errors import CheckpointError, ConfigError, DataError, DistributedError, Interrupted, RelsslError, StorageError
 from relssl.files import read_json, read_rows, write_file, write_json
 from relssl.settings import parts, recipes
 from relssl.settings.launcher import MARK, rank, with_launch
@@ -47,7 +36,7 @@ from relssl.train.run_folder import Hooks, RunFolder, default_folder, environmen
 from relssl.train.signals import StopRequest
 from relssl.train.start import open_sources
 from relssl.weights import store
-from relssl.weights.export import default_target, export
+from relssl.weights.export import default_target, export, unexported
 from relssl.weights.opening import Run as Loaded
 from relssl.weights.opening import load_run
 
@@ -131,7 +120,7 @@ def _start(config: Config, quiet: bool, mode: str | None, hooks: Hooks) -> Resul
     engine = _engine(config)
     folder = engine.gather_items([folder])[0]  # of the first rank, whatever a script makes of its name on the others
     engine.on_first(lambda: refuse_used(folder))
-    return _run(config, folder, engine, quiet, hooks)
+    return _run(config, folder, engine, quiet, hooks, None, None)
 
 
 def _whole_folders(config: Config) -> Config:
@@ -238,15 +227,9 @@ def _complete(folder: Path, config: Config) -> bool:
 
 
 def _run(
-    config: Config,
-    path: Path,
-    engine: Engine,
-    quiet: bool,
-    hooks: Hooks,
-    loaded: Loaded | None = None,
-    choose: Callable[[], Path] | None = None,
+    config: Config, path: Path, engine: Engine, quiet: bool, hooks: Hooks, loaded: Loaded | None, find: Callable[[], Path] | None
 ) -> Result:
-    """Train in a folder, a new one or that of a `loaded` run from the checkpoint that `choose` returns, then export the networks."""
+    """Train in a folder, a new one or that of a `loaded` run from the checkpoint that `find` returns, then export the networks."""
     ours = os.environ.get("LOCAL_RANK") != "0" and os.environ.get(MARK) == str(
         os.getppid()
     )  # the first rank's own children are none
@@ -256,7 +239,7 @@ def _run(
     voice = Display(engine.is_first and not quiet, stop)
     # The folder is closed once nobody waits for the first rank any more: services take as long as they like.
     with stop, voice as display, ExitStack() as stack, engine.running(), explaining(config, engine):
-        config, given = open_sources(config, choose is not None, loaded.environment if loaded else {})
+        config, given = open_sources(config, find is not None, loaded.environment if loaded else {})
         run = build(config, engine, display.say, given)
         counts = engine.gather_items([(run.fingerprint, len(run.images))])
         if len({*counts}) > 1:
@@ -265,7 +248,7 @@ def _run(
         run.folder = engine.on_first(lambda: stack.enter_context(closing(RunFolder(path, hooks))))
         stack.callback(stop.end)
         # Again, now that nobody else can write it: a process that was about to end may have saved since.
-        saved = choose and engine.gather_items([engine.on_first(choose)])[0]
+        saved = find and engine.gather_items([engine.on_first(find)])[0]
         if loaded is not None and saved is None and store.checkpoints(path / "checkpoints"):
             raise CheckpointError(f"{path}: another process has saved meanwhile; try again")
         engine.on_first(lambda: begin(run, display, loaded))
@@ -277,7 +260,12 @@ def _run(
             if run.folder is not None:
                 run.folder.give_up_after(run.state.step)
                 run.folder.status("running", run.state.step)
-            shrink(run, display)
+            if run.config.loader.cache is not None:  # the first rank finds or writes the images while the others wait
+                make = partial(shrunken, run.images, run.config.loader, display, run.config.engine.devices)
+                # Once more on the other ranks, as machines may have a disk of their own.
+                source = engine.on_first(make) or make()
+                engine.wait()
+                run.read(dataclasses.replace(run.images, source=source))
             engine.on_first(lambda: hooks.call("on_start", run))
             train(run, display, stop)
         engine.on_first(lambda: hand_over(run, display))
@@ -348,18 +336,6 @@ def prepare(run: Run, saved: Path | None) -> Iterator[str]:
         raise ConfigError(f"{setting}: {value} make {run.total_steps} steps, and the run has made {run.state.step}; give more")
 
 
-def shrink(run: Run, display: Display) -> None:
-    """Let the run read shrunk images, if the settings want it; the first rank finds or writes them while the others wait. If Interrupted,
-    what is shrunk by then stays."""
-    config, images = run.config, run.images
-    if config.loader.cache is not None:
-        source = run.engine.on_first(lambda: shrunken(images, config.loader, display, config.engine.devices))
-        # Once more on the other ranks, as machines may have a disk of their own.
-        source = source or shrunken(images, config.loader, display, config.engine.devices)
-        run.engine.wait()
-        run.read(dataclasses.replace(images, source=source))
-
-
 def hand_over(run: Run, display: Display) -> None:
     """Export the networks of a run that is done; it stays so if that fails with an ExportError, and `relssl export` can try again."""
     assert run.folder is not None
@@ -386,13 +362,6 @@ def write_page(run: Run, display: Display) -> None:
             relssl.write_report(run.folder.path)
         except Exception as error:  # networks, views and data are others' code
             display.say(f"no report ({store.one_line(error)}); try again with `relssl report {quote(str(run.folder.path))}`")
-
-
-def unexported(folder: Path, reason: str) -> ExportError:
-    """Return the error of a complete run without its export."""
-    return ExportError(
-        f"{folder}: the run is complete, its export failed ({reason}); try again with `relssl export {quote(str(folder))}`"
-    )
 
 
 def _result(folder: Path, number: int) -> Result:

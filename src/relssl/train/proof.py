@@ -1,7 +1,5 @@
 """The proof that a run resumes bit for bit with the user's settings, on the user's machine."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 import sys

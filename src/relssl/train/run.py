@@ -1,7 +1,5 @@
 """A run before its first step: its images, the settings that only these can complete, its networks, memory and optimizer."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections import deque
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """The run folder: created once, never overwritten silently, written by one process at a time; and the user's hooks on what is written."""
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import importlib.metadata

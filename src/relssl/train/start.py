@@ -1,7 +1,5 @@
 """Weights from elsewhere: those that student and teacher begin with, and those of a frozen teacher."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Iterator, Mapping

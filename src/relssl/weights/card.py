@@ -1,7 +1,5 @@
 """The model card: what a file holds, what it reached, how to load it; nothing of the machine it was made on."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import json

@@ -1,7 +1,5 @@
 """Handing a backbone over: written in a format, loaded back by the lines that its card prints, compared with the source, then kept."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
 import io
@@ -13,6 +11,7 @@ import tempfile
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -26,7 +25,7 @@ from relssl.data.images import Images, Pixels
 from relssl.data.named import load, sample
 from relssl.data.plain import PlainView, Reader
 from relssl.engine import usual_torch
-from relssl.errors import CheckpointError, ConfigError, StorageError
+from relssl.errors import CheckpointError, ConfigError, ExportError, StorageError
 from relssl.files import storing, sweep, sync_folder, temporary, write_file
 from relssl.settings.run import Config, to_yaml
 from relssl.weights import store
@@ -86,7 +85,18 @@ def export(
     """
     format, path = format or ("hf" if push else "safetensors"), Path(source)
     find_format(format)
-    _check_push(push, dry_run, format)
+    if dry_run and push is None:
+        raise ConfigError("dry_run: is for push; give --push ORG/NAME, or leave it out")
+    if push is not None:  # refused before any work
+        if format != "hf":
+            raise ConfigError(f"push: the Hugging Face Hub takes format hf, not {format}; leave format out")
+        try:
+            validate_repo_id(push)
+            _, _ = push.split("/")
+        except ValueError as error:
+            raise ConfigError(f"push: must be ORG/NAME, of a user or organisation and plain letters, got {push!r}") from error
+        if not dry_run and get_token() is None:
+            raise ConfigError("push: there is no login to the Hugging Face Hub; run `hf auth login`, or set HF_TOKEN")
     if not path.is_dir() and not (path.is_file() and is_exported(path)):
         raise ConfigError(f"{path}: is no run, and no weights with settings beside them, such as `relssl import FILE` writes")
     opened = open_whole(path) if path.is_file() and network is None else open_backbones(path, Reading(network=network))
@@ -135,23 +145,6 @@ def import_weights(path: str | Path, *, out: str | Path | None = None, **reading
     return opened.report
 
 
-def _check_push(name: str | None, dry_run: bool, format: str) -> None:
-    """Refuse, before any work, what cannot be uploaded."""
-    if name is None:
-        if dry_run:
-            raise ConfigError("dry_run: is for push; give --push ORG/NAME, or leave it out")
-        return
-    if format != "hf":
-        raise ConfigError(f"push: the Hugging Face Hub takes format hf, not {format}; leave format out")
-    try:
-        validate_repo_id(name)
-        _, _ = name.split("/")
-    except ValueError as error:
-        raise ConfigError(f"push: must be ORG/NAME, of a user or organisation and plain letters, got {name!r}") from error
-    if not dry_run and get_token() is None:
-        raise ConfigError("push: there is no login to the Hugging Face Hub; run `hf auth login`, or set HF_TOKEN")
-
-
 def _upload(folder: Path, name: str) -> str:
     """Upload a folder as a repository of models, and return its address."""
     try:
@@ -167,6 +160,12 @@ def _upload(folder: Path, name: str) -> str:
 def default_target(folder: Path, network: str, format: str = "safetensors") -> Path:
     """Return where a run's own export of a network lies."""
     return folder / "export" / _file_name("backbone" if network == "student" else f"backbone-{network}", format)
+
+
+def unexported(run: Path, reason: str) -> ExportError:
+    """Return the error of a complete run without its export."""
+    again = f"try again with `relssl export {quote(str(run))}`"
+    return ExportError(f"{run}: the run is complete, its export failed ({reason}); {again}")
 
 
 def _file_name(stem: str, format: str) -> str:

@@ -1,7 +1,5 @@
 """Backbones from other programs' files, strictly: every name of the network is matched, known to be something else, or refused."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

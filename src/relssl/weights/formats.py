@@ -1,7 +1,5 @@
 """The formats that a backbone is handed over in; imports no torch, so that the command line can list them."""
 
-from __future__ import annotations
-
 import importlib.util
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """A run's checkpoints verified, looked into and compared, without the networks that they belong to."""
 
-from __future__ import annotations
-
 from collections import Counter
 from pathlib import Path
 from typing import Any

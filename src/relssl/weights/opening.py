@@ -1,7 +1,5 @@
 """The backbones behind whatever a user points at: a run, an exported file, another program's file, a timm name."""
 
-from __future__ import annotations
-
 import contextlib
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path

@@ -4,8 +4,6 @@ Only ResNets and MNASNets carry equal names. Elsewhere weights are paired in ord
 once both networks give equal outputs with them, so a wrong one is refused rather than written.
 """
 
-from __future__ import annotations
-
 import re
 from collections import defaultdict
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """One function a format: a network as bytes, and the Python that loads them."""
 
-from __future__ import annotations
-
 import io
 import json
 import math
