@@ -2,8 +2,10 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import socket
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +25,19 @@ def pytest_unconfigure() -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing here asks for the network, and no library may on its own."""
+    connect = socket.socket.connect
+
+    def local(own: socket.socket, address: Any) -> None:
+        if own.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in ("127.0.0.1", "::1", "localhost"):
+            pytest.fail(f"a connection to {address}")
+        connect(own, address)
+
+    monkeypatch.setattr(socket.socket, "connect", local)
 
 
 class TinyNet(nn.Module):

@@ -13,9 +13,11 @@ from PIL import Image
 import relssl
 from relssl.cli import main
 from relssl.data.named import load
+from relssl.engine import Engine
 from relssl.errors import ConfigError, DataError, NumericError, StorageError
 from relssl.evaluation.evaluate import CUSTOMARY, named_sets
 from relssl.evaluation.result import compare
+from relssl.files import read_rows
 from relssl.report.tables import show_evaluation
 from relssl.settings.evaluation import read_settings
 from relssl.weights import store
@@ -280,3 +282,13 @@ def test_weights_in_a_folder_for_transformers_are_named_for_what_they_are(source
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match="is of a Hugging Face folder"):
         relssl.load_backbone(tmp_path / "model.safetensors")
+
+
+def test_knn_while_training_is_that_of_an_evaluation(source: Path) -> None:
+    row, config = read_rows(source / "metrics.jsonl")[-1], relssl.load_run(source).config
+    knn = {"k": [int(config.log.knn[0])], "temperature": [config.log.knn[1]]}
+    same: dict[str, Any] = {"images": (100, 100), "knn": knn, "device": "cpu", "precision": Engine(config.engine).precision}
+    for network, column in (("student", "knn_top1"), ("teacher", "knn_teacher_top1")):
+        (result,) = relssl.evaluate(source, protocol="knn", network=network, **same)["results"]
+        assert result["figures"]["top1"] == pytest.approx(row[column], abs=1e-3)
+    assert row["knn_top1"] != row["knn_teacher_top1"]

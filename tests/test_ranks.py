@@ -103,6 +103,22 @@ def test_two_ranks_equal_one_process(two: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.torture
+def test_two_ranks_train_a_network_with_a_part_that_nothing_uses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = "torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, 2), torch.nn.ReLU())"
+    (tmp_path / "spare_of_a_test.py").write_text(
+        f"import torch\ndef net():\n    net = {layers}\n    net[0].fc = torch.nn.Linear(8, 5)\n    return net\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    own = {"backbone": "spare_of_a_test:net", "epochs": 1}
+    settings = {name: value for name, value in SETTINGS.items() if name != "backbone_args"} | {
+        "out": "run",
+        "engine": {"devices": 2, "device": "cpu"},
+    }
+    (tmp_path / "run.yaml").write_text(to_yaml(resolve(merge(settings, own))))
+    finish(start(*RELSSL, "pretrain", "--config", "run.yaml"))
+
+
+@pytest.mark.torture
 def test_two_ranks_resume_exactly(two: Path, tmp_path: Path) -> None:
     folder = cut(two, tmp_path / "cut", 3)
     assert "going on exactly from step 3" in finish(start(*RELSSL, "resume", str(folder)))
