@@ -186,15 +186,16 @@ def test_a_run_on_a_mapping_goes_on(tmp_path: Path) -> None:
     assert "knn_top1" in run.rows[-1] and relssl.resume(run.folder, data=both, epochs=2, quiet=True).rows[-1]["epoch"] == 2
 
 
+class Named(Own):
+    targets = torch.tensor([1, 0, 1])
+    classes = ("cat", "dog")
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        assert row == 0, "decoded"
+        return super().__getitem__(row)
+
+
 def test_labels_are_read_without_decoding() -> None:
-    class Named(Own):
-        targets = torch.tensor([1, 0, 1])
-        classes = ("cat", "dog")
-
-        def __getitem__(self, row: int) -> dict[str, Any]:
-            assert row == 0, "decoded"
-            return super().__getitem__(row)
-
     pixels, whole = pictures(3), np.zeros((3, 8, 8, 3), np.uint8)
     labelled = [
         (Named(pixels), [1, 0, 1], ("cat", "dog")),
@@ -329,6 +330,22 @@ def test_what_cannot_change_is_not_copied(tmp_path: Path) -> None:
     assert source.near is not dataset and source.near.mapped is dataset.mapped and source.near.kept["a"] is dataset.kept["a"]
 
 
+def test_pictures_that_are_not_read_yet_are_read_once(folder: Path) -> None:
+    class Opened(torch.utils.data.Dataset[Any]):
+        def __init__(self) -> None:
+            self.images = [Image.open(path) for path in sorted(folder.iterdir())]
+
+        def __len__(self) -> int:
+            return len(self.images)
+
+        def __getitem__(self, row: int) -> Any:
+            return self.images[row]
+
+    images, view = open_dataset(Opened(), "own"), PlainView(20, 1.0, "bilinear", *STATISTICS)
+    passes = [[(views, bad) for _, views, bad in Reader(view, workers=2).batches(images, 2)] for _ in range(2)]
+    assert all(torch.equal(one, other) and not bad and not more for (one, bad), (other, more) in zip(*passes, strict=True))
+
+
 def test_loader_processes_share_no_file_that_a_data_set_opens_as_it_is_read(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (600, 30, 30, 3), np.uint8)
     (tmp_path / "packed").write_bytes(pixels.tobytes())
@@ -387,6 +404,9 @@ def test_numbers_that_are_no_classes_are_refused_before_votes_are_counted() -> N
         pytest.raises(DataError, match="2 classes have numbers up to 20000000; number them"),
     ):
         LabelledPair.load(parts.name_of(sides), None)
+    one_named = {"train": Named(pictures(3)), "test": (pictures(9)[6:], [50_000_000, 1, 0])}
+    with parts.at_hand({"data": one_named}), pytest.raises(DataError, match="numbers up to 50000000"):
+        LabelledPair.load(parts.name_of(one_named), None)
     many = {
         part: (np.zeros((20_000, 4, 4), np.uint8), list(range(20_000))) for part in ("train", "test")
     }  # all in use, and few of them measured

@@ -257,7 +257,8 @@ def _apart(dataset: Any) -> Any:
 
     class Pickler(pickle.Pickler):
         def persistent_id(self, value: Any) -> int | None:
-            if isinstance(value, (Tensor, np.ndarray, bytes, Image.Image, FunctionType, type)):
+            is_read = isinstance(value, Image.Image) and not getattr(value, "tile", None)  # else it is read, and its file closed
+            if is_read or isinstance(value, (Tensor, np.ndarray, bytes, FunctionType, type)):
                 shared.append(value)
                 return len(shared) - 1
             return None

@@ -63,10 +63,11 @@ class LabelledPair:
         bank = labelled(data, load(data, root, "bank"), "training")
         test = labelled(data, uncut, "test")
         most = at_most or (len(bank), len(test))
-        if bank.labels is not None and test.labels is not None and not bank.classes:
+        if bank.labels is not None and test.labels is not None:
             numbers = np.union1d(bank.labels, test.labels)
-            if numbers[-1] >= max(_NUMBERED, 10 * len(numbers)):
-                fault = f"its {len(numbers)} classes have numbers up to {numbers[-1]}"
+            used = max(len(numbers), len(bank.classes or ()), len(test.classes or ()))
+            if numbers[-1] >= max(_NUMBERED, 10 * used):
+                fault = f"its {used} classes have numbers up to {numbers[-1]}"
                 raise DataError(f"{bank.name}: {fault}; number them from 0, or name them")
         cut = choose(bank, most[0], seed), choose(test, most[1], seed)
         return LabelledPair(*cut, (len(bank), len(test)), uncut.fingerprint())

@@ -91,7 +91,7 @@ class Online:
             return {}
         taken = ((take(images), labels_of(images)) for images in (self.pair.bank, self.pair.test))
         (bank, known), (queries, labels) = ((each.vectors, words[each.rows]) for each, words in taken)
-        if engine.device.type == "cuda" and free_memory(engine.device) > 4 * queries.nbytes + (1 << 30):  # beside the training
+        if engine.device.type == "cuda" and free_memory(engine.device) > 3 * bank.nbytes + 4 * queries.nbytes + (1 << 30):
             queries = queries.to(engine.device)
         both = LabelledFeatures(bank, known, queries, labels, self.pair.classes)
         return {name: round(knn_accuracy(both, *self.config.log.knn)["top1"], 4)}

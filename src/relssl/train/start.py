@@ -110,7 +110,8 @@ def _open(setting: str, source: str, reading: Reading, recorded: dict[str, Any] 
     backbone, spec = opened.backbone, opened.spec
     if opened.report is None and (fault := untrained(backbone, spec.create(), spec.view)):  # others' files have been looked at
         raise CheckpointError(f"{setting}: {source} looks untrained: {fault}; give weights that were trained")
-    file = path / "checkpoints" / opened.header["origin"] / store.TENSORS if path.is_dir() else path
+    places = (path, path / store.TENSORS, path / "checkpoints" / opened.header["origin"] / store.TENSORS)
+    file = next(filter(Path.is_file, places), path)
     digest = state_hash(backbone)  # of weights that timm keeps
     if file.is_file():
         with file.open("rb") as content:
