@@ -46,8 +46,8 @@ def in_words(row: Row, memory: int) -> str:
 
 
 # Condition of each alarm, causes before their consequences; alarms.yaml has their sentences. It reads columns of a row, and `memory` K,
-# `dim` D, `batch` B, `epochs`, `most` (steps), `moving` (a teacher is to follow the student) and `span`, steps that the memory holds; NaN, no reason, where one is
-# missing.
+# `dim` D, `batch` B, `epochs`, `most` (steps), `moving` (a teacher is to follow the student) and `span`, steps that the memory
+# holds; NaN, no reason, where one is missing.
 ALARMS: dict[str, Callable[[Row], bool]] = {
     "dead-projector": lambda row: row["embedding_std"] < 1e-3,
     "dimensional-collapse": lambda row: (

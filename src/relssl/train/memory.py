@@ -46,7 +46,8 @@ def fit(
     """Return the settings, with `fit_batch` those of the largest batch that fits in memory, before any of it is taken.
 
     `workers` loader processes of each training process hold batches ahead; `free` bytes are there, by default those of `free_memory`,
-    of which the images will take as many as `resident`; other arguments as of `step_memory`. ConfigError, with the batch size or accumulation that fits, if a step would take more.
+    of which the images will take as many as `resident`; other arguments as of `step_memory`. ConfigError, with the batch size or
+    accumulation that fits, if a step would take more.
     """
     derived, gpu = derive(config), engine.device.type == "cuda"
     free = -engine.largest(-(free or free_memory(engine.device))) - resident  # ranks agree
