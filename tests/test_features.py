@@ -288,5 +288,5 @@ def test_images_that_code_makes_are_compared_as_long_as_they_are_few(monkeypatch
         open_dataset(([np.full((8, 8, 3), n, np.uint8) for n in (3, 99)], [0, 1]), "other"),
     )
     assert LabelledPair(made, other).notes()[-1] == "1 of 2 test images are in the bank too"
-    monkeypatch.setattr("relssl.data.subsets._MADE", 21)
+    monkeypatch.setattr("relssl.data.subsets._MOST", 21)
     assert "not looked at" in LabelledPair(made, other).notes()[-1]

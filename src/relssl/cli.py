@@ -255,8 +255,8 @@ def validate(args: argparse.Namespace, overrides: Overrides) -> Outcome:
         return Outcome({"valid": True, "recipe": config.recipe}, to_yaml(config).rstrip())
     from relssl.data.named import at_hand, exists, load  # after --help, for which this is slow
 
-    made = typed.data == "digits" or is_part(typed.data)  # which are read at once
-    if exists(typed.data, typed.data_root) is None and not made:
+    at_once = typed.data == "digits" or is_part(typed.data)  # which are read without a download
+    if exists(typed.data, typed.data_root) is None and not at_once:
         data: dict[str, Any] = {"here": at_hand(typed.data, typed.data_root)}
         name = "a set of the Hugging Face Hub, not looked up" if typed.data.startswith("hf:") else "a known data set"
         lines = [f"{typed.data}: {name}, {'here' if data['here'] else 'to be downloaded'}"]

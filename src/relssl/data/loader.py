@@ -294,14 +294,8 @@ def read_batches(
         ConfigError: if workers have to be sent `read`, as processes that are not forked do, and it cannot be pickled.
         DataError: if a worker dies, or has no shared or other memory left, or if there is no folder for temporary files.
     """
-    if workers:  # whose tensors come by a socket there: where none can be bound they would never arrive
-        try:
-            Listener(family="AF_UNIX").close()
-        except OSError as error:
-            advice = "set TMPDIR to a short path that can be written, or loader.workers to 0"
-            raise DataError(
-                f"loader processes need a folder for temporary files ({error.strerror or error}); {advice}"
-            ) from error
+    if workers:
+        _check_sockets()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "This DataLoader will create|Got pickle error")  # more workers than cores; said below
         loader = DataLoader(
@@ -356,6 +350,15 @@ def read_batches(
             atexit.unregister(batches._shutdown_workers)
             batches._shutdown_workers()
         del batches  # else an error's traceback would hold it
+
+
+def _check_sockets() -> None:
+    """Check that a socket can be bound among the temporary files: workers' tensors come by one, and would never arrive; DataError if not."""
+    try:
+        Listener(family="AF_UNIX").close()
+    except OSError as error:
+        needs = f"loader processes need a folder for temporary files ({error.strerror or error})"
+        raise DataError(f"{needs}; set TMPDIR to a short path that can be written, or loader.workers to 0") from error
 
 
 @dataclass

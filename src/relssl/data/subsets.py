@@ -19,7 +19,7 @@ from relssl.errors import DataError
 Rows = npt.NDArray[np.int64]
 
 _SAMPLE = 64  # images whose beginnings count
-_MADE = 20_000  # images of a user's own making that are compared with each other
+_MOST = 20_000  # images of a user's own making that are compared with each other
 
 
 def stratified(labels: Rows, fraction: float, seed: int) -> Rows:
@@ -116,7 +116,7 @@ def shared(bank: Images, test: Images) -> int | None:
 
     None for over 20,000 images that a user's code makes, all of which would have to be made.
     """
-    if len(bank) + len(test) > _MADE and not all(side.in_memory or isinstance(side.source, Stored) for side in (bank, test)):
+    if len(bank) + len(test) > _MOST and not all(side.in_memory or isinstance(side.source, Stored) for side in (bank, test)):
         return None
     alike: dict[bytes, list[int]] = defaultdict(list)  # of the test images; the larger side is gone through without being held
     for row, mark in enumerate(_marks(test.source)):

@@ -152,10 +152,8 @@ def restore(path: Path, state: State, engine: Engine, origin: dict[str, Any]) ->
     tree = store.unflatten(tensors, facts["tree"])
     for name, part in _parts(state.model).items():
         part.load_state_dict(tree[name])
-    for saved_group, group in zip(tree["optimizer"]["param_groups"], state.optimizer.param_groups, strict=True):
-        saved_group |= {
-            name: group[name] for name in ("fused", "foreach", "capturable") if name in group
-        }  # which go by the device
+    for stored, group in zip(tree["optimizer"]["param_groups"], state.optimizer.param_groups, strict=True):
+        stored |= {name: group[name] for name in ("fused", "foreach", "capturable") if name in group}  # the device decides
     state.optimizer.load_state_dict(tree["optimizer"])
     if (before := facts["steps_per_epoch"]) != (length := origin["steps_per_epoch"]):
         raise CheckpointError(f"{path}: was saved at {before} steps an epoch, the data now gives {length}")
@@ -171,11 +169,11 @@ def restore(path: Path, state: State, engine: Engine, origin: dict[str, Any]) ->
     now, saved = origin | origin["choices"], facts | origin["choices"] | facts["choices"]  # older ones say less
     matters = sorted({*WARNED.values(), *origin["choices"]} & now.keys())
     inexact = [f"{name} {saved[name]} -> {now[name]}" for name in matters if saved[name] != now[name]]
-    set_then = facts.get("settings", origin["settings"])  # of which `going_on` has asked; they differ if config.yaml was edited
+    earlier = facts.get("settings", origin["settings"])  # of which `going_on` has asked; they differ if config.yaml was edited
     inexact += [
-        f"{name} {set_then[name]} -> {value}, in config.yaml"
+        f"{name} {earlier[name]} -> {value}, in config.yaml"
         for name, value in origin["settings"].items()
-        if name in set_then and set_then[name] != value and not same_name(set_then[name], value)
+        if name in earlier and earlier[name] != value and not same_name(earlier[name], value)
     ]
     if not engine.restore_random_state(tree["random"]):
         inexact.append("random generators of another world or device")

@@ -108,9 +108,8 @@ def _start(config: Config, quiet: bool, mode: str | None, hooks: Hooks) -> Resul
         own += ["batch_size", "optimizer.lr"] if config.fit_batch else []
         own += ["backbone_args"] if config.start else []
         typed = {*(config.typed or ())}
-        if config.typed is None and not (
-            config.start or config.teacher
-        ):  # whole settings, of which the data may have filled in some
+        # Whole settings, of which the data may have filled in some.
+        if config.typed is None and config.start is None and config.teacher is None:
             stored = load_run(folder).config
             typed = {name for name in changes(stored, config) if not (name in DATAS and attrgetter(name)(config) is None)}
         typed = {name for name in typed if not name.startswith("backbone_args.")} - {*own}
@@ -230,9 +229,8 @@ def _run(
     config: Config, path: Path, engine: Engine, quiet: bool, hooks: Hooks, loaded: Loaded | None, find: Callable[[], Path] | None
 ) -> Result:
     """Train in a folder, a new one or that of a `loaded` run from the checkpoint that `find` returns, then export the networks."""
-    ours = os.environ.get("LOCAL_RANK") != "0" and os.environ.get(MARK) == str(
-        os.getppid()
-    )  # the first rank's own children are none
+    # The first rank's own children are none.
+    ours = os.environ.get("LOCAL_RANK") != "0" and os.environ.get(MARK) == str(os.getppid())
     if engine.world == 1 and (ours or (dist.is_initialized() and dist.get_world_size() > 1)):
         raise ConfigError(f"engine.devices: this process is one of several, and the run asks for one; {ONE_NUMBER}")
     stop = StopRequest(config.time_limit, quote(str(path)), "before its first step; start it again")
